@@ -1,0 +1,6 @@
+"""`python -m mftctl` is the mftctl command."""
+
+from mftctl.cli.app import main
+
+if __name__ == "__main__":
+    main()

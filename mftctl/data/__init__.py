@@ -1,0 +1,1 @@
+"""From files of any known format to token ids with masked labels."""

@@ -1,0 +1,139 @@
+"""Every failure mftctl knows by name.
+
+MftError
+├── ConfigError          a recipe, an option or their combination (exit code 2)
+├── DataError            a data file or one of its records
+├── ModelError           a checkpoint or a tokenizer that cannot be used
+├── MaskingError         layers, targets or scores that cannot be masked
+├── MaskFileError        a mask file
+│   ├── MaskFormatError      it is damaged or not a mask file at all
+│   └── MaskMismatchError    it is sound, but belongs to another model
+├── TrainingError        a training that cannot start or go on
+├── EvaluationError      a benchmark or a comparison
+├── RunError             a run folder
+└── Interrupted          the user stopped a command; its state is saved (exit code 130)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class MftError(Exception):
+    """A known failure: what, where, expected, got, what to do.
+
+    Attributes:
+        message: What went wrong, one sentence without the details below.
+        path: The file or folder concerned, with `:line` where that is known.
+        key: The recipe key, option, tensor or record field concerned.
+        expected: What would have been right.
+        actual: What was found.
+        hint: The next thing to do or to type.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: Path | str | None = None,
+        key: str | None = None,
+        expected: object = None,
+        actual: object = None,
+        hint: str | None = None,
+    ) -> None:
+        self.message = message
+        self.path = None if path is None else str(path)
+        self.key = key
+        self.expected = expected
+        self.actual = actual
+        self.hint = hint
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        details = (
+            ("where", self.path),
+            ("key", self.key),
+            ("expected", self.expected),
+            ("got", self.actual),
+            ("try", self.hint),
+        )
+        return "\n".join([self.message, *(f"  {name}: {value}" for name, value in details if value is not None)])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.__dict__)
+
+
+def _rebuild(kind: type[MftError], fields: dict[str, object]) -> MftError:
+    """The same error in another process: keyword-only arguments do not survive pickling by themselves."""
+    error = kind.__new__(kind)
+    error.__dict__.update(fields)
+    error.args = (fields["message"],)
+    return error
+
+
+class ConfigError(MftError):
+    """A recipe or a set of options that does not fit, with every problem found."""
+
+    exit_code = 2
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        problems: Sequence[str] = (),
+        path: Path | str | None = None,
+        key: str | None = None,
+        expected: object = None,
+        actual: object = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, path=path, key=key, expected=expected, actual=actual, hint=hint)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join([super().__str__(), *(f"  - {problem}" for problem in self.problems)])
+
+
+class DataError(MftError):
+    """A data file, or one record of it, that cannot be used."""
+
+
+class ModelError(MftError):
+    """A checkpoint, configuration or tokenizer that cannot be used."""
+
+
+class MaskingError(MftError):
+    """Layers, targets or scores that cannot be masked."""
+
+
+class MaskFileError(MftError):
+    """A mask file that cannot be used."""
+
+
+class MaskFormatError(MaskFileError):
+    """A mask file that is damaged, of an unknown version, or no mask file at all."""
+
+
+class MaskMismatchError(MaskFileError):
+    """A sound mask file that was learned on another model."""
+
+
+class TrainingError(MftError):
+    """A training that cannot start or cannot go on."""
+
+
+class EvaluationError(MftError):
+    """A benchmark or a comparison that cannot be computed."""
+
+
+class RunError(MftError):
+    """A run folder that is missing, damaged or of the wrong kind."""
+
+
+class Interrupted(MftError):  # noqa: N818 - a request by the user, not an error of theirs
+    """The user stopped the command; its state is saved."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""Losses, answers, benchmarks and the statistics that compare them."""

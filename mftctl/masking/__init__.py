@@ -1,0 +1,1 @@
+"""The masking engine: selection, masked layers, mask files, streaming apply."""

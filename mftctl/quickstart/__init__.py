@@ -1,0 +1,20 @@
+"""The built-in model and data, small enough to travel in the wheel (made by `scripts/build_quickstart.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+NAME = "quickstart"
+
+Split = Literal["train", "validation", "test"]
+
+
+def model_path() -> Path:
+    """The folder of the built-in checkpoint (safetensors, configuration, tokenizer)."""
+    return Path(__file__).parent / "model"
+
+
+def data_path(split: Split) -> Path:
+    """The file of one split of the built-in word problems, one JSON record (`question`, `answer`) a line."""
+    return Path(__file__).parent / "data" / f"{split}.jsonl"
