@@ -1,0 +1,48 @@
+"""The `apply` workflow: writes base and mask as one normal checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mftctl.errors import ConfigError
+from mftctl.lineage import Source
+from mftctl.masking.bits import load_mask
+from mftctl.masking.checkpoint import apply_to_checkpoint, resolve_checkpoint
+from mftctl.progress import Listener, Progress
+from mftctl.runs import Run
+
+
+def apply(source: Source, run: Run, listener: Listener, *, replace: bool = False) -> dict[str, Any]:
+    """The result of applying a mask: the folder of the new checkpoint and what was removed.
+
+    Args:
+        source: The base model and its mask.
+        run: Open run; gets the checkpoint as `model/` unless the run has an output elsewhere.
+        listener: Hears progress.
+        replace: Whether a checkpoint that stands there already is replaced.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    if source.mask is None:
+        raise ConfigError("apply needs a mask.", key="MASK", expected="a mask file", actual="none")
+    path = Path(source.mask)
+    mask = load_mask(path)
+    folder = Path(run.record.output) if run.record.output else run.folder / "model"
+    done = apply_to_checkpoint(
+        resolve_checkpoint(source.model, mask.metadata.base_revision),
+        mask,
+        folder,
+        mask_path=path,
+        base_model=source.model,
+        on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
+        replace=replace,
+    )
+    return {
+        "state": source.state,
+        "model": str(folder.resolve()),
+        "bytes_written": done.bytes_written,
+        "tensors_masked": done.tensors_masked,
+        "removed": done.removed,
+    }

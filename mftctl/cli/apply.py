@@ -1,0 +1,82 @@
+"""`mftctl apply`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mftctl.cli import options as opt
+from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.session import Session
+from mftctl.errors import ConfigError
+from mftctl.lineage import Source, newest_source, source_of_mask
+from mftctl.recipe_files import load_recipe
+from mftctl.runs import Run, recorded
+
+
+def apply(
+    base: Annotated[
+        str | None,
+        typer.Argument(help="Checkpoint folder or hub id.", show_default="of the newest mask-train run"),
+    ] = None,
+    mask: Annotated[Path | None, typer.Argument(help="Mask file.", show_default="of the newest mask-train run")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the new checkpoint.",
+            show_default="model/ in the run folder",
+            rich_help_panel=opt.INPUT,
+        ),
+    ] = None,
+    runs: opt.Runs = Path("runs"),
+    as_json: opt.AsJson = False,
+    yes: opt.Yes = False,
+) -> None:
+    """Write a model and its mask as a normal checkpoint, which every server loads.
+
+    Streams the weights, so that memory does not grow with the model. Refuses a base that the mask was not learned on.
+    """
+    with Output(as_json=as_json) as console:
+        source = _source(base, mask, runs)
+        if base is None:
+            console.note(f"Mask: {source.mask} ({source.state}, on {source.model})")
+        session = Session("apply", console, runs, yes=yes)
+        session.check_replacing(output)
+        run = session.create(load_recipe(base=source.config), source, output=output)
+        with recorded(run):
+            from mftctl import applying
+
+            result = applying.apply(source, run, console, replace=True)
+            run.finish(result)
+        show(console, run, result)
+        console.next_command("mftctl eval" if base is None else f"mftctl eval {result['model']} --data FILE")
+
+
+def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+    """Writes what was applied."""
+    rows = [
+        ("model", result["model"]),
+        ("removed", f"{result['removed']:,} weights of {result['tensors_masked']} tensors"),
+        ("written", f"{result['bytes_written'] / 1e6:,.1f} MB"),
+    ]
+    console.result({"run": str(run.folder), **result}, pairs_table(f"Applied in {run.record.seconds:.1f} s", rows))
+
+
+def _source(base: str | None, mask: Path | None, runs: Path) -> Source:
+    if base is not None and mask is not None:
+        return source_of_mask(base, str(mask), runs)
+    if base is not None:
+        raise ConfigError("apply takes a base and a mask.", key="MASK", actual="a base alone", hint="BASE MASK -o OUT")
+    newest = newest_source(runs, "mask-train")
+    if newest is None:
+        raise ConfigError(
+            "apply needs a base and a mask.",
+            expected="mftctl apply BASE MASK -o OUT",
+            actual=f"none given, and no finished mask-train run in {runs}",
+            hint="mftctl mask-train",
+        )
+    return newest

@@ -1,0 +1,27 @@
+"""`mftctl env`."""
+
+from __future__ import annotations
+
+import platform
+
+from mftctl.cli import options as opt
+from mftctl.cli.output import Output, pairs_table
+
+
+def env(as_json: opt.AsJson = False) -> None:
+    """Show versions, processors and memory, for a bug report."""
+    import os
+    from importlib.metadata import version
+
+    import torch
+
+    packages = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval", "typer")
+    facts = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "cpu_count": str(os.cpu_count()),
+        "cpu_threads": str(torch.get_num_threads()),
+        **{name: version(name) for name in packages},
+        "gpus": ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) or "none",
+    }
+    Output(as_json=as_json).result(facts, pairs_table("Environment", list(facts.items())))

@@ -1,0 +1,145 @@
+"""`mftctl eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from mftctl.cli import options as opt
+from mftctl.cli.output import Output
+from mftctl.cli.session import Session
+from mftctl.config import EvalOptions, Recipe, deciding_keys
+from mftctl.errors import ConfigError
+from mftctl.lineage import Source, ancestry, newest_source, source_of_mask, source_of_model
+from mftctl.recipe_files import parse_recipe
+from mftctl.runs import Run, list_runs, recorded
+
+
+def evaluate(
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder or hub id.", show_default="the newest run's, with its base")
+    ] = None,
+    model_option: Annotated[str | None, typer.Option("--model", "-m", hidden=True)] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option("--mask", help="Evaluate the model under this mask.", rich_help_panel=opt.INPUT),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option("--data", "-d", help="Data to measure on.", show_default="the run's", rich_help_panel=opt.INPUT),
+    ] = None,
+    recipe: opt.RecipeName = None,
+    sets: opt.Sets = None,
+    tasks: Annotated[str | None, opt.setting(EvalOptions, "tasks", "--tasks", panel="Measuring")] = None,
+    task_data: Annotated[
+        list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
+    ] = None,
+    limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Measuring")] = None,
+    batch_size: Annotated[int | None, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Measuring")] = None,
+    generate: Annotated[
+        bool | None, opt.setting(EvalOptions, "generate", "--generate/--no-generate", panel="Measuring")
+    ] = None,
+    runs: opt.Runs = Path("runs"),
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Measure loss and exact match on a data file, or a benchmark score.
+
+    Without a model: measures the newest result and what it was made from, as far as that has not been done.
+    """
+    with Output(as_json=as_json) as console:
+        chosen = opt.given(
+            test_data=data,
+            seed=seed,
+            eval__tasks=None if tasks is None else tasks.split(","),
+            eval__task_data=None if task_data is None else _files_by_task(task_data),
+            eval__limit=limit,
+            eval__batch_size=batch_size,
+            eval__generate=generate,
+        )
+        session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen)
+        sources = _sources(model or model_option, mask, session)
+        evaluated = [_evaluate_once(session, source) for source in sources]
+        show(console, evaluated)
+        console.next_command("mftctl report")
+
+
+def show(console: Output, runs: list[Run]) -> None:
+    """Writes the figures of one or several evaluations."""
+    table = Table(title="Evaluation", title_justify="left")
+    for name in ("model", "data", "metric"):
+        table.add_column(name, overflow="fold")
+    for name in ("value", "± s.e.", "n"):
+        table.add_column(name, justify="right")
+    for run in runs:
+        for dataset in run.record.result["datasets"]:
+            for metric in dataset["metrics"]:
+                error = metric["standard_error"]
+                table.add_row(
+                    run.record.result["state"],
+                    dataset["name"],
+                    metric["name"],
+                    f"{metric['value']:.4f}",
+                    "" if error is None else f"{error:.4f}",
+                    str(metric["samples"]),
+                )
+    results: list[dict[str, Any]] = [{"run": str(run.folder), **run.record.result} for run in runs]
+    console.result(results[0] if len(results) == 1 else {"evaluations": results}, table)
+
+
+def _sources(model: str | None, mask: Path | None, session: Session) -> list[Source]:
+    if model is not None:
+        return [source_of_mask(model, str(mask), session.root) if mask else source_of_model(model, session.root)]
+    newest = newest_source(session.root, "apply", "mask-train", "fft")
+    if newest is None or mask is not None:
+        raise ConfigError(
+            "eval needs a model.",
+            key="MODEL",
+            expected="a checkpoint folder or a hub id",
+            actual="a mask alone" if mask else f"none given, and no finished run in {session.root}",
+            hint="mftctl eval MODEL --data FILE",
+        )
+    return ancestry(session.root, newest)
+
+
+def _evaluate_once(session: Session, source: Source) -> Run:
+    """A finished evaluation: one of an earlier command where it measured the same, else a new one."""
+    recipe = session.settle(source)
+    if not recipe.test_data and not recipe.eval.tasks:
+        recipe = session.with_answer("test_data", "Data to measure on", "--data (or --tasks)", source)
+    for run in list_runs(session.root)[0]:
+        if _measured(run, recipe, source):
+            session.output.note(f"{source.state}: measured already by {run.name}")
+            return run
+    session.output.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
+    run = session.create(recipe, source)
+    with recorded(run):
+        from mftctl import evaluating
+
+        run.finish(evaluating.evaluate(recipe, source, run, session.output))
+    return run
+
+
+def _measured(run: Run, recipe: Recipe, source: Source) -> bool:
+    record = run.record
+    same_model = record.inputs.get("model") == source.model and record.inputs.get("mask") == source.mask
+    # Only what lies in a run folder is sure not to have changed since.
+    return (
+        (record.command, record.status) == ("eval", "finished")
+        and same_model
+        and bool(source.parents)
+        and deciding_keys(parse_recipe(record.config), "eval") == deciding_keys(recipe, "eval")
+    )
+
+
+def _files_by_task(pairs: list[str]) -> dict[str, str]:
+    files = {}
+    for pair in pairs:
+        task, separator, file = pair.partition("=")
+        if not separator:
+            raise ConfigError("A benchmark file needs its task.", key="--task-data", expected="NAME=PATH", actual=pair)
+        files[task] = file
+    return files

@@ -1,0 +1,99 @@
+"""`mftctl fft`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mftctl.cli import options as opt
+from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.session import Session
+from mftctl.config import FftOptions
+from mftctl.runs import Run, recorded
+
+
+def fft(
+    model: opt.Model = None,
+    data: opt.Data = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder of the fine-tuned model.",
+            show_default="model/ in the run folder",
+            rich_help_panel=opt.INPUT,
+        ),
+    ] = None,
+    val_data: opt.ValData = None,
+    val_fraction: opt.ValFraction = None,
+    recipe: opt.RecipeName = None,
+    sets: opt.Sets = None,
+    epochs: opt.Epochs = None,
+    max_steps: opt.MaxSteps = None,
+    lr: opt.FftRate = None,
+    batch_size: opt.BatchSize = None,
+    grad_accum: opt.GradAccum = None,
+    max_length: opt.MaxLength = None,
+    precision: opt.Precision = None,
+    gradient_checkpointing: opt.Checkpointing = None,
+    eval_steps: opt.EvalSteps = None,
+    patience: opt.Patience = None,
+    keep: Annotated[str | None, opt.setting(FftOptions, "keep", "--keep", panel=opt.TRAINING)] = None,
+    resume: opt.Resume = False,
+    runs: opt.Runs = Path("runs"),
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+    yes: opt.Yes = False,
+) -> None:
+    """Fine-tune all weights of a model, up to its best validation point.
+
+    The loss is on the answer tokens only. Started from a fine-tuned model this is continued fine-tuning.
+    """
+    with Output(as_json=as_json) as console:
+        chosen = opt.given(
+            model=model,
+            data=data,
+            val_data=val_data,
+            val_fraction=val_fraction,
+            seed=seed,
+            fft__epochs=epochs,
+            fft__max_steps=max_steps,
+            fft__learning_rate=lr,
+            fft__batch_size=batch_size,
+            fft__grad_accum_steps=grad_accum,
+            fft__max_length_tokens=max_length,
+            fft__precision=precision,
+            fft__gradient_checkpointing=gradient_checkpointing,
+            fft__eval_steps=eval_steps,
+            fft__patience=patience,
+            fft__keep=keep,
+        )
+        session = Session("fft", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
+        run, settled, source = session.open_training(resume=resume, output=output)
+        with recorded(run):
+            from mftctl.fine_tuning import fine_tune
+
+            result = fine_tune(settled, source, run, console, resume=resume)
+            run.finish(result)
+        show(console, run, result)
+        console.next_command("mftctl probe")
+
+
+def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+    """Writes the result of a fine-tuning."""
+    console.result(
+        {"run": str(run.folder), **result},
+        pairs_table(
+            f"{result['state']} in {run.record.seconds:.0f} s",
+            [
+                ("validation loss", f"{result['start_loss']:.4f} at the start"),
+                ("", f"{result['best_loss']:.4f} at the best step, {result['best_step']} of {result['steps']}"),
+                ("", f"{result['last_loss']:.4f} at the last step"),
+                ("model", f"{result['model']} (the {result['kept']} state)"),
+                ("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB"),
+            ],
+        ),
+    )

@@ -1,0 +1,127 @@
+"""`mftctl mask-train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mftctl.cli import options as opt
+from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.session import Session
+from mftctl.config import MaskTrainOptions
+from mftctl.runs import Run, recorded
+
+
+def mask_train(
+    model: opt.Model = None,
+    data: opt.Data = None,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", help="The mask file; the run folder has it too.", rich_help_panel=opt.INPUT),
+    ] = Path("mask.bits"),
+    val_data: opt.ValData = None,
+    val_fraction: opt.ValFraction = None,
+    recipe: opt.RecipeName = None,
+    sets: opt.Sets = None,
+    method: Annotated[str | None, opt.setting(MaskTrainOptions, "method", "--method", panel=opt.MASKING)] = None,
+    layers: Annotated[
+        str | None,
+        opt.setting(MaskTrainOptions, "layers", "--layers", panel=opt.MASKING, default="the probe's, else all"),
+    ] = None,
+    target: opt.Target = None,
+    ratio: opt.Ratio = None,
+    threshold: Annotated[
+        float | None, opt.setting(MaskTrainOptions, "threshold", "--threshold", panel=opt.MASKING)
+    ] = None,
+    ranking: Annotated[str | None, opt.setting(MaskTrainOptions, "ranking", "--ranking", panel=opt.MASKING)] = None,
+    start: Annotated[str | None, opt.setting(MaskTrainOptions, "start", "--start", panel=opt.MASKING)] = None,
+    start_value: Annotated[
+        float | None, opt.setting(MaskTrainOptions, "start_value", "--start-value", panel=opt.MASKING)
+    ] = None,
+    epochs: opt.Epochs = None,
+    max_steps: opt.MaxSteps = None,
+    lr: opt.MaskRate = None,
+    batch_size: opt.BatchSize = None,
+    grad_accum: opt.GradAccum = None,
+    max_length: opt.MaxLength = None,
+    precision: opt.Precision = None,
+    gradient_checkpointing: opt.Checkpointing = None,
+    eval_steps: opt.EvalSteps = None,
+    patience: opt.Patience = None,
+    resume: opt.Resume = False,
+    runs: opt.Runs = Path("runs"),
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+    yes: opt.Yes = False,
+) -> None:
+    """Learn which weights of a fine-tuned model to remove.
+
+    The model is frozen; every weight of the chosen layers gets a score, and the scores are trained. The best mask on
+    validation data is kept in a small file apart from the model.
+    """
+    with Output(as_json=as_json) as console:
+        chosen = opt.given(
+            model=model,
+            data=data,
+            val_data=val_data,
+            val_fraction=val_fraction,
+            seed=seed,
+            mask_train__method=method,
+            mask_train__layers=layers,
+            mask_train__target=target,
+            mask_train__ratio=ratio,
+            mask_train__threshold=threshold,
+            mask_train__ranking=ranking,
+            mask_train__start=start,
+            mask_train__start_value=start_value,
+            mask_train__epochs=epochs,
+            mask_train__max_steps=max_steps,
+            mask_train__learning_rate=_rate(lr),
+            mask_train__batch_size=batch_size,
+            mask_train__grad_accum_steps=grad_accum,
+            mask_train__max_length_tokens=max_length,
+            mask_train__precision=precision,
+            mask_train__gradient_checkpointing=gradient_checkpointing,
+            mask_train__eval_steps=eval_steps,
+            mask_train__patience=patience,
+        )
+        session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
+        run, settled, source = session.open_training(resume=resume, output=output)
+        with recorded(run):
+            from mftctl import mask_training
+
+            result = mask_training.mask_train(settled, source, run, console, resume=resume)
+            run.finish(result)
+        show(console, run, result)
+        console.next_command("mftctl apply")
+
+
+def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+    """Writes the result of learning a mask, and says so where no mask beats the unmasked model."""
+    rows = [("layers", result["layers"]), ("removed", f"{result['removed']:,} of {result['weights']:,} weights")]
+    rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
+    if result["steps"]:
+        rows += [("", f"{result['start_loss']:.4f} with the starting mask")]
+        step = f"the best, of step {result['best_step']} of {result['steps']}"
+        rows += [("", f"{result['best_loss']:.4f} with {step}")]
+    else:
+        rows += [("", f"{result['best_loss']:.4f} with the mask")]
+    rows += [("mask", result["output"] or result["mask"])]
+    rows += [("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB")]
+    title = f"{result['state']} in {run.record.seconds:.0f} s"
+    console.result({"run": str(run.folder), **result}, pairs_table(title, rows))
+    if not result["helps"]:
+        console.warn(
+            "No mask was better than no mask on the validation data. Use the model without it, "
+            "or try other layers (mftctl probe), a smaller --ratio or more data."
+        )
+
+
+def _rate(text: str | None) -> float | str | None:
+    """A number where the text is one; anything else is for the recipe's check to judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,88 @@
+"""Options that several commands share, with help and defaults taken from the recipe's own fields."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from mftctl.config import FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+
+INPUT = "Input and output"
+TRAINING = "Training"
+MASKING = "Mask"
+GENERAL = "General"
+
+
+def setting(owner: type[BaseModel], field: str, *flags: str, panel: str, default: str | None = None) -> Any:
+    """The Typer option of a recipe field, with its description and default.
+
+    Args:
+        owner: The part of the recipe that has the field.
+        field: Name of the field.
+        flags: Spellings on the command line.
+        panel: The group it is shown in.
+        default: What to show as the default where the field's own says too little.
+    """
+    info: FieldInfo = owner.model_fields[field]
+    shown = default if default is not None else None if info.default in (None, ()) else str(info.default)
+    return typer.Option(*flags, help=info.description, show_default=shown or False, rich_help_panel=panel)
+
+
+Model = Annotated[
+    str | None,
+    setting(Recipe, "model", "--model", "-m", panel=INPUT, default="the newest suitable run's"),
+]
+Data = Annotated[list[str] | None, setting(Recipe, "data", "--data", "-d", panel=INPUT, default="the run's own")]
+ValData = Annotated[list[str] | None, setting(Recipe, "val_data", "--val-data", panel=INPUT)]
+ValFraction = Annotated[float | None, setting(Recipe, "val_fraction", "--val-fraction", panel=INPUT)]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", "-r", help="Recipe file, or the name of a built-in one.", rich_help_panel=INPUT),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="a.b=VALUE", help="Set any recipe key; repeatable.", rich_help_panel=INPUT),
+]
+Runs = Annotated[
+    Path, typer.Option("--runs", help="Folder of all runs.", rich_help_panel=GENERAL, envvar="MFTCTL_RUNS")
+]
+Seed = Annotated[int | None, setting(Recipe, "seed", "--seed", panel=GENERAL)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=GENERAL)]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Replace existing results without asking.", rich_help_panel=GENERAL)
+]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the newest run that was stopped or killed.", rich_help_panel=GENERAL),
+]
+
+Epochs = Annotated[float | None, setting(TrainingOptions, "epochs", "--epochs", panel=TRAINING)]
+MaxSteps = Annotated[int | None, setting(TrainingOptions, "max_steps", "--max-steps", panel=TRAINING)]
+BatchSize = Annotated[int | None, setting(TrainingOptions, "batch_size", "--batch-size", panel=TRAINING)]
+GradAccum = Annotated[int | None, setting(TrainingOptions, "grad_accum_steps", "--grad-accum", panel=TRAINING)]
+MaxLength = Annotated[int | None, setting(TrainingOptions, "max_length_tokens", "--max-length", panel=TRAINING)]
+Precision = Annotated[str | None, setting(TrainingOptions, "precision", "--precision", panel=TRAINING)]
+Checkpointing = Annotated[
+    bool | None,
+    setting(
+        TrainingOptions,
+        "gradient_checkpointing",
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        panel=TRAINING,
+    ),
+]
+EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
+Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
+FftRate = Annotated[float | None, setting(FftOptions, "learning_rate", "--lr", panel=TRAINING)]
+MaskRate = Annotated[str | None, setting(MaskTrainOptions, "learning_rate", "--lr", panel=TRAINING)]
+Ratio = Annotated[float | None, setting(MaskTrainOptions, "ratio", "--ratio", panel=MASKING, default="0.1")]
+Target = Annotated[str | None, setting(MaskTrainOptions, "target", "--target", panel=MASKING)]
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The options that were given, by dotted recipe key: `fft__epochs=2` becomes `fft.epochs`."""
+    return {key.replace("__", "."): value for key, value in values.items() if value is not None}

@@ -1,0 +1,137 @@
+"""The one place that writes: results to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mftctl.errors import ConfigError, MftError
+from mftctl.progress import Progress as State
+
+
+class Output:
+    """A command's console: live progress on a terminal, a line now and then elsewhere.
+
+    Attributes:
+        as_json: Whether the result is wanted as one JSON document.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._results = Console(soft_wrap=False)
+        self._messages = Console(stderr=True)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self._messages,
+            transient=True,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._told_tenths: dict[str, int] = {}
+
+    def __enter__(self) -> Output:
+        if self._messages.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    @property
+    def interactive(self) -> bool:
+        """Whether somebody is there to answer a question."""
+        return sys.stdin.isatty() and self._messages.is_terminal and not self.as_json
+
+    def progress(self, state: State) -> None:
+        """Shows how far a piece of work has come."""
+        details = "" if state.loss is None else f"loss {state.loss:.4f}"
+        if state.tokens_per_second is not None:
+            details += f"  {state.tokens_per_second:,.0f} tokens/s"
+        if not self._messages.is_terminal:
+            self._tell_tenths(state, details)
+            return
+        if state.task not in self._tasks:
+            self._tasks[state.task] = self._bars.add_task(state.task, total=state.total, speed="")
+        task = self._tasks[state.task]
+        self._bars.update(task, completed=state.done, total=state.total, speed=details)
+        if state.done >= state.total:
+            self._bars.remove_task(self._tasks.pop(state.task))
+
+    def note(self, text: str) -> None:
+        """Says something worth knowing."""
+        self._messages.print(escape(text), style="dim", highlight=False)
+
+    def warn(self, text: str) -> None:
+        """Says something the user should look at."""
+        self._messages.print(f"[yellow]Warning:[/] {escape(text)}", highlight=False)
+
+    def error(self, error: MftError) -> None:
+        """Shows a known failure."""
+        head, *details = str(error).split("\n")
+        self._messages.print(f"[red]Error:[/] {escape(head)}", highlight=False, soft_wrap=True)
+        for line in details:
+            self._messages.print(escape(line), highlight=False, soft_wrap=True)
+
+    def next_command(self, text: str) -> None:
+        """Shows what to type next."""
+        self._messages.print(f"Next: [bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
+
+    def result(self, document: Mapping[str, Any], *views: RenderableType) -> None:
+        """Writes the result to stdout: the document as JSON if that was asked for, else its views."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+            return
+        for view in views:
+            self._results.print(view)
+
+    def text(self, text: str) -> None:
+        """Writes text to stdout as it is."""
+        sys.stdout.write(text)
+
+    def ask(self, question: str, option: str) -> str:
+        """The answer to a question on a terminal.
+
+        Raises:
+            ConfigError: Nobody is there to answer; names the option that would have said it.
+        """
+        if not self.interactive:
+            raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}")
+        self._bars.stop()
+        return str(typer.prompt(question, err=True))
+
+    def confirm_replacing(self, what: str) -> bool:
+        """Whether the user agrees to replace an existing result; False where nobody is there to ask."""
+        if not self.interactive:
+            return False
+        self._bars.stop()
+        return typer.confirm(f"Replace {what}?", err=True)
+
+    def _tell_tenths(self, state: State, details: str) -> None:
+        tenths = 10 * state.done // max(state.total, 1)
+        if self._told_tenths.get(state.task) != tenths and state.task != "validating":
+            self._told_tenths[state.task] = tenths
+            self.note(f"{state.task} {state.done}/{state.total} {details}".rstrip())
+
+
+def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
+    """Two columns without lines, names left and values beside them."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, escape(value))
+    return table

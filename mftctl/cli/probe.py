@@ -1,0 +1,98 @@
+"""`mftctl probe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from rich.table import Table
+
+from mftctl.cli import options as opt
+from mftctl.cli.output import Output
+from mftctl.cli.session import Session
+from mftctl.config import ProbeOptions
+from mftctl.errors import ConfigError
+from mftctl.runs import Run, recorded
+
+
+def probe(
+    model: opt.Model = None,
+    data: opt.Data = None,
+    val_data: opt.ValData = None,
+    val_fraction: opt.ValFraction = None,
+    recipe: opt.RecipeName = None,
+    sets: opt.Sets = None,
+    groups: Annotated[
+        str | None,
+        opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, default="4"),
+    ] = None,
+    layers: Annotated[
+        str | None, opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all")
+    ] = None,
+    target: opt.Target = None,
+    ratio: opt.Ratio = None,
+    data_fraction: Annotated[
+        float | None, opt.setting(ProbeOptions, "data_fraction", "--data-fraction", panel=opt.TRAINING)
+    ] = None,
+    epochs: Annotated[
+        float | None,
+        opt.setting(ProbeOptions, "epochs", "--epochs", panel=opt.TRAINING, default="mask-train's"),
+    ] = None,
+    resume: opt.Resume = False,
+    runs: opt.Runs = Path("runs"),
+    seed: opt.Seed = None,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Find the layers that gain most from a mask.
+
+    Learns a small mask for each group of consecutive layers on a part of the data, all else fixed, and ranks the
+    groups by validation loss. The next mask-train takes the best group.
+    """
+    with Output(as_json=as_json) as console:
+        chosen = opt.given(
+            model=model,
+            data=data,
+            val_data=val_data,
+            val_fraction=val_fraction,
+            seed=seed,
+            probe__groups=None if groups is None else _group_sizes(groups),
+            probe__layers=layers,
+            probe__data_fraction=data_fraction,
+            probe__epochs=epochs,
+            mask_train__target=target,
+            mask_train__ratio=ratio,
+        )
+        session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen)
+        run, settled, source = session.open_training(resume=resume)
+        with recorded(run):
+            from mftctl import probing
+
+            result = probing.probe(settled, source, run, console, resume=resume)
+            run.finish(result)
+        show(console, run, result)
+        console.next_command("mftctl mask-train")
+
+
+def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+    """Writes the ranking of a probe."""
+    title = f"Validation loss {result['unmasked_loss']:.4f} without a mask; with one ({run.record.seconds:.0f} s)"
+    table = Table(title=title, title_justify="left")
+    for name in ("layers", "start", "best", "change"):
+        table.add_column(name, justify="left" if name == "layers" else "right")
+    for group in result["groups"]:
+        table.add_row(
+            group["layers"],
+            f"{group['start_loss']:.4f}",
+            f"{group['best_loss']:.4f}",
+            f"{group['change']:+.4f}",
+            style="bold" if group["layers"] == result["recommended_layers"] else None,
+        )
+    console.result({"run": str(run.folder), **result}, table)
+    console.note(f"Recommended: layers {result['recommended_layers']}")
+
+
+def _group_sizes(text: str) -> list[int]:
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise ConfigError("Group sizes are numbers.", key="--groups", expected="4 or 4,8,16", actual=text) from error

@@ -1,0 +1,149 @@
+"""What every command does around its workflow: find the input, settle the recipe, keep a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mftctl.cli.output import Output
+from mftctl.config import Recipe, to_document
+from mftctl.errors import ConfigError, RunError
+from mftctl.lineage import Source, model_for_training, recommended_layers
+from mftctl.quickstart import NAME as QUICKSTART
+from mftctl.recipe_files import load_recipe
+from mftctl.runs import Run, create_run, newest_run
+
+
+class Session:
+    """One command with its options, its console and its runs folder.
+
+    Attributes:
+        command: Name of the command.
+        root: The runs folder.
+        output: The console.
+        yes: Whether existing results may be replaced without asking.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        output: Output,
+        root: Path,
+        *,
+        recipe: str | None = None,
+        sets: Sequence[str] | None = None,
+        options: Mapping[str, Any] | None = None,
+        yes: bool = False,
+    ) -> None:
+        self.command = command
+        self.output = output
+        self.root = root
+        self.yes = yes
+        self._recipe_name = recipe
+        self._sets = list(sets or ())
+        self._options = dict(options or {})
+
+    def settle(self, source: Source | None = None) -> Recipe:
+        """The recipe in force: options over `--set` over the recipe over what the source's run was made with."""
+        name, base = self._recipe_name, None
+        if name is None and source is not None:
+            base = source.config
+            name = QUICKSTART if base is None and source.model == QUICKSTART else None
+        return load_recipe(name, base=base, sets=self._sets, options=self._options)
+
+    def open_training(self, *, resume: bool, output: Path | None = None) -> tuple[Run, Recipe, Source]:
+        """A run to train in, new or resumed, with its recipe and its source.
+
+        Args:
+            resume: Go on with the newest unfinished run of this command, as it was configured.
+            output: Where the result is wanted besides the run folder.
+
+        Raises:
+            ConfigError: Options that do not fit, or given together with a resumption.
+            RunError: Nothing to resume.
+        """
+        if resume:
+            return self._resumed()
+        settled = self.settle()
+        source = model_for_training(settled.model, self.root, self.command)
+        if settled.model is None:
+            self.output.note(f"Model: {source.model} ({source.state}{_made_by(source)})")
+        self._options["model"] = source.model
+        recipe = self.settle(source)
+        if not recipe.data:
+            recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
+        if self.command == "mask-train" and recipe.mask_train.layers is None:
+            recipe = self._with_layers(source)
+        self.check_replacing(output)
+        return self.create(recipe, source, output=output), recipe, source
+
+    def create(self, recipe: Recipe, source: Source, *, output: Path | None = None) -> Run:
+        """A new run of this command."""
+        run = create_run(
+            self.root,
+            self.command,
+            to_document(recipe),
+            recipe=self._recipe_name,
+            inputs=source.as_inputs(),
+            output=output,
+        )
+        self.output.note(f"Run: {run.folder}")
+        return run
+
+    def with_answer(self, key: str, question: str, option: str, source: Source) -> Recipe:
+        """The recipe with a missing value asked for on a terminal.
+
+        Raises:
+            ConfigError: Nobody is there to answer; names the option.
+        """
+        self._options[key] = [self.output.ask(question, option)]
+        return self.settle(source)
+
+    def check_replacing(self, path: Path | None) -> None:
+        """Nothing, if `path` is free or may be replaced.
+
+        Raises:
+            ConfigError: It is not, and nobody agreed.
+        """
+        if path is None or not path.exists() or (path.is_dir() and not any(path.iterdir())) or self.yes:
+            return
+        if not self.output.confirm_replacing(str(path)):
+            raise ConfigError("There is a result already.", path=path, hint="another --output, or --yes to replace it")
+
+    def _with_layers(self, source: Source) -> Recipe:
+        """The recipe with the layers that a probe of this model recommends, or all."""
+        found = recommended_layers(self.root, source)
+        if found is None:
+            self.output.note("Layers: all, since no probe of this model says which gain most (mftctl probe)")
+        else:
+            self.output.note(f"Layers: {found[0]}, recommended by {found[1]}")
+        self._options["mask_train.layers"] = "all" if found is None else found[0]
+        return self.settle(source)
+
+    def _resumed(self) -> tuple[Run, Recipe, Source]:
+        if self._options or self._sets or self._recipe_name:
+            raise ConfigError(
+                "A resumed run keeps its settings.",
+                actual=", ".join([*self._options, *self._sets, *filter(None, [self._recipe_name])]),
+                hint=f"mftctl {self.command} --resume without them, or a new run without --resume",
+            )
+        run = newest_run(self.root, self.command, unfinished=True)
+        if run is None:
+            raise RunError(f"There is no stopped {self.command} run to resume.", path=self.root)
+        self.output.note(f"Resuming: {run.folder}")
+        inputs = run.record.inputs
+        source = Source(
+            inputs["model"],
+            inputs["mask"],
+            inputs["state"],
+            tuple(inputs["parents"]),
+            inputs["origin"],
+            run.record.config,
+        )
+        run.update(status="running")
+        return run, load_recipe(base=run.record.config), source
+
+
+def _made_by(source: Source) -> str:
+    return f", made by {source.parents[-1]}" if source.parents else ", built in"

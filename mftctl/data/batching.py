@@ -1,0 +1,125 @@
+"""Batches of records of similar length, padded to tensors."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+
+from mftctl.data.encoding import IGNORED_LABEL, Encoded
+from mftctl.errors import DataError
+
+_MEGA_BATCH = 50
+"""How many batches are sorted by length together: enough for little padding, few enough to stay random."""
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Indices so that every run of `batch_size` of them is a batch of similar lengths.
+
+    The order follows from the seed and the epoch alone. The batch with the longest record comes first, so that a lack
+    of memory shows at once; a batch that is not full comes last.
+
+    Args:
+        lengths: The length of each record in tokens.
+        batch_size: How many records make a batch, at least 1.
+        seed: Decides the order together with the epoch.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the given epoch for the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self.seed}:{self.epoch}")
+        batches = self._batches(generator)
+        last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
+        generator.shuffle(batches)
+        if batches:
+            longest = max(range(len(batches)), key=lambda index: self.lengths[batches[index][0]])
+            batches.insert(0, batches.pop(longest))
+        return (index for batch in [*batches, *last] for index in batch)
+
+    def _batches(self, generator: random.Random) -> list[list[int]]:
+        """All batches, each from its longest record to its shortest; only the last may be short."""
+        order = list(range(len(self.lengths)))
+        generator.shuffle(order)
+        mega = _MEGA_BATCH * self.batch_size
+        # A rest too small for a full batch joins the mega-batch before it: the longest record must not be in it.
+        starts = range(0, max(len(order) - self.batch_size + 1, 1), mega)
+        ends = [*starts[1:], len(order)]
+        batches = []
+        for start, end in zip(starts, ends, strict=True):
+            part = sorted(order[start:end], key=lambda index: self.lengths[index], reverse=True)
+            batches += [part[offset : offset + self.batch_size] for offset in range(0, len(part), self.batch_size)]
+        return batches
+
+
+@dataclass(frozen=True, slots=True)
+class PaddingCollator:
+    """Encoded examples as one batch of tensors, padded on the right.
+
+    Attributes:
+        pad_token_id: Fills `input_ids`; the attention mask is 0 and the label -100 there.
+        pad_to_multiple_of: The length of a batch is rounded up to a multiple of this.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: Sequence[Encoded | Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """The batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape `(examples, longest)`.
+
+        Args:
+            examples: At least one encoded example, as it is or as the mapping that `transformers.Trainer` asks for.
+        """
+        input_ids = [_field(example, "input_ids") for example in examples]
+        labels = [_field(example, "labels") for example in examples]
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-max(map(len, input_ids)) // multiple) * multiple
+        return {
+            "input_ids": _pad(input_ids, width, self.pad_token_id),
+            "attention_mask": _pad([[1] * len(row) for row in input_ids], width, 0),
+            "labels": _pad(labels, width, IGNORED_LABEL),
+        }
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with: the padding token, or else the end-of-sequence token.
+
+    Raises:
+        DataError: the tokenizer has neither.
+    """
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise DataError(
+        "The tokenizer has no token to pad with.",
+        path=tokenizer.name_or_path or None,
+        expected="a padding or an end-of-sequence token",
+        actual="neither",
+        hint="set pad_token in its tokenizer_config.json",
+    )
+
+
+def _field(example: Encoded | Mapping[str, list[int]], name: Literal["input_ids", "labels"]) -> list[int]:
+    if isinstance(example, Mapping):
+        return example[name]
+    return example.input_ids if name == "input_ids" else example.labels
+
+
+def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows], dtype=torch.int64)

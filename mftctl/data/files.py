@@ -1,0 +1,159 @@
+"""Records out of local files, each with the place it came from.
+
+JSON and CSV are read with the standard library, not with `datasets`: its JSON reader turns texts that look like dates
+into dates and texts beside a number into quoted JSON, its CSV reader turns `007` into 7, and neither keeps the line
+numbers that errors name.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mftctl.data.hub import read_parquet
+from mftctl.errors import DataError
+
+
+class Record(NamedTuple):
+    """One record as it stands in its file.
+
+    Attributes:
+        where: The file and, where lines are known, the line: `train.jsonl:17`, otherwise `train.parquet, record 17`.
+        fields: The values by field name.
+    """
+
+    where: str
+    fields: dict[str, Any]
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every record of a local file in file order, at least one.
+
+    Raises:
+        DataError: the file's type is not known, it cannot be read or parsed, or it holds no record.
+    """
+    reader = next((read for suffix, read in _READERS.items() if path.name.lower().endswith(suffix)), None)
+    if reader is None:
+        raise DataError("The type of the data file is not known.", path=path, expected=", ".join(_READERS))
+    try:
+        records = list(reader(path))
+    except OSError as error:
+        raise DataError("The data file cannot be read.", path=path, actual=str(error)) from error
+    if not records:
+        raise DataError("The data file holds no records.", path=path, expected="at least one record", actual="none")
+    return records
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    return _parse_lines(_read_text(path), path)
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """The records of a JSON list, or of JSON lines."""
+    text = _read_text(path)
+    if not text.lstrip().startswith("["):
+        yield from _parse_lines(text, path)
+        return
+    for number, value in enumerate(_parse(text, path, first_line=1), start=1):
+        yield _record(value, f"{path}, record {number}")
+
+
+def _parse_lines(text: str, path: Path) -> Iterator[Record]:
+    # Not splitlines(): a JSON text may hold U+2028 and other characters that splitlines() takes for line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _record(_parse(line, path, first_line=number), f"{path}:{number}")
+
+
+def _parse(text: str, path: Path, first_line: int) -> Any:
+    """The JSON value of `text`, which starts at `first_line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{first_line + error.lineno - 1}"
+        raise _malformed(place, f"{error.msg} at column {error.colno}") from error
+    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deeply
+        raise _malformed(f"{path}:{first_line}", str(error)) from error
+
+
+def _record(value: object, where: str) -> Record:
+    if not isinstance(value, dict):
+        raise _malformed(where, f"a JSON {type(value).__name__}")
+    return Record(where, value)
+
+
+def _malformed(where: str, actual: str) -> DataError:
+    return DataError(
+        "The data file is malformed.",
+        path=where,
+        expected="a JSON object of named fields",
+        actual=actual,
+        hint="a .jsonl file holds one record a line, a .json file that or a list of records",
+    )
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    """The rows under the header; an empty cell is None."""
+    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    try:
+        header = next(rows, [])
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            if row:
+                yield Record(where, _csv_fields(header, row, where))
+    except csv.Error as error:
+        raise DataError("The data file is malformed.", path=f"{path}:{rows.line_num}", actual=str(error)) from error
+
+
+def _csv_fields(header: list[str], row: list[str], where: str) -> dict[str, str | None]:
+    if len(row) != len(header):
+        raise DataError(
+            "A row does not have one cell for each column of the header.",
+            path=where,
+            expected=f"{len(header)} cells",
+            actual=f"{len(row)} cells",
+            hint="put a cell that holds a comma or a line end into double quotes",
+        )
+    return {name: cell or None for name, cell in zip(header, row, strict=True)}
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    for number, fields in enumerate(read_parquet(path), start=1):
+        yield Record(f"{path}, record {number}", fields)
+
+
+def _read_text(path: Path) -> str:
+    """The file's text, unpacked where its name ends in .gz."""
+    content = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        try:
+            content = gzip.decompress(content)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError("The data file is no complete gzip file.", path=path, actual=str(error)) from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Counted in error.object: decoding drops a byte order mark before it counts positions.
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            "The data file is not UTF-8 text.",
+            path=f"{path}:{line}",
+            actual=f"the byte 0x{error.object[error.start]:02x}",
+            hint="convert it to UTF-8",
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _json_lines,
+    ".jsonl.gz": _json_lines,
+    ".json": _json,
+    ".json.gz": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

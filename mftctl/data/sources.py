@@ -1,0 +1,133 @@
+"""The data a command is given: files, hub data sets and the built-in problems, mixed in given amounts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mftctl import quickstart
+from mftctl.data.examples import Example
+from mftctl.data.files import Record, read_records
+from mftctl.data.formats import to_example
+from mftctl.data.hub import read_hub
+from mftctl.data.splits import sample_count
+from mftctl.errors import DataError
+
+_HUB_ID = re.compile(r"(?P<identifier>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?", re.ASCII)
+# `owner/data-v1.5` is a name with a version, `data.jsonl` a file.
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+
+_BUILT_IN: dict[str, quickstart.Split] = {
+    quickstart.NAME: "train",
+    f"{quickstart.NAME}/train": "train",
+    f"{quickstart.NAME}/validation": "validation",
+    f"{quickstart.NAME}/test": "test",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DataSource:
+    """One part of a mixture.
+
+    Attributes:
+        path: A local file, a hub id (`owner/name` or `owner/name:config`), or `quickstart` with or without
+            `/train`, `/validation` or `/test`.
+        count: How many records to take; all where None.
+        split: The split of a hub data set; `train` where None.
+    """
+
+    path: str
+    count: int | None = None
+    split: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DataSource:
+        """The source of an option such as `math.jsonl` or `math.jsonl=10000`.
+
+        Raises:
+            DataError: no path is given.
+        """
+        path, separator, digits = text.rpartition("=")
+        counted = bool(separator) and digits.isascii() and digits.isdigit() and int(digits) > 0
+        source = cls(path, int(digits)) if counted else cls(text)
+        if not source.path:
+            raise DataError("The data has no path.", expected="PATH or PATH=COUNT", actual=repr(text))
+        return source
+
+
+def load_examples(sources: Sequence[DataSource], *, seed: int = 0) -> list[Example]:
+    """The examples of all sources, one source after the other, each in its own order.
+
+    Args:
+        sources: The parts of the mixture.
+        seed: Decides which records are taken where a source has more than its count.
+
+    Raises:
+        DataError: a source cannot be read, a record has no known format, or a source has fewer records than its count.
+    """
+    return [example for source in sources for example in _load_source(source, seed)]
+
+
+def data_digest(examples: Iterable[Example]) -> str:
+    """The SHA-256 of kinds, roles and contents in hex: equal for equal data, wherever it was read from."""
+    digest = hashlib.sha256()
+    for example in examples:
+        turns = [[message.role, message.content] for message in example.messages]
+        digest.update(json.dumps([example.kind, turns]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _load_source(source: DataSource, seed: int) -> list[Example]:
+    examples = [to_example(record.fields, record.where) for record in _read(source)]
+    if source.count is None:
+        return examples
+    if source.count > len(examples):
+        raise DataError(
+            "The data has fewer records than asked for.",
+            path=source.path,
+            expected=f"{source.count} records",
+            actual=f"{len(examples)} records",
+            hint="ask for fewer, or leave the count out to take all",
+        )
+    return sample_count(examples, source.count, seed)
+
+
+def _read(source: DataSource) -> list[Record]:
+    """The records of a built-in part, a local file or a hub data set, in this order of preference."""
+    if source.path in _BUILT_IN:
+        _refuse_split(source)
+        return read_records(quickstart.data_path(_BUILT_IN[source.path]))
+    path = Path(source.path)
+    if path.is_dir():
+        raise DataError("The data is a folder.", path=path, expected="a file", hint="name one of the files in it")
+    if path.exists():
+        _refuse_split(source)
+        return read_records(path)
+    if source.path.startswith(f"{quickstart.NAME}/"):
+        raise DataError("The built-in data has no such part.", path=source.path, expected=" | ".join(_BUILT_IN))
+    hub_id = _HUB_ID.fullmatch(source.path)
+    if hub_id is None or _FILE_SUFFIX.search(hub_id["identifier"]):
+        raise DataError("The data file does not exist.", path=path, expected="an existing file or a hub id")
+    return _read_hub(hub_id["identifier"], hub_id["configuration"], source.split or "train")
+
+
+def _read_hub(identifier: str, configuration: str | None, split: str) -> list[Record]:
+    rows = read_hub(identifier, configuration, split)
+    name = identifier if configuration is None else f"{identifier}:{configuration}"
+    if not rows:
+        raise DataError("The hub data set holds no records.", path=name, key=split)
+    return [Record(f"{name}/{split}, record {number}", row) for number, row in enumerate(rows, start=1)]
+
+
+def _refuse_split(source: DataSource) -> None:
+    if source.split is not None:
+        raise DataError(
+            "Only hub data sets have splits.",
+            path=source.path,
+            key=source.split,
+            hint=f"name the file of that part, or {quickstart.NAME}/{source.split} for the built-in data",
+        )

@@ -1,0 +1,189 @@
+"""The `eval` workflow: loss and exact match on a data file, and benchmarks, for one model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mftctl.atomic import write_text
+from mftctl.config import Recipe
+from mftctl.data.sources import DataSource, data_digest, load_examples
+from mftctl.errors import ConfigError, EvaluationError
+from mftctl.evaluation.benchmarks import find_benchmark, run_benchmark
+from mftctl.evaluation.data_file import evaluate_examples
+from mftctl.lineage import Source
+from mftctl.masking.bits import load_mask
+from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
+from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes
+from mftctl.progress import Listener, Progress
+from mftctl.runs import Run
+
+
+def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
+    """The result of evaluating one model: each data set with its metrics, their standard errors and sample files.
+
+    Every sample goes to a `.jsonl` file in the run folder as `id`, `reference`, `output`, `scores` and `weights`
+    (a metric is the sum of its scores over the sum of its weights; a weight not given is 1).
+
+    Args:
+        recipe: With the `eval` section and `test_data`.
+        source: The model, possibly under a mask.
+        run: Open run; gets the samples and the result.
+        listener: Hears progress.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    options = recipe.eval
+    check_measures(recipe)
+    checkpoint = resolve_checkpoint(source.model, recipe.revision)
+    tokenizer = load_tokenizer(checkpoint)
+    run.update(inputs=source.as_inputs())
+    mask = None if source.mask is None else load_mask(Path(source.mask))
+    model = load_model(checkpoint, dtype=evaluation_dtype())
+    if mask is not None:
+        apply_mask(model, mask)
+    datasets = []
+    if recipe.test_data:
+        datasets.append(_data_file(recipe, model, tokenizer, run, listener))
+    for task in options.tasks:
+        datasets.append(_benchmark(task, recipe, model, tokenizer, run, listener))
+    return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def check_measures(recipe: Recipe) -> None:
+    """Nothing, if the recipe says what to measure and on what.
+
+    Raises:
+        ConfigError: There is nothing to measure, or a benchmark file that no task reads.
+        EvaluationError: A benchmark is unknown, or its local file is missing.
+    """
+    options = recipe.eval
+    if not recipe.test_data and not options.tasks:
+        raise ConfigError(
+            "eval needs something to measure.",
+            key="--data or --tasks",
+            expected="a data file or a benchmark",
+            actual="neither",
+            hint="mftctl eval MODEL --data FILE, or --tasks gsm8k",
+        )
+    for task in options.tasks:
+        find_benchmark(task)
+    for task, file in options.task_data.items():
+        if task not in options.tasks:
+            raise ConfigError(
+                "A benchmark file is given for a task that is not run.",
+                key=f"task_data.{task}",
+                expected=f"one of the tasks: {', '.join(options.tasks) or 'none given'}",
+                actual=task,
+            )
+        if not Path(file).is_file():
+            raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"task_data.{task}")
+
+
+def _data_file(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, listener: Listener
+) -> dict[str, Any]:
+    examples = load_examples(recipe.test_data, seed=recipe.seed)[: recipe.eval.limit]
+    name = _data_name(recipe.test_data)
+    found = evaluate_examples(
+        model,
+        tokenizer,
+        examples,
+        max_length_tokens=recipe.eval.max_length_tokens,
+        generate=recipe.eval.generate,
+        on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
+    )
+    rows = []
+    for row in found.rows:
+        scores = {"loss": row.nll}
+        if row.correct is not None:
+            scores["exact_match"] = float(row.correct)
+        rows.append(
+            {
+                "id": row.where,
+                "reference": row.reference,
+                "output": row.prediction,
+                "scores": scores,
+                "weights": {"loss": row.answer_tokens},
+            }
+        )
+    metrics = [_metric("loss", found.loss, found.loss_standard_error, len(rows))]
+    if found.exact_match is not None:
+        metrics.append(_metric("exact_match", found.exact_match, found.exact_match_standard_error, found.predictions))
+    return {
+        "name": name,
+        "digest": data_digest(examples),
+        "samples": _write_samples(run, "samples", rows),
+        "max_new_tokens": found.max_new_tokens,
+        "metrics": metrics,
+    }
+
+
+def _benchmark(
+    task: str,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    listener: Listener,
+) -> dict[str, Any]:
+    options = recipe.eval
+    found = run_benchmark(
+        model,
+        tokenizer,
+        task,
+        data_file=Path(options.task_data[task]) if task in options.task_data else None,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        seed=recipe.seed,
+        on_progress=lambda done, total: listener.progress(Progress(f"evaluating {task}", done, total)),
+    )
+    rows: dict[int, dict[str, Any]] = {}
+    for sample in found.samples:
+        row = rows.setdefault(
+            sample.doc_id,
+            {
+                "id": str(sample.doc_id),
+                "reference": sample.target,
+                "output": sample.output,
+                "answers": {},
+                "scores": {},
+            },
+        )
+        row["answers"][sample.filter] = sample.answer
+        row["scores"][f"exact_match,{sample.filter}"] = sample.score
+    described = asdict(found)
+    return {
+        "name": task,
+        "digest": f"{found.data_digest}:{options.limit or 'all'}",
+        "samples": _write_samples(run, task, rows.values()),
+        **{
+            key: described[key]
+            for key in ("task", "task_version", "lm_eval_version", "shots", "data", "max_new_tokens")
+        },
+        "metrics": [
+            _metric(f"{score.metric},{score.filter}", score.value, score.standard_error, score.samples)
+            for score in found.scores
+        ],
+    }
+
+
+def _metric(name: str, value: float, standard_error: float | None, samples: int) -> dict[str, Any]:
+    return {"name": name, "value": value, "standard_error": standard_error, "samples": samples}
+
+
+def _write_samples(run: Run, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    file = f"{name}.jsonl"
+    write_text(run.folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return file
+
+
+def _data_name(sources: Iterable[DataSource]) -> str:
+    """The file names without their folders; built-in splits and hub ids as they are."""
+    return " + ".join(Path(source.path).name if Path(source.path).is_file() else source.path for source in sources)

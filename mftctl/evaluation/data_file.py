@@ -1,0 +1,171 @@
+"""Loss and exact match of a model on the records of a data file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mftctl.data.batching import pad_token_id
+from mftctl.data.encoding import encode_all, encode_prompt
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.answers import exact_match
+from mftctl.evaluation.generation import context_tokens, default_max_new_tokens, generate_answers
+from mftctl.evaluation.inference import OnProgress
+from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.evaluation.statistics import standard_error_of_loss, standard_error_of_share
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mftctl.data.encoding import Encoded
+    from mftctl.data.examples import Example
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What a model made of one record.
+
+    Attributes:
+        where: Where the record came from, such as `test.jsonl:17`.
+        nll: Sum of the negative log-likelihoods of the answer's tokens, in nats.
+        answer_tokens: Number of tokens in that sum.
+        reference: The record's answer.
+        prediction: The generated answer; None where none was asked for or the record has no prompt.
+        correct: Whether the prediction matches; None without a prediction.
+    """
+
+    where: str
+    nll: float
+    answer_tokens: int
+    reference: str
+    prediction: str | None
+    correct: bool | None
+
+
+@dataclass(frozen=True, slots=True)
+class DataFileResult:
+    """Loss and exact match over all records.
+
+    Attributes:
+        loss: Negative log-likelihood per answer token, in nats.
+        loss_standard_error: By the delta method over records; None with a single record.
+        answer_tokens: Number of tokens the loss is over.
+        exact_match: Share of correct predictions; None where nothing was generated.
+        exact_match_standard_error: Binomial; None with fewer than two predictions.
+        predictions: Number of generated answers.
+        max_new_tokens: Where an unfinished answer was cut; None where nothing was generated.
+        rows: The records in file order.
+    """
+
+    loss: float
+    loss_standard_error: float | None
+    answer_tokens: int
+    exact_match: float | None
+    exact_match_standard_error: float | None
+    predictions: int
+    max_new_tokens: int | None
+    rows: tuple[SampleRow, ...]
+
+
+def evaluate_examples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length_tokens: int,
+    batch_tokens: int = 4096,
+    generate: bool = True,
+    on_progress: OnProgress | None = None,
+) -> DataFileResult:
+    """The model's loss on every record, and exact match on those with a prompt.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: The records.
+        max_length_tokens: Longer records are cut for the loss, as in training; prompts to answer are never cut.
+        batch_tokens: Most tokens of a batch with its padding.
+        generate: Whether answers are generated, which takes most of the time.
+        on_progress: Told the steps done; each loss and each generated answer is one.
+
+    Raises:
+        EvaluationError: There are no records, or a prompt does not fit the model's context.
+        DataError: A record cannot be encoded, or has no answer token left.
+    """
+    if not examples:
+        raise EvaluationError("There are no records to evaluate.", expected="at least one record", actual=0)
+    encoded = encode_all(examples, tokenizer, max_length_tokens)
+    asked = [index for index, example in enumerate(examples) if generate and example.prompt]
+    steps = len(encoded) + len(asked)
+    losses = sample_losses(
+        model,
+        encoded,
+        pad_token_id=pad_token_id(tokenizer),
+        batch_tokens=batch_tokens,
+        on_progress=_shifted(on_progress, 0, steps),
+    )
+    predictions: dict[int, str] = {}
+    max_new_tokens = None
+    if asked:
+        questions = [examples[index] for index in asked]
+        max_new_tokens = _room_for_answers(model, tokenizer, questions, [encoded[index] for index in asked])
+        answers = generate_answers(
+            model,
+            tokenizer,
+            questions,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=batch_tokens,
+            on_progress=_shifted(on_progress, len(encoded), steps),
+        )
+        predictions = dict(zip(asked, answers, strict=True))
+    rows = [
+        _row(example, loss, predictions.get(index))
+        for index, (example, loss) in enumerate(zip(examples, losses, strict=True))
+    ]
+    return _result(losses, rows, max_new_tokens)
+
+
+def _row(example: Example, loss: SampleLoss, prediction: str | None) -> SampleRow:
+    return SampleRow(
+        where=example.where,
+        nll=loss.nll,
+        answer_tokens=loss.answer_tokens,
+        reference=example.answer,
+        prediction=prediction,
+        correct=None if prediction is None else exact_match(prediction, example.answer),
+    )
+
+
+def _result(losses: Sequence[SampleLoss], rows: Sequence[SampleRow], max_new_tokens: int | None) -> DataFileResult:
+    correct = [row.correct for row in rows if row.correct is not None]
+    return DataFileResult(
+        loss=mean_loss(losses),
+        loss_standard_error=standard_error_of_loss(losses) if len(losses) > 1 else None,
+        answer_tokens=sum(loss.answer_tokens for loss in losses),
+        exact_match=sum(correct) / len(correct) if correct else None,
+        exact_match_standard_error=standard_error_of_share(correct) if len(correct) > 1 else None,
+        predictions=len(correct),
+        max_new_tokens=max_new_tokens,
+        rows=tuple(rows),
+    )
+
+
+def _room_for_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Example],
+    encoded: Sequence[Encoded],
+) -> int:
+    return default_max_new_tokens(
+        encoded,
+        longest_prompt_tokens=max(len(encode_prompt(example, tokenizer)) for example in questions),
+        limit_tokens=context_tokens(model),
+    )
+
+
+def _shifted(on_progress: OnProgress | None, done_before: int, steps: int) -> OnProgress | None:
+    """Progress of a part told as progress of the whole."""
+    if on_progress is None:
+        return None
+    return lambda done, _: on_progress(done_before + done, steps)

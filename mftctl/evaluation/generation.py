@@ -1,0 +1,143 @@
+"""Greedy answers of a model, many prompts at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+
+from mftctl.data.batching import pad_token_id
+from mftctl.data.encoding import encode_prompt
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mftctl.data.encoding import Encoded
+    from mftctl.data.examples import Example
+
+
+def context_tokens(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model was built for, in tokens; None where it names no limit."""
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return None if limit is None else int(limit)
+
+
+def default_max_new_tokens(
+    encoded: Sequence[Encoded], *, longest_prompt_tokens: int = 0, limit_tokens: int | None = None
+) -> int:
+    """Room for an answer: the longest reference times 1.5 plus 16, less where the longest prompt leaves less.
+
+    Args:
+        encoded: The reference answers.
+        longest_prompt_tokens: Length of the longest prompt.
+        limit_tokens: The model's context length.
+
+    Returns:
+        At least 1, even where the prompt leaves no room: then `generate_answers` names the example.
+    """
+    longest_answer = max((sample.answer_tokens for sample in encoded), default=0)
+    wanted = longest_answer * 3 // 2 + 16
+    return wanted if limit_tokens is None else max(1, min(wanted, limit_tokens - longest_prompt_tokens))
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_tokens: int,
+    on_progress: OnProgress | None = None,
+) -> list[str]:
+    """The model's most likely continuation of each prompt, without special tokens, in the order given.
+
+    Only `eos_token_id` is taken from the model's generation settings (beside the tokenizer's): penalties and sampling
+    that a checkpoint asks for would make its score depend on more than its weights.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        examples: Each with a prompt; their answers are not looked at.
+        max_new_tokens: Where an answer that has not ended is cut.
+        batch_tokens: Most tokens of a batch: prompts with padding and room for the answers.
+        on_progress: Told after each batch.
+
+    Raises:
+        EvaluationError: A prompt and its answer do not fit the model's context.
+    """
+    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    _check_context(model, examples, prompts, max_new_tokens)
+    stop_ids = _stop_token_ids(model, tokenizer)
+    answers: dict[int, str] = {}
+    with evaluation_mode(model), _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens):
+        for indices in length_batches([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
+            for index, token_ids in zip(indices, _continue(model, [prompts[i] for i in indices]), strict=True):
+                answers[index] = _decode(tokenizer, token_ids, stop_ids)
+            if on_progress is not None:
+                on_progress(len(answers), len(examples))
+    return [answers[index] for index in range(len(examples))]
+
+
+def _check_context(
+    model: PreTrainedModel, examples: Sequence[Example], prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> None:
+    """Refuses the first prompt that leaves no room for its answer."""
+    limit = context_tokens(model)
+    for example, prompt in zip(examples, prompts, strict=True):
+        if limit is not None and len(prompt) + max_new_tokens > limit:
+            raise EvaluationError(
+                "A prompt and its answer are longer than the model's context.",
+                path=example.where,
+                expected=f"at most {limit} tokens",
+                actual=f"{len(prompt)} tokens of prompt and up to {max_new_tokens} of answer",
+                hint="allow fewer new tokens, or leave this record out",
+            )
+
+
+def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends an answer: chat models name the end of a turn in one place and of a text in the other."""
+    own = model.generation_config.eos_token_id
+    named = own if isinstance(own, list) else [own]
+    return {int(token_id) for token_id in [*named, tokenizer.eos_token_id] if token_id is not None}
+
+
+@contextmanager
+def _greedy(model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_new_tokens: int) -> Iterator[None]:
+    """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(stop_ids) or None,
+        pad_token_id=pad_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _continue(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The new token ids of each prompt, padding after the end included."""
+    width = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), width), model.generation_config.pad_token_id, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        attention_mask[row, width - len(prompt) :] = 1
+    output = model.generate(  # type: ignore[operator]  # comes from a mixin of the concrete class
+        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
+    )
+    new_ids: list[list[int]] = output[:, width:].tolist()
+    return new_ids
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], stop_ids: set[int]) -> str:
+    """The text before the first stop token, which need not be a special one."""
+    end = next((position for position, token_id in enumerate(token_ids) if token_id in stop_ids), len(token_ids))
+    return str(tokenizer.decode(token_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))

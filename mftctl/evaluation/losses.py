@@ -1,0 +1,119 @@
+"""How surprised a model is by each reference answer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
+
+# Torch is imported where a model is run: the report builds `SampleLoss` from run folders without one.
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from mftctl.data.encoding import Encoded
+
+
+@dataclass(frozen=True, slots=True)
+class SampleLoss:
+    """The loss of one sample before division.
+
+    Attributes:
+        nll: Sum of the negative log-likelihoods of the answer's tokens, in nats.
+        answer_tokens: Number of tokens in that sum. The first token of a text is never among them: nothing comes
+            before it to predict it from.
+    """
+
+    nll: float
+    answer_tokens: int
+
+
+def mean_loss(losses: Sequence[SampleLoss]) -> float:
+    """Negative log-likelihood per answer token over all samples, in nats.
+
+    Args:
+        losses: The samples; long answers weigh more than short ones, as in training.
+
+    Raises:
+        EvaluationError: There is no answer token.
+    """
+    answer_tokens = sum(loss.answer_tokens for loss in losses)
+    if answer_tokens == 0:
+        raise EvaluationError(
+            "There is no answer token to compute a loss on.",
+            expected="at least one sample with an answer",
+            actual=f"{len(losses)} samples with 0 answer tokens",
+        )
+    return math.fsum(loss.nll for loss in losses) / answer_tokens
+
+
+def sample_losses(
+    model: PreTrainedModel,
+    encoded: Sequence[Encoded],
+    *,
+    pad_token_id: int,
+    batch_tokens: int = 4096,
+    on_progress: OnProgress | None = None,
+) -> list[SampleLoss]:
+    """The loss of each sample, in the order given.
+
+    Logits are computed only where some sample of the batch has an answer, through the model's own `logits_to_keep`:
+    unlike a call of decoder and output head apart, this keeps what a model does to its logits (soft caps, scales).
+
+    Args:
+        model: A causal language model on any device, in any float dtype.
+        encoded: Token ids and labels; -100 marks what is not scored. All answers of a conversation are.
+        pad_token_id: Fills up the right end of shorter samples.
+        batch_tokens: Most tokens of a batch with its padding.
+        on_progress: Told after each batch.
+    """
+    from mftctl.data.batching import PaddingCollator
+
+    collate = PaddingCollator(pad_token_id)
+    keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
+    losses: dict[int, SampleLoss] = {}
+    with evaluation_mode(model):
+        for indices in length_batches([len(sample.input_ids) for sample in encoded], batch_tokens):
+            batch = collate([encoded[index] for index in indices])
+            losses.update(zip(indices, _batch_losses(model, batch, keeps_some=keeps_some), strict=True))
+            if on_progress is not None:
+                on_progress(len(losses), len(encoded))
+    return [losses[index] for index in range(len(encoded))]
+
+
+def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_some: bool) -> list[SampleLoss]:
+    """The losses of one batch.
+
+    Args:
+        model: In evaluation mode.
+        batch: `input_ids`, `attention_mask` and `labels`, each `(samples, tokens)`.
+        keeps_some: Whether the model computes logits for chosen positions only.
+    """
+    import torch.nn.functional as F
+
+    from mftctl.data.encoding import IGNORED_LABEL
+
+    targets = batch["labels"][:, 1:].to(model.device)
+    positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
+    if len(positions) == 0:
+        return [SampleLoss(nll=0.0, answer_tokens=0) for _ in targets]
+    targets = targets[:, positions]
+    logits = model(
+        input_ids=batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
+        use_cache=False,
+        **({"logits_to_keep": positions} if keeps_some else {}),
+    ).logits
+    if not keeps_some:
+        logits = logits[:, positions]
+    losses = []
+    for row, target in zip(logits, targets, strict=True):
+        # One sample at a time, so that only its logits are held in fp32.
+        nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED_LABEL, reduction="none").double().sum()
+        losses.append(SampleLoss(nll=float(nll), answer_tokens=int((target != IGNORED_LABEL).sum())))
+    return losses

@@ -1,0 +1,274 @@
+"""How sure a figure is, and whether a difference is more than noise.
+
+All intervals are over the samples of the test set: they say what another test set of the same kind would show, given
+the models compared. Several seeds of a method are averaged per sample before that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import stats
+
+from mftctl.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mftctl.evaluation.losses import SampleLoss
+
+# Resamples are drawn in blocks of this many numbers (32 MiB an array), however many samples there are.
+_BLOCK_NUMBERS = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """An estimate and the interval around it.
+
+    Attributes:
+        estimate: The figure itself.
+        low: Lower end.
+        high: Upper end.
+        confidence: Share of such intervals that hold the true figure, such as 0.95.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the figure is more than noise: zero lies outside."""
+        return self.low > 0 or self.high < 0
+
+
+def standard_error_of_loss(losses: Sequence[SampleLoss]) -> float:
+    """Standard error of `mean_loss` over samples, by the delta method for a ratio of two sums.
+
+    Tokens of one answer depend on each other, samples do not: the sample is the unit.
+
+    Args:
+        losses: At least two samples.
+
+    Raises:
+        EvaluationError: Fewer than two samples, or no answer token.
+    """
+    _check_samples(len(losses))
+    nll = np.array([loss.nll for loss in losses], dtype=np.float64)
+    tokens = np.array([loss.answer_tokens for loss in losses], dtype=np.float64)
+    _check_weights(tokens)
+    residuals = nll - nll.sum() / tokens.sum() * tokens
+    variance = len(losses) / (len(losses) - 1) * float(residuals @ residuals)
+    return math.sqrt(variance) / float(tokens.sum())
+
+
+def standard_error_of_share(correct: Sequence[bool]) -> float:
+    """Standard error of the share of correct answers, `sqrt(p (1 - p) / (n - 1))`.
+
+    The `n - 1` makes the variance unbiased; it is what lm-eval reports.
+
+    Args:
+        correct: At least two samples.
+
+    Raises:
+        EvaluationError: Fewer than two samples.
+    """
+    _check_samples(len(correct))
+    share = sum(correct) / len(correct)
+    return math.sqrt(share * (1 - share) / (len(correct) - 1))
+
+
+def paired_difference(
+    differences: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """`sum(differences) / sum(weights)` with its percentile bootstrap interval over samples.
+
+    Args:
+        differences: Per sample, `(samples,)`.
+        weights: Per sample, not negative, `(samples,)`: answer tokens for a loss, ones for a score.
+        confidence: Between 0 and 1.
+        resamples: Number of test sets drawn.
+        seed: The same seed gives the same interval.
+
+    Raises:
+        EvaluationError: Fewer than two samples, arrays of different length, or weights that sum to zero.
+    """
+    if differences.shape != weights.shape or differences.ndim != 1:
+        raise EvaluationError(
+            "Differences and weights do not belong to the same samples.",
+            expected=f"weights of shape {differences.shape}",
+            actual=weights.shape,
+        )
+    _check_samples(len(differences))
+    _check_weights(weights)
+    bootstrap = stats.bootstrap(
+        (differences, weights),
+        _ratio_of_sums,
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        n_resamples=resamples,
+        batch=max(1, _BLOCK_NUMBERS // len(differences)),
+        confidence_level=confidence,
+        rng=np.random.default_rng(seed),
+    )
+    low, high = bootstrap.confidence_interval
+    return Interval(float(_ratio_of_sums(differences, weights)), float(low), float(high), confidence)
+
+
+def paired_loss_difference(
+    a: Sequence[SampleLoss],
+    b: Sequence[SampleLoss],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Loss of b minus loss of a on the same samples, in nats a token: below zero, b is better.
+
+    Args:
+        a: The model compared against.
+        b: The model of interest.
+        confidence: Between 0 and 1.
+        resamples: Number of test sets drawn.
+        seed: Of the resampling.
+
+    Raises:
+        EvaluationError: Not the same samples, or fewer than two.
+    """
+    return paired_loss_difference_over_seeds([(a, b)], confidence=confidence, resamples=resamples, seed=seed)
+
+
+def paired_score_difference(
+    a: Sequence[float],
+    b: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Mean score of b minus mean score of a on the same samples: above zero, b is better.
+
+    Args:
+        a: The model compared against, one score (0 or 1, or real) a sample.
+        b: The model of interest.
+        confidence: Between 0 and 1.
+        resamples: Number of test sets drawn.
+        seed: Of the resampling.
+
+    Raises:
+        EvaluationError: Not the same samples, or fewer than two.
+    """
+    return paired_score_difference_over_seeds([(a, b)], confidence=confidence, resamples=resamples, seed=seed)
+
+
+def paired_loss_difference_over_seeds(
+    pairs: Sequence[tuple[Sequence[SampleLoss], Sequence[SampleLoss]]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Loss of a method minus loss of its baseline, averaged over training seeds sample by sample.
+
+    Args:
+        pairs: For each training seed the baseline's and the method's samples; the same samples for every seed.
+        confidence: Between 0 and 1.
+        resamples: Number of test sets drawn.
+        seed: Of the resampling.
+
+    Raises:
+        EvaluationError: No pair, not the same samples everywhere, or fewer than two.
+    """
+    runs = [run for pair in pairs for run in pair]
+    _check_same_length([len(run) for run in runs])
+    tokens = [[loss.answer_tokens for loss in run] for run in runs]
+    for other in tokens[1:]:
+        if other != tokens[0]:
+            sample = next(i for i, (one, two) in enumerate(zip(tokens[0], other, strict=True)) if one != two)
+            raise EvaluationError(
+                "The runs were not evaluated on the same answers.",
+                key=f"sample {sample}",
+                expected=f"{tokens[0][sample]} answer tokens",
+                actual=f"{other[sample]} answer tokens",
+                hint="evaluate both on the same file, with the same tokenizer and maximum length",
+            )
+    differences = [[after.nll - before.nll for before, after in zip(a, b, strict=True)] for a, b in pairs]
+    return paired_difference(
+        np.mean(np.array(differences, dtype=np.float64), axis=0),
+        np.array(tokens[0], dtype=np.float64),
+        confidence=confidence,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def paired_score_difference_over_seeds(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """Mean score of a method minus that of its baseline, averaged over training seeds sample by sample.
+
+    Args:
+        pairs: For each training seed the baseline's and the method's scores; the same samples for every seed.
+        confidence: Between 0 and 1.
+        resamples: Number of test sets drawn.
+        seed: Of the resampling.
+
+    Raises:
+        EvaluationError: No pair, not the same samples everywhere, or fewer than two.
+    """
+    _check_same_length([len(run) for pair in pairs for run in pair])
+    differences = np.mean([np.subtract(b, a, dtype=np.float64) for a, b in pairs], axis=0)
+    return paired_difference(
+        differences, np.ones_like(differences), confidence=confidence, resamples=resamples, seed=seed
+    )
+
+
+def _ratio_of_sums(
+    differences: NDArray[np.float64], weights: NDArray[np.float64], axis: int = -1
+) -> NDArray[np.float64]:
+    ratio: NDArray[np.float64] = differences.sum(axis=axis) / weights.sum(axis=axis)
+    return ratio
+
+
+def _check_samples(samples: int) -> None:
+    if samples < 2:
+        raise EvaluationError(
+            "One sample says nothing about the spread.", expected="at least 2 samples", actual=samples
+        )
+
+
+def _check_weights(weights: NDArray[np.float64]) -> None:
+    # A resample may hold any sample alone, so none may have a weight of zero.
+    if not np.all(weights > 0):
+        raise EvaluationError(
+            "A sample without answer tokens cannot be weighed.",
+            key=f"sample {int(np.argmax(weights <= 0))}",
+            expected="a weight above 0",
+        )
+
+
+def _check_same_length(lengths: Sequence[int]) -> None:
+    if not lengths:
+        raise EvaluationError("There are no runs to compare.", expected="at least one pair of runs", actual=0)
+    if len(set(lengths)) > 1:
+        raise EvaluationError(
+            "The runs have different numbers of samples.",
+            expected=f"{lengths[0]} samples each",
+            actual=", ".join(map(str, lengths)),
+            hint="evaluate both on the same file with the same limit",
+        )

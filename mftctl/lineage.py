@@ -1,0 +1,146 @@
+"""What a command works on: given, or found in the newest suitable run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mftctl.errors import ConfigError
+from mftctl.quickstart import NAME as QUICKSTART
+from mftctl.runs import Run, list_runs, load_run, newest_run
+
+PRE_TRAINED = "pre-trained"
+FFT = "FFT"
+CONTINUED_FFT = "continued FFT"
+MASK_STATES = {"learned": "MFT", "random": "random mask", "magnitude": "L1 mask"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model, possibly under a mask, and where it comes from.
+
+    Attributes:
+        model: Checkpoint folder, hub id or `quickstart`.
+        mask: Mask file to be applied to it, or None.
+        state: What it is in the words of the papers: pre-trained, FFT, continued FFT, random mask, MFT, ...
+        parents: Names of the runs that made it, oldest first.
+        origin: The model that the first of these runs started from; `model` itself without one.
+        config: The configuration of the newest of these runs, which later commands go on with; None without one.
+    """
+
+    model: str
+    mask: str | None = None
+    state: str = PRE_TRAINED
+    parents: tuple[str, ...] = ()
+    origin: str = ""
+    config: dict[str, Any] | None = None
+
+    def as_inputs(self) -> dict[str, Any]:
+        """The record of this source in another run's `inputs`."""
+        return {
+            "model": self.model,
+            "mask": self.mask,
+            "state": self.state,
+            "parents": list(self.parents),
+            "origin": self.origin or self.model,
+        }
+
+
+def source_of_run(run: Run) -> Source:
+    """What a finished `fft`, `mask-train` or `apply` run has made."""
+    inputs, result = run.record.inputs, run.record.result
+    return Source(
+        model=result.get("model") or inputs["model"],
+        mask=result.get("mask"),
+        state=result["state"],
+        parents=(*inputs["parents"], run.name),
+        origin=inputs["origin"],
+        config=run.record.config,
+    )
+
+
+def source_of_model(model: str, root: Path) -> Source:
+    """A model given by name: a run's own if its folder was made by one, else a pre-trained one.
+
+    Args:
+        model: Checkpoint folder, hub id or `quickstart`.
+        root: The runs folder.
+    """
+    path = Path(model)
+    if path.is_dir():
+        for run in reversed(list_runs(root)[0]):
+            made = run.record.result.get("model")
+            if made is not None and Path(made).resolve() == path.resolve():
+                return source_of_run(run)
+    return Source(model)
+
+
+def source_of_mask(model: str, mask: str, root: Path) -> Source:
+    """A model under a mask file: the state of the `mask-train` run that wrote it, else simply `masked`."""
+    base = source_of_model(model, root)
+    for run in reversed(list_runs(root)[0]):
+        made = run.record.result
+        copies = [made.get("mask"), made.get("output")]
+        if any(copy is not None and Path(copy).resolve() == Path(mask).resolve() for copy in copies):
+            return replace(source_of_run(run), model=model, mask=mask, parents=(*base.parents, run.name))
+    return replace(base, mask=mask, state="masked")
+
+
+def newest_source(root: Path, *commands: str) -> Source | None:
+    """What the newest finished run of one of these commands has made; None if there is none."""
+    run = newest_run(root, *commands)
+    return None if run is None else source_of_run(run)
+
+
+def model_for_training(model: str | None, root: Path, command: str) -> Source:
+    """The model to fine-tune, probe or mask.
+
+    Without a name: the newest fine-tuned model of the runs folder, or, for `fft` in a folder without one, the
+    built-in model.
+
+    Raises:
+        ConfigError: No name, and nothing to fall back on.
+    """
+    if model is not None:
+        return source_of_model(model, root)
+    newest = newest_source(root, "fft")
+    if newest is not None:
+        return newest
+    if command == "fft":
+        return Source(QUICKSTART)
+    raise ConfigError(
+        f"{command} needs a model.",
+        key="--model",
+        expected="a checkpoint folder or a hub id",
+        actual=f"none given, and no finished fft run in {root}",
+        hint=f"mftctl fft, or mftctl {command} --model DIR --data FILE",
+    )
+
+
+def recommended_layers(root: Path, source: Source) -> tuple[str, str] | None:
+    """The layers that the newest probe of this very model recommends, and the name of that run; None without one."""
+    for run in reversed(list_runs(root)[0]):
+        record = run.record
+        if record.command == "probe" and record.status == "finished" and record.inputs["model"] == source.model:
+            return record.result["recommended_layers"], run.name
+    return None
+
+
+def ancestry(root: Path, source: Source) -> list[Source]:
+    """The states a source went through, the pre-trained model first and the source itself last.
+
+    Args:
+        root: The runs folder.
+        source: With the runs that made it.
+    """
+    if not source.parents:
+        return [source]
+    made = [source_of_run(load_run(root / name)) for name in source.parents]
+    first = Source(source.origin, config=source.config)
+    return list({step.state: step for step in (first, *made)}.values())
+
+
+def fine_tuned_state(source: Source) -> str:
+    """What fine-tuning makes of a source: FFT of a pre-trained model, continued FFT of a fine-tuned one."""
+    return FFT if source.state == PRE_TRAINED else CONTINUED_FFT

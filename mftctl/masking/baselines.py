@@ -1,0 +1,40 @@
+"""Masks that need no training: random entries, and the smallest weights."""
+
+from __future__ import annotations
+
+import torch
+
+from mftctl.masking.layers import initial_scores
+from mftctl.masking.selection import keep_highest
+from mftctl.masking.targets import MaskTarget
+
+
+def random_mask(target: MaskTarget, ratio: float, seed: int) -> torch.Tensor:
+    """The keep mask that removes exactly the ratio's share of a target's weights, uniformly at random.
+
+    Args:
+        target: The projection to be masked.
+        ratio: Share to remove, in [0, 1).
+        seed: With the target's name it decides the entries.
+
+    Returns:
+        Bool tensor of the weight's shape.
+
+    Source: MFT, section 3.1, baseline 5.
+    """
+    return keep_highest(initial_scores(target, "kaiming", seed=seed), ratio)
+
+
+def magnitude_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
+    """The keep mask that removes the ratio's share of the smallest absolute weights of a target.
+
+    Args:
+        target: The projection to be masked.
+        ratio: Share to remove, in [0, 1).
+
+    Returns:
+        Bool tensor of the weight's shape.
+
+    Source: MFT, section 3.1, baseline 5 (L1 mask).
+    """
+    return keep_highest(target.module.weight.detach().abs(), ratio)

@@ -1,0 +1,260 @@
+"""Masks in memory (one bit a weight) and the mask file, format version 1.
+
+The words MUST and MAY below are normative. An integer is unsigned and little-endian.
+
+Container
+    A mask file MUST be a safetensors file: 8 bytes N, N bytes of header, then the buffer, which ends with the file. N
+    MUST be at most 100,000,000 and a multiple of 8. The header MUST be one JSON object in UTF-8 without optional white
+    space or optional escapes, followed by the 0 to 7 spaces that make its length a multiple of 8. No object in it MAY
+    hold a key twice. Keys MAY come in any order; mftctl writes them sorted by code point.
+
+    For each masked parameter the header MUST hold one tensor under the parameter's checkpoint name, with dtype "U8" and
+    shape `[length]`, whose `data_offsets` span its payload of `length` bytes, at least 1. Names MUST be printable,
+    not empty and not `__metadata__`.
+    Payloads MUST cover the buffer without a hole or an overlap and MAY come in any order; mftctl writes them by
+    ascending name. `__metadata__` MUST hold exactly the strings `mftctl` (the document) and `sha256` (the digest).
+
+Document
+    `mftctl` MUST be a JSON object without a key twice, with exactly these keys: `format_version` (1), `kind` ("weight":
+    out = base * mask; "delta": out = base + mask * (tuned - base)), `bit_order` ("little"), `tensors`, `base`
+    (`{"model": string, "revision": string or null}`), `method` (string), `ratio` (0 to 1, or null), `threshold` (number
+    or null), `layers` (string or null), `seed` (integer from -2^63 to 2^64 - 1, or null), `run_id` (string or null).
+    `base.model` and `method` MUST NOT be empty.
+
+    `tensors` MUST have the names of the tensors in the header, each with an object of exactly these keys: `shape` (1 to
+    8 positive integers with a product of at most 2^48), `removed` (the number of zero bits), `codec`, `sha256` (64
+    lower-case hex digits: SHA-256 of the base tensor's bytes as stored in its checkpoint), `dtype` (the base tensor's:
+    F64, F32, F16, BF16, F8_E4M3, F8_E5M2, F8_E4M3FNUZ or F8_E5M2FNUZ).
+
+Payload
+    A mask is one bit a weight, 1 = keep, 0 = removed. Weight i in row-major order is bit `i mod 8` (0 = the least
+    significant) of byte `i div 8`. The bits after the last weight MUST be zero. These `ceil(weights / 8)` bytes are the
+    payload of codec "packed". The payload of codec "deflate" MUST be one raw DEFLATE stream (RFC 1951) of them, ending
+    in the payload's last byte. It SHOULD use Huffman codes only: a mask has no repetitions to find. The packed size
+    MUST be less than 8 times the payload's size, which every Huffman-only stream obeys: a byte costs at least one bit,
+    a block its header and end besides. A reader refuses other streams, and so allocates at most 8 times what it was
+    given.
+
+Digest
+    `sha256` MUST be the SHA-256, in 64 lower-case hex digits, over: the document in UTF-8, then for each tensor by
+    ascending name (order of the UTF-8 bytes) the name in UTF-8 and the payload as stored - each of these items preceded
+    by its length as 8 bytes.
+
+A reader MUST check all of this before it uses a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+import torch
+
+from mftctl.atomic import atomic_file
+from mftctl.errors import MaskFileError, MaskFormatError
+from mftctl.masking.codecs import Codec, Packed, count_kept, decode, encode, pack, unpack
+from mftctl.masking.mask_container import MaskDigest, Span, read_container, write_container
+from mftctl.masking.mask_document import (
+    MaskDocument,
+    MaskMetadata,
+    TensorRecord,
+    build_document,
+    parse_document,
+    shown,
+)
+
+__all__ = ["Mask", "MaskMetadata", "TensorRecord", "load_mask", "save_mask"]
+
+
+class Mask:
+    """Which weights of a model stay: one bool tensor a parameter, True = keep, held as packed bits.
+
+    Args:
+        tensors: The bool masks by checkpoint name, each with the shape in its record.
+        records: What is known of each masked tensor, under the same names.
+        metadata: Where the mask comes from.
+
+    Raises:
+        MaskFormatError: Names, shapes, dtypes or counts do not agree, or a value is not allowed by the file format.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], records: Mapping[str, TensorRecord], metadata: MaskMetadata
+    ) -> None:
+        build_document(records, metadata, "packed")
+        _require_same_names(set(records), set(tensors), path=None)
+        packed = {name: _pack_checked(name, tensors[name], records[name]) for name in records}
+        self._hold(packed, records, metadata)
+
+    @classmethod
+    def _from_packed(cls, packed: Mapping[str, Packed], document: MaskDocument) -> Mask:
+        mask = cls.__new__(cls)
+        mask._hold(packed, document.records(), document.metadata())
+        return mask
+
+    def _hold(self, packed: Mapping[str, Packed], records: Mapping[str, TensorRecord], metadata: MaskMetadata) -> None:
+        self._packed = {name: packed[name] for name in sorted(packed)}
+        self.records: Mapping[str, TensorRecord] = MappingProxyType({name: records[name] for name in self._packed})
+        self.metadata = metadata
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        record = self.records[name]
+        return torch.from_numpy(unpack(self._packed[name], record.weights)).reshape(record.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed
+
+    def __len__(self) -> int:
+        return len(self._packed)
+
+    def names(self) -> list[str]:
+        """The masked parameters' checkpoint names in ascending order."""
+        return list(self._packed)
+
+    def packed(self, name: str) -> Packed:
+        """The packed bits of one tensor, `(ceil(weights / 8),)` and read-only, for work in pieces."""
+        return self._packed[name]
+
+    @property
+    def weights(self) -> int:
+        """The number of masked weights, kept and removed."""
+        return sum(record.weights for record in self.records.values())
+
+    @property
+    def removed(self) -> int:
+        """The number of removed weights."""
+        return sum(record.removed for record in self.records.values())
+
+    @property
+    def ratio(self) -> float:
+        """The share removed over all masked weights: the outcome, where `metadata.ratio` is what was asked for."""
+        return self.removed / self.weights
+
+
+def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate") -> None:
+    """Writes the mask file whole or not at all; an existing one is replaced.
+
+    Args:
+        mask: The mask.
+        path: The file. Missing parent folders are made.
+        codec: "deflate" (0.478 bits a weight at 10 % removed) or "packed" (1 bit a weight).
+
+    Raises:
+        MaskFormatError: There is no such codec.
+        MaskFileError: The file cannot be written.
+    """
+    path = Path(path)
+    document = build_document(mask.records, mask.metadata, codec)
+    payloads = {name: encode(mask.packed(name), codec) for name in mask.names()}
+    try:
+        with atomic_file(path) as temporary, temporary.open("wb") as stream:
+            write_container(stream, document.to_json(), payloads)
+    except OSError as error:
+        raise MaskFileError(
+            "The mask file cannot be written",
+            path=path,
+            actual=error.strerror or str(error),
+            hint="give another path with -o, or free some space",
+        ) from error
+
+
+def load_mask(path: Path | str) -> Mask:
+    """The mask in a file, after every check that the format asks for.
+
+    Args:
+        path: A file from anyone. At most about 9 times its size is allocated.
+
+    Raises:
+        MaskFormatError: The file cannot be read, is damaged, of an unknown version or no mask file.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            return _read_mask(stream, path)
+    except OSError as error:
+        raise MaskFormatError(
+            "The mask file cannot be read",
+            path=path,
+            actual=error.strerror or str(error),
+            hint="give the path of a mask file, such as mask.bits",
+        ) from error
+
+
+def _read_mask(stream: BinaryIO, path: Path) -> Mask:
+    container = read_container(stream, path)
+    document = parse_document(container.document, path)
+    _require_same_names(set(document.tensors), set(container.payloads), path)
+    digest = MaskDigest(container.document)
+    packed = {}
+    for name, record in document.records().items():
+        payload = _read_payload(stream, container.payloads[name], path, name)
+        digest.add_payload(name, payload)
+        packed[name] = decode(payload, document.tensors[name].codec, record.weights, path=path, key=name)
+        _require_count(name, packed[name], record, path)
+    if digest.hexdigest() != container.digest:
+        raise MaskFormatError(
+            "The mask file is damaged: its contents do not have the digest it states",
+            path=path,
+            key="sha256",
+            expected=container.digest,
+            actual=digest.hexdigest(),
+            hint="copy the file again from where it was made; if it is broken there too, train the mask again",
+        )
+    return Mask._from_packed(packed, document)
+
+
+def _read_payload(stream: BinaryIO, span: Span, path: Path, name: str) -> bytes:
+    stream.seek(span.offset_bytes)
+    payload = stream.read(span.length_bytes)
+    if len(payload) != span.length_bytes:
+        raise MaskFormatError(
+            "The mask file became shorter while it was read",
+            path=path,
+            key=name,
+            expected=f"{span.length_bytes} bytes",
+            actual=f"{len(payload)} bytes",
+            hint="wait until nothing writes to the file, then try again",
+        )
+    return payload
+
+
+def _require_same_names(recorded: set[str], masked: set[str], path: Path | None) -> None:
+    if recorded == masked:
+        return
+    name = min(recorded ^ masked)
+    raise MaskFormatError(
+        "The masks and their records do not have the same names",
+        path=path,
+        key=shown(name),
+        expected="a mask and a record",
+        actual="only a record" if name in recorded else "only a mask",
+        hint="train the mask again, or copy the mask file again from where it was made",
+    )
+
+
+def _pack_checked(name: str, keep: torch.Tensor, record: TensorRecord) -> Packed:
+    if keep.dtype != torch.bool or tuple(keep.shape) != tuple(record.shape):
+        raise MaskFormatError(
+            "The mask is not a bool tensor of the recorded shape",
+            key=name,
+            expected=f"{torch.bool} {tuple(record.shape)}",
+            actual=f"{keep.dtype} {tuple(keep.shape)}",
+        )
+    packed = pack(keep)
+    _require_count(name, packed, record, path=None)
+    return packed
+
+
+def _require_count(name: str, packed: Packed, record: TensorRecord, path: Path | None) -> None:
+    removed = record.weights - count_kept(packed)
+    if removed != record.removed:
+        raise MaskFormatError(
+            "The mask does not remove as many weights as its record says",
+            path=path,
+            key=name,
+            expected=record.removed,
+            actual=removed,
+            hint="train the mask again, or copy the mask file again from where it was made",
+        )

@@ -1,0 +1,89 @@
+"""From the name of a model to a folder that holds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from mftctl import quickstart
+from mftctl.errors import ModelError
+from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE
+
+_WANTED_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*"]
+_UNWANTED_FILES: Final = ["*/*.safetensors", "consolidated*", "onnx/*", "original/*"]
+_PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth")
+_CONVERT: Final = (
+    "if you trust its weights, convert them: "
+    'AutoModelForCausalLM.from_pretrained("{model}").save_pretrained("NEW"), then copy the tokenizer files to NEW'
+)
+
+
+def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint in safetensors form.
+
+    Args:
+        model: A local folder, the built-in name "quickstart", or a model on the Hugging Face hub, which is downloaded
+            where it is not in the local cache.
+        revision: Branch, tag or commit on the hub; it has no meaning for the other two.
+
+    Raises:
+        ModelError: It is none of the three, or its folder lacks `config.json` or safetensors weights.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _checked(folder, model)
+    if model == quickstart.NAME:
+        return _checked(quickstart.model_path(), model)
+    if folder.exists():
+        raise ModelError(
+            "A model is a folder, and this is a file",
+            path=folder,
+            expected="a folder with config.json and safetensors weights",
+            hint="give the folder written by save_pretrained",
+        )
+    return _checked(_download(model, revision), model)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    try:
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=_WANTED_FILES, ignore_patterns=_UNWANTED_FILES
+        )
+    except (HFValidationError, OSError) as error:
+        raise ModelError(
+            "There is no such model: no local folder, and nothing the hub could give",
+            key=model if revision is None else f"{model}@{revision}",
+            expected='a folder, "quickstart", or a hub model such as HuggingFaceTB/SmolLM2-135M-Instruct',
+            actual=str(error).splitlines()[0],
+            hint="check the spelling and the network; for a private or gated model, log in with: hf auth login",
+        ) from error
+    return Path(folder)
+
+
+def _checked(folder: Path, model: str) -> Path:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "The folder is no checkpoint: it has no config.json",
+            path=folder,
+            expected="config.json beside the weights",
+            hint="give the folder written by save_pretrained",
+        )
+    if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
+        return folder
+    pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            "The checkpoint is a pickle, which can run code when it is opened; mftctl reads safetensors",
+            path=pickles[0],
+            expected=f"{WEIGHTS_FILE} or {INDEX_FILE}",
+            hint=_CONVERT.format(model=model),
+        )
+    raise ModelError(
+        "The checkpoint has no safetensors weights",
+        path=folder,
+        expected=f"{WEIGHTS_FILE} or {INDEX_FILE}",
+        hint=_CONVERT.format(model=model),
+    )

@@ -1,0 +1,217 @@
+"""Linear layers with a score for each weight, trained through the mask that the scores select."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from mftctl.masking.selection import Ranking, check_ratio, keep_above, keep_highest, rank
+from mftctl.masking.targets import MaskTarget
+
+
+@dataclass(frozen=True, slots=True)
+class Indicator:
+    """The rule that turns scores into a mask: a ratio per tensor, or one threshold.
+
+    Attributes:
+        ratio: Share removed of each tensor, lowest ranked first; None if a threshold decides.
+        threshold: Entries with a lower score are removed; None if a ratio decides. Always on signed scores.
+        ranking: What a ratio ranks: |score| (`magnitude`) or the score (`signed`).
+    """
+
+    ratio: float | None = 0.1
+    threshold: float | None = None
+    ranking: Ranking = "magnitude"
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.threshold is None):
+            raise ValueError("an indicator needs either a ratio or a threshold")
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+
+    @property
+    def uses_magnitude(self) -> bool:
+        """Whether |score| decides, so that the gradient carries the sign of the score."""
+        return self.threshold is None and self.ranking == "magnitude"
+
+    def keep(self, scores: torch.Tensor) -> torch.Tensor:
+        """The bool keep mask of `scores`, of the same shape.
+
+        Raises:
+            MaskingError: A score is not a number.
+        """
+        if self.ratio is None:
+            return keep_above(scores, self.threshold or 0.0)
+        return keep_highest(rank(scores, self.ranking), self.ratio)
+
+
+class MaskedLinear(nn.Module):
+    """A frozen linear projection whose weights pass a mask that follows from trainable scores.
+
+    Computes `x @ (W * M)^T + b`. The mask and the masked weight are computed when the scores have changed, once an
+    optimizer step, and not at every forward.
+
+    Attributes:
+        weight: The frozen weight: `(out_features, in_features)`, or `(in_features, out_features)` of a Conv1D.
+        bias: The frozen bias `(out_features,)`, or None.
+        scores: Trainable, fp32 unless given otherwise, of the weight's shape.
+        indicator: The rule from scores to mask.
+
+    Source: MFT, equations 4 and 5.
+    """
+
+    def __init__(self, linear: nn.Linear | Conv1D, scores: torch.Tensor, indicator: Indicator) -> None:
+        super().__init__()
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
+        self.scores = nn.Parameter(scores)
+        self.indicator = indicator
+        self.transposed = isinstance(linear, Conv1D)
+        self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
+        self._scores_version = -1
+        self._masked_weight: torch.Tensor = torch.empty(0)
+
+    def keep(self) -> torch.Tensor:
+        """The present keep mask, bool, of the weight's shape."""
+        return self.indicator.keep(self.scores.detach())
+
+    def original(self) -> nn.Linear | Conv1D:
+        """The module that this one replaced; it shares the frozen weight."""
+        return self._linear[0]
+
+    @torch.no_grad()
+    def masked_weight(self) -> torch.Tensor:
+        """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
+        # In-place updates, which all optimizers make, raise the version counter of a tensor.
+        version = self.scores._version
+        if version != self._scores_version or self._masked_weight.device != self.weight.device:
+            self._masked_weight = self.weight.masked_fill(~self.keep(), 0.0)
+            self._scores_version = version
+        return self._masked_weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The projection of `x` `(..., in_features)` to `(..., out_features)`."""
+        y: torch.Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
+            x, self.scores, self.masked_weight(), self.weight, self.transposed, self.indicator.uses_magnitude
+        )
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Shape and indicator, for `print(model)`."""
+        return f"{tuple(self.weight.shape)}, {self.indicator}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`x @ (W * M)^T`, whose gradient for the scores takes the indicator as the identity.
+
+    dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked.
+
+    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        scores: torch.Tensor,
+        masked_weight: torch.Tensor,
+        weight: torch.Tensor,
+        transposed: bool,
+        uses_magnitude: bool,
+    ) -> torch.Tensor:
+        # Under autocast the surrounding layers speak the lower precision; a custom function must follow by itself.
+        compute_dtype = (
+            torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        )
+        x, masked_weight = x.to(compute_dtype), masked_weight.to(compute_dtype)
+        ctx.save_for_backward(x, scores, masked_weight, weight)
+        ctx.transposed = transposed
+        ctx.uses_magnitude = uses_magnitude
+        return x @ masked_weight if transposed else F.linear(x, masked_weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, scores, masked_weight, weight = ctx.saved_tensors
+        grad_x = grad_scores = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output @ (masked_weight.t() if ctx.transposed else masked_weight)
+        if ctx.needs_input_grad[1]:
+            rows_x = x.reshape(-1, x.shape[-1])
+            rows_grad = grad_output.reshape(-1, grad_output.shape[-1])
+            grad_masked = rows_x.t() @ rows_grad if ctx.transposed else rows_grad.t() @ rows_x
+            grad_scores = grad_masked.to(scores.dtype).mul_(weight)
+            if ctx.uses_magnitude:
+                grad_scores.mul_(scores.sign())
+        return grad_x, grad_scores, None, None, None, None
+
+
+ScoreStart = Literal["kaiming", "constant"]
+
+
+def initial_scores(target: MaskTarget, start: ScoreStart, *, constant: float = 0.01, seed: int = 0) -> torch.Tensor:
+    """The scores a target starts from, fp32, of its weight's shape and on its device.
+
+    Args:
+        target: The projection to be masked.
+        start: `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal.
+        constant: The value of the constant start.
+        seed: With the target's name it decides the values, whatever other targets there are.
+
+    Source: the authors' implementation of MFT (Kaiming-uniform with a = sqrt(5)).
+    """
+    weight = target.module.weight
+    if start == "constant":
+        return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)
+    digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    bound = score_scale(target.module)
+    scores = torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    return scores.to(weight.device)
+
+
+def score_scale(linear: nn.Linear | Conv1D | MaskedLinear) -> float:
+    """1 / sqrt(fan_in), the bound of the Kaiming-uniform start."""
+    transposed = isinstance(linear, Conv1D) or (isinstance(linear, MaskedLinear) and linear.transposed)
+    return 1.0 / math.sqrt(linear.weight.shape[0 if transposed else 1])
+
+
+def attach_masks(
+    model: nn.Module, targets: Sequence[MaskTarget], scores: dict[str, torch.Tensor], indicator: Indicator
+) -> None:
+    """Freezes the model and puts a `MaskedLinear` in the place of every target.
+
+    Args:
+        model: Changed in place; afterwards only scores are trainable.
+        targets: From `find_targets` on this model.
+        scores: One tensor per target name, of its weight's shape.
+        indicator: The rule from scores to mask.
+    """
+    model.requires_grad_(False)
+    for target in targets:
+        _replace(model, target.name, MaskedLinear(target.module, scores[target.name], indicator))
+
+
+def detach_masks(model: nn.Module) -> None:
+    """Puts the original projections back; weights were never touched."""
+    for name, module in list(masked_layers(model)):
+        _replace(model, name, module.original())
+
+
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
+    """Path and module of every masked projection, in model order."""
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLinear):
+            yield name, module
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)

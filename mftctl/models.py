@@ -1,0 +1,66 @@
+"""Loads checkpoints and tokenizers, with one clear error where they do not fit."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mftctl.errors import ModelError
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The causal language model in a checkpoint folder, in evaluation mode (as transformers loads it) and on the best device there is.
+
+    Args:
+        folder: With `config.json` and safetensors.
+        dtype: Of the weights in memory; `auto` keeps the checkpoint's.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
+    model.to(best_device())  # type: ignore[arg-type]
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint folder.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "The tokenizer cannot be loaded.",
+            path=folder,
+            actual=error,
+            hint="copy tokenizer.json and tokenizer_config.json from the base model into this folder",
+        ) from error
+
+
+def best_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def evaluation_dtype() -> torch.dtype | str:
+    """fp32 on a CPU, where it is fastest; the checkpoint's own dtype on a GPU."""
+    return "auto" if torch.cuda.is_available() else torch.float32
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: of the GPU if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,218 @@
+"""The comparison that a report shows: every evaluated state against the fine-tuned model it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from mftctl.errors import EvaluationError, RunError
+from mftctl.lineage import FFT, PRE_TRAINED
+from mftctl.runs import Run, list_runs
+
+STATE_ORDER = (PRE_TRAINED, FFT, "continued FFT", "random mask", "L1 mask", "MFT", "masked")
+LOWER_IS_BETTER = ("loss",)
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A difference against the baseline, paired by sample.
+
+    Attributes:
+        value: New minus baseline.
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        verdict: `better`, `worse`, or `within noise` where the interval holds 0.
+    """
+
+    value: float
+    low: float
+    high: float
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One state under one metric.
+
+    Attributes:
+        state: In the words of the papers.
+        value: The metric, averaged over seeds.
+        spread: Standard deviation over seeds; None with a single one.
+        standard_error: Of a single seed's value, averaged; None where a run has none.
+        samples: Records or problems measured.
+        seeds: The seeds averaged over.
+        change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
+        runs: Names of the evaluation runs.
+    """
+
+    state: str
+    value: float
+    spread: float | None
+    standard_error: float | None
+    samples: int
+    seeds: tuple[int, ...]
+    change: Change | None
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricTable:
+    """All states of one model under one metric of one data set.
+
+    Attributes:
+        origin: The pre-trained model.
+        dataset: The data measured on.
+        metric: The metric's name.
+        baseline: The state that changes are against.
+        rows: In the order of the papers' tables.
+    """
+
+    origin: str
+    dataset: str
+    metric: str
+    baseline: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Measurement:
+    """One metric of one evaluation run."""
+
+    run: Run
+    dataset: dict[str, Any]
+    metric: dict[str, Any]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return self.run.record.inputs
+
+    @property
+    def state(self) -> str:
+        return str(self.run.record.result["state"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.run.record.config.get("seed", 0))
+
+    @property
+    def maker(self) -> str:
+        """What tells two states of the same name apart: the experiment's stage, else the run that made the state."""
+        makers = [name for name in self.inputs["parents"] if not name.endswith("-apply")]
+        return self.run.record.stage or (makers[-1] if makers else "")
+
+    def samples(self) -> dict[str, tuple[float, float]]:
+        """Score and weight of each sample, by its id."""
+        path = self.run.folder / self.dataset["samples"]
+        name = self.metric["name"]
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return {
+                row["id"]: (row["scores"][name], row.get("weights", {}).get(name, 1.0))
+                for row in rows
+                if name in row["scores"]
+            }
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError("The samples of an evaluation cannot be read.", path=path, actual=repr(error)) from error
+
+
+def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
+    """One table for each model, data set and metric, and a line for each run that could not be used.
+
+    Args:
+        root: The runs folder.
+
+    Raises:
+        RunError: There is no finished evaluation.
+    """
+    runs, errors = list_runs(root)
+    problems = [f"{error.path}: {error.message}" for error in errors]
+    groups: dict[tuple[str, str, str], list[_Measurement]] = {}
+    for run in runs:
+        if run.record.command != "eval" or run.record.status != "finished":
+            continue
+        for dataset in run.record.result["datasets"]:
+            for metric in dataset["metrics"]:
+                key = (run.record.inputs["origin"], f"{dataset['name']}:{dataset['digest']}", metric["name"])
+                groups.setdefault(key, []).append(_Measurement(run, dataset, metric))
+    if not groups:
+        raise RunError(
+            "There is nothing to report: no finished evaluation.",
+            path=root,
+            actual="; ".join(problems) or f"{len(runs)} other runs",
+            hint="mftctl eval",
+        )
+    return [_table(origin, metric, group, problems) for (origin, _, metric), group in groups.items()], problems
+
+
+def _table(origin: str, metric: str, measurements: Sequence[_Measurement], problems: list[str]) -> MetricTable:
+    newest = {(item.state, item.maker, item.seed): item for item in measurements}
+    states: dict[tuple[str, str], list[_Measurement]] = {}
+    for item in newest.values():
+        states.setdefault((item.state, item.maker), []).append(item)
+    names = [state for state, _ in states]
+    baseline = FFT if FFT in names else PRE_TRAINED
+    rows = []
+    for (state, maker), group in sorted(states.items(), key=_paper_order):
+        label = state if names.count(state) == 1 else f"{state} ({maker})"
+        change = None
+        if state != baseline:
+            try:
+                change = _change(group, newest.values(), metric, baseline)
+            except (RunError, EvaluationError) as error:
+                problems.append(f"{label}: {error.message}")
+        rows.append(_row(label, group, change))
+    return MetricTable(origin, measurements[0].dataset["name"], metric, baseline, tuple(rows))
+
+
+def _row(label: str, group: Sequence[_Measurement], change: Change | None) -> Row:
+    values = [item.metric["value"] for item in group]
+    errors = [item.metric["standard_error"] for item in group if item.metric["standard_error"] is not None]
+    return Row(
+        state=label,
+        value=fmean(values),
+        spread=stdev(values) if len(values) > 1 else None,
+        standard_error=fmean(errors) if errors else None,
+        samples=group[0].metric["samples"],
+        seeds=tuple(item.seed for item in group),
+        change=change,
+        runs=tuple(item.run.name for item in group),
+    )
+
+
+def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metric: str, baseline: str) -> Change | None:
+    """The change of a state, each run paired by sample with its own baseline, then averaged over seeds."""
+    import numpy as np
+
+    from mftctl.evaluation.statistics import paired_difference
+
+    candidates = [item for item in others if item.state == baseline]
+    pairs = [(base, item) for item in group for base in candidates if _belong_together(base, item)]
+    if not pairs:
+        return None
+    loaded = [(base.samples(), item.samples()) for base, item in pairs]
+    ids = list(loaded[0][0])
+    if any(set(samples) != set(ids) for pair in loaded for samples in pair):
+        raise EvaluationError("not measured on the same samples as its baseline")
+    differences = np.array([[item[key][0] - base[key][0] for key in ids] for base, item in loaded]).mean(axis=0)
+    weights = np.array([[item[key][1] for key in ids] for _, item in loaded]).mean(axis=0)
+    interval = paired_difference(differences, weights)
+    verdict = "within noise"
+    if interval.excludes_zero:
+        verdict = "better" if (interval.estimate < 0) == (metric in LOWER_IS_BETTER) else "worse"
+    return Change(interval.estimate, interval.low, interval.high, verdict)
+
+
+def _belong_together(base: _Measurement, item: _Measurement) -> bool:
+    """Whether a state came from this baseline: the same first run; a pre-trained model belongs to all made of it."""
+    if PRE_TRAINED in (base.state, item.state):
+        return bool(base.inputs["origin"] == item.inputs["origin"])
+    return bool(base.inputs["parents"] == item.inputs["parents"][:1])
+
+
+def _paper_order(entry: tuple[tuple[str, str], Sequence[_Measurement]]) -> tuple[int, str]:
+    (state, maker), _ = entry
+    return (STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER), maker)

@@ -1,0 +1,71 @@
+"""The report's files: Markdown to read, JSON to compute with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from mftctl.atomic import write_text
+from mftctl.reporting.comparison import LOWER_IS_BETTER, MetricTable, Row
+
+
+def write_report(tables: Sequence[MetricTable], problems: Sequence[str], folder: Path) -> list[Path]:
+    """The files written: `report.md` and `report.json`, replaced where they exist."""
+    markdown, document = folder / "report.md", folder / "report.json"
+    write_text(markdown, to_markdown(tables, problems))
+    write_text(document, json.dumps(to_document(tables, problems), indent=2) + "\n")
+    return [markdown, document]
+
+
+def to_document(tables: Sequence[MetricTable], problems: Sequence[str]) -> dict[str, object]:
+    """The report as plain data."""
+    return {"tables": [asdict(table) for table in tables], "problems": list(problems)}
+
+
+def to_markdown(tables: Sequence[MetricTable], problems: Sequence[str]) -> str:
+    """The report as Markdown, one table a metric."""
+    parts = ["# mftctl report", ""]
+    for table in tables:
+        parts += [f"## {title(table)}", "", f"| state | value | {change_header(table)} | verdict | runs |"]
+        parts += ["|---|---:|---:|---|---|"]
+        for row in table.rows:
+            cells = (row.state, value_text(row), *change_texts(row, table), ", ".join(row.runs))
+            parts += [f"| {' | '.join(cells)} |"]
+        parts += [""]
+    parts += [NOTE]
+    if problems:
+        parts += ["", "Left out:", "", *(f"- {problem}" for problem in problems)]
+    return "\n".join(parts) + "\n"
+
+
+NOTE = (
+    "The interval is the paired 95 % bootstrap interval over test samples. A change whose interval holds 0 is within"
+    " noise. ± is the standard deviation over seeds."
+)
+
+
+def title(table: MetricTable) -> str:
+    """What a table is about."""
+    direction = "lower" if table.metric in LOWER_IS_BETTER else "higher"
+    return f"{table.metric} on {table.dataset}, {direction} is better ({Path(table.origin).name})"
+
+
+def change_header(table: MetricTable) -> str:
+    """The heading of the column of changes."""
+    return f"change against {table.baseline} [95 %]"
+
+
+def value_text(row: Row) -> str:
+    """The value, with its spread over seeds where there are several."""
+    return f"{row.value:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}")
+
+
+def change_texts(row: Row, table: MetricTable) -> tuple[str, str]:
+    """The change with an arrow and its interval, and the verdict; empty for the baseline."""
+    if row.change is None:
+        return ("", "") if row.state == table.baseline else ("", "not comparable")
+    arrow = "↑" if row.change.value > 0 else "↓" if row.change.value < 0 else "="
+    interval = f"[{row.change.low:+.4f}, {row.change.high:+.4f}]"
+    return f"{arrow} {row.change.value:+.4f} {interval}", row.change.verdict

@@ -1,0 +1,258 @@
+"""Run folders: what was done, with what, and what came out of it.
+
+`runs/<number>-<command>/` holds `run.json` (the record, written whole or not at all), `config.yaml` (the resolved
+configuration, readable as a recipe), `metrics.jsonl`, `checkpoints/` and the command's outputs.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mftctl.atomic import write_text
+from mftctl.errors import Interrupted, MftError, RunError
+
+Status = Literal["running", "finished", "interrupted", "failed"]
+
+_PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval")
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The contents of a `run.json`.
+
+    Attributes:
+        command: The mftctl command.
+        status: `finished` only where the result is complete.
+        started: UTC time of the first start, ISO 8601.
+        config: The resolved configuration, as in `config.yaml`.
+        recipe: Name or path of the recipe that was used, None without one.
+        inputs: What the command worked on: model, mask, digests, the runs they came from.
+        output: Where the user wants the result besides the run folder, None for nowhere else.
+        result: The command's result; empty until it is finished.
+        seconds: Working time, over all resumptions.
+        versions: Versions of Python and the packages that decide figures.
+        stage: Name of the stage of an experiment, None for a command on its own.
+        digest: Digest of everything that decides the result, to recognise finished stages; None outside `run`.
+        error: The message a failed run ended with.
+    """
+
+    command: str
+    status: Status
+    started: str
+    config: dict[str, Any]
+    recipe: str | None = None
+    inputs: dict[str, Any] = field(default_factory=dict)
+    output: str | None = None
+    result: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    versions: dict[str, str] = field(default_factory=dict)
+    stage: str | None = None
+    digest: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingFolder:
+    """Where one training keeps its state: `checkpoints/` and `metrics.jsonl`.
+
+    Attributes:
+        folder: A run folder, or the part of it that belongs to one of several trainings.
+        command: The mftctl command that trains, to be named to the user who wants to resume it.
+    """
+
+    folder: Path
+    command: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where training states go."""
+        return self.folder / "checkpoints"
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Appends one line to `metrics.jsonl`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; none before the first."""
+        path = self.folder / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+    def rewind(self, step: int) -> None:
+        """Drops what was logged after `step`, since a resumed training will do these steps again."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+class Run:
+    """One run folder, open for writing.
+
+    Attributes:
+        folder: The folder.
+        record: What `run.json` says.
+    """
+
+    def __init__(self, folder: Path, record: RunRecord) -> None:
+        self.folder = folder
+        self.record = record
+        self._clock_start_seconds = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        """The folder's name, such as `003-mask-train`."""
+        return self.folder.name
+
+    @property
+    def training(self) -> TrainingFolder:
+        """Where this run's training keeps its state."""
+        return TrainingFolder(self.folder, self.record.command)
+
+    def update(self, **changes: Any) -> None:
+        """Replaces fields of the record and rewrites `run.json`."""
+        now_seconds = time.monotonic()
+        seconds = self.record.seconds + now_seconds - self._clock_start_seconds
+        self._clock_start_seconds = now_seconds
+        self.record = replace(self.record, seconds=round(seconds, 3), **changes)
+        write_text(self.folder / "run.json", json.dumps(asdict(self.record), indent=2) + "\n")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Stores the result; from now on other commands build on this run."""
+        self.update(status="finished", result=dict(result), error=None)
+
+
+def create_run(
+    root: Path,
+    command: str,
+    config: Mapping[str, Any],
+    *,
+    recipe: str | None = None,
+    inputs: Mapping[str, Any] | None = None,
+    output: Path | None = None,
+    stage: str | None = None,
+    digest: str | None = None,
+) -> Run:
+    """A new run folder with the next free number.
+
+    Args:
+        root: The runs folder, made where it is missing.
+        command: The mftctl command.
+        config: The resolved configuration, as plain data.
+        recipe: Name or path of the recipe.
+        inputs: What the command works on.
+        output: Where the user wants the result besides the run folder.
+        stage: Name of the experiment's stage.
+        digest: Digest of everything that decides the result.
+
+    Raises:
+        RunError: The folder cannot be made.
+    """
+    try:
+        folder = _new_folder(root, command)
+        write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise RunError(
+            "The run folder cannot be written.", path=root, actual=error.strerror or error, hint="--runs DIR"
+        ) from error
+    record = RunRecord(
+        command=command,
+        status="running",
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=dict(config),
+        recipe=recipe,
+        inputs=dict(inputs or {}),
+        output=None if output is None else str(output.absolute()),
+        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        stage=stage,
+        digest=digest,
+    )
+    run = Run(folder, record)
+    run.update()
+    return run
+
+
+def load_run(folder: Path) -> Run:
+    """The run in a folder.
+
+    Raises:
+        RunError: The folder has no readable `run.json`.
+    """
+    path = folder / "run.json"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        record = RunRecord(**document)
+    except (OSError, ValueError, TypeError) as error:
+        raise RunError(
+            "This is not a readable run folder.",
+            path=path,
+            expected=f"a JSON record with {', '.join(item.name for item in fields(RunRecord)[:4])}",
+            actual=error,
+        ) from error
+    return Run(folder, record)
+
+
+def list_runs(root: Path) -> tuple[list[Run], list[RunError]]:
+    """All runs below `root`, oldest first, and an error for each folder that cannot be read."""
+    runs, errors = [], []
+    for folder in _run_folders(root):
+        try:
+            runs.append(load_run(folder))
+        except RunError as error:
+            errors.append(error)
+    return runs, errors
+
+
+def newest_run(root: Path, *commands: str, unfinished: bool = False) -> Run | None:
+    """The newest finished run of one of these commands, or the newest that was stopped or killed; None if none is.
+
+    A damaged run folder is passed over: an older one may be sound.
+    """
+    wanted = ("running", "interrupted") if unfinished else ("finished",)
+    for run in reversed(list_runs(root)[0]):
+        if run.record.command in commands and run.record.status in wanted:
+            return run
+    return None
+
+
+@contextmanager
+def recorded(run: Run) -> Iterator[None]:
+    """Keeps a failure of the block in the run's record; the exception goes on."""
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        run.update(status="interrupted")
+        raise
+    except MftError as error:
+        run.update(status="failed", error=str(error))
+        raise
+
+
+def _run_folders(root: Path) -> Iterator[Path]:
+    if root.is_dir():
+        numbered = [path for path in root.iterdir() if path.is_dir() and re.match(r"\d+-", path.name)]
+        yield from sorted(numbered, key=lambda path: int(path.name.split("-")[0]))
+
+
+def _new_folder(root: Path, command: str) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    number = max((int(path.name.split("-")[0]) for path in _run_folders(root)), default=0) + 1
+    while True:
+        folder = root / f"{number:03d}-{command}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1  # another process took it a moment ago
+        else:
+            return folder

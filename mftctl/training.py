@@ -1,0 +1,329 @@
+"""The training loop that `fft` and `mask-train` share: `transformers.Trainer`, told to be exact and quiet."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_callback import PrinterCallback
+
+from mftctl.config import Precision, TrainingOptions
+from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
+from mftctl.data.encoding import Encoded
+from mftctl.errors import Interrupted, TrainingError
+from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.progress import Listener, Progress
+from mftctl.runs import TrainingFolder
+
+VALIDATIONS = 10
+
+
+def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> int:
+    """The optimizer steps that a training takes.
+
+    Args:
+        records: Training records.
+        options: Epochs or steps, batch size and accumulation.
+        world_size: Number of processes.
+    """
+    if options.max_steps is not None:
+        return options.max_steps
+    batches = math.ceil(records / (options.batch_size * world_size))
+    return math.ceil(options.epochs * math.ceil(batches / options.grad_accum_steps))
+
+
+def warmup_steps(steps: int, options: TrainingOptions) -> int:
+    """The steps in which the learning rate rises."""
+    return math.ceil(steps * options.warmup_ratio)
+
+
+def uses_bf16(precision: Precision) -> bool:
+    """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
+    if precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return precision == "bf16"
+
+
+def training_arguments(
+    folder: Path, options: TrainingOptions, *, steps: int, learning_rate: float, seed: int, bf16: bool
+) -> TrainingArguments:
+    """The arguments of the `transformers.Trainer`.
+
+    Args:
+        folder: Where checkpoints go.
+        options: From the recipe.
+        steps: Optimizer steps in all.
+        learning_rate: Peak of the linear schedule.
+        seed: Decides dropout; the order of the data has its own generator.
+        bf16: Whether forward passes run under bf16 autocast.
+    """
+    eval_steps = options.eval_steps or max(1, steps // VALIDATIONS)
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.grad_accum_steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=warmup_steps(steps, options),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim="adamw_torch",
+        bf16=bf16,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=eval_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=seed,
+    )
+
+
+class SftTrainer(Trainer):
+    """A Trainer for answer tokens: exact token-mean losses, an order that depends on the seed alone, no printing.
+
+    Attributes:
+        start_loss: Validation loss per answer token before the first step; None until measured.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        train: Sequence[Encoded],
+        validation: Sequence[Encoded],
+        tokenizer: PreTrainedTokenizerBase,
+        listener: Listener,
+    ) -> None:
+        self.validation = validation
+        self.listener = listener
+        self.start_loss: float | None = None
+        self._padding = pad_token_id(tokenizer)
+        self._sampler = LengthGroupedSampler(
+            [len(record.input_ids) for record in train], args.per_device_train_batch_size, args.seed
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(train),
+            eval_dataset=list(validation),
+            data_collator=PaddingCollator(self._padding),
+            processing_class=tokenizer,
+            compute_loss_func=token_mean_loss,
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_EpochOrder(self._sampler))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        return self._sampler
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The validation loss per answer token over the whole validation set, weighted by tokens and not by batches."""
+        model = self.accelerator.unwrap_model(self.model)
+        losses = sample_losses(
+            model,
+            self.validation,
+            pad_token_id=self._padding,
+            on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
+        )
+        metrics = {f"{metric_key_prefix}_loss": mean_loss(losses)}
+        if self.start_loss is None:
+            self.start_loss = metrics[f"{metric_key_prefix}_loss"]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
+    """The loss summed over a micro-batch's answer tokens, divided by the answer tokens of the whole optimizer step.
+
+    Args:
+        outputs: Of the model, with logits `(batch, length, vocabulary)`.
+        labels: `(batch, length)`, -100 where there is no answer token.
+        num_items_in_batch: Answer tokens of all micro-batches (and processes) of the step.
+    """
+    loss: torch.Tensor = ForCausalLMLoss(
+        outputs.logits, labels, vocab_size=outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch
+    )
+    return loss
+
+
+def train(
+    trainer: SftTrainer, folder: TrainingFolder, stop: StopRequest, *, patience: int | None, resume: bool
+) -> None:
+    """Trains to the end and leaves the best state loaded in the trainer's model.
+
+    Args:
+        trainer: Ready to train.
+        folder: Gets the metrics; its newest whole checkpoint is where a resumed training goes on.
+        stop: Set when the user wants to stop.
+        patience: Validations without a new best after which training ends; None trains to the end.
+        resume: Whether to go on from a checkpoint.
+
+    Raises:
+        Interrupted: The user stopped it; the state is saved.
+        TrainingError: The loss is not a number.
+    """
+    trainer.add_callback(_Watch(trainer.listener, folder, stop))
+    if patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    checkpoint = latest_checkpoint(folder.checkpoints) if resume else None
+    if checkpoint is None:
+        folder.rewind(-1)
+    else:
+        folder.rewind(_step(checkpoint))
+        trainer.start_loss = next(line["eval_loss"] for line in folder.metrics() if "eval_loss" in line)
+        trainer.args.eval_on_start = False
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
+            path=folder.folder,
+            hint=f"mftctl {folder.command} --resume",
+        )
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; None if there is none.
+
+    The trainer's state is the last file of a checkpoint to be written.
+    """
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+class StopRequest:
+    """Whether the user asked for an end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+
+@contextmanager
+def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
+    """Turns the first Ctrl-C (or SIGTERM) into a request; a second one ends the program at once.
+
+    Args:
+        listener: Is told that the step is finished and saved first.
+
+    Yields:
+        The request.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def remember(number: int, frame: object) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        listener.note("Stopping after this step; the state will be saved. Press Ctrl-C again to stop at once.")
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _EpochOrder(TrainerCallback):
+    """Gives each epoch its own order, also in a resumed training."""
+
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Watch(TrainerCallback):
+    """Shows progress, keeps the metrics, and stops on request or when the loss is lost."""
+
+    def __init__(self, listener: Listener, folder: TrainingFolder, stop: StopRequest) -> None:
+        self._listener = listener
+        self._folder = folder
+        self._stop = stop
+        self._loss: float | None = None
+        self._start_tokens = 0
+        self._start_seconds = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start_tokens = int(state.num_input_tokens_seen)
+        self._start_seconds = time.monotonic()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
+        self._folder.log({"step": state.global_step, **(logs or {})})
+        loss = (logs or {}).get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The training loss is no longer a number at step {state.global_step}.",
+                path=self._folder.folder,
+                expected="a finite loss",
+                actual=loss,
+                hint="a lower --lr",
+            )
+        self._loss = loss
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        tokens = int(state.num_input_tokens_seen) - self._start_tokens
+        speed = tokens / max(time.monotonic() - self._start_seconds, 1e-9)
+        self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True  # the last state is a candidate too, whatever the interval
+        elif self._stop.requested:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,187 @@
+"""Files of every kind, and one named test per way a file can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mftctl.data.files import Record, read_records
+from mftctl.errors import DataError
+
+RECORDS = [{"question": f"{number}+1?", "answer": f"00{number + 1}"} for number in range(9)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+TEXTS = st.text(st.characters(codec="utf-8"))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def fields(path: Path) -> list[dict[str, object]]:
+    return [record.fields for record in read_records(path)]
+
+
+def failure(path: Path) -> DataError:
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.jsonl", LINES.encode()),
+        ("train.jsonl.gz", gzip.compress(LINES.encode())),
+        ("train.json", LINES.encode()),
+        ("list.json", json.dumps(RECORDS, indent=2).encode()),
+        ("list.json.gz", gzip.compress(json.dumps(RECORDS).encode())),
+        ("TRAIN.CSV", "\r\n".join(["question,answer", *(",".join(record.values()) for record in RECORDS)]).encode()),
+        ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+    ],
+)
+def test_text_files(tmp_path: Path, name: str, content: bytes) -> None:
+    assert fields(write(tmp_path / name, content)) == RECORDS
+
+
+def test_parquet_file_with_brackets_in_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "part[1].parquet"
+    datasets.Dataset.from_list(RECORDS).to_parquet(path)
+    assert fields(path) == RECORDS
+    assert read_records(path)[2] == Record(f"{path}, record 3", RECORDS[2])
+
+
+def test_jsonl_places_are_line_numbers_in_spite_of_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", '\n{"text": "a\u2028b"}\r\n  \n{"text": "c"}')
+    assert read_records(path) == [Record(f"{path}:2", {"text": "a\u2028b"}), Record(f"{path}:4", {"text": "c"})]
+
+
+def test_texts_that_look_like_dates_or_numbers_stay_texts(tmp_path: Path) -> None:
+    answers = ["2020-01-01", "2020-01-02", "007", "NA", '{"a": 1}', "null"]
+    lines = write(tmp_path / "a.json", json.dumps([{"question": "?", "answer": answer} for answer in answers]))
+    assert [record["answer"] for record in fields(lines)] == answers
+    table = write(tmp_path / "a.csv", "question,answer\n" + "".join(f"?,{answer}\n" for answer in answers[:4]))
+    assert [record["answer"] for record in fields(table)] == answers[:4]
+
+
+def test_csv_quotes_line_ends_and_empty_cells(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'instruction,input,output\n"a, ""b""\nc",,d\n\ne,f,g\n')
+    assert read_records(path) == [
+        Record(f"{path}:3", {"instruction": 'a, "b"\nc', "input": None, "output": "d"}),
+        Record(f"{path}:5", {"instruction": "e", "input": "f", "output": "g"}),
+    ]
+
+
+@given(st.lists(st.dictionaries(TEXTS, TEXTS), min_size=1, max_size=5), st.booleans())
+def test_jsonl_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, str]], ascii_only: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "round_trip.jsonl"
+    write(path, "\n".join(json.dumps(record, ensure_ascii=ascii_only) for record in records))
+    assert fields(path) == records
+
+
+def test_unknown_suffix(tmp_path: Path) -> None:
+    error = failure(write(tmp_path / "train.txt", "hello"))
+    assert "type of the data file" in error.message
+    assert ".parquet" in str(error.expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", ""),
+        ("a.jsonl", " \n\n"),
+        ("a.json", ""),
+        ("a.json", "[]"),
+        ("a.csv", ""),
+        ("a.csv", "question,answer\n"),
+        ("a.jsonl.gz", gzip.compress(b"")),
+    ],
+)
+def test_file_without_records(tmp_path: Path, name: str, content: str | bytes) -> None:
+    error = failure(write(tmp_path / name, content))
+    assert "no records" in error.message
+    assert error.path == str(tmp_path / name)
+
+
+def test_parquet_without_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_dict({"text": []}).to_parquet(path)
+    assert "no records" in failure(path).message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.jsonl", LINES + '{"question": \n', 10),
+        ("a.jsonl", LINES + "\n[1, 2]\n", 11),
+        ("a.jsonl", "5\n" + LINES, 1),
+        ("a.jsonl", LINES + LINES[:20], 10),
+        ("a.jsonl.gz", gzip.compress((LINES + "{").encode()), 10),
+        ("a.json", '[\n{"text": "a"},\n{"text" "b"}\n]', 3),
+        ("a.json", '{"text": "a"}\n{"text": }', 2),
+        ("a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", 1),
+        ("a.jsonl", "[" * 200_000, 1),
+    ],
+)
+def test_malformed_json_names_file_and_line(tmp_path: Path, name: str, content: str | bytes, line: int) -> None:
+    error = failure(write(tmp_path / name, content))
+    assert "malformed" in error.message
+    assert error.path == f"{tmp_path / name}:{line}"
+
+
+def test_json_list_of_something_else_than_records(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '[{"text": "a"}, "b"]')
+    assert failure(path).path == f"{path}, record 2"
+
+
+@pytest.mark.parametrize("row", ["1,2,3", "1"])
+def test_csv_row_of_another_width(tmp_path: Path, row: str) -> None:
+    path = write(tmp_path / "a.csv", f"question,answer\n1,2\n{row}\n")
+    error = failure(path)
+    assert "each column" in error.message
+    assert error.path == f"{path}:3"
+
+
+def test_csv_with_an_open_quote(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", 'question,answer\n1,"2\n')
+    error = failure(path)
+    assert "malformed" in error.message
+    assert error.path == f"{path}:2"
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xe9"}\n')
+    error = failure(path)
+    assert "not UTF-8" in error.message
+    assert (error.path, error.actual) == (f"{path}:2", "the byte 0xe9")
+
+
+@pytest.mark.parametrize("content", [b"hello", gzip.compress(LINES.encode() * 99)[:-50], b""])
+def test_damaged_gzip(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "a.jsonl.gz", content)
+    error = failure(path)
+    assert ("gzip" if content else "no records") in error.message
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", b"PAR1 and nothing else")
+    assert "Parquet" in failure(path).message
+
+
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path / "a.jsonl", LINES)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    error = failure(path)
+    assert "cannot be read" in error.message
+    assert "Permission denied" in str(error.actual)

@@ -1,0 +1,151 @@
+"""Every known format, and one named test per way a record can be wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mftctl.data.examples import Example, Message
+from mftctl.data.formats import to_example
+from mftctl.errors import DataError
+
+WHERE = "train.jsonl:17"
+QUESTION_ANSWER = (Message("user", "2+2?"), Message("assistant", "4"))
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        ({"prompt": "2+2?", "completion": "4"}, "completion"),
+        ({"prompt": "2+2?", "response": "4"}, "completion"),
+        ({"question": "2+2?", "answer": "4"}, "chat"),
+        ({"instruction": "2+2?", "output": "4"}, "chat"),
+        ({"instruction": "2+2?", "input": "", "output": "4"}, "chat"),
+        ({"problem": "2+2?", "solution": "4", "level": 3}, "chat"),
+        ({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "chat"),
+        ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "chat"),
+        ({"conversations": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "chat"),
+    ],
+)
+def test_question_and_answer_in_every_format(record: dict[str, Any], kind: str) -> None:
+    assert to_example(record, WHERE) == Example(kind, QUESTION_ANSWER, WHERE)
+
+
+def test_text_is_one_assistant_turn() -> None:
+    assert to_example({"text": "Once."}, WHERE) == Example("text", (Message("assistant", "Once."),), WHERE)
+
+
+def test_alpaca_input_follows_the_instruction_after_a_blank_line() -> None:
+    example = to_example({"instruction": "Add.", "input": "2 and 2", "output": "4"}, WHERE)
+    assert example.prompt == (Message("user", "Add.\n\n2 and 2"),)
+
+
+def test_conversation_keeps_system_tool_and_several_turns() -> None:
+    roles = ["system", "user", "assistant", "tool", "assistant"]
+    turns = [{"role": role, "content": f"{index}"} for index, role in enumerate(roles)]
+    example = to_example({"messages": turns}, WHERE)
+    assert example.messages == tuple(Message(role, f"{index}") for index, role in enumerate(roles))
+
+
+def test_null_column_counts_as_absent() -> None:
+    record = {"messages": None, "instruction": "2+2?", "input": None, "output": "4", "text": None}
+    assert to_example(record, WHERE) == Example("chat", QUESTION_ANSWER, WHERE)
+
+
+def test_null_beside_the_other_spelling_of_a_turn_counts_as_absent() -> None:
+    turns = [
+        {"role": None, "content": None, "from": "human", "value": "2+2?"},
+        {"role": "assistant", "content": "4", "from": None, "value": None},
+    ]
+    assert to_example({"messages": turns}, WHERE).messages == QUESTION_ANSWER
+
+
+@given(st.text(st.characters(codec="utf-8")), st.text(st.characters(codec="utf-8")).filter(str.strip))
+def test_texts_arrive_unchanged(prompt: str, answer: str) -> None:
+    example = to_example({"question": prompt, "answer": answer}, WHERE)
+    assert example.messages == (Message("user", prompt), Message("assistant", answer))
+
+
+def test_unknown_format_names_place_fields_and_formats() -> None:
+    with pytest.raises(DataError) as caught:
+        to_example({"input": "2+2?", "target": 4.0, "idx": None}, WHERE)
+    assert caught.value.path == WHERE
+    assert caught.value.actual == "the fields input, target"
+    assert "question+answer" in str(caught.value.expected)
+    assert "text" in str(caught.value.expected)
+
+
+def test_record_of_nulls_has_no_format() -> None:
+    with pytest.raises(DataError, match="no known format") as caught:
+        to_example({"text": None}, WHERE)
+    assert caught.value.actual == "no field with a value"
+
+
+@pytest.mark.parametrize(
+    ("record", "key", "actual"),
+    [
+        ({"question": "2+2?", "answer": 4}, "answer", "int"),
+        ({"question": ["2+2?"], "answer": "4"}, "question", "list"),
+        ({"instruction": "a", "input": 3, "output": "4"}, "input", "int"),
+        ({"text": {"a": 1}}, "text", "dict"),
+        ({"messages": "hello"}, "messages", "str"),
+        ({"messages": ["hello"]}, "messages[0]", "str"),
+        ({"messages": [{"role": "user", "content": ["part"]}]}, "messages[0].content", "list"),
+        ({"conversations": [{"from": "human"}]}, "conversations[0].value", "nothing"),
+    ],
+)
+def test_wrong_type_names_place_and_key(record: dict[str, Any], key: str, actual: str) -> None:
+    with pytest.raises(DataError, match="wrong type") as caught:
+        to_example(record, WHERE)
+    assert (caught.value.path, caught.value.key, caught.value.actual) == (WHERE, key, actual)
+
+
+@pytest.mark.parametrize(
+    ("record", "key"),
+    [
+        ({"question": "2+2?", "answer": " \n"}, "answer"),
+        ({"prompt": "2+2?", "completion": ""}, "completion"),
+        ({"instruction": "a", "output": "\t"}, "output"),
+        ({"text": ""}, "text"),
+        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]}, "conversations[1].value"),
+    ],
+)
+def test_empty_answer_names_place_and_key(record: dict[str, Any], key: str) -> None:
+    with pytest.raises(DataError, match="answer is empty") as caught:
+        to_example(record, WHERE)
+    assert (caught.value.path, caught.value.key) == (WHERE, key)
+
+
+@pytest.mark.parametrize("role", ["narrator", None, 3])
+def test_unknown_role(role: object) -> None:
+    with pytest.raises(DataError, match="role of a turn") as caught:
+        to_example({"messages": [{"role": role, "content": "a"}]}, WHERE)
+    assert caught.value.path == WHERE
+
+
+def test_conversation_that_ends_with_a_question() -> None:
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
+    with pytest.raises(DataError, match="does not end with an answer") as caught:
+        to_example({"messages": turns}, WHERE)
+    assert caught.value.actual == "a user turn"
+
+
+def test_conversation_without_turns() -> None:
+    with pytest.raises(DataError, match="does not end with an answer") as caught:
+        to_example({"conversations": []}, WHERE)
+    assert caught.value.actual == "no turns"
+
+
+def test_conversation_without_a_question() -> None:
+    with pytest.raises(DataError, match="no question"):
+        to_example({"messages": [{"role": "assistant", "content": "a"}]}, WHERE)
+
+
+def test_half_a_surrogate_pair() -> None:
+    with pytest.raises(DataError, match="surrogate") as caught:
+        to_example({"text": "ab\ud83d"}, WHERE)
+    assert (caught.value.path, caught.value.key) == (WHERE, "text")
+    assert caught.value.actual == "U+D83D at character 2"

@@ -1,0 +1,238 @@
+"""Mixtures out of files, hub data sets and built-in data, and one named test per way a source can be wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+
+from mftctl import quickstart
+from mftctl.data.examples import Example, Message
+from mftctl.data.sources import DataSource, data_digest, load_examples
+from mftctl.errors import DataError
+
+RECORDS = [{"question": f"{number}+1?", "answer": f"00{number + 1}"} for number in range(9)]
+LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
+PAIRS = [(record["question"], record["answer"]) for record in RECORDS]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def load(path: Path | str, count: int | None = None, seed: int = 0) -> list[Example]:
+    return load_examples([DataSource(str(path), count)], seed=seed)
+
+
+def pairs(examples: list[Example]) -> list[tuple[str, str]]:
+    return [(example.prompt[0].content, example.answer) for example in examples]
+
+
+def failure(path: Path | str) -> DataError:
+    with pytest.raises(DataError) as caught:
+        load(path)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "source"),
+    [
+        ("math.jsonl", DataSource("math.jsonl")),
+        ("math.jsonl=10000", DataSource("math.jsonl", 10000)),
+        ("a=b.jsonl=3", DataSource("a=b.jsonl", 3)),
+        ("a=b.jsonl", DataSource("a=b.jsonl")),
+        ("math.jsonl=0", DataSource("math.jsonl=0")),
+        ("math.jsonl=-3", DataSource("math.jsonl=-3")),
+        ("math.jsonl=", DataSource("math.jsonl=")),
+        ("math.jsonl=٣", DataSource("math.jsonl=٣")),
+        ("openai/gsm8k:main=5", DataSource("openai/gsm8k:main", 5)),
+    ],
+)
+def test_parse(text: str, source: DataSource) -> None:
+    assert DataSource.parse(text) == source
+
+
+@pytest.mark.parametrize("text", ["", "=5"])
+def test_parse_without_a_path(text: str) -> None:
+    with pytest.raises(DataError, match="no path"):
+        DataSource.parse(text)
+
+
+def test_parsing_loads_neither_torch_nor_datasets() -> None:
+    code = (
+        "import sys; from mftctl.data.sources import DataSource; DataSource.parse('a=3');"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'datasets', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["part.parquet", "owner/name"])
+def test_reading_is_quiet_and_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loggers = [datasets.logging.get_logger("datasets.load"), hub_logging.get_logger("huggingface_hub.file_download")]
+
+    def loudness() -> tuple[bool, ...]:
+        bars = (datasets.is_progress_bar_enabled(), not are_progress_bars_disabled())
+        return (*bars, *(logger.isEnabledFor(logging.ERROR) for logger in loggers))
+
+    inside: list[tuple[bool, ...]] = []
+
+    def load_dataset(*_: object, **__: object) -> None:
+        inside.append(loudness())
+        raise ValueError("damaged")
+
+    write(tmp_path / "part.parquet", b"")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    before = loudness()
+    assert failure(name).actual == "damaged"
+    assert inside == [(False, False, False, False)]
+    assert loudness() == before == (True, True, True, True)
+
+
+def test_mixture_is_concatenated_in_order(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", LINES)
+    second = write(tmp_path / "b.jsonl", '{"text": "a"}\n{"text": "b"}\n')
+    examples = load_examples([DataSource(str(first), 4), DataSource(str(second))], seed=1)
+    assert examples == [*load(first, 4, seed=1), *load(second)]
+    assert len(examples) == 6
+
+
+def test_count_takes_a_seeded_subset_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES)
+    chosen = {seed: pairs(load(path, 4, seed)) for seed in range(9)}
+    assert all(subset == [pair for pair in PAIRS if pair in subset] for subset in chosen.values())
+    assert all(len(subset) == 4 for subset in chosen.values())
+    assert len({tuple(subset) for subset in chosen.values()}) > 1
+    assert chosen[3] == pairs(load(path, 4, 3))
+    assert pairs(load(path, 9)) == PAIRS
+
+
+def test_count_above_the_records_there_are(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES)
+    with pytest.raises(DataError, match="fewer records") as caught:
+        load(path, 10)
+    assert (caught.value.expected, caught.value.actual) == ("10 records", "9 records")
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("quickstart", "train"),
+        ("quickstart/train", "train"),
+        ("quickstart/validation", "validation"),
+        ("quickstart/test", "test"),
+    ],
+)
+def test_built_in_data(path: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("train", "validation", "test"):
+        write(tmp_path / f"{part}.jsonl", json.dumps({"question": part, "answer": "yes"}))
+    monkeypatch.setattr(quickstart, "data_path", lambda part: tmp_path / f"{part}.jsonl")
+    assert pairs(load(path)) == [(split, "yes")]
+
+
+def test_built_in_data_without_such_a_part() -> None:
+    error = failure("quickstart/dev")
+    assert "no such part" in error.message
+    assert "quickstart/validation" in str(error.expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "arguments"),
+    [
+        ("openai/gsm8k:main", None, ("openai/gsm8k", "main", "train")),
+        ("gsm8k", "test", ("gsm8k", None, "test")),
+        ("owner/data-v1.5", None, ("owner/data-v1.5", None, "train")),
+    ],
+)
+def test_hub_data_set(
+    path: str, split: str | None, arguments: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def load_dataset(identifier: str, configuration: str | None, *, split: str) -> datasets.Dataset:
+        calls.append((identifier, configuration, split))
+        return datasets.Dataset.from_list(RECORDS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    examples = load_examples([DataSource(path, split=split)])
+    assert pairs(examples) == PAIRS
+    assert examples[1].where == f"{path}/{arguments[2]}, record 2"
+    assert calls == [arguments]
+
+
+def test_hub_data_set_without_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([]))
+    monkeypatch.chdir(tmp_path)
+    assert "no records" in failure("owner/name").message
+
+
+def test_hub_data_set_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = failure("nobody/nothing:main")
+    assert "neither an existing file nor a hub data set" in error.message
+    assert error.path == "nobody/nothing:main"
+
+
+@pytest.mark.parametrize(
+    "path", ["absent.jsonl", "folder/absent.csv", "a/b/c", "./absent", "/absent", ".absent", "a b", "données"]
+)
+def test_absent_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = failure(path)
+    assert "does not exist" in error.message
+    assert error.path == str(Path(path))
+
+
+def test_folder(tmp_path: Path) -> None:
+    assert "is a folder" in failure(tmp_path).message
+
+
+def test_split_of_a_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES)
+    with pytest.raises(DataError, match="Only hub data sets have splits"):
+        load_examples([DataSource(str(path), split="test")])
+
+
+def test_record_error_carries_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES + '{"question": "?", "answer": " "}\n')
+    assert failure(path).path == f"{path}:10"
+
+
+def test_digest_covers_kind_roles_and_contents_but_not_places() -> None:
+    turns = (Message("user", "a"), Message("assistant", "b"))
+    digest = data_digest([Example("chat", turns, "x:1")])
+    assert digest == data_digest([Example("chat", turns, "y:2")])
+    assert len(digest) == 64
+    others = [
+        [],
+        [Example("completion", turns, "")],
+        [Example("chat", (Message("system", "a"), turns[1]), "")],
+        [Example("chat", (Message("user", "ab"), Message("assistant", "")), "")],
+        [Example("chat", turns, ""), Example("chat", turns, "")],
+    ]
+    assert len({digest, *map(data_digest, others)}) == len(others) + 1
+
+
+def test_real_gsm8k(real_data: Path) -> None:
+    path = real_data / "gsm8k" / "train.jsonl.gz"
+    examples = load(path)
+    assert len(examples) == 7473
+    assert examples[0].where == f"{path}:1"
+    assert all("####" in example.answer for example in examples)
+    assert data_digest(examples) == "d75ea34ae0863a280e2fe08c4e2e434da22c629d5b25597be69111d7b3a6c6b4"
+
+
+def test_real_math(real_data: Path) -> None:
+    examples = load(real_data / "math" / "MATH_test.jsonl.gz", count=100)
+    assert len(examples) == 100
+    assert all("boxed" in example.answer for example in examples)

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from mftctl.errors import MaskMismatchError
+from mftctl.masking.bits import Mask
+from mftctl.masking.in_memory import apply_mask, checkpoint_names
+from tests.conftest import build_llama
+from tests.masking.checkpoints import learn_mask, projections
+
+
+class Tensors(torch.nn.Module):
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            setattr(self, name, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+
+
+def llama_mask(seed: int = 0) -> Mask:
+    weights = dict(build_llama().named_parameters())
+    names = ["model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
+    return learn_mask({name: weights[name].detach() for name in names}, seed=seed)
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def unchanged(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_names_that_are_the_same_on_both_sides() -> None:
+    assert checkpoint_names(["a.w", "b.w"], {"a.w", "b.w", "c.w"}, "model") == {"a.w": "a.w", "b.w": "b.w"}
+
+
+def test_prefix_that_only_the_model_has() -> None:
+    assert checkpoint_names(["transformer.h.0.w"], {"h.0.w"}, "transformer") == {"transformer.h.0.w": "h.0.w"}
+
+
+def test_prefix_that_only_the_checkpoint_has() -> None:
+    assert checkpoint_names(["h.0.w"], {"transformer.h.0.w"}, "transformer") == {"h.0.w": "transformer.h.0.w"}
+
+
+@pytest.mark.parametrize("prefix", ["model", ""])
+def test_first_name_that_is_not_found_is_refused(prefix: str) -> None:
+    with pytest.raises(MaskMismatchError, match="not in the model") as caught:
+        checkpoint_names(["a", "b", "c"], {"a"}, prefix)
+    assert caught.value.key == "b"
+
+
+def test_removed_weights_become_zero_and_no_other_changes() -> None:
+    model, mask = build_llama(), llama_mask()
+    before = state_of(model)
+    apply_mask(model, mask)
+    for name, tensor in model.state_dict().items():
+        expected = torch.where(mask[name], before[name], 0.0) if name in mask else before[name]
+        assert torch.equal(tensor, expected)
+    removed = model.get_parameter(mask.names()[0])[~mask[mask.names()[0]]]
+    assert removed.numel()
+    assert not removed.signbit().any()
+
+
+def test_second_application_changes_nothing() -> None:
+    model, mask = build_llama(), llama_mask()
+    apply_mask(model, mask)
+    before = state_of(model)
+    apply_mask(model, mask)
+    assert unchanged(model, before)
+
+
+def test_second_mask_on_the_same_tensor_is_refused() -> None:
+    model = build_llama()
+    apply_mask(model, llama_mask())
+    before = state_of(model)
+    with pytest.raises(MaskMismatchError, match="other values") as caught:
+        apply_mask(model, llama_mask(seed=1))
+    assert "another mask" in str(caught.value.hint)
+    assert unchanged(model, before)
+
+
+def test_mask_that_removes_nothing_still_needs_its_base() -> None:
+    base = torch.ones(4, 4)
+    mask = learn_mask({"w": base}, ratio=0.0)
+    apply_mask(Tensors(w=base), mask)
+    with pytest.raises(MaskMismatchError, match="other values"):
+        apply_mask(Tensors(w=base + 1), mask)
+
+
+def test_other_values_in_the_last_tensor_leave_the_first_untouched() -> None:
+    model, mask = build_llama(), llama_mask()
+    with torch.no_grad():
+        model.get_parameter(mask.names()[-1])[0, 0] += 1
+    before = state_of(model)
+    with pytest.raises(MaskMismatchError, match="other values") as caught:
+        apply_mask(model, mask)
+    assert caught.value.key == mask.names()[-1]
+    assert caught.value.hint is not None
+    assert "org/base at revision abc123" in caught.value.hint
+    assert unchanged(model, before)
+
+
+@pytest.mark.parametrize(
+    ("base", "loaded"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float64),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.float8_e4m3fn, torch.bfloat16),
+        (torch.float8_e5m2, torch.float16),
+    ],
+)
+def test_base_is_recognised_in_a_dtype_that_holds_it(base: torch.dtype, loaded: torch.dtype) -> None:
+    stored = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).to(base)
+    mask = learn_mask({"w": stored})
+    model = Tensors(w=stored.to(loaded))
+    apply_mask(model, mask)
+    values = model.state_dict()["w"].to(torch.float64)
+    assert torch.equal(values, torch.where(mask["w"], stored.to(torch.float64), 0.0))
+    wrong = stored.flip(0)
+    with pytest.raises(MaskMismatchError, match="other values"):
+        apply_mask(Tensors(w=wrong.to(loaded)), mask)
+
+
+def test_change_too_small_for_the_base_dtype_is_found() -> None:
+    stored = torch.ones(4, 4, dtype=torch.bfloat16)
+    with pytest.raises(MaskMismatchError, match="other values"):
+        apply_mask(Tensors(w=stored.float() + 1e-6), learn_mask({"w": stored}))
+
+
+def test_dtype_too_narrow_for_the_base_is_masked_by_name_and_shape() -> None:
+    stored = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    mask = learn_mask({"w": stored})
+    model = Tensors(w=stored.bfloat16())
+    apply_mask(model, mask)
+    assert torch.equal(model.state_dict()["w"], torch.where(mask["w"], stored.bfloat16(), 0.0))
+
+
+@pytest.mark.parametrize(
+    "weight", [torch.ones(4, 2), torch.ones(2, 4, dtype=torch.int8), torch.ones(2, 4, device="meta")]
+)
+def test_tensor_of_another_form_is_refused(weight: torch.Tensor) -> None:
+    mask = learn_mask({"w": torch.ones(2, 4)})
+    with pytest.raises(MaskMismatchError, match="another form") as caught:
+        apply_mask(Tensors(w=weight), mask)
+    assert caught.value.key == "w"
+
+
+def test_tensor_the_model_lacks_is_refused() -> None:
+    with pytest.raises(MaskMismatchError, match="not in the model"):
+        apply_mask(Tensors(v=torch.ones(2)), learn_mask({"w": torch.ones(2)}))
+
+
+def test_delta_mask_is_refused() -> None:
+    mask = llama_mask()
+    delta = Mask({n: mask[n] for n in mask.names()}, mask.records, replace(mask.metadata, kind="delta"))
+    with pytest.raises(MaskMismatchError, match="tuned checkpoint"):
+        apply_mask(build_llama(), delta)
+
+
+def test_weights_laid_out_by_columns_are_masked_in_place() -> None:
+    base = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    model = Tensors(w=base)
+    model.w = torch.nn.Parameter(base.T.contiguous().T)
+    mask = learn_mask({"w": base})
+    apply_mask(model, mask)
+    assert torch.equal(model.w, torch.where(mask["w"], base, 0.0))
+
+
+def test_gpt2_is_masked_under_names_with_and_without_the_prefix(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    full = projections(tmp_path / "base")
+    assert "transformer.h.1.attn.c_attn.weight" in full
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in full.items()}
+    with_prefix, without = (GPT2LMHeadModel.from_pretrained(tmp_path / "base") for _ in range(2))
+    apply_mask(with_prefix, learn_mask(full))
+    apply_mask(without, learn_mask(bare))
+    apply_mask(without.transformer, learn_mask(full))
+    assert unchanged(with_prefix, state_of(without))
+    assert (with_prefix.transformer.h[1].attn.c_attn.weight == 0).any()
