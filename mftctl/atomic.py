@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,8 +55,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.replace(old / path.name)
-            temporary.replace(path)
-            shutil.rmtree(old)
+            try:
+                temporary.replace(path)
+            finally:
+                if not path.exists():
+                    (old / path.name).replace(path)
+                shutil.rmtree(old)
         else:
             temporary.replace(path)
     finally:
@@ -68,7 +73,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+# The umask can only be read by setting it: a second thread in between would read 0 and leave it there.
+_UMASK_LOCK = threading.Lock()
+
+
 def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
+    with _UMASK_LOCK:
+        current = os.umask(0)
+        os.umask(current)
     return current

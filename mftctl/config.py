@@ -8,26 +8,48 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mftctl.data.sources import DataSource
+from mftctl.errors import DataError
 
 DEFAULT_RATIO = 0.1
 
 
 class _Section(BaseModel):
-    """Strict: an unknown key is an error, and text is no number."""
+    """Strict: an unknown key is an error, text is no number, and neither are infinity and nan."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class _SourceMapping(_Section):
+    """A `DataSource` written as a mapping."""
+
+    path: str = Field(min_length=1)
+    count: int | None = Field(None, gt=0)
+    split: str | None = None
 
 
 def _to_sources(value: object) -> object:
     """`train.jsonl=1000`, a mapping, or a list of either, as a tuple of `DataSource`."""
     parts = value if isinstance(value, list | tuple) else [value]
-    return tuple(
-        DataSource.parse(part) if isinstance(part, str) else DataSource(**part) if isinstance(part, dict) else part
-        for part in parts
-    )
+    return tuple(_to_source(part) for part in parts)
+
+
+def _to_source(part: object) -> object:
+    """The source of a text or a mapping; anything else as it is, for the type check to refuse."""
+    try:
+        if isinstance(part, str):
+            return DataSource.parse(part)
+        if isinstance(part, dict):
+            return DataSource(**_SourceMapping.model_validate(part).model_dump())
+    except DataError as error:
+        raise ValueError(f"{error.message} Expected {error.expected}, got {error.actual}") from error
+    except ValidationError as error:
+        details = [f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()]
+        known = ", ".join(_SourceMapping.model_fields)
+        raise ValueError(f"{part} is no data source ({'; '.join(details)}); the keys are {known}") from error
+    return part
 
 
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_to_sources)]

@@ -27,8 +27,8 @@ from mftctl.runs import Run
 def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
     """The result of evaluating one model: each data set with its metrics, their standard errors and sample files.
 
-    Every sample goes to a `.jsonl` file in the run folder as `id`, `reference`, `output`, `scores` and `weights`
-    (a metric is the sum of its scores over the sum of its weights; a weight not given is 1).
+    Every sample goes to a `.jsonl` file in the run folder as `id` (its number), `reference`, `output`, `scores` and
+    `weights` (a metric is the sum of its scores over the sum of its weights; a weight not given is 1).
 
     Args:
         recipe: With the `eval` section and `test_data`.
@@ -100,13 +100,14 @@ def _data_file(
         on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
     )
     rows = []
-    for row in found.rows:
+    for number, row in enumerate(found.rows):
         scores = {"loss": row.nll}
         if row.correct is not None:
             scores["exact_match"] = float(row.correct)
         rows.append(
             {
-                "id": row.where,
+                "id": str(number),
+                "where": row.where,
                 "reference": row.reference,
                 "output": row.prediction,
                 "scores": scores,

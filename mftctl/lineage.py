@@ -70,7 +70,8 @@ def source_of_model(model: str, root: Path) -> Source:
     path = Path(model)
     if path.is_dir():
         for run in reversed(list_runs(root)[0]):
-            made = run.record.result.get("model")
+            # The result of mask-train names a model too: the one it left as it is.
+            made = run.record.result.get("model") if run.record.command in ("fft", "apply") else None
             if made is not None and Path(made).resolve() == path.resolve():
                 return source_of_run(run)
     return Source(model)
@@ -130,15 +131,23 @@ def recommended_layers(root: Path, source: Source) -> tuple[str, str] | None:
 def ancestry(root: Path, source: Source) -> list[Source]:
     """The states a source went through, the pre-trained model first and the source itself last.
 
+    A state that was reached twice, such as by `mask-train` and then `apply`, is its newest.
+
     Args:
         root: The runs folder.
         source: With the runs that made it.
+
+    Raises:
+        RunError: One of these runs cannot be read.
     """
     if not source.parents:
         return [source]
     made = [source_of_run(load_run(root / name)) for name in source.parents]
-    first = Source(source.origin, config=source.config)
-    return list({step.state: step for step in (first, *made)}.values())
+    newest: dict[str, Source] = {}
+    for step in (Source(source.origin, config=source.config), *made):
+        newest.pop(step.state, None)
+        newest[step.state] = step
+    return list(newest.values())
 
 
 def fine_tuned_state(source: Source) -> str:

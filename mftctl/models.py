@@ -12,7 +12,7 @@ from mftctl.errors import ModelError
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model in a checkpoint folder, in evaluation mode (as transformers loads it) and on the best device there is.
+    """The causal language model in a checkpoint folder, in evaluation mode and on the best device there is.
 
     Args:
         folder: With `config.json` and safetensors.

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mftctl.config import Recipe
-from mftctl.errors import ConfigError, DataError
+from mftctl.config import Recipe, Stage
+from mftctl.errors import ConfigError
 
 _INSTALLED = Path(__file__).parent / "recipes"
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "recipes"
@@ -29,15 +29,20 @@ _Loader.add_implicit_resolver(
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ConfigError("A key stands twice.", key=str(key), path=f"line {node.start_mark.line + 1}")
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} twice", key.start_mark)
+            seen.add(key.value)
     loader.flatten_mapping(node)
-    return dict(loader.construct_pairs(node, deep=True))
+    return loader.construct_mapping(node, deep=True)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
+
+# Forbidden characters, and values such as the date 2024-13-45, are reported without a place.
+_YAML_ERRORS = (yaml.YAMLError, ValueError)
 
 
 def built_in_names() -> list[str]:
@@ -72,12 +77,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: The file cannot be read, is not YAML, repeats a key or holds no mapping.
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("The recipe cannot be read.", path=path, actual=error) from error
+    try:
+        document = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
         raise ConfigError("The recipe is not valid YAML.", path=f"{path}{line}", actual=error.problem) from error
+    except _YAML_ERRORS as error:
+        raise ConfigError("The recipe is not valid YAML.", path=path, actual=error) from error
     if not isinstance(document, dict):
         raise ConfigError("A recipe is a mapping of keys to values.", path=path, actual=type(document).__name__)
     return document
@@ -103,13 +112,8 @@ def load_recipe(
     """
     path = None if name is None else find_recipe(name)
     document = deepcopy(dict(base or {})) if path is None else read_yaml(path)
-    for assignment in sets:
-        key, separator, value = assignment.partition("=")
-        if not separator or not key:
-            raise ConfigError("--set takes a key and a value.", expected="--set a.b=value", actual=assignment)
-        assign(document, key.strip(), yaml.load(value, Loader=_Loader))
-    for key, value in (options or {}).items():
-        assign(document, key, value)
+    assign(document, [_parse_assignment(text) for text in sets])
+    assign(document, list((options or {}).items()))
     return parse_recipe(document, path)
 
 
@@ -120,29 +124,51 @@ def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
         ConfigError: A key is unknown or a value does not fit.
     """
     document = recipe.model_dump(mode="json", exclude_unset=True)
-    for key, value in changes.items():
-        assign(document, key, value)
+    assign(document, list(changes.items()))
     return parse_recipe(document)
 
 
-def assign(document: dict[str, Any], key: str, value: object) -> None:
-    """Sets a dotted key in nested mappings, made where they are missing.
+def assign(document: dict[str, Any], changes: Sequence[tuple[str, object]]) -> None:
+    """Sets dotted keys in nested mappings, made where they are missing.
 
-    A mask has one indicator, so that a ratio takes the place of a threshold and the other way round.
+    A mask has one indicator, so that a ratio takes the place of a threshold that stood there before, and the other way
+    round. Both among the changes stay, for the recipe's check to refuse.
 
     Raises:
-        ConfigError: A part of the key is no mapping.
+        ConfigError: A part of a key is no mapping.
     """
-    *parents, last = key.split(".")
+    for key, value in changes:
+        replaced = _OTHER_INDICATOR.get(key.rpartition(".")[2])
+        if value is not None and replaced is not None:
+            _open_section(document, key).pop(replaced, None)
+    for key, value in changes:
+        _open_section(document, key)[key.rpartition(".")[2]] = value
+
+
+_OTHER_INDICATOR = {"ratio": "threshold", "threshold": "ratio"}
+
+
+def _open_section(document: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping that holds the last part of a dotted key, copied: YAML aliases share theirs."""
     place = document
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
+    for parent in key.split(".")[:-1]:
+        inner = place.get(parent, {})
+        if not isinstance(inner, dict):
             raise ConfigError("This key has no parts.", key=key, actual=f"{parent} is a value")
-    other = {"ratio": "threshold", "threshold": "ratio"}.get(last)
-    if parents and other is not None and value is not None:
-        place.pop(other, None)
-    place[last] = value
+        place[parent] = dict(inner)
+        place = place[parent]
+    return place
+
+
+def _parse_assignment(text: str) -> tuple[str, object]:
+    """Key and value of `a.b=value`."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("--set takes a key and a value.", expected="--set a.b=value", actual=text)
+    try:
+        return key.strip(), yaml.load(value, Loader=_Loader)
+    except _YAML_ERRORS as error:
+        raise ConfigError("The value of --set is not valid YAML.", key=key.strip(), actual=repr(value)) from error
 
 
 def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recipe:
@@ -152,14 +178,24 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
         ConfigError: With one line for each problem.
     """
     try:
-        return Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document)
     except ValidationError as error:
         problems = [_describe(problem) for problem in error.errors()]
         raise ConfigError("The configuration does not fit.", path=path, problems=problems) from error
-    except DataError as error:
-        raise ConfigError(
-            error.message, path=path or error.path, expected=error.expected, actual=error.actual
-        ) from error
+    stages = recipe.stages.items()
+    problems = [f"stages.{name}.set.{problem}" for name, stage in stages for problem in _stage_problems(recipe, stage)]
+    if problems:
+        raise ConfigError("The configuration does not fit.", path=path, problems=problems)
+    return recipe
+
+
+def _stage_problems(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """What is wrong with the keys that a stage changes: found now, not after the stages before it have been trained."""
+    try:
+        with_changes(recipe, {"stages": {}, **stage.set})
+    except ConfigError as error:
+        return error.problems or (f"{error.key}: {error.message}",)
+    return ()
 
 
 def _describe(problem: Any) -> str:
@@ -194,12 +230,13 @@ def _nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def _nearest_anywhere(name: str) -> str | None:
-    """The nearest key of any section, with its section."""
+    """The nearest key of the top or of any section, with its section."""
     dotted = {
         key: f"{section}.{key}"
         for section, field in Recipe.model_fields.items()
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
         for key in field.annotation.model_fields
     }
+    dotted |= {key: key for key in Recipe.model_fields}
     matches = difflib.get_close_matches(name, dotted, n=1)
     return f"did you mean {dotted[matches[0]]}?" if matches else None

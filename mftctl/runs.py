@@ -87,9 +87,12 @@ class TrainingFolder:
             stream.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; none before the first."""
+        """The lines of `metrics.jsonl`; none before the first, and not one that a kill has cut short."""
         path = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        if not path.exists():
+            return []
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines]
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`, since a resumed training will do these steps again."""
@@ -242,7 +245,7 @@ def recorded(run: Run) -> Iterator[None]:
 def _run_folders(root: Path) -> Iterator[Path]:
     if root.is_dir():
         numbered = [path for path in root.iterdir() if path.is_dir() and re.match(r"\d+-", path.name)]
-        yield from sorted(numbered, key=lambda path: int(path.name.split("-")[0]))
+        yield from sorted(numbered, key=lambda path: (int(path.name.split("-")[0]), path.name))
 
 
 def _new_folder(root: Path, command: str) -> Path:

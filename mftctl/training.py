@@ -52,8 +52,8 @@ def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> 
 
 
 def warmup_steps(steps: int, options: TrainingOptions) -> int:
-    """The steps in which the learning rate rises."""
-    return math.ceil(steps * options.warmup_ratio)
+    """The steps in which the learning rate rises; never all of them, since the first of them has a rate of 0."""
+    return min(math.ceil(steps * options.warmup_ratio), steps - 1)
 
 
 def uses_bf16(precision: Precision) -> bool:
@@ -89,6 +89,7 @@ def training_arguments(
         max_grad_norm=options.max_grad_norm,
         optim="adamw_torch",
         bf16=bf16,
+        use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=options.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps",

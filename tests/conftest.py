@@ -95,3 +95,11 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("MFTCTL_TEST_DATA names no folder")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and additions to learn. Read only."""
+    from tests.workflow_fixtures import make_workspace
+
+    return make_workspace(tmp_path_factory.mktemp("workspace"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.masking.selection import Ranking, check_ratio, keep_above, keep_highest, rank
@@ -53,6 +55,22 @@ class Indicator:
         return keep_highest(rank(scores, self.ranking), self.ratio)
 
 
+class _StepCounter:
+    """Counts the steps of all optimizers of this process."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.steps += 1
+
+
+@functools.cache
+def _step_counter() -> _StepCounter:
+    return _StepCounter()
+
+
 class MaskedLinear(nn.Module):
     """A frozen linear projection whose weights pass a mask that follows from trainable scores.
 
@@ -76,7 +94,7 @@ class MaskedLinear(nn.Module):
         self.indicator = indicator
         self.transposed = isinstance(linear, Conv1D)
         self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
-        self._scores_version = -1
+        self._scores_state: tuple[int, int] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
 
     def keep(self) -> torch.Tensor:
@@ -90,11 +108,11 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def masked_weight(self) -> torch.Tensor:
         """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
-        # In-place updates, which all optimizers make, raise the version counter of a tensor.
-        version = self.scores._version
-        if version != self._scores_version or self._masked_weight.device != self.weight.device:
+        # An in-place update raises the version counter of a tensor; fused optimizers alone leave it as it is.
+        state = (self.scores._version, _step_counter().steps)
+        if state != self._scores_state or self._masked_weight.device != self.weight.device:
             self._masked_weight = self.weight.masked_fill(~self.keep(), 0.0)
-            self._scores_version = version
+            self._scores_state = state
         return self._masked_weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +120,7 @@ class MaskedLinear(nn.Module):
         y: torch.Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
             x, self.scores, self.masked_weight(), self.weight, self.transposed, self.indicator.uses_magnitude
         )
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Shape and indicator, for `print(model)`."""

@@ -45,6 +45,7 @@ class Row:
         standard_error: Of a single seed's value, averaged; None where a run has none.
         samples: Records or problems measured.
         seeds: The seeds averaged over.
+        is_baseline: Whether the changes of the other states are against this one.
         change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
         runs: Names of the evaluation runs.
     """
@@ -55,6 +56,7 @@ class Row:
     standard_error: float | None
     samples: int
     seeds: tuple[int, ...]
+    is_baseline: bool
     change: Change | None
     runs: tuple[str, ...]
 
@@ -85,6 +87,11 @@ class _Measurement:
     run: Run
     dataset: dict[str, Any]
     metric: dict[str, Any]
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What two measurements in one table have in common: model, data and metric."""
+        return (self.inputs["origin"], f"{self.dataset['name']}:{self.dataset['digest']}", self.metric["name"])
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -134,10 +141,11 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
     for run in runs:
         if run.record.command != "eval" or run.record.status != "finished":
             continue
-        for dataset in run.record.result["datasets"]:
-            for metric in dataset["metrics"]:
-                key = (run.record.inputs["origin"], f"{dataset['name']}:{dataset['digest']}", metric["name"])
-                groups.setdefault(key, []).append(_Measurement(run, dataset, metric))
+        try:
+            for item in _measurements(run):
+                groups.setdefault(item.key, []).append(item)
+        except RunError as error:
+            problems.append(f"{error.path}: {error.message}")
     if not groups:
         raise RunError(
             "There is nothing to report: no finished evaluation.",
@@ -146,6 +154,24 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
             hint="mftctl eval",
         )
     return [_table(origin, metric, group, problems) for (origin, _, metric), group in groups.items()], problems
+
+
+def _measurements(run: Run) -> list[_Measurement]:
+    """All metrics of a finished evaluation.
+
+    Raises:
+        RunError: Its record lacks something that a comparison needs.
+    """
+    record = run.record
+    try:
+        found = [_Measurement(run, data, metric) for data in record.result["datasets"] for metric in data["metrics"]]
+        for item in found:
+            _ = item.key, item.state, item.seed, item.maker, item.dataset["samples"]
+            _ = item.metric["value"], item.metric["standard_error"], item.metric["samples"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        path = run.folder / "run.json"
+        raise RunError("The record of this evaluation is not complete.", path=path, actual=repr(error)) from error
+    return found
 
 
 def _table(origin: str, metric: str, measurements: Sequence[_Measurement], problems: list[str]) -> MetricTable:
@@ -164,11 +190,11 @@ def _table(origin: str, metric: str, measurements: Sequence[_Measurement], probl
                 change = _change(group, newest.values(), metric, baseline)
             except (RunError, EvaluationError) as error:
                 problems.append(f"{label}: {error.message}")
-        rows.append(_row(label, group, change))
+        rows.append(_row(label, group, change, is_baseline=state == baseline))
     return MetricTable(origin, measurements[0].dataset["name"], metric, baseline, tuple(rows))
 
 
-def _row(label: str, group: Sequence[_Measurement], change: Change | None) -> Row:
+def _row(label: str, group: Sequence[_Measurement], change: Change | None, *, is_baseline: bool) -> Row:
     values = [item.metric["value"] for item in group]
     errors = [item.metric["standard_error"] for item in group if item.metric["standard_error"] is not None]
     return Row(
@@ -178,6 +204,7 @@ def _row(label: str, group: Sequence[_Measurement], change: Change | None) -> Ro
         standard_error=fmean(errors) if errors else None,
         samples=group[0].metric["samples"],
         seeds=tuple(item.seed for item in group),
+        is_baseline=is_baseline,
         change=change,
         runs=tuple(item.run.name for item in group),
     )

@@ -65,7 +65,7 @@ def value_text(row: Row) -> str:
 def change_texts(row: Row, table: MetricTable) -> tuple[str, str]:
     """The change with an arrow and its interval, and the verdict; empty for the baseline."""
     if row.change is None:
-        return ("", "") if row.state == table.baseline else ("", "not comparable")
+        return "", "" if row.is_baseline else "not comparable"
     arrow = "↑" if row.change.value > 0 else "↓" if row.change.value < 0 else "="
     interval = f"[{row.change.low:+.4f}, {row.change.high:+.4f}]"
     return f"{arrow} {row.change.value:+.4f} {interval}", row.change.verdict

@@ -1,0 +1,248 @@
+"""MaskedLinear against the paper's equations in numpy, a hand-written gradient, and a sort-at-each-forward model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from mftctl.masking.layers import (
+    Indicator,
+    MaskedLinear,
+    attach_masks,
+    detach_masks,
+    initial_scores,
+    masked_layers,
+    score_scale,
+)
+from mftctl.masking.targets import find_targets
+from tests.conftest import build_llama
+from tests.masking.test_selection import keep_by_sorting
+
+INDICATORS = [
+    Indicator(ratio=0.3),
+    Indicator(ratio=0.3, ranking="signed"),
+    Indicator(ratio=None, threshold=-0.1),
+    Indicator(ratio=0.0),
+]
+
+
+def numpy_keep(scores: np.ndarray, indicator: Indicator) -> np.ndarray:
+    if indicator.ratio is None:
+        return ~(scores < indicator.threshold)
+    return keep_by_sorting(np.abs(scores) if indicator.ranking == "magnitude" else scores, indicator.ratio)
+
+
+def make(indicator: Indicator, *, transposed: bool = False, bias: bool = True) -> tuple[MaskedLinear, torch.Tensor]:
+    torch.manual_seed(0)
+    linear = Conv1D(5, 7) if transposed else nn.Linear(7, 5, bias=bias)
+    scores = torch.randn(linear.weight.shape)
+    return MaskedLinear(linear, scores.clone(), indicator), torch.randn(2, 3, 7)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("indicator", INDICATORS, ids=str)
+def test_forward_equals_the_equations(indicator: Indicator, transposed: bool) -> None:
+    """Equation 4: y = x (W * M)^T + b."""
+    layer, x = make(indicator, transposed=transposed)
+    weight, scores = layer.weight.detach().numpy(), layer.scores.detach().numpy()
+    masked = weight * numpy_keep(scores, indicator)
+    expected = x.numpy() @ (masked if transposed else masked.T) + layer.bias.detach().numpy()
+    np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("indicator", INDICATORS, ids=str)
+def test_gradients_equal_the_formula(indicator: Indicator, transposed: bool) -> None:
+    """Equation 5: dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked; dL/dx goes through the masked weight."""
+    layer, x = make(indicator, transposed=transposed)
+    x.requires_grad_()
+    upstream = torch.randn(2, 3, 5)
+    layer(x).backward(upstream)
+    weight, scores = layer.weight.detach().numpy(), layer.scores.detach().numpy()
+    grad_y, rows = upstream.numpy().reshape(-1, 5), x.detach().numpy().reshape(-1, 7)
+    grad_masked = rows.T @ grad_y if transposed else grad_y.T @ rows
+    sign = np.sign(scores) if indicator.ratio is not None and indicator.ranking == "magnitude" else 1.0
+    np.testing.assert_allclose(layer.scores.grad.numpy(), grad_masked * weight * sign, rtol=1e-4, atol=1e-6)
+    masked = weight * numpy_keep(scores, indicator)
+    expected = (grad_y @ (masked.T if transposed else masked)).reshape(2, 3, 7)
+    np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
+    assert layer.weight.grad is None
+
+
+class SortingLinear(nn.Module):
+    """The reference's way, for this test only: sorts at every forward, gradient by the detach trick."""
+
+    def __init__(self, linear: nn.Linear, scores: torch.Tensor, ratio: float) -> None:
+        super().__init__()
+        self.weight = linear.weight.detach()
+        self.scores = nn.Parameter(scores)
+        self.ratio = ratio
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ranked = self.scores.abs()
+        hard = torch.from_numpy(keep_by_sorting(ranked.detach().numpy(), self.ratio)).float()
+        straight_through = hard + ranked - ranked.detach()
+        return F.linear(x, self.weight * straight_through)
+
+
+def test_training_steps_equal_a_sort_at_each_forward() -> None:
+    """Several whole steps of Adam on a Llama: the same losses and the same masks."""
+    input_ids = torch.randint(6, 102, (2, 12), generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    for kind in ("engine", "reference"):
+        model = build_llama()
+        targets = find_targets(model, [1, 2])
+        scores = {target.name: initial_scores(target, "kaiming", seed=3) for target in targets}
+        attach_masks(model, targets, scores, Indicator(ratio=0.1))
+        if kind == "reference":
+            for name, module in list(masked_layers(model)):
+                parent, _, attribute = name.rpartition(".")
+                replacement = SortingLinear(module.original(), module.scores.detach().clone(), 0.1)
+                setattr(model.get_submodule(parent), attribute, replacement)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(trainable, lr=0.05)
+        losses = []
+        for _ in range(4):
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        keep = [keep_by_sorting(parameter.detach().abs().numpy(), 0.1) for parameter in trainable]
+        outcomes.append((losses, keep))
+    (losses, masks), (reference_losses, reference_masks) = outcomes
+    assert losses[0] != losses[-1]
+    np.testing.assert_allclose(losses, reference_losses, rtol=1e-5)
+    assert all(np.array_equal(mask, other) for mask, other in zip(masks, reference_masks, strict=True))
+
+
+def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = make(Indicator(ratio=0.3))
+    selections = []
+    original = Indicator.keep
+    monkeypatch.setattr(Indicator, "keep", lambda self, scores: selections.append(1) or original(self, scores))
+    optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
+    for step in range(1, 4):
+        for _ in range(3):
+            layer(x).sum().backward()
+        assert len(selections) == step
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
+def test_every_kind_of_optimizer_step_renews_the_mask(options: dict[str, bool]) -> None:
+    layer, x = make(Indicator(ratio=0.3))
+    optimizer = torch.optim.AdamW([layer.scores], lr=0.5, **options)
+    for _ in range(5):
+        layer(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = layer.weight.detach() * layer.keep()
+        assert torch.equal(layer.masked_weight(), expected)
+
+
+def test_weights_are_never_touched_and_come_back() -> None:
+    model = build_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = model(input_ids=torch.arange(6, 16)[None]).logits
+    targets = find_targets(model)
+    attach_masks(model, targets, {item.name: initial_scores(item, "kaiming") for item in targets}, Indicator())
+    optimizer = torch.optim.AdamW([module.scores for _, module in masked_layers(model)], lr=0.1)
+    model(input_ids=torch.arange(6, 16)[None], labels=torch.arange(6, 16)[None]).loss.backward()
+    optimizer.step()
+    detach_masks(model)
+    assert {name: id for name in model.state_dict()}.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(input_ids=torch.arange(6, 16)[None]).logits, logits)
+
+
+def test_only_scores_are_trainable() -> None:
+    model = build_llama()
+    targets = find_targets(model, [2], "mlp")
+    attach_masks(model, targets, {item.name: initial_scores(item, "constant") for item in targets}, Indicator())
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"model.layers.2.mlp.{name}_proj.scores" for name in ("gate", "up", "down")}
+
+
+def test_gpt2_with_conv1d_equals_a_masked_copy() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    targets = find_targets(model)
+    scores = {item.name: initial_scores(item, "kaiming", seed=1) for item in targets}
+    keep = {name: keep_by_sorting(value.abs().numpy(), 0.2) for name, value in scores.items()}
+    attach_masks(model, targets, scores, Indicator(ratio=0.2))
+    ids = torch.arange(20)[None]
+    logits = model(ids).logits
+    detach_masks(model)
+    with torch.no_grad():
+        for target in targets:
+            target.module.weight.mul_(torch.from_numpy(keep[target.name]))
+    torch.testing.assert_close(logits, model(ids).logits)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    layer, x = make(Indicator(ratio=0.3))
+    layer(x).square().sum().backward()
+    plain = layer.scores.grad.clone()
+    layer.scores.grad = None
+    checkpoint(layer, x, use_reentrant=False).square().sum().backward()
+    assert torch.equal(layer.scores.grad, plain)
+
+
+def test_bf16_weights_with_fp32_scores() -> None:
+    layer, x = make(Indicator(ratio=0.3))
+    layer.weight.data = layer.weight.data.bfloat16()
+    layer.bias.data = layer.bias.data.bfloat16()
+    y = layer(x.bfloat16())
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.scores.grad.dtype == torch.float32
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    layer, x = make(Indicator(ratio=0.3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert layer.scores.grad.dtype == torch.float32
+
+
+def test_kaiming_start_is_uniform_within_its_bound() -> None:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)); fan_in of a Conv1D is its first dimension."""
+    model = build_llama(hidden_size=64, intermediate_size=256)
+    target = next(item for item in find_targets(model) if item.name.endswith("down_proj"))
+    scores = initial_scores(target, "kaiming")
+    bound = 1 / np.sqrt(256)
+    assert score_scale(target.module) == pytest.approx(bound)
+    assert score_scale(Conv1D(5, 7)) == pytest.approx(1 / np.sqrt(7))
+    assert scores.abs().max() <= bound
+    assert scores.std().item() == pytest.approx(bound / np.sqrt(3), rel=0.02)
+    assert abs(scores.mean().item()) < bound / 20
+
+
+def test_a_start_depends_on_seed_and_name_alone() -> None:
+    model = build_llama()
+    every, few = find_targets(model), find_targets(model, [3])
+    by_name = {item.name: initial_scores(item, "kaiming", seed=5) for item in every}
+    assert all(torch.equal(by_name[item.name], initial_scores(item, "kaiming", seed=5)) for item in few)
+    assert not torch.equal(by_name[few[0].name], initial_scores(few[0], "kaiming", seed=6))
+    same_shape = [item for item in every if item.name.endswith("q_proj")]
+    assert not torch.equal(by_name[same_shape[0].name], by_name[same_shape[1].name])
+
+
+def test_a_constant_start() -> None:
+    target = find_targets(build_llama())[0]
+    assert initial_scores(target, "constant", constant=0.25).unique().tolist() == [0.25]
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.1, "threshold": 0.0}, {"ratio": None}])
+def test_an_indicator_has_one_rule(options: dict[str, float | None]) -> None:
+    with pytest.raises(ValueError, match="either a ratio or a threshold"):
+        Indicator(**options)

@@ -1,0 +1,145 @@
+"""Which projections are found, in every family of decoders, and which layers a choice names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mftctl.errors import MaskingError
+from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
+from tests.conftest import build_llama
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+SEPARATE = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], tuple[set[str], set[str]]]] = {
+    "llama": (lambda: build_llama(layers=3), SEPARATE),
+    "qwen2": (lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)), SEPARATE),
+    "qwen3": (lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)), SEPARATE),
+    "mistral": (lambda: MistralForCausalLM(MistralConfig(**SIZES)), SEPARATE),
+    "gemma2": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)), SEPARATE),
+    "phi3": (lambda: Phi3ForCausalLM(Phi3Config(**SIZES)), ({"qkv_proj", "o_proj"}, {"gate_up_proj", "down_proj"})),
+    "gpt2": (
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
+        ({"c_attn", "c_proj"}, {"c_fc", "c_proj"}),
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_projections_and_nothing_else(family: str) -> None:
+    build, (attention, mlp) = FAMILIES[family]
+    model = build()
+    for part, names in (("attn", attention), ("mlp", mlp)):
+        found = find_targets(model, None, part)
+        assert {target.name.rpartition(".")[2] for target in found} == names
+        assert {target.layer for target in found} == {0, 1, 2}
+        assert {target.part for target in found} == {part}
+    head = model.get_output_embeddings()
+    assert all(target.module is not head for target in find_targets(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chosen_layers_only(family: str) -> None:
+    model = FAMILIES[family][0]()
+    prefix, layers = decoder_layers(model)
+    found = find_targets(model, [1])
+    assert len(layers) == 3
+    assert found
+    assert all(target.name.startswith(f"{prefix}.1.") for target in found)
+    assert all(model.get_submodule(target.name) is target.module for target in found)
+
+
+def test_a_model_without_a_decoder() -> None:
+    with pytest.raises(MaskingError, match="no list of decoder layers") as caught:
+        decoder_layers(nn.Sequential(nn.Linear(2, 2)))
+    assert caught.value.actual == "Sequential"
+
+
+def test_a_decoder_without_known_projections() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))])
+    with pytest.raises(MaskingError, match="No projection matches") as caught:
+        find_targets(model)
+    assert caught.value.key == "target"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4-7", [4, 5, 6, 7]),
+        ("0,3,8-11", [0, 3, 8, 9, 10, 11]),
+        ("all", list(range(12))),
+        (" 2 , 1 ", [1, 2]),
+        ("3-3", [3]),
+    ],
+)
+def test_layer_choices(text: str, expected: list[int]) -> None:
+    assert parse_layers(text, 12) == expected
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-", "-3", "7-4", "1,,2", "1.5", "all,1"])
+def test_layers_that_are_no_choice(text: str) -> None:
+    with pytest.raises(MaskingError, match="numbers and ranges") as caught:
+        parse_layers(text, 12)
+    assert (caught.value.key, caught.value.actual) == ("layers", text)
+
+
+def test_layers_beyond_the_model() -> None:
+    with pytest.raises(MaskingError, match="does not have that many") as caught:
+        parse_layers("28-31", 30)
+    assert caught.value.expected == "layers 0 to 29"
+
+
+@given(st.sets(st.integers(0, 40), min_size=1))
+def test_layers_read_back(layers: set[int]) -> None:
+    assert parse_layers(format_layers(list(layers)), 41) == sorted(layers)
+
+
+@given(st.integers(1, 60), st.data())
+def test_groups_cover_every_layer_once(layer_count: int, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, layer_count))
+    groups = layer_groups(layer_count, size)
+    assert [layer for group in groups for layer in group] == list(range(layer_count))
+    assert all(len(group) == size for group in groups[:-1])
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_group_size_that_does_not_fit(size: int) -> None:
+    with pytest.raises(MaskingError, match="cannot have that many") as caught:
+        layer_groups(4, size)
+    assert caught.value.key == "groups"
+
+
+def test_embeddings_and_norms_are_no_targets() -> None:
+    model = build_llama()
+    targets = {id(target.module.weight) for target in find_targets(model)}
+    others = [parameter for name, parameter in model.named_parameters() if "embed" in name or "norm" in name]
+    assert others
+    assert not any(id(parameter) in targets for parameter in others)

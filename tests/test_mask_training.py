@@ -1,0 +1,219 @@
+"""Learning a mask: what it reports, what it keeps, its resumption and its checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import GPT2Config, GPT2LMHeadModel, get_linear_schedule_with_warmup
+
+from mftctl.config import MaskTrainOptions
+from mftctl.data.encoding import encode_all
+from mftctl.data.sources import DataSource, load_examples
+from mftctl.errors import ConfigError, Interrupted, MaskingError
+from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.mask_training import AUTO_TRAVEL, auto_learning_rate, mask_train
+from mftctl.masking.bits import Mask, load_mask
+from mftctl.masking.checkpoint import apply_mask, tensor_digest, tensor_index
+from mftctl.masking.selection import removed_count
+from mftctl.models import load_model, load_tokenizer
+from mftctl.progress import Silence
+from mftctl.runs import Run
+from mftctl.training import warmup_steps
+from tests.conftest import build_tokenizer
+from tests.masking.test_selection import keep_by_sorting
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+
+
+def validation_loss(workspace: Path, checkpoint: Path, mask: Mask | None) -> float:
+    """Computed apart from the training: a fresh model, the mask applied to its weights."""
+    model = load_model(checkpoint, dtype=torch.float32)
+    if mask is not None:
+        apply_mask(model, mask)
+    examples = load_examples([DataSource(str(workspace / "val.jsonl"))])
+    encoded = encode_all(examples, load_tokenizer(checkpoint), 1024)
+    return mean_loss(sample_losses(model, encoded, pad_token_id=0))
+
+
+def learn(workspace: Path, root: Path, **changes: Any) -> tuple[Run, dict[str, Any], Mask]:
+    recipe = make_recipe(workspace, **changes)
+    run, source = open_run(root, "mask-train", recipe)
+    result = mask_train(recipe, source, run, Silence())
+    run.finish(result)
+    return run, result, load_mask(Path(result["mask"]))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any], Mask]:
+    return learn(workspace, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_reports_what_an_independent_evaluation_measures(
+    undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path
+) -> None:
+    _, result, mask = undisturbed
+    tiny = workspace / "tiny"
+    assert validation_loss(workspace, tiny, None) == pytest.approx(result["unmasked_loss"], abs=1e-6)
+    assert validation_loss(workspace, tiny, mask) == pytest.approx(result["best_loss"], abs=1e-6)
+    assert result["best_loss"] < result["start_loss"]
+    assert result["helps"] == (result["best_loss"] < result["unmasked_loss"])
+
+
+def test_removes_exactly_the_ratio_of_the_chosen_layers(
+    undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path
+) -> None:
+    _, result, mask = undisturbed
+    assert {name.split(".")[2] for name in mask.names()} == {"1", "2"}
+    assert len(mask) == result["tensors"] == 14
+    for name in mask.names():
+        assert mask.records[name].removed == removed_count(mask[name].numel(), 0.1)
+    index = tensor_index(workspace / "tiny")
+    assert all(mask.records[name].sha256 == tensor_digest(index[name]) for name in mask.names())
+    assert mask.metadata.method == "learned"
+    assert mask.metadata.layers == "1-2"
+
+
+def test_the_best_validation_is_kept(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
+    run, result, _ = undisturbed
+    logged = {line["step"]: line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line}
+    assert set(logged) == {0, 4, 8, 12}
+    assert result["start_loss"] == logged[0]
+    assert result["best_loss"] == min(logged.values()) == logged[result["best_step"]]
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_resuming_gives_the_identical_mask(
+    undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path, tmp_path: Path, step: int
+) -> None:
+    _, expected, mask = undisturbed
+    recipe = make_recipe(workspace)
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    with pytest.raises(Interrupted) as caught:
+        mask_train(recipe, source, run, Interrupter(step))
+    assert caught.value.hint == "mftctl mask-train --resume"
+    result = mask_train(recipe, source, run, Silence(), resume=True)
+    resumed = load_mask(Path(result["mask"]))
+    assert all(torch.equal(resumed[name], mask[name]) for name in mask.names())
+    for key in ("unmasked_loss", "start_loss", "best_loss", "best_step", "steps", "tokens"):
+        assert result[key] == expected[key], key
+
+
+def test_a_checkpoint_holds_scores_and_no_weights(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace)
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    with pytest.raises(Interrupted):
+        mask_train(recipe, source, run, Interrupter(5))
+    newest = run.training.checkpoints / "checkpoint-5"
+    with safe_open(newest / "scores.safetensors", "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    assert len(shapes) == 14
+    assert all(name.split(".")[2] in ("1", "2") for name in shapes)
+    assert not list(newest.glob("model*.safetensors"))
+    weights = sum(int(np.prod(shape)) for shape in shapes.values())
+    size_bytes = sum(path.stat().st_size for path in newest.iterdir())
+    assert size_bytes < 12 * weights + 60_000  # scores and two moments in fp32, and the training's state
+
+
+def test_the_start_is_a_candidate(workspace: Path, tmp_path: Path) -> None:
+    """Scores that hardly move leave the identity they started from, which no later state beats."""
+    _, result, mask = learn(
+        workspace,
+        tmp_path,
+        mask_train__start="constant",
+        mask_train__start_value=1.0,
+        mask_train__threshold=0.0,
+        mask_train__learning_rate=1e-6,
+    )
+    assert result["best_step"] == 0
+    assert result["best_loss"] == result["start_loss"] == pytest.approx(result["unmasked_loss"], abs=1e-6)
+    assert mask.removed == 0
+
+
+def test_a_threshold_removes_what_falls_below_it(workspace: Path, tmp_path: Path) -> None:
+    _, result, mask = learn(workspace, tmp_path, mask_train__threshold=-0.035, mask_train__layers="all")
+    assert mask.metadata.threshold == -0.035
+    assert mask.metadata.ratio is None
+    assert 0.2 < result["ratio"] < 0.5  # U(-0.18, 0.18) and U(-0.125, 0.125) start with 0.40 and 0.36 below
+    assert result["layers"] == "0-3"
+
+
+@pytest.mark.parametrize(("method", "state"), [("random", "random mask"), ("magnitude", "L1 mask")])
+def test_masks_without_training(workspace: Path, tmp_path: Path, method: str, state: str) -> None:
+    _, result, mask = learn(workspace, tmp_path, mask_train__method=method, mask_train__ratio=0.2)
+    assert (result["state"], result["steps"], mask.metadata.method) == (state, 0, method)
+    assert validation_loss(workspace, workspace / "tiny", mask) == pytest.approx(result["best_loss"], abs=1e-6)
+    assert all(mask.records[name].removed == removed_count(mask[name].numel(), 0.2) for name in mask.names())
+    if method == "magnitude":
+        weights = load_model(workspace / "tiny", dtype=torch.float32).state_dict()
+        assert all(
+            np.array_equal(mask[name], keep_by_sorting(weights[name].abs().numpy(), 0.2)) for name in mask.names()
+        )
+
+
+def test_attention_only(workspace: Path, tmp_path: Path) -> None:
+    _, _, mask = learn(workspace, tmp_path, mask_train__target="attn", mask_train__method="random")
+    assert {name.split(".")[3] for name in mask.names()} == {"self_attn"}
+
+
+def test_bf16_and_gradient_checkpointing(workspace: Path, tmp_path: Path) -> None:
+    _, result, mask = learn(workspace, tmp_path, mask_train__precision="bf16", mask_train__gradient_checkpointing=True)
+    assert result["best_loss"] <= result["start_loss"]
+    assert mask.records[mask.names()[0]].dtype == "F32"  # of the checkpoint, not of the training
+
+
+def test_gpt2_under_the_names_of_its_checkpoint(workspace: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=102, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1, pad_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    build_tokenizer().save_pretrained(tmp_path / "gpt2")
+    _, result, mask = learn(workspace, tmp_path, model=str(tmp_path / "gpt2"), mask_train__layers="all")
+    assert set(mask.names()) <= set(tensor_index(tmp_path / "gpt2"))
+    assert len(mask) == 8
+    assert validation_loss(workspace, tmp_path / "gpt2", mask) == pytest.approx(result["best_loss"], abs=1e-6)
+
+
+def test_the_same_run_gives_the_same_mask(
+    undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path, tmp_path: Path
+) -> None:
+    _, _, again = learn(workspace, tmp_path)
+    _, _, other = learn(workspace, tmp_path, seed=7)
+    mask = undisturbed[2]
+    assert all(torch.equal(again[name], mask[name]) for name in mask.names())
+    assert any(not torch.equal(other[name], mask[name]) for name in mask.names())
+
+
+def test_layers_beyond_the_model(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(MaskingError, match="does not have that many"):
+        learn(workspace, tmp_path, mask_train__layers="2-4")
+
+
+def test_auto_cannot_scale_to_nothing(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot scale") as caught:
+        learn(
+            workspace,
+            tmp_path,
+            mask_train__start="constant",
+            mask_train__start_value=0.5,
+            mask_train__threshold=0.5,
+        )
+    assert caught.value.key == "mask_train.learning_rate"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 12, 500])
+def test_auto_learning_rate_sums_to_the_travel(steps: int) -> None:
+    """The sum of the scheduler's own learning rates, over the scale of the scores."""
+    warmup = warmup_steps(steps, MaskTrainOptions())
+    rate = auto_learning_rate(0.04, steps, warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    scheduler: LambdaLR = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    total = 0.0
+    for _ in range(steps):
+        total += optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+    assert total / 0.04 == pytest.approx(AUTO_TRAVEL)

@@ -1,0 +1,72 @@
+"""Probing: every group once, best first, and no group twice after an interruption."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mftctl.errors import Interrupted, MaskingError
+from mftctl.mask_training import mask_train
+from mftctl.probing import probe
+from mftctl.progress import Silence
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+
+
+def test_ranks_the_groups_and_recommends_the_best(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace)
+    run, source = open_run(tmp_path, "probe", recipe)
+    result = probe(recipe, source, run, Silence())
+    losses = [group["best_loss"] for group in result["groups"]]
+    assert {group["layers"] for group in result["groups"]} == {"0-1", "2-3"}
+    assert losses == sorted(losses)
+    assert result["recommended_layers"] == result["groups"][0]["layers"]
+    assert all(
+        group["change"] == pytest.approx(group["best_loss"] - result["unmasked_loss"]) for group in result["groups"]
+    )
+    assert run.record.inputs["train_records"] == 24
+
+
+def test_a_group_is_what_mask_train_learns_on_the_same_data(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, probe__data_fraction=1.0, mask_train__layers="2-3")
+    run, source = open_run(tmp_path, "probe", recipe)
+    found = {group["layers"]: group["best_loss"] for group in probe(recipe, source, run, Silence())["groups"]}
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    assert found["2-3"] == mask_train(recipe, source, run, Silence())["best_loss"]
+
+
+def test_a_finished_group_is_not_trained_again(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace)
+    expected_run, source = open_run(tmp_path, "probe", recipe)
+    expected = probe(recipe, source, expected_run, Silence())
+
+    class InSecondGroup(Interrupter):
+        def note(self, text: str) -> None:
+            self.step = 5 if text.startswith("Group 2") else -1
+
+    run, source = open_run(tmp_path, "probe", recipe)
+    with pytest.raises(Interrupted) as caught:
+        probe(recipe, source, run, InSecondGroup(-1))
+    assert caught.value.hint == "mftctl probe --resume"
+    first = run.folder / "groups" / "0-1" / "outcome.json"
+    marked = {**json.loads(first.read_text()), "start_loss": 123.0}
+    first.write_text(json.dumps(marked))
+    resumed = probe(recipe, source, run, Silence(), resume=True)
+    by_layers = {group["layers"]: group for group in resumed["groups"]}
+    assert by_layers["0-1"]["start_loss"] == 123.0
+    assert by_layers["2-3"] == next(group for group in expected["groups"] if group["layers"] == "2-3")
+
+
+def test_several_group_sizes_and_chosen_layers(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, probe__groups=[1, 2], probe__layers="2-3", mask_train__max_steps=2)
+    run, source = open_run(tmp_path, "probe", recipe)
+    result = probe(recipe, source, run, Silence())
+    assert sorted(group["layers"] for group in result["groups"]) == ["2", "2-3", "3"]
+
+
+def test_a_group_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, probe__groups=[8])
+    run, source = open_run(tmp_path, "probe", recipe)
+    with pytest.raises(MaskingError, match="cannot have that many"):
+        probe(recipe, source, run, Silence())

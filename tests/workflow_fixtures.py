@@ -1,0 +1,82 @@
+"""Small inputs for the workflows: a tiny model, additions to learn, and a listener that can press Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+from mftctl.config import Recipe, to_document
+from mftctl.lineage import Source
+from mftctl.progress import Progress
+from mftctl.recipe_files import parse_recipe
+from mftctl.runs import Run, create_run
+from tests.conftest import build_llama, build_tokenizer
+
+
+def write_additions(path: Path, count: int, seed: int) -> Path:
+    """Records such as `12+30?` / `#### 42`, one a line."""
+    generator = random.Random(seed)
+    pairs = [(generator.randint(0, 50), generator.randint(0, 50)) for _ in range(count)]
+    records = [{"question": f"{a}+{b}?" + " " * (a % 7), "answer": f"{a}+{b}\n#### {a + b}"} for a, b in pairs]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def make_workspace(folder: Path) -> Path:
+    """A folder with `tiny/` (a Llama of 4 layers), `train.jsonl`, `val.jsonl` and `test.jsonl`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build_llama().save_pretrained(folder / "tiny")
+    build_tokenizer().save_pretrained(folder / "tiny")
+    write_additions(folder / "train.jsonl", 48, seed=1)
+    write_additions(folder / "val.jsonl", 12, seed=2)
+    write_additions(folder / "test.jsonl", 16, seed=3)
+    return folder
+
+
+def make_recipe(workspace: Path, **changes: Any) -> Recipe:
+    """A recipe for the workspace: 12 optimizer steps, a validation every 4."""
+    training = {"max_steps": 12, "batch_size": 4, "eval_steps": 4}
+    document: dict[str, Any] = {
+        "model": str(workspace / "tiny"),
+        "data": [str(workspace / "train.jsonl")],
+        "val_data": [str(workspace / "val.jsonl")],
+        "test_data": [str(workspace / "test.jsonl")],
+        "fft": {**training, "learning_rate": 3e-3},
+        "probe": {"groups": [2], "data_fraction": 0.5},
+        "mask_train": {**training, "layers": "1-2"},
+    }
+    for key, value in changes.items():
+        place: dict[str, Any] = document
+        *parents, last = key.split("__")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return parse_recipe(document)
+
+
+def open_run(root: Path, command: str, recipe: Recipe) -> tuple[Run, Source]:
+    """A new run of a command on the recipe's model."""
+    source = Source(str(recipe.model))
+    return create_run(root, command, to_document(recipe), inputs=source.as_inputs()), source
+
+
+class Interrupter:
+    """A listener that raises SIGINT, as Ctrl-C does, once a training has come to a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.notes: list[str] = []
+
+    def progress(self, state: Progress) -> None:
+        if state.task == "training" and state.done == self.step:
+            self.step = -1
+            signal.raise_signal(signal.SIGINT)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.notes.append(text)
