@@ -137,7 +137,7 @@ class EvalOptions(_Section):
 class Stage(_Section):
     """One step of an experiment."""
 
-    command: Literal["fft", "probe", "mask-train", "apply", "eval"]
+    command: Literal["fft", "probe", "mask-train", "apply", "eval"] = Field(description="What the stage does.")
     after: str | None = Field(None, description="The stage whose model is the input; the recipe's model by default.")
     layers_from: str | None = Field(None, description="The probe stage that chooses the layers.")
     of: tuple[str, ...] = Field((), strict=False, description="eval: the stages whose models are evaluated.")

@@ -25,7 +25,7 @@ HELP = """
 Make a fine-tuned language model better by learning which weights to remove.
 
 The path through it: fft, probe, mask-train, apply, eval, report. In an empty folder each of them works without any
-option, on a small built-in model and its data. All of it in one go: [bold]mftctl run quickstart[/].
+option, on a small built-in model and its data. All of it in one go: `mftctl run quickstart`.
 """
 
 _PATH = "The path"
@@ -38,7 +38,7 @@ def build_app() -> typer.Typer:
         name="mftctl",
         help=HELP,
         no_args_is_help=True,
-        rich_markup_mode="rich",
+        rich_markup_mode="markdown",
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )

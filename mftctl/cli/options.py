@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -28,8 +28,19 @@ def setting(owner: type[BaseModel], field: str, *flags: str, panel: str, default
         default: What to show as the default where the field's own says too little.
     """
     info: FieldInfo = owner.model_fields[field]
+    choices = [choice for part in (info.annotation, *get_args(info.annotation)) for choice in _literals(part)]
     shown = default if default is not None else None if info.default in (None, ()) else str(info.default)
-    return typer.Option(*flags, help=info.description, show_default=shown or False, rich_help_panel=panel)
+    return typer.Option(
+        *flags,
+        help=info.description,
+        show_default=shown or False,
+        metavar="|".join(choices) if choices and len(choices) > 1 else None,
+        rich_help_panel=panel,
+    )
+
+
+def _literals(annotation: Any) -> tuple[str, ...]:
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 Model = Annotated[

@@ -73,11 +73,11 @@ class Output:
 
     def note(self, text: str) -> None:
         """Says something worth knowing."""
-        self._messages.print(escape(text), style="dim", highlight=False)
+        self._messages.print(escape(text), style="dim", highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Says something the user should look at."""
-        self._messages.print(f"[yellow]Warning:[/] {escape(text)}", highlight=False)
+        self._messages.print(f"[yellow]Warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def error(self, error: MftError) -> None:
         """Shows a known failure."""

@@ -1,0 +1,53 @@
+"""Help as a newcomer sees it, at 80 columns, against goldens; fast, and without torch.
+
+After a deliberate change: `MFTCTL_UPDATE_GOLDENS=1 pytest tests/cli/test_help.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import CommandLine
+
+GOLDEN = Path(__file__).parent / "golden"
+COMMANDS = ["", "fft", "probe", "mask-train", "apply", "eval", "report", "run", "mask", "mask info", "mask diff", "env"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_equals_its_golden(mftctl: CommandLine, command: str) -> None:
+    outcome = mftctl(*command.split(), "--help")
+    text = "\n".join(line.rstrip() for line in outcome.stdout.splitlines()) + "\n"
+    golden = GOLDEN / f"help{'-' if command else ''}{command.replace(' ', '-')}.txt"
+    if os.environ.get("MFTCTL_UPDATE_GOLDENS"):
+        golden.write_text(text, encoding="utf-8")
+    assert outcome.code == 0
+    assert text == golden.read_text(encoding="utf-8")
+
+
+def test_help_takes_at_most_half_a_second() -> None:
+    command = [sys.executable, "-m", "mftctl", "--help"]
+    times_seconds = []
+    for _ in range(5):
+        start_seconds = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times_seconds.append(time.perf_counter() - start_seconds)
+    assert min(times_seconds) <= 0.5, times_seconds  # the least disturbed one: other tests run beside this
+
+
+def test_version(mftctl: CommandLine) -> None:
+    import mftctl as package
+
+    assert mftctl("--version").stdout == f"mftctl {package.__version__}\n"
+
+
+def test_completion_is_offered(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {**os.environ, "_MFTCTL_COMPLETE": "complete_bash", "COMP_WORDS": "mftctl ma", "COMP_CWORD": "1"}
+    script = Path(sys.executable).with_name("mftctl")
+    done = subprocess.run([str(script)], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["mask-train", "mask"]

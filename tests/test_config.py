@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe, Stage, deciding_keys, to_document
+from mftctl.data.sources import DataSource
+from mftctl.recipe_files import parse_recipe, read_yaml
+
+# Letters only: a text such as 1e5 is a number to YAML unless it is quoted.
+TEXT = st.text("abcxyzäß -_/.:'\"#", min_size=1)
+SOURCES = st.lists(
+    st.builds(
+        DataSource,
+        st.from_regex(r"[a-z]{1,8}(\.jsonl|\.csv)?", fullmatch=True),
+        st.none() | st.integers(1, 10**9),
+        st.none() | st.just("test"),
+    ),
+    max_size=3,
+).map(tuple)
+POSITIVE = st.floats(1e-12, 1e6)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Recipes as a run can have them: without stages and seeds."""
+    indicator = draw(st.sampled_from(["ratio", "threshold", None]))
+    mask_train: dict[str, Any] = {} if indicator is None else {indicator: draw(st.floats(0, 0.99))}
+    mask_train["learning_rate"] = draw(st.just("auto") | POSITIVE)
+    mask_train["layers"] = draw(st.none() | st.sampled_from(["all", "4-7", "0,3,8-11"]))
+    return Recipe(
+        name=draw(st.none() | TEXT),
+        model=draw(st.none() | TEXT),
+        data=draw(SOURCES),
+        test_data=draw(SOURCES),
+        seed=draw(st.integers(0, 2**40)),
+        fft={"learning_rate": draw(POSITIVE), "max_steps": draw(st.none() | st.integers(1, 1000))},
+        mask_train=mask_train,
+        probe={"groups": draw(st.lists(st.integers(1, 64), min_size=1, max_size=3))},
+        eval={"task_data": draw(st.dictionaries(TEXT, TEXT, max_size=2)), "generate": draw(st.booleans())},
+    )
+
+
+@settings(max_examples=40)
+@given(recipes())
+def test_document_reads_back_as_the_same_recipe(recipe: Recipe) -> None:
+    assert parse_recipe(to_document(recipe)) == recipe
+
+
+@settings(max_examples=40)
+@given(recipes())
+def test_written_configuration_reads_back_as_the_same_recipe(
+    tmp_path_factory: pytest.TempPathFactory, recipe: Recipe
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    path.write_text(yaml.safe_dump(to_document(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    assert parse_recipe(read_yaml(path)) == recipe
+
+
+def test_document_has_neither_stages_nor_seeds() -> None:
+    recipe = Recipe(seeds=(1, 2), stages={"a": {"command": "fft"}}, model="m")
+    document = to_document(recipe)
+    assert not {"stages", "seeds"} & set(document)
+    assert parse_recipe(document) == Recipe(model="m")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("a.jsonl", (DataSource("a.jsonl"),)),
+        ("a.jsonl=10", (DataSource("a.jsonl", 10),)),
+        ({"path": "a", "count": 3, "split": "test"}, (DataSource("a", 3, "test"),)),
+        (["a", {"path": "b"}], (DataSource("a"), DataSource("b"))),
+        ([DataSource("a")], (DataSource("a"),)),
+        ([], ()),
+    ],
+)
+def test_data_is_a_text_a_mapping_or_a_list_of_either(value: object, expected: tuple[DataSource, ...]) -> None:
+    assert Recipe.model_validate({"data": value}).data == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "The data has no path"),
+        ("=10", "The data has no path"),
+        ({"path": "a", "coutn": 3}, "coutn: Extra inputs are not permitted"),
+        ({"path": 3}, "path: Input should be a valid string"),
+        ({"path": ""}, "path: String should have at least 1 character"),
+        ({"count": 3}, "path: Field required"),
+        ({"path": "a", "count": 0}, "count: Input should be greater than 0"),
+        ({"path": "a", "count": "3"}, "count: Input should be a valid integer"),
+        (3, "instance of DataSource"),
+        (None, "instance of DataSource"),
+    ],
+)
+def test_data_of_another_form_is_refused(value: object, message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Recipe.model_validate({"data": value})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"seed": "3"},
+        {"seed": -1},
+        {"seed": True},
+        {"val_fraction": 0.0},
+        {"val_fraction": 1.0},
+        {"fft": {"epochs": 0}},
+        {"fft": {"epochs": math.inf}},
+        {"fft": {"max_steps": 1.0}},
+        {"fft": {"learning_rate": "auto"}},
+        {"fft": {"gradient_checkpointing": 1}},
+        {"fft": {"keep": "newest"}},
+        {"fft": {"warmup_ratio": 1.0}},
+        {"mask_train": {"ratio": 1.0}},
+        {"mask_train": {"ratio": -0.1}},
+        {"mask_train": {"ratio": math.nan}},
+        {"mask_train": {"threshold": math.nan}},
+        {"mask_train": {"target": "embeddings"}},
+        {"mask_train": {"learning_rate": "fast"}},
+        {"probe": {"groups": []}},
+        {"probe": {"groups": ["4"]}},
+        {"probe": {"data_fraction": 1.5}},
+        {"eval": {"tasks": "gsm8k"}},
+        {"stages": {"a": {"command": "report"}}},
+        {"stages": {"a": {}}},
+        {"colour": "red"},
+    ],
+    ids=str,
+)
+def test_value_that_does_not_fit_is_refused(document: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Recipe.model_validate(document)
+
+
+def test_whole_number_is_good_for_a_fractional_one() -> None:
+    assert Recipe.model_validate({"fft": {"epochs": 3}}).fft.epochs == 3.0
+    assert Recipe.model_validate({"probe": {"data_fraction": 1}}).probe.data_fraction == 1.0
+
+
+def test_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        Recipe().seed = 3  # type: ignore[misc]
+
+
+def test_ratio_in_force() -> None:
+    assert MaskTrainOptions().effective_ratio == DEFAULT_RATIO
+    assert MaskTrainOptions(ratio=0.0).effective_ratio == 0.0
+    assert MaskTrainOptions(threshold=-0.03).effective_ratio is None
+
+
+def test_ratio_and_threshold_together_are_refused() -> None:
+    with pytest.raises(ValidationError, match="either a ratio or a threshold"):
+        MaskTrainOptions(ratio=0.1, threshold=-0.03)
+
+
+@pytest.mark.parametrize("method", ["random", "magnitude"])
+def test_threshold_without_learned_scores_is_refused(method: str) -> None:
+    with pytest.raises(ValidationError, match=f"the {method} mask takes a ratio"):
+        MaskTrainOptions.model_validate({"method": method, "threshold": 0.0})
+
+
+@pytest.mark.parametrize("reference", [{"after": "fft"}, {"layers_from": "fft"}, {"of": ["fft"]}], ids=str)
+@pytest.mark.parametrize("order", ["missing", "later", "itself"])
+def test_stage_refers_to_a_stage_before_it(reference: dict[str, Any], order: str) -> None:
+    stage = {"command": "eval", **reference}
+    fft = {"command": "fft"}
+    stages = {"missing": {"mft": stage}, "later": {"mft": stage, "fft": fft}, "itself": {"fft": stage}}[order]
+    with pytest.raises(ValidationError, match="needs stage fft, which does not stand before it"):
+        Recipe.model_validate({"stages": stages})
+    assert set(Recipe.model_validate({"stages": {"fft": fft, "mft": stage}}).stages) == {"fft", "mft"}
+
+
+SECTION_CHANGES: dict[str, dict[str, Any]] = {
+    "fft": {"fft": {"epochs": 9.0}},
+    "probe": {"probe": {"data_fraction": 0.9}},
+    "mask_train": {"mask_train": {"ratio": 0.9}},
+    "eval": {"eval": {"limit": 9}},
+    "seed": {"seed": 9},
+    "test_data": {"test_data": "t.jsonl"},
+    "name": {"name": "another"},
+    "stages": {"stages": {"a": {"command": "fft"}}},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "decides"),
+    [
+        ("fft", {"fft"}),
+        ("probe", {"probe", "mask_train"}),
+        ("mask-train", {"mask_train"}),
+        ("apply", set()),
+        ("eval", {"eval"}),
+    ],
+)
+def test_deciding_keys_change_with_what_the_command_reads_and_with_nothing_else(
+    command: str, decides: set[str]
+) -> None:
+    plain = deciding_keys(Recipe(), command)
+    changed = {
+        key for key, change in SECTION_CHANGES.items() if deciding_keys(Recipe.model_validate(change), command) != plain
+    }
+    assert changed == decides | {"seed", "test_data"}
+
+
+def test_every_key_is_explained() -> None:
+    annotations = [field.annotation for field in Recipe.model_fields.values()]
+    sections = [item for item in annotations if isinstance(item, type) and issubclass(item, BaseModel)]
+    assert len(sections) == 4
+    unexplained = [
+        f"{section.__name__}.{key}"
+        for section in (*sections, Stage)
+        for key, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert unexplained == []
+
+
+def test_configuration_of_a_run_is_plain_data() -> None:
+    document = to_document(Recipe(data=("a.jsonl=3",), model="m"))  # type: ignore[arg-type]
+    assert document["data"] == [{"path": "a.jsonl", "count": 3}]
+    assert yaml.safe_load(yaml.safe_dump(document)) == document

@@ -1,0 +1,127 @@
+"""What holds for the package as a whole: its public names, what it imports and when."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import mftctl
+
+PACKAGE = Path(mftctl.__file__).parent
+MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval", "scipy")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Every module imported anywhere in a file, `from a import b` as `a.b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def importers(*packages: str) -> set[str]:
+    """The files of the package that import one of these packages."""
+    return {
+        file
+        for file, tree in MODULES.items()
+        if any(f"{name}.".startswith(f"{package}.") for name in imports(tree) for package in packages)
+    }
+
+
+def loaded_after(code: str) -> set[str]:
+    """The heavy libraries that a fresh interpreter has loaded when the code is done."""
+    report = f"\nprint('LOADED', *sorted(set({HEAVY!r}) & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}{report}"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_public_names_resolve() -> None:
+    assert {"Mask", "load_mask", "save_mask", "apply_mask"} <= set(mftctl.__all__)
+    from mftctl.masking.bits import Mask, load_mask, save_mask
+    from mftctl.masking.checkpoint import apply_mask
+
+    assert mftctl.Mask is Mask
+    assert mftctl.load_mask is load_mask
+    assert mftctl.save_mask is save_mask
+    assert mftctl.apply_mask is apply_mask
+    assert set(mftctl.__all__) <= set(dir(mftctl))
+    assert all(getattr(mftctl, name) is not None for name in mftctl.__all__)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'mftctl' has no attribute 'load_masks'"):
+        mftctl.load_masks  # noqa: B018 - the access is the test
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert loaded_after("import mftctl") == set()
+    assert "torch" in loaded_after("from mftctl import load_mask")
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = """
+import contextlib, io, runpy
+sys.argv = ["mftctl", "--help"]
+shown = io.StringIO()
+with contextlib.suppress(SystemExit), contextlib.redirect_stdout(shown):
+    runpy.run_module("mftctl", run_name="__main__")
+assert "mask-train" in shown.getvalue()
+"""
+    assert loaded_after(code) == set()
+
+
+def test_console_libraries_stay_in_the_command_line() -> None:
+    outside = {file for file in importers("typer", "rich") if not file.startswith("cli/")}
+    assert outside == set()
+    assert "cli/app.py" in importers("typer")
+
+
+def test_click_is_never_imported() -> None:
+    assert importers("click", "typer._click") == set()
+
+
+@pytest.mark.parametrize(
+    ("part", "forbidden"),
+    [
+        ("masking/", ("data", "evaluation", "reporting", "cli", "training", "mask_training", "fine_tuning", "probing")),
+        ("masking/", ("preparation", "protocol", "evaluating", "applying", "runs", "lineage", "config", "progress")),
+        ("data/", ("masking", "evaluation", "reporting", "cli", "training", "mask_training", "fine_tuning", "runs")),
+        ("evaluation/", ("masking", "reporting", "cli", "training", "mask_training", "fine_tuning", "runs")),
+        ("reporting/", ("masking", "data", "cli", "training", "mask_training", "fine_tuning", "evaluating")),
+    ],
+)
+def test_lower_parts_know_nothing_of_the_higher_ones(part: str, forbidden: tuple[str, ...]) -> None:
+    inside = {file for file in MODULES if file.startswith(part)}
+    assert len(inside) > 1
+    assert inside & importers(*(f"mftctl.{name}" for name in forbidden)) == set()
+
+
+def test_only_the_command_line_imports_the_command_line() -> None:
+    outside = {file for file in importers("mftctl.cli") if not file.startswith("cli/")}
+    assert outside == {"__main__.py"}
+
+
+def undocumented(body: list[ast.stmt], place: str) -> Iterator[str]:
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            if ast.get_docstring(node) is None:
+                yield f"{place}.{node.name}"
+            if isinstance(node, ast.ClassDef):
+                yield from undocumented(node.body, f"{place}.{node.name}")
+
+
+@pytest.mark.parametrize("file", sorted(MODULES))
+def test_every_public_name_is_documented(file: str) -> None:
+    tree = MODULES[file]
+    # __main__ is two lines that nobody imports.
+    assert ast.get_docstring(tree) is not None
+    assert list(undocumented(tree.body, file)) == []
