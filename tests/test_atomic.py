@@ -11,7 +11,7 @@ import pytest
 from mftctl.atomic import atomic_file, atomic_folder, write_text
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for whatever may end a write early."""
 
 
@@ -53,9 +53,9 @@ def test_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, exis
     def write() -> None:
         with atomic_file(path) as temporary:
             temporary.write_text("half of the n")
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         write()
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == ({"run.json": "old"} if existing else {})
 
@@ -111,9 +111,9 @@ def test_failing_block_leaves_the_old_folder_and_nothing_else(tmp_path: Path, ex
     def write() -> None:
         with atomic_folder(path) as temporary:
             (temporary / "new.txt").write_text("new")
-            raise Stopped
+            raise StoppedError
 
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         write()
     assert [file.name for file in tmp_path.rglob("*")] == (["model", "old.txt"] if existing else [])
 

@@ -60,6 +60,6 @@ def _view(table: MetricTable) -> Table:
 
 def _advice(tables: list[MetricTable]) -> str:
     states = {row.state for table in tables for row in table.rows}
-    if not states & {"MFT", "masked"}:
+    if not any(state.startswith(("MFT", "masked")) for state in states):
         return "mftctl mask-train"
     return "mftctl mask-train --layers all, or mftctl run quickstart for a comparison with all baselines"
