@@ -47,7 +47,9 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError)
 
 def built_in_names() -> list[str]:
     """Names of the recipes that travel in the package."""
-    return sorted(path.stem for path in BUILT_IN_FOLDER.glob("*.yaml"))
+    return sorted(
+        path.relative_to(BUILT_IN_FOLDER).with_suffix("").as_posix() for path in BUILT_IN_FOLDER.rglob("*.yaml")
+    )
 
 
 def find_recipe(name: str) -> Path:
@@ -59,9 +61,8 @@ def find_recipe(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    built_in = BUILT_IN_FOLDER / f"{name}.yaml"
-    if re.fullmatch(r"[\w-]+", name) and built_in.is_file():
-        return built_in
+    if name in built_in_names():
+        return BUILT_IN_FOLDER / f"{name}.yaml"
     raise ConfigError(
         "There is no such recipe.",
         path=name,
