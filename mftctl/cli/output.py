@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -110,15 +111,24 @@ class Output:
         """
         if not self.interactive:
             raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}")
-        self._bars.stop()
-        return str(typer.prompt(question, err=True))
+        with self._without_bars():
+            return str(typer.prompt(question, err=True))
 
     def confirm_replacing(self, what: str) -> bool:
         """Whether the user agrees to replace an existing result; False where nobody is there to ask."""
         if not self.interactive:
             return False
+        with self._without_bars():
+            return typer.confirm(f"Replace {what}?", err=True)
+
+    @contextmanager
+    def _without_bars(self) -> Iterator[None]:
+        """Live bars would overwrite a question."""
         self._bars.stop()
-        return typer.confirm(f"Replace {what}?", err=True)
+        try:
+            yield
+        finally:
+            self._bars.start()
 
     def _tell_tenths(self, state: State, details: str) -> None:
         tenths = 10 * state.done // max(state.total, 1)

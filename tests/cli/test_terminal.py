@@ -1,0 +1,51 @@
+"""On a terminal: a missing value is asked for, and progress is live."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import sys
+import time
+from pathlib import Path
+
+
+def type_into(command: list[str], folder: Path, question: str, answer: str) -> tuple[int, str]:
+    """The exit code and everything shown on a terminal of 100 columns, after answering one question."""
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(folder)
+        os.environ.update(COLUMNS="100", LINES="30", TERM="xterm-256color")
+        os.execv(command[0], command)
+    shown, answered = "", False
+    deadline_seconds = time.monotonic() + 240
+    while time.monotonic() < deadline_seconds:
+        if not select.select([terminal], [], [], 1)[0]:
+            continue
+        try:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+        except OSError:  # the program has closed its side
+            break
+        if question in shown and not answered:
+            os.write(terminal, f"{answer}\n".encode())
+            answered = True
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+
+
+def test_missing_data_is_asked_for_and_progress_is_live(workspace: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mftctl", "fft", "-m", str(workspace / "tiny"), "--max-steps", "20"]
+    code, shown = type_into(command, tmp_path, "Training data", str(workspace / "train.jsonl"))
+    assert code == 0, shown
+    assert re.search(r"training .* \d+/20 loss \d\.\d+ .* tokens/s", shown)
+    assert "Next: mftctl probe" in shown
+
+
+def test_a_result_is_replaced_only_after_asking(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "mask.bits").write_bytes(b"old")
+    options = ["-m", str(workspace / "tiny"), "-d", str(workspace / "train.jsonl"), "--method", "random"]
+    command = [sys.executable, "-m", "mftctl", "mask-train", *options]
+    code, shown = type_into(command, tmp_path, "Replace mask.bits?", "n")
+    assert code == 2
+    assert "There is a result already" in shown
+    assert (tmp_path / "mask.bits").read_bytes() == b"old"

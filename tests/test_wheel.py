@@ -1,0 +1,59 @@
+"""The wheel: built from the checkout, it brings the recipes, the built-in model and its data along."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LOOK = """
+from pathlib import Path
+import mftctl
+from mftctl.quickstart import data_path, model_path
+from mftctl.recipe_files import built_in_names, find_recipe, load_recipe
+home = Path(mftctl.__file__).parent
+assert all(home in path.parents for path in (find_recipe("quickstart"), data_path("test"), model_path()))
+assert (model_path() / "model.safetensors").is_file()
+assert load_recipe("quickstart").stages
+print(home, *built_in_names())
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = folder.glob("mftctl-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def test_recipes_model_and_data_are_found_in_any_folder(installed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    home, *recipes = done.stdout.split()
+    assert Path(home) == installed / "mftctl"
+    assert recipes == sorted(
+        path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in (ROOT / "recipes").rglob("*.yaml")
+    )
+
+
+def test_nothing_else_travels(installed: Path) -> None:
+    top = {path.name for path in installed.iterdir()}
+    assert {name.partition("-")[0] for name in top} == {"mftctl"}
+    assert (installed / "mftctl" / "py.typed").is_file()
