@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class MftError(Exception):
@@ -79,18 +80,8 @@ class ConfigError(MftError):
 
     exit_code = 2
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        problems: Sequence[str] = (),
-        path: Path | str | None = None,
-        key: str | None = None,
-        expected: object = None,
-        actual: object = None,
-        hint: str | None = None,
-    ) -> None:
-        super().__init__(message, path=path, key=key, expected=expected, actual=actual, hint=hint)
+    def __init__(self, message: str, *, problems: Sequence[str] = (), **fields: Any) -> None:
+        super().__init__(message, **fields)
         self.problems = tuple(problems)
 
     def __str__(self) -> str:

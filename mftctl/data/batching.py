@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch.utils.data import Sampler
@@ -74,26 +73,21 @@ class PaddingCollator:
 
     Attributes:
         pad_token_id: Fills `input_ids`; the attention mask is 0 and the label -100 there.
-        pad_to_multiple_of: The length of a batch is rounded up to a multiple of this.
     """
 
     pad_token_id: int
-    pad_to_multiple_of: int | None = None
 
-    def __call__(self, examples: Sequence[Encoded | Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
         """The batch: `input_ids`, `attention_mask` and `labels`, each int64 of shape `(examples, longest)`.
 
         Args:
-            examples: At least one encoded example, as it is or as the mapping that `transformers.Trainer` asks for.
+            examples: At least one.
         """
-        input_ids = [_field(example, "input_ids") for example in examples]
-        labels = [_field(example, "labels") for example in examples]
-        multiple = self.pad_to_multiple_of or 1
-        width = -(-max(map(len, input_ids)) // multiple) * multiple
+        width = max(len(example.input_ids) for example in examples)
         return {
-            "input_ids": _pad(input_ids, width, self.pad_token_id),
-            "attention_mask": _pad([[1] * len(row) for row in input_ids], width, 0),
-            "labels": _pad(labels, width, IGNORED_LABEL),
+            "input_ids": _pad([example.input_ids for example in examples], width, self.pad_token_id),
+            "attention_mask": _pad([[1] * len(example.input_ids) for example in examples], width, 0),
+            "labels": _pad([example.labels for example in examples], width, IGNORED_LABEL),
         }
 
 
@@ -113,12 +107,6 @@ def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
         actual="neither",
         hint="set pad_token in its tokenizer_config.json",
     )
-
-
-def _field(example: Encoded | Mapping[str, list[int]], name: Literal["input_ids", "labels"]) -> list[int]:
-    if isinstance(example, Mapping):
-        return example[name]
-    return example.input_ids if name == "input_ids" else example.labels
 
 
 def _pad(rows: Sequence[Sequence[int]], width: int, value: int) -> torch.Tensor:

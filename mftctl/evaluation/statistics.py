@@ -126,116 +126,30 @@ def paired_difference(
     return Interval(float(_ratio_of_sums(differences, weights)), float(low), float(high), confidence)
 
 
-def paired_loss_difference(
-    a: Sequence[SampleLoss],
-    b: Sequence[SampleLoss],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+def paired_difference_over_seeds(
+    before: NDArray[np.float64], after: NDArray[np.float64], weights: NDArray[np.float64], *, seed: int = 0
 ) -> Interval:
-    """Loss of b minus loss of a on the same samples, in nats a token: below zero, b is better.
+    """What a method adds to its baseline, averaged over training seeds sample by sample, with its 95 % interval.
 
     Args:
-        a: The model compared against.
-        b: The model of interest.
-        confidence: Between 0 and 1.
-        resamples: Number of test sets drawn.
+        before: Scores of the baselines, `(training seeds, samples)`; sums of token losses for a loss.
+        after: Scores of the method on the same samples, of the same shape.
+        weights: Of the scores, of the same shape and equal for every training seed: answer tokens for a loss, else 1.
         seed: Of the resampling.
 
     Raises:
-        EvaluationError: Not the same samples, or fewer than two.
+        EvaluationError: The weights differ between training seeds, or as `paired_difference`.
     """
-    return paired_loss_difference_over_seeds([(a, b)], confidence=confidence, resamples=resamples, seed=seed)
-
-
-def paired_score_difference(
-    a: Sequence[float],
-    b: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Mean score of b minus mean score of a on the same samples: above zero, b is better.
-
-    Args:
-        a: The model compared against, one score (0 or 1, or real) a sample.
-        b: The model of interest.
-        confidence: Between 0 and 1.
-        resamples: Number of test sets drawn.
-        seed: Of the resampling.
-
-    Raises:
-        EvaluationError: Not the same samples, or fewer than two.
-    """
-    return paired_score_difference_over_seeds([(a, b)], confidence=confidence, resamples=resamples, seed=seed)
-
-
-def paired_loss_difference_over_seeds(
-    pairs: Sequence[tuple[Sequence[SampleLoss], Sequence[SampleLoss]]],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Loss of a method minus loss of its baseline, averaged over training seeds sample by sample.
-
-    Args:
-        pairs: For each training seed the baseline's and the method's samples; the same samples for every seed.
-        confidence: Between 0 and 1.
-        resamples: Number of test sets drawn.
-        seed: Of the resampling.
-
-    Raises:
-        EvaluationError: No pair, not the same samples everywhere, or fewer than two.
-    """
-    runs = [run for pair in pairs for run in pair]
-    _check_same_length([len(run) for run in runs])
-    tokens = [[loss.answer_tokens for loss in run] for run in runs]
-    for other in tokens[1:]:
-        if other != tokens[0]:
-            sample = next(i for i, (one, two) in enumerate(zip(tokens[0], other, strict=True)) if one != two)
-            raise EvaluationError(
-                "The runs were not evaluated on the same answers.",
-                key=f"sample {sample}",
-                expected=f"{tokens[0][sample]} answer tokens",
-                actual=f"{other[sample]} answer tokens",
-                hint="evaluate both on the same file, with the same tokenizer and maximum length",
-            )
-    differences = [[after.nll - before.nll for before, after in zip(a, b, strict=True)] for a, b in pairs]
-    return paired_difference(
-        np.mean(np.array(differences, dtype=np.float64), axis=0),
-        np.array(tokens[0], dtype=np.float64),
-        confidence=confidence,
-        resamples=resamples,
-        seed=seed,
-    )
-
-
-def paired_score_difference_over_seeds(
-    pairs: Sequence[tuple[Sequence[float], Sequence[float]]],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Mean score of a method minus that of its baseline, averaged over training seeds sample by sample.
-
-    Args:
-        pairs: For each training seed the baseline's and the method's scores; the same samples for every seed.
-        confidence: Between 0 and 1.
-        resamples: Number of test sets drawn.
-        seed: Of the resampling.
-
-    Raises:
-        EvaluationError: No pair, not the same samples everywhere, or fewer than two.
-    """
-    _check_same_length([len(run) for pair in pairs for run in pair])
-    differences = np.mean([np.subtract(b, a, dtype=np.float64) for a, b in pairs], axis=0)
-    return paired_difference(
-        differences, np.ones_like(differences), confidence=confidence, resamples=resamples, seed=seed
-    )
+    unlike = (weights != weights[0]).any(axis=0)
+    if unlike.any():
+        raise EvaluationError(
+            "The runs were not evaluated on the same answers.",
+            key=f"sample {int(unlike.argmax())}",
+            expected="as many answer tokens in every run",
+            actual=", ".join(f"{weight:g}" for weight in weights[:, unlike.argmax()]),
+            hint="evaluate all on the same file, with the same tokenizer and maximum length",
+        )
+    return paired_difference((after - before).mean(axis=0), weights[0], seed=seed)
 
 
 def _ratio_of_sums(
@@ -259,16 +173,4 @@ def _check_weights(weights: NDArray[np.float64]) -> None:
             "A sample without answer tokens cannot be weighed.",
             key=f"sample {int(np.argmax(weights <= 0))}",
             expected="a weight above 0",
-        )
-
-
-def _check_same_length(lengths: Sequence[int]) -> None:
-    if not lengths:
-        raise EvaluationError("There are no runs to compare.", expected="at least one pair of runs", actual=0)
-    if len(set(lengths)) > 1:
-        raise EvaluationError(
-            "The runs have different numbers of samples.",
-            expected=f"{lengths[0]} samples each",
-            actual=", ".join(map(str, lengths)),
-            hint="evaluate both on the same file with the same limit",
         )

@@ -214,7 +214,7 @@ def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metri
     """The change of a state, each run paired by sample with its own baseline, then averaged over seeds."""
     import numpy as np
 
-    from mftctl.evaluation.statistics import paired_difference
+    from mftctl.evaluation.statistics import paired_difference_over_seeds
 
     candidates = [item for item in others if item.state == baseline]
     pairs = [(base, item) for item in group for base in candidates if _belong_together(base, item)]
@@ -224,9 +224,8 @@ def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metri
     ids = list(loaded[0][0])
     if any(set(samples) != set(ids) for pair in loaded for samples in pair):
         raise EvaluationError("not measured on the same samples as its baseline")
-    differences = np.array([[item[key][0] - base[key][0] for key in ids] for base, item in loaded]).mean(axis=0)
-    weights = np.array([[item[key][1] for key in ids] for _, item in loaded]).mean(axis=0)
-    interval = paired_difference(differences, weights)
+    before, after = (np.array([[pair[side][key] for key in ids] for pair in loaded]) for side in (0, 1))
+    interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
     verdict = "within noise"
     if interval.excludes_zero:
         verdict = "better" if (interval.estimate < 0) == (metric in LOWER_IS_BETTER) else "worse"

@@ -15,10 +15,7 @@ from mftctl.evaluation.losses import SampleLoss, mean_loss
 from mftctl.evaluation.statistics import (
     Interval,
     paired_difference,
-    paired_loss_difference,
-    paired_loss_difference_over_seeds,
-    paired_score_difference,
-    paired_score_difference_over_seeds,
+    paired_difference_over_seeds,
     standard_error_of_loss,
     standard_error_of_share,
 )
@@ -37,6 +34,15 @@ def plain_bootstrap(differences: np.ndarray, weights: np.ndarray, resamples: int
 def drawn_losses(rng: np.random.Generator, samples: int, shift: float = 0.0) -> list[SampleLoss]:
     tokens = rng.integers(1, 60, samples)
     return [SampleLoss(float(n * (1.0 + shift) + rng.normal(0, math.sqrt(n))), int(n)) for n in tokens]
+
+
+def score_difference(a: np.ndarray, b: np.ndarray) -> Interval:
+    return paired_difference(np.subtract(b, a, dtype=float), np.ones(len(a)))
+
+
+def loss_difference(a: list[SampleLoss], b: list[SampleLoss]) -> Interval:
+    differences = np.array([after.nll - before.nll for before, after in zip(a, b, strict=True)])
+    return paired_difference(differences, np.array([float(loss.answer_tokens) for loss in a]))
 
 
 def test_agrees_with_an_independent_bootstrap() -> None:
@@ -98,15 +104,15 @@ def test_an_interval_is_ordered_and_scales_with_the_weights(differences: np.ndar
 
 def test_no_difference_anywhere_is_zero_to_zero() -> None:
     losses = [SampleLoss(2.0, 3), SampleLoss(1.0, 4), SampleLoss(5.0, 5)]
-    interval = paired_loss_difference(losses, losses)
+    interval = loss_difference(losses, losses)
     assert (interval.estimate, interval.low, interval.high) == (0.0, 0.0, 0.0)
     assert not interval.excludes_zero
-    same = paired_score_difference([1, 0, 1], [1, 0, 1])
+    same = score_difference(np.array([1, 0, 1]), np.array([1, 0, 1]))
     assert (same.estimate, same.low, same.high) == (0.0, 0.0, 0.0)
 
 
 def test_two_samples_are_enough() -> None:
-    interval = paired_score_difference([0, 0], [1, 0], resamples=200)
+    interval = score_difference(np.zeros(2), np.array([1, 0]))
     assert (interval.estimate, interval.low, interval.high) == (0.5, 0.0, 1.0)
 
 
@@ -115,17 +121,17 @@ def test_a_clear_gain_excludes_zero_and_noise_does_not() -> None:
     a = drawn_losses(rng, 100)
     better = [SampleLoss(loss.nll - 0.1 * loss.answer_tokens + rng.normal(0, 0.2), loss.answer_tokens) for loss in a]
     noise = [SampleLoss(loss.nll + rng.normal(0, 2), loss.answer_tokens) for loss in a]
-    gain = paired_loss_difference(a, better)
+    gain = loss_difference(a, better)
     assert gain.excludes_zero
     assert gain.estimate == pytest.approx(mean_loss(better) - mean_loss(a))
     assert gain.high < 0
-    assert not paired_loss_difference(a, noise).excludes_zero
+    assert not loss_difference(a, noise).excludes_zero
 
 
 def test_swapping_the_models_turns_the_sign() -> None:
     rng = np.random.default_rng(2)
     a, b = rng.random(60), rng.random(60)
-    one, two = paired_score_difference(a, b), paired_score_difference(b, a)
+    one, two = score_difference(a, b), score_difference(b, a)
     assert one.estimate == pytest.approx(-two.estimate)
     assert (one.low, one.high) == pytest.approx((-two.high, -two.low))
     assert one.estimate == pytest.approx(b.mean() - a.mean())
@@ -133,22 +139,12 @@ def test_swapping_the_models_turns_the_sign() -> None:
 
 def test_seeds_are_averaged_sample_by_sample() -> None:
     rng = np.random.default_rng(4)
-    tokens = rng.integers(1, 30, 40)
-    runs = [[SampleLoss(float(x), int(n)) for x, n in zip(rng.normal(size=40), tokens, strict=True)] for _ in range(6)]
-    pairs = [(runs[0], runs[1]), (runs[2], runs[3]), (runs[4], runs[5])]
-    interval = paired_loss_difference_over_seeds(pairs, resamples=300)
-    singles = [paired_loss_difference(a, b, resamples=300) for a, b in pairs]
+    tokens = np.tile(rng.integers(1, 30, 40).astype(float), (3, 1))
+    before, after = rng.normal(size=(3, 40)), rng.normal(size=(3, 40))
+    interval = paired_difference_over_seeds(before, after, tokens)
+    singles = [paired_difference(y - x, tokens[0]) for x, y in zip(before, after, strict=True)]
     assert interval.estimate == pytest.approx(np.mean([single.estimate for single in singles]))
     assert interval.high - interval.low < max(single.high - single.low for single in singles)
-    by_hand = np.mean([[y.nll - x.nll for x, y in zip(a, b, strict=True)] for a, b in pairs], axis=0)
-    assert interval == paired_difference(by_hand, tokens.astype(float), resamples=300)
-
-
-def test_seeds_of_scores_are_averaged_sample_by_sample() -> None:
-    pairs = [([0, 1, 0, 1], [1, 1, 0, 1]), ([0, 0, 0, 1], [1, 1, 0, 0])]
-    by_hand = np.array([1.0, 0.5, 0.0, -0.5])
-    expected = paired_difference(by_hand, np.ones(4), resamples=300)
-    assert paired_score_difference_over_seeds(pairs, resamples=300) == expected
 
 
 def test_the_interval_is_as_wide_as_the_standard_error_says() -> None:
@@ -181,7 +177,7 @@ def test_excludes_zero() -> None:
 
 def test_one_sample_is_an_error() -> None:
     for call in (
-        lambda: paired_score_difference([1], [0]),
+        lambda: score_difference(np.ones(1), np.zeros(1)),
         lambda: standard_error_of_share([True]),
         lambda: standard_error_of_loss([SampleLoss(1.0, 2)]),
     ):
@@ -191,29 +187,14 @@ def test_one_sample_is_an_error() -> None:
 
 def test_no_sample_is_an_error() -> None:
     with pytest.raises(EvaluationError, match="at least 2"):
-        paired_score_difference([], [])
-
-
-def test_different_numbers_of_samples_are_an_error() -> None:
-    with pytest.raises(EvaluationError, match="different numbers of samples"):
-        paired_score_difference([1, 0], [1, 0, 1])
-
-
-def test_different_answers_are_an_error() -> None:
-    with pytest.raises(EvaluationError, match="same answers") as caught:
-        paired_loss_difference([SampleLoss(1, 2), SampleLoss(1, 3)], [SampleLoss(1, 2), SampleLoss(1, 4)])
-    assert caught.value.key == "sample 1"
+        score_difference(np.ones(0), np.ones(0))
 
 
 def test_seeds_with_different_answers_are_an_error() -> None:
-    a, b = [SampleLoss(1, 2), SampleLoss(1, 3)], [SampleLoss(1, 3), SampleLoss(1, 3)]
-    with pytest.raises(EvaluationError, match="same answers"):
-        paired_loss_difference_over_seeds([(a, a), (b, b)])
-
-
-def test_no_runs_are_an_error() -> None:
-    with pytest.raises(EvaluationError, match="no runs"):
-        paired_loss_difference_over_seeds([])
+    weights = np.array([[2.0, 3.0], [2.0, 4.0]])
+    with pytest.raises(EvaluationError, match="same answers") as caught:
+        paired_difference_over_seeds(np.zeros((2, 2)), np.ones((2, 2)), weights)
+    assert (caught.value.key, caught.value.actual) == ("sample 1", "3, 4")
 
 
 def test_a_sample_without_weight_is_an_error() -> None:
