@@ -294,13 +294,18 @@ class _Watch(TrainerCallback):
         self._stop = stop
         self._loss: float | None = None
         self._start_tokens = 0
-        self._start_seconds = 0.0
+        self._step_start_seconds = 0.0
+        self._training_seconds = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._start_tokens = int(state.num_input_tokens_seen)
-        self._start_seconds = time.monotonic()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._step_start_seconds = time.monotonic()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
@@ -320,8 +325,8 @@ class _Watch(TrainerCallback):
         self._loss = loss
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        tokens = int(state.num_input_tokens_seen) - self._start_tokens
-        speed = tokens / max(time.monotonic() - self._start_seconds, 1e-9)
+        self._training_seconds += time.monotonic() - self._step_start_seconds  # without the validations between steps
+        speed = (int(state.num_input_tokens_seen) - self._start_tokens) / max(self._training_seconds, 1e-9)
         self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
         if state.global_step >= state.max_steps:
             control.should_evaluate = True  # the last state is a candidate too, whatever the interval
