@@ -99,6 +99,7 @@ class MaskTrainOptions(TrainingOptions):
     learning_rate: float | Literal["auto"] = Field(
         "auto", description="auto: scaled to the scores, so that a step count or a model size changes nothing."
     )
+    travel: float = Field(1.6, gt=0, description="How far auto lets a score move, in units of the scores' start scale.")
 
     @model_validator(mode="after")
     def _one_indicator(self) -> MaskTrainOptions:

@@ -36,9 +36,6 @@ from mftctl.training import (
     warmup_steps,
 )
 
-# How far `learning_rate: auto` lets a score travel under Adam, in units of the scores' start scale.
-AUTO_TRAVEL = 1.6
-
 _SCORES_FILE = "scores.safetensors"
 
 
@@ -88,7 +85,17 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target)
-    learned = find_mask(model, targets, options, inputs, run.training, listener, seed=recipe.seed, resume=resume)
+    learned = find_mask(
+        model,
+        targets,
+        options,
+        inputs,
+        run.training,
+        listener,
+        unmasked_loss=validation_loss(model, inputs, listener),
+        seed=recipe.seed,
+        resume=resume,
+    )
     mask = build_mask(learned.keep, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
     path = run.folder / "mask.bits"
     save_mask(mask, path)
@@ -130,6 +137,7 @@ def find_mask(
     folder: TrainingFolder,
     listener: Listener,
     *,
+    unmasked_loss: float,
     seed: int,
     resume: bool,
 ) -> LearnedMask:
@@ -142,16 +150,17 @@ def find_mask(
         inputs: Encoded data.
         folder: Gets metrics and checkpoints.
         listener: Hears progress.
+        unmasked_loss: Validation loss of the unmasked model.
         seed: Decides the random start and the order of the data.
         resume: Go on from the newest checkpoint of the run.
 
     Raises:
         MftError: Anything known that can go wrong.
     """
-    unmasked_loss = _validation_loss(model, inputs, listener)
-    folder.log({"step": -1, "unmasked_loss": unmasked_loss})
     if options.method == "learned":
-        return _learn(model, targets, options, inputs, folder, listener, unmasked_loss, seed=seed, resume=resume)
+        return _learn(
+            model, targets, options, inputs, folder, listener, unmasked_loss=unmasked_loss, seed=seed, resume=resume
+        )
     ratio = options.effective_ratio or 0.0
     keep = {
         target.name: random_mask(target, ratio, seed) if options.method == "random" else magnitude_mask(target, ratio)
@@ -159,7 +168,7 @@ def find_mask(
     }
     indicator = Indicator(ratio=None, threshold=0.5)
     attach_masks(model, targets, {name: mask.float() for name, mask in keep.items()}, indicator)
-    loss = _validation_loss(model, inputs, listener)
+    loss = validation_loss(model, inputs, listener)
     detach_masks(model)
     return LearnedMask({name: mask.cpu() for name, mask in keep.items()}, unmasked_loss, loss, loss)
 
@@ -188,10 +197,11 @@ def build_mask(keep: Mapping[str, torch.Tensor], model: PreTrainedModel, base: P
     return Mask(tensors, records, metadata)
 
 
-def auto_learning_rate(scale: float, steps: int, warmup: int) -> float:
-    """The peak learning rate with which Adam, moving a score by one learning rate a step, travels `AUTO_TRAVEL` scales.
+def auto_learning_rate(travel: float, scale: float, steps: int, warmup: int) -> float:
+    """The peak learning rate with which Adam, moving a score by one learning rate a step, goes `travel` scales in all.
 
     Args:
+        travel: Distance in units of `scale`.
         scale: Typical size of the scores at the start.
         steps: Optimizer steps of the linear schedule.
         warmup: Steps of its warm-up.
@@ -200,7 +210,7 @@ def auto_learning_rate(scale: float, steps: int, warmup: int) -> float:
     """
     rising = sum(step / warmup for step in range(min(warmup, steps)))
     falling = sum((steps - step) / (steps - warmup) for step in range(warmup, steps))
-    return AUTO_TRAVEL * scale / (rising + falling)
+    return travel * scale / (rising + falling)
 
 
 class MaskTrainer(SftTrainer):
@@ -256,8 +266,8 @@ def _learn(
     inputs: TrainingInputs,
     folder: TrainingFolder,
     listener: Listener,
-    unmasked_loss: float,
     *,
+    unmasked_loss: float,
     seed: int,
     resume: bool,
 ) -> LearnedMask:
@@ -316,10 +326,11 @@ def _learning_rate(target: MaskTarget, options: MaskTrainOptions, steps: int) ->
             expected="a number, or a start_value other than the threshold",
             actual=options.start_value,
         )
-    return auto_learning_rate(scale, steps, warmup_steps(steps, options))
+    return auto_learning_rate(options.travel, scale, steps, warmup_steps(steps, options))
 
 
-def _validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
+def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
+    """The loss per answer token on the validation data, of the model as it is."""
     return mean_loss(
         sample_losses(
             model,

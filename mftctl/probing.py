@@ -9,7 +9,7 @@ from typing import Any
 from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.lineage import Source
-from mftctl.mask_training import LearnedMask, find_mask, load_frozen_model
+from mftctl.mask_training import LearnedMask, find_mask, load_frozen_model, validation_loss
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
 from mftctl.models import peak_memory_bytes
 from mftctl.preparation import prepare_training
@@ -43,6 +43,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     )
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     model = load_frozen_model(inputs, options)
+    unmasked_loss = validation_loss(model, inputs, listener)
     layer_count = len(decoder_layers(model)[1])
     wanted = parse_layers(recipe.probe.layers or "all", layer_count)
     groups = [group for size in recipe.probe.groups for group in layer_groups(layer_count, size, wanted)]
@@ -60,6 +61,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
                 inputs,
                 TrainingFolder(folder, run.record.command),
                 listener,
+                unmasked_loss=unmasked_loss,
                 seed=recipe.seed,
                 resume=resume,
             )
@@ -70,7 +72,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     return {
         "groups": ranked,
         "recommended_layers": ranked[0]["layers"],
-        "unmasked_loss": ranked[0]["unmasked_loss"],
+        "unmasked_loss": unmasked_loss,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
@@ -79,7 +81,6 @@ def _outcome(group: list[int], found: LearnedMask) -> dict[str, Any]:
     return {
         "layers": format_layers(group),
         "size": len(group),
-        "unmasked_loss": found.unmasked_loss,
         "start_loss": found.start_loss,
         "best_loss": found.best_loss,
         "change": found.best_loss - found.unmasked_loss,

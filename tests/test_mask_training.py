@@ -17,7 +17,7 @@ from mftctl.data.encoding import encode_all
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.errors import ConfigError, Interrupted, MaskingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.mask_training import AUTO_TRAVEL, auto_learning_rate, mask_train
+from mftctl.mask_training import auto_learning_rate, mask_train
 from mftctl.masking.bits import Mask, load_mask
 from mftctl.masking.checkpoint import apply_mask, tensor_digest, tensor_index
 from mftctl.masking.selection import removed_count
@@ -208,7 +208,7 @@ def test_auto_cannot_scale_to_nothing(workspace: Path, tmp_path: Path) -> None:
 def test_auto_learning_rate_sums_to_the_travel(steps: int) -> None:
     """The sum of the scheduler's own learning rates, over the scale of the scores."""
     warmup = warmup_steps(steps, MaskTrainOptions())
-    rate = auto_learning_rate(0.04, steps, warmup)
+    rate = auto_learning_rate(1.6, 0.04, steps, warmup)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
     scheduler: LambdaLR = get_linear_schedule_with_warmup(optimizer, warmup, steps)
     total = 0.0
@@ -216,4 +216,4 @@ def test_auto_learning_rate_sums_to_the_travel(steps: int) -> None:
         total += optimizer.param_groups[0]["lr"]
         optimizer.step()
         scheduler.step()
-    assert total / 0.04 == pytest.approx(AUTO_TRAVEL)
+    assert total / 0.04 == pytest.approx(1.6)

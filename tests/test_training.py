@@ -1,0 +1,80 @@
+"""The parts of the training loop that stand by themselves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.modeling_outputs import CausalLMOutput
+
+from mftctl.config import FftOptions
+from mftctl.progress import Silence
+from mftctl.training import latest_checkpoint, stop_on_signal, token_mean_loss, total_steps, warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "world_size", "expected"),
+    [
+        (100, {"batch_size": 8}, 1, 13),
+        (100, {"batch_size": 8, "epochs": 3}, 1, 39),
+        (100, {"batch_size": 8, "epochs": 0.5}, 1, 7),
+        (100, {"batch_size": 8, "grad_accum_steps": 4}, 1, 4),
+        (100, {"batch_size": 8}, 2, 7),
+        (100, {"batch_size": 8, "epochs": 3, "max_steps": 5}, 1, 5),
+        (3, {"batch_size": 8}, 1, 1),
+    ],
+)
+def test_total_steps(records: int, options: dict[str, float], world_size: int, expected: int) -> None:
+    assert total_steps(records, FftOptions(**options), world_size) == expected
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(1, 0), (2, 1), (30, 1), (100, 3), (101, 4)])
+def test_warmup_is_rounded_up_but_never_everything(steps: int, expected: int) -> None:
+    assert warmup_steps(steps, FftOptions()) == expected
+
+
+def test_the_loss_counts_answer_tokens_of_the_whole_step() -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
+    labels[0, :3] = -100
+    total = F.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), reduction="sum")
+    loss = token_mean_loss(CausalLMOutput(logits=logits), labels, num_items_in_batch=torch.tensor(40))
+    torch.testing.assert_close(loss, total / 40)
+
+
+def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    assert latest_checkpoint(tmp_path) is None
+    for step, state in ((9, json.dumps({"global_step": 9})), (10, json.dumps({"global_step": 10})), (11, '{"glob')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    (tmp_path / "checkpoint-12").mkdir()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_the_first_signal_asks_and_the_second_ends() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_signal(Silence()) as stop:
+        assert not stop.requested
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_signals_are_left_alone_in_another_thread() -> None:
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def work() -> None:
+        with stop_on_signal(Silence()) as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.requested))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
