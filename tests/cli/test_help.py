@@ -30,14 +30,20 @@ def test_help_equals_its_golden(mftctl: CommandLine, command: str) -> None:
     assert text == golden.read_text(encoding="utf-8")
 
 
-def test_help_takes_at_most_half_a_second() -> None:
-    command = [sys.executable, "-m", "mftctl", "--help"]
+def best_seconds(*arguments: str) -> float:
+    """The least disturbed of five processes: other tests run beside this one."""
     times_seconds = []
     for _ in range(5):
         start_seconds = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
+        subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
         times_seconds.append(time.perf_counter() - start_seconds)
-    assert min(times_seconds) <= 0.5, times_seconds  # the least disturbed one: other tests run beside this
+    return min(times_seconds)
+
+
+def test_help_takes_at_most_half_a_second() -> None:
+    """On a machine so busy that even the libraries take long to import, at most three times as long as those."""
+    libraries_seconds = best_seconds("-c", "import typer.rich_utils, pydantic, yaml")
+    assert best_seconds("-m", "mftctl", "--help") <= max(0.5, 3 * libraries_seconds)
 
 
 def test_version(mftctl: CommandLine) -> None:
