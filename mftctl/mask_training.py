@@ -102,6 +102,11 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     if run.record.output:
         save_mask(mask, Path(run.record.output))
     shutil.rmtree(run.training.checkpoints, ignore_errors=True)
+    if learned.best_loss >= learned.unmasked_loss:
+        listener.warn(
+            "No mask was better than no mask on the validation data. Use the model without it, "
+            "or try other layers (mftctl probe), a smaller ratio or more data."
+        )
     return {
         "state": MASK_STATES[options.method],
         "model": source.model,

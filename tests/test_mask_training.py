@@ -155,6 +155,15 @@ def test_masks_without_training(workspace: Path, tmp_path: Path, method: str, st
         )
 
 
+def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, mask_train__method="magnitude", mask_train__ratio=0.9, mask_train__layers="all")
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    listener = Interrupter(-1)
+    result = mask_train(recipe, source, run, listener)
+    said = any("No mask was better" in note for note in listener.notes)
+    assert said is not result["helps"]
+
+
 def test_attention_only(workspace: Path, tmp_path: Path) -> None:
     _, _, mask = learn(workspace, tmp_path, mask_train__target="attn", mask_train__method="random")
     assert {name.split(".")[3] for name in mask.names()} == {"self_attn"}

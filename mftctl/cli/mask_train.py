@@ -99,7 +99,7 @@ def mask_train(
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:
-    """Writes the result of learning a mask, and says so where no mask beats the unmasked model."""
+    """Writes the result of learning a mask."""
     rows = [("layers", result["layers"]), ("removed", f"{result['removed']:,} of {result['weights']:,} weights")]
     rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
     if result["steps"]:
@@ -112,11 +112,6 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     rows += [("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB")]
     title = f"{result['state']} in {run.record.seconds:.0f} s"
     console.result({"run": str(run.folder), **result}, pairs_table(title, rows))
-    if not result["helps"]:
-        console.warn(
-            "No mask was better than no mask on the validation data. Use the model without it, "
-            "or try other layers (mftctl probe), a smaller --ratio or more data."
-        )
 
 
 def _rate(text: str | None) -> float | str | None:
