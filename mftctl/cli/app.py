@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
 from mftctl import __version__
-from mftctl.cli.apply import apply
-from mftctl.cli.env import env
-from mftctl.cli.eval import evaluate
-from mftctl.cli.fft import fft
-from mftctl.cli.mask import mask_app
-from mftctl.cli.mask_train import mask_train
-from mftctl.cli.output import Output
-from mftctl.cli.probe import probe
-from mftctl.cli.report import report
-from mftctl.cli.run import run
 from mftctl.errors import MftError
 
 HELP = """
@@ -28,14 +21,62 @@ The path through it: fft, probe, mask-train, apply, eval, report. In an empty fo
 option, on a small built-in model and its data. All of it in one go: `mftctl run quickstart`.
 """
 
+
+class Listed(NamedTuple):
+    """A command as the root's help lists it; its module is imported when it is called.
+
+    Attributes:
+        home: Module in `mftctl.cli` and the name in it.
+        panel: The group it is listed in.
+        summary: First line of its help.
+    """
+
+    home: str
+    panel: str
+    summary: str
+
+
 _PATH = "The path"
 _MORE = "More"
+COMMANDS = {
+    "fft": Listed("fft.fft", _PATH, "Fine-tune all weights of a model, up to its best validation point."),
+    "probe": Listed("probe.probe", _PATH, "Find the layers that gain most from a mask."),
+    "mask-train": Listed("mask_train.mask_train", _PATH, "Learn which weights of a fine-tuned model to remove."),
+    "apply": Listed(
+        "apply.apply", _PATH, "Write a model and its mask as a normal checkpoint, which every server loads."
+    ),
+    "eval": Listed("eval.evaluate", _PATH, "Measure loss and exact match on a data file, or a benchmark score."),
+    "report": Listed("report.report", _PATH, "Compare all evaluated states: did it help, and is that more than noise?"),
+    "run": Listed("run.run", _MORE, "Run a whole experiment from a recipe, and report it."),
+    "mask": Listed("mask.mask_app", _MORE, "Look into mask files and compare them."),
+    "env": Listed("env.env", _MORE, "Show versions, processors and memory, for a bug report."),
+}
+
+
+class _Root(TyperGroup):
+    """The group of all commands; imports none but the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load_command(name), rest
+
+
+def load_command(name: str) -> Any:
+    """The command of that name, with its module imported."""
+    module, attribute = COMMANDS[name].home.split(".")
+    found = getattr(import_module(f"mftctl.cli.{module}"), attribute)
+    if isinstance(found, typer.Typer):
+        return get_command(found)
+    alone = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+    alone.command(name)(found)
+    return get_command(alone)
 
 
 def build_app() -> typer.Typer:
-    """The Typer application with all its commands."""
+    """The Typer application, which knows all commands by name and summary."""
     app = typer.Typer(
         name="mftctl",
+        cls=_Root,
         help=HELP,
         no_args_is_help=True,
         rich_markup_mode="markdown",
@@ -43,16 +84,13 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    app.command(rich_help_panel=_PATH)(fft)
-    app.command(rich_help_panel=_PATH)(probe)
-    app.command("mask-train", rich_help_panel=_PATH)(mask_train)
-    app.command(rich_help_panel=_PATH)(apply)
-    app.command("eval", rich_help_panel=_PATH)(evaluate)
-    app.command(rich_help_panel=_PATH)(report)
-    app.command(rich_help_panel=_MORE)(run)
-    app.add_typer(mask_app, name="mask", rich_help_panel=_MORE)
-    app.command(rich_help_panel=_MORE)(env)
+    for name, listed in COMMANDS.items():
+        app.command(name, help=listed.summary, rich_help_panel=listed.panel)(_not_loaded)
     return app
+
+
+def _not_loaded() -> None:
+    """Stands for a command in the list."""
 
 
 def main() -> None:
@@ -64,6 +102,8 @@ def main() -> None:
     try:
         build_app()()
     except MftError as error:
+        from mftctl.cli.output import Output
+
         Output().error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -72,7 +112,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        Output().text(f"mftctl {__version__}\n")
+        sys.stdout.write(f"mftctl {__version__}\n")
         raise typer.Exit
 
 

@@ -19,21 +19,27 @@ from mftctl.runs import Run, list_runs, recorded
 
 
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or hub id.", show_default="the newest run's, with its base")
+    context: typer.Context,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL", help="Checkpoint folder or hub id.", show_default="the newest run's, with its base"
+        ),
     ] = None,
     model_option: Annotated[str | None, typer.Option("--model", "-m", hidden=True)] = None,
     mask: Annotated[
         Path | None,
         typer.Option("--mask", help="Evaluate the model under this mask.", rich_help_panel=opt.INPUT),
     ] = None,
-    data: Annotated[
+    test_data: Annotated[
         list[str] | None,
         typer.Option("--data", "-d", help="Data to measure on.", show_default="the run's", rich_help_panel=opt.INPUT),
     ] = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
-    tasks: Annotated[str | None, opt.setting(EvalOptions, "tasks", "--tasks", panel="Measuring")] = None,
+    tasks: Annotated[
+        Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Measuring", parser=lambda text: text.split(","))
+    ] = None,
     task_data: Annotated[
         list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
     ] = None,
@@ -51,17 +57,11 @@ def evaluate(
     Without a model: measures the newest result and what it was made from, as far as that has not been done.
     """
     with Output(as_json=as_json) as console:
-        chosen = opt.given(
-            test_data=data,
-            seed=seed,
-            eval__tasks=None if tasks is None else tasks.split(","),
-            eval__task_data=None if task_data is None else _files_by_task(task_data),
-            eval__limit=limit,
-            eval__batch_size=batch_size,
-            eval__generate=generate,
-        )
+        chosen = opt.given(context, "eval")
+        if task_data is not None:
+            chosen["eval.task_data"] = _files_by_task(task_data)
         session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen)
-        sources = _sources(model or model_option, mask, session)
+        sources = _sources(checkpoint or model_option, mask, session)
         evaluated = [_evaluate_once(session, source) for source in sources]
         show(console, evaluated)
         console.next_command("mftctl report")

@@ -15,6 +15,7 @@ from mftctl.runs import Run, recorded
 
 
 def fft(
+    context: typer.Context,
     model: opt.Model = None,
     data: opt.Data = None,
     output: Annotated[
@@ -33,10 +34,10 @@ def fft(
     sets: opt.Sets = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
-    lr: opt.FftRate = None,
+    learning_rate: opt.FftRate = None,
     batch_size: opt.BatchSize = None,
-    grad_accum: opt.GradAccum = None,
-    max_length: opt.MaxLength = None,
+    grad_accum_steps: opt.GradAccum = None,
+    max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
     eval_steps: opt.EvalSteps = None,
@@ -53,24 +54,7 @@ def fft(
     The loss is on the answer tokens only. Started from a fine-tuned model this is continued fine-tuning.
     """
     with Output(as_json=as_json) as console:
-        chosen = opt.given(
-            model=model,
-            data=data,
-            val_data=val_data,
-            val_fraction=val_fraction,
-            seed=seed,
-            fft__epochs=epochs,
-            fft__max_steps=max_steps,
-            fft__learning_rate=lr,
-            fft__batch_size=batch_size,
-            fft__grad_accum_steps=grad_accum,
-            fft__max_length_tokens=max_length,
-            fft__precision=precision,
-            fft__gradient_checkpointing=gradient_checkpointing,
-            fft__eval_steps=eval_steps,
-            fft__patience=patience,
-            fft__keep=keep,
-        )
+        chosen = opt.given(context, "fft")
         session = Session("fft", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
         run, settled, source = session.open_training(resume=resume, output=output)
         with recorded(run):

@@ -12,7 +12,13 @@ from rich.table import Table
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 
-mask_app = typer.Typer(no_args_is_help=True, help="Look into mask files and compare them.")
+mask_app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Look into mask files and compare them.",
+)
 
 MaskFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)]
 

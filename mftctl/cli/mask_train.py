@@ -15,6 +15,7 @@ from mftctl.runs import Run, recorded
 
 
 def mask_train(
+    context: typer.Context,
     model: opt.Model = None,
     data: opt.Data = None,
     output: Annotated[
@@ -42,10 +43,10 @@ def mask_train(
     ] = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
-    lr: opt.MaskRate = None,
+    learning_rate: opt.MaskRate = None,
     batch_size: opt.BatchSize = None,
-    grad_accum: opt.GradAccum = None,
-    max_length: opt.MaxLength = None,
+    grad_accum_steps: opt.GradAccum = None,
+    max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
     eval_steps: opt.EvalSteps = None,
@@ -62,31 +63,7 @@ def mask_train(
     validation data is kept in a small file apart from the model.
     """
     with Output(as_json=as_json) as console:
-        chosen = opt.given(
-            model=model,
-            data=data,
-            val_data=val_data,
-            val_fraction=val_fraction,
-            seed=seed,
-            mask_train__method=method,
-            mask_train__layers=layers,
-            mask_train__target=target,
-            mask_train__ratio=ratio,
-            mask_train__threshold=threshold,
-            mask_train__ranking=ranking,
-            mask_train__start=start,
-            mask_train__start_value=start_value,
-            mask_train__epochs=epochs,
-            mask_train__max_steps=max_steps,
-            mask_train__learning_rate=_rate(lr),
-            mask_train__batch_size=batch_size,
-            mask_train__grad_accum_steps=grad_accum,
-            mask_train__max_length_tokens=max_length,
-            mask_train__precision=precision,
-            mask_train__gradient_checkpointing=gradient_checkpointing,
-            mask_train__eval_steps=eval_steps,
-            mask_train__patience=patience,
-        )
+        chosen = opt.given(context, "mask_train")
         session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
         run, settled, source = session.open_training(resume=resume, output=output)
         with recorded(run):
@@ -112,11 +89,3 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     rows += [("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB")]
     title = f"{result['state']} in {run.record.seconds:.0f} s"
     console.result({"run": str(run.folder), **result}, pairs_table(title, rows))
-
-
-def _rate(text: str | None) -> float | str | None:
-    """A number where the text is one; anything else is for the recipe's check to judge."""
-    try:
-        return None if text is None else float(text)
-    except ValueError:
-        return text

@@ -1,7 +1,11 @@
-"""Options that several commands share, with help and defaults taken from the recipe's own fields."""
+"""Options that several commands share, with help and defaults taken from the recipe's own fields.
+
+A command's parameter that sets a recipe field bears the field's name; `given` collects them all.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -10,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mftctl.config import FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.errors import ConfigError
 
 INPUT = "Input and output"
 TRAINING = "Training"
@@ -17,7 +22,14 @@ MASKING = "Mask"
 GENERAL = "General"
 
 
-def setting(owner: type[BaseModel], field: str, *flags: str, panel: str, default: str | None = None) -> Any:
+def setting(
+    owner: type[BaseModel],
+    field: str,
+    *flags: str,
+    panel: str,
+    default: str | None = None,
+    parser: Callable[[str], Any] | None = None,
+) -> Any:
     """The Typer option of a recipe field, with its description and default.
 
     Args:
@@ -26,6 +38,7 @@ def setting(owner: type[BaseModel], field: str, *flags: str, panel: str, default
         flags: Spellings on the command line.
         panel: The group it is shown in.
         default: What to show as the default where the field's own says too little.
+        parser: Makes the value of the text, where a plain type does not.
     """
     info: FieldInfo = owner.model_fields[field]
     choices = [choice for part in (info.annotation, *get_args(info.annotation)) for choice in _literals(part)]
@@ -34,13 +47,34 @@ def setting(owner: type[BaseModel], field: str, *flags: str, panel: str, default
         *flags,
         help=info.description,
         show_default=shown or False,
-        metavar="|".join(choices) if choices and len(choices) > 1 else None,
+        metavar="|".join(choices) if len(choices) > 1 else "<str>" if parser else None,
+        parser=parser,
         rich_help_panel=panel,
     )
 
 
 def _literals(annotation: Any) -> tuple[str, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
+def group_sizes(text: str) -> list[int]:
+    """The numbers in `4` or `4,8,16`.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise ConfigError("Group sizes are numbers.", key="--groups", expected="4 or 4,8,16", actual=text) from error
+
+
+def number_or_word(text: str) -> float | str:
+    """A number where the text is one; anything else is for the recipe's check to judge."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 Model = Annotated[
@@ -89,11 +123,22 @@ Checkpointing = Annotated[
 EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
 FftRate = Annotated[float | None, setting(FftOptions, "learning_rate", "--lr", panel=TRAINING)]
-MaskRate = Annotated[str | None, setting(MaskTrainOptions, "learning_rate", "--lr", panel=TRAINING)]
+MaskRate = Annotated[Any, setting(MaskTrainOptions, "learning_rate", "--lr", panel=TRAINING, parser=number_or_word)]
 Ratio = Annotated[float | None, setting(MaskTrainOptions, "ratio", "--ratio", panel=MASKING, default="0.1")]
 Target = Annotated[str | None, setting(MaskTrainOptions, "target", "--target", panel=MASKING)]
 
 
-def given(**values: Any) -> dict[str, Any]:
-    """The options that were given, by dotted recipe key: `fft__epochs=2` becomes `fft.epochs`."""
-    return {key.replace("__", "."): value for key, value in values.items() if value is not None}
+def given(context: typer.Context, *sections: str) -> dict[str, Any]:
+    """The recipe keys that options were given for, with their values.
+
+    A command's parameter is named as the recipe field it sets: of the first section that has one, else of the recipe.
+
+    Args:
+        context: Of the command.
+        sections: Names of the recipe's sections that the command has options for.
+    """
+    keys = {name: name for name in Recipe.model_fields}
+    for section in reversed(sections):
+        fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
+        keys |= {name: f"{section}.{name}" for name in fields}
+    return {keys[name]: value for name, value in context.params.items() if name in keys and value not in (None, [], ())}

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.config import ProbeOptions
-from mftctl.errors import ConfigError
 from mftctl.runs import Run, recorded
 
 
 def probe(
+    context: typer.Context,
     model: opt.Model = None,
     data: opt.Data = None,
     val_data: opt.ValData = None,
@@ -23,8 +24,8 @@ def probe(
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
     groups: Annotated[
-        str | None,
-        opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, default="4"),
+        Any,
+        opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, default="4", parser=opt.group_sizes),
     ] = None,
     layers: Annotated[
         str | None, opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all")
@@ -49,19 +50,7 @@ def probe(
     groups by validation loss. The next mask-train takes the best group.
     """
     with Output(as_json=as_json) as console:
-        chosen = opt.given(
-            model=model,
-            data=data,
-            val_data=val_data,
-            val_fraction=val_fraction,
-            seed=seed,
-            probe__groups=None if groups is None else _group_sizes(groups),
-            probe__layers=layers,
-            probe__data_fraction=data_fraction,
-            probe__epochs=epochs,
-            mask_train__target=target,
-            mask_train__ratio=ratio,
-        )
+        chosen = opt.given(context, "probe", "mask_train")
         session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen)
         run, settled, source = session.open_training(resume=resume)
         with recorded(run):
@@ -89,10 +78,3 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
         )
     console.result({"run": str(run.folder), **result}, table)
     console.note(f"Recommended: layers {result['recommended_layers']}")
-
-
-def _group_sizes(text: str) -> list[int]:
-    try:
-        return [int(size) for size in text.split(",")]
-    except ValueError as error:
-        raise ConfigError("Group sizes are numbers.", key="--groups", expected="4 or 4,8,16", actual=text) from error

@@ -14,6 +14,7 @@ from mftctl.recipe_files import load_recipe
 
 
 def run(
+    context: typer.Context,
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in one, such as quickstart.")],
     sets: opt.Sets = None,
     model: opt.Model = None,
@@ -30,7 +31,7 @@ def run(
     Finished stages are recognised and skipped, so that the same command goes on after an interruption.
     """
     with Output(as_json=as_json) as console:
-        settled = load_recipe(recipe, sets=sets or (), options=opt.given(model=model, data=data, seed=seed))
+        settled = load_recipe(recipe, sets=sets or (), options=opt.given(context))
         from mftctl.protocol import run_experiment
 
         run_experiment(settled, recipe, runs, console)
