@@ -13,13 +13,16 @@ from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
 
-def apply(source: Source, run: Run, listener: Listener, *, replace: bool = False) -> dict[str, Any]:
+def apply(
+    source: Source, run: Run, listener: Listener, *, base: str | None = None, replace: bool = False
+) -> dict[str, Any]:
     """The result of applying a mask: the folder of the new checkpoint and what was removed.
 
     Args:
-        source: The base model and its mask.
+        source: The model and its mask; for a delta mask the tuned model, whose base the mask names.
         run: Open run; gets the checkpoint as `model/` unless the run has an output elsewhere.
         listener: Hears progress.
+        base: For a delta mask: the model before fine-tuning; by default the one that the mask names.
         replace: Whether a checkpoint that stands there already is replaced.
 
     Raises:
@@ -30,12 +33,16 @@ def apply(source: Source, run: Run, listener: Listener, *, replace: bool = False
     path = Path(source.mask)
     mask = load_mask(path)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
+    metadata = mask.metadata
+    is_delta = metadata.kind == "delta"
+    base_model = (base or metadata.base_model) if is_delta else source.model
     done = apply_to_checkpoint(
-        resolve_checkpoint(source.model, mask.metadata.base_revision),
+        resolve_checkpoint(base_model, metadata.base_revision),
         mask,
         folder,
+        tuned=resolve_checkpoint(source.model, metadata.tuned_revision) if is_delta else None,
         mask_path=path,
-        base_model=source.model,
+        base_model=base_model,
         on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
         replace=replace,
     )

@@ -14,6 +14,7 @@ from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 
 DEFAULT_RATIO = 0.1
+DEFAULT_UPDATE_RATIO = 0.2
 
 
 class _Section(BaseModel):
@@ -60,11 +61,13 @@ Precision = Literal["auto", "fp32", "bf16"]
 class TrainingOptions(_Section):
     """How long and how fast, the same words for `fft` and `mask-train`."""
 
+    data_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training data used.")
     epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; overrides epochs.")
     batch_size: int = Field(8, gt=0, description="Records a forward pass, on each device.")
     grad_accum_steps: int = Field(1, gt=0, description="Forward passes an optimizer step.")
     max_length_tokens: int = Field(1024, gt=1, description="Longer records are cut at the end.")
+    schedule: Literal["linear", "cosine"] = Field("linear", description="How the learning rate falls to 0.")
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 does not clip.")
@@ -75,23 +78,63 @@ class TrainingOptions(_Section):
 
 
 class FftOptions(TrainingOptions):
-    """Full fine-tuning."""
+    """Fine-tuning of all weights, or of those that a method chooses."""
 
-    learning_rate: float = Field(2e-5, gt=0, description="Peak of the linear schedule.")
+    method: Literal["full", "lora", "gmt", "hft", "random"] = Field(
+        "full",
+        description="full: all weights; gmt: those with the largest gradients at each step; random: random ones at "
+        "each step; hft: half of the parameters; lora: a low-rank adapter.",
+    )
+    ratio: Share | None = Field(
+        None, description="gmt and random: share of the weights not updated at a step; 0.2 by default."
+    )
+    scope: Literal["tensor", "global"] = Field(
+        "tensor", description="gmt and random: the ratio holds for each tensor, or for all together."
+    )
+    unselected: Literal["unchanged", "momentum"] = Field(
+        "unchanged",
+        description="gmt and random: weights not chosen stay as they are, or still move with the optimizer's momentum.",
+    )
+    lora_rank: int = Field(16, gt=0, description="lora: rank of the adapter.")
+    lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
+    lora_dropout: Share = Field(0.0, description="lora: dropout before the adapter.")
+    merge: bool = Field(False, description="lora: write the merged model instead of the adapter.")
+    optimizer: Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor"] = Field("adamw", description="Optimizer.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak of the schedule.")
     keep: Literal["best", "last"] = Field("best", description="best: the state with the lowest validation loss.")
+    save_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Of the weights written; auto: that of the checkpoint started from."
+    )
+
+    @model_validator(mode="after")
+    def _ratio_has_a_method(self) -> FftOptions:
+        if self.ratio is not None and self.method not in ("gmt", "random"):
+            raise ValueError(f"fft.ratio is for the methods gmt and random; the method is {self.method}")
+        return self
+
+    @property
+    def effective_ratio(self) -> float:
+        """The share of weights that a step leaves as they are, for the methods that choose."""
+        return DEFAULT_UPDATE_RATIO if self.ratio is None else self.ratio
 
 
 class MaskTrainOptions(TrainingOptions):
-    """Learning a mask on a frozen model."""
+    """Choosing which weights of a fine-tuned model to remove."""
 
-    method: Literal["learned", "random", "magnitude"] = Field(
-        "learned", description="learned: Mask Fine-Tuning; random and magnitude: baselines without training."
+    method: Literal["learned", "random", "magnitude", "drop"] = Field(
+        "learned",
+        description="learned: Mask Fine-Tuning; random and magnitude: baselines without training; drop: go back to "
+        "the weights before fine-tuning.",
     )
     layers: str | None = Field(
         None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
     )
     target: Literal["attn", "mlp", "both"] = Field("both", description="Projections that carry a mask.")
-    ratio: Share | None = Field(None, description="Share of the weights removed of each tensor; 0.1 by default.")
+    ratio: Share | dict[str, Share] | None = Field(
+        None,
+        description="Share of the weights removed of each tensor, or of the projections named, such as "
+        "q_proj=0.05,down_proj=0.1; 0.1 by default.",
+    )
     threshold: float | None = Field(None, description="Remove scores below this instead of a fixed ratio.")
     ranking: Literal["magnitude", "signed"] = Field("magnitude", description="A ratio ranks |score| or the score.")
     start: Literal["kaiming", "constant"] = Field("kaiming", description="Scores at the start: random or all equal.")
@@ -100,6 +143,10 @@ class MaskTrainOptions(TrainingOptions):
         "auto", description="auto: scaled to the scores, so that a step count or a model size changes nothing."
     )
     travel: float = Field(1.6, gt=0, description="How far auto lets a score move, in units of the scores' start scale.")
+    strategy: Literal["trivial", "salient", "random"] = Field(
+        "trivial", description="drop: undo the smallest changes of fine-tuning, the largest, or random ones."
+    )
+    base: str | None = Field(None, description="drop: the model before fine-tuning; that of the fft run by default.")
 
     @model_validator(mode="after")
     def _one_indicator(self) -> MaskTrainOptions:
@@ -107,12 +154,26 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("give either a ratio or a threshold, not both")
         if self.threshold is not None and self.method != "learned":
             raise ValueError(f"a threshold needs learned scores; the {self.method} mask takes a ratio")
+        if isinstance(self.ratio, dict) and self.method == "drop":
+            raise ValueError("drop takes one ratio for all tensors")
+        if self.ratio == {}:
+            raise ValueError("a ratio by projection names at least one")
         return self
 
     @property
-    def effective_ratio(self) -> float | None:
-        """The ratio in force: None where a threshold decides."""
+    def effective_ratio(self) -> float | dict[str, float] | None:
+        """The ratio in force, of all masked tensors or by projection: None where a threshold decides."""
         return self.ratio if self.ratio is not None or self.threshold is not None else DEFAULT_RATIO
+
+    @property
+    def projections(self) -> list[str] | None:
+        """The projections that a ratio by projection names; None where all of the target carry a mask."""
+        return list(self.ratio) if isinstance(self.ratio, dict) else None
+
+    def ratio_of(self, projection: str) -> float | None:
+        """The ratio of one projection, such as `q_proj`: None where a threshold decides."""
+        ratio = self.effective_ratio
+        return ratio[projection] if isinstance(ratio, dict) else ratio
 
 
 class ProbeOptions(_Section):
@@ -135,14 +196,24 @@ class EvalOptions(_Section):
     generate: bool = Field(True, description="Generate answers for exact match, besides the loss.")
 
 
+Command = Literal["fft", "probe", "mask-train", "apply", "eval"]
+
+
 class Stage(_Section):
     """One step of an experiment."""
 
-    command: Literal["fft", "probe", "mask-train", "apply", "eval"] = Field(description="What the stage does.")
+    command: Command = Field(description="What the stage does.")
     after: str | None = Field(None, description="The stage whose model is the input; the recipe's model by default.")
     layers_from: str | None = Field(None, description="The probe stage that chooses the layers.")
     of: tuple[str, ...] = Field((), strict=False, description="eval: the stages whose models are evaluated.")
     set: dict[str, Any] = Field(default_factory=dict, description="Dotted recipe keys changed for this stage.")
+    sweep: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(
+        default_factory=dict, description="Dotted recipe keys with the values to try: one stage for each combination."
+    )
+
+    def needs(self) -> list[str]:
+        """Names of the stages that this one builds on."""
+        return [name for name in (self.after, self.layers_from, *self.of) if name is not None]
 
 
 class Recipe(_Section):
@@ -151,6 +222,7 @@ class Recipe(_Section):
     name: str | None = Field(None, description="Name of the experiment.")
     description: str | None = Field(None, description="One line about the experiment.")
     model: str | None = Field(None, description="Checkpoint folder, hub id, or quickstart for the built-in model.")
+    model_type: str | None = Field(None, description="The model family the recipe is for, as in config.json.")
     revision: str | None = Field(None, description="Revision of a hub model.")
     data: Sources = Field((), description="Training data: files or hub ids, FILE=COUNT for a part.")
     val_data: Sources = Field((), description="Validation data; split off the training data by default.")
@@ -163,16 +235,6 @@ class Recipe(_Section):
     mask_train: MaskTrainOptions = MaskTrainOptions()
     eval: EvalOptions = EvalOptions()
     stages: dict[str, Stage] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _stages_refer_backwards(self) -> Recipe:
-        known: set[str] = set()
-        for name, stage in self.stages.items():
-            for other in filter(None, (stage.after, stage.layers_from, *stage.of)):
-                if other not in known:
-                    raise ValueError(f"stage {name} needs stage {other}, which does not stand before it")
-            known.add(name)
-        return self
 
 
 _SHARED = {"model", "revision", "data", "val_data", "val_fraction", "test_data", "seed"}

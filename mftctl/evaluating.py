@@ -41,13 +41,14 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     """
     options = recipe.eval
     check_measures(recipe)
-    checkpoint = resolve_checkpoint(source.model, recipe.revision)
+    checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
     tokenizer = load_tokenizer(checkpoint)
     run.update(inputs=source.as_inputs())
     mask = None if source.mask is None else load_mask(Path(source.mask))
     model = load_model(checkpoint, dtype=evaluation_dtype())
     if mask is not None:
-        apply_mask(model, mask)
+        delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
+        apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
     datasets = []
     if recipe.test_data:
         datasets.append(_data_file(recipe, model, tokenizer, run, listener))

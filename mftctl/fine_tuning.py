@@ -1,22 +1,38 @@
-"""The `fft` workflow: supervised fine-tuning of all weights, up to the best validation point."""
+"""The `fft` workflow: supervised fine-tuning, of all weights or of those a method chooses, up to the best point."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
-from mftctl.config import Recipe
+from mftctl.config import FftOptions, Recipe
 from mftctl.lineage import Source, fine_tuned_state
-from mftctl.models import load_model, peak_memory_bytes
-from mftctl.preparation import prepare_training
+from mftctl.masking.checkpoint_source import is_adapter
+from mftctl.models import best_device, load_model, peak_memory_bytes, stored_dtype
+from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.progress import Listener
 from mftctl.runs import Run
 from mftctl.training import SftTrainer, stop_on_signal, total_steps, train, training_arguments, uses_bf16
+from mftctl.tuning.hft import freeze_half
+from mftctl.tuning.masked_optimizer import MaskedOptimizer, UpdateRule
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_OPTIMIZERS = {
+    "adamw": "adamw_torch",
+    "sgd": "sgd",
+    "rmsprop": "rmsprop",
+    "adagrad": "adagrad",
+    "adafactor": "adafactor",
+}
 
 
 def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -32,32 +48,29 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
     Raises:
         MftError: Anything known that can go wrong.
 
-    Source: MFT, section 2, equation 1. The loss is the mean over all answer tokens of an optimizer step.
+    Source: MFT, section 2, equation 1; GMT, section 2 and algorithm 1. The loss is the mean over all answer tokens of
+    an optimizer step.
     """
     options = recipe.fft
-    inputs = prepare_training(recipe, source.model, max_length_tokens=options.max_length_tokens)
-    run.update(inputs={**source.as_inputs(), **inputs.summary()})
-    # Weights stay in fp32 while they are trained: updates are smaller than what bf16 can hold.
-    model = load_model(inputs.checkpoint, dtype=torch.float32)
-    steps = total_steps(len(inputs.train), options)
-    arguments = training_arguments(
-        run.training.checkpoints,
-        options,
-        steps=steps,
-        learning_rate=options.learning_rate,
-        seed=recipe.seed,
-        bf16=uses_bf16(options.precision),
+    inputs = prepare_training(
+        recipe,
+        source.model,
+        max_length_tokens=options.max_length_tokens,
+        data_fraction=options.data_fraction,
+        adapters=True,
     )
-    arguments.load_best_model_at_end = options.keep == "best"
-    trainer = SftTrainer(model, arguments, inputs.train, inputs.validation, inputs.tokenizer, listener)
+    run.update(inputs={**source.as_inputs(), **inputs.summary()})
+    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
+    trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:
         train(trainer, run.training, stop, patience=options.patience, resume=resume)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
-    save_model(model, inputs.tokenizer, folder)
+    trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
+    save_model(_finished(model, inputs.checkpoint, options), inputs.tokenizer, folder)
     shutil.rmtree(run.training.checkpoints, ignore_errors=True)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
-        "state": fine_tuned_state(source),
+        "state": fine_tuned_state(source, options),
         "model": str(folder.resolve()),
         "kept": options.keep,
         "start_loss": trainer.start_loss,
@@ -65,13 +78,87 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
         "last_loss": validation[-1],
         "best_step": trainer.state.best_global_step,
         "steps": trainer.state.global_step,
+        "trained_parameters": trained_parameters,
         "tokens": int(trainer.state.num_input_tokens_seen),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PreTrainedModel | PeftModel:
+    """The model with those parameters trainable that the method trains."""
+    # Weights stay in fp32 while they are trained: updates are smaller than what bf16 can hold.
+    if options.method == "lora":
+        from mftctl.tuning.lora import add_adapter, load_adapter
+
+        if is_adapter(checkpoint):
+            return load_adapter(checkpoint, dtype=torch.float32, trainable=True).to(best_device())
+        return add_adapter(load_model(checkpoint, dtype=torch.float32), options, base=source.model, seed=seed)
+    model = load_model(checkpoint, dtype=torch.float32)
+    if options.method == "hft":
+        freeze_half(model, seed)
+    return model
+
+
+def _trainer(
+    model: PreTrainedModel | PeftModel, inputs: TrainingInputs, recipe: Recipe, run: Run, listener: Listener
+) -> UpdateTrainer:
+    options = recipe.fft
+    arguments = training_arguments(
+        run.training.checkpoints,
+        options,
+        steps=total_steps(len(inputs.train), options),
+        learning_rate=options.learning_rate,
+        seed=recipe.seed,
+        bf16=uses_bf16(options.precision),
+    )
+    arguments.load_best_model_at_end = options.keep == "best"
+    arguments.optim = OptimizerNames(_OPTIMIZERS[options.optimizer])
+    trainer = UpdateTrainer(model, arguments, inputs.train, inputs.validation, inputs.tokenizer, listener)
+    if options.method in ("gmt", "random"):
+        trainer.rule = UpdateRule(
+            options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
+        )
+    return trainer
+
+
+class UpdateTrainer(SftTrainer):
+    """Trains weights: all that are trainable, or at each step those that a rule chooses.
+
+    Attributes:
+        rule: Chooses the entries; None updates all.
+    """
+
+    rule: UpdateRule | None = None
+    _choosing: MaskedOptimizer | None = None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, behind the rule if there is one."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.rule is not None and self._choosing is None:
+            self._choosing = MaskedOptimizer(optimizer, self.rule)
+            self.optimizer = self._choosing
+        return self._choosing or optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        # The norm is that of the gradient which will be used.
+        if self._choosing is not None:
+            self._choosing.select()
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+
+def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: FftOptions) -> PreTrainedModel | PeftModel:
+    """What is written: of LoRA the adapter alone, unless the merged model is wanted; weights in the dtype wanted."""
+    if options.method == "lora":
+        if not options.merge:
+            return model
+        model = cast("PeftModel", model).merge_and_unload()
+    whole = cast("PreTrainedModel", model)
+    whole.to(_DTYPES.get(options.save_dtype) or stored_dtype(checkpoint))  # type: ignore[arg-type]
+    return whole
+
+
+def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes a checkpoint with its tokenizer, whole or not at all."""
     with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(str(temporary))
         tokenizer.save_pretrained(temporary)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.errors import ConfigError
 from mftctl.quickstart import NAME as QUICKSTART
 from mftctl.runs import Run, list_runs, load_run, newest_run
@@ -13,7 +14,8 @@ from mftctl.runs import Run, list_runs, load_run, newest_run
 PRE_TRAINED = "pre-trained"
 FFT = "FFT"
 CONTINUED_FFT = "continued FFT"
-MASK_STATES = {"learned": "MFT", "random": "random mask", "magnitude": "L1 mask"}
+_TUNED = {"full": FFT, "lora": "LoRA", "gmt": "GMT", "random": "random update", "hft": "HFT"}
+_MASKED = {"random": "random mask", "magnitude": "L1 mask"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,16 @@ def ancestry(root: Path, source: Source) -> list[Source]:
     return list(newest.values())
 
 
-def fine_tuned_state(source: Source) -> str:
-    """What fine-tuning makes of a source: FFT of a pre-trained model, continued FFT of a fine-tuned one."""
-    return FFT if source.state == PRE_TRAINED else CONTINUED_FFT
+def fine_tuned_state(source: Source, options: FftOptions) -> str:
+    """What fine-tuning makes of a source, such as FFT of a pre-trained model and continued FFT of a fine-tuned one."""
+    name = _TUNED[options.method] + (" global" if options.scope == "global" else "")
+    return name if source.state == PRE_TRAINED else f"continued {name}"
+
+
+def mask_state(options: MaskTrainOptions) -> str:
+    """What a mask makes of a model, in the words of the papers."""
+    if options.method == "drop":
+        return f"{options.strategy} drop"
+    if options.method == "learned":
+        return "MFT" if options.threshold is None else "MFT threshold"
+    return _MASKED[options.method]

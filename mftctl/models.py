@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
@@ -9,18 +10,26 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.errors import ModelError
+from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
+from mftctl.masking.dtypes import TORCH_DTYPES
+from mftctl.masking.safetensors_files import tensor_index
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
     """The causal language model in a checkpoint folder, in evaluation mode and on the best device there is.
 
     Args:
-        folder: With `config.json` and safetensors.
+        folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
         dtype: Of the weights in memory; `auto` keeps the checkpoint's.
 
     Raises:
         ModelError: transformers cannot load it.
     """
+    if is_adapter(folder):
+        from mftctl.tuning.lora import load_adapter
+
+        merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
+        return merged.to(best_device())  # type: ignore[arg-type,no-any-return]
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -44,6 +53,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             actual=error,
             hint="copy tokenizer.json and tokenizer_config.json from the base model into this folder",
         ) from error
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most weights of a checkpoint, or of the base of an adapter, such as bfloat16."""
+    if is_adapter(folder):
+        from mftctl.tuning.lora import adapter_base
+
+        folder = resolve_checkpoint(adapter_base(folder))
+    weights: dict[str, int] = {}
+    for stored in tensor_index(folder).values():
+        weights[stored.dtype] = weights.get(stored.dtype, 0) + math.prod(stored.shape)
+    return TORCH_DTYPES.get(max(weights, key=weights.__getitem__), torch.float32)
 
 
 def best_device() -> torch.device:

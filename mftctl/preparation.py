@@ -48,7 +48,7 @@ class TrainingInputs:
 
 
 def prepare_training(
-    recipe: Recipe, model: str, *, max_length_tokens: int, data_fraction: float = 1.0
+    recipe: Recipe, model: str, *, max_length_tokens: int, data_fraction: float = 1.0, adapters: bool = False
 ) -> TrainingInputs:
     """The encoded training and validation data of a recipe.
 
@@ -57,6 +57,7 @@ def prepare_training(
         model: Checkpoint folder, hub id or `quickstart`.
         max_length_tokens: Longer records are cut at the end.
         data_fraction: Share of the training records to use.
+        adapters: Whether the model may be a LoRA adapter.
 
     Raises:
         ConfigError: The recipe names no data.
@@ -65,7 +66,7 @@ def prepare_training(
     """
     if not recipe.data:
         raise ConfigError("Training needs data.", key="--data", expected="a file or a hub id", actual="none given")
-    checkpoint = resolve_checkpoint(model, recipe.revision)
+    checkpoint = resolve_checkpoint(model, recipe.revision, adapters=adapters)
     tokenizer = load_tokenizer(checkpoint)
     train, validation = _split(recipe)
     train = sample_fraction(train, data_fraction, recipe.seed) if data_fraction < 1 else train

@@ -9,12 +9,13 @@ from typing import Any
 from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.lineage import Source
-from mftctl.mask_training import LearnedMask, find_mask, load_frozen_model, validation_loss
+from mftctl.mask_training import find_mask, load_frozen_model, validation_loss
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
 from mftctl.models import peak_memory_bytes
 from mftctl.preparation import prepare_training
 from mftctl.progress import Listener
 from mftctl.runs import Run, TrainingFolder
+from mftctl.score_training import LearnedMask, MaskSearch
 
 
 def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -54,9 +55,9 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
         stored = folder / "outcome.json"
         listener.note(f"Group {number} of {len(groups)}: layers {layers}{' (done already)' if stored.exists() else ''}")
         if not stored.exists():
-            found = find_mask(
+            search = MaskSearch(
                 model,
-                find_targets(model, group, options.target),
+                find_targets(model, group, options.target, options.projections),
                 options,
                 inputs,
                 TrainingFolder(folder, run.record.command),
@@ -65,6 +66,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
                 seed=recipe.seed,
                 resume=resume,
             )
+            found = find_mask(search)
             write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         results.append(json.loads(stored.read_text("utf-8")))

@@ -46,9 +46,11 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError)
 
 
 def built_in_names() -> list[str]:
-    """Names of the recipes that travel in the package."""
+    """Names of the recipes that travel in the package; files whose name begins with `_` are parts of others."""
     return sorted(
-        path.relative_to(BUILT_IN_FOLDER).with_suffix("").as_posix() for path in BUILT_IN_FOLDER.rglob("*.yaml")
+        path.relative_to(BUILT_IN_FOLDER).with_suffix("").as_posix()
+        for path in BUILT_IN_FOLDER.rglob("*.yaml")
+        if not path.name.startswith("_")
     )
 
 
@@ -67,7 +69,7 @@ def find_recipe(name: str) -> Path:
         "There is no such recipe.",
         path=name,
         expected=f"a YAML file, or one of the built-in recipes: {', '.join(built_in_names())}",
-        hint=_nearest(name, built_in_names()),
+        hint=nearest(name, built_in_names()),
     )
 
 
@@ -93,6 +95,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
+def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a recipe file, over those of the recipes that it extends."""
+    if path.resolve() in chain:
+        circle = " -> ".join(item.name for item in (*chain, path))
+        raise ConfigError("Recipes extend each other in a circle.", path=path, key="extends", actual=circle)
+    document = read_yaml(path)
+    extended = document.pop("extends", [])
+    names = [extended] if isinstance(extended, str) else extended
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError("extends names recipes.", path=path, key="extends", expected="a name or a list", actual=names)
+    merged: dict[str, Any] = {}
+    for name in names:
+        beside = path.parent / name
+        found = beside if beside.is_file() else find_recipe(name)
+        merged = _merge(merged, _read_extended(found, (*chain, path.resolve())))
+    return _merge(merged, document)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merged key by key, `above` over `below`; null takes a whole mapping away, such as a stage."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(merged.get(key), dict) and value is None:
+            del merged[key]
+        elif isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
 def load_recipe(
     name: str | None = None,
     *,
@@ -112,7 +145,7 @@ def load_recipe(
         ConfigError: Any problem of the file, the assignments or their values; all of them are listed.
     """
     path = None if name is None else find_recipe(name)
-    document = deepcopy(dict(base or {})) if path is None else read_yaml(path)
+    document = deepcopy(dict(base or {})) if path is None else _read_extended(path)
     assign(document, [_parse_assignment(text) for text in sets])
     assign(document, list((options or {}).items()))
     return parse_recipe(document, path)
@@ -184,7 +217,7 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
         problems = [_describe(problem) for problem in error.errors()]
         raise ConfigError("The configuration does not fit.", path=path, problems=problems) from error
     stages = recipe.stages.items()
-    problems = [f"stages.{name}.set.{problem}" for name, stage in stages for problem in _stage_problems(recipe, stage)]
+    problems = [f"stages.{name}.{problem}" for name, stage in stages for problem in _stage_problems(recipe, stage)]
     if problems:
         raise ConfigError("The configuration does not fit.", path=path, problems=problems)
     return recipe
@@ -192,8 +225,17 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
 
 def _stage_problems(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     """What is wrong with the keys that a stage changes: found now, not after the stages before it have been trained."""
+    found = [f"set.{problem}" for problem in _change_problems(recipe, stage.set)]
+    for key, values in stage.sweep.items():
+        for value in values:
+            swept = _change_problems(recipe, {**stage.set, key: value})
+            found += [f"sweep.{problem}" for problem in swept if f"set.{problem}" not in found]
+    return tuple(found)
+
+
+def _change_problems(recipe: Recipe, changes: Mapping[str, Any]) -> tuple[str, ...]:
     try:
-        with_changes(recipe, {"stages": {}, **stage.set})
+        with_changes(recipe, {"stages": {}, **changes})
     except ConfigError as error:
         return error.problems or (f"{error.key}: {error.message}",)
     return ()
@@ -203,8 +245,8 @@ def _describe(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        nearest = _nearest(location[-1], _known_keys(Recipe, location[:-1])) or _nearest_anywhere(location[-1])
-        return f"{key}: unknown key" + (f"; {nearest}" if nearest else "")
+        question = nearest(location[-1], _known_keys(Recipe, location[:-1])) or _nearest_anywhere(location[-1])
+        return f"{key}: unknown key" + (f"; {question}" if question else "")
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{key}: {text}" if key else text
@@ -225,7 +267,8 @@ def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _nearest(name: str, known: Sequence[str]) -> str | None:
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """A question that names the known word nearest to one that is not known; None where none is near."""
     matches = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {matches[0]}?" if matches else None
 

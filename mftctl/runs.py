@@ -45,6 +45,7 @@ class RunRecord:
         versions: Versions of Python and the packages that decide figures.
         stage: Name of the stage of an experiment, None for a command on its own.
         digest: Digest of everything that decides the result, to recognise finished stages; None outside `run`.
+        decides: What that digest is of, to say what has changed; empty outside `run`.
         error: The message a failed run ended with.
     """
 
@@ -60,6 +61,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     stage: str | None = None
     digest: str | None = None
+    decides: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -146,6 +148,7 @@ def create_run(
     output: Path | None = None,
     stage: str | None = None,
     digest: str | None = None,
+    decides: Mapping[str, Any] | None = None,
 ) -> Run:
     """A new run folder with the next free number.
 
@@ -158,6 +161,7 @@ def create_run(
         output: Where the user wants the result besides the run folder.
         stage: Name of the experiment's stage.
         digest: Digest of everything that decides the result.
+        decides: What that digest is of.
 
     Raises:
         RunError: The folder cannot be made.
@@ -180,6 +184,7 @@ def create_run(
         versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         stage=stage,
         digest=digest,
+        decides=dict(decides or {}),
     )
     run = Run(folder, record)
     run.update()

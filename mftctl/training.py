@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from transformers import (
     EarlyStoppingCallback,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -56,6 +55,17 @@ def warmup_steps(steps: int, options: TrainingOptions) -> int:
     return min(math.ceil(steps * options.warmup_ratio), steps - 1)
 
 
+def schedule_factors(steps: int, options: TrainingOptions) -> list[float]:
+    """The share of the peak learning rate at each step: a linear rise, then a fall to 0 after the last step."""
+    rising = warmup_steps(steps, options)
+    fallen = [(step - rising) / (steps - rising) for step in range(rising, steps)]
+    if options.schedule == "cosine":
+        falling = [0.5 * (1 + math.cos(math.pi * share)) for share in fallen]
+    else:
+        falling = [1 - share for share in fallen]
+    return [step / rising for step in range(rising)] + falling
+
+
 def uses_bf16(precision: Precision) -> bool:
     """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
     if precision == "auto":
@@ -83,7 +93,7 @@ def training_arguments(
         per_device_train_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum_steps,
         learning_rate=learning_rate,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=options.schedule,
         warmup_steps=warmup_steps(steps, options),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -122,7 +132,7 @@ class SftTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: torch.nn.Module,
         args: TrainingArguments,
         train: Sequence[Encoded],
         validation: Sequence[Encoded],

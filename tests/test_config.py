@@ -169,17 +169,6 @@ def test_threshold_without_learned_scores_is_refused(method: str) -> None:
         MaskTrainOptions.model_validate({"method": method, "threshold": 0.0})
 
 
-@pytest.mark.parametrize("reference", [{"after": "fft"}, {"layers_from": "fft"}, {"of": ["fft"]}], ids=str)
-@pytest.mark.parametrize("order", ["missing", "later", "itself"])
-def test_stage_refers_to_a_stage_before_it(reference: dict[str, Any], order: str) -> None:
-    stage = {"command": "eval", **reference}
-    fft = {"command": "fft"}
-    stages = {"missing": {"mft": stage}, "later": {"mft": stage, "fft": fft}, "itself": {"fft": stage}}[order]
-    with pytest.raises(ValidationError, match="needs stage fft, which does not stand before it"):
-        Recipe.model_validate({"stages": stages})
-    assert set(Recipe.model_validate({"stages": {"fft": fft, "mft": stage}}).stages) == {"fft", "mft"}
-
-
 SECTION_CHANGES: dict[str, dict[str, Any]] = {
     "fft": {"fft": {"epochs": 9.0}},
     "probe": {"probe": {"data_fraction": 0.9}},

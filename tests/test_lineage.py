@@ -2,18 +2,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.errors import ConfigError, RunError
 from mftctl.lineage import (
     CONTINUED_FFT,
     FFT,
-    MASK_STATES,
     PRE_TRAINED,
     Source,
     ancestry,
     fine_tuned_state,
+    mask_state,
     model_for_training,
     newest_source,
     recommended_layers,
@@ -35,16 +37,16 @@ def run_fft(root: Path, source: Source, output: str | None = None) -> Run:
     run = create_run(root, "fft", {"seed": 3}, inputs=source.as_inputs())
     folder = Path(output) if output else run.folder / "model"
     folder.mkdir(exist_ok=True)
-    run.finish({"state": fine_tuned_state(source), "model": str(folder.resolve())})
+    run.finish({"state": fine_tuned_state(source, FftOptions()), "model": str(folder.resolve())})
     return run
 
 
-def run_mask(root: Path, source: Source, method: str = "learned", output: Path | None = None) -> Run:
+def run_mask(root: Path, source: Source, method: Any = "learned", output: Path | None = None) -> Run:
     """A finished mask-train run, as `mask_training` records it."""
     run = create_run(root, "mask-train", {"seed": 3}, inputs=source.as_inputs(), output=output)
     run.finish(
         {
-            "state": MASK_STATES[method],
+            "state": mask_state(MaskTrainOptions(method=method)),
             "model": source.model,
             "mask": str((run.folder / "mask.bits").resolve()),
             "output": run.record.output,
@@ -118,7 +120,10 @@ def test_applied_checkpoint_comes_from_mask_and_apply(root: Path) -> None:
     assert source_of_model(applied.model, root) == applied
 
 
-@pytest.mark.parametrize(("method", "state"), MASK_STATES.items())
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [("learned", "MFT"), ("random", "random mask"), ("magnitude", "L1 mask"), ("drop", "trivial drop")],
+)
 def test_mask_is_known_by_the_copy_in_its_run_and_by_the_one_the_user_has(root: Path, method: str, state: str) -> None:
     fft = source_of_run(run_fft(root, Source("base")))
     run = run_mask(root, fft, method, output=Path("mask.bits"))
@@ -180,10 +185,27 @@ def test_newest_source_is_of_the_newest_run_of_any_of_the_commands(root: Path) -
     assert newest_source(root, "apply") is None
 
 
-def test_fine_tuning_a_fine_tuned_model_continues() -> None:
-    assert fine_tuned_state(Source("base")) == FFT
-    assert fine_tuned_state(Source("base", state=FFT)) == CONTINUED_FFT
-    assert fine_tuned_state(Source("base", state="MFT")) == CONTINUED_FFT
+@pytest.mark.parametrize(
+    ("options", "state"),
+    [
+        ({}, FFT),
+        ({"method": "lora"}, "LoRA"),
+        ({"method": "gmt"}, "GMT"),
+        ({"method": "gmt", "scope": "global"}, "GMT global"),
+        ({"method": "random"}, "random update"),
+        ({"method": "hft"}, "HFT"),
+    ],
+)
+def test_fine_tuning_a_fine_tuned_model_continues(options: dict[str, Any], state: str) -> None:
+    method = FftOptions(**options)
+    assert fine_tuned_state(Source("base"), method) == state
+    assert fine_tuned_state(Source("base", state=FFT), method) == f"continued {state}"
+    assert fine_tuned_state(Source("base", state="MFT"), FftOptions()) == CONTINUED_FFT
+
+
+def test_a_threshold_and_a_drop_strategy_are_named() -> None:
+    assert mask_state(MaskTrainOptions(threshold=-0.035)) == "MFT threshold"
+    assert mask_state(MaskTrainOptions(method="drop", strategy="salient")) == "salient drop"
 
 
 # Layers

@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import GPT2Config, GPT2LMHeadModel, get_linear_schedule_with_warmup
+from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
 from mftctl.config import MaskTrainOptions
 from mftctl.data.encoding import encode_all
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.errors import ConfigError, Interrupted, MaskingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.mask_training import auto_learning_rate, mask_train
+from mftctl.mask_training import mask_train
 from mftctl.masking.bits import Mask, load_mask
 from mftctl.masking.checkpoint import apply_mask, tensor_digest, tensor_index
 from mftctl.masking.selection import removed_count
 from mftctl.models import load_model, load_tokenizer
 from mftctl.progress import Silence
 from mftctl.runs import Run
-from mftctl.training import warmup_steps
+from mftctl.score_training import auto_learning_rate
+from mftctl.training import schedule_factors, warmup_steps
 from tests.conftest import build_tokenizer
 from tests.masking.test_selection import keep_by_sorting
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
@@ -213,13 +213,14 @@ def test_auto_cannot_scale_to_nothing(workspace: Path, tmp_path: Path) -> None:
     assert caught.value.key == "mask_train.learning_rate"
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 12, 500])
-def test_auto_learning_rate_sums_to_the_travel(steps: int) -> None:
+def test_auto_learning_rate_sums_to_the_travel(steps: int, schedule: Any) -> None:
     """The sum of the scheduler's own learning rates, over the scale of the scores."""
-    warmup = warmup_steps(steps, MaskTrainOptions())
-    rate = auto_learning_rate(1.6, 0.04, steps, warmup)
+    options = MaskTrainOptions(schedule=schedule)
+    rate = auto_learning_rate(1.6, 0.04, schedule_factors(steps, options))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    scheduler: LambdaLR = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    scheduler = get_scheduler(schedule, optimizer, warmup_steps(steps, options), steps)
     total = 0.0
     for _ in range(steps):
         total += optimizer.param_groups[0]["lr"]

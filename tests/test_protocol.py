@@ -9,10 +9,10 @@ import pytest
 
 from mftctl.config import Recipe
 from mftctl.errors import ConfigError, Interrupted
-from mftctl.progress import Silence
-from mftctl.protocol import run_experiment
+from mftctl.progress import Listener, Silence
+from mftctl.protocol import Planned, plan_experiment, run_experiment
 from mftctl.reporting.comparison import compare_runs
-from mftctl.runs import list_runs
+from mftctl.runs import Run, list_runs
 from tests.workflow_fixtures import Interrupter, make_recipe, make_workspace
 
 STAGES: dict[str, Any] = {
@@ -40,6 +40,10 @@ def experiment(workspace: Path, **changes: Any) -> Recipe:
     )
 
 
+def run_all(recipe: Recipe, root: Path, listener: Listener | None = None) -> list[Run]:
+    return run_experiment(plan_experiment(recipe, "test", root), "test", root, listener or Silence())
+
+
 @pytest.fixture(scope="module")
 def own_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("own"))
@@ -48,7 +52,7 @@ def own_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(own_workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("experiment") / "runs"
-    run_experiment(experiment(own_workspace, seeds=[0, 1]), "test", root, Silence())
+    run_all(experiment(own_workspace, seeds=[0, 1]), root)
     return root
 
 
@@ -88,37 +92,37 @@ def test_the_report_averages_over_seeds(finished: Path) -> None:
 
 def test_a_second_time_nothing_is_done_again(finished: Path, own_workspace: Path) -> None:
     before = names(finished)
-    runs = run_experiment(experiment(own_workspace, seeds=[0, 1]), "test", finished, Silence())
+    runs = run_all(experiment(own_workspace, seeds=[0, 1]), finished)
     assert names(finished) == before
     assert [run.name for run in runs] == before
 
 
 def test_a_change_runs_only_what_depends_on_it(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
-    run_experiment(experiment(own_workspace), "test", root, Silence())
+    run_all(experiment(own_workspace), root)
     before = names(root)
     changed = {name: {**stage} for name, stage in STAGES.items()}
     changed["mft"]["set"] = {"mask_train.ratio": 0.3}
-    run_experiment(experiment(own_workspace, stages=changed), "test", root, Silence())
+    run_all(experiment(own_workspace, stages=changed), root)
     assert [name.partition("-")[2] for name in names(root)[len(before) :]] == ["mask-train", "apply", "eval"]
 
 
 def test_changed_data_is_noticed(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
     stages = {"pretrained": STAGES["pretrained"]}
-    run_experiment(experiment(workspace, stages=stages), "test", tmp_path / "runs", Silence())
+    run_all(experiment(workspace, stages=stages), tmp_path / "runs")
     with (workspace / "test.jsonl").open("a") as stream:
         stream.write('{"question": "1+1?", "answer": "#### 2"}\n')
-    run_experiment(experiment(workspace, stages=stages), "test", tmp_path / "runs", Silence())
+    run_all(experiment(workspace, stages=stages), tmp_path / "runs")
     assert names(tmp_path / "runs") == ["001-eval", "002-eval"]
 
 
 def test_an_interrupted_experiment_goes_on_where_it_was(finished: Path, own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     with pytest.raises(Interrupted):
-        run_experiment(experiment(own_workspace), "test", root, Interrupter(2))
+        run_all(experiment(own_workspace), root, Interrupter(2))
     assert [run.record.status for run in list_runs(root)[0]] == ["finished", "interrupted"]
-    run_experiment(experiment(own_workspace), "test", root, Silence())
+    run_all(experiment(own_workspace), root)
     resumed = {run.name: run.record.result for run in list_runs(root)[0]}
     expected = {run.name: run.record.result for run in list_runs(finished)[0]}
     assert list(resumed) == list(expected)[:9]
@@ -130,17 +134,102 @@ def test_an_interrupted_experiment_goes_on_where_it_was(finished: Path, own_work
 def test_a_lost_output_is_made_again(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {"fft": STAGES["fft"]}
-    run_experiment(experiment(own_workspace, stages=stages), "test", root, Silence())
+    run_all(experiment(own_workspace, stages=stages), root)
     (root / "001-fft" / "model").rename(root / "elsewhere")
-    run_experiment(experiment(own_workspace, stages=stages), "test", root, Silence())
+    run_all(experiment(own_workspace, stages=stages), root)
     assert names(root) == ["001-fft", "002-fft"]
 
 
 def test_a_recipe_without_stages(own_workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no stages"):
-        run_experiment(experiment(own_workspace, stages={}), "test", tmp_path, Silence())
+        run_all(experiment(own_workspace, stages={}), tmp_path)
 
 
 def test_a_recipe_without_a_model(own_workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="names no model"):
-        run_experiment(experiment(own_workspace, model=None), "test", tmp_path, Silence())
+        run_all(experiment(own_workspace, model=None), tmp_path)
+
+
+def test_a_plan_says_what_would_be_done_and_why(own_workspace: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    stages = {name: STAGES[name] for name in ("fft", "random")} | {"random": {**STAGES["random"], "layers_from": None}}
+    assert [planned.state for planned in plan_experiment(experiment(own_workspace, stages=stages), "test", root)] == [
+        "new",
+        "new",
+    ]
+    run_all(experiment(own_workspace, stages=stages), root)
+    again = plan_experiment(experiment(own_workspace, stages=stages), "test", root)
+    assert [(planned.state, planned.run and planned.run.name) for planned in again] == [
+        ("done", "001-fft"),
+        ("done", "002-mask-train"),
+    ]
+    slower = {"max_steps": 3, "eval_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+    changed = plan_experiment(experiment(own_workspace, stages=stages, fft=slower), "test", root)
+    assert [planned.state for planned in changed] == ["changed", "changed"]
+    assert changed[0].why == "since 001-fft: fft.learning_rate 0.003 -> 0.001"
+    assert changed[1].why == "since 002-mask-train: the stage before changed"
+
+
+def test_changed_weights_of_the_model_are_noticed(tmp_path: Path) -> None:
+    workspace = make_workspace(tmp_path / "workspace")
+    stages = {"fft": STAGES["fft"]}
+    run_all(experiment(workspace, stages=stages), tmp_path / "runs")
+    weights = workspace / "tiny" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    (planned,) = plan_experiment(experiment(workspace, stages=stages), "test", tmp_path / "runs")
+    assert (planned.state, planned.why) == ("changed", "since 001-fft: the model's weights changed")
+
+
+def test_a_failed_task_goes_on_where_it_was(own_workspace: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    stages = {"fft": STAGES["fft"]}
+    with pytest.raises(Interrupted):
+        run_all(experiment(own_workspace, stages=stages), root, Interrupter(2))
+    (run,) = list_runs(root)[0]
+    run.update(status="failed", error="the disk was full")
+    (planned,) = plan_experiment(experiment(own_workspace, stages=stages), "test", root)
+    assert (planned.state, planned.run and planned.run.name) == ("resumed", "001-fft")
+    run_all(experiment(own_workspace, stages=stages), root)
+    assert names(root) == ["001-fft"]
+
+
+def test_states_are_told_as_they_change(own_workspace: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    seen: list[tuple[str, str]] = []
+    plan = plan_experiment(experiment(own_workspace, stages={"fft": STAGES["fft"]}), "test", root)
+
+    def remember(planned: Planned) -> None:
+        seen.append((planned.task.name, planned.state))
+
+    run_experiment(plan, "test", root, Silence(), remember)
+    assert seen == [("fft", "running"), ("fft", "done")]
+    interrupted = plan_experiment(experiment(own_workspace, stages={"fft": STAGES["fft"]}, seed=1), "test", root)
+    with pytest.raises(Interrupted):
+        run_experiment(interrupted, "test", root, Interrupter(2), remember)
+    assert seen[2:] == [("fft", "running"), ("fft", "failed")]
+
+
+def test_a_sweep_is_measured_value_by_value(own_workspace: Path, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    stages = {
+        "fft": STAGES["fft"],
+        "random": {
+            "command": "mask-train",
+            "after": "fft",
+            "set": {"mask_train.method": "random", "mask_train.layers": "all"},
+            "sweep": {"mask_train.ratio": [0.1, 0.5]},
+        },
+        "results": {"command": "eval", "of": ["fft", "random"]},
+    }
+    run_all(experiment(own_workspace, stages=stages), root)
+    masks = [run.record for run in list_runs(root)[0] if run.record.command == "mask-train"]
+    assert [record.result["ratio"] for record in masks] == pytest.approx([0.1, 0.5], abs=1e-3)
+    (table,), problems = compare_runs(root)
+    assert not problems
+    assert [row.state for row in table.rows] == [
+        "FFT",
+        "random mask (random[ratio=0.1])",
+        "random mask (random[ratio=0.5])",
+    ]

@@ -301,12 +301,6 @@ def test_problem_says_what_was_found() -> None:
     assert problems_of({"seed": "three"}) == ("seed: input should be a valid integer, got 'three'",)
 
 
-def test_stage_that_refers_to_none_is_a_config_error() -> None:
-    assert problems_of({"stages": {"mft": {"command": "mask-train", "after": "fft"}}}) == (
-        "stage mft needs stage fft, which does not stand before it",
-    )
-
-
 def test_keys_that_stages_change_are_checked_before_any_stage_runs() -> None:
     stages = {
         "fft": {"command": "fft", "set": {"fft.epochz": 2, "fft.batch_size": "big"}},
@@ -336,3 +330,61 @@ def test_unknown_change_is_a_config_error() -> None:
     with pytest.raises(ConfigError) as caught:
         with_changes(parse_recipe({}), {"fft.epoch": 3})
     assert caught.value.problems == ("fft.epoch: unknown key; did you mean epochs?",)
+
+
+# Extending
+
+
+def write_recipe(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_extends_others_key_by_key(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "_data.yaml", "data: a.jsonl\nfft: {epochs: 3, batch_size: 2}\n")
+    write_recipe(tmp_path, "_stages.yaml", "stages:\n  fft: {command: fft}\n  mft: {command: mask-train, after: fft}\n")
+    path = write_recipe(
+        tmp_path,
+        "deep/one.yaml",
+        "extends: [../_data.yaml, ../_stages.yaml]\nfft: {epochs: 5}\nstages:\n  mft: null\n  end: {command: eval}\n",
+    )
+    recipe = load_recipe(str(path))
+    assert (recipe.fft.epochs, recipe.fft.batch_size, recipe.data[0].path) == (5, 2, "a.jsonl")
+    assert list(recipe.stages) == ["fft", "end"]
+
+
+def test_a_later_extended_recipe_wins_over_an_earlier_one(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "a.yaml", "seed: 1\nfft: {max_steps: 4}\n")
+    write_recipe(tmp_path, "b.yaml", "extends: a.yaml\nseed: 2\n")
+    path = write_recipe(tmp_path, "c.yaml", "extends: [b.yaml]\nfft: {max_steps: null}\n")
+    assert (load_recipe(str(path)).seed, load_recipe(str(path)).fft.max_steps) == (2, None)
+
+
+def test_a_built_in_recipe_is_extended_by_its_name(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "mine.yaml", "extends: quickstart\nfft: {epochs: 1}\n")
+    assert load_recipe(str(path)).fft.epochs == 1
+    assert "mft" in load_recipe(str(path)).stages
+
+
+def test_recipes_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    write_recipe(tmp_path, "a.yaml", "extends: b.yaml\n")
+    path = write_recipe(tmp_path, "b.yaml", "extends: a.yaml\n")
+    with pytest.raises(ConfigError, match="in a circle") as caught:
+        load_recipe(str(path))
+    assert caught.value.actual == "b.yaml -> a.yaml -> b.yaml"
+
+
+def test_an_extended_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "a.yaml", "extends: quikstart\n")
+    with pytest.raises(ConfigError, match="no such recipe") as caught:
+        load_recipe(str(path))
+    assert (caught.value.path, caught.value.hint) == ("quikstart", "did you mean quickstart?")
+
+
+def test_extends_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, "a.yaml", "extends: {a: 1}\n")
+    with pytest.raises(ConfigError, match="extends names recipes") as caught:
+        load_recipe(str(path))
+    assert caught.value.key == "extends"

@@ -39,7 +39,7 @@ class Listed(NamedTuple):
 _PATH = "The path"
 _MORE = "More"
 COMMANDS = {
-    "fft": Listed("fft.fft", _PATH, "Fine-tune all weights of a model, up to its best validation point."),
+    "fft": Listed("fft.fft", _PATH, "Fine-tune a model up to its best validation point."),
     "probe": Listed("probe.probe", _PATH, "Find the layers that gain most from a mask."),
     "mask-train": Listed("mask_train.mask_train", _PATH, "Learn which weights of a fine-tuned model to remove."),
     "apply": Listed(

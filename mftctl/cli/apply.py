@@ -32,6 +32,15 @@ def apply(
             rich_help_panel=opt.INPUT,
         ),
     ] = None,
+    tuned: Annotated[
+        str | None,
+        typer.Option(
+            "--tuned",
+            help="The fine-tuned checkpoint, for the mask of a drop.",
+            show_default="the one that the mask names",
+            rich_help_panel=opt.INPUT,
+        ),
+    ] = None,
     runs: opt.Runs = Path("runs"),
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
@@ -41,7 +50,7 @@ def apply(
     Streams the weights, so that memory does not grow with the model. Refuses a base that the mask was not learned on.
     """
     with Output(as_json=as_json) as console:
-        source = _source(base, mask, runs)
+        source = _source(base, mask, tuned, runs)
         if base is None:
             console.note(f"Mask: {source.mask} ({source.state}, on {source.model})")
         session = Session("apply", console, runs, yes=yes)
@@ -50,7 +59,7 @@ def apply(
         with recorded(run):
             from mftctl import applying
 
-            result = applying.apply(source, run, console, replace=True)
+            result = applying.apply(source, run, console, base=base, replace=True)
             run.finish(result)
         show(console, run, result)
         console.next_command("mftctl eval" if base is None else f"mftctl eval {result['model']} --data FILE")
@@ -66,9 +75,9 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     console.result({"run": str(run.folder), **result}, pairs_table(f"Applied in {run.record.seconds:.1f} s", rows))
 
 
-def _source(base: str | None, mask: Path | None, runs: Path) -> Source:
+def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) -> Source:
     if base is not None and mask is not None:
-        return source_of_mask(base, str(mask), runs)
+        return source_of_mask(_masked_model(base, mask, tuned), str(mask), runs)
     if base is not None:
         raise ConfigError("apply takes a base and a mask.", key="MASK", actual="a base alone", hint="BASE MASK -o OUT")
     newest = newest_source(runs, "mask-train")
@@ -80,3 +89,21 @@ def _source(base: str | None, mask: Path | None, runs: Path) -> Source:
             hint="mftctl mask-train",
         )
     return newest
+
+
+def _masked_model(base: str, mask: Path, tuned: str | None) -> str:
+    """The model under a mask: the base, or the tuned model that a drop takes back to its base in part."""
+    from mftctl.masking.bits import load_mask
+
+    metadata = load_mask(mask).metadata
+    if metadata.kind == "delta":
+        return tuned or metadata.tuned_model or base
+    if tuned is not None:
+        raise ConfigError(
+            "Only the mask of a drop is applied to a tuned model.",
+            key="--tuned",
+            expected="a delta mask",
+            actual=f"{mask}, a {metadata.kind} mask",
+            hint="leave --tuned out",
+        )
+    return base

@@ -32,6 +32,13 @@ def fft(
     val_fraction: opt.ValFraction = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
+    method: Annotated[str | None, opt.setting(FftOptions, "method", "--method", panel=opt.METHOD)] = None,
+    ratio: Annotated[float | None, opt.setting(FftOptions, "ratio", "--ratio", panel=opt.METHOD, default="0.2")] = None,
+    scope: Annotated[str | None, opt.setting(FftOptions, "scope", "--scope", panel=opt.METHOD)] = None,
+    unselected: Annotated[str | None, opt.setting(FftOptions, "unselected", "--unselected", panel=opt.METHOD)] = None,
+    lora_rank: Annotated[int | None, opt.setting(FftOptions, "lora_rank", "--lora-rank", panel=opt.METHOD)] = None,
+    lora_alpha: Annotated[int | None, opt.setting(FftOptions, "lora_alpha", "--lora-alpha", panel=opt.METHOD)] = None,
+    merge: Annotated[bool | None, opt.setting(FftOptions, "merge", "--merge/--no-merge", panel=opt.METHOD)] = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
     learning_rate: opt.FftRate = None,
@@ -49,9 +56,11 @@ def fft(
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Fine-tune all weights of a model, up to its best validation point.
+    """Fine-tune a model up to its best validation point.
 
-    The loss is on the answer tokens only. Started from a fine-tuned model this is continued fine-tuning.
+    All weights, or those that a method chooses: the ones with the largest gradients (Gradient-Mask Tuning), random
+    ones, half of the parameters, or a low-rank adapter. The loss is on the answer tokens only. Started from a
+    fine-tuned model this is continued fine-tuning.
     """
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "fft")

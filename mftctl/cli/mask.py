@@ -1,4 +1,4 @@
-"""`mftctl mask info` and `mftctl mask diff`."""
+"""`mftctl mask`: info, diff, import and export."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.session import Session
 
 mask_app = typer.Typer(
     add_completion=False,
@@ -85,6 +86,94 @@ def diff(first: MaskFile, second: MaskFile, as_json: opt.AsJson = False) -> None
         )
     console = Output(as_json=as_json)
     console.result({"tensors": document, "only_first": found.only_a, "only_second": found.only_b}, table)
+
+
+@mask_app.command("import")
+def import_(
+    file: Annotated[
+        Path,
+        typer.Argument(help="masks.pt of the reference implementation, or an .npz of MaskLLM.", show_default=False),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The model that the mask was learned on: a folder or a hub id.",
+            rich_help_panel=opt.INPUT,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mask file.", rich_help_panel=opt.INPUT)] = Path(
+        "mask.bits"
+    ),
+    as_json: opt.AsJson = False,
+    yes: opt.Yes = False,
+) -> None:
+    """Make a mask file from another implementation's masks.
+
+    Runs no code that the file may hold. The file does not say which model it belongs to: it is tied to the one given.
+    """
+    with Output(as_json=as_json) as console:
+        _check_replacing(output, console, yes=yes)
+
+        from mftctl.masking.bits import save_mask
+        from mftctl.masking.checkpoint import resolve_checkpoint
+        from mftctl.masking.exchange import import_mask
+
+        mask = import_mask(file, resolve_checkpoint(model), base_model=model)
+        save_mask(mask, output)
+        document = {
+            "mask": str(output.resolve()),
+            "model": model,
+            "tensors": len(mask),
+            "weights": mask.weights,
+            "removed": mask.removed,
+            "ratio": mask.ratio,
+        }
+        rows = [
+            ("mask", str(output)),
+            ("removed", f"{mask.removed:,} of {mask.weights:,} weights of {len(mask)} tensors ({mask.ratio:.2%})"),
+        ]
+        console.result(document, pairs_table("Imported", rows))
+        console.next_command(f"mftctl apply {model} {output} -o OUT")
+
+
+@mask_app.command()
+def export(
+    mask: MaskFile,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="FILE.pt for the reference implementation (32 bits a weight), FILE.npz for MaskLLM (1 bit).",
+            rich_help_panel=opt.INPUT,
+        ),
+    ],
+    as_json: opt.AsJson = False,
+    yes: opt.Yes = False,
+) -> None:
+    """Write a mask for another implementation."""
+    with Output(as_json=as_json) as console:
+        _check_replacing(output, console, yes=yes)
+
+        from mftctl.masking.bits import load_mask
+        from mftctl.masking.exchange import export_mask
+
+        exported = load_mask(mask)
+        export_mask(exported, output)
+        document = {
+            "mask": str(mask),
+            "output": str(output.resolve()),
+            "tensors": len(exported),
+            "file_bytes": output.stat().st_size,
+        }
+        rows = [("file", str(output)), ("tensors", str(len(exported))), ("bytes", f"{output.stat().st_size:,}")]
+        console.result(document, pairs_table("Exported", rows))
+
+
+def _check_replacing(output: Path, console: Output, *, yes: bool) -> None:
+    Session("mask", console, Path("runs"), yes=yes).check_replacing(output)
 
 
 def _text(value: object) -> str:

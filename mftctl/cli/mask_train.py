@@ -41,6 +41,8 @@ def mask_train(
     start_value: Annotated[
         float | None, opt.setting(MaskTrainOptions, "start_value", "--start-value", panel=opt.MASKING)
     ] = None,
+    strategy: Annotated[str | None, opt.setting(MaskTrainOptions, "strategy", "--strategy", panel=opt.MASKING)] = None,
+    base: Annotated[str | None, opt.setting(MaskTrainOptions, "base", "--base", panel=opt.MASKING)] = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
     learning_rate: opt.MaskRate = None,
@@ -78,13 +80,16 @@ def mask_train(
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     """Writes the result of learning a mask."""
     rows = [("layers", result["layers"]), ("removed", f"{result['removed']:,} of {result['weights']:,} weights")]
-    rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
-    if result["steps"]:
-        rows += [("", f"{result['start_loss']:.4f} with the starting mask")]
-        step = f"the best, of step {result['best_step']} of {result['steps']}"
-        rows += [("", f"{result['best_loss']:.4f} with {step}")]
-    else:
-        rows += [("", f"{result['best_loss']:.4f} with the mask")]
+    if len(set(result["layer_ratios"].values())) > 1:
+        rows += [("", f"{ratio:.2%} of layer {layer}") for layer, ratio in result["layer_ratios"].items()]
+    if "unmasked_loss" in result:
+        rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
+        if result["steps"]:
+            step = f"the best, of step {result['best_step']} of {result['steps']}"
+            rows += [("", f"{result['start_loss']:.4f} with the starting mask")]
+            rows += [("", f"{result['best_loss']:.4f} with {step}")]
+        else:
+            rows += [("", f"{result['best_loss']:.4f} with the mask")]
     rows += [("mask", result["output"] or result["mask"])]
     rows += [("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB")]
     title = f"{result['state']} in {run.record.seconds:.0f} s"

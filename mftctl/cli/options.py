@@ -19,7 +19,11 @@ from mftctl.errors import ConfigError
 INPUT = "Input and output"
 TRAINING = "Training"
 MASKING = "Mask"
+METHOD = "Method"
 GENERAL = "General"
+
+_LISTED_CHARACTERS = 24
+"""Longer lists of choices would squeeze the help beside them, which names the choices as well."""
 
 
 def setting(
@@ -42,12 +46,13 @@ def setting(
     """
     info: FieldInfo = owner.model_fields[field]
     choices = [choice for part in (info.annotation, *get_args(info.annotation)) for choice in _literals(part)]
+    listed = "|".join(choices)
     shown = default if default is not None else None if info.default in (None, ()) else str(info.default)
     return typer.Option(
         *flags,
         help=info.description,
         show_default=shown or False,
-        metavar="|".join(choices) if len(choices) > 1 else "<str>" if parser else None,
+        metavar=listed if len(choices) > 1 and len(listed) <= _LISTED_CHARACTERS else "<str>" if parser else None,
         parser=parser,
         rich_help_panel=panel,
     )
@@ -67,6 +72,26 @@ def group_sizes(text: str) -> list[int]:
         return [int(size) for size in text.split(",")]
     except ValueError as error:
         raise ConfigError("Group sizes are numbers.", key="--groups", expected="4 or 4,8,16", actual=text) from error
+
+
+def ratios(text: str) -> float | dict[str, float]:
+    """The ratio in `0.1`, or those by projection in `q_proj=0.05,down_proj=0.1`.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    try:
+        if "=" not in text:
+            return float(text)
+        parts = [part.partition("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, _, value in parts}
+    except ValueError as error:
+        raise ConfigError(
+            "A ratio is a share, or one for each projection.",
+            key="--ratio",
+            expected="0.1 or q_proj=0.05,down_proj=0.1",
+            actual=text,
+        ) from error
 
 
 def number_or_word(text: str) -> float | str:
@@ -124,7 +149,7 @@ EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
 FftRate = Annotated[float | None, setting(FftOptions, "learning_rate", "--lr", panel=TRAINING)]
 MaskRate = Annotated[Any, setting(MaskTrainOptions, "learning_rate", "--lr", panel=TRAINING, parser=number_or_word)]
-Ratio = Annotated[float | None, setting(MaskTrainOptions, "ratio", "--ratio", panel=MASKING, default="0.1")]
+Ratio = Annotated[Any, setting(MaskTrainOptions, "ratio", "--ratio", panel=MASKING, default="0.1", parser=ratios)]
 Target = Annotated[str | None, setting(MaskTrainOptions, "target", "--target", panel=MASKING)]
 
 

@@ -10,7 +10,8 @@ from types import TracebackType
 from typing import Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -37,20 +38,21 @@ class Output:
             TextColumn("{task.fields[speed]}"),
             TimeRemainingColumn(),
             console=self._messages,
-            transient=True,
         )
+        self._pinned: RenderableType | None = None
+        self._live = Live(get_renderable=self._live_view, console=self._messages, transient=True)
         self._tasks: dict[str, TaskID] = {}
         self._told_tenths: dict[str, int] = {}
 
     def __enter__(self) -> Output:
         if self._messages.is_terminal:
-            self._bars.start()
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._bars.stop()
+        self._live.stop()
 
     @property
     def interactive(self) -> bool:
@@ -71,6 +73,13 @@ class Output:
         self._bars.update(task, completed=state.done, total=state.total, speed=details)
         if state.done >= state.total:
             self._bars.remove_task(self._tasks.pop(state.task))
+
+    def pin(self, view: RenderableType | None) -> None:
+        """Keeps a view above the live bars, in place of the one before; None takes it away."""
+        self._pinned = view
+
+    def _live_view(self) -> RenderableType:
+        return Group(self._pinned, self._bars) if self._pinned is not None else self._bars
 
     def note(self, text: str) -> None:
         """Says something worth knowing."""
@@ -124,11 +133,11 @@ class Output:
     @contextmanager
     def _without_bars(self) -> Iterator[None]:
         """Live bars would overwrite a question."""
-        self._bars.stop()
+        self._live.stop()
         try:
             yield
         finally:
-            self._bars.start()
+            self._live.start()
 
     def _tell_tenths(self, state: State, details: str) -> None:
         tenths = 10 * state.done // max(state.total, 1)

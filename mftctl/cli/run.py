@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from mftctl.cli import options as opt
+from mftctl.cli.experiment_tree import experiment_tree, running_tree
 from mftctl.cli.output import Output
 from mftctl.cli.report import show
+from mftctl.protocol import Planned, plan_experiment, run_experiment
 from mftctl.recipe_files import load_recipe
 
 
@@ -22,17 +25,41 @@ def run(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the report.", rich_help_panel=opt.INPUT)
     ] = Path("report"),
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show what would be done, and why, and stop.", rich_help_panel=opt.GENERAL),
+    ] = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Run a whole experiment from a recipe, and report it.
 
-    Finished stages are recognised and skipped, so that the same command goes on after an interruption.
+    Finished stages are recognised by what decides their result, and skipped: the same command goes on after an
+    interruption, and a changed recipe runs only what the change touches.
     """
     with Output(as_json=as_json) as console:
         settled = load_recipe(recipe, sets=sets or (), options=opt.given(context))
-        from mftctl.protocol import run_experiment
-
-        run_experiment(settled, recipe, runs, console)
+        plan = plan_experiment(settled, recipe, runs)
+        if dry_run:
+            console.result({"recipe": recipe, "tasks": _document(plan)}, experiment_tree(recipe, plan))
+            return
+        run_experiment(plan, recipe, runs, console, lambda _: console.pin(running_tree(recipe, plan)))
+        console.pin(None)
         show(console, runs, output)
+
+
+def _document(plan: Sequence[Planned]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": planned.task.name,
+            "of": planned.task.label,
+            "command": planned.task.command,
+            "seed": planned.task.seed,
+            "after": planned.task.after.name if planned.task.after else None,
+            "state": planned.state,
+            "why": planned.why,
+            "run": planned.run.name if planned.run else None,
+        }
+        for planned in plan
+    ]

@@ -71,9 +71,10 @@ class Session:
             self.output.note(f"Model: {source.model} ({source.state}{_made_by(source)})")
         self._options["model"] = source.model
         recipe = self.settle(source)
-        if not recipe.data:
+        drops = self.command == "mask-train" and recipe.mask_train.method == "drop"
+        if not recipe.data and not drops:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
-        if self.command == "mask-train" and recipe.mask_train.layers is None:
+        if self.command == "mask-train" and recipe.mask_train.layers is None and not drops:
             recipe = self._with_layers(source)
         self.check_replacing(output)
         return self.create(recipe, source, output=output), recipe, source

@@ -19,12 +19,21 @@ Document
     out = base * mask; "delta": out = base + mask * (tuned - base)), `bit_order` ("little"), `tensors`, `base`
     (`{"model": string, "revision": string or null}`), `method` (string), `ratio` (0 to 1, or null), `threshold` (number
     or null), `layers` (string or null), `seed` (integer from -2^63 to 2^64 - 1, or null), `run_id` (string or null).
-    `base.model` and `method` MUST NOT be empty.
+    `base.model` and `method` MUST NOT be empty. A document of kind "delta" MUST also have the key `tuned` (an object as
+    `base`, under the same rules); one of kind "weight" MUST NOT.
 
     `tensors` MUST have the names of the tensors in the header, each with an object of exactly these keys: `shape` (1 to
     8 positive integers with a product of at most 2^48), `removed` (the number of zero bits), `codec`, `sha256` (64
     lower-case hex digits: SHA-256 of the base tensor's bytes as stored in its checkpoint), `dtype` (the base tensor's:
-    F64, F32, F16, BF16, F8_E4M3, F8_E5M2, F8_E4M3FNUZ or F8_E5M2FNUZ).
+    F64, F32, F16, BF16, F8_E4M3, F8_E5M2, F8_E4M3FNUZ or F8_E5M2FNUZ). In a document of kind "delta" each of these
+    objects MUST also have the key `tuned_sha256` (the same digest of the tuned tensor, which has the base tensor's
+    shape and dtype); in one of kind "weight" it MUST NOT.
+
+Meaning
+    Removing is done without arithmetic. Kind "weight": a kept weight has the base's bits, a removed one is +0.0. Kind
+    "delta": a kept weight has the tuned tensor's bits, a removed one the base's; tensors without a mask are the tuned
+    checkpoint's. Where the base has no output head because it is tied to the input embeddings, a mask of the head
+    refers to the base's input embeddings. A mask MUST only be applied to tensors that have the stated digests.
 
 Payload
     A mask is one bit a weight, 1 = keep, 0 = removed. Weight i in row-major order is bit `i mod 8` (0 = the least
@@ -50,14 +59,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from mftctl.atomic import atomic_file
 from mftctl.errors import MaskFileError, MaskFormatError
-from mftctl.masking.codecs import Codec, Packed, count_kept, decode, encode, pack, unpack
+from mftctl.masking.codecs import Codec, Packed, count_kept, decode, encode, pack, packed_size_bytes, unpack
 from mftctl.masking.mask_container import MaskDigest, Span, read_container, write_container
 from mftctl.masking.mask_document import (
-    MaskDocument,
     MaskMetadata,
     TensorRecord,
     build_document,
@@ -89,9 +98,35 @@ class Mask:
         self._hold(packed, records, metadata)
 
     @classmethod
-    def _from_packed(cls, packed: Mapping[str, Packed], document: MaskDocument) -> Mask:
+    def from_packed(
+        cls, packed: Mapping[str, Packed], records: Mapping[str, TensorRecord], metadata: MaskMetadata
+    ) -> Mask:
+        """The mask with these bits, for masks made tensor by tensor.
+
+        Args:
+            packed: Packed bits by checkpoint name, as `codecs.pack` gives them.
+            records: What is known of each masked tensor, under the same names.
+            metadata: Where the mask comes from.
+
+        Raises:
+            MaskFormatError: Names, sizes or counts do not agree, or a value is not allowed by the file format.
+        """
+        build_document(records, metadata, "packed")
+        _require_same_names(set(records), set(packed), path=None)
+        held = {}
+        for name, record in records.items():
+            _require_packed(name, packed[name], record)
+            _require_count(name, packed[name], record, path=None)
+            held[name] = packed[name].view()
+            held[name].flags.writeable = False
+        return cls._holding(held, records, metadata)
+
+    @classmethod
+    def _holding(
+        cls, packed: Mapping[str, Packed], records: Mapping[str, TensorRecord], metadata: MaskMetadata
+    ) -> Mask:
         mask = cls.__new__(cls)
-        mask._hold(packed, document.records(), document.metadata())
+        mask._hold(packed, records, metadata)
         return mask
 
     def _hold(self, packed: Mapping[str, Packed], records: Mapping[str, TensorRecord], metadata: MaskMetadata) -> None:
@@ -202,7 +237,7 @@ def _read_mask(stream: BinaryIO, path: Path) -> Mask:
             actual=digest.hexdigest(),
             hint="copy the file again from where it was made; if it is broken there too, train the mask again",
         )
-    return Mask._from_packed(packed, document)
+    return Mask._holding(packed, document.records(), document.metadata())
 
 
 def _read_payload(stream: BinaryIO, span: Span, path: Path, name: str) -> bytes:
@@ -245,6 +280,24 @@ def _pack_checked(name: str, keep: torch.Tensor, record: TensorRecord) -> Packed
     packed = pack(keep)
     _require_count(name, packed, record, path=None)
     return packed
+
+
+def _require_packed(name: str, packed: Packed, record: TensorRecord) -> None:
+    size_bytes = packed_size_bytes(record.weights)
+    if packed.dtype != np.uint8 or packed.shape != (size_bytes,):
+        raise MaskFormatError(
+            "The packed mask does not have the size of the recorded shape",
+            key=name,
+            expected=f"uint8 ({size_bytes},)",
+            actual=f"{packed.dtype} {packed.shape}",
+        )
+    if record.weights % 8 and int(packed[-1]) >> (record.weights % 8):
+        raise MaskFormatError(
+            "The padding bits after this tensor's last weight are not zero",
+            key=name,
+            expected=f"{-record.weights % 8} zero bits",
+            actual=f"last byte 0x{packed[-1]:02x}",
+        )
 
 
 def _require_count(name: str, packed: Packed, record: TensorRecord, path: Path | None) -> None:

@@ -12,6 +12,7 @@ from mftctl import quickstart
 from mftctl.errors import ModelError
 from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 
+ADAPTER_FILE: Final = "adapter_config.json"
 _WANTED_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*"]
 _UNWANTED_FILES: Final = ["*/*.safetensors", "consolidated*", "onnx/*", "original/*"]
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth")
@@ -21,20 +22,21 @@ _CONVERT: Final = (
 )
 
 
-def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
+def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: bool = False) -> Path:
     """The folder of a checkpoint in safetensors form.
 
     Args:
         model: A local folder, the built-in name "quickstart", or a model on the Hugging Face hub, which is downloaded
             where it is not in the local cache.
         revision: Branch, tag or commit on the hub; it has no meaning for the other two.
+        adapters: Whether a local folder with a LoRA adapter will do as well.
 
     Raises:
         ModelError: It is none of the three, or its folder lacks `config.json` or safetensors weights.
     """
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return _checked(folder, model)
+        return folder if adapters and is_adapter(folder) else _checked(folder, model)
     if model == quickstart.NAME:
         return _checked(quickstart.model_path(), model)
     if folder.exists():
@@ -45,6 +47,11 @@ def resolve_checkpoint(model: str, revision: str | None = None) -> Path:
             hint="give the folder written by save_pretrained",
         )
     return _checked(_download(model, revision), model)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a LoRA adapter and no whole model."""
+    return (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file()
 
 
 def _download(model: str, revision: str | None) -> Path:
@@ -64,6 +71,13 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _checked(folder: Path, model: str) -> Path:
+    if is_adapter(folder):
+        raise ModelError(
+            "The folder holds a LoRA adapter, and a whole model is needed",
+            path=folder,
+            expected="config.json beside the weights",
+            hint="train it with --merge, or write the merged model with peft",
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(
             "The folder is no checkpoint: it has no config.json",

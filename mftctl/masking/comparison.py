@@ -61,8 +61,16 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
     """The overlap of two masks, tensor by tensor and in total.
 
     Raises:
-        MaskMismatchError: They have no tensor in common, or one that has another shape in each.
+        MaskMismatchError: They are of different kinds, have no tensor in common, or one with another shape in each.
     """
+    if a.metadata.kind != b.metadata.kind:
+        raise MaskMismatchError(
+            "The two masks are of different kinds: one removes weights, the other resets them to the base's",
+            key="kind",
+            expected=a.metadata.kind,
+            actual=b.metadata.kind,
+            hint="compare masks of the same kind (mftctl mask info FILE shows it)",
+        )
     common = [name for name in a.names() if name in b]
     if not common:
         raise MaskMismatchError(

@@ -1,20 +1,18 @@
-"""Masks on a model that is loaded: parameter names, the check that it is the right base, and the zeros."""
+"""Masks on a model that is loaded: parameter names, the check that it is the right one, and the removal."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable
-from typing import Final
+from collections.abc import Container, Iterable, Mapping
+from pathlib import Path
 
 import torch
 
 from mftctl.errors import MaskMismatchError
-from mftctl.masking.bits import Mask, TensorRecord
+from mftctl.masking.bits import Mask
 from mftctl.masking.dtypes import INTEGER_VIEWS, TORCH_DTYPES, can_hold
-
-DELTA_MESSAGE: Final = (
-    "A delta mask needs the tuned checkpoint beside the base, and this version of apply takes the base alone"
-)
+from mftctl.masking.record_checks import masked_tensors, require_digest
+from mftctl.masking.safetensors_files import read_tensor, tensor_digest
 
 
 def checkpoint_names(model_names: Iterable[str], index: Container[str], base_model_prefix: str) -> dict[str, str]:
@@ -32,32 +30,66 @@ def checkpoint_names(model_names: Iterable[str], index: Container[str], base_mod
     return {name: _counterpart(name, index, base_model_prefix) for name in model_names}
 
 
-def apply_mask(model: torch.nn.Module, mask: Mask) -> None:
-    """Sets the removed weights of a loaded model to +0.0, in place.
+def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> None:
+    """Sets the removed weights of a loaded model to +0.0, or to the base's values for a delta mask, in place.
 
-    Everything is checked before the first weight changes. Where a parameter's dtype holds every value of the base's
-    dtype, its values must be those that the mask was learned on; in a narrower dtype, such as BF16 for a base in F32,
-    only its name and shape can be checked. A parameter whose removed weights are all zero already is left as it is, so
-    a second application of the same mask changes nothing.
+    Everything is checked before the first weight changes. Where a parameter's dtype holds every value of the
+    checkpoint's dtype, its values must be those that the mask was made for; in a narrower dtype, such as BF16 for a
+    checkpoint in F32, only its name and shape can be checked. A parameter whose removed weights are all zero already is
+    left as it is, so a second application of the same weight mask changes nothing; a second application of a delta
+    mask is refused.
 
     Args:
-        model: A transformers model, or any module with parameters under checkpoint names.
-        mask: A mask of kind "weight".
+        model: A transformers model, or any module with parameters under checkpoint names: the base for a weight mask,
+            the tuned model for a delta mask.
+        mask: The mask.
+        base: Folder of the base, for a delta mask only. One of its tensors is in memory at a time.
 
     Raises:
-        MaskMismatchError: The mask is of another kind, or the model is not the one it was learned on.
+        MaskMismatchError: The model or the base is not the one the mask was made for, a delta mask has no base, or a
+            weight mask has one.
+        ModelError: The base cannot be read.
     """
-    if mask.metadata.kind != "weight":
-        raise MaskMismatchError(
-            DELTA_MESSAGE, key="kind", expected="weight", actual=mask.metadata.kind, hint="use a weight mask"
-        )
+    _require_base_for_delta(mask, base)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     prefix = getattr(model, "base_model_prefix", "")
     targets = {name: parameters[found] for name, found in checkpoint_names(mask.names(), parameters, prefix).items()}
     for name, parameter in targets.items():
-        _require_base(name, parameter, mask)
+        _require_model(name, parameter, mask)
+    if base is None:
+        for name, parameter in targets.items():
+            _bits(parameter).masked_fill_(~mask[name].to(parameter.device), 0)
+    else:
+        _reset(targets, mask, base)
+
+
+def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
+    if mask.metadata.kind == "delta" and base is None:
+        raise MaskMismatchError(
+            "A delta mask needs the base beside the tuned model",
+            key="base",
+            expected=mask.metadata.base_label,
+            actual="the tuned model alone",
+            hint=f"give {mask.metadata.base_label} as the base",
+        )
+    if mask.metadata.kind == "weight" and base is not None:
+        raise MaskMismatchError(
+            "A weight mask is applied to its model alone, and a base was given beside it",
+            path=base,
+            key="base",
+            expected="no base",
+            hint="leave the base out, or give a delta mask",
+        )
+
+
+def _reset(targets: Mapping[str, torch.nn.Parameter], mask: Mask, base: Path) -> None:
+    originals = masked_tensors(mask, base, "base")
+    for name, stored in originals.items():
+        require_digest(tensor_digest(stored), stored, name, mask, "base")
     for name, parameter in targets.items():
-        _bits(parameter).masked_fill_(~mask[name].to(parameter.device), 0)
+        original = read_tensor(originals[name]).to(parameter)
+        keep = mask[name].to(parameter.device)
+        _bits(parameter).copy_(torch.where(keep, _bits(parameter), _bits(original)))
 
 
 def _counterpart(name: str, names: Container[str], prefix: str) -> str:
@@ -75,44 +107,41 @@ def _counterpart(name: str, names: Container[str], prefix: str) -> str:
     )
 
 
-def _require_base(name: str, parameter: torch.Tensor, mask: Mask) -> None:
+def _require_model(name: str, parameter: torch.Tensor, mask: Mask) -> None:
     record = mask.records[name]
+    metadata = mask.metadata
     if tuple(parameter.shape) != record.shape or not parameter.is_floating_point() or parameter.is_meta:
         raise MaskMismatchError(
             "A masked tensor has another form in this model",
             key=name,
             expected=f"{record.shape}, floating point",
             actual=f"{tuple(parameter.shape)}, {parameter.dtype} on {parameter.device}",
-            hint=_base_hint(mask),
+            hint=f"load {metadata.tuned_label or metadata.base_label}",
         )
-    base_dtype = TORCH_DTYPES[record.dtype]
-    if not can_hold(parameter.dtype, base_dtype) or _is_base(parameter.detach(), base_dtype, record):
+    stored_dtype, sha256 = TORCH_DTYPES[record.dtype], record.tuned_sha256 or record.sha256
+    if not can_hold(parameter.dtype, stored_dtype) or _is_stored(parameter.detach(), stored_dtype, sha256):
         return
-    if record.removed and not _bits(parameter)[~mask[name].to(parameter.device)].any():
+    if metadata.kind == "weight" and record.removed and not _bits(parameter)[~mask[name].to(parameter.device)].any():
         return
     raise MaskMismatchError(
-        "The model is not the one this mask was learned on: a tensor has other values",
+        "The model is not the one this mask was made for: a tensor has other values",
         key=name,
-        expected=f"SHA-256 {record.sha256} as {record.dtype}",
+        expected=f"SHA-256 {sha256} as {record.dtype}",
         actual="other values",
-        hint=f"{_base_hint(mask)}; a model that another mask was applied to is another model",
+        hint=f"load {metadata.tuned_label or metadata.base_label}; "
+        "a model that another mask was applied to is another model",
     )
 
 
-def _is_base(parameter: torch.Tensor, base_dtype: torch.dtype, record: TensorRecord) -> bool:
-    narrow = parameter.to(base_dtype)
+def _is_stored(parameter: torch.Tensor, stored_dtype: torch.dtype, sha256: str) -> bool:
+    narrow = parameter.to(stored_dtype)
     # Rounding could hide a small change, so the way back must give the parameter again.
     if narrow.dtype != parameter.dtype and not torch.equal(narrow.to(parameter.dtype), parameter):
         return False
     stored = narrow.cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.sha256(stored.data).hexdigest() == record.sha256
+    return hashlib.sha256(stored.data).hexdigest() == sha256
 
 
 def _bits(parameter: torch.Tensor) -> torch.Tensor:
     """The parameter's own memory as integers: zero bits are +0.0 in every maskable dtype."""
     return parameter.detach().view(INTEGER_VIEWS[parameter.element_size()])
-
-
-def _base_hint(mask: Mask) -> str:
-    revision = mask.metadata.base_revision
-    return f"load {mask.metadata.base_model}" + (f" at revision {revision}" if revision else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -202,7 +202,10 @@ def score_scale(linear: nn.Linear | Conv1D | MaskedLinear) -> float:
 
 
 def attach_masks(
-    model: nn.Module, targets: Sequence[MaskTarget], scores: dict[str, torch.Tensor], indicator: Indicator
+    model: nn.Module,
+    targets: Sequence[MaskTarget],
+    scores: Mapping[str, torch.Tensor],
+    indicator: Indicator | Mapping[str, Indicator],
 ) -> None:
     """Freezes the model and puts a `MaskedLinear` in the place of every target.
 
@@ -210,11 +213,12 @@ def attach_masks(
         model: Changed in place; afterwards only scores are trainable.
         targets: From `find_targets` on this model.
         scores: One tensor per target name, of its weight's shape.
-        indicator: The rule from scores to mask.
+        indicator: The rule from scores to mask, of all targets or one per target name.
     """
     model.requires_grad_(False)
     for target in targets:
-        _replace(model, target.name, MaskedLinear(target.module, scores[target.name], indicator))
+        rule = indicator if isinstance(indicator, Indicator) else indicator[target.name]
+        _replace(model, target.name, MaskedLinear(target.module, scores[target.name], rule))
 
 
 def detach_masks(model: nn.Module) -> None:

@@ -34,12 +34,14 @@ class TensorRecord:
         removed: The number of removed weights.
         sha256: Hex SHA-256 of the base tensor's raw bytes as stored in the checkpoint.
         dtype: The safetensors dtype name of the base tensor, such as "BF16".
+        tuned_sha256: The same digest of the tuned tensor, for a delta mask; None for a weight mask.
     """
 
     shape: tuple[int, ...]
     removed: int
     sha256: str
     dtype: str
+    tuned_sha256: str | None = None
 
     @property
     def weights(self) -> int:
@@ -61,6 +63,8 @@ class MaskMetadata:
         layers: The masked layers, such as "4-7".
         seed: The seed of the run.
         run_id: The run that made the mask.
+        tuned_model: Name or folder of the tuned model of a delta mask; None for a weight mask.
+        tuned_revision: Its revision on the hub.
     """
 
     kind: Kind = "weight"
@@ -72,6 +76,22 @@ class MaskMetadata:
     layers: str | None
     seed: int | None
     run_id: str | None
+    tuned_model: str | None = None
+    tuned_revision: str | None = None
+
+    @property
+    def base_label(self) -> str:
+        """The base and its revision as a message names them."""
+        return _label(self.base_model, self.base_revision)
+
+    @property
+    def tuned_label(self) -> str | None:
+        """The tuned model of a delta mask and its revision as a message names them."""
+        return None if self.tuned_model is None else _label(self.tuned_model, self.tuned_revision)
+
+
+def _label(model: str, revision: str | None) -> str:
+    return model if revision is None else f"{model} at revision {revision}"
 
 
 def _printable(name: str) -> str:
@@ -90,12 +110,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class _TensorEntry(_Strict):
     shape: Annotated[list[Annotated[int, Field(gt=0, le=MAX_WEIGHTS)]], Field(min_length=1, max_length=MAX_DIMENSIONS)]
     removed: Annotated[int, Field(ge=0)]
     codec: Codec
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: _Sha256
     dtype: Annotated[str, AfterValidator(_known_dtype)]
+    tuned_sha256: _Sha256 | None = None
 
     @model_validator(mode="after")
     def _counts_fit(self) -> _TensorEntry:
@@ -107,13 +131,16 @@ class _TensorEntry(_Strict):
         return self
 
 
-class _Base(_Strict):
+class _Checkpoint(_Strict):
     model: Annotated[str, Field(min_length=1)]
     revision: str | None
 
 
 class MaskDocument(_Strict):
-    """The JSON document of a mask file, version 1. Every key is required, no other is allowed."""
+    """The JSON document of a mask file, version 1.
+
+    Every key is required and no other is allowed; those of the tuned checkpoint are a delta mask's alone.
+    """
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
     kind: Kind
@@ -121,18 +148,30 @@ class MaskDocument(_Strict):
     tensors: Annotated[
         dict[Annotated[str, Field(min_length=1), AfterValidator(_printable)], _TensorEntry], Field(min_length=1)
     ]
-    base: _Base
+    base: _Checkpoint
     method: Annotated[str, Field(min_length=1)]
     ratio: Annotated[float, Field(ge=0, le=1)] | None
     threshold: float | None
     layers: str | None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
     run_id: str | None
+    tuned: _Checkpoint | None = None
+
+    @model_validator(mode="after")
+    def _tuned_fits_kind(self) -> MaskDocument:
+        parts: list[tuple[_Strict, str, str]] = [(self, "tuned", "tuned")]
+        parts += [(entry, "tuned_sha256", f"tensors.{name}.tuned_sha256") for name, entry in self.tensors.items()]
+        for part, field, key in parts:
+            if self.kind == "delta" and getattr(part, field) is None:
+                raise ValueError(f"a delta mask must have {key}")
+            if self.kind == "weight" and field in part.model_fields_set:
+                raise ValueError(f"a weight mask must not have {key}")
+        return self
 
     def records(self) -> dict[str, TensorRecord]:
         """The records by tensor name, names in ascending order."""
         return {
-            name: TensorRecord(tuple(entry.shape), entry.removed, entry.sha256, entry.dtype)
+            name: TensorRecord(tuple(entry.shape), entry.removed, entry.sha256, entry.dtype, entry.tuned_sha256)
             for name, entry in sorted(self.tensors.items())
         }
 
@@ -148,11 +187,13 @@ class MaskDocument(_Strict):
             layers=self.layers,
             seed=self.seed,
             run_id=self.run_id,
+            tuned_model=None if self.tuned is None else self.tuned.model,
+            tuned_revision=None if self.tuned is None else self.tuned.revision,
         )
 
     def to_json(self) -> bytes:
         """The document as compact JSON with sorted keys."""
-        return write_compact_json(self.model_dump(), sort_keys=True)
+        return write_compact_json(self.model_dump(exclude_unset=True), sort_keys=True)
 
 
 def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, codec: Codec) -> MaskDocument:
@@ -161,31 +202,22 @@ def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, 
     Raises:
         MaskFormatError: A record or a metadata field has a value that the format does not allow.
     """
-    return _validate(
-        {
-            "format_version": FORMAT_VERSION,
-            "kind": metadata.kind,
-            "bit_order": "little",
-            "tensors": {
-                name: {
-                    "shape": list(record.shape),
-                    "removed": record.removed,
-                    "codec": codec,
-                    "sha256": record.sha256,
-                    "dtype": record.dtype,
-                }
-                for name, record in records.items()
-            },
-            "base": {"model": metadata.base_model, "revision": metadata.base_revision},
-            "method": metadata.method,
-            "ratio": metadata.ratio,
-            "threshold": metadata.threshold,
-            "layers": metadata.layers,
-            "seed": metadata.seed,
-            "run_id": metadata.run_id,
-        },
-        path=None,
-    )
+    fields: dict[str, object] = {
+        "format_version": FORMAT_VERSION,
+        "kind": metadata.kind,
+        "bit_order": "little",
+        "tensors": {name: _entry(record, codec) for name, record in records.items()},
+        "base": {"model": metadata.base_model, "revision": metadata.base_revision},
+        "method": metadata.method,
+        "ratio": metadata.ratio,
+        "threshold": metadata.threshold,
+        "layers": metadata.layers,
+        "seed": metadata.seed,
+        "run_id": metadata.run_id,
+    }
+    if metadata.tuned_model is not None or metadata.tuned_revision is not None:
+        fields["tuned"] = {"model": metadata.tuned_model, "revision": metadata.tuned_revision}
+    return _validate(fields, path=None)
 
 
 def parse_document(text: bytes, path: Path) -> MaskDocument:
@@ -222,6 +254,19 @@ def shown(value: object) -> str:
     text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
     printable = "".join(character if character.isprintable() else "?" for character in text)
     return printable if len(printable) <= _SHOWN_CHARACTERS else f"{printable[:_SHOWN_CHARACTERS]}..."
+
+
+def _entry(record: TensorRecord, codec: Codec) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "shape": list(record.shape),
+        "removed": record.removed,
+        "codec": codec,
+        "sha256": record.sha256,
+        "dtype": record.dtype,
+    }
+    if record.tuned_sha256 is not None:
+        entry["tuned_sha256"] = record.tuned_sha256
+    return entry
 
 
 def _validate(fields: Any, path: Path | None) -> MaskDocument:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,6 +34,11 @@ class MaskTarget:
     part: Literal["attn", "mlp"]
     module: nn.Linear | Conv1D
 
+    @property
+    def projection(self) -> str:
+        """The last part of the name, such as `up_proj`."""
+        return self.name.rpartition(".")[2]
+
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path and the list of the model's decoder layers.
@@ -59,16 +64,22 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: (len(item[1]), -len(item[0])))
 
 
-def find_targets(model: nn.Module, layers: Sequence[int] | None = None, target: Target = "both") -> list[MaskTarget]:
+def find_targets(
+    model: nn.Module,
+    layers: Sequence[int] | None = None,
+    target: Target = "both",
+    projections: Collection[str] | None = None,
+) -> list[MaskTarget]:
     """The projections of the chosen layers, in model order; embeddings, norms and the output head are never among them.
 
     Args:
         model: A decoder-only model.
         layers: Indices of decoder layers; None takes all.
         target: `attn`, `mlp` or `both`.
+        projections: Only projections of these names, such as `q_proj`; None takes all.
 
     Raises:
-        MaskingError: The model has no decoder layers, or nothing matches.
+        MaskingError: The model has no decoder layers, nothing matches, or a projection of that name is not there.
 
     Source: MFT, section 3.1 (attention and MLP projections).
     """
@@ -87,7 +98,18 @@ def find_targets(model: nn.Module, layers: Sequence[int] | None = None, target: 
             expected="attention or MLP projections (nn.Linear or Conv1D)",
             actual=f"target {target} in a decoder of {type(decoder[0]).__name__}",
         )
-    return found
+    if projections is None:
+        return found
+    known = {item.projection for item in found}
+    for name in projections:
+        if name not in known:
+            raise MaskingError(
+                "The chosen layers have no projection of that name.",
+                key="ratio",
+                expected=", ".join(sorted(known)),
+                actual=name,
+            )
+    return [item for item in found if item.projection in projections]
 
 
 def parse_layers(text: str, layer_count: int) -> list[int]:

@@ -11,9 +11,28 @@ from typing import Any
 
 from mftctl.errors import EvaluationError, RunError
 from mftctl.lineage import FFT, PRE_TRAINED
-from mftctl.runs import Run, list_runs
+from mftctl.runs import Run, list_runs, load_run
 
-STATE_ORDER = (PRE_TRAINED, FFT, "continued FFT", "random mask", "L1 mask", "MFT", "masked")
+STATE_ORDER = (
+    PRE_TRAINED,
+    FFT,
+    "continued FFT",
+    "LoRA",
+    "continued LoRA",
+    "HFT",
+    "random update",
+    "random update global",
+    "GMT",
+    "GMT global",
+    "trivial drop",
+    "salient drop",
+    "random drop",
+    "random mask",
+    "L1 mask",
+    "MFT",
+    "MFT threshold",
+    "masked",
+)
 LOWER_IS_BETTER = ("loss",)
 
 
@@ -110,6 +129,14 @@ class _Measurement:
         """What tells two states of the same name apart: the experiment's stage, else the run that made the state."""
         makers = [name for name in self.inputs["parents"] if not name.endswith("-apply")]
         return self.run.record.stage or (makers[-1] if makers else "")
+
+    @property
+    def first_state(self) -> str | None:
+        """The state that the first run on the way here made of the pre-trained model; None where it is not known."""
+        try:
+            return str(load_run(self.run.folder.parent / self.inputs["parents"][0]).record.result.get("state"))
+        except (RunError, IndexError):
+            return None
 
     def samples(self) -> dict[str, tuple[float, float]]:
         """Score and weight of each sample, by its id."""
@@ -233,10 +260,17 @@ def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metri
 
 
 def _belong_together(base: _Measurement, item: _Measurement) -> bool:
-    """Whether a state came from this baseline: the same first run; a pre-trained model belongs to all made of it."""
+    """Whether a state is to be compared with this baseline.
+
+    What was made of a fine-tuned model belongs to that very model; a pre-trained model to all made of it; and what was
+    tuned in another way, such as GMT, to the baseline of the same pre-trained model and seed.
+    """
+    same_origin = bool(base.inputs["origin"] == item.inputs["origin"])
     if PRE_TRAINED in (base.state, item.state):
-        return bool(base.inputs["origin"] == item.inputs["origin"])
-    return bool(base.inputs["parents"] == item.inputs["parents"][:1])
+        return same_origin
+    if item.first_state in (None, FFT):
+        return bool(base.inputs["parents"] == item.inputs["parents"][:1])
+    return same_origin and base.seed == item.seed
 
 
 def _paper_order(entry: tuple[tuple[str, str], Sequence[_Measurement]]) -> tuple[int, str]:

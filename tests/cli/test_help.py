@@ -18,7 +18,22 @@ from mftctl.cli.app import load_command
 from tests.cli.running import CommandLine
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMANDS = ["", "fft", "probe", "mask-train", "apply", "eval", "report", "run", "mask", "mask info", "mask diff", "env"]
+COMMANDS = [
+    "",
+    "fft",
+    "probe",
+    "mask-train",
+    "apply",
+    "eval",
+    "report",
+    "run",
+    "mask",
+    "mask info",
+    "mask diff",
+    "mask import",
+    "mask export",
+    "env",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mftctl.masking.bits import Mask, TensorRecord
-from tests.masking.mask_files import METADATA
+from mftctl.masking.safetensors_files import INDEX_FILE
+from tests.masking.mask_files import DELTA_METADATA, METADATA
 
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -41,20 +42,59 @@ def raw_tensors(path: Path) -> dict[str, bytes]:
     }
 
 
-def learn_mask(tensors: dict[str, torch.Tensor], *, ratio: float = 0.25, kind: str = "weight", seed: int = 0) -> Mask:
-    """A random mask for these base tensors."""
+def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1) -> Path:
+    """A folder with these tensors in one safetensors file or dealt out to several."""
+    folder.mkdir()
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        return folder
+    files = {name: f"model-{number % shards + 1:05}.safetensors" for number, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file, {"format": "pt"})
+    (folder / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    return folder
+
+
+def write_tuned(base: Path, folder: Path, *, seed: int = 7, shards: int = 1) -> Path:
+    """A copy of a checkpoint whose floating-point weights moved a little, most of them."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, tensor in stored_tensors(base).items():
+        moved = torch.rand(tensor.shape, generator=generator) < 0.8
+        delta = torch.randn(tensor.shape, generator=generator) * 0.02
+        tensors[name] = (tensor.double() + torch.where(moved, delta, 0.0)).to(tensor.dtype)
+    write_checkpoint(folder, tensors, shards=shards)
+    for path in base.iterdir():
+        if path.suffix != ".safetensors" and path.name != INDEX_FILE:
+            shutil.copyfile(path, folder / path.name)
+    return folder
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+def learn_mask(
+    tensors: dict[str, torch.Tensor],
+    *,
+    ratio: float = 0.25,
+    seed: int = 0,
+    tuned: dict[str, torch.Tensor] | None = None,
+) -> Mask:
+    """A random mask for these base tensors; a delta mask where there are tuned ones."""
     generator = torch.Generator().manual_seed(seed)
     keep = {name: torch.rand(tensor.shape, generator=generator) >= ratio for name, tensor in tensors.items()}
     records = {
         name: TensorRecord(
             shape=tuple(tensor.shape),
             removed=int((~keep[name]).sum()),
-            sha256=hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest(),
+            sha256=digest_of(tensor),
             dtype=SAFETENSORS_NAMES[tensor.dtype],
+            tuned_sha256=None if tuned is None else digest_of(tuned[name]),
         )
         for name, tensor in tensors.items()
     }
-    return Mask(keep, records, replace(METADATA, kind=kind))
+    return Mask(keep, records, METADATA if tuned is None else DELTA_METADATA)
 
 
 def projections(folder: Path, layers: tuple[str, ...] = ("layers.1.", "layers.2.", "h.1.")) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,27 +32,33 @@ METADATA = MaskMetadata(
 )
 
 
+DELTA_METADATA = replace(
+    METADATA, kind="delta", method="drop-trivial", layers=None, tuned_model="org/tuned", tuned_revision="def456"
+)
+
+
 def build_mask(metadata: MaskMetadata = METADATA, **keep: torch.Tensor) -> Mask:
-    """A mask whose base tensors have made-up digests."""
+    """A mask whose tensors have made-up digests."""
     records = {
         name: TensorRecord(
             shape=tuple(tensor.shape),
             removed=int((~tensor).sum()),
             sha256=hashlib.sha256(name.encode()).hexdigest(),
             dtype="BF16",
+            tuned_sha256=hashlib.sha256(f"tuned {name}".encode()).hexdigest() if metadata.kind == "delta" else None,
         )
         for name, tensor in keep.items()
     }
     return Mask(keep, records, metadata)
 
 
-def small_mask() -> Mask:
+def small_mask(metadata: MaskMetadata = METADATA) -> Mask:
     """Two tensors: 15 weights with 3 removed (one padding bit), and 16 weights with 4 removed."""
     odd = torch.ones(3, 5, dtype=torch.bool)
     odd[0, 1] = odd[1, 4] = odd[2, 4] = False
     even = torch.ones(2, 8, dtype=torch.bool)
     even[1, 2:6] = False
-    return build_mask(**{"odd.weight": odd, "even.weight": even})
+    return build_mask(metadata, **{"odd.weight": odd, "even.weight": even})
 
 
 def same(a: Mask, b: Mask) -> bool:
@@ -78,7 +85,7 @@ def plain_deflate(packed: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
 
 def plain_document(mask: Mask, codec: str = "packed") -> dict[str, Any]:
     metadata = mask.metadata
-    return {
+    document: dict[str, Any] = {
         "format_version": 1,
         "kind": metadata.kind,
         "bit_order": "little",
@@ -100,6 +107,11 @@ def plain_document(mask: Mask, codec: str = "packed") -> dict[str, Any]:
         "seed": metadata.seed,
         "run_id": metadata.run_id,
     }
+    if metadata.kind == "delta":
+        document["tuned"] = {"model": metadata.tuned_model, "revision": metadata.tuned_revision}
+        for name, record in mask.records.items():
+            document["tensors"][name]["tuned_sha256"] = record.tuned_sha256
+    return document
 
 
 def plain_digest(document: bytes, payloads: dict[str, bytes]) -> str:
@@ -155,8 +167,8 @@ def plain_read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return document, arrays
 
 
-def parts_of_small_mask() -> tuple[dict[str, Any], dict[str, bytes]]:
-    mask = small_mask()
+def parts_of_small_mask(metadata: MaskMetadata = METADATA) -> tuple[dict[str, Any], dict[str, bytes]]:
+    mask = small_mask(metadata)
     return plain_document(mask), {name: plain_packed(mask[name]) for name in mask.names()}
 
 

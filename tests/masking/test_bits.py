@@ -14,9 +14,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from mftctl.errors import MaskFileError, MaskFormatError
-from mftctl.masking.bits import Mask, TensorRecord, load_mask, save_mask
-from mftctl.masking.codecs import Codec
+from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, load_mask, save_mask
+from mftctl.masking.codecs import Codec, Packed
 from tests.masking.mask_files import (
+    DELTA_METADATA,
     GOLDEN,
     METADATA,
     build_mask,
@@ -35,6 +36,7 @@ from tests.masking.mask_files import (
 )
 
 CODECS: tuple[Codec, ...] = ("packed", "deflate")
+GOLDENS = ("packed", "deflate", "delta")
 names = st.text(st.characters(codec="utf-8", categories=["L", "N", "P"]), min_size=1, max_size=12).filter(
     lambda name: name != "__metadata__"
 )
@@ -145,6 +147,72 @@ def test_metadata_that_no_file_can_hold_is_refused(field: str, value: object) ->
         build_mask(replace(METADATA, **{field: value}), w=torch.ones(2, dtype=torch.bool))
 
 
+def packed_parts() -> tuple[dict[str, Packed], dict[str, TensorRecord]]:
+    mask = small_mask()
+    return {name: mask.packed(name).copy() for name in mask.names()}, dict(mask.records)
+
+
+def test_mask_from_packed_bits_is_the_mask_from_tensors() -> None:
+    packed, records = packed_parts()
+    mask = Mask.from_packed(packed, records, METADATA)
+    assert same(mask, small_mask())
+    assert not mask.packed("odd.weight").flags.writeable
+
+
+def test_packed_bits_of_another_size_are_refused() -> None:
+    packed, records = packed_parts()
+    packed["odd.weight"] = np.zeros(3, np.uint8)
+    with pytest.raises(MaskFormatError, match="size of the recorded shape") as caught:
+        Mask.from_packed(packed, records, METADATA)
+    assert caught.value.key == "odd.weight"
+
+
+def test_packed_bits_of_another_dtype_are_refused() -> None:
+    packed, records = packed_parts()
+    with pytest.raises(MaskFormatError, match="size of the recorded shape"):
+        Mask.from_packed(packed | {"odd.weight": np.zeros(2, np.int8)}, records, METADATA)
+
+
+def test_packed_bits_with_padding_are_refused() -> None:
+    packed, records = packed_parts()
+    packed["odd.weight"][-1] |= 0x80
+    with pytest.raises(MaskFormatError, match="padding bits"):
+        Mask.from_packed(packed, records, METADATA)
+
+
+def test_packed_bits_with_another_count_than_their_record_are_refused() -> None:
+    packed, records = packed_parts()
+    packed["odd.weight"][0] ^= 1
+    with pytest.raises(MaskFormatError, match="as many weights"):
+        Mask.from_packed(packed, records, METADATA)
+
+
+def test_packed_bits_without_a_record_are_refused() -> None:
+    packed, records = packed_parts()
+    del records["odd.weight"]
+    with pytest.raises(MaskFormatError, match="same names"):
+        Mask.from_packed(packed, records, METADATA)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "record"),
+    [
+        (replace(METADATA, kind="delta"), {"tuned_sha256": "0" * 64}),
+        (DELTA_METADATA, {}),
+        (METADATA, {"tuned_sha256": "0" * 64}),
+        (replace(METADATA, tuned_model="org/tuned"), {}),
+        (replace(METADATA, tuned_revision="abc"), {}),
+        (replace(DELTA_METADATA, tuned_model=None), {"tuned_sha256": "0" * 64}),
+    ],
+)
+def test_delta_mask_without_its_tuned_model_or_a_weight_mask_with_one_is_refused(
+    metadata: MaskMetadata, record: dict[str, str]
+) -> None:
+    records = {"w": replace(TensorRecord((2,), 0, "0" * 64, "F32"), **record)}
+    with pytest.raises(MaskFormatError, match="breaks a rule"):
+        Mask({"w": torch.ones(2, dtype=torch.bool)}, records, metadata)
+
+
 # Writing and reading
 
 
@@ -152,6 +220,20 @@ def test_metadata_that_no_file_can_hold_is_refused(field: str, value: object) ->
 def test_bytes_are_the_golden_ones(codec: Codec, tmp_path: Path) -> None:
     save_mask(small_mask(), tmp_path / "mask.bits", codec)
     assert (tmp_path / "mask.bits").read_bytes() == (GOLDEN / f"{codec}.bits").read_bytes()
+
+
+def test_bytes_of_a_delta_mask_are_the_golden_ones_and_those_of_the_definition(tmp_path: Path) -> None:
+    save_mask(small_mask(DELTA_METADATA), tmp_path / "mask.bits", "packed")
+    content = (tmp_path / "mask.bits").read_bytes()
+    assert content == (GOLDEN / "delta.bits").read_bytes()
+    assert content == plain_file(*parts_of_small_mask(DELTA_METADATA))
+
+
+def test_golden_delta_file_loads() -> None:
+    mask = load_mask(GOLDEN / "delta.bits")
+    assert same(mask, small_mask(DELTA_METADATA))
+    assert (mask.metadata.tuned_model, mask.metadata.tuned_revision) == ("org/tuned", "def456")
+    assert mask.records["odd.weight"].tuned_sha256 not in (None, mask.records["odd.weight"].sha256)
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -196,6 +278,8 @@ def test_metadata_without_optional_values_comes_back(tmp_path: Path) -> None:
     metadata = replace(
         METADATA,
         kind="delta",
+        tuned_model="/models/größer",
+        tuned_revision=None,
         base_model="/models/größe",
         base_revision=None,
         ratio=None,
@@ -343,11 +427,11 @@ def test_bytes_after_a_deflate_stream_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path, plain_file(document, payloads), "DEFLATE stream of this tensor does not fit")
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("golden", GOLDENS)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_random_damage_is_always_found(codec: Codec, data: st.DataObject, tmp_path: Path) -> None:
-    content = bytearray((GOLDEN / f"{codec}.bits").read_bytes())
+def test_random_damage_is_always_found(golden: str, data: st.DataObject, tmp_path: Path) -> None:
+    content = bytearray((GOLDEN / f"{golden}.bits").read_bytes())
     position = data.draw(st.integers(0, len(content) - 1), label="position")
     damage = data.draw(st.sampled_from(["flip", "insert", "delete", "truncate", "overwrite"]), label="damage")
     if damage == "flip":
@@ -365,8 +449,9 @@ def test_random_damage_is_always_found(codec: Codec, data: st.DataObject, tmp_pa
     refuse(tmp_path, bytes(content), ".")
 
 
-def test_a_flipped_bit_in_any_byte_is_found(tmp_path: Path) -> None:
-    content = (GOLDEN / "deflate.bits").read_bytes()
+@pytest.mark.parametrize("golden", ["deflate", "delta"])
+def test_a_flipped_bit_in_any_byte_is_found(golden: str, tmp_path: Path) -> None:
+    content = (GOLDEN / f"{golden}.bits").read_bytes()
     for position in range(len(content)):
         flipped = content[position] ^ 1 << (position % 8)
         refuse(tmp_path, content[:position] + bytes([flipped]) + content[position + 1 :], ".")

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mftctl.errors import MaskMismatchError, ModelError
-from mftctl.masking import checkpoint
+from mftctl.masking import masked_shards
 from mftctl.masking.bits import Mask, load_mask, save_mask
 from mftctl.masking.checkpoint import ApplyResult, apply_mask, apply_to_checkpoint
 from mftctl.masking.safetensors_files import INDEX_FILE
 from tests.conftest import build_llama
-from tests.masking.checkpoints import learn_mask, projections, raw_tensors, stored_tensors
+from tests.masking.checkpoints import learn_mask, projections, raw_tensors, stored_tensors, write_tuned
 
 INPUT_IDS = torch.arange(6, 30).reshape(2, 12)
 
@@ -246,10 +246,58 @@ def test_integer_tensor_is_refused(tmp_path: Path) -> None:
         apply(base, learn_mask({"w": torch.ones(2, 2)}), tmp_path / "out")
 
 
-def test_delta_mask_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(MaskMismatchError, match="tuned checkpoint") as caught:
-        apply(base, learn_mask(projections(base), kind="delta"), tmp_path / "out")
-    assert caught.value.actual == "delta"
+def apply_delta(base: Path, tuned: Path, mask: Mask, output: Path) -> ApplyResult:
+    return apply_to_checkpoint(base, mask, output, mask_path=None, base_model="org/base", tuned=tuned)
+
+
+def test_delta_mask_makes_the_tuned_checkpoint_with_its_own_configuration(base: Path, tmp_path: Path) -> None:
+    tuned, output = write_tuned(base, tmp_path / "tuned", shards=3), tmp_path / "out"
+    (tuned / "NOTICE").write_text("of the tuned model")
+    (base / "base.json").write_text("{}")
+    mask = learn_mask(projections(base), tuned=projections(tuned))
+    result = apply_delta(base, tuned, mask, output)
+    assert (result.tensors_masked, result.removed) == (len(mask), mask.removed)
+    assert {path.name for path in output.iterdir()} == {path.name for path in tuned.iterdir()} | {"README.md"}
+    in_memory = AutoModelForCausalLM.from_pretrained(tuned)
+    apply_mask(in_memory, mask, base)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(output)), logits(in_memory))
+
+
+def test_model_card_of_a_delta_mask_names_both_models(base: Path, tmp_path: Path) -> None:
+    tuned = write_tuned(base, tmp_path / "tuned")
+    mask = learn_mask(projections(base), tuned=projections(tuned))
+    apply_delta(base, tuned, mask, tmp_path / "out")
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == ["org/base", "org/tuned"]
+    for fact in ["This is `org/tuned`", "values of `org/base`", "drop-trivial", "def456", f"{mask.removed:,} of"]:
+        assert fact in card.text
+
+
+def test_delta_mask_without_its_tuned_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
+    mask = learn_mask(projections(base), tuned=projections(base))
+    with pytest.raises(MaskMismatchError, match="needs the tuned checkpoint") as caught:
+        apply(base, mask, tmp_path / "out")
+    assert caught.value.expected == "org/tuned at revision def456"
+
+
+def test_weight_mask_with_a_tuned_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(MaskMismatchError, match="to its base alone") as caught:
+        apply_delta(base, base, learn_mask(projections(base)), tmp_path / "out")
+    assert caught.value.path == str(base)
+
+
+@pytest.mark.parametrize("place", ["tuned", "tuned/out", "."])
+def test_output_that_overlaps_the_tuned_checkpoint_is_refused(place: str, base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    tuned = write_tuned(base, folder / "tuned")
+    mask = learn_mask(projections(base), tuned=projections(tuned))
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ModelError, match="output folder"):
+        apply_to_checkpoint(
+            base, mask, folder / place, mask_path=None, base_model="org/base", tuned=tuned, replace=True
+        )
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_output_that_is_not_empty_is_refused_unless_replaced(base: Path, tmp_path: Path) -> None:
@@ -310,7 +358,7 @@ def test_full_disk_leaves_nothing_and_keeps_the_old_output(
     output.mkdir()
     (output / "old").touch()
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(masked_shards.os, "fsync", full)
     with pytest.raises(ModelError, match="could not be written") as caught:
         apply(base, learn_mask(projections(base)), output, replace=True)
     assert "No space left" in str(caught.value.actual)

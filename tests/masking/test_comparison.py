@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mftctl.errors import MaskMismatchError
 from mftctl.masking.comparison import diff
-from tests.masking.mask_files import build_mask
+from tests.masking.mask_files import DELTA_METADATA, build_mask
 
 
 def test_counts_and_jaccard_of_an_example() -> None:
@@ -61,6 +61,19 @@ def test_masks_without_a_common_tensor_are_refused() -> None:
     with pytest.raises(MaskMismatchError, match="no tensor in common") as caught:
         diff(build_mask(v=keep), build_mask(w=keep))
     assert (caught.value.expected, caught.value.actual) == ("tensors such as v", "tensors such as w")
+
+
+def test_masks_of_different_kinds_are_refused() -> None:
+    keep = torch.ones(4, dtype=torch.bool)
+    with pytest.raises(MaskMismatchError, match="different kinds") as caught:
+        diff(build_mask(w=keep), build_mask(DELTA_METADATA, w=keep))
+    assert (caught.value.expected, caught.value.actual) == ("weight", "delta")
+
+
+def test_delta_masks_are_compared() -> None:
+    a = build_mask(DELTA_METADATA, w=torch.tensor([False, False, True]))
+    b = build_mask(DELTA_METADATA, w=torch.tensor([True, False, False]))
+    assert diff(a, b).total.removed_both == 1
 
 
 def test_other_shapes_are_refused() -> None:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from mftctl.errors import MaskMismatchError
 from mftctl.masking.bits import Mask
 from mftctl.masking.in_memory import apply_mask, checkpoint_names
 from tests.conftest import build_llama
-from tests.masking.checkpoints import learn_mask, projections
+from tests.masking.checkpoints import learn_mask, projections, write_checkpoint
 
 
 class Tensors(torch.nn.Module):
@@ -159,11 +158,71 @@ def test_tensor_the_model_lacks_is_refused() -> None:
         apply_mask(Tensors(v=torch.ones(2)), learn_mask({"w": torch.ones(2)}))
 
 
-def test_delta_mask_is_refused() -> None:
-    mask = llama_mask()
-    delta = Mask({n: mask[n] for n in mask.names()}, mask.records, replace(mask.metadata, kind="delta"))
-    with pytest.raises(MaskMismatchError, match="tuned checkpoint"):
-        apply_mask(build_llama(), delta)
+def delta_of(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, torch.Tensor, torch.Tensor, Mask]:
+    """A base with one tensor, its values, the tuned ones and a delta mask."""
+    generator = torch.Generator().manual_seed(0)
+    base, tuned = (torch.randn(6, 5, generator=generator).to(dtype) for _ in range(2))
+    mask = learn_mask({"w": base}, tuned={"w": tuned})
+    return write_checkpoint(folder, {"w": base}), base, tuned, mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("loaded", [None, torch.bfloat16, torch.float32])
+def test_removed_weights_of_a_delta_mask_get_the_values_of_the_base(
+    dtype: torch.dtype, loaded: torch.dtype | None, tmp_path: Path
+) -> None:
+    folder, base, tuned, mask = delta_of(tmp_path / "base", dtype)
+    model = Tensors(w=tuned.to(loaded or dtype))
+    apply_mask(model, mask, folder)
+    expected = torch.where(mask["w"], tuned.double(), base.double()).to(loaded or dtype)
+    assert torch.equal(model.w.double(), expected.double())
+
+
+def test_signs_of_zeros_and_weights_laid_out_by_columns_are_reset_bit_for_bit(tmp_path: Path) -> None:
+    base, tuned = torch.full((2, 9), -0.0), torch.zeros(2, 9)
+    mask = learn_mask({"w": base}, tuned={"w": tuned})
+    model = Tensors(w=tuned)
+    model.w = torch.nn.Parameter(tuned.T.contiguous().T, requires_grad=False)
+    apply_mask(model, mask, write_checkpoint(tmp_path / "base", {"w": base}))
+    assert torch.equal(model.w.signbit(), ~mask["w"])
+
+
+def test_second_application_of_a_delta_mask_is_refused(tmp_path: Path) -> None:
+    folder, _, tuned, mask = delta_of(tmp_path / "base")
+    model = Tensors(w=tuned)
+    apply_mask(model, mask, folder)
+    before = state_of(model)
+    with pytest.raises(MaskMismatchError, match="other values") as caught:
+        apply_mask(model, mask, folder)
+    assert str(caught.value.hint).startswith("load org/tuned at revision def456")
+    assert unchanged(model, before)
+
+
+def test_base_in_the_place_of_the_tuned_model_is_refused(tmp_path: Path) -> None:
+    folder, base, _, mask = delta_of(tmp_path / "base")
+    with pytest.raises(MaskMismatchError, match="other values"):
+        apply_mask(Tensors(w=base), mask, folder)
+
+
+def test_another_base_for_a_delta_mask_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    _, base, tuned, mask = delta_of(tmp_path / "base")
+    model = Tensors(w=tuned)
+    with pytest.raises(MaskMismatchError, match="base is not the one this delta mask was made for") as caught:
+        apply_mask(model, mask, write_checkpoint(tmp_path / "other", {"w": base + 1}))
+    assert caught.value.key == "w"
+    assert torch.equal(model.w, tuned)
+
+
+def test_delta_mask_without_a_base_is_refused(tmp_path: Path) -> None:
+    _, _, tuned, mask = delta_of(tmp_path / "base")
+    with pytest.raises(MaskMismatchError, match="needs the base") as caught:
+        apply_mask(Tensors(w=tuned), mask)
+    assert caught.value.expected == "org/base at revision abc123"
+
+
+def test_weight_mask_with_a_base_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MaskMismatchError, match="to its model alone"):
+        apply_mask(build_llama(), llama_mask(), tmp_path)
 
 
 def test_weights_laid_out_by_columns_are_masked_in_place() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.masking.mask_files import compact, parts_of_small_mask, plain_file, refuse
+from tests.masking.mask_files import DELTA_METADATA, compact, parts_of_small_mask, plain_file, refuse
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -112,6 +112,42 @@ def test_record_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) ->
     change(document["tensors"]["odd.weight"])
     error = refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
     assert str(error.key).startswith("tensors.odd.weight")
+
+
+tuned_changes: dict[str, Change] = {
+    "no_tuned_model": lambda document: document.pop("tuned"),
+    "tuned_as_null": lambda document: document.update(tuned=None),
+    "tuned_without_revision": lambda document: document["tuned"].pop("revision"),
+    "tuned_without_a_name": lambda document: document["tuned"].update(model=""),
+    "no_tuned_digest": lambda document: document["tensors"]["odd.weight"].pop("tuned_sha256"),
+    "tuned_digest_as_null": lambda document: document["tensors"]["odd.weight"].update(tuned_sha256=None),
+    "tuned_digest_too_short": lambda document: document["tensors"]["odd.weight"].update(tuned_sha256="0" * 63),
+    "weight_with_what_a_delta_mask_states": lambda document: document.update(kind="weight"),
+}
+
+
+@pytest.mark.parametrize("change", tuned_changes.values(), ids=tuned_changes)
+def test_delta_document_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) -> None:
+    document, payloads = parts_of_small_mask(DELTA_METADATA)
+    change(document)
+    error = refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
+    assert "tuned" in f"{error.key} {error.expected}"
+
+
+weight_changes: dict[str, Change] = {
+    "tuned_model": lambda document: document.update(tuned={"model": "org/tuned", "revision": None}),
+    "tuned_as_null": lambda document: document.update(tuned=None),
+    "tuned_digest": lambda document: document["tensors"]["odd.weight"].update(tuned_sha256="0" * 64),
+    "tuned_digest_as_null": lambda document: document["tensors"]["odd.weight"].update(tuned_sha256=None),
+}
+
+
+@pytest.mark.parametrize("change", weight_changes.values(), ids=weight_changes)
+def test_weight_document_with_a_key_of_a_delta_mask_is_refused(change: Change, tmp_path: Path) -> None:
+    document, payloads = parts_of_small_mask()
+    change(document)
+    error = refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
+    assert "a weight mask must not have t" in str(error.expected)
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "a\x00b", "a\u202eb"])

@@ -1,0 +1,45 @@
+"""What identifies an input of an experiment, so that a change is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+_SAMPLES = 16
+_SAMPLE_BYTES = 1 << 20
+
+
+def digest_of(document: Any) -> str:
+    """SHA-256 of plain data, in hex."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(path: str) -> str | None:
+    """SHA-256 of a local file; None for built-in data and hub ids, which their names identify."""
+    file = Path(path)
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_fingerprint(model: str) -> str | None:
+    """A digest of a local checkpoint; None for the built-in model and hub ids, which their names identify.
+
+    Of each weight file it reads the size and 16 samples of 1 MiB, spread evenly: training changes all of a tensor, and
+    reading a large model whole would take minutes each time an experiment is planned.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+        size_bytes = path.stat().st_size
+        digest.update(f"{path.name}:{size_bytes}:".encode())
+        with path.open("rb") as stream:
+            for number in range(_SAMPLES):
+                stream.seek(max(0, size_bytes - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Weight updates: which entries a step changes, which parameters stay frozen."""

@@ -1,0 +1,77 @@
+"""Low-rank adapters (LoRA) through peft: added, gone on with, and merged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers.pytorch_utils import Conv1D
+
+from mftctl.config import FftOptions
+from mftctl.errors import ModelError
+from mftctl.masking.checkpoint import resolve_checkpoint
+from mftctl.masking.checkpoint_source import ADAPTER_FILE
+from mftctl.masking.targets import find_targets
+
+
+def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed: int) -> PeftModel:
+    """The model with a new adapter on every attention and MLP projection; only the adapter is trainable.
+
+    Args:
+        model: A whole model; changed in place.
+        options: Rank, scale and dropout.
+        base: The model's name or folder, which the adapter will name as its base.
+        seed: Decides the adapter's start.
+
+    Source: MFT, section 3.1, baseline 2 (LoRA).
+    """
+    targets = find_targets(model)
+    set_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=[target.name for target in targets],
+        fan_in_fan_out=isinstance(targets[0].module, Conv1D),
+        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
+    )
+    adapted = get_peft_model(model, config)
+    # get_peft_model puts the folder in place of the name.
+    adapted.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+    return adapted
+
+
+def load_adapter(folder: Path, *, dtype: torch.dtype | str, trainable: bool = False) -> PeftModel:
+    """The adapter in a folder on its base model.
+
+    Args:
+        folder: With `adapter_config.json`.
+        dtype: Of the base's weights in memory; `auto` keeps the checkpoint's.
+        trainable: Whether the adapter is to be trained further.
+
+    Raises:
+        ModelError: The base is not there, or peft cannot load the adapter.
+    """
+    base = adapter_base(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(base), dtype=dtype, local_files_only=True)
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError("The adapter cannot be loaded.", path=folder, key=base, actual=error) from error
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that the adapter in a folder belongs to.
+
+    Raises:
+        ModelError: The adapter's configuration does not say.
+    """
+    path = folder / ADAPTER_FILE
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError("The adapter does not name its base model.", path=path, actual=repr(error)) from error

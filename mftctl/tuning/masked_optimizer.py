@@ -1,0 +1,236 @@
+"""An optimizer around any other that updates chosen entries of the parameters and leaves all others as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim import Optimizer
+
+from mftctl.errors import TrainingError
+from mftctl.masking.selection import check_ratio
+from mftctl.tuning.gradient_selection import Scope, keep_largest, keep_random
+
+_STEPS_KEY = "masked_steps"
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateRule:
+    """Which entries an optimizer step updates, and what happens to the others.
+
+    Attributes:
+        method: `gmt`: those with the largest |gradient|; `random`: random ones, others at each step.
+        ratio: Share of entries that are not updated, in [0, 1).
+        scope: Whether the share holds for each tensor or for all parameters together.
+        unselected: `unchanged`: weights and optimizer state of other entries stay bit-identical; `momentum`: they get a
+            gradient of zero, so that momentum and weight decay still move them.
+        seed: Decides random entries, together with the number of the step; at least 0.
+
+    Raises:
+        MaskingError: The ratio is not in [0, 1).
+    """
+
+    method: Literal["gmt", "random"]
+    ratio: float
+    scope: Scope = "tensor"
+    unselected: Literal["unchanged", "momentum"] = "unchanged"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+
+
+class MaskedOptimizer(Optimizer):
+    """A step of the inner optimizer for the entries that a rule selects anew at every step.
+
+    The inner optimizer must treat each parameter by itself, as those of torch do. State without the shape of its
+    parameter (a step counter, Adafactor's factors) is not held back: it follows the masked gradient.
+
+    Gradients must be whole and already reduced over the processes, as they are with DDP. Where they are partitioned, as
+    with FSDP and ZeRO, exact counts would need the gradients of all processes.
+
+    Attributes:
+        inner: The wrapped optimizer; it shares `param_groups` and `state` with this one.
+        rule: Which entries are updated.
+        selected: The selection for the step to come, a bool tensor by parameter; empty but between `select` and `step`.
+        updated_entries: Entries that the last selection updates.
+        total_entries: Entries of all parameters that had a gradient then.
+
+    Source: GMT, section 2, equations 3 and 4, and algorithm 1. The paper's update is that of plain gradient descent;
+        `unchanged` keeps its meaning under optimizers with a state, `momentum` is their plain combination.
+    """
+
+    def __init__(self, inner: Optimizer, rule: UpdateRule) -> None:
+        self.inner = inner
+        self.rule = rule
+        self.selected: dict[torch.Tensor, torch.Tensor] = {}
+        self.updated_entries = 0
+        self.total_entries = 0
+        self._masked_gradients: list[torch.Tensor] = []
+        self._steps = 0
+        self._share("defaults", "state", "param_groups")
+
+    def _share(self, *names: str) -> None:
+        # As in unpickling: an optimizer around groups and state that exist, where Optimizer.__init__ makes new ones.
+        self.__setstate__({name: getattr(self.inner, name) for name in names})
+
+    @torch.no_grad()
+    def select(self) -> None:
+        """Chooses the entries to be updated and sets the gradient of all others to zero, once a step.
+
+        To be called after the last backward pass of a step, before gradients are clipped, so that their norm is that
+        of the masked gradient. Further calls before `step` change nothing.
+
+        Raises:
+            MaskingError: A gradient holds NaN.
+            TrainingError: A gradient is sparse, or a process has only a part of it.
+        """
+        parameters = [parameter for _, parameter in self._with_gradients()]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        # By identity, since a skipped step (mixed precision does that) leaves a selection for gradients of the past.
+        if gradients and list(map(id, gradients)) == list(map(id, self._masked_gradients)):
+            return
+        for gradient in gradients:
+            _check_whole(gradient)
+        rule = self.rule
+        if rule.method == "gmt":
+            masks = keep_largest(gradients, rule.ratio, rule.scope)
+        else:
+            masks = keep_random(gradients, rule.ratio, rule.scope, seed=rule.seed, step=self._steps)
+        for gradient, mask in zip(gradients, masks, strict=True):
+            gradient.masked_fill_(~mask, 0.0)
+        self.selected = dict(zip(parameters, masks, strict=True))
+        self._masked_gradients = gradients
+        self.updated_entries = sum(int(mask.count_nonzero()) for mask in masks)
+        self.total_entries = sum(mask.numel() for mask in masks)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Updates the selected entries, after selecting them if that was not done.
+
+        Args:
+            closure: Not supported: it would compute gradients after they were selected.
+
+        Raises:
+            TrainingError: A closure is given, or a gradient is sparse or partitioned.
+            MaskingError: A gradient holds NaN.
+        """
+        if closure is not None:
+            raise TrainingError(
+                "A masked optimizer takes no closure: it selects from gradients that are already there.",
+                hint="call backward() before step()",
+            )
+        self.select()
+        if self.rule.unselected == "momentum":
+            self.inner.step()
+        else:
+            for group, parameter in self._with_gradients():
+                self._update(group, parameter, self.selected[parameter])
+        self._steps += 1
+        self._forget_selection()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Resets the gradients, and the selection that was made from them."""
+        super().zero_grad(set_to_none)
+        self._forget_selection()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters to the inner optimizer, and so to this one."""
+        self.inner.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the inner optimizer and the number of steps taken, which decides random selections."""
+        return {**self.inner.state_dict(), _STEPS_KEY: self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from a state that `state_dict` gave.
+
+        Raises:
+            TrainingError: It is the state of another optimizer.
+        """
+        if _STEPS_KEY not in state_dict:
+            raise TrainingError(
+                "This is the state of an optimizer that updates all entries.",
+                key=_STEPS_KEY,
+                expected="the state of a masked optimizer",
+                actual=", ".join(map(str, state_dict)),
+                hint="resume with the method that the training was started with",
+            )
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != _STEPS_KEY})
+        self._steps = state_dict[_STEPS_KEY]
+        self._forget_selection()
+        self._share("state", "param_groups")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rule}, {self.inner!r})"
+
+    def _forget_selection(self) -> None:
+        self.selected = {}
+        self._masked_gradients = []
+
+    def _with_gradients(self) -> Iterator[tuple[dict[str, Any], torch.Tensor]]:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    yield group, parameter
+
+    def _update(self, group: dict[str, Any], parameter: torch.Tensor, selected: torch.Tensor) -> None:
+        """One step of the inner optimizer on a parameter, after which entries that are not selected are put back."""
+        weight = parameter.clone()
+        before = {key: value.clone() for key, value in self._entry_state(parameter).items()}
+        self._step_alone(group, parameter)
+        after = self._entry_state(parameter)
+        if after.keys() - before.keys():
+            before = {**self._untouched_state(group, parameter), **before}
+        _put_back(parameter, weight, selected)
+        for key, value in after.items():
+            _put_back(value, before[key], selected)
+
+    def _entry_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state tensors that hold one number for each entry of the parameter."""
+        return {
+            key: value
+            for key, value in self.state.get(parameter, {}).items()
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape and key != "step"
+        }
+
+    def _untouched_state(self, group: dict[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The state that a first step creates for entries it does not select: from a gradient and a weight of zero.
+
+        With the weight itself, weight decay that is added to the gradient would enter the momentum.
+        """
+        weight, gradient, state = parameter.clone(), parameter.grad, self.state.pop(parameter)
+        parameter.zero_()
+        parameter.grad = torch.zeros_like(parameter)
+        self._step_alone(group, parameter)
+        untouched = self._entry_state(parameter)
+        parameter.copy_(weight)
+        parameter.grad, self.state[parameter] = gradient, state
+        return untouched
+
+    def _step_alone(self, group: dict[str, Any], parameter: torch.Tensor) -> None:
+        """A step of the inner optimizer that sees this parameter only, so that one tensor is copied at a time."""
+        groups, parameters = self.inner.param_groups, group["params"]
+        group["params"] = [parameter]
+        self.inner.param_groups = [group]
+        try:
+            self.inner.step()
+        finally:
+            group["params"] = parameters
+            self.inner.param_groups = groups
+
+
+def _check_whole(gradient: torch.Tensor) -> None:
+    if type(gradient) is not torch.Tensor or gradient.layout != torch.strided:
+        raise TrainingError(
+            "Entries can be selected only from gradients that are dense and whole in every process.",
+            expected="plain tensors",
+            actual=f"{type(gradient).__name__} of layout {gradient.layout}",
+            hint="train with DDP or one process, and embeddings without sparse=True",
+        )
+
+
+def _put_back(changed: torch.Tensor, before: torch.Tensor, selected: torch.Tensor) -> None:
+    torch.where(selected, changed, before, out=changed)
