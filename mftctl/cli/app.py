@@ -48,7 +48,7 @@ COMMANDS = {
     "eval": Listed("eval.evaluate", _PATH, "Measure loss and exact match on a data file, or a benchmark score."),
     "report": Listed("report.report", _PATH, "Compare all evaluated states: did it help, and is that more than noise?"),
     "run": Listed("run.run", _MORE, "Run a whole experiment from a recipe, and report it."),
-    "mask": Listed("mask.mask_app", _MORE, "Look into mask files and compare them."),
+    "mask": Listed("mask.mask_app", _MORE, "Look into mask files, compare them, take them in and give them out."),
     "env": Listed("env.env", _MORE, "Show versions, processors and memory, for a bug report."),
 }
 

@@ -18,7 +18,7 @@ mask_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Look into mask files and compare them.",
+    help="Look into mask files, compare them, take them in and give them out.",
 )
 
 MaskFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)]

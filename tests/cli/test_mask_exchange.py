@@ -1,0 +1,128 @@
+"""`mftctl mask import`, `export` and the other mask commands on delta masks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mftctl.masking.bits import Mask, load_mask, save_mask
+from mftctl.masking.drop import drop_mask
+from tests.cli.running import CommandLine
+from tests.masking.checkpoints import learn_mask, projections, write_tuned
+
+
+def same_bits(a: Mask, b: Mask) -> bool:
+    return a.names() == b.names() and all(torch.equal(a[name], b[name]) for name in a.names())
+
+
+@pytest.fixture
+def mask(tiny_checkpoint: Path, mftctl: CommandLine) -> Mask:
+    """A mask, saved as learned.bits in the command's folder."""
+    mask = learn_mask(projections(tiny_checkpoint))
+    save_mask(mask, mftctl.folder / "learned.bits")
+    return mask
+
+
+@pytest.fixture
+def delta(tiny_checkpoint: Path, mftctl: CommandLine) -> Mask:
+    """A delta mask, saved as delta.bits in the command's folder."""
+    tuned = write_tuned(tiny_checkpoint, mftctl.folder / "tuned")
+    mask = drop_mask(tiny_checkpoint, tuned, 0.3, "trivial", base_model="org/base", tuned_model="org/tuned")
+    save_mask(mask, mftctl.folder / "delta.bits")
+    return mask
+
+
+@pytest.mark.parametrize("name", ["masks.pt", "masks.npz"])
+def test_export_and_import_give_the_mask_back(
+    name: str, mftctl: CommandLine, mask: Mask, tiny_checkpoint: Path
+) -> None:
+    exported = mftctl("mask", "export", "learned.bits", "-o", name, "--json")
+    assert exported.code == 0, exported.stderr
+    document = json.loads(exported.stdout)
+    assert document == {
+        "mask": "learned.bits",
+        "output": str(mftctl.folder / name),
+        "tensors": len(mask),
+        "file_bytes": (mftctl.folder / name).stat().st_size,
+    }
+    imported = mftctl("mask", "import", name, "-m", tiny_checkpoint, "--json")
+    assert imported.code == 0, imported.stderr
+    document = json.loads(imported.stdout)
+    assert (document["mask"], document["model"]) == (str(mftctl.folder / "mask.bits"), str(tiny_checkpoint))
+    assert (document["tensors"], document["removed"], document["ratio"]) == (len(mask), mask.removed, mask.ratio)
+    found = load_mask(mftctl.folder / "mask.bits")
+    assert same_bits(found, mask)
+    assert found.metadata.base_model == str(tiny_checkpoint)
+    assert f"Next: mftctl apply {tiny_checkpoint} mask.bits -o OUT" in imported.stderr
+
+
+def test_results_are_shown_as_tables(mftctl: CommandLine, mask: Mask, tiny_checkpoint: Path) -> None:
+    exported = mftctl("mask", "export", "learned.bits", "-o", "masks.npz")
+    assert "masks.npz" in exported.stdout
+    imported = mftctl("mask", "import", "masks.npz", "-m", tiny_checkpoint, "-o", "other.bits")
+    assert f"{mask.removed:,} of {mask.weights:,}" in " ".join(imported.stdout.split())
+    assert same_bits(load_mask(mftctl.folder / "other.bits"), mask)
+
+
+@pytest.mark.usefixtures("mask")
+@pytest.mark.parametrize("command", ["import", "export"])
+def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: CommandLine, tiny_checkpoint: Path) -> None:
+    assert mftctl("mask", "export", "learned.bits", "-o", "source.npz").code == 0
+    output = mftctl.folder / ("old.bits" if command == "import" else "old.npz")
+    output.write_text("old")
+    inputs = ["source.npz", "-m", tiny_checkpoint] if command == "import" else ["learned.bits"]
+    refused = mftctl("mask", command, *inputs, "-o", output)
+    assert refused.code == 2
+    assert "There is a result already" in refused.stderr
+    assert (refused.stdout, output.read_text()) == ("", "old")
+    assert mftctl("mask", command, *inputs, "-o", output, "--yes").code == 0
+    assert output.read_bytes() != b"old"
+
+
+@pytest.mark.usefixtures("delta", "mask")
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["import", "missing.pt", "-m", "MODEL"], 1, "cannot be read"),
+        (["import", "learned.bits", "-m", "MODEL"], 1, "no kind that can be imported"),
+        (["import", "scores.pt", "-m", "MODEL"], 1, "values other than 0 and 1"),
+        (["import", "other.npz", "-m", "MODEL"], 1, "a weight that the base does not have"),
+        (["import", "other.npz"], 2, "Missing option"),
+        (["import", "other.npz", "-m", "./nowhere"], 1, "There is no such model"),
+        (["export", "learned.bits"], 2, "Missing option"),
+        (["export", "learned.bits", "-o", "masks.txt"], 1, "names no format"),
+        (["export", "delta.bits", "-o", "masks.npz"], 1, "delta mask cannot be exported"),
+        (["export", "missing.bits", "-o", "masks.npz"], 1, "missing.bits"),
+        (["diff", "learned.bits", "delta.bits"], 1, "different kinds"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake(mftctl: CommandLine, tiny_checkpoint: Path, arguments: list[str], code: int, message: str) -> None:
+    name, tensor = next(iter(projections(tiny_checkpoint).items()))
+    torch.save({name: tensor}, mftctl.folder / "scores.pt")
+    np.savez(mftctl.folder / "other.npz", w=np.zeros(3, np.uint8))
+    given = [str(tiny_checkpoint) if argument == "MODEL" else argument for argument in arguments]
+    outcome = mftctl("mask", *given)
+    assert outcome.code == code, outcome.stderr
+    assert message in " ".join(outcome.stderr.replace("│", " ").split())
+    assert outcome.stdout == ""
+    assert not (mftctl.folder / "mask.bits").exists()
+
+
+@pytest.mark.usefixtures("mask")
+def test_info_names_the_tuned_model_of_a_delta_mask_alone(mftctl: CommandLine, delta: Mask) -> None:
+    document = json.loads(mftctl("mask", "info", "delta.bits", "--json").stdout)
+    assert (document["kind"], document["base_model"], document["tuned_model"]) == ("delta", "org/base", "org/tuned")
+    assert document["tensors"][delta.names()[0]]["tuned_sha256"] == delta.records[delta.names()[0]].tuned_sha256
+    assert "org/tuned" in mftctl("mask", "info", "delta.bits").stdout
+    assert "tuned" not in mftctl("mask", "info", "learned.bits").stdout
+
+
+@pytest.mark.usefixtures("delta")
+def test_diff_compares_delta_masks(mftctl: CommandLine) -> None:
+    document = json.loads(mftctl("mask", "diff", "delta.bits", "delta.bits", "--json").stdout)
+    assert document["tensors"]["all"]["jaccard"] == 1.0

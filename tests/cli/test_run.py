@@ -1,0 +1,123 @@
+"""`mftctl run`: the plan, the experiment, the tree that shows it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from mftctl.cli.experiment_tree import experiment_tree, running_tree
+from mftctl.protocol import Planned, plan_experiment
+from mftctl.recipe_files import load_recipe
+from mftctl.runs import list_runs
+from tests.cli.running import CommandLine
+
+SHORT = {"max_steps": 2, "eval_steps": 2, "batch_size": 4}
+STAGES: dict[str, Any] = {
+    "fft": {"command": "fft"},
+    "removed": {
+        "command": "mask-train",
+        "after": "fft",
+        "set": {"mask_train.method": "random"},
+        "sweep": {"mask_train.ratio": [0.1, 0.3]},
+    },
+    "results": {"command": "eval", "of": ["fft", "removed"]},
+}
+
+
+@pytest.fixture
+def recipe(workspace: Path, mftctl: CommandLine) -> Path:
+    document = {
+        "model": str(workspace / "tiny"),
+        "data": str(workspace / "train.jsonl"),
+        "val_data": str(workspace / "val.jsonl"),
+        "test_data": str(workspace / "test.jsonl"),
+        "fft": {**SHORT, "learning_rate": 3e-3},
+        "mask_train": {**SHORT, "layers": "1-2"},
+        "eval": {"generate": False},
+        "stages": STAGES,
+    }
+    path = mftctl.folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_a_dry_run_shows_the_plan_and_does_nothing(mftctl: CommandLine, recipe: Path) -> None:
+    outcome = mftctl("run", "recipe.yaml", "--dry-run")
+    assert outcome.code == 0, outcome.stderr
+    assert [line.rstrip() for line in outcome.stdout.splitlines()] == [
+        "recipe.yaml  0 of 6 done",
+        "└── seed 0",
+        "    └── ○ fft",
+        "        ├── ○ removed[ratio=0.1] (mask-train)",
+        "        │   └── ○ results[ratio=0.1] (eval)",
+        "        ├── ○ removed[ratio=0.3] (mask-train)",
+        "        │   └── ○ results[ratio=0.3] (eval)",
+        "        └── ○ results (eval)",
+    ]
+    assert not (mftctl.folder / "runs").exists()
+
+
+def test_an_experiment_is_run_reported_and_recognised(mftctl: CommandLine, recipe: Path) -> None:
+    outcome = mftctl("run", "recipe.yaml", "--json")
+    assert outcome.code == 0, outcome.stderr
+    (table,) = json.loads(outcome.stdout)["tables"]
+    assert [row["state"] for row in table["rows"]] == [
+        "FFT",
+        "random mask (removed[ratio=0.1])",
+        "random mask (removed[ratio=0.3])",
+    ]
+    again = mftctl("run", "recipe.yaml", "--dry-run", "--json", "--set", "mask_train.target=mlp")
+    tasks = {(task["name"], task["of"]): task for task in json.loads(again.stdout)["tasks"]}
+    assert tasks["fft", "fft"]["state"] == "done"
+    assert tasks["fft", "fft"]["run"] == "001-fft"
+    changed = tasks["removed[ratio=0.1]", "removed[ratio=0.1]"]
+    assert (changed["state"], changed["why"]) == ("changed", "since 002-mask-train: mask_train.target both -> mlp")
+    assert tasks["results", "fft"]["state"] == "done"
+    assert "Seed 0, results of fft: new" in outcome.stderr
+    assert len(list_runs(mftctl.folder / "runs")[0]) == 6
+
+
+def test_a_problem_is_told_before_anything_is_run(mftctl: CommandLine, recipe: Path) -> None:
+    outcome = mftctl("run", "recipe.yaml", "--set", "mask_train.layers=3-4")
+    assert outcome.code == 2
+    assert "removed[ratio=0.1]: The model does not have that many layers" in outcome.stderr
+    assert not (mftctl.folder / "runs").exists()
+
+
+def test_a_circle_of_stages_is_one_clear_error(mftctl: CommandLine, recipe: Path) -> None:
+    outcome = mftctl("run", "recipe.yaml", "--set", "stages.fft.after=results", "--set", "stages.results.of=[fft]")
+    assert outcome.code == 2
+    assert "Stages need each other in a circle." in outcome.stderr
+    assert "fft" in outcome.stderr
+
+
+def shown(view: Any) -> list[str]:
+    console = Console(width=80, color_system=None)
+    with console.capture() as capture:
+        console.print(view)
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def test_the_live_tree_shows_the_seed_that_is_worked_on(recipe: Path, tmp_path: Path) -> None:
+    settled = load_recipe(str(recipe), sets=["seeds=[3,5]"])
+    plan: list[Planned] = plan_experiment(settled, "x", tmp_path / "none")
+    plan[1].state = "running"
+    plan[2].state = "failed"
+    plan[3].state, plan[3].why = "changed", "since 001-fft: seed 1 -> 3"
+    assert shown(running_tree("x", plan)) == [
+        "x  0 of 12 done",
+        "├── seed 3",
+        "│   └── ○ fft",
+        "│       ├── ▸ removed[ratio=0.1] (mask-train)",
+        "│       │   └── ○ results[ratio=0.1] (eval)",
+        "│       ├── ✗ removed[ratio=0.3] (mask-train)",
+        "│       │   └── ○ results[ratio=0.3] (eval)",
+        "│       └── ○ results (eval)  since 001-fft: seed 1 -> 3",
+        "└── seed 5  0 of 6 done",
+    ]
+    assert len(shown(experiment_tree("x", plan))) == 15
