@@ -44,11 +44,20 @@ def _problems(task: Task) -> Iterator[str]:
         yield "there is no training data (key data)"
     if drops and recipe.mask_train.base is None and task.after is None:
         yield "drop needs the model before fine-tuning: after a fft stage, or with mask_train.base"
+    if task.command in ("probe", "mask-train", "apply") and _is_adapter(task.after):
+        yield f"a mask needs a whole model, and {task.after.name if task.after else ''} writes an adapter (fft.merge)"
     checks = {"eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
     if task.command in checks:
         problem = checks[task.command](task, _layer_count(config))
         if problem is not None:
             yield problem
+
+
+def _is_adapter(task: Task | None) -> bool:
+    """Whether a task writes a LoRA adapter."""
+    if task is None or task.command != "fft":
+        return False
+    return task.recipe.fft.method == "lora" and not task.recipe.fft.merge
 
 
 def _eval_problem(task: Task, layer_count: int | None) -> str | None:

@@ -132,6 +132,7 @@ def load_recipe(
     base: Mapping[str, Any] | None = None,
     sets: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    stages: bool = True,
 ) -> Recipe:
     """The recipe with all its defaults.
 
@@ -140,6 +141,7 @@ def load_recipe(
         base: The configuration of an earlier run to go on with.
         sets: `a.b=value` assignments; the value is YAML.
         options: Dotted keys and values from command-line options, which win over all else.
+        stages: Whether the stages are wanted: a single command leaves them out, since its options need not fit them.
 
     Raises:
         ConfigError: Any problem of the file, the assignments or their values; all of them are listed.
@@ -148,6 +150,8 @@ def load_recipe(
     document = deepcopy(dict(base or {})) if path is None else _read_extended(path)
     assign(document, [_parse_assignment(text) for text in sets])
     assign(document, list((options or {}).items()))
+    if not stages:
+        document.pop("stages", None)
     return parse_recipe(document, path)
 
 

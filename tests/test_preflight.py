@@ -59,6 +59,16 @@ def test_a_drop_without_its_base(workspace: Path) -> None:
     assert "needs the model before fine-tuning" in problem
 
 
+def test_a_mask_on_an_adapter(workspace: Path) -> None:
+    lora = {"command": "fft", "set": {"fft.method": "lora"}}
+    mask = {"command": "mask-train", "after": "lora", "set": {"mask_train.layers": "all"}}
+    assert problems_of(workspace, {"lora": lora, "mft": mask}) == (
+        "mft: a mask needs a whole model, and lora writes an adapter (fft.merge)",
+    )
+    merged = {"command": "fft", "set": {"fft.method": "lora", "fft.merge": True}}
+    check_tasks(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
+
+
 def test_no_training_data(workspace: Path) -> None:
     assert problems_of(workspace, {"fft": FFT}, data=[]) == ("fft: there is no training data (key data)",)
 

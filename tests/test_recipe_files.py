@@ -332,6 +332,15 @@ def test_unknown_change_is_a_config_error() -> None:
     assert caught.value.problems == ("fft.epoch: unknown key; did you mean epochs?",)
 
 
+def test_a_single_command_has_no_stages_to_fit(tmp_path: Path) -> None:
+    stages = "stages:\n  random: {command: mask-train, set: {mask_train.method: random}}\n"
+    path = write(tmp_path, stages)
+    options = {"mask_train.threshold": 0.0}
+    with pytest.raises(ConfigError):
+        load_recipe(path, options=options)
+    assert load_recipe(path, options=options, stages=False).mask_train.threshold == 0.0
+
+
 # Extending
 
 

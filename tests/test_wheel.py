@@ -49,8 +49,11 @@ def test_recipes_model_and_data_are_found_in_any_folder(installed: Path, tmp_pat
     home, *recipes = done.stdout.split()
     assert Path(home) == installed / "mftctl"
     assert recipes == sorted(
-        path.relative_to(ROOT / "recipes").with_suffix("").as_posix() for path in (ROOT / "recipes").rglob("*.yaml")
+        path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+        for path in (ROOT / "recipes").rglob("*.yaml")
+        if not path.name.startswith("_")
     )
+    assert (installed / "mftctl" / "recipes" / "_mft.yaml").is_file()
 
 
 def test_nothing_else_travels(installed: Path) -> None:

@@ -50,7 +50,7 @@ class Session:
         if name is None and source is not None:
             base = source.config
             name = QUICKSTART if base is None and source.model == QUICKSTART else None
-        return load_recipe(name, base=base, sets=self._sets, options=self._options)
+        return load_recipe(name, base=base, sets=self._sets, options=self._options, stages=False)
 
     def open_training(self, *, resume: bool, output: Path | None = None) -> tuple[Run, Recipe, Source]:
         """A run to train in, new or resumed, with its recipe and its source.
