@@ -206,6 +206,8 @@ def _run(
             digest=planned.digest,
             decides=planned.decides,
         )
+    elif resume:
+        planned.run.go_on()
     with recorded(planned.run):
         planned.run.finish(_work(task.command, recipe, source, planned.run, listener, resume=resume))
 

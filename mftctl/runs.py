@@ -7,6 +7,7 @@ configuration, readable as a recipe), `metrics.jsonl`, `checkpoints/` and the co
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import time
@@ -46,6 +47,7 @@ class RunRecord:
         stage: Name of the stage of an experiment, None for a command on its own.
         digest: Digest of everything that decides the result, to recognise finished stages; None outside `run`.
         decides: What that digest is of, to say what has changed; empty outside `run`.
+        worker: Host and process id of the command that works on it, or worked on it last.
         error: The message a failed run ended with.
     """
 
@@ -62,6 +64,7 @@ class RunRecord:
     stage: str | None = None
     digest: str | None = None
     decides: dict[str, Any] = field(default_factory=dict)
+    worker: str | None = None
     error: str | None = None
 
 
@@ -119,6 +122,39 @@ class Run:
     def name(self) -> str:
         """The folder's name, such as `003-mask-train`."""
         return self.folder.name
+
+    @property
+    def is_worked_on(self) -> bool:
+        """Whether another process of this machine works on it now; of other machines that cannot be known."""
+        host, _, process = (self.record.worker or "").rpartition(":")
+        if self.record.status != "running" or host != platform.node() or not process.isdecimal():
+            return False
+        if int(process) == os.getpid():
+            return False
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # there is one, of another user
+            return True
+        return True
+
+    def go_on(self) -> None:
+        """Takes up a run that was stopped, killed or failed.
+
+        Raises:
+            RunError: Another process works on it.
+        """
+        self.record = load_run(self.folder).record
+        self._clock_start_seconds = time.monotonic()
+        if self.is_worked_on:
+            raise RunError(
+                "Another process works on this run.",
+                path=self.folder,
+                actual=f"process {self.record.worker}",
+                hint="wait for it, or stop it first",
+            )
+        self.update(status="running", worker=_worker())
 
     @property
     def training(self) -> TrainingFolder:
@@ -185,10 +221,15 @@ def create_run(
         stage=stage,
         digest=digest,
         decides=dict(decides or {}),
+        worker=_worker(),
     )
     run = Run(folder, record)
     run.update()
     return run
+
+
+def _worker() -> str:
+    return f"{platform.node()}:{os.getpid()}"
 
 
 def load_run(folder: Path) -> Run:

@@ -11,8 +11,9 @@ import pytest
 
 from mftctl.cli.app import load_command
 from mftctl.config import Recipe, deciding_keys
+from mftctl.data.files import Record
 from mftctl.data.formats import to_example
-from mftctl.errors import DataError
+from mftctl.data.trees import conversations, is_message
 from mftctl.evaluation.benchmarks import find_benchmark
 from mftctl.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe, read_yaml
 from mftctl.stages import Task, spell_out
@@ -378,20 +379,10 @@ def test_the_columns_of_every_data_set_are_known() -> None:
     assert {path for path in paths if "/" in path} == set(COLUMNS)
 
 
-def reads(path: str) -> bool:
-    """Whether records with these columns become questions with answers, not plain text."""
-    try:
-        return to_example(COLUMNS[path], path).kind != "text"
-    except DataError:
-        return False
-
-
-def test_data_sets_that_cannot_be_read_are_marked_until_they_can() -> None:
-    named = re.compile(r"^(?:  - |data: )(\S+?)(?:=\d+)?(?:  # (not read yet: .+))?$", re.MULTILINE)
-    marks = {
-        path: mark
-        for file in BUILT_IN_FOLDER.glob("_data_*.yaml")
-        for path, mark in named.findall(file.read_text(encoding="utf-8"))
-    }
-    assert set(marks) == set(COLUMNS) - {"openai/gsm8k:main"}
-    assert {path: bool(mark) for path, mark in marks.items()} == {path: not reads(path) for path in marks}
+@pytest.mark.parametrize("path", COLUMNS)
+def test_every_data_set_is_read_as_questions_with_answers(path: str) -> None:
+    record = Record(path, COLUMNS[path])
+    if is_message(record):
+        reply = Record(path, {**TREE, "message_id": "2", "parent_id": TREE["message_id"], "role": "assistant"})
+        (record,) = conversations([record, reply])
+    assert to_example(record.fields, path).answer.strip()

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -235,3 +239,41 @@ def test_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     folder.rewind(5)
     folder.log({"step": 2})
     assert folder.metrics() == [{"step": 1}, {"step": 2}]
+
+
+# Several processes
+
+
+def test_a_run_of_a_living_process_is_not_taken_up(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        run = create_run(tmp_path, "fft", {})
+        run.update(worker=f"{platform.node()}:{other.pid}")
+        assert load_run(run.folder).is_worked_on
+        with pytest.raises(RunError, match="Another process works on this run") as caught:
+            load_run(run.folder).go_on()
+        assert str(other.pid) in str(caught.value.actual)
+        run.update(status="interrupted")
+        assert not load_run(run.folder).is_worked_on
+        run.update(status="running")
+        assert other.stdin is not None
+        other.stdin.close()
+        other.wait()
+    taken = load_run(run.folder)
+    taken.go_on()
+    assert load_run(run.folder).record.worker == f"{platform.node()}:{os.getpid()}"
+
+
+@pytest.mark.parametrize("worker", [None, "", "elsewhere:1", "damaged"])
+def test_a_run_of_another_machine_or_of_nobody_is_taken_up(tmp_path: Path, worker: str | None) -> None:
+    run = create_run(tmp_path, "fft", {})
+    run.update(worker=worker)
+    assert not run.is_worked_on
+    run.go_on()
+    assert run.record.status == "running"
+
+
+def test_going_on_sees_what_another_process_wrote_since(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "fft", {})
+    load_run(run.folder).update(status="interrupted", inputs={"model": "m"})
+    run.go_on()
+    assert run.record.inputs == {"model": "m"}

@@ -48,6 +48,11 @@ COMMANDS = {
     "eval": Listed("eval.evaluate", _PATH, "Measure loss and exact match on a data file, or a benchmark score."),
     "report": Listed("report.report", _PATH, "Compare all evaluated states: did it help, and is that more than noise?"),
     "run": Listed("run.run", _MORE, "Run a whole experiment from a recipe, and report it."),
+    "validate": Listed(
+        "validate.validate",
+        _MORE,
+        "Check all of a recipe that can be checked before training: files, labels, masks, memory, steps.",
+    ),
     "mask": Listed("mask.mask_app", _MORE, "Look into mask files, compare them, take them in and give them out."),
     "env": Listed("env.env", _MORE, "Show versions, processors and memory, for a bug report."),
 }

@@ -142,7 +142,7 @@ class Session:
             inputs["origin"],
             run.record.config,
         )
-        run.update(status="running")
+        run.go_on()
         return run, load_recipe(base=run.record.config), source
 
 

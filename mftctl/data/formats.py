@@ -54,6 +54,9 @@ def _conversation(key: str) -> _Build:
         if not isinstance(turns, list):
             raise _wrong_type(where, key, "a list of turns", turns)
         messages = tuple(_turn(turn, where, f"{key}[{index}]") for index, turn in enumerate(turns))
+        if "system" in fields and messages and messages[0].role != "system":
+            system = _text(fields, "system", where)
+            messages = (Message("system", system), *messages) if system.strip() else messages
         if not messages or messages[-1].role != "assistant":
             raise DataError(
                 "The conversation does not end with an answer.",
@@ -82,7 +85,7 @@ def _turn(turn: object, where: str, key: str) -> Message:
     role_key = "from" if turn.get("role") is None else "role"
     content_key = "value" if turn.get("content") is None else "content"
     name = turn.get(role_key)
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    role = _ROLES.get(name.lower()) if isinstance(name, str) else None
     if role is None:
         raise DataError(
             "The role of a turn is not known.",
@@ -125,7 +128,11 @@ _FORMATS: tuple[tuple[tuple[str, ...], _Build], ...] = (
     (("prompt", "response"), _pair("prompt", "response", "completion")),
     (("question", "answer"), _pair("question", "answer", "chat")),
     (("instruction", "output"), _alpaca),
+    (("instruction", "response"), _pair("instruction", "response", "chat")),
     (("problem", "solution"), _pair("problem", "solution", "chat")),
+    (("query", "response"), _pair("query", "response", "chat")),
+    (("query", "answer"), _pair("query", "answer", "chat")),
+    (("inputs", "targets"), _pair("inputs", "targets", "chat")),
     (("text",), _plain_text),
 )
 

@@ -15,6 +15,7 @@ from mftctl.data.files import Record, read_records
 from mftctl.data.formats import to_example
 from mftctl.data.hub import read_hub
 from mftctl.data.splits import sample_count
+from mftctl.data.trees import conversations, is_message
 from mftctl.errors import DataError
 
 _HUB_ID = re.compile(r"(?P<identifier>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?", re.ASCII)
@@ -82,7 +83,12 @@ def data_digest(examples: Iterable[Example]) -> str:
 
 
 def _load_source(source: DataSource, seed: int) -> list[Example]:
-    examples = [to_example(record.fields, record.where) for record in _read(source)]
+    records = _read(source)
+    if is_message(records[0]):
+        records = conversations(records)
+        if not records:
+            raise DataError("The trees of messages hold no answer.", path=source.path)
+    examples = [to_example(record.fields, record.where) for record in records]
     if source.count is None:
         return examples
     if source.count > len(examples):

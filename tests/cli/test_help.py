@@ -27,6 +27,7 @@ COMMANDS = [
     "eval",
     "report",
     "run",
+    "validate",
     "mask",
     "mask info",
     "mask diff",

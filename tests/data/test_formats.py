@@ -25,6 +25,12 @@ QUESTION_ANSWER = (Message("user", "2+2?"), Message("assistant", "4"))
         ({"instruction": "2+2?", "output": "4"}, "chat"),
         ({"instruction": "2+2?", "input": "", "output": "4"}, "chat"),
         ({"problem": "2+2?", "solution": "4", "level": 3}, "chat"),
+        ({"instruction": "2+2?", "response": "4"}, "chat"),
+        ({"query": "2+2?", "response": "4", "type": "GSM_AnsAug"}, "chat"),
+        ({"query": "2+2?", "answer": "4", "resource": "evol"}, "chat"),
+        ({"inputs": "2+2?", "targets": "4", "language": "English"}, "chat"),
+        ({"conversations": [{"from": "User", "value": "2+2?"}, {"from": "Assistant", "value": "4"}]}, "chat"),
+        ({"system": "", "conversations": [{"from": "User", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "chat"),
         ({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "chat"),
         ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "chat"),
         ({"conversations": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "chat"),
@@ -48,6 +54,14 @@ def test_conversation_keeps_system_tool_and_several_turns() -> None:
     turns = [{"role": role, "content": f"{index}"} for index, role in enumerate(roles)]
     example = to_example({"messages": turns}, WHERE)
     assert example.messages == tuple(Message(role, f"{index}") for index, role in enumerate(roles))
+
+
+def test_a_system_prompt_beside_the_turns_stands_before_them() -> None:
+    turns = [{"from": "User", "value": "2+2?"}, {"from": "Assistant", "value": "4"}]
+    example = to_example({"system": "Be brief.", "conversations": turns}, WHERE)
+    assert example.messages == (Message("system", "Be brief."), *QUESTION_ANSWER)
+    own = [{"role": "system", "content": "Be long."}, *turns]
+    assert to_example({"system": "Be brief.", "conversations": own}, WHERE).messages[0].content == "Be long."
 
 
 def test_null_column_counts_as_absent() -> None:

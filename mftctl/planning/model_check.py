@@ -1,0 +1,142 @@
+"""What can be said of a model without its weights: its configuration, its tokenizer, its projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from mftctl import quickstart
+from mftctl.config import Recipe
+from mftctl.errors import ModelError
+from mftctl.masking.checkpoint import resolve_checkpoint, tensor_index
+from mftctl.masking.checkpoint_source import is_adapter
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
+from mftctl.models import load_tokenizer
+from mftctl.planning.findings import Findings
+from mftctl.planning.skeletons import build_skeleton, read_config
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    """A model known by its configuration.
+
+    Attributes:
+        name: As in the recipe.
+        config: Its configuration.
+        tokenizer: Its tokenizer; None where there is none to load.
+        parameters: Its number of parameters.
+        layer_count: Its number of decoder layers.
+        projections: All attention and MLP projections, without data.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    parameters: int
+    layer_count: int
+    projections: list[MaskTarget]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        tokenizer = self.tokenizer
+        return {
+            "name": self.name,
+            "model_type": self.config.model_type,
+            "parameters": self.parameters,
+            "layers": self.layer_count,
+            "projections": len(self.projections),
+            "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
+            "chat_template": None if tokenizer is None else bool(tokenizer.chat_template),
+        }
+
+
+def check_model(recipe: Recipe, findings: Findings) -> CheckedModel | None:
+    """The recipe's model, or None where even its shapes cannot be known.
+
+    Args:
+        recipe: Names the model and its revision.
+        findings: Gets what is wrong with its files, its tokenizer and its family.
+    """
+    if recipe.model is None:
+        findings.problem("model: the recipe names none (try: --set model=DIR)")
+        return None
+    checked = None
+    with findings.collecting("model"):
+        name = _base_of(recipe.model)
+        config = read_config(name, recipe.revision)
+        _check_family(recipe, config, findings)
+        _check_weights(name, findings)
+        tokenizer = _find_tokenizer(name, recipe.revision, findings)
+        _check_vocabulary(config, tokenizer, findings)
+        model = build_skeleton(config, torch.float32)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        layer_count = len(decoder_layers(model)[1])
+        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, find_targets(model))
+    return checked
+
+
+def _base_of(model: str) -> str:
+    """The model itself, or the base of a LoRA adapter, whose shapes it has."""
+    folder = Path(model).expanduser()
+    if not is_adapter(folder):
+        return model
+    from mftctl.tuning.lora import adapter_base
+
+    return adapter_base(folder)
+
+
+def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: Findings) -> None:
+    if recipe.model_type is not None and recipe.model_type != config.model_type:
+        findings.problem(
+            f"model_type: the recipe is for another model family (expected: {recipe.model_type}; "
+            f"got: {config.model_type})"
+        )
+
+
+def _check_weights(model: str, findings: Findings) -> None:
+    folder = _local_folder(model)
+    if folder is None:
+        findings.skip("model: the weights were not looked for; the first command downloads them")
+    elif not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+        findings.skip(f"model: the weights, since {folder} holds none; all figures follow from config.json")
+    else:
+        tensor_index(resolve_checkpoint(model))
+
+
+def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> PreTrainedTokenizerBase | None:
+    folder = _local_folder(model)
+    if folder is None:
+        try:
+            return AutoTokenizer.from_pretrained(model, revision=revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError("The tokenizer cannot be loaded.", path=model, actual=error) from error
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return load_tokenizer(folder)
+    findings.skip(
+        f"model: chat template, labels and token counts, since {folder} holds no tokenizer; every batch is taken to "
+        "have max_length_tokens"
+    )
+    return None
+
+
+def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> None:
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
+        findings.problem(
+            f"model: the tokenizer has more tokens than the model (expected: at most {vocabulary:,}; "
+            f"got: {len(tokenizer):,})"
+        )
+
+
+def _local_folder(model: str) -> Path | None:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    return quickstart.model_path() if model == quickstart.NAME else None

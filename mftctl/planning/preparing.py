@@ -1,0 +1,111 @@
+"""How a recipe's sections train a model, as far as memory depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.masking.layers import Indicator, attach_masks, masked_layers
+from mftctl.masking.targets import MaskTarget, find_targets
+from mftctl.training import uses_bf16
+from mftctl.tuning.hft import freeze_half
+
+Optimizer = Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What decides the memory of a training besides the model and its batches.
+
+    Attributes:
+        prepare: Makes the parameters trainable that the method trains, with adapters or masks in place.
+        trained: What that depends on; plans are equal where it and the settings below are.
+        weights_dtype: Of the weights in memory.
+        autocast: Whether forward passes compute in bf16 on fp32 weights.
+        gradient_checkpointing: Whether activations are computed twice instead of kept.
+        accumulates: Whether gradients are kept while further batches are computed.
+        optimizer: What keeps moments.
+        selects_entries: Whether a step chooses the entries that it updates.
+    """
+
+    prepare: Callable[[PreTrainedModel], None] = field(compare=False)
+    trained: tuple[Hashable, ...]
+    weights_dtype: torch.dtype
+    autocast: bool
+    gradient_checkpointing: bool
+    accumulates: bool
+    optimizer: Optimizer = "adamw"
+    selects_entries: bool = False
+
+
+def plan_fine_tuning(options: FftOptions, seed: int) -> TrainingPlan:
+    """The plan of the `fft` command.
+
+    Args:
+        options: The recipe's `fft` section.
+        seed: Decides what HFT freezes.
+    """
+
+    def prepare(model: PreTrainedModel) -> None:
+        if options.method == "hft":
+            freeze_half(model, seed)
+        elif options.method == "lora":
+            from mftctl.tuning.lora import add_adapter
+
+            # Any name will do, as long as model and adapter agree on it.
+            model.name_or_path = model.config.model_type
+            add_adapter(model, options, base=model.config.model_type, seed=seed)
+
+    return TrainingPlan(
+        prepare,
+        (options.method, options.lora_rank, seed if options.method == "hft" else None),
+        torch.float32,
+        uses_bf16(options.precision),
+        *_repeats(options),
+        options.optimizer,
+        options.method in ("gmt", "random"),
+    )
+
+
+def plan_mask_training(options: MaskTrainOptions, layers: Sequence[int]) -> TrainingPlan:
+    """The plan of the `mask-train` command for the methods that measure on the model.
+
+    Args:
+        options: The recipe's `mask_train` section.
+        layers: Decoder layers that carry the mask.
+    """
+
+    def prepare(model: PreTrainedModel) -> None:
+        attach_without_data(model, find_targets(model, layers, options.target, options.projections))
+        if options.method != "learned":
+            model.requires_grad_(False)
+
+    dtype = torch.bfloat16 if uses_bf16(options.precision) else torch.float32
+    trained = (options.method == "learned", tuple(layers), options.target, tuple(options.projections or ()))
+    return TrainingPlan(prepare, trained, dtype, False, *_repeats(options))
+
+
+def attach_without_data(model: PreTrainedModel, targets: Sequence[MaskTarget]) -> None:
+    """Puts masks on a model without data, whose scores cannot be compared."""
+    scores = {target.name: torch.empty(target.module.weight.shape) for target in targets}
+    attach_masks(model, targets, scores, Indicator())
+    for _, module in masked_layers(model):
+        module.indicator = _ShapeIndicator()
+
+
+class _ShapeIndicator(Indicator):
+    """Allocates what a selection by rank allocates, and compares nothing."""
+
+    def keep(self, scores: torch.Tensor) -> torch.Tensor:
+        ranked = scores.abs()
+        partitioned = ranked.clone()
+        return torch.empty_like(partitioned, dtype=torch.bool)
+
+
+def _repeats(options: TrainingOptions) -> tuple[bool, bool]:
+    return options.gradient_checkpointing, options.grad_accum_steps > 1

@@ -1,0 +1,92 @@
+"""Models of the right shapes without any weights, from their configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from mftctl import quickstart
+from mftctl.errors import ModelError
+
+
+def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model; of its files only `config.json` is needed.
+
+    Args:
+        model: Checkpoint folder, hub id or `quickstart`.
+        revision: Of a hub model.
+
+    Raises:
+        ModelError: There is no such model, the hub cannot be reached, or transformers does not know its architecture.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir() and model == quickstart.NAME:
+        folder = quickstart.model_path()
+    try:
+        config: PreTrainedConfig = (
+            AutoConfig.from_pretrained(folder, local_files_only=True)
+            if folder.is_dir()
+            else AutoConfig.from_pretrained(model, revision=revision)
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            "The model's configuration cannot be read.",
+            path=folder if folder.is_dir() else model,
+            expected='a folder with config.json, a hub model that can be reached, or "quickstart"',
+            actual=str(error).splitlines()[0],
+            hint="check the path; config.json alone is enough for validate",
+        ) from error
+    return config
+
+
+def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal language model of a configuration on the meta device: shapes and dtypes alone.
+
+    Raises:
+        ModelError: transformers has no causal language model for it.
+    """
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype
+            )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            "transformers cannot build a causal language model from this configuration.",
+            path=config.name_or_path or None,
+            key=config.model_type,
+            actual=str(error).splitlines()[0],
+        ) from error
+    return model
+
+
+@contextmanager
+def without_data(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside it, a model from the meta device runs as if on a device, and nothing takes memory or computes.
+
+    Unlike tensors of the meta device, fake tensors know the device they stand for, and so take the same kernels and
+    casts as real ones.
+
+    Args:
+        model: Changed in place: its parameters and buffers become fake tensors, shared ones stay shared.
+        device: What it is to run on; need not exist here.
+    """
+    with FakeTensorMode(), device:
+        made: dict[torch.Tensor, torch.Tensor] = {}
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in list(tensors.items()):
+                    if tensor is not None:
+                        setattr(module, name, made.setdefault(tensor, _fake(tensor)))
+        yield
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -1,0 +1,189 @@
+"""Steps, tokens, masks and memory of each training stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.errors import ConfigError
+from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
+from mftctl.planning.findings import Findings
+from mftctl.planning.masks import masked_tensors
+from mftctl.planning.memory import Batches, MemoryEstimate, assumed_batches, estimate_memory, largest_batches
+from mftctl.planning.model_check import CheckedModel
+from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_training
+from mftctl.planning.training_data import DataCheck, Tokens
+from mftctl.stages import Task
+from mftctl.training import total_steps
+
+TRAINING_COMMANDS = ("fft", "probe", "mask-train")
+
+
+class StageFigures:
+    """The figures of a recipe's stages; estimates that several stages share are made once.
+
+    Args:
+        model: The recipe's model; None leaves its figures out.
+        data: The recipe's data.
+        findings: Gets what does not fit the model.
+        process_bytes: What the process takes without any model.
+
+    Attributes:
+        masks: What is masked, by the stage's name.
+        memory: The estimate of each training stage.
+    """
+
+    def __init__(self, model: CheckedModel | None, data: DataCheck, findings: Findings, process_bytes: int) -> None:
+        self.masks: dict[str, dict[str, Any]] = {}
+        self.memory: list[dict[str, Any]] = []
+        self._model = model
+        self._data = data
+        self._findings = findings
+        self._process_bytes = process_bytes
+        self._estimates: dict[tuple[TrainingPlan, Batches], MemoryEstimate] = {}
+
+    def row(self, task: Task) -> dict[str, Any]:
+        """Method, layers, records, steps and tokens of a training stage; its masks and its memory go to the attributes.
+
+        Raises:
+            MftError: The stage does not fit the model.
+        """
+        method = task.recipe.fft.method if task.command == "fft" else task.recipe.mask_train.method
+        row: dict[str, Any] = {"method": method}
+        if method == "drop" and task.command == "mask-train":
+            _check_drop(task)
+            if self._model is not None:
+                self._note_mask(task, self._model.projections, "all")
+            return row
+        if not task.recipe.data:
+            raise ConfigError("Training needs data.", key="data", expected="a file or a hub id", actual="none given")
+        self._check_length(training_options(task))
+        row |= self._steps(task)
+        if self._model is None:
+            return row
+        plan = plan_fine_tuning(task.recipe.fft, task.seed)
+        if task.command != "fft":
+            groups = self._groups(task, self._model)
+            layers = max(groups, key=len)
+            row["layers"] = _layers_text(task, groups)
+            options = task.recipe.mask_train
+            masked = [target for target in self._model.projections if target.layer in layers]
+            self._note_mask(task, _chosen(masked, options), row["layers"])
+            plan = plan_mask_training(options, layers)
+        self._note_memory(task, plan)
+        return row
+
+    def _steps(self, task: Task) -> dict[str, Any]:
+        options = training_options(task)
+        parts = self._data.parts(task.recipe)
+        share = task.recipe.probe.data_fraction if task.command == "probe" else options.data_fraction
+        records = max(1, int(len(parts.train) * share + 0.5)) if share < 1 else len(parts.train)
+        if records == 0:
+            return {}
+        runs = 1
+        if task.command == "probe" and self._model is not None:
+            runs = len(self._groups(task, self._model))
+        learns = task.command == "fft" or task.recipe.mask_train.method == "learned"
+        steps = total_steps(records, options) * runs if learns else 0
+        step_records = min(options.batch_size * options.grad_accum_steps, records)
+        figures = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
+        tokens = self._data.tokens(task.recipe, options.max_length_tokens)
+        if tokens is None:
+            return figures
+        mean_tokens = sum(len(record.input_ids) for record in tokens.train) / len(tokens.train)
+        total = steps * step_records if options.max_steps else math.ceil(options.epochs * records) * runs * bool(steps)
+        return {
+            **figures,
+            "tokens_per_step": round(mean_tokens * step_records),
+            "tokens": round(mean_tokens * total),
+        }
+
+    def _groups(self, task: Task, model: CheckedModel) -> list[list[int]]:
+        """The layers that may carry a mask: one choice, or all that a probe tries."""
+        count = model.layer_count
+        probe = task if task.command == "probe" else task.layers_from
+        if probe is None:
+            return [parse_layers(task.recipe.mask_train.layers or "all", count)]
+        options = probe.recipe.probe
+        wanted = parse_layers(options.layers or "all", count)
+        return [group for size in options.groups for group in layer_groups(count, size, wanted)]
+
+    def _note_mask(self, task: Task, targets: Sequence[MaskTarget], layers: str) -> None:
+        tensors = masked_tensors(targets, task.recipe.mask_train)
+        counted = [tensor.removed for tensor in tensors if tensor.removed is not None]
+        sizes = [tensor.deflate_bytes for tensor in tensors if tensor.deflate_bytes is not None]
+        whole = len(counted) == len(tensors)
+        self.masks[task.name] = {
+            "layers": layers,
+            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in tensors],
+            "weights": sum(tensor.weights for tensor in tensors),
+            "removed": sum(counted) if whole else None,
+            "packed_bytes": sum(tensor.packed_bytes for tensor in tensors),
+            "deflate_bytes": sum(sizes) if whole else None,
+        }
+
+    def _note_memory(self, task: Task, plan: TrainingPlan) -> None:
+        if self._model is None:
+            return
+        options = training_options(task)
+        tokens = self._data.tokens(task.recipe, options.max_length_tokens)
+        batches = _batches(tokens, options)
+        key = (plan, batches)
+        if key not in self._estimates:
+            self._estimates[key] = estimate_memory(self._model.config, plan, batches, process_bytes=self._process_bytes)
+        self.memory.append({"stage": task.name, **asdict(batches), **asdict(self._estimates[key])})
+
+    def _check_length(self, options: TrainingOptions) -> None:
+        if self._model is None:
+            return
+        known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if known is not None and options.max_length_tokens > known:
+            self._findings.warn(
+                "max_length_tokens: longer than what the model was made for "
+                f"(expected: at most {known}; got: {options.max_length_tokens})"
+            )
+
+
+def training_options(task: Task) -> FftOptions | MaskTrainOptions:
+    """The section that a training stage trains with."""
+    if task.command == "fft":
+        return task.recipe.fft
+    options = task.recipe.mask_train
+    if task.command == "probe" and task.recipe.probe.epochs is not None:
+        return options.model_copy(update={"epochs": task.recipe.probe.epochs})
+    return options
+
+
+def _batches(tokens: Tokens | None, options: TrainingOptions) -> Batches:
+    if tokens is None:
+        return assumed_batches(options.batch_size, options.max_length_tokens)
+    return largest_batches(tokens.train, tokens.validation, options.batch_size)
+
+
+def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[MaskTarget]:
+    """Those of the target and, with a ratio by projection, of its names; the plan checks that all names are there."""
+    return [
+        target
+        for target in targets
+        if options.target in (target.part, "both")
+        and (options.projections is None or target.projection in options.projections)
+    ]
+
+
+def _layers_text(task: Task, groups: Sequence[Sequence[int]]) -> str:
+    if len(groups) == 1:
+        return format_layers(groups[0])
+    return f"{len(groups)} groups" if task.command == "probe" else f"{len(max(groups, key=len))} of a probe"
+
+
+def _check_drop(task: Task) -> None:
+    if task.recipe.mask_train.base is None and task.after is None:
+        raise ConfigError(
+            "drop needs the model before fine-tuning.",
+            key="mask_train.base",
+            expected="a checkpoint folder or a hub id, or a stage that comes after an fft stage",
+            actual="none given",
+        )

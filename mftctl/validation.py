@@ -1,0 +1,134 @@
+"""The `validate` workflow: everything about a recipe that can be checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mftctl.config import Command, Recipe
+from mftctl.data.files import read_records
+from mftctl.errors import ConfigError
+from mftctl.evaluation.benchmarks import find_benchmark
+from mftctl.planning.findings import Findings
+from mftctl.planning.memory import resident_bytes
+from mftctl.planning.model_check import CheckedModel, check_model
+from mftctl.planning.samples import trained_segments
+from mftctl.planning.stage_figures import TRAINING_COMMANDS, StageFigures, training_options
+from mftctl.planning.training_data import DataCheck, Tokens, token_counts
+from mftctl.stages import Task, spell_out
+
+SAMPLES = 2
+_WITHOUT_STAGES: tuple[Command, ...] = ("fft", "mask-train")
+
+
+def validate(recipe: Recipe, name: str | None) -> dict[str, Any]:
+    """The result of checking a recipe, as plain data: nothing is trained, and no weights are read.
+
+    Its keys: `recipe`; `problems`, `warnings` and `not_checked`, one text each; `model`; `data` (records and tokens of
+    each part); `samples` (records with their `segments`); `masks` (tensors and counts by stage); `stages` (steps and
+    tokens); `memory` (bytes on one device by stage). Several seeds repeat the same stages, so that one is shown.
+
+    Args:
+        recipe: Read and complete.
+        name: Its name or path, for the record.
+    """
+    findings = Findings()
+    model = check_model(recipe, findings)
+    data = DataCheck(None if model is None else model.tokenizer, findings)
+    tasks = _tasks(recipe, findings)
+    parts = data.parts(recipe)
+    tokens = data.tokens(recipe, _first_length(recipe, tasks))
+    figures = StageFigures(model, data, findings, resident_bytes())
+    stages = [_stage(task, figures, findings) for task in tasks]
+    _check_benchmarks(recipe, findings)
+    counts: dict[str, dict[str, Any]] = {
+        "train": {"records": len(parts.train)},
+        "validation": {"records": len(parts.validation)},
+        "test": {"records": len(parts.test)},
+    }
+    if tokens is not None:
+        counts["train"] |= token_counts(tokens.train)
+        counts["validation"] |= token_counts(tokens.validation)
+    return {
+        "recipe": name,
+        "problems": findings.problems,
+        "warnings": findings.warnings,
+        "not_checked": findings.not_checked,
+        "model": {} if model is None else model.summary(),
+        "data": counts,
+        "samples": _samples(tokens, model),
+        "seeds": len(recipe.seeds) or 1,
+        "stages": stages,
+        "masks": figures.masks,
+        "memory": figures.memory,
+    }
+
+
+def _tasks(recipe: Recipe, findings: Findings) -> list[Task]:
+    """What the recipe asks for with its first seed; without stages, `fft` and `mask-train` as configured."""
+    if not recipe.stages:
+        return [Task(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
+    tasks: list[Task] = []
+    with findings.collecting("stages"):
+        tasks = spell_out(recipe)
+    return [task for task in tasks if task.seed == tasks[0].seed]
+
+
+def _first_length(recipe: Recipe, tasks: Sequence[Task]) -> int:
+    """The length at which the first training cuts its records."""
+    lengths = [training_options(task).max_length_tokens for task in tasks if task.command in TRAINING_COMMANDS]
+    return lengths[0] if lengths else recipe.fft.max_length_tokens
+
+
+def _stage(task: Task, figures: StageFigures, findings: Findings) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": task.name, "command": task.command}
+    if task.command in ("apply", "eval") and task.after is not None:
+        row["of"] = task.after.name
+    with findings.collecting(task.name):
+        if task.command in TRAINING_COMMANDS:
+            row |= figures.row(task)
+        elif task.command == "eval":
+            _check_measures(task.recipe)
+            _check_benchmarks(task.recipe, findings)
+    return row
+
+
+def _check_measures(recipe: Recipe) -> None:
+    if not recipe.test_data and not recipe.eval.tasks:
+        raise ConfigError(
+            "eval needs something to measure.",
+            key="test_data or eval.tasks",
+            expected="a data file or a benchmark",
+            actual="neither",
+        )
+
+
+def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
+    """Every benchmark is known, and every local file of one exists, parses and belongs to a task that is run."""
+    tasks = recipe.eval.tasks
+    for task in tasks:
+        with findings.collecting("eval.tasks"):
+            find_benchmark(task)
+    for task, file in recipe.eval.task_data.items():
+        if task not in tasks:
+            known = ", ".join(tasks) or "none given"
+            findings.problem(f"eval.task_data.{task}: a file for a benchmark that is not run (expected: {known})")
+        with findings.collecting(f"eval.task_data.{task}"):
+            read_records(Path(file))
+
+
+def _samples(tokens: Tokens | None, model: CheckedModel | None) -> list[dict[str, Any]]:
+    """The first training records as they are trained on."""
+    if tokens is None or model is None or model.tokenizer is None:
+        return []
+    return [
+        {
+            "where": record.where,
+            "tokens": len(record.input_ids),
+            "answer_tokens": record.answer_tokens,
+            "segments": [asdict(segment) for segment in trained_segments(record, model.tokenizer)],
+        }
+        for record in tokens.train[:SAMPLES]
+    ]

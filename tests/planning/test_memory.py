@@ -1,0 +1,200 @@
+"""Memory estimates: against measured peaks, against counts by hand, and their reaction to options."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mftctl.config import FftOptions, MaskTrainOptions
+from mftctl.data.encoding import Encoded
+from mftctl.errors import MaskingError, ModelError
+from mftctl.planning.memory import (
+    Batches,
+    MemoryEstimate,
+    assumed_batches,
+    estimate_memory,
+    largest_batches,
+    resident_bytes,
+)
+from mftctl.planning.preparing import plan_fine_tuning, plan_mask_training
+from mftctl.planning.skeletons import read_config
+from mftctl.preparation import prepare_training
+from tests.conftest import build_llama
+from tests.planning.peak_memory import Case, make_case
+
+_WEIGHTS = {
+    "layers": 4,
+    "vocab_size": 1000,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+_LOGITS = {"layers": 2, "vocab_size": 40_000, "hidden_size": 64, "intermediate_size": 128}
+_ACTIVATIONS = {"layers": 8, "hidden_size": 128, "intermediate_size": 512}
+_CASES = {
+    "fft, weights": Case("fft", _WEIGHTS, 2, 60),
+    "mask-train, weights": Case("mask-train", _WEIGHTS, 2, 60, {"grad_accum_steps": 2}),
+    "fft, logits": Case("fft", _LOGITS, 4, 120),
+    "fft, checkpointing": Case("fft", _ACTIVATIONS, 8, 256, {"gradient_checkpointing": True}),
+}
+_TINY = Batches(4, 24, True, 4, 24, 12)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, int]]:
+    """The peak of each case, measured in a process of its own."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not let a process measure its peak anew")
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.planning.peak_memory", json.dumps([asdict(case) for case in _CASES.values()])],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return dict(zip(_CASES, json.loads(finished.stdout), strict=True))
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_estimates_are_within_15_percent_of_measured_peaks(
+    name: str, measured: dict[str, dict[str, int]], tmp_path: Path
+) -> None:
+    case = _CASES[name]
+    recipe = make_case(tmp_path, case)
+    options = recipe.fft if case.command == "fft" else recipe.mask_train
+    inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=options.max_length_tokens)
+    plan = plan_fine_tuning(options, 0) if isinstance(options, FftOptions) else plan_mask_training(options, [0, 1])
+    batches = largest_batches(inputs.train, inputs.validation, options.batch_size)
+    estimate = estimate_memory(read_config(str(recipe.model)), plan, batches, process_bytes=0)
+    # Without the process, which is most of a small training and would hide any mistake.
+    expected = measured[name]["peak_bytes"] - measured[name]["process_bytes"]
+    assert expected > 50e6, "too small to tell anything"
+    assert estimate.peak_bytes == pytest.approx(expected, rel=0.15)
+
+
+@functools.cache
+def _fft(**options: Any) -> MemoryEstimate:
+    return estimate_memory(
+        build_llama(layers=2).config, plan_fine_tuning(FftOptions(**options), 0), _TINY, process_bytes=7
+    )
+
+
+def test_fine_tuning_by_hand() -> None:
+    parameters = sum(parameter.numel() for parameter in build_llama(layers=2).parameters())
+    found = _fft()
+    assert found.gradients_bytes == 4 * parameters
+    assert found.optimizer_bytes == 8 * parameters
+    assert 0 <= found.weights_bytes - 4 * parameters < 1000  # and the few numbers of the rotary embedding
+    assert (found.scores_bytes, found.masked_weights_bytes, found.process_bytes) == (0, 0, 7)
+    standing = found.process_bytes + found.weights_bytes + found.optimizer_bytes
+    assert standing < found.peak_bytes <= standing + found.gradients_bytes + found.activations_bytes
+
+
+def test_a_mask_by_hand() -> None:
+    options = MaskTrainOptions(target="mlp")
+    found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)
+    weights = 2 * 3 * 32 * 64  # layers, projections, hidden size, intermediate size
+    assert (found.scores_bytes, found.masked_weights_bytes, found.gradients_bytes) == (4 * weights,) * 3
+    assert found.optimizer_bytes == 8 * weights
+
+
+def test_a_mask_without_training_needs_no_gradients() -> None:
+    options = MaskTrainOptions(method="magnitude")
+    found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)
+    assert (found.gradients_bytes, found.optimizer_bytes, found.activations_bytes) == (0, 0, 0)
+    assert found.validation_bytes > 0
+
+
+def test_what_is_trained_decides() -> None:
+    full = _fft()
+    lora = _fft(method="lora", lora_rank=2)
+    # Factors of rank 2 for 7 projections of 2 layers, (inputs + outputs) numbers a rank each.
+    assert lora.gradients_bytes == 4 * 2 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
+    assert lora.weights_bytes == full.weights_bytes + lora.gradients_bytes
+    assert full.gradients_bytes * 0.3 < _fft(method="hft").gradients_bytes < full.gradients_bytes * 0.7
+    assert _fft(method="gmt").step_bytes > full.step_bytes
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("sgd", 0), ("rmsprop", 1), ("adagrad", 1), ("adamw", 2)])
+def test_optimizers(optimizer: str, moments: int) -> None:
+    found = _fft(optimizer=optimizer)
+    assert found.optimizer_bytes == moments * found.gradients_bytes
+
+
+def test_adafactor_keeps_rows_and_columns() -> None:
+    expected = sum(
+        sum(parameter.shape) if parameter.dim() == 2 else parameter.numel()
+        for parameter in build_llama(layers=2).parameters()
+    )
+    assert _fft(optimizer="adafactor").optimizer_bytes == 4 * expected
+
+
+def test_checkpointing_and_accumulation() -> None:
+    assert _fft(gradient_checkpointing=True).activations_bytes < _fft().activations_bytes
+    assert _fft(grad_accum_steps=2).peak_bytes > _fft().peak_bytes
+    assert _fft(grad_accum_steps=2).activations_bytes == _fft().activations_bytes
+
+
+def test_bf16_keeps_weights_in_fp32_and_halves_most_activations() -> None:
+    full, half = _fft(), _fft(precision="bf16")
+    assert half.weights_bytes == full.weights_bytes
+    mask = {
+        precision: estimate_memory(
+            build_llama(layers=2).config,
+            plan_mask_training(MaskTrainOptions(precision=precision), [0]),
+            _TINY,
+            process_bytes=0,
+        )
+        for precision in ("fp32", "bf16")
+    }
+    assert mask["bf16"].weights_bytes == pytest.approx(mask["fp32"].weights_bytes / 2, rel=0.01)
+    assert mask["bf16"].activations_bytes < 0.7 * mask["fp32"].activations_bytes
+
+
+def test_largest_batches() -> None:
+    def record(tokens: int, prompt: int) -> Encoded:
+        return Encoded([1] * tokens, [-100] * prompt + [1] * (tokens - prompt), "here")
+
+    found = largest_batches([record(length, 2) for length in (5, 9, 3, 9)], [record(6, 4), record(4, 1)], 2)
+    assert (found.records, found.length_tokens, found.padded) == (2, 9, False)
+    # Labels of positions 4 and 5, and 1 to 3, are predicted one position before.
+    assert (found.validation_records, found.validation_tokens, found.scored_tokens) == (2, 6, 5)
+    assert largest_batches([record(5, 1)], [record(5, 1)], 8).records == 1
+
+
+def test_assumed_batches_are_as_long_as_allowed() -> None:
+    assert assumed_batches(3, 1024) == Batches(3, 1024, True, 4, 1024, 1024)
+
+
+def test_a_model_whose_computation_depends_on_values() -> None:
+    config = build_llama(layers=2).config
+    plan = plan_fine_tuning(FftOptions(), 0)
+
+    def prepare(model: torch.nn.Module) -> None:
+        model.register_forward_pre_hook(lambda *_: torch.zeros(3).sum().item())
+
+    with pytest.raises(ModelError, match="cannot be estimated"):
+        estimate_memory(config, replace(plan, prepare=prepare), _TINY, process_bytes=0)
+
+
+def test_a_projection_that_is_not_there() -> None:
+    plan = plan_mask_training(MaskTrainOptions(ratio={"c_attn": 0.1}), [0])
+    with pytest.raises(MaskingError, match="no projection"):
+        estimate_memory(build_llama(layers=2).config, plan, _TINY, process_bytes=0)
+
+
+def test_resident_bytes_grow_with_what_is_held() -> None:
+    before = resident_bytes()
+    held = torch.ones(25_000_000)
+    assert resident_bytes() - before == pytest.approx(held.numel() * 4, rel=0.1)

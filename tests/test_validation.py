@@ -1,0 +1,207 @@
+"""The `validate` workflow: what it says of sound recipes, and all that it finds wrong at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from mftctl.config import Recipe
+from mftctl.preparation import prepare_training
+from mftctl.recipe_files import parse_recipe
+from mftctl.training import total_steps
+from mftctl.validation import validate
+from tests.workflow_fixtures import make_recipe
+
+
+def _one(texts: list[str], part: str) -> str:
+    found = [text for text in texts if part in text]
+    assert len(found) == 1, texts
+    return found[0]
+
+
+def test_a_sound_recipe(workspace: Path) -> None:
+    recipe = make_recipe(workspace, fft__max_steps=None, fft__epochs=1.5, fft__grad_accum_steps=5)
+    found = validate(recipe, "mine")
+    assert json.loads(json.dumps(found)) == found
+    assert (found["problems"], found["not_checked"], found["recipe"]) == ([], [], "mine")
+    assert found["data"]["train"]["records"] == 48
+    assert found["data"]["test"] == {"records": 16}
+    fft, mask = found["stages"]
+    assert (fft["stage"], mask["stage"]) == ("fft", "mask-train")
+    inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)
+    assert fft["steps"] == total_steps(48, recipe.fft)
+    tokens = sum(len(record.input_ids) for record in inputs.train)
+    assert (fft["tokens_per_step"], fft["tokens"]) == (round(tokens * 20 / 48), round(tokens * 1.5))
+    assert (mask["steps"], mask["layers"]) == (12, "1-2")
+    assert [row["stage"] for row in found["memory"]] == ["fft", "mask-train"]
+
+
+def test_samples_are_the_first_training_records(workspace: Path) -> None:
+    samples = validate(make_recipe(workspace, stages=_EVAL_ONLY), None)["samples"]
+    assert [Path(sample["where"]).name for sample in samples] == ["train.jsonl:1", "train.jsonl:2"]
+    prompt, answer = samples[0]["segments"]
+    assert prompt["text"].startswith("<|user|>")
+    assert prompt["text"].endswith("<|assistant|>")
+    assert answer["text"].endswith("<|end|>")
+    assert (prompt["is_answer"], answer["is_answer"]) == (False, True)
+
+
+def test_masks_by_stage(workspace: Path) -> None:
+    recipe = make_recipe(workspace, mask_train__ratio=0.25, stages={"mft": {"command": "mask-train"}})
+    masks = validate(recipe, None)["masks"]["mft"]
+    assert len(masks["tensors"]) == 14
+    assert masks["removed"] == masks["weights"] // 4
+    assert masks["packed_bytes"] == masks["weights"] // 8
+
+
+_EVAL_ONLY = {"scores": {"command": "eval"}}
+
+
+def _staged(workspace: Path, **stages: Any) -> Recipe:
+    return make_recipe(workspace, stages=stages)
+
+
+def test_stages_with_their_own_settings(workspace: Path) -> None:
+    recipe = _staged(
+        workspace,
+        before={"command": "eval"},
+        fft={"command": "fft", "sweep": {"fft.data_fraction": [0.5, 1.0]}, "set": {"fft.max_steps": None}},
+        probe={"command": "probe", "after": "fft"},
+        mft={"command": "mask-train", "after": "fft", "layers_from": "probe", "set": {"mask_train.method": "random"}},
+        scores={"command": "eval", "of": ["mft"]},
+    )
+    found = validate(recipe, None)
+    assert found["problems"] == []
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert [rows[f"fft[data_fraction={share}]"]["steps"] for share in ("0.5", "1.0")] == [6, 12]
+    probe = rows["probe[data_fraction=1.0]"]
+    assert (probe["records"], probe["trainings"], probe["steps"]) == (24, 2, 24)
+    assert rows["mft[data_fraction=1.0]"]["steps"] == 0
+    assert rows["scores[data_fraction=1.0]"]["of"] == "mft[data_fraction=1.0]"
+
+
+def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question": "1?"}\n', encoding="utf-8")
+    recipe = make_recipe(
+        workspace,
+        data=[str(workspace / "train.jsonl"), str(tmp_path / "missing.jsonl"), str(broken)],
+        model_type="mistral",
+        mask_train__layers="2-9",
+        fft__max_length_tokens=8,
+        eval={"tasks": ["gsm9k"], "task_data": {"mmlu": str(tmp_path / "mmlu.jsonl")}},
+    )
+    problems = validate(recipe, None)["problems"]
+    assert "does not exist" in _one(problems, "missing.jsonl")
+    assert "no known format" in _one(problems, "broken.jsonl")
+    assert "expected: mistral; got: llama" in _one(problems, "model_type")
+    assert "layers 0 to 3" in _one(problems, "that many layers")
+    assert "gsm8k" in _one(problems, "benchmark named")
+    assert "not run" in _one(problems, "eval.task_data.mmlu: a file")
+    assert "mmlu.jsonl" in _one(problems, "cannot be read")
+    assert "48 of 48 records" in _one(problems, "data: 48")
+    assert sum("No token of the answer" in text for text in problems if text.startswith("data:")) == 3
+
+
+def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
+    recipe = _staged(
+        workspace,
+        mft={"command": "mask-train", "sweep": {"mask_train.layers": ["0-1", "3-4"]}},
+        drop={"command": "mask-train", "set": {"mask_train.method": "drop"}},
+        named={"command": "mask-train", "set": {"mask_train.ratio": {"c_attn": 0.1}}},
+    )
+    problems = validate(recipe, None)["problems"]
+    assert len(problems) == 3
+    assert "got: 3-4" in _one(problems, "mft[layers=3-4]")
+    assert "before fine-tuning" in _one(problems, "drop:")
+    assert "c_attn" in _one(problems, "named:")
+
+
+def test_stages_in_a_circle(workspace: Path) -> None:
+    recipe = _staged(workspace, a={"command": "fft", "after": "b"}, b={"command": "fft", "after": "a"})
+    assert "circle" in _one(validate(recipe, None)["problems"], "stages")
+
+
+def test_nothing_given() -> None:
+    problems = validate(parse_recipe({}), None)["problems"]
+    assert "names none" in _one(problems, "model:")
+    assert "needs data" in _one(problems, "fft:")
+
+
+def test_an_eval_stage_with_nothing_to_measure(workspace: Path) -> None:
+    recipe = make_recipe(workspace, test_data=[], stages=_EVAL_ONLY)
+    assert "something to measure" in _one(validate(recipe, None)["problems"], "scores")
+
+
+def test_a_model_that_is_not_there(workspace: Path) -> None:
+    problems = validate(make_recipe(workspace, model="nobody/nothing"), None)["problems"]
+    assert "configuration cannot be read" in _one(problems, "model:")
+
+
+def test_questions_of_the_test_data_in_the_training_data(workspace: Path) -> None:
+    recipe = make_recipe(workspace, test_data=[str(workspace / "train.jsonl") + "=5"], stages=_EVAL_ONLY)
+    assert "5 of 5 records" in _one(validate(recipe, None)["warnings"], "test_data")
+
+
+def test_longer_than_the_model_was_made_for(workspace: Path) -> None:
+    warnings = validate(make_recipe(workspace, fft__max_length_tokens=513, stages={"fft": {"command": "fft"}}), None)[
+        "warnings"
+    ]
+    assert "at most 512; got: 513" in _one(
+        warnings, "max_length_tokens: longer than what the model was made for (expected: at most 512; got: 513)"
+    )
+
+
+def test_a_tokenizer_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 50}))
+    problems = validate(make_recipe(workspace, model=str(folder), stages=_EVAL_ONLY), None)["problems"]
+    assert "at most 50; got: 102" in _one(problems, "more tokens than the model")
+
+
+def test_a_shard_that_is_missing(workspace: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    assert "no complete safetensors" in _one(
+        validate(make_recipe(workspace, model=str(folder), stages=_EVAL_ONLY), None)["problems"], "model:"
+    )
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder with nothing but the configuration of a model of 70 billion parameters."""
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=32_000,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+    ).save_pretrained(tmp_path / "large")
+    return tmp_path / "large"
+
+
+def test_seventy_billion_parameters_without_weights(workspace: Path, large: Path) -> None:
+    start = time.process_time()
+    stages = {"mft": {"command": "mask-train", "set": {"mask_train.layers": "4-7"}}}
+    found = validate(make_recipe(workspace, model=str(large), stages=stages, mask_train__batch_size=1), None)
+    assert time.process_time() - start < 60
+    assert found["problems"] == []
+    assert "weights" in _one(found["not_checked"], "holds none")
+    assert "chat template" in _one(found["not_checked"], "no tokenizer")
+    assert found["model"]["parameters"] == 68_976_648_192
+    assert found["model"]["chat_template"] is None
+    (memory,) = found["memory"]
+    assert memory["length_tokens"] == 1024
+    assert memory["weights_bytes"] == pytest.approx(4 * 68_976_648_192, rel=1e-6)
+    assert memory["scores_bytes"] == 4 * found["masks"]["mft"]["weights"]
+    assert found["stages"][0]["steps"] == 12
