@@ -39,7 +39,7 @@ CONSOLE = [block for block in blocks("console") if "mftctl " in block]
 
 
 def test_every_block_is_known() -> None:
-    assert len(CONSOLE) == 3, "a new block of commands needs a test here"
+    assert len(CONSOLE) == 5, "a new block of commands needs a test here"
 
 
 @pytest.fixture
@@ -72,6 +72,14 @@ def test_the_commands_on_ones_own_model(here: CommandLine) -> None:
         write_additions(here.folder / f"{name}.jsonl", 60, seed=len(name))
     run_all(here, CONSOLE[2])
     assert (here.folder / "better" / "model.safetensors").is_file()
+    run_all(here, CONSOLE[3])
+    assert (here.folder / "dropped" / "model.safetensors").is_file()
+    assert (here.folder / "imported.bits").is_file()
+
+
+def test_the_commands_that_only_look(here: CommandLine) -> None:
+    run_all(here, CONSOLE[4])
+    assert not (here.folder / "runs").exists()
 
 
 def test_the_recipe_is_one(tmp_path: Path) -> None:

@@ -57,8 +57,6 @@ def plan_fine_tuning(options: FftOptions, seed: int) -> TrainingPlan:
         elif options.method == "lora":
             from mftctl.tuning.lora import add_adapter
 
-            # Any name will do, as long as model and adapter agree on it.
-            model.name_or_path = model.config.model_type
             add_adapter(model, options, base=model.config.model_type, seed=seed)
 
     return TrainingPlan(

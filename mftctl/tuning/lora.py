@@ -37,11 +37,10 @@ def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed:
         lora_dropout=options.lora_dropout,
         target_modules=[target.name for target in targets],
         fan_in_fan_out=isinstance(targets[0].module, Conv1D),
-        base_model_name_or_path=str(Path(base).resolve()) if Path(base).is_dir() else base,
     )
     adapted = get_peft_model(model, config)
-    # get_peft_model puts the folder in place of the name.
-    adapted.peft_config["default"].base_model_name_or_path = config.base_model_name_or_path
+    # peft names the folder that the weights were loaded from, which for a hub model is in the cache of this machine.
+    adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return adapted
 
 
