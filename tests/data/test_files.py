@@ -38,10 +38,10 @@ def failure(path: Path) -> DataError:
     ("name", "content"),
     [
         ("train.jsonl", LINES.encode()),
-        ("train.jsonl.gz", gzip.compress(LINES.encode())),
+        ("train.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("train.json", LINES.encode()),
         ("list.json", json.dumps(RECORDS, indent=2).encode()),
-        ("list.json.gz", gzip.compress(json.dumps(RECORDS).encode())),
+        ("list.json.gz", gzip.compress(json.dumps(RECORDS).encode(), mtime=0)),
         ("TRAIN.CSV", "\r\n".join(["question,answer", *(",".join(record.values()) for record in RECORDS)]).encode()),
         ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
     ],
@@ -102,7 +102,7 @@ def test_unknown_suffix(tmp_path: Path) -> None:
         ("a.json", "[]"),
         ("a.csv", ""),
         ("a.csv", "question,answer\n"),
-        ("a.jsonl.gz", gzip.compress(b"")),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0)),
     ],
 )
 def test_file_without_records(tmp_path: Path, name: str, content: str | bytes) -> None:
@@ -124,7 +124,7 @@ def test_parquet_without_records(tmp_path: Path) -> None:
         ("a.jsonl", LINES + "\n[1, 2]\n", 11),
         ("a.jsonl", "5\n" + LINES, 1),
         ("a.jsonl", LINES + LINES[:20], 10),
-        ("a.jsonl.gz", gzip.compress((LINES + "{").encode()), 10),
+        ("a.jsonl.gz", gzip.compress((LINES + "{").encode(), mtime=0), 10),
         ("a.json", '[\n{"text": "a"},\n{"text" "b"}\n]', 3),
         ("a.json", '{"text": "a"}\n{"text": }', 2),
         ("a.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}", 1),
@@ -164,7 +164,7 @@ def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     assert (error.path, error.actual) == (f"{path}:2", "the byte 0xe9")
 
 
-@pytest.mark.parametrize("content", [b"hello", gzip.compress(LINES.encode() * 99)[:-50], b""])
+@pytest.mark.parametrize("content", [b"hello", gzip.compress(LINES.encode() * 99, mtime=0)[:-50], b""])
 def test_damaged_gzip(tmp_path: Path, content: bytes) -> None:
     path = write(tmp_path / "a.jsonl.gz", content)
     error = failure(path)
