@@ -103,3 +103,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.workflow_fixtures import make_workspace
 
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first, so that the other worker does all the rest meanwhile."""
+    items.sort(key=lambda item: item.get_closest_marker("real") is None)
