@@ -18,6 +18,7 @@ from mftctl.lineage import Source, mask_state
 from mftctl.masking.baselines import magnitude_mask, random_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
 from mftctl.masking.checkpoint import checkpoint_names, resolve_checkpoint, tensor_digest, tensor_index
+from mftctl.masking.drop import drop_mask
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.models import load_model, peak_memory_bytes
@@ -110,8 +111,6 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[
 
     Source: GMT, section 4, "Analysis of Drop Strategy".
     """
-    from mftctl.masking.drop import drop_mask
-
     options = recipe.mask_train
     base = options.base or (source.origin if source.parents else None)
     if base is None:
@@ -126,7 +125,7 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[
     mask = drop_mask(
         resolve_checkpoint(base),
         resolve_checkpoint(source.model, recipe.revision),
-        float(options.ratio if isinstance(options.ratio, float) else DEFAULT_RATIO),
+        options.ratio if isinstance(options.ratio, float) else DEFAULT_RATIO,
         options.strategy,
         base_model=base,
         base_revision=None,

@@ -77,6 +77,8 @@ class Output:
     def pin(self, view: RenderableType | None) -> None:
         """Keeps a view above the live bars, in place of the one before; None takes it away."""
         self._pinned = view
+        if self._live.is_started:
+            self._live.refresh()
 
     def _live_view(self) -> RenderableType:
         return Group(self._pinned, self._bars) if self._pinned is not None else self._bars

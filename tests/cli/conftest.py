@@ -1,4 +1,4 @@
-"""A command line for every test."""
+"""Command lines: in a folder for every test, and in one for all tests of a module."""
 
 from __future__ import annotations
 
@@ -12,3 +12,15 @@ from tests.cli.running import CommandLine
 @pytest.fixture
 def mftctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
     return CommandLine(tmp_path, monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the tests of a module share, for commands that go on from each other."""
+    return tmp_path_factory.mktemp("folder")
+
+
+@pytest.fixture
+def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """A command line in the module's folder."""
+    return CommandLine(folder, monkeypatch, capsys)

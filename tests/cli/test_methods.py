@@ -14,16 +14,6 @@ from tests.cli.running import CommandLine
 FFT = ("--max-steps", 4, "--eval-steps", 2, "--batch-size", 4, "--lr", "3e-3")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("methods")
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(folder, monkeypatch, capsys)
-
-
 def parameters(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
 

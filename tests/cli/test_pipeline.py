@@ -16,16 +16,6 @@ from tests.cli.running import CommandLine
 FFT = ("--max-steps", 6, "--eval-steps", 3, "--batch-size", 4, "--lr", "3e-3")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("pipeline")
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
-    return CommandLine(folder, monkeypatch, capsys)
-
-
 def test_1_fft(here: CommandLine, workspace: Path) -> None:
     outcome = here("fft", "-m", workspace / "tiny", "-d", workspace / "train.jsonl", *FFT)
     assert outcome.code == 0, outcome.stderr
