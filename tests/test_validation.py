@@ -174,6 +174,9 @@ def test_a_shard_that_is_missing(workspace: Path, tmp_path: Path) -> None:
     )
 
 
+_LARGE_PARAMETERS = 68_976_648_192
+
+
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
     """A folder with nothing but the configuration of a model of 70 billion parameters."""
@@ -190,18 +193,36 @@ def large(tmp_path: Path) -> Path:
     return tmp_path / "large"
 
 
-def test_seventy_billion_parameters_without_weights(workspace: Path, large: Path) -> None:
+def test_a_table_of_seventy_billion_parameters_without_weights(workspace: Path, large: Path) -> None:
+    training = {"batch_size": 1, "grad_accum_steps": 8, "gradient_checkpointing": True, "precision": "bf16"}
+    recipe = make_recipe(
+        workspace,
+        model=str(large),
+        stages={
+            "lora": {"command": "fft", "set": {"fft.method": "lora"}},
+            "fft": {"command": "fft"},
+            "l1": {"command": "mask-train", "set": {"mask_train.method": "magnitude"}},
+            "mft": {"command": "mask-train"},
+        },
+        mask_train__layers="4-7",
+        **{f"{section}__{key}": value for section in ("fft", "mask_train") for key, value in training.items()},
+    )
     start = time.process_time()
-    stages = {"mft": {"command": "mask-train", "set": {"mask_train.layers": "4-7"}}}
-    found = validate(make_recipe(workspace, model=str(large), stages=stages, mask_train__batch_size=1), None)
-    assert time.process_time() - start < 60
+    found = validate(recipe, None)
+    assert time.process_time() - start < 40
     assert found["problems"] == []
     assert "weights" in _one(found["not_checked"], "holds none")
     assert "chat template" in _one(found["not_checked"], "no tokenizer")
-    assert found["model"]["parameters"] == 68_976_648_192
+    assert found["model"]["parameters"] == _LARGE_PARAMETERS
     assert found["model"]["chat_template"] is None
-    (memory,) = found["memory"]
-    assert memory["length_tokens"] == 1024
-    assert memory["weights_bytes"] == pytest.approx(4 * 68_976_648_192, rel=1e-6)
-    assert memory["scores_bytes"] == 4 * found["masks"]["mft"]["weights"]
-    assert found["stages"][0]["steps"] == 12
+    lora, fft, l1, mft = found["memory"]
+    assert {memory["length_tokens"] for memory in found["memory"]} == {1024}
+    assert fft["weights_bytes"] == pytest.approx(4 * _LARGE_PARAMETERS, rel=1e-6)
+    assert mft["weights_bytes"] == pytest.approx(2 * _LARGE_PARAMETERS, rel=1e-6)
+    assert fft["gradients_bytes"] == 4 * _LARGE_PARAMETERS
+    # Inputs of 80 layers of 1024 tokens and 8192 numbers of 2 bytes are kept.
+    assert fft["activations_bytes"] > 80 * 1024 * 8192 * 2
+    assert lora["gradients_bytes"] < 0.01 * fft["gradients_bytes"]
+    assert (l1["gradients_bytes"], l1["optimizer_bytes"]) == (0, 0)
+    assert mft["scores_bytes"] == 4 * found["masks"]["mft"]["weights"]
+    assert found["stages"][-1]["steps"] == 12

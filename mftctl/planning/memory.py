@@ -1,10 +1,11 @@
 """How much memory a training takes on one device, from a model's configuration and the sizes of its batches.
 
 Nothing is guessed by a formula for one architecture: forward and backward run on tensors without data, and every
-storage they would allocate is counted. Not seen are scratch memory inside kernels and what allocators lose by rounding
-and fragmentation. Where freed blocks go back to the system, measured peaks of small models on a CPU lay within a tenth
-of the estimate; under glibc's default settings, which keep them, at up to 1.3 times the estimate, and in one case with
-gradient checkpointing at 2.4 times (all without the process itself).
+storage they would allocate is counted; of decoder layers that are alike a few run for all. Not seen are scratch memory
+inside kernels and what allocators lose by rounding and fragmentation. Where freed blocks go back to the system,
+measured peaks of small models on a CPU lay within a tenth of the estimate; under glibc's default settings, which keep
+them, at up to 1.3 times the estimate, and in one case with gradient checkpointing at 2.4 times (all without the process
+itself).
 
 Plain data parallelism (DDP) takes the same on every device, and buckets of the size of the gradients besides.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,14 +28,14 @@ from mftctl.evaluation.inference import length_batches
 from mftctl.masking.layers import masked_layers
 from mftctl.masking.targets import decoder_layers
 from mftctl.models import best_device, peak_memory_bytes
-from mftctl.planning.allocations import AllocationMeter
+from mftctl.planning.alike_layers import keep_stand_ins, repeat_layers, stand_ins, telling_stretches
+from mftctl.planning.allocations import AllocationMeter, Event, add_up
 from mftctl.planning.preparing import Optimizer, TrainingPlan
 from mftctl.planning.skeletons import build_skeleton, without_data
 from mftctl.training import token_mean_loss
 
 _FP32_BYTES = 4
 _VALIDATION_TOKENS = 4096  # a batch of `sample_losses`
-_LAYERS_FOR_VALIDATION = 8
 _MOMENTS: dict[Optimizer, int] = {"adamw": 2, "sgd": 0, "rmsprop": 1, "adagrad": 1, "adafactor": 1}
 
 
@@ -167,10 +168,14 @@ def _estimate(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(map(_size, trained))
     optimizer = sum(_optimizer_numbers(parameter, plan.optimizer) for parameter in trained) * _FP32_BYTES
-    training = _measure_training(model, plan, batches) if trained else AllocationMeter()
     step = _step_bytes(trained, plan) if trained else 0
-    # Without gradients a layer leaves nothing behind, so that some layers stand for all.
-    del layers[_LAYERS_FOR_VALIDATION:]
+    chosen = stand_ins(layers)
+    kept = keep_stand_ins(model, layers, chosen)
+    events = _training_events(model, kept, plan, batches) if trained else []
+    training = add_up(repeat_layers(events, chosen))
+    # Without gradients a layer leaves nothing behind, and what is trained makes no difference.
+    model.requires_grad_(False)
+    keep_stand_ins(model, layers, stand_ins(layers))
     validation = _measure_validation(model, batches)
     standing = process + weights + scores + optimizer
     peak = standing + max(training.peak_bytes, masked + gradients + step, masked + validation)
@@ -178,8 +183,10 @@ def _estimate(
     return MemoryEstimate(weights, scores, masked, gradients, optimizer, activations, step, validation, process, peak)
 
 
-def _measure_training(model: PreTrainedModel, plan: TrainingPlan, batches: Batches) -> AllocationMeter:
-    """What the forward and backward passes of an optimizer step allocate."""
+def _training_events(
+    model: PreTrainedModel, layers: Mapping[int, nn.Module], plan: TrainingPlan, batches: Batches
+) -> list[Event]:
+    """What the forward and backward passes of an optimizer step allocate and free."""
     model.train()
     if plan.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -188,13 +195,13 @@ def _measure_training(model: PreTrainedModel, plan: TrainingPlan, batches: Batch
     # Trainers give (records, tokens), of which the model makes this; a model takes it as it is.
     mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool) if batches.padded else None
     meter = AllocationMeter([*model.parameters(), *model.buffers(), *inputs])
-    with meter:
+    with meter, telling_stretches(model, layers, meter):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(meter.mark_gradient)  # type: ignore[no-untyped-call]
         for _ in range(2 if plan.accumulates else 1):
             _loss(model, inputs[0], inputs[1], mask, plan).backward()  # type: ignore[no-untyped-call]
-    return meter
+    return meter.events
 
 
 def _loss(
@@ -223,8 +230,7 @@ def _measure_validation(model: PreTrainedModel, batches: Batches) -> int:
             **({"logits_to_keep": batches.scored_tokens} if keeps_some else {}),
         ).logits
         nn.functional.log_softmax(logits[0].float(), dim=-1)
-    peak_bytes: int = meter.peak_bytes
-    return peak_bytes
+    return add_up(meter.events).peak_bytes
 
 
 def _step_bytes(trained: Sequence[torch.Tensor], plan: TrainingPlan) -> int:

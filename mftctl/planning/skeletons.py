@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,13 +49,17 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The causal language model of a configuration on the meta device: shapes and dtypes alone.
 
+    Args:
+        config: The model keeps a copy of it.
+        dtype: Of its parameters.
+
     Raises:
         ModelError: transformers has no causal language model for it.
     """
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype
+                copy.deepcopy(config), dtype=dtype
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
