@@ -15,6 +15,8 @@ from mftctl.errors import DataError
 
 DEFAULT_RATIO = 0.1
 DEFAULT_UPDATE_RATIO = 0.2
+DEFAULT_PATIENCE = 5
+_PAPER_KEYS = ("threshold", "ranking", "start", "start_value", "learning_rate", "travel")
 
 
 class _Section(BaseModel):
@@ -130,19 +132,35 @@ class MaskTrainOptions(TrainingOptions):
         None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
     )
     target: Literal["attn", "mlp", "both"] = Field("both", description="Projections that carry a mask.")
+    preset: Literal["evidence", "paper"] = Field(
+        "evidence",
+        description="evidence: turn in rounds the few entries whose gradients agree over many batches, as long as "
+        "validation agrees; paper: move every score at every step with Adam, as Mask Fine-Tuning does.",
+    )
     ratio: Share | dict[str, Share] | None = Field(
         None,
         description="Share of the weights removed of each tensor, or of the projections named, such as "
-        "q_proj=0.05,down_proj=0.1; 0.1 by default.",
+        "q_proj=0.05,down_proj=0.1; by default what evidence supports, and 0.1 for all else.",
     )
-    threshold: float | None = Field(None, description="Remove scores below this instead of a fixed ratio.")
-    ranking: Literal["magnitude", "signed"] = Field("magnitude", description="A ratio ranks |score| or the score.")
-    start: Literal["kaiming", "constant"] = Field("kaiming", description="Scores at the start: random or all equal.")
-    start_value: float = Field(0.01, description="The score of the constant start.")
+    patience: int | None = Field(
+        None,
+        gt=0,
+        description="Stop after this many validations without a new best; by default 5 for evidence, never for paper.",
+    )
+    budget: float = Field(
+        0.02, gt=0, description="evidence: what the entries turned in the first round may promise to lower the loss by."
+    )
+    significance: float = Field(
+        2.0, ge=0, description="evidence: standard errors that an entry's gradient must be worth."
+    )
+    threshold: float | None = Field(None, description="paper: remove scores below this instead of a fixed ratio.")
+    ranking: Literal["magnitude", "signed"] = Field("magnitude", description="paper: rank |score| or the score.")
+    start: Literal["kaiming", "constant"] = Field("kaiming", description="paper: scores start random or all equal.")
+    start_value: float = Field(0.01, description="paper: the score of the constant start.")
     learning_rate: float | Literal["auto"] = Field(
-        "auto", description="auto: scaled to the scores, so that a step count or a model size changes nothing."
+        "auto", description="paper: auto scales it to the scores, so that steps and model size change nothing."
     )
-    travel: float = Field(1.6, gt=0, description="How far auto lets a score move, in units of the scores' start scale.")
+    travel: float = Field(1.6, gt=0, description="paper: how far auto lets a score move, in units of its start scale.")
     strategy: Literal["trivial", "salient", "random"] = Field(
         "trivial", description="drop: undo the smallest changes of fine-tuning, the largest, or random ones."
     )
@@ -160,10 +178,30 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("a ratio by projection names at least one")
         return self
 
+    @model_validator(mode="after")
+    def _paper_keys_have_the_preset(self) -> MaskTrainOptions:
+        if self.uses_evidence:
+            fields = type(self).model_fields
+            for name in _PAPER_KEYS:
+                if getattr(self, name) != fields[name].default:
+                    raise ValueError(f"mask_train.{name} is for the paper's scores: add preset: paper (--preset paper)")
+        return self
+
+    @property
+    def uses_evidence(self) -> bool:
+        """Whether entries are turned by evidence, and not chosen without training or by trained scores."""
+        return self.method == "learned" and self.preset == "evidence"
+
+    @property
+    def effective_patience(self) -> int | None:
+        """Validations without a new best after which training ends; None for never."""
+        return DEFAULT_PATIENCE if self.patience is None and self.uses_evidence else self.patience
+
     @property
     def effective_ratio(self) -> float | dict[str, float] | None:
-        """The ratio in force, of all masked tensors or by projection: None where a threshold decides."""
-        return self.ratio if self.ratio is not None or self.threshold is not None else DEFAULT_RATIO
+        """The ratio in force, of all masked tensors or by projection: None where evidence or a threshold decides."""
+        free = self.ratio is not None or self.threshold is not None or self.uses_evidence
+        return self.ratio if free else DEFAULT_RATIO
 
     @property
     def projections(self) -> list[str] | None:
@@ -171,7 +209,7 @@ class MaskTrainOptions(TrainingOptions):
         return list(self.ratio) if isinstance(self.ratio, dict) else None
 
     def ratio_of(self, projection: str) -> float | None:
-        """The ratio of one projection, such as `q_proj`: None where a threshold decides."""
+        """The ratio of one projection, such as `q_proj`: None where evidence or a threshold decides."""
         ratio = self.effective_ratio
         return ratio[projection] if isinstance(ratio, dict) else ratio
 

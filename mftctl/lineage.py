@@ -159,9 +159,11 @@ def fine_tuned_state(source: Source, options: FftOptions) -> str:
 
 
 def mask_state(options: MaskTrainOptions) -> str:
-    """What a mask makes of a model, in the words of the papers."""
+    """What a mask makes of a model, in the words of the papers; theirs is `MFT, paper`, where evidence is not used."""
     if options.method == "drop":
         return f"{options.strategy} drop"
+    if options.uses_evidence:
+        return "MFT"
     if options.method == "learned":
-        return "MFT" if options.threshold is None else "MFT threshold"
+        return "MFT, paper" if options.threshold is None else "MFT threshold"
     return _MASKED[options.method]

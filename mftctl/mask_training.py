@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.data.batching import pad_token_id
+from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
-from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.evaluation.statistics import paired_difference
 from mftctl.lineage import Source, mask_state
 from mftctl.masking.baselines import magnitude_mask, random_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
@@ -27,6 +32,8 @@ from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 from mftctl.score_training import LearnedMask, MaskSearch, learn_mask
 from mftctl.training import uses_bf16
+
+_FEWEST_CONFIRMING = 4
 
 
 def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -57,6 +64,8 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
+    deciding, confirming = split_validation_records(inputs.validation, options)
+    inputs = replace(inputs, validation=deciding)
     search = MaskSearch(
         model,
         targets,
@@ -70,11 +79,14 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     )
     found = find_mask(search)
     mask = build_mask(found.keep, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
+    confirmation = None
     if found.best_loss >= found.unmasked_loss:
         listener.warn(
             "No mask was better than no mask on the validation data. Use the model without it, "
             "or try other layers (mftctl probe), a smaller ratio or more data."
         )
+    elif confirming:
+        confirmation = confirm(search, found.keep, confirming)
     return {
         "state": mask_state(options),
         "model": source.model,
@@ -82,8 +94,69 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "layers": format_layers(layers),
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
+        "confirmation": confirmation,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def split_validation_records(
+    validation: list[Encoded], options: MaskTrainOptions
+) -> tuple[list[Encoded], list[Encoded]]:
+    """The validation records that decide which mask is the best, and those that only confirm it.
+
+    The best of many masks owes part of its lead to chance: records that took no part in the choice tell how much of it
+    is real. A mask that nothing was chosen for is measured on all; so is one with too few records for two parts.
+
+    Args:
+        validation: In the order of the data.
+        options: Method of the mask.
+    """
+    if options.method != "learned" or len(validation) < 2 * _FEWEST_CONFIRMING:
+        return validation, []
+    return validation[0::2], validation[1::2]
+
+
+def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> dict[str, Any]:
+    """What a mask changes on records that took no part in choosing it, with the paired 95 % interval.
+
+    Args:
+        search: What it was found by; says by warning if the interval holds 0.
+        keep: The mask.
+        records: At least two.
+    """
+    inputs = replace(search.inputs, validation=records)
+    before = validation_losses(search.model, inputs, search.listener)
+    with masked(search.model, search.targets, keep):
+        after = validation_losses(search.model, inputs, search.listener)
+    change = paired_difference(
+        np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
+        np.array([float(loss.answer_tokens) for loss in before]),
+    )
+    confirmed = change.high < 0
+    if not confirmed:
+        search.listener.warn(
+            f"The {len(records)} validation records that took no part in choosing the mask do not confirm it: "
+            f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
+        )
+    return {
+        "records": len(records),
+        "unmasked_loss": mean_loss(before),
+        "masked_loss": mean_loss(after),
+        "change": change.estimate,
+        "low": change.low,
+        "high": change.high,
+        "confirmed": confirmed,
+    }
+
+
+@contextmanager
+def masked(model: PreTrainedModel, targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside it, the model computes with a mask; afterwards it is as it was."""
+    attach_masks(model, targets, {name: bits.float() for name, bits in keep.items()}, Indicator(None, 0.5))
+    try:
+        yield
+    finally:
+        detach_masks(model)
 
 
 def keep_mask(mask: Mask, run: Run) -> dict[str, Any]:
@@ -172,10 +245,8 @@ def find_mask(search: MaskSearch) -> LearnedMask:
     if search.options.method == "learned":
         return learn_mask(search)
     keep = {target.name: _baseline(target, search) for target in search.targets}
-    scores = {name: bits.float() for name, bits in keep.items()}
-    attach_masks(search.model, search.targets, scores, Indicator(ratio=None, threshold=0.5))
-    loss = validation_loss(search.model, search.inputs, search.listener)
-    detach_masks(search.model)
+    with masked(search.model, search.targets, keep):
+        loss = validation_loss(search.model, search.inputs, search.listener)
     return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, search.unmasked_loss, loss, loss)
 
 
@@ -212,13 +283,16 @@ def build_mask(keep: Mapping[str, torch.Tensor], model: PreTrainedModel, base: P
 
 def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
     """The loss per answer token on the validation data, of the model as it is."""
-    return mean_loss(
-        sample_losses(
-            model,
-            inputs.validation,
-            pad_token_id=pad_token_id(inputs.tokenizer),
-            on_progress=lambda done, total: listener.progress(Progress("validating", done, total)),
-        )
+    return mean_loss(validation_losses(model, inputs, listener))
+
+
+def validation_losses(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> list[SampleLoss]:
+    """The loss of each validation record, of the model as it is."""
+    return sample_losses(
+        model,
+        inputs.validation,
+        pad_token_id=pad_token_id(inputs.tokenizer),
+        on_progress=lambda done, total: listener.progress(Progress("validating", done, total)),
     )
 
 

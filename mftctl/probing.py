@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.lineage import Source
-from mftctl.mask_training import find_mask, load_frozen_model, validation_loss
+from mftctl.mask_training import find_mask, load_frozen_model, split_validation_records, validation_loss
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
 from mftctl.models import peak_memory_bytes
 from mftctl.preparation import prepare_training
@@ -43,6 +44,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
         data_fraction=recipe.probe.data_fraction,
     )
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
+    inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     model = load_frozen_model(inputs, options)
     unmasked_loss = validation_loss(model, inputs, listener)
     layer_count = len(decoder_layers(model)[1])

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
+from mftctl.masking.baselines import magnitude_mask
+from mftctl.masking.evidence import EvidenceOptimizer
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
 from mftctl.progress import Listener
 from mftctl.runs import TrainingFolder
+from mftctl.score_trainers import EvidenceTrainer, MaskTrainer
 from mftctl.training import (
-    SftTrainer,
+    VALIDATIONS,
     schedule_factors,
     stop_on_signal,
     total_steps,
@@ -27,7 +28,8 @@ from mftctl.training import (
     training_arguments,
 )
 
-_SCORES_FILE = "scores.safetensors"
+_FEWEST_ROUND_STEPS = 10
+"""Fewer steps tell nothing of how much gradients differ from step to step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,9 @@ class MaskSearch:
         """The rule from scores to mask of each target."""
         options = self.options
         return {
-            target.name: Indicator(options.ratio_of(target.projection), options.threshold, options.ranking)
+            target.name: Indicator(None, 0.0)
+            if options.uses_evidence
+            else Indicator(options.ratio_of(target.projection), options.threshold, options.ranking)
             for target in self.targets
         }
 
@@ -78,7 +82,8 @@ class LearnedMask:
         best_step: The optimizer step it was found at; 0 is the start.
         steps: Optimizer steps taken.
         tokens: Tokens trained on.
-        learning_rate: The peak learning rate; the largest where it differs between tensors. None without training.
+        learning_rate: The peak learning rate; the largest where it differs between tensors. None without one.
+        flips: From `summarise_flips`; None without training.
     """
 
     keep: dict[str, torch.Tensor]
@@ -89,6 +94,7 @@ class LearnedMask:
     steps: int = 0
     tokens: int = 0
     learning_rate: float | None = None
+    flips: dict[str, Any] | None = None
 
     def figures(self) -> dict[str, Any]:
         """The losses and the training, for a run's result."""
@@ -101,6 +107,7 @@ class LearnedMask:
             "tokens": self.tokens,
             "learning_rate": self.learning_rate,
             "helps": self.best_loss < self.unmasked_loss,
+            "flips": self.flips,
         }
 
 
@@ -117,32 +124,21 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     Source: MFT, section 2, equations 2 to 5.
     """
     model, options = search.model, search.options
-    attach_masks(model, search.targets, _start_scores(search), search.indicators)
-    steps = total_steps(len(search.inputs.train), options)
-    rates = {target.name: _learning_rate(target, options, steps) for target in search.targets}
-    arguments = training_arguments(
-        search.folder.checkpoints,
-        options,
-        steps=steps,
-        learning_rate=max(rates.values()),
-        seed=search.seed,
-        bf16=False,
-    )
-    trainer = MaskTrainer(
-        model, arguments, search.inputs.train, search.inputs.validation, search.inputs.tokenizer, search.listener
-    )
-    trainer.learning_rates = rates
+    start = _start_scores(search)
+    attach_masks(model, search.targets, start, search.indicators)
+    trainer = _trainer(search)
     try:
         with stop_on_signal(search.listener) as stop:
-            train(trainer, search.folder, stop, patience=options.patience, resume=search.resume)
-        start_loss, best_loss = trainer.start_loss, trainer.state.best_metric
-        best_step = trainer.state.best_global_step
+            train(trainer, search.folder, stop, patience=options.effective_patience, resume=search.resume)
+        start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
-        if start_loss <= best_loss:
-            trainer.load_scores(_start_scores(search))
-            best_loss, best_step = start_loss, 0
-        keep = {name: module.keep().cpu() for name, module in masked_layers(model)}
+        turned = sum(
+            int((search.indicators[name].keep(start[name]) ^ bits).sum()) for name, bits in trainer.last_masks().items()
+        )
+        if best_step == 0:
+            trainer.load_scores(start)
+        keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
     finally:
         detach_masks(model)
     return LearnedMask(
@@ -153,8 +149,60 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         best_step,
         trainer.state.global_step,
         int(trainer.state.num_input_tokens_seen),
-        max(rates.values()),
+        None if options.uses_evidence else trainer.args.learning_rate,
+        summarise_flips(search.folder.metrics(), turned),
     )
+
+
+def _trainer(search: MaskSearch) -> MaskTrainer:
+    """The trainer of the scores that the model carries, with its optimizer chosen."""
+    options, inputs = search.options, search.inputs
+    steps = total_steps(len(inputs.train), options)
+    rates = {} if options.uses_evidence else _learning_rates(search, steps)
+    arguments = training_arguments(
+        search.folder.checkpoints,
+        options,
+        steps=steps,
+        learning_rate=max(rates.values(), default=0.0),
+        seed=search.seed,
+        bf16=False,
+    )
+    kind = EvidenceTrainer if options.uses_evidence else MaskTrainer
+    trainer = kind(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
+    trainer.learning_rates = rates
+    if isinstance(trainer, EvidenceTrainer):
+        arguments.max_grad_norm = 0.0  # a clipped gradient is no change of the loss
+        if options.eval_steps is None:
+            arguments.eval_steps = arguments.save_steps = max(steps // VALIDATIONS, _FEWEST_ROUND_STEPS)
+        trainer.evidence = EvidenceOptimizer(
+            [module for _, module in masked_layers(search.model)],
+            budget=options.budget,
+            significance=options.significance,
+            keeps_counts=options.ratio is not None,
+        )
+    return trainer
+
+
+def summarise_flips(metrics: Sequence[Mapping[str, Any]], changed: int) -> dict[str, Any]:
+    """Why a training came out as it did: what was turned in each round, promised and measured.
+
+    Its keys: `rounds`, the lines of the metrics that tell of one; `turned`, how often an entry was turned in all;
+    `undone_share`, the share of that which came to nothing, taken back by validation or turned again later; `promised`
+    and `measured`, by how much the loss should have fallen and fell, over all rounds.
+
+    Args:
+        metrics: Of the training.
+        changed: Entries that at its end are not as they were at its start.
+    """
+    rounds = [{key: value for key, value in line.items() if key != "epoch"} for line in metrics if "promised" in line]
+    turned = sum(line["removed"] + line["restored"] for line in rounds)
+    return {
+        "turned": turned,
+        "undone_share": 1 - changed / turned if turned else 0.0,
+        "promised": sum(line["promised"] for line in rounds),
+        "measured": sum(line.get("measured", 0.0) for line in rounds),
+        "rounds": rounds,
+    }
 
 
 def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) -> float:
@@ -170,58 +218,25 @@ def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) ->
     return travel * scale / sum(factors)
 
 
-class MaskTrainer(SftTrainer):
-    """Trains scores: a learning rate that fits each tensor, checkpoints without the frozen weights."""
-
-    learning_rates: Mapping[str, float]
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the scores, one parameter group for each learning rate."""
-        if self.optimizer is None:
-            groups: dict[float, list[torch.nn.Parameter]] = {}
-            for name, module in masked_layers(self._masked_model()):
-                groups.setdefault(self.learning_rates[name], []).append(module.scores)
-            self.optimizer = torch.optim.AdamW(
-                [{"params": scores, "lr": rate} for rate, scores in groups.items()],
-                weight_decay=self.args.weight_decay,
-            )
-        return self.optimizer
-
-    def scores(self) -> dict[str, torch.Tensor]:
-        """A copy of all scores on the CPU, by module name."""
-        return {
-            name: module.scores.detach().to("cpu", copy=True).contiguous()
-            for name, module in masked_layers(self._masked_model())
-        }
-
-    def load_scores(self, scores: Mapping[str, torch.Tensor]) -> None:
-        """Puts scores back in place."""
-        with torch.no_grad():
-            for name, module in masked_layers(self._masked_model()):
-                module.scores.copy_(scores[name])
-
-    def _masked_model(self) -> torch.nn.Module:
-        model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
-        return model
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.scores(), folder / _SCORES_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.load_scores(load_file(Path(resume_from_checkpoint) / _SCORES_FILE))
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-
 def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     options = search.options
+    if options.uses_evidence:
+        return {target.name: _whole_scores(target, options) for target in search.targets}
     return {
         target.name: initial_scores(target, options.start, constant=options.start_value, seed=search.seed)
         for target in search.targets
     }
+
+
+def _whole_scores(target: MaskTarget, options: MaskTrainOptions) -> torch.Tensor:
+    """1 where a weight is kept, -1 where it is not: all kept, or with a ratio all but the smallest."""
+    ratio = options.ratio_of(target.projection)
+    scores = torch.ones_like(target.module.weight, dtype=torch.float32, requires_grad=False)
+    return scores if ratio is None else scores.masked_fill(~magnitude_mask(target, ratio), -1.0)
+
+
+def _learning_rates(search: MaskSearch, steps: int) -> dict[str, float]:
+    return {target.name: _learning_rate(target, search.options, steps) for target in search.targets}
 
 
 def _learning_rate(target: MaskTarget, options: MaskTrainOptions, steps: int) -> float:

@@ -32,7 +32,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     """Recipes as a run can have them: without stages and seeds."""
     indicator = draw(st.sampled_from(["ratio", "threshold", None]))
     mask_train: dict[str, Any] = {} if indicator is None else {indicator: draw(st.floats(0, 0.99))}
-    mask_train["learning_rate"] = draw(st.just("auto") | POSITIVE)
+    if indicator == "threshold" or draw(st.booleans()):
+        mask_train |= {"preset": "paper", "learning_rate": draw(st.just("auto") | POSITIVE)}
     mask_train["layers"] = draw(st.none() | st.sampled_from(["all", "4-7", "0,3,8-11"]))
     return Recipe(
         name=draw(st.none() | TEXT),
@@ -153,9 +154,28 @@ def test_recipe_cannot_be_changed() -> None:
 
 
 def test_ratio_in_force() -> None:
-    assert MaskTrainOptions().effective_ratio == DEFAULT_RATIO
+    assert MaskTrainOptions().effective_ratio is None
+    assert MaskTrainOptions(preset="paper").effective_ratio == DEFAULT_RATIO
+    assert MaskTrainOptions(method="random").effective_ratio == DEFAULT_RATIO
     assert MaskTrainOptions(ratio=0.0).effective_ratio == 0.0
-    assert MaskTrainOptions(threshold=-0.03).effective_ratio is None
+    assert MaskTrainOptions(preset="paper", threshold=-0.03).effective_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("threshold", 0.0),
+        ("ranking", "signed"),
+        ("start", "constant"),
+        ("start_value", 0.1),
+        ("learning_rate", 1e-3),
+        ("travel", 3.2),
+    ],
+)
+def test_keys_of_the_paper_need_its_preset(key: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=f"mask_train.{key} is for the paper's scores.*--preset paper"):
+        MaskTrainOptions.model_validate({key: value})
+    assert getattr(MaskTrainOptions.model_validate({"preset": "paper", key: value}), key) == value
 
 
 def test_ratio_and_threshold_together_are_refused() -> None:

@@ -204,7 +204,8 @@ def test_fine_tuning_a_fine_tuned_model_continues(options: dict[str, Any], state
 
 
 def test_a_threshold_and_a_drop_strategy_are_named() -> None:
-    assert mask_state(MaskTrainOptions(threshold=-0.035)) == "MFT threshold"
+    assert mask_state(MaskTrainOptions(preset="paper", threshold=-0.035)) == "MFT threshold"
+    assert [mask_state(MaskTrainOptions(preset=preset)) for preset in ("evidence", "paper")] == ["MFT", "MFT, paper"]
     assert mask_state(MaskTrainOptions(method="drop", strategy="salient")) == "salient drop"
 
 

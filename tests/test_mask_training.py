@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,17 @@ from tests.conftest import build_tokenizer
 from tests.masking.test_selection import keep_by_sorting
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
+DECIDING = slice(0, None, 2)
+CONFIRMING = slice(1, None, 2)
+ALL = slice(None)
 
-def validation_loss(workspace: Path, checkpoint: Path, mask: Mask | None) -> float:
+
+def validation_loss(workspace: Path, checkpoint: Path, mask: Mask | None, part: slice = DECIDING) -> float:
     """Computed apart from the training: a fresh model, the mask applied to its weights."""
     model = load_model(checkpoint, dtype=torch.float32)
     if mask is not None:
         apply_mask(model, mask)
-    examples = load_examples([DataSource(str(workspace / "val.jsonl"))])
+    examples = load_examples([DataSource(str(workspace / "val.jsonl"))])[part]
     encoded = encode_all(examples, load_tokenizer(checkpoint), 1024)
     return mean_loss(sample_losses(model, encoded, pad_token_id=0))
 
@@ -103,6 +108,19 @@ def test_resuming_gives_the_identical_mask(
         assert result[key] == expected[key], key
 
 
+def test_flips_are_counted_between_validations(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
+    run, result, _ = undisturbed
+    losses = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
+    told = result["flips"]
+    assert [line["step"] for line in told["rounds"]] == [4, 8, 12]
+    assert [line["measured"] for line in told["rounds"]] == pytest.approx([a - b for a, b in pairwise(losses)])
+    assert all(line["removed"] == line["restored"] > 0 for line in told["rounds"])  # the ratio is kept
+    assert told["turned"] == sum(2 * line["removed"] for line in told["rounds"])
+    assert 0 <= told["undone_share"] < 1
+    # The first-order promise of a training that lowers the loss is a fall.
+    assert told["promised"] > 0
+
+
 def test_a_checkpoint_holds_scores_and_no_weights(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "mask-train", recipe)
@@ -146,7 +164,7 @@ def test_a_threshold_removes_what_falls_below_it(workspace: Path, tmp_path: Path
 def test_masks_without_training(workspace: Path, tmp_path: Path, method: str, state: str) -> None:
     _, result, mask = learn(workspace, tmp_path, mask_train__method=method, mask_train__ratio=0.2)
     assert (result["state"], result["steps"], mask.metadata.method) == (state, 0, method)
-    assert validation_loss(workspace, workspace / "tiny", mask) == pytest.approx(result["best_loss"], abs=1e-6)
+    assert validation_loss(workspace, workspace / "tiny", mask, ALL) == pytest.approx(result["best_loss"], abs=1e-6)
     assert all(mask.records[name].removed == removed_count(mask[name].numel(), 0.2) for name in mask.names())
     if method == "magnitude":
         weights = load_model(workspace / "tiny", dtype=torch.float32).state_dict()

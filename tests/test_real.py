@@ -62,12 +62,14 @@ def test_the_path_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) ->
     tuned = json.loads(fft.stdout)
     assert tuned["best_loss"] < tuned["start_loss"] < 2.5
 
-    mask = here("mask-train", *training, "--layers", "12-13", "--json")
+    rounds = ("--max-steps", 4, "--eval-steps", 2, "--batch-size", 2)  # a search, then a trial
+    mask = here("mask-train", *rounds, "--layers", "12-13", "--ratio", 0.1, "--json")
     assert mask.code == 0, mask.stderr
     learned = json.loads(mask.stdout)
     assert learned["unmasked_loss"] == pytest.approx(tuned["best_loss"], abs=1e-4)
     assert learned["removed"] == pytest.approx(0.1 * learned["weights"], abs=learned["tensors"] / 2)  # rounded in each
     assert (here.folder / "mask.bits").stat().st_size * 8 / learned["weights"] < 0.49
+    assert learned["best_loss"] <= learned["start_loss"]
 
     assert here("apply").code == 0
     runs = {run.record.command: run for run in list_runs(here.folder / "runs")[0]}

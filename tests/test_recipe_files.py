@@ -222,11 +222,11 @@ def test_section_shared_by_an_alias_is_changed_in_one_place_only(tmp_path: Path)
 
 @pytest.mark.parametrize(("old", "new"), [("ratio", "threshold"), ("threshold", "ratio")])
 def test_indicator_takes_the_place_of_the_other_one_set_before(tmp_path: Path, old: str, new: str) -> None:
-    path = write(tmp_path, f"mask_train: {{{old}: 0.2}}\n")
+    path = write(tmp_path, f"mask_train: {{preset: paper, {old}: 0.2}}\n")
     for recipe in (
         load_recipe(path, options={f"mask_train.{new}": 0.3}),
         load_recipe(path, sets=[f"mask_train.{new}=0.3"]),
-        load_recipe(sets=[f"mask_train.{old}=0.2"], options={f"mask_train.{new}": 0.3}),
+        load_recipe(sets=["mask_train.preset=paper", f"mask_train.{old}=0.2"], options={f"mask_train.{new}": 0.3}),
         with_changes(load_recipe(path), {f"mask_train.{new}": 0.3}),
     ):
         assert getattr(recipe.mask_train, new) == 0.3
@@ -335,7 +335,7 @@ def test_unknown_change_is_a_config_error() -> None:
 def test_a_single_command_has_no_stages_to_fit(tmp_path: Path) -> None:
     stages = "stages:\n  random: {command: mask-train, set: {mask_train.method: random}}\n"
     path = write(tmp_path, stages)
-    options = {"mask_train.threshold": 0.0}
+    options = {"mask_train.preset": "paper", "mask_train.threshold": 0.0}
     with pytest.raises(ConfigError):
         load_recipe(path, options=options)
     assert load_recipe(path, options=options, stages=False).mask_train.threshold == 0.0

@@ -46,7 +46,7 @@ def make_recipe(workspace: Path, **changes: Any) -> Recipe:
         "test_data": [str(workspace / "test.jsonl")],
         "fft": {**training, "learning_rate": 3e-3},
         "probe": {"groups": [2], "data_fraction": 0.5},
-        "mask_train": {**training, "layers": "1-2"},
+        "mask_train": {**training, "layers": "1-2", "preset": "paper"},
     }
     for key, value in changes.items():
         place: dict[str, Any] = document

@@ -39,8 +39,8 @@ def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
         "bits_a_weight": 8 * file.stat().st_size / mask.weights,
         "weights": mask.weights,
         "removed": mask.removed,
-        "ratio": mask.ratio,
         **asdict(mask.metadata),
+        "ratio": mask.ratio,  # of what is removed, whatever was asked for
         "tensors": tensors,
     }
     rows = [(name, _text(value)) for name, value in document.items() if name != "tensors" and value is not None]

@@ -32,7 +32,12 @@ def mask_train(
         opt.setting(MaskTrainOptions, "layers", "--layers", panel=opt.MASKING, default="the probe's, else all"),
     ] = None,
     target: opt.Target = None,
+    preset: opt.Preset = None,
     ratio: opt.Ratio = None,
+    budget: Annotated[float | None, opt.setting(MaskTrainOptions, "budget", "--budget", panel=opt.MASKING)] = None,
+    significance: Annotated[
+        float | None, opt.setting(MaskTrainOptions, "significance", "--significance", panel=opt.MASKING)
+    ] = None,
     threshold: Annotated[
         float | None, opt.setting(MaskTrainOptions, "threshold", "--threshold", panel=opt.MASKING)
     ] = None,
@@ -52,7 +57,7 @@ def mask_train(
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
     eval_steps: opt.EvalSteps = None,
-    patience: opt.Patience = None,
+    patience: opt.MaskPatience = None,
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
@@ -61,8 +66,9 @@ def mask_train(
 ) -> None:
     """Learn which weights of a fine-tuned model to remove.
 
-    The model is frozen; every weight of the chosen layers gets a score, and the scores are trained. The best mask on
-    validation data is kept in a small file apart from the model.
+    The model is frozen; every weight of the chosen layers gets a score, and the scores are trained. Half of the
+    validation data decides which mask is the best, no mask at all included; the other half confirms it. The mask goes
+    to a small file apart from the model.
     """
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "mask_train")
@@ -90,6 +96,9 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
             rows += [("", f"{result['best_loss']:.4f} with {step}")]
         else:
             rows += [("", f"{result['best_loss']:.4f} with the mask")]
+    if found := result.get("confirmation"):
+        change = f"{found['change']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
+        rows += [("other records", f"{change} {'confirms it' if found['confirmed'] else 'does not confirm it'}")]
     rows += [("mask", result["output"] or result["mask"])]
     rows += [("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB")]
     title = f"{result['state']} in {run.record.seconds:.0f} s"

@@ -147,9 +147,11 @@ Checkpointing = Annotated[
 ]
 EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
+MaskPatience = Annotated[int | None, setting(MaskTrainOptions, "patience", "--patience", panel=TRAINING)]
 FftRate = Annotated[float | None, setting(FftOptions, "learning_rate", "--lr", panel=TRAINING)]
 MaskRate = Annotated[Any, setting(MaskTrainOptions, "learning_rate", "--lr", panel=TRAINING, parser=number_or_word)]
-Ratio = Annotated[Any, setting(MaskTrainOptions, "ratio", "--ratio", panel=MASKING, default="0.1", parser=ratios)]
+Preset = Annotated[str | None, setting(MaskTrainOptions, "preset", "--preset", panel=MASKING)]
+Ratio = Annotated[Any, setting(MaskTrainOptions, "ratio", "--ratio", panel=MASKING, parser=ratios)]
 Target = Annotated[str | None, setting(MaskTrainOptions, "target", "--target", panel=MASKING)]
 
 

@@ -31,6 +31,7 @@ def probe(
         str | None, opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all")
     ] = None,
     target: opt.Target = None,
+    preset: opt.Preset = None,
     ratio: opt.Ratio = None,
     data_fraction: Annotated[
         float | None, opt.setting(ProbeOptions, "data_fraction", "--data-fraction", panel=opt.TRAINING)

@@ -182,4 +182,4 @@ def _alike(items: Any) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _count(number: int | None) -> str:
-    return "by threshold" if number is None else f"{number:,}"
+    return "an outcome" if number is None else f"{number:,}"

@@ -29,6 +29,7 @@ STATE_ORDER = (
     "random drop",
     "random mask",
     "L1 mask",
+    "MFT, paper",
     "MFT",
     "MFT threshold",
     "masked",

@@ -35,7 +35,7 @@ def test_2_probe_finds_the_model_and_the_data_by_itself(here: CommandLine) -> No
 
 
 def test_3_mask_train_takes_the_recommended_layers(here: CommandLine) -> None:
-    outcome = here("mask-train", "--epochs", 1, "--json")
+    outcome = here("mask-train", "--epochs", 1, "--ratio", 0.1, "--json")
     assert outcome.code == 0, outcome.stderr
     document = json.loads(outcome.stdout)
     recommended = list_runs(here.folder / "runs")[0][1].record.result["recommended_layers"]

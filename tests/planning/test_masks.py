@@ -55,7 +55,7 @@ def test_a_ratio_by_projection_and_a_threshold() -> None:
     targets = find_targets(build_llama(), [0], projections=["q_proj", "up_proj"])
     by_projection = masked_tensors(targets, MaskTrainOptions(ratio={"q_proj": 0.5, "up_proj": 0.25}))
     assert [tensor.removed for tensor in by_projection] == [512, 512]
-    by_threshold = masked_tensors(targets, MaskTrainOptions(threshold=0.0))
+    by_threshold = masked_tensors(targets, MaskTrainOptions(preset="paper", threshold=0.0))
     assert [(tensor.removed, tensor.deflate_bytes) for tensor in by_threshold] == [(None, None)] * 2
 
 

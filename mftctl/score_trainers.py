@@ -1,0 +1,173 @@
+"""The trainers of scores: Adam on every score, as the paper does, and rounds of evidence; both say what they turned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from mftctl.masking.evidence import EvidenceOptimizer, Flips
+from mftctl.masking.layers import MaskedLinear, masked_layers
+from mftctl.training import SftTrainer
+
+_SCORES_FILE = "scores.safetensors"
+
+
+class MaskTrainer(SftTrainer):
+    """Trains scores with AdamW: a learning rate that fits each tensor, checkpoints without the frozen weights.
+
+    The mask of the initial scores is among the candidates for the best one.
+
+    Attributes:
+        learning_rates: The peak learning rate of each masked module, by its name.
+    """
+
+    learning_rates: Mapping[str, float]
+    _counted: dict[str, torch.Tensor]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the scores, one parameter group for each learning rate."""
+        if self.optimizer is None:
+            groups: dict[float, list[torch.nn.Parameter]] = {}
+            for name, module in self.masked().items():
+                groups.setdefault(self.learning_rates[name], []).append(module.scores)
+            self.optimizer = torch.optim.AdamW(
+                [{"params": scores, "lr": rate} for rate, scores in groups.items()],
+                weight_decay=self.args.weight_decay,
+            )
+        return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The validation loss per answer token; what has been turned since the last one goes to the metrics."""
+        if self.start_loss is None:
+            self._counted = self.masks()
+            return self._evaluate_start(metric_key_prefix)
+        turned = self._count_flips()
+        before = next(line["eval_loss"] for line in reversed(self.state.log_history) if "eval_loss" in line)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.log({**turned, "measured": before - metrics[f"{metric_key_prefix}_loss"]})
+        return metrics
+
+    def _evaluate_start(self, metric_key_prefix: str) -> dict[str, float]:
+        """The validation loss of the initial scores, which later masks have to beat."""
+        metrics = SftTrainer.evaluate(self, metric_key_prefix=metric_key_prefix)
+        self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_loss"], 0
+        return metrics
+
+    def masked(self) -> dict[str, MaskedLinear]:
+        """The masked modules by name, in model order."""
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
+        return dict(masked_layers(model))
+
+    def load_scores(self, scores: Mapping[str, torch.Tensor]) -> None:
+        """Puts scores back in place."""
+        with torch.no_grad():
+            for name, module in self.masked().items():
+                module.scores.copy_(scores[name])
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The present keep mask of each masked module, bool, by its name."""
+        return {name: module.keep() for name, module in self.masked().items()}
+
+    def last_masks(self) -> dict[str, torch.Tensor]:
+        """The masks at the last validation, whether or not they are the best."""
+        return self._counted
+
+    def _count_flips(self) -> dict[str, float]:
+        """What was turned since flips were last counted, and by how much that should lower the loss.
+
+        The estimate is of first order, from Adam's running mean of the gradients.
+        """
+        before, self._counted = self._counted, self.masks()
+        removed = restored = 0
+        promised = 0.0
+        for name, module in self.masked().items():
+            gone, back = before[name] & ~self._counted[name], self._counted[name] & ~before[name]
+            removed, restored = removed + int(gone.sum()), restored + int(back.sum())
+            if gone.any() or back.any():
+                gradient = self.create_optimizer().state[module.scores]["exp_avg"]
+                if module.indicator.uses_magnitude:
+                    gradient = gradient * module.scores.detach().sign()
+                promised += float(gradient[gone].sum() - gradient[back].sum())
+        return {"removed": removed, "restored": restored, "promised": promised}
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        scores = {
+            name: module.scores.detach().to("cpu", copy=True).contiguous() for name, module in self.masked().items()
+        }
+        save_file(scores, folder / _SCORES_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_scores(load_file(Path(resume_from_checkpoint) / _SCORES_FILE))
+        self._counted = self.masks()
+
+    def _load_best_model(self) -> None:
+        self.load_scores(load_file(Path(str(self.state.best_model_checkpoint)) / _SCORES_FILE))
+
+
+class EvidenceTrainer(MaskTrainer):
+    """Ends a round of evidence at each validation, which decides whether its flips stay.
+
+    The mask in training therefore always is the best one so far.
+
+    Attributes:
+        evidence: The optimizer; to be set before training.
+    """
+
+    evidence: EvidenceOptimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The evidence."""
+        self.optimizer = self.optimizer or self.evidence
+        return self.optimizer
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of the coming step, whose answer tokens are what its gradients are a mean over."""
+        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.evidence.step_tokens = int(tokens)  # type: ignore[arg-type]
+        return batches, tokens
+
+    def last_masks(self) -> dict[str, torch.Tensor]:
+        """The masks as they are: the last are the best."""
+        return self.masks()
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The validation loss per answer token of what the round has turned; of what stands, if it turned nothing."""
+        key = f"{metric_key_prefix}_loss"
+        if self.start_loss is None:
+            metrics = self._evaluate_start(metric_key_prefix)
+            self.evidence.judge(metrics[key])
+            return metrics
+        best_loss = self.evidence.best_loss
+        turned = self.evidence.flip()
+        if turned.removed + turned.restored == 0:
+            self.listener.note(f"Step {self.state.global_step}: nothing turned yet, gathering evidence")
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {key: best_loss})
+            return {key: best_loss}
+        metrics = SftTrainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
+        stays = self.evidence.judge(metrics[key])
+        self.log({**_line(turned), "measured": best_loss - metrics[key], "stays": stays})
+        self.listener.note(
+            f"Step {self.state.global_step}: {turned.removed:,} removed, {turned.restored:,} restored; validation loss "
+            f"{metrics[key] - best_loss:+.4f} where {-turned.promised:+.4f} was promised, "
+            + ("kept" if stays else "taken back")
+        )
+        return metrics
+
+
+def _line(turned: Flips) -> dict[str, Any]:
+    return {
+        "removed": turned.removed,
+        "restored": turned.restored,
+        "promised": turned.promised,
+        "budget": turned.budget,
+    }
