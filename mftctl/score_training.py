@@ -124,8 +124,8 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     Source: MFT, section 2, equations 2 to 5.
     """
     model, options = search.model, search.options
-    start = _start_scores(search)
-    attach_masks(model, search.targets, start, search.indicators)
+    attach_masks(model, search.targets, _start_scores(search), search.indicators)
+    start = {name: module.keep() for name, module in masked_layers(model)}
     trainer = _trainer(search)
     try:
         with stop_on_signal(search.listener) as stop:
@@ -133,11 +133,9 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
-        turned = sum(
-            int((search.indicators[name].keep(start[name]) ^ bits).sum()) for name, bits in trainer.last_masks().items()
-        )
+        changed = sum(int((start[name] ^ bits).sum()) for name, bits in trainer.last_masks().items())
         if best_step == 0:
-            trainer.load_scores(start)
+            trainer.load_scores(_start_scores(search))
         keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
     finally:
         detach_masks(model)
@@ -150,7 +148,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         trainer.state.global_step,
         int(trainer.state.num_input_tokens_seen),
         None if options.uses_evidence else trainer.args.learning_rate,
-        summarise_flips(search.folder.metrics(), turned),
+        summarise_flips(search.folder.metrics(), changed),
     )
 
 
