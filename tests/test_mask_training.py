@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
+from mftctl import training
 from mftctl.config import MaskTrainOptions
 from mftctl.data.encoding import encode_all
 from mftctl.data.sources import DataSource, load_examples
@@ -149,6 +150,24 @@ def test_the_start_is_a_candidate(workspace: Path, tmp_path: Path) -> None:
     )
     assert result["best_step"] == 0
     assert result["best_loss"] == result["start_loss"] == pytest.approx(result["unmasked_loss"], abs=1e-6)
+    assert mask.removed == 0
+
+
+def test_after_a_ruinous_training_the_start_is_kept(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = count(1)
+    monkeypatch.setattr(training, "mean_loss", lambda _: float(next(losses)))
+    _, result, mask = learn(
+        workspace,
+        tmp_path,
+        mask_train__start="constant",
+        mask_train__start_value=0.01,
+        mask_train__threshold=0.0,
+        mask_train__learning_rate=1.0,
+    )
+    assert (result["start_loss"], result["best_loss"], result["best_step"]) == (1.0, 1.0, 0)
+    assert result["flips"]["turned"] > 1000
     assert mask.removed == 0
 
 
