@@ -122,7 +122,7 @@ def paired_difference(
         confidence_level=confidence,
         rng=np.random.default_rng(seed),
     )
-    low, high = bootstrap.confidence_interval
+    low, high = sorted(bootstrap.confidence_interval)  # resamples all alike may come out the other way by rounding
     return Interval(float(_ratio_of_sums(differences, weights)), float(low), float(high), confidence)
 
 

@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
@@ -86,6 +86,7 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @settings(max_examples=25)
+@example(np.array([1.75, 1.75]), 28.1015625)
 @given(
     st_numpy.arrays(float, st.integers(2, 20), elements=st.floats(-50, 50)),
     st.floats(0.01, 100),
