@@ -87,7 +87,7 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     """Writes the result of learning a mask."""
     rows = [("layers", result["layers"]), ("removed", f"{result['removed']:,} of {result['weights']:,} weights")]
     if len(set(result["layer_ratios"].values())) > 1:
-        rows += [("", f"{ratio:.2%} of layer {layer}") for layer, ratio in result["layer_ratios"].items()]
+        rows += [("", f"{100 * ratio:.2g} % of layer {layer}") for layer, ratio in result["layer_ratios"].items()]
     if "unmasked_loss" in result:
         rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
         if result["steps"]:
