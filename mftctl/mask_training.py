@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
-from mftctl.data.batching import pad_token_id
-from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
-from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
-from mftctl.evaluation.statistics import paired_difference
 from mftctl.lineage import Source, mask_state
+from mftctl.mask_validation import confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
 from mftctl.masking.checkpoint import checkpoint_names, resolve_checkpoint, tensor_digest, tensor_index
 from mftctl.masking.drop import drop_mask
-from mftctl.masking.layers import Indicator, attach_masks, detach_masks
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.models import load_model, peak_memory_bytes
 from mftctl.preparation import TrainingInputs, prepare_training
@@ -32,8 +26,6 @@ from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 from mftctl.score_training import LearnedMask, MaskSearch, learn_mask
 from mftctl.training import uses_bf16
-
-_FEWEST_CONFIRMING = 4
 
 
 def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -97,66 +89,6 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "confirmation": confirmation,
         "peak_memory_bytes": peak_memory_bytes(),
     }
-
-
-def split_validation_records(
-    validation: list[Encoded], options: MaskTrainOptions
-) -> tuple[list[Encoded], list[Encoded]]:
-    """The validation records that decide which mask is the best, and those that only confirm it.
-
-    The best of many masks owes part of its lead to chance: records that took no part in the choice tell how much of it
-    is real. A mask that nothing was chosen for is measured on all; so is one with too few records for two parts.
-
-    Args:
-        validation: In the order of the data.
-        options: Method of the mask.
-    """
-    if options.method != "learned" or len(validation) < 2 * _FEWEST_CONFIRMING:
-        return validation, []
-    return validation[0::2], validation[1::2]
-
-
-def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> dict[str, Any]:
-    """What a mask changes on records that took no part in choosing it, with the paired 95 % interval.
-
-    Args:
-        search: What it was found by; says by warning if the interval holds 0.
-        keep: The mask.
-        records: At least two.
-    """
-    inputs = replace(search.inputs, validation=records)
-    before = validation_losses(search.model, inputs, search.listener)
-    with masked(search.model, search.targets, keep):
-        after = validation_losses(search.model, inputs, search.listener)
-    change = paired_difference(
-        np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
-        np.array([float(loss.answer_tokens) for loss in before]),
-    )
-    confirmed = change.high < 0
-    if not confirmed:
-        search.listener.warn(
-            f"The {len(records)} validation records that took no part in choosing the mask do not confirm it: "
-            f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
-        )
-    return {
-        "records": len(records),
-        "unmasked_loss": mean_loss(before),
-        "masked_loss": mean_loss(after),
-        "change": change.estimate,
-        "low": change.low,
-        "high": change.high,
-        "confirmed": confirmed,
-    }
-
-
-@contextmanager
-def masked(model: PreTrainedModel, targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside it, the model computes with a mask; afterwards it is as it was."""
-    attach_masks(model, targets, {name: bits.float() for name, bits in keep.items()}, Indicator(None, 0.5))
-    try:
-        yield
-    finally:
-        detach_masks(model)
 
 
 def keep_mask(mask: Mask, run: Run) -> dict[str, Any]:
@@ -279,21 +211,6 @@ def build_mask(keep: Mapping[str, torch.Tensor], model: PreTrainedModel, base: P
         removed = bits.numel() - int(bits.sum())
         records[name] = TensorRecord(stored.shape, removed, tensor_digest(stored), stored.dtype)
     return Mask(tensors, records, metadata)
-
-
-def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
-    """The loss per answer token on the validation data, of the model as it is."""
-    return mean_loss(validation_losses(model, inputs, listener))
-
-
-def validation_losses(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> list[SampleLoss]:
-    """The loss of each validation record, of the model as it is."""
-    return sample_losses(
-        model,
-        inputs.validation,
-        pad_token_id=pad_token_id(inputs.tokenizer),
-        on_progress=lambda done, total: listener.progress(Progress("validating", done, total)),
-    )
 
 
 def _metadata(recipe: Recipe, source: Source, run: Run, layers: list[int]) -> MaskMetadata:

@@ -10,7 +10,8 @@ from typing import Any
 from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.lineage import Source
-from mftctl.mask_training import find_mask, load_frozen_model, split_validation_records, validation_loss
+from mftctl.mask_training import find_mask, load_frozen_model
+from mftctl.mask_validation import split_validation_records, validation_loss
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
 from mftctl.models import peak_memory_bytes
 from mftctl.preparation import prepare_training

@@ -53,9 +53,12 @@ class MaskTrainer(SftTrainer):
         self.log({**turned, "measured": before - metrics[f"{metric_key_prefix}_loss"]})
         return metrics
 
-    def _evaluate_start(self, metric_key_prefix: str) -> dict[str, float]:
-        """The validation loss of the initial scores, which later masks have to beat."""
-        metrics = SftTrainer.evaluate(self, metric_key_prefix=metric_key_prefix)
+    def _evaluate_start(self, metric_key_prefix: str, known_loss: float | None = None) -> dict[str, float]:
+        """The validation loss of the initial scores, which later masks have to beat; not measured where it is known."""
+        if known_loss is None:
+            metrics = SftTrainer.evaluate(self, metric_key_prefix=metric_key_prefix)
+        else:
+            metrics = self._record(known_loss, metric_key_prefix)
         self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_loss"], 0
         return metrics
 
@@ -119,9 +122,11 @@ class EvidenceTrainer(MaskTrainer):
 
     Attributes:
         evidence: The optimizer; to be set before training.
+        unmasked_loss: Validation loss without a mask, where the start removes nothing; None where it does.
     """
 
     evidence: EvidenceOptimizer
+    unmasked_loss: float | None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The evidence."""
@@ -144,7 +149,7 @@ class EvidenceTrainer(MaskTrainer):
         """The validation loss per answer token of what the round has turned; of what stands, if it turned nothing."""
         key = f"{metric_key_prefix}_loss"
         if self.start_loss is None:
-            metrics = self._evaluate_start(metric_key_prefix)
+            metrics = self._evaluate_start(metric_key_prefix, self.unmasked_loss)
             self.evidence.judge(metrics[key])
             return metrics
         best_loss = self.evidence.best_loss

@@ -178,6 +178,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
             significance=options.significance,
             keeps_counts=options.ratio is not None,
         )
+        trainer.unmasked_loss = search.unmasked_loss if options.ratio is None else None
     return trainer
 
 

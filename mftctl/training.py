@@ -172,9 +172,13 @@ class SftTrainer(Trainer):
             pad_token_id=self._padding,
             on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
         )
-        metrics = {f"{metric_key_prefix}_loss": mean_loss(losses)}
+        return self._record(mean_loss(losses), metric_key_prefix)
+
+    def _record(self, loss: float, metric_key_prefix: str) -> dict[str, float]:
+        """A validation loss as metrics, after the log and the callbacks have heard of it."""
+        metrics = {f"{metric_key_prefix}_loss": loss}
         if self.start_loss is None:
-            self.start_loss = metrics[f"{metric_key_prefix}_loss"]
+            self.start_loss = loss
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

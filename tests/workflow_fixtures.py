@@ -64,13 +64,15 @@ def open_run(root: Path, command: str, recipe: Recipe) -> tuple[Run, Source]:
 
 
 class Interrupter:
-    """A listener that raises SIGINT, as Ctrl-C does, once a training has come to a step."""
+    """A listener that raises SIGINT, as Ctrl-C does, once a training has come to a step; counts whole validations."""
 
     def __init__(self, step: int) -> None:
         self.step = step
         self.notes: list[str] = []
+        self.validations = 0
 
     def progress(self, state: Progress) -> None:
+        self.validations += state.task == "validating" and state.done == state.total
         if state.task == "training" and state.done == self.step:
             self.step = -1
             signal.raise_signal(signal.SIGINT)

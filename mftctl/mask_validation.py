@@ -1,0 +1,100 @@
+"""What validation data says of a mask: some records decide which is the best, the others whether it is any good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.config import MaskTrainOptions
+from mftctl.data.batching import pad_token_id
+from mftctl.data.encoding import Encoded
+from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.evaluation.statistics import paired_difference
+from mftctl.masking.layers import Indicator, attach_masks, detach_masks
+from mftctl.masking.targets import MaskTarget
+from mftctl.preparation import TrainingInputs
+from mftctl.progress import Listener, Progress
+from mftctl.score_training import MaskSearch
+
+_FEWEST_CONFIRMING = 4
+
+
+def split_validation_records(
+    validation: list[Encoded], options: MaskTrainOptions
+) -> tuple[list[Encoded], list[Encoded]]:
+    """The validation records that decide which mask is the best, and those that only confirm it.
+
+    The best of many masks owes part of its lead to chance: records that took no part in the choice tell how much of it
+    is real. A mask that nothing was chosen for is measured on all; so is one with too few records for two parts.
+
+    Args:
+        validation: In the order of the data.
+        options: Method of the mask.
+    """
+    if options.method != "learned" or len(validation) < 2 * _FEWEST_CONFIRMING:
+        return validation, []
+    return validation[0::2], validation[1::2]
+
+
+def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> dict[str, Any]:
+    """What a mask changes on records that took no part in choosing it, with the paired 95 % interval.
+
+    Args:
+        search: What it was found by; says by warning if the interval holds 0.
+        keep: The mask.
+        records: At least two.
+    """
+    inputs = replace(search.inputs, validation=records)
+    before = validation_losses(search.model, inputs, search.listener)
+    with masked(search.model, search.targets, keep):
+        after = validation_losses(search.model, inputs, search.listener)
+    change = paired_difference(
+        np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
+        np.array([float(loss.answer_tokens) for loss in before]),
+    )
+    confirmed = change.high < 0
+    if not confirmed:
+        search.listener.warn(
+            f"The {len(records)} validation records that took no part in choosing the mask do not confirm it: "
+            f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
+        )
+    return {
+        "records": len(records),
+        "unmasked_loss": mean_loss(before),
+        "masked_loss": mean_loss(after),
+        "change": change.estimate,
+        "low": change.low,
+        "high": change.high,
+        "confirmed": confirmed,
+    }
+
+
+@contextmanager
+def masked(model: PreTrainedModel, targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside it, the model computes with a mask; afterwards it is as it was."""
+    attach_masks(model, targets, {name: bits.float() for name, bits in keep.items()}, Indicator(None, 0.5))
+    try:
+        yield
+    finally:
+        detach_masks(model)
+
+
+def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
+    """The loss per answer token on the validation data, of the model as it is."""
+    return mean_loss(validation_losses(model, inputs, listener))
+
+
+def validation_losses(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> list[SampleLoss]:
+    """The loss of each validation record, of the model as it is."""
+    return sample_losses(
+        model,
+        inputs.validation,
+        pad_token_id=pad_token_id(inputs.tokenizer),
+        on_progress=lambda done, total: listener.progress(Progress("validating", done, total)),
+    )
