@@ -16,7 +16,6 @@ from mftctl.errors import DataError
 DEFAULT_RATIO = 0.1
 DEFAULT_UPDATE_RATIO = 0.2
 DEFAULT_PATIENCE = 5
-_PAPER_KEYS = ("threshold", "ranking", "start", "start_value", "learning_rate", "travel")
 
 
 class _Section(BaseModel):
@@ -132,35 +131,41 @@ class MaskTrainOptions(TrainingOptions):
         None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
     )
     target: Literal["attn", "mlp", "both"] = Field("both", description="Projections that carry a mask.")
-    preset: Literal["evidence", "paper"] = Field(
-        "evidence",
-        description="evidence: turn in rounds the few entries whose gradients agree over many batches, as long as "
-        "validation agrees; paper: move every score at every step with Adam, as Mask Fine-Tuning does.",
+    preset: Literal["default", "paper"] = Field(
+        "default",
+        description="What is not given. default: scores start at the size of the weight, and what falls below 0 is "
+        "removed; paper: scores start random, and the 10 % with the smallest |score| are removed.",
+    )
+    learn_from: Literal["auto", "all", "unseen"] | None = Field(
+        None,
+        description="Training records. unseen: those that fine-tuning has not seen; auto (the default): these if there "
+        "are at least 64, else all; all (paper).",
     )
     ratio: Share | dict[str, Share] | None = Field(
         None,
         description="Share of the weights removed of each tensor, or of the projections named, such as "
-        "q_proj=0.05,down_proj=0.1; by default what evidence supports, and 0.1 for all else.",
+        "q_proj=0.05,down_proj=0.1; by default as many as fall below the threshold, and 0.1 for all else.",
     )
     patience: int | None = Field(
+        None, gt=0, description="Stop after this many validations without a new best; by default 5, for paper never."
+    )
+    threshold: float | None = Field(None, description="Remove scores below this instead of a fixed ratio.")
+    ranking: Literal["magnitude", "signed"] | None = Field(
+        None, description="What a ratio ranks: the score (the default) or |score| (paper)."
+    )
+    start: Literal["magnitude", "kaiming", "constant"] | None = Field(
         None,
-        gt=0,
-        description="Stop after this many validations without a new best; by default 5 for evidence, never for paper.",
+        description="Scores start at the size of the weight (the default), random (paper) or all equal (constant).",
     )
-    budget: float = Field(
-        0.02, gt=0, description="evidence: what the entries turned in the first round may promise to lower the loss by."
-    )
-    significance: float = Field(
-        2.0, ge=0, description="evidence: standard errors that an entry's gradient must be worth."
-    )
-    threshold: float | None = Field(None, description="paper: remove scores below this instead of a fixed ratio.")
-    ranking: Literal["magnitude", "signed"] = Field("magnitude", description="paper: rank |score| or the score.")
-    start: Literal["kaiming", "constant"] = Field("kaiming", description="paper: scores start random or all equal.")
-    start_value: float = Field(0.01, description="paper: the score of the constant start.")
+    start_value: float = Field(0.01, description="The score of the constant start.")
     learning_rate: float | Literal["auto"] = Field(
-        "auto", description="paper: auto scales it to the scores, so that steps and model size change nothing."
+        "auto",
+        description="auto: 4 times the rate of fine-tuning; for other starts scaled to the scores, so that steps and "
+        "model size change nothing.",
     )
-    travel: float = Field(1.6, gt=0, description="paper: how far auto lets a score move, in units of its start scale.")
+    travel: float = Field(
+        1.6, gt=0, description="kaiming and constant: how far auto lets a score move, in units of its start scale."
+    )
     strategy: Literal["trivial", "salient", "random"] = Field(
         "trivial", description="drop: undo the smallest changes of fine-tuning, the largest, or random ones."
     )
@@ -178,30 +183,38 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("a ratio by projection names at least one")
         return self
 
-    @model_validator(mode="after")
-    def _paper_keys_have_the_preset(self) -> MaskTrainOptions:
-        if self.uses_evidence:
-            fields = type(self).model_fields
-            for name in _PAPER_KEYS:
-                if getattr(self, name) != fields[name].default:
-                    raise ValueError(f"mask_train.{name} is for the paper's scores: add preset: paper (--preset paper)")
-        return self
+    @property
+    def effective_learn_from(self) -> Literal["auto", "all", "unseen"]:
+        """The training records in force."""
+        return self.learn_from or ("all" if self.preset == "paper" else "auto")
 
     @property
-    def uses_evidence(self) -> bool:
-        """Whether entries are turned by evidence, and not chosen without training or by trained scores."""
-        return self.method == "learned" and self.preset == "evidence"
+    def effective_start(self) -> Literal["magnitude", "kaiming", "constant"]:
+        """The start in force."""
+        return self.start or ("kaiming" if self.preset == "paper" else "magnitude")
+
+    @property
+    def effective_ranking(self) -> Literal["magnitude", "signed"]:
+        """The ranking in force."""
+        return self.ranking or ("magnitude" if self.preset == "paper" else "signed")
 
     @property
     def effective_patience(self) -> int | None:
         """Validations without a new best after which training ends; None for never."""
-        return DEFAULT_PATIENCE if self.patience is None and self.uses_evidence else self.patience
+        return self.patience or (None if self.preset == "paper" else DEFAULT_PATIENCE)
+
+    @property
+    def effective_threshold(self) -> float | None:
+        """The threshold in force: None where a ratio decides."""
+        whole = self.preset == "default" and self.effective_start != "kaiming"
+        if whole and self.ratio is None and self.method == "learned":
+            return self.threshold or 0.0
+        return self.threshold
 
     @property
     def effective_ratio(self) -> float | dict[str, float] | None:
-        """The ratio in force, of all masked tensors or by projection: None where evidence or a threshold decides."""
-        free = self.ratio is not None or self.threshold is not None or self.uses_evidence
-        return self.ratio if free else DEFAULT_RATIO
+        """The ratio in force, of all masked tensors or by projection: None where a threshold decides."""
+        return DEFAULT_RATIO if self.ratio is None and self.effective_threshold is None else self.ratio
 
     @property
     def projections(self) -> list[str] | None:
@@ -209,7 +222,7 @@ class MaskTrainOptions(TrainingOptions):
         return list(self.ratio) if isinstance(self.ratio, dict) else None
 
     def ratio_of(self, projection: str) -> float | None:
-        """The ratio of one projection, such as `q_proj`: None where evidence or a threshold decides."""
+        """The ratio of one projection, such as `q_proj`: None where a threshold decides."""
         ratio = self.effective_ratio
         return ratio[projection] if isinstance(ratio, dict) else ratio
 
@@ -275,8 +288,14 @@ class Recipe(_Section):
     stages: dict[str, Stage] = Field(default_factory=dict)
 
 
-_SHARED = {"model", "revision", "data", "val_data", "val_fraction", "test_data", "seed"}
-_SECTIONS = {"fft": {"fft"}, "probe": {"probe", "mask_train"}, "mask-train": {"mask_train"}, "eval": {"eval"}}
+_SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
+_RATE = {"fft": {"method", "learning_rate"}}
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "fft": {"fft": True},
+    "probe": {"probe": True, "mask_train": True, **_RATE},
+    "mask-train": {"mask_train": True, **_RATE},
+    "eval": {"eval": True},
+}
 
 
 def to_document(recipe: Recipe) -> dict[str, Any]:
@@ -286,4 +305,4 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 
 def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     """The part of a recipe on which a command's result depends, as plain data."""
-    return recipe.model_dump(mode="json", include=_SHARED | _SECTIONS.get(command, set()))
+    return recipe.model_dump(mode="json", include={**dict.fromkeys(_SHARED, True), **_SECTIONS.get(command, {})})

@@ -18,6 +18,7 @@ from mftctl.models import best_device, load_model, peak_memory_bytes, stored_dty
 from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.progress import Listener
 from mftctl.runs import Run
+from mftctl.seen_records import save_seen
 from mftctl.training import SftTrainer, stop_on_signal, total_steps, train, training_arguments, uses_bf16
 from mftctl.tuning.hft import freeze_half
 from mftctl.tuning.masked_optimizer import MaskedOptimizer, UpdateRule
@@ -60,6 +61,7 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
         adapters=True,
     )
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
+    save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
     trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mftctl.config import FftOptions, MaskTrainOptions
+from mftctl.config import FftOptions, MaskTrainOptions, Recipe
 from mftctl.errors import ConfigError
 from mftctl.quickstart import NAME as QUICKSTART
 from mftctl.runs import Run, list_runs, load_run, newest_run
@@ -130,6 +130,15 @@ def recommended_layers(root: Path, source: Source) -> tuple[str, str] | None:
     return None
 
 
+def fft_learning_rate(source: Source, recipe: Recipe) -> float:
+    """The learning rate that a model was fine-tuned with: of the run that made it, else of the recipe.
+
+    That of an adapter says nothing of the model's own weights: then it is the default of fine-tuning.
+    """
+    options = recipe.fft if source.config is None else FftOptions.model_validate(source.config.get("fft", {}))
+    return FftOptions().learning_rate if options.method == "lora" else options.learning_rate
+
+
 def ancestry(root: Path, source: Source) -> list[Source]:
     """The states a source went through, the pre-trained model first and the source itself last.
 
@@ -159,11 +168,11 @@ def fine_tuned_state(source: Source, options: FftOptions) -> str:
 
 
 def mask_state(options: MaskTrainOptions) -> str:
-    """What a mask makes of a model, in the words of the papers; theirs is `MFT, paper`, where evidence is not used."""
+    """What a mask makes of a model, in the words of the papers; with its settings `MFT, paper`."""
     if options.method == "drop":
         return f"{options.strategy} drop"
-    if options.uses_evidence:
-        return "MFT"
     if options.method == "learned":
+        if options.preset == "default":
+            return "MFT"
         return "MFT, paper" if options.threshold is None else "MFT threshold"
     return _MASKED[options.method]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.errors import ConfigError
-from mftctl.lineage import Source, mask_state
+from mftctl.lineage import Source, fft_learning_rate, mask_state
 from mftctl.mask_validation import confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
@@ -24,7 +24,8 @@ from mftctl.models import load_model, peak_memory_bytes
 from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
-from mftctl.score_training import LearnedMask, MaskSearch, learn_mask
+from mftctl.score_training import LearnedMask, MaskSearch, learn_mask, learning_rate_text
+from mftctl.seen_records import seen_records
 from mftctl.training import uses_bf16
 
 
@@ -46,13 +47,10 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     options = recipe.mask_train
     if options.method == "drop":
         return _drop(recipe, source, run, listener)
-    inputs = prepare_training(
-        recipe,
-        source.model,
-        max_length_tokens=options.max_length_tokens,
-        data_fraction=options.data_fraction,
-    )
-    run.update(inputs={**source.as_inputs(), **inputs.summary()})
+    inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    # A resumed run goes on with the rate it began with, whatever its source can still tell.
+    fft_rate = run.record.inputs.get("fft_learning_rate") or fft_learning_rate(source, recipe)
+    run.update(inputs={**source.as_inputs(), **inputs.summary(), "fft_learning_rate": fft_rate})
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
@@ -66,9 +64,12 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         run.training,
         listener,
         unmasked_loss=validation_loss(model, inputs, listener),
+        fft_learning_rate=fft_rate,
         seed=recipe.seed,
         resume=resume,
     )
+    if options.method == "learned":
+        listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
     found = find_mask(search)
     mask = build_mask(found.keep, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
     confirmation = None
@@ -89,6 +90,38 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "confirmation": confirmation,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def prepare_mask_training(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, data_fraction: float
+) -> TrainingInputs:
+    """The data to learn a mask from: by default the records that the model was not fine-tuned on, as it says.
+
+    Args:
+        recipe: With the `mask_train` section, the data and the seed.
+        source: The fine-tuned model.
+        run: Open run, beside those that made the model.
+        listener: Is told what is left out.
+        data_fraction: Share of the records to learn from.
+
+    Raises:
+        MftError: The data cannot be used.
+    """
+    options = recipe.mask_train
+    inputs = prepare_training(
+        recipe,
+        source.model,
+        max_length_tokens=options.max_length_tokens,
+        data_fraction=data_fraction,
+        seen=seen_records(run.folder.parent, source.parents),
+        learn_from=options.effective_learn_from,
+    )
+    if inputs.left_out:
+        listener.note(
+            f"Training records: {len(inputs.train)}; {inputs.left_out} that fine-tuning has seen are left out "
+            "(--learn-from all takes them in)"
+        )
+    return inputs
 
 
 def keep_mask(mask: Mask, run: Run) -> dict[str, Any]:
@@ -222,7 +255,7 @@ def _metadata(recipe: Recipe, source: Source, run: Run, layers: list[int]) -> Ma
         base_revision=recipe.revision,
         method=options.method,
         ratio=None if isinstance(ratio, dict) else ratio,
-        threshold=options.threshold,
+        threshold=options.effective_threshold,
         layers=format_layers(layers),
         seed=recipe.seed,
         run_id=run.name,

@@ -12,11 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from mftctl.config import Recipe
 from mftctl.data.encoding import Encoded, encode_all
 from mftctl.data.examples import Example
-from mftctl.data.sources import data_digest, load_examples
+from mftctl.data.sources import data_digest, load_examples, record_digest
 from mftctl.data.splits import sample_fraction, split_validation
 from mftctl.errors import ConfigError
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.models import load_tokenizer
+from mftctl.seen_records import LearnFrom, records_to_learn_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class TrainingInputs:
         train: Encoded training records.
         validation: Encoded validation records.
         digests: SHA-256 of the examples of both parts.
+        records: The digest of each training record.
+        left_out: Training records that were not to be learned from.
     """
 
     checkpoint: Path
@@ -36,6 +39,8 @@ class TrainingInputs:
     train: list[Encoded]
     validation: list[Encoded]
     digests: dict[str, str]
+    records: list[str]
+    left_out: int
 
     def summary(self) -> dict[str, Any]:
         """Counts for the run's record."""
@@ -48,7 +53,14 @@ class TrainingInputs:
 
 
 def prepare_training(
-    recipe: Recipe, model: str, *, max_length_tokens: int, data_fraction: float = 1.0, adapters: bool = False
+    recipe: Recipe,
+    model: str,
+    *,
+    max_length_tokens: int,
+    data_fraction: float = 1.0,
+    adapters: bool = False,
+    seen: frozenset[str] = frozenset(),
+    learn_from: LearnFrom = "all",
 ) -> TrainingInputs:
     """The encoded training and validation data of a recipe.
 
@@ -56,8 +68,10 @@ def prepare_training(
         recipe: Names the data, the split and the seed.
         model: Checkpoint folder, hub id or `quickstart`.
         max_length_tokens: Longer records are cut at the end.
-        data_fraction: Share of the training records to use.
+        data_fraction: Share of the training records to use, of those to learn from.
         adapters: Whether the model may be a LoRA adapter.
+        seen: Digests of the records that the model was fine-tuned on.
+        learn_from: What that is good for, as `records_to_learn_from` has it.
 
     Raises:
         ConfigError: The recipe names no data.
@@ -68,7 +82,9 @@ def prepare_training(
         raise ConfigError("Training needs data.", key="--data", expected="a file or a hub id", actual="none given")
     checkpoint = resolve_checkpoint(model, recipe.revision, adapters=adapters)
     tokenizer = load_tokenizer(checkpoint)
-    train, validation = _split(recipe)
+    everything, validation = _split(recipe)
+    train = records_to_learn_from(everything, seen, learn_from)
+    left_out = len(everything) - len(train)
     train = sample_fraction(train, data_fraction, recipe.seed) if data_fraction < 1 else train
     return TrainingInputs(
         checkpoint,
@@ -76,6 +92,8 @@ def prepare_training(
         encode_all(train, tokenizer, max_length_tokens),
         encode_all(validation, tokenizer, max_length_tokens),
         {"train": data_digest(train), "validation": data_digest(validation)},
+        [record_digest(example) for example in train],
+        left_out,
     )
 
 

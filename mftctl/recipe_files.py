@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -218,7 +219,7 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        problems = [_describe(problem) for problem in error.errors()]
+        problems = _describe_all(error.errors())
         raise ConfigError("The configuration does not fit.", path=path, problems=problems) from error
     stages = recipe.stages.items()
     problems = [f"stages.{name}.{problem}" for name, stage in stages for problem in _stage_problems(recipe, stage)]
@@ -245,8 +246,42 @@ def _change_problems(recipe: Recipe, changes: Mapping[str, Any]) -> tuple[str, .
     return ()
 
 
-def _describe(problem: Any) -> str:
-    location = [str(part) for part in problem["loc"]]
+def _describe_all(problems: Sequence[Any]) -> list[str]:
+    """One line for each place that does not fit.
+
+    A key of several types is refused once for each: of these, those stay that are about the type given, if any is.
+    """
+    places: dict[tuple[str, ...], list[Any]] = {}
+    for problem in problems:
+        places.setdefault(tuple(_without_types(Recipe, [str(part) for part in problem["loc"]])), []).append(problem)
+    lines = []
+    for location, found in places.items():
+        if any(len(other) > len(location) and other[: len(location)] == location for other in places):
+            continue
+        told = [problem for problem in found if problem["type"] not in _OTHER_TYPE] or found
+        lines.append(_describe({**told[0], "msg": " or ".join(_lowered(problem["msg"]) for problem in told)}, location))
+    return lines
+
+
+_OTHER_TYPE = {"float_type", "dict_type", "literal_error"}
+
+
+def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """A place of the recipe without the type that pydantic names after a key of several types."""
+    for number, part in enumerate(location):
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        types = [item for item in get_args(field.annotation) if item is not type(None)]
+        if get_origin(field.annotation) in (Union, UnionType) and len(types) > 1:
+            return [*location[: number + 1], *location[number + 2 :]]
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return list(location)
+
+
+def _describe(problem: Any, location: Sequence[str]) -> str:
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
         question = nearest(location[-1], _known_keys(Recipe, location[:-1])) or _nearest_anywhere(location[-1])
@@ -254,7 +289,11 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{key}: {text}" if key else text
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"
+    return f"{key}: {_lowered(problem['msg'])}, got {problem['input']!r}"
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:

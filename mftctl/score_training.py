@@ -11,16 +11,13 @@ from transformers import PreTrainedModel
 
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
-from mftctl.masking.baselines import magnitude_mask
-from mftctl.masking.evidence import EvidenceOptimizer
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
 from mftctl.progress import Listener
 from mftctl.runs import TrainingFolder
-from mftctl.score_trainers import EvidenceTrainer, MaskTrainer
+from mftctl.score_trainer import MaskTrainer
 from mftctl.training import (
-    VALIDATIONS,
     schedule_factors,
     stop_on_signal,
     total_steps,
@@ -28,8 +25,11 @@ from mftctl.training import (
     training_arguments,
 )
 
-_FEWEST_ROUND_STEPS = 10
-"""Fewer steps tell nothing of how much gradients differ from step to step."""
+_USUAL_EPSILON = 1e-8
+_SMALL_EPSILON = 1e-20
+
+_RATE_FACTOR = 4.0
+"""Only weights that reach 0 take a step: scores bear a larger rate than weights do (README, "What we found")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class MaskSearch:
         folder: Gets metrics and checkpoints.
         listener: Hears progress.
         unmasked_loss: Validation loss of the unmasked model.
+        fft_learning_rate: That the model was fine-tuned with.
         seed: Decides the random start and the order of the data.
         resume: Go on from the newest checkpoint of the folder.
     """
@@ -55,6 +56,7 @@ class MaskSearch:
     folder: TrainingFolder
     listener: Listener
     unmasked_loss: float
+    fft_learning_rate: float
     seed: int
     resume: bool
 
@@ -63,9 +65,9 @@ class MaskSearch:
         """The rule from scores to mask of each target."""
         options = self.options
         return {
-            target.name: Indicator(None, 0.0)
-            if options.uses_evidence
-            else Indicator(options.ratio_of(target.projection), options.threshold, options.ranking)
+            target.name: Indicator(
+                options.ratio_of(target.projection), options.effective_threshold, options.effective_ranking
+            )
             for target in self.targets
         }
 
@@ -127,6 +129,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     attach_masks(model, search.targets, _start_scores(search), search.indicators)
     start = {name: module.keep() for name, module in masked_layers(model)}
     trainer = _trainer(search)
+    trainer.known_start_loss = search.unmasked_loss if all(bits.all() for bits in start.values()) else None
     try:
         with stop_on_signal(search.listener) as stop:
             train(trainer, search.folder, stop, patience=options.effective_patience, resume=search.resume)
@@ -147,39 +150,42 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         best_step,
         trainer.state.global_step,
         int(trainer.state.num_input_tokens_seen),
-        None if options.uses_evidence else trainer.args.learning_rate,
+        trainer.args.learning_rate,
         summarise_flips(search.folder.metrics(), changed),
     )
 
 
 def _trainer(search: MaskSearch) -> MaskTrainer:
-    """The trainer of the scores that the model carries, with its optimizer chosen."""
+    """The trainer of the scores that the model carries, with a learning rate for each tensor."""
     options, inputs = search.options, search.inputs
     steps = total_steps(len(inputs.train), options)
-    rates = {} if options.uses_evidence else _learning_rates(search, steps)
+    rates = _learning_rates(search, steps)
     arguments = training_arguments(
         search.folder.checkpoints,
         options,
         steps=steps,
-        learning_rate=max(rates.values(), default=0.0),
+        learning_rate=max(rates.values()),
         seed=search.seed,
         bf16=False,
     )
-    kind = EvidenceTrainer if options.uses_evidence else MaskTrainer
-    trainer = kind(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
+    trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
     trainer.learning_rates = rates
-    if isinstance(trainer, EvidenceTrainer):
-        arguments.max_grad_norm = 0.0  # a clipped gradient is no change of the loss
-        if options.eval_steps is None:
-            arguments.eval_steps = arguments.save_steps = max(steps // VALIDATIONS, _FEWEST_ROUND_STEPS)
-        trainer.evidence = EvidenceOptimizer(
-            [module for _, module in masked_layers(search.model)],
-            budget=options.budget,
-            significance=options.significance,
-            keeps_counts=options.ratio is not None,
-        )
-        trainer.unmasked_loss = search.unmasked_loss if options.ratio is None else None
+    # The gradient of a score has the weight as a factor: the usual epsilon would hold back the smallest weights, which
+    # cost least to remove.
+    trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
     return trainer
+
+
+def learning_rate_text(search: MaskSearch) -> str:
+    """The learning rate of the scores, and where it comes from."""
+    options = search.options
+    rates = _learning_rates(search, total_steps(len(search.inputs.train), options))
+    highest = f"{max(rates.values()):.3g}"
+    if options.learning_rate != "auto":
+        return highest
+    if options.effective_start == "magnitude":
+        return f"{highest}, {_RATE_FACTOR:g} times that of fine-tuning ({search.fft_learning_rate:.3g})"
+    return f"up to {highest}, scaled to how they start"
 
 
 def summarise_flips(metrics: Sequence[Mapping[str, Any]], changed: int) -> dict[str, Any]:
@@ -219,31 +225,25 @@ def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) ->
 
 def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     options = search.options
-    if options.uses_evidence:
-        return {target.name: _whole_scores(target, options) for target in search.targets}
     return {
-        target.name: initial_scores(target, options.start, constant=options.start_value, seed=search.seed)
+        target.name: initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed)
         for target in search.targets
     }
 
 
-def _whole_scores(target: MaskTarget, options: MaskTrainOptions) -> torch.Tensor:
-    """1 where a weight is kept, -1 where it is not: all kept, or with a ratio all but the smallest."""
-    ratio = options.ratio_of(target.projection)
-    scores = torch.ones_like(target.module.weight, dtype=torch.float32, requires_grad=False)
-    return scores if ratio is None else scores.masked_fill(~magnitude_mask(target, ratio), -1.0)
-
-
 def _learning_rates(search: MaskSearch, steps: int) -> dict[str, float]:
-    return {target.name: _learning_rate(target, search.options, steps) for target in search.targets}
+    return {target.name: _learning_rate(target, search, steps) for target in search.targets}
 
 
-def _learning_rate(target: MaskTarget, options: MaskTrainOptions, steps: int) -> float:
+def _learning_rate(target: MaskTarget, search: MaskSearch, steps: int) -> float:
+    options = search.options
     if options.learning_rate != "auto":
         return options.learning_rate
+    if options.effective_start == "magnitude":
+        return _RATE_FACTOR * search.fft_learning_rate
     scale = score_scale(target.module)
-    if options.start == "constant":
-        scale = abs(options.start_value - (options.threshold or 0.0))
+    if options.effective_start == "constant":
+        scale = abs(options.start_value - (options.effective_threshold or 0.0))
     if scale == 0.0:
         raise ConfigError(
             "learning_rate auto cannot scale to scores that start on the threshold.",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe, Stage, deciding_keys, to_document
+from mftctl.config import DEFAULT_PATIENCE, DEFAULT_RATIO, MaskTrainOptions, Recipe, Stage, deciding_keys, to_document
 from mftctl.data.sources import DataSource
 from mftctl.recipe_files import parse_recipe, read_yaml
 
@@ -162,20 +162,31 @@ def test_ratio_in_force() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("document", "start", "ranking", "threshold", "ratio", "patience"),
     [
-        ("threshold", 0.0),
-        ("ranking", "signed"),
-        ("start", "constant"),
-        ("start_value", 0.1),
-        ("learning_rate", 1e-3),
-        ("travel", 3.2),
+        ({}, "magnitude", "signed", 0.0, None, DEFAULT_PATIENCE),
+        ({"ratio": 0.2}, "magnitude", "signed", None, 0.2, DEFAULT_PATIENCE),
+        ({"threshold": -0.5, "patience": 2}, "magnitude", "signed", -0.5, None, 2),
+        (
+            {"start": "kaiming", "ranking": "magnitude", "ratio": 0.1},
+            "kaiming",
+            "magnitude",
+            None,
+            0.1,
+            DEFAULT_PATIENCE,
+        ),
+        ({"preset": "paper"}, "kaiming", "magnitude", None, DEFAULT_RATIO, None),
+        ({"preset": "paper", "threshold": 0.0, "start": "constant"}, "constant", "magnitude", 0.0, None, None),
     ],
+    ids=str,
 )
-def test_keys_of_the_paper_need_its_preset(key: str, value: object) -> None:
-    with pytest.raises(ValidationError, match=f"mask_train.{key} is for the paper's scores.*--preset paper"):
-        MaskTrainOptions.model_validate({key: value})
-    assert getattr(MaskTrainOptions.model_validate({"preset": "paper", key: value}), key) == value
+def test_a_preset_is_the_settings_not_given(
+    document: dict[str, Any], start: str, ranking: str, threshold: float | None, ratio: float | None, patience: int
+) -> None:
+    options = MaskTrainOptions.model_validate(document)
+    assert (options.effective_start, options.effective_ranking) == (start, ranking)
+    assert (options.effective_threshold, options.effective_ratio) == (threshold, ratio)
+    assert options.effective_patience == patience
 
 
 def test_ratio_and_threshold_together_are_refused() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mftctl.config import FftOptions, MaskTrainOptions
+from mftctl.config import FftOptions, MaskTrainOptions, Recipe, to_document
 from mftctl.errors import ConfigError, RunError
 from mftctl.lineage import (
     CONTINUED_FFT,
@@ -14,6 +14,7 @@ from mftctl.lineage import (
     PRE_TRAINED,
     Source,
     ancestry,
+    fft_learning_rate,
     fine_tuned_state,
     mask_state,
     model_for_training,
@@ -205,7 +206,7 @@ def test_fine_tuning_a_fine_tuned_model_continues(options: dict[str, Any], state
 
 def test_a_threshold_and_a_drop_strategy_are_named() -> None:
     assert mask_state(MaskTrainOptions(preset="paper", threshold=-0.035)) == "MFT threshold"
-    assert [mask_state(MaskTrainOptions(preset=preset)) for preset in ("evidence", "paper")] == ["MFT", "MFT, paper"]
+    assert [mask_state(MaskTrainOptions(preset=preset)) for preset in ("default", "paper")] == ["MFT", "MFT, paper"]
     assert mask_state(MaskTrainOptions(method="drop", strategy="salient")) == "salient drop"
 
 
@@ -269,3 +270,23 @@ def test_ancestry_with_a_run_that_is_gone_is_a_run_error(root: Path) -> None:
     (run.folder / "run.json").unlink()
     with pytest.raises(RunError, match="not a readable run folder"):
         ancestry(root, source)
+
+
+@pytest.mark.parametrize(
+    ("made_with", "expected"),
+    [
+        ({"learning_rate": 3e-4}, 3e-4),
+        ({"learning_rate": 1e-3, "method": "lora"}, FftOptions().learning_rate),
+        ({}, 2e-5),
+    ],
+    ids=str,
+)
+def test_the_rate_of_fine_tuning_is_that_of_the_run(made_with: dict[str, Any], expected: float) -> None:
+    config = to_document(Recipe.model_validate({"fft": made_with}))
+    other = Recipe.model_validate({"fft": {"learning_rate": 7.0}})
+    assert fft_learning_rate(Source("tuned", config=config), other) == expected
+
+
+def test_the_rate_of_fine_tuning_without_a_run_is_that_of_the_recipe() -> None:
+    recipe = Recipe.model_validate({"fft": {"learning_rate": 3e-4}})
+    assert fft_learning_rate(Source("tuned"), recipe) == 3e-4

@@ -279,6 +279,27 @@ def test_unknown_key_names_the_nearest_known_one(document: dict[str, Any], probl
     assert problems_of(document) == (problem,)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("ratio", 1.0, "mask_train.ratio: input should be less than 1, got 1.0"),
+        (
+            "ratio",
+            "much",
+            "mask_train.ratio: input should be a valid number or input should be a valid dictionary, got 'much'",
+        ),
+        ("ratio", {"q_proj": 1.5}, "mask_train.ratio.q_proj: input should be less than 1, got 1.5"),
+        (
+            "learning_rate",
+            "fast",
+            "mask_train.learning_rate: input should be a valid number or input should be 'auto', got 'fast'",
+        ),
+    ],
+)
+def test_a_key_of_several_types_is_named_once_and_without_them(key: str, value: object, problem: str) -> None:
+    assert problems_of({"mask_train": {"preset": "paper", key: value}}) == (problem,)
+
+
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,

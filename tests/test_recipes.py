@@ -178,8 +178,8 @@ def test_methods_that_choose_are_told_what(name: str) -> None:
         if task.command == "fft" and fft.method in ("gmt", "random"):
             assert fft.ratio is not None
         if task.command == "mask-train":
-            evidence_or_default = mask.uses_evidence or mask.method in ("random", "magnitude")
-            assert evidence_or_default or mask.ratio is not None or mask.threshold is not None
+            by_default = mask.preset == "default" or mask.method in ("random", "magnitude")
+            assert by_default or mask.ratio is not None or mask.threshold is not None
             assert mask.method == "drop" or mask.layers is not None or task.layers_from is not None
 
 
@@ -225,7 +225,12 @@ def test_mft_trains_as_published(backbone: str, domain: str, suffix: str) -> Non
         assert {key: getattr(section, key) for key in MFT_TRAINING} == MFT_TRAINING
     mask = recipe.mask_train
     assert (mask.layers, mask.ratio, mask.threshold) == (layers[domain], 0.1, None)
-    assert (mask.method, mask.target, mask.ranking, mask.start) == ("learned", "both", "magnitude", "kaiming")
+    assert (mask.method, mask.target, mask.effective_ranking, mask.effective_start) == (
+        "learned",
+        "both",
+        "magnitude",
+        "kaiming",
+    )
     assert (mask.preset, mask.effective_patience) == ("paper", None)
 
 

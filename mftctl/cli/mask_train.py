@@ -33,11 +33,10 @@ def mask_train(
     ] = None,
     target: opt.Target = None,
     preset: opt.Preset = None,
-    ratio: opt.Ratio = None,
-    budget: Annotated[float | None, opt.setting(MaskTrainOptions, "budget", "--budget", panel=opt.MASKING)] = None,
-    significance: Annotated[
-        float | None, opt.setting(MaskTrainOptions, "significance", "--significance", panel=opt.MASKING)
+    learn_from: Annotated[
+        str | None, opt.setting(MaskTrainOptions, "learn_from", "--learn-from", panel=opt.MASKING)
     ] = None,
+    ratio: opt.Ratio = None,
     threshold: Annotated[
         float | None, opt.setting(MaskTrainOptions, "threshold", "--threshold", panel=opt.MASKING)
     ] = None,

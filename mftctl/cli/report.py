@@ -62,4 +62,4 @@ def _advice(tables: list[MetricTable]) -> str:
     states = {row.state for table in tables for row in table.rows}
     if not any(state.startswith(("MFT", "masked")) for state in states):
         return "mftctl mask-train"
-    return "mftctl mask-train --layers all, or mftctl run quickstart for a comparison with all baselines"
+    return "mftctl mask-train --layers all, or a recipe of mftctl run that compares more"

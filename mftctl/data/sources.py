@@ -77,9 +77,17 @@ def data_digest(examples: Iterable[Example]) -> str:
     """The SHA-256 of kinds, roles and contents in hex: equal for equal data, wherever it was read from."""
     digest = hashlib.sha256()
     for example in examples:
-        turns = [[message.role, message.content] for message in example.messages]
-        digest.update(json.dumps([example.kind, turns]).encode() + b"\n")
+        digest.update(_canonical(example) + b"\n")
     return digest.hexdigest()
+
+
+def record_digest(example: Example) -> str:
+    """The first 16 hex digits of the SHA-256 of one record's kind, roles and contents."""
+    return hashlib.sha256(_canonical(example)).hexdigest()[:16]
+
+
+def _canonical(example: Example) -> bytes:
+    return json.dumps([example.kind, [[message.role, message.content] for message in example.messages]]).encode()
 
 
 def _load_source(source: DataSource, seed: int) -> list[Example]:

@@ -171,7 +171,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad_x, grad_scores, None, None, None, None
 
 
-ScoreStart = Literal["kaiming", "constant"]
+ScoreStart = Literal["kaiming", "constant", "magnitude"]
 
 
 def initial_scores(target: MaskTarget, start: ScoreStart, *, constant: float = 0.01, seed: int = 0) -> torch.Tensor:
@@ -179,13 +179,16 @@ def initial_scores(target: MaskTarget, start: ScoreStart, *, constant: float = 0
 
     Args:
         target: The projection to be masked.
-        start: `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal.
+        start: `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
+            `magnitude`: the size of the weight.
         constant: The value of the constant start.
         seed: With the target's name it decides the values, whatever other targets there are.
 
     Source: the authors' implementation of MFT (Kaiming-uniform with a = sqrt(5)).
     """
     weight = target.module.weight
+    if start == "magnitude":
+        return weight.detach().abs().float()
     if start == "constant":
         return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()

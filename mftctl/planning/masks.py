@@ -24,9 +24,9 @@ class MaskedTensor:
         name: Its weight's name in the model.
         shape: Of the weight.
         weights: Its entries.
-        removed: Entries that the mask removes; None where evidence or a threshold decides.
+        removed: Entries that the mask removes; None where a threshold decides.
         packed_bytes: Size of its bits.
-        deflate_bytes: Expected size in the mask file; None where evidence or a threshold decides.
+        deflate_bytes: Expected size in the mask file; None where a threshold decides.
     """
 
     name: str

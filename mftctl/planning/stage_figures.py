@@ -8,6 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.data.examples import Example
+from mftctl.data.sources import record_digest
+from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
 from mftctl.planning.findings import Findings
@@ -16,6 +19,7 @@ from mftctl.planning.memory import Batches, MemoryEstimate, assumed_batches, est
 from mftctl.planning.model_check import CheckedModel
 from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_training
 from mftctl.planning.training_data import DataCheck, Tokens
+from mftctl.seen_records import records_to_learn_from
 from mftctl.stages import Task
 from mftctl.training import total_steps
 
@@ -78,9 +82,9 @@ class StageFigures:
 
     def _steps(self, task: Task) -> dict[str, Any]:
         options = training_options(task)
-        parts = self._data.parts(task.recipe)
+        train = self._learned_from(task)
         share = task.recipe.probe.data_fraction if task.command == "probe" else options.data_fraction
-        records = max(1, int(len(parts.train) * share + 0.5)) if share < 1 else len(parts.train)
+        records = max(1, int(len(train) * share + 0.5)) if share < 1 else len(train)
         if records == 0:
             return {}
         runs = 1
@@ -100,6 +104,21 @@ class StageFigures:
             "tokens_per_step": round(mean_tokens * step_records),
             "tokens": round(mean_tokens * total),
         }
+
+    def _learned_from(self, task: Task) -> Sequence[Example]:
+        """The records that a stage may learn from; those that fine-tuning before it sees may be none for a mask."""
+        train = self._data.parts(task.recipe).train
+        learn_from = task.recipe.mask_train.effective_learn_from
+        if task.command == "fft" or learn_from == "all":
+            return train
+        seen: set[str] = set()
+        before = task.after
+        while before is not None:
+            if before.command == "fft":
+                known, share = self._data.parts(before.recipe).train, before.recipe.fft.data_fraction
+                seen.update(map(record_digest, sample_fraction(known, share, before.seed) if known else []))
+            before = before.after
+        return records_to_learn_from(train, frozenset(seen), learn_from)
 
     def _groups(self, task: Task, model: CheckedModel) -> list[list[int]]:
         """The layers that may carry a mask: one choice, or all that a probe tries."""

@@ -20,7 +20,7 @@ from mftctl.masking.layers import (
     masked_layers,
     score_scale,
 )
-from mftctl.masking.targets import find_targets
+from mftctl.masking.targets import MaskTarget, find_targets
 from tests.conftest import build_llama
 from tests.masking.test_selection import keep_by_sorting
 
@@ -212,6 +212,33 @@ def test_autocast_computes_in_its_dtype() -> None:
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert layer.scores.grad.dtype == torch.float32
+
+
+def test_the_magnitude_start_removes_what_training_carries_through_zero() -> None:
+    """Against Adam in numpy on the weights themselves: a weight is gone while its trained self has the other sign."""
+    generator = np.random.default_rng(0)
+    weight = generator.normal(size=(4, 6)) * 0.1
+    inputs, wanted = generator.normal(size=(30, 5, 6)), generator.normal(size=(30, 5, 4))
+    linear = nn.Linear(6, 4, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(torch.from_numpy(weight))
+    start = initial_scores(MaskTarget("linear", 0, "mlp", linear), "magnitude").double()
+    layer = MaskedLinear(linear, start, Indicator(None, 0.0))
+    optimizer = torch.optim.AdamW([layer.scores], lr=0.01, eps=1e-20, weight_decay=0.0)
+    trained = weight.astype(np.float32).astype(np.float64)
+    mean, square = np.zeros_like(weight), np.zeros_like(weight)
+    turned = set()
+    for step, (x, y) in enumerate(zip(inputs, wanted, strict=True), start=1):
+        optimizer.zero_grad()
+        (layer(torch.from_numpy(x)) - torch.from_numpy(y)).square().sum().backward()
+        optimizer.step()
+        gradient = 2 * (x @ (weight * (trained * weight >= 0)).T - y).T @ x
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
+        trained -= 0.01 * (mean / (1 - 0.9**step)) / np.sqrt(square / (1 - 0.999**step))
+        np.testing.assert_allclose(layer.scores.detach().numpy(), trained * np.sign(weight), atol=1e-9)
+        assert ((trained * weight >= 0) == layer.keep().numpy()).all()
+        turned.add(int((~layer.keep()).sum()))
+    assert len(turned) > 3
 
 
 def test_kaiming_start_is_uniform_within_its_bound() -> None:

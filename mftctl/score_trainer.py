@@ -1,4 +1,4 @@
-"""The trainers of scores: Adam on every score, as the paper does, and rounds of evidence; both say what they turned."""
+"""The trainer of scores: AdamW, and at each validation what has been turned since the last one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mftctl.masking.evidence import EvidenceOptimizer, Flips
+from mftctl.masking.codecs import pack, unpack
 from mftctl.masking.layers import MaskedLinear, masked_layers
 from mftctl.training import SftTrainer
 
 _SCORES_FILE = "scores.safetensors"
+_COUNTED = "counted."
 
 
 class MaskTrainer(SftTrainer):
@@ -23,9 +24,13 @@ class MaskTrainer(SftTrainer):
 
     Attributes:
         learning_rates: The peak learning rate of each masked module, by its name.
+        epsilon: AdamW's.
+        known_start_loss: The validation loss of the initial scores; None where it is to be measured.
     """
 
     learning_rates: Mapping[str, float]
+    epsilon: float
+    known_start_loss: float | None
     _counted: dict[str, torch.Tensor]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -36,6 +41,7 @@ class MaskTrainer(SftTrainer):
                 groups.setdefault(self.learning_rates[name], []).append(module.scores)
             self.optimizer = torch.optim.AdamW(
                 [{"params": scores, "lr": rate} for rate, scores in groups.items()],
+                eps=self.epsilon,
                 weight_decay=self.args.weight_decay,
             )
         return self.optimizer
@@ -53,12 +59,12 @@ class MaskTrainer(SftTrainer):
         self.log({**turned, "measured": before - metrics[f"{metric_key_prefix}_loss"]})
         return metrics
 
-    def _evaluate_start(self, metric_key_prefix: str, known_loss: float | None = None) -> dict[str, float]:
+    def _evaluate_start(self, metric_key_prefix: str) -> dict[str, float]:
         """The validation loss of the initial scores, which later masks have to beat; not measured where it is known."""
-        if known_loss is None:
-            metrics = SftTrainer.evaluate(self, metric_key_prefix=metric_key_prefix)
+        if self.known_start_loss is None:
+            metrics = super().evaluate(metric_key_prefix=metric_key_prefix)
         else:
-            metrics = self._record(known_loss, metric_key_prefix)
+            metrics = self._record(self.known_start_loss, metric_key_prefix)
         self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_loss"], 0
         return metrics
 
@@ -105,74 +111,19 @@ class MaskTrainer(SftTrainer):
         scores = {
             name: module.scores.detach().to("cpu", copy=True).contiguous() for name, module in self.masked().items()
         }
-        save_file(scores, folder / _SCORES_FILE)
+        # The masks at the last validation as well, since a checkpoint may lie between two.
+        counted = {_COUNTED + name: torch.from_numpy(pack(keep).copy()) for name, keep in self._counted.items()}
+        save_file({**scores, **counted}, folder / _SCORES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.load_scores(load_file(Path(resume_from_checkpoint) / _SCORES_FILE))
-        self._counted = self.masks()
+        stored = load_file(Path(resume_from_checkpoint) / _SCORES_FILE)
+        self.load_scores(stored)
+        self._counted = {
+            name: torch.from_numpy(unpack(stored[_COUNTED + name].numpy(), module.scores.numel()))
+            .view(module.scores.shape)
+            .to(module.scores.device)
+            for name, module in self.masked().items()
+        }
 
     def _load_best_model(self) -> None:
         self.load_scores(load_file(Path(str(self.state.best_model_checkpoint)) / _SCORES_FILE))
-
-
-class EvidenceTrainer(MaskTrainer):
-    """Ends a round of evidence at each validation, which decides whether its flips stay.
-
-    The mask in training therefore always is the best one so far.
-
-    Attributes:
-        evidence: The optimizer; to be set before training.
-        unmasked_loss: Validation loss without a mask, where the start removes nothing; None where it does.
-    """
-
-    evidence: EvidenceOptimizer
-    unmasked_loss: float | None
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The evidence."""
-        self.optimizer = self.optimizer or self.evidence
-        return self.optimizer
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of the coming step, whose answer tokens are what its gradients are a mean over."""
-        batches, tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.evidence.step_tokens = int(tokens)  # type: ignore[arg-type]
-        return batches, tokens
-
-    def last_masks(self) -> dict[str, torch.Tensor]:
-        """The masks as they are: the last are the best."""
-        return self.masks()
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """The validation loss per answer token of what the round has turned; of what stands, if it turned nothing."""
-        key = f"{metric_key_prefix}_loss"
-        if self.start_loss is None:
-            metrics = self._evaluate_start(metric_key_prefix, self.unmasked_loss)
-            self.evidence.judge(metrics[key])
-            return metrics
-        best_loss = self.evidence.best_loss
-        turned = self.evidence.flip()
-        if turned.removed + turned.restored == 0:
-            self.listener.note(f"Step {self.state.global_step}: nothing turned yet, gathering evidence")
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {key: best_loss})
-            return {key: best_loss}
-        metrics = SftTrainer.evaluate(self, eval_dataset, ignore_keys, metric_key_prefix)
-        stays = self.evidence.judge(metrics[key])
-        self.log({**_line(turned), "measured": best_loss - metrics[key], "stays": stays})
-        self.listener.note(
-            f"Step {self.state.global_step}: {turned.removed:,} removed, {turned.restored:,} restored; validation loss "
-            f"{metrics[key] - best_loss:+.4f} where {-turned.promised:+.4f} was promised, "
-            + ("kept" if stays else "taken back")
-        )
-        return metrics
-
-
-def _line(turned: Flips) -> dict[str, Any]:
-    return {
-        "removed": turned.removed,
-        "restored": turned.restored,
-        "promised": turned.promised,
-        "budget": turned.budget,
-    }
