@@ -124,6 +124,8 @@ def _decides(
     before = plan[id(task.after)].digest if task.after else None
     if before is not None:
         del keys["model"]
+        if task.command != "fft":  # the rate of fine-tuning is then that of the stage before
+            keys.pop("fft", None)
     return {
         "command": task.command,
         **keys,
