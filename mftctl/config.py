@@ -183,6 +183,14 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("a ratio by projection names at least one")
         return self
 
+    @model_validator(mode="after")
+    def _keys_have_their_start(self) -> MaskTrainOptions:
+        fields, start = type(self).model_fields, self.effective_start
+        for name, starts in (("travel", ("kaiming", "constant")), ("start_value", ("constant",))):
+            if getattr(self, name) != fields[name].default and start not in starts:
+                raise ValueError(f"mask_train.{name} is for the start {' or '.join(starts)}; the start is {start}")
+        return self
+
     @property
     def effective_learn_from(self) -> Literal["auto", "all", "unseen"]:
         """The training records in force."""

@@ -48,9 +48,6 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     if options.method == "drop":
         return _drop(recipe, source, run, listener)
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
-    # A resumed run goes on with the rate it began with, whatever its source can still tell.
-    fft_rate = run.record.inputs.get("fft_learning_rate") or fft_learning_rate(source, recipe)
-    run.update(inputs={**source.as_inputs(), **inputs.summary(), "fft_learning_rate": fft_rate})
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
@@ -64,7 +61,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         run.training,
         listener,
         unmasked_loss=validation_loss(model, inputs, listener),
-        fft_learning_rate=fft_rate,
+        fft_learning_rate=run.record.inputs["fft_learning_rate"],
         seed=recipe.seed,
         resume=resume,
     )
@@ -97,6 +94,8 @@ def prepare_mask_training(
 ) -> TrainingInputs:
     """The data to learn a mask from: by default the records that the model was not fine-tuned on, as it says.
 
+    The run notes it, and the learning rate that the model was fine-tuned with.
+
     Args:
         recipe: With the `mask_train` section, the data and the seed.
         source: The fine-tuned model.
@@ -121,6 +120,9 @@ def prepare_mask_training(
             f"Training records: {len(inputs.train)}; {inputs.left_out} that fine-tuning has seen are left out "
             "(--learn-from all takes them in)"
         )
+    # A resumed run goes on with the rate it began with, whatever its source can still tell.
+    rate = run.record.inputs.get("fft_learning_rate") or fft_learning_rate(source, recipe)
+    run.update(inputs={**source.as_inputs(), **inputs.summary(), "fft_learning_rate": rate})
     return inputs
 
 

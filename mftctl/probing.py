@@ -9,7 +9,7 @@ from typing import Any
 
 from mftctl.atomic import write_text
 from mftctl.config import Recipe
-from mftctl.lineage import Source, fft_learning_rate
+from mftctl.lineage import Source
 from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_training
 from mftctl.mask_validation import split_validation_records, validation_loss
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
@@ -38,7 +38,6 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     if recipe.probe.epochs is not None:
         options = options.model_copy(update={"epochs": recipe.probe.epochs})
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
-    run.update(inputs={**source.as_inputs(), **inputs.summary()})
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     model = load_frozen_model(inputs, options)
     unmasked_loss = validation_loss(model, inputs, listener)
@@ -60,7 +59,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
                 TrainingFolder(folder, run.record.command),
                 listener,
                 unmasked_loss=unmasked_loss,
-                fft_learning_rate=fft_learning_rate(source, recipe),
+                fft_learning_rate=run.record.inputs["fft_learning_rate"],
                 seed=recipe.seed,
                 resume=resume,
             )

@@ -189,6 +189,19 @@ def test_a_preset_is_the_settings_not_given(
     assert options.effective_patience == patience
 
 
+@pytest.mark.parametrize(
+    ("document", "problem"),
+    [
+        ({"travel": 3.2}, "travel is for the start kaiming or constant; the start is magnitude"),
+        ({"start_value": 0.1}, "start_value is for the start constant; the start is magnitude"),
+        ({"start_value": 0.1, "preset": "paper"}, "start_value is for the start constant; the start is kaiming"),
+    ],
+)
+def test_a_key_of_another_start_is_refused(document: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValidationError, match=f"mask_train.{problem}"):
+        MaskTrainOptions.model_validate(document)
+
+
 def test_ratio_and_threshold_together_are_refused() -> None:
     with pytest.raises(ValidationError, match="either a ratio or a threshold"):
         MaskTrainOptions(ratio=0.1, threshold=-0.03)
