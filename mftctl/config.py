@@ -238,7 +238,12 @@ class MaskTrainOptions(TrainingOptions):
 class ProbeOptions(_Section):
     """Which layers gain from a mask; trains with the `mask_train` section."""
 
-    groups: tuple[int, ...] = Field((4,), min_length=1, strict=False, description="Consecutive layers a group.")
+    groups: tuple[int | Literal["all"], ...] | None = Field(
+        None,
+        min_length=1,
+        strict=False,
+        description='Consecutive layers a group, or "all"; by default 4 and all, for paper 4.',
+    )
     data_fraction: float = Field(0.1, gt=0, le=1, description="Share of the training data used.")
     layers: str | None = Field(None, description="Probe only these decoder layers; all by default.")
     epochs: float | None = Field(None, gt=0, description="Passes over that share; mask_train's by default.")
@@ -294,6 +299,11 @@ class Recipe(_Section):
     mask_train: MaskTrainOptions = MaskTrainOptions()
     eval: EvalOptions = EvalOptions()
     stages: dict[str, Stage] = Field(default_factory=dict)
+
+    @property
+    def probe_groups(self) -> tuple[int | Literal["all"], ...]:
+        """The sizes of the groups that a probe tries; the paper never tries all layers beside its groups."""
+        return self.probe.groups or ((4,) if self.mask_train.preset == "paper" else (4, "all"))
 
 
 _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")

@@ -67,12 +67,9 @@ def _eval_problem(task: Task, layer_count: int | None) -> str | None:
 def _probe_problem(task: Task, layer_count: int | None) -> str | None:
     if layer_count is None:
         return None
-    options = task.recipe.probe
+    recipe = task.recipe
     return _message(
-        lambda: [
-            layer_groups(layer_count, size, parse_layers(options.layers or "all", layer_count))
-            for size in options.groups
-        ]
+        lambda: layer_groups(layer_count, recipe.probe_groups, parse_layers(recipe.probe.layers or "all", layer_count))
     )
 
 

@@ -43,7 +43,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     unmasked_loss = validation_loss(model, inputs, listener)
     layer_count = len(decoder_layers(model)[1])
     wanted = parse_layers(recipe.probe.layers or "all", layer_count)
-    groups = [group for size in recipe.probe.groups for group in layer_groups(layer_count, size, wanted)]
+    groups = layer_groups(layer_count, recipe.probe_groups, wanted)
     results = []
     for number, group in enumerate(groups, start=1):
         layers = format_layers(group)

@@ -263,7 +263,7 @@ def _describe_all(problems: Sequence[Any]) -> list[str]:
     return lines
 
 
-_OTHER_TYPE = {"float_type", "dict_type", "literal_error"}
+_OTHER_TYPE = {"float_type", "int_type", "dict_type", "literal_error"}
 
 
 def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]:
@@ -272,13 +272,21 @@ def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]
         field = model.model_fields.get(part)
         if field is None:
             break
-        types = [item for item in get_args(field.annotation) if item is not type(None)]
-        if get_origin(field.annotation) in (Union, UnionType) and len(types) > 1:
+        types = _several_types(field.annotation)
+        if len(types) > 1:
             return [*location[: number + 1], *location[number + 2 :]]
+        if types and get_origin(types[0]) is tuple and _several_types(get_args(types[0])[0]):
+            return [*location[: number + 2], *location[number + 3 :]]
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             break
         model = field.annotation
     return list(location)
+
+
+def _several_types(annotation: Any) -> list[Any]:
+    """The types of a union, None left out; empty for anything else."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return [item for item in parts if item is not type(None)]
 
 
 def _describe(problem: Any, location: Sequence[str]) -> str:

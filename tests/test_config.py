@@ -43,7 +43,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         seed=draw(st.integers(0, 2**40)),
         fft={"learning_rate": draw(POSITIVE), "max_steps": draw(st.none() | st.integers(1, 1000))},
         mask_train=mask_train,
-        probe={"groups": draw(st.lists(st.integers(1, 64), min_size=1, max_size=3))},
+        probe={"groups": draw(st.none() | st.lists(st.integers(1, 64) | st.just("all"), min_size=1, max_size=3))},
         eval={"task_data": draw(st.dictionaries(TEXT, TEXT, max_size=2)), "generate": draw(st.booleans())},
     )
 
@@ -130,6 +130,7 @@ def test_data_of_another_form_is_refused(value: object, message: str) -> None:
         {"mask_train": {"learning_rate": "fast"}},
         {"probe": {"groups": []}},
         {"probe": {"groups": ["4"]}},
+        {"probe": {"groups": ["some"]}},
         {"probe": {"data_fraction": 1.5}},
         {"eval": {"tasks": "gsm8k"}},
         {"stages": {"a": {"command": "report"}}},

@@ -44,7 +44,9 @@ def test_layers_beyond_the_model(workspace: Path) -> None:
 
 def test_groups_larger_than_the_model(workspace: Path) -> None:
     stages = {"fft": FFT, "probe": {"command": "probe", "after": "fft", "set": {"probe.groups": [2, 5]}}}
-    assert problems_of(workspace, stages) == ("probe: A group cannot have that many layers. Expected 1 to 4, got 5.",)
+    assert problems_of(workspace, stages) == (
+        "probe: A group cannot have that many layers. Expected 1 to 4, or all, got 5.",
+    )
 
 
 def test_a_recipe_for_another_model_family(workspace: Path) -> None:

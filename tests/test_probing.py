@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.config import Recipe
 from mftctl.errors import Interrupted, MaskingError
 from mftctl.mask_training import mask_train
 from mftctl.probing import probe
@@ -63,6 +64,14 @@ def test_several_group_sizes_and_chosen_layers(workspace: Path, tmp_path: Path) 
     run, source = open_run(tmp_path, "probe", recipe)
     result = probe(recipe, source, run, Silence())
     assert sorted(group["layers"] for group in result["groups"]) == ["2", "2-3", "3"]
+
+
+def test_all_layers_are_among_the_groups_except_for_the_paper(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, probe__groups=[2, "all"], mask_train__max_steps=2)
+    run, source = open_run(tmp_path, "probe", recipe)
+    assert {group["layers"] for group in probe(recipe, source, run, Silence())["groups"]} == {"0-1", "2-3", "0-3"}
+    assert Recipe(probe={}).probe_groups == (4, "all")
+    assert Recipe(mask_train={"preset": "paper"}).probe_groups == (4,)
 
 
 def test_a_group_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:

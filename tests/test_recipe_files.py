@@ -300,6 +300,12 @@ def test_a_key_of_several_types_is_named_once_and_without_them(key: str, value: 
     assert problems_of({"mask_train": {"preset": "paper", key: value}}) == (problem,)
 
 
+def test_an_item_of_several_types_is_named_once() -> None:
+    assert problems_of({"probe": {"groups": [4, "some"]}}) == (
+        "probe.groups.1: input should be a valid integer or input should be 'all', got 'some'",
+    )
+
+
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,

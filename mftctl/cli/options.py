@@ -62,16 +62,18 @@ def _literals(annotation: Any) -> tuple[str, ...]:
     return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
-def group_sizes(text: str) -> list[int]:
-    """The numbers in `4` or `4,8,16`.
+def group_sizes(text: str) -> list[int | str]:
+    """The sizes in `4` or `4,8,16,all`.
 
     Raises:
         ConfigError: Something else.
     """
     try:
-        return [int(size) for size in text.split(",")]
+        return [size if size == "all" else int(size) for size in text.split(",")]
     except ValueError as error:
-        raise ConfigError("Group sizes are numbers.", key="--groups", expected="4 or 4,8,16", actual=text) from error
+        raise ConfigError(
+            "Group sizes are numbers, or all.", key="--groups", expected="4 or 4,8,all", actual=text
+        ) from error
 
 
 def ratios(text: str) -> float | dict[str, float]:

@@ -25,7 +25,7 @@ def probe(
     sets: opt.Sets = None,
     groups: Annotated[
         Any,
-        opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, default="4", parser=opt.group_sizes),
+        opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, parser=opt.group_sizes),
     ] = None,
     layers: Annotated[
         str | None, opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all")
@@ -47,8 +47,8 @@ def probe(
 ) -> None:
     """Find the layers that gain most from a mask.
 
-    Learns a small mask for each group of consecutive layers on a part of the data, all else fixed, and ranks the
-    groups by validation loss. The next mask-train takes the best group.
+    Learns a mask for each group of consecutive layers, and for all layers at once, on a part of the data, all else
+    fixed, and ranks them by validation loss. The next mask-train takes the best.
     """
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "probe", "mask_train")

@@ -154,25 +154,35 @@ def format_layers(layers: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
-def layer_groups(layer_count: int, size: int, layers: Sequence[int] | None = None) -> list[list[int]]:
-    """Consecutive groups of `size` decoder layers, in order; the last may be smaller.
+def layer_groups(
+    layer_count: int, sizes: Sequence[int | Literal["all"]], layers: Sequence[int] | None = None
+) -> list[list[int]]:
+    """Consecutive groups of decoder layers of each size, in order; the last of a size may be smaller.
 
     Args:
         layer_count: Number of decoder layers.
-        size: Layers a group, at least 1.
+        sizes: Layers a group, at least 1, or `all`. A group that two sizes have in common comes once.
         layers: Only these layers are grouped; None takes all.
 
     Raises:
-        MaskingError: The size is not between 1 and the number of layers.
+        MaskingError: A size is not between 1 and the number of layers.
 
-    Source: MFT, section 3.2 (groups of 4, also 8, and 16 in the appendix).
+    Source: MFT, section 3.2 (groups of 4, also 8, and 16 in the appendix). All layers beside them is ours.
     """
     wanted = list(range(layer_count)) if layers is None else sorted(set(layers))
-    if not 1 <= size <= layer_count:
-        raise MaskingError(
-            "A group cannot have that many layers.", key="groups", expected=f"1 to {layer_count}", actual=size
-        )
-    return [wanted[start : start + size] for start in range(0, len(wanted), size)]
+    groups: list[list[int]] = []
+    for size in sizes:
+        count = layer_count if size == "all" else size
+        if not 1 <= count <= layer_count:
+            raise MaskingError(
+                "A group cannot have that many layers.",
+                key="groups",
+                expected=f"1 to {layer_count}, or all",
+                actual=size,
+            )
+        found = [wanted[start : start + count] for start in range(0, len(wanted), count)]
+        groups += [group for group in found if group not in groups]
+    return groups
 
 
 def _part(name: str) -> Literal["attn", "mlp"] | None:

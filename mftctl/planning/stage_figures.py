@@ -126,9 +126,8 @@ class StageFigures:
         probe = task if task.command == "probe" else task.layers_from
         if probe is None:
             return [parse_layers(task.recipe.mask_train.layers or "all", count)]
-        options = probe.recipe.probe
-        wanted = parse_layers(options.layers or "all", count)
-        return [group for size in options.groups for group in layer_groups(count, size, wanted)]
+        wanted = parse_layers(probe.recipe.probe.layers or "all", count)
+        return layer_groups(count, probe.recipe.probe_groups, wanted)
 
     def _note_mask(self, task: Task, targets: Sequence[MaskTarget], layers: str) -> None:
         tensors = masked_tensors(targets, task.recipe.mask_train)

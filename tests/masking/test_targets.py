@@ -125,7 +125,7 @@ def test_layers_read_back(layers: set[int]) -> None:
 @given(st.integers(1, 60), st.data())
 def test_groups_cover_every_layer_once(layer_count: int, data: st.DataObject) -> None:
     size = data.draw(st.integers(1, layer_count))
-    groups = layer_groups(layer_count, size)
+    groups = layer_groups(layer_count, [size])
     assert [layer for group in groups for layer in group] == list(range(layer_count))
     assert all(len(group) == size for group in groups[:-1])
 
@@ -133,8 +133,14 @@ def test_groups_cover_every_layer_once(layer_count: int, data: st.DataObject) ->
 @pytest.mark.parametrize("size", [0, 5])
 def test_a_group_size_that_does_not_fit(size: int) -> None:
     with pytest.raises(MaskingError, match="cannot have that many") as caught:
-        layer_groups(4, size)
+        layer_groups(4, [size])
     assert caught.value.key == "groups"
+
+
+def test_all_is_a_group_and_none_comes_twice() -> None:
+    assert layer_groups(6, [4, "all"]) == [[0, 1, 2, 3], [4, 5], [0, 1, 2, 3, 4, 5]]
+    assert layer_groups(6, [2, 6, "all", 2]) == [[0, 1], [2, 3], [4, 5], [0, 1, 2, 3, 4, 5]]
+    assert layer_groups(6, ["all"], [3, 1]) == [[1, 3]]
 
 
 def test_embeddings_and_norms_are_no_targets() -> None:
