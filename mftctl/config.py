@@ -252,12 +252,36 @@ class ProbeOptions(_Section):
 class EvalOptions(_Section):
     """What is measured, and on what."""
 
-    tasks: tuple[str, ...] = Field((), strict=False, description="Benchmarks: gsm8k (8-shot) or gsm8k_0shot.")
-    task_data: dict[str, str] = Field(default_factory=dict, description="Local file of a benchmark, NAME=PATH.")
+    tasks: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="Benchmarks: gsm8k, math, humaneval, humaneval_plus, mbpp, mbpp_plus, ifeval, alpaca_eval, mmlu, "
+        "bbh, tydiqa, truthfulqa_mc2, the groups coding, instruction, general and group:math, or any task of lm-eval.",
+    )
+    task_data: dict[str, str] = Field(
+        default_factory=dict, description="Local file or folder of a benchmark, NAME=PATH; repeatable."
+    )
+    predictions: str | None = Field(None, description="Score the outputs in this file, without a model.")
     limit: int | None = Field(None, gt=0, description="Only the first so many problems or records.")
-    batch_size: int = Field(8, gt=0, description="Benchmark prompts a forward pass.")
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="Benchmark prompts a forward pass; auto: by their length."
+    )
+    max_new_tokens: int | None = Field(None, gt=0, description="Most tokens of an answer; the benchmark's by default.")
+    chat_template: bool = Field(False, description="Put benchmark prompts through the tokenizer's chat template.")
+    samples: int = Field(1, gt=0, description="Answers a problem of a code benchmark; 10 give pass@10 as well.")
+    temperature: float = Field(0.0, ge=0, description="Of sampling; 0 is greedy.")
+    save_samples: bool = Field(False, description="Keep the prompts beside outputs and scores.")
+    unsafe_code: bool = Field(False, description="Run model-written code even where there is no sandbox.")
     max_length_tokens: int = Field(1024, gt=1, description="Longer records are cut at the end.")
     generate: bool = Field(True, description="Generate answers for exact match, besides the loss.")
+
+    @model_validator(mode="after")
+    def _samples_differ(self) -> EvalOptions:
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(
+                f"eval.samples: {self.samples} greedy answers are all alike; give a temperature, such as 0.8"
+            )
+        return self
 
 
 Command = Literal["fft", "probe", "mask-train", "apply", "eval"]

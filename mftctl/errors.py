@@ -10,6 +10,7 @@ MftError
 │   └── MaskMismatchError    it is sound, but belongs to another model
 ├── TrainingError        a training that cannot start or go on
 ├── EvaluationError      a benchmark or a comparison
+│   └── SandboxError         model-written code that cannot be run safely
 ├── RunError             a run folder
 └── Interrupted          the user stopped a command; its state is saved (exit code 130)
 """
@@ -118,6 +119,10 @@ class TrainingError(MftError):
 
 class EvaluationError(MftError):
     """A benchmark or a comparison that cannot be computed."""
+
+
+class SandboxError(EvaluationError):
+    """Model-written code that cannot be run because nothing here would confine it."""
 
 
 class RunError(MftError):

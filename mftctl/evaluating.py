@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.data.sources import DataSource, data_digest, load_examples
 from mftctl.errors import ConfigError, EvaluationError
-from mftctl.evaluation.benchmarks import find_benchmark, run_benchmark
+from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
@@ -41,20 +40,28 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     """
     options = recipe.eval
     check_measures(recipe)
-    checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
-    tokenizer = load_tokenizer(checkpoint)
     run.update(inputs=source.as_inputs())
+    loaded = None if options.predictions is not None else _load(source, recipe.revision)
+    datasets = []
+    if recipe.test_data and loaded is not None:
+        datasets.append(_data_file(recipe, *loaded, run, listener))
+    if options.tasks:
+        from mftctl.benchmarking import evaluate_benchmark  # lm-eval takes seconds to import
+
+        datasets += [evaluate_benchmark(task, recipe, loaded, run, listener) for task in expand_groups(options.tasks)]
+    return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def _load(source: Source, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, under its mask if it has one, and the tokenizer."""
+    checkpoint = resolve_checkpoint(source.model, revision, adapters=True)
+    tokenizer = load_tokenizer(checkpoint)
     mask = None if source.mask is None else load_mask(Path(source.mask))
     model = load_model(checkpoint, dtype=evaluation_dtype())
     if mask is not None:
         delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
         apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
-    datasets = []
-    if recipe.test_data:
-        datasets.append(_data_file(recipe, model, tokenizer, run, listener))
-    for task in options.tasks:
-        datasets.append(_benchmark(task, recipe, model, tokenizer, run, listener))
-    return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+    return model, tokenizer
 
 
 def check_measures(recipe: Recipe) -> None:
@@ -73,18 +80,34 @@ def check_measures(recipe: Recipe) -> None:
             actual="neither",
             hint="mftctl eval MODEL --data FILE, or --tasks gsm8k",
         )
-    for task in options.tasks:
-        find_benchmark(task)
+    tasks = expand_groups(options.tasks)
+    for task in tasks:
+        check_task(task)
     for task, file in options.task_data.items():
-        if task not in options.tasks:
+        if task not in tasks:
             raise ConfigError(
                 "A benchmark file is given for a task that is not run.",
                 key=f"task_data.{task}",
-                expected=f"one of the tasks: {', '.join(options.tasks) or 'none given'}",
+                expected=f"one of the tasks: {', '.join(tasks) or 'none given'}",
                 actual=task,
             )
-        if not Path(file).is_file():
+        if not Path(file).exists():
             raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"task_data.{task}")
+    if options.predictions is not None:
+        _check_predictions(options.predictions, tasks)
+
+
+def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:
+    if len(tasks) != 1:
+        raise ConfigError(
+            "A file of predictions is for one benchmark.",
+            key="predictions",
+            expected="one task",
+            actual=", ".join(tasks) or "none",
+            hint="--tasks humaneval",
+        )
+    if not Path(predictions).is_file():
+        raise EvaluationError("The file of predictions does not exist.", path=predictions, key="predictions")
 
 
 def _data_file(
@@ -124,55 +147,6 @@ def _data_file(
         "samples": _write_samples(run, "samples", rows),
         "max_new_tokens": found.max_new_tokens,
         "metrics": metrics,
-    }
-
-
-def _benchmark(
-    task: str,
-    recipe: Recipe,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run,
-    listener: Listener,
-) -> dict[str, Any]:
-    options = recipe.eval
-    found = run_benchmark(
-        model,
-        tokenizer,
-        task,
-        data_file=Path(options.task_data[task]) if task in options.task_data else None,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        seed=recipe.seed,
-        on_progress=lambda done, total: listener.progress(Progress(f"evaluating {task}", done, total)),
-    )
-    rows: dict[int, dict[str, Any]] = {}
-    for sample in found.samples:
-        row = rows.setdefault(
-            sample.doc_id,
-            {
-                "id": str(sample.doc_id),
-                "reference": sample.target,
-                "output": sample.output,
-                "answers": {},
-                "scores": {},
-            },
-        )
-        row["answers"][sample.filter] = sample.answer
-        row["scores"][f"exact_match,{sample.filter}"] = sample.score
-    described = asdict(found)
-    return {
-        "name": task,
-        "digest": f"{found.data_digest}:{options.limit or 'all'}",
-        "samples": _write_samples(run, task, rows.values()),
-        **{
-            key: described[key]
-            for key in ("task", "task_version", "lm_eval_version", "shots", "data", "max_new_tokens")
-        },
-        "metrics": [
-            _metric(f"{score.metric},{score.filter}", score.value, score.standard_error, score.samples)
-            for score in found.scores
-        ],
     }
 
 

@@ -13,6 +13,7 @@ from mftctl.runs import Run, list_runs, load_run, newest_run
 
 PRE_TRAINED = "pre-trained"
 FFT = "FFT"
+WRITTEN = "written outputs"
 CONTINUED_FFT = "continued FFT"
 _TUNED = {"full": FFT, "lora": "LoRA", "gmt": "GMT", "random": "random update", "hft": "HFT"}
 _MASKED = {"random": "random mask", "magnitude": "L1 mask"}

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.config import Command, Recipe
-from mftctl.data.files import read_records
 from mftctl.errors import ConfigError
-from mftctl.evaluation.benchmarks import find_benchmark
+from mftctl.evaluation.benchmarks import check_task, expand_groups
+from mftctl.evaluation.problems import read_problems
 from mftctl.planning.findings import Findings
 from mftctl.planning.memory import resident_bytes
 from mftctl.planning.model_check import CheckedModel, check_model
@@ -107,16 +107,16 @@ def _check_measures(recipe: Recipe) -> None:
 
 def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
     """Every benchmark is known, and every local file of one exists, parses and belongs to a task that is run."""
-    tasks = recipe.eval.tasks
+    tasks = expand_groups(recipe.eval.tasks)
     for task in tasks:
         with findings.collecting("eval.tasks"):
-            find_benchmark(task)
+            check_task(task)
     for task, file in recipe.eval.task_data.items():
         if task not in tasks:
             known = ", ".join(tasks) or "none given"
             findings.problem(f"eval.task_data.{task}: a file for a benchmark that is not run (expected: {known})")
         with findings.collecting(f"eval.task_data.{task}"):
-            read_records(Path(file))
+            read_problems(Path(file), task)
 
 
 def _samples(tokens: Tokens | None, model: CheckedModel | None) -> list[dict[str, Any]]:

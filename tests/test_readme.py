@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -39,7 +40,7 @@ CONSOLE = [block for block in blocks("console") if "mftctl " in block]
 
 
 def test_every_block_is_known() -> None:
-    assert len(CONSOLE) == 5, "a new block of commands needs a test here"
+    assert len(CONSOLE) == 6, "a new block of commands needs a test here"
 
 
 @pytest.fixture
@@ -52,6 +53,24 @@ def run_all(here: CommandLine, block: str, *first: str) -> None:
     for number, command in enumerate(commands(block)):
         outcome = here(*command, *SHORTER.get(command[0], ()), *(first if number == 0 else ()))
         assert outcome.code == 0, f"{command}: {outcome.stderr}"
+
+
+def write_benchmarks(folder: Path) -> None:
+    """Two problems each of MATH and HumanEval, and outputs for the latter."""
+    maths = [{"problem": f"{n}+1?", "solution": rf"\\boxed{{{n + 1}}}"} for n in range(2)]
+    functions = [
+        {
+            "task_id": f"T/{n}",
+            "prompt": f"def add_{n}(x):\n",
+            "entry_point": f"add_{n}",
+            "test": f"def check(f):\n    assert f(1) == {1 + n}\n",
+            "canonical_solution": f"    return x + {n}\n",
+        }
+        for n in range(2)
+    ]
+    outputs = [{"task_id": record["task_id"], "output": record["canonical_solution"]} for record in functions]
+    for name, records in (("math-test", maths), ("humaneval", functions), ("outputs", outputs)):
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
 def test_the_run_command(here: CommandLine) -> None:
@@ -72,13 +91,15 @@ def test_the_commands_on_ones_own_model(here: CommandLine) -> None:
         write_additions(here.folder / f"{name}.jsonl", 60, seed=len(name))
     run_all(here, CONSOLE[2])
     assert (here.folder / "better" / "model.safetensors").is_file()
+    write_benchmarks(here.folder)
     run_all(here, CONSOLE[3])
+    run_all(here, CONSOLE[4])
     assert (here.folder / "dropped" / "model.safetensors").is_file()
     assert (here.folder / "imported.bits").is_file()
 
 
 def test_the_commands_that_only_look(here: CommandLine) -> None:
-    run_all(here, CONSOLE[4])
+    run_all(here, CONSOLE[5])
     assert not (here.folder / "runs").exists()
 
 

@@ -13,7 +13,7 @@ from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.config import EvalOptions, Recipe, deciding_keys
 from mftctl.errors import ConfigError
-from mftctl.lineage import Source, ancestry, newest_source, source_of_mask, source_of_model
+from mftctl.lineage import WRITTEN, Source, ancestry, newest_source, source_of_mask, source_of_model
 from mftctl.recipe_files import parse_recipe
 from mftctl.runs import Run, list_runs, recorded
 
@@ -44,10 +44,34 @@ def evaluate(
         list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
     ] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Measuring")] = None,
-    batch_size: Annotated[int | None, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Measuring")] = None,
+    batch_size: Annotated[
+        Any, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Measuring", parser=opt.whole_number_or_word)
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, opt.setting(EvalOptions, "max_new_tokens", "--max-new-tokens", panel="Measuring")
+    ] = None,
+    chat_template: Annotated[
+        bool | None, opt.setting(EvalOptions, "chat_template", "--chat-template/--no-chat-template", panel="Measuring")
+    ] = None,
+    samples: Annotated[int | None, opt.setting(EvalOptions, "samples", "--samples", panel="Measuring")] = None,
+    temperature: Annotated[
+        float | None, opt.setting(EvalOptions, "temperature", "--temperature", panel="Measuring")
+    ] = None,
+    predictions: Annotated[
+        str | None, opt.setting(EvalOptions, "predictions", "--predictions", panel="Measuring")
+    ] = None,
+    save_samples: Annotated[
+        bool | None, opt.setting(EvalOptions, "save_samples", "--save-samples", panel="Measuring")
+    ] = None,
+    unsafe_code: Annotated[
+        bool | None, opt.setting(EvalOptions, "unsafe_code", "--unsafe-code", panel="Measuring")
+    ] = None,
     generate: Annotated[
         bool | None, opt.setting(EvalOptions, "generate", "--generate/--no-generate", panel="Measuring")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the outputs of an interrupted evaluation of the same.")
+    ] = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
@@ -61,8 +85,9 @@ def evaluate(
         if task_data is not None:
             chosen["eval.task_data"] = _files_by_task(task_data)
         session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen)
-        sources = _sources(checkpoint or model_option, mask, session)
-        evaluated = [_evaluate_once(session, source) for source in sources]
+        written = session.settle().eval.predictions
+        sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
+        evaluated = [_evaluate_once(session, source, resume=resume) for source in sources]
         show(console, evaluated)
         console.next_command("mftctl report")
 
@@ -105,7 +130,7 @@ def _sources(model: str | None, mask: Path | None, session: Session) -> list[Sou
     return ancestry(session.root, newest)
 
 
-def _evaluate_once(session: Session, source: Source) -> Run:
+def _evaluate_once(session: Session, source: Source, *, resume: bool) -> Run:
     """A finished evaluation: one of an earlier command where it measured the same, else a new one."""
     recipe = session.settle(source)
     if not recipe.test_data and not recipe.eval.tasks:
@@ -115,7 +140,7 @@ def _evaluate_once(session: Session, source: Source) -> Run:
             session.output.note(f"{source.state}: measured already by {run.name}")
             return run
     session.output.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
-    run = session.create(recipe, source)
+    run = (_interrupted(session, recipe, source) if resume else None) or session.create(recipe, source)
     with recorded(run):
         from mftctl import evaluating
 
@@ -123,14 +148,27 @@ def _evaluate_once(session: Session, source: Source) -> Run:
     return run
 
 
+def _interrupted(session: Session, recipe: Recipe, source: Source) -> Run | None:
+    """The newest evaluation of the same that was stopped or killed; None if there is none."""
+    for run in reversed(list_runs(session.root)[0]):
+        if run.record.status in ("running", "interrupted") and _is_same(run, recipe, source):
+            run.go_on()
+            session.output.note(f"Resuming: {run.folder}")
+            return run
+    return None
+
+
 def _measured(run: Run, recipe: Recipe, source: Source) -> bool:
-    record = run.record
-    same_model = record.inputs.get("model") == source.model and record.inputs.get("mask") == source.mask
     # Only what lies in a run folder is sure not to have changed since.
+    return run.record.status == "finished" and bool(source.parents) and _is_same(run, recipe, source)
+
+
+def _is_same(run: Run, recipe: Recipe, source: Source) -> bool:
+    """Whether a run is an evaluation of the same model on the same, with the same settings."""
+    record = run.record
     return (
-        (record.command, record.status) == ("eval", "finished")
-        and same_model
-        and bool(source.parents)
+        record.command == "eval"
+        and (record.inputs.get("model"), record.inputs.get("mask")) == (source.model, source.mask)
         and deciding_keys(parse_recipe(record.config), "eval") == deciding_keys(recipe, "eval")
     )
 

@@ -104,6 +104,11 @@ def number_or_word(text: str) -> float | str:
         return text
 
 
+def whole_number_or_word(text: str) -> int | str:
+    """A whole number where the text is one; anything else is for the recipe's check to judge."""
+    return int(text) if text.isdecimal() else text
+
+
 Model = Annotated[
     str | None,
     setting(Recipe, "model", "--model", "-m", panel=INPUT, default="the newest suitable run's"),

@@ -54,7 +54,13 @@ def _view(table: MetricTable) -> Table:
     view.add_column("verdict")
     for row in table.rows:
         change, verdict = change_texts(row, table)
-        view.add_row(escape(row.state), value_text(row), change, verdict, style=colours.get(verdict))
+        view.add_row(
+            escape(row.state),
+            value_text(row),
+            change,
+            verdict,
+            style=colours.get(verdict.split()[0] if verdict else ""),
+        )
     return view
 
 

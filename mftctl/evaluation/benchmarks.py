@@ -1,4 +1,4 @@
-"""The benchmarks on offer, and one run of one of them.
+"""The benchmarks on offer, by the papers' names.
 
 The module itself needs no torch, so that help and completion can name the benchmarks.
 """
@@ -6,241 +6,111 @@ The module itself needs no torch, so that help and completion can name the bench
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 from mftctl.errors import EvaluationError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+TASKS_FOLDER = Path(__file__).parent / "tasks"
+"""Where each benchmark's YAML file lies, under its name."""
 
-    from mftctl.evaluation.inference import OnProgress
-    from mftctl.evaluation.problems import Problems
+Domain = Literal["math", "coding", "instruction", "general"]
 
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """A benchmark of the papers as a task of lm-eval.
+    """A benchmark of the papers.
 
     Attributes:
-        name: The name given to `--tasks`.
+        name: The name given to `--tasks`, and that of its file in `TASKS_FOLDER`.
         description: One line for help and reports.
-        folder: Where lm-eval keeps the task, below its `tasks`.
-        task: lm-eval's name of the task whose prompt, filters and metrics are used.
+        domain: What it is about.
         shots: Number of solved examples in the prompt.
+        runs_code: Whether what the model writes is run, in a sandbox.
     """
 
     name: str
     description: str
-    folder: str
-    task: str
-    shots: int
+    domain: Domain
+    shots: int = 0
+    runs_code: bool = False
 
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
         benchmark.name: benchmark
         for benchmark in (
-            Benchmark("gsm8k", "grade-school maths, 8 solved examples in the prompt", "gsm8k", "gsm8k_cot", 8),
-            Benchmark("gsm8k_0shot", "grade-school maths, the question alone", "gsm8k", "gsm8k_cot", 0),
+            Benchmark("gsm8k", "grade-school maths, 8 solved examples in the prompt", "math", shots=8),
+            Benchmark("gsm8k_0shot", "grade-school maths, the question alone", "math"),
+            Benchmark("math", "competition maths, 4 solved examples in the prompt", "math", shots=4),
+            Benchmark("math_0shot", "competition maths, the problem alone", "math"),
+            Benchmark("humaneval", "the rest of a Python function", "coding", runs_code=True),
+            Benchmark("humaneval_plus", "the same with far more tests", "coding", runs_code=True),
+            Benchmark("mbpp", "a short Python function from a sentence", "coding", runs_code=True),
+            Benchmark("mbpp_plus", "the same with far more tests", "coding", runs_code=True),
+            Benchmark("ifeval", "instructions whose keeping can be checked", "instruction"),
+            Benchmark("alpaca_eval", "instructions, answers compared by a judge", "instruction"),
+            Benchmark("mmlu", "questions of 57 subjects, four answers each", "general"),
+            Benchmark("bbh", "27 hard tasks, 3 solved examples with reasoning each", "general", shots=3),
+            Benchmark("tydiqa", "an answer from a passage, 9 languages, 1 solved example", "general", shots=1),
+            Benchmark("truthfulqa_mc2", "the probability of true answers", "general"),
         )
     }
 )
 """Every benchmark by its name."""
 
+_GROUPED = {
+    "math": ("gsm8k", "math"),
+    "coding": ("humaneval", "humaneval_plus", "mbpp", "mbpp_plus"),
+    "instruction": ("ifeval", "alpaca_eval"),
+    "general": ("mmlu", "gsm8k", "bbh", "tydiqa", "truthfulqa_mc2"),
+}
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """One figure of a benchmark.
-
-    Attributes:
-        metric: lm-eval's name of the metric, such as `exact_match`.
-        filter: How the answer was taken from the output, such as `strict-match`.
-        value: The mean over samples.
-        standard_error: As lm-eval computes it; None with a single sample.
-        samples: Number of problems.
-    """
-
-    metric: str
-    filter: str
-    value: float
-    standard_error: float | None
-    samples: int
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {f"group:{domain}": names for domain, names in _GROUPED.items()}
+    | {domain: names for domain, names in _GROUPED.items() if domain not in BENCHMARKS}
+)
+"""Benchmarks by what a group of them is called; `math` alone is the benchmark, `group:math` the group."""
 
 
-@dataclass(frozen=True, slots=True)
-class BenchmarkSample:
-    """One problem under one filter.
-
-    Attributes:
-        doc_id: The problem's position in the data, from 0.
-        filter: How the answer was taken from the output.
-        target: The right answer.
-        output: What the model wrote, up to the stop string.
-        answer: What the filter took from it.
-        score: The metric's value, 0 or 1.
-    """
-
-    doc_id: int
-    filter: str
-    target: str
-    output: str
-    answer: str
-    score: float
-
-    @property
-    def correct(self) -> bool:
-        """Whether the answer counts as right."""
-        return self.score == 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class BenchmarkResult:
-    """One benchmark's figures with everything needed to repeat them.
-
-    Attributes:
-        name: Ours.
-        task: lm-eval's task it builds on.
-        task_version: lm-eval's version of that task.
-        lm_eval_version: The engine's.
-        shots: Number of solved examples in the prompt.
-        max_new_tokens: Where an unfinished answer was cut.
-        data: The file or the hub's data set.
-        data_digest: SHA-256 of all its records, also where `limit` takes the first ones only.
-        scores: Every metric under every filter.
-        samples: Every problem under every filter.
-    """
-
-    name: str
-    task: str
-    task_version: str
-    lm_eval_version: str
-    shots: int
-    max_new_tokens: int
-    data: str
-    data_digest: str
-    scores: tuple[Score, ...]
-    samples: tuple[BenchmarkSample, ...]
-
-
-def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name.
+def expand_groups(names: Iterable[str]) -> tuple[str, ...]:
+    """The benchmarks and tasks meant, each once, groups replaced by their members.
 
     Args:
-        name: One of `BENCHMARKS`.
-
-    Raises:
-        EvaluationError: There is none; names the nearest.
+        names: As given to `--tasks`.
     """
-    if name in BENCHMARKS:
-        return BENCHMARKS[name]
-    nearest = difflib.get_close_matches(name.lower(), BENCHMARKS, cutoff=0.4)
-    raise EvaluationError(
+    return tuple(dict.fromkeys(member for name in names for member in GROUPS.get(name, (name,))))
+
+
+def unknown_benchmark(name: str, others: Iterable[str] = ()) -> EvaluationError:
+    """The error for a name that is none, with the nearest names.
+
+    Args:
+        name: What was asked for.
+        others: Further names to look among, lm-eval's own tasks.
+    """
+    nearest = difflib.get_close_matches(name.lower(), [*BENCHMARKS, *GROUPS, *others], cutoff=0.6)
+    return EvaluationError(
         f"There is no benchmark named {name!r}.",
         key="tasks",
-        expected=f"one of {', '.join(BENCHMARKS)}",
+        expected=f"one of {', '.join([*BENCHMARKS, *GROUPS])}, or a task of lm-eval",
         hint=" or ".join(nearest) or None,
     )
 
 
-def run_benchmark(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    *,
-    data_file: Path | None,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
-    on_progress: OnProgress | None = None,
-) -> BenchmarkResult:
-    """The scores of a model on one benchmark, answers generated greedily.
-
-    Nothing is fetched where `data_file` is given, and no file is written.
+def check_task(name: str) -> None:
+    """Nothing, if there is such a benchmark, or such a task of lm-eval, whose names take seconds to read.
 
     Args:
-        model: A causal language model, left in the mode it was in.
-        tokenizer: Its tokenizer.
-        name: One of `BENCHMARKS`.
-        data_file: JSON lines with `question` and `answer`; None takes the hub's data.
-        limit: Only the first problems; None for all.
-        batch_size: Problems answered at a time.
-        seed: For tasks that draw the examples in their prompt.
-        on_progress: Told after each batch.
+        name: As given to `--tasks`.
 
     Raises:
-        EvaluationError: Unknown name, limit or batch size below 1, data that does not fit the benchmark, or a prompt
-            that does not fit the model's context; all before the first answer.
+        EvaluationError: There is none; names the nearest.
     """
-    benchmark = find_benchmark(name)
-    for key, number in (("limit", limit), ("batch_size", batch_size)):
-        if number is not None and number < 1:
-            raise EvaluationError("A number of problems is too small.", key=key, expected="at least 1", actual=number)
-    # Only here: lm-eval takes seconds to import.
-    import lm_eval.evaluator
+    if name not in BENCHMARKS:
+        from mftctl.evaluation.harness import other_config
 
-    from mftctl.evaluation import harness
-    from mftctl.evaluation.inference import evaluation_mode
-    from mftctl.evaluation.problems import fetch_problems, read_problems
-
-    config = harness.task_config(benchmark.folder, benchmark.task)
-    config.update(task=benchmark.name, num_fewshot=benchmark.shots)
-    problems = (
-        fetch_problems(config["dataset_path"], config["dataset_name"], config["test_split"])
-        if data_file is None
-        else read_problems(data_file)
-    )
-    with harness.quiet_libraries(), evaluation_mode(model):
-        task = harness.LocalTask(config, problems)
-        task.set_fewshot_seed(seed=seed)
-        engine = harness.CheckedModel(model, tokenizer, batch_size=batch_size, on_progress=on_progress)
-        outcome = lm_eval.evaluator.evaluate(engine, {"tasks": {benchmark.name: task}}, limit=limit)
-    return _result(benchmark, problems, outcome, max_new_tokens=engine.max_gen_toks)
-
-
-def _result(
-    benchmark: Benchmark, problems: Problems, outcome: Mapping[str, Any], *, max_new_tokens: int
-) -> BenchmarkResult:
-    """lm-eval's outcome in our terms."""
-    rows = outcome["samples"][benchmark.name]
-    scores = []
-    for key, value in outcome["results"][benchmark.name].items():
-        metric, _, filter_name = key.partition(",")
-        if not filter_name or metric.endswith("_stderr"):
-            continue
-        error = outcome["results"][benchmark.name][f"{metric}_stderr,{filter_name}"]
-        scores.append(
-            Score(
-                metric=metric,
-                filter=filter_name,
-                value=float(value),
-                standard_error=None if error == "N/A" else float(error),
-                samples=sum(row["filter"] == filter_name for row in rows),
-            )
-        )
-    return BenchmarkResult(
-        name=benchmark.name,
-        task=benchmark.task,
-        task_version=str(outcome["versions"][benchmark.name]),
-        lm_eval_version=version("lm-eval"),
-        shots=int(outcome["n-shot"][benchmark.name]),
-        max_new_tokens=max_new_tokens,
-        data=problems.source,
-        data_digest=problems.digest,
-        scores=tuple(scores),
-        samples=tuple(
-            BenchmarkSample(
-                doc_id=int(row["doc_id"]),
-                filter=row["filter"],
-                target=str(row["target"]),
-                output=row["resps"][0][0],
-                answer=str(row["filtered_resps"][0]),
-                score=float(row[row["metrics"][0]]),
-            )
-            for row in rows
-        ),
-    )
+        other_config(name)

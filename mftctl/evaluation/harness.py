@@ -1,7 +1,7 @@
-"""lm-eval as an engine: its tasks on our records, its model class with our checks, and nothing on the user's screen.
+"""lm-eval as an engine: its tasks and ours, on records already in memory, and nothing on the user's screen.
 
 Of lm-eval 0.4.13 this uses the task files, `ConfigurableTask`, `HFLM` and `evaluate`. `simple_evaluate` would add a
-report on the machine by running git and pip, and set the global random seeds; nothing here draws at random.
+report on the machine by running git and pip, and set the global random seeds.
 """
 
 from __future__ import annotations
@@ -11,48 +11,89 @@ import copy
 import io
 import logging
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
 from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.benchmarks import BENCHMARKS, TASKS_FOLDER, unknown_benchmark
+from mftctl.evaluation.scoring import instruction_scores, length_scores, maths_scores, passage_scores
 
 if TYPE_CHECKING:
-    from lm_eval.api.instance import Instance
-    from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from mftctl.evaluation.inference import OnProgress
     from mftctl.evaluation.problems import Problems
 
+_OTHER_SPLITS = ("training_split", "validation_split", "fewshot_split")
+_LM_EVAL_TASKS = Path(lm_eval.tasks.__file__).parent
+_SCORED_BY = {
+    "math": maths_scores,
+    "math_0shot": maths_scores,
+    "ifeval": instruction_scores,
+    "alpaca_eval": length_scores,
+    "tydiqa": passage_scores,
+}
+_MATHS_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("strict", "flexible")]
 
-def task_config(folder: str, task: str) -> dict[str, Any]:
-    """The configuration of one of lm-eval's own tasks.
 
-    Only its folder is indexed: reading all of lm-eval's task files takes seconds.
+def benchmark_config(name: str) -> dict[str, Any]:
+    """lm-eval's configuration of one of our benchmarks.
+
+    A file's `base` names a task of lm-eval, by its folder, that the rest of the file changes.
+
+    Args:
+        name: One of `BENCHMARKS`.
+    """
+    own = load_yaml(TASKS_FOLDER / f"{name}.yaml")
+    base = own.pop("base", None)
+    config = {} if base is None else _task_config(*base.rsplit("/", 1))
+    config |= own
+    if name in _SCORED_BY:
+        config["process_results"] = _SCORED_BY[name]
+    if _SCORED_BY.get(name) is maths_scores:
+        config["metric_list"] = _MATHS_METRICS
+    return {**config, "task": name, "test_split": config.get("test_split") or config["validation_split"]}
+
+
+def _task_config(folder: str, task: str) -> dict[str, Any]:
+    """Only that folder is indexed: reading all of lm-eval's task files takes seconds."""
+    manager = TaskManager(include_path=_LM_EVAL_TASKS / folder, include_defaults=False)
+    config: dict[str, Any] = load_yaml(manager.task_index[task].yaml_path)
+    return config
+
+
+def folder_configs(folder: str) -> list[dict[str, Any]]:
+    """The configurations of all single tasks in a folder of lm-eval's.
 
     Args:
         folder: Below lm-eval's `tasks`.
-        task: The task's name there.
     """
-    manager = TaskManager(include_path=Path(lm_eval.tasks.__file__).parent / folder, include_defaults=False)
-    return copy.deepcopy(manager.task_index[task].cfg)
+    manager = TaskManager(include_path=_LM_EVAL_TASKS / folder, include_defaults=False)
+    return [copy.deepcopy(manager.task_index[name].cfg) for name in manager.all_subtasks]
 
 
 class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval is not typed
     """A task of lm-eval on records already in memory."""
 
     def __init__(self, config: Mapping[str, Any], problems: Problems) -> None:
+        examples = config.get("fewshot_config") or {}
+        if config.get("num_fewshot") and not examples.get("samples"):
+            raise EvaluationError(
+                "The task takes the solved examples of its prompt from the hub's data.",
+                key=f"task_data.{config['task']}",
+                expected="a task without examples, or with examples of its own",
+                actual=f"{config['num_fewshot']} examples of another part of the data",
+                hint="leave --task-data out",
+            )
         records = Dataset.from_list(list(problems.records))
         # From memory: `dataset_path: json` would leave a copy in the user's cache and read the file a second time.
-        super().__init__(config={**config, "custom_dataset": lambda **_: {config["test_split"]: records}})
+        own = {"custom_dataset": lambda **_: {"test": records}, "test_split": "test"}
+        super().__init__(config={**config, **own, **dict.fromkeys(_OTHER_SPLITS)})
 
     def build_all_requests(self, **options: Any) -> None:
         """Builds the prompts without lm-eval's progress bar, which has no switch."""
@@ -60,51 +101,53 @@ class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval is not typed
             super().build_all_requests(**options)
 
 
-class CheckedModel(HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """lm-eval's model class, but a prompt that is too long is an error instead of cut at its beginning."""
+def build_task(config: Mapping[str, Any], problems: Problems, *, is_local: bool) -> ConfigurableTask:
+    """The task that asks the problems.
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        on_progress: OnProgress | None,
-    ) -> None:
-        # A copy, because lm-eval gives a tokenizer without padding token one.
-        super().__init__(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
-        self._on_progress = on_progress
-        self._done = 0
-        self._total = 0
+    Args:
+        config: Of the task.
+        problems: What is asked.
+        is_local: Whether they come from a file, or are a benchmark's of ours; otherwise lm-eval loads them once more,
+            with the other parts of the data that the task may take examples from.
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The generated texts, in the order of the requests.
+    Raises:
+        EvaluationError: A task needs examples that the file does not have.
+    """
+    return LocalTask(config, problems) if is_local else ConfigurableTask(config=dict(config))
 
-        Raises:
-            EvaluationError: A prompt and its answer do not fit the model's context.
-        """
-        for request in requests:
-            context, options = request.args
-            answer_tokens = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
-            prompt_tokens = len(self.tok_encode(context))
-            if prompt_tokens + answer_tokens > self.max_length:
-                raise EvaluationError(
-                    "A prompt and its answer are longer than the model's context.",
-                    key=f"problem {request.doc_id}",
-                    expected=f"at most {self.max_length} tokens",
-                    actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
-                    hint="choose a task with fewer examples in its prompt",
-                )
-        self._done, self._total = 0, len(requests)
-        texts: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm)
-        return texts
 
-    def _model_generate(self, context: Tensor, *args: Any, **options: Any) -> Tensor:
-        generated: Tensor = super()._model_generate(context, *args, **options)
-        self._done += len(context)
-        if self._on_progress is not None:
-            self._on_progress(self._done, self._total)
-        return generated
+def other_config(name: str) -> dict[str, Any]:
+    """The configuration of a single task of lm-eval's own.
+
+    Args:
+        name: Its name there.
+
+    Raises:
+        EvaluationError: There is none of that name, or it is a group; names the nearest.
+    """
+    manager = _all_of_lm_eval()
+    entry = manager.task_index.get(name)
+    if name not in manager.all_subtasks or entry is None or entry.yaml_path is None:
+        raise unknown_benchmark(name, manager.all_subtasks)
+    config = load_yaml(entry.yaml_path)
+    return {**config, "task": name, "test_split": config.get("test_split") or config.get("validation_split")}
+
+
+@cache
+def _all_of_lm_eval() -> TaskManager:
+    return TaskManager()
+
+
+def task_config(name: str) -> dict[str, Any]:
+    """lm-eval's configuration of one of our benchmarks, or of a task of its own.
+
+    Args:
+        name: The benchmark or task.
+
+    Raises:
+        EvaluationError: There is none of that name.
+    """
+    return benchmark_config(name) if name in BENCHMARKS else other_config(name)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,18 @@
-"""GSM8K's problems, from a local file or the hub."""
+"""A benchmark's problems, from a local file or folder or from the hub."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.answers import MARKER
-
-FIELDS = ("question", "answer")
+from mftctl.evaluation.problem_fields import check_problem, decided_by
+from mftctl.evaluation.problem_files import read_records
+from mftctl.evaluation.problem_layouts import from_published_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,109 +20,72 @@ class Problems:
     """The records a benchmark is scored on.
 
     Attributes:
-        records: Each with a `question` and an `answer` that ends in `#### <number>`.
+        records: With the fields that the benchmark needs.
         source: The file, or the hub's data set, they came from.
         digest: SHA-256 of the records (not of the file), so that the hub's and a local copy's are the same.
     """
 
-    records: tuple[dict[str, str], ...]
+    records: tuple[dict[str, Any], ...]
     source: str
     digest: str
 
 
-def read_problems(path: Path) -> Problems:
-    """The problems of a local file.
+def read_problems(path: Path, task: str) -> Problems:
+    """The problems of a local file, or of a folder of files.
 
     Args:
-        path: JSON lines, also compressed (`.gz`). Further fields are left out.
+        path: JSON lines, also compressed (`.gz`), JSON, CSV, or a folder of these.
+        task: The benchmark, or a task of lm-eval, whose fields nothing is known of.
 
     Raises:
-        EvaluationError: The file is missing, empty or not JSON lines, or a record lacks a field; names the line.
+        EvaluationError: The file is missing, empty or in another form, or a record lacks a field; names the line.
     """
-    return _problems(_records(path), source=str(path))
+    return _problems(read_records(path), task, source=str(path))
 
 
-def fetch_problems(dataset_path: str, dataset_name: str | None, split: str) -> Problems:
+def fetch_problems(config: Mapping[str, Any], task: str) -> Problems:
     """The problems of a data set on the hub, or of its local cache.
 
     Args:
-        dataset_path: The data set's id, such as `openai/gsm8k`.
-        dataset_name: Its configuration.
-        split: Its split.
+        config: Of lm-eval's task, with the data set's name and split.
+        task: The benchmark.
 
     Raises:
         EvaluationError: It is not in the cache and the hub cannot be reached.
     """
+    name, part, split = config["dataset_path"], config.get("dataset_name"), config["test_split"]
+    source = f"{name}/{part}:{split}" if isinstance(part, str) else f"{name}:{split}"
+    parts = part if isinstance(part, list) else [part]
+    return _problems((row for each in parts for row in _rows(name, each, split, source)), task, source)
+
+
+def _rows(name: str, part: str | None, split: str, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
-    source = f"{dataset_path}/{dataset_name}:{split}" if dataset_name else f"{dataset_path}:{split}"
     try:
-        rows = datasets.load_dataset(dataset_path, dataset_name, split=split)
-    except OSError as error:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, part, split=split)
+    except (OSError, ValueError) as error:
         raise EvaluationError(
             "The benchmark's data cannot be fetched.",
             path=source,
             actual=str(error).partition("\n")[0],
             hint="give a local file: --task-data NAME=FILE",
         ) from error
-    return _problems(({field: row[field] for field in FIELDS} for row in rows), source=source)
+    for number, row in enumerate(rows):
+        yield f"{source}#{number}", {"file": part, **row}
 
 
-def _problems(records: Iterable[dict[str, str]], *, source: str) -> Problems:
-    kept = tuple(records)
+def _problems(found: Iterable[tuple[str, dict[str, Any]]], task: str, source: str) -> Problems:
+    kept = tuple(_checked(from_published_layout(found, task), task))
     if not kept:
         raise EvaluationError("The data file has no problems.", path=source, expected="one JSON record a line")
     digest = hashlib.sha256()
     for record in kept:
-        digest.update(json.dumps([record[field] for field in FIELDS], ensure_ascii=True).encode() + b"\n")
+        deciding = [record.get(field) for field in decided_by(task) or sorted(record)]
+        digest.update(json.dumps(deciding, ensure_ascii=True).encode() + b"\n")
     return Problems(kept, source, digest.hexdigest())
 
 
-def _records(path: Path) -> Iterator[dict[str, str]]:
-    """Each line's record, checked."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield _record(line, f"{path}:{number}")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise EvaluationError(
-            "The data file cannot be read.",
-            path=path,
-            expected="a text file with one JSON record a line",
-            actual=str(error),
-        ) from error
-
-
-def _record(line: str, where: str) -> dict[str, str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise EvaluationError(
-            "A line is not JSON.", path=where, expected="one JSON record a line", actual=str(error)
-        ) from error
-    if not isinstance(record, dict):
-        raise EvaluationError(
-            "A line is not a JSON object.",
-            path=where,
-            expected=f"an object with {' and '.join(FIELDS)}",
-            actual=type(record).__name__,
-        )
-    for field in FIELDS:
-        if not isinstance(record.get(field), str) or not record[field].strip():
-            raise EvaluationError(
-                "A record lacks a field that the benchmark needs.",
-                path=where,
-                key=field,
-                expected="a text that is not empty",
-                actual=repr(record[field]) if field in record else f"only the fields {sorted(record)}",
-            )
-    if MARKER not in record["answer"]:
-        raise EvaluationError(
-            "An answer does not say which number is the final one.",
-            path=where,
-            key="answer",
-            expected=f"a last line like '{MARKER} 18'",
-            actual=repr(record["answer"][-40:]),
-        )
-    return {field: record[field] for field in FIELDS}
+def _checked(found: Iterable[tuple[str, dict[str, Any]]], task: str) -> Iterator[dict[str, Any]]:
+    for where, record in found:
+        yield check_problem(record, task, where)

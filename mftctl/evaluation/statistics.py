@@ -58,13 +58,27 @@ def standard_error_of_loss(losses: Sequence[SampleLoss]) -> float:
     Raises:
         EvaluationError: Fewer than two samples, or no answer token.
     """
-    _check_samples(len(losses))
-    nll = np.array([loss.nll for loss in losses], dtype=np.float64)
-    tokens = np.array([loss.answer_tokens for loss in losses], dtype=np.float64)
-    _check_weights(tokens)
-    residuals = nll - nll.sum() / tokens.sum() * tokens
-    variance = len(losses) / (len(losses) - 1) * float(residuals @ residuals)
-    return math.sqrt(variance) / float(tokens.sum())
+    return standard_error_of_ratio([loss.nll for loss in losses], [loss.answer_tokens for loss in losses])
+
+
+def standard_error_of_ratio(sums: Sequence[float], weights: Sequence[float]) -> float:
+    """Standard error of `sum(sums) / sum(weights)` over samples, by the delta method.
+
+    With weights of 1 it is that of a mean, as lm-eval computes it.
+
+    Args:
+        sums: Per sample, at least two.
+        weights: Per sample, above 0.
+
+    Raises:
+        EvaluationError: Fewer than two samples, or a weight of zero.
+    """
+    _check_samples(len(sums))
+    values, counts = np.array(sums, dtype=np.float64), np.array(weights, dtype=np.float64)
+    _check_weights(counts)
+    residuals = values - values.sum() / counts.sum() * counts
+    variance = len(sums) / (len(sums) - 1) * float(residuals @ residuals)
+    return math.sqrt(variance) / float(counts.sum())
 
 
 def standard_error_of_share(correct: Sequence[bool]) -> float:
@@ -150,6 +164,41 @@ def paired_difference_over_seeds(
             hint="evaluate all on the same file, with the same tokenizer and maximum length",
         )
     return paired_difference((after - before).mean(axis=0), weights[0], seed=seed)
+
+
+def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
+    """The p-value of McNemar's exact test: are right answers gained as often as lost?
+
+    Two-sided, binomial over the samples that only one of the two gets right; 1 where there are none.
+
+    Args:
+        before: Whether each sample was right.
+        after: Whether the same sample is right now.
+
+    Raises:
+        EvaluationError: The two are of different length.
+    """
+    if len(before) != len(after):
+        raise EvaluationError(
+            "Answers can be compared only one by one.", expected=f"{len(before)} answers", actual=len(after)
+        )
+    gained = sum(now and not then for then, now in zip(before, after, strict=True))
+    lost = sum(then and not now for then, now in zip(before, after, strict=True))
+    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number by Holm's step-down method, in the order given.
+
+    Args:
+        p_values: One a test, between 0 and 1.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def _ratio_of_sums(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import EvaluationError, RunError
 from mftctl.lineage import FFT, PRE_TRAINED
 from mftctl.runs import Run, list_runs, load_run
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 STATE_ORDER = (
     PRE_TRAINED,
@@ -46,12 +50,16 @@ class Change:
         low: Lower end of the 95 % interval.
         high: Upper end of the 95 % interval.
         verdict: `better`, `worse`, or `within noise` where the interval holds 0.
+        p_value: Of McNemar's exact test, for scores of 0 and 1 of a single seed; None for others.
+        corrected_p_value: The same, corrected for the number of the state's benchmarks by Holm's method.
     """
 
     value: float
     low: float
     high: float
     verdict: str
+    p_value: float | None = None
+    corrected_p_value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +189,27 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
             actual="; ".join(problems) or f"{len(runs)} other runs",
             hint="mftctl eval",
         )
-    return [_table(origin, metric, group, problems) for (origin, _, metric), group in groups.items()], problems
+    tables = [_table(origin, metric, group, problems) for (origin, _, metric), group in groups.items()]
+    return _with_corrected_p_values(tables), problems
+
+
+def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]:
+    """Every p-value corrected for all that its state has, as a state is tried on every benchmark."""
+    from mftctl.evaluation.statistics import holm
+
+    found: dict[tuple[str, str], list[float]] = {}
+    for table in tables:
+        for row in table.rows:
+            if row.change is not None and row.change.p_value is not None:
+                found.setdefault((table.origin, row.state), []).append(row.change.p_value)
+    corrected = {key: iter(holm(values)) for key, values in found.items()}
+
+    def correct(row: Row, origin: str) -> Row:
+        if row.change is None or row.change.p_value is None:
+            return row
+        return replace(row, change=replace(row.change, corrected_p_value=next(corrected[origin, row.state])))
+
+    return [replace(table, rows=tuple(correct(row, table.origin) for row in table.rows)) for table in tables]
 
 
 def _measurements(run: Run) -> list[_Measurement]:
@@ -257,7 +285,16 @@ def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metri
     verdict = "within noise"
     if interval.excludes_zero:
         verdict = "better" if (interval.estimate < 0) == (metric in LOWER_IS_BETTER) else "worse"
-    return Change(interval.estimate, interval.low, interval.high, verdict)
+    return Change(interval.estimate, interval.low, interval.high, verdict, _p_value(before[..., 0], after[..., 0]))
+
+
+def _p_value(before: NDArray[np.float64], after: NDArray[np.float64]) -> float | None:
+    """McNemar's, where one seed has scores of 0 and 1; several seeds are averaged, and no longer that."""
+    from mftctl.evaluation.statistics import mcnemar
+
+    if len(before) > 1 or not set(before.flat) | set(after.flat) <= {0.0, 1.0}:
+        return None
+    return mcnemar([bool(score) for score in before[0]], [bool(score) for score in after[0]])
 
 
 def _belong_together(base: _Measurement, item: _Measurement) -> bool:

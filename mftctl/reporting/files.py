@@ -42,7 +42,8 @@ def to_markdown(tables: Sequence[MetricTable], problems: Sequence[str]) -> str:
 
 NOTE = (
     "The interval is the paired 95 % bootstrap interval over test samples. A change whose interval holds 0 is within"
-    " noise. ± is the standard deviation over seeds."
+    " noise. ± is the standard deviation over seeds. p is that of McNemar's exact test, for scores of 0 and 1 of one"
+    " seed; corrected by Holm's method for the number of benchmarks."
 )
 
 
@@ -68,4 +69,7 @@ def change_texts(row: Row, table: MetricTable) -> tuple[str, str]:
         return "", "" if row.is_baseline else "not comparable"
     arrow = "↑" if row.change.value > 0 else "↓" if row.change.value < 0 else "="
     interval = f"[{row.change.low:+.4f}, {row.change.high:+.4f}]"
-    return f"{arrow} {row.change.value:+.4f} {interval}", row.change.verdict
+    verdict = row.change.verdict
+    if row.change.p_value is not None:
+        verdict += f" (p = {row.change.p_value:.2g}, corrected {row.change.corrected_p_value:.2g})"
+    return f"{arrow} {row.change.value:+.4f} {interval}", verdict

@@ -1,23 +1,55 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 from transformers.utils import logging as transformers_logging
 
-from mftctl.evaluation.harness import quiet_libraries, task_config
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.benchmarks import BENCHMARKS
+from mftctl.evaluation.harness import build_task, other_config, quiet_libraries, task_config
+from mftctl.evaluation.problems import Problems
+
+OFFLINE = sorted(set(BENCHMARKS) - {"ifeval"})
+"""ifeval's checker, once imported, fetches data."""
 
 
-def test_a_task_is_lm_evals_own() -> None:
-    config = task_config("gsm8k", "gsm8k_cot")
+def test_a_benchmark_is_lm_evals_own_task_but_for_what_its_file_says() -> None:
+    config = task_config("gsm8k")
     assert config["dataset_path"] == "openai/gsm8k"
     assert config["num_fewshot"] == len(config["fewshot_config"]["samples"]) == 8
     assert [entry["name"] for entry in config["filter_list"]] == ["strict-match", "flexible-extract"]
+    assert {**task_config("gsm8k_0shot"), "task": "gsm8k", "num_fewshot": 8} == config
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_every_benchmark_has_a_task_with_its_data_and_shots(name: str) -> None:
+    config = task_config(name)
+    assert config["task"] == name
+    assert config["test_split"]
+    assert config["dataset_path"]
+    in_the_prompt = {"bbh", "tydiqa"}  # their examples differ by problem, and come with it
+    assert config["num_fewshot"] == (0 if name in in_the_prompt else BENCHMARKS[name].shots)
 
 
 def test_changing_a_configuration_leaves_the_next_one_alone() -> None:
-    task_config("gsm8k", "gsm8k_cot")["metric_list"].clear()
-    assert task_config("gsm8k", "gsm8k_cot")["metric_list"]
+    task_config("gsm8k")["metric_list"].clear()
+    assert task_config("gsm8k")["metric_list"]
+
+
+def test_a_task_of_lm_eval_and_the_nearest_to_a_wrong_name() -> None:
+    assert other_config("arc_easy")["task"] == "arc_easy"
+    with pytest.raises(EvaluationError, match="no benchmark named 'helaswag'") as caught:
+        other_config("helaswag")
+    assert "hellaswag" in str(caught.value.hint)
+
+
+def test_a_local_file_without_the_examples_of_the_prompt_is_an_error() -> None:
+    config = {"task": "few", "num_fewshot": 5, "fewshot_split": "train", "output_type": "generate_until"}
+    with pytest.raises(EvaluationError, match="solved examples") as caught:
+        build_task(config, Problems(({"a": "b"},), "a.jsonl", ""), is_local=True)
+    assert caught.value.key == "task_data.few"
 
 
 def test_levels_are_put_back_after_an_error() -> None:
@@ -33,3 +65,9 @@ def test_levels_are_put_back_after_an_error() -> None:
         fail()
     assert inside == [(logging.ERROR, logging.ERROR)]
     assert (harness.level, transformers_logging.get_verbosity()) == before
+
+
+def test_every_task_file_belongs_to_a_benchmark() -> None:
+    from mftctl.evaluation.benchmarks import TASKS_FOLDER
+
+    assert {Path(path).stem for path in TASKS_FOLDER.iterdir() if path.suffix == ".yaml"} == set(BENCHMARKS)

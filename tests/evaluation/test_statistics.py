@@ -14,9 +14,12 @@ from mftctl.evaluation import statistics
 from mftctl.evaluation.losses import SampleLoss, mean_loss
 from mftctl.evaluation.statistics import (
     Interval,
+    holm,
+    mcnemar,
     paired_difference,
     paired_difference_over_seeds,
     standard_error_of_loss,
+    standard_error_of_ratio,
     standard_error_of_share,
 )
 
@@ -207,3 +210,40 @@ def test_a_sample_without_weight_is_an_error() -> None:
 def test_differences_and_weights_of_different_length_are_an_error() -> None:
     with pytest.raises(EvaluationError, match="same samples"):
         paired_difference(np.zeros(3), np.ones(4))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12))
+def test_mcnemar_is_the_chance_of_a_split_as_uneven_among_fair_coins(pairs: list[tuple[bool, bool]]) -> None:
+    gained = sum(after and not before for before, after in pairs)
+    lost = sum(before and not after for before, after in pairs)
+    total = gained + lost
+    as_uneven = [count for count in range(total + 1) if abs(2 * count - total) >= abs(2 * gained - total)]
+    expected = sum(math.comb(total, count) for count in as_uneven) / 2**total
+    assert mcnemar([before for before, _ in pairs], [after for _, after in pairs]) == pytest.approx(expected)
+
+
+def test_mcnemar_on_answers_of_different_number() -> None:
+    with pytest.raises(EvaluationError, match="one by one"):
+        mcnemar([True], [True, False])
+
+
+def test_holm_on_a_worked_example() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_rejects_what_stepping_down_rejects(p_values: list[float]) -> None:
+    corrected = holm(p_values)
+    for level in (0.01, 0.05, 0.5):
+        rejected = set()
+        for rank, index in enumerate(sorted(range(len(p_values)), key=lambda index: p_values[index])):
+            if (len(p_values) - rank) * p_values[index] > level:
+                break
+            rejected.add(index)
+        assert {index for index, p in enumerate(corrected) if p <= level} == rejected
+
+
+def test_the_error_of_a_ratio_with_weights_of_one_is_that_of_a_mean() -> None:
+    values = [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert standard_error_of_ratio(values, [1.0] * 5) == pytest.approx(np.std(values, ddof=1) / math.sqrt(5))

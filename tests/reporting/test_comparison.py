@@ -9,6 +9,7 @@ import pytest
 
 from mftctl.errors import RunError
 from mftctl.reporting.comparison import MetricTable, Row, compare_runs
+from mftctl.reporting.files import to_markdown
 from tests.reporting.run_folders import Sample, make_samples, write_evaluation, write_experiment
 
 FFT = make_samples(1, loss=0.3, correct=0.5)
@@ -289,3 +290,18 @@ def test_runs_without_a_finished_evaluation_are_a_run_error(tmp_path: Path) -> N
     with pytest.raises(RunError, match="no finished evaluation") as caught:
         compare_runs(tmp_path)
     assert "not a readable run folder" in str(caught.value.actual)
+
+
+def test_scores_of_0_and_1_have_a_p_value_corrected_for_the_benchmarks_of_the_state(tmp_path: Path) -> None:
+    for number, digest in enumerate(("d1", "d2")):
+        base = make_samples(1, loss=0.3, correct=0.3)
+        better = make_samples(2 + number, loss=0.3, correct=0.3 + 0.2 * number)
+        write_evaluation(tmp_path, 10 * number + 1, "FFT", ["001-fft"], base, digest=digest)
+        write_evaluation(tmp_path, 10 * number + 2, "MFT", ["001-fft", "002-mask-train"], better, digest=digest)
+    tables, _ = compare_runs(tmp_path)
+    changes = [table.rows[1].change for table in tables if table.metric == "exact_match"]
+    p_values = [change.p_value for change in changes]
+    assert p_values[1] < 0.01 < p_values[0]
+    assert [change.corrected_p_value for change in changes] == [p_values[0], 2 * p_values[1]]
+    assert all(table.rows[1].change.p_value is None for table in tables if table.metric == "loss")
+    assert f"p = {p_values[1]:.2g}, corrected {2 * p_values[1]:.2g}" in to_markdown(tables, [])

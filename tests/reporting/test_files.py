@@ -47,7 +47,14 @@ def test_report_is_written_as_markdown_and_json_and_replaced(tmp_path: Path) -> 
     document = json.loads((folder / "report.json").read_text("utf-8"))
     assert document == json.loads(json.dumps(to_document(tables, problems)))
     assert [row["state"] for row in document["tables"][0]["rows"]] == [row.state for row in tables[0].rows]
-    assert set(document["tables"][0]["rows"][-1]["change"]) == {"value", "low", "high", "verdict"}
+    assert set(document["tables"][0]["rows"][-1]["change"]) == {
+        "value",
+        "low",
+        "high",
+        "verdict",
+        "p_value",
+        "corrected_p_value",
+    }
 
 
 @pytest.mark.parametrize(("value", "arrow"), [(0.05, "↑ +0.0500"), (-0.05, "↓ -0.0500"), (0.0, "= +0.0000")])

@@ -1,0 +1,199 @@
+"""One benchmark of the `eval` workflow: its data, its outputs, its scores, and the samples for the run folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mftctl.atomic import write_text
+from mftctl.config import Recipe
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
+from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark
+from mftctl.evaluation.benchmarks import BENCHMARKS
+from mftctl.evaluation.code_benchmarks import code_config
+from mftctl.evaluation.harness import build_task, quiet_libraries, task_config
+from mftctl.evaluation.inference import evaluation_mode
+from mftctl.evaluation.output_cache import OutputCache
+from mftctl.evaluation.predictions import read_predictions
+from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
+from mftctl.evaluation.sentence_data import check_sentence_data
+from mftctl.progress import Listener, Progress
+from mftctl.runs import Run
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+
+
+def evaluate_benchmark(
+    task: str, recipe: Recipe, loaded: Loaded | None, run: Run, listener: Listener
+) -> dict[str, Any]:
+    """The figures of one benchmark, with everything needed to repeat them.
+
+    Args:
+        task: A benchmark, or a task of lm-eval.
+        recipe: With the `eval` section.
+        loaded: Model and tokenizer; None where outputs written before are scored.
+        run: Gets the samples, and each output as soon as it is there.
+        listener: Hears progress.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    options = recipe.eval
+    if task == "ifeval":
+        check_sentence_data()
+    config = task_config(task)
+    file = options.task_data.get(task)
+    problems = fetch_problems(config, task) if file is None else read_problems(Path(file), task)
+    written = None
+    if options.predictions is not None:
+        written = read_predictions(Path(options.predictions), problems.records, limit=options.limit)
+    samples = options.samples if written is None else len(written[0])
+    if task in BENCHMARKS and BENCHMARKS[task].runs_code:
+        judge = _judge(task, unsafe=options.unsafe_code, listener=listener)
+        config = code_config(config, judge, samples=samples, temperature=options.temperature)
+    elif samples > 1:
+        raise EvaluationError(
+            "Several samples are for the tasks that run code.",
+            key="samples",
+            expected="1",
+            actual=f"{samples} ({task})",
+        )
+    with quiet_libraries():
+        asked = build_task(config, problems, is_local=file is not None or task in BENCHMARKS)
+    start_seconds = time.monotonic()
+    found, generated_tokens = _run(asked, problems, recipe, loaded, written, run, listener)
+    seconds = time.monotonic() - start_seconds
+    if task == "alpaca_eval":
+        _write_for_the_judge(found, problems, run, listener)
+    return _described(found, recipe, run) | {"seconds": seconds, "generated_tokens": generated_tokens}
+
+
+def _run(
+    task: ConfigurableTask,
+    problems: Problems,
+    recipe: Recipe,
+    loaded: Loaded | None,
+    written: Sequence[Sequence[str]] | None,
+    run: Run,
+    listener: Listener,
+) -> tuple[BenchmarkResult, int]:
+    options, name = recipe.eval, task.config.task
+    common: dict[str, Any] = {"limit": options.limit, "chat_template": options.chat_template, "seed": recipe.seed}
+    if loaded is None:
+        return run_benchmark(WrittenAnswers(written or ()), task, problems, **{**common, "chat_template": False}), 0
+    model, tokenizer = loaded
+    if options.chat_template and tokenizer.chat_template is None:
+        raise EvaluationError(
+            "The tokenizer has no chat template.", key="chat_template", hint="leave --chat-template out"
+        )
+    with quiet_libraries(), evaluation_mode(model):
+        answers = ModelAnswers(
+            model,
+            tokenizer,
+            batch_size=None if options.batch_size == "auto" else options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            seed=recipe.seed,
+            cache=OutputCache(run.folder / f"{name}.outputs.jsonl"),
+            on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
+        )
+        found = run_benchmark(answers, task, problems, **common)
+    return found, answers.generated_tokens
+
+
+def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence[tuple[str, str, str]]], list[bool]]:
+    from mftctl.evaluation.sandbox import Program, find_sandbox, judge_programs
+
+    # Found before the first answer is generated: without one the task refuses to run.
+    sandbox = find_sandbox(unsafe=unsafe)
+
+    def judge(pairs: Sequence[tuple[str, str, str]]) -> list[bool]:
+        programs = [Program(code=code, test=test, entry_point=name) for code, test, name in pairs]
+        verdicts = judge_programs(
+            sandbox,
+            programs,
+            on_progress=lambda done, total: listener.progress(Progress(f"running {task}", done, total)),
+        )
+        return [verdict.passed for verdict in verdicts]
+
+    return judge
+
+
+def _described(found: BenchmarkResult, recipe: Recipe, run: Run) -> dict[str, Any]:
+    options = recipe.eval
+    rows = [_row(sample, with_prompt=options.save_samples) for sample in found.samples]
+    file = f"{found.name}.jsonl"
+    write_text(run.folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    settings = [options.limit or "all"]
+    if found.chat_template:
+        settings.append("chat")
+    if options.temperature:
+        settings.append(f"{options.samples} at {options.temperature}")
+    if options.max_new_tokens is not None:
+        settings.append(f"{options.max_new_tokens} tokens")
+    return {
+        "name": found.name,
+        "digest": ":".join(str(part) for part in (found.data_digest, *settings)),
+        "samples": file,
+        "task": found.name,
+        "task_version": found.task_version,
+        "lm_eval_version": found.lm_eval_version,
+        "mftctl_version": version("mftctl"),
+        "shots": found.shots,
+        "chat_template": found.chat_template,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "samples_a_problem": len(found.samples[0].outputs),
+        "data": found.data,
+        "metrics": [
+            {
+                "name": score.name,
+                "value": score.value,
+                "standard_error": score.standard_error,
+                "samples": score.samples,
+            }
+            for score in found.scores
+        ],
+    }
+
+
+def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": str(sample.doc_id)}
+    if sample.name is not None:
+        row["task_id"] = sample.name
+    if with_prompt:
+        row["prompt"] = sample.prompt
+    row["reference"] = sample.target
+    if len(sample.outputs) == 1:
+        row["output"] = sample.outputs[0]
+    elif sample.outputs:
+        row["outputs"] = list(sample.outputs)
+    return {**row, "answers": dict(sample.answers), "scores": dict(sample.scores), "weights": dict(sample.weights)}
+
+
+def _write_for_the_judge(found: BenchmarkResult, problems: Problems, run: Run, listener: Listener) -> None:
+    """AlpacaEval's own format, and how to have the answers judged."""
+    path = run.folder / "alpaca_eval.json"
+    model = str(run.record.inputs["model"])
+    entries = [
+        {
+            "dataset": problems.records[sample.doc_id].get("dataset", "alpaca_eval"),
+            "instruction": problems.records[sample.doc_id]["instruction"],
+            "output": sample.outputs[0],
+            "generator": model,
+        }
+        for sample in found.samples
+    ]
+    write_text(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
+    listener.warn(
+        "AlpacaEval's win rate needs its judge, which is not a part of mftctl: the package alpaca_eval and an API key "
+        f"(OPENAI_API_KEY). Then: alpaca_eval --model_outputs {path}"
+    )

@@ -1,0 +1,53 @@
+"""Messages of known length over a pair of pipes."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from mftctl.evaluation.sandbox.child.codec import MAX_BYTES
+
+MAX_FRAME_BYTES = 3 * MAX_BYTES  # a message holds a value, and its arguments after the call
+_LENGTH = struct.Struct("<I")
+
+
+class PeerGone(BaseException):
+    """The other process ended or broke the protocol; no test may catch that as an ordinary error."""
+
+
+class Frames:
+    """Messages to and from the other process."""
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._stream = open(read_fd, "rb")
+        self._write_fd = write_fd
+
+    def send(self, message: bytes) -> None:
+        """Writes one message.
+
+        Raises:
+            PeerGone: Nobody reads any more.
+        """
+        view = memoryview(_LENGTH.pack(len(message)) + message)
+        try:
+            while view:
+                view = view[os.write(self._write_fd, view) :]
+        except OSError as error:
+            raise PeerGone(f"the other process no longer reads: {error.strerror}") from error
+
+    def receive(self) -> bytes:
+        """The next message.
+
+        Raises:
+            PeerGone: The other process ended, or announced a message that is too long.
+        """
+        head = self._stream.read(_LENGTH.size)
+        if len(head) < _LENGTH.size:
+            raise PeerGone("the other process ended")
+        length = _LENGTH.unpack(head)[0]
+        if length > MAX_FRAME_BYTES:
+            raise PeerGone(f"the other process announced a message of {length} bytes")
+        body = self._stream.read(length)
+        if len(body) < length:
+            raise PeerGone("the other process ended within a message")
+        return body

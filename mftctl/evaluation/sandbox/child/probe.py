@@ -1,0 +1,80 @@
+"""A hostile program, to see whether a sandbox holds: it lists what it could do."""
+
+from __future__ import annotations
+
+# The system's own calls are what is tried.
+# ruff: noqa: PTH101, PTH123, PTH208
+import ctypes
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+
+_ALLOWED_VARIABLES = {"HOME", "TMPDIR", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
+
+
+def harmless(count: int) -> int:
+    """The sum of the numbers up to `count`, with a file of the working folder in between."""
+    with open("numbers", "w", encoding="ascii") as stream:
+        stream.write("\n".join(map(str, range(count + 1))))
+    with open("numbers", encoding="ascii") as stream:
+        return sum(map(int, stream))
+
+
+def what_is_open(secret: str, target: str, folder: str, runner: int, variables: Sequence[str]) -> list[str]:
+    """Names of the ways out that are open.
+
+    Args:
+        secret: A file outside that must not be read.
+        target: A file outside that must not be written.
+        folder: A folder outside that must not be listed or added to.
+        runner: A process outside that must not be reached.
+        variables: Names of environment variables that must be gone.
+    """
+    attempts: dict[str, Callable[[], object]] = {
+        "reading outside": lambda: open(secret, "rb").read(),
+        "writing outside": lambda: open(target, "ab").write(b"!"),
+        "adding outside": lambda: open(f"{folder}/new", "wb"),
+        "listing outside": lambda: os.listdir(folder),
+        "changing a mode outside": lambda: os.chmod(target, 0o777),
+        "linking outside": lambda: os.link(target, "link"),
+        "other processes in /proc": lambda: open(f"/proc/{runner}/environ", "rb").read(),
+        "a signal to the runner": lambda: os.kill(runner, 0),
+        "a new process": _fork,
+        "running a program": lambda: os.execv(sys.executable, [sys.executable, "-c", "pass"]),
+        "changing limits": _raise_limit,
+        "tracing": lambda: _traced(runner),
+    }
+    for family in ("AF_INET", "AF_INET6", "AF_UNIX", "AF_NETLINK", "AF_PACKET"):
+        attempts[f"a socket of {family}"] = lambda name=family: socket.socket(getattr(socket, name))  # type: ignore[misc]
+    left = set(os.environ) & set(variables) - _ALLOWED_VARIABLES
+    return [name for name, attempt in attempts.items() if _works(attempt)] + sorted(left)
+
+
+def _works(attempt: Callable[[], object]) -> bool:
+    try:
+        attempt()
+    except OSError:
+        return False
+    return True
+
+
+def _fork() -> None:
+    if os.fork() == 0:
+        os._exit(0)
+
+
+def _raise_limit() -> None:
+    import resource
+
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
+    except ValueError as error:  # what Python makes of a refusal
+        raise OSError from error
+
+
+def _traced(runner: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ptrace(16, runner, 0, 0):
+        raise OSError(ctypes.get_errno(), "refused")
+    libc.ptrace(17, runner, 0, 0)

@@ -1,0 +1,60 @@
+"""What a bare Python needs to read, and nothing else of this machine."""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+# Tests of HumanEval+ and MBPP+ import numpy; other packages may hold the answers to a benchmark.
+PACKAGE = "numpy"
+SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
+_LOADER_FILES = ("/etc/ld.so.cache",)
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """The running interpreter without its packages.
+
+    Attributes:
+        executable: The interpreter itself, not a virtual environment's link to it.
+        library: Folder of the standard library.
+        hidden: Folders within the library that hold installed packages.
+        shared_objects: Files the interpreter is linked against that lie beside it.
+        packages: Name and folder of each package that foreign code may import.
+        package_libraries: Folders of shared objects that those packages load.
+    """
+
+    executable: Path
+    library: Path
+    hidden: tuple[Path, ...]
+    shared_objects: tuple[Path, ...]
+    packages: dict[str, Path]
+    package_libraries: tuple[Path, ...]
+
+    @property
+    def system_files(self) -> tuple[Path, ...]:
+        """Folders and files of the system's shared libraries, as far as they exist."""
+        return tuple(path for path in map(Path, (*SYSTEM_LIBRARIES, *_LOADER_FILES)) if path.exists())
+
+
+@cache
+def find_installation() -> Installation:
+    """What the running interpreter consists of."""
+    executable = Path(sys.executable).resolve()
+    library = Path(sysconfig.get_path("stdlib")).resolve()
+    beside = Path(sys.base_prefix).resolve() / "lib"
+    spec = find_spec(PACKAGE)
+    packages = {} if spec is None or spec.origin is None else {PACKAGE: Path(spec.origin).resolve().parent}
+    libraries = [folder.with_name(f"{folder.name}.libs") for folder in packages.values()]
+    return Installation(
+        executable=executable,
+        library=library,
+        hidden=tuple(folder for name in ("site-packages", "dist-packages") if (folder := library / name).is_dir()),
+        shared_objects=tuple(sorted(path for path in beside.glob("*.so*") if path.is_file())),
+        packages=packages,
+        package_libraries=tuple(folder for folder in libraries if folder.is_dir()),
+    )

@@ -1,0 +1,81 @@
+"""One sandboxed process: its start, its output, its end."""
+
+from __future__ import annotations
+
+import marshal
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+_TAIL_BYTES = 2000
+
+
+class SandboxedProcess:
+    """A process in a session of its own.
+
+    Attributes:
+        output_fd: Where its standard output and standard error arrive.
+        output_bytes: How much of them was read so far.
+        tail: The last part of them.
+    """
+
+    def __init__(self, command: Sequence[str], order: dict[str, Any], fds: Sequence[int]) -> None:
+        self.output_bytes = 0
+        self.tail = b""
+        self.output_fd, write_end = os.pipe()
+        try:
+            with tempfile.TemporaryFile() as stdin:
+                stdin.write(marshal.dumps({**order, "fds": list(fds)}))
+                stdin.seek(0)
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=stdin,
+                    stdout=write_end,
+                    stderr=write_end,
+                    env={},
+                    cwd="/",
+                    pass_fds=fds,
+                    start_new_session=True,
+                )
+        except BaseException:  # nothing was started: the pipe is not to stay open, whatever the reason
+            os.close(self.output_fd)
+            raise
+        finally:
+            os.close(write_end)
+
+    @property
+    def pid(self) -> int:
+        """Number of the process, and of its group."""
+        return self._process.pid
+
+    def read_output(self) -> bool:
+        """Reads what has arrived; False at the end."""
+        piece = os.read(self.output_fd, 65536)
+        self.output_bytes += len(piece)
+        self.tail = (self.tail + piece)[-_TAIL_BYTES:]
+        return bool(piece)
+
+    def how_it_ended(self, wait_seconds: float) -> tuple[int, int] | None:
+        """Its exit status and the signal that killed it, 0 for none; None if it still runs after a while.
+
+        The process stays a zombie, so that its group's number cannot become that of another.
+        """
+        deadline = time.monotonic() + wait_seconds
+        while True:
+            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if found is not None:
+                killed = found.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+                return (0, found.si_status) if killed else (found.si_status, 0)
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.005)
+
+    def kill(self) -> None:
+        """Ends its whole group at once and waits for it."""
+        os.killpg(self.pid, signal.SIGKILL)
+        self._process.wait()
+        os.close(self.output_fd)

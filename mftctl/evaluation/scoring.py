@@ -1,0 +1,95 @@
+"""Scores of single answers, for the benchmarks that lm-eval's own metrics do not fit.
+
+Each takes a problem and what was taken from the model's output, as lm-eval's `process_results` does.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LANGUAGE_CODES = {"english": "en", "arabic": "ar"}
+"""Where articles are left out before answers are compared, as in lm-eval."""
+
+
+def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
+    """Whether the answer is right: `strict` in the form asked for, `flexible` in any that says what is meant.
+
+    Strict is Minerva's: the text after "Final Answer: The final answer is", or the last box, equal after
+    normalisation. Flexible is also right where math-verify calls both equal.
+
+    Args:
+        problem: With its `solution`.
+        outputs: The one answer.
+
+    Source: MFT, section 3.1 (MATH). lm-eval's `minerva_math`, functions and all; the box is ours, as it reads none.
+    """
+    from lm_eval.tasks.minerva_math import utils as minerva
+
+    output = outputs[0]
+    gold = _boxed(problem["solution"])
+    named = minerva.get_unnormalized_answer(output)
+    given = [minerva.normalize_final_answer(text) for text in (named, _boxed(output)) if text is not None]
+    strict = any(minerva.is_equiv(answer, minerva.normalize_final_answer(gold or "")) for answer in given)
+    return {"strict": float(strict), "flexible": float(strict or _verified(problem["solution"], output))}
+
+
+def _boxed(text: str) -> str | None:
+    from lm_eval.tasks.minerva_math import utils as minerva
+
+    found = minerva.last_boxed_only_string(text)
+    return None if found is None else minerva.remove_boxed(found.replace("\\fbox", "\\boxed"))
+
+
+def _verified(gold: str, output: str) -> bool:
+    from math_verify import parse, verify
+
+    return bool(verify(gold=parse(gold), target=parse(output)))
+
+
+def passage_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
+    """F1 over words and exact match, the best over the right answers.
+
+    Args:
+        problem: With `answers` and `language`.
+        outputs: The one answer.
+
+    Source: GMT, section 4.1 (TyDiQA, F1); lm-eval's `tydiqa`, normalisation by language.
+    """
+    from lm_eval.tasks.tydiqa import utils as tydiqa
+
+    language = _LANGUAGE_CODES.get(problem["language"], problem["language"])
+    scores: dict[str, float] = tydiqa.process_results_lang({"answers": problem["answers"]}, outputs, language)
+    return {name: float(score) for name, score in scores.items()}
+
+
+def instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+    """Whether each instruction was kept, strict and loose: of the prompt a number, of its instructions a list.
+
+    Args:
+        problem: With `key`, `prompt`, `instruction_id_list` and `kwargs`.
+        outputs: The one answer.
+
+    Source: MFT, section 3.1 (IFEval); lm-eval's checker. Where an instruction lacks a detail or has one it cannot use
+    (two of the 541 problems count a letter that is none), it draws one at random; here always the same.
+    """
+    from lm_eval.tasks.ifeval import utils as ifeval
+
+    state = random.getstate()
+    random.seed(0)
+    try:
+        scores: dict[str, Any] = ifeval.process_results(problem, outputs)
+    finally:
+        random.setstate(state)
+    return scores
+
+
+def length_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
+    """The length of an answer in characters: what can be said of AlpacaEval without its judge.
+
+    Args:
+        problem: Not looked at.
+        outputs: The one answer.
+    """
+    return {"characters": float(len(outputs[0]))}

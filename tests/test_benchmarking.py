@@ -1,0 +1,148 @@
+"""Benchmarks through the workflow: what is kept, what is resumed, and outputs scored without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mftctl.config import Recipe
+from mftctl.errors import ConfigError, EvaluationError
+from mftctl.evaluating import evaluate
+from mftctl.progress import Silence
+from tests.workflow_fixtures import make_recipe, open_run
+
+FUNCTIONS = [
+    {
+        "task_id": f"T/{n}",
+        "prompt": f"def add_{n}(x):\n",
+        "entry_point": f"add_{n}",
+        "canonical_solution": f"    return x + {n}\n",
+        "test": f"def check(f):\n    assert f(1) == {1 + n}\n",
+    }
+    for n in range(4)
+]
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def scored(workspace: Path, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The data set of the one task, and its samples."""
+    recipe = make_recipe(workspace, test_data=[], **{f"eval__{key}": value for key, value in options.items()})
+    run, source = open_run(tmp_path, "eval", recipe)
+    (dataset,) = evaluate(recipe, source, run, Silence())["datasets"]
+    return dataset, [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
+
+
+def test_programs_written_before_are_run_and_scored_without_a_model(workspace: Path, tmp_path: Path) -> None:
+    written = [{"task_id": record["task_id"], "completion": record["canonical_solution"]} for record in FUNCTIONS]
+    written[2]["completion"] = "    return x\n"
+    dataset, rows = scored(
+        workspace,
+        tmp_path,
+        tasks=["humaneval"],
+        task_data={"humaneval": write(tmp_path / "problems.jsonl", FUNCTIONS)},
+        predictions=write(tmp_path / "written.jsonl", written),
+    )
+    (metric,) = dataset["metrics"]
+    assert (metric["name"], metric["value"], metric["samples"]) == ("pass@1,tests", 0.75, 4)
+    assert [row["scores"]["pass@1,tests"] for row in rows] == [1, 1, 0, 1]
+    assert [row["task_id"] for row in rows] == ["T/0", "T/1", "T/2", "T/3"]
+
+
+def test_ten_samples_a_problem_give_pass_at_ten(workspace: Path, tmp_path: Path) -> None:
+    written = [{"task_id": "T/0", "outputs": ["    return x\n"] * 9 + ["    return x + 0\n"]}]
+    right = FUNCTIONS[1]["canonical_solution"]
+    written.append({"task_id": "T/1", "outputs": [right] * 2 + ["    return x\n"] * 8})
+    dataset, _ = scored(
+        workspace,
+        tmp_path,
+        tasks=["humaneval"],
+        task_data={"humaneval": write(tmp_path / "problems.jsonl", FUNCTIONS[:2])},
+        predictions=write(tmp_path / "written.jsonl", written),
+    )
+    assert {metric["name"]: metric["value"] for metric in dataset["metrics"]} == pytest.approx(
+        {"pass@1,tests": (1.0 + 0.2) / 2, "pass@10,tests": 1.0}
+    )
+
+
+def test_saved_samples_can_be_scored_again(workspace: Path, tmp_path: Path) -> None:
+    problems = write(tmp_path / "p.jsonl", [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(3)])
+    options = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}, "max_new_tokens": 5}
+    first, rows = scored(workspace, tmp_path / "a", **options, save_samples=True)
+    assert rows[0]["prompt"] == "Q: 0+1?\nA:"
+    again, _ = scored(workspace, tmp_path / "b", **options, predictions=write(tmp_path / "w.jsonl", rows))
+    assert again["metrics"] == first["metrics"]
+    assert first["generated_tokens"] > 0 == again["generated_tokens"]
+    assert first["digest"] == again["digest"]
+
+
+def test_a_chat_template_is_put_around_the_prompt_and_named(workspace: Path, tmp_path: Path) -> None:
+    problems = write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
+    options = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}, "max_new_tokens": 5}
+    plain, _ = scored(workspace, tmp_path / "a", **options)
+    chat, rows = scored(workspace, tmp_path / "b", **options, chat_template=True, save_samples=True)
+    assert rows[0]["prompt"] != "Q: 1+1?\nA:"
+    assert "1+1?" in rows[0]["prompt"]
+    assert (plain["chat_template"], chat["chat_template"]) == (False, True)
+    assert plain["digest"] != chat["digest"]
+
+
+def test_alpaca_eval_writes_the_outputs_for_its_judge(workspace: Path, tmp_path: Path) -> None:
+    problems = write(tmp_path / "p.jsonl", [{"instruction": "Say hi.", "dataset": "helpful_base"}])
+    written = write(tmp_path / "w.jsonl", [{"id": 0, "output": "hi"}])
+    recipe = make_recipe(
+        workspace,
+        test_data=[],
+        eval__tasks=["alpaca_eval"],
+        eval__task_data={"alpaca_eval": problems},
+        eval__predictions=written,
+    )
+    run, source = open_run(tmp_path, "eval", recipe)
+    warnings: list[str] = []
+
+    class Listener(Silence):
+        def warn(self, text: str) -> None:
+            warnings.append(text)
+
+    evaluate(recipe, source, run, Listener())
+    (entry,) = json.loads((run.folder / "alpaca_eval.json").read_text())
+    assert entry == {"dataset": "helpful_base", "instruction": "Say hi.", "output": "hi", "generator": source.model}
+    assert "OPENAI_API_KEY" in warnings[0]
+
+
+def test_several_samples_of_a_task_without_code(workspace: Path, tmp_path: Path) -> None:
+    problems = write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
+    with pytest.raises(EvaluationError, match="Several samples"):
+        scored(
+            workspace,
+            tmp_path,
+            tasks=["gsm8k"],
+            task_data={"gsm8k": problems},
+            samples=2,
+            temperature=0.8,
+        )
+
+
+def test_several_greedy_samples() -> None:
+    with pytest.raises(ValueError, match="all alike"):
+        Recipe(eval={"samples": 10})
+
+
+@pytest.mark.parametrize("tasks", [[], ["gsm8k", "humaneval"]])
+def test_predictions_are_for_one_task(workspace: Path, tmp_path: Path, tasks: list[str]) -> None:
+    recipe = make_recipe(workspace, eval__tasks=tasks, eval__predictions="w.jsonl")
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(ConfigError, match="for one benchmark"):
+        evaluate(recipe, source, run, Silence())
+
+
+def test_predictions_that_are_missing(workspace: Path, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="does not exist") as caught:
+        scored(workspace, tmp_path, tasks=["gsm8k"], predictions="none.jsonl")
+    assert caught.value.path == "none.jsonl"
