@@ -25,8 +25,24 @@ def from_published_layout(found: Iterable[Located], task: str) -> Iterable[Locat
     """
     if task == "tydiqa":
         return _with_example_passages(found)
-    convert = {"mbpp": _mbpp, "mbpp_plus": _mbpp, "mmlu": _mmlu, "bbh": _bbh}.get(task)
+    convert = {"humaneval_plus": _humaneval_plus, "mbpp": _mbpp, "mbpp_plus": _mbpp, "mmlu": _mmlu, "bbh": _bbh}.get(
+        task
+    )
     return found if convert is None else ((where, convert(record, where)) for where, record in found)
+
+
+def _humaneval_plus(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """One of the published files has HumanEval's few tests as `test`, and the others only as inputs."""
+    if "plus_input" in record:
+        raise EvaluationError(
+            "The tests in this file are HumanEval's own, not those of HumanEval+.",
+            path=where,
+            key="test",
+            expected="all tests in the field test",
+            actual="further inputs in the field plus_input",
+            hint="the file HumanEvalPlus-OriginFmt.jsonl.gz of the same release",
+        )
+    return dict(record)
 
 
 def _mbpp(record: Mapping[str, Any], where: str) -> dict[str, Any]:

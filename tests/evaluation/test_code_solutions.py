@@ -16,7 +16,7 @@ from mftctl.evaluation.sandbox import Program, find_sandbox, judge_programs
 SOURCES = {
     # Every so manieth: all of them took minutes, and passed.
     "humaneval": ("humaneval/HumanEval.jsonl.gz", "canonical_solution", 8),
-    "humaneval_plus": ("humanevalplus/HumanEvalPlus.jsonl.gz", "canonical_solution", 20),
+    "humaneval_plus": ("humanevalplus/HumanEvalPlus-OriginFmt.jsonl.gz", "canonical_solution", 20),
     "mbpp": ("mbpp/mbpp.jsonl", "code", 25),
 }
 
