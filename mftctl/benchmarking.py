@@ -22,6 +22,7 @@ from mftctl.evaluation.output_cache import OutputCache
 from mftctl.evaluation.predictions import read_predictions
 from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
 from mftctl.evaluation.sentence_data import check_sentence_data
+from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
@@ -95,6 +96,8 @@ def _run(
         raise EvaluationError(
             "The tokenizer has no chat template.", key="chat_template", hint="leave --chat-template out"
         )
+    inputs = run.record.inputs
+    written_by = [model_fingerprint(inputs["model"]), inputs["mask"] and file_digest(inputs["mask"])]
     with quiet_libraries(), evaluation_mode(model):
         answers = ModelAnswers(
             model,
@@ -102,7 +105,7 @@ def _run(
             batch_size=None if options.batch_size == "auto" else options.batch_size,
             max_new_tokens=options.max_new_tokens,
             seed=recipe.seed,
-            cache=OutputCache(run.folder / f"{name}.outputs.jsonl"),
+            cache=OutputCache(run.folder / f"{name}.outputs.jsonl", digest_of(written_by)),
             on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
         )
         found = run_benchmark(answers, task, problems, **common)

@@ -17,9 +17,11 @@ class OutputCache:
 
     Args:
         path: A file of JSON lines that grows with each batch; None keeps nothing beyond the process.
+        written_by: What tells the model from others, so that outputs of another are not taken for its own.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, written_by: str = "") -> None:
+        self._written_by = written_by
         self._path = path
         self._outputs: dict[str, str] = {}
         if path is not None and path.exists():
@@ -34,7 +36,7 @@ class OutputCache:
         seen: Counter[str] = Counter()
         keys = []
         for prompt, settings in requests:
-            text = json.dumps([prompt, settings], sort_keys=True)
+            text = json.dumps([self._written_by, prompt, settings], sort_keys=True)
             keys.append(hashlib.sha256(f"{text}{seen[text]}".encode()).hexdigest())
             seen[text] += 1
         return keys

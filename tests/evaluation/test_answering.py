@@ -89,6 +89,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(llama: LlamaForCausalLM,
     assert resumed.generated_tokens <= 12
 
 
+def test_outputs_of_another_model_are_not_taken_for_its_own(tmp_path: Path) -> None:
+    first, other = (OutputCache(tmp_path / "outputs.jsonl", written_by) for written_by in ("one model", "another"))
+    first.add({first.keys([("p", {})])[0]: "its output"})
+    assert OutputCache(tmp_path / "outputs.jsonl", "one model")[first.keys([("p", {})])[0]] == "its output"
+    assert other.keys([("p", {})])[0] not in OutputCache(tmp_path / "outputs.jsonl", "another")
+
+
 def test_a_damaged_file_of_outputs_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "outputs.jsonl").write_text('["a", "b"]\nnonsense\n["c", "d"]\n')
     with pytest.raises(EvaluationError, match="are damaged"):
