@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -196,5 +197,7 @@ def test_a_projection_that_is_not_there() -> None:
 
 def test_resident_bytes_grow_with_what_is_held() -> None:
     before = resident_bytes()
-    held = torch.ones(25_000_000)
-    assert resident_bytes() - before == pytest.approx(held.numel() * 4, rel=0.1)
+    # Straight from the kernel: an allocator may have a block that is resident already.
+    with mmap.mmap(-1, 100_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
+        held.write(b"x" * len(held))
+        assert resident_bytes() - before >= 0.9 * len(held)
