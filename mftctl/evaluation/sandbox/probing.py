@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 import tempfile
 import threading
 from functools import cache
@@ -31,8 +31,11 @@ def find_sandbox(*, unsafe: bool = False) -> Sandbox:
         One of the kind `bubblewrap` or `landlock`; of the kind `none` only if `unsafe`.
 
     Raises:
-        SandboxError: None holds and `unsafe` is false. It tells what was tried and why each failed.
+        SandboxError: None holds and `unsafe` is false; it tells what was tried and why each failed. Or this is not
+            Linux, whose ways of watching a process even unconfined code needs.
     """
+    if sys.platform != "linux":
+        raise SandboxError("Model-written code is run on Linux only.", expected="linux", actual=sys.platform)
     return Sandbox("none", find_installation()) if unsafe else _holding_sandbox()
 
 
@@ -47,7 +50,7 @@ def _holding_sandbox() -> Sandbox:
     raise SandboxError(
         "Model-written code cannot be confined on this machine.",
         expected="bubblewrap, or Landlock with seccomp (Linux on x86_64 or aarch64)",
-        actual="; ".join(failures) or "no sandbox for this system",
+        actual="; ".join(failures),
         hint=_HINT,
     )
 
@@ -64,7 +67,8 @@ def why_it_leaks(sandbox: Sandbox) -> str | None:
         try:
             verdict = judge_program(sandbox, Program(source, test), Limits(), threading.Event())
         except SandboxError as error:
-            return json.dumps(error.actual)
+            return str(error.actual)
+        leaks = [] if verdict.passed else [f"{verdict.outcome}: {verdict.detail}"]
         if target.read_text(encoding="utf-8") != "untouched" or len(list(Path(folder).iterdir())) != 2:
-            return "a file outside was written"
-    return None if verdict.passed else f"{verdict.outcome}: {verdict.detail}"
+            leaks.append("a file outside was written")
+    return "; ".join(leaks) or None

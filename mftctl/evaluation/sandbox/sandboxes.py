@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -93,8 +92,6 @@ class Sandbox:
 
 def candidates(installation: Installation) -> list[Sandbox]:
     """The sandboxes that may hold on this machine, the best first."""
-    if sys.platform != "linux":
-        return []
     program = shutil.which("bwrap")
     found = [] if program is None else [Sandbox("bubblewrap", installation, program)]
     return [*found, Sandbox("landlock", installation)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-# By descriptor, so that no path is ever walked.
-# ruff: noqa: PTH208
 import os
 import stat
 from pathlib import Path
@@ -35,45 +33,39 @@ def used_bytes(folder: Path, enough_bytes: int) -> int:
 def remove(folder: Path) -> None:
     """Removes a folder and all that is in it; no process may work in it any more.
 
-    Folders within are moved up one by one rather than walked down, so that neither their depth nor the length of
-    their paths matters; links are removed, never followed.
+    It goes down and up again one folder at a time, so that neither depth nor the length of paths matters; links are
+    removed, never followed.
     """
-    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    moved = 0
-    try:
-        while names := os.listdir(top):
-            for name in names:
-                if not _remove_entry(name, top):
-                    moved += _move_up(name, top, moved)
-    finally:
-        os.close(top)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    current = os.open(folder, flags)
+    path: list[str] = []
+    waiting = [_remove_files(current)]
+    while True:
+        if waiting[-1]:
+            path.append(waiting[-1].pop())
+            below = os.open(path[-1], flags, dir_fd=current)
+            os.close(current)
+            current = below
+            waiting.append(_remove_files(current))
+        elif path:
+            above = os.open("..", flags, dir_fd=current)
+            os.close(current)
+            current = above
+            os.rmdir(path.pop(), dir_fd=current)
+            waiting.pop()
+        else:
+            break
+    os.close(current)
     folder.rmdir()
 
 
-def _remove_entry(name: str, folder: int) -> bool:
-    """Removes a file, a link or an empty folder; False for a folder that is not empty."""
-    if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-        os.unlink(name, dir_fd=folder)
-        return True
-    os.chmod(name, stat.S_IRWXU, dir_fd=folder)
-    try:
-        os.rmdir(name, dir_fd=folder)
-    except OSError:
-        return False
-    return True
-
-
-def _move_up(name: str, top: int, moved: int) -> int:
-    """Empties a folder of the top folder; returns how many folders it held, now beside it."""
-    fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=top)
-    count = 0
-    try:
-        for inner in os.listdir(fd):
-            if not _remove_entry(inner, fd):
-                # Longer than a program can know: the pid of this process is in it.
-                os.rename(inner, f".moved-{os.getpid()}-{moved + count}", src_dir_fd=fd, dst_dir_fd=top)
-                count += 1
-    finally:
-        os.close(fd)
-    os.rmdir(name, dir_fd=top)
-    return count
+def _remove_files(folder: int) -> list[str]:
+    """Removes all but the folders in a folder; returns their names, each now open to its owner."""
+    folders = []
+    for name in os.listdir(folder):
+        if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+            os.chmod(name, stat.S_IRWXU, dir_fd=folder)
+            folders.append(name)
+        else:
+            os.unlink(name, dir_fd=folder)
+    return folders
