@@ -101,8 +101,8 @@ BREAKOUTS = {
     "kill the parent": "import os\ndef attack():\n    os.kill(os.getppid(), 9)\n    return True",
     "kill everything": "import os\ndef attack():\n    os.kill(-1, 9)\n    return True",
     "signal by a process's file": "import signal, os\ndef attack():\n    signal.pidfd_send_signal(os.pidfd_open({pid}), 9)\n    return True",
-    "trace the runner": "import ctypes\ndef attack():\n    return ctypes.CDLL(None).ptrace(16, {pid}, 0, 0) == 0",
-    "trace the parent": "import ctypes, os\ndef attack():\n    return ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
+    "trace the runner": "import ctypes\ndef attack():\n    return ctypes.CDLL(None).ptrace(0x4206, {pid}, 0, 0) == 0",
+    "trace the parent": "import ctypes, os\ndef attack():\n    return ctypes.CDLL(None).ptrace(0x4206, os.getppid(), 0, 0) == 0",
     "read another process's memory": "import ctypes\ndef attack():\n"
     "    return ctypes.CDLL(None).syscall(310, {pid}, 0, 0, 0, 0, 0) == 0",
     "make a user namespace": "import ctypes\ndef attack():\n    return ctypes.CDLL(None).unshare(0x10000000) == 0",

