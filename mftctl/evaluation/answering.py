@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _CPU_BATCH_TOKENS = 16_384
 _GPU_BATCH_TOKENS = 131_072
 _LIKELIHOOD_BATCH = 8
+_HONOURED = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
 class ModelAnswers(HFLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -65,7 +66,8 @@ class ModelAnswers(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         """
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         settings = [self._settings(request.args[1]) for request in requests]
-        self._check_context(requests, prompts, settings)
+        for request, prompt, setting in zip(requests, prompts, settings, strict=True):
+            self._check_context(request, len(prompt), setting["max_new_tokens"])
         keys = self._cache.keys(
             [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
         )
@@ -78,13 +80,32 @@ class ModelAnswers(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         return [self._cache[key] for key in keys]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would write it."""
+        """Log-likelihood of each continuation, and whether greedy decoding would write it.
+
+        Raises:
+            EvaluationError: A prompt and its continuation do not fit the model's context.
+        """
+        for request in requests:
+            prompt, continuation = self._encode_pair(*request.args)
+            self._check_context(request, len(prompt), len(continuation))
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
     def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Room, stop strings and temperature of a request."""
+        """Room, stop strings and temperature of a request.
+
+        Raises:
+            EvaluationError: The task samples in a way that is not known here.
+        """
         known = normalize_gen_kwargs(dict(options), self.max_gen_toks)
+        others = sorted(set(known) - _HONOURED)
+        if known.get("do_sample") and others:
+            raise EvaluationError(
+                "The task samples its answers with settings that are not known here.",
+                key="tasks",
+                expected=", ".join(sorted(_HONOURED)),
+                actual=", ".join(others),
+            )
         until = known.get("until") or []
         return {
             "max_new_tokens": min(int(known["max_gen_toks"]), self._most_new_tokens or self.max_length),
@@ -92,18 +113,15 @@ class ModelAnswers(HFLM):  # type: ignore[misc]  # lm-eval is not typed
             "temperature": float(known.get("temperature") or 0.0) if known.get("do_sample") else 0.0,
         }
 
-    def _check_context(
-        self, requests: Sequence[Instance], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]
-    ) -> None:
-        for request, prompt, setting in zip(requests, prompts, settings, strict=True):
-            if len(prompt) + setting["max_new_tokens"] > self.max_length:
-                raise EvaluationError(
-                    "A prompt and its answer are longer than the model's context.",
-                    key=f"problem {request.doc_id}",
-                    expected=f"at most {self.max_length} tokens",
-                    actual=f"{len(prompt)} tokens of prompt and up to {setting['max_new_tokens']} of answer",
-                    hint="choose a task with fewer examples in its prompt, or lower --max-new-tokens",
-                )
+    def _check_context(self, request: Instance, prompt_tokens: int, answer_tokens: int) -> None:
+        if prompt_tokens + answer_tokens > self.max_length:
+            raise EvaluationError(
+                "A prompt and its answer are longer than the model's context.",
+                key=f"problem {request.doc_id}",
+                expected=f"at most {self.max_length} tokens",
+                actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
+                hint="choose a task with fewer examples in its prompt, or lower --max-new-tokens",
+            )
 
     def _batches(
         self, waiting: Sequence[int], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]

@@ -71,5 +71,7 @@ def change_texts(row: Row, table: MetricTable) -> tuple[str, str]:
     interval = f"[{row.change.low:+.4f}, {row.change.high:+.4f}]"
     verdict = row.change.verdict
     if row.change.p_value is not None:
-        verdict += f" (p = {row.change.p_value:.2g}, corrected {row.change.corrected_p_value:.2g})"
+        corrected = row.change.corrected_p_value
+        several = "" if corrected == row.change.p_value else f", corrected {corrected:.2g}"
+        verdict += f" (p = {row.change.p_value:.2g}{several})"
     return f"{arrow} {row.change.value:+.4f} {interval}", verdict
