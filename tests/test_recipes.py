@@ -392,3 +392,8 @@ def test_every_data_set_is_read_as_questions_with_answers(path: str) -> None:
         reply = Record(path, {**TREE, "message_id": "2", "parent_id": TREE["message_id"], "role": "assistant"})
         (record,) = conversations([record, reply])
     assert to_example(record.fields, path).answer.strip()
+
+
+def test_the_built_in_probe_tries_all_layers_except_where_its_stage_is_the_papers() -> None:
+    assert recipe_of("quickstart").probe_groups == (4, "all")
+    assert task_of("quickstart", "probe").recipe.probe_groups == (4,)
