@@ -73,6 +73,7 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "ise-uiuc/Magicoder-Evol-Instruct-110K": {"instruction": "1 + 1?", "response": "2"},
     "allenai/tulu-v2-sft-mixture": {"dataset": "d", **MESSAGES},
     "openai/gsm8k:main": {"question": "1 + 1?", "answer": "2"},
+    "google-research-datasets/mbpp:full": {"task_id": 1, "text": "1 + 1?", "code": "2", "test_list": ["assert 1"]},
 }
 
 

@@ -117,6 +117,20 @@ def _alpaca(fields: Fields, where: str) -> Example:
     return Example("chat", (Message("user", prompt), Message("assistant", answer)), where)
 
 
+def _mbpp(text_key: str) -> _Build:
+    """The builder for a problem of MBPP: the prompt of the benchmark `mbpp`, and the code with plain line ends."""
+
+    def build(fields: Fields, where: str) -> Example:
+        tests = fields["test_list"]
+        if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
+            raise _wrong_type(where, "test_list", "a list of texts", tests)
+        prompt = "\n".join(['"""', _text(fields, text_key, where), *tests, '"""', ""])
+        code = _answer(fields, "code", where).replace("\r\n", "\n")
+        return Example("completion", (Message("user", prompt), Message("assistant", code)), where)
+
+    return build
+
+
 def _plain_text(fields: Fields, where: str) -> Example:
     return Example("text", (Message("assistant", _answer(fields, "text", where)),), where)
 
@@ -133,6 +147,8 @@ _FORMATS: tuple[tuple[tuple[str, ...], _Build], ...] = (
     (("query", "response"), _pair("query", "response", "chat")),
     (("query", "answer"), _pair("query", "answer", "chat")),
     (("inputs", "targets"), _pair("inputs", "targets", "chat")),
+    (("text", "code", "test_list"), _mbpp("text")),
+    (("prompt", "code", "test_list"), _mbpp("prompt")),
     (("text",), _plain_text),
 )
 

@@ -49,6 +49,22 @@ def test_alpaca_input_follows_the_instruction_after_a_blank_line() -> None:
     assert example.prompt == (Message("user", "Add.\n\n2 and 2"),)
 
 
+@pytest.mark.parametrize("key", ["text", "prompt"])
+def test_mbpp_has_the_prompt_of_its_benchmark_and_plain_line_ends(key: str) -> None:
+    code = "def one():\r\n    return 1\r\n"
+    example = to_example({key: "Write one.", "code": code, "test_list": ["assert one()", "assert 1"]}, WHERE)
+    prompt = '"""\nWrite one.\nassert one()\nassert 1\n"""\n'
+    answer = "def one():\n    return 1\n"
+    assert example == Example("completion", (Message("user", prompt), Message("assistant", answer)), WHERE)
+
+
+@pytest.mark.parametrize("tests", ["assert 1", [1], {"assert 1": 1}])
+def test_mbpp_without_a_list_of_tests_is_a_data_error(tests: object) -> None:
+    with pytest.raises(DataError, match="wrong type") as caught:
+        to_example({"text": "Write one.", "code": "one = 1", "test_list": tests}, WHERE)
+    assert (caught.value.path, caught.value.key) == (WHERE, "test_list")
+
+
 def test_conversation_keeps_system_tool_and_several_turns() -> None:
     roles = ["system", "user", "assistant", "tool", "assistant"]
     turns = [{"role": role, "content": f"{index}"} for index, role in enumerate(roles)]
