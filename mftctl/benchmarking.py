@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import write_text
-from mftctl.config import Recipe
+from mftctl.config import EvalOptions, Recipe
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark
@@ -33,22 +34,37 @@ if TYPE_CHECKING:
 Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
-def evaluate_benchmark(
-    task: str, recipe: Recipe, loaded: Loaded | None, run: Run, listener: Listener
-) -> dict[str, Any]:
-    """The figures of one benchmark, with everything needed to repeat them.
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A benchmark whose problems have been read and whose judge is ready.
+
+    Attributes:
+        task: As lm-eval asks it.
+        problems: What it asks.
+        written: Outputs written before, in place of a model's; None where a model answers.
+    """
+
+    task: ConfigurableTask
+    problems: Problems
+    written: Sequence[Sequence[str]] | None
+
+    @property
+    def name(self) -> str:
+        """The name given to `--tasks`."""
+        return str(self.task.config.task)
+
+
+def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Benchmark:
+    """A benchmark with everything read and found that it needs, before any answer.
 
     Args:
         task: A benchmark, or a task of lm-eval.
-        recipe: With the `eval` section.
-        loaded: Model and tokenizer; None where outputs written before are scored.
-        run: Gets the samples, and each output as soon as it is there.
-        listener: Hears progress.
+        options: With its local file, predictions and samples.
+        listener: Hears how far the running of model-written code has come.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        MftError: A file, a task or the sandbox is not what it should be.
     """
-    options = recipe.eval
     if task == "ifeval":
         check_sentence_data()
     config = task_config(task)
@@ -70,46 +86,78 @@ def evaluate_benchmark(
         )
     with quiet_libraries():
         asked = build_task(config, problems, is_local=file is not None or task in BENCHMARKS)
-    start_seconds = time.monotonic()
-    found, generated_tokens = _run(asked, problems, recipe, loaded, written, run, listener)
-    seconds = time.monotonic() - start_seconds
-    if task == "alpaca_eval":
-        _write_for_the_judge(found, problems, run, listener)
-    return _described(found, recipe, run) | {"seconds": seconds, "generated_tokens": generated_tokens}
+    return Benchmark(asked, problems, written)
 
 
-def _run(
-    task: ConfigurableTask,
-    problems: Problems,
+def measure_benchmark(
+    benchmark: Benchmark,
     recipe: Recipe,
     loaded: Loaded | None,
-    written: Sequence[Sequence[str]] | None,
-    run: Run,
+    folder: Path,
     listener: Listener,
+    *,
+    model_name: str,
+    cache: OutputCache | None = None,
+) -> dict[str, Any]:
+    """The figures of one benchmark, with everything needed to repeat them.
+
+    Args:
+        benchmark: Ready to be asked.
+        recipe: With the `eval` section.
+        loaded: Model and tokenizer; None where outputs written before are scored.
+        folder: Gets the samples.
+        listener: Hears progress.
+        model_name: What the model is called where outputs are written for a judge.
+        cache: Keeps each output as soon as it is there; by default they are lost with the process.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    start_seconds = time.monotonic()
+    found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
+    seconds = time.monotonic() - start_seconds
+    if benchmark.name == "alpaca_eval":
+        _write_for_the_judge(found, benchmark.problems, model_name, folder, listener)
+    return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
+
+
+def output_cache(benchmark: Benchmark, run: Run) -> OutputCache:
+    """The outputs of one benchmark in a run folder, as far as its model under its mask has written them.
+
+    Args:
+        benchmark: Named in the file.
+        run: An evaluation.
+    """
+    inputs = run.record.inputs
+    written_by = [model_fingerprint(inputs["model"]), inputs["mask"] and file_digest(inputs["mask"])]
+    return OutputCache(run.folder / f"{benchmark.name}.outputs.jsonl", digest_of(written_by))
+
+
+def _answered(
+    benchmark: Benchmark, recipe: Recipe, loaded: Loaded | None, listener: Listener, cache: OutputCache
 ) -> tuple[BenchmarkResult, int]:
-    options, name = recipe.eval, task.config.task
+    options, task, problems = recipe.eval, benchmark.task, benchmark.problems
     common: dict[str, Any] = {"limit": options.limit, "chat_template": options.chat_template, "seed": recipe.seed}
     if loaded is None:
-        return run_benchmark(WrittenAnswers(written or ()), task, problems, **{**common, "chat_template": False}), 0
+        answers = WrittenAnswers(benchmark.written or ())
+        return run_benchmark(answers, task, problems, **{**common, "chat_template": False}), 0
     model, tokenizer = loaded
     if options.chat_template and tokenizer.chat_template is None:
         raise EvaluationError(
             "The tokenizer has no chat template.", key="chat_template", hint="leave --chat-template out"
         )
-    inputs = run.record.inputs
-    written_by = [model_fingerprint(inputs["model"]), inputs["mask"] and file_digest(inputs["mask"])]
     with quiet_libraries(), evaluation_mode(model):
-        answers = ModelAnswers(
+        written = ModelAnswers(
             model,
             tokenizer,
             batch_size=None if options.batch_size == "auto" else options.batch_size,
             max_new_tokens=options.max_new_tokens,
             seed=recipe.seed,
-            cache=OutputCache(run.folder / f"{name}.outputs.jsonl", digest_of(written_by)),
-            on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
+            cache=cache,
+            on_progress=lambda done, total: listener.progress(Progress(f"evaluating {benchmark.name}", done, total)),
         )
-        found = run_benchmark(answers, task, problems, **common)
-    return found, answers.generated_tokens
+        found = run_benchmark(written, task, problems, **common)
+    return found, written.generated_tokens
 
 
 def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence[tuple[str, str, str]]], list[bool]]:
@@ -130,11 +178,11 @@ def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence
     return judge
 
 
-def _described(found: BenchmarkResult, recipe: Recipe, run: Run) -> dict[str, Any]:
+def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str, Any]:
     options = recipe.eval
     rows = [_row(sample, with_prompt=options.save_samples) for sample in found.samples]
     file = f"{found.name}.jsonl"
-    write_text(run.folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     settings = [options.limit or "all"]
     if found.chat_template:
         settings.append("chat")
@@ -182,10 +230,11 @@ def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
     return {**row, "answers": dict(sample.answers), "scores": dict(sample.scores), "weights": dict(sample.weights)}
 
 
-def _write_for_the_judge(found: BenchmarkResult, problems: Problems, run: Run, listener: Listener) -> None:
+def _write_for_the_judge(
+    found: BenchmarkResult, problems: Problems, model: str, folder: Path, listener: Listener
+) -> None:
     """AlpacaEval's own format, and how to have the answers judged."""
-    path = run.folder / "alpaca_eval.json"
-    model = str(run.record.inputs["model"])
+    path = folder / "alpaca_eval.json"
     entries = [
         {
             "dataset": problems.records[sample.doc_id].get("dataset", "alpaca_eval"),

@@ -76,6 +76,10 @@ class TrainingOptions(_Section):
     gradient_checkpointing: bool = Field(False, description="Save memory by computing activations twice.")
     eval_steps: int | None = Field(None, gt=0, description="Steps between two validations; a tenth of all by default.")
     patience: int | None = Field(None, gt=0, description="Stop after this many validations without a new best.")
+    eval_every: int | None = Field(
+        None, gt=0, description="Measure the benchmarks and the test data each so many steps, at the start and the end."
+    )
+    eval_limit: int = Field(100, gt=0, description="--eval-every: only the first so many problems or records of each.")
 
 
 class FftOptions(TrainingOptions):
@@ -347,4 +351,8 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 
 def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     """The part of a recipe on which a command's result depends, as plain data."""
-    return recipe.model_dump(mode="json", include={**dict.fromkeys(_SHARED, True), **_SECTIONS.get(command, {})})
+    sections = dict(_SECTIONS.get(command, {}))
+    training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
+    if training is not None and training.eval_every is not None:
+        sections["eval"] = True  # a part of the result is then what was measured on the way
+    return recipe.model_dump(mode="json", include={**dict.fromkeys(_SHARED, True), **sections})

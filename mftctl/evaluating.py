@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.atomic import write_text
 from mftctl.config import Recipe
+from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, data_digest, load_examples
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.benchmarks import check_task, expand_groups
@@ -21,6 +23,22 @@ from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
 from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
+
+if TYPE_CHECKING:
+    from mftctl.benchmarking import Benchmark
+
+
+@dataclass(frozen=True, slots=True)
+class Measures:
+    """What is measured, read and checked.
+
+    Attributes:
+        examples: The records of the test data.
+        benchmarks: The benchmarks, ready to be asked.
+    """
+
+    examples: list[Example]
+    benchmarks: list[Benchmark]
 
 
 def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
@@ -38,18 +56,71 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     Raises:
         MftError: Anything known that can go wrong.
     """
-    options = recipe.eval
-    check_measures(recipe)
+    measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
-    loaded = None if options.predictions is not None else _load(source, recipe.revision)
-    datasets = []
-    if recipe.test_data and loaded is not None:
-        datasets.append(_data_file(recipe, *loaded, run, listener))
-    if options.tasks:
-        from mftctl.benchmarking import evaluate_benchmark  # lm-eval takes seconds to import
-
-        datasets += [evaluate_benchmark(task, recipe, loaded, run, listener) for task in expand_groups(options.tasks)]
+    loaded = None if recipe.eval.predictions is not None else _load(source, recipe.revision)
+    datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
     return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
+    """The test data and benchmarks of a recipe; whatever is wrong with them is found here, before any model is loaded.
+
+    Args:
+        recipe: With the `eval` section and `test_data`.
+        listener: Hears how far the running of model-written code has come.
+
+    Raises:
+        MftError: A task, a file or the sandbox is not what it should be.
+    """
+    check_measures(recipe)
+    options = recipe.eval
+    tasks = expand_groups(options.tasks)
+    benchmarks = []
+    if tasks:
+        from mftctl.benchmarking import prepare_benchmark  # lm-eval takes seconds to import
+
+        benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
+    with_model = options.predictions is None
+    examples = load_examples(recipe.test_data, seed=recipe.seed)[: options.limit] if with_model else []
+    return Measures(examples, benchmarks)
+
+
+def measure(
+    measures: Measures,
+    recipe: Recipe,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+    folder: Path,
+    listener: Listener,
+    *,
+    model_name: str,
+    run: Run | None = None,
+) -> list[dict[str, Any]]:
+    """Each data set with its metrics, their standard errors and its sample file.
+
+    Args:
+        measures: Of the recipe.
+        recipe: With the `eval` section and `test_data`.
+        loaded: Model and tokenizer; None where outputs written before are scored.
+        folder: Gets the samples.
+        listener: Hears progress.
+        model_name: What the model is called where outputs are written for a judge.
+        run: Keeps the outputs of benchmarks, so that an interrupted evaluation goes on; None keeps none.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    datasets = []
+    if measures.examples and loaded is not None:
+        datasets.append(_data_file(measures.examples, recipe, *loaded, folder, listener))
+    for benchmark in measures.benchmarks:
+        from mftctl.benchmarking import measure_benchmark, output_cache
+
+        cache = None if run is None or loaded is None else output_cache(benchmark, run)
+        datasets.append(
+            measure_benchmark(benchmark, recipe, loaded, folder, listener, model_name=model_name, cache=cache)
+        )
+    return datasets
 
 
 def _load(source: Source, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -111,9 +182,13 @@ def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:
 
 
 def _data_file(
-    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: Run, listener: Listener
+    examples: Sequence[Example],
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    listener: Listener,
 ) -> dict[str, Any]:
-    examples = load_examples(recipe.test_data, seed=recipe.seed)[: recipe.eval.limit]
     name = _data_name(recipe.test_data)
     found = evaluate_examples(
         model,
@@ -144,7 +219,7 @@ def _data_file(
     return {
         "name": name,
         "digest": data_digest(examples),
-        "samples": _write_samples(run, "samples", rows),
+        "samples": _write_samples(folder, rows),
         "max_new_tokens": found.max_new_tokens,
         "metrics": metrics,
     }
@@ -154,9 +229,9 @@ def _metric(name: str, value: float, standard_error: float | None, samples: int)
     return {"name": name, "value": value, "standard_error": standard_error, "samples": samples}
 
 
-def _write_samples(run: Run, name: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    file = f"{name}.jsonl"
-    write_text(run.folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    file = "samples.jsonl"
+    write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file
 
 

@@ -12,6 +12,7 @@ from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
+from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import best_device, load_model, peak_memory_bytes, stored_dtype
@@ -61,11 +62,12 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
         adapters=True,
     )
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
+    interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
     trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:
-        train(trainer, run.training, stop, patience=options.patience, resume=resume)
+        train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     save_model(_finished(model, inputs.checkpoint, options), inputs.tokenizer, folder)
@@ -82,6 +84,7 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
         "steps": trainer.state.global_step,
         "trained_parameters": trained_parameters,
         "tokens": int(trainer.state.num_input_tokens_seen),
+        "evaluations": measurements(run.training),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

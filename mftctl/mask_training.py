@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.errors import ConfigError
+from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fft_learning_rate, mask_state
 from mftctl.mask_validation import confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask
@@ -48,6 +49,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     if options.method == "drop":
         return _drop(recipe, source, run, listener)
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
@@ -64,6 +66,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         fft_learning_rate=run.record.inputs["fft_learning_rate"],
         seed=recipe.seed,
         resume=resume,
+        interim=interim,
     )
     if options.method == "learned":
         listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
@@ -85,6 +88,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
         "confirmation": confirmation,
+        "evaluations": measurements(run.training),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
+from mftctl.interim_evaluation import InterimEvaluation
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
@@ -47,6 +48,7 @@ class MaskSearch:
         fft_learning_rate: That the model was fine-tuned with.
         seed: Decides the random start and the order of the data.
         resume: Go on from the newest checkpoint of the folder.
+        interim: What is measured on the way.
     """
 
     model: PreTrainedModel
@@ -59,6 +61,7 @@ class MaskSearch:
     fft_learning_rate: float
     seed: int
     resume: bool
+    interim: InterimEvaluation | None = None
 
     @property
     def indicators(self) -> dict[str, Indicator]:
@@ -132,7 +135,14 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     trainer.known_start_loss = search.unmasked_loss if all(bits.all() for bits in start.values()) else None
     try:
         with stop_on_signal(search.listener) as stop:
-            train(trainer, search.folder, stop, patience=options.effective_patience, resume=search.resume)
+            train(
+                trainer,
+                search.folder,
+                stop,
+                patience=options.effective_patience,
+                resume=search.resume,
+                interim=search.interim,
+            )
         start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
@@ -32,6 +32,9 @@ from mftctl.errors import Interrupted, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.progress import Listener, Progress
 from mftctl.runs import TrainingFolder
+
+if TYPE_CHECKING:
+    from mftctl.interim_evaluation import InterimEvaluation
 
 VALIDATIONS = 10
 
@@ -199,7 +202,13 @@ def token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torc
 
 
 def train(
-    trainer: SftTrainer, folder: TrainingFolder, stop: StopRequest, *, patience: int | None, resume: bool
+    trainer: SftTrainer,
+    folder: TrainingFolder,
+    stop: StopRequest,
+    *,
+    patience: int | None,
+    resume: bool,
+    interim: InterimEvaluation | None = None,
 ) -> None:
     """Trains to the end and leaves the best state loaded in the trainer's model.
 
@@ -209,12 +218,16 @@ def train(
         stop: Set when the user wants to stop.
         patience: Validations without a new best after which training ends; None trains to the end.
         resume: Whether to go on from a checkpoint.
+        interim: What is measured on the way.
 
     Raises:
         Interrupted: The user stopped it; the state is saved.
         TrainingError: The loss is not a number.
     """
     trainer.add_callback(_Watch(trainer.listener, folder, stop))
+    if interim is not None:
+        interim.watch(stop)
+        trainer.add_callback(interim)
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
     checkpoint = latest_checkpoint(folder.checkpoints) if resume else None

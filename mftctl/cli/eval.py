@@ -37,9 +37,7 @@ def evaluate(
     ] = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
-    tasks: Annotated[
-        Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Measuring", parser=lambda text: text.split(","))
-    ] = None,
+    tasks: Annotated[Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Measuring", parser=opt.names)] = None,
     task_data: Annotated[
         list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
     ] = None,
@@ -82,8 +80,6 @@ def evaluate(
     """
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "eval")
-        if task_data is not None:
-            chosen["eval.task_data"] = _files_by_task(task_data)
         session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen)
         written = session.settle().eval.predictions
         sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
@@ -171,13 +167,3 @@ def _is_same(run: Run, recipe: Recipe, source: Source) -> bool:
         and (record.inputs.get("model"), record.inputs.get("mask")) == (source.model, source.mask)
         and deciding_keys(parse_recipe(record.config), "eval") == deciding_keys(recipe, "eval")
     )
-
-
-def _files_by_task(pairs: list[str]) -> dict[str, str]:
-    files = {}
-    for pair in pairs:
-        task, separator, file = pair.partition("=")
-        if not separator:
-            raise ConfigError("A benchmark file needs its task.", key="--task-data", expected="NAME=PATH", actual=pair)
-        files[task] = file
-    return files

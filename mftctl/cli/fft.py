@@ -50,6 +50,10 @@ def fft(
     eval_steps: opt.EvalSteps = None,
     patience: opt.Patience = None,
     keep: Annotated[str | None, opt.setting(FftOptions, "keep", "--keep", panel=opt.TRAINING)] = None,
+    eval_every: opt.EvalEvery = None,
+    eval_limit: opt.EvalLimit = None,
+    tasks: opt.InterimTasks = None,
+    task_data: opt.InterimTaskData = None,
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
@@ -63,7 +67,7 @@ def fft(
     fine-tuned model this is continued fine-tuning.
     """
     with Output(as_json=as_json) as console:
-        chosen = opt.given(context, "fft")
+        chosen = opt.given(context, "fft", "eval")
         session = Session("fft", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
         run, settled, source = session.open_training(resume=resume, output=output)
         with recorded(run):

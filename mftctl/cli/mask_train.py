@@ -57,6 +57,10 @@ def mask_train(
     gradient_checkpointing: opt.Checkpointing = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.MaskPatience = None,
+    eval_every: opt.EvalEvery = None,
+    eval_limit: opt.EvalLimit = None,
+    tasks: opt.InterimTasks = None,
+    task_data: opt.InterimTaskData = None,
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
@@ -70,7 +74,7 @@ def mask_train(
     to a small file apart from the model.
     """
     with Output(as_json=as_json) as console:
-        chosen = opt.given(context, "mask_train")
+        chosen = opt.given(context, "mask_train", "eval")
         session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
         run, settled, source = session.open_training(resume=resume, output=output)
         with recorded(run):

@@ -13,13 +13,14 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mftctl.config import FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.errors import ConfigError
 
 INPUT = "Input and output"
 TRAINING = "Training"
 MASKING = "Mask"
 METHOD = "Method"
+INTERIM = "Evaluation on the way"
 GENERAL = "General"
 
 _LISTED_CHARACTERS = 24
@@ -96,6 +97,26 @@ def ratios(text: str) -> float | dict[str, float]:
         ) from error
 
 
+def names(text: str) -> list[str]:
+    """The names in `gsm8k,math`."""
+    return text.split(",")
+
+
+def files_by_task(pairs: list[str]) -> dict[str, str]:
+    """The files in `gsm8k=test.jsonl`, one an option.
+
+    Raises:
+        ConfigError: A file has no task.
+    """
+    files = {}
+    for pair in pairs:
+        task, separator, file = pair.partition("=")
+        if not separator:
+            raise ConfigError("A benchmark file needs its task.", key="--task-data", expected="NAME=PATH", actual=pair)
+        files[task] = file
+    return files
+
+
 def number_or_word(text: str) -> float | str:
     """A number where the text is one; anything else is for the recipe's check to judge."""
     try:
@@ -155,6 +176,12 @@ Checkpointing = Annotated[
 EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
 MaskPatience = Annotated[int | None, setting(MaskTrainOptions, "patience", "--patience", panel=TRAINING)]
+EvalEvery = Annotated[int | None, setting(TrainingOptions, "eval_every", "--eval-every", panel=INTERIM)]
+EvalLimit = Annotated[int | None, setting(TrainingOptions, "eval_limit", "--eval-limit", panel=INTERIM)]
+InterimTasks = Annotated[Any, setting(EvalOptions, "tasks", "--tasks", panel=INTERIM, parser=names)]
+InterimTaskData = Annotated[
+    list[str] | None, setting(EvalOptions, "task_data", "--task-data", panel=INTERIM, default="the hub's")
+]
 FftRate = Annotated[float | None, setting(FftOptions, "learning_rate", "--lr", panel=TRAINING)]
 MaskRate = Annotated[Any, setting(MaskTrainOptions, "learning_rate", "--lr", panel=TRAINING, parser=number_or_word)]
 Preset = Annotated[str | None, setting(MaskTrainOptions, "preset", "--preset", panel=MASKING)]
@@ -175,4 +202,7 @@ def given(context: typer.Context, *sections: str) -> dict[str, Any]:
     for section in reversed(sections):
         fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
         keys |= {name: f"{section}.{name}" for name in fields}
-    return {keys[name]: value for name, value in context.params.items() if name in keys and value not in (None, [], ())}
+    values = {name: value for name, value in context.params.items() if name in keys and value not in (None, [], ())}
+    if "task_data" in values:
+        values["task_data"] = files_by_task(values["task_data"])
+    return {keys[name]: value for name, value in values.items()}

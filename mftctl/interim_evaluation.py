@@ -1,0 +1,168 @@
+"""Benchmarks and test data measured on a model while it is trained: scores against steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from mftctl.config import Recipe, TrainingOptions
+from mftctl.errors import Interrupted
+from mftctl.evaluating import measure, prepare_measures
+from mftctl.lineage import Source
+from mftctl.preparation import TrainingInputs
+from mftctl.progress import Listener, Progress
+from mftctl.recipe_files import with_changes
+from mftctl.runs import Run, TrainingFolder
+from mftctl.training import StopRequest
+
+
+class InterimEvaluation(TrainerCallback):
+    """Measures every so many steps, at the start and at the end, always on the same first problems and records.
+
+    Each measurement is a line of `metrics.jsonl` with `step`, `dataset`, `digest` and `metrics`; its samples go to
+    `evaluations/step-<step>/`.
+
+    Args:
+        recipe: With the `eval` section and `test_data`.
+        options: Of the training: how often, and on how much.
+        tokenizer: The model's.
+        model_name: What the model is called where outputs are written for a judge.
+        folder: Of the training.
+        listener: Hears progress.
+
+    Raises:
+        MftError: There is nothing to measure, or a task, a file or the sandbox is not what it should be.
+
+    Source: MFT, figure 2.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: TrainingOptions,
+        tokenizer: PreTrainedTokenizerBase,
+        model_name: str,
+        folder: TrainingFolder,
+        listener: Listener,
+    ) -> None:
+        limit = min(options.eval_limit, recipe.eval.limit or options.eval_limit)
+        self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None})
+        self._every = options.eval_every or 0
+        self._tokenizer = tokenizer
+        self._model_name = model_name
+        self._folder = folder
+        self._listener = listener
+        self._patient = _Patient(listener)
+        self._measures = prepare_measures(self._recipe, self._patient)
+
+    def watch(self, stop: StopRequest) -> None:
+        """Gives up a measurement, which can take long, as soon as the user wants to stop.
+
+        Args:
+            stop: Set when that is so.
+        """
+        self._patient.stop = stop
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures what is due and was not measured before a stop."""
+        if self._is_due(state) and not any(line["step"] == state.global_step for line in measurements(self._folder)):
+            try:
+                self._measure(state.global_step, kwargs["model"])
+            except _StopWanted as error:
+                raise Interrupted(
+                    f"Stopped at step {state.global_step} of {state.max_steps}, before the next.",
+                    path=self._folder.folder,
+                    hint=f"mftctl {self._folder.command} --resume",
+                ) from error
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measures where it is time."""
+        if self._is_due(state) and not self._patient.is_stopped:
+            try:
+                self._measure(state.global_step, kwargs["model"])
+            except _StopWanted:
+                control.should_save = control.should_training_stop = True
+
+    def _is_due(self, state: TrainerState) -> bool:
+        return state.global_step % self._every == 0 or state.global_step >= state.max_steps
+
+    def _measure(self, step: int, model: Any) -> None:
+        folder = self._folder.folder / "evaluations" / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        loaded = (model, self._tokenizer)
+        found = measure(self._measures, self._recipe, loaded, folder, self._patient, model_name=self._model_name)
+        for dataset in found:
+            name, metrics = dataset["name"], dataset["metrics"]
+            self._folder.log({"step": step, "dataset": name, "digest": dataset["digest"], "metrics": metrics})
+            figures = ", ".join(f"{metric['name']} {metric['value']:.4f}" for metric in metrics)
+            self._listener.note(f"Step {step}, {name}: {figures} (n = {metrics[0]['samples']})")
+
+
+def interim_evaluation(
+    recipe: Recipe, options: TrainingOptions, inputs: TrainingInputs, source: Source, run: Run, listener: Listener
+) -> InterimEvaluation | None:
+    """What a training measures on the way; None where nothing is wanted.
+
+    Args:
+        recipe: With the `eval` section and `test_data`.
+        options: Of the training.
+        inputs: Of the training.
+        source: The model that is trained.
+        run: Of the training.
+        listener: Hears progress.
+
+    Raises:
+        MftError: There is nothing to measure, or a task, a file or the sandbox is not what it should be.
+    """
+    if options.eval_every is None:
+        return None
+    return InterimEvaluation(recipe, options, inputs.tokenizer, source.model, run.training, listener)
+
+
+def measurements(folder: TrainingFolder) -> list[dict[str, Any]]:
+    """What was measured during a training: `step`, `dataset`, `digest` and `metrics` of each.
+
+    Args:
+        folder: Of the training.
+    """
+    return [line for line in folder.metrics() if "dataset" in line]
+
+
+class _StopWanted(Exception):  # noqa: N818 - a request by the user, not an error of theirs
+    """The user wants to stop; never leaves this module."""
+
+
+class _Patient:
+    """A listener that passes everything on, and ends the work when a stop is wanted."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.stop: StopRequest | None = None
+        self._listener = listener
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the user wants to stop."""
+        return self.stop is not None and self.stop.requested
+
+    def progress(self, state: Progress) -> None:
+        """Shows how far a piece of work has come."""
+        if self.is_stopped:
+            raise _StopWanted
+        self._listener.progress(state)
+
+    def note(self, text: str) -> None:
+        """Passes on."""
+        self._listener.note(text)
+
+    def warn(self, text: str) -> None:
+        """Passes on."""
+        self._listener.warn(text)
