@@ -35,7 +35,7 @@ Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
 
 
 @dataclass(frozen=True, slots=True)
-class Benchmark:
+class PreparedBenchmark:
     """A benchmark whose problems have been read and whose judge is ready.
 
     Attributes:
@@ -54,7 +54,7 @@ class Benchmark:
         return str(self.task.config.task)
 
 
-def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Benchmark:
+def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> PreparedBenchmark:
     """A benchmark with everything read and found that it needs, before any answer.
 
     Args:
@@ -86,11 +86,11 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Be
         )
     with quiet_libraries():
         asked = build_task(config, problems, is_local=file is not None or task in BENCHMARKS)
-    return Benchmark(asked, problems, written)
+    return PreparedBenchmark(asked, problems, written)
 
 
 def measure_benchmark(
-    benchmark: Benchmark,
+    benchmark: PreparedBenchmark,
     recipe: Recipe,
     loaded: Loaded | None,
     folder: Path,
@@ -121,7 +121,7 @@ def measure_benchmark(
     return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
 
 
-def output_cache(benchmark: Benchmark, run: Run) -> OutputCache:
+def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:
     """The outputs of one benchmark in a run folder, as far as its model under its mask has written them.
 
     Args:
@@ -134,7 +134,7 @@ def output_cache(benchmark: Benchmark, run: Run) -> OutputCache:
 
 
 def _answered(
-    benchmark: Benchmark, recipe: Recipe, loaded: Loaded | None, listener: Listener, cache: OutputCache
+    benchmark: PreparedBenchmark, recipe: Recipe, loaded: Loaded | None, listener: Listener, cache: OutputCache
 ) -> tuple[BenchmarkResult, int]:
     options, task, problems = recipe.eval, benchmark.task, benchmark.problems
     common: dict[str, Any] = {"limit": options.limit, "chat_template": options.chat_template, "seed": recipe.seed}

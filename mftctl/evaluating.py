@@ -25,7 +25,7 @@ from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
-    from mftctl.benchmarking import Benchmark
+    from mftctl.benchmarking import PreparedBenchmark
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Measures:
     """
 
     examples: list[Example]
-    benchmarks: list[Benchmark]
+    benchmarks: list[PreparedBenchmark]
 
 
 def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:

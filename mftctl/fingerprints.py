@@ -17,8 +17,11 @@ def digest_of(document: Any) -> str:
 
 
 def file_digest(path: str) -> str | None:
-    """SHA-256 of a local file; None for built-in data and hub ids, which their names identify."""
+    """SHA-256 of a local file, or of all files in a folder; None for built-in data and hub ids, told by their names."""
     file = Path(path)
+    if file.is_dir():
+        inside = sorted(entry for entry in file.rglob("*") if entry.is_file())
+        return digest_of([[str(entry.relative_to(file)), file_digest(str(entry))] for entry in inside])
     if not file.is_file():
         return None
     with file.open("rb") as stream:

@@ -118,9 +118,12 @@ def _decides(
     task: Task, fingerprint: str | None, plan: Mapping[int, Planned], files: dict[str, str | None]
 ) -> dict[str, Any]:
     keys = deciding_keys(task.recipe, task.command)
-    for source in (*task.recipe.data, *task.recipe.val_data, *task.recipe.test_data):
-        if source.path not in files:
-            files[source.path] = file_digest(source.path)
+    read = [source.path for source in (*task.recipe.data, *task.recipe.val_data, *task.recipe.test_data)]
+    if "eval" in keys:
+        read += task.recipe.eval.task_data.values()
+    for path in read:
+        if path not in files:
+            files[path] = file_digest(path)
     before = plan[id(task.after)].digest if task.after else None
     if before is not None:
         del keys["model"]
@@ -129,10 +132,7 @@ def _decides(
     return {
         "command": task.command,
         **keys,
-        "files": {
-            source.path: files[source.path]
-            for source in (*task.recipe.data, *task.recipe.val_data, *task.recipe.test_data)
-        },
+        "files": {path: files[path] for path in read},
         "the model's weights": fingerprint if before is None else None,
         "the stage before": before,
         "the probe": plan[id(task.layers_from)].digest if task.layers_from else None,

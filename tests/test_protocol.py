@@ -117,6 +117,16 @@ def test_changed_data_is_noticed(tmp_path: Path) -> None:
     assert names(tmp_path / "runs") == ["001-eval", "002-eval"]
 
 
+def test_changed_problems_of_a_benchmark_are_noticed(tmp_path: Path) -> None:
+    workspace, problems = make_workspace(tmp_path / "workspace"), tmp_path / "gsm8k.jsonl"
+    measured = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": str(problems)}, "max_new_tokens": 2}
+    recipe = make_recipe(workspace, stages={"pretrained": STAGES["pretrained"]}, test_data=[], eval=measured)
+    for answer in (2, 2, 3):
+        problems.write_text(f'{{"question": "1+1?", "answer": "#### {answer}"}}\n')
+        run_all(recipe, tmp_path / "runs")
+    assert names(tmp_path / "runs") == ["001-eval", "002-eval"]
+
+
 def test_an_interrupted_experiment_goes_on_where_it_was(finished: Path, own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     with pytest.raises(Interrupted):

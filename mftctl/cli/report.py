@@ -12,6 +12,7 @@ from rich.table import Table
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.reporting.comparison import MetricTable
+from mftctl.reporting.overview import Overview
 
 
 def report(
@@ -33,14 +34,28 @@ def show(console: Output, runs: Path, folder: Path) -> None:
     """Writes the report of a runs folder, to its files and to the console."""
     from mftctl.reporting.comparison import compare_runs
     from mftctl.reporting.files import to_document, write_report
+    from mftctl.reporting.overview import overviews
 
     tables, problems = compare_runs(runs)
     files = write_report(tables, problems, folder)
-    console.result(to_document(tables, problems), *[_view(table) for table in tables])
+    views = [*map(_view_overview, overviews(tables)), *map(_view, tables)]
+    console.result(to_document(tables, problems), *views)
     for problem in problems:
         console.warn(problem)
     console.note(f"Written: {', '.join(str(file) for file in files)}")
     console.next_command(_advice(tables))
+
+
+def _view_overview(overview: Overview) -> Table:
+    from mftctl.reporting.files import cell_text, column_text, overview_title
+
+    view = Table(title=overview_title(overview), title_justify="left")
+    view.add_column("state", overflow="fold")
+    for column in overview.columns:
+        view.add_column(escape(column_text(column)), justify="right", overflow="fold")
+    for state, cells in overview.rows:
+        view.add_row(escape(state), *map(cell_text, cells))
+    return view
 
 
 def _view(table: MetricTable) -> Table:

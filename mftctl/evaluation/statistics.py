@@ -166,25 +166,24 @@ def paired_difference_over_seeds(
     return paired_difference((after - before).mean(axis=0), weights[0], seed=seed)
 
 
-def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """The p-value of McNemar's exact test: are right answers gained as often as lost?
+def sign_flips(differences: Sequence[int]) -> float:
+    """The p-value of the exact test by sign flips: is the sum further from 0 than fair coins would bring it?
 
-    Two-sided, binomial over the samples that only one of the two gets right; 1 where there are none.
+    Two-sided. If a method changes nothing, a sample's answers are as likely to have come out the other way round. Of
+    differences of -1, 0 and 1 it is McNemar's exact test; summed over training seeds they need not be.
 
     Args:
-        before: Whether each sample was right.
-        after: Whether the same sample is right now.
-
-    Raises:
-        EvaluationError: The two are of different length.
+        differences: Of each sample, new minus old.
     """
-    if len(before) != len(after):
-        raise EvaluationError(
-            "Answers can be compared only one by one.", expected=f"{len(before)} answers", actual=len(after)
-        )
-    gained = sum(now and not then for then, now in zip(before, after, strict=True))
-    lost = sum(then and not now for then, now in zip(before, after, strict=True))
-    return float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    sizes = [abs(difference) for difference in differences if difference]
+    chances: NDArray[np.float64] = np.ones(1)  # of each sum, from the lowest to the highest, in steps of 1
+    for size in sizes:
+        longer = np.zeros(len(chances) + 2 * size)
+        longer[: len(chances)] = chances / 2
+        longer[2 * size :] += chances / 2
+        chances = longer
+    sums = np.arange(len(chances)) - sum(sizes)
+    return min(1.0, float(chances[np.abs(sums) >= abs(sum(differences))].sum()))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

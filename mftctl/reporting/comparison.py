@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import EvaluationError, RunError
 from mftctl.lineage import FFT, PRE_TRAINED
-from mftctl.runs import Run, list_runs, load_run
+from mftctl.runs import Run, list_runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +50,8 @@ class Change:
         low: Lower end of the 95 % interval.
         high: Upper end of the 95 % interval.
         verdict: `better`, `worse`, or `within noise` where the interval holds 0.
-        p_value: Of McNemar's exact test, for scores of 0 and 1 of a single seed; None for others.
+        p_value: Of the exact test by sign flips, which for a single seed is McNemar's, for scores of 0 and 1; None for
+            others.
         corrected_p_value: The same, corrected for the number of the state's benchmarks by Holm's method.
     """
 
@@ -99,6 +100,7 @@ class MetricTable:
         metric: The metric's name.
         baseline: The state that changes are against.
         rows: In the order of the papers' tables.
+        is_benchmark: Whether the data is a benchmark's, and not a file of records.
     """
 
     origin: str
@@ -106,15 +108,17 @@ class MetricTable:
     metric: str
     baseline: str
     rows: tuple[Row, ...]
+    is_benchmark: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class _Measurement:
-    """One metric of one evaluation run."""
+    """One metric of one evaluation run, with the runs that made the state, from first to last, as far as known."""
 
     run: Run
     dataset: dict[str, Any]
     metric: dict[str, Any]
+    made_by: tuple[Run, ...]
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -134,18 +138,24 @@ class _Measurement:
         return int(self.run.record.config.get("seed", 0))
 
     @property
-    def maker(self) -> str:
-        """What tells two states of the same name apart: the experiment's stage, else the run that made the state."""
+    def trained_on(self) -> str:
+        """The training data."""
+        return json.dumps(self.run.record.config.get("data", []))
+
+    @property
+    def maker(self) -> tuple[str, str]:
+        """What tells two states of the same name apart: recipe and stage, else the run that made the state."""
         makers = [name for name in self.inputs["parents"] if not name.endswith("-apply")]
-        return self.run.record.stage or (makers[-1] if makers else "")
+        record = next((run.record for run in self.made_by if makers and run.name == makers[-1]), self.run.record)
+        if self.state == PRE_TRAINED:
+            return "", ""
+        return record.recipe or "", record.stage or self.run.record.stage or (makers[-1] if makers else "")
 
     @property
     def first_state(self) -> str | None:
         """The state that the first run on the way here made of the pre-trained model; None where it is not known."""
-        try:
-            return str(load_run(self.run.folder.parent / self.inputs["parents"][0]).record.result.get("state"))
-        except (RunError, IndexError):
-            return None
+        first = [run for run in self.made_by if run.name == self.inputs["parents"][0]]
+        return str(first[0].record.result.get("state")) if first else None
 
     def samples(self) -> dict[str, tuple[float, float]]:
         """Score and weight of each sample, by its id."""
@@ -173,12 +183,13 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
     """
     runs, errors = list_runs(root)
     problems = [f"{error.path}: {error.message}" for error in errors]
+    by_name = {run.name: run for run in runs}
     groups: dict[tuple[str, str, str], list[_Measurement]] = {}
     for run in runs:
         if run.record.command != "eval" or run.record.status != "finished":
             continue
         try:
-            for item in _measurements(run):
+            for item in _measurements(run, by_name):
                 groups.setdefault(item.key, []).append(item)
         except RunError as error:
             problems.append(f"{error.path}: {error.message}")
@@ -189,7 +200,21 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
             actual="; ".join(problems) or f"{len(runs)} other runs",
             hint="mftctl eval",
         )
-    tables = [_table(origin, metric, group, problems) for (origin, _, metric), group in groups.items()]
+    makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for (origin, _, _), group in groups.items():
+        for item in group:
+            found = makers.setdefault((origin, item.state), [])
+            found += [item.maker] * (item.maker not in found)
+    tables = [
+        _table(
+            origin,
+            metric,
+            group,
+            {state: found for (model, state), found in makers.items() if model == origin},
+            problems,
+        )
+        for (origin, _, metric), group in groups.items()
+    ]
     return _with_corrected_p_values(tables), problems
 
 
@@ -212,7 +237,7 @@ def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]
     return [replace(table, rows=tuple(correct(row, table.origin) for row in table.rows)) for table in tables]
 
 
-def _measurements(run: Run) -> list[_Measurement]:
+def _measurements(run: Run, by_name: Mapping[str, Run]) -> list[_Measurement]:
     """All metrics of a finished evaluation.
 
     Raises:
@@ -220,7 +245,10 @@ def _measurements(run: Run) -> list[_Measurement]:
     """
     record = run.record
     try:
-        found = [_Measurement(run, data, metric) for data in record.result["datasets"] for metric in data["metrics"]]
+        made_by = tuple(by_name[name] for name in record.inputs["parents"] if name in by_name)
+        found = [
+            _Measurement(run, data, metric, made_by) for data in record.result["datasets"] for metric in data["metrics"]
+        ]
         for item in found:
             _ = item.key, item.state, item.seed, item.maker, item.dataset["samples"]
             _ = item.metric["value"], item.metric["standard_error"], item.metric["samples"]
@@ -230,16 +258,30 @@ def _measurements(run: Run) -> list[_Measurement]:
     return found
 
 
-def _table(origin: str, metric: str, measurements: Sequence[_Measurement], problems: list[str]) -> MetricTable:
+def _table(
+    origin: str,
+    metric: str,
+    measurements: Sequence[_Measurement],
+    makers: Mapping[str, Sequence[tuple[str, str]]],
+    problems: list[str],
+) -> MetricTable:
     newest = {(item.state, item.maker, item.seed): item for item in measurements}
-    states: dict[tuple[str, str], list[_Measurement]] = {}
+    states: dict[tuple[str, tuple[str, str]], list[_Measurement]] = {}
     for item in newest.values():
         states.setdefault((item.state, item.maker), []).append(item)
-    names = [state for state, _ in states]
-    baseline = FFT if FFT in names else PRE_TRAINED
+    baseline = FFT if any(state == FFT for state, _ in states) else PRE_TRAINED
+    domains = list(dict.fromkeys(item.trained_on for item in measurements))
+
+    def order(group: Sequence[_Measurement]) -> tuple[int, int, tuple[str, str]]:
+        """As in the papers: the pre-trained model, then by what was trained on, and by method."""
+        first = group[0]
+        place = STATE_ORDER.index(first.state) if first.state in STATE_ORDER else len(STATE_ORDER)
+        return (0 if first.state == PRE_TRAINED else 1 + domains.index(first.trained_on), place, first.maker)
+
     rows = []
-    for (state, maker), group in sorted(states.items(), key=_paper_order):
-        label = state if names.count(state) == 1 else f"{state} ({maker})"
+    for group in sorted(states.values(), key=order):
+        state = group[0].state
+        label = _label(state, group[0].maker, makers[state])
         change = None
         if state != baseline:
             try:
@@ -247,7 +289,18 @@ def _table(origin: str, metric: str, measurements: Sequence[_Measurement], probl
             except (RunError, EvaluationError) as error:
                 problems.append(f"{label}: {error.message}")
         rows.append(_row(label, group, change, is_baseline=state == baseline))
-    return MetricTable(origin, measurements[0].dataset["name"], metric, baseline, tuple(rows))
+    dataset = measurements[0].dataset
+    return MetricTable(origin, dataset["name"], metric, baseline, tuple(rows), is_benchmark="task" in dataset)
+
+
+def _label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
+    """The state, with as much of its maker as tells it from others of the same state."""
+    recipe, stage = maker
+    if len(makers) == 1:
+        return state
+    if [other for _, other in makers].count(stage) == 1:
+        return f"{state} ({stage})"
+    return f"{state} ({recipe}: {stage})"
 
 
 def _row(label: str, group: Sequence[_Measurement], change: Change | None, *, is_baseline: bool) -> Row:
@@ -289,28 +342,23 @@ def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metri
 
 
 def _p_value(before: NDArray[np.float64], after: NDArray[np.float64]) -> float | None:
-    """McNemar's, where one seed has scores of 0 and 1; several seeds are averaged, and no longer that."""
-    from mftctl.evaluation.statistics import mcnemar
+    """Of the exact test by sign flips, where all scores are 0 or 1: summed over seeds, differences stay whole."""
+    from mftctl.evaluation.statistics import sign_flips
 
-    if len(before) > 1 or not set(before.flat) | set(after.flat) <= {0.0, 1.0}:
+    if not set(before.flat) | set(after.flat) <= {0.0, 1.0}:
         return None
-    return mcnemar([bool(score) for score in before[0]], [bool(score) for score in after[0]])
+    return sign_flips([int(difference) for difference in (after - before).sum(axis=0)])
 
 
 def _belong_together(base: _Measurement, item: _Measurement) -> bool:
     """Whether a state is to be compared with this baseline.
 
     What was made of a fine-tuned model belongs to that very model; a pre-trained model to all made of it; and what was
-    tuned in another way, such as GMT, to the baseline of the same pre-trained model and seed.
+    tuned in another way, such as GMT, to the baseline of the same pre-trained model, training data and seed.
     """
     same_origin = bool(base.inputs["origin"] == item.inputs["origin"])
     if PRE_TRAINED in (base.state, item.state):
         return same_origin
     if item.first_state in (None, FFT):
         return bool(base.inputs["parents"] == item.inputs["parents"][:1])
-    return same_origin and base.seed == item.seed
-
-
-def _paper_order(entry: tuple[tuple[str, str], Sequence[_Measurement]]) -> tuple[int, str]:
-    (state, maker), _ = entry
-    return (STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER), maker)
+    return same_origin and (base.seed, base.trained_on) == (item.seed, item.trained_on)

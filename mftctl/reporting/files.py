@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mftctl.atomic import write_text
 from mftctl.reporting.comparison import LOWER_IS_BETTER, MetricTable, Row
+from mftctl.reporting.overview import Cell, Column, Overview, overviews
 
 
 def write_report(tables: Sequence[MetricTable], problems: Sequence[str], folder: Path) -> list[Path]:
@@ -21,12 +22,21 @@ def write_report(tables: Sequence[MetricTable], problems: Sequence[str], folder:
 
 def to_document(tables: Sequence[MetricTable], problems: Sequence[str]) -> dict[str, object]:
     """The report as plain data."""
-    return {"tables": [asdict(table) for table in tables], "problems": list(problems)}
+    return {
+        "overviews": [asdict(overview) for overview in overviews(tables)],
+        "tables": [asdict(table) for table in tables],
+        "problems": list(problems),
+    }
 
 
 def to_markdown(tables: Sequence[MetricTable], problems: Sequence[str]) -> str:
-    """The report as Markdown, one table a metric."""
+    """The report as Markdown: an overview where there are several figures, then one table a metric."""
     parts = ["# mftctl report", ""]
+    for overview in overviews(tables):
+        parts += [f"## {overview_title(overview)}", "", f"| state | {' | '.join(map(column_text, overview.columns))} |"]
+        parts += [f"|---|{'---:|' * len(overview.columns)}"]
+        parts += [f"| {state} | {' | '.join(map(cell_text, cells))} |" for state, cells in overview.rows]
+        parts += [""]
     for table in tables:
         parts += [f"## {title(table)}", "", f"| state | value | {change_header(table)} | verdict | runs |"]
         parts += ["|---|---:|---:|---|---|"]
@@ -43,8 +53,29 @@ def to_markdown(tables: Sequence[MetricTable], problems: Sequence[str]) -> str:
 NOTE = (
     "The interval is the paired 95 % bootstrap interval over test samples. A change whose interval holds 0 is within"
     " noise. ± is the standard deviation over seeds. p is that of McNemar's exact test, for scores of 0 and 1 of one"
-    " seed; corrected by Holm's method for the number of benchmarks."
+    " seed, and of its extension to sums over several; corrected by Holm's method for the number of benchmarks. In an"
+    " overview, * marks a change whose interval leaves out 0."
 )
+
+
+def overview_title(overview: Overview) -> str:
+    """What an overview is of."""
+    return f"All states of {Path(overview.origin).name}"
+
+
+def column_text(column: Column) -> str:
+    """The heading of a column, with the domain where it has one."""
+    name = f"{column.dataset}, {column.metric}"
+    return name if column.domain is None else f"{column.domain}: {name}"
+
+
+def cell_text(cell: Cell | None) -> str:
+    """The value, with its change against the baseline and a mark where that is more than noise; empty without one."""
+    if cell is None:
+        return ""
+    if cell.change is None:
+        return f"{cell.value:.4f}"
+    return f"{cell.value:.4f} ({cell.change.value:+.4f}{'' if cell.change.verdict == 'within noise' else '*'})"
 
 
 def title(table: MetricTable) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
+from scipy import stats
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation import statistics
@@ -15,9 +17,9 @@ from mftctl.evaluation.losses import SampleLoss, mean_loss
 from mftctl.evaluation.statistics import (
     Interval,
     holm,
-    mcnemar,
     paired_difference,
     paired_difference_over_seeds,
+    sign_flips,
     standard_error_of_loss,
     standard_error_of_ratio,
     standard_error_of_share,
@@ -212,19 +214,25 @@ def test_differences_and_weights_of_different_length_are_an_error() -> None:
         paired_difference(np.zeros(3), np.ones(4))
 
 
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12))
-def test_mcnemar_is_the_chance_of_a_split_as_uneven_among_fair_coins(pairs: list[tuple[bool, bool]]) -> None:
-    gained = sum(after and not before for before, after in pairs)
-    lost = sum(before and not after for before, after in pairs)
-    total = gained + lost
-    as_uneven = [count for count in range(total + 1) if abs(2 * count - total) >= abs(2 * gained - total)]
-    expected = sum(math.comb(total, count) for count in as_uneven) / 2**total
-    assert mcnemar([before for before, _ in pairs], [after for _, after in pairs]) == pytest.approx(expected)
+@given(st.lists(st.integers(-3, 3), max_size=10))
+def test_sign_flips_counts_the_signs_that_go_as_far(differences: list[int]) -> None:
+    signed = itertools.product(*((value, -value) for value in differences))
+    as_far = sum(abs(sum(values)) >= abs(sum(differences)) for values in signed)
+    assert sign_flips(differences) == pytest.approx(as_far / 2 ** len(differences))
 
 
-def test_mcnemar_on_answers_of_different_number() -> None:
-    with pytest.raises(EvaluationError, match="one by one"):
-        mcnemar([True], [True, False])
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
+def test_sign_flips_of_single_answers_is_mcnemars_exact_test(pairs: list[tuple[bool, bool]]) -> None:
+    gained = sum(new and not old for old, new in pairs)
+    lost = sum(old and not new for old, new in pairs)
+    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert sign_flips([new - old for old, new in pairs]) == pytest.approx(expected)
+
+
+def test_sign_flips_of_many_samples_is_the_normal_approximation() -> None:
+    differences = np.random.default_rng(0).choice([-3, -1, 0, 1, 2], 3000)
+    z = abs(differences.sum()) / math.sqrt(float(differences @ differences))
+    assert sign_flips(differences.tolist()) == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.01)
 
 
 def test_holm_on_a_worked_example() -> None:

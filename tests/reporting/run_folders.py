@@ -34,8 +34,11 @@ def write_evaluation(
     digest: str = "d1",
     status: str = "finished",
     origin: str = "models/base",
+    recipe: str | None = None,
+    data: str = "train.jsonl",
+    task: str | None = None,
 ) -> Path:
-    """The folder of a new `eval` run that measured loss and exact match on `test.jsonl`."""
+    """The folder of a new `eval` run that measured loss and exact match on `test.jsonl`, or on a benchmark."""
     folder = root / f"{number:03d}-eval"
     folder.mkdir(parents=True)
     nll, tokens, right = (np.array(column, dtype=float) for column in zip(*samples, strict=True))
@@ -43,14 +46,16 @@ def write_evaluation(
         {"name": "loss", "value": float(nll.sum() / tokens.sum()), "standard_error": 0.01, "samples": len(samples)},
         {"name": "exact_match", "value": float(right.mean()), "standard_error": None, "samples": len(samples)},
     ]
-    data = {"name": "test.jsonl", "digest": digest, "samples": "samples.jsonl", "metrics": metrics}
+    name = {"name": "test.jsonl"} if task is None else {"name": task, "task": task}
+    measured = {**name, "digest": digest, "samples": "samples.jsonl", "metrics": metrics}
     record = {
         "command": "eval",
         "status": status,
         "started": "2025-01-01T00:00:00+00:00",
-        "config": {"seed": seed},
+        "config": {"seed": seed, "data": [data]},
+        "recipe": recipe,
         "inputs": {"model": "m", "mask": None, "state": state, "parents": list(parents), "origin": origin},
-        "result": {"state": state, "datasets": [data]} if status == "finished" else {},
+        "result": {"state": state, "datasets": [measured]} if status == "finished" else {},
         "stage": stage,
     }
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")

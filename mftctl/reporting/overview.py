@@ -1,0 +1,87 @@
+"""All states of a model on all that was measured, side by side: how a method fares outside the domain it was for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mftctl.evaluation.benchmarks import BENCHMARKS
+from mftctl.reporting.comparison import Change, MetricTable
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One figure that all states are compared in.
+
+    Attributes:
+        domain: What it is about, such as `math`; None for a data file and for other tasks of lm-eval.
+        dataset: The benchmark, or the data file.
+        metric: The metric's name.
+    """
+
+    domain: str | None
+    dataset: str
+    metric: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """What one state has there.
+
+    Attributes:
+        value: The metric, averaged over seeds.
+        change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
+    """
+
+    value: float
+    change: Change | None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """Methods by benchmarks.
+
+    Attributes:
+        origin: The pre-trained model.
+        columns: Domain by domain.
+        rows: Each state with a cell a column, None where it was not measured.
+    """
+
+    origin: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[str, tuple[Cell | None, ...]], ...]
+
+
+def overviews(tables: Sequence[MetricTable]) -> list[Overview]:
+    """One overview for each model of which more than one figure is known.
+
+    A benchmark has a single column, its first metric; a data file has all of its metrics.
+
+    Args:
+        tables: Of a comparison.
+
+    Source: MFT, tables 5 and 6.
+    """
+    found = []
+    for origin in dict.fromkeys(table.origin for table in tables):
+        headline: dict[object, MetricTable] = {}
+        for table in tables:
+            if table.origin == origin:
+                headline.setdefault(table.dataset if table.is_benchmark else (table.dataset, table.metric), table)
+        if len(headline) > 1:
+            found.append(_overview(origin, list(headline.values())))
+    return found
+
+
+def _overview(origin: str, tables: list[MetricTable]) -> Overview:
+    order = list(dict.fromkeys(benchmark.domain for benchmark in BENCHMARKS.values()))
+    domains = [BENCHMARKS[table.dataset].domain if table.dataset in BENCHMARKS else None for table in tables]
+    placed = sorted(zip(domains, tables, strict=True), key=lambda pair: -1 if pair[0] is None else order.index(pair[0]))
+    cells = [{row.state: Cell(row.value, row.change) for row in table.rows} for _, table in placed]
+    longest = max((table for _, table in placed), key=lambda table: len(table.rows))
+    states = dict.fromkeys([row.state for row in longest.rows] + [state for column in cells for state in column])
+    return Overview(
+        origin,
+        tuple(Column(domain, table.dataset, table.metric) for domain, table in placed),
+        tuple((state, tuple(column.get(state) for column in cells)) for state in states),
+    )
