@@ -1,0 +1,20 @@
+"""The side-by-side timings run, at small sizes; no time is checked, since machines are shared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.benchmarks import eval_speed
+from tests.conftest import build_llama, build_tokenizer
+from tests.workflow_fixtures import write_additions
+
+
+def test_eval_speed(tmp_path: Path) -> None:
+    build_llama(max_position_embeddings=8192).save_pretrained(tmp_path / "model")
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    file = write_additions(tmp_path / "test.jsonl", 6, seed=0)
+    found = eval_speed.compare(
+        tmp_path / "model", "gsm8k_0shot", file, limit=5, batch_size=2, max_new_tokens=8, repetitions=2
+    )
+    assert len(found) == 5
+    assert all(text.count(",") == 2 for text in found.values())

@@ -1,0 +1,28 @@
+"""Two ways to do the same, timed in turn in one process: the machine may be noisy, the ratio is less so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+
+def seconds_in_turn(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """The seconds of each way at each repetition."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repetitions):
+        for name, work in ways.items():
+            start_seconds = time.perf_counter()
+            work()
+            found[name].append(time.perf_counter() - start_seconds)
+    return found
+
+
+def spread(values: list[float]) -> str:
+    """Minimum, median and maximum."""
+    return f"{min(values):.3f}, {median(values):.3f}, {max(values):.3f}"
+
+
+def ratios(new: list[float], old: list[float]) -> list[float]:
+    """The ratio at each repetition."""
+    return [mine / its for mine, its in zip(new, old, strict=True)]
