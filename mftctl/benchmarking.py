@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from mftctl.atomic import write_text
 from mftctl.config import EvalOptions, Recipe
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.alpaca_judge import Answer, entry, what_is_missing, win_shares
 from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
-from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark
+from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark, with_scores
 from mftctl.evaluation.benchmarks import BENCHMARKS
 from mftctl.evaluation.code_benchmarks import code_config
 from mftctl.evaluation.harness import build_task, quiet_libraries, task_config
@@ -98,6 +99,7 @@ def measure_benchmark(
     *,
     model_name: str,
     cache: OutputCache | None = None,
+    ask_judge: bool = True,
 ) -> dict[str, Any]:
     """The figures of one benchmark, with everything needed to repeat them.
 
@@ -109,6 +111,7 @@ def measure_benchmark(
         listener: Hears progress.
         model_name: What the model is called where outputs are written for a judge.
         cache: Keeps each output as soon as it is there; by default they are lost with the process.
+        ask_judge: Whether AlpacaEval's judge, which costs money, is asked where it can be.
 
     Raises:
         MftError: Anything known that can go wrong.
@@ -116,8 +119,8 @@ def measure_benchmark(
     start_seconds = time.monotonic()
     found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
     seconds = time.monotonic() - start_seconds
-    if benchmark.name == "alpaca_eval":
-        _write_for_the_judge(found, benchmark.problems, model_name, folder, listener)
+    if benchmark.name == "alpaca_eval" and ask_judge:
+        found = _judged(found, benchmark.problems, model_name, folder, listener)
     return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
 
 
@@ -230,22 +233,31 @@ def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
     return {**row, "answers": dict(sample.answers), "scores": dict(sample.scores), "weights": dict(sample.weights)}
 
 
-def _write_for_the_judge(
-    found: BenchmarkResult, problems: Problems, model: str, folder: Path, listener: Listener
-) -> None:
-    """AlpacaEval's own format, and how to have the answers judged."""
-    path = folder / "alpaca_eval.json"
-    entries = [
-        {
-            "dataset": problems.records[sample.doc_id].get("dataset", "alpaca_eval"),
-            "instruction": problems.records[sample.doc_id]["instruction"],
-            "output": sample.outputs[0],
-            "generator": model,
-        }
-        for sample in found.samples
+def _judged(
+    found: BenchmarkResult, problems: Problems, model_name: str, folder: Path, listener: Listener
+) -> BenchmarkResult:
+    """The result with AlpacaEval's win rate where its judge can be asked, after the answers are kept in its format."""
+    asked = [problems.records[sample.doc_id] for sample in found.samples]
+    answers = [
+        Answer(record["instruction"], sample.outputs[0], model_name, record.get("dataset", "alpaca_eval"))
+        for sample, record in zip(found.samples, asked, strict=True)
     ]
-    write_text(path, json.dumps(entries, ensure_ascii=False, indent=1) + "\n")
-    listener.warn(
-        "AlpacaEval's win rate needs its judge, which is not a part of mftctl: the package alpaca_eval and an API key "
-        f"(OPENAI_API_KEY). Then: alpaca_eval --model_outputs {path}"
-    )
+    path = folder / "alpaca_eval.json"
+    write_text(path, json.dumps([entry(answer) for answer in answers], ensure_ascii=False, indent=1) + "\n")
+    missing = what_is_missing()
+    if not all(record.get("output") for record in asked):
+        missing.append("the reference's answers (the field output of the data)")
+    if missing:
+        listener.warn(
+            f"AlpacaEval's win rate needs {' and '.join(missing)}. The answers are in {path}; to have them judged "
+            f"later: mftctl eval --tasks alpaca_eval --predictions {folder / 'alpaca_eval.jsonl'}"
+        )
+        return found
+    references = [
+        Answer(record["instruction"], record["output"], str(record.get("generator", "reference"))) for record in asked
+    ]
+    shares = win_shares(answers, references, folder / "alpaca_eval_verdicts.json")
+    unjudged = shares.count(None)
+    if unjudged:
+        listener.warn(f"AlpacaEval's judge gave no verdict on {unjudged} of {len(shares)} answers; they are left out.")
+    return with_scores(found, "win_rate", "judge", shares)

@@ -105,7 +105,8 @@ def measure(
         folder: Gets the samples.
         listener: Hears progress.
         model_name: What the model is called where outputs are written for a judge.
-        run: Keeps the outputs of benchmarks, so that an interrupted evaluation goes on; None keeps none.
+        run: Keeps the outputs of benchmarks, so that an interrupted evaluation goes on. Without one, while a model is
+            trained, nothing is kept and no judge asked.
 
     Raises:
         MftError: Anything known that can go wrong.
@@ -118,7 +119,16 @@ def measure(
 
         cache = None if run is None or loaded is None else output_cache(benchmark, run)
         datasets.append(
-            measure_benchmark(benchmark, recipe, loaded, folder, listener, model_name=model_name, cache=cache)
+            measure_benchmark(
+                benchmark,
+                recipe,
+                loaded,
+                folder,
+                listener,
+                model_name=model_name,
+                cache=cache,
+                ask_judge=run is not None,
+            )
         )
     return datasets
 

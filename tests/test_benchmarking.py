@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from mftctl import benchmarking
 from mftctl.config import Recipe
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluating import evaluate
 from mftctl.progress import Silence
+from mftctl.runs import Run
 from tests.workflow_fixtures import make_recipe, open_run
 
 FUNCTIONS = [
@@ -93,27 +95,63 @@ def test_a_chat_template_is_put_around_the_prompt_and_named(workspace: Path, tmp
     assert plain["digest"] != chat["digest"]
 
 
-def test_alpaca_eval_writes_the_outputs_for_its_judge(workspace: Path, tmp_path: Path) -> None:
-    problems = write(tmp_path / "p.jsonl", [{"instruction": "Say hi.", "dataset": "helpful_base"}])
-    written = write(tmp_path / "w.jsonl", [{"id": 0, "output": "hi"}])
+class Warnings(Silence):
+    """A listener that keeps warnings."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.texts.append(text)
+
+
+def judge_alpaca(workspace: Path, tmp_path: Path, outputs: list[str]) -> tuple[Run, dict[str, Any], list[str]]:
+    """An evaluation of outputs written before, with its one data set and its warnings."""
+    asked = [
+        {"instruction": f"Say {n}.", "output": f"reference {n}", "generator": "gpt4", "dataset": "helpful_base"}
+        for n in range(len(outputs))
+    ]
     recipe = make_recipe(
         workspace,
         test_data=[],
         eval__tasks=["alpaca_eval"],
-        eval__task_data={"alpaca_eval": problems},
-        eval__predictions=written,
+        eval__task_data={"alpaca_eval": write(tmp_path / "p.jsonl", asked)},
+        eval__predictions=write(tmp_path / "w.jsonl", [{"id": n, "output": text} for n, text in enumerate(outputs)]),
     )
     run, source = open_run(tmp_path, "eval", recipe)
-    warnings: list[str] = []
+    listener = Warnings()
+    (dataset,) = evaluate(recipe, source, run, listener)["datasets"]
+    return run, dataset, listener.texts
 
-    class Listener(Silence):
-        def warn(self, text: str) -> None:
-            warnings.append(text)
 
-    evaluate(recipe, source, run, Listener())
+def test_alpaca_eval_without_a_key_keeps_the_answers_and_says_what_is_missing(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    run, dataset, warnings = judge_alpaca(workspace, tmp_path, ["hi"])
     (entry,) = json.loads((run.folder / "alpaca_eval.json").read_text())
-    assert entry == {"dataset": "helpful_base", "instruction": "Say hi.", "output": "hi", "generator": source.model}
-    assert "OPENAI_API_KEY" in warnings[0]
+    model = run.record.inputs["model"]
+    assert entry == {"dataset": "helpful_base", "instruction": "Say 0.", "output": "hi", "generator": model}
+    assert [metric["name"] for metric in dataset["metrics"]] == ["characters,none"]
+    (warning,) = warnings
+    assert "needs an API key (OPENAI_API_KEY)." in warning
+    assert f"--predictions {run.folder / 'alpaca_eval.jsonl'}" in warning
+
+
+def test_alpaca_eval_with_a_judge_has_its_win_rate(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = [0.25, None, 0.75]
+    monkeypatch.setattr(benchmarking, "what_is_missing", list)
+    monkeypatch.setattr(benchmarking, "win_shares", lambda answers, references, cache: shares[: len(answers)])
+    run, dataset, warnings = judge_alpaca(workspace, tmp_path, ["a", "b", "c"])
+    win_rate = dataset["metrics"][0]
+    assert (win_rate["name"], win_rate["value"], win_rate["samples"]) == ("win_rate,judge", 0.5, 2)
+    assert win_rate["standard_error"] == pytest.approx(0.25)
+    rows = [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
+    assert [row["scores"].get("win_rate,judge") for row in rows] == shares
+    assert "no verdict on 1 of 3" in warnings[0]
 
 
 def test_several_samples_of_a_task_without_code(workspace: Path, tmp_path: Path) -> None:

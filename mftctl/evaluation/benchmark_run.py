@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -135,6 +135,30 @@ def run_benchmark(
         scores=_scores(outcome["results"][name], samples),
         samples=samples,
     )
+
+
+def with_scores(
+    result: BenchmarkResult, metric: str, filter_name: str, values: Sequence[float | None]
+) -> BenchmarkResult:
+    """The result with one more score of each problem.
+
+    Args:
+        result: Of a run.
+        metric: Name of the metric.
+        filter_name: How it was found.
+        values: One a problem; None where there is none.
+    """
+    key = f"{metric},{filter_name}"
+    samples = tuple(
+        sample if value is None else replace(sample, scores={**sample.scores, key: value})
+        for sample, value in zip(result.samples, values, strict=True)
+    )
+    given = [value for value in values if value is not None]
+    if not given:
+        return result
+    error = standard_error_of_ratio(given, [1.0] * len(given)) if len(given) > 1 else None
+    score = Score(metric, filter_name, sum(given) / len(given), error, len(given))
+    return replace(result, scores=(score, *result.scores), samples=samples)
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> tuple[BenchmarkSample, ...]:

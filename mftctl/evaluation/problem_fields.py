@@ -67,7 +67,7 @@ _MORE = {
     "mbpp": ("task_id", "test_setup_code"),
     "mbpp_plus": ("task_id", "test_imports"),
     "ifeval": ("key",),
-    "alpaca_eval": ("dataset",),
+    "alpaca_eval": ("dataset", "output", "generator"),
     "tydiqa": ("id", "language"),
 }
 """Fields that are kept where they are there."""

@@ -54,16 +54,20 @@ def fetch_problems(config: Mapping[str, Any], task: str) -> Problems:
         EvaluationError: It is not in the cache and the hub cannot be reached.
     """
     name, part, split = config["dataset_path"], config.get("dataset_name"), config["test_split"]
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
     source = f"{name}/{part}:{split}" if isinstance(part, str) else f"{name}:{split}"
+    source = source if files is None else files[split]
     parts = part if isinstance(part, list) else [part]
-    return _problems((row for each in parts for row in _rows(name, each, split, source)), task, source)
+    return _problems((row for each in parts for row in _rows(name, each, split, files, source)), task, source)
 
 
-def _rows(name: str, part: str | None, split: str, source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(
+    name: str, part: str | None, split: str, files: dict[str, str] | None, source: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
     import datasets
 
     try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, part, split=split)
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, part, data_files=files, split=split)
     except (OSError, ValueError) as error:
         raise EvaluationError(
             "The benchmark's data cannot be fetched.",

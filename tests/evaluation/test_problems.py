@@ -45,7 +45,15 @@ def test_the_hubs_copy_has_the_digest_of_a_local_one(tmp_path: Path, monkeypatch
     local = read_problems(write(tmp_path / "p.jsonl", *map(json.dumps, RECORDS)), "gsm8k")
     assert (fetched.records, fetched.digest) == (local.records, local.digest)
     assert fetched.source == "openai/gsm8k/main:test"
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert asked == [(("openai/gsm8k", "main"), {"data_files": None, "split": "test"})]
+
+
+def test_a_single_file_on_the_hub_is_named_by_its_address(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.json", json.dumps([{**record, "id": 1} for record in RECORDS]))
+    config = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"eval": str(path)}}, "test_split": "eval"}
+    fetched = fetch_problems(config, "gsm8k")
+    assert list(fetched.records) == RECORDS
+    assert fetched.source == str(path)
 
 
 def test_an_unreachable_hub_is_an_error() -> None:
@@ -111,7 +119,7 @@ def test_the_parts_of_a_data_set_come_one_after_the_other(monkeypatch: pytest.Mo
     monkeypatch.setattr(
         datasets,
         "load_dataset",
-        lambda _, part, split: [{"problem": part, "solution": rf"\boxed{{{parts[part]}}}", "level": "Level 1"}],
+        lambda _, part, **options: [{"problem": part, "solution": rf"\boxed{{{parts[part]}}}", "level": "Level 1"}],
     )
     fetched = fetch_problems({"dataset_path": "maths", "dataset_name": list(parts), "test_split": "test"}, "math")
     assert [record["problem"] for record in fetched.records] == list(parts)

@@ -1,0 +1,102 @@
+"""AlpacaEval's judge: its own package, asking a language model behind an API which of two answers is better."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from mftctl.errors import EvaluationError
+
+_KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer in AlpacaEval's format.
+
+    Attributes:
+        instruction: What was asked.
+        output: What was answered.
+        generator: Who answered.
+        dataset: The part of AlpacaEval that the instruction comes from.
+    """
+
+    instruction: str
+    output: str
+    generator: str
+    dataset: str = "alpaca_eval"
+
+
+def what_is_missing() -> list[str]:
+    """What the judge needs and does not find on this machine; empty where it can be asked."""
+    missing = [] if find_spec("alpaca_eval") else ["the package alpaca_eval (pip install 'mftctl[alpaca-eval]')"]
+    return missing if any(os.environ.get(name) for name in _KEYS) else [*missing, f"an API key ({_KEYS[0]})"]
+
+
+def win_shares(answers: Sequence[Answer], references: Sequence[Answer], cache: Path) -> list[float | None]:
+    """How surely the judge prefers each answer to its reference, from 0 to 1; None where it gave no verdict.
+
+    Args:
+        answers: Of the model.
+        references: To the same instructions, in the same order.
+        cache: A file that keeps every verdict, so that none is paid for twice.
+
+    Raises:
+        EvaluationError: The API refuses or cannot be reached; verdicts given before are kept.
+
+    Source: AlpacaEval 2.0's annotator, `weighted_alpaca_eval_gpt4_turbo`: the probability of the token that stands for
+    the answer. Deviation: the win rate is the plain one; `alpaca_eval` itself corrects it for length.
+    """
+    with _quiet():
+        import openai
+        from alpaca_eval.annotators import PairwiseAnnotator
+
+        try:
+            annotator = PairwiseAnnotator(caching_path=cache)
+            found = annotator.annotate_head2head(
+                outputs_1=[entry(answer) for answer in references],
+                outputs_2=[entry(answer) for answer in answers],
+                is_ordered=True,
+            )
+        except openai.OpenAIError as error:
+            raise EvaluationError(
+                "AlpacaEval's judge could not be asked.",
+                path=cache,
+                expected="an answer of the API",
+                actual=str(error).partition("\n")[0],
+                hint="mend that, then mftctl eval --resume; the outputs and the verdicts so far are kept",
+            ) from error
+    by_answer = {(verdict["instruction"], verdict["output_2"]): verdict["preference"] for verdict in found}
+    # A preference is 1 for the reference and 2 for the answer, or between.
+    preferences = [by_answer.get((answer.instruction, answer.output)) for answer in answers]
+    return [None if preference is None or preference != preference else preference - 1 for preference in preferences]
+
+
+def entry(answer: Answer) -> dict[str, str]:
+    """The answer as AlpacaEval's files have it."""
+    return {
+        "dataset": answer.dataset,
+        "instruction": answer.instruction,
+        "output": answer.output,
+        "generator": answer.generator,
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the package's progress bars, its logging on the root logger, and the warnings of its age."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
