@@ -107,6 +107,10 @@ def show(console: Output, runs: list[Run]) -> None:
                     "" if error is None else f"{error:.4f}",
                     str(metric["samples"]),
                 )
+            if tokens := dataset.get("generated_tokens"):
+                seconds = dataset["seconds"]
+                speed = f"{tokens:,} tokens in {seconds:.0f} s, {tokens / max(seconds, 1e-9):.0f} a second"
+                console.note(f"{dataset['name']}: {speed}, scoring included")
     results: list[dict[str, Any]] = [{"run": str(run.folder), **run.record.result} for run in runs]
     console.result(results[0] if len(results) == 1 else {"evaluations": results}, table)
 

@@ -160,7 +160,7 @@ class ModelAnswers(HFLM):  # type: ignore[misc]  # lm-eval is not typed
                 stopping_criteria=StoppingCriteriaList([stop]),
             )
         new = output[:, width:].tolist()
-        self.generated_tokens += sum(len(row) for row in new)
+        self.generated_tokens += sum(_written(row, pad) for row in new)
         return [cut_at(self._text(row), setting["until"]) for row in new]
 
     def _text(self, token_ids: list[int]) -> str:
@@ -235,6 +235,11 @@ def cut_at(text: str, strings: Sequence[str]) -> str:
         strings: Stop strings; empty ones are left out.
     """
     return text[: min((text.find(string) for string in strings if string and string in text), default=len(text))]
+
+
+def _written(token_ids: list[int], pad: int) -> int:
+    """The number of tokens without the padding of a row that ended before others of its batch."""
+    return next((place + 1 for place in reversed(range(len(token_ids))) if token_ids[place] != pad), 0)
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -64,6 +64,13 @@ def test_5_eval_measures_the_result_and_what_it_came_from(here: CommandLine, wor
     assert "FFT: measured already by 006-eval" in again.stderr
 
 
+def test_5_eval_tells_how_fast_a_benchmark_was_answered(here: CommandLine, workspace: Path) -> None:
+    task = ("--tasks", "gsm8k_0shot", "--task-data", f"gsm8k_0shot={workspace / 'test.jsonl'}")
+    outcome = here("eval", workspace / "tiny", *task, "--limit", 2, "--max-new-tokens", 4, "--runs", "other")
+    assert outcome.code == 0, outcome.stderr
+    assert "gsm8k_0shot: 8 tokens in " in " ".join(outcome.stderr.split())
+
+
 def test_6_report_compares_them(here: CommandLine) -> None:
     outcome = here("report", "--json")
     assert outcome.code == 0, outcome.stderr

@@ -42,6 +42,15 @@ def test_outputs_do_not_depend_on_the_batches_and_keep_their_order(llama: LlamaF
     assert len(set(alone)) == 3
 
 
+def test_tokens_are_counted_without_the_padding_of_rows_that_ended_before_others(llama: LlamaForCausalLM) -> None:
+    prompts = ["one", "two and more", "three"]
+    until = answers(llama).generate_until(requests(["one"]))[0][2:4]
+    alone, together = answers(llama, batch_size=1), answers(llama, batch_size=3)
+    for model in (alone, together):
+        model.generate_until(requests(prompts, until=[until]))
+    assert alone.generated_tokens == together.generated_tokens < 3 * 12
+
+
 def test_greedy_outputs_are_those_of_lm_evals_own_generation(llama: LlamaForCausalLM) -> None:
     from lm_eval.models.huggingface import HFLM
 
