@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Union
 
 from mftctl.atomic import write_text
 from mftctl.config import EvalOptions, Recipe
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Loaded = tuple["PreTrainedModel", "PreTrainedTokenizerBase"]
+    from mftctl.evaluation.vllm_answers import VllmAnswers
+
+Loaded = Union[tuple["PreTrainedModel", "PreTrainedTokenizerBase"], "VllmAnswers"]
+"""A model with its tokenizer, or one that vLLM runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,23 +147,25 @@ def _answered(
     if loaded is None:
         answers = WrittenAnswers(benchmark.written or ())
         return run_benchmark(answers, task, problems, **{**common, "chat_template": False}), 0
-    model, tokenizer = loaded
+    tokenizer = loaded[1] if isinstance(loaded, tuple) else loaded.tokenizer
     if options.chat_template and tokenizer.chat_template is None:
         raise EvaluationError(
             "The tokenizer has no chat template.", key="chat_template", hint="leave --chat-template out"
         )
-    with quiet_libraries(), evaluation_mode(model):
-        written = ModelAnswers(
-            model,
-            tokenizer,
-            batch_size=None if options.batch_size == "auto" else options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            seed=recipe.seed,
-            cache=cache,
-            on_progress=lambda done, total: listener.progress(Progress(f"evaluating {benchmark.name}", done, total)),
-        )
-        found = run_benchmark(written, task, problems, **common)
-    return found, written.generated_tokens
+    kept: dict[str, Any] = {
+        "cache": cache,
+        "max_new_tokens": options.max_new_tokens,
+        "on_progress": lambda done, total: listener.progress(Progress(f"evaluating {benchmark.name}", done, total)),
+    }
+    with quiet_libraries():
+        if not isinstance(loaded, tuple):
+            loaded.keep_outputs(**kept)
+            return run_benchmark(loaded, task, problems, **common), loaded.generated_tokens
+        model = loaded[0]
+        with evaluation_mode(model):
+            batch_size = None if options.batch_size == "auto" else options.batch_size
+            written = ModelAnswers(model, tokenizer, batch_size=batch_size, seed=recipe.seed, **kept)
+            return run_benchmark(written, task, problems, **common), written.generated_tokens
 
 
 def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence[tuple[str, str, str]]], list[bool]]:
@@ -193,6 +198,8 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
         settings.append(f"{options.samples} at {options.temperature}")
     if options.max_new_tokens is not None:
         settings.append(f"{options.max_new_tokens} tokens")
+    if options.engine != "hf":
+        settings.append(options.engine)
     return {
         "name": found.name,
         "digest": ":".join(str(part) for part in (found.data_digest, *settings)),
@@ -200,6 +207,7 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
         "task": found.name,
         "task_version": found.task_version,
         "lm_eval_version": found.lm_eval_version,
+        "engine": options.engine,
         "mftctl_version": version("mftctl"),
         "shots": found.shots,
         "chat_template": found.chat_template,

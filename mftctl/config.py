@@ -267,6 +267,9 @@ class EvalOptions(_Section):
     )
     predictions: str | None = Field(None, description="Score the outputs in this file, without a model.")
     limit: int | None = Field(None, gt=0, description="Only the first so many problems or records.")
+    engine: Literal["hf", "vllm"] = Field(
+        "hf", description="What answers benchmarks: transformers, or vLLM where it is installed."
+    )
     batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="Benchmark prompts a forward pass; auto: by their length."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,14 @@ from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
+from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
-    from mftctl.benchmarking import PreparedBenchmark
+    from mftctl.benchmarking import Loaded, PreparedBenchmark
+    from mftctl.evaluation.vllm_answers import VllmAnswers
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     """
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
-    loaded = None if recipe.eval.predictions is not None else _load(source, recipe.revision)
+    loaded = None if recipe.eval.predictions is not None else _load(source, recipe)
     datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
     return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
@@ -89,7 +92,7 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
 def measure(
     measures: Measures,
     recipe: Recipe,
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+    loaded: Loaded | None,
     folder: Path,
     listener: Listener,
     *,
@@ -101,7 +104,7 @@ def measure(
     Args:
         measures: Of the recipe.
         recipe: With the `eval` section and `test_data`.
-        loaded: Model and tokenizer; None where outputs written before are scored.
+        loaded: Model and tokenizer, or what vLLM runs; None where outputs written before are scored.
         folder: Gets the samples.
         listener: Hears progress.
         model_name: What the model is called where outputs are written for a judge.
@@ -112,8 +115,9 @@ def measure(
         MftError: Anything known that can go wrong.
     """
     datasets = []
-    if measures.examples and loaded is not None:
-        datasets.append(_data_file(measures.examples, recipe, *loaded, folder, listener))
+    if measures.examples and isinstance(loaded, tuple):
+        model, tokenizer = loaded
+        datasets.append(_data_file(measures.examples, recipe, model, tokenizer, folder, listener))
     for benchmark in measures.benchmarks:
         from mftctl.benchmarking import measure_benchmark, output_cache
 
@@ -133,9 +137,11 @@ def measure(
     return datasets
 
 
-def _load(source: Source, revision: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load(source: Source, recipe: Recipe) -> Loaded:
     """The model, under its mask if it has one, and the tokenizer."""
-    checkpoint = resolve_checkpoint(source.model, revision, adapters=True)
+    checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
+    if recipe.eval.engine == "vllm":
+        return _load_for_vllm(checkpoint, source, recipe)
     tokenizer = load_tokenizer(checkpoint)
     mask = None if source.mask is None else load_mask(Path(source.mask))
     model = load_model(checkpoint, dtype=evaluation_dtype())
@@ -143,6 +149,27 @@ def _load(source: Source, revision: str | None) -> tuple[PreTrainedModel, PreTra
         delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
         apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
     return model, tokenizer
+
+
+def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnswers:
+    """The checkpoint in vLLM's own processes.
+
+    Raises:
+        ConfigError: What vLLM cannot run.
+    """
+    apart = source.mask or (str(checkpoint) if is_adapter(checkpoint) else None)
+    if apart is not None:
+        raise ConfigError(
+            "vLLM runs whole checkpoints.",
+            key="eval.engine",
+            expected="a checkpoint with its mask applied, or its adapter merged",
+            actual=apart,
+            hint="mftctl apply MODEL MASK, or fft --method lora --merge; then mftctl eval OUT --engine vllm",
+        )
+    from mftctl.evaluation.vllm_answers import VllmAnswers
+
+    dtype = str(evaluation_dtype()).removeprefix("torch.")
+    return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed)
 
 
 def check_measures(recipe: Recipe) -> None:
@@ -162,6 +189,8 @@ def check_measures(recipe: Recipe) -> None:
             hint="mftctl eval MODEL --data FILE, or --tasks gsm8k",
         )
     tasks = expand_groups(options.tasks)
+    if options.engine == "vllm":
+        _check_vllm(recipe)
     for task in tasks:
         check_task(task)
     for task, file in options.task_data.items():
@@ -176,6 +205,23 @@ def check_measures(recipe: Recipe) -> None:
             raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"task_data.{task}")
     if options.predictions is not None:
         _check_predictions(options.predictions, tasks)
+
+
+def _check_vllm(recipe: Recipe) -> None:
+    if find_spec("vllm") is None:
+        raise ConfigError(
+            "vLLM is not installed.",
+            key="eval.engine",
+            actual="vllm",
+            hint="pip install 'mftctl[vllm]', or --engine hf",
+        )
+    if recipe.test_data:
+        raise ConfigError(
+            "vLLM answers benchmarks; the loss on a data file is measured with transformers.",
+            key="eval.engine",
+            actual=f"vllm, and the data {recipe.test_data[0].path}",
+            hint="two commands: one with --data, one with --tasks and --engine vllm",
+        )
 
 
 def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:

@@ -53,7 +53,7 @@ class InterimEvaluation(TrainerCallback):
         listener: Listener,
     ) -> None:
         limit = min(options.eval_limit, recipe.eval.limit or options.eval_limit)
-        self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None})
+        self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None, "eval.engine": "hf"})
         self._every = options.eval_every or 0
         self._tokenizer = tokenizer
         self._model_name = model_name

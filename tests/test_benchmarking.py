@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -184,3 +185,35 @@ def test_predictions_that_are_missing(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="does not exist") as caught:
         scored(workspace, tmp_path, tasks=["gsm8k"], predictions="none.jsonl")
     assert caught.value.path == "none.jsonl"
+
+
+def vllm_recipe(workspace: Path, tmp_path: Path, **changes: Any) -> Recipe:
+    problems = write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
+    options = {"engine": "vllm", "tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}}
+    return make_recipe(workspace, **{"test_data": [], "eval": options, **changes})
+
+
+def test_vllm_that_is_not_installed(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mftctl.evaluating.find_spec", lambda name: None)
+    recipe = vllm_recipe(workspace, tmp_path)
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(ConfigError, match="not installed") as caught:
+        evaluate(recipe, source, run, Silence())
+    assert "mftctl[vllm]" in str(caught.value.hint)
+
+
+def test_vllm_and_a_data_file(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mftctl.evaluating.find_spec", lambda name: name)
+    recipe = vllm_recipe(workspace, tmp_path, test_data=[str(workspace / "test.jsonl")])
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(ConfigError, match="measured with transformers"):
+        evaluate(recipe, source, run, Silence())
+
+
+def test_vllm_and_a_mask_apart_from_its_model(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mftctl.evaluating.find_spec", lambda name: name)
+    recipe = vllm_recipe(workspace, tmp_path)
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(ConfigError, match="whole checkpoints") as caught:
+        evaluate(recipe, replace(source, mask="mask.bits"), run, Silence())
+    assert caught.value.actual == "mask.bits"

@@ -42,6 +42,7 @@ def evaluate(
         list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
     ] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Measuring")] = None,
+    engine: Annotated[str | None, opt.setting(EvalOptions, "engine", "--engine", panel="Measuring")] = None,
     batch_size: Annotated[
         Any, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Measuring", parser=opt.whole_number_or_word)
     ] = None,

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import normalize_gen_kwargs
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.inference import length_batches
+from mftctl.evaluation.kept_answers import KeptAnswers, alike
 from mftctl.evaluation.output_cache import OutputCache
+from mftctl.evaluation.stop_strings import StopStrings, cut_at
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from mftctl.evaluation.inference import OnProgress
@@ -27,14 +27,10 @@ if TYPE_CHECKING:
 _CPU_BATCH_TOKENS = 16_384
 _GPU_BATCH_TOKENS = 131_072
 _LIKELIHOOD_BATCH = 8
-_HONOURED = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
-class ModelAnswers(HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """lm-eval's model class with our generation: batches by length, stop strings, outputs that survive a crash.
-
-    A prompt that is too long is an error instead of cut at its beginning.
-    """
+class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not typed
+    """lm-eval's model class with our generation: batches by length, stop strings, outputs that survive a crash."""
 
     def __init__(
         self,
@@ -51,87 +47,16 @@ class ModelAnswers(HFLM):  # type: ignore[misc]  # lm-eval is not typed
         super().__init__(
             pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or _LIKELIHOOD_BATCH
         )
-        self.generated_tokens = 0
         self._chosen_batch_size = batch_size
-        self._most_new_tokens = max_new_tokens
         self._seed = seed
-        self._cache = cache
-        self._on_progress = on_progress
-
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The generated texts up to the first stop string, in the order of the requests.
-
-        Raises:
-            EvaluationError: A prompt and its answer do not fit the model's context.
-        """
-        prompts = [self.tok_encode(request.args[0]) for request in requests]
-        settings = [self._settings(request.args[1]) for request in requests]
-        for request, prompt, setting in zip(requests, prompts, settings, strict=True):
-            self._check_context(request, len(prompt), setting["max_new_tokens"])
-        keys = self._cache.keys(
-            [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
-        )
-        waiting = [index for index, key in enumerate(keys) if key not in self._cache]
-        for indices in self._batches(waiting, prompts, settings):
-            texts = self._generate([prompts[i] for i in indices], settings[indices[0]], indices[0])
-            self._cache.add({keys[index]: text for index, text in zip(indices, texts, strict=True)})
-            if self._on_progress is not None:
-                self._on_progress(sum(key in self._cache for key in keys), len(requests))
-        return [self._cache[key] for key in keys]
-
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would write it.
-
-        Raises:
-            EvaluationError: A prompt and its continuation do not fit the model's context.
-        """
-        for request in requests:
-            prompt, continuation = self._encode_pair(*request.args)
-            self._check_context(request, len(prompt), len(continuation))
-        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
-        return found
-
-    def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Room, stop strings and temperature of a request.
-
-        Raises:
-            EvaluationError: The task samples in a way that is not known here.
-        """
-        known = normalize_gen_kwargs(dict(options), self.max_gen_toks)
-        others = sorted(set(known) - _HONOURED)
-        if known.get("do_sample") and others:
-            raise EvaluationError(
-                "The task samples its answers with settings that are not known here.",
-                key="tasks",
-                expected=", ".join(sorted(_HONOURED)),
-                actual=", ".join(others),
-            )
-        until = known.get("until") or []
-        return {
-            "max_new_tokens": min(int(known["max_gen_toks"]), self._most_new_tokens or self.max_length),
-            "until": [until] if isinstance(until, str) else list(until),
-            "temperature": float(known.get("temperature") or 0.0) if known.get("do_sample") else 0.0,
-        }
-
-    def _check_context(self, request: Instance, prompt_tokens: int, answer_tokens: int) -> None:
-        if prompt_tokens + answer_tokens > self.max_length:
-            raise EvaluationError(
-                "A prompt and its answer are longer than the model's context.",
-                key=f"problem {request.doc_id}",
-                expected=f"at most {self.max_length} tokens",
-                actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
-                hint="choose a task with fewer examples in its prompt, or lower --max-new-tokens",
-            )
+        self.keep_outputs(cache, max_new_tokens=max_new_tokens, on_progress=on_progress)
 
     def _batches(
         self, waiting: Sequence[int], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]
     ) -> Iterator[list[int]]:
         """Requests of like settings, the longest prompts first."""
         budget = _CPU_BATCH_TOKENS if self.device.type == "cpu" else _GPU_BATCH_TOKENS
-        alike: dict[str, list[int]] = {}
-        for index in waiting:
-            alike.setdefault(repr(settings[index]), []).append(index)
-        for group in alike.values():
+        for group in alike(waiting, settings):
             room = settings[group[0]]["max_new_tokens"]
             lengths = [len(prompts[index]) + room for index in group]
             if self._chosen_batch_size is None:
@@ -200,41 +125,6 @@ class WrittenAnswers(LM):  # type: ignore[misc]  # lm-eval is not typed
         )
 
     loglikelihood_rolling = loglikelihood
-
-
-class StopStrings(StoppingCriteria):
-    """Says of each row whether a stop string has come up; looks only at the rows and tokens where one can be new."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], width_tokens: int) -> None:
-        self._tokenizer = tokenizer
-        self._strings = tuple(strings)
-        self._width = width_tokens
-        self._done: Tensor | None = None
-        # A token is at least a byte or joins with the one before, so that this many hold any stop string and what a
-        # token may have in front of it.
-        self._look_back = max((len(string.encode()) for string in strings), default=0) + 1
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Of each row, whether it is done, `(rows,)` bool."""
-        if self._done is None:
-            self._done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        rows = (~self._done).nonzero().flatten().tolist()
-        if self._strings and rows:
-            recent = input_ids[:, max(self._width, input_ids.shape[1] - self._look_back) :].tolist()
-            texts = self._tokenizer.batch_decode([recent[row] for row in rows])
-            for row, text in zip(rows, texts, strict=True):
-                self._done[row] = any(string in text for string in self._strings)
-        return self._done
-
-
-def cut_at(text: str, strings: Sequence[str]) -> str:
-    """The text up to the first of the strings.
-
-    Args:
-        text: What was generated.
-        strings: Stop strings; empty ones are left out.
-    """
-    return text[: min((text.find(string) for string in strings if string and string in text), default=len(text))]
 
 
 def _written(token_ids: list[int], pad: int) -> int:

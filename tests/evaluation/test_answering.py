@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.answering import ModelAnswers, StopStrings, WrittenAnswers, cut_at
+from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.harness import quiet_libraries
 from mftctl.evaluation.output_cache import OutputCache
+from mftctl.evaluation.stop_strings import StopStrings, cut_at
 from tests.conftest import build_tokenizer
 
 if TYPE_CHECKING:

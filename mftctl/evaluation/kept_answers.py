@@ -1,0 +1,134 @@
+"""What all models that answer have in common: contexts are checked first, and outputs are kept as they come."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from mftctl.errors import EvaluationError
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedTokenizerBase
+
+    from mftctl.evaluation.inference import OnProgress
+    from mftctl.evaluation.output_cache import OutputCache
+
+_HONOURED = {"until", "max_gen_toks", "do_sample", "temperature"}
+
+
+class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
+    """Stands before a model class of lm-eval, which tokenizes, compares likelihoods and knows the context.
+
+    A prompt that is too long is an error instead of cut at its beginning.
+
+    Attributes:
+        generated_tokens: Written since `keep_outputs`, without padding.
+        tokenizer: The model's.
+    """
+
+    generated_tokens: int
+    tokenizer: PreTrainedTokenizerBase
+    _cache: OutputCache
+    _most_new_tokens: int | None
+    _on_progress: OnProgress | None
+
+    def keep_outputs(self, cache: OutputCache, *, max_new_tokens: int | None, on_progress: OnProgress | None) -> None:
+        """Keeps what is written from now on.
+
+        Args:
+            cache: Where; what it has is not written again.
+            max_new_tokens: Most tokens of an answer; the task's where None.
+            on_progress: Told the answers written and all of them.
+        """
+        self.generated_tokens = 0
+        self._cache = cache
+        self._most_new_tokens = max_new_tokens
+        self._on_progress = on_progress
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """The generated texts up to the first stop string, in the order of the requests.
+
+        Raises:
+            EvaluationError: A prompt and its answer do not fit the model's context.
+        """
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        settings = [self._settings(request.args[1]) for request in requests]
+        for request, prompt, setting in zip(requests, prompts, settings, strict=True):
+            self._check_context(request, len(prompt), setting["max_new_tokens"])
+        keys = self._cache.keys(
+            [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
+        )
+        waiting = [index for index, key in enumerate(keys) if key not in self._cache]
+        for indices in self._batches(waiting, prompts, settings):
+            texts = self._generate([prompts[i] for i in indices], settings[indices[0]], indices[0])
+            self._cache.add({keys[index]: text for index, text in zip(indices, texts, strict=True)})
+            if self._on_progress is not None:
+                self._on_progress(sum(key in self._cache for key in keys), len(requests))
+        return [self._cache[key] for key in keys]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of each continuation, and whether greedy decoding would write it.
+
+        Raises:
+            EvaluationError: A prompt and its continuation do not fit the model's context.
+        """
+        for request in requests:
+            prompt, continuation = self._encode_pair(*request.args)
+            self._check_context(request, len(prompt), len(continuation))
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
+
+    @abstractmethod
+    def _batches(
+        self, waiting: Sequence[int], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]
+    ) -> Iterator[list[int]]:
+        """The requests that are generated together, by their number; outputs are kept after each batch."""
+
+    @abstractmethod
+    def _generate(self, prompts: Sequence[list[int]], setting: Mapping[str, Any], first: int) -> list[str]:
+        """The text for each prompt up to the first stop string; `first` is the number of the first request."""
+
+    def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Room, stop strings and temperature of a request.
+
+        Raises:
+            EvaluationError: The task samples in a way that is not known here.
+        """
+        known = normalize_gen_kwargs(dict(options), self.max_gen_toks)
+        others = sorted(set(known) - _HONOURED)
+        if known.get("do_sample") and others:
+            raise EvaluationError(
+                "The task samples its answers with settings that are not known here.",
+                key="tasks",
+                expected=", ".join(sorted(_HONOURED)),
+                actual=", ".join(others),
+            )
+        until = known.get("until") or []
+        return {
+            "max_new_tokens": min(int(known["max_gen_toks"]), self._most_new_tokens or self.max_length),
+            "until": [until] if isinstance(until, str) else list(until),
+            "temperature": float(known.get("temperature") or 0.0) if known.get("do_sample") else 0.0,
+        }
+
+    def _check_context(self, request: Instance, prompt_tokens: int, answer_tokens: int) -> None:
+        if prompt_tokens + answer_tokens > self.max_length:
+            raise EvaluationError(
+                "A prompt and its answer are longer than the model's context.",
+                key=f"problem {request.doc_id}",
+                expected=f"at most {self.max_length} tokens",
+                actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
+                hint="choose a task with fewer examples in its prompt, or lower --max-new-tokens",
+            )
+
+
+def alike(waiting: Sequence[int], settings: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """The requests by their settings, in the order they came."""
+    groups: dict[str, list[int]] = {}
+    for index in waiting:
+        groups.setdefault(repr(settings[index]), []).append(index)
+    return list(groups.values())
