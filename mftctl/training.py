@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import signal
@@ -22,9 +23,9 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_callback import PrinterCallback
 
+from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import Precision, TrainingOptions
 from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
 
 VALIDATIONS = 10
+
+_KNOWN = inspect.signature(TrainingArguments).parameters
+CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
+"""What transformers calls it; the versions that vLLM asks for have the older name."""
 
 
 def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> int:
@@ -90,6 +95,10 @@ def training_arguments(
         bf16: Whether forward passes run under bf16 autocast.
     """
     eval_steps = options.eval_steps or max(1, steps // VALIDATIONS)
+    checkpointing: dict[str, Any] = {
+        CHECKPOINTING: options.gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -103,8 +112,7 @@ def training_arguments(
         optim="adamw_torch",
         bf16=bf16,
         use_cpu=not torch.cuda.is_available(),
-        activation_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
+        **checkpointing,
         eval_strategy="steps",
         eval_steps=eval_steps,
         eval_on_start=True,
@@ -156,13 +164,23 @@ class SftTrainer(Trainer):
             eval_dataset=list(validation),
             data_collator=PaddingCollator(self._padding),
             processing_class=tokenizer,
-            compute_loss_func=token_mean_loss,
+            compute_loss_func=answer_loss,  # for compute_loss; the Trainer then counts the answer tokens of a step
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(_EpochOrder(self._sampler))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return self._sampler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a micro-batch, whose gradient is averaged over processes afterwards."""
+        positions, tokens = answer_positions(inputs.pop("labels"))
+        with logits_only_at(self.accelerator.unwrap_model(model), positions):
+            outputs = model(**inputs, use_cache=False)
+        loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -185,20 +203,6 @@ class SftTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def token_mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None) -> torch.Tensor:
-    """The loss summed over a micro-batch's answer tokens, divided by the answer tokens of the whole optimizer step.
-
-    Args:
-        outputs: Of the model, with logits `(batch, length, vocabulary)`.
-        labels: `(batch, length)`, -100 where there is no answer token.
-        num_items_in_batch: Answer tokens of all micro-batches (and processes) of the step.
-    """
-    loss: torch.Tensor = ForCausalLMLoss(
-        outputs.logits, labels, vocab_size=outputs.logits.shape[-1], num_items_in_batch=num_items_in_batch
-    )
-    return loss
 
 
 def train(

@@ -8,13 +8,10 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
-from torch.nn import functional as F
-from transformers.modeling_outputs import CausalLMOutput
 
 from mftctl.config import FftOptions
 from mftctl.progress import Silence
-from mftctl.training import latest_checkpoint, stop_on_signal, token_mean_loss, total_steps, warmup_steps
+from mftctl.training import latest_checkpoint, stop_on_signal, total_steps, warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -36,15 +33,6 @@ def test_total_steps(records: int, options: dict[str, float], world_size: int, e
 @pytest.mark.parametrize(("steps", "expected"), [(1, 0), (2, 1), (30, 1), (100, 3), (101, 4)])
 def test_warmup_is_rounded_up_but_never_everything(steps: int, expected: int) -> None:
     assert warmup_steps(steps, FftOptions()) == expected
-
-
-def test_the_loss_counts_answer_tokens_of_the_whole_step() -> None:
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 5, 11), torch.randint(0, 11, (2, 5))
-    labels[0, :3] = -100
-    total = F.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1), reduction="sum")
-    loss = token_mean_loss(CausalLMOutput(logits=logits), labels, num_items_in_batch=torch.tensor(40))
-    torch.testing.assert_close(loss, total / 40)
 
 
 def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from mftctl.answer_loss import answer_loss, logits_only_at
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ModelError
 from mftctl.evaluation.inference import length_batches
@@ -32,7 +33,7 @@ from mftctl.planning.alike_layers import keep_stand_ins, repeat_layers, stand_in
 from mftctl.planning.allocations import AllocationMeter, Event, add_up
 from mftctl.planning.preparing import Optimizer, TrainingPlan
 from mftctl.planning.skeletons import build_skeleton, without_data
-from mftctl.training import token_mean_loss
+from mftctl.training import CHECKPOINTING
 
 _FP32_BYTES = 4
 _VALIDATION_TOKENS = 4096  # a batch of `sample_losses`
@@ -50,6 +51,7 @@ class Batches:
         validation_records: Records of a validation batch.
         validation_tokens: Of its longest record.
         scored_tokens: Positions of a validation batch whose logits are computed.
+        answer_tokens: The most of a training batch: logits are computed for these only.
     """
 
     records: int
@@ -58,6 +60,7 @@ class Batches:
     validation_records: int
     validation_tokens: int
     scored_tokens: int
+    answer_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +112,15 @@ def largest_batches(train: Sequence[Encoded], validation: Sequence[Encoded], bat
         validation_records=len(widest),
         validation_tokens=sizes[widest[0]],
         scored_tokens=min(sizes[widest[0]], -(-max(scored) // len(widest))),
+        answer_tokens=sum(sorted((record.answer_tokens for record in train), reverse=True)[:batch_size]),
     )
 
 
 def assumed_batches(batch_size: int, max_length_tokens: int) -> Batches:
     """The largest batches there can be, for data whose token counts are not known."""
     records = max(1, _VALIDATION_TOKENS // max_length_tokens)
-    return Batches(batch_size, max_length_tokens, True, records, max_length_tokens, max_length_tokens)
+    answer_tokens = batch_size * (max_length_tokens - 1)
+    return Batches(batch_size, max_length_tokens, True, records, max_length_tokens, max_length_tokens, answer_tokens)
 
 
 def estimate_memory(
@@ -189,30 +194,41 @@ def _training_events(
     """What the forward and backward passes of an optimizer step allocate and free."""
     model.train()
     if plan.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
     shape = (batches.records, batches.length_tokens)
-    inputs = [torch.zeros(shape, dtype=torch.int64) for _ in range(2)]
+    input_ids = torch.zeros(shape, dtype=torch.int64)
+    positions, tokens = (torch.zeros(batches.answer_tokens, dtype=torch.int64) for _ in range(2))
     # Trainers give (records, tokens), of which the model makes this; a model takes it as it is.
     mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool) if batches.padded else None
-    meter = AllocationMeter([*model.parameters(), *model.buffers(), *inputs])
+    meter = AllocationMeter([*model.parameters(), *model.buffers(), input_ids, positions, tokens])
     with meter, telling_stretches(model, layers, meter):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(meter.mark_gradient)  # type: ignore[no-untyped-call]
         for _ in range(2 if plan.accumulates else 1):
-            _loss(model, inputs[0], inputs[1], mask, plan).backward()  # type: ignore[no-untyped-call]
+            loss = _loss(model, input_ids, mask, positions, tokens, autocast=plan.autocast)
+            loss.backward()  # type: ignore[no-untyped-call]
     return meter.events
 
 
 def _loss(
-    model: PreTrainedModel, input_ids: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None, plan: TrainingPlan
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    autocast: bool,
 ) -> torch.Tensor:
     """The loss as the trainer computes it: accelerate turns the outputs of autocast into fp32."""
-    with torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=plan.autocast):
+    with (
+        logits_only_at(model, positions),
+        torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=autocast),
+    ):
         outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-    if plan.autocast:
+    if autocast:
         outputs.logits = outputs.logits.float()
-    return token_mean_loss(outputs, labels, torch.ones((), dtype=torch.int64))
+    return answer_loss(outputs, positions, tokens, torch.ones((), dtype=torch.int64))
 
 
 def _measure_validation(model: PreTrainedModel, batches: Batches) -> int:

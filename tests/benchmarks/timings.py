@@ -1,4 +1,4 @@
-"""Two ways to do the same, timed in turn in one process: the machine may be noisy, the ratio is less so."""
+"""Several ways to do the same, timed in turn in one process: the machine may be noisy, the ratio is less so."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from statistics import median
 
 
 def seconds_in_turn(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """The seconds of each way at each repetition."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repetitions):
-        for name, work in ways.items():
+    """The seconds of each way at each repetition; each repetition begins with another way."""
+    names = list(ways)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(repetitions):
+        first = repetition % len(names)
+        for name in names[first:] + names[:first]:
             start_seconds = time.perf_counter()
-            work()
+            ways[name]()
             found[name].append(time.perf_counter() - start_seconds)
     return found
 

@@ -20,7 +20,7 @@ from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_
 from mftctl.planning.skeletons import build_skeleton
 from tests.conftest import build_llama
 
-_BATCHES = Batches(3, 24, True, 4, 24, 12)
+_BATCHES = Batches(3, 24, True, 4, 24, 12, 69)
 _LLAMA = build_llama(layers=8).config
 _GPT2 = GPT2Config(vocab_size=102, n_embd=32, n_layer=7, n_head=4, n_positions=64)
 _GEMMA = Gemma3TextConfig(
@@ -101,7 +101,7 @@ def test_masks_anywhere(
 ) -> None:
     masked = data.draw(st.sets(st.integers(0, layers - 1), min_size=1))
     plan = _mask(*sorted(masked), gradient_checkpointing=checkpointing, precision=precision)
-    batches = Batches(records, tokens, records > 1, records, tokens, tokens)
+    batches = Batches(records, tokens, records > 1, records, tokens, tokens, records * (tokens - 1))
     _check_against_all_layers(build_llama(layers=layers).config, plan, batches)
 
 

@@ -48,7 +48,7 @@ _CASES = {
     "fft, logits": Case("fft", _LOGITS, 4, 120),
     "fft, checkpointing": Case("fft", _ACTIVATIONS, 8, 256, {"gradient_checkpointing": True}),
 }
-_TINY = Batches(4, 24, True, 4, 24, 12)
+_TINY = Batches(4, 24, True, 4, 24, 12, 92)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_largest_batches() -> None:
 
 
 def test_assumed_batches_are_as_long_as_allowed() -> None:
-    assert assumed_batches(3, 1024) == Batches(3, 1024, True, 4, 1024, 1024)
+    assert assumed_batches(3, 1024) == Batches(3, 1024, True, 4, 1024, 1024, 3069)
 
 
 def test_a_model_whose_computation_depends_on_values() -> None:
