@@ -71,6 +71,7 @@ class Session:
             self.output.note(f"Model: {source.model} ({source.state}{_made_by(source)})")
         self._options["model"] = source.model
         recipe = self.settle(source)
+        self._check_measuring(recipe)
         drops = self.command == "mask-train" and recipe.mask_train.method == "drop"
         if not recipe.data and not drops:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
@@ -111,6 +112,18 @@ class Session:
             return
         if not self.output.confirm_replacing(str(path)):
             raise ConfigError("There is a result already.", path=path, hint="another --output, or --yes to replace it")
+
+    def _check_measuring(self, recipe: Recipe) -> None:
+        """Nothing, if benchmarks that were asked for are measured at some step."""
+        section = recipe.fft if self.command == "fft" else recipe.mask_train
+        if "eval.tasks" in self._options and section.eval_every is None:
+            raise ConfigError(
+                "Benchmarks are measured while training only where it is said how often.",
+                key="--eval-every",
+                expected="a number of steps",
+                actual=f"none given, and --tasks {','.join(self._options['eval.tasks'])}",
+                hint=f"mftctl {self.command} --eval-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
+            )
 
     def _with_layers(self, source: Source) -> Recipe:
         """The recipe with the layers that a probe of this model recommends, or all."""

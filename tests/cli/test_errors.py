@@ -28,6 +28,7 @@ from tests.cli.running import CommandLine
         (["fft", "--set", "seed"], 2, "--set takes a key and a value"),
         (["fft", "--epochs", "many"], 2, "Invalid value"),
         (["fft", "--precision", "fp8"], 2, "fft.precision"),
+        (["fft", "--tasks", "gsm8k"], 2, "only where it is said how often"),
         (["fft", "-d", "missing.jsonl"], 1, "missing.jsonl"),
         (["fft", "-m", "./nowhere", "-d", "data.jsonl"], 1, "nowhere"),
         (["mask-train", "--ratio", "1.0", "-m", "m", "-d", "d"], 2, "mask_train.ratio"),
