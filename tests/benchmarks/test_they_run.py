@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks import eval_speed
+from tests.benchmarks import apply_speed, eval_speed, gmt_step_speed, mask_step_speed
+from tests.benchmarks.shapes import TINY
 from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
 
@@ -18,3 +19,18 @@ def test_eval_speed(tmp_path: Path) -> None:
     )
     assert len(found) == 5
     assert all(text.count(",") == 2 for text in found.values())
+
+
+def test_mask_step_speed() -> None:
+    found = mask_step_speed.compare(TINY, [1, 2], length_tokens=16, answer_share=0.5, repetitions=2)
+    assert len(found) == 6
+
+
+def test_gmt_step_speed() -> None:
+    assert len(gmt_step_speed.compare(TINY, length_tokens=16, repetitions=2)) == 5
+
+
+def test_apply_speed(tmp_path: Path) -> None:
+    found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, repetitions=2)
+    assert int(found["apply, peak bytes"].replace(",", "")) < 1e9
+    assert float(found["packed, bits a weight / entropy"]) > float(found["deflate, bits a weight / entropy"]) >= 1
