@@ -1,14 +1,19 @@
-"""Copies the weight files of a checkpoint with some tensors masked on the way, in pieces of a few MiB.
+"""Copies the weight files of a checkpoint with some tensors masked on the way, several tensors at once.
 
-Bytes outside the masked tensors are copied as they are. The digest of each masked tensor is compared with the mask's
-record when its last piece has passed.
+Bytes outside the masked tensors are copied as they are, by the kernel where it can. The digest of each masked tensor is
+compared with the mask's record when its last piece has passed.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -21,17 +26,21 @@ from mftctl.masking.bits import Mask
 from mftctl.masking.codecs import Packed
 from mftctl.masking.dtypes import unsigned_view
 from mftctl.masking.record_checks import require_digest
-from mftctl.masking.safetensors_files import StoredTensor, read_chunks
+from mftctl.masking.safetensors_files import StoredTensor, read_chunks, truncated
 
 Advance = Callable[[int], None]
-CopyTensor = Callable[[BufferedReader, BinaryIO, StoredTensor, Advance], None]
-"""Copies one masked tensor from the reader's position, telling the bytes it wrote."""
+MaskTensor = Callable[[StoredTensor, Path, Advance], None]
+"""Copies one masked tensor to its place in another file, telling the bytes it wrote."""
+
+_MOST_THREADS = 8
+_KERNEL_BYTES = 64 * 2**20  # small enough for progress to be seen
+_NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def write_shards(
     tensors: Iterable[StoredTensor],
     mask: Mask,
-    copy_tensor: CopyTensor,
+    mask_tensor: MaskTensor,
     folder: Path,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
@@ -40,7 +49,7 @@ def write_shards(
     Args:
         tensors: All tensors of the checkpoint.
         mask: Names the tensors that are masked.
-        copy_tensor: How those are copied.
+        mask_tensor: How those are copied.
         folder: Where to; without such files so far.
         on_progress: Called with the bytes written so far and in all.
 
@@ -51,43 +60,71 @@ def write_shards(
     shards: dict[Path, list[StoredTensor]] = {}
     for stored in tensors:
         shards.setdefault(stored.path, []).append(stored)
-    total_bytes = sum(path.stat().st_size for path in shards)
-    written_bytes = 0
+    advance = _counter(sum(path.stat().st_size for path in shards), on_progress)
+    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+        started: list[Future[None]] = []
+        for path, members in shards.items():
+            masked = sorted((item for item in members if item.name in mask), key=lambda item: item.offset_bytes)
+            started += [pool.submit(part) for part in _parts(path, folder / path.name, masked, mask_tensor, advance)]
+        try:
+            for part in started:
+                part.result()
+        finally:
+            for part in started:
+                part.cancel()
+    for path in shards:
+        with (folder / path.name).open("r+b") as written:
+            os.fsync(written.fileno())
+
+
+def _parts(
+    path: Path, target: Path, masked: list[StoredTensor], mask_tensor: MaskTensor, advance: Advance
+) -> Iterator[Callable[[], None]]:
+    """The pieces of work of one file, made in its full length: its masked tensors, and what lies between them."""
+    size_bytes, place = path.stat().st_size, 0
+    with target.open("xb") as made:
+        made.truncate(size_bytes)
+    for stored in masked:
+        yield partial(_copy, path, target, place, stored.offset_bytes, advance)
+        yield partial(mask_tensor, stored, target, advance)
+        place = stored.offset_bytes + stored.length_bytes
+    yield partial(_copy, path, target, place, size_bytes, advance)
+
+
+def _counter(total_bytes: int, on_progress: Callable[[int, int], None] | None) -> Advance:
+    """Adds up what the threads have written, and tells it one at a time."""
+    written_bytes, lock = 0, threading.Lock()
 
     def advance(chunk_bytes: int) -> None:
         nonlocal written_bytes
-        written_bytes += chunk_bytes
-        if on_progress is not None:
-            on_progress(written_bytes, total_bytes)
+        with lock:
+            written_bytes += chunk_bytes
+            if on_progress is not None:
+                on_progress(written_bytes, total_bytes)
 
-    for path, members in shards.items():
-        masked = sorted((stored for stored in members if stored.name in mask), key=lambda stored: stored.offset_bytes)
-        _write_shard(path, masked, copy_tensor, folder / path.name, advance)
+    return advance
 
 
-def without_removed(mask: Mask) -> CopyTensor:
+def without_removed(mask: Mask) -> MaskTensor:
     """The copying that sets the removed weights of a weight mask to zero bits."""
 
-    def copy_tensor(reader: BufferedReader, writer: BinaryIO, stored: StoredTensor, advance: Advance) -> None:
+    def mask_tensor(stored: StoredTensor, target: Path, advance: Advance) -> None:
         digest = hashlib.sha256()
         packed, first = mask.packed(stored.name), 0
-        removed_bits = False
-        for chunk in read_chunks(reader, stored.length_bytes, stored.path):
-            digest.update(chunk)
-            weights = np.frombuffer(chunk, dtype=unsigned_view(stored.dtype))
-            keep = _keep_bits(packed, first, len(weights))
-            removed_bits = removed_bits or bool(np.any(weights[keep == 0]))
-            weights *= keep
-            first += len(weights)
-            writer.write(chunk)
-            advance(len(chunk))
-        applied = bool(mask.records[stored.name].removed) and not removed_bits
-        _require_learned_on(digest.hexdigest(), stored, mask, applied=applied)
+        with _opened_at(stored.offset_bytes, stored.path, target) as (reader, writer):
+            for chunk in read_chunks(reader, stored.length_bytes, stored.path):
+                digest.update(chunk)
+                weights = np.frombuffer(chunk, dtype=unsigned_view(stored.dtype))
+                weights *= _keep_bits(packed, first, len(weights))
+                first += len(weights)
+                writer.write(chunk)
+                advance(len(chunk))
+        _require_learned_on(digest.hexdigest(), stored, mask)
 
-    return copy_tensor
+    return mask_tensor
 
 
-def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> CopyTensor:
+def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> MaskTensor:
     """The copying of a tuned checkpoint that takes the removed weights of a delta mask from the base.
 
     Args:
@@ -95,10 +132,13 @@ def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> CopyTensor
         base: The base's tensor for each masked name, of the same dtype and shape.
     """
 
-    def copy_tensor(reader: BufferedReader, writer: BinaryIO, stored: StoredTensor, advance: Advance) -> None:
+    def mask_tensor(stored: StoredTensor, target: Path, advance: Advance) -> None:
         digest, base_digest = hashlib.sha256(), hashlib.sha256()
         packed, first, origin = mask.packed(stored.name), 0, base[stored.name]
-        with origin.path.open("rb") as base_reader:
+        with (
+            _opened_at(stored.offset_bytes, stored.path, target) as (reader, writer),
+            origin.path.open("rb") as base_reader,
+        ):
             base_reader.seek(origin.offset_bytes)
             chunks = read_chunks(reader, stored.length_bytes, stored.path)
             base_chunks = read_chunks(base_reader, origin.length_bytes, origin.path)
@@ -114,26 +154,39 @@ def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> CopyTensor
         require_digest(base_digest.hexdigest(), origin, stored.name, mask, "base")
         require_digest(digest.hexdigest(), stored, stored.name, mask, "tuned checkpoint")
 
-    return copy_tensor
+    return mask_tensor
 
 
-def _write_shard(
-    path: Path, masked: list[StoredTensor], copy_tensor: CopyTensor, target: Path, advance: Advance
-) -> None:
-    with path.open("rb") as reader, target.open("xb") as writer:
-        end_bytes = path.stat().st_size
-        for stored in masked:
-            _copy(reader, writer, stored.offset_bytes - reader.tell(), path, advance)
-            copy_tensor(reader, writer, stored, advance)
-        _copy(reader, writer, end_bytes - reader.tell(), path, advance)
-        writer.flush()
-        os.fsync(writer.fileno())
+def _copy(path: Path, target: Path, place: int, end: int, advance: Advance) -> None:
+    """Copies the bytes from `place` to `end`, within the kernel where the file systems can."""
+    with _opened_at(place, path, target) as (reader, writer):
+        while place < end and hasattr(os, "copy_file_range"):
+            try:
+                copied = os.copy_file_range(
+                    reader.fileno(), writer.fileno(), min(end - place, _KERNEL_BYTES), place, place
+                )
+            except OSError as error:
+                if error.errno not in _NOT_BY_THE_KERNEL:
+                    raise
+                break
+            if copied == 0:
+                raise truncated(path)
+            place += copied
+            advance(copied)
+        reader.seek(place)
+        writer.seek(place)
+        for chunk in read_chunks(reader, end - place, path):
+            writer.write(chunk)
+            advance(len(chunk))
 
 
-def _copy(reader: BufferedReader, writer: BinaryIO, length_bytes: int, path: Path, advance: Advance) -> None:
-    for chunk in read_chunks(reader, length_bytes, path):
-        writer.write(chunk)
-        advance(len(chunk))
+@contextmanager
+def _opened_at(place: int, path: Path, target: Path) -> Iterator[tuple[BufferedReader, BinaryIO]]:
+    """Both files at the same place; each piece of work has handles of its own, so that none moves another's."""
+    with path.open("rb") as reader, target.open("r+b") as writer:
+        reader.seek(place)
+        writer.seek(place)
+        yield reader, writer
 
 
 def _keep_bits(packed: Packed, first: int, count: int) -> npt.NDArray[np.uint8]:
@@ -142,11 +195,12 @@ def _keep_bits(packed: Packed, first: int, count: int) -> npt.NDArray[np.uint8]:
     return np.unpackbits(packed[first // 8 :], count=count, bitorder="little")
 
 
-def _require_learned_on(digest: str, stored: StoredTensor, mask: Mask, *, applied: bool) -> None:
+def _require_learned_on(digest: str, stored: StoredTensor, mask: Mask) -> None:
     """Nothing, if the base's tensor has the digest that a weight mask's record states."""
     record = mask.records[stored.name]
     if digest == record.sha256:
         return
+    applied = bool(record.removed) and _is_applied(stored, mask.packed(stored.name))
     hint = f"apply it to {mask.metadata.base_label}"
     raise MaskMismatchError(
         "The mask seems to be applied to this base already: every removed weight of a tensor is zero"
@@ -158,3 +212,16 @@ def _require_learned_on(digest: str, stored: StoredTensor, mask: Mask, *, applie
         actual=f"SHA-256 {digest}",
         hint=f"use this checkpoint as it is, or {hint}" if applied else hint,
     )
+
+
+def _is_applied(stored: StoredTensor, packed: Packed) -> bool:
+    """Whether all removed weights are zero bits."""
+    first = 0
+    with stored.path.open("rb") as reader:
+        reader.seek(stored.offset_bytes)
+        for chunk in read_chunks(reader, stored.length_bytes, stored.path):
+            weights = np.frombuffer(chunk, dtype=unsigned_view(stored.dtype))
+            if np.any(weights[_keep_bits(packed, first, len(weights)) == 0]):
+                return False
+            first += len(weights)
+    return True

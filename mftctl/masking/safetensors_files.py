@@ -108,8 +108,13 @@ def read_chunks(stream: BufferedReader, length_bytes: int, path: Path) -> Iterat
     for start in range(0, length_bytes, CHUNK_BYTES):
         chunk = bytearray(min(CHUNK_BYTES, length_bytes - start))
         if stream.readinto(chunk) != len(chunk):
-            raise ModelError("The checkpoint became shorter while it was read", path=path, hint=_DOWNLOAD_HINT)
+            raise truncated(path)
         yield chunk
+
+
+def truncated(path: Path) -> ModelError:
+    """The error of a file that ends too early."""
+    return ModelError("The checkpoint became shorter while it was read", path=path, hint=_DOWNLOAD_HINT)
 
 
 def _read_layout(path: Path) -> list[StoredTensor]:

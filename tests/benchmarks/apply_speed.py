@@ -24,13 +24,13 @@ from mftctl.masking.codecs import decode, encode, pack
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 
 _APPLY = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_to_checkpoint
 base, mask, output = map(Path, sys.argv[1:])
 apply_to_checkpoint(base, load_mask(mask), output, mask_path=mask, base_model="base", replace=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
 """
 
 
