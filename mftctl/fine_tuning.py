@@ -17,6 +17,7 @@ from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import best_device, load_model, peak_memory_bytes, stored_dtype
 from mftctl.preparation import TrainingInputs, prepare_training
+from mftctl.processes import is_first, world_size
 from mftctl.progress import Listener
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
@@ -63,15 +64,17 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
     )
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
-    save_seen(run.folder, inputs.records)
+    if is_first():
+        save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
     trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:
         train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
-    save_model(_finished(model, inputs.checkpoint, options), inputs.tokenizer, folder)
-    shutil.rmtree(run.training.checkpoints, ignore_errors=True)
+    if is_first():
+        save_model(_finished(model, inputs.checkpoint, options), inputs.tokenizer, folder)
+        shutil.rmtree(run.training.checkpoints, ignore_errors=True)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
         "state": fine_tuned_state(source, options),
@@ -111,7 +114,7 @@ def _trainer(
     arguments = training_arguments(
         run.training.checkpoints,
         options,
-        steps=total_steps(len(inputs.train), options),
+        steps=total_steps(len(inputs.train), options, world_size()),
         learning_rate=options.learning_rate,
         seed=recipe.seed,
         bf16=uses_bf16(options.precision),

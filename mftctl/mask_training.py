@@ -23,6 +23,7 @@ from mftctl.masking.drop import drop_mask
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.models import load_model, peak_memory_bytes
 from mftctl.preparation import TrainingInputs, prepare_training
+from mftctl.processes import is_first
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 from mftctl.score_training import LearnedMask, MaskSearch, learn_mask, learning_rate_text
@@ -133,10 +134,11 @@ def prepare_mask_training(
 def keep_mask(mask: Mask, run: Run) -> dict[str, Any]:
     """Where a mask was written, in the run folder and where the user wants it, and what it removes."""
     path = run.folder / "mask.bits"
-    save_mask(mask, path)
-    if run.record.output:
-        save_mask(mask, Path(run.record.output))
-    shutil.rmtree(run.training.checkpoints, ignore_errors=True)
+    if is_first():
+        save_mask(mask, path)
+        if run.record.output:
+            save_mask(mask, Path(run.record.output))
+        shutil.rmtree(run.training.checkpoints, ignore_errors=True)
     return {
         "mask": str(path.resolve()),
         "output": run.record.output,

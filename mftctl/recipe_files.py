@@ -47,11 +47,14 @@ _YAML_ERRORS = (yaml.YAMLError, ValueError)
 
 
 def built_in_names() -> list[str]:
-    """Names of the recipes that travel in the package; files whose name begins with `_` are parts of others."""
+    """Names of the recipes that travel in the package.
+
+    Files whose name begins with `_` are parts of others; those in `accelerate` are for `accelerate launch`.
+    """
     return sorted(
         path.relative_to(BUILT_IN_FOLDER).with_suffix("").as_posix()
         for path in BUILT_IN_FOLDER.rglob("*.yaml")
-        if not path.name.startswith("_")
+        if not path.name.startswith("_") and path.parent.name != "accelerate"
     )
 
 

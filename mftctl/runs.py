@@ -23,6 +23,7 @@ import yaml
 
 from mftctl.atomic import write_text
 from mftctl.errors import Interrupted, MftError, RunError
+from mftctl.processes import is_first, world_size
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -48,6 +49,7 @@ class RunRecord:
         digest: Digest of everything that decides the result, to recognise finished stages; None outside `run`.
         decides: What that digest is of, to say what has changed; empty outside `run`.
         worker: Host and process id of the command that works on it, or worked on it last.
+        processes: How many it was started with.
         error: The message a failed run ended with.
     """
 
@@ -65,6 +67,7 @@ class RunRecord:
     digest: str | None = None
     decides: dict[str, Any] = field(default_factory=dict)
     worker: str | None = None
+    processes: int = 1
     error: str | None = None
 
 
@@ -87,6 +90,8 @@ class TrainingFolder:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Appends one line to `metrics.jsonl`."""
+        if not is_first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
@@ -101,6 +106,8 @@ class TrainingFolder:
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`, since a resumed training will do these steps again."""
+        if not is_first():
+            return
         kept = [line for line in self.metrics() if line["step"] <= step]
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -167,7 +174,8 @@ class Run:
         seconds = self.record.seconds + now_seconds - self._clock_start_seconds
         self._clock_start_seconds = now_seconds
         self.record = replace(self.record, seconds=round(seconds, 3), **changes)
-        write_text(self.folder / "run.json", json.dumps(asdict(self.record), indent=2) + "\n")
+        if is_first():
+            write_text(self.folder / "run.json", json.dumps(asdict(self.record), indent=2) + "\n")
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Stores the result; from now on other commands build on this run."""
@@ -222,6 +230,7 @@ def create_run(
         digest=digest,
         decides=dict(decides or {}),
         worker=_worker(),
+        processes=world_size(),
     )
     run = Run(folder, record)
     run.update()

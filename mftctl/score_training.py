@@ -15,6 +15,7 @@ from mftctl.interim_evaluation import InterimEvaluation
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
+from mftctl.processes import world_size
 from mftctl.progress import Listener
 from mftctl.runs import TrainingFolder
 from mftctl.score_trainer import MaskTrainer
@@ -168,7 +169,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
 def _trainer(search: MaskSearch) -> MaskTrainer:
     """The trainer of the scores that the model carries, with a learning rate for each tensor."""
     options, inputs = search.options, search.inputs
-    steps = total_steps(len(inputs.train), options)
+    steps = total_steps(len(inputs.train), options, world_size())
     rates = _learning_rates(search, steps)
     arguments = training_arguments(
         search.folder.checkpoints,
@@ -189,7 +190,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
 def learning_rate_text(search: MaskSearch) -> str:
     """The learning rate of the scores, and where it comes from."""
     options = search.options
-    rates = _learning_rates(search, total_steps(len(search.inputs.train), options))
+    rates = _learning_rates(search, total_steps(len(search.inputs.train), options, world_size()))
     highest = f"{max(rates.values()):.3g}"
     if options.learning_rate != "auto":
         return highest

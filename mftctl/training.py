@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
@@ -27,10 +28,17 @@ from transformers.trainer_callback import PrinterCallback
 
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import Precision, TrainingOptions
-from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
+from mftctl.data.batching import (
+    LengthGroupedSampler,
+    PaddingCollator,
+    ProcessBatches,
+    ProcessRecords,
+    pad_token_id,
+)
 from mftctl.data.encoding import Encoded
 from mftctl.errors import Interrupted, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.processes import any_process, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import TrainingFolder
 
@@ -129,6 +137,7 @@ def training_arguments(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
@@ -171,6 +180,15 @@ class SftTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return self._sampler
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Micro-batches that are, over all processes, those that one process would take in turn."""
+        if world_size() == 1:
+            return super().get_train_dataloader()
+        batches = ProcessBatches(self._sampler, self.args.per_device_train_batch_size, rank(), world_size())
+        records = ProcessRecords(cast("list[Encoded]", self.train_dataset))
+        pin_memory = self.args.dataloader_pin_memory
+        return DataLoader(records, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin_memory)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -241,7 +259,9 @@ def train(
         folder.rewind(_step(checkpoint))
         trainer.start_loss = next(line["eval_loss"] for line in folder.metrics() if "eval_loss" in line)
         trainer.args.eval_on_start = False
+    wait_for_all()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    wait_for_all()  # the first may now remove what all have read
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
@@ -292,6 +312,8 @@ def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
 
     def remember(number: int, frame: object) -> None:
         if stop.requested:
+            if number == signal.SIGTERM:  # torchrun passes an interruption on as one
+                return
             raise KeyboardInterrupt
         stop.requested = True
         listener.note("Stopping after this step; the state will be saved. Press Ctrl-C again to stop at once.")
@@ -359,6 +381,7 @@ class _Watch(TrainerCallback):
         self._training_seconds += time.monotonic() - self._step_start_seconds  # without the validations between steps
         speed = (int(state.num_input_tokens_seen) - self._start_tokens) / max(self._training_seconds, 1e-9)
         self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
+        self._stop.requested = any_process(self._stop.requested)
         if state.global_step >= state.max_steps:
             control.should_evaluate = True  # the last state is a candidate too, whatever the interval
         elif self._stop.requested:

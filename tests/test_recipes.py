@@ -20,7 +20,7 @@ from mftctl.stages import Task, spell_out
 
 NAMES = built_in_names()
 FOUNDATIONS = ("quickstart", "smollm2/gsm8k")
-FILES = sorted(BUILT_IN_FOLDER.rglob("*.yaml"))
+FILES = sorted(path for path in BUILT_IN_FOLDER.rglob("*.yaml") if path.parent.name != "accelerate")
 
 BACKBONES = {
     "llama2-7b": ("meta-llama/Llama-2-7b-hf", "llama"),

@@ -12,7 +12,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mftctl import __version__
-from mftctl.errors import MftError
+from mftctl.errors import ConfigError, MftError
+from mftctl.processes import world_size
 
 HELP = """
 Make a fine-tuned language model better by learning which weights to remove.
@@ -35,6 +36,9 @@ class Listed(NamedTuple):
     panel: str
     summary: str
 
+
+_TOGETHER = ("fft", "mask-train")
+"""Commands that several processes can work on."""
 
 _PATH = "The path"
 _MORE = "More"
@@ -67,7 +71,19 @@ class _Root(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The command of that name, with its module imported."""
+    """The command of that name, with its module imported.
+
+    Raises:
+        ConfigError: Several processes were started for a command that one does.
+    """
+    if world_size() > 1 and name not in _TOGETHER:
+        raise ConfigError(
+            f"{name} is a command for one process.",
+            key="WORLD_SIZE",
+            expected=f"1, or one of {', '.join(_TOGETHER)}",
+            actual=world_size(),
+            hint=f"mftctl {name}, without accelerate launch or torchrun",
+        )
     module, attribute = COMMANDS[name].home.split(".")
     found = getattr(import_module(f"mftctl.cli.{module}"), attribute)
     if isinstance(found, typer.Typer):

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mftctl.errors import ConfigError, MftError
+from mftctl.processes import is_first, world_size
 from mftctl.progress import Progress as State
 
 
@@ -29,8 +30,9 @@ class Output:
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
-        self._results = Console(soft_wrap=False)
-        self._messages = Console(stderr=True)
+        self._speaks = is_first()
+        self._results = Console(soft_wrap=False, quiet=not self._speaks)
+        self._messages = Console(stderr=True, quiet=not self._speaks)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -45,7 +47,7 @@ class Output:
         self._told_tenths: dict[str, int] = {}
 
     def __enter__(self) -> Output:
-        if self._messages.is_terminal:
+        if self._messages.is_terminal and self._speaks:
             self._live.start()
         return self
 
@@ -57,7 +59,8 @@ class Output:
     @property
     def interactive(self) -> bool:
         """Whether somebody is there to answer a question."""
-        return sys.stdin.isatty() and self._messages.is_terminal and not self.as_json
+        alone = world_size() == 1
+        return alone and sys.stdin.isatty() and self._messages.is_terminal and not self.as_json
 
     def progress(self, state: State) -> None:
         """Shows how far a piece of work has come."""
@@ -105,14 +108,15 @@ class Output:
     def result(self, document: Mapping[str, Any], *views: RenderableType) -> None:
         """Writes the result to stdout: the document as JSON if that was asked for, else its views."""
         if self.as_json:
-            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+            self.text(json.dumps(document, indent=2) + "\n")
             return
         for view in views:
             self._results.print(view)
 
     def text(self, text: str) -> None:
         """Writes text to stdout as it is."""
-        sys.stdout.write(text)
+        if self._speaks:
+            sys.stdout.write(text)
 
     def ask(self, question: str, option: str) -> str:
         """The answer to a question on a terminal.

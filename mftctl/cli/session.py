@@ -10,9 +10,10 @@ from mftctl.cli.output import Output
 from mftctl.config import Recipe, to_document
 from mftctl.errors import ConfigError, RunError
 from mftctl.lineage import Source, model_for_training, recommended_layers
+from mftctl.processes import from_first, world_size
 from mftctl.quickstart import NAME as QUICKSTART
-from mftctl.recipe_files import load_recipe
-from mftctl.runs import Run, create_run, newest_run
+from mftctl.recipe_files import load_recipe, with_changes
+from mftctl.runs import Run, create_run, load_run, newest_run
 
 
 class Session:
@@ -81,15 +82,20 @@ class Session:
         return self.create(recipe, source, output=output), recipe, source
 
     def create(self, recipe: Recipe, source: Source, *, output: Path | None = None) -> Run:
-        """A new run of this command."""
-        run = create_run(
-            self.root,
-            self.command,
-            to_document(recipe),
-            recipe=self._recipe_name,
-            inputs=source.as_inputs(),
-            output=output,
+        """A new run of this command, in all processes that work on it."""
+        made = from_first(
+            lambda: str(
+                create_run(
+                    self.root,
+                    self.command,
+                    to_document(recipe),
+                    recipe=self._recipe_name,
+                    inputs=source.as_inputs(),
+                    output=output,
+                ).folder
+            )
         )
+        run = load_run(Path(made))
         self.output.note(f"Run: {run.folder}")
         return run
 
@@ -142,9 +148,15 @@ class Session:
                 actual=", ".join([*self._options, *self._sets, *filter(None, [self._recipe_name])]),
                 hint=f"mftctl {self.command} --resume without them, or a new run without --resume",
             )
-        run = newest_run(self.root, self.command, unfinished=True)
-        if run is None:
-            raise RunError(f"There is no stopped {self.command} run to resume.", path=self.root)
+
+        def take_up() -> str:
+            found = newest_run(self.root, self.command, unfinished=True)
+            if found is None:
+                raise RunError(f"There is no stopped {self.command} run to resume.", path=self.root)
+            found.go_on()
+            return str(found.folder)
+
+        run = load_run(Path(from_first(take_up)))
         self.output.note(f"Resuming: {run.folder}")
         inputs = run.record.inputs
         source = Source(
@@ -155,8 +167,26 @@ class Session:
             inputs["origin"],
             run.record.config,
         )
-        run.go_on()
-        return run, load_recipe(base=run.record.config), source
+        return run, self._for_as_many_records(load_recipe(base=run.record.config), run), source
+
+    def _for_as_many_records(self, recipe: Recipe, run: Run) -> Recipe:
+        """The recipe whose optimizer steps, with the processes there are now, have the records they began with.
+
+        Raises:
+            ConfigError: With so many processes no accumulation gives that.
+        """
+        if run.record.processes == world_size():
+            return recipe
+        section = "fft" if self.command == "fft" else "mask_train"
+        steps = (recipe.fft if self.command == "fft" else recipe.mask_train).grad_accum_steps * run.record.processes
+        if steps % world_size():
+            raise ConfigError(
+                "A resumed run keeps the records of a step, and they cannot be shared out so.",
+                key="WORLD_SIZE",
+                expected=f"a number of processes that divides {steps} micro-batches a step",
+                actual=world_size(),
+            )
+        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // world_size()})
 
 
 def _made_by(source: Source) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.encoding import IGNORED_LABEL, Encoded
@@ -65,6 +65,52 @@ class LengthGroupedSampler(Sampler[int]):
             part = sorted(order[start:end], key=lambda index: self.lengths[index], reverse=True)
             batches += [part[offset : offset + self.batch_size] for offset in range(0, len(part), self.batch_size)]
         return batches
+
+
+class ProcessBatches(Sampler[list[int]]):
+    """The micro-batches of one of several processes: as one process would take them in turn.
+
+    Every process has as many. Where the last ones run out, a process gets the first record of the batch before, marked
+    by a negative number, whose labels count for nothing.
+
+    Args:
+        order: The records of an epoch in their order.
+        batch_size: Records of a micro-batch.
+        rank: The process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, order: LengthGroupedSampler, batch_size: int, rank: int, world_size: int) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        indices = list(self.order)
+        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        for start in range(0, len(batches), self.world_size):
+            mine = start + self.rank
+            yield batches[mine] if mine < len(batches) else [-1 - batches[start][0]]
+
+
+class ProcessRecords(Dataset[Encoded]):
+    """Records as `ProcessBatches` names them: `-1 - index` is the record without anything to learn."""
+
+    def __init__(self, records: Sequence[Encoded]) -> None:
+        self.records = records
+
+    def __getitem__(self, index: int) -> Encoded:
+        if index >= 0:
+            return self.records[index]
+        record = self.records[-1 - index]
+        return replace(record, labels=[IGNORED_LABEL] * len(record.labels))
+
+    def __len__(self) -> int:
+        return len(self.records)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,85 @@
+"""Several processes that train one model together, as `accelerate launch` and `torchrun` start them.
+
+All of them do the same; the first one alone asks, writes and shows.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mftctl.errors import MftError, RunError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0
+
+
+def from_first(make: Callable[[], str]) -> str:
+    """What the first process makes, in every process.
+
+    Args:
+        make: Called in the first process only.
+
+    Raises:
+        RunError: The first process failed; there, its own error.
+    """
+    if world_size() == 1:
+        return make()
+    import torch.distributed
+
+    _join()
+    made: list[tuple[str | None, str]] = [(None, "")]
+    failure: MftError | None = None
+    if is_first():
+        try:
+            made = [(make(), "")]
+        except MftError as error:
+            failure, made = error, [(None, str(error))]
+    torch.distributed.broadcast_object_list(made)
+    if failure is not None:
+        raise failure
+    text, message = made[0]
+    if text is None:
+        raise RunError("The first process failed.", actual=message)
+    return text
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if world_size() > 1:
+        _join().wait_for_everyone()
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in some process; to be asked in all of them at the same step."""
+    if world_size() == 1:
+        return flag
+    import torch
+
+    flags = torch.tensor([float(flag)], device=_join().device)
+    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def _join() -> PartialState:
+    """The group of all processes; made when it is first needed."""
+    import torch
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.cuda.is_available())

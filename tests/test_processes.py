@@ -1,0 +1,178 @@
+"""Two processes on one machine, over gloo, against one: the same results, written once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mftctl.cli.session import Session
+from mftctl.config import Recipe
+from mftctl.data.batching import LengthGroupedSampler, ProcessBatches, ProcessRecords
+from mftctl.data.encoding import Encoded
+from mftctl.errors import ConfigError
+from mftctl.progress import Silence
+from mftctl.runs import Run, list_runs
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mftctl")
+TRAINING = ("--max-steps", "12", "--eval-steps", "4", "--batch-size", "4")
+MASK = ("--layers", "1-2", "--preset", "paper")
+
+
+def start(folder: Path, launcher: tuple[str, ...], *arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def run(folder: Path, launcher: tuple[str, ...], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a launch."""
+    process = start(folder, launcher, *arguments)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def data(workspace: Path) -> tuple[object, ...]:
+    return ("-m", workspace / "tiny", "-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
+
+
+@pytest.fixture(scope="module")
+def one(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of the same records a step: a mask, and a model by GMT."""
+    folder = tmp_path_factory.mktemp("one")
+    for command in (("mask-train", *MASK, "-o", "mask.bits"), ("fft", "--method", "gmt", "--lr", "3e-3")):
+        code, _, errors = run(folder, ("mftctl",), *command, *data(workspace), *TRAINING, "--grad-accum", 2)
+        assert code == 0, errors
+    return folder
+
+
+def figures(trained: Run) -> list[dict[str, float]]:
+    """What a training says of each step, without the time it took."""
+    names = ("step", "loss", "grad_norm", "learning_rate", "num_input_tokens_seen", "eval_loss", "removed", "restored")
+    return [{name: line[name] for name in names if name in line} for line in trained.training.metrics()]
+
+
+def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
+    one: Path, workspace: Path, tmp_path: Path
+) -> None:
+    launcher = ("accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"))
+    arguments = ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, "--json")
+    code, output, errors = run(tmp_path, (*launcher, "-m", "mftctl"), *arguments)
+    assert code == 0, errors
+    assert json.loads(output)["steps"] == 12
+    assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+    (mine,) = list_runs(tmp_path / "runs")[0]
+    assert (mine.record.status, mine.record.processes) == ("finished", 2)
+    for found, expected in zip(figures(mine), figures(list_runs(one / "runs")[0][0]), strict=True):
+        assert found == pytest.approx(expected)
+    assert errors.count("Run: runs/001-mask-train") == 1
+
+
+def test_gmt_selects_the_same_entries(one: Path, workspace: Path, tmp_path: Path) -> None:
+    arguments = ("fft", "--method", "gmt", "--lr", "3e-3", *data(workspace), *TRAINING)
+    code, _, errors = run(tmp_path, TORCHRUN, *arguments)
+    assert code == 0, errors
+    expected = load_file(one / "runs" / "002-fft" / "model" / "model.safetensors")
+    found = load_file(tmp_path / "runs" / "001-fft" / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_mask(
+    one: Path, workspace: Path, tmp_path: Path
+) -> None:
+    arguments = ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, "--eval-steps", 4)
+    process = start(tmp_path, TORCHRUN, *arguments)
+    checkpoint = tmp_path / "runs" / "001-mask-train" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(next(second_process(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "rank      : 1" in errors
+    assert "Signal 9 (SIGKILL)" in errors
+    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume")
+    assert code == 0, errors
+    assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+
+
+def second_process(launcher: int) -> Iterator[int]:
+    """The process of rank 1 among the launcher's children."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            yield int(child)
+
+
+def test_bad_input_is_told_once(workspace: Path, tmp_path: Path) -> None:
+    arguments = ("mask-train", "-m", workspace / "tiny", "-d", "missing.jsonl")
+    code, output, errors = run(tmp_path, TORCHRUN, *arguments)
+    assert code != 0
+    assert errors.count("The data file does not exist") == 1
+    assert output == ""
+
+
+def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "mftctl", "report"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "report is a command for one process" in found.stderr
+
+
+@pytest.mark.parametrize(("records", "world_size"), [(16, 2), (13, 2), (9, 4), (3, 4), (1, 3)])
+def test_processes_take_the_micro_batches_of_one(records: int, world_size: int) -> None:
+    order = LengthGroupedSampler([1 + index % 5 for index in range(records)], 2, seed=0)
+    alone = list(order)
+    shares = [list(ProcessBatches(order, 2, rank, world_size)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {len(ProcessBatches(order, 2, 0, world_size))}
+    taken = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert [index for batch in taken for index in batch if index >= 0] == alone
+
+
+def test_what_fills_up_has_nothing_to_learn() -> None:
+    first, second = Encoded([1, 2, 3], [-100, 2, 3], "a:1"), Encoded([4, 5], [-100, 5], "a:2")
+    records = ProcessRecords([first, second])
+    assert records[1] == second
+    assert records[-1] == Encoded([1, 2, 3], [-100, -100, -100], "a:1")
+    assert len(records) == 2
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "now", "expected"), [(2, 1, 1, 2), (1, 4, 2, 2), (2, 3, 2, 3)])
+def test_a_resumed_run_keeps_the_records_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int, expected: int
+) -> None:
+    recipe = resumed(tmp_path, monkeypatch, processes, accumulation, now)
+    assert recipe.mask_train.grad_accum_steps == expected
+
+
+def test_a_resumed_run_whose_step_cannot_be_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="keeps the records of a step") as caught:
+        resumed(tmp_path, monkeypatch, 2, 1, 3)
+    assert caught.value.actual == 3
+
+
+def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int) -> Recipe:
+    """The recipe of a run that was started with some processes and goes on with others."""
+    from mftctl.cli import session
+    from mftctl.config import to_document
+    from mftctl.runs import create_run
+
+    recipe = Recipe.model_validate({"mask_train": {"grad_accum_steps": accumulation}})
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    started = create_run(folder, "mask-train", to_document(recipe))
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(session, "world_size", lambda: now)
+    return Session("mask-train", Silence(), folder)._for_as_many_records(recipe, started)  # type: ignore[arg-type]
