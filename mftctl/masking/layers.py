@@ -118,9 +118,9 @@ class MaskedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The projection of `x` `(..., in_features)` to `(..., out_features)`."""
         y: torch.Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            x, self.scores, self.masked_weight(), self.weight, self.transposed, self.indicator.uses_magnitude
+            x, self.scores, self.masked_weight(), self.weight, self.bias, self.transposed, self.indicator.uses_magnitude
         )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
 
     def extra_repr(self) -> str:
         """Shape and indicator, for `print(model)`."""
@@ -128,7 +128,7 @@ class MaskedLinear(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`x @ (W * M)^T`, whose gradient for the scores takes the indicator as the identity.
+    """`x @ (W * M)^T + b`, whose gradient for the scores takes the indicator as the identity.
 
     dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked.
 
@@ -142,6 +142,7 @@ class _StraightThrough(torch.autograd.Function):
         scores: torch.Tensor,
         masked_weight: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         transposed: bool,
         uses_magnitude: bool,
     ) -> torch.Tensor:
@@ -153,7 +154,14 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(x, scores, masked_weight, weight)
         ctx.transposed = transposed
         ctx.uses_magnitude = uses_magnitude
-        return x @ masked_weight if transposed else F.linear(x, masked_weight)
+        # The bias belongs into the same kernel: added afterwards it gives other roundings than the unmasked layer's.
+        bias = bias if bias is None else bias.to(compute_dtype)
+        if not transposed:
+            return F.linear(x, masked_weight, bias)
+        if bias is None:
+            return x @ masked_weight
+        y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), masked_weight)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -168,7 +176,7 @@ class _StraightThrough(torch.autograd.Function):
             grad_scores = grad_masked.to(scores.dtype).mul_(weight)
             if ctx.uses_magnitude:
                 grad_scores.mul_(scores.sign())
-        return grad_x, grad_scores, None, None, None, None
+        return grad_x, grad_scores, None, None, None, None, None
 
 
 ScoreStart = Literal["kaiming", "constant", "magnitude"]
