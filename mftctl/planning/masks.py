@@ -21,7 +21,7 @@ class MaskedTensor:
     """A projection that will carry a mask.
 
     Attributes:
-        name: Its weight's name in the model.
+        name: Its weight's name in the model; of fused experts the name in the checkpoint.
         shape: Of the weight.
         weights: Its entries.
         removed: Entries that the mask removes; None where a threshold decides.
@@ -49,11 +49,11 @@ def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> 
     """
     found = []
     for target in targets:
-        weight, ratio = target.module.weight, options.ratio_of(target.projection)
+        weight, ratio = target.weight, options.ratio_of(target.projection)
         removed = None if ratio is None else removed_count(weight.numel(), ratio)
         found.append(
             MaskedTensor(
-                f"{target.name}.weight",
+                target.weight_name,
                 tuple(weight.shape),
                 weight.numel(),
                 removed,

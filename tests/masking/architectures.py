@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -28,6 +30,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 SIZES = {
@@ -111,7 +115,29 @@ DENSE = {
     ),
     "olmo2": Architecture(lambda: Olmo2ForCausalLM(Olmo2Config(**SIZES)), separate_attention(), SEPARATE_MLP),
 }
-ARCHITECTURES = DENSE
+
+
+def expert_shapes(path: str, gate: str, up: str, down: str, width: int) -> dict[str, tuple[int, int]]:
+    """Four experts."""
+    shapes = {gate: (width, 32), up: (width, 32), down: (32, width)}
+    return {f"{path}.{expert}.{name}.weight": shape for expert in range(4) for name, shape in shapes.items()}
+
+
+EXPERTS = {
+    "mixtral": Architecture(
+        lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)),
+        separate_attention(),
+        expert_shapes("block_sparse_moe.experts", "w1", "w3", "w2", 48),
+    ),
+    "qwen3_moe": Architecture(
+        lambda: Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**SIZES, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+        ),
+        separate_attention(16),
+        expert_shapes("mlp.experts", "gate_proj", "up_proj", "down_proj", 24),
+    ),
+}
+ARCHITECTURES = DENSE | EXPERTS
 
 
 def build(name: str, *, seed: int = 0) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from mftctl.mask_training import build_mask
 from mftctl.masking.bits import Mask, load_mask, save_mask
 from mftctl.masking.checkpoint import apply_mask, apply_to_checkpoint
-from mftctl.masking.layers import Indicator, ScoreStart, attach_masks, initial_scores, masked_layers
+from mftctl.masking.layers import Indicator, ScoreStart, attach_masks, detach_masks, initial_scores, masked_layers
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import find_targets
 from tests.masking.architectures import ARCHITECTURES, build
@@ -48,7 +48,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 
 
 def mask_of(model: PreTrainedModel, base: Path) -> Mask:
-    return build_mask({name: module.keep() for name, module in masked_layers(model)}, model, base, METADATA)
+    keep = {name: module.keep() for name, module in masked_layers(model)}
+    detach_masks(model)
+    mask = build_mask(keep, find_targets(model, [1]), model, base, METADATA)
+    assert len(mask) == len(keep)
+    return mask
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -91,10 +95,11 @@ def test_bf16_gives_the_same_logits_too(name: str, tmp_path: Path) -> None:
     build(name).bfloat16().save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     train_scores(model, "kaiming", Indicator(RATIO))
+    masked = logits(model)
     apply_to_checkpoint(base, mask_of(model, base), tmp_path / "out", mask_path=None, base_model="base")
     applied = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert applied.dtype == torch.bfloat16
-    assert torch.equal(logits(applied), logits(model))
+    assert torch.equal(logits(applied), masked)
 
 
 @pytest.mark.parametrize("part", ["attn", "mlp"])
@@ -106,5 +111,5 @@ def test_only_the_projections_of_the_target_carry_a_mask(name: str, part: str, t
     expected = family.attention if part == "attn" else family.mlp
     targets = find_targets(model, [1], part)
     keep = {target.name: torch.ones(expected[target.name.removeprefix(family.start) + ".weight"]) for target in targets}
-    mask = build_mask({key: bits.bool() for key, bits in keep.items()}, model, tmp_path, METADATA)
+    mask = build_mask({key: bits.bool() for key, bits in keep.items()}, targets, model, tmp_path, METADATA)
     assert {tensor.removeprefix(family.start) for tensor in mask.names()} == set(expected)
