@@ -45,8 +45,8 @@ class MaskedPart(nn.Module):
 class MaskedExperts(nn.Module):
     """The frozen experts of a layer, fused in parameters `(experts, ...)` whose stored tensors pass a mask each.
 
-    Computes what the experts compute, by whatever kernel they are set to, with W * M in the place of W. The products are
-    computed when some of the scores have changed, once an optimizer step, and not at every forward.
+    Computes what the experts compute, by whatever kernel they are set to, with W * M in the place of W. The products
+    are computed when some of the scores have changed, once an optimizer step, and not at every forward.
 
     Attributes:
         experts: The original module; its parameters stay untouched.

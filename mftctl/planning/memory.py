@@ -221,10 +221,8 @@ def _measure_validation(model: PreTrainedModel, batches: Batches) -> int:
     input_ids = torch.zeros(batches.validation_records, batches.validation_tokens, dtype=torch.int64)
     mask = torch.ones(len(input_ids), 1, batches.validation_tokens, batches.validation_tokens, dtype=torch.bool)
     keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
-    with (
-        AllocationMeter([*model.parameters(), *model.buffers(), input_ids, *masked_products(model)]) as meter,
-        torch.no_grad(),
-    ):
+    existing = [*model.parameters(), *model.buffers(), input_ids, *masked_products(model)]
+    with AllocationMeter(existing) as meter, torch.no_grad():
         logits = model(
             input_ids=input_ids,
             attention_mask=mask,
