@@ -85,7 +85,7 @@ def _write(model: PreTrainedModel, stand_ins: Mapping[str, torch.Tensor]) -> dic
             key=type(model).__name__,
             expected="tensors that hold whole experts or rows of a parameter",
             actual=str(error).splitlines()[0],
-            hint="mask the attention alone (--target attn)",
+            hint="leave it out: --target attn, or --target mlp",
         ) from error
     return written
 
@@ -133,5 +133,5 @@ def _unknown_layout(name: str, parameter: torch.Tensor, stored: str) -> MaskingE
         key=name,
         expected="tensors that hold whole experts or rows of it",
         actual=f"{tuple(parameter.shape)} in memory, {stored} on disk",
-        hint="mask the attention alone (--target attn)",
+        hint="leave it out: --target attn, or --target mlp",
     )

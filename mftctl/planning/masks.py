@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
@@ -64,6 +65,7 @@ def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> 
     return found
 
 
+@functools.cache
 def deflate_size_bytes(weights: int, removed: int) -> int:
     """The expected size of a payload of codec `deflate`, for a mask whose removed entries lie at random.
 
