@@ -22,7 +22,8 @@ _MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn)($|[._])", re.IGNORECASE)
 
 
 _EXPERTS = re.compile(r"(^|\.)experts($|\.)")
-_ROUTER = re.compile(r"(^|[._])(gate|router)$")
+_ROUTER = re.compile(r"(^|\.)router($|\.)")
+_GATE = re.compile(r"(^|[._])gate$")
 _FUSED_DIMENSIONS = 3
 
 
@@ -265,8 +266,8 @@ def _projections(layer: nn.Module) -> Iterator[tuple[str, Literal["attn", "mlp"]
     for name, module in modules.items():
         part = _part(name)
         if _is_linear(module):
-            beside_experts = hasattr(modules[name.rpartition(".")[0]], "experts") and _ROUTER.search(name)
-            if part is not None and not beside_experts:
+            is_gate = _GATE.search(name) and hasattr(modules[name.rpartition(".")[0]], "experts")
+            if part is not None and not is_gate and not _ROUTER.search(name):
                 yield name, part, module
         elif _EXPERTS.search(name) or part == "mlp":
             if _fused(module, among_experts=bool(_EXPERTS.search(name))):

@@ -15,6 +15,8 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -70,12 +72,12 @@ class Architecture:
     """
 
     build: Callable[[], PreTrainedModel]
-    attention: dict[str, tuple[int, int]]
-    mlp: dict[str, tuple[int, int]]
+    attention: dict[str, tuple[int, ...]]
+    mlp: dict[str, tuple[int, ...]]
     start: str = "model.layers.1."
 
 
-def separate_attention(head_size: int = 8) -> dict[str, tuple[int, int]]:
+def separate_attention(head_size: int = 8) -> dict[str, tuple[int, ...]]:
     wide, narrow = 4 * head_size, 2 * head_size
     shapes = {"q_proj": (wide, 32), "k_proj": (narrow, 32), "v_proj": (narrow, 32), "o_proj": (32, wide)}
     return {f"self_attn.{name}.weight": shape for name, shape in shapes.items()}
@@ -117,7 +119,7 @@ DENSE = {
 }
 
 
-def expert_shapes(path: str, gate: str, up: str, down: str, width: int) -> dict[str, tuple[int, int]]:
+def expert_shapes(path: str, gate: str, up: str, down: str, width: int) -> dict[str, tuple[int, ...]]:
     """Four experts."""
     shapes = {gate: (width, 32), up: (width, 32), down: (32, width)}
     return {f"{path}.{expert}.{name}.weight": shape for expert in range(4) for name, shape in shapes.items()}
@@ -137,7 +139,14 @@ EXPERTS = {
         expert_shapes("mlp.experts", "gate_proj", "up_proj", "down_proj", 24),
     ),
 }
-ARCHITECTURES = DENSE | EXPERTS
+STORED_FUSED = {
+    "gpt_oss": Architecture(
+        lambda: GptOssForCausalLM(GptOssConfig(**SIZES, head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
+        separate_attention(),
+        {"mlp.experts.gate_up_proj": (4, 32, 96), "mlp.experts.down_proj": (4, 48, 32)},
+    )
+}
+ARCHITECTURES = DENSE | EXPERTS | STORED_FUSED
 
 
 def build(name: str, *, seed: int = 0) -> PreTrainedModel:

@@ -110,6 +110,6 @@ def test_only_the_projections_of_the_target_carry_a_mask(name: str, part: str, t
     family = ARCHITECTURES[name]
     expected = family.attention if part == "attn" else family.mlp
     targets = find_targets(model, [1], part)
-    keep = {target.name: torch.ones(expected[target.name.removeprefix(family.start) + ".weight"]) for target in targets}
-    mask = build_mask({key: bits.bool() for key, bits in keep.items()}, targets, model, tmp_path, METADATA)
+    keep = {target.name: torch.ones(target.weight.shape, dtype=torch.bool) for target in targets}
+    mask = build_mask(keep, targets, model, tmp_path, METADATA)
     assert {tensor.removeprefix(family.start) for tensor in mask.names()} == set(expected)

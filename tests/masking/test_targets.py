@@ -18,6 +18,8 @@ from transformers import (
     GPT2LMHeadModel,
     GptOssConfig,
     GptOssForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -132,6 +134,14 @@ def test_dense_layers_shared_experts_and_their_gates_beside_fused_experts() -> N
     assert {target.name for target in find_targets(model, [0], "mlp")} == {
         f"model.layers.0.mlp.{name}" for name in projections
     }
+
+
+def test_routers_with_linear_layers_inside_are_no_targets() -> None:
+    """JetMoE: its attention has experts too."""
+    model = JetMoeForCausalLM(JetMoeConfig(**SIZES, num_local_experts=4, kv_channels=8))
+    routers = {name for name, module in model.named_modules() if "router" in name and isinstance(module, nn.Linear)}
+    assert len(routers) == 2 * model.config.num_hidden_layers
+    assert {target.projection for target in find_targets(model)} == {"input_linear", "output_linear", "kv_proj"}
 
 
 def test_experts_that_are_stored_fused_are_one_target_each() -> None:
