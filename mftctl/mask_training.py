@@ -18,7 +18,7 @@ from mftctl.lineage import Source, fft_learning_rate, mask_state
 from mftctl.mask_validation import confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
-from mftctl.masking.checkpoint import checkpoint_names, resolve_checkpoint, tensor_digest, tensor_index
+from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_digest, tensor_index
 from mftctl.masking.drop import drop_mask
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.models import load_model, peak_memory_bytes
@@ -54,6 +54,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
+    target_names(targets, model, tensor_index(inputs.checkpoint))  # what cannot be written is said before the training
     deciding, confirming = split_validation_records(inputs.validation, options)
     inputs = replace(inputs, validation=deciding)
     search = MaskSearch(
@@ -72,7 +73,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     if options.method == "learned":
         listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
     found = find_mask(search)
-    mask = build_mask(found.keep, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
+    mask = build_mask(found.keep, targets, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
     confirmation = None
     if found.best_loss >= found.unmasked_loss:
         listener.warn(
@@ -230,23 +231,31 @@ def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:
     return magnitude_mask(target, ratio)
 
 
-def build_mask(keep: Mapping[str, torch.Tensor], model: PreTrainedModel, base: Path, metadata: MaskMetadata) -> Mask:
-    """The mask of some modules under the names, shapes and digests of the base checkpoint's tensors.
+def build_mask(
+    keep: Mapping[str, torch.Tensor],
+    targets: Sequence[MaskTarget],
+    model: PreTrainedModel,
+    base: Path,
+    metadata: MaskMetadata,
+) -> Mask:
+    """The mask of some projections under the names, shapes and digests of the base checkpoint's tensors.
 
     Args:
-        keep: Bool keep mask by module name.
+        keep: Bool keep mask by target name.
+        targets: From `find_targets` on the model without masks.
         model: The model in memory.
         base: Its checkpoint folder.
         metadata: What the mask file says about its origin.
 
     Raises:
         MaskMismatchError: A parameter is not in the checkpoint.
+        MaskingError: A weight is stored as several tensors.
     """
     index = tensor_index(base)
-    names = checkpoint_names([f"{name}.weight" for name in keep], index, model.base_model_prefix)
+    names = target_names(targets, model, index)
     tensors, records = {}, {}
-    for module, bits in keep.items():
-        name = names[f"{module}.weight"]
+    for target, bits in keep.items():
+        name = names[target]
         stored = index[name]
         tensors[name] = bits
         removed = bits.numel() - int(bits.sum())

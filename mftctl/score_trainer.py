@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mftctl.masking.codecs import pack, unpack
-from mftctl.masking.layers import MaskedLinear, masked_layers
+from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers
 from mftctl.training import SftTrainer
 
 _SCORES_FILE = "scores.safetensors"
@@ -68,8 +68,8 @@ class MaskTrainer(SftTrainer):
         self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_loss"], 0
         return metrics
 
-    def masked(self) -> dict[str, MaskedLinear]:
-        """The masked modules by name, in model order."""
+    def masked(self) -> dict[str, MaskedLinear | MaskedPart]:
+        """The modules with scores by the name of their target, in model order."""
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return dict(masked_layers(model))
 

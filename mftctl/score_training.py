@@ -252,7 +252,7 @@ def _learning_rate(target: MaskTarget, search: MaskSearch, steps: int) -> float:
         return options.learning_rate
     if options.effective_start == "magnitude":
         return _RATE_FACTOR * search.fft_learning_rate
-    scale = score_scale(target.module)
+    scale = score_scale(target)
     if options.effective_start == "constant":
         scale = abs(options.start_value - (options.effective_threshold or 0.0))
     if scale == 0.0:

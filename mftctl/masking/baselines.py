@@ -37,4 +37,4 @@ def magnitude_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
 
     Source: MFT, section 3.1, baseline 5 (L1 mask).
     """
-    return keep_highest(target.module.weight.detach().abs(), ratio)
+    return keep_highest(target.weight.detach().abs(), ratio)

@@ -16,7 +16,7 @@ from mftctl.atomic import atomic_folder
 from mftctl.errors import MaskMismatchError, ModelError
 from mftctl.masking.bits import Mask
 from mftctl.masking.checkpoint_source import resolve_checkpoint
-from mftctl.masking.in_memory import apply_mask, checkpoint_names
+from mftctl.masking.in_memory import apply_mask, checkpoint_names, target_names
 from mftctl.masking.masked_shards import with_base_values, without_removed, write_shards
 from mftctl.masking.model_card import write_model_card
 from mftctl.masking.record_checks import masked_tensors
@@ -37,6 +37,7 @@ __all__ = [
     "checkpoint_names",
     "read_tensor",
     "resolve_checkpoint",
+    "target_names",
     "tensor_digest",
     "tensor_index",
 ]

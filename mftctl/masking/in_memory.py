@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from mftctl.errors import MaskMismatchError
+from mftctl.errors import MaskingError, MaskMismatchError
 from mftctl.masking.bits import Mask
 from mftctl.masking.dtypes import INTEGER_VIEWS, TORCH_DTYPES, can_hold
 from mftctl.masking.record_checks import masked_tensors, require_digest
 from mftctl.masking.safetensors_files import read_tensor, tensor_digest
+from mftctl.masking.stored_layout import stored_parts
+from mftctl.masking.targets import MaskTarget
 
 
 def checkpoint_names(model_names: Iterable[str], index: Container[str], base_model_prefix: str) -> dict[str, str]:
@@ -30,6 +33,38 @@ def checkpoint_names(model_names: Iterable[str], index: Container[str], base_mod
     return {name: _counterpart(name, index, base_model_prefix) for name in model_names}
 
 
+def target_names(targets: Sequence[MaskTarget], model: PreTrainedModel, index: Container[str]) -> dict[str, str]:
+    """The checkpoint's name for the weight of each target, by the target's name.
+
+    Args:
+        targets: From `find_targets` on this model.
+        model: Loaded from the checkpoint.
+        index: The names in the checkpoint.
+
+    Raises:
+        MaskMismatchError: A weight is not in the checkpoint.
+        MaskingError: A weight is stored as several tensors.
+    """
+    prefix = model.base_model_prefix
+    unknown = [target for target in targets if not _candidates(target.weight_name, index, prefix)]
+    parts = stored_parts(model, {target.weight_name: target.weight for target in unknown if target.fused is None})
+    for name, stored in parts.items():
+        if len(stored) != 1:
+            raise MaskingError(
+                "A projection is stored as several tensors, and only experts that are fused can be masked so.",
+                key=name,
+                expected="one tensor",
+                actual=", ".join(part.name for part in stored),
+                hint="leave it out (--target, or a ratio by projection)",
+            )
+    renamed = {
+        target.name: parts[target.weight_name][0].name if target.weight_name in parts else target.weight_name
+        for target in targets
+    }
+    names = checkpoint_names(renamed.values(), index, prefix)
+    return {target: names[weight] for target, weight in renamed.items()}
+
+
 def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> None:
     """Sets the removed weights of a loaded model to +0.0, or to the base's values for a delta mask, in place.
 
@@ -41,19 +76,18 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
 
     Args:
         model: A transformers model, or any module with parameters under checkpoint names: the base for a weight mask,
-            the tuned model for a delta mask.
+            the tuned model for a delta mask. Experts may be fused in memory and separate in the mask.
         mask: The mask.
         base: Folder of the base, for a delta mask only. One of its tensors is in memory at a time.
 
     Raises:
         MaskMismatchError: The model or the base is not the one the mask was made for, a delta mask has no base, or a
             weight mask has one.
+        MaskingError: A masked tensor is not a parameter, and how the model stores its parameters cannot be found out.
         ModelError: The base cannot be read.
     """
     _require_base_for_delta(mask, base)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    prefix = getattr(model, "base_model_prefix", "")
-    targets = {name: parameters[found] for name, found in checkpoint_names(mask.names(), parameters, prefix).items()}
+    targets = _masked_parameters(model, mask.names())
     for name, parameter in targets.items():
         _require_model(name, parameter, mask)
     if base is None:
@@ -82,7 +116,19 @@ def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
         )
 
 
-def _reset(targets: Mapping[str, torch.nn.Parameter], mask: Mask, base: Path) -> None:
+def _masked_parameters(model: torch.nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The parameter for each name in a checkpoint, or a view of its part that is stored under the name."""
+    prefix = getattr(model, "base_model_prefix", "")
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    if not all(_candidates(name, tensors, prefix) for name in names):
+        for name, parts in stored_parts(model, tensors).items():
+            tensors |= {part.name: part.of(tensors[name]) for part in parts}
+    return {name: tensors[found] for name, found in checkpoint_names(names, tensors, prefix).items()}
+
+
+def _reset(targets: Mapping[str, torch.Tensor], mask: Mask, base: Path) -> None:
     originals = masked_tensors(mask, base, "base")
     for name, stored in originals.items():
         require_digest(tensor_digest(stored), stored, name, mask, "base")
@@ -93,18 +139,25 @@ def _reset(targets: Mapping[str, torch.nn.Parameter], mask: Mask, base: Path) ->
 
 
 def _counterpart(name: str, names: Container[str], prefix: str) -> str:
-    candidates = [name]
-    if prefix:
-        candidates += [name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]
-    for candidate in candidates:
-        if candidate in names:
-            return candidate
+    found = _candidates(name, names, prefix)
+    if found:
+        return found[0]
     raise MaskMismatchError(
         "A masked tensor is not in the model",
         key=name,
-        expected=" or ".join(dict.fromkeys(candidates)),
+        expected=" or ".join(_spellings(name, prefix)),
         hint="use the mask with the model it was learned on (mftctl mask info FILE names it)",
     )
+
+
+def _candidates(name: str, names: Container[str], prefix: str) -> list[str]:
+    return [spelling for spelling in _spellings(name, prefix) if spelling in names]
+
+
+def _spellings(name: str, prefix: str) -> list[str]:
+    if not prefix:
+        return [name]
+    return list(dict.fromkeys([name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]))
 
 
 def _require_model(name: str, parameter: torch.Tensor, mask: Mask) -> None:

@@ -2,73 +2,33 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
-from mftctl.masking.selection import Ranking, check_ratio, keep_above, keep_highest, rank
+from mftctl.masking.experts import MaskedExperts, MaskedPart
+from mftctl.masking.indicator import Indicator, scores_state
 from mftctl.masking.targets import MaskTarget
 
-
-@dataclass(frozen=True, slots=True)
-class Indicator:
-    """The rule that turns scores into a mask: a ratio per tensor, or one threshold.
-
-    Attributes:
-        ratio: Share removed of each tensor, lowest ranked first; None if a threshold decides.
-        threshold: Entries with a lower score are removed; None if a ratio decides. Always on signed scores.
-        ranking: What a ratio ranks: |score| (`magnitude`) or the score (`signed`).
-    """
-
-    ratio: float | None = 0.1
-    threshold: float | None = None
-    ranking: Ranking = "magnitude"
-
-    def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.threshold is None):
-            raise ValueError("an indicator needs either a ratio or a threshold")
-        if self.ratio is not None:
-            check_ratio(self.ratio)
-
-    @property
-    def uses_magnitude(self) -> bool:
-        """Whether |score| decides, so that the gradient carries the sign of the score."""
-        return self.threshold is None and self.ranking == "magnitude"
-
-    def keep(self, scores: torch.Tensor) -> torch.Tensor:
-        """The bool keep mask of `scores`, of the same shape.
-
-        Raises:
-            MaskingError: A score is not a number.
-        """
-        if self.ratio is None:
-            return keep_above(scores, self.threshold or 0.0)
-        return keep_highest(rank(scores, self.ranking), self.ratio)
-
-
-class _StepCounter:
-    """Counts the steps of all optimizers of this process."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        register_optimizer_step_post_hook(self._count)
-
-    def _count(self, *_: object) -> None:
-        self.steps += 1
-
-
-@functools.cache
-def _step_counter() -> _StepCounter:
-    return _StepCounter()
+__all__ = [
+    "Indicator",
+    "MaskedExperts",
+    "MaskedLinear",
+    "MaskedPart",
+    "ScoreStart",
+    "attach_masks",
+    "detach_masks",
+    "initial_scores",
+    "masked_layers",
+    "masked_products",
+    "score_scale",
+]
 
 
 class MaskedLinear(nn.Module):
@@ -94,7 +54,7 @@ class MaskedLinear(nn.Module):
         self.indicator = indicator
         self.transposed = isinstance(linear, Conv1D)
         self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
-        self._scores_state: tuple[int, int] | None = None
+        self._scores_state: tuple[int, ...] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
 
     def keep(self) -> torch.Tensor:
@@ -108,8 +68,7 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def masked_weight(self) -> torch.Tensor:
         """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
-        # An in-place update raises the version counter of a tensor; fused optimizers alone leave it as it is.
-        state = (self.scores._version, _step_counter().steps)
+        state = scores_state([self.scores])
         if state != self._scores_state or self._masked_weight.device != self.weight.device:
             self._masked_weight = self.weight.masked_fill(~self.keep(), 0.0)
             self._scores_state = state
@@ -118,9 +77,9 @@ class MaskedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The projection of `x` `(..., in_features)` to `(..., out_features)`."""
         y: torch.Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            x, self.scores, self.masked_weight(), self.weight, self.transposed, self.indicator.uses_magnitude
+            x, self.scores, self.masked_weight(), self.weight, self.bias, self.transposed, self.indicator.uses_magnitude
         )
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y
 
     def extra_repr(self) -> str:
         """Shape and indicator, for `print(model)`."""
@@ -128,7 +87,7 @@ class MaskedLinear(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`x @ (W * M)^T`, whose gradient for the scores takes the indicator as the identity.
+    """`x @ (W * M)^T + b`, whose gradient for the scores takes the indicator as the identity.
 
     dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked.
 
@@ -142,6 +101,7 @@ class _StraightThrough(torch.autograd.Function):
         scores: torch.Tensor,
         masked_weight: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         transposed: bool,
         uses_magnitude: bool,
     ) -> torch.Tensor:
@@ -153,7 +113,14 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(x, scores, masked_weight, weight)
         ctx.transposed = transposed
         ctx.uses_magnitude = uses_magnitude
-        return x @ masked_weight if transposed else F.linear(x, masked_weight)
+        # The bias belongs into the same kernel: added afterwards it gives other roundings than the unmasked layer's.
+        bias = bias if bias is None else bias.to(compute_dtype)
+        if not transposed:
+            return F.linear(x, masked_weight, bias)
+        if bias is None:
+            return x @ masked_weight
+        y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), masked_weight)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -168,7 +135,7 @@ class _StraightThrough(torch.autograd.Function):
             grad_scores = grad_masked.to(scores.dtype).mul_(weight)
             if ctx.uses_magnitude:
                 grad_scores.mul_(scores.sign())
-        return grad_x, grad_scores, None, None, None, None
+        return grad_x, grad_scores, None, None, None, None, None
 
 
 ScoreStart = Literal["kaiming", "constant", "magnitude"]
@@ -186,22 +153,21 @@ def initial_scores(target: MaskTarget, start: ScoreStart, *, constant: float = 0
 
     Source: the authors' implementation of MFT (Kaiming-uniform with a = sqrt(5)).
     """
-    weight = target.module.weight
+    weight = target.weight
     if start == "magnitude":
         return weight.detach().abs().float()
     if start == "constant":
         return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    bound = score_scale(target.module)
+    bound = score_scale(target)
     scores = torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
     return scores.to(weight.device)
 
 
-def score_scale(linear: nn.Linear | Conv1D | MaskedLinear) -> float:
+def score_scale(target: MaskTarget) -> float:
     """1 / sqrt(fan_in), the bound of the Kaiming-uniform start."""
-    transposed = isinstance(linear, Conv1D) or (isinstance(linear, MaskedLinear) and linear.transposed)
-    return 1.0 / math.sqrt(linear.weight.shape[0 if transposed else 1])
+    return 1.0 / math.sqrt(target.fan_in)
 
 
 def attach_masks(
@@ -210,7 +176,7 @@ def attach_masks(
     scores: Mapping[str, torch.Tensor],
     indicator: Indicator | Mapping[str, Indicator],
 ) -> None:
-    """Freezes the model and puts a `MaskedLinear` in the place of every target.
+    """Freezes the model and puts a `MaskedLinear` or `MaskedExperts` in the place of every target.
 
     Args:
         model: Changed in place; afterwards only scores are trainable.
@@ -219,22 +185,42 @@ def attach_masks(
         indicator: The rule from scores to mask, of all targets or one per target name.
     """
     model.requires_grad_(False)
+    experts: dict[str, list[MaskedPart]] = {}
     for target in targets:
         rule = indicator if isinstance(indicator, Indicator) else indicator[target.name]
-        _replace(model, target.name, MaskedLinear(target.module, scores[target.name], rule))
+        if isinstance(target.module, nn.Linear | Conv1D):
+            _replace(model, target.module_name, MaskedLinear(target.module, scores[target.name], rule))
+        else:
+            experts.setdefault(target.module_name, []).append(MaskedPart(target, scores[target.name], rule))
+    for name, parts in experts.items():
+        _replace(model, name, MaskedExperts(model.get_submodule(name), parts))
 
 
 def detach_masks(model: nn.Module) -> None:
-    """Puts the original projections back; weights were never touched."""
-    for name, module in list(masked_layers(model)):
-        _replace(model, name, module.original())
+    """Puts the original modules back; weights were never touched."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MaskedLinear | MaskedExperts):
+            _replace(model, name, module.original())
 
 
-def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear]]:
-    """Path and module of every masked projection, in model order."""
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear | MaskedPart]]:
+    """Target name of everything that has scores, and the module that holds them, in model order."""
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear):
             yield name, module
+        elif isinstance(module, MaskedPart):
+            yield module.target.name, module
+
+
+def masked_products(model: nn.Module) -> list[torch.Tensor]:
+    """The weights that a masked model computes with in the place of its own, computed anew only if scores changed."""
+    products = []
+    for module in model.modules():
+        if isinstance(module, MaskedLinear):
+            products.append(module.masked_weight())
+        elif isinstance(module, MaskedExperts):
+            products += module.products()
+    return products
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.errors import MaskingError
+from mftctl.masking.stored_layout import StoredPart, stored_parts
 
 Target = Literal["attn", "mlp", "both"]
 
@@ -18,26 +21,65 @@ _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|cross
 _MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn)($|[._])", re.IGNORECASE)
 
 
+_EXPERTS = re.compile(r"(^|\.)experts($|\.)")
+_ROUTER = re.compile(r"(^|\.)router($|\.)")
+_GATE = re.compile(r"(^|[._])gate$")
+_FUSED_DIMENSIONS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class MaskTarget:
-    """One linear projection of a decoder layer.
+    """One projection of a decoder layer: a module of its own, or one stored tensor of experts that are fused.
 
     Attributes:
-        name: The module's path in the model, such as `model.layers.4.mlp.up_proj`.
+        name: The module's path in the model, such as `model.layers.4.mlp.up_proj`; of experts the name of the stored
+            tensor without `.weight`, such as `model.layers.4.mlp.experts.7.up_proj`.
         layer: Index of its decoder layer.
         part: `attn` or `mlp`.
-        module: The `nn.Linear` or `Conv1D` itself.
+        module: The `nn.Linear` or `Conv1D` itself, or the module that holds the experts.
+        fused: Which part of which parameter it is, for experts; None for a module of its own.
     """
 
     name: str
     layer: int
     part: Literal["attn", "mlp"]
-    module: nn.Linear | Conv1D
+    module: nn.Module
+    fused: StoredPart | None = None
 
     @property
     def projection(self) -> str:
         """The last part of the name, such as `up_proj`."""
         return self.name.rpartition(".")[2]
+
+    @property
+    def module_name(self) -> str:
+        """The module's path in the model."""
+        return self.name if self.fused is None else self.fused.parameter.rpartition(".")[0]
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter in its module."""
+        return "weight" if self.fused is None else self.fused.parameter.rpartition(".")[2]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight as it is stored: the parameter, or a view of a part of it."""
+        return self.part_of(self.module.get_parameter(self.parameter))
+
+    @property
+    def weight_name(self) -> str:
+        """The weight's name: in memory that of the parameter, of experts the stored tensor's."""
+        return f"{self.name}.weight" if self.fused is None else self.fused.name
+
+    @property
+    def fan_in(self) -> int:
+        """The number of inputs that each output is made of."""
+        transposed = isinstance(self.module, Conv1D) or bool(getattr(self.module, "is_transposed", False))
+        return self.weight.shape[-2 if transposed else -1]
+
+    def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This projection's part of a tensor of the parameter's shape, as a view."""
+        return tensor if self.fused is None else self.fused.of(tensor)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -70,7 +112,10 @@ def find_targets(
     target: Target = "both",
     projections: Collection[str] | None = None,
 ) -> list[MaskTarget]:
-    """The projections of the chosen layers, in model order; embeddings, norms and the output head are never among them.
+    """The projections of the chosen layers, in model order.
+
+    Embeddings, norms, the output head and the routers of experts are never among them. Of fused experts each stored
+    tensor is one.
 
     Args:
         model: A decoder-only model.
@@ -79,25 +124,28 @@ def find_targets(
         projections: Only projections of these names, such as `q_proj`; None takes all.
 
     Raises:
-        MaskingError: The model has no decoder layers, nothing matches, or a projection of that name is not there.
+        MaskingError: The model has no decoder layers, nothing matches, a projection of that name is not there, or
+            experts are fused in a form that no mask can follow.
 
     Source: MFT, section 3.1 (attention and MLP projections).
     """
     prefix, decoder = decoder_layers(model)
     wanted = range(len(decoder)) if layers is None else layers
-    found = [
-        MaskTarget(f"{prefix}.{index}.{name}", index, part, module)
+    modules = [
+        (f"{prefix}.{index}.{name}", index, part, module)
         for index in wanted
-        for name, module in decoder[index].named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and (part := _part(name)) is not None and target in (part, "both")
+        for name, part, module in _projections(decoder[index])
+        if target in (part, "both")
     ]
+    experts = _expert_parts(model, [(name, module) for name, _, _, module in modules if not _is_linear(module)])
+    found = []
+    for name, index, part, module in modules:
+        if _is_linear(module):
+            found.append(MaskTarget(name, index, part, module))
+        for fused in experts.get(name, []):
+            found.append(MaskTarget(fused.name.removesuffix(".weight"), index, part, module, fused))
     if not found:
-        raise MaskingError(
-            "No projection matches.",
-            key="target",
-            expected="attention or MLP projections (nn.Linear or Conv1D)",
-            actual=f"target {target} in a decoder of {type(decoder[0]).__name__}",
-        )
+        raise _no_projection(decoder, f"target {target}")
     if projections is None:
         return found
     known = {item.projection for item in found}
@@ -185,8 +233,91 @@ def layer_groups(
     return groups
 
 
+def linear_projections(model: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
+    """Path and module of the attention and MLP projections that are modules of their own, of all layers.
+
+    Raises:
+        MaskingError: The model has no decoder layers, or none of these in them.
+    """
+    prefix, decoder = decoder_layers(model)
+    found = [
+        (f"{prefix}.{index}.{name}", module)
+        for index, layer in enumerate(decoder)
+        for name, _, module in _projections(layer)
+        if isinstance(module, nn.Linear | Conv1D)
+    ]
+    if not found:
+        raise _no_projection(decoder, "none")
+    return found
+
+
+def _no_projection(decoder: nn.ModuleList, wanted: str) -> MaskingError:
+    return MaskingError(
+        "No projection matches.",
+        key="target",
+        expected="attention or MLP projections (nn.Linear, Conv1D or fused experts)",
+        actual=f"{wanted} in a decoder of {type(decoder[0]).__name__}",
+    )
+
+
+def _projections(layer: nn.Module) -> Iterator[tuple[str, Literal["attn", "mlp"], nn.Module]]:
+    """Path in the layer, part and module of its linear projections, and of the modules that hold fused experts."""
+    modules = dict(layer.named_modules())
+    for name, module in modules.items():
+        part = _part(name)
+        if _is_linear(module):
+            is_gate = _GATE.search(name) and hasattr(modules[name.rpartition(".")[0]], "experts")
+            if part is not None and not is_gate and not _ROUTER.search(name):
+                yield name, part, module
+        elif _EXPERTS.search(name) or part == "mlp":
+            if _fused(module, among_experts=bool(_EXPERTS.search(name))):
+                yield name, part or "mlp", module
+
+
+def _expert_parts(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, list[StoredPart]]:
+    """The stored tensors of each module that holds fused experts, by its path.
+
+    Raises:
+        MaskingError: A parameter is not one of three dimensions, or no mask can follow how it is stored.
+    """
+    parameters = {}
+    for name, module in modules:
+        for key, parameter in _fused(module, among_experts=True).items():
+            if parameter.dim() != _FUSED_DIMENSIONS:
+                raise MaskingError(
+                    "Experts are fused in a form that no mask can follow.",
+                    key=f"{name}.{key}",
+                    expected="parameters of three dimensions, the first of them the experts",
+                    actual=f"{tuple(parameter.shape)} in {type(module).__name__}",
+                    hint="mask the attention alone (--target attn)",
+                )
+            parameters[f"{name}.{key}"] = parameter
+    found: dict[str, list[StoredPart]] = {}
+    for name, parts in stored_parts(model, parameters).items():
+        found.setdefault(name.rpartition(".")[0], []).extend(parts)
+    return found
+
+
+def _fused(module: nn.Module, *, among_experts: bool) -> dict[str, nn.Parameter]:
+    """The parameters of a module that look like fused experts.
+
+    Args:
+        module: No linear projection; its own parameters count, and not those of its children.
+        among_experts: Whether its path says experts, so that two dimensions are enough; a router has two as well.
+    """
+    if isinstance(module, _ConvNd):
+        return {}
+    dimensions = _FUSED_DIMENSIONS - among_experts
+    own = module.named_parameters(recurse=False)
+    return {name: item for name, item in own if item.dim() >= dimensions and not name.endswith("bias")}
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
 def _part(name: str) -> Literal["attn", "mlp"] | None:
-    """Whether a projection's path inside its layer says attention or MLP; None for anything else, such as routers."""
+    """Whether a module's path inside its layer says attention or MLP; None for anything else."""
     if _ATTENTION.search(name):
         return "attn"
     return "mlp" if _MLP.search(name) else None

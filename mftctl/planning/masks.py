@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import heapq
 import math
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class MaskedTensor:
     """A projection that will carry a mask.
 
     Attributes:
-        name: Its weight's name in the model.
+        name: Its weight's name in the model; of fused experts the name in the checkpoint.
         shape: Of the weight.
         weights: Its entries.
         removed: Entries that the mask removes; None where a threshold decides.
@@ -49,11 +50,11 @@ def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> 
     """
     found = []
     for target in targets:
-        weight, ratio = target.module.weight, options.ratio_of(target.projection)
+        weight, ratio = target.weight, options.ratio_of(target.projection)
         removed = None if ratio is None else removed_count(weight.numel(), ratio)
         found.append(
             MaskedTensor(
-                f"{target.name}.weight",
+                target.weight_name,
                 tuple(weight.shape),
                 weight.numel(),
                 removed,
@@ -64,6 +65,7 @@ def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> 
     return found
 
 
+@functools.cache
 def deflate_size_bytes(weights: int, removed: int) -> int:
     """The expected size of a payload of codec `deflate`, for a mask whose removed entries lie at random.
 

@@ -26,7 +26,7 @@ from mftctl.answer_loss import answer_loss, logits_only_at
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ModelError
 from mftctl.evaluation.inference import length_batches
-from mftctl.masking.layers import masked_layers
+from mftctl.masking.layers import masked_layers, masked_products
 from mftctl.masking.targets import decoder_layers
 from mftctl.models import best_device, peak_memory_bytes
 from mftctl.planning.alike_layers import keep_stand_ins, repeat_layers, stand_ins, telling_stretches
@@ -237,8 +237,8 @@ def _measure_validation(model: PreTrainedModel, batches: Batches) -> int:
     input_ids = torch.zeros(batches.validation_records, batches.validation_tokens, dtype=torch.int64)
     mask = torch.ones(len(input_ids), 1, batches.validation_tokens, batches.validation_tokens, dtype=torch.bool)
     keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
-    cached = [module.masked_weight() for _, module in masked_layers(model)]
-    with AllocationMeter([*model.parameters(), *model.buffers(), input_ids, *cached]) as meter, torch.no_grad():
+    existing = [*model.parameters(), *model.buffers(), input_ids, *masked_products(model)]
+    with AllocationMeter(existing) as meter, torch.no_grad():
         logits = model(
             input_ids=input_ids,
             attention_mask=mask,

@@ -90,7 +90,7 @@ def plan_mask_training(options: MaskTrainOptions, layers: Sequence[int]) -> Trai
 
 def attach_without_data(model: PreTrainedModel, targets: Sequence[MaskTarget]) -> None:
     """Puts masks on a model without data, whose scores cannot be compared."""
-    scores = {target.name: torch.empty(target.module.weight.shape) for target in targets}
+    scores = {target.name: torch.empty(target.weight.shape) for target in targets}
     attach_masks(model, targets, scores, Indicator())
     for _, module in masked_layers(model):
         module.indicator = _ShapeIndicator()

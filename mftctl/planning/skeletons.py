@@ -6,10 +6,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mftctl import quickstart
@@ -82,7 +84,7 @@ def without_data(model: nn.Module, device: torch.device) -> Iterator[None]:
         model: Changed in place: its parameters and buffers become fake tensors, shared ones stay shared.
         device: What it is to run on; need not exist here.
     """
-    with FakeTensorMode(), device:
+    with FakeTensorMode(), device, _PlainGroupedProducts():
         made: dict[torch.Tensor, torch.Tensor] = {}
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
@@ -90,6 +92,16 @@ def without_data(model: nn.Module, device: torch.device) -> Iterator[None]:
                     if tensor is not None:
                         setattr(module, name, made.setdefault(tensor, _fake(tensor)))
         yield
+
+
+class _PlainGroupedProducts(TorchFunctionMode):
+    """Multiplies fused experts by transformers' own operator: torch's knows the shapes of its result in bf16 alone."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._grouped_mm:
+            inputs, weight = args
+            return torch.ops.transformers.grouped_mm_fallback(inputs, weight, kwargs["offs"])
+        return func(*args, **(kwargs or {}))
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:

@@ -14,11 +14,13 @@ from mftctl.config import FftOptions
 from mftctl.errors import ModelError
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.masking.checkpoint_source import ADAPTER_FILE
-from mftctl.masking.targets import find_targets
+from mftctl.masking.targets import linear_projections
 
 
 def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed: int) -> PeftModel:
     """The model with a new adapter on every attention and MLP projection; only the adapter is trainable.
+
+    Experts that are fused in one module get none.
 
     Args:
         model: A whole model; changed in place.
@@ -28,15 +30,15 @@ def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed:
 
     Source: MFT, section 3.1, baseline 2 (LoRA).
     """
-    targets = find_targets(model)
+    projections = linear_projections(model)
     set_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=options.lora_rank,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
-        target_modules=[target.name for target in targets],
-        fan_in_fan_out=isinstance(targets[0].module, Conv1D),
+        target_modules=[name for name, _ in projections],
+        fan_in_fan_out=isinstance(projections[0][1], Conv1D),
     )
     adapted = get_peft_model(model, config)
     # peft names the folder that the weights were loaded from, which for a hub model is in the cache of this machine.

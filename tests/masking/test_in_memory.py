@@ -4,13 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
+from transformers.core_model_loading import Concatenate, WeightConverter
 
-from mftctl.errors import MaskMismatchError
+from mftctl.errors import MaskingError, MaskMismatchError
 from mftctl.masking.bits import Mask
-from mftctl.masking.in_memory import apply_mask, checkpoint_names
+from mftctl.masking.in_memory import apply_mask, checkpoint_names, target_names
+from mftctl.masking.targets import find_targets
 from tests.conftest import build_llama
-from tests.masking.checkpoints import learn_mask, projections, write_checkpoint
+from tests.masking.architectures import ARCHITECTURES, EXPERTS, SIZES, build
+from tests.masking.checkpoints import learn_mask, projections, stored_tensors, write_checkpoint
 
 
 class Tensors(torch.nn.Module):
@@ -247,3 +257,87 @@ def test_gpt2_is_masked_under_names_with_and_without_the_prefix(tmp_path: Path) 
     apply_mask(without.transformer, learn_mask(full))
     assert unchanged(with_prefix, state_of(without))
     assert (with_prefix.transformer.h[1].attn.c_attn.weight == 0).any()
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_fused_experts_are_masked_in_place_by_the_names_on_disk(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path / "base")
+    family = ARCHITECTURES[name]
+    stored = stored_tensors(tmp_path / "base")
+    mask = learn_mask({family.start + tensor: stored[family.start + tensor] for tensor in family.mlp})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    fused = model.model.layers[1].mlp.experts.gate_up_proj
+    address = fused.data_ptr()
+    apply_mask(model, mask)
+    assert model.model.layers[1].mlp.experts.gate_up_proj is fused
+    assert fused.data_ptr() == address
+    model.save_pretrained(tmp_path / "out")
+    after = stored_tensors(tmp_path / "out")
+    for tensor, values in stored.items():
+        kept = mask[tensor] if tensor in mask else torch.ones_like(values, dtype=torch.bool)
+        assert torch.equal(after[tensor], torch.where(kept, values, 0.0)), tensor
+
+
+def test_other_values_in_one_expert_are_refused(tmp_path: Path) -> None:
+    model = build("mixtral")
+    model.save_pretrained(tmp_path)
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    mask = learn_mask({name: stored_tensors(tmp_path)[name]})
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.gate_up_proj[2, 50, 0] += 1
+    with pytest.raises(MaskMismatchError, match="other values") as caught:
+        apply_mask(model, mask)
+    assert caught.value.key == name
+
+
+def test_an_expert_the_model_lacks_is_refused() -> None:
+    name = "model.layers.1.block_sparse_moe.experts.4.w3.weight"
+    with pytest.raises(MaskMismatchError, match="not in the model") as caught:
+        apply_mask(build("mixtral"), learn_mask({name: torch.ones(48, 32)}))
+    assert caught.value.key == name
+
+
+def gemma_with_vision() -> PreTrainedModel:
+    """A Gemma 3 of 4 B parameters and more has another name for each layer in memory than on disk."""
+    torch.manual_seed(0)
+    text = {**SIZES, "head_dim": 16, "num_hidden_layers": 3}
+    vision = {**SIZES, "image_size": 28, "patch_size": 14}
+    return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+
+
+def test_projections_that_have_another_name_on_disk(tmp_path: Path) -> None:
+    gemma_with_vision().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    stored = stored_tensors(tmp_path)
+    names = target_names(find_targets(model, [1], "mlp"), model, stored)
+    assert set(names.values()) == {
+        f"language_model.model.layers.1.mlp.{projection}_proj.weight" for projection in ("gate", "up", "down")
+    }
+    mask = learn_mask({name: stored[name] for name in names.values()})
+    apply_mask(model, mask)
+    for target, name in names.items():
+        assert torch.equal(model.get_parameter(f"{target}.weight"), torch.where(mask[name], stored[name], 0.0))
+
+
+def test_names_of_targets_without_the_prefix_of_the_model() -> None:
+    model = build("gpt2")
+    targets = find_targets(model, [1], "mlp")
+    names = target_names(targets, model, {"h.1.mlp.c_fc.weight", "h.1.mlp.c_proj.weight"})
+    assert names["transformer.h.1.mlp.c_fc"] == "h.1.mlp.c_fc.weight"
+
+
+def test_a_target_the_checkpoint_lacks_is_refused() -> None:
+    model = build("mixtral")
+    with pytest.raises(MaskMismatchError, match="not in the model") as caught:
+        target_names(find_targets(model, [1], "mlp"), model, {"lm_head.weight"})
+    assert caught.value.key == "model.layers.1.block_sparse_moe.experts.0.w1.weight"
+
+
+def test_a_projection_that_is_stored_as_several_tensors_is_refused() -> None:
+    model = build("phi3")
+    parts = ["mlp.gate_proj.weight", "mlp.up_proj.weight"]
+    model._weight_conversions = [WeightConverter(parts, "mlp.gate_up_proj.weight", operations=[Concatenate(dim=0)])]
+    with pytest.raises(MaskingError, match="stored as several tensors") as caught:
+        target_names(find_targets(model, [1], "mlp", ["gate_up_proj"]), model, set())
+    assert caught.value.key == "model.layers.1.mlp.gate_up_proj.weight"
+    assert caught.value.actual == "model.layers.1.mlp.gate_proj.weight, model.layers.1.mlp.up_proj.weight"

@@ -205,6 +205,20 @@ def test_bf16_weights_with_fp32_scores() -> None:
     assert layer.scores.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_bias_rounds_as_in_the_layer_without_scores(transposed: bool, dtype: torch.dtype) -> None:
+    """Sizes at which a bias that is added afterwards gives other last bits."""
+    torch.manual_seed(0)
+    linear = (Conv1D(96, 576) if transposed else nn.Linear(576, 96)).to(dtype)
+    nn.init.normal_(linear.bias)
+    layer = MaskedLinear(linear, torch.randn(linear.weight.shape), Indicator(ratio=0.3))
+    x = torch.randn(4, 16, 576).to(dtype)
+    y = layer(x)
+    linear.weight.data = layer.masked_weight()
+    assert torch.equal(y, linear(x))
+
+
 def test_autocast_computes_in_its_dtype() -> None:
     layer, x = make(Indicator(ratio=0.3))
     with torch.autocast("cpu", torch.bfloat16):
@@ -247,8 +261,8 @@ def test_kaiming_start_is_uniform_within_its_bound() -> None:
     target = next(item for item in find_targets(model) if item.name.endswith("down_proj"))
     scores = initial_scores(target, "kaiming")
     bound = 1 / np.sqrt(256)
-    assert score_scale(target.module) == pytest.approx(bound)
-    assert score_scale(Conv1D(5, 7)) == pytest.approx(1 / np.sqrt(7))
+    assert score_scale(target) == pytest.approx(bound)
+    assert score_scale(MaskTarget("conv", 0, "mlp", Conv1D(5, 7))) == pytest.approx(1 / np.sqrt(7))
     assert scores.abs().max() <= bound
     assert scores.std().item() == pytest.approx(bound / np.sqrt(3), rel=0.02)
     assert abs(scores.mean().item()) < bound / 20

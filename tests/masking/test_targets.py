@@ -5,14 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    JetMoeConfig,
+    JetMoeForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Phi3Config,
@@ -20,13 +27,23 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
 from mftctl.errors import MaskingError
-from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
+from mftctl.masking.targets import (
+    decoder_layers,
+    find_targets,
+    format_layers,
+    layer_groups,
+    linear_projections,
+    parse_layers,
+)
 from tests.conftest import build_llama
+from tests.masking.architectures import build
 
 SIZES = {
     "vocab_size": 64,
@@ -88,6 +105,78 @@ def test_a_decoder_without_known_projections() -> None:
     with pytest.raises(MaskingError, match="No projection matches") as caught:
         find_targets(model)
     assert caught.value.key == "target"
+
+
+def test_experts_are_found_by_what_the_checkpoint_stores_and_routers_never() -> None:
+    model = build("mixtral")
+    found = find_targets(model, [1], "mlp")
+    start = "model.layers.1.block_sparse_moe.experts"
+    assert {target.name for target in found} == {f"{start}.{e}.{name}" for e in range(4) for name in ("w1", "w2", "w3")}
+    assert {target.part for target in found} == {"mlp"}
+    assert {target.module_name for target in found} == {"model.layers.1.mlp.experts"}
+    up = find_targets(model, [1], "mlp", ["w3"])
+    assert [target.projection for target in up] == ["w3"] * 4
+    fused = model.model.layers[1].mlp.experts.gate_up_proj
+    assert torch.equal(up[2].weight, fused[2, 48:])
+    assert up[2].weight.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+
+
+def test_dense_layers_shared_experts_and_their_gates_beside_fused_experts() -> None:
+    """Qwen2-MoE: a router, a shared expert with a gate of its own, and layers without any of them."""
+    sizes = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, mlp_only_layers=[0]))
+    assert isinstance(model.model.layers[1].mlp.shared_expert_gate, nn.Linear)
+    names = {target.name.removeprefix("model.layers.1.mlp.") for target in find_targets(model, [1], "mlp")}
+    projections = SEPARATE[1]
+    assert names == {f"shared_expert.{name}" for name in projections} | {
+        f"experts.{expert}.{name}" for expert in range(4) for name in projections
+    }
+    assert {target.name for target in find_targets(model, [0], "mlp")} == {
+        f"model.layers.0.mlp.{name}" for name in projections
+    }
+
+
+def test_routers_with_linear_layers_inside_are_no_targets() -> None:
+    """JetMoE: its attention has experts too."""
+    model = JetMoeForCausalLM(JetMoeConfig(**SIZES, num_local_experts=4, kv_channels=8))
+    routers = {name for name, module in model.named_modules() if "router" in name and isinstance(module, nn.Linear)}
+    assert len(routers) == 2 * model.config.num_hidden_layers
+    assert {target.projection for target in find_targets(model)} == {"input_linear", "output_linear", "kv_proj"}
+
+
+def test_experts_that_are_stored_fused_are_one_target_each() -> None:
+    """GPT-OSS: transposed, with biases, which carry no mask."""
+    model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, head_dim=8))
+    found = find_targets(model, [1], "mlp")
+    assert [(target.projection, tuple(target.weight.shape)) for target in found] == [
+        ("gate_up_proj", (4, 32, 96)),
+        ("down_proj", (4, 48, 32)),
+    ]
+    assert [target.fan_in for target in found] == [32, 48]
+
+
+def test_experts_in_an_unknown_form_are_refused_by_name() -> None:
+    sizes = {"attn_config": {"rope_theta": 10000.0}, "ffn_config": {"ffn_hidden_size": 48}}
+    model = DbrxForCausalLM(DbrxConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=64, **sizes))
+    with pytest.raises(MaskingError, match="fused in a form") as caught:
+        find_targets(model, [1])
+    assert caught.value.key == "transformer.blocks.1.ffn.experts.mlp.w1"
+    assert "--target attn" in str(caught.value.hint)
+
+
+def test_projections_that_are_modules_for_adapters() -> None:
+    model = build("mixtral")
+    names = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {name for name, _ in linear_projections(model)} == {
+        f"model.layers.{layer}.self_attn.{name}" for layer in (0, 1) for name in names
+    }
+
+
+def test_nothing_for_adapters() -> None:
+    model = nn.Module()
+    model.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))])
+    with pytest.raises(MaskingError, match="No projection matches"):
+        linear_projections(model)
 
 
 @pytest.mark.parametrize(

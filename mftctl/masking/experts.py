@@ -1,0 +1,139 @@
+"""Experts that are fused in one module, with scores for each tensor that a checkpoint stores of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from mftctl.masking.indicator import Indicator, scores_state
+from mftctl.masking.targets import MaskTarget
+
+
+class MaskedPart(nn.Module):
+    """The scores of one stored tensor within a fused parameter, such as the gate projection of one expert.
+
+    Attributes:
+        target: What is masked.
+        scores: Trainable, fp32 unless given otherwise, of the stored tensor's shape.
+        indicator: The rule from scores to mask.
+    """
+
+    def __init__(self, target: MaskTarget, scores: torch.Tensor, indicator: Indicator) -> None:
+        super().__init__()
+        self.target = target
+        self.scores = nn.Parameter(scores)
+        self.indicator = indicator
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The frozen weight, a view of the fused parameter."""
+        return self.target.weight
+
+    def keep(self) -> torch.Tensor:
+        """The present keep mask, bool, of the weight's shape."""
+        return self.indicator.keep(self.scores.detach())
+
+    def extra_repr(self) -> str:
+        """Name, shape and indicator, for `print(model)`."""
+        return f"{self.target.name}, {tuple(self.scores.shape)}, {self.indicator}"
+
+
+class MaskedExperts(nn.Module):
+    """The frozen experts of a layer, fused in parameters `(experts, ...)` whose stored tensors pass a mask each.
+
+    Computes what the experts compute, by whatever kernel they are set to, with W * M in the place of W. The products
+    are computed when some of the scores have changed, once an optimizer step, and not at every forward.
+
+    Attributes:
+        experts: The original module; its parameters stay untouched.
+        parts: The scores of each stored tensor that is masked.
+
+    Args:
+        experts: Any module.
+        parts: At least one, each of a parameter that the module itself holds.
+
+    Source: MFT, equations 4 and 5.
+    """
+
+    def __init__(self, experts: nn.Module, parts: Sequence[MaskedPart]) -> None:
+        super().__init__()
+        self.experts = experts.requires_grad_(False)
+        self.parts = nn.ModuleList(parts)
+        self._parts: dict[str, list[MaskedPart]] = {}
+        for part in parts:
+            self._parts.setdefault(part.target.parameter, []).append(part)
+        self._products: dict[str, tuple[tuple[int, ...], torch.Tensor]] = {}
+
+    def original(self) -> nn.Module:
+        """The module that this one replaced."""
+        return self.experts
+
+    @torch.no_grad()
+    def product(self, parameter: str) -> torch.Tensor:
+        """W * M of a fused parameter, of its shape and dtype, computed anew only if some scores have changed.
+
+        Args:
+            parameter: Its name in the original module.
+        """
+        weight, parts = self.experts.get_parameter(parameter), self._parts[parameter]
+        state = scores_state(part.scores for part in parts)
+        known, product = self._products.get(parameter, (None, weight))
+        if state != known or product.device != weight.device:
+            product = weight.clone()
+            for part in parts:
+                part.target.part_of(product).masked_fill_(~part.keep(), 0.0)
+            self._products[parameter] = state, product
+        return product
+
+    def products(self) -> list[torch.Tensor]:
+        """W * M of every parameter with a mask."""
+        return [self.product(parameter) for parameter in self._parts]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the original module gives for these arguments, with masked weights."""
+        products = {parameter: self._differentiable(parameter) for parameter in self._parts}
+        return functional_call(self.experts, products, args, kwargs)
+
+    def _differentiable(self, parameter: str) -> torch.Tensor:
+        """The product of a parameter, whose gradient goes to the scores."""
+        product: torch.Tensor = _StraightThroughProduct.apply(  # type: ignore[no-untyped-call]
+            self.product(parameter),
+            self.experts.get_parameter(parameter),
+            self._parts[parameter],
+            *(part.scores for part in self._parts[parameter]),
+        )
+        return product
+
+
+class _StraightThroughProduct(torch.autograd.Function):
+    """W * M of a fused parameter, whose gradient for the scores takes the indicator as the identity.
+
+    dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked, for each part.
+
+    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: torch.Tensor, weight: torch.Tensor, parts: Sequence[MaskedPart], *scores: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(weight, *scores)
+        ctx.parts = parts
+        return product.view_as(product)
+
+    @staticmethod
+    def backward(ctx: Any, grad_product: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *scores = ctx.saved_tensors
+        grads: list[torch.Tensor | None] = []
+        for part, values, needed in zip(ctx.parts, scores, ctx.needs_input_grad[3:], strict=True):
+            if not needed:
+                grads.append(None)
+                continue
+            target = part.target
+            grad = target.part_of(grad_product).to(values.dtype) * target.part_of(weight)
+            grads.append(grad.mul_(values.sign()) if part.indicator.uses_magnitude else grad)
+        return None, None, None, *grads

@@ -1,0 +1,70 @@
+"""The rule from scores to a mask, and when a mask is out of date."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from mftctl.masking.selection import Ranking, check_ratio, keep_above, keep_highest, rank
+
+
+@dataclass(frozen=True, slots=True)
+class Indicator:
+    """The rule that turns scores into a mask: a ratio per tensor, or one threshold.
+
+    Attributes:
+        ratio: Share removed of each tensor, lowest ranked first; None if a threshold decides.
+        threshold: Entries with a lower score are removed; None if a ratio decides. Always on signed scores.
+        ranking: What a ratio ranks: |score| (`magnitude`) or the score (`signed`).
+    """
+
+    ratio: float | None = 0.1
+    threshold: float | None = None
+    ranking: Ranking = "magnitude"
+
+    def __post_init__(self) -> None:
+        if (self.ratio is None) == (self.threshold is None):
+            raise ValueError("an indicator needs either a ratio or a threshold")
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+
+    @property
+    def uses_magnitude(self) -> bool:
+        """Whether |score| decides, so that the gradient carries the sign of the score."""
+        return self.threshold is None and self.ranking == "magnitude"
+
+    def keep(self, scores: torch.Tensor) -> torch.Tensor:
+        """The bool keep mask of `scores`, of the same shape.
+
+        Raises:
+            MaskingError: A score is not a number.
+        """
+        if self.ratio is None:
+            return keep_above(scores, self.threshold or 0.0)
+        return keep_highest(rank(scores, self.ranking), self.ratio)
+
+
+class _StepCounter:
+    """Counts the steps of all optimizers of this process."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, *_: object) -> None:
+        self.steps += 1
+
+
+@functools.cache
+def _step_counter() -> _StepCounter:
+    return _StepCounter()
+
+
+def scores_state(scores: Iterable[torch.Tensor]) -> tuple[int, ...]:
+    """A value that is another one once an optimizer, or anything else, has changed some of the scores."""
+    # An in-place update raises the version counter of a tensor; fused optimizers alone leave it as it is.
+    return (_step_counter().steps, *(values._version for values in scores))
