@@ -17,6 +17,7 @@ from mftctl.errors import Interrupted
 from mftctl.evaluating import measure, prepare_measures
 from mftctl.lineage import Source
 from mftctl.preparation import TrainingInputs
+from mftctl.processes import world_size
 from mftctl.progress import Listener, Progress
 from mftctl.recipe_files import with_changes
 from mftctl.runs import Run, TrainingFolder
@@ -65,10 +66,12 @@ class InterimEvaluation(TrainerCallback):
     def watch(self, stop: StopRequest) -> None:
         """Gives up a measurement, which can take long, as soon as the user wants to stop.
 
+        Several processes finish it, since all must do the same.
+
         Args:
             stop: Set when that is so.
         """
-        self._patient.stop = stop
+        self._patient.stop = stop if world_size() == 1 else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -381,9 +381,11 @@ class _Watch(TrainerCallback):
         self._training_seconds += time.monotonic() - self._step_start_seconds  # without the validations between steps
         speed = (int(state.num_input_tokens_seen) - self._start_tokens) / max(self._training_seconds, 1e-9)
         self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
-        self._stop.requested = any_process(self._stop.requested)
+        # One answer for all processes, whatever signal comes to one of them after the question.
+        stop = any_process(self._stop.requested)
+        self._stop.requested |= stop
         if state.global_step >= state.max_steps:
             control.should_evaluate = True  # the last state is a candidate too, whatever the interval
-        elif self._stop.requested:
+        elif stop:
             control.should_save = True
             control.should_training_stop = True
