@@ -64,13 +64,20 @@ def overviews(tables: Sequence[MetricTable]) -> list[Overview]:
     """
     found = []
     for origin in dict.fromkeys(table.origin for table in tables):
-        headline: dict[object, MetricTable] = {}
+        figures: dict[object, list[MetricTable]] = {}
         for table in tables:
             if table.origin == origin:
-                headline.setdefault(table.dataset if table.is_benchmark else (table.dataset, table.metric), table)
-        if len(headline) > 1:
-            found.append(_overview(origin, list(headline.values())))
+                key = table.dataset if table.is_benchmark else (table.dataset, table.metric)
+                figures.setdefault(key, []).append(table)
+        if len(figures) > 1:
+            found.append(_overview(origin, [_headline(candidates) for candidates in figures.values()]))
     return found
+
+
+def _headline(candidates: Sequence[MetricTable]) -> MetricTable:
+    """The first metric, where it was measured on the most samples."""
+    metric = candidates[0].metric
+    return max((table for table in candidates if table.metric == metric), key=lambda table: table.rows[0].samples)
 
 
 def _overview(origin: str, tables: list[MetricTable]) -> Overview:

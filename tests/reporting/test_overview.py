@@ -91,6 +91,18 @@ def test_what_was_tuned_in_another_way_belongs_to_the_fine_tuning_on_its_data(tm
     assert table.rows[1].change.value == pytest.approx(-1)
 
 
+def test_of_two_measurements_the_one_on_more_samples_counts(tmp_path: Path) -> None:
+    write_domain(tmp_path, 100, "maths")
+    more = make_samples(3, loss=0.3, correct=0.5, samples=90)
+    options = {"recipe": "maths", "data": "maths.jsonl", "task": "gsm8k", "digest": "all"}
+    write_evaluation(tmp_path, 300, "FFT", ["100-fft"], more, stage="fft", **options)
+    overview = overview_of(tmp_path)
+    [cells] = [cells for state, cells in overview.rows if state == "FFT"]
+    cell = cells[[column.dataset for column in overview.columns].index("gsm8k")]
+    assert cell is not None
+    assert cell.value == pytest.approx(sum(nll for nll, _, _ in more) / sum(tokens for _, tokens, _ in more))
+
+
 def test_a_single_figure_needs_no_overview(tmp_path: Path) -> None:
     write_evaluation(tmp_path, 1, "FFT", ["001-fft"], FFT, task="gsm8k")
     tables, _ = compare_runs(tmp_path)
