@@ -51,9 +51,10 @@ def test_recipes_model_and_data_are_found_in_any_folder(installed: Path, tmp_pat
     assert recipes == sorted(
         path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
         for path in (ROOT / "recipes").rglob("*.yaml")
-        if not path.name.startswith("_")
+        if not path.name.startswith("_") and path.parent.name != "accelerate"
     )
     assert (installed / "mftctl" / "recipes" / "_mft.yaml").is_file()
+    assert (installed / "mftctl" / "recipes" / "accelerate" / "ddp.yaml").is_file()
 
 
 def test_nothing_else_travels(installed: Path) -> None:

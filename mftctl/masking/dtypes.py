@@ -33,6 +33,11 @@ def unsigned_view(dtype: str) -> np.dtype[np.unsignedinteger]:
     return np.dtype(f"<u{item_bytes(dtype)}")
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's own memory as integers of the same shape: zero bits are +0.0 in every maskable dtype."""
+    return tensor.detach().view(INTEGER_VIEWS[tensor.element_size()])
+
+
 def can_hold(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every value of the floating-point dtype `narrow` is exactly a value of `wide`."""
     outer, inner = torch.finfo(wide), torch.finfo(narrow)

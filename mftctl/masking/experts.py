@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
+from mftctl.masking.dtypes import bits
 from mftctl.masking.indicator import Indicator, scores_state
 from mftctl.masking.targets import MaskTarget
 
@@ -85,7 +86,7 @@ class MaskedExperts(nn.Module):
         if state != known or product.device != weight.device:
             product = weight.clone()
             for part in parts:
-                part.target.part_of(product).masked_fill_(~part.keep(), 0.0)
+                bits(part.target.part_of(product)).mul_(part.keep())
             self._products[parameter] = state, product
         return product
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mftctl.errors import MaskingError, MaskMismatchError
 from mftctl.masking.bits import Mask
-from mftctl.masking.dtypes import INTEGER_VIEWS, TORCH_DTYPES, can_hold
+from mftctl.masking.dtypes import TORCH_DTYPES, bits, can_hold
 from mftctl.masking.record_checks import masked_tensors, require_digest
 from mftctl.masking.safetensors_files import read_tensor, tensor_digest
 from mftctl.masking.stored_layout import stored_parts
@@ -92,7 +92,7 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
         _require_model(name, parameter, mask)
     if base is None:
         for name, parameter in targets.items():
-            _bits(parameter).masked_fill_(~mask[name].to(parameter.device), 0)
+            bits(parameter).masked_fill_(~mask[name].to(parameter.device), 0)
     else:
         _reset(targets, mask, base)
 
@@ -135,7 +135,7 @@ def _reset(targets: Mapping[str, torch.Tensor], mask: Mask, base: Path) -> None:
     for name, parameter in targets.items():
         original = read_tensor(originals[name]).to(parameter)
         keep = mask[name].to(parameter.device)
-        _bits(parameter).copy_(torch.where(keep, _bits(parameter), _bits(original)))
+        bits(parameter).copy_(torch.where(keep, bits(parameter), bits(original)))
 
 
 def _counterpart(name: str, names: Container[str], prefix: str) -> str:
@@ -174,7 +174,7 @@ def _require_model(name: str, parameter: torch.Tensor, mask: Mask) -> None:
     stored_dtype, sha256 = TORCH_DTYPES[record.dtype], record.tuned_sha256 or record.sha256
     if not can_hold(parameter.dtype, stored_dtype) or _is_stored(parameter.detach(), stored_dtype, sha256):
         return
-    if metadata.kind == "weight" and record.removed and not _bits(parameter)[~mask[name].to(parameter.device)].any():
+    if metadata.kind == "weight" and record.removed and not bits(parameter)[~mask[name].to(parameter.device)].any():
         return
     raise MaskMismatchError(
         "The model is not the one this mask was made for: a tensor has other values",
@@ -193,8 +193,3 @@ def _is_stored(parameter: torch.Tensor, stored_dtype: torch.dtype, sha256: str) 
         return False
     stored = narrow.cpu().contiguous().view(torch.uint8).numpy()
     return hashlib.sha256(stored.data).hexdigest() == sha256
-
-
-def _bits(parameter: torch.Tensor) -> torch.Tensor:
-    """The parameter's own memory as integers: zero bits are +0.0 in every maskable dtype."""
-    return parameter.detach().view(INTEGER_VIEWS[parameter.element_size()])
