@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from mftctl.errors import MaskingError, MaskMismatchError
 from mftctl.masking.bits import Mask
@@ -15,7 +15,11 @@ from mftctl.masking.dtypes import TORCH_DTYPES, bits, can_hold
 from mftctl.masking.record_checks import masked_tensors, require_digest
 from mftctl.masking.safetensors_files import read_tensor, tensor_digest
 from mftctl.masking.stored_layout import stored_parts
-from mftctl.masking.targets import MaskTarget
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from mftctl.masking.targets import MaskTarget
 
 
 def checkpoint_names(model_names: Iterable[str], index: Container[str], base_model_prefix: str) -> dict[str, str]:

@@ -11,14 +11,15 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from mftctl.errors import MaskingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ROWS: Final = 12
 """Rows of a stand-in: 2, 3, 4 or 6 stored tensors share them evenly."""
@@ -55,6 +56,8 @@ def stored_parts(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> di
     Raises:
         MaskingError: A parameter is not stored by whole experts or rows.
     """
+    from transformers import PreTrainedModel  # slow to import, and not needed where names are those on disk
+
     if not isinstance(model, PreTrainedModel) or not parameters:
         return {name: [StoredPart(name, name)] for name in parameters}
     stand_ins = _stand_ins(parameters)
@@ -77,6 +80,8 @@ def stored_parts(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> di
 
 def _write(model: PreTrainedModel, stand_ins: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What transformers would write for these parameters, by checkpoint name."""
+    from transformers.core_model_loading import revert_weight_conversion
+
     try:
         written: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(stand_ins))
     except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
