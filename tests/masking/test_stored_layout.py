@@ -111,7 +111,7 @@ def test_rows_that_cannot_be_shared_evenly_are_refused() -> None:
 
 
 def test_a_parameter_that_is_not_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mftctl.masking.stored_layout.revert_weight_conversion", lambda model, state: {})
+    monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", lambda model, state: {})
     with pytest.raises(MaskingError, match="no mask can follow") as caught:
         stored_parts(build("llama"), {"weight": torch.zeros(7, 8)})
     assert caught.value.actual == "(7, 8) in memory, nothing on disk"
