@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
+from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fft_learning_rate, mask_state
@@ -74,14 +75,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
     found = find_mask(search)
     mask = build_mask(found.keep, targets, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
-    confirmation = None
-    if found.best_loss >= found.unmasked_loss:
-        listener.warn(
-            "No mask was better than no mask on the validation data. Use the model without it, "
-            "or try other layers (mftctl probe), a smaller ratio or more data."
-        )
-    elif confirming:
-        confirmation = confirm(search, found.keep, confirming)
+    confirmation = _confirmation(search, found, confirming)
     return {
         "state": mask_state(options),
         "model": source.model,
@@ -93,6 +87,17 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "evaluations": measurements(run.training),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:
+    """What records that took no part in choosing the mask say of it; None where there is nothing to confirm."""
+    if found.best_loss >= found.unmasked_loss:
+        search.listener.warn(
+            "No mask was better than no mask on the validation data. Use the model without it, "
+            "or try other layers (mftctl probe), a smaller ratio or more data."
+        )
+        return None
+    return confirm(search, found.keep, confirming) if confirming else None
 
 
 def prepare_mask_training(

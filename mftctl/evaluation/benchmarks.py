@@ -92,7 +92,7 @@ def unknown_benchmark(name: str, others: Iterable[str] = ()) -> EvaluationError:
         name: What was asked for.
         others: Further names to look among, lm-eval's own tasks.
     """
-    nearest = difflib.get_close_matches(name.lower(), [*BENCHMARKS, *GROUPS, *others], cutoff=0.6)
+    nearest = difflib.get_close_matches(name.lower(), dict.fromkeys([*BENCHMARKS, *GROUPS, *others]), cutoff=0.6)
     return EvaluationError(
         f"There is no benchmark named {name!r}.",
         key="tasks",

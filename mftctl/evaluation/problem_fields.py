@@ -102,7 +102,9 @@ def check_problem(record: Mapping[str, Any], task: str, where: str) -> dict[str,
                 path=where,
                 key=field,
                 expected=expected,
-                actual=_shown(record[field]) if field in record else f"only the fields {sorted(record)}",
+                actual=_shown(record[field])
+                if field in record
+                else f"only the fields {sorted(set(record) - {'file'})}",
             )
     kept = {field: record[field] for field in _FIELDS[task]}
     return kept | {field: record[field] for field in _MORE.get(task, ()) if field in record}

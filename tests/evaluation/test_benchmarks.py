@@ -39,3 +39,7 @@ def test_the_names_are_there_without_torch() -> None:
         "assert not {'torch', 'transformers', 'lm_eval', 'datasets'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_name_that_lm_eval_has_too_is_offered_once() -> None:
+    assert unknown_benchmark("gsm9k", ["gsm8k", "other"]).hint == "gsm8k"
