@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mftctl.errors import MftError, RunError
+from mftctl.quiet_deepspeed import import_deepspeed
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -82,4 +83,5 @@ def _join() -> PartialState:
     import torch
     from accelerate import PartialState
 
+    import_deepspeed()
     return PartialState(cpu=not torch.cuda.is_available())

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from mftctl.masking.codecs import pack, unpack
 from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers
+from mftctl.masking.partitions import whole
 from mftctl.training import SftTrainer
 
 _SCORES_FILE = "scores.safetensors"
@@ -75,9 +76,12 @@ class MaskTrainer(SftTrainer):
 
     def load_scores(self, scores: Mapping[str, torch.Tensor]) -> None:
         """Puts scores back in place."""
-        with torch.no_grad():
-            for name, module in self.masked().items():
-                module.scores.copy_(scores[name])
+        for name, module in self.masked().items():
+            if self.zero is not None:
+                self.zero.put(module.scores, scores[name])
+            else:
+                with torch.no_grad():
+                    module.scores.copy_(scores[name])
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The present keep mask of each masked module, bool, by its name."""
@@ -99,18 +103,25 @@ class MaskTrainer(SftTrainer):
             gone, back = before[name] & ~self._counted[name], self._counted[name] & ~before[name]
             removed, restored = removed + int(gone.sum()), restored + int(back.sum())
             if gone.any() or back.any():
-                gradient = self.create_optimizer().state[module.scores]["exp_avg"]
+                gradient = self._mean_gradient(module.scores)
                 if module.indicator.uses_magnitude:
-                    gradient = gradient * module.scores.detach().sign()
+                    gradient = gradient * whole(module.scores).sign()
                 promised += float(gradient[gone].sum() - gradient[back].sum())
         return {"removed": removed, "restored": restored, "promised": promised}
 
+    def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
+        """Adam's running mean of the gradients of some scores."""
+        if self.zero is not None:
+            return self.zero.state(scores, "exp_avg")
+        mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
+        return mean
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
+        scores = {name: whole(module.scores).to("cpu", copy=True).contiguous() for name, module in self.masked().items()}
+        if not self.args.should_save:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        scores = {
-            name: module.scores.detach().to("cpu", copy=True).contiguous() for name, module in self.masked().items()
-        }
         # The masks at the last validation as well, since a checkpoint may lie between two.
         counted = {_COUNTED + name: torch.from_numpy(pack(keep).copy()) for name, keep in self._counted.items()}
         save_file({**scores, **counted}, folder / _SCORES_FILE)

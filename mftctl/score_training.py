@@ -144,6 +144,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
                 resume=search.resume,
                 interim=search.interim,
             )
+        trainer.release()
         start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)

@@ -24,6 +24,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
@@ -40,7 +41,9 @@ from mftctl.errors import Interrupted, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.processes import any_process, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
+from mftctl.quiet_deepspeed import import_deepspeed
 from mftctl.runs import TrainingFolder
+from mftctl.zero import SteppingEngine, ZeroPartitions, check_plan
 
 if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
@@ -148,7 +151,12 @@ class SftTrainer(Trainer):
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
+        zero: What DeepSpeed has partitioned; None without it, and before the training.
     """
+
+    zero: ZeroPartitions | None = None
+    _exact_norm = True
+    _grad_norm = 0.0
 
     def __init__(
         self,
@@ -163,6 +171,7 @@ class SftTrainer(Trainer):
         self.listener = listener
         self.start_loss: float | None = None
         self._padding = pad_token_id(tokenizer)
+        import_deepspeed()
         self._sampler = LengthGroupedSampler(
             [len(record.input_ids) for record in train], args.per_device_train_batch_size, args.seed
         )
@@ -199,6 +208,58 @@ class SftTrainer(Trainer):
             outputs = model(**inputs, use_cache=False)
         loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """As ever; under DeepSpeed, checkpoints hold whole tensors, as those of one process."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        plugin = self.accelerator.state.deepspeed_plugin
+        check_plan(plugin)
+        if self._exact_norm:
+            plugin.hf_ds_config.config["gradient_clipping"] = 0.0  # done before the engine's step
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.zero = ZeroPartitions(self.deepspeed)
+        self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self._before_step)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _before_step(self) -> None:
+        """What is done to the gradients before DeepSpeed's step."""
+        if self.zero is not None and self._exact_norm:
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self._grad_norm = self.zero.clip(trained, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        return self._grad_norm if self.zero is not None and self._exact_norm else super()._get_grad_norm(model, grad_norm)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what is trained, as one process would."""
+        if self.zero is None:
+            super().save_model(output_dir, _internal_call)
+        else:
+            self._save(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.zero is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = self.zero.state_dict()
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.zero is not None and checkpoint is not None:
+            self.zero.load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True))
+
+    def release(self) -> None:
+        """Leaves every process with the whole model again, where it was partitioned."""
+        if self.zero is not None:
+            self.zero.release(self.model)
+            self.zero = None
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

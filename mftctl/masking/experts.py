@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from mftctl.masking.dtypes import bits
 from mftctl.masking.indicator import Indicator, scores_state
+from mftctl.masking.partitions import whole
 from mftctl.masking.targets import MaskTarget
 
 
@@ -36,7 +37,7 @@ class MaskedPart(nn.Module):
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""
-        return self.indicator.keep(self.scores.detach())
+        return self.indicator.keep(whole(self.scores))
 
     def extra_repr(self) -> str:
         """Name, shape and indicator, for `print(model)`."""

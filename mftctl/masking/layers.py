@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.indicator import Indicator, scores_state
+from mftctl.masking.partitions import whole
 from mftctl.masking.targets import MaskTarget
 
 __all__ = [
@@ -60,7 +61,7 @@ class MaskedLinear(nn.Module):
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""
-        return self.indicator.keep(self.scores.detach())
+        return self.indicator.keep(whole(self.scores))
 
     def original(self) -> nn.Linear | Conv1D:
         """The module that this one replaced; it shares the frozen weight."""

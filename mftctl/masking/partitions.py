@@ -1,0 +1,24 @@
+"""Parameters of which each process holds a part, as whole tensors."""
+
+from __future__ import annotations
+
+import torch
+
+
+@torch.no_grad()
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A parameter's values, without gradient: itself, or under ZeRO-3 and FSDP2 a tensor gathered from all processes.
+
+    To be called in all processes at once.
+
+    Args:
+        parameter: Of any kind.
+    """
+    if hasattr(parameter, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+    from torch.distributed.tensor import DTensor
+
+    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
