@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 
 _COMPILED_ON_CPU = "deepspeed_shm_comm"
 """An operator for inference, for which DeepSpeed would call a compiler for a minute on a machine without a GPU."""
@@ -25,6 +26,7 @@ def import_deepspeed() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # DeepSpeed asks by old names
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

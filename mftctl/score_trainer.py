@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mftctl.masking.codecs import pack, unpack
-from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers
+from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers, share_weights
 from mftctl.masking.partitions import whole
 from mftctl.training import SftTrainer
 
@@ -46,6 +46,12 @@ class MaskTrainer(SftTrainer):
                 weight_decay=self.args.weight_decay,
             )
         return self.optimizer
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.zero is not None and self.zero.stage == 3:
+            share_weights(self.accelerator.unwrap_model(self.model))
+        return prepared
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -217,6 +217,8 @@ class SftTrainer(Trainer):
         check_plan(plugin)
         if self._exact_norm:
             plugin.hf_ds_config.config["gradient_clipping"] = 0.0  # done before the engine's step
+        # By default DeepSpeed keeps every tensor of less than 100,000 entries whole; this makes it follow the model.
+        plugin.hf_ds_config.config["zero_optimization"].setdefault("stage3_param_persistence_threshold", "auto")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self.zero = ZeroPartitions(self.deepspeed)
         self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self._before_step)

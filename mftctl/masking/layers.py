@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from mftctl.errors import TrainingError
 from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.indicator import Indicator, scores_state
@@ -30,6 +31,7 @@ __all__ = [
     "masked_layers",
     "masked_products",
     "score_scale",
+    "share_weights",
 ]
 
 
@@ -44,6 +46,8 @@ class MaskedLinear(nn.Module):
         bias: The frozen bias `(out_features,)`, or None.
         scores: Trainable, fp32 unless given otherwise, of the weight's shape.
         indicator: The rule from scores to mask.
+        keeps_product: Whether the masked weight is kept from pass to pass. Otherwise it is made anew in each, from the
+            threshold that was found when the scores changed: for processes of which each holds a part of the weight.
 
     Source: MFT, equations 4 and 5.
     """
@@ -54,10 +58,12 @@ class MaskedLinear(nn.Module):
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
         self.scores = nn.Parameter(scores)
         self.indicator = indicator
+        self.keeps_product = True
         self.transposed = isinstance(linear, Conv1D)
         self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
         self._scores_state: tuple[int, ...] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
+        self._cut: torch.Tensor | None = None
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""
@@ -71,16 +77,28 @@ class MaskedLinear(nn.Module):
     def masked_weight(self) -> torch.Tensor:
         """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
         state = scores_state([self.scores])
-        if state != self._scores_state or self._masked_weight.device != self.weight.device:
-            # On the bare bits: +0.0 for any weight that is removed, and on a CPU 8 times as fast as masked_fill.
-            self._masked_weight = (bits(self.weight) * self.keep()).view(self.weight.dtype)
+        if self.keeps_product and state == self._scores_state and self._masked_weight.device == self.weight.device:
+            return self._masked_weight
+        scores = self.scores.detach()
+        if state != self._scores_state or self.keeps_product:
+            self._cut = self.indicator.cut(scores)
             self._scores_state = state
-        return self._masked_weight
+        # On the bare bits: +0.0 for any weight that is removed, and on a CPU 8 times as fast as masked_fill.
+        product = (bits(self.weight) * self.indicator.keep(scores, self._cut)).view(self.weight.dtype)
+        self._masked_weight = product if self.keeps_product else torch.empty(0)
+        return product
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The projection of `x` `(..., in_features)` to `(..., out_features)`."""
         y: torch.Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            x, self.scores, self.masked_weight(), self.weight, self.bias, self.transposed, self.indicator.uses_magnitude
+            x,
+            self.scores,
+            self.masked_weight(),
+            self.weight,
+            self.bias,
+            self.transposed,
+            self.indicator.uses_magnitude,
+            None if self.keeps_product else self.masked_weight,
         )
         return y
 
@@ -107,13 +125,15 @@ class _StraightThrough(torch.autograd.Function):
         bias: torch.Tensor | None,
         transposed: bool,
         uses_magnitude: bool,
+        make_again: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
         # Under autocast the surrounding layers speak the lower precision; a custom function must follow by itself.
         compute_dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
         )
         x, masked_weight = x.to(compute_dtype), masked_weight.to(compute_dtype)
-        ctx.save_for_backward(x, scores, masked_weight, weight)
+        ctx.save_for_backward(x, scores, masked_weight if make_again is None else None, weight)
+        ctx.make_again = make_again
         ctx.transposed = transposed
         ctx.uses_magnitude = uses_magnitude
         # The bias belongs into the same kernel: added afterwards it gives other roundings than the unmasked layer's.
@@ -130,6 +150,8 @@ class _StraightThrough(torch.autograd.Function):
         x, scores, masked_weight, weight = ctx.saved_tensors
         grad_x = grad_scores = None
         if ctx.needs_input_grad[0]:
+            if masked_weight is None:
+                masked_weight = ctx.make_again().to(grad_output.dtype)
             grad_x = grad_output @ (masked_weight.t() if ctx.transposed else masked_weight)
         if ctx.needs_input_grad[1]:
             rows_x = x.reshape(-1, x.shape[-1])
@@ -138,7 +160,7 @@ class _StraightThrough(torch.autograd.Function):
             grad_scores = grad_masked.to(scores.dtype).mul_(weight)
             if ctx.uses_magnitude:
                 grad_scores.mul_(scores.sign())
-        return grad_x, grad_scores, None, None, None, None, None
+        return grad_x, grad_scores, None, None, None, None, None, None
 
 
 ScoreStart = Literal["kaiming", "constant", "magnitude"]
@@ -213,6 +235,28 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear | Masked
             yield name, module
         elif isinstance(module, MaskedPart):
             yield module.target.name, module
+
+
+def share_weights(model: nn.Module) -> None:
+    """Keeps no product of a whole weight and its mask, for a model of which each process holds a part.
+
+    Args:
+        model: With masks attached.
+
+    Raises:
+        TrainingError: A mask lies on experts that are fused in one module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedExperts):
+            raise TrainingError(
+                "Fused experts cannot be masked while their weights are spread over processes.",
+                key=name,
+                expected="whole weights in each process",
+                actual=type(module.experts).__name__,
+                hint="recipes/accelerate/zero2.yaml or ddp.yaml, or --target attn",
+            )
+        if isinstance(module, MaskedLinear):
+            module.keeps_product, module._masked_weight = False, torch.empty(0)
 
 
 def masked_products(model: nn.Module) -> list[torch.Tensor]:

@@ -14,7 +14,7 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     Args:
         parameter: Of any kind.
     """
-    if hasattr(parameter, "ds_id"):
+    if getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel():
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
