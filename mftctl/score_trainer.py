@@ -136,8 +136,8 @@ class MaskTrainer(SftTrainer):
         stored = load_file(Path(resume_from_checkpoint) / _SCORES_FILE)
         self.load_scores(stored)
         self._counted = {
-            name: torch.from_numpy(unpack(stored[_COUNTED + name].numpy(), module.scores.numel()))
-            .view(module.scores.shape)
+            name: torch.from_numpy(unpack(stored[_COUNTED + name].numpy(), stored[name].numel()))
+            .view(stored[name].shape)
             .to(module.scores.device)
             for name, module in self.masked().items()
         }

@@ -5,6 +5,7 @@ The optimizer of each process works on flat tensors that hold its parts of the t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,9 @@ class ZeroPartitions:
         for index, parameter in enumerate(self.parameters()):
             mine = self.inner.state[self.fragment(parameter).flat]
             state[index] = {
-                key: self.state(parameter, key).cpu() if _is_by_entry(value) else value for key, value in mine.items()
+                # Adam counts the steps in a tensor, which parameters must not share.
+                key: self.state(parameter, key).cpu() if _is_by_entry(value) else copy.deepcopy(value)
+                for key, value in mine.items()
             }
         groups, first = [], 0
         for options, parameters in zip(self.inner.param_groups, self.groups, strict=True):
@@ -172,7 +175,7 @@ class ZeroPartitions:
             mine = self.inner.state[part.flat]
             for key, value in state_dict["state"].get(index, {}).items():
                 if not _is_by_entry(value):
-                    mine[key] = value
+                    mine[key] = copy.deepcopy(value)
                     continue
                 if key not in mine:
                     mine[key] = torch.zeros_like(part.flat)
