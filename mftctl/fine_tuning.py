@@ -12,12 +12,13 @@ from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
+from mftctl.errors import ConfigError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import best_device, load_model, peak_memory_bytes, stored_dtype
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first, world_size
+from mftctl.processes import is_first, under_deepspeed, world_size
 from mftctl.progress import Listener
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
@@ -67,13 +68,14 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
     if is_first():
         save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
+    trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:
         train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
-    trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
-    if is_first():
-        save_model(_finished(model, inputs.checkpoint, options), inputs.tokenizer, folder)
+    whole = trainer.whole_model()
+    if whole is not None:
+        save_model(_finished(whole, inputs.checkpoint, options), inputs.tokenizer, folder)
         shutil.rmtree(run.training.checkpoints, ignore_errors=True)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
@@ -96,12 +98,21 @@ def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed
     """The model with those parameters trainable that the method trains."""
     # Weights stay in fp32 while they are trained: updates are smaller than what bf16 can hold.
     if options.method == "lora":
+        if under_deepspeed():
+            raise ConfigError(
+                "LoRA trains so few weights that DeepSpeed has nothing to spread over the processes.",
+                key="fft.method",
+                expected="another method under DeepSpeed",
+                actual="lora",
+                hint="recipes/accelerate/ddp.yaml",
+            )
         from mftctl.tuning.lora import add_adapter, load_adapter
 
         if is_adapter(checkpoint):
             return load_adapter(checkpoint, dtype=torch.float32, trainable=True).to(best_device())
         return add_adapter(load_model(checkpoint, dtype=torch.float32), options, base=source.model, seed=seed)
-    model = load_model(checkpoint, dtype=torch.float32)
+    # DeepSpeed takes each process's part of the model to the GPU, where all of it may find no room.
+    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu") if under_deepspeed() else None)
     if options.method == "hft":
         freeze_half(model, seed)
     return model
@@ -138,6 +149,51 @@ class UpdateTrainer(SftTrainer):
 
     rule: UpdateRule | None = None
     _choosing: MaskedOptimizer | None = None
+
+    @property
+    def _exact_norm(self) -> bool:  # type: ignore[override]
+        return self.rule is not None
+
+    def whole_model(self) -> PreTrainedModel | PeftModel | None:
+        """The trained model in the first process; None in the others."""
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        if self.zero is None:
+            return model if is_first() else None
+        state = self.zero.model_state(model)
+        if not is_first():
+            return None
+        with torch.device("meta"):
+            whole: PreTrainedModel = type(model)(model.config)
+        whole.load_state_dict(state, strict=False, assign=True)
+        whole.tie_weights()
+        whole.generation_config = model.generation_config
+        return whole
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.zero is not None:
+            state_dict = self.zero.model_state(self.model)
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.zero is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._put_checkpoint(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if self.zero is None:
+            super()._load_best_model()
+        else:
+            self._put_checkpoint(Path(str(self.state.best_model_checkpoint)))
+
+    def _put_checkpoint(self, folder: Path) -> None:
+        """Takes up the weights of a checkpoint, which the first process reads."""
+        if self.zero is None:
+            return
+        stored = dict(load_model(folder, dtype=torch.float32, device=torch.device("cpu")).named_parameters()) if is_first() else {}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self.zero.put_from_first(parameter, stored.get(name))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, behind the rule if there is one."""

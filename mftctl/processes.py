@@ -31,6 +31,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def under_deepspeed() -> bool:
+    """Whether accelerate launched this process to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
+
+
 def from_first(make: Callable[[], str]) -> str:
     """What the first process makes, in every process.
 

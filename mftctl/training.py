@@ -24,6 +24,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
@@ -220,6 +221,7 @@ class SftTrainer(Trainer):
         # By default DeepSpeed keeps every tensor of less than 100,000 entries whole; this makes it follow the model.
         plugin.hf_ds_config.config["zero_optimization"].setdefault("stage3_param_persistence_threshold", "auto")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        unset_hf_deepspeed_config()  # models that are loaded from now on are nobody's but their process's
         self.zero = ZeroPartitions(self.deepspeed)
         self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self._before_step)
         if resume_from_checkpoint is not None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
 
 from mftctl.errors import ConfigError
+from mftctl.masking.partitions import whole
 
 STAGES = (2, 3)
 
@@ -105,6 +106,32 @@ class ZeroPartitions:
             if self.stage == 3:
                 parameter.ds_tensor.narrow(0, 0, part.numel).copy_(part.of(value))  # type: ignore[attr-defined]
 
+    def put_from_first(self, parameter: torch.nn.Parameter, value: torch.Tensor | None) -> None:
+        """Replaces a parameter by what the first process has.
+
+        Args:
+            parameter: Which one.
+            value: Of its shape, in the first process; elsewhere nothing is read.
+        """
+        part = self.fragment(parameter)
+        received = torch.empty(self._shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
+        if value is not None:
+            received.copy_(value)
+        torch.distributed.broadcast(received, 0)
+        self.put(parameter, received)
+
+    def model_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The model's state with whole tensors on the CPU, trained ones in fp32; empty but in the first process."""
+        trained = set(self.parameters())
+        values: dict[torch.Tensor, torch.Tensor] = {}
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if tensor not in values:
+                value = self.value(cast("torch.nn.Parameter", tensor)) if tensor in trained else whole(tensor)
+                values[tensor] = value.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
+            state[name] = values[tensor]
+        return state if torch.distributed.get_rank() == 0 else {}
+
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         """A whole tensor of the optimizer's state that has one number an entry, such as Adam's `exp_avg`."""
         return self._gather(parameter, lambda part: self.inner.state[part.flat][key])
@@ -193,12 +220,14 @@ class ZeroPartitions:
     def _gather(self, parameter: torch.nn.Parameter, flat_of: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """A tensor of the parameter's shape, of which each process has its part in a flat tensor."""
         part = self.fragment(parameter)
-        shape = parameter.shape if self.stage == 2 else parameter.ds_shape  # type: ignore[attr-defined]
-        whole = torch.zeros(shape.numel(), dtype=part.flat.dtype, device=part.flat.device)
+        gathered = torch.zeros(self._shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
         if part.numel:
-            part.of(whole).copy_(part.within(flat_of(part)))
-        torch.distributed.all_reduce(whole)  # what other processes have is 0 here
-        return whole.view(shape)
+            part.of(gathered).copy_(part.within(flat_of(part)))
+        torch.distributed.all_reduce(gathered)  # what other processes have is 0 here
+        return gathered
+
+    def _shape(self, parameter: torch.nn.Parameter) -> torch.Size:
+        return parameter.shape if self.stage == 2 else parameter.ds_shape  # type: ignore[attr-defined,no-any-return]
 
     @staticmethod
     def _is_whole(parameter: torch.nn.Parameter) -> bool:
