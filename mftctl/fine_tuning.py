@@ -24,7 +24,8 @@ from mftctl.runs import Run
 from mftctl.seen_records import save_seen
 from mftctl.training import SftTrainer, stop_on_signal, total_steps, train, training_arguments, uses_bf16
 from mftctl.tuning.hft import freeze_half
-from mftctl.tuning.masked_optimizer import MaskedOptimizer, UpdateRule
+from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
+from mftctl.zero import select_partitioned
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -203,9 +204,18 @@ class UpdateTrainer(SftTrainer):
             self.optimizer = self._choosing
         return self._choosing or optimizer
 
+    def _before_step(self) -> None:
+        if self._choosing is not None and self.zero is not None:
+            self._choosing.give(select_partitioned(self.zero, self._choosing.rule, self.state.global_step))
+        super()._before_step()
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        steps = {} if self._choosing is None else {STEPS_KEY: self.state.global_step}
+        return {**super()._optimizer_state(), **steps}
+
     def _clip_grad_norm(self, model: Any) -> Any:
         # The norm is that of the gradient which will be used.
-        if self._choosing is not None:
+        if self._choosing is not None and self.zero is None:
             self._choosing.select()
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
 

@@ -6,6 +6,7 @@ All of them do the same; the first one alone asks, writes and shows.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -70,6 +71,15 @@ def wait_for_all() -> None:
     """Returns when every process has come here."""
     if world_size() > 1:
         _join().wait_for_everyone()
+
+
+def leave() -> None:
+    """Takes this process out of the group, if it is in one: at its end, the group's threads would abort it."""
+    if world_size() > 1 and "torch" in sys.modules:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def any_process(flag: bool) -> bool:

@@ -249,10 +249,14 @@ class SftTrainer(Trainer):
         if self.zero is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = self.zero.state_dict()
+        state = self._optimizer_state()
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Of an optimizer that DeepSpeed has partitioned: what it would be in one process."""
+        return {} if self.zero is None else self.zero.state_dict()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

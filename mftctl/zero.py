@@ -15,6 +15,8 @@ import torch.distributed
 
 from mftctl.errors import ConfigError
 from mftctl.masking.partitions import whole
+from mftctl.tuning.masked_optimizer import UpdateRule
+from mftctl.tuning.partitioned_gradients import select_whole
 
 STAGES = (2, 3)
 
@@ -114,7 +116,7 @@ class ZeroPartitions:
             value: Of its shape, in the first process; elsewhere nothing is read.
         """
         part = self.fragment(parameter)
-        received = torch.empty(self._shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
+        received = torch.empty(self.shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
         if value is not None:
             received.copy_(value)
         torch.distributed.broadcast(received, 0)
@@ -220,19 +222,50 @@ class ZeroPartitions:
     def _gather(self, parameter: torch.nn.Parameter, flat_of: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """A tensor of the parameter's shape, of which each process has its part in a flat tensor."""
         part = self.fragment(parameter)
-        gathered = torch.zeros(self._shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
+        gathered = torch.zeros(self.shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
         if part.numel:
             part.of(gathered).copy_(part.within(flat_of(part)))
         torch.distributed.all_reduce(gathered)  # what other processes have is 0 here
         return gathered
 
-    def _shape(self, parameter: torch.nn.Parameter) -> torch.Size:
+    def shape(self, parameter: torch.nn.Parameter) -> torch.Size:
+        """The shape of a whole parameter."""
         return parameter.shape if self.stage == 2 else parameter.ds_shape  # type: ignore[attr-defined,no-any-return]
 
     @staticmethod
     def _is_whole(parameter: torch.nn.Parameter) -> bool:
         """Whether a parameter under stage 3 is in memory just now, as small ones always are."""
         return parameter.data.numel() == parameter.ds_numel  # type: ignore[attr-defined,no-any-return]
+
+
+def select_partitioned(zero: ZeroPartitions, rule: UpdateRule, step: int) -> dict[torch.Tensor, torch.Tensor]:
+    """The entries that a step updates, by flat tensor; the gradients of all others are set to zero.
+
+    Args:
+        zero: After the last backward pass of a step; to be called in all processes at once.
+        rule: What is chosen.
+        step: Number of the step, from 0.
+
+    Raises:
+        MaskingError: A gradient holds NaN.
+
+    Source: GMT, section 2, equations 3 and 4.
+    """
+    parameters = list(zero.parameters())
+    selected: dict[torch.Tensor, torch.Tensor] = {}
+
+    def take(index: int, mask: torch.Tensor) -> None:
+        def blank(part: Fragment, gradient: torch.Tensor) -> None:
+            mine = part.of(mask).to(gradient.device)
+            gradient.masked_fill_(~mine, 0.0)
+            chosen = selected.setdefault(part.flat, torch.zeros_like(part.flat, dtype=torch.bool))
+            part.within(chosen).copy_(mine)
+
+        zero.change_gradient(parameters[index], blank)
+
+    shapes = [zero.shape(parameter) for parameter in parameters]
+    select_whole(shapes, lambda index: zero.gradient(parameters[index]), rule, step, take)
+    return selected
 
 
 class SteppingEngine:

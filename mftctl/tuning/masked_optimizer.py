@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,8 @@ from mftctl.errors import TrainingError
 from mftctl.masking.selection import check_ratio
 from mftctl.tuning.gradient_selection import Scope, keep_largest, keep_random
 
-_STEPS_KEY = "masked_steps"
+STEPS_KEY = "masked_steps"
+"""Where the state of a masked optimizer has the number of steps taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class MaskedOptimizer(Optimizer):
         self.updated_entries = 0
         self.total_entries = 0
         self._masked_gradients: list[torch.Tensor] = []
+        self._is_given = False
         self._steps = 0
         self._share("defaults", "state", "param_groups")
 
@@ -87,6 +89,8 @@ class MaskedOptimizer(Optimizer):
             MaskingError: A gradient holds NaN.
             TrainingError: A gradient is sparse, or a process has only a part of it.
         """
+        if self._is_given:
+            return
         parameters = [parameter for _, parameter in self._with_gradients()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         # By identity, since a skipped step (mixed precision does that) leaves a selection for gradients of the past.
@@ -106,6 +110,14 @@ class MaskedOptimizer(Optimizer):
         self.updated_entries = sum(int(mask.count_nonzero()) for mask in masks)
         self.total_entries = sum(mask.numel() for mask in masks)
 
+    def give(self, selected: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Sets the selection for the step to come, made where more is known than the gradients here.
+
+        Args:
+            selected: A bool tensor by parameter; the gradients of all other entries are zero already.
+        """
+        self.selected, self._is_given = dict(selected), True
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates the selected entries, after selecting them if that was not done.
@@ -124,6 +136,7 @@ class MaskedOptimizer(Optimizer):
             )
         self.select()
         if self.rule.unselected == "momentum":
+            self.inner.param_groups = self.param_groups  # DeepSpeed gives a step one group at a time
             self.inner.step()
         else:
             for group, parameter in self._with_gradients():
@@ -142,7 +155,7 @@ class MaskedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the inner optimizer and the number of steps taken, which decides random selections."""
-        return {**self.inner.state_dict(), _STEPS_KEY: self._steps}
+        return {**self.inner.state_dict(), STEPS_KEY: self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a state that `state_dict` gave.
@@ -150,16 +163,16 @@ class MaskedOptimizer(Optimizer):
         Raises:
             TrainingError: It is the state of another optimizer.
         """
-        if _STEPS_KEY not in state_dict:
+        if STEPS_KEY not in state_dict:
             raise TrainingError(
                 "This is the state of an optimizer that updates all entries.",
-                key=_STEPS_KEY,
+                key=STEPS_KEY,
                 expected="the state of a masked optimizer",
                 actual=", ".join(map(str, state_dict)),
                 hint="resume with the method that the training was started with",
             )
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != _STEPS_KEY})
-        self._steps = state_dict[_STEPS_KEY]
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STEPS_KEY})
+        self._steps = state_dict[STEPS_KEY]
         self._forget_selection()
         self._share("state", "param_groups")
 
@@ -167,6 +180,8 @@ class MaskedOptimizer(Optimizer):
         return f"{type(self).__name__}({self.rule}, {self.inner!r})"
 
     def _forget_selection(self) -> None:
+        if self._is_given:
+            return
         self.selected = {}
         self._masked_gradients = []
 
