@@ -174,6 +174,12 @@ class MaskTrainOptions(TrainingOptions):
         "trivial", description="drop: undo the smallest changes of fine-tuning, the largest, or random ones."
     )
     base: str | None = Field(None, description="drop: the model before fine-tuning; that of the fft run by default.")
+    prefix_cache_gb: float | None = Field(
+        None,
+        ge=0,
+        description="Gigabytes for the hidden states below the first masked layer, which are computed once for each "
+        "batch; 0 computes them anew. By default a quarter of the free memory, then of the free disk.",
+    )
 
     @model_validator(mode="after")
     def _one_indicator(self) -> MaskTrainOptions:
@@ -358,4 +364,5 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
     if training is not None and training.eval_every is not None:
         sections["eval"] = True  # a part of the result is then what was measured on the way
-    return recipe.model_dump(mode="json", include={**dict.fromkeys(_SHARED, True), **sections})
+    included: dict[str, Any] = {**dict.fromkeys(_SHARED, True), **sections}
+    return recipe.model_dump(mode="json", include=included, exclude={"mask_train": {"prefix_cache_gb"}})

@@ -12,8 +12,10 @@ from mftctl.config import Recipe
 from mftctl.lineage import Source
 from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_training
 from mftctl.mask_validation import split_validation_records, validation_loss
+from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
 from mftctl.models import peak_memory_bytes
+from mftctl.prefix_reuse import figures, hidden_states
 from mftctl.progress import Listener
 from mftctl.runs import Run, TrainingFolder
 from mftctl.score_training import LearnedMask, MaskSearch
@@ -43,35 +45,41 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     unmasked_loss = validation_loss(model, inputs, listener)
     layer_count = len(decoder_layers(model)[1])
     wanted = parse_layers(recipe.probe.layers or "all", layer_count)
-    groups = layer_groups(layer_count, recipe.probe_groups, wanted)
+    # From below upwards, so that each group enters the model where the one before it did, or above.
+    groups = sorted(layer_groups(layer_count, recipe.probe_groups, wanted), key=min)
     results = []
-    for number, group in enumerate(groups, start=1):
-        layers = format_layers(group)
-        folder = run.folder / "groups" / layers
-        stored = folder / "outcome.json"
-        listener.note(f"Group {number} of {len(groups)}: layers {layers}{' (done already)' if stored.exists() else ''}")
-        if not stored.exists():
-            search = MaskSearch(
-                model,
-                find_targets(model, group, options.target, options.projections),
-                options,
-                inputs,
-                TrainingFolder(folder, run.record.command),
-                listener,
-                unmasked_loss=unmasked_loss,
-                fft_learning_rate=run.record.inputs["fft_learning_rate"],
-                seed=recipe.seed,
-                resume=resume,
-            )
-            found = find_mask(search)
-            write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        results.append(json.loads(stored.read_text("utf-8")))
+    with hidden_states(options, run.folder) as states:
+        for number, group in enumerate(groups, start=1):
+            layers = format_layers(group)
+            folder = run.folder / "groups" / layers
+            stored = folder / "outcome.json"
+            done = " (done already)" if stored.exists() else ""
+            listener.note(f"Group {number} of {len(groups)}: layers {layers}{done}")
+            if not stored.exists():
+                search = MaskSearch(
+                    model,
+                    find_targets(model, group, options.target, options.projections),
+                    options,
+                    inputs,
+                    TrainingFolder(folder, run.record.command),
+                    listener,
+                    unmasked_loss=unmasked_loss,
+                    fft_learning_rate=run.record.inputs["fft_learning_rate"],
+                    seed=recipe.seed,
+                    resume=resume,
+                )
+                with reusing_prefix(model, min(group), states, listener.warn, in_training=True):
+                    found = find_mask(search)
+                write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            results.append(json.loads(stored.read_text("utf-8")))
+        reuse = figures(states)
     ranked = sorted(results, key=lambda item: item["best_loss"])
     return {
         "groups": ranked,
         "recommended_layers": ranked[0]["layers"],
         "unmasked_loss": unmasked_loss,
+        "prefix_reuse": reuse,
         "peak_memory_bytes": peak_memory_bytes(),
     }
 

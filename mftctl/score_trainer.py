@@ -33,6 +33,10 @@ class MaskTrainer(SftTrainer):
     known_start_loss: float | None
     _counted: dict[str, torch.Tensor]
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sampler.same_batches = True  # so that what frozen layers make of a batch holds for all epochs
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the scores, one parameter group for each learning rate."""
         if self.optimizer is None:
