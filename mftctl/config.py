@@ -252,11 +252,15 @@ class ProbeOptions(_Section):
         None,
         min_length=1,
         strict=False,
-        description='Consecutive layers a group, or "all"; by default 4 and all, for paper 4.',
+        description='Consecutive layers a group, or "all"; by default 4 and all, for paper and fast 4.',
     )
     data_fraction: float = Field(0.1, gt=0, le=1, description="Share of the training data used.")
     layers: str | None = Field(None, description="Probe only these decoder layers; all by default.")
     epochs: float | None = Field(None, gt=0, description="Passes over that share; mask_train's by default.")
+    fast: bool = Field(
+        False,
+        description="Train nothing: one pass of gradients tells, to first order, what a mask of each group promises.",
+    )
 
 
 class EvalOptions(_Section):
@@ -339,8 +343,12 @@ class Recipe(_Section):
 
     @property
     def probe_groups(self) -> tuple[int | Literal["all"], ...]:
-        """The sizes of the groups that a probe tries; the paper never tries all layers beside its groups."""
-        return self.probe.groups or ((4,) if self.mask_train.preset == "paper" else (4, "all"))
+        """The sizes of the groups that a probe tries.
+
+        The paper never tries all layers beside its groups; promises add up, so that all layers always promise most.
+        """
+        only = self.mask_train.preset == "paper" or self.probe.fast
+        return self.probe.groups or ((4,) if only else (4, "all"))
 
 
 _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")

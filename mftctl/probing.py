@@ -7,8 +7,11 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from mftctl.atomic import write_text
-from mftctl.config import Recipe
+from mftctl.config import MaskTrainOptions, Recipe
+from mftctl.fast_probing import agreement_with_training, promised_changes
 from mftctl.lineage import Source
 from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_training
 from mftctl.mask_validation import split_validation_records, validation_loss
@@ -36,17 +39,15 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
 
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data).
     """
-    options = recipe.mask_train
-    if recipe.probe.epochs is not None:
-        options = options.model_copy(update={"epochs": recipe.probe.epochs})
+    if recipe.probe.fast:
+        return _estimate(recipe, source, run, listener)
+    options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     model = load_frozen_model(inputs, options)
     unmasked_loss = validation_loss(model, inputs, listener)
-    layer_count = len(decoder_layers(model)[1])
-    wanted = parse_layers(recipe.probe.layers or "all", layer_count)
     # From below upwards, so that each group enters the model where the one before it did, or above.
-    groups = sorted(layer_groups(layer_count, recipe.probe_groups, wanted), key=min)
+    groups = sorted(_groups(recipe, model), key=min)
     results = []
     with hidden_states(options, run.folder) as states:
         for number, group in enumerate(groups, start=1):
@@ -82,6 +83,43 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
         "prefix_reuse": reuse,
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
+    """The result of `--fast`: what a mask of each group promises, the best first among groups of one size."""
+    options = _options(recipe)
+    inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    model = load_frozen_model(inputs, options)
+    groups = _groups(recipe, model)
+    changes = promised_changes(
+        model,
+        groups,
+        options,
+        inputs,
+        listener,
+        fft_learning_rate=run.record.inputs["fft_learning_rate"],
+        seed=recipe.seed,
+    )
+    sizes = {format_layers(group): len(group) for group in groups}
+    ranked = sorted(changes, key=lambda layers: (list(sizes.values()).index(sizes[layers]), changes[layers]))
+    return {
+        "fast": True,
+        "groups": [{"layers": layers, "size": sizes[layers], "change": changes[layers]} for layers in ranked],
+        "recommended_layers": ranked[0],
+        "agreement": agreement_with_training(run.folder.parent, source.model, changes),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _options(recipe: Recipe) -> MaskTrainOptions:
+    options = recipe.mask_train
+    return options if recipe.probe.epochs is None else options.model_copy(update={"epochs": recipe.probe.epochs})
+
+
+def _groups(recipe: Recipe, model: PreTrainedModel) -> list[list[int]]:
+    layer_count = len(decoder_layers(model)[1])
+    wanted = parse_layers(recipe.probe.layers or "all", layer_count)
+    return layer_groups(layer_count, recipe.probe_groups, wanted)
 
 
 def _outcome(group: list[int], found: LearnedMask) -> dict[str, Any]:

@@ -242,16 +242,22 @@ def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     }
 
 
-def _learning_rates(search: MaskSearch, steps: int) -> dict[str, float]:
-    return {target.name: _learning_rate(target, search, steps) for target in search.targets}
+def learning_rate(target: MaskTarget, options: MaskTrainOptions, fft_learning_rate: float, steps: int) -> float:
+    """The peak learning rate of a target's scores.
 
+    Args:
+        target: The projection.
+        options: With the rate or `auto`.
+        fft_learning_rate: That the model was fine-tuned with.
+        steps: Of the training.
 
-def _learning_rate(target: MaskTarget, search: MaskSearch, steps: int) -> float:
-    options = search.options
+    Raises:
+        ConfigError: `auto` has nothing to scale to.
+    """
     if options.learning_rate != "auto":
         return options.learning_rate
     if options.effective_start == "magnitude":
-        return _RATE_FACTOR * search.fft_learning_rate
+        return _RATE_FACTOR * fft_learning_rate
     scale = score_scale(target)
     if options.effective_start == "constant":
         scale = abs(options.start_value - (options.effective_threshold or 0.0))
@@ -263,3 +269,9 @@ def _learning_rate(target: MaskTarget, search: MaskSearch, steps: int) -> float:
             actual=options.start_value,
         )
     return auto_learning_rate(options.travel, scale, schedule_factors(steps, options))
+
+
+def _learning_rates(search: MaskSearch, steps: int) -> dict[str, float]:
+    return {
+        target.name: learning_rate(target, search.options, search.fft_learning_rate, steps) for target in search.targets
+    }

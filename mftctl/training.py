@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from mftctl.allocator import keep_freed_memory
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import Precision, TrainingOptions
 from mftctl.data.batching import (
@@ -247,6 +248,8 @@ def train(
         Interrupted: The user stopped it; the state is saved.
         TrainingError: The loss is not a number.
     """
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
     trainer.add_callback(_Watch(trainer.listener, folder, stop))
     if interim is not None:
         interim.watch(stop)

@@ -125,7 +125,9 @@ def test_hidden_states_of_the_frozen_layers_change_no_bit(workspace: Path, tmp_p
     none, all_of_them, some = (result["prefix_reuse"] for _, result, _ in results)
     assert none == {"batches": 0, "size_bytes": 0, "reused": 0}
     assert all_of_them["batches"] == 12 + 2  # those of training, and of deciding and confirming records
-    assert all_of_them["reused"] == 12 + 7 + 1  # a second epoch, validations after the unmasked one, and the confirmation
+    assert (
+        all_of_them["reused"] == 12 + 7 + 1
+    )  # a second epoch, validations after the unmasked one, and the confirmation
     assert 0 < some["size_bytes"] <= 2e4 < all_of_them["size_bytes"]
 
 
