@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
 from mftctl.interim_evaluation import InterimEvaluation
+from mftctl.masking.codecs import count_kept
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
@@ -131,9 +132,10 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     """
     model, options = search.model, search.options
     attach_masks(model, search.targets, _start_scores(search), search.indicators)
-    start = {name: module.keep() for name, module in masked_layers(model)}
     trainer = _trainer(search)
-    trainer.known_start_loss = search.unmasked_loss if all(bits.all() for bits in start.values()) else None
+    start = trainer.packed_masks()
+    removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
+    trainer.known_start_loss = search.unmasked_loss if removes_none else None
     try:
         with stop_on_signal(search.listener) as stop:
             train(
@@ -147,7 +149,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
-        changed = sum(int((start[name] ^ bits).sum()) for name, bits in trainer.last_masks().items())
+        changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
         if best_step == 0:
             trainer.load_scores(_start_scores(search))
         keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
