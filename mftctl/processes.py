@@ -37,6 +37,16 @@ def under_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
 
 
+def shares_weights() -> bool:
+    """Whether accelerate launched this process to hold a part of the weights: under FSDP and ZeRO-3."""
+    if not under_deepspeed():
+        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+    from accelerate.utils import DeepSpeedPlugin
+
+    import_deepspeed()
+    return DeepSpeedPlugin().zero_stage == 3
+
+
 def from_first(make: Callable[[], str]) -> str:
     """What the first process makes, in every process.
 

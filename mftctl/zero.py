@@ -14,7 +14,7 @@ import torch
 import torch.distributed
 
 from mftctl.errors import ConfigError
-from mftctl.masking.partitions import whole
+from mftctl.masking.partitions import whole, whole_shape
 from mftctl.tuning.masked_optimizer import UpdateRule
 from mftctl.tuning.partitioned_gradients import select_whole
 
@@ -116,7 +116,7 @@ class ZeroPartitions:
             value: Of its shape, in the first process; elsewhere nothing is read.
         """
         part = self.fragment(parameter)
-        received = torch.empty(self.shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
+        received = torch.empty(whole_shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
         if value is not None:
             received.copy_(value)
         torch.distributed.broadcast(received, 0)
@@ -222,15 +222,11 @@ class ZeroPartitions:
     def _gather(self, parameter: torch.nn.Parameter, flat_of: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """A tensor of the parameter's shape, of which each process has its part in a flat tensor."""
         part = self.fragment(parameter)
-        gathered = torch.zeros(self.shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
+        gathered = torch.zeros(whole_shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
         if part.numel:
             part.of(gathered).copy_(part.within(flat_of(part)))
         torch.distributed.all_reduce(gathered)  # what other processes have is 0 here
         return gathered
-
-    def shape(self, parameter: torch.nn.Parameter) -> torch.Size:
-        """The shape of a whole parameter."""
-        return parameter.shape if self.stage == 2 else parameter.ds_shape  # type: ignore[attr-defined,no-any-return]
 
     @staticmethod
     def _is_whole(parameter: torch.nn.Parameter) -> bool:
@@ -263,7 +259,7 @@ def select_partitioned(zero: ZeroPartitions, rule: UpdateRule, step: int) -> dic
 
         zero.change_gradient(parameters[index], blank)
 
-    shapes = [zero.shape(parameter) for parameter in parameters]
+    shapes = [whole_shape(parameter) for parameter in parameters]
     select_whole(shapes, lambda index: zero.gradient(parameters[index]), rule, step, take)
     return selected
 

@@ -22,3 +22,8 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor
 
     return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+
+
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter's whole values."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))

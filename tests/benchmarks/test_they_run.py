@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks import apply_speed, eval_speed, gmt_step_speed, mask_step_speed
+import pytest
+
+from tests.benchmarks import allocator_speed, apply_speed, eval_speed, gmt_step_speed, mask_step_speed, probe_speed
 from tests.benchmarks.shapes import TINY
 from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
@@ -34,3 +36,17 @@ def test_apply_speed(tmp_path: Path) -> None:
     found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, repetitions=2)
     assert int(found["apply, peak bytes"].replace(",", "")) < 1e9
     assert float(found["packed, bits a weight / entropy"]) > float(found["deflate, bits a weight / entropy"]) >= 1
+
+
+def test_allocator_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert len(allocator_speed.compare("tiny", length_tokens=16, steps=1, repetitions=1)) == 5
+
+
+def test_probe_speed(workspace: Path, tmp_path: Path) -> None:
+    training = {"epochs": 2.0, "batch_size": 16}
+    data = workspace / "train.jsonl"
+    found = probe_speed.compare(
+        tmp_path, workspace / "tiny", data, group_size=2, layers="2-3", training=training, repetitions=1
+    )
+    assert len(found) == 6
