@@ -38,6 +38,8 @@ _OPTIMIZERS = {
     "adagrad": "adagrad",
     "adafactor": "adafactor",
 }
+_BY_SHAPE = ("adagrad", "adafactor")
+"""Optimizers that make their state for the parameters they are created with, or look at their rows and columns."""
 
 
 def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -123,6 +125,13 @@ def _trainer(
     model: PreTrainedModel | PeftModel, inputs: TrainingInputs, recipe: Recipe, run: Run, listener: Listener
 ) -> UpdateTrainer:
     options = recipe.fft
+    if under_deepspeed() and options.optimizer in _BY_SHAPE:
+        raise ConfigError(
+            "DeepSpeed hands parameters to the optimizer as flat tensors, which this one cannot work with.",
+            key="fft.optimizer",
+            expected="adamw, sgd or rmsprop",
+            actual=options.optimizer,
+        )
     arguments = training_arguments(
         run.training.checkpoints,
         options,
