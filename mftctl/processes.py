@@ -37,14 +37,19 @@ def under_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
 
 
+def spreads_parameters() -> bool:
+    """Whether accelerate launched this process to train a part of the parameters: with DeepSpeed or FSDP."""
+    return under_deepspeed() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
 def shares_weights() -> bool:
-    """Whether accelerate launched this process to hold a part of the weights: under FSDP and ZeRO-3."""
+    """Whether it also holds a part of the frozen weights only: with ZeRO-3 or FSDP."""
     if not under_deepspeed():
-        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+        return spreads_parameters()
     from accelerate.utils import DeepSpeedPlugin
 
     import_deepspeed()
-    return DeepSpeedPlugin().zero_stage == 3
+    return bool(DeepSpeedPlugin().zero_stage == 3)
 
 
 def from_first(make: Callable[[], str]) -> str:

@@ -18,7 +18,7 @@ _COMPILED_ON_CPU = "deepspeed_shm_comm"
 def import_deepspeed() -> None:
     """Imports DeepSpeed if it is installed; accelerate does so whenever a model is trained.
 
-    Its log goes to the stream that is stdout at that moment, and below errors it tells nothing that a user could act on.
+    Its log goes to the stream that is stdout at that moment. Below errors it tells nothing that a user could act on.
     """
     if importlib.util.find_spec("deepspeed") is None:
         return
@@ -26,7 +26,9 @@ def import_deepspeed() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # DeepSpeed asks by old names
+    warnings.filterwarnings(
+        "ignore", message="`torch.distributed", category=FutureWarning
+    )  # DeepSpeed asks by old names
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

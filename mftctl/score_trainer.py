@@ -55,7 +55,7 @@ class MaskTrainer(SftTrainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.zero is not None and self.zero.stage == 3:
+        if self.partitions is not None and self.partitions.shares_weights:
             share_weights(self.accelerator.unwrap_model(self.model))
         return prepared
 
@@ -90,8 +90,8 @@ class MaskTrainer(SftTrainer):
         """Puts scores back in place, of all modules or some."""
         modules = self.masked()
         for name, values in scores.items():
-            if self.zero is not None:
-                self.zero.put(modules[name].scores, values)
+            if self.partitions is not None:
+                self.partitions.put(modules[name].scores, values)
             else:
                 with torch.no_grad():
                     modules[name].scores.copy_(values)
@@ -125,8 +125,8 @@ class MaskTrainer(SftTrainer):
 
     def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
         """Adam's running mean of the gradients of some scores."""
-        if self.zero is not None:
-            return self.zero.state(scores, "exp_avg")
+        if self.partitions is not None:
+            return self.partitions.state(scores, "exp_avg")
         mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
         return mean
 
@@ -137,7 +137,9 @@ class MaskTrainer(SftTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        scores = {name: whole(module.scores).to("cpu", copy=True).contiguous() for name, module in self.masked().items()}
+        scores = {
+            name: whole(module.scores).to("cpu", copy=True).contiguous() for name, module in self.masked().items()
+        }
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)

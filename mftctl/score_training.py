@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
 from mftctl.interim_evaluation import InterimEvaluation
-from mftctl.masking.codecs import count_kept
+from mftctl.masking.codecs import count_kept, unpack
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
@@ -146,14 +146,16 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
                 resume=search.resume,
                 interim=search.interim,
             )
-        trainer.release()
         start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
         changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
+        masks = trainer.masks()
         if best_step == 0:
-            trainer.load_scores(_start_scores(search))
-        keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
+            masks = {
+                name: torch.from_numpy(unpack(start[name], mask.numel())).view_as(mask) for name, mask in masks.items()
+            }
+        keep = {name: bits.cpu() for name, bits in masks.items()}
     finally:
         detach_masks(model)
     return LearnedMask(

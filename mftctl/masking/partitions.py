@@ -27,3 +27,10 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter's whole values."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor: a view of its part under FSDP2, else the tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

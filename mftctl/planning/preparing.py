@@ -99,7 +99,7 @@ def attach_without_data(model: PreTrainedModel, targets: Sequence[MaskTarget]) -
 class _ShapeIndicator(Indicator):
     """Allocates what a selection by rank allocates, and compares nothing."""
 
-    def keep(self, scores: torch.Tensor) -> torch.Tensor:
+    def keep(self, scores: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:
         ranked = scores.abs()
         partitioned = ranked.clone()
         return torch.empty_like(partitioned, dtype=torch.bool)
