@@ -99,5 +99,5 @@ def _has_shape(value: Any, parameter: torch.Tensor) -> bool:
 
 def _part(value: torch.Tensor, like: Any) -> DTensor:
     """A whole tensor that every process has, spread as another one is."""
-    value = value.to(like.device)
+    value = value.detach().to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Trainer
@@ -38,7 +38,8 @@ class PartitionedTrainer(Trainer):
     def before_step(self) -> None:
         """Called by DeepSpeed's engine before its step, when all gradients are there."""
         if isinstance(self.partitions, ZeroPartitions) and self.exact_norm:
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            model = cast("torch.nn.Module", self.model)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self._grad_norm = self.partitions.clip(trained, self.args.max_grad_norm)
 
     def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
@@ -54,16 +55,17 @@ class PartitionedTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)  # type: ignore[no-untyped-call]
         if self.is_deepspeed_enabled:
             self._plan()
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # type: ignore[no-untyped-call]
         if self.is_deepspeed_enabled:
-            unset_hf_deepspeed_config()  # models that are loaded from now on are their process's own
+            # Models that are loaded from now on are their process's own.
+            unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
             self.partitions = ZeroPartitions(self.deepspeed)
             self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self.before_step)
         else:
-            self.partitions = FsdpPartitions(self.optimizer.optimizer)
+            self.partitions = FsdpPartitions(cast(Any, self.optimizer).optimizer)
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
@@ -80,7 +82,9 @@ class PartitionedTrainer(Trainer):
         config["zero_optimization"].setdefault("stage3_param_persistence_threshold", "auto")
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(model, grad_norm) if self._grad_norm is None else self._grad_norm
+        if self._grad_norm is not None:
+            return self._grad_norm
+        return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.partitions is None:
@@ -89,11 +93,11 @@ class PartitionedTrainer(Trainer):
         state = self.optimizer_state(self.partitions)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.partitions is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         self.partitions.load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))
+        cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))

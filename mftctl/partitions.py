@@ -73,7 +73,7 @@ def put_model(partitions: Partitions, model: torch.nn.Module, stored: Mapping[st
         if parameter.requires_grad:
             value = torch.empty(whole_shape(parameter), dtype=torch.float32, device=parameter.device)
             if name in stored:
-                value.copy_(stored[name])
+                value.copy_(stored[name].detach())
             torch.distributed.broadcast(value, 0)
             partitions.put(parameter, value)
 
@@ -91,6 +91,6 @@ def whole_model(partitions: Partitions, model: PreTrainedModel) -> PreTrainedMod
     with torch.device("meta"):
         copy = type(model)(model.config)
     copy.load_state_dict(state, strict=False, assign=True)
-    copy.tie_weights()  # type: ignore[no-untyped-call]
+    copy.tie_weights()
     copy.generation_config = model.generation_config
     return copy

@@ -123,7 +123,9 @@ class ZeroPartitions:
         gradient: torch.Tensor = safe_get_full_grad(parameter)
         return gradient
 
-    def change_gradient(self, parameter: torch.nn.Parameter, change: Callable[[Fragment, torch.Tensor], None]) -> None:
+    def change_gradient(
+        self, parameter: torch.nn.Parameter, change: Callable[[Fragment, torch.Tensor], object]
+    ) -> None:
         """Changes this process's part of a gradient; may be called in one process alone.
 
         Args:

@@ -34,9 +34,8 @@ MASK = ("--layers", "1-2", "--preset", "paper")
 GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
 FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
 FULL = ("fft", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
-needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is an extra (the dev extra has it)"
-)
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is an extra, which the dev extra has")
 
 
 def start(folder: Path, launcher: tuple[str, ...], *arguments: object) -> subprocess.Popen[str]:
@@ -154,9 +153,9 @@ def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> Non
 
 @pytest.fixture(scope="module")
 def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is left of a training under ZeRO-3 whose second process was killed."""
+    """What is left of a training whose second process was killed: under ZeRO-3, if DeepSpeed is there."""
     folder = tmp_path_factory.mktemp("killed")
-    kill_second(folder, (*accelerate("zero3"), "mftctl"), workspace)
+    kill_second(folder, (*accelerate("zero3" if HAS_DEEPSPEED else "ddp"), "mftctl"), workspace)
     return folder
 
 
@@ -168,10 +167,12 @@ def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: 
     assert (tmp_path / "runs" / "001-mask-train" / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
 
-@needs_deepspeed
-@pytest.mark.parametrize("stage", [2, 3])
-def test_zero_does_what_one_process_does(
-    one: Path, killed: Path, half: Path, workspace: Path, tmp_path: Path, stage: int
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed), "fsdp2"],
+)
+def test_spread_parameters_give_what_one_process_gives(
+    one: Path, killed: Path, half: Path, workspace: Path, tmp_path: Path, recipe: str
 ) -> None:
     shutil.copytree(killed / "runs", tmp_path / "killed")
     commands = several(
@@ -180,7 +181,7 @@ def test_zero_does_what_one_process_does(
         (*FEW, *data(workspace)),
         (*FULL, *data(workspace, half)),
     )
-    code, output, errors = run(tmp_path, accelerate(f"zero{stage}"), *commands)
+    code, output, errors = run(tmp_path, accelerate(recipe), *commands)
     assert code == 0, errors
     for mask in ("whole.bits", "killed/001-mask-train/mask.bits"):
         assert (tmp_path / mask).read_bytes() == (one / "mask.bits").read_bytes()
@@ -193,7 +194,7 @@ def test_zero_does_what_one_process_does(
     before, entries, alone = load_file(workspace / "tiny" / "model.safetensors"), weights(tmp_path, 2), weights(one, 3)
     for name, value in alone.items():
         assert torch.equal(entries[name] != before[name], value != before[name])
-        assert torch.allclose(entries[name], value, rtol=0, atol=0 if stage == 2 else 1e-6)
+        assert torch.allclose(entries[name], value, rtol=0, atol=0 if recipe == "zero2" else 1e-6)
 
     full, alone = weights(tmp_path, 3), weights(one, 4)
     assert full.keys() == alone.keys()

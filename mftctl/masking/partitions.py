@@ -21,7 +21,9 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
             return parameter.detach().clone()
     from torch.distributed.tensor import DTensor
 
-    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    return parameter.detach()
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
