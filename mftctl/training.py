@@ -212,6 +212,7 @@ class SftTrainer(PartitionedTrainer):
             self.validation,
             pad_token_id=self._padding,
             on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
+            together=True,
         )
         return self._record(mean_loss(losses), metric_key_prefix)
 

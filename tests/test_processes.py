@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -24,6 +26,7 @@ from mftctl.config import Recipe
 from mftctl.data.batching import LengthGroupedSampler, ProcessBatches, ProcessRecords
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
+from mftctl.processes import share_of
 from mftctl.progress import Silence
 from mftctl.runs import Run, list_runs
 
@@ -116,6 +119,7 @@ def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
     assert (mine.record.status, mine.record.processes) == ("finished", 2)
     for found, expected in zip(figures(mine), figures(list_runs(one / "runs")[0][0]), strict=True):
         assert found == pytest.approx(expected)
+        assert found.get("eval_loss") == expected.get("eval_loss")
     assert errors.count("Run: runs/001-mask-train") == 1
 
 
@@ -237,6 +241,19 @@ def test_processes_take_the_micro_batches_of_one(records: int, world_size: int) 
     assert {len(share) for share in shares} == {len(ProcessBatches(order, 2, 0, world_size))}
     taken = [batch for turn in zip(*shares, strict=True) for batch in turn]
     assert [index for batch in taken for index in batch if index >= 0] == alone
+
+
+@given(items=st.integers(1, 20), world_size=st.integers(1, 5))
+def test_shares_are_equally_long_and_leave_nothing_out(items: int, world_size: int) -> None:
+    shares = []
+    for rank in range(world_size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", str(world_size))
+            patch.setenv("RANK", str(rank))
+            shares.append(share_of(range(items)))
+    assert len({len(share) for share in shares}) == 1
+    assert {item for share in shares for item in share} == set(range(items))
+    assert sum(map(len, shares)) < items + world_size
 
 
 def test_what_fills_up_has_nothing_to_learn() -> None:
