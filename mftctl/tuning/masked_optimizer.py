@@ -51,7 +51,7 @@ class MaskedOptimizer(Optimizer):
     parameter (a step counter, Adafactor's factors) is not held back: it follows the masked gradient.
 
     Gradients must be whole and already reduced over the processes, as they are with DDP. Where they are partitioned, as
-    with FSDP and ZeRO, exact counts would need the gradients of all processes.
+    with FSDP and ZeRO, `give` takes a selection that was made from those of all processes.
 
     Attributes:
         inner: The wrapped optimizer; it shares `param_groups` and `state` with this one.
