@@ -44,6 +44,23 @@ Payload
     a block its header and end besides. A reader refuses other streams, and so allocates at most 8 times what it was
     given.
 
+    The payload of codec "ans" is a stack of 32-bit words, the bottom one first. Let S be the packed size, B = 8 S, and
+    Z the number of zero bits among these B, that is, `removed` and the padding. The model gives the byte b with k zero
+    bits the frequency
+        f(b) = 1 + floor((2^24 - 256) Z^k (B - Z)^(8 - k) / B^8)
+    in exact integers; what the 256 frequencies lack of 2^24 is added to f(255) if 2 Z <= B, else to f(0). c(b) is the
+    sum of f over all smaller bytes. A coder has a state x, at first 0, and fills it from the stack: while x < 2^32 and
+    the stack is not empty, x = 2^32 x + the top word, which leaves the stack.
+    To write, fill x from a stack of ceil(S / 2^16) words of value 1, and put in the packed bytes from last to first:
+        if floor(x / 2^40) >= f(b): push x mod 2^32, then x = floor(x / 2^32);
+        x = 2^24 floor(x / f(b)) + c(b) + (x mod f(b)).
+    At the end push x, the low word first, without a high word of 0. To read, fill x from the payload, and take out S
+    bytes from first to last, each followed by filling x:
+        q = x mod 2^24; b is the byte with c(b) <= q < c(b) + f(b); x = f(b) floor(x / 2^24) + q - c(b).
+    Then x and the stack MUST be what writing starts from, and the payload's last word MUST NOT be 0. The packed size
+    MUST be at most 2^16 times the number of words, to which the words at the start see: a reader allocates at most
+    16,384 times what it was given, and a mask that removes next to nothing still takes next to nothing.
+
 Digest
     `sha256` MUST be the SHA-256, in 64 lower-case hex digits, over: the document in UTF-8, then for each tensor by
     ascending name (order of the UTF-8 bytes) the name in UTF-8 and the payload as stored - each of these items preceded
@@ -174,11 +191,12 @@ def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate") -> None:
     Args:
         mask: The mask.
         path: The file. Missing parent folders are made.
-        codec: "deflate" (0.478 bits a weight at 10 % removed) or "packed" (1 bit a weight).
+        codec: "deflate" (0.478 bits a weight at 10 % removed), "packed" (1 bit a weight), or "ans" (0.469, the entropy,
+            at 10 %), which needs the package `constriction` for writing and for reading.
 
     Raises:
         MaskFormatError: There is no such codec.
-        MaskFileError: The file cannot be written.
+        MaskFileError: The file cannot be written, or a package is missing.
     """
     path = Path(path)
     document = build_document(mask.records, mask.metadata, codec)
@@ -199,10 +217,11 @@ def load_mask(path: Path | str) -> Mask:
     """The mask in a file, after every check that the format asks for.
 
     Args:
-        path: A file from anyone. At most about 9 times its size is allocated.
+        path: A file from anyone. At most about 9 times its size is allocated, with codec "ans" 16,385 times.
 
     Raises:
         MaskFormatError: The file cannot be read, is damaged, of an unknown version or no mask file.
+        MaskFileError: A package is missing.
     """
     path = Path(path)
     try:
@@ -226,7 +245,9 @@ def _read_mask(stream: BinaryIO, path: Path) -> Mask:
     for name, record in document.records().items():
         payload = _read_payload(stream, container.payloads[name], path, name)
         digest.add_payload(name, payload)
-        packed[name] = decode(payload, document.tensors[name].codec, record.weights, path=path, key=name)
+        packed[name] = decode(
+            payload, document.tensors[name].codec, record.weights, record.removed, path=path, key=name
+        )
         _require_count(name, packed[name], record, path)
     if digest.hexdigest() != container.digest:
         raise MaskFormatError(

@@ -1,4 +1,4 @@
-"""`mftctl apply` beside `cp -r` of the same checkpoint, and its peak memory; the mask file's codecs beside that.
+"""`mftctl apply` beside `cp -r` of the same checkpoint, and its peak memory.
 
 python -m tests.benchmarks.apply_speed --layers 16 --repetitions 5
 """
@@ -11,16 +11,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, load_mask, save_mask
+from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
 from mftctl.masking.checkpoint import tensor_digest, tensor_index
-from mftctl.masking.codecs import decode, encode, pack
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 
 _APPLY = """
@@ -93,32 +90,7 @@ def compare(folder: Path, *, hidden_size: int, layers: int, repetitions: int) ->
         "apply / cp -r": spread(ratios(seconds["apply"], seconds["cp -r"])),
         "apply without Python's start / cp -r": spread(ratios(net, seconds["cp -r"])),
         "apply, peak bytes": f"{max(peaks):,}",
-        **codec_figures(mask, repetitions),
     }
-
-
-def codec_figures(path: Path, repetitions: int) -> dict[str, str]:
-    """Million weights a second of each codec, and bits a weight against the entropy of the mask."""
-    mask = load_mask(path)
-    keep = torch.cat([mask[name].flatten() for name in mask.names()][:4])
-    packed, weights = pack(keep), keep.numel()
-    share = 1 - float(keep.float().mean())
-    bound = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
-    found = {}
-    for codec in ("packed", "deflate"):
-        payload = encode(packed, codec)
-        speeds: dict[str, list[float]] = {"encode": [], "decode": []}
-        for _ in range(repetitions):
-            start_seconds = time.perf_counter()
-            encode(packed, codec)
-            middle_seconds = time.perf_counter()
-            decode(payload, codec, weights, path=path, key="t")
-            end_seconds = time.perf_counter()
-            speeds["encode"].append(weights / (middle_seconds - start_seconds) / 1e6)
-            speeds["decode"].append(weights / (end_seconds - middle_seconds) / 1e6)
-        found |= {f"{codec}, {way}, million weights a second": spread(values) for way, values in speeds.items()}
-        found[f"{codec}, bits a weight / entropy"] = f"{8 * len(payload) / weights / bound:.4f}"
-    return found
 
 
 def main() -> None:
