@@ -51,8 +51,10 @@ def unpack(packed: Packed, weights: int) -> npt.NDArray[np.bool_]:
 
 
 def count_kept(packed: Packed) -> int:
-    """The number of one bits."""
-    return int(np.bitwise_count(packed).sum(dtype=np.int64))
+    """The number of one bits in a contiguous array."""
+    whole = len(packed) // 8 * 8
+    counts = np.bitwise_count(packed[:whole].view(np.uint64)), np.bitwise_count(packed[whole:])
+    return sum(int(part.sum(dtype=np.int64)) for part in counts)
 
 
 def encode(packed: Packed, codec: Codec) -> bytes:
