@@ -35,6 +35,7 @@ MaskTensor = Callable[[StoredTensor, Path, Advance], None]
 
 _MOST_THREADS = 8
 _KERNEL_BYTES = 64 * 2**20  # small enough for progress to be seen
+_TOLD_BYTES = 4 * 2**20
 _NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -103,14 +104,16 @@ def _copy_around(masked: list[StoredTensor], path: Path, target: Path, advance: 
 
 
 def _counter(total_bytes: int, on_progress: Callable[[int, int], None] | None) -> Advance:
-    """Adds up what the threads have written, and tells it one at a time."""
-    written_bytes, lock = 0, threading.Lock()
+    """Adds up what the threads have written, and tells it from time to time, one thread at a time."""
+    written_bytes, told_bytes, lock = 0, 0, threading.Lock()
 
     def advance(chunk_bytes: int) -> None:
-        nonlocal written_bytes
+        nonlocal written_bytes, told_bytes
         with lock:
             written_bytes += chunk_bytes
-            if on_progress is not None:
+            is_due = written_bytes - told_bytes >= _TOLD_BYTES or written_bytes == total_bytes
+            if on_progress is not None and is_due:
+                told_bytes = written_bytes
                 on_progress(written_bytes, total_bytes)
 
     return advance

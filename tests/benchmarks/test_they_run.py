@@ -31,8 +31,10 @@ def test_gmt_step_speed() -> None:
 
 
 def test_apply_speed(tmp_path: Path) -> None:
-    found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, repetitions=2)
-    assert int(found["apply, peak bytes"].replace(",", "")) < 1e9
+    found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, some=[1], repetitions=2)
+    assert len(found) == 17
+    for case in ("all layers", "1 of 2 layers"):
+        assert int(found[f"apply, {case}, peak bytes"].replace(",", "")) < 1e9
 
 
 def test_codec_speed() -> None:
