@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks import apply_speed, codec_speed, eval_speed, gmt_step_speed, mask_step_speed
+import pytest
+
+from tests.benchmarks import (
+    allocator_speed,
+    apply_speed,
+    codec_speed,
+    eval_speed,
+    gmt_step_speed,
+    mask_step_speed,
+    probe_speed,
+)
 from tests.benchmarks.shapes import TINY
 from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
@@ -46,3 +56,17 @@ def test_codec_speed() -> None:
         )
         assert packed > deflate > ans
         assert 0.999 < ans < 1.002
+
+
+def test_allocator_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert len(allocator_speed.compare("tiny", length_tokens=16, steps=1, repetitions=1)) == 5
+
+
+def test_probe_speed(workspace: Path, tmp_path: Path) -> None:
+    training = {"epochs": 2.0, "batch_size": 16}
+    data = workspace / "train.jsonl"
+    found = probe_speed.compare(
+        tmp_path, workspace / "tiny", data, group_size=2, layers="2-3", training=training, repetitions=1
+    )
+    assert len(found) == 6
