@@ -41,7 +41,7 @@ def test_gmt_step_speed() -> None:
 
 
 def test_apply_speed(tmp_path: Path) -> None:
-    found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, some=[1], repetitions=2)
+    found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, some=[1], repetitions=1)
     assert len(found) == 17
     for case in ("all layers", "1 of 2 layers"):
         assert int(found[f"apply, {case}, peak bytes"].replace(",", "")) < 1e9
