@@ -112,7 +112,7 @@ class MaskedOptimizer(Optimizer):
         self.total_entries = sum(mask.numel() for mask in masks)
 
     def give(self, selected: Mapping[torch.Tensor, torch.Tensor]) -> None:
-        """Sets the selection for the step to come, made where more is known than the gradients here.
+        """Sets the selection for the step to come, where more is known than the gradients here; then at every step.
 
         Args:
             selected: By parameter a bool tensor, of the shape of what this process has of it; the gradients of all
@@ -142,7 +142,7 @@ class MaskedOptimizer(Optimizer):
             self.inner.step()
         else:
             for group, parameter in self._with_gradients():
-                self._update(group, parameter, self.selected[parameter])
+                self._update(group, parameter, self.selected.pop(parameter))
         self._steps += 1
         self._forget_selection()
 
