@@ -191,7 +191,11 @@ class UpdateTrainer(SftTrainer):
         """Takes up the weights of a checkpoint, which the first process reads."""
         if self.zero is None:
             return
-        stored = dict(load_model(folder, dtype=torch.float32, device=torch.device("cpu")).named_parameters()) if is_first() else {}
+        stored = (
+            dict(load_model(folder, dtype=torch.float32, device=torch.device("cpu")).named_parameters())
+            if is_first()
+            else {}
+        )
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 self.zero.put_from_first(parameter, stored.get(name))

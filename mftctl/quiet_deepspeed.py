@@ -26,7 +26,9 @@ def import_deepspeed() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # DeepSpeed asks by old names
+    warnings.filterwarnings(
+        "ignore", message="`torch.distributed", category=FutureWarning
+    )  # DeepSpeed asks by old names
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -13,7 +13,15 @@ from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
 from mftctl.interim_evaluation import InterimEvaluation
 from mftctl.masking.codecs import count_kept
-from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
+from mftctl.masking.layers import (
+    Indicator,
+    attach_masks,
+    detach_masks,
+    initial_scores,
+    keep_no_products,
+    masked_layers,
+    score_scale,
+)
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import world_size
@@ -131,7 +139,10 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     Source: MFT, section 2, equations 2 to 5.
     """
     model, options = search.model, search.options
-    attach_masks(model, search.targets, _start_scores(search), search.indicators)
+    starts = {target.name: _start_scores(search, target) for target in search.targets}
+    attach_masks(model, search.targets, starts, search.indicators)
+    if options.low_memory:
+        keep_no_products(model)
     trainer = _trainer(search)
     start = trainer.packed_masks()
     removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
@@ -152,7 +163,8 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
         changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
         if best_step == 0:
-            trainer.load_scores(_start_scores(search))
+            for target in search.targets:
+                trainer.load_scores({target.name: _start_scores(search, target)})
         keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
     finally:
         detach_masks(model)
@@ -184,6 +196,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
     )
     trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
     trainer.learning_rates = rates
+    trainer.low_memory = options.low_memory
     # The gradient of a score has the weight as a factor: the usual epsilon would hold back the smallest weights, which
     # cost least to remove.
     trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
@@ -237,12 +250,10 @@ def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) ->
     return travel * scale / sum(factors)
 
 
-def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
+def _start_scores(search: MaskSearch, target: MaskTarget) -> torch.Tensor:
     options = search.options
-    return {
-        target.name: initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed)
-        for target in search.targets
-    }
+    scores = initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed)
+    return scores.to(torch.bfloat16 if options.low_memory else torch.float32)
 
 
 def learning_rate(target: MaskTarget, options: MaskTrainOptions, fft_learning_rate: float, steps: int) -> float:

@@ -238,7 +238,9 @@ class SftTrainer(Trainer):
             self._grad_norm = self.zero.clip(trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return self._grad_norm if self.zero is not None and self._exact_norm else super()._get_grad_norm(model, grad_norm)
+        return (
+            self._grad_norm if self.zero is not None and self._exact_norm else super()._get_grad_norm(model, grad_norm)
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes what is trained, as one process would."""

@@ -317,5 +317,3 @@ def check_plan(plugin: Any) -> None:
 
 def _is_by_entry(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
