@@ -82,6 +82,10 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
         found = find_mask(search)
+        if shares_weights():  # of the model that was trained, each process has a part only
+            model = load_frozen_model(inputs, options)
+            targets = find_targets(model, layers, options.target, options.projections)
+            search = replace(search, model=model, targets=targets)
         confirmation = _confirmation(search, found, confirming)
         reuse = figures(states)
     mask = build_mask(found.keep, targets, model, inputs.checkpoint, _metadata(recipe, source, run, layers))

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from mftctl.errors import MftError, RunError
 from mftctl.quiet_deepspeed import import_deepspeed
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -37,14 +39,19 @@ def under_deepspeed() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
 
 
+def spreads_parameters() -> bool:
+    """Whether accelerate launched this process to train a part of the parameters: with DeepSpeed or FSDP."""
+    return under_deepspeed() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
 def shares_weights() -> bool:
-    """Whether accelerate launched this process to hold a part of the weights: under FSDP and ZeRO-3."""
+    """Whether it also holds a part of the frozen weights only: with ZeRO-3 or FSDP."""
     if not under_deepspeed():
-        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+        return spreads_parameters()
     from accelerate.utils import DeepSpeedPlugin
 
     import_deepspeed()
-    return DeepSpeedPlugin().zero_stage == 3
+    return bool(DeepSpeedPlugin().zero_stage == 3)
 
 
 def from_first(make: Callable[[], str]) -> str:
@@ -75,6 +82,25 @@ def from_first(make: Callable[[], str]) -> str:
     if text is None:
         raise RunError("The first process failed.", actual=message)
     return text
+
+
+def share_of(items: Sequence[T]) -> list[T]:
+    """This process's share of what all processes do; each has as many items, for which some are taken twice."""
+    shares = [items[index :: world_size()] for index in range(world_size())]
+    mine = list(shares[rank()])
+    return mine if len(mine) == len(shares[0]) else [*mine, items[0]]
+
+
+def merged(found: dict[int, T]) -> dict[int, T]:
+    """What all processes found, in each of them; to be called in all of them at once."""
+    if world_size() == 1:
+        return found
+    import torch.distributed
+
+    _join()
+    parts: list[dict[int, T]] = [{} for _ in range(world_size())]
+    torch.distributed.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def wait_for_all() -> None:

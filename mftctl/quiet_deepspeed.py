@@ -18,7 +18,7 @@ _COMPILED_ON_CPU = "deepspeed_shm_comm"
 def import_deepspeed() -> None:
     """Imports DeepSpeed if it is installed; accelerate does so whenever a model is trained.
 
-    Its log goes to the stream that is stdout at that moment, and below errors it tells nothing that a user could act on.
+    Its log goes to the stream that is stdout at that moment. Below errors it tells nothing that a user could act on.
     """
     if importlib.util.find_spec("deepspeed") is None:
         return

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mftctl.errors import ConfigError
 from mftctl.masking.codecs import Packed, pack, unpack
 from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers, share_weights
 from mftctl.masking.partitions import whole, whole_shape
@@ -52,15 +53,25 @@ class MaskTrainer(SftTrainer):
             rated = [{"params": scores, "lr": rate} for rate, scores in groups.items()]
             settings: dict[str, Any] = {"eps": self.epsilon, "weight_decay": self.args.weight_decay}
             if self.low_memory:
+                self._require_whole()
                 self.optimizer = StochasticAdamW(rated, seed=self.args.seed, **settings)
             else:
                 # On a GPU torch would otherwise make copies of all scores in a step.
                 self.optimizer = torch.optim.AdamW(rated, fused=self.args.device.type == "cuda", **settings)
         return self.optimizer
 
+    def _require_whole(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                "Scores in bf16 are trained where each process has all of them.",
+                key="mask_train.low_memory",
+                expected="one process, or recipes/accelerate/ddp.yaml",
+                actual="ZeRO or FSDP, which spread them over the processes themselves",
+            )
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self.zero is not None and self.zero.stage == 3:
+        if self.partitions is not None and self.partitions.shares_weights:
             share_weights(self.accelerator.unwrap_model(self.model))
         return prepared
 
@@ -95,8 +106,8 @@ class MaskTrainer(SftTrainer):
         """Puts scores back in place, of all modules or some."""
         modules = self.masked()
         for name, values in scores.items():
-            if self.zero is not None:
-                self.zero.put(modules[name].scores, values)
+            if self.partitions is not None:
+                self.partitions.put(modules[name].scores, values)
             else:
                 with torch.no_grad():
                     modules[name].scores.copy_(values)
@@ -130,8 +141,8 @@ class MaskTrainer(SftTrainer):
 
     def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
         """Adam's running mean of the gradients of some scores."""
-        if self.zero is not None:
-            return self.zero.state(scores, "exp_avg")
+        if self.partitions is not None:
+            return self.partitions.state(scores, "exp_avg")
         mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
         return mean
 

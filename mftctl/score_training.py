@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
 from mftctl.interim_evaluation import InterimEvaluation
-from mftctl.masking.codecs import count_kept
+from mftctl.masking.codecs import count_kept, unpack
 from mftctl.masking.layers import (
     Indicator,
     attach_masks,
@@ -139,8 +139,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     Source: MFT, section 2, equations 2 to 5.
     """
     model, options = search.model, search.options
-    starts = {target.name: _start_scores(search, target) for target in search.targets}
-    attach_masks(model, search.targets, starts, search.indicators)
+    attach_masks(model, search.targets, _start_scores(search), search.indicators)
     if options.low_memory:
         keep_no_products(model)
     trainer = _trainer(search)
@@ -157,15 +156,16 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
                 resume=search.resume,
                 interim=search.interim,
             )
-        trainer.release()
         start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
         changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
-        if best_step == 0:
-            for target in search.targets:
-                trainer.load_scores({target.name: _start_scores(search, target)})
-        keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
+        shapes = {target.name: target.weight.shape for target in search.targets}
+        packed = start if best_step == 0 else trainer.packed_masks()
+        keep = {
+            name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
+            for name, bits in packed.items()
+        }
     finally:
         detach_masks(model)
     return LearnedMask(
@@ -250,10 +250,15 @@ def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) ->
     return travel * scale / sum(factors)
 
 
-def _start_scores(search: MaskSearch, target: MaskTarget) -> torch.Tensor:
+def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     options = search.options
-    scores = initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed)
-    return scores.to(torch.bfloat16 if options.low_memory else torch.float32)
+    dtype = torch.bfloat16 if options.low_memory else torch.float32
+    return {
+        target.name: initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed).to(
+            dtype
+        )
+        for target in search.targets
+    }
 
 
 def learning_rate(target: MaskTarget, options: MaskTrainOptions, fft_learning_rate: float, steps: int) -> float:

@@ -18,14 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from mftctl.allocator import keep_freed_memory
@@ -41,11 +38,10 @@ from mftctl.data.batching import (
 from mftctl.data.encoding import Encoded
 from mftctl.errors import Interrupted, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.partitioned_trainer import PartitionedTrainer
 from mftctl.processes import any_process, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
-from mftctl.quiet_deepspeed import import_deepspeed
 from mftctl.runs import TrainingFolder
-from mftctl.zero import SteppingEngine, ZeroPartitions, check_plan
 
 if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
@@ -148,18 +144,13 @@ def training_arguments(
     )
 
 
-class SftTrainer(Trainer):
+class SftTrainer(PartitionedTrainer):
     """A Trainer for answer tokens: exact token-mean losses, an order that depends on the seed alone, no printing.
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
         sampler: The order of the records.
-        zero: What DeepSpeed has partitioned; None without it, and before the training.
     """
-
-    zero: ZeroPartitions | None = None
-    _exact_norm = True
-    _grad_norm = 0.0
 
     def __init__(
         self,
@@ -174,7 +165,6 @@ class SftTrainer(Trainer):
         self.listener = listener
         self.start_loss: float | None = None
         self._padding = pad_token_id(tokenizer)
-        import_deepspeed()
         self.sampler = LengthGroupedSampler(
             [len(record.input_ids) for record in train], args.per_device_train_batch_size, args.seed
         )
@@ -212,67 +202,6 @@ class SftTrainer(Trainer):
         loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """As ever; under DeepSpeed, checkpoints hold whole tensors, as those of one process."""
-        if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        plugin = self.accelerator.state.deepspeed_plugin
-        check_plan(plugin)
-        if self._exact_norm:
-            plugin.hf_ds_config.config["gradient_clipping"] = 0.0  # done before the engine's step
-        # By default DeepSpeed keeps every tensor of less than 100,000 entries whole; this makes it follow the model.
-        plugin.hf_ds_config.config["zero_optimization"].setdefault("stage3_param_persistence_threshold", "auto")
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        unset_hf_deepspeed_config()  # models that are loaded from now on are nobody's but their process's
-        self.zero = ZeroPartitions(self.deepspeed)
-        self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self._before_step)
-        if resume_from_checkpoint is not None:
-            self._load_from_checkpoint(resume_from_checkpoint)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
-        return prepared
-
-    def _before_step(self) -> None:
-        """What is done to the gradients before DeepSpeed's step."""
-        if self.zero is not None and self._exact_norm:
-            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-            self._grad_norm = self.zero.clip(trained, self.args.max_grad_norm)
-
-    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        return (
-            self._grad_norm if self.zero is not None and self._exact_norm else super()._get_grad_norm(model, grad_norm)
-        )
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what is trained, as one process would."""
-        if self.zero is None:
-            super().save_model(output_dir, _internal_call)
-        else:
-            self._save(output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.zero is None:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = self._optimizer_state()
-        if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        """Of an optimizer that DeepSpeed has partitioned: what it would be in one process."""
-        return {} if self.zero is None else self.zero.state_dict()
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.zero is not None and checkpoint is not None:
-            self.zero.load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True))
-
-    def release(self) -> None:
-        """Leaves every process with the whole model again, where it was partitioned."""
-        if self.zero is not None:
-            self.zero.release(self.model)
-            self.zero = None
-
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -283,6 +212,7 @@ class SftTrainer(Trainer):
             self.validation,
             pad_token_id=self._padding,
             on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
+            together=True,
         )
         return self._record(mean_loss(losses), metric_key_prefix)
 

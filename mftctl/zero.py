@@ -8,13 +8,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed
 
 from mftctl.errors import ConfigError
-from mftctl.masking.partitions import whole, whole_shape
+from mftctl.masking.partitions import whole_shape
 from mftctl.tuning.masked_optimizer import UpdateRule
 from mftctl.tuning.partitioned_gradients import select_whole
 
@@ -63,7 +63,6 @@ class ZeroPartitions:
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
         self._zero = engine.optimizer
         self.stage: int = engine.zero_optimization_stage()
         self.inner: torch.optim.Optimizer = self._zero.optimizer
@@ -74,6 +73,11 @@ class ZeroPartitions:
             self.groups = [[] for _ in self.inner.param_groups]
             for index, group in enumerate(self._zero.fp16_groups):
                 self.groups[self._zero.sub_group_to_group_id[index]] += group
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether weights are spread as well."""
+        return self.stage == 3
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The trained parameters in the optimizer's order."""
@@ -108,32 +112,6 @@ class ZeroPartitions:
             if self.stage == 3:
                 parameter.ds_tensor.narrow(0, 0, part.numel).copy_(part.of(value))  # type: ignore[attr-defined]
 
-    def put_from_first(self, parameter: torch.nn.Parameter, value: torch.Tensor | None) -> None:
-        """Replaces a parameter by what the first process has.
-
-        Args:
-            parameter: Which one.
-            value: Of its shape, in the first process; elsewhere nothing is read.
-        """
-        part = self.fragment(parameter)
-        received = torch.empty(whole_shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
-        if value is not None:
-            received.copy_(value)
-        torch.distributed.broadcast(received, 0)
-        self.put(parameter, received)
-
-    def model_state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """The model's state with whole tensors on the CPU, trained ones in fp32; empty but in the first process."""
-        trained = set(self.parameters())
-        values: dict[torch.Tensor, torch.Tensor] = {}
-        state: dict[str, torch.Tensor] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            if tensor not in values:
-                value = self.value(cast("torch.nn.Parameter", tensor)) if tensor in trained else whole(tensor)
-                values[tensor] = value.cpu() if torch.distributed.get_rank() == 0 else torch.empty(0)
-            state[name] = values[tensor]
-        return state if torch.distributed.get_rank() == 0 else {}
-
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         """A whole tensor of the optimizer's state that has one number an entry, such as Adam's `exp_avg`."""
         return self._gather(parameter, lambda part: self.inner.state[part.flat][key])
@@ -145,7 +123,9 @@ class ZeroPartitions:
         gradient: torch.Tensor = safe_get_full_grad(parameter)
         return gradient
 
-    def change_gradient(self, parameter: torch.nn.Parameter, change: Callable[[Fragment, torch.Tensor], None]) -> None:
+    def change_gradient(
+        self, parameter: torch.nn.Parameter, change: Callable[[Fragment, torch.Tensor], object]
+    ) -> None:
         """Changes this process's part of a gradient; may be called in one process alone.
 
         Args:
@@ -181,6 +161,34 @@ class ZeroPartitions:
                 self.change_gradient(parameter, lambda _, gradient: gradient.mul_(factor))
         return float(norm)
 
+    def select(self, rule: UpdateRule, step: int) -> dict[torch.Tensor, torch.Tensor]:
+        """The entries of this process that a step updates, by flat tensor; all other gradients are set to zero.
+
+        Args:
+            rule: What is chosen, between the last backward pass of a step and the engine's step.
+            step: Number of the step, from 0.
+
+        Raises:
+            MaskingError: A gradient holds NaN.
+
+        Source: GMT, section 2, equations 3 and 4.
+        """
+        parameters = list(self.parameters())
+        selected: dict[torch.Tensor, torch.Tensor] = {}
+
+        def take(index: int, mask: torch.Tensor) -> None:
+            def blank(part: Fragment, gradient: torch.Tensor) -> None:
+                mine = part.of(mask).to(gradient.device)
+                gradient.masked_fill_(~mine, 0.0)
+                chosen = selected.setdefault(part.flat, torch.zeros_like(part.flat, dtype=torch.bool))
+                part.within(chosen).copy_(mine)
+
+            self.change_gradient(parameters[index], blank)
+
+        shapes = [whole_shape(parameter) for parameter in parameters]
+        select_whole(shapes, lambda index: self.gradient(parameters[index]), rule, step, take)
+        return selected
+
     def state_dict(self) -> dict[str, Any]:
         """The state that the torch optimizer would have with whole parameters, on the CPU."""
         state: dict[int, dict[str, Any]] = {}
@@ -212,13 +220,6 @@ class ZeroPartitions:
         for options, stored in zip(self.inner.param_groups, state_dict["param_groups"], strict=True):
             options.update({key: value for key, value in stored.items() if key != "params"})
 
-    def release(self, model: torch.nn.Module) -> None:
-        """Ends the engine's part in a model, which every process then has whole."""
-        self._engine.destroy()
-        if self.stage == 3:
-            parameters = list(model.parameters())
-            parameters[0].all_gather(parameters)  # type: ignore[attr-defined]
-
     def _gather(self, parameter: torch.nn.Parameter, flat_of: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """A tensor of the parameter's shape, of which each process has its part in a flat tensor."""
         part = self.fragment(parameter)
@@ -232,36 +233,6 @@ class ZeroPartitions:
     def _is_whole(parameter: torch.nn.Parameter) -> bool:
         """Whether a parameter under stage 3 is in memory just now, as small ones always are."""
         return parameter.data.numel() == parameter.ds_numel  # type: ignore[attr-defined,no-any-return]
-
-
-def select_partitioned(zero: ZeroPartitions, rule: UpdateRule, step: int) -> dict[torch.Tensor, torch.Tensor]:
-    """The entries that a step updates, by flat tensor; the gradients of all others are set to zero.
-
-    Args:
-        zero: After the last backward pass of a step; to be called in all processes at once.
-        rule: What is chosen.
-        step: Number of the step, from 0.
-
-    Raises:
-        MaskingError: A gradient holds NaN.
-
-    Source: GMT, section 2, equations 3 and 4.
-    """
-    parameters = list(zero.parameters())
-    selected: dict[torch.Tensor, torch.Tensor] = {}
-
-    def take(index: int, mask: torch.Tensor) -> None:
-        def blank(part: Fragment, gradient: torch.Tensor) -> None:
-            mine = part.of(mask).to(gradient.device)
-            gradient.masked_fill_(~mine, 0.0)
-            chosen = selected.setdefault(part.flat, torch.zeros_like(part.flat, dtype=torch.bool))
-            part.within(chosen).copy_(mine)
-
-        zero.change_gradient(parameters[index], blank)
-
-    shapes = [whole_shape(parameter) for parameter in parameters]
-    select_whole(shapes, lambda index: zero.gradient(parameters[index]), rule, step, take)
-    return selected
 
 
 class SteppingEngine:

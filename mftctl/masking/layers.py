@@ -78,16 +78,17 @@ class MaskedLinear(nn.Module):
     def masked_weight(self) -> torch.Tensor:
         """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
         state = scores_state([self.scores])
-        if self.keeps_product and state == self._scores_state and self._masked_weight.device == self.weight.device:
-            return self._masked_weight
-        scores = self.scores.detach()
-        if state != self._scores_state or self.keeps_product:
-            self._cut = self.indicator.cut(scores)
-            self._scores_state = state
+        if not self.keeps_product:
+            if state != self._scores_state:
+                self._cut, self._scores_state = self.indicator.cut(self.scores.detach()), state
+            return self._product(self.indicator.keep(self.scores.detach(), self._cut))
+        if state != self._scores_state or self._masked_weight.device != self.weight.device:
+            self._masked_weight, self._scores_state = self._product(self.keep()), state
+        return self._masked_weight
+
+    def _product(self, keep: torch.Tensor) -> torch.Tensor:
         # On the bare bits: +0.0 for any weight that is removed, and on a CPU 8 times as fast as masked_fill.
-        product = (bits(self.weight) * self.indicator.keep(scores, self._cut)).view(self.weight.dtype)
-        self._masked_weight = product if self.keeps_product else torch.empty(0)
-        return product
+        return (bits(self.weight) * keep).view(self.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The projection of `x` `(..., in_features)` to `(..., out_features)`."""

@@ -21,9 +21,18 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
             return parameter.detach().clone()
     from torch.distributed.tensor import DTensor
 
-    return parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().detach()
+    return parameter.detach()
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter's whole values."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of a tensor: a view of its part under FSDP2, else the tensor."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

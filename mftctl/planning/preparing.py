@@ -106,7 +106,10 @@ def attach_without_data(
 class _ShapeIndicator(Indicator):
     """Allocates what a selection by rank allocates, and compares nothing."""
 
-    def keep(self, scores: torch.Tensor) -> torch.Tensor:
+    def cut(self, scores: torch.Tensor) -> None:
+        return None
+
+    def keep(self, scores: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:
         ranked = scores.abs()
         partitioned = ranked.clone()
         return torch.empty_like(partitioned, dtype=torch.bool)

@@ -10,6 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from mftctl.errors import TrainingError
+from mftctl.masking.partitions import local_part
 from mftctl.masking.selection import check_ratio
 from mftctl.tuning.gradient_selection import Scope, keep_largest, keep_random
 
@@ -50,7 +51,7 @@ class MaskedOptimizer(Optimizer):
     parameter (a step counter, Adafactor's factors) is not held back: it follows the masked gradient.
 
     Gradients must be whole and already reduced over the processes, as they are with DDP. Where they are partitioned, as
-    with FSDP and ZeRO, exact counts would need the gradients of all processes.
+    with FSDP and ZeRO, `give` takes a selection that was made from those of all processes.
 
     Attributes:
         inner: The wrapped optimizer; it shares `param_groups` and `state` with this one.
@@ -114,7 +115,8 @@ class MaskedOptimizer(Optimizer):
         """Sets the selection for the step to come, made where more is known than the gradients here.
 
         Args:
-            selected: A bool tensor by parameter; the gradients of all other entries are zero already.
+            selected: By parameter a bool tensor, of the shape of what this process has of it; the gradients of all
+                other entries are zero already.
         """
         self.selected, self._is_given = dict(selected), True
 
@@ -248,4 +250,5 @@ def _check_whole(gradient: torch.Tensor) -> None:
 
 
 def _put_back(changed: torch.Tensor, before: torch.Tensor, selected: torch.Tensor) -> None:
+    changed, before = local_part(changed), local_part(before)
     torch.where(selected, changed, before, out=changed)

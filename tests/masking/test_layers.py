@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from mftctl.masking import indicator, selection
 from mftctl.masking.layers import (
     Indicator,
     MaskedLinear,
@@ -127,8 +128,14 @@ def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyP
     layer, x = make(Indicator(ratio=0.3))
     layer.keeps_product = keeps_product
     selections = []
-    original = Indicator.cut
-    monkeypatch.setattr(Indicator, "cut", lambda self, scores: selections.append(1) or original(self, scores))
+    original = selection.ratio_threshold
+
+    def counted(values: torch.Tensor, ratio: float) -> torch.Tensor | None:
+        selections.append(1)
+        return original(values, ratio)
+
+    monkeypatch.setattr(selection, "ratio_threshold", counted)
+    monkeypatch.setattr(indicator, "ratio_threshold", counted)
     optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
     for step in range(1, 4):
         for _ in range(3):
@@ -137,10 +144,10 @@ def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyP
         optimizer.step()
 
 
-@pytest.mark.parametrize("indicator", [Indicator(0.3), Indicator(None, 0.01), Indicator(0.0)], ids=str)
-def test_a_product_that_is_made_anew_in_each_pass_gives_the_same(indicator: Indicator) -> None:
-    kept, x = make(indicator)
-    anew, _ = make(indicator)
+@pytest.mark.parametrize("rule", [Indicator(0.3), Indicator(None, 0.01), Indicator(0.0)], ids=str)
+def test_a_product_that_is_made_anew_in_each_pass_gives_the_same(rule: Indicator) -> None:
+    kept, x = make(rule)
+    anew, _ = make(rule)
     anew.keeps_product = False
     layers = (kept, anew)
     optimizers = [torch.optim.AdamW([layer.scores], lr=0.1) for layer in layers]
