@@ -10,9 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mftctl.errors import ConfigError
 from mftctl.masking.codecs import Packed, pack, unpack
 from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers, share_weights
 from mftctl.masking.partitions import whole, whole_shape
+from mftctl.stochastic_adamw import StochasticAdamW
 from mftctl.training import SftTrainer
 
 _SCORES_FILE = "scores.safetensors"
@@ -28,12 +30,14 @@ class MaskTrainer(SftTrainer):
         learning_rates: The peak learning rate of each masked module, by its name.
         epsilon: AdamW's.
         known_start_loss: The validation loss of the initial scores; None where it is to be measured.
+        low_memory: Whether scores, in bf16, are trained with moments in bf16 and no masked weight is kept.
         counted: The mask of each module at the last validation, as packed bits.
     """
 
     learning_rates: Mapping[str, float]
     epsilon: float
     known_start_loss: float | None
+    low_memory: bool
     counted: dict[str, Packed]
 
     def __init__(self, *arguments: Any) -> None:
@@ -46,12 +50,24 @@ class MaskTrainer(SftTrainer):
             groups: dict[float, list[torch.nn.Parameter]] = {}
             for name, module in self.masked().items():
                 groups.setdefault(self.learning_rates[name], []).append(module.scores)
-            self.optimizer = torch.optim.AdamW(
-                [{"params": scores, "lr": rate} for rate, scores in groups.items()],
-                eps=self.epsilon,
-                weight_decay=self.args.weight_decay,
-            )
+            rated = [{"params": scores, "lr": rate} for rate, scores in groups.items()]
+            settings: dict[str, Any] = {"eps": self.epsilon, "weight_decay": self.args.weight_decay}
+            if self.low_memory:
+                self._require_whole()
+                self.optimizer = StochasticAdamW(rated, seed=self.args.seed, **settings)
+            else:
+                # On a GPU torch would otherwise make copies of all scores in a step.
+                self.optimizer = torch.optim.AdamW(rated, fused=self.args.device.type == "cuda", **settings)
         return self.optimizer
+
+    def _require_whole(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                "Scores in bf16 are trained where each process has all of them.",
+                key="mask_train.low_memory",
+                expected="one process, or recipes/accelerate/ddp.yaml",
+                actual="ZeRO or FSDP, which spread them over the processes themselves",
+            )
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -137,9 +153,7 @@ class MaskTrainer(SftTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        scores = {
-            name: whole(module.scores).to("cpu", copy=True).contiguous() for name, module in self.masked().items()
-        }
+        scores = {name: whole(module.scores).cpu().contiguous() for name, module in self.masked().items()}
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -136,6 +136,7 @@ class _StraightThroughProduct(torch.autograd.Function):
                 grads.append(None)
                 continue
             target = part.target
-            grad = target.part_of(grad_product).to(values.dtype) * target.part_of(weight)
-            grads.append(grad.mul_(values.sign()) if part.indicator.uses_magnitude else grad)
+            wide = torch.promote_types(values.dtype, torch.float32)
+            grad = target.part_of(grad_product).to(wide) * target.part_of(weight)
+            grads.append((grad.mul_(values.sign()) if part.indicator.uses_magnitude else grad).to(values.dtype))
         return None, None, None, *grads

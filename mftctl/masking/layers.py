@@ -28,6 +28,7 @@ __all__ = [
     "attach_masks",
     "detach_masks",
     "initial_scores",
+    "keep_no_products",
     "masked_layers",
     "masked_products",
     "score_scale",
@@ -47,7 +48,7 @@ class MaskedLinear(nn.Module):
         scores: Trainable, fp32 unless given otherwise, of the weight's shape.
         indicator: The rule from scores to mask.
         keeps_product: Whether the masked weight is kept from pass to pass. Otherwise it is made anew in each, from the
-            threshold that was found when the scores changed: for processes of which each holds a part of the weight.
+            threshold that was found when the scores changed: to save memory, or since each process holds a part.
 
     Source: MFT, equations 4 and 5.
     """
@@ -158,9 +159,10 @@ class _StraightThrough(torch.autograd.Function):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_grad = grad_output.reshape(-1, grad_output.shape[-1])
             grad_masked = rows_x.t() @ rows_grad if ctx.transposed else rows_grad.t() @ rows_x
-            grad_scores = grad_masked.to(scores.dtype).mul_(weight)
+            grad_scores = grad_masked.to(torch.promote_types(scores.dtype, torch.float32)).mul_(weight)
             if ctx.uses_magnitude:
                 grad_scores.mul_(scores.sign())
+            grad_scores = grad_scores.to(scores.dtype)
         return grad_x, grad_scores, None, None, None, None, None, None
 
 
@@ -256,15 +258,25 @@ def share_weights(model: nn.Module) -> None:
                 actual=type(module.experts).__name__,
                 hint="recipes/accelerate/zero2.yaml or ddp.yaml, or --target attn",
             )
+    keep_no_products(model)
+
+
+def keep_no_products(model: nn.Module) -> None:
+    """Lets masked weights be made anew in each pass, forward and backward; those of fused experts are still kept.
+
+    Args:
+        model: With masks attached.
+    """
+    for module in model.modules():
         if isinstance(module, MaskedLinear):
             module.keeps_product, module._masked_weight = False, torch.empty(0)
 
 
 def masked_products(model: nn.Module) -> list[torch.Tensor]:
-    """The weights that a masked model computes with in the place of its own, computed anew only if scores changed."""
+    """The weights that a masked model keeps and computes with in the place of its own, as the scores now are."""
     products = []
     for module in model.modules():
-        if isinstance(module, MaskedLinear):
+        if isinstance(module, MaskedLinear) and module.keeps_product:
             products.append(module.masked_weight())
         elif isinstance(module, MaskedExperts):
             products += module.products()

@@ -112,7 +112,12 @@ def main() -> None:
     if options.child:
         print(json.dumps(train(Path(options.child[0]), json.loads(options.child[1]))))
         return
-    ways: dict[str, dict[str, Any]] = {"default": {}, "paper": {"preset": "paper"}}
+    ways: dict[str, dict[str, Any]] = {
+        "default": {},
+        "paper": {"preset": "paper"},
+        "low memory": {"low_memory": True},
+        "low memory, paper": {"low_memory": True, "preset": "paper"},
+    }
     with tempfile.TemporaryDirectory() as folder:
         found = compare(Path(folder), ways, hidden_size=512, layers=16, repetitions=options.repetitions)
     for name, text in found.items():
