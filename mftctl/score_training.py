@@ -22,6 +22,7 @@ from mftctl.masking.layers import (
     masked_layers,
     score_scale,
 )
+from mftctl.masking.partitions import whole_shape
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import world_size
@@ -160,7 +161,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
         changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
-        shapes = {target.name: target.weight.shape for target in search.targets}
+        shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
         packed = start if best_step == 0 else trainer.packed_masks()
         keep = {
             name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])

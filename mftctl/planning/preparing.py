@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.layers import Indicator, attach_masks, keep_no_products, masked_layers
 from mftctl.masking.targets import MaskTarget, find_targets
+from mftctl.models import best_device
 from mftctl.training import uses_bf16
 from mftctl.tuning.hft import freeze_half
 
@@ -31,7 +32,7 @@ class TrainingPlan:
         accumulates: Whether gradients are kept while further batches are computed.
         optimizer: What keeps moments.
         selects_entries: Whether a step chooses the entries that it updates.
-        in_pieces: Whether a step computes in pieces of a fixed size, whatever the parameters'.
+        in_pieces: Whether a step makes no temporary tensors of the parameters' sizes.
     """
 
     prepare: Callable[[PreTrainedModel], None] = field(compare=False)
@@ -89,8 +90,9 @@ def plan_mask_training(options: MaskTrainOptions, layers: Sequence[int]) -> Trai
             model.requires_grad_(False)
 
     dtype = torch.bfloat16 if uses_bf16(options.precision) else torch.float32
+    in_pieces = options.low_memory or best_device().type == "cuda"  # there torch's AdamW is fused
     trained = (options.method == "learned", tuple(layers), options.target, tuple(options.projections or ()))
-    return TrainingPlan(prepare, trained, dtype, False, *_repeats(options), in_pieces=options.low_memory)
+    return TrainingPlan(prepare, trained, dtype, False, *_repeats(options), in_pieces=in_pieces)
 
 
 def attach_without_data(

@@ -20,6 +20,7 @@ from mftctl.config import to_document
 from mftctl.lineage import Source
 from mftctl.mask_training import mask_train
 from mftctl.progress import Silence
+from mftctl.quiet_deepspeed import import_deepspeed
 from mftctl.recipe_files import parse_recipe
 from mftctl.runs import create_run
 from tests.benchmarks.timings import spread
@@ -56,6 +57,7 @@ def make_inputs(folder: Path, *, hidden_size: int, layers: int) -> None:
         pad_token_id=0,
         eos_token_id=1,
     )
+    import_deepspeed()  # as saving a model does wherever it is installed, with its log on stdout
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
     write_additions(folder / "train.jsonl", 12, seed=1)
