@@ -7,7 +7,7 @@ from typing import Any
 
 from mftctl.errors import ConfigError
 from mftctl.lineage import Source
-from mftctl.masking.bits import load_mask
+from mftctl.masking.bits import open_mask
 from mftctl.masking.checkpoint import apply_to_checkpoint, resolve_checkpoint
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
@@ -31,21 +31,21 @@ def apply(
     if source.mask is None:
         raise ConfigError("apply needs a mask.", key="MASK", expected="a mask file", actual="none")
     path = Path(source.mask)
-    mask = load_mask(path)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
-    metadata = mask.metadata
-    is_delta = metadata.kind == "delta"
-    base_model = (base or metadata.base_model) if is_delta else source.model
-    done = apply_to_checkpoint(
-        resolve_checkpoint(base_model, metadata.base_revision),
-        mask,
-        folder,
-        tuned=resolve_checkpoint(source.model, metadata.tuned_revision) if is_delta else None,
-        mask_path=path,
-        base_model=base_model,
-        on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
-        replace=replace,
-    )
+    with open_mask(path) as mask:
+        metadata = mask.metadata
+        is_delta = metadata.kind == "delta"
+        base_model = (base or metadata.base_model) if is_delta else source.model
+        done = apply_to_checkpoint(
+            resolve_checkpoint(base_model, metadata.base_revision),
+            mask,
+            folder,
+            tuned=resolve_checkpoint(source.model, metadata.tuned_revision) if is_delta else None,
+            mask_path=path,
+            base_model=base_model,
+            on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
+            replace=replace,
+        )
     return {
         "state": source.state,
         "model": str(folder.resolve()),

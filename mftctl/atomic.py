@@ -39,7 +39,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary sibling folder to fill; it becomes `path` when the block ends well.
 
-    An existing `path` is set aside during the exchange and removed afterwards.
+    An existing `path` is set aside during the exchange and removed afterwards, what takes its place being on
+    the disk by then.
 
     Args:
         path: The folder to create or replace. Missing parent folders are made.
@@ -53,6 +54,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
+            _write_through(temporary)
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.replace(old / path.name)
             try:
@@ -65,6 +67,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_through(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
 
 
 def write_text(path: Path, text: str) -> None:

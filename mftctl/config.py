@@ -174,6 +174,12 @@ class MaskTrainOptions(TrainingOptions):
         "trivial", description="drop: undo the smallest changes of fine-tuning, the largest, or random ones."
     )
     base: str | None = Field(None, description="drop: the model before fine-tuning; that of the fft run by default.")
+    prefix_cache_gb: float | None = Field(
+        None,
+        ge=0,
+        description="Gigabytes for the hidden states below the first masked layer, which are computed once for each "
+        "batch; 0 computes them anew. By default a quarter of the free memory, then of the free disk.",
+    )
 
     @model_validator(mode="after")
     def _one_indicator(self) -> MaskTrainOptions:
@@ -246,11 +252,15 @@ class ProbeOptions(_Section):
         None,
         min_length=1,
         strict=False,
-        description='Consecutive layers a group, or "all"; by default 4 and all, for paper 4.',
+        description='Consecutive layers a group, or "all"; by default 4 and all, for paper and fast 4.',
     )
     data_fraction: float = Field(0.1, gt=0, le=1, description="Share of the training data used.")
     layers: str | None = Field(None, description="Probe only these decoder layers; all by default.")
     epochs: float | None = Field(None, gt=0, description="Passes over that share; mask_train's by default.")
+    fast: bool = Field(
+        False,
+        description="Train nothing: one pass of gradients tells, to first order, what a mask of each group promises.",
+    )
 
 
 class EvalOptions(_Section):
@@ -333,8 +343,12 @@ class Recipe(_Section):
 
     @property
     def probe_groups(self) -> tuple[int | Literal["all"], ...]:
-        """The sizes of the groups that a probe tries; the paper never tries all layers beside its groups."""
-        return self.probe.groups or ((4,) if self.mask_train.preset == "paper" else (4, "all"))
+        """The sizes of the groups that a probe tries.
+
+        The paper never tries all layers beside its groups; promises add up, so that all layers always promise most.
+        """
+        only = self.mask_train.preset == "paper" or self.probe.fast
+        return self.probe.groups or ((4,) if only else (4, "all"))
 
 
 _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
@@ -358,4 +372,5 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
     if training is not None and training.eval_every is not None:
         sections["eval"] = True  # a part of the result is then what was measured on the way
-    return recipe.model_dump(mode="json", include={**dict.fromkeys(_SHARED, True), **sections})
+    included: dict[str, Any] = {**dict.fromkeys(_SHARED, True), **sections}
+    return recipe.model_dump(mode="json", include=included, exclude={"mask_train": {"prefix_cache_gb"}})

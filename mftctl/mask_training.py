@@ -21,8 +21,10 @@ from mftctl.masking.baselines import magnitude_mask, random_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
 from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_digest, tensor_index
 from mftctl.masking.drop import drop_mask
+from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.models import load_model, peak_memory_bytes
+from mftctl.prefix_reuse import batches_come_again, figures, hidden_states
 from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.processes import is_first
 from mftctl.progress import Listener, Progress
@@ -58,24 +60,30 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     target_names(targets, model, tensor_index(inputs.checkpoint))  # what cannot be written is said before the training
     deciding, confirming = split_validation_records(inputs.validation, options)
     inputs = replace(inputs, validation=deciding)
-    search = MaskSearch(
-        model,
-        targets,
-        options,
-        inputs,
-        run.training,
-        listener,
-        unmasked_loss=validation_loss(model, inputs, listener),
-        fft_learning_rate=run.record.inputs["fft_learning_rate"],
-        seed=recipe.seed,
-        resume=resume,
-        interim=interim,
-    )
-    if options.method == "learned":
-        listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
-    found = find_mask(search)
+    come_again = batches_come_again(len(inputs.train), options)
+    with (
+        hidden_states(options, run.folder) as states,
+        reusing_prefix(model, min(layers), states, listener.warn, in_training=come_again),
+    ):
+        search = MaskSearch(
+            model,
+            targets,
+            options,
+            inputs,
+            run.training,
+            listener,
+            unmasked_loss=validation_loss(model, inputs, listener),
+            fft_learning_rate=run.record.inputs["fft_learning_rate"],
+            seed=recipe.seed,
+            resume=resume,
+            interim=interim,
+        )
+        if options.method == "learned":
+            listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
+        found = find_mask(search)
+        confirmation = _confirmation(search, found, confirming)
+        reuse = figures(states)
     mask = build_mask(found.keep, targets, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
-    confirmation = _confirmation(search, found, confirming)
     return {
         "state": mask_state(options),
         "model": source.model,
@@ -84,6 +92,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
         "confirmation": confirmation,
+        "prefix_reuse": reuse,
         "evaluations": measurements(run.training),
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from mftctl.masking.codecs import pack, unpack
+from mftctl.masking.codecs import Packed, pack, unpack
 from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers
 from mftctl.training import SftTrainer
 
@@ -26,12 +27,17 @@ class MaskTrainer(SftTrainer):
         learning_rates: The peak learning rate of each masked module, by its name.
         epsilon: AdamW's.
         known_start_loss: The validation loss of the initial scores; None where it is to be measured.
+        counted: The mask of each module at the last validation, as packed bits.
     """
 
     learning_rates: Mapping[str, float]
     epsilon: float
     known_start_loss: float | None
-    _counted: dict[str, torch.Tensor]
+    counted: dict[str, Packed]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sampler.same_batches = True  # so that what frozen layers make of a batch holds for all epochs
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the scores, one parameter group for each learning rate."""
@@ -51,7 +57,7 @@ class MaskTrainer(SftTrainer):
     ) -> dict[str, float]:
         """The validation loss per answer token; what has been turned since the last one goes to the metrics."""
         if self.start_loss is None:
-            self._counted = self.masks()
+            self.counted = self.packed_masks()
             return self._evaluate_start(metric_key_prefix)
         turned = self._count_flips()
         before = next(line["eval_loss"] for line in reversed(self.state.log_history) if "eval_loss" in line)
@@ -74,29 +80,31 @@ class MaskTrainer(SftTrainer):
         return dict(masked_layers(model))
 
     def load_scores(self, scores: Mapping[str, torch.Tensor]) -> None:
-        """Puts scores back in place."""
+        """Puts scores back in place, of all modules or some."""
+        modules = self.masked()
         with torch.no_grad():
-            for name, module in self.masked().items():
-                module.scores.copy_(scores[name])
+            for name, values in scores.items():
+                modules[name].scores.copy_(values)
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The present keep mask of each masked module, bool, by its name."""
         return {name: module.keep() for name, module in self.masked().items()}
 
-    def last_masks(self) -> dict[str, torch.Tensor]:
-        """The masks at the last validation, whether or not they are the best."""
-        return self._counted
+    def packed_masks(self) -> dict[str, Packed]:
+        """The same as packed bits, an eighth of a byte a weight, with one whole mask in memory at a time."""
+        return {name: pack(module.keep()) for name, module in self.masked().items()}
 
     def _count_flips(self) -> dict[str, float]:
         """What was turned since flips were last counted, and by how much that should lower the loss.
 
         The estimate is of first order, from Adam's running mean of the gradients.
         """
-        before, self._counted = self._counted, self.masks()
+        before, self.counted = self.counted, self.packed_masks()
         removed = restored = 0
         promised = 0.0
         for name, module in self.masked().items():
-            gone, back = before[name] & ~self._counted[name], self._counted[name] & ~before[name]
+            gone = self._whole(name, before[name] & ~self.counted[name])
+            back = self._whole(name, ~before[name] & self.counted[name])
             removed, restored = removed + int(gone.sum()), restored + int(back.sum())
             if gone.any() or back.any():
                 gradient = self.create_optimizer().state[module.scores]["exp_avg"]
@@ -105,25 +113,29 @@ class MaskTrainer(SftTrainer):
                 promised += float(gradient[gone].sum() - gradient[back].sum())
         return {"removed": removed, "restored": restored, "promised": promised}
 
+    def _whole(self, name: str, packed: Packed) -> torch.Tensor:
+        """Packed bits of a module's weights as a bool tensor of their shape and on their device."""
+        scores = self.masked()[name].scores
+        return torch.from_numpy(unpack(packed, scores.numel())).view(scores.shape).to(scores.device)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        scores = {
-            name: module.scores.detach().to("cpu", copy=True).contiguous() for name, module in self.masked().items()
-        }
+        scores = {name: module.scores.detach().cpu().contiguous() for name, module in self.masked().items()}
         # The masks at the last validation as well, since a checkpoint may lie between two.
-        counted = {_COUNTED + name: torch.from_numpy(pack(keep).copy()) for name, keep in self._counted.items()}
+        counted = {_COUNTED + name: torch.from_numpy(packed.copy()) for name, packed in self.counted.items()}
         save_file({**scores, **counted}, folder / _SCORES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        stored = load_file(Path(resume_from_checkpoint) / _SCORES_FILE)
-        self.load_scores(stored)
-        self._counted = {
-            name: torch.from_numpy(unpack(stored[_COUNTED + name].numpy(), module.scores.numel()))
-            .view(module.scores.shape)
-            .to(module.scores.device)
-            for name, module in self.masked().items()
-        }
+        with safe_open(Path(resume_from_checkpoint) / _SCORES_FILE, "pt") as file:
+            self._load_scores(file)
+            self.counted = {name: file.get_tensor(_COUNTED + name).numpy() for name in self.masked()}
 
     def _load_best_model(self) -> None:
-        self.load_scores(load_file(Path(str(self.state.best_model_checkpoint)) / _SCORES_FILE))
+        with safe_open(Path(str(self.state.best_model_checkpoint)) / _SCORES_FILE, "pt") as file:
+            self._load_scores(file)
+
+    def _load_scores(self, file: Any) -> None:
+        """Puts the scores of an open file in place, one tensor at a time."""
+        for name in self.masked():
+            self.load_scores({name: file.get_tensor(name)})

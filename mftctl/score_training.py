@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
 from mftctl.interim_evaluation import InterimEvaluation
+from mftctl.masking.codecs import count_kept
 from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
@@ -131,9 +132,10 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     """
     model, options = search.model, search.options
     attach_masks(model, search.targets, _start_scores(search), search.indicators)
-    start = {name: module.keep() for name, module in masked_layers(model)}
     trainer = _trainer(search)
-    trainer.known_start_loss = search.unmasked_loss if all(bits.all() for bits in start.values()) else None
+    start = trainer.packed_masks()
+    removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
+    trainer.known_start_loss = search.unmasked_loss if removes_none else None
     try:
         with stop_on_signal(search.listener) as stop:
             train(
@@ -147,7 +149,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
-        changed = sum(int((start[name] ^ bits).sum()) for name, bits in trainer.last_masks().items())
+        changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
         if best_step == 0:
             trainer.load_scores(_start_scores(search))
         keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
@@ -242,16 +244,22 @@ def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     }
 
 
-def _learning_rates(search: MaskSearch, steps: int) -> dict[str, float]:
-    return {target.name: _learning_rate(target, search, steps) for target in search.targets}
+def learning_rate(target: MaskTarget, options: MaskTrainOptions, fft_learning_rate: float, steps: int) -> float:
+    """The peak learning rate of a target's scores.
 
+    Args:
+        target: The projection.
+        options: With the rate or `auto`.
+        fft_learning_rate: That the model was fine-tuned with.
+        steps: Of the training.
 
-def _learning_rate(target: MaskTarget, search: MaskSearch, steps: int) -> float:
-    options = search.options
+    Raises:
+        ConfigError: `auto` has nothing to scale to.
+    """
     if options.learning_rate != "auto":
         return options.learning_rate
     if options.effective_start == "magnitude":
-        return _RATE_FACTOR * search.fft_learning_rate
+        return _RATE_FACTOR * fft_learning_rate
     scale = score_scale(target)
     if options.effective_start == "constant":
         scale = abs(options.start_value - (options.effective_threshold or 0.0))
@@ -263,3 +271,9 @@ def _learning_rate(target: MaskTarget, search: MaskSearch, steps: int) -> float:
             actual=options.start_value,
         )
     return auto_learning_rate(options.travel, scale, schedule_factors(steps, options))
+
+
+def _learning_rates(search: MaskSearch, steps: int) -> dict[str, float]:
+    return {
+        target.name: learning_rate(target, search.options, search.fft_learning_rate, steps) for target in search.targets
+    }

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from mftctl.allocator import keep_freed_memory
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import Precision, TrainingOptions
 from mftctl.data.batching import (
@@ -148,6 +149,7 @@ class SftTrainer(Trainer):
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
+        sampler: The order of the records.
     """
 
     def __init__(
@@ -163,7 +165,7 @@ class SftTrainer(Trainer):
         self.listener = listener
         self.start_loss: float | None = None
         self._padding = pad_token_id(tokenizer)
-        self._sampler = LengthGroupedSampler(
+        self.sampler = LengthGroupedSampler(
             [len(record.input_ids) for record in train], args.per_device_train_batch_size, args.seed
         )
         super().__init__(
@@ -176,16 +178,16 @@ class SftTrainer(Trainer):
             compute_loss_func=answer_loss,  # for compute_loss; the Trainer then counts the answer tokens of a step
         )
         self.remove_callback(PrinterCallback)
-        self.add_callback(_EpochOrder(self._sampler))
+        self.add_callback(_EpochOrder(self.sampler))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        return self._sampler
+        return self.sampler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches that are, over all processes, those that one process would take in turn."""
         if world_size() == 1:
             return super().get_train_dataloader()
-        batches = ProcessBatches(self._sampler, self.args.per_device_train_batch_size, rank(), world_size())
+        batches = ProcessBatches(self.sampler, self.args.per_device_train_batch_size, rank(), world_size())
         records = ProcessRecords(cast("list[Encoded]", self.train_dataset))
         pin_memory = self.args.dataloader_pin_memory
         return DataLoader(records, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin_memory)
@@ -246,6 +248,8 @@ def train(
         Interrupted: The user stopped it; the state is saved.
         TrainingError: The loss is not a number.
     """
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
     trainer.add_callback(_Watch(trainer.listener, folder, stop))
     if interim is not None:
         interim.watch(stop)

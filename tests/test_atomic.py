@@ -86,6 +86,29 @@ def test_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("existing", [True, False])
+def test_what_replaces_an_old_folder_is_on_the_disk_first(
+    tmp_path: Path, existing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    if existing:
+        path.mkdir()
+        (path / "old.txt").write_text("old")
+    synced = []
+
+    def fsync(handle: int) -> None:
+        assert path.exists() == existing
+        assert not existing or (path / "old.txt").exists()
+        synced.append(os.read(handle, 9))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_folder(path) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "new.txt").write_text("new")
+        (temporary / "sub" / "other.txt").write_text("other")
+    assert sorted(synced) == ([b"new", b"other"] if existing else [])
+
+
 def test_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("a file")

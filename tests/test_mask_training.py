@@ -109,6 +109,33 @@ def test_resuming_gives_the_identical_mask(
         assert result[key] == expected[key], key
 
 
+@pytest.mark.parametrize("layers", ["2-3", "1"])
+def test_hidden_states_of_the_frozen_layers_change_no_bit(workspace: Path, tmp_path: Path, layers: str) -> None:
+    results = []
+    for number, limit_gb in enumerate((0.0, None, 2e-5)):  # 12 steps take each of 12 batches, 24 each of them twice
+        changes = {"mask_train__layers": layers, "mask_train__prefix_cache_gb": limit_gb, "mask_train__max_steps": 24}
+        results.append(learn(workspace, tmp_path / str(number), **changes))
+    for run, result, mask in results[1:]:
+        assert mask.metadata.run_id == run.name
+        assert all(torch.equal(mask[name], results[0][2][name]) for name in mask.names())
+        for key in ("unmasked_loss", "start_loss", "best_loss", "best_step", "confirmation", "flips"):
+            assert result[key] == results[0][1][key], key
+        losses = [line.get("loss") for line in run.training.metrics()]
+        assert losses == [line.get("loss") for line in results[0][0].training.metrics()]
+    none, all_of_them, some = (result["prefix_reuse"] for _, result, _ in results)
+    assert none == {"batches": 0, "size_bytes": 0, "reused": 0}
+    assert all_of_them["batches"] == 12 + 2  # those of training, and of deciding and confirming records
+    assert (
+        all_of_them["reused"] == 12 + 7 + 1
+    )  # a second epoch, validations after the unmasked one, and the confirmation
+    assert 0 < some["size_bytes"] <= 2e4 < all_of_them["size_bytes"]
+
+
+def test_batches_that_do_not_come_again_are_not_kept(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
+    _, result, _ = undisturbed
+    assert result["prefix_reuse"]["batches"] == 2
+
+
 def test_flips_are_counted_between_validations(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
     run, result, _ = undisturbed
     losses = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]

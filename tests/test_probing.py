@@ -37,6 +37,17 @@ def test_a_group_is_what_mask_train_learns_on_the_same_data(workspace: Path, tmp
     assert found["2-3"] == mask_train(recipe, source, run, Silence())["best_loss"]
 
 
+def test_groups_reuse_the_hidden_states_of_the_layers_below_them(workspace: Path, tmp_path: Path) -> None:
+    found = []
+    for limit_gb in (0.0, None):
+        recipe = make_recipe(workspace, probe__groups=[1, 2], mask_train__prefix_cache_gb=limit_gb)
+        run, source = open_run(tmp_path, "probe", recipe)
+        found.append(probe(recipe, source, run, Silence()))
+    assert found[0]["groups"] == found[1]["groups"]
+    assert found[0]["prefix_reuse"]["reused"] == 0
+    assert found[1]["prefix_reuse"]["reused"] > 0
+
+
 def test_a_finished_group_is_not_trained_again(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     expected_run, source = open_run(tmp_path, "probe", recipe)

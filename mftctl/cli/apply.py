@@ -93,9 +93,10 @@ def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) 
 
 def _masked_model(base: str, mask: Path, tuned: str | None) -> str:
     """The model under a mask: the base, or the tuned model that a drop takes back to its base in part."""
-    from mftctl.masking.bits import load_mask
+    from mftctl.masking.bits import open_mask
 
-    metadata = load_mask(mask).metadata
+    with open_mask(mask) as opened:
+        metadata = opened.metadata
     if metadata.kind == "delta":
         return tuned or metadata.tuned_model or base
     if tuned is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,7 @@ from rich.table import Table
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
+from mftctl.errors import ConfigError
 
 mask_app = typer.Typer(
     add_completion=False,
@@ -146,22 +147,45 @@ def export(
         typer.Option(
             "--output",
             "-o",
-            help="FILE.pt for the reference implementation (32 bits a weight), FILE.npz for MaskLLM (1 bit).",
+            help="FILE.pt for the reference implementation (32 bits a weight), FILE.npz for MaskLLM (1 bit), FILE.bits "
+            "for a mask file in the codec of --codec.",
             rich_help_panel=opt.INPUT,
         ),
     ],
+    codec: Annotated[
+        Literal["packed", "deflate", "ans"] | None,
+        typer.Option(
+            "--codec",
+            help="How FILE.bits holds the bits: as they are, 2 % above their entropy at a ratio of 0.1, or at their "
+            "entropy (needs the extra ans, for reading too).",
+            show_default="deflate",
+            rich_help_panel=opt.INPUT,
+        ),
+    ] = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Write a mask for another implementation."""
+    """Write a mask for another implementation, or as a mask file in another codec."""
     with Output(as_json=as_json) as console:
+        is_mask_file = output.suffix == ".bits"
+        if codec is not None and not is_mask_file:
+            raise ConfigError(
+                "Only a mask file has a codec.",
+                key="--codec",
+                expected="an output FILE.bits",
+                actual=str(output),
+                hint="leave --codec out, or give a name such as small.bits with -o",
+            )
         _check_replacing(output, console, yes=yes)
 
-        from mftctl.masking.bits import load_mask
+        from mftctl.masking.bits import load_mask, save_mask
         from mftctl.masking.exchange import export_mask
 
         exported = load_mask(mask)
-        export_mask(exported, output)
+        if is_mask_file:
+            save_mask(exported, output, codec or "deflate")
+        else:
+            export_mask(exported, output)
         document = {
             "mask": str(mask),
             "output": str(output.resolve()),

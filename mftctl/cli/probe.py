@@ -40,6 +40,8 @@ def probe(
         float | None,
         opt.setting(ProbeOptions, "epochs", "--epochs", panel=opt.TRAINING, default="mask-train's"),
     ] = None,
+    fast: Annotated[bool | None, opt.setting(ProbeOptions, "fast", "--fast/--no-fast", panel=opt.TRAINING)] = None,
+    prefix_cache_gb: opt.PrefixCache = None,
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
@@ -49,6 +51,9 @@ def probe(
 
     Learns a mask for each group of consecutive layers, and for all layers at once, on a part of the data, all else
     fixed, and ranks them by validation loss. The next mask-train takes the best.
+
+    With --fast nothing is trained: one pass of gradients tells what removing weights of each group promises. That
+    ranks groups of one size; it cannot tell how many layers to take, nor whether a mask helps at all.
     """
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "probe", "mask_train")
@@ -65,17 +70,35 @@ def probe(
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     """Writes the ranking of a probe."""
+    table = _promises(run, result) if result.get("fast") else _trainings(run, result)
+    console.result({"run": str(run.folder), **result}, table)
+    console.note(f"Recommended: layers {result['recommended_layers']}")
+
+
+def _trainings(run: Run, result: dict[str, Any]) -> Table:
     title = f"Validation loss {result['unmasked_loss']:.4f} without a mask; with one ({run.record.seconds:.0f} s)"
     table = Table(title=title, title_justify="left")
     for name in ("layers", "start", "best", "change"):
         table.add_column(name, justify="left" if name == "layers" else "right")
     for group in result["groups"]:
-        table.add_row(
-            group["layers"],
-            f"{group['start_loss']:.4f}",
-            f"{group['best_loss']:.4f}",
-            f"{group['change']:+.4f}",
-            style="bold" if group["layers"] == result["recommended_layers"] else None,
-        )
-    console.result({"run": str(run.folder), **result}, table)
-    console.note(f"Recommended: layers {result['recommended_layers']}")
+        losses = (f"{group['start_loss']:.4f}", f"{group['best_loss']:.4f}", f"{group['change']:+.4f}")
+        table.add_row(group["layers"], *losses, style=_style(group, result))
+    return table
+
+
+def _promises(run: Run, result: dict[str, Any]) -> Table:
+    title = f"Change of the training loss that a mask promises, to first order ({run.record.seconds:.0f} s)"
+    caption = None
+    if (found := result["agreement"]) is not None:
+        measured = f"{found['rank_correlation']:+.2f} over {found['groups']} groups"
+        caption = f"Rank correlation with the trained {found['run']}: {measured}"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table.add_column("layers")
+    table.add_column("promised", justify="right")
+    for group in result["groups"]:
+        table.add_row(group["layers"], f"{group['change']:+.4f}", style=_style(group, result))
+    return table
+
+
+def _style(group: dict[str, Any], result: dict[str, Any]) -> str | None:
+    return "bold" if group["layers"] == result["recommended_layers"] else None

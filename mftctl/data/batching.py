@@ -27,6 +27,9 @@ class LengthGroupedSampler(Sampler[int]):
         lengths: The length of each record in tokens.
         batch_size: How many records make a batch, at least 1.
         seed: Decides the order together with the epoch.
+
+    Attributes:
+        same_batches: Whether all epochs have the batches of the first, in another order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -34,6 +37,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        self.same_batches = False
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of the given epoch for the next iteration."""
@@ -44,7 +48,7 @@ class LengthGroupedSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = random.Random(f"{self.seed}:{self.epoch}")
-        batches = self._batches(generator)
+        batches = self._batches(random.Random(f"{self.seed}:0") if self.same_batches and self.epoch else generator)
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         generator.shuffle(batches)
         if batches:

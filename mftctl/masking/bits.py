@@ -44,6 +44,23 @@ Payload
     a block its header and end besides. A reader refuses other streams, and so allocates at most 8 times what it was
     given.
 
+    The payload of codec "ans" is a stack of 32-bit words, the bottom one first. Let S be the packed size, B = 8 S, and
+    Z the number of zero bits among these B, that is, `removed` and the padding. The model gives the byte b with k zero
+    bits the frequency
+        f(b) = 1 + floor((2^24 - 256) Z^k (B - Z)^(8 - k) / B^8)
+    in exact integers; what the 256 frequencies lack of 2^24 is added to f(255) if 2 Z <= B, else to f(0). c(b) is the
+    sum of f over all smaller bytes. A coder has a state x, at first 0, and fills it from the stack: while x < 2^32 and
+    the stack is not empty, x = 2^32 x + the top word, which leaves the stack.
+    To write, fill x from a stack of ceil(S / 2^16) words of value 1, and put in the packed bytes from last to first:
+        if floor(x / 2^40) >= f(b): push x mod 2^32, then x = floor(x / 2^32);
+        x = 2^24 floor(x / f(b)) + c(b) + (x mod f(b)).
+    At the end push x, the low word first, without a high word of 0. To read, fill x from the payload, and take out S
+    bytes from first to last, each followed by filling x:
+        q = x mod 2^24; b is the byte with c(b) <= q < c(b) + f(b); x = f(b) floor(x / 2^24) + q - c(b).
+    Then x and the stack MUST be what writing starts from, and the payload's last word MUST NOT be 0. The packed size
+    MUST be at most 2^16 times the number of words, to which the words at the start see: a reader allocates at most
+    16,384 times what it was given, and a mask that removes next to nothing still takes next to nothing.
+
 Digest
     `sha256` MUST be the SHA-256, in 64 lower-case hex digits, over: the document in UTF-8, then for each tensor by
     ascending name (order of the UTF-8 bytes) the name in UTF-8 and the payload as stored - each of these items preceded
@@ -54,27 +71,22 @@ A reader MUST check all of this before it uses a mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
 
 import numpy as np
 import torch
 
 from mftctl.atomic import atomic_file
 from mftctl.errors import MaskFileError, MaskFormatError
-from mftctl.masking.codecs import Codec, Packed, count_kept, decode, encode, pack, packed_size_bytes, unpack
-from mftctl.masking.mask_container import MaskDigest, Span, read_container, write_container
-from mftctl.masking.mask_document import (
-    MaskMetadata,
-    TensorRecord,
-    build_document,
-    parse_document,
-    shown,
-)
+from mftctl.masking.codecs import Codec, Packed, encode, pack, packed_size_bytes, unpack
+from mftctl.masking.mask_container import write_container
+from mftctl.masking.mask_document import MaskMetadata, TensorRecord, build_document
+from mftctl.masking.stored_bits import StoredBits, readable, require_count, require_same_names
 
-__all__ = ["Mask", "MaskMetadata", "TensorRecord", "load_mask", "save_mask"]
+__all__ = ["Mask", "MaskMetadata", "TensorRecord", "load_mask", "open_mask", "save_mask"]
 
 
 class Mask:
@@ -93,7 +105,7 @@ class Mask:
         self, tensors: Mapping[str, torch.Tensor], records: Mapping[str, TensorRecord], metadata: MaskMetadata
     ) -> None:
         build_document(records, metadata, "packed")
-        _require_same_names(set(records), set(tensors), path=None)
+        require_same_names(set(records), set(tensors), path=None)
         packed = {name: _pack_checked(name, tensors[name], records[name]) for name in records}
         self._hold(packed, records, metadata)
 
@@ -112,11 +124,11 @@ class Mask:
             MaskFormatError: Names, sizes or counts do not agree, or a value is not allowed by the file format.
         """
         build_document(records, metadata, "packed")
-        _require_same_names(set(records), set(packed), path=None)
+        require_same_names(set(records), set(packed), path=None)
         held = {}
         for name, record in records.items():
             _require_packed(name, packed[name], record)
-            _require_count(name, packed[name], record, path=None)
+            require_count(name, packed[name], record, path=None)
             held[name] = packed[name].view()
             held[name].flags.writeable = False
         return cls._holding(held, records, metadata)
@@ -130,26 +142,31 @@ class Mask:
         return mask
 
     def _hold(self, packed: Mapping[str, Packed], records: Mapping[str, TensorRecord], metadata: MaskMetadata) -> None:
-        self._packed = {name: packed[name] for name in sorted(packed)}
-        self.records: Mapping[str, TensorRecord] = MappingProxyType({name: records[name] for name in self._packed})
+        self._packed = packed
+        self.records: Mapping[str, TensorRecord] = MappingProxyType({name: records[name] for name in sorted(records)})
         self.metadata = metadata
 
     def __getitem__(self, name: str) -> torch.Tensor:
         record = self.records[name]
-        return torch.from_numpy(unpack(self._packed[name], record.weights)).reshape(record.shape)
+        return torch.from_numpy(unpack(self.packed(name), record.weights)).reshape(record.shape)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._packed
+        return name in self.records
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self.records)
 
     def names(self) -> list[str]:
         """The masked parameters' checkpoint names in ascending order."""
-        return list(self._packed)
+        return list(self.records)
 
     def packed(self, name: str) -> Packed:
-        """The packed bits of one tensor, `(ceil(weights / 8),)` and read-only, for work in pieces."""
+        """The packed bits of one tensor, `(ceil(weights / 8),)` and read-only, for work in pieces.
+
+        Raises:
+            MaskFormatError: They are in an open file and break a rule of the format.
+            MaskFileError: The same, and a package is missing.
+        """
         return self._packed[name]
 
     @property
@@ -174,11 +191,12 @@ def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate") -> None:
     Args:
         mask: The mask.
         path: The file. Missing parent folders are made.
-        codec: "deflate" (0.478 bits a weight at 10 % removed) or "packed" (1 bit a weight).
+        codec: "deflate" (0.478 bits a weight at 10 % removed), "packed" (1 bit a weight), or "ans" (0.469, the entropy,
+            at 10 %), which needs the package `constriction` for writing and for reading.
 
     Raises:
         MaskFormatError: There is no such codec.
-        MaskFileError: The file cannot be written.
+        MaskFileError: The file cannot be written, or a package is missing.
     """
     path = Path(path)
     document = build_document(mask.records, mask.metadata, codec)
@@ -199,74 +217,38 @@ def load_mask(path: Path | str) -> Mask:
     """The mask in a file, after every check that the format asks for.
 
     Args:
-        path: A file from anyone. At most about 9 times its size is allocated.
+        path: A file from anyone. At most about 9 times its size is allocated, with codec "ans" 16,385 times.
+
+    Raises:
+        MaskFormatError: The file cannot be read, is damaged, of an unknown version or no mask file.
+        MaskFileError: A package is missing.
+    """
+    with open_mask(path) as mask:
+        return Mask._holding({name: mask.packed(name) for name in mask.names()}, mask.records, mask.metadata)
+
+
+@contextmanager
+def open_mask(path: Path | str) -> Iterator[Mask]:
+    """The mask in a file whose bits stay there, so that memory does not grow with the mask.
+
+    Layout, document, names and digest are checked at once; the size, padding and count of a tensor's bits whenever they
+    are asked for, by several threads if need be.
+
+    Args:
+        path: A file from anyone.
+
+    Yields:
+        The mask, until the block ends.
 
     Raises:
         MaskFormatError: The file cannot be read, is damaged, of an unknown version or no mask file.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as stream:
-            return _read_mask(stream, path)
-    except OSError as error:
-        raise MaskFormatError(
-            "The mask file cannot be read",
-            path=path,
-            actual=error.strerror or str(error),
-            hint="give the path of a mask file, such as mask.bits",
-        ) from error
-
-
-def _read_mask(stream: BinaryIO, path: Path) -> Mask:
-    container = read_container(stream, path)
-    document = parse_document(container.document, path)
-    _require_same_names(set(document.tensors), set(container.payloads), path)
-    digest = MaskDigest(container.document)
-    packed = {}
-    for name, record in document.records().items():
-        payload = _read_payload(stream, container.payloads[name], path, name)
-        digest.add_payload(name, payload)
-        packed[name] = decode(payload, document.tensors[name].codec, record.weights, path=path, key=name)
-        _require_count(name, packed[name], record, path)
-    if digest.hexdigest() != container.digest:
-        raise MaskFormatError(
-            "The mask file is damaged: its contents do not have the digest it states",
-            path=path,
-            key="sha256",
-            expected=container.digest,
-            actual=digest.hexdigest(),
-            hint="copy the file again from where it was made; if it is broken there too, train the mask again",
-        )
-    return Mask._holding(packed, document.records(), document.metadata())
-
-
-def _read_payload(stream: BinaryIO, span: Span, path: Path, name: str) -> bytes:
-    stream.seek(span.offset_bytes)
-    payload = stream.read(span.length_bytes)
-    if len(payload) != span.length_bytes:
-        raise MaskFormatError(
-            "The mask file became shorter while it was read",
-            path=path,
-            key=name,
-            expected=f"{span.length_bytes} bytes",
-            actual=f"{len(payload)} bytes",
-            hint="wait until nothing writes to the file, then try again",
-        )
-    return payload
-
-
-def _require_same_names(recorded: set[str], masked: set[str], path: Path | None) -> None:
-    if recorded == masked:
-        return
-    name = min(recorded ^ masked)
-    raise MaskFormatError(
-        "The masks and their records do not have the same names",
-        path=path,
-        key=shown(name),
-        expected="a mask and a record",
-        actual="only a record" if name in recorded else "only a mask",
-        hint="train the mask again, or copy the mask file again from where it was made",
-    )
+    with readable(path):
+        stream = path.open("rb")
+    with stream:
+        bits = StoredBits(stream, path)
+        yield Mask._holding(bits, bits.records, bits.metadata)
 
 
 def _pack_checked(name: str, keep: torch.Tensor, record: TensorRecord) -> Packed:
@@ -278,7 +260,7 @@ def _pack_checked(name: str, keep: torch.Tensor, record: TensorRecord) -> Packed
             actual=f"{keep.dtype} {tuple(keep.shape)}",
         )
     packed = pack(keep)
-    _require_count(name, packed, record, path=None)
+    require_count(name, packed, record, path=None)
     return packed
 
 
@@ -297,17 +279,4 @@ def _require_packed(name: str, packed: Packed, record: TensorRecord) -> None:
             key=name,
             expected=f"{-record.weights % 8} zero bits",
             actual=f"last byte 0x{packed[-1]:02x}",
-        )
-
-
-def _require_count(name: str, packed: Packed, record: TensorRecord, path: Path | None) -> None:
-    removed = record.weights - count_kept(packed)
-    if removed != record.removed:
-        raise MaskFormatError(
-            "The mask does not remove as many weights as its record says",
-            path=path,
-            key=name,
-            expected=record.removed,
-            actual=removed,
-            hint="train the mask again, or copy the mask file again from where it was made",
         )

@@ -15,8 +15,9 @@ import numpy.typing as npt
 import torch
 
 from mftctl.errors import MaskFormatError
+from mftctl.masking.ans_codec import decode_ans, encode_ans
 
-Codec = Literal["packed", "deflate"]
+Codec = Literal["packed", "deflate", "ans"]
 Packed = npt.NDArray[np.uint8]
 
 MAX_EXPANSION: Final = 8
@@ -50,33 +51,51 @@ def unpack(packed: Packed, weights: int) -> npt.NDArray[np.bool_]:
 
 
 def count_kept(packed: Packed) -> int:
-    """The number of one bits."""
-    return int(np.bitwise_count(packed).sum(dtype=np.int64))
+    """The number of one bits in a contiguous array."""
+    whole = len(packed) // 8 * 8
+    counts = np.bitwise_count(packed[:whole].view(np.uint64)), np.bitwise_count(packed[whole:])
+    return sum(int(part.sum(dtype=np.int64)) for part in counts)
 
 
 def encode(packed: Packed, codec: Codec) -> bytes:
-    """The payload that holds `packed`."""
+    """The payload that holds `packed`.
+
+    Raises:
+        MaskFileError: The codec is "ans", and the package `constriction` is missing.
+    """
     if codec == "packed":
         return packed.tobytes()
+    if codec == "ans":
+        return encode_ans(packed, 8 * len(packed) - count_kept(packed))
     compressor = zlib.compressobj(9, zlib.DEFLATED, _RAW_DEFLATE, _MEMORY_LEVEL, zlib.Z_HUFFMAN_ONLY)
     return compressor.compress(packed.data) + compressor.flush()
 
 
-def decode(payload: bytes, codec: Codec, weights: int, *, path: Path, key: str) -> Packed:
+def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Path, key: str) -> Packed:
     """The packed bits in `payload`, `(ceil(weights / 8),)` and read-only.
 
     Args:
-        payload: Bytes from an untrusted file. At most `MAX_EXPANSION` times their size is allocated.
+        payload: Bytes from an untrusted file. The packed size is allocated only where it is less than
+            `MAX_EXPANSION` times theirs ("deflate") or at most 16,384 times ("ans").
         codec: The codec they claim to be in.
         weights: The number of weights that the tensor's shape claims.
+        removed: How many of them its record claims to be removed, at most `weights`. Only "ans" needs it, and the
+            bits are not counted here.
         path: The mask file, for the message.
         key: The tensor's name, for the message.
 
     Raises:
         MaskFormatError: The payload does not hold exactly that many bits, or its padding bits are not zero.
+        MaskFileError: The codec is "ans", and the package `constriction` is missing.
     """
     size_bytes = packed_size_bytes(weights)
-    packed = payload if codec == "packed" else _inflate(payload, size_bytes, path, key)
+    packed: bytes | Packed
+    if codec == "packed":
+        packed = payload
+    elif codec == "deflate":
+        packed = _inflate(payload, size_bytes, path, key)
+    else:
+        packed = decode_ans(payload, size_bytes, removed + -weights % 8, path=path, key=key)
     if len(packed) != size_bytes:
         raise MaskFormatError(
             "The payload of this tensor does not fit its shape",

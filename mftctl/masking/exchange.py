@@ -115,7 +115,7 @@ def export_mask(mask: Mask, file: Path) -> None:
             path=file,
             expected=" or ".join(_WRITERS),
             actual=file.suffix or "no suffix",
-            hint="give a name such as masks.pt or masks.npz with -o",
+            hint="give a name such as masks.pt, masks.npz or small.bits (a mask file) with -o",
         )
     try:
         with atomic_file(file) as temporary, temporary.open("wb") as stream:

@@ -11,10 +11,11 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import partial
 from io import BufferedReader
+from itertools import zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,6 +35,7 @@ MaskTensor = Callable[[StoredTensor, Path, Advance], None]
 
 _MOST_THREADS = 8
 _KERNEL_BYTES = 64 * 2**20  # small enough for progress to be seen
+_TOLD_BYTES = 4 * 2**20
 _NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -61,45 +63,57 @@ def write_shards(
     for stored in tensors:
         shards.setdefault(stored.path, []).append(stored)
     advance = _counter(sum(path.stat().st_size for path in shards), on_progress)
+    copies, masked = [], []
+    for path, members in shards.items():
+        parts = sorted((item for item in members if item.name in mask), key=lambda item: item.offset_bytes)
+        target = _made_in_full_length(folder / path.name, path.stat().st_size)
+        copies.append(partial(_copy_around, parts, path, target, advance))
+        masked.append([partial(mask_tensor, stored, target, advance) for stored in parts])
+    in_turn = [part for turn in zip_longest(*masked) for part in turn if part is not None]
+    # A wrong base shows in its first tensor. Copying comes next since it takes the longest without a break: the kernel
+    # lets one thread at a time write to a file.
+    _run_together([*in_turn[:1], *copies, *in_turn[1:]])
+
+
+def _run_together(parts: list[Callable[[], None]]) -> None:
+    """Runs them in several threads. After a failure none is begun, and the first of the failed tells what it was."""
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
-        started: list[Future[None]] = []
-        for path, members in shards.items():
-            masked = sorted((item for item in members if item.name in mask), key=lambda item: item.offset_bytes)
-            started += [pool.submit(part) for part in _parts(path, folder / path.name, masked, mask_tensor, advance)]
+        started = [pool.submit(part) for part in parts]
         try:
-            for part in started:
-                part.result()
+            wait(started, return_when=FIRST_EXCEPTION)
         finally:
             for part in started:
                 part.cancel()
-    for path in shards:
-        with (folder / path.name).open("r+b") as written:
-            os.fsync(written.fileno())
+    for part in started:
+        if not part.cancelled():
+            part.result()
 
 
-def _parts(
-    path: Path, target: Path, masked: list[StoredTensor], mask_tensor: MaskTensor, advance: Advance
-) -> Iterator[Callable[[], None]]:
-    """The pieces of work of one file, made in its full length: its masked tensors, and what lies between them."""
-    size_bytes, place = path.stat().st_size, 0
+def _made_in_full_length(target: Path, size_bytes: int) -> Path:
     with target.open("xb") as made:
         made.truncate(size_bytes)
-    for stored in masked:
-        yield partial(_copy, path, target, place, stored.offset_bytes, advance)
-        yield partial(mask_tensor, stored, target, advance)
-        place = stored.offset_bytes + stored.length_bytes
-    yield partial(_copy, path, target, place, size_bytes, advance)
+    return target
+
+
+def _copy_around(masked: list[StoredTensor], path: Path, target: Path, advance: Advance) -> None:
+    """Copies a file's bytes before, between and after its masked tensors."""
+    starts = [0, *(stored.offset_bytes + stored.length_bytes for stored in masked)]
+    ends = [*(stored.offset_bytes for stored in masked), path.stat().st_size]
+    for start, end in zip(starts, ends, strict=True):
+        _copy(path, target, start, end, advance)
 
 
 def _counter(total_bytes: int, on_progress: Callable[[int, int], None] | None) -> Advance:
-    """Adds up what the threads have written, and tells it one at a time."""
-    written_bytes, lock = 0, threading.Lock()
+    """Adds up what the threads have written, and tells it from time to time, one thread at a time."""
+    written_bytes, told_bytes, lock = 0, 0, threading.Lock()
 
     def advance(chunk_bytes: int) -> None:
-        nonlocal written_bytes
+        nonlocal written_bytes, told_bytes
         with lock:
             written_bytes += chunk_bytes
-            if on_progress is not None:
+            is_due = written_bytes - told_bytes >= _TOLD_BYTES or written_bytes == total_bytes
+            if on_progress is not None and is_due:
+                told_bytes = written_bytes
                 on_progress(written_bytes, total_bytes)
 
     return advance

@@ -68,6 +68,13 @@ class StageFigures:
         row |= self._steps(task)
         if self._model is None:
             return row
+        if _is_fast(task):
+            row["layers"] = _layers_text(task, self._groups(task, self._model))
+            self._findings.skip(
+                f"{task.name}: the memory of probe --fast (4 bytes a weight of its layers, and their "
+                "activations, on top of the model)"
+            )
+            return row
         plan = plan_fine_tuning(task.recipe.fft, task.seed)
         if task.command != "fft":
             groups = self._groups(task, self._model)
@@ -90,7 +97,7 @@ class StageFigures:
         runs = 1
         if task.command == "probe" and self._model is not None:
             runs = len(self._groups(task, self._model))
-        learns = task.command == "fft" or task.recipe.mask_train.method == "learned"
+        learns = task.command == "fft" or (task.recipe.mask_train.method == "learned" and not _is_fast(task))
         steps = total_steps(records, options) * runs if learns else 0
         step_records = min(options.batch_size * options.grad_accum_steps, records)
         figures = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
@@ -163,6 +170,11 @@ class StageFigures:
                 "max_length_tokens: longer than what the model was made for "
                 f"(expected: at most {known}; got: {options.max_length_tokens})"
             )
+
+
+def _is_fast(task: Task) -> bool:
+    """Whether a probe takes gradients and trains nothing."""
+    return task.command == "probe" and task.recipe.probe.fast
 
 
 def training_options(task: Task) -> FftOptions | MaskTrainOptions:

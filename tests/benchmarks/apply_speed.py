@@ -1,49 +1,68 @@
-"""`mftctl apply` beside `cp -r` of the same checkpoint, and its peak memory; the mask file's codecs beside that.
+"""`mftctl apply` beside `cp -r` of the same checkpoint, with all layers masked and with 4 of 30, and its peak memory.
 
-python -m tests.benchmarks.apply_speed --layers 16 --repetitions 5
+python -m tests.benchmarks.apply_speed --repetitions 5
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, load_mask, save_mask
+from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
 from mftctl.masking.checkpoint import tensor_digest, tensor_index
-from mftctl.masking.codecs import decode, encode, pack
-from tests.benchmarks.timings import ratios, seconds_in_turn, spread
+from tests.benchmarks.timings import ratios, spread
 
 _APPLY = """
-import re, sys
+import re, sys, time
 from pathlib import Path
-from mftctl.masking.bits import load_mask
+from mftctl.masking.bits import open_mask
 from mftctl.masking.checkpoint import apply_to_checkpoint
-base, mask, output = map(Path, sys.argv[1:])
-apply_to_checkpoint(base, load_mask(mask), output, mask_path=mask, base_model="base", replace=True)
+base, path, output = map(Path, sys.argv[1:])
+start_seconds, start_cpu_seconds = time.perf_counter(), time.process_time()
+with open_mask(path) as mask:
+    apply_to_checkpoint(base, mask, output, mask_path=path, base_model="base")
+print(time.perf_counter() - start_seconds, time.process_time() - start_cpu_seconds)
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
 """
 
 
-def make_checkpoint(folder: Path, hidden_size: int, layers: int) -> Path:
-    """A random Llama in bf16, and beside it a mask of 10 % of all its projections."""
+@dataclass(frozen=True)
+class Took:
+    """How long something took, on the clock and of the processors' time; the most memory it held, where known."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int = 0
+
+
+def make_checkpoint(folder: Path, hidden_size: int, layers: int) -> None:
+    """A random Llama in bf16 in shards of 500 MB."""
     torch.manual_seed(0)
     sizes = {"hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_hidden_layers": layers}
     config = LlamaConfig(vocab_size=1024, num_attention_heads=8, num_key_value_heads=4, **sizes)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="500MB")
+
+
+def make_mask(path: Path, base: Path, layers: Sequence[int]) -> list[str]:
+    """Writes a mask of 10 % of all projections of these layers, and gives their names."""
     generator = torch.Generator().manual_seed(0)
     tensors, records = {}, {}
-    for name, stored in tensor_index(folder).items():
-        if "proj" in name:
+    for name, stored in tensor_index(base).items():
+        place = re.search(r"layers\.(\d+)\..*proj", name)
+        if place and int(place[1]) in layers:
             keep = torch.rand(stored.shape, generator=generator) >= 0.1
             tensors[name] = keep
             records[name] = TensorRecord(
@@ -51,86 +70,88 @@ def make_checkpoint(folder: Path, hidden_size: int, layers: int) -> Path:
             )
     metadata = MaskMetadata(
         kind="weight",
-        base_model=str(folder),
+        base_model=str(base),
         base_revision=None,
         method="random",
         ratio=0.1,
         threshold=None,
-        layers="all",
+        layers=None,
         seed=0,
         run_id=None,
     )
-    mask = folder.parent / "mask.bits"
-    save_mask(Mask(tensors, records, metadata), mask)
-    return mask
+    save_mask(Mask(tensors, records, metadata), path)
+    return list(tensors)
 
 
-def compare(folder: Path, *, hidden_size: int, layers: int, repetitions: int) -> dict[str, str]:
+def copy(base: Path, output: Path) -> Took:
+    """Copies with `cp -r`."""
+    start, start_seconds = os.times(), time.perf_counter()
+    subprocess.run(["cp", "-r", str(base), str(output)], check=True)
+    seconds, end = time.perf_counter() - start_seconds, os.times()
+    cpu_seconds = end.children_user + end.children_system - start.children_user - start.children_system
+    return Took(seconds, cpu_seconds)
+
+
+def apply(base: Path, mask: Path, output: Path) -> Took:
+    """Applies a mask in a process of its own, whose start is not counted."""
+    command = [sys.executable, "-c", _APPLY, str(base), str(mask), str(output)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return Took(float(shown[0]), float(shown[1]), int(shown[2]))
+
+
+def digest(base: Path, names: Sequence[str]) -> Took:
+    """Only hashes tensors, in as many threads as there are processors: what `apply` cannot do without."""
+    index = tensor_index(base)
+    start_seconds, start_cpu_seconds = time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(tensor_digest, [index[name] for name in names]))
+    return Took(time.perf_counter() - start_seconds, time.process_time() - start_cpu_seconds)
+
+
+def compare(folder: Path, *, hidden_size: int, layers: int, some: Sequence[int], repetitions: int) -> dict[str, str]:
     """Seconds and ratios, each as minimum, median and maximum, and the most memory that apply held."""
-    base = folder / "base"
-    mask = make_checkpoint(base, hidden_size, layers)
-    size_bytes = sum(path.stat().st_size for path in base.iterdir())
-    peaks: list[int] = []
-
-    def apply() -> None:
-        command = [sys.executable, "-c", _APPLY, str(base), str(mask), str(folder / "applied")]
-        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-
-    def start() -> None:
-        subprocess.run([sys.executable, "-c", "import mftctl.masking.checkpoint"], check=True)
-
-    def copy() -> None:
-        shutil.rmtree(folder / "copy", ignore_errors=True)
-        subprocess.run(["cp", "-r", str(base), str(folder / "copy")], check=True)
-
-    copy()  # the checkpoint is in the page cache from now on, for both
-    os.sync()
-    seconds = seconds_in_turn({"cp -r": copy, "apply": apply, "Python's start": start}, repetitions)
-    net = [whole - only for whole, only in zip(seconds["apply"], seconds["Python's start"], strict=True)]
-    return {
-        "checkpoint, bytes": f"{size_bytes:,}",
-        **{f"{name}, seconds": spread(values) for name, values in seconds.items()},
-        "apply / cp -r": spread(ratios(seconds["apply"], seconds["cp -r"])),
-        "apply without Python's start / cp -r": spread(ratios(net, seconds["cp -r"])),
-        "apply, peak bytes": f"{max(peaks):,}",
-        **codec_figures(mask, repetitions),
-    }
-
-
-def codec_figures(path: Path, repetitions: int) -> dict[str, str]:
-    """Million weights a second of each codec, and bits a weight against the entropy of the mask."""
-    mask = load_mask(path)
-    keep = torch.cat([mask[name].flatten() for name in mask.names()][:4])
-    packed, weights = pack(keep), keep.numel()
-    share = 1 - float(keep.float().mean())
-    bound = -(share * np.log2(share) + (1 - share) * np.log2(1 - share))
-    found = {}
-    for codec in ("packed", "deflate"):
-        payload = encode(packed, codec)
-        speeds: dict[str, list[float]] = {"encode": [], "decode": []}
-        for _ in range(repetitions):
-            start_seconds = time.perf_counter()
-            encode(packed, codec)
-            middle_seconds = time.perf_counter()
-            decode(payload, codec, weights, path=path, key="t")
-            end_seconds = time.perf_counter()
-            speeds["encode"].append(weights / (middle_seconds - start_seconds) / 1e6)
-            speeds["decode"].append(weights / (end_seconds - middle_seconds) / 1e6)
-        found |= {f"{codec}, {way}, million weights a second": spread(values) for way, values in speeds.items()}
-        found[f"{codec}, bits a weight / entropy"] = f"{8 * len(payload) / weights / bound:.4f}"
+    base, output = folder / "base", folder / "output"
+    make_checkpoint(base, hidden_size, layers)
+    masked = {"all layers": range(layers), f"{len(some)} of {layers} layers": some}
+    names = {case: make_mask(folder / f"{case}.bits", base, chosen) for case, chosen in masked.items()}
+    ways: dict[str, Callable[[], Took]] = {"cp -r": lambda: copy(base, output)}
+    for case in masked:
+        ways[f"apply, {case}"] = lambda case=case: apply(base, folder / f"{case}.bits", output)
+        ways[f"SHA-256 alone, {case}"] = lambda case=case: digest(base, names[case])
+    took: dict[str, list[Took]] = {name: [] for name in ways}
+    for repetition in range(repetitions):
+        first = repetition % len(ways)
+        for name in [*ways][first:] + [*ways][:first]:
+            shutil.rmtree(output, ignore_errors=True)
+            os.sync()  # no way waits for what the one before it has left to be written
+            took[name].append(ways[name]())
+    found = {"checkpoint, bytes": f"{sum(path.stat().st_size for path in base.iterdir()):,}"}
+    for name, runs in took.items():
+        found[f"{name}, seconds"] = spread([run.seconds for run in runs])
+        found[f"{name}, seconds of one processor"] = spread([run.cpu_seconds for run in runs])
+        if name != "cp -r":
+            found[f"{name} / cp -r"] = spread(
+                ratios([run.seconds for run in runs], [run.seconds for run in took["cp -r"]])
+            )
+        if name.startswith("apply"):
+            found[f"{name}, peak bytes"] = f"{max(run.peak_bytes for run in runs):,}"
     return found
 
 
 def main() -> None:
     """Prints the comparison for a checkpoint of about 1.2 GB."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden-size", type=int, default=1280)
+    parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = compare(
-            Path(folder), hidden_size=options.hidden_size, layers=options.layers, repetitions=options.repetitions
+            Path(folder),
+            hidden_size=options.hidden_size,
+            layers=options.layers,
+            some=range(12, 16),
+            repetitions=options.repetitions,
         )
     for name, text in found.items():
         print(f"{name}: {text}")

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks import apply_speed, eval_speed, gmt_step_speed, mask_step_speed
+import pytest
+
+from tests.benchmarks import (
+    allocator_speed,
+    apply_speed,
+    codec_speed,
+    eval_speed,
+    gmt_step_speed,
+    mask_step_speed,
+    probe_speed,
+)
 from tests.benchmarks.shapes import TINY
 from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
@@ -31,6 +41,32 @@ def test_gmt_step_speed() -> None:
 
 
 def test_apply_speed(tmp_path: Path) -> None:
-    found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, repetitions=2)
-    assert int(found["apply, peak bytes"].replace(",", "")) < 1e9
-    assert float(found["packed, bits a weight / entropy"]) > float(found["deflate, bits a weight / entropy"]) >= 1
+    found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, some=[1], repetitions=1)
+    assert len(found) == 17
+    for case in ("all layers", "1 of 2 layers"):
+        assert int(found[f"apply, {case}, peak bytes"].replace(",", "")) < 1e9
+
+
+def test_codec_speed() -> None:
+    found = codec_speed.compare(500_000, repetitions=2)
+    assert len(found) == 27
+    for ratio in (0.02, 0.1, 0.4):
+        packed, deflate, ans = (
+            float(found[f"{codec} at {ratio}, bits a weight / entropy"]) for codec in ("packed", "deflate", "ans")
+        )
+        assert packed > deflate > ans
+        assert 0.999 < ans < 1.002
+
+
+def test_allocator_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert len(allocator_speed.compare("tiny", length_tokens=16, steps=1, repetitions=1)) == 5
+
+
+def test_probe_speed(workspace: Path, tmp_path: Path) -> None:
+    training = {"epochs": 2.0, "batch_size": 16}
+    data = workspace / "train.jsonl"
+    found = probe_speed.compare(
+        tmp_path, workspace / "tiny", data, group_size=2, layers="2-3", training=training, repetitions=1
+    )
+    assert len(found) == 6

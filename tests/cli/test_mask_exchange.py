@@ -13,6 +13,7 @@ from mftctl.masking.bits import Mask, load_mask, save_mask
 from mftctl.masking.drop import drop_mask
 from tests.cli.running import CommandLine
 from tests.masking.checkpoints import learn_mask, projections, write_tuned
+from tests.masking.mask_files import plain_read, same
 
 
 def same_bits(a: Mask, b: Mask) -> bool:
@@ -60,6 +61,17 @@ def test_export_and_import_give_the_mask_back(
     assert f"Next: mftctl apply {tiny_checkpoint} mask.bits -o OUT" in imported.stderr
 
 
+@pytest.mark.parametrize(("codec", "options"), [("deflate", []), *((c, ["--codec", c]) for c in ("packed", "ans"))])
+def test_export_as_a_mask_file_changes_the_codec_alone(
+    codec: str, options: list[str], mftctl: CommandLine, delta: Mask
+) -> None:
+    exported = mftctl("mask", "export", "delta.bits", "-o", "other.bits", *options)
+    assert exported.code == 0, exported.stderr
+    document, _ = plain_read(mftctl.folder / "other.bits")
+    assert {entry["codec"] for entry in document["tensors"].values()} == {codec}
+    assert same(load_mask(mftctl.folder / "other.bits"), delta)
+
+
 def test_results_are_shown_as_tables(mftctl: CommandLine, mask: Mask, tiny_checkpoint: Path) -> None:
     exported = mftctl("mask", "export", "learned.bits", "-o", "masks.npz")
     assert "masks.npz" in exported.stdout
@@ -95,6 +107,8 @@ def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: Comm
         (["import", "other.npz", "-m", "./nowhere"], 1, "There is no such model"),
         (["export", "learned.bits"], 2, "Missing option"),
         (["export", "learned.bits", "-o", "masks.txt"], 1, "names no format"),
+        (["export", "learned.bits", "-o", "masks.npz", "--codec", "ans"], 2, "Only a mask file has a codec"),
+        (["export", "learned.bits", "-o", "small.bits", "--codec", "zip"], 2, "zip"),
         (["export", "delta.bits", "-o", "masks.npz"], 1, "delta mask cannot be exported"),
         (["export", "missing.bits", "-o", "masks.npz"], 1, "missing.bits"),
         (["diff", "learned.bits", "delta.bits"], 1, "different kinds"),

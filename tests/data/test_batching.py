@@ -124,3 +124,24 @@ def test_tokenizer_without_padding_and_end_token() -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no token to pad"):
         pad_token_id(tokenizer)
+
+
+@given(lengths_of_records, batch_sizes, st.integers(0, 100), st.integers(1, 5))
+def test_the_same_batches_in_another_order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> None:
+    sampler, other = LengthGroupedSampler(lengths, batch_size, seed), LengthGroupedSampler(lengths, batch_size, seed)
+    sampler.same_batches = True
+    assert list(sampler) == list(other)
+    first = batches_of(sampler)
+    sampler.set_epoch(epoch)
+    later = batches_of(sampler)
+    assert sorted(later) == sorted(first)
+    assert later[:1] == first[:1] or lengths[later[0][0]] == lengths[first[0][0]] == max(lengths)
+
+
+def test_another_epoch_has_another_order_of_the_same_batches() -> None:
+    sampler = LengthGroupedSampler(list(range(100)), 4, 0)
+    sampler.same_batches = True
+    first = batches_of(sampler)
+    sampler.set_epoch(1)
+    assert batches_of(sampler) != first
+    assert sorted(batches_of(sampler)) == sorted(first)

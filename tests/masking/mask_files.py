@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 import zlib
+from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,59 @@ def plain_packed(keep: torch.Tensor) -> bytes:
 def plain_deflate(packed: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 8, strategy)
     return compressor.compress(packed) + compressor.flush()
+
+
+def plain_ans_model(size_bytes: int, zeros: int) -> tuple[list[int], list[int]]:
+    """The frequency of each byte, and the sum of those before it."""
+    bits = 8 * size_bytes
+    frequencies = []
+    for byte in range(256):
+        ones = bin(byte).count("1")
+        frequencies.append(1 + (2**24 - 256) * zeros ** (8 - ones) * (bits - zeros) ** ones // bits**8)
+    frequencies[255 if 2 * zeros <= bits else 0] += 2**24 - sum(frequencies)
+    return frequencies, [sum(frequencies[:byte]) for byte in range(256)]
+
+
+def plain_ans_start(size_bytes: int) -> list[int]:
+    return [1] * ((size_bytes + 2**16 - 1) // 2**16)
+
+
+def _ans_state(words: list[int], state: int) -> int:
+    while state < 2**32 and words:
+        state = state << 32 | words.pop()
+    return state
+
+
+def plain_ans(packed: bytes) -> bytes:
+    """The ans codec, word by word."""
+    zeros = sum(8 - byte.bit_count() for byte in packed)
+    frequencies, before = plain_ans_model(len(packed), zeros)
+    words = plain_ans_start(len(packed))
+    state = _ans_state(words, 0)
+    for byte in reversed(packed):
+        if state >> 40 >= frequencies[byte]:
+            words.append(state % 2**32)
+            state >>= 32
+        state = (state // frequencies[byte] << 24) + before[byte] + state % frequencies[byte]
+    words += [state % 2**32, state >> 32] if state >> 32 else [state]
+    return struct.pack(f"<{len(words)}I", *words)
+
+
+def plain_ans_read(payload: bytes, weights: int, removed: int) -> bytes:
+    """The packed bytes of a payload that is sound."""
+    size_bytes = (weights + 7) // 8
+    frequencies, before = plain_ans_model(size_bytes, removed + -weights % 8)
+    words = list(struct.unpack(f"<{len(payload) // 4}I", payload))
+    state = _ans_state(words, 0)
+    packed = bytearray()
+    for _ in range(size_bytes):
+        place = state % 2**24
+        byte = bisect_right(before, place) - 1
+        packed.append(byte)
+        state = _ans_state(words, frequencies[byte] * (state >> 24) + place - before[byte])
+    start = plain_ans_start(size_bytes)
+    assert (state, words) == (_ans_state(start, 0), start)
+    return bytes(packed)
 
 
 def plain_document(mask: Mask, codec: str = "packed") -> dict[str, Any]:
@@ -161,8 +215,15 @@ def plain_read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         document = json.loads(reader.metadata()["mftctl"])
         for name, entry in document["tensors"].items():
             payload = reader.get_tensor(name).tobytes()
-            packed = zlib.decompress(payload, -15) if entry["codec"] == "deflate" else payload
-            bits = [(packed[i // 8] >> (i % 8)) & 1 for i in range(int(np.prod(entry["shape"])))]
+            weights = int(np.prod(entry["shape"]))
+            match entry["codec"]:
+                case "deflate":
+                    packed = zlib.decompress(payload, -15)
+                case "ans":
+                    packed = plain_ans_read(payload, weights, entry["removed"])
+                case _:
+                    packed = payload
+            bits = [(packed[i // 8] >> (i % 8)) & 1 for i in range(weights)]
             arrays[name] = np.array(bits, dtype=bool).reshape(entry["shape"])
     return document, arrays
 

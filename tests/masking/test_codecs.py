@@ -23,7 +23,7 @@ from mftctl.masking.codecs import (
 from tests.masking.mask_files import plain_deflate, plain_packed
 
 PATH = Path("mask.bits")
-CODECS: tuple[Codec, ...] = ("packed", "deflate")
+CODECS: tuple[Codec, ...] = ("packed", "deflate", "ans")
 bit_lists = st.lists(st.booleans(), min_size=1, max_size=300)
 
 
@@ -51,7 +51,7 @@ def test_pack_agrees_with_bit_arithmetic_and_comes_back(bits: list[bool]) -> Non
 @given(bits=bit_lists)
 def test_decode_gives_back_what_encode_took(codec: Codec, bits: list[bool]) -> None:
     packed = pack(torch.tensor(bits))
-    decoded = decode(encode(packed, codec), codec, len(bits), path=PATH, key="w")
+    decoded = decode(encode(packed, codec), codec, len(bits), bits.count(False), path=PATH, key="w")
     assert np.array_equal(decoded, packed)
 
 
@@ -67,23 +67,23 @@ def test_deflate_of_equal_bytes_stays_below_the_bound(value: int, size_bytes: in
     packed = np.full(size_bytes, value, dtype=np.uint8)
     payload = encode(packed, "deflate")
     assert size_bytes < MAX_EXPANSION * len(payload)
-    assert np.array_equal(decode(payload, "deflate", size_bytes * 8, path=PATH, key="w"), packed)
+    assert np.array_equal(decode(payload, "deflate", size_bytes * 8, 0, path=PATH, key="w"), packed)
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 3])
 def test_packed_of_another_size_is_refused(size_bytes: int) -> None:
     with pytest.raises(MaskFormatError, match="does not fit its shape") as caught:
-        decode(b"\x01" * size_bytes, "packed", 10, path=PATH, key="w")
+        decode(b"\x01" * size_bytes, "packed", 10, 0, path=PATH, key="w")
     assert (caught.value.path, caught.value.key) == (str(PATH), "w")
     assert caught.value.expected == "2 bytes for 10 weights"
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_padding_that_is_not_zero_is_refused(codec: Codec) -> None:
-    payload = encode(np.array([0xFF, 0b111], dtype=np.uint8), codec)
-    assert len(decode(payload, codec, 11, path=PATH, key="w")) == 2
+    payload = encode(np.array([0xFE, 0b111], dtype=np.uint8), codec)
+    assert len(decode(payload, codec, 11, 1, path=PATH, key="w")) == 2
     with pytest.raises(MaskFormatError, match="padding bits"):
-        decode(payload, codec, 10, path=PATH, key="w")
+        decode(payload, codec, 10, 0, path=PATH, key="w")
 
 
 def test_shape_that_no_huffman_stream_can_fill_is_refused_without_decompression(
@@ -91,36 +91,36 @@ def test_shape_that_no_huffman_stream_can_fill_is_refused_without_decompression(
 ) -> None:
     monkeypatch.setattr(zlib, "decompressobj", lambda *_: pytest.fail("decompressed"))
     with pytest.raises(MaskFormatError, match="more weights than its payload can hold"):
-        decode(b"\x03\x00", "deflate", 8 * MAX_EXPANSION * 2, path=PATH, key="w")
+        decode(b"\x03\x00", "deflate", 8 * MAX_EXPANSION * 2, 0, path=PATH, key="w")
 
 
 def test_deflate_bomb_is_refused_and_never_unfolded() -> None:
     bomb = plain_deflate(bytes(10_000_000), zlib.Z_DEFAULT_STRATEGY)
     assert len(bomb) < 20_000
     with pytest.raises(MaskFormatError, match="does not fit its shape") as caught:
-        decode(bomb, "deflate", 8 * 1000, path=PATH, key="w")
+        decode(bomb, "deflate", 8 * 1000, 0, path=PATH, key="w")
     assert "more" in str(caught.value.actual)
 
 
 def test_deflate_that_ends_early_is_refused() -> None:
     with pytest.raises(MaskFormatError, match="does not fit its shape") as caught:
-        decode(plain_deflate(b"abc"), "deflate", 8 * 4, path=PATH, key="w")
+        decode(plain_deflate(b"abc"), "deflate", 8 * 4, 0, path=PATH, key="w")
     assert str(caught.value.actual).startswith("3 bytes")
 
 
 def test_deflate_cut_short_is_refused() -> None:
     payload = plain_deflate(bytes(range(200)))
     with pytest.raises(MaskFormatError, match="does not fit its shape") as caught:
-        decode(payload[:-1], "deflate", 8 * 200, path=PATH, key="w")
+        decode(payload[:-1], "deflate", 8 * 200, 0, path=PATH, key="w")
     assert "no end of the stream" in str(caught.value.actual)
 
 
 def test_bytes_after_the_deflate_stream_are_refused() -> None:
     with pytest.raises(MaskFormatError, match="does not fit its shape") as caught:
-        decode(plain_deflate(b"abc") + b"\x00", "deflate", 8 * 3, path=PATH, key="w")
+        decode(plain_deflate(b"abc") + b"\x00", "deflate", 8 * 3, 0, path=PATH, key="w")
     assert "1 bytes of the payload left over" in str(caught.value.actual)
 
 
 def test_bytes_that_are_no_deflate_stream_are_refused() -> None:
     with pytest.raises(MaskFormatError, match="no DEFLATE stream"):
-        decode(b"\xff\xff\xff", "deflate", 8, path=PATH, key="w")
+        decode(b"\xff\xff\xff", "deflate", 8, 0, path=PATH, key="w")

@@ -1,0 +1,44 @@
+"""How much room the hidden states get that mask training computes once for each batch."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mftctl.config import MaskTrainOptions
+from mftctl.masking.hidden_states import HiddenStates
+from mftctl.processes import world_size
+from mftctl.training import total_steps
+
+_SHARE = 4
+"""A quarter of what is free: the training itself needs the rest."""
+
+
+def hidden_states(options: MaskTrainOptions, folder: Path) -> HiddenStates:
+    """An empty cache with the room that the options and the machine give it.
+
+    Args:
+        options: With the limit.
+        folder: Of the run; gets the file.
+    """
+    memory_bytes = psutil.virtual_memory().available // _SHARE
+    if options.prefix_cache_gb is None:
+        return HiddenStates(folder, memory_bytes, shutil.disk_usage(folder).free // _SHARE)
+    limit_bytes = int(options.prefix_cache_gb * 1e9)
+    memory_bytes = min(memory_bytes, limit_bytes)
+    return HiddenStates(folder, memory_bytes, limit_bytes - memory_bytes)
+
+
+def batches_come_again(records: int, options: MaskTrainOptions) -> bool:
+    """Whether a training takes a micro-batch a second time."""
+    batches = math.ceil(records / options.batch_size)
+    return total_steps(records, options, world_size()) * options.grad_accum_steps * world_size() > batches
+
+
+def figures(states: HiddenStates) -> dict[str, Any]:
+    """What was kept and how often it was used, for a run's result."""
+    return {"batches": len(states), "size_bytes": states.size_bytes, "reused": states.reused}
