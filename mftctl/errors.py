@@ -12,6 +12,7 @@ MftError
 ├── EvaluationError      a benchmark or a comparison
 │   └── SandboxError         model-written code that cannot be run safely
 ├── RunError             a run folder
+├── StorageError         a file that cannot be written
 └── Interrupted          the user stopped a command; its state is saved (exit code 130)
 """
 
@@ -127,6 +128,10 @@ class SandboxError(EvaluationError):
 
 class RunError(MftError):
     """A run folder that is missing, damaged or of the wrong kind."""
+
+
+class StorageError(MftError):
+    """A file that cannot be written: no room, no permission, a broken disk."""
 
 
 class Interrupted(MftError):  # noqa: N818 - a request by the user, not an error of theirs

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
-from mftctl.errors import ConfigError
+from mftctl.errors import ConfigError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
@@ -23,6 +23,7 @@ from mftctl.processes import is_first, spreads_parameters, under_deepspeed, worl
 from mftctl.progress import Listener
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
+from mftctl.storage import known_failures
 from mftctl.training import SftTrainer, stop_on_signal, total_steps, train, training_arguments, uses_bf16
 from mftctl.tuning.hft import freeze_half
 from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
@@ -79,7 +80,6 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
     whole = trainer.trained_model()
     if whole is not None:
         save_model(_finished(whole, inputs.checkpoint, options), inputs.tokenizer, folder)
-        shutil.rmtree(run.training.checkpoints, ignore_errors=True)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
         "state": fine_tuned_state(source, options),
@@ -239,7 +239,16 @@ def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: Fft
 
 
 def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes a checkpoint with its tokenizer, whole or not at all."""
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(str(temporary))
-        tokenizer.save_pretrained(temporary)
+    """Writes a checkpoint with its tokenizer, whole or not at all.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    try:
+        with known_failures(folder), atomic_folder(folder) as temporary:
+            model.save_pretrained(str(temporary))
+            tokenizer.save_pretrained(temporary)
+    except SafetensorError as error:  # which says of a full disk what it says of all else
+        raise StorageError(
+            "The model could not be written.", path=folder, actual=error, hint="free some space"
+        ) from error

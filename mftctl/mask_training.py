@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -158,7 +157,6 @@ def keep_mask(mask: Mask, run: Run) -> dict[str, Any]:
         save_mask(mask, path)
         if run.record.output:
             save_mask(mask, Path(run.record.output))
-        shutil.rmtree(run.training.checkpoints, ignore_errors=True)
     return {
         "mask": str(path.resolve()),
         "output": run.record.output,

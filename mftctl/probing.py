@@ -72,7 +72,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
                 with reusing_prefix(model, min(group), states, listener.warn, in_training=True):
                     found = find_mask(search)
                 write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
-                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also those that a kill left of a finished group
             results.append(json.loads(stored.read_text("utf-8")))
         reuse = figures(states)
     ranked = sorted(results, key=lambda item: item["best_loss"])

@@ -6,13 +6,16 @@ configuration, readable as a recipe), `metrics.jsonl`, `checkpoints/` and the co
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 import re
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,6 +27,7 @@ import yaml
 from mftctl.atomic import write_text
 from mftctl.errors import Interrupted, MftError, RunError
 from mftctl.processes import is_first, world_size
+from mftctl.storage import is_alive, is_failure_of_storage, known_failures, remove_leftovers, temporary_prefix
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -136,15 +140,7 @@ class Run:
         host, _, process = (self.record.worker or "").rpartition(":")
         if self.record.status != "running" or host != platform.node() or not process.isdecimal():
             return False
-        if int(process) == os.getpid():
-            return False
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:  # there is one, of another user
-            return True
-        return True
+        return int(process) != os.getpid() and is_alive(int(process))
 
     def go_on(self) -> None:
         """Takes up a run that was stopped, killed or failed.
@@ -175,11 +171,13 @@ class Run:
         self._clock_start_seconds = now_seconds
         self.record = replace(self.record, seconds=round(seconds, 3), **changes)
         if is_first():
-            write_text(self.folder / "run.json", json.dumps(asdict(self.record), indent=2) + "\n")
+            write_text(self.folder / "run.json", _to_json(self.record))
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Stores the result; from now on other commands build on this run."""
+        """Stores the result; from now on other commands build on this run, and nothing goes on from its checkpoints."""
         self.update(status="finished", result=dict(result), error=None)
+        if is_first():
+            shutil.rmtree(self.training.checkpoints, ignore_errors=True)
 
 
 def create_run(
@@ -210,13 +208,6 @@ def create_run(
     Raises:
         RunError: The folder cannot be made.
     """
-    try:
-        folder = _new_folder(root, command)
-        write_text(folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        raise RunError(
-            "The run folder cannot be written.", path=root, actual=error.strerror or error, hint="--runs DIR"
-        ) from error
     record = RunRecord(
         command=command,
         status="running",
@@ -232,9 +223,17 @@ def create_run(
         worker=_worker(),
         processes=world_size(),
     )
-    run = Run(folder, record)
-    run.update()
-    return run
+    try:
+        folder = _new_folder(root, record)
+    except OSError as error:
+        raise RunError(
+            "The run folder cannot be written.", path=root, actual=error.strerror or error, hint="--runs DIR"
+        ) from error
+    return Run(folder, record)
+
+
+def _to_json(record: RunRecord) -> str:
+    return json.dumps(asdict(record), indent=2) + "\n"
 
 
 def _worker() -> str:
@@ -286,14 +285,22 @@ def newest_run(root: Path, *commands: str, unfinished: bool = False) -> Run | No
 
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
-    """Keeps a failure of the block in the run's record; the exception goes on."""
+    """Keeps a failure of the block in the run's record; the exception goes on.
+
+    A run that failed for want of storage can be resumed from what it saved before.
+
+    Raises:
+        StorageError: A file could not be written.
+    """
     try:
-        yield
+        with known_failures(run.folder):
+            yield
     except (Interrupted, KeyboardInterrupt):
         run.update(status="interrupted")
         raise
     except MftError as error:
-        run.update(status="failed", error=str(error))
+        with suppress(OSError):  # without room for the record it says what that of a killed run says
+            run.update(status="interrupted" if is_failure_of_storage(error) else "failed", error=str(error))
         raise
 
 
@@ -303,14 +310,32 @@ def _run_folders(root: Path) -> Iterator[Path]:
         yield from sorted(numbered, key=lambda path: (int(path.name.split("-")[0]), path.name))
 
 
-def _new_folder(root: Path, command: str) -> Path:
+def _new_folder(root: Path, record: RunRecord) -> Path:
+    """A folder with record and configuration under the next free number; there is none without them at any time."""
     root.mkdir(parents=True, exist_ok=True)
-    number = max((int(path.name.split("-")[0]) for path in _run_folders(root)), default=0) + 1
-    while True:
-        folder = root / f"{number:03d}-{command}"
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            number += 1  # another process took it a moment ago
-        else:
-            return folder
+    _tidy_up(root)
+    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix("run"), dir=root))
+    try:
+        temporary.chmod(root.stat().st_mode & 0o777)
+        write_text(temporary / "config.yaml", yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True))
+        write_text(temporary / "run.json", _to_json(record))
+        number = max((int(path.name.split("-")[0]) for path in _run_folders(root)), default=0) + 1
+        while True:
+            folder = root / f"{number:03d}-{record.command}"
+            try:
+                return temporary.rename(folder)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                number += 1  # another process took it a moment ago
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tidy_up(root: Path) -> None:
+    """Removes what killed commands left in a runs folder: half of a result, or checkpoints of a finished training."""
+    remove_leftovers(root)
+    for run in list_runs(root)[0]:
+        remove_leftovers(run.folder)
+        if run.record.status == "finished":
+            shutil.rmtree(run.training.checkpoints, ignore_errors=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -36,10 +38,10 @@ from mftctl.data.batching import (
     pad_token_id,
 )
 from mftctl.data.encoding import Encoded
-from mftctl.errors import Interrupted, TrainingError
+from mftctl.errors import Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.partitioned_trainer import PartitionedTrainer
-from mftctl.processes import any_process, rank, wait_for_all, world_size
+from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import TrainingFolder
 
@@ -202,6 +204,20 @@ class SftTrainer(PartitionedTrainer):
         loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # torch and safetensors have errors of their own where there is no room.
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StorageError(
+                f"The checkpoint of step {self.state.global_step} could not be written.",
+                path=folder,
+                actual=error,
+                hint="free some space, then resume from the checkpoint before it",
+            ) from error
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -258,6 +274,8 @@ def train(
     if patience is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
     checkpoint = latest_checkpoint(folder.checkpoints) if resume else None
+    if is_first():
+        _remove_after(folder.checkpoints, -1 if checkpoint is None else _step(checkpoint))
     if checkpoint is None:
         folder.rewind(-1)
     else:
@@ -287,6 +305,13 @@ def latest_checkpoint(folder: Path) -> Path | None:
             continue
         return path
     return None
+
+
+def _remove_after(folder: Path, step: int) -> None:
+    """Removes what a kill left of the checkpoints after `step`, which the training writes again."""
+    for path in folder.glob("checkpoint-*"):
+        if _step(path) > step:
+            shutil.rmtree(path)
 
 
 def _step(checkpoint: Path) -> int:

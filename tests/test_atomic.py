@@ -153,6 +153,7 @@ def test_failing_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
         return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", failing)
+    monkeypatch.setattr("mftctl.atomic._exchange", lambda *_: False)
     with pytest.raises(OSError, match="no space left"), atomic_folder(path) as temporary:
         (temporary / "new.txt").write_text("new")
     assert [file.name for file in tmp_path.rglob("*")] == ["model", "old.txt"]

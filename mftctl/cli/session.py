@@ -14,6 +14,7 @@ from mftctl.processes import from_first, world_size
 from mftctl.quickstart import NAME as QUICKSTART
 from mftctl.recipe_files import load_recipe, with_changes
 from mftctl.runs import Run, create_run, load_run, newest_run
+from mftctl.storage import require_writable
 
 
 class Session:
@@ -109,11 +110,14 @@ class Session:
         return self.settle(source)
 
     def check_replacing(self, path: Path | None) -> None:
-        """Nothing, if `path` is free or may be replaced.
+        """Nothing, if `path` can be written, and is free or may be replaced.
 
         Raises:
-            ConfigError: It is not, and nobody agreed.
+            ConfigError: There is a result already, and nobody agreed.
+            StorageError: Its folder is read-only.
         """
+        if path is not None:
+            require_writable(path)
         if path is None or not path.exists() or (path.is_dir() and not any(path.iterdir())) or self.yes:
             return
         if not self.output.confirm_replacing(str(path)):

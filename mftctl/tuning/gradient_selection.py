@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 from mftctl.errors import MaskingError
-from mftctl.masking.selection import check_ratio, keep_highest, removed_count
+from mftctl.masking.selection import check_ratio, removed_count
+from mftctl.tuning.bracket_selection import keep_by_bracket
+from mftctl.tuning.radix_selection import keep_by_digits
 
 Scope = Literal["tensor", "global"]
 
-_DIGIT_BITS = 16
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @torch.no_grad()
@@ -40,9 +45,17 @@ def keep_largest(gradients: Sequence[torch.Tensor], ratio: float, scope: Scope =
         select all ties, which is no exact count.
     """
     check_ratio(ratio)
-    for index, gradient in enumerate(gradients):
-        _check_numbers(gradient, index)
-    return _keep_highest([gradient.abs for gradient in gradients], gradients, ratio, scope)
+    selections = _select([_Ranked.tensor(gradient) for gradient in gradients], ratio, scope)
+    for index, (gradient, selection) in enumerate(zip(gradients, selections, strict=True)):
+        if selection.holds_nan:
+            raise MaskingError(
+                "Gradients must be numbers: NaN cannot be ranked.",
+                key=f"gradients[{index}], shape {tuple(gradient.shape)}",
+                expected="numbers",
+                actual=f"{int(torch.isnan(gradient).sum())} NaN of {gradient.numel()}",
+                hint="lower the learning rate",
+            )
+    return [selection.keep.view(gradient.shape) for selection, gradient in zip(selections, gradients, strict=True)]
 
 
 @torch.no_grad()
@@ -67,87 +80,102 @@ def keep_random(
     Source: GMT, section 4.1, baseline Random Mask.
     """
     check_ratio(ratio)
-    draws = [partial(_random_values, gradient.shape, (seed, step, index)) for index, gradient in enumerate(gradients)]
-    masks = _keep_highest(draws, gradients, ratio, scope)
-    return [mask.to(gradient.device) for mask, gradient in zip(masks, gradients, strict=True)]
+    drawn = [
+        _Ranked(partial(_random_values, gradient.numel(), (seed, step, index)), gradient.numel(), torch.float32)
+        for index, gradient in enumerate(gradients)
+    ]
+    selections = _select(drawn, ratio, scope)
+    return [
+        selection.keep.view(gradient.shape).to(gradient.device)
+        for selection, gradient in zip(selections, gradients, strict=True)
+    ]
 
 
-def _check_numbers(gradient: torch.Tensor, index: int) -> None:
-    # The maximum of anything with NaN is NaN; unlike `isnan` over all entries it needs no memory.
-    if gradient.numel() and torch.isnan(gradient.max()):
-        raise MaskingError(
-            "Gradients must be numbers: NaN cannot be ranked.",
-            key=f"gradients[{index}], shape {tuple(gradient.shape)}",
-            expected="numbers",
-            actual=f"{int(torch.isnan(gradient).sum())} NaN of {gradient.numel()}",
-            hint="lower the learning rate",
-        )
-
-
-def _random_values(shape: torch.Size, seeds: tuple[int, ...]) -> torch.Tensor:
+def _random_values(numel: int, seeds: tuple[int, ...]) -> torch.Tensor:
     """Uniform numbers in [0, 1), fp32, on the CPU, where a generator gives the same ones everywhere."""
-    return torch.from_numpy(np.random.default_rng(seeds).random(shape, dtype=np.float32))
+    return torch.from_numpy(np.random.default_rng(seeds).random(numel, dtype=np.float32))
 
 
-def _keep_highest(
-    read_values: Sequence[Callable[[], torch.Tensor]], gradients: Sequence[torch.Tensor], ratio: float, scope: Scope
-) -> list[torch.Tensor]:
-    """The keep masks without the ratio's share of the lowest values.
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """Numbers to be ranked by magnitude.
 
-    Args:
-        read_values: A function for each gradient that gives its ranked values, none negative and the same at each call,
-            so that those of one tensor alone are in memory.
-        gradients: Tell shapes and dtypes.
-        ratio: Share to leave out.
-        scope: Of each tensor or of all together.
+    Attributes:
+        read: Gives them, the same at each call, so that those of one tensor alone need be in memory.
+        numel: How many.
+        dtype: Floating point.
+        on_cpu: Where `read` puts them.
     """
-    if scope == "tensor":
-        return [keep_highest(read(), ratio) for read in read_values]
-    wide = any(gradient.dtype == torch.float64 for gradient in gradients)
-    float_type, int_type = (torch.float64, torch.int64) if wide else (torch.float32, torch.int32)
+
+    read: Callable[[], torch.Tensor]
+    numel: int
+    dtype: torch.dtype
+    on_cpu: bool = True
+
+    @classmethod
+    def tensor(cls, values: torch.Tensor) -> _Ranked:
+        detached = values.detach()
+        return cls(lambda: detached, values.numel(), values.dtype, values.device.type == "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    """The flat keep mask of a tensor, and whether it holds NaN, which no mask can be made of."""
+
+    keep: torch.Tensor
+    holds_nan: bool
+
+
+def _select(tensors: Sequence[_Ranked], ratio: float, scope: Scope) -> list[_Selection]:
+    """The selection without the ratio's share of the lowest magnitudes, of each tensor or of all together."""
+    with _map_in_threads() as each:
+        if scope == "global":
+            return _select_together(tensors, ratio, each)
+        return [found for alone in each(lambda one: _select_together([one], ratio), tensors) for found in alone]
+
+
+@contextmanager
+def _map_in_threads() -> Iterator[Callable[..., Iterable[Any]]]:
+    """A `map` in as many threads as torch computes with: numpy computes with one."""
+    if torch.get_num_threads() == 1:
+        yield map
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield pool.map
+
+
+def _select_together(
+    tensors: Sequence[_Ranked], ratio: float, each: Callable[..., Iterable[Any]] = map
+) -> list[_Selection]:
+    """The selection without the lowest magnitudes of all tensors, equal ones in order."""
+    sizes = [one.numel for one in tensors]
+    count = removed_count(sum(sizes), ratio)
+    dtype = _common_dtype([one.dtype for one in tensors])
+    int_dtype = _INTEGERS[dtype.itemsize]
+    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(int_dtype))
 
     def read_bits(index: int) -> torch.Tensor:
-        # Floating-point numbers that are not negative have the order of their bit patterns.
-        return read_values[index]().to(float_type).reshape(-1).view(int_type)
+        return tensors[index].read().to(dtype).reshape(-1).view(int_dtype)
 
-    readers = [partial(read_bits, index) for index in range(len(gradients))]
-    count = removed_count(sum(gradient.numel() for gradient in gradients), ratio)
-    masks = _keep_highest_together(readers, count, int_type.itemsize * 8)
-    return [mask.view(gradient.shape) for mask, gradient in zip(masks, gradients, strict=True)]
+    def read_magnitudes(index: int) -> torch.Tensor:
+        # Floating-point numbers that are not negative have the order of their bit patterns, and NaN is above infinity.
+        return read_bits(index) & torch.iinfo(int_dtype).max
 
-
-def _keep_highest_together(
-    readers: Sequence[Callable[[], torch.Tensor]], count: int, value_bits: int
-) -> list[torch.Tensor]:
-    """The flat keep masks without the `count` lowest of the integers of all tensors, equal ones in order."""
-    threshold, ties_left = (-1, 0) if count == 0 else _kth_lowest(readers, count, value_bits)
-    masks = []
-    for read in readers:
-        values = read()
-        keep = values >= threshold
-        if ties_left:
-            ties = (values == threshold).nonzero().squeeze(1)[:ties_left]
-            keep[ties] = False
-            ties_left -= ties.numel()
-        masks.append(keep)
-    return masks
+    if count and all(one.on_cpu for one in tensors):
+        arrays = [lambda index=index: read_bits(index).numpy() for index in range(len(tensors))]
+        if (kept := keep_by_bracket(arrays, sizes, count, each)) is not None:
+            return [_Selection(torch.from_numpy(one.keep), one.highest > infinity) for one in kept]
+    readers = [partial(read_magnitudes, index) for index in range(len(tensors))]
+    nan = [size > 0 and int(read().max()) > infinity for read, size in zip(readers, sizes, strict=True)]
+    if count == 0:
+        masks = [torch.ones_like(read(), dtype=torch.bool) for read in readers]
+    else:
+        masks = keep_by_digits(readers, count)
+    return [_Selection(keep, holds_nan) for keep, holds_nan in zip(masks, nan, strict=True)]
 
 
-def _kth_lowest(readers: Sequence[Callable[[], torch.Tensor]], k: int, value_bits: int) -> tuple[int, int]:
-    """The k-th lowest integer of all tensors (k from 1), and how many of the k lowest are equal to it.
-
-    A radix selection: each pass counts the next 16 bits of the values that have the bits known so far.
-    """
-    known = 0
-    for shift in range(value_bits - _DIGIT_BITS, -1, -_DIGIT_BITS):
-        counts = torch.zeros(1 << _DIGIT_BITS, dtype=torch.int64)
-        for read in readers:
-            digits = read() >> shift
-            if shift + _DIGIT_BITS < value_bits:
-                digits = digits[digits >> _DIGIT_BITS == known] - (known << _DIGIT_BITS)
-            counts += torch.bincount(digits, minlength=counts.numel()).cpu()
-        reached = counts.cumsum(0)
-        digit = int(torch.searchsorted(reached, k))
-        k -= int(reached[digit] - counts[digit])
-        known = known << _DIGIT_BITS | digit
-    return known, k
+def _common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """A dtype that holds the exact values of all."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return torch.float64 if torch.float64 in dtypes else torch.float32

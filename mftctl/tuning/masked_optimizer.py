@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
-from torch.optim import Optimizer
+from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from mftctl.errors import TrainingError
 from mftctl.masking.partitions import local_part
-from mftctl.masking.selection import check_ratio
+from mftctl.masking.selection import check_ratio, removed_count
 from mftctl.tuning.gradient_selection import Scope, keep_largest, keep_random
+from mftctl.tuning.held_entries import HeldEntries, clear_unselected, is_flat, parts
 
 STEPS_KEY = "masked_steps"
 """Where the state of a masked optimizer has the number of steps taken."""
+
+_BY_ENTRY = (Adagrad, Adam, AdamW, RMSprop, SGD)
+"""Optimizers whose step on an entry depends on that entry alone, with state that is changed in place."""
+_PART_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +110,13 @@ class MaskedOptimizer(Optimizer):
         else:
             masks = keep_random(gradients, rule.ratio, rule.scope, seed=rule.seed, step=self._steps)
         for gradient, mask in zip(gradients, masks, strict=True):
-            gradient.masked_fill_(~mask, 0.0)
+            clear_unselected(gradient, mask)
         self.selected = dict(zip(parameters, masks, strict=True))
         self._masked_gradients = gradients
-        self.updated_entries = sum(int(mask.count_nonzero()) for mask in masks)
-        self.total_entries = sum(mask.numel() for mask in masks)
+        sizes = [mask.numel() for mask in masks]
+        self.total_entries = sum(sizes)
+        ranked_together = [self.total_entries] if rule.scope == "global" else sizes
+        self.updated_entries = self.total_entries - sum(removed_count(size, rule.ratio) for size in ranked_together)
 
     def give(self, selected: Mapping[torch.Tensor, torch.Tensor]) -> None:
         """Sets the selection for the step to come, where more is known than the gradients here; then at every step.
@@ -142,7 +149,11 @@ class MaskedOptimizer(Optimizer):
             self.inner.step()
         else:
             for group, parameter in self._with_gradients():
-                self._update(group, parameter, self.selected.pop(parameter))
+                selected = self.selected.pop(parameter)
+                if self._is_updated_in_parts(parameter):
+                    self._update_in_parts(group, parameter, selected)
+                else:
+                    self._update(group, parameter, selected)
         self._steps += 1
         self._forget_selection()
 
@@ -192,6 +203,36 @@ class MaskedOptimizer(Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     yield group, parameter
+
+    def _is_updated_in_parts(self, parameter: torch.Tensor) -> bool:
+        """Whether a step may treat the parameter as several small ones."""
+        entries = self._entry_state(parameter)
+        return (
+            type(self.inner) in _BY_ENTRY
+            and parameter.numel() > 0
+            and len(entries) > 0  # the first step makes the state, for the whole parameter
+            and parameter.grad is not None
+            and all(is_flat(tensor) for tensor in (parameter, parameter.grad, *entries.values()))
+        )
+
+    def _update_in_parts(self, group: dict[str, Any], parameter: torch.Tensor, selected: torch.Tensor) -> None:
+        """What `_update` does, with a few megabytes of copies however large the parameter is."""
+        state = self.state[parameter]
+        entries = {key: value.view(-1) for key, value in self._entry_state(parameter).items()}
+        counters = {key: value for key, value in state.items() if key not in entries}
+        weight, gradient = parameter.detach().view(-1), cast("torch.Tensor", parameter.grad).view(-1)
+        for part in parts(weight.numel(), _PART_ENTRIES):
+            small = weight[part]
+            small.grad = gradient[part]
+            small_entries = {key: value[part] for key, value in entries.items()}
+            held = HeldEntries([small, *small_entries.values()], selected.view(-1)[part])
+            self.state[small] = {key: value.clone() for key, value in counters.items()} | small_entries
+            try:
+                self._step_alone(group, small)
+            finally:
+                stepped = self.state.pop(small)
+            held.put_back()
+            state.update({key: stepped[key] for key in counters})
 
     def _update(self, group: dict[str, Any], parameter: torch.Tensor, selected: torch.Tensor) -> None:
         """One step of the inner optimizer on a parameter, after which entries that are not selected are put back."""

@@ -1,11 +1,13 @@
 """A step of Gradient-Mask Tuning beside a step of plain fine-tuning.
 
 python -m tests.benchmarks.gmt_step_speed --repetitions 5
+python -m tests.benchmarks.gmt_step_speed --micro-batches 16 --fused --cpu-time
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,13 +17,32 @@ from tests.benchmarks.shapes import SMOLLM2_135M, build, micro_batches
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 
 
-def compare(shape: dict[str, int | bool], *, length_tokens: int, repetitions: int) -> dict[str, str]:
-    """Seconds and ratios, each as minimum, median and maximum."""
-    batches = micro_batches(int(shape["vocab_size"]), count=2, records=2, length_tokens=length_tokens, answer_share=1.0)
+def compare(
+    shape: dict[str, int | bool],
+    *,
+    length_tokens: int,
+    repetitions: int,
+    micro_batch_count: int = 2,
+    fused: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, str]:
+    """Seconds and ratios, each as minimum, median and maximum.
+
+    Args:
+        shape: Of the model.
+        length_tokens: Of each of the two records in a micro-batch.
+        repetitions: Steps that are timed of each way.
+        micro_batch_count: Of a step.
+        fused: Whether AdamW is torch's fused kernel, on both sides.
+        clock: Measures.
+    """
+    batches = micro_batches(
+        int(shape["vocab_size"]), count=micro_batch_count, records=2, length_tokens=length_tokens, answer_share=1.0
+    )
 
     def step_of(rule: UpdateRule | None) -> Callable[[], None]:
         model = build(shape)
-        inner = torch.optim.AdamW(model.parameters(), lr=1e-6)
+        inner = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
         optimizer = inner if rule is None else MaskedOptimizer(inner, rule)
 
         def step() -> None:
@@ -38,7 +59,7 @@ def compare(shape: dict[str, int | bool], *, length_tokens: int, repetitions: in
         "GMT, tensor": step_of(UpdateRule("gmt", 0.2)),
         "GMT, global": step_of(UpdateRule("gmt", 0.2, "global")),
     }
-    seconds = seconds_in_turn(ways, repetitions)
+    seconds = seconds_in_turn(ways, repetitions, clock)
     return {
         **{f"{name}, seconds": spread(values) for name, values in seconds.items()},
         **{f"{name} / fine-tuning": spread(ratios(seconds[name], seconds["fine-tuning"])) for name in list(ways)[1:]},
@@ -46,10 +67,22 @@ def compare(shape: dict[str, int | bool], *, length_tokens: int, repetitions: in
 
 
 def main() -> None:
-    """Prints the comparison for a model of SmolLM2-135M's shape, 1,024 tokens a step."""
+    """Prints the comparison for a model of SmolLM2-135M's shape, by default 1,024 tokens a step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
-    for name, text in compare(SMOLLM2_135M, length_tokens=256, repetitions=parser.parse_args().repetitions).items():
+    parser.add_argument("--micro-batches", type=int, default=2, help="of 512 tokens each")
+    parser.add_argument("--fused", action="store_true", help="torch's fused AdamW, on both sides")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time, where the machine is shared")
+    options = parser.parse_args()
+    found = compare(
+        SMOLLM2_135M,
+        length_tokens=256,
+        repetitions=options.repetitions,
+        micro_batch_count=options.micro_batches,
+        fused=options.fused,
+        clock=time.process_time if options.cpu_time else time.perf_counter,
+    )
+    for name, text in found.items():
         print(f"{name}: {text}")
 
 

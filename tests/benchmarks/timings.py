@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping
 from statistics import median
 
 
-def seconds_in_turn(ways: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """The seconds of each way at each repetition; each repetition begins with another way."""
+def seconds_in_turn(
+    ways: Mapping[str, Callable[[], object]], repetitions: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """The seconds of each way at each repetition by a clock; each repetition begins with another way."""
     names = list(ways)
     found: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions):
         first = repetition % len(names)
         for name in names[first:] + names[:first]:
-            start_seconds = time.perf_counter()
+            start_seconds = clock()
             ways[name]()
-            found[name].append(time.perf_counter() - start_seconds)
+            found[name].append(clock() - start_seconds)
     return found
 
 

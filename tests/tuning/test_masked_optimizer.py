@@ -338,3 +338,42 @@ def test_a_transposed_parameter() -> None:
     parameter.grad = torch.tensor([[1.0, 6.0, 2.0], [5.0, 3.0, 4.0]])
     optimizer.step()
     assert (parameter != 0).tolist() == [[False, True, False], [True, False, True]]
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", INNER)
+def test_parts_of_a_parameter_are_updated_as_the_whole_is(
+    name: str, dtype: torch.dtype, ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mftctl.tuning.masked_optimizer._PART_ENTRIES", 64)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(shape, generator=generator).to(dtype) for shape in ((21, 13), (64,), (1,))]
+    states = []
+    for in_parts in (True, False):
+        parameters = [nn.Parameter(value.clone()) for value in values]
+        optimizer = MaskedOptimizer(INNER[name](parameters), UpdateRule("gmt", ratio))
+        if not in_parts:
+            monkeypatch.setattr(MaskedOptimizer, "_is_updated_in_parts", lambda *_: False)
+        for step in range(4):
+            set_gradients(parameters, step)
+            optimizer.step()
+        states.append((snapshot(parameters, optimizer), [dict(optimizer.state[item]) for item in parameters]))
+        assert set(optimizer.state) == set(parameters)
+    (in_parts_now, in_parts_state), (whole_now, whole_state) = states
+    for one, other in zip(in_parts_now, whole_now, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in other)
+    for state, right in zip(in_parts_state, whole_state, strict=True):
+        assert list(state) == list(right)
+        assert state.get("step") == right.get("step")
+
+
+def test_a_parameter_without_entries() -> None:
+    empty, other = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.zeros(2))
+    optimizer = MaskedOptimizer(AdamW([empty, other]), UpdateRule("gmt", 0.5, "global"))
+    for step in range(1, 4):
+        empty.grad, other.grad = torch.zeros(0, 3), torch.ones(2)
+        optimizer.step()
+        assert optimizer.state[empty]["step"] == optimizer.state[other]["step"] == step
+    assert other[0] == 0.0
+    assert other[1] < 0.0
