@@ -282,8 +282,13 @@ def train(
         folder.rewind(_step(checkpoint))
         trainer.start_loss = next(line["eval_loss"] for line in folder.metrics() if "eval_loss" in line)
         trainer.args.eval_on_start = False
+    trainer.add_callback(_NoStepTooMany(trainer))
     wait_for_all()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except _EndedBefore:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
     wait_for_all()  # the first may now remove what all have read
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
@@ -356,6 +361,28 @@ def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class _EndedBefore(Exception):  # noqa: N818 - no error
+    """A training was killed between its last checkpoint and its end; never leaves this module."""
+
+
+class _NoStepTooMany(TrainerCallback):
+    """Ends a resumed training that has nothing left to do, where the Trainer would take one more step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        out_of_patience = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self._trainer.callback_handler.callbacks
+            if isinstance(callback, EarlyStoppingCallback)
+        )
+        if state.global_step >= state.max_steps or out_of_patience:
+            raise _EndedBefore
+
+
 class _EpochOrder(TrainerCallback):
     """Gives each epoch its own order, also in a resumed training."""
 
@@ -393,6 +420,8 @@ class _Watch(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
+        if "train_loss" in (logs or {}):  # the Trainer's summary is of the steps since it was resumed
+            return
         self._folder.log({"step": state.global_step, **(logs or {})})
         loss = (logs or {}).get("loss")
         if loss is None:
