@@ -21,7 +21,7 @@ from mftctl.processes import world_size
 from mftctl.progress import Listener, Progress
 from mftctl.recipe_files import with_changes
 from mftctl.runs import Run, TrainingFolder
-from mftctl.training import StopRequest
+from mftctl.stopping import StopRequest
 
 
 class InterimEvaluation(TrainerCallback):

@@ -29,9 +29,9 @@ from mftctl.processes import world_size
 from mftctl.progress import Listener
 from mftctl.runs import TrainingFolder
 from mftctl.score_trainer import MaskTrainer
+from mftctl.stopping import stop_on_signal
 from mftctl.training import (
     schedule_factors,
-    stop_on_signal,
     total_steps,
     train,
     training_arguments,

@@ -6,11 +6,8 @@ import inspect
 import json
 import math
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -44,6 +41,7 @@ from mftctl.partitioned_trainer import PartitionedTrainer
 from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import TrainingFolder
+from mftctl.stopping import EndedBefore, NoStepTooMany, StopRequest
 
 if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
@@ -282,11 +280,11 @@ def train(
         folder.rewind(_step(checkpoint))
         trainer.start_loss = next(line["eval_loss"] for line in folder.metrics() if "eval_loss" in line)
         trainer.args.eval_on_start = False
-    trainer.add_callback(_NoStepTooMany(trainer))
+    trainer.add_callback(NoStepTooMany(trainer))
     wait_for_all()
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except _EndedBefore:
+    except EndedBefore:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
     wait_for_all()  # the first may now remove what all have read
@@ -321,66 +319,6 @@ def _remove_after(folder: Path, step: int) -> None:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-class StopRequest:
-    """Whether the user asked for an end."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-
-@contextmanager
-def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
-    """Turns the first Ctrl-C (or SIGTERM) into a request; a second one ends the program at once.
-
-    Args:
-        listener: Is told that the step is finished and saved first.
-
-    Yields:
-        The request.
-    """
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def remember(number: int, frame: object) -> None:
-        if stop.requested:
-            if number == signal.SIGTERM:  # torchrun passes an interruption on as one
-                return
-            raise KeyboardInterrupt
-        stop.requested = True
-        listener.note("Stopping after this step; the state will be saved. Press Ctrl-C again to stop at once.")
-
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _EndedBefore(Exception):  # noqa: N818 - no error
-    """A training was killed between its last checkpoint and its end; never leaves this module."""
-
-
-class _NoStepTooMany(TrainerCallback):
-    """Ends a resumed training that has nothing left to do, where the Trainer would take one more step."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        out_of_patience = any(
-            callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            for callback in self._trainer.callback_handler.callbacks
-            if isinstance(callback, EarlyStoppingCallback)
-        )
-        if state.global_step >= state.max_steps or out_of_patience:
-            raise _EndedBefore
 
 
 class _EpochOrder(TrainerCallback):

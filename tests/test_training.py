@@ -11,7 +11,8 @@ import pytest
 
 from mftctl.config import FftOptions
 from mftctl.progress import Silence
-from mftctl.training import latest_checkpoint, stop_on_signal, total_steps, warmup_steps
+from mftctl.stopping import stop_on_signal
+from mftctl.training import latest_checkpoint, total_steps, warmup_steps
 
 
 @pytest.mark.parametrize(
