@@ -71,6 +71,7 @@ class NoStepTooMany(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Raises `EndedBefore` where all steps are taken, or patience had run out."""
         out_of_patience = any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self._trainer.callback_handler.callbacks

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 from pathlib import Path
 
 import pytest
 
 from mftctl.config import FftOptions
-from mftctl.progress import Silence
-from mftctl.stopping import stop_on_signal
 from mftctl.training import latest_checkpoint, total_steps, warmup_steps
 
 
@@ -43,27 +39,3 @@ def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-
-
-def test_the_first_signal_asks_and_the_second_ends() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with stop_on_signal(Silence()) as stop:
-        assert not stop.requested
-        signal.raise_signal(signal.SIGINT)
-        assert stop.requested
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_signals_are_left_alone_in_another_thread() -> None:
-    before, seen = signal.getsignal(signal.SIGTERM), []
-
-    def work() -> None:
-        with stop_on_signal(Silence()) as stop:
-            seen.append((signal.getsignal(signal.SIGTERM), stop.requested))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [(before, False)]
