@@ -12,20 +12,21 @@ from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
-from mftctl.errors import StorageError
+from mftctl.errors import ConfigError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import best_device, load_model, peak_memory_bytes, stored_dtype
+from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first, world_size
+from mftctl.processes import is_first, spreads_parameters, under_deepspeed, world_size
 from mftctl.progress import Listener
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
 from mftctl.storage import known_failures
 from mftctl.training import SftTrainer, stop_on_signal, total_steps, train, training_arguments, uses_bf16
 from mftctl.tuning.hft import freeze_half
-from mftctl.tuning.masked_optimizer import MaskedOptimizer, UpdateRule
+from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -38,6 +39,8 @@ _OPTIMIZERS = {
     "adagrad": "adagrad",
     "adafactor": "adafactor",
 }
+_BY_SHAPE = ("adagrad", "adafactor")
+"""Optimizers that make their state for the parameters they are created with, or look at their rows and columns."""
 
 
 def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -69,13 +72,14 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
     if is_first():
         save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
+    trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:
         train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
-    trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
-    if is_first():
-        save_model(_finished(model, inputs.checkpoint, options), inputs.tokenizer, folder)
+    whole = trainer.trained_model()
+    if whole is not None:
+        save_model(_finished(whole, inputs.checkpoint, options), inputs.tokenizer, folder)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
         "state": fine_tuned_state(source, options),
@@ -97,12 +101,21 @@ def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed
     """The model with those parameters trainable that the method trains."""
     # Weights stay in fp32 while they are trained: updates are smaller than what bf16 can hold.
     if options.method == "lora":
+        if spreads_parameters():
+            raise ConfigError(
+                "LoRA trains so few weights that there is next to nothing to spread over the processes.",
+                key="fft.method",
+                expected="another method under DeepSpeed and FSDP",
+                actual="lora",
+                hint="recipes/accelerate/ddp.yaml",
+            )
         from mftctl.tuning.lora import add_adapter, load_adapter
 
         if is_adapter(checkpoint):
             return load_adapter(checkpoint, dtype=torch.float32, trainable=True).to(best_device())
         return add_adapter(load_model(checkpoint, dtype=torch.float32), options, base=source.model, seed=seed)
-    model = load_model(checkpoint, dtype=torch.float32)
+    # DeepSpeed and FSDP take each process's part of it to the GPU, where the whole may find no room.
+    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu") if spreads_parameters() else None)
     if options.method == "hft":
         freeze_half(model, seed)
     return model
@@ -112,6 +125,13 @@ def _trainer(
     model: PreTrainedModel | PeftModel, inputs: TrainingInputs, recipe: Recipe, run: Run, listener: Listener
 ) -> UpdateTrainer:
     options = recipe.fft
+    if under_deepspeed() and options.optimizer in _BY_SHAPE:
+        raise ConfigError(
+            "DeepSpeed hands parameters to the optimizer as flat tensors, which this one cannot work with.",
+            key="fft.optimizer",
+            expected="adamw, sgd or rmsprop",
+            actual=options.optimizer,
+        )
     arguments = training_arguments(
         run.training.checkpoints,
         options,
@@ -127,6 +147,7 @@ def _trainer(
         trainer.rule = UpdateRule(
             options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
         )
+    trainer.exact_norm = trainer.rule is not None  # so that the choice does not hang on rounding
     return trainer
 
 
@@ -140,6 +161,13 @@ class UpdateTrainer(SftTrainer):
     rule: UpdateRule | None = None
     _choosing: MaskedOptimizer | None = None
 
+    def trained_model(self) -> PreTrainedModel | PeftModel | None:
+        """The trained model in the first process; None in the others."""
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        if self.partitions is not None:
+            return whole_model(self.partitions, model)
+        return model if is_first() else None
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, behind the rule if there is one."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
@@ -148,11 +176,55 @@ class UpdateTrainer(SftTrainer):
             self.optimizer = self._choosing
         return self._choosing or optimizer
 
+    def before_step(self) -> None:
+        """Chooses the entries under DeepSpeed, and clips the gradient that will be used."""
+        self._choose()
+        super().before_step()
+
+    def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
+        """The optimizer's state, with what a masked one adds to it."""
+        steps = {} if self._choosing is None else {STEPS_KEY: self.state.global_step}
+        return {**super().optimizer_state(partitions), **steps}
+
+    def _choose(self) -> None:
+        if self._choosing is not None and self.partitions is not None:
+            self._choosing.give(self.partitions.select(self._choosing.rule, self.state.global_step))
+        elif self._choosing is not None:
+            self._choosing.select()
+
     def _clip_grad_norm(self, model: Any) -> Any:
         # The norm is that of the gradient which will be used.
-        if self._choosing is not None:
-            self._choosing.select()
+        if not self.is_deepspeed_enabled:
+            self._choose()
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and not self.is_deepspeed_enabled:  # nothing was clipped
+            self._choose()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.partitions is not None:
+            state_dict = model_state(self.partitions, cast("PreTrainedModel", self.model))
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.partitions is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            stored = _weights(Path(resume_from_checkpoint)) if is_first() else {}
+            put_model(self.partitions, cast("PreTrainedModel", self.model), stored)
+
+    def _load_best_model(self) -> None:
+        if self.partitions is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint as the model names them."""
+    return dict(load_model(folder, dtype=torch.float32, device=torch.device("cpu")).named_parameters())
 
 
 def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: FftOptions) -> PreTrainedModel | PeftModel:

@@ -25,7 +25,7 @@ from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, for
 from mftctl.models import load_model, peak_memory_bytes
 from mftctl.prefix_reuse import batches_come_again, figures, hidden_states
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first
+from mftctl.processes import is_first, shares_weights
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 from mftctl.score_training import LearnedMask, MaskSearch, learn_mask, learning_rate_text
@@ -62,7 +62,8 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     come_again = batches_come_again(len(inputs.train), options)
     with (
         hidden_states(options, run.folder) as states,
-        reusing_prefix(model, min(layers), states, listener.warn, in_training=come_again),
+        # Processes that share weights must pass the same layers, and each has seen other batches.
+        reusing_prefix(model, 0 if shares_weights() else min(layers), states, listener.warn, in_training=come_again),
     ):
         search = MaskSearch(
             model,
@@ -80,6 +81,10 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
         found = find_mask(search)
+        if shares_weights():  # of the model that was trained, each process has a part only
+            model = load_frozen_model(inputs, options)
+            targets = find_targets(model, layers, options.target, options.projections)
+            search = replace(search, model=model, targets=targets)
         confirmation = _confirmation(search, found, confirming)
         reuse = figures(states)
     mask = build_mask(found.keep, targets, model, inputs.checkpoint, _metadata(recipe, source, run, layers))

@@ -97,4 +97,5 @@ def validation_losses(model: PreTrainedModel, inputs: TrainingInputs, listener: 
         inputs.validation,
         pad_token_id=pad_token_id(inputs.tokenizer),
         on_progress=lambda done, total: listener.progress(Progress("validating", done, total)),
+        together=True,
     )

@@ -15,12 +15,13 @@ from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The causal language model in a checkpoint folder, in evaluation mode and on the best device there is.
+def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+    """The causal language model in a checkpoint folder, in evaluation mode.
 
     Args:
         folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
         dtype: Of the weights in memory; `auto` keeps the checkpoint's.
+        device: Where it is wanted; by default on the best there is.
 
     Raises:
         ModelError: transformers cannot load it.
@@ -29,12 +30,12 @@ def load_model(folder: Path, *, dtype: torch.dtype | str) -> PreTrainedModel:
         from mftctl.tuning.lora import load_adapter
 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
-        return merged.to(best_device())  # type: ignore[arg-type,no-any-return]
+        return merged.to(device or best_device())  # type: ignore[arg-type,no-any-return]
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
-    model.to(best_device())  # type: ignore[arg-type]
+    model.to(device or best_device())  # type: ignore[arg-type]
     return model
 
 

@@ -6,13 +6,17 @@ All of them do the same; the first one alone asks, writes and shows.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from mftctl.errors import MftError, RunError
+from mftctl.quiet_deepspeed import import_deepspeed
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -28,6 +32,26 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this is the process that writes."""
     return rank() == 0
+
+
+def under_deepspeed() -> bool:
+    """Whether accelerate launched this process to train with DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")
+
+
+def spreads_parameters() -> bool:
+    """Whether accelerate launched this process to train a part of the parameters: with DeepSpeed or FSDP."""
+    return under_deepspeed() or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("true", "1")
+
+
+def shares_weights() -> bool:
+    """Whether it also holds a part of the frozen weights only: with ZeRO-3 or FSDP."""
+    if not under_deepspeed():
+        return spreads_parameters()
+    from accelerate.utils import DeepSpeedPlugin
+
+    import_deepspeed()
+    return bool(DeepSpeedPlugin().zero_stage == 3)
 
 
 def from_first(make: Callable[[], str]) -> str:
@@ -60,10 +84,38 @@ def from_first(make: Callable[[], str]) -> str:
     return text
 
 
+def share_of(items: Sequence[T]) -> list[T]:
+    """This process's share of what all processes do; each has as many items, for which some are taken twice."""
+    shares = [items[index :: world_size()] for index in range(world_size())]
+    mine = list(shares[rank()])
+    return mine if len(mine) == len(shares[0]) else [*mine, items[0]]
+
+
+def merged(found: dict[int, T]) -> dict[int, T]:
+    """What all processes found, in each of them; to be called in all of them at once."""
+    if world_size() == 1:
+        return found
+    import torch.distributed
+
+    _join()
+    parts: list[dict[int, T]] = [{} for _ in range(world_size())]
+    torch.distributed.all_gather_object(parts, found)
+    return {key: value for part in parts for key, value in part.items()}
+
+
 def wait_for_all() -> None:
     """Returns when every process has come here."""
     if world_size() > 1:
         _join().wait_for_everyone()
+
+
+def leave() -> None:
+    """Takes this process out of the group, if it is in one: at its end, the group's threads would abort it."""
+    if world_size() > 1 and "torch" in sys.modules:
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def any_process(flag: bool) -> bool:
@@ -82,4 +134,5 @@ def _join() -> PartialState:
     import torch
     from accelerate import PartialState
 
+    import_deepspeed()
     return PartialState(cpu=not torch.cuda.is_available())

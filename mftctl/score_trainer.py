@@ -10,8 +10,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mftctl.errors import ConfigError
 from mftctl.masking.codecs import Packed, pack, unpack
-from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers
+from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers, share_weights
+from mftctl.masking.partitions import whole, whole_shape
+from mftctl.stochastic_adamw import StochasticAdamW
 from mftctl.training import SftTrainer
 
 _SCORES_FILE = "scores.safetensors"
@@ -27,12 +30,14 @@ class MaskTrainer(SftTrainer):
         learning_rates: The peak learning rate of each masked module, by its name.
         epsilon: AdamW's.
         known_start_loss: The validation loss of the initial scores; None where it is to be measured.
+        low_memory: Whether scores, in bf16, are trained with moments in bf16 and no masked weight is kept.
         counted: The mask of each module at the last validation, as packed bits.
     """
 
     learning_rates: Mapping[str, float]
     epsilon: float
     known_start_loss: float | None
+    low_memory: bool
     counted: dict[str, Packed]
 
     def __init__(self, *arguments: Any) -> None:
@@ -45,12 +50,30 @@ class MaskTrainer(SftTrainer):
             groups: dict[float, list[torch.nn.Parameter]] = {}
             for name, module in self.masked().items():
                 groups.setdefault(self.learning_rates[name], []).append(module.scores)
-            self.optimizer = torch.optim.AdamW(
-                [{"params": scores, "lr": rate} for rate, scores in groups.items()],
-                eps=self.epsilon,
-                weight_decay=self.args.weight_decay,
-            )
+            rated = [{"params": scores, "lr": rate} for rate, scores in groups.items()]
+            settings: dict[str, Any] = {"eps": self.epsilon, "weight_decay": self.args.weight_decay}
+            if self.low_memory:
+                self._require_whole()
+                self.optimizer = StochasticAdamW(rated, seed=self.args.seed, **settings)
+            else:
+                # On a GPU torch would otherwise make copies of all scores in a step.
+                self.optimizer = torch.optim.AdamW(rated, fused=self.args.device.type == "cuda", **settings)
         return self.optimizer
+
+    def _require_whole(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                "Scores in bf16 are trained where each process has all of them.",
+                key="mask_train.low_memory",
+                expected="one process, or recipes/accelerate/ddp.yaml",
+                actual="ZeRO or FSDP, which spread them over the processes themselves",
+            )
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self.partitions is not None and self.partitions.shares_weights:
+            share_weights(self.accelerator.unwrap_model(self.model))
+        return prepared
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -82,9 +105,12 @@ class MaskTrainer(SftTrainer):
     def load_scores(self, scores: Mapping[str, torch.Tensor]) -> None:
         """Puts scores back in place, of all modules or some."""
         modules = self.masked()
-        with torch.no_grad():
-            for name, values in scores.items():
-                modules[name].scores.copy_(values)
+        for name, values in scores.items():
+            if self.partitions is not None:
+                self.partitions.put(modules[name].scores, values)
+            else:
+                with torch.no_grad():
+                    modules[name].scores.copy_(values)
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The present keep mask of each masked module, bool, by its name."""
@@ -107,21 +133,30 @@ class MaskTrainer(SftTrainer):
             back = self._whole(name, ~before[name] & self.counted[name])
             removed, restored = removed + int(gone.sum()), restored + int(back.sum())
             if gone.any() or back.any():
-                gradient = self.create_optimizer().state[module.scores]["exp_avg"]
+                gradient = self._mean_gradient(module.scores)
                 if module.indicator.uses_magnitude:
-                    gradient = gradient * module.scores.detach().sign()
+                    gradient = gradient * whole(module.scores).sign()
                 promised += float(gradient[gone].sum() - gradient[back].sum())
         return {"removed": removed, "restored": restored, "promised": promised}
 
+    def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
+        """Adam's running mean of the gradients of some scores."""
+        if self.partitions is not None:
+            return self.partitions.state(scores, "exp_avg")
+        mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
+        return mean
+
     def _whole(self, name: str, packed: Packed) -> torch.Tensor:
         """Packed bits of a module's weights as a bool tensor of their shape and on their device."""
-        scores = self.masked()[name].scores
-        return torch.from_numpy(unpack(packed, scores.numel())).view(scores.shape).to(scores.device)
+        shape, device = whole_shape(self.masked()[name].scores), self.args.device
+        return torch.from_numpy(unpack(packed, shape.numel())).view(shape).to(device)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
+        scores = {name: whole(module.scores).cpu().contiguous() for name, module in self.masked().items()}
+        if not self.args.should_save:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        scores = {name: module.scores.detach().cpu().contiguous() for name, module in self.masked().items()}
         # The masks at the last validation as well, since a checkpoint may lie between two.
         counted = {_COUNTED + name: torch.from_numpy(packed.copy()) for name, packed in self.counted.items()}
         save_file({**scores, **counted}, folder / _SCORES_FILE)

@@ -12,8 +12,17 @@ from transformers import PreTrainedModel
 from mftctl.config import MaskTrainOptions
 from mftctl.errors import ConfigError, TrainingError
 from mftctl.interim_evaluation import InterimEvaluation
-from mftctl.masking.codecs import count_kept
-from mftctl.masking.layers import Indicator, attach_masks, detach_masks, initial_scores, masked_layers, score_scale
+from mftctl.masking.codecs import count_kept, unpack
+from mftctl.masking.layers import (
+    Indicator,
+    attach_masks,
+    detach_masks,
+    initial_scores,
+    keep_no_products,
+    masked_layers,
+    score_scale,
+)
+from mftctl.masking.partitions import whole_shape
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import world_size
@@ -132,6 +141,8 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     """
     model, options = search.model, search.options
     attach_masks(model, search.targets, _start_scores(search), search.indicators)
+    if options.low_memory:
+        keep_no_products(model)
     trainer = _trainer(search)
     start = trainer.packed_masks()
     removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
@@ -150,9 +161,12 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         if start_loss is None or best_loss is None or best_step is None:
             raise TrainingError("The training ended without a validation.", path=search.folder.folder)
         changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
-        if best_step == 0:
-            trainer.load_scores(_start_scores(search))
-        keep = {name: bits.cpu() for name, bits in trainer.masks().items()}
+        shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
+        packed = start if best_step == 0 else trainer.packed_masks()
+        keep = {
+            name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
+            for name, bits in packed.items()
+        }
     finally:
         detach_masks(model)
     return LearnedMask(
@@ -183,6 +197,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
     )
     trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
     trainer.learning_rates = rates
+    trainer.low_memory = options.low_memory
     # The gradient of a score has the weight as a factor: the usual epsilon would hold back the smallest weights, which
     # cost least to remove.
     trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
@@ -238,8 +253,11 @@ def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) ->
 
 def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     options = search.options
+    dtype = torch.bfloat16 if options.low_memory else torch.float32
     return {
-        target.name: initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed)
+        target.name: initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed).to(
+            dtype
+        )
         for target in search.targets
     }
 

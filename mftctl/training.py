@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -41,6 +40,7 @@ from mftctl.data.batching import (
 from mftctl.data.encoding import Encoded
 from mftctl.errors import Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.partitioned_trainer import PartitionedTrainer
 from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import TrainingFolder
@@ -146,7 +146,7 @@ def training_arguments(
     )
 
 
-class SftTrainer(Trainer):
+class SftTrainer(PartitionedTrainer):
     """A Trainer for answer tokens: exact token-mean losses, an order that depends on the seed alone, no printing.
 
     Attributes:
@@ -228,6 +228,7 @@ class SftTrainer(Trainer):
             self.validation,
             pad_token_id=self._padding,
             on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
+            together=True,
         )
         return self._record(mean_loss(losses), metric_key_prefix)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mftctl.masking.selection import removed_count
 from mftctl.models import load_model, load_tokenizer
 from mftctl.progress import Silence
 from mftctl.runs import Run
+from mftctl.score_trainer import MaskTrainer
 from mftctl.score_training import auto_learning_rate
 from mftctl.training import schedule_factors, warmup_steps
 from tests.conftest import build_tokenizer
@@ -52,6 +54,16 @@ def learn(workspace: Path, root: Path, **changes: Any) -> tuple[Run, dict[str, A
     result = mask_train(recipe, source, run, Silence())
     run.finish(result)
     return run, result, load_mask(Path(result["mask"]))
+
+
+def spread(check: Callable[[MaskTrainer], None]) -> Callable[[MaskTrainer], None]:
+    """A check of a trainer as it is made under DeepSpeed."""
+
+    def check_spread(trainer: MaskTrainer) -> None:
+        trainer.is_deepspeed_enabled = True
+        check(trainer)
+
+    return check_spread
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +146,37 @@ def test_hidden_states_of_the_frozen_layers_change_no_bit(workspace: Path, tmp_p
 def test_batches_that_do_not_come_again_are_not_kept(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
     _, result, _ = undisturbed
     assert result["prefix_reuse"]["batches"] == 2
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_low_memory_learns_about_the_same_in_bf16_and_is_resumed(workspace: Path, tmp_path: Path, preset: str) -> None:
+    changes: dict[str, Any] = {"mask_train__preset": preset, "fft__learning_rate": 3e-3}
+    _, usual, _ = learn(workspace, tmp_path / "usual", **changes)
+    changes["mask_train__low_memory"] = True
+    _, low, mask = learn(workspace, tmp_path / "low", **changes)
+    gain = usual["start_loss"] - usual["best_loss"]
+    assert gain > 0.01
+    assert low["start_loss"] == pytest.approx(usual["start_loss"], abs=0.1 * gain)  # ties of bf16 are cut otherwise
+    assert low["best_loss"] == pytest.approx(usual["best_loss"], abs=0.3 * gain)
+
+    recipe = make_recipe(workspace, **changes)
+    run, source = open_run(tmp_path / "resumed", "mask-train", recipe)
+    with pytest.raises(Interrupted):
+        mask_train(recipe, source, run, Interrupter(5))
+    with safe_open(run.training.checkpoints / "checkpoint-5" / "scores.safetensors", "pt") as file:
+        scores = [file.get_slice(name).get_dtype() for name in file.keys() if not name.startswith("counted.")]
+    assert scores == ["BF16"] * 14
+    resumed = load_mask(Path(mask_train(recipe, source, run, Silence(), resume=True)["mask"]))
+    assert all(torch.equal(resumed[name], mask[name]) for name in mask.names())
+
+
+def test_low_memory_is_not_for_scores_that_are_spread(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MaskTrainer, "_require_whole", spread(MaskTrainer._require_whole))
+    with pytest.raises(ConfigError, match="Scores in bf16 are trained where each process has all of them") as caught:
+        learn(workspace, tmp_path, mask_train__low_memory=True)
+    assert caught.value.key == "mask_train.low_memory"
 
 
 def test_flips_are_counted_between_validations(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,13 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mftctl.cli.session import Session
 from mftctl.config import Recipe
 from mftctl.data.batching import LengthGroupedSampler, ProcessBatches, ProcessRecords
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
+from mftctl.processes import share_of
 from mftctl.progress import Silence
 from mftctl.runs import Run, list_runs
 
@@ -27,6 +34,11 @@ ROOT = Path(__file__).parents[1]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mftctl")
 TRAINING = ("--max-steps", "12", "--eval-steps", "4", "--batch-size", "4")
 MASK = ("--layers", "1-2", "--preset", "paper")
+GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
+FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
+FULL = ("fft", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is an extra, which the dev extra has")
 
 
 def start(folder: Path, launcher: tuple[str, ...], *arguments: object) -> subprocess.Popen[str]:
@@ -43,17 +55,49 @@ def run(folder: Path, launcher: tuple[str, ...], *arguments: object) -> tuple[in
     return process.returncode, output, errors
 
 
-def data(workspace: Path) -> tuple[object, ...]:
-    return ("-m", workspace / "tiny", "-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
+def several(*commands: tuple[object, ...]) -> tuple[str, ...]:
+    """The arguments of `tests.several_commands`."""
+    return ("tests.several_commands", *(shlex.join(map(str, command)) for command in commands))
+
+
+def accelerate(recipe: str) -> tuple[str, ...]:
+    """The launcher of a recipe, which takes a module and its arguments."""
+    file = ROOT / "recipes" / "accelerate" / f"{recipe}.yaml"
+    return ("accelerate.commands.launch", "--config_file", str(file), "-m")
+
+
+def data(workspace: Path, model: Path | None = None) -> tuple[object, ...]:
+    return ("-m", model or workspace / "tiny", "-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
+
+
+def weights(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    """The weights that a fine-tuning wrote."""
+    return load_file(folder / "runs" / f"{number:03d}-fft" / "model" / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
-def one(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of the same records a step: a mask, and a model by GMT."""
+def half(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in bf16."""
+    folder = tmp_path_factory.mktemp("half") / "tiny"
+    shutil.copytree(workspace / "tiny", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of the same records a step: a mask, models by GMT, and one by plain fine-tuning."""
     folder = tmp_path_factory.mktemp("one")
-    for command in (("mask-train", *MASK, "-o", "mask.bits"), ("fft", "--method", "gmt", "--lr", "3e-3")):
-        code, _, errors = run(folder, ("mftctl",), *command, *data(workspace), *TRAINING, "--grad-accum", 2)
-        assert code == 0, errors
+    accumulated = ("--grad-accum", 2)
+    commands = several(
+        ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, *accumulated),
+        (*GMT, *data(workspace), *TRAINING, *accumulated),
+        (*FEW, *data(workspace), *accumulated),
+        (*FULL, *data(workspace, half), *accumulated),
+    )
+    code, _, errors = run(folder, commands)
+    assert code == 0, errors
     return folder
 
 
@@ -66,9 +110,8 @@ def figures(trained: Run) -> list[dict[str, float]]:
 def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
     one: Path, workspace: Path, tmp_path: Path
 ) -> None:
-    launcher = ("accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml"))
     arguments = ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, "--json")
-    code, output, errors = run(tmp_path, (*launcher, "-m", "mftctl"), *arguments)
+    code, output, errors = run(tmp_path, (*accelerate("ddp"), "mftctl"), *arguments)
     assert code == 0, errors
     assert json.loads(output)["steps"] == 12
     assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
@@ -76,24 +119,30 @@ def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
     assert (mine.record.status, mine.record.processes) == ("finished", 2)
     for found, expected in zip(figures(mine), figures(list_runs(one / "runs")[0][0]), strict=True):
         assert found == pytest.approx(expected)
+        assert found.get("eval_loss") == expected.get("eval_loss")
     assert errors.count("Run: runs/001-mask-train") == 1
 
 
 def test_gmt_selects_the_same_entries(one: Path, workspace: Path, tmp_path: Path) -> None:
-    arguments = ("fft", "--method", "gmt", "--lr", "3e-3", *data(workspace), *TRAINING)
-    code, _, errors = run(tmp_path, TORCHRUN, *arguments)
+    code, _, errors = run(tmp_path, TORCHRUN, *GMT, *data(workspace), *TRAINING)
     assert code == 0, errors
-    expected = load_file(one / "runs" / "002-fft" / "model" / "model.safetensors")
-    found = load_file(tmp_path / "runs" / "001-fft" / "model" / "model.safetensors")
-    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    found = weights(tmp_path, 1)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(one, 2).items())
 
 
 def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_mask(
     one: Path, workspace: Path, tmp_path: Path
 ) -> None:
-    arguments = ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, "--eval-steps", 4)
-    process = start(tmp_path, TORCHRUN, *arguments)
-    checkpoint = tmp_path / "runs" / "001-mask-train" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    kill_second(tmp_path, TORCHRUN, workspace)
+    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume")
+    assert code == 0, errors
+    assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+
+
+def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> None:
+    """Starts to learn a mask, kills the second process at the first checkpoint and waits for the end of the others."""
+    process = start(folder, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING)
+    checkpoint = folder / "runs" / "001-mask-train" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
         assert time.monotonic() < deadline
@@ -104,9 +153,61 @@ def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_
     assert process.returncode != 0
     assert "rank      : 1" in errors
     assert "Signal 9 (SIGKILL)" in errors
+
+
+@pytest.fixture(scope="module")
+def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is left of a training whose second process was killed: under ZeRO-3, if DeepSpeed is there."""
+    folder = tmp_path_factory.mktemp("killed")
+    kill_second(folder, (*accelerate("zero3" if HAS_DEEPSPEED else "ddp"), "mftctl"), workspace)
+    return folder
+
+
+@needs_deepspeed
+def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed / "runs", tmp_path / "runs")
     code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume")
     assert code == 0, errors
-    assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+    assert (tmp_path / "runs" / "001-mask-train" / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed), "fsdp2"],
+)
+def test_spread_parameters_give_what_one_process_gives(
+    one: Path, killed: Path, half: Path, workspace: Path, tmp_path: Path, recipe: str
+) -> None:
+    shutil.copytree(killed / "runs", tmp_path / "killed")
+    commands = several(
+        ("mask-train", "--resume", "--runs", "killed"),
+        ("mask-train", *MASK, "-o", "whole.bits", *data(workspace), *TRAINING, "--json"),
+        (*FEW, *data(workspace)),
+        (*FULL, *data(workspace, half)),
+    )
+    code, output, errors = run(tmp_path, accelerate(recipe), *commands)
+    assert code == 0, errors
+    for mask in ("whole.bits", "killed/001-mask-train/mask.bits"):
+        assert (tmp_path / mask).read_bytes() == (one / "mask.bits").read_bytes()
+    assert json.loads(output[output.index("{") : output.rindex("}") + 1])["steps"] == 12
+    mine, expected = list_runs(tmp_path / "runs")[0][0], list_runs(one / "runs")[0][0]
+    assert mine.record.processes == 2
+    for found, line in zip(figures(mine), figures(expected), strict=True):
+        assert found == pytest.approx(line)
+
+    before, entries, alone = load_file(workspace / "tiny" / "model.safetensors"), weights(tmp_path, 2), weights(one, 3)
+    for name, value in alone.items():
+        assert torch.equal(entries[name] != before[name], value != before[name])
+        assert torch.allclose(entries[name], value, rtol=0, atol=0 if recipe == "zero2" else 1e-6)
+
+    full, alone = weights(tmp_path, 3), weights(one, 4)
+    assert full.keys() == alone.keys()
+    for name, value in alone.items():
+        assert full[name].dtype == torch.bfloat16
+        assert torch.allclose(full[name].float(), value.float(), rtol=0.01, atol=1e-4)
+    assert json.loads((tmp_path / "runs" / "003-fft" / "model" / "config.json").read_text()) == json.loads(
+        (one / "runs" / "004-fft" / "model" / "config.json").read_text()
+    )
 
 
 def second_process(launcher: int) -> Iterator[int]:
@@ -140,6 +241,19 @@ def test_processes_take_the_micro_batches_of_one(records: int, world_size: int) 
     assert {len(share) for share in shares} == {len(ProcessBatches(order, 2, 0, world_size))}
     taken = [batch for turn in zip(*shares, strict=True) for batch in turn]
     assert [index for batch in taken for index in batch if index >= 0] == alone
+
+
+@given(items=st.integers(1, 20), world_size=st.integers(1, 5))
+def test_shares_are_equally_long_and_leave_nothing_out(items: int, world_size: int) -> None:
+    shares = []
+    for rank in range(world_size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", str(world_size))
+            patch.setenv("RANK", str(rank))
+            shares.append(share_of(range(items)))
+    assert len({len(share) for share in shares}) == 1
+    assert {item for share in shares for item in share} == set(range(items))
+    assert sum(map(len, shares)) < items + world_size
 
 
 def test_what_fills_up_has_nothing_to_learn() -> None:

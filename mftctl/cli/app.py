@@ -13,7 +13,7 @@ from typer.main import get_command
 
 from mftctl import __version__
 from mftctl.errors import ConfigError, MftError
-from mftctl.processes import world_size
+from mftctl.processes import leave, world_size
 from mftctl.storage import known_failures
 
 HELP = """
@@ -131,6 +131,8 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        leave()
 
 
 def _show_version(wanted: bool) -> None:

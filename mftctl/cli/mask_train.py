@@ -55,6 +55,7 @@ def mask_train(
     max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
+    low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.MaskPatience = None,

@@ -173,6 +173,9 @@ Checkpointing = Annotated[
         panel=TRAINING,
     ),
 ]
+LowMemory = Annotated[
+    bool | None, setting(MaskTrainOptions, "low_memory", "--low-memory/--no-low-memory", panel=TRAINING)
+]
 PrefixCache = Annotated[
     float | None,
     setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="as there is room"),

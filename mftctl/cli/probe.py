@@ -41,6 +41,7 @@ def probe(
         opt.setting(ProbeOptions, "epochs", "--epochs", panel=opt.TRAINING, default="mask-train's"),
     ] = None,
     fast: Annotated[bool | None, opt.setting(ProbeOptions, "fast", "--fast/--no-fast", panel=opt.TRAINING)] = None,
+    low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
+from mftctl.processes import merged, share_of, world_size
 
 # Torch is imported where a model is run: the report builds `SampleLoss` from run folders without one.
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def sample_losses(
     pad_token_id: int,
     batch_tokens: int = 4096,
     on_progress: OnProgress | None = None,
+    together: bool = False,
 ) -> list[SampleLoss]:
     """The loss of each sample, in the order given.
 
@@ -71,18 +73,22 @@ def sample_losses(
         pad_token_id: Fills up the right end of shorter samples.
         batch_tokens: Most tokens of a batch with its padding.
         on_progress: Told after each batch.
+        together: Whether all processes do this at once and share out the batches, which stay the same.
     """
     from mftctl.data.batching import PaddingCollator
 
+    batches = length_batches([len(sample.input_ids) for sample in encoded], batch_tokens)
+    takers = world_size() if together else 1
     collate = PaddingCollator(pad_token_id)
     keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
     losses: dict[int, SampleLoss] = {}
     with evaluation_mode(model):
-        for indices in length_batches([len(sample.input_ids) for sample in encoded], batch_tokens):
+        for indices in share_of(batches) if together else batches:
             batch = collate([encoded[index] for index in indices])
             losses.update(zip(indices, _batch_losses(model, batch, keeps_some=keeps_some), strict=True))
             if on_progress is not None:
-                on_progress(len(losses), len(encoded))
+                on_progress(min(len(losses) * takers, len(encoded)), len(encoded))
+    losses = merged(losses) if together else losses
     return [losses[index] for index in range(len(encoded))]
 
 

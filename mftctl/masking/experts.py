@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from mftctl.masking.dtypes import bits
 from mftctl.masking.indicator import Indicator, scores_state
+from mftctl.masking.partitions import whole
 from mftctl.masking.targets import MaskTarget
 
 
@@ -36,7 +37,7 @@ class MaskedPart(nn.Module):
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""
-        return self.indicator.keep(self.scores.detach())
+        return self.indicator.keep(whole(self.scores))
 
     def extra_repr(self) -> str:
         """Name, shape and indicator, for `print(model)`."""
@@ -135,6 +136,7 @@ class _StraightThroughProduct(torch.autograd.Function):
                 grads.append(None)
                 continue
             target = part.target
-            grad = target.part_of(grad_product).to(values.dtype) * target.part_of(weight)
-            grads.append(grad.mul_(values.sign()) if part.indicator.uses_magnitude else grad)
+            wide = torch.promote_types(values.dtype, torch.float32)
+            grad = target.part_of(grad_product).to(wide) * target.part_of(weight)
+            grads.append((grad.mul_(values.sign()) if part.indicator.uses_magnitude else grad).to(values.dtype))
         return None, None, None, *grads

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mftctl.masking.selection import Ranking, check_ratio, keep_above, keep_highest, rank
+from mftctl.masking.selection import Ranking, check_ratio, keep_above, keep_highest, rank, ratio_threshold
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,27 @@ class Indicator:
         """Whether |score| decides, so that the gradient carries the sign of the score."""
         return self.threshold is None and self.ranking == "magnitude"
 
-    def keep(self, scores: torch.Tensor) -> torch.Tensor:
+    def cut(self, scores: torch.Tensor) -> torch.Tensor | None:
+        """What a ratio has to select by in these scores, for `keep`; None where there is nothing to look for.
+
+        Raises:
+            MaskingError: A score is not a number.
+        """
+        return None if self.ratio is None else ratio_threshold(rank(scores, self.ranking), self.ratio)
+
+    def keep(self, scores: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:
         """The bool keep mask of `scores`, of the same shape.
+
+        Args:
+            scores: Any shape.
+            cut: From `cut` of the same scores, where it is known.
 
         Raises:
             MaskingError: A score is not a number.
         """
         if self.ratio is None:
             return keep_above(scores, self.threshold or 0.0)
-        return keep_highest(rank(scores, self.ranking), self.ratio)
+        return keep_highest(rank(scores, self.ranking), self.ratio, cut)
 
 
 class _StepCounter:

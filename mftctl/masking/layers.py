@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,9 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from mftctl.errors import TrainingError
 from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.indicator import Indicator, scores_state
+from mftctl.masking.partitions import whole
 from mftctl.masking.targets import MaskTarget
 
 __all__ = [
@@ -26,9 +28,11 @@ __all__ = [
     "attach_masks",
     "detach_masks",
     "initial_scores",
+    "keep_no_products",
     "masked_layers",
     "masked_products",
     "score_scale",
+    "share_weights",
 ]
 
 
@@ -43,6 +47,8 @@ class MaskedLinear(nn.Module):
         bias: The frozen bias `(out_features,)`, or None.
         scores: Trainable, fp32 unless given otherwise, of the weight's shape.
         indicator: The rule from scores to mask.
+        keeps_product: Whether the masked weight is kept from pass to pass. Otherwise it is made anew in each, from the
+            threshold that was found when the scores changed: to save memory, or since each process holds a part.
 
     Source: MFT, equations 4 and 5.
     """
@@ -53,14 +59,16 @@ class MaskedLinear(nn.Module):
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
         self.scores = nn.Parameter(scores)
         self.indicator = indicator
+        self.keeps_product = True
         self.transposed = isinstance(linear, Conv1D)
         self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
         self._scores_state: tuple[int, ...] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
+        self._cut: torch.Tensor | None = None
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""
-        return self.indicator.keep(self.scores.detach())
+        return self.indicator.keep(whole(self.scores))
 
     def original(self) -> nn.Linear | Conv1D:
         """The module that this one replaced; it shares the frozen weight."""
@@ -70,16 +78,29 @@ class MaskedLinear(nn.Module):
     def masked_weight(self) -> torch.Tensor:
         """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
         state = scores_state([self.scores])
+        if not self.keeps_product:
+            if state != self._scores_state:
+                self._cut, self._scores_state = self.indicator.cut(self.scores.detach()), state
+            return self._product(self.indicator.keep(self.scores.detach(), self._cut))
         if state != self._scores_state or self._masked_weight.device != self.weight.device:
-            # On the bare bits: +0.0 for any weight that is removed, and on a CPU 8 times as fast as masked_fill.
-            self._masked_weight = (bits(self.weight) * self.keep()).view(self.weight.dtype)
-            self._scores_state = state
+            self._masked_weight, self._scores_state = self._product(self.keep()), state
         return self._masked_weight
+
+    def _product(self, keep: torch.Tensor) -> torch.Tensor:
+        # On the bare bits: +0.0 for any weight that is removed, and on a CPU 8 times as fast as masked_fill.
+        return (bits(self.weight) * keep).view(self.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The projection of `x` `(..., in_features)` to `(..., out_features)`."""
         y: torch.Tensor = _StraightThrough.apply(  # type: ignore[no-untyped-call]
-            x, self.scores, self.masked_weight(), self.weight, self.bias, self.transposed, self.indicator.uses_magnitude
+            x,
+            self.scores,
+            self.masked_weight(),
+            self.weight,
+            self.bias,
+            self.transposed,
+            self.indicator.uses_magnitude,
+            None if self.keeps_product else self.masked_weight,
         )
         return y
 
@@ -106,13 +127,15 @@ class _StraightThrough(torch.autograd.Function):
         bias: torch.Tensor | None,
         transposed: bool,
         uses_magnitude: bool,
+        make_again: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
         # Under autocast the surrounding layers speak the lower precision; a custom function must follow by itself.
         compute_dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
         )
         x, masked_weight = x.to(compute_dtype), masked_weight.to(compute_dtype)
-        ctx.save_for_backward(x, scores, masked_weight, weight)
+        ctx.save_for_backward(x, scores, masked_weight if make_again is None else None, weight)
+        ctx.make_again = make_again
         ctx.transposed = transposed
         ctx.uses_magnitude = uses_magnitude
         # The bias belongs into the same kernel: added afterwards it gives other roundings than the unmasked layer's.
@@ -129,15 +152,18 @@ class _StraightThrough(torch.autograd.Function):
         x, scores, masked_weight, weight = ctx.saved_tensors
         grad_x = grad_scores = None
         if ctx.needs_input_grad[0]:
+            if masked_weight is None:
+                masked_weight = ctx.make_again().to(grad_output.dtype)
             grad_x = grad_output @ (masked_weight.t() if ctx.transposed else masked_weight)
         if ctx.needs_input_grad[1]:
             rows_x = x.reshape(-1, x.shape[-1])
             rows_grad = grad_output.reshape(-1, grad_output.shape[-1])
             grad_masked = rows_x.t() @ rows_grad if ctx.transposed else rows_grad.t() @ rows_x
-            grad_scores = grad_masked.to(scores.dtype).mul_(weight)
+            grad_scores = grad_masked.to(torch.promote_types(scores.dtype, torch.float32)).mul_(weight)
             if ctx.uses_magnitude:
                 grad_scores.mul_(scores.sign())
-        return grad_x, grad_scores, None, None, None, None, None
+            grad_scores = grad_scores.to(scores.dtype)
+        return grad_x, grad_scores, None, None, None, None, None, None
 
 
 ScoreStart = Literal["kaiming", "constant", "magnitude"]
@@ -214,11 +240,43 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear | Masked
             yield module.target.name, module
 
 
-def masked_products(model: nn.Module) -> list[torch.Tensor]:
-    """The weights that a masked model computes with in the place of its own, computed anew only if scores changed."""
-    products = []
+def share_weights(model: nn.Module) -> None:
+    """Keeps no product of a whole weight and its mask, for a model of which each process holds a part.
+
+    Args:
+        model: With masks attached.
+
+    Raises:
+        TrainingError: A mask lies on experts that are fused in one module.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedExperts):
+            raise TrainingError(
+                "Fused experts cannot be masked while their weights are spread over processes.",
+                key=name,
+                expected="whole weights in each process",
+                actual=type(module.experts).__name__,
+                hint="recipes/accelerate/zero2.yaml or ddp.yaml, or --target attn",
+            )
+    keep_no_products(model)
+
+
+def keep_no_products(model: nn.Module) -> None:
+    """Lets masked weights be made anew in each pass, forward and backward; those of fused experts are still kept.
+
+    Args:
+        model: With masks attached.
+    """
     for module in model.modules():
         if isinstance(module, MaskedLinear):
+            module.keeps_product, module._masked_weight = False, torch.empty(0)
+
+
+def masked_products(model: nn.Module) -> list[torch.Tensor]:
+    """The weights that a masked model keeps and computes with in the place of its own, as the scores now are."""
+    products = []
+    for module in model.modules():
+        if isinstance(module, MaskedLinear) and module.keeps_product:
             products.append(module.masked_weight())
         elif isinstance(module, MaskedExperts):
             products += module.products()

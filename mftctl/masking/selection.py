@@ -51,23 +51,15 @@ def rank(scores: torch.Tensor, ranking: Ranking) -> torch.Tensor:
 
 
 @torch.no_grad()
-def keep_highest(values: torch.Tensor, ratio: float) -> torch.Tensor:
-    """The keep mask that removes exactly `removed_count(numel, ratio)` of the lowest values.
-
-    Among equal values the lowest flat index is removed first, so the mask depends on the values alone: not on the
-    device, the number of processes or the selection algorithm.
+def ratio_threshold(values: torch.Tensor, ratio: float) -> torch.Tensor | None:
+    """The highest value that `keep_highest` removes, or some of it; None if it removes nothing.
 
     Args:
-        values: Any shape, floating point, finite.
+        values: Any shape, floating point.
         ratio: Share to remove, in [0, 1).
-
-    Returns:
-        Bool tensor of the same shape and device, True where the entry is kept.
 
     Raises:
         MaskingError: The ratio is out of range, or a value is not a number.
-
-    Source: MFT, section 2, ratio-based indicator.
     """
     count = removed_count(values.numel(), ratio)
     # A sum of numbers is one, or infinite; it takes a tenth of the time of looking at each.
@@ -78,10 +70,34 @@ def keep_highest(values: torch.Tensor, ratio: float) -> torch.Tensor:
             actual=f"{int(torch.isnan(values).sum())} NaN of {values.numel()}",
             hint="lower the learning rate",
         )
-    if count == 0:
+    return _kth_lowest(values.reshape(-1), count) if count else None
+
+
+@torch.no_grad()
+def keep_highest(values: torch.Tensor, ratio: float, threshold: torch.Tensor | None = None) -> torch.Tensor:
+    """The keep mask that removes exactly `removed_count(numel, ratio)` of the lowest values.
+
+    Among equal values the lowest flat index is removed first, so the mask depends on the values alone: not on the
+    device, the number of processes or the selection algorithm.
+
+    Args:
+        values: Any shape, floating point, finite.
+        ratio: Share to remove, in [0, 1).
+        threshold: From `ratio_threshold` of the same values and ratio, where it is known.
+
+    Returns:
+        Bool tensor of the same shape and device, True where the entry is kept.
+
+    Raises:
+        MaskingError: The ratio is out of range, or a value is not a number.
+
+    Source: MFT, section 2, ratio-based indicator.
+    """
+    threshold = ratio_threshold(values, ratio) if threshold is None else threshold
+    if threshold is None:
         return torch.ones_like(values, dtype=torch.bool)
     flat = values.reshape(-1)
-    threshold = _kth_lowest(flat, count)
+    count = removed_count(values.numel(), ratio)
     keep = flat > threshold
     ties = (flat == threshold).nonzero().squeeze(1)
     kept_ties = flat.numel() - count - int(keep.count_nonzero())

@@ -35,7 +35,6 @@ from mftctl.planning.preparing import Optimizer, TrainingPlan
 from mftctl.planning.skeletons import build_skeleton, without_data
 from mftctl.training import CHECKPOINTING
 
-_FP32_BYTES = 4
 _VALIDATION_TOKENS = 4096  # a batch of `sample_losses`
 _MOMENTS: dict[Optimizer, int] = {"adamw": 2, "sgd": 0, "rmsprop": 1, "adagrad": 1, "adafactor": 1}
 
@@ -69,7 +68,7 @@ class MemoryEstimate:
 
     Attributes:
         weights_bytes: All parameters and buffers of the model, adapters included.
-        scores_bytes: Trainable scores of masks, fp32.
+        scores_bytes: Trainable scores of masks.
         masked_weights_bytes: The cached products of weights and masks.
         gradients_bytes: Of everything that is trained.
         optimizer_bytes: What the optimizer keeps between steps.
@@ -169,10 +168,10 @@ def _estimate(
     masks = [module for _, module in masked_layers(model)]
     scores = sum(_size(module.scores) for module in masks)
     weights = sum(map(_size, {*model.parameters(), *model.buffers()})) - scores
-    masked = sum(_size(module.weight) for module in masks)
+    masked = sum(map(_size, masked_products(model)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(map(_size, trained))
-    optimizer = sum(_optimizer_numbers(parameter, plan.optimizer) for parameter in trained) * _FP32_BYTES
+    optimizer = sum(_optimizer_numbers(item, plan.optimizer) * item.element_size() for item in trained)
     step = _step_bytes(trained, plan) if trained else 0
     chosen = stand_ins(layers)
     kept = keep_stand_ins(model, layers, chosen)
@@ -251,6 +250,8 @@ def _measure_validation(model: PreTrainedModel, batches: Batches) -> int:
 
 def _step_bytes(trained: Sequence[torch.Tensor], plan: TrainingPlan) -> int:
     """Temporary tensors of an optimizer step: of one parameter at a time on a CPU, of all at once on a GPU."""
+    if plan.in_pieces:
+        return 0
     sizes = [_size(parameter) for parameter in trained]
     temporary = 2 * max(sizes) if trained[0].device.type == "cpu" else sum(sizes)
     if not plan.selects_entries:
@@ -260,7 +261,7 @@ def _step_bytes(trained: Sequence[torch.Tensor], plan: TrainingPlan) -> int:
 
 
 def _optimizer_numbers(parameter: torch.Tensor, optimizer: Optimizer) -> int:
-    """The fp32 numbers that an optimizer keeps for a parameter."""
+    """The numbers, of the parameter's dtype, that an optimizer keeps for it."""
     if optimizer == "adafactor" and parameter.dim() > 1:
         return parameter.numel() // parameter.shape[-1] + parameter.numel() // parameter.shape[-2]
     return _MOMENTS[optimizer] * parameter.numel()

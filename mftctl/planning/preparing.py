@@ -10,8 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
-from mftctl.masking.layers import Indicator, attach_masks, masked_layers
+from mftctl.masking.layers import Indicator, attach_masks, keep_no_products, masked_layers
 from mftctl.masking.targets import MaskTarget, find_targets
+from mftctl.models import best_device
 from mftctl.training import uses_bf16
 from mftctl.tuning.hft import freeze_half
 
@@ -31,6 +32,7 @@ class TrainingPlan:
         accumulates: Whether gradients are kept while further batches are computed.
         optimizer: What keeps moments.
         selects_entries: Whether a step chooses the entries that it updates.
+        in_pieces: Whether a step makes no temporary tensors of the parameters' sizes.
     """
 
     prepare: Callable[[PreTrainedModel], None] = field(compare=False)
@@ -41,6 +43,7 @@ class TrainingPlan:
     accumulates: bool
     optimizer: Optimizer = "adamw"
     selects_entries: bool = False
+    in_pieces: bool = False
 
 
 def plan_fine_tuning(options: FftOptions, seed: int) -> TrainingPlan:
@@ -79,18 +82,24 @@ def plan_mask_training(options: MaskTrainOptions, layers: Sequence[int]) -> Trai
     """
 
     def prepare(model: PreTrainedModel) -> None:
-        attach_without_data(model, find_targets(model, layers, options.target, options.projections))
+        dtype = torch.bfloat16 if options.low_memory else torch.float32
+        attach_without_data(model, find_targets(model, layers, options.target, options.projections), dtype)
+        if options.low_memory:
+            keep_no_products(model)
         if options.method != "learned":
             model.requires_grad_(False)
 
     dtype = torch.bfloat16 if uses_bf16(options.precision) else torch.float32
+    in_pieces = options.low_memory or best_device().type == "cuda"  # there torch's AdamW is fused
     trained = (options.method == "learned", tuple(layers), options.target, tuple(options.projections or ()))
-    return TrainingPlan(prepare, trained, dtype, False, *_repeats(options))
+    return TrainingPlan(prepare, trained, dtype, False, *_repeats(options), in_pieces=in_pieces)
 
 
-def attach_without_data(model: PreTrainedModel, targets: Sequence[MaskTarget]) -> None:
+def attach_without_data(
+    model: PreTrainedModel, targets: Sequence[MaskTarget], dtype: torch.dtype = torch.float32
+) -> None:
     """Puts masks on a model without data, whose scores cannot be compared."""
-    scores = {target.name: torch.empty(target.weight.shape) for target in targets}
+    scores = {target.name: torch.empty(target.weight.shape, dtype=dtype) for target in targets}
     attach_masks(model, targets, scores, Indicator())
     for _, module in masked_layers(model):
         module.indicator = _ShapeIndicator()
@@ -99,7 +108,10 @@ def attach_without_data(model: PreTrainedModel, targets: Sequence[MaskTarget]) -
 class _ShapeIndicator(Indicator):
     """Allocates what a selection by rank allocates, and compares nothing."""
 
-    def keep(self, scores: torch.Tensor) -> torch.Tensor:
+    def cut(self, scores: torch.Tensor) -> None:
+        return None
+
+    def keep(self, scores: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:
         ranked = scores.abs()
         partitioned = ranked.clone()
         return torch.empty_like(partitioned, dtype=torch.bool)

@@ -7,12 +7,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
+from mftctl.masking.partitions import local_part
+
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_flat(tensor: torch.Tensor) -> bool:
-    """Whether the entries lie one after the other in memory of a CPU, each of the size of an integer type."""
-    return tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.element_size() in _INTEGERS
+    """Whether all entries lie one after the other in memory of a CPU, each of the size of an integer type."""
+    is_whole = local_part(tensor) is tensor
+    return is_whole and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.element_size() in _INTEGERS
 
 
 def parts(numel: int, size: int) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -10,11 +10,13 @@ import torch
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from mftctl.errors import TrainingError
+from mftctl.masking.partitions import local_part
 from mftctl.masking.selection import check_ratio, removed_count
 from mftctl.tuning.gradient_selection import Scope, keep_largest, keep_random
 from mftctl.tuning.held_entries import HeldEntries, clear_unselected, is_flat, parts
 
-_STEPS_KEY = "masked_steps"
+STEPS_KEY = "masked_steps"
+"""Where the state of a masked optimizer has the number of steps taken."""
 
 _BY_ENTRY = (Adagrad, Adam, AdamW, RMSprop, SGD)
 """Optimizers whose step on an entry depends on that entry alone, with state that is changed in place."""
@@ -54,7 +56,7 @@ class MaskedOptimizer(Optimizer):
     parameter (a step counter, Adafactor's factors) is not held back: it follows the masked gradient.
 
     Gradients must be whole and already reduced over the processes, as they are with DDP. Where they are partitioned, as
-    with FSDP and ZeRO, exact counts would need the gradients of all processes.
+    with FSDP and ZeRO, `give` takes a selection that was made from those of all processes.
 
     Attributes:
         inner: The wrapped optimizer; it shares `param_groups` and `state` with this one.
@@ -74,6 +76,7 @@ class MaskedOptimizer(Optimizer):
         self.updated_entries = 0
         self.total_entries = 0
         self._masked_gradients: list[torch.Tensor] = []
+        self._is_given = False
         self._steps = 0
         self._share("defaults", "state", "param_groups")
 
@@ -92,6 +95,8 @@ class MaskedOptimizer(Optimizer):
             MaskingError: A gradient holds NaN.
             TrainingError: A gradient is sparse, or a process has only a part of it.
         """
+        if self._is_given:
+            return
         parameters = [parameter for _, parameter in self._with_gradients()]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         # By identity, since a skipped step (mixed precision does that) leaves a selection for gradients of the past.
@@ -113,6 +118,15 @@ class MaskedOptimizer(Optimizer):
         ranked_together = [self.total_entries] if rule.scope == "global" else sizes
         self.updated_entries = self.total_entries - sum(removed_count(size, rule.ratio) for size in ranked_together)
 
+    def give(self, selected: Mapping[torch.Tensor, torch.Tensor]) -> None:
+        """Sets the selection for the step to come, where more is known than the gradients here; then at every step.
+
+        Args:
+            selected: By parameter a bool tensor, of the shape of what this process has of it; the gradients of all
+                other entries are zero already.
+        """
+        self.selected, self._is_given = dict(selected), True
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates the selected entries, after selecting them if that was not done.
@@ -131,13 +145,15 @@ class MaskedOptimizer(Optimizer):
             )
         self.select()
         if self.rule.unselected == "momentum":
+            self.inner.param_groups = self.param_groups  # DeepSpeed gives a step one group at a time
             self.inner.step()
         else:
             for group, parameter in self._with_gradients():
+                selected = self.selected.pop(parameter)
                 if self._is_updated_in_parts(parameter):
-                    self._update_in_parts(group, parameter, self.selected[parameter])
+                    self._update_in_parts(group, parameter, selected)
                 else:
-                    self._update(group, parameter, self.selected[parameter])
+                    self._update(group, parameter, selected)
         self._steps += 1
         self._forget_selection()
 
@@ -152,7 +168,7 @@ class MaskedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the inner optimizer and the number of steps taken, which decides random selections."""
-        return {**self.inner.state_dict(), _STEPS_KEY: self._steps}
+        return {**self.inner.state_dict(), STEPS_KEY: self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from a state that `state_dict` gave.
@@ -160,16 +176,16 @@ class MaskedOptimizer(Optimizer):
         Raises:
             TrainingError: It is the state of another optimizer.
         """
-        if _STEPS_KEY not in state_dict:
+        if STEPS_KEY not in state_dict:
             raise TrainingError(
                 "This is the state of an optimizer that updates all entries.",
-                key=_STEPS_KEY,
+                key=STEPS_KEY,
                 expected="the state of a masked optimizer",
                 actual=", ".join(map(str, state_dict)),
                 hint="resume with the method that the training was started with",
             )
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != _STEPS_KEY})
-        self._steps = state_dict[_STEPS_KEY]
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != STEPS_KEY})
+        self._steps = state_dict[STEPS_KEY]
         self._forget_selection()
         self._share("state", "param_groups")
 
@@ -177,6 +193,8 @@ class MaskedOptimizer(Optimizer):
         return f"{type(self).__name__}({self.rule}, {self.inner!r})"
 
     def _forget_selection(self) -> None:
+        if self._is_given:
+            return
         self.selected = {}
         self._masked_gradients = []
 
@@ -273,4 +291,5 @@ def _check_whole(gradient: torch.Tensor) -> None:
 
 
 def _put_back(changed: torch.Tensor, before: torch.Tensor, selected: torch.Tensor) -> None:
+    changed, before = local_part(changed), local_part(before)
     torch.where(selected, changed, before, out=changed)

@@ -20,6 +20,7 @@ from mftctl.config import to_document
 from mftctl.lineage import Source
 from mftctl.mask_training import mask_train
 from mftctl.progress import Silence
+from mftctl.quiet_deepspeed import import_deepspeed
 from mftctl.recipe_files import parse_recipe
 from mftctl.runs import create_run
 from tests.benchmarks.timings import spread
@@ -56,6 +57,7 @@ def make_inputs(folder: Path, *, hidden_size: int, layers: int) -> None:
         pad_token_id=0,
         eos_token_id=1,
     )
+    import_deepspeed()  # as saving a model does wherever it is installed, with its log on stdout
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
     write_additions(folder / "train.jsonl", 12, seed=1)
@@ -112,7 +114,12 @@ def main() -> None:
     if options.child:
         print(json.dumps(train(Path(options.child[0]), json.loads(options.child[1]))))
         return
-    ways: dict[str, dict[str, Any]] = {"default": {}, "paper": {"preset": "paper"}}
+    ways: dict[str, dict[str, Any]] = {
+        "default": {},
+        "paper": {"preset": "paper"},
+        "low memory": {"low_memory": True},
+        "low memory, paper": {"low_memory": True, "preset": "paper"},
+    }
     with tempfile.TemporaryDirectory() as folder:
         found = compare(Path(folder), ways, hidden_size=512, layers=16, repetitions=options.repetitions)
     for name, text in found.items():

@@ -12,6 +12,7 @@ from tests.benchmarks import (
     codec_speed,
     eval_speed,
     gmt_step_speed,
+    mask_memory,
     mask_step_speed,
     probe_speed,
 )
@@ -70,3 +71,11 @@ def test_probe_speed(workspace: Path, tmp_path: Path) -> None:
         tmp_path, workspace / "tiny", data, group_size=2, layers="2-3", training=training, repetitions=1
     )
     assert len(found) == 6
+
+
+def test_mask_memory(tmp_path: Path) -> None:
+    ways = {"default": {}, "low memory": {"low_memory": True}}
+    found = mask_memory.compare(tmp_path, ways, hidden_size=256, layers=8, repetitions=1)
+    usual, low = (float(text.split(",")[0]) for text in found.values())
+    assert 20 < usual < 40
+    assert 8 < low < usual - 8

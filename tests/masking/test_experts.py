@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from mftctl.errors import TrainingError
 from mftctl.masking.experts import MaskedExperts
 from mftctl.masking.layers import (
     Indicator,
@@ -21,6 +22,7 @@ from mftctl.masking.layers import (
     masked_layers,
     masked_products,
     score_scale,
+    share_weights,
 )
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, find_targets
@@ -185,6 +187,14 @@ def test_weights_are_never_touched_and_come_back() -> None:
     assert made.model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in made.model.state_dict().items())
     assert torch.equal(made.model(input_ids=IDS).logits, logits)
+
+
+def test_weights_that_are_spread_over_processes() -> None:
+    made = make()
+    attach_masks(made.model, made.targets, made.scores, Indicator())
+    with pytest.raises(TrainingError, match="Fused experts cannot be masked") as caught:
+        share_weights(made.model)
+    assert caught.value.key == "model.layers.1.mlp.experts"
 
 
 def test_only_scores_are_trainable() -> None:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+from mftctl.masking import indicator, selection
 from mftctl.masking.layers import (
     Indicator,
     MaskedLinear,
@@ -122,17 +123,43 @@ def test_training_steps_equal_a_sort_at_each_forward() -> None:
     assert all(np.array_equal(mask, other) for mask, other in zip(masks, reference_masks, strict=True))
 
 
-def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("keeps_product", [True, False])
+def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch, keeps_product: bool) -> None:
     layer, x = make(Indicator(ratio=0.3))
+    layer.keeps_product = keeps_product
     selections = []
-    original = Indicator.keep
-    monkeypatch.setattr(Indicator, "keep", lambda self, scores: selections.append(1) or original(self, scores))
+    original = selection.ratio_threshold
+
+    def counted(values: torch.Tensor, ratio: float) -> torch.Tensor | None:
+        selections.append(1)
+        return original(values, ratio)
+
+    monkeypatch.setattr(selection, "ratio_threshold", counted)
+    monkeypatch.setattr(indicator, "ratio_threshold", counted)
     optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
     for step in range(1, 4):
         for _ in range(3):
             layer(x).sum().backward()
         assert len(selections) == step
         optimizer.step()
+
+
+@pytest.mark.parametrize("rule", [Indicator(0.3), Indicator(None, 0.01), Indicator(0.0)], ids=str)
+def test_a_product_that_is_made_anew_in_each_pass_gives_the_same(rule: Indicator) -> None:
+    kept, x = make(rule)
+    anew, _ = make(rule)
+    anew.keeps_product = False
+    layers = (kept, anew)
+    optimizers = [torch.optim.AdamW([layer.scores], lr=0.1) for layer in layers]
+    for _ in range(3):
+        inputs = [x.clone().requires_grad_() for _ in layers]
+        for layer, value, optimizer in zip(layers, inputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            layer(value).square().sum().backward()
+        assert torch.equal(inputs[0].grad, inputs[1].grad)  # type: ignore[arg-type]
+        assert torch.equal(kept.scores.grad, anew.scores.grad)  # type: ignore[arg-type]
+        for optimizer in optimizers:
+            optimizer.step()
 
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)

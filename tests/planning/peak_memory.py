@@ -18,6 +18,7 @@ from mftctl import fine_tuning, mask_training
 from mftctl.config import Recipe
 from mftctl.planning.memory import resident_bytes
 from mftctl.progress import Silence
+from mftctl.quiet_deepspeed import import_deepspeed
 from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import make_recipe, open_run
 
@@ -36,6 +37,7 @@ class Case:
 def make_case(folder: Path, case: Case) -> Recipe:
     """The recipe of a case, with its model and its data in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    import_deepspeed()  # as saving a model does wherever it is installed, with its log on stdout
     build_llama(**case.model).save_pretrained(folder / "tiny")
     build_tokenizer().save_pretrained(folder / "tiny")
     half = case.record_tokens // 2

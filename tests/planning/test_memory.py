@@ -110,6 +110,17 @@ def test_a_mask_by_hand() -> None:
     assert found.optimizer_bytes == 8 * weights
 
 
+def test_low_memory_by_hand() -> None:
+    options = MaskTrainOptions(target="mlp", low_memory=True)
+    found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)
+    weights = 2 * 3 * 32 * 64
+    assert (found.scores_bytes, found.gradients_bytes, found.optimizer_bytes) == (2 * weights, 2 * weights, 4 * weights)
+    assert (found.masked_weights_bytes, found.step_bytes) == (0, 0)
+    plain = plan_mask_training(MaskTrainOptions(target="mlp"), [0, 1])
+    usual = estimate_memory(build_llama(layers=2).config, plain, _TINY, process_bytes=0)
+    assert found.peak_bytes < usual.peak_bytes
+
+
 def test_a_mask_without_training_needs_no_gradients() -> None:
     options = MaskTrainOptions(method="magnitude")
     found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)

@@ -1,0 +1,52 @@
+"""What ZeRO cannot do is said by name; what it does is compared with one process in `test_processes.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mftctl.config import FftOptions, Recipe
+from mftctl.errors import ConfigError
+from mftctl.fine_tuning import _trainable_model, _trainer
+from mftctl.zero import check_plan
+
+
+def plugin(stage: int, *, fp16: bool = False) -> SimpleNamespace:
+    """A configuration, as accelerate holds it."""
+    return SimpleNamespace(zero_stage=stage, hf_ds_config=SimpleNamespace(is_true=lambda key: fp16))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_plans_that_hold(stage: int) -> None:
+    check_plan(plugin(stage))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_stage_that_partitions_no_gradients(stage: int) -> None:
+    with pytest.raises(ConfigError, match="must be partitioned") as caught:
+        check_plan(plugin(stage))
+    assert caught.value.actual == stage
+
+
+def test_a_scaled_loss() -> None:
+    with pytest.raises(ConfigError, match="skip steps") as caught:
+        check_plan(plugin(2, fp16=True))
+    assert caught.value.key == "mixed_precision"
+
+
+@pytest.mark.parametrize("library", ["DEEPSPEED", "FSDP"])
+def test_lora(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
+    with pytest.raises(ConfigError, match="next to nothing to spread") as caught:
+        _trainable_model(Path(), None, FftOptions(method="lora"), 0)  # type: ignore[arg-type]
+    assert caught.value.key == "fft.method"
+
+
+def test_an_optimizer_that_needs_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    recipe = Recipe(fft=FftOptions(optimizer="adafactor"))
+    with pytest.raises(ConfigError, match="flat tensors") as caught:
+        _trainer(None, None, recipe, None, None)  # type: ignore[arg-type]
+    assert caught.value.actual == "adafactor"
