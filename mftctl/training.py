@@ -368,7 +368,7 @@ class _EndedBefore(Exception):  # noqa: N818 - no error
 class _NoStepTooMany(TrainerCallback):
     """Ends a resumed training that has nothing left to do, where the Trainer would take one more step."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: SftTrainer) -> None:
         self._trainer = trainer
 
     def on_train_begin(
