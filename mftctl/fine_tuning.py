@@ -251,5 +251,5 @@ def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenize
             tokenizer.save_pretrained(temporary)
     except SafetensorError as error:  # which says of a full disk what it says of all else
         raise StorageError(
-            "The model could not be written.", path=folder, actual=error, hint="free some space"
+            "The model could not be written.", path=folder, actual=str(error), hint="free some space"
         ) from error

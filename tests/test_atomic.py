@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from mftctl.atomic import atomic_file, atomic_folder, write_text
+from mftctl.atomic import _exchange, atomic_file, atomic_folder, write_text
 
 
 class StoppedError(Exception):
@@ -139,6 +142,40 @@ def test_failing_block_leaves_the_old_folder_and_nothing_else(tmp_path: Path, ex
     with pytest.raises(StoppedError):
         write()
     assert [file.name for file in tmp_path.rglob("*")] == (["model", "old.txt"] if existing else [])
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_an_existing_folder_is_replaced_on_any_file_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_one_step: bool
+) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old.txt").write_text("old")
+    if not in_one_step:
+        monkeypatch.setattr("mftctl.atomic._exchange", lambda *_: False)
+    with atomic_folder(path) as temporary:
+        (temporary / "new.txt").write_text("new")
+    assert [file.name for file in tmp_path.rglob("*")] == ["model", "new.txt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges names")
+def test_an_exchange_that_fails(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with pytest.raises(FileNotFoundError):
+        _exchange(tmp_path / "one", tmp_path / "missing")
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    names = [f".run.json.{platform.node()}-{dead.pid}.abc", f".model.{platform.node()}-{dead.pid}.abc"]
+    (tmp_path / names[0]).write_text("half")
+    (tmp_path / names[1]).mkdir()
+    kept = [f".model.{platform.node()}-{os.getpid()}.abc", f".model.elsewhere-{dead.pid}.abc", ".hidden"]
+    for name in kept:
+        (tmp_path / name).write_text("")
+    write_text(tmp_path / "run.json", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", *kept}
 
 
 def test_failing_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftctl.data.batching import LengthGroupedSampler
 from mftctl.data.encoding import Encoded, encode_all
 from mftctl.data.sources import DataSource, load_examples
-from mftctl.errors import ConfigError, DataError, Interrupted, TrainingError
+from mftctl.errors import ConfigError, DataError, Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.fine_tuning import fine_tune
+from mftctl.fine_tuning import fine_tune, save_model
 from mftctl.models import load_model
 from mftctl.progress import Silence
-from mftctl.runs import Run, load_run
+from mftctl.runs import Run, load_run, recorded
 from tests.conftest import build_llama
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
@@ -121,6 +124,65 @@ def test_resuming_passes_over_a_half_written_checkpoint(undisturbed: Run, worksp
     fine_tune(recipe, source, run, Silence(), resume=True)
     before, after = weights(undisturbed.folder / "model"), weights(run.folder / "model")
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"fft__keep": "last"}, {}, {"fft__learning_rate": 0.5, "fft__patience": 1}],
+    ids=["last", "best", "out of patience"],
+)
+def test_resuming_after_the_last_step_takes_none(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """As after a kill while the model was written."""
+    recipe = make_recipe(workspace, **changes)
+    run, source = open_run(tmp_path, "fft", recipe)
+    before = fine_tune(recipe, source, run, Silence())
+    expected, metrics = weights(run.folder / "model"), run.training.metrics()
+    shutil.rmtree(run.folder / "model")
+    after = fine_tune(recipe, source, run, Silence(), resume=True)
+    assert {**after, "peak_memory_bytes": 0} == {**before, "peak_memory_bytes": 0}
+    assert run.training.metrics() == metrics
+    found = weights(run.folder / "model")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_a_checkpoint_without_room(
+    undisturbed: Run, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch says of a full disk what it says of other failures; what was saved before is gone on from."""
+    recipe = make_recipe(workspace)
+    run, source = open_run(tmp_path, "fft", recipe)
+    save = torch.save
+
+    def save_until_full(content: object, path: str, **options: Any) -> None:
+        if "checkpoint-8" in path:
+            raise RuntimeError("unexpected pos 64 vs 0")
+        save(content, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save_until_full)
+        with pytest.raises(StorageError, match="step 8 could not") as caught, recorded(run):
+            fine_tune(recipe, source, run, Silence())
+    assert caught.value.actual == "unexpected pos 64 vs 0"
+    assert [path.name for path in run.training.checkpoints.iterdir()] == ["checkpoint-4"]
+    assert load_run(run.folder).record.status == "interrupted"
+    fine_tune(recipe, source, run, Silence(), resume=True)
+    found = weights(run.folder / "model")
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(undisturbed.folder / "model").items())
+
+
+def test_a_model_without_room(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old.txt").write_text("old")
+
+    def fill(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    model = build_llama()
+    monkeypatch.setattr(model, "save_pretrained", fill)
+    with pytest.raises(StorageError, match="model could not be written") as caught:
+        save_model(model, tokenizer, tmp_path / "model")
+    assert "No space left" in str(caught.value)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "old.txt"]
 
 
 def test_keep_last_keeps_the_last_state(workspace: Path, tmp_path: Path) -> None:

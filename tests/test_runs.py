@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from mftctl import runs
-from mftctl.errors import DataError, Interrupted, RunError
+from mftctl.errors import DataError, Interrupted, MaskFileError, RunError, StorageError
 from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run, recorded
 
 
@@ -114,6 +115,49 @@ def test_failing_write_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in run.folder.iterdir()) == ["config.yaml", "run.json"]
 
 
+def test_a_folder_appears_with_its_record_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    rename = Path.rename
+
+    def watching(source: Path, target: Path) -> Path:
+        seen.append(sorted(path.name for path in source.iterdir()))
+        assert not target.exists()
+        return rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", watching)
+        create_run(tmp_path, "fft", {})
+    assert seen == [["config.yaml", "run.json"]]
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(RunError):
+        create_run(tmp_path, "fft", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["001-fft"]
+
+
+def test_a_finished_run_has_no_checkpoints_but_those_that_a_kill_left(tmp_path: Path) -> None:
+    run, other = create_run(tmp_path, "fft", {}), create_run(tmp_path, "fft", {})
+    for folder in (run.folder, other.folder):
+        (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    run.finish({})
+    assert not run.training.checkpoints.exists()
+    (run.folder / "checkpoints").mkdir()
+    create_run(tmp_path, "fft", {})
+    assert not run.training.checkpoints.exists()
+    assert other.training.checkpoints.exists()
+
+
+def test_half_of_a_result_of_a_killed_command_goes_with_the_next_run(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "apply", {})
+    with subprocess.Popen(["true"]) as dead:
+        dead.wait()
+    for folder in (tmp_path, run.folder):
+        (folder / f".model.{platform.node()}-{dead.pid}.abc").mkdir()
+        (folder / f".model.{platform.node()}-{os.getpid()}.abc").mkdir()
+    create_run(tmp_path, "apply", {})
+    hidden = [path.name for path in tmp_path.rglob(".*")]
+    assert hidden == [f".model.{platform.node()}-{os.getpid()}.abc"] * 2
+
+
 def test_result_that_is_no_plain_data_leaves_the_old_record(tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {})
     with pytest.raises(TypeError):
@@ -180,6 +224,7 @@ def test_killed_run_counts_as_running_and_can_be_resumed(tmp_path: Path) -> None
         (Interrupted("Stopped."), "interrupted", None),
         (KeyboardInterrupt(), "interrupted", None),
         (DataError("The file is empty.", path="a.jsonl"), "failed", "The file is empty.\n  where: a.jsonl"),
+        (StorageError("No room."), "interrupted", "No room."),
     ],
 )
 def test_failure_is_kept_in_the_record_and_goes_on(
@@ -200,6 +245,30 @@ def test_interrupted_run_can_be_resumed_and_a_failed_one_cannot(
     with pytest.raises(type(error)), recorded(run):
         raise error
     assert (newest_run(tmp_path, "fft", unfinished=True) is not None) == resumable
+
+
+def test_a_full_disk_is_a_known_failure_whether_or_not_the_record_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    run = create_run(tmp_path, "fft", {})
+    with pytest.raises(StorageError, match="cannot be read or written") as caught, recorded(run):
+        raise full
+    assert (caught.value.path, caught.value.hint) == (str(run.folder), "free some space")
+    assert load_run(run.folder).record.status == "interrupted"
+    run.update(status="running", error=None)
+    monkeypatch.setattr(runs, "write_text", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.raises(StorageError), recorded(run):
+        raise full
+    assert load_run(run.folder).record.status == "running"
+    assert newest_run(tmp_path, "fft", unfinished=True) is not None
+
+
+def test_a_known_failure_for_want_of_room_can_be_resumed(tmp_path: Path) -> None:
+    run = create_run(tmp_path, "mask-train", {})
+    with pytest.raises(MaskFileError), recorded(run):
+        raise MaskFileError("The mask file cannot be written") from OSError(errno.ENOSPC, "No space left on device")
+    assert load_run(run.folder).record.status == "interrupted"
 
 
 def test_error_of_an_earlier_try_is_gone_from_a_finished_run(tmp_path: Path) -> None:
