@@ -212,8 +212,8 @@ class SftTrainer(PartitionedTrainer):
             raise StorageError(
                 f"The checkpoint of step {self.state.global_step} could not be written.",
                 path=folder,
-                actual=error,
-                hint="free some space, then resume from the checkpoint before it",
+                actual=str(error),
+                hint="free some space, then go on with --resume",
             ) from error
 
     def evaluate(
