@@ -89,7 +89,7 @@ BREAKOUTS = {
     "make a pair of sockets": "import socket\ndef attack():\n    socket.socketpair()\n    return True",
     "listen": "import socket\ndef attack():\n    socket.create_server(('127.0.0.1', 0))\n    return True",
     "fork": calls("pid = os.fork(); pid or os._exit(0)"),
-    "fork through the C library": "import ctypes\ndef attack():\n    return ctypes.CDLL(None).fork() > 0",
+    "fork through the C library": "import ctypes, os\ndef attack():\n    return ctypes.CDLL(None).fork() > 0 or os._exit(0)",
     "start a process": "import subprocess\ndef attack():\n    return subprocess.run(['/bin/true']).returncode == 0",
     "start a shell": calls("return os.system('true') == 0"),
     "become another program": calls("os.execv('/bin/true', ['true'])"),
