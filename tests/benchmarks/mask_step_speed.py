@@ -1,4 +1,4 @@
-"""A step of mask training beside a step of plain fine-tuning, and beside the same with masks sorted at each forward.
+"""A step of mask training beside one of plain fine-tuning, with masks sorted at each forward, and with reuse.
 
 python -m tests.benchmarks.mask_step_speed --repetitions 5
 """
@@ -6,8 +6,10 @@ python -m tests.benchmarks.mask_step_speed --repetitions 5
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
+from mftctl.masking.frozen_prefix import reusing_prefix
+from mftctl.masking.hidden_states import HiddenStates
 from mftctl.masking.layers import Indicator, attach_masks, initial_scores, masked_layers
 from mftctl.masking.targets import find_targets
 from tests.benchmarks.shapes import SMOLLM2_135M, build, micro_batches
@@ -115,18 +119,26 @@ def compare(
         int(shape["vocab_size"]), count=2, records=2, length_tokens=length_tokens, answer_share=answer_share
     )
     ours, model = mask_step(shape, layers, batches)
+    again, other = mask_step(shape, layers, batches)
     ways = {
         "fine-tuning": fine_tuning_step(shape, batches),
         "mask, sorted at each forward": sorted_step(shape, layers, batches),
         "mask": ours,
+        "mask, batches seen before": again,
     }
-    for step in ways.values():
-        step()  # the first makes the optimizer's state
-    seconds = seconds_in_turn(ways, repetitions)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        HiddenStates(Path(folder), 1 << 30, 0) as states,
+        reusing_prefix(other, min(layers), states, print, in_training=True),
+    ):
+        for step in ways.values():
+            step()  # the first makes the optimizer's state, and the hidden states that are reused
+        seconds = seconds_in_turn(ways, repetitions)
     selection = [selection_seconds(model) / total for total in seconds["mask"]]
     return {
         **{f"{name}, seconds": spread(values) for name, values in seconds.items()},
         "mask / fine-tuning": spread(ratios(seconds["mask"], seconds["fine-tuning"])),
+        "mask, batches seen before / mask": spread(ratios(seconds["mask, batches seen before"], seconds["mask"])),
         "sorted / mask": spread(ratios(seconds["mask, sorted at each forward"], seconds["mask"])),
         "selection and masking, share of a step": spread(selection),
     }
