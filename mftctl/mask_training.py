@@ -81,13 +81,11 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
         found = find_mask(search)
-        if shares_weights():  # of the model that was trained, each process has a part only
-            model = load_frozen_model(inputs, options)
-            targets = find_targets(model, layers, options.target, options.projections)
-            search = replace(search, model=model, targets=targets)
+        search = _with_whole_model(search, layers)
         confirmation = _confirmation(search, found, confirming)
         reuse = figures(states)
-    mask = build_mask(found.keep, targets, model, inputs.checkpoint, _metadata(recipe, source, run, layers))
+    metadata = _metadata(recipe, source, run, layers)
+    mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata)
     return {
         "state": mask_state(options),
         "model": source.model,
@@ -100,6 +98,15 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "evaluations": measurements(run.training),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
+    """The search with a model that this process has all of; after a training that shared its weights, a new one."""
+    if not shares_weights():
+        return search
+    options = search.options
+    model = load_frozen_model(search.inputs, options)
+    return replace(search, model=model, targets=find_targets(model, layers, options.target, options.projections))
 
 
 def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
 
 def _trainings(run: Run, result: dict[str, Any]) -> Table:
     title = f"Validation loss {result['unmasked_loss']:.4f} without a mask; with one ({run.record.seconds:.0f} s)"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     for name in ("layers", "start", "best", "change"):
         table.add_column(name, justify="left" if name == "layers" else "right")
     for group in result["groups"]:
@@ -93,7 +93,7 @@ def _promises(run: Run, result: dict[str, Any]) -> Table:
     if (found := result["agreement"]) is not None:
         measured = f"{found['rank_correlation']:+.2f} over {found['groups']} groups"
         caption = f"Rank correlation with the trained {found['run']}: {measured}"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", min_width=len(title))
     table.add_column("layers")
     table.add_column("promised", justify="right")
     for group in result["groups"]:
