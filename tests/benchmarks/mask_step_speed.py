@@ -139,7 +139,13 @@ def compare(
         **{f"{name}, seconds": spread(values) for name, values in seconds.items()},
         "mask / fine-tuning": spread(ratios(seconds["mask"], seconds["fine-tuning"])),
         "mask, batches seen before / mask": spread(ratios(seconds["mask, batches seen before"], seconds["mask"])),
+        "mask, batches seen before / fine-tuning": spread(
+            ratios(seconds["mask, batches seen before"], seconds["fine-tuning"])
+        ),
         "sorted / mask": spread(ratios(seconds["mask, sorted at each forward"], seconds["mask"])),
+        "sorted / mask, batches seen before": spread(
+            ratios(seconds["mask, sorted at each forward"], seconds["mask, batches seen before"])
+        ),
         "selection and masking, share of a step": spread(selection),
     }
 

@@ -1,0 +1,142 @@
+"""How every figure of a report looks: one style for each state, told apart by colour, line and marker; SVG and PNG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mftctl.atomic import atomic_file, write_text
+from mftctl.reporting.comparison import STATE_ORDER
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+INK = "#1b1b1b"
+GRID = "#8c8c8c"
+COLOUR_MAP = "cividis"
+# Okabe and Ito's colours without black and yellow, which are lost on a dark and on a light page.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_STYLE: dict[Any, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.alpha": 0.3,
+    "grid.linewidth": 0.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+    "svg.fonttype": "none",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure of a report.
+
+    Attributes:
+        name: Its file's, without an ending: `loss-by-step`.
+        title: What it shows, in a few words.
+        caption: What is to be seen, what it was made from, and what it cannot tell.
+        data: The numbers drawn, a mapping a point, plain data for `report.json`.
+        runs: Names of the runs it was made from.
+        draw: Draws it.
+        width_inches: Of the whole.
+        height_inches: Of the whole.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: tuple[Mapping[str, Any], ...]
+    runs: tuple[str, ...]
+    draw: Callable[[Canvas], None]
+    width_inches: float = 6.4
+    height_inches: float = 3.6
+
+
+@dataclass(frozen=True, slots=True)
+class LineStyle:
+    """How the line of a state is drawn; no two states share all three.
+
+    Attributes:
+        color: Of matplotlib.
+        linestyle: Of matplotlib.
+        marker: Of matplotlib.
+    """
+
+    color: str
+    linestyle: Any
+    marker: str
+
+    def keywords(self) -> dict[str, Any]:
+        """Arguments for `Axes.plot`."""
+        return {"color": self.color, "linestyle": self.linestyle, "marker": self.marker}
+
+
+def style_of(state: str) -> LineStyle:
+    """The style of a state in every figure: FFT in ink, each other in its own way, also in grey.
+
+    Args:
+        state: In the words of a report, such as `MFT, paper` or `GMT (gmt[ratio=0.2])`.
+    """
+    plain = state.split(" (")[0]
+    if plain == "FFT":
+        return LineStyle(INK, "-", "o")
+    return numbered_style(STATE_ORDER.index(plain) if plain in STATE_ORDER else len(STATE_ORDER))
+
+
+def numbered_style(number: int) -> LineStyle:
+    """The style of one of many lines that are no states, such as group sizes."""
+    return LineStyle(_COLOURS[number % len(_COLOURS)], _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as SVG with real text, on no background; the same bytes for the same data."""
+    buffer = io.StringIO()
+    with _drawn(figure) as canvas:
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def write_figure(figure: Figure, folder: Path) -> tuple[Path, Path]:
+    """The files `<name>.svg` and `<name>.png` (200 dots an inch, on white), replaced where they exist.
+
+    Args:
+        figure: What to draw.
+        folder: Made where it is missing.
+    """
+    svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
+    write_text(svg, to_svg(figure))
+    with _drawn(figure) as canvas, atomic_file(png) as temporary:
+        canvas.savefig(temporary, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return svg, png
+
+
+@contextmanager
+def _drawn(figure: Figure) -> Iterator[Canvas]:
+    """The figure on a canvas of its own: no window, and nothing left in matplotlib's state."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    # With the name as salt, the ids of several figures in one page differ.
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "svg.hashsalt": figure.name}):
+        canvas = Canvas(figsize=(figure.width_inches, figure.height_inches), layout="constrained")
+        figure.draw(canvas)
+        yield canvas
