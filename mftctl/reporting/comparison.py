@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -64,6 +65,23 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class SeedResult:
+    """One evaluation run of a state.
+
+    Attributes:
+        seed: Its seed.
+        value: The metric.
+        change: Against the baseline it belongs to; None for the baseline itself, or where there is none.
+        run: The evaluation run's name.
+    """
+
+    seed: int
+    value: float
+    change: Change | None
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """One state under one metric.
 
@@ -77,6 +95,8 @@ class Row:
         is_baseline: Whether the changes of the other states are against this one.
         change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
         runs: Names of the evaluation runs.
+        by_seed: Each of these runs by itself.
+        flags: How it was made in another way than its comparison; what the methods compared differ in is none.
     """
 
     state: str
@@ -88,6 +108,8 @@ class Row:
     is_baseline: bool
     change: Change | None
     runs: tuple[str, ...]
+    by_seed: tuple[SeedResult, ...] = ()
+    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +205,24 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
     """
     runs, errors = list_runs(root)
     problems = [f"{error.path}: {error.message}" for error in errors]
+    tables = metric_tables(runs, problems)
+    if not tables:
+        raise RunError(
+            "There is nothing to report: no finished evaluation.",
+            path=root,
+            actual="; ".join(problems) or f"{len(runs)} other runs",
+            hint="mftctl eval",
+        )
+    return tables, problems
+
+
+def metric_tables(runs: Sequence[Run], problems: list[str]) -> list[MetricTable]:
+    """One table for each model, data set and metric; none without a finished evaluation.
+
+    Args:
+        runs: Of a runs folder, oldest first.
+        problems: Gets a line for each run that cannot be used.
+    """
     by_name = {run.name: run for run in runs}
     groups: dict[tuple[str, str, str], list[_Measurement]] = {}
     for run in runs:
@@ -193,13 +233,6 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
                 groups.setdefault(item.key, []).append(item)
         except RunError as error:
             problems.append(f"{error.path}: {error.message}")
-    if not groups:
-        raise RunError(
-            "There is nothing to report: no finished evaluation.",
-            path=root,
-            actual="; ".join(problems) or f"{len(runs)} other runs",
-            hint="mftctl eval",
-        )
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for (origin, _, _), group in groups.items():
         for item in group:
@@ -215,7 +248,7 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
         )
         for (origin, _, metric), group in groups.items()
     ]
-    return _with_corrected_p_values(tables), problems
+    return _with_corrected_p_values(tables)
 
 
 def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]:
@@ -281,19 +314,20 @@ def _table(
     rows = []
     for group in sorted(states.values(), key=order):
         state = group[0].state
-        label = _label(state, group[0].maker, makers[state])
-        change = None
+        label = state_label(state, group[0].maker, makers[state])
+        changes: list[Change | None] = [None] * (1 + len(group))
         if state != baseline:
+            parts = [group] if len(group) == 1 else [group, *([item] for item in group)]
             try:
-                change = _change(group, newest.values(), metric, baseline)
+                changes = [_change(part, newest.values(), metric, baseline) for part in parts]
             except (RunError, EvaluationError) as error:
                 problems.append(f"{label}: {error.message}")
-        rows.append(_row(label, group, change, is_baseline=state == baseline))
+        rows.append(_row(label, group, changes, is_baseline=state == baseline))
     dataset = measurements[0].dataset
     return MetricTable(origin, dataset["name"], metric, baseline, tuple(rows), is_benchmark="task" in dataset)
 
 
-def _label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
+def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
     """The state, with as much of its maker as tells it from others of the same state."""
     recipe, stage = maker
     if len(makers) == 1:
@@ -303,9 +337,19 @@ def _label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]
     return f"{state} ({recipe}: {stage})"
 
 
-def _row(label: str, group: Sequence[_Measurement], change: Change | None, *, is_baseline: bool) -> Row:
+def _row(label: str, group: Sequence[_Measurement], changes: Sequence[Change | None], *, is_baseline: bool) -> Row:
+    """One line of a table.
+
+    Args:
+        label: Name of the state.
+        group: Its evaluations, seed by seed.
+        changes: Of all together, then of each if there are several.
+        is_baseline: Whether the others are compared with it.
+    """
     values = [item.metric["value"] for item in group]
     errors = [item.metric["standard_error"] for item in group if item.metric["standard_error"] is not None]
+    runs = tuple(item.run.name for item in group)
+    own = changes[-len(group) :]
     return Row(
         state=label,
         value=fmean(values),
@@ -314,8 +358,9 @@ def _row(label: str, group: Sequence[_Measurement], change: Change | None, *, is
         samples=group[0].metric["samples"],
         seeds=tuple(item.seed for item in group),
         is_baseline=is_baseline,
-        change=change,
-        runs=tuple(item.run.name for item in group),
+        change=changes[0],
+        runs=runs,
+        by_seed=tuple(starmap(SeedResult, zip((item.seed for item in group), values, own, runs, strict=True))),
     )
 
 

@@ -31,10 +31,14 @@ class Cell:
     Attributes:
         value: The metric, averaged over seeds.
         change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
+        spread: Standard deviation over seeds; None with a single one.
+        runs: Names of the evaluation runs.
     """
 
     value: float
     change: Change | None
+    spread: float | None = None
+    runs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,9 @@ def _overview(origin: str, tables: list[MetricTable]) -> Overview:
     order = list(dict.fromkeys(benchmark.domain for benchmark in BENCHMARKS.values()))
     domains = [BENCHMARKS[table.dataset].domain if table.dataset in BENCHMARKS else None for table in tables]
     placed = sorted(zip(domains, tables, strict=True), key=lambda pair: -1 if pair[0] is None else order.index(pair[0]))
-    cells = [{row.state: Cell(row.value, row.change) for row in table.rows} for _, table in placed]
+    cells = [
+        {row.state: Cell(row.value, row.change, row.spread, row.runs) for row in table.rows} for _, table in placed
+    ]
     longest = max((table for _, table in placed), key=lambda table: len(table.rows))
     states = dict.fromkeys([row.state for row in longest.rows] + [state for column in cells for state in column])
     return Overview(

@@ -49,7 +49,9 @@ def test_cells_are_those_of_the_tables(tmp_path: Path) -> None:
     overview = overview_of(tmp_path)
     for place, column in enumerate(overview.columns):
         [table] = [table for table in tables if (table.dataset, table.metric) == (column.dataset, column.metric)]
-        assert [cells[place] for _, cells in overview.rows] == [Cell(row.value, row.change) for row in table.rows]
+        assert [cells[place] for _, cells in overview.rows] == [
+            Cell(row.value, row.change, row.spread, row.runs) for row in table.rows
+        ]
 
 
 def test_each_domain_is_compared_with_its_own_fine_tuning(tmp_path: Path) -> None:

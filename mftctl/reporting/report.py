@@ -1,0 +1,181 @@
+"""Everything a report says, made from the run folders."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mftctl.errors import RunError
+from mftctl.reporting.advice import Advice, next_step
+from mftctl.reporting.comparison import MetricTable, Row, metric_tables
+from mftctl.reporting.curves import curve_figures
+from mftctl.reporting.drawing import Figure
+from mftctl.reporting.efficiency import Efficiency, efficiencies
+from mftctl.reporting.overview import Overview, overviews
+from mftctl.reporting.probe_figures import probe_figures
+from mftctl.reporting.provenance import flags, reproduction
+from mftctl.reporting.removal import removal_figures
+from mftctl.reporting.surface_figures import surface_figures
+from mftctl.reporting.sweeps import sweep_figures
+from mftctl.runs import Run, list_runs
+
+_MOST_LISTED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class RunSource:
+    """A run that numbers of the report come from.
+
+    Attributes:
+        name: The run's.
+        folder: Where it is.
+        made: What it made or measured, in a few words.
+        started: UTC time, ISO 8601.
+        seconds: Working time.
+        seed: Its seed.
+        versions: Of the code that made it.
+        reproduction: The command that makes it again.
+    """
+
+    name: str
+    folder: Path
+    made: str
+    started: str
+    seconds: float
+    seed: int
+    versions: dict[str, str]
+    reproduction: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the run folders tell.
+
+    Attributes:
+        root: The runs folder.
+        tables: One a model, data set and metric.
+        overviews: Methods by benchmarks.
+        efficiency: What trainings cost.
+        figures: Those there is data for.
+        sources: The runs that all numbers come from, oldest first.
+        unfinished: A line for each of the newest runs that have not ended well, and how to go on.
+        problems: A line for each run that could not be used.
+        advice: The best next step.
+    """
+
+    root: Path
+    tables: tuple[MetricTable, ...]
+    overviews: tuple[Overview, ...]
+    efficiency: tuple[Efficiency, ...]
+    figures: tuple[Figure, ...]
+    sources: tuple[RunSource, ...]
+    unfinished: tuple[str, ...]
+    problems: tuple[str, ...]
+    advice: Advice
+
+
+def make_report(root: Path) -> Report:
+    """The report of a runs folder.
+
+    Args:
+        root: The runs folder.
+
+    Raises:
+        RunError: There is no run, or none that tells anything yet.
+    """
+    runs, errors = list_runs(root)
+    problems = [f"{error.path}: {error.message}" for error in errors]
+    by_name = {run.name: run for run in runs}
+    tables = [_with_flags(table, by_name) for table in metric_tables(runs, problems)]
+    efficiency = efficiencies(runs, problems)
+    figures = [
+        *curve_figures(runs, problems),
+        *probe_figures(runs, problems),
+        *sweep_figures(tables, runs, problems),
+        *removal_figures(runs, problems),
+        *surface_figures(runs, problems),
+    ]
+    unfinished = _unfinished(runs)
+    if not tables and not efficiency and not figures:
+        raise RunError(
+            "There is nothing to report: no finished run that trained or measured anything.",
+            path=root,
+            actual="; ".join([*problems, *unfinished]) or ("no runs" if not runs else f"{len(runs)} other runs"),
+            hint="mftctl eval" if runs else "mftctl fft, or --runs DIR",
+        )
+    named = [*_run_names(tables), *(name for item in (*efficiency, *figures) for name in item.runs)]
+    return Report(
+        root=root,
+        tables=tuple(tables),
+        overviews=tuple(overviews(tables)),
+        efficiency=tuple(efficiency),
+        figures=tuple(figures),
+        sources=tuple(_source(run) for run in _with_makers(named, runs, by_name)),
+        unfinished=unfinished,
+        problems=tuple(dict.fromkeys(problems)),
+        advice=next_step(tables, runs),
+    )
+
+
+def _with_flags(table: MetricTable, by_name: dict[str, Run]) -> MetricTable:
+    """The table whose rows say how they were made in another way than the baseline's."""
+    baseline = [by_name[name] for row in table.rows if row.is_baseline for name in row.runs]
+
+    def flagged(row: Row) -> Row:
+        return replace(row, flags=flags([by_name[name] for name in row.runs], baseline, by_name))
+
+    return replace(table, rows=tuple(flagged(row) for row in table.rows))
+
+
+def _run_names(tables: Iterable[MetricTable]) -> list[str]:
+    return [name for table in tables for row in table.rows for name in row.runs]
+
+
+def _with_makers(names: Sequence[str], runs: Sequence[Run], by_name: dict[str, Run]) -> list[Run]:
+    """The runs of these names and those that made what they worked on, oldest first."""
+    wanted = set(names)
+    for name in names:
+        if name in by_name:
+            wanted.update(by_name[name].record.inputs.get("parents", []))
+    return [run for run in runs if run.name in wanted]
+
+
+def _source(run: Run) -> RunSource:
+    record = run.record
+    state = record.result.get("state") or record.inputs.get("state") or record.command
+    made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")
+    return RunSource(
+        run.name,
+        run.folder,
+        made,
+        record.started,
+        record.seconds,
+        int(record.config.get("seed", 0)),
+        record.versions,
+        reproduction(run),
+    )
+
+
+def _unfinished(runs: Sequence[Run]) -> tuple[str, ...]:
+    """A line for each of the newest unfinished runs, and one that counts the rest."""
+    found = [run for run in runs if run.record.status != "finished" and not run.is_worked_on]
+    lines = [f"{run.name}: {_ending(run)}" for run in reversed(found[-_MOST_LISTED:])]
+    older = Counter(_status(run) for run in found[:-_MOST_LISTED])
+    if older:
+        lines.append(f"and older ones: {', '.join(f'{count} {status}' for status, count in sorted(older.items()))}")
+    working = [run.name for run in runs if run.is_worked_on]
+    return (*lines, *(f"{name}: running now" for name in working))
+
+
+def _status(run: Run) -> str:
+    return "killed" if run.record.status == "running" else run.record.status
+
+
+def _ending(run: Run) -> str:
+    if run.record.status == "failed":
+        return f"failed: {(run.record.error or 'for a reason that is not recorded').splitlines()[0]}"
+    if run.record.command in ("fft", "probe", "mask-train", "eval"):
+        return f"{_status(run)}; mftctl {run.record.command} --resume goes on with the newest of its kind"
+    return _status(run)
