@@ -43,7 +43,7 @@ def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
     if not masks:
         return Advice("mftctl eval", "The learned mask has not been measured yet.")
     if FFT not in states:
-        return Advice("mftctl eval --help", "The fine-tuned model under the mask has not been measured: eval MODEL.")
+        return Advice("mftctl eval MODEL", "The fine-tuned model that the mask belongs to has not been measured.")
     return _after_a_mask(masks, tables, runs)
 
 
@@ -61,7 +61,7 @@ def _after_a_mask(
         if recipe is not None:
             return Advice(
                 f'mftctl run {shlex.quote(recipe)} --set "seeds=[0,1,2]"',
-                f"The mask helps with {seeds} seed{'s'[: seeds != 1]}; three tell whether that was luck.",
+                f"The mask helps with {'one seed' if seeds == 1 else 'two seeds'}; three tell more.",
             )
     if not any(table.is_benchmark for table in tables):
         return Advice(

@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import write_text
 from mftctl.reporting.drawing import write_figure
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import to_markdown
 from mftctl.reporting.page import to_page
-from mftctl.reporting.report import Report
 from mftctl.reporting.table_files import write_tables
+
+if TYPE_CHECKING:
+    from mftctl.reporting.report import Report
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from mftctl.reporting.report import Report
 from mftctl.reporting.text_tables import TextCell, TextTable, efficiency_text, metric_text, overview_text
+
+if TYPE_CHECKING:
+    from mftctl.reporting.report import Report
 
 NOTE = (
     "The interval is the paired 95 % bootstrap interval over test samples. A change whose interval holds 0 is within"

@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mftctl import __version__
 from mftctl.reporting.drawing import INK, Figure, to_svg
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import EFFICIENCY_NOTE, NOTE
-from mftctl.reporting.report import Report
 from mftctl.reporting.text_tables import TextTable, efficiency_text, metric_text, overview_text
+
+if TYPE_CHECKING:
+    from mftctl.reporting.report import Report
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -69,7 +72,7 @@ def _groups(report: Report, tables: list[TextTable]) -> list[tuple[str, ...]]:
 
 
 def _inline(figure: Figure) -> str:
-    """The figure for the page: as wide as there is room, in the colour of the text, named for those who cannot see it."""
+    """The figure for the page: as wide as there is room, in the colour of the text, and named."""
     svg = to_svg(figure)
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)

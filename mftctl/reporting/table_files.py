@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import write_text
 from mftctl.reporting.comparison import Change, MetricTable
 from mftctl.reporting.overview import Overview
-from mftctl.reporting.report import Report
 from mftctl.reporting.text_tables import TextTable, efficiency_text, metric_text, overview_text
+
+if TYPE_CHECKING:
+    from mftctl.reporting.report import Report
 
 _IN_LATEX = {"±": r"$\pm$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$"}
 

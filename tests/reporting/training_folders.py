@@ -1,0 +1,66 @@
+"""Training runs written by hand, as `run.json` and `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def write_training(
+    root: Path,
+    number: int,
+    command: str,
+    state: str,
+    *,
+    step_seconds: Sequence[float] = (9.0, 1.0, 1.0, 2.0),
+    tokens_a_step: int = 100,
+    seed: int = 0,
+    stage: str | None = None,
+    recipe: str | None = None,
+    status: str = "finished",
+    origin: str = "models/base",
+    parents: Sequence[str] = (),
+    result: Mapping[str, Any] | None = None,
+    error: str | None = None,
+) -> Path:
+    """The folder of a new training of one epoch, 2 records and 100 tokens a step, with a validation at its end."""
+    folder = root / f"{number:03d}-{command}"
+    folder.mkdir(parents=True)
+    steps = len(step_seconds)
+    made = {
+        "state": state,
+        "model": str(folder / "model"),
+        "steps": steps,
+        "tokens": steps * tokens_a_step,
+        "flops_per_token": 6_000,
+        "peak_memory_bytes": 2_000_000_000,
+        **(result or {}),
+    }
+    record = {
+        "command": command,
+        "status": status,
+        "started": "2025-01-01T00:00:00+00:00",
+        "config": {"seed": seed, "data": ["train.jsonl"], "fft": {}, "mask_train": {}},
+        "recipe": recipe,
+        "stage": stage,
+        "inputs": {"model": origin, "origin": origin, "parents": list(parents), "train_records": 2 * steps},
+        "result": made if status == "finished" else {},
+        "seconds": 20.0,
+        "error": error,
+    }
+    (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    lines: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "loss": 2.0 - 0.1 * step,
+            "epoch": step / steps,
+            "num_input_tokens_seen": step * tokens_a_step,
+            "step_seconds": seconds,
+        }
+        for step, seconds in enumerate(step_seconds, start=1)
+    ]
+    lines = [{"step": 0, "eval_loss": 2.0, "epoch": 0}, *lines, {"step": steps, "eval_loss": 1.0, "epoch": 1.0}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
