@@ -49,6 +49,7 @@ def apply(
     return {
         "state": source.state,
         "model": str(folder.resolve()),
+        "base": base_model,
         "bytes_written": done.bytes_written,
         "tensors_masked": done.tensors_masked,
         "removed": done.removed,

@@ -1,9 +1,10 @@
-"""What identifies an input of an experiment, so that a change is noticed."""
+"""What identifies an input of an experiment, or the code it is made with, so that a change is noticed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,17 @@ def model_fingerprint(model: str) -> str | None:
                 stream.seek(max(0, size_bytes - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+@cache
+def source_digest() -> str:
+    """The first 12 hex digits of the SHA-256 of mftctl's own Python files, their names and contents.
+
+    The version says what was released; this tells a checkout with a change in it from one without.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for name in sorted(path.relative_to(package).as_posix() for path in package.rglob("*.py")):
+        content = (package / name).read_bytes()
+        digest.update(f"{name}:{len(content)}:".encode() + content)
+    return digest.hexdigest()[:12]

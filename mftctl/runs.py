@@ -26,12 +26,15 @@ import yaml
 
 from mftctl.atomic import write_text
 from mftctl.errors import Interrupted, MftError, RunError
+from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
 from mftctl.storage import is_alive, is_failure_of_storage, known_failures, remove_leftovers, temporary_prefix
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 _PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval")
+SOURCE = "mftctl source"
+"""Name among the versions of the digest of mftctl's own code."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class RunRecord:
         output: Where the user wants the result besides the run folder, None for nowhere else.
         result: The command's result; empty until it is finished.
         seconds: Working time, over all resumptions.
-        versions: Versions of Python and the packages that decide figures.
+        versions: Versions of Python and the packages that decide figures, and a digest of mftctl's own code.
         stage: Name of the stage of an experiment, None for a command on its own.
         digest: Digest of everything that decides the result, to recognise finished stages; None outside `run`.
         decides: What that digest is of, to say what has changed; empty outside `run`.
@@ -216,7 +219,7 @@ def create_run(
         recipe=recipe,
         inputs=dict(inputs or {}),
         output=None if output is None else str(output.absolute()),
-        versions={"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        versions=_versions(),
         stage=stage,
         digest=digest,
         decides=dict(decides or {}),
@@ -230,6 +233,11 @@ def create_run(
             "The run folder cannot be written.", path=root, actual=error.strerror or error, hint="--runs DIR"
         ) from error
     return Run(folder, record)
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in _PACKAGES}
+    return {"python": platform.python_version(), **packages, SOURCE: source_digest()}
 
 
 def _to_json(record: RunRecord) -> str:

@@ -14,6 +14,7 @@ import yaml
 
 from mftctl import runs
 from mftctl.errors import DataError, Interrupted, MaskFileError, RunError, StorageError
+from mftctl.fingerprints import source_digest
 from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run, recorded
 
 
@@ -45,6 +46,7 @@ def test_new_run_has_its_record_and_its_configuration(tmp_path: Path) -> None:
     assert record["output"] == str(Path("mask.bits").absolute())
     assert (record["recipe"], record["stage"], record["digest"]) == ("quickstart", "mft", "abc")
     assert {"python", "torch", "transformers"} <= set(record["versions"])
+    assert record["versions"]["mftctl source"] == source_digest()
     assert load_run(run.folder).record == run.record
 
 

@@ -71,6 +71,7 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the outputs of an interrupted evaluation of the same.")
     ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what has been measured already.")] = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
@@ -84,7 +85,7 @@ def evaluate(
         session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen)
         written = session.settle().eval.predictions
         sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
-        evaluated = [_evaluate_once(session, source, resume=resume) for source in sources]
+        evaluated = [_evaluate_once(session, source, resume=resume, again=again) for source in sources]
         show(console, evaluated)
         console.next_command("mftctl report")
 
@@ -131,13 +132,13 @@ def _sources(model: str | None, mask: Path | None, session: Session) -> list[Sou
     return ancestry(session.root, newest)
 
 
-def _evaluate_once(session: Session, source: Source, *, resume: bool) -> Run:
-    """A finished evaluation: one of an earlier command where it measured the same, else a new one."""
+def _evaluate_once(session: Session, source: Source, *, resume: bool, again: bool) -> Run:
+    """A finished evaluation: one of an earlier command where it measured the same, unless `again`; else a new one."""
     recipe = session.settle(source)
     if not recipe.test_data and not recipe.eval.tasks:
         recipe = session.with_answer("test_data", "Data to measure on", "--data (or --tasks)", source)
     for run in list_runs(session.root)[0]:
-        if _measured(run, recipe, source):
+        if not again and _measured(run, recipe, source):
             session.output.note(f"{source.state}: measured already by {run.name}")
             return run
     session.output.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))

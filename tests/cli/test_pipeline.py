@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mftctl import apply_mask, load_mask
-from mftctl.runs import list_runs
+from mftctl.runs import list_runs, load_run
 from tests.cli.running import CommandLine
 
 FFT = ("--max-steps", 6, "--eval-steps", 3, "--batch-size", 4, "--lr", "3e-3")
@@ -62,6 +62,16 @@ def test_5_eval_measures_the_result_and_what_it_came_from(here: CommandLine, wor
     assert states == ["pre-trained", "FFT", "MFT"]
     again = here("eval", "-d", workspace / "test.jsonl")
     assert "FFT: measured already by 006-eval" in again.stderr
+
+
+def test_5_eval_measures_again_where_it_is_asked_to(here: CommandLine, workspace: Path) -> None:
+    model = here.folder / "runs" / "001-fft" / "model"
+    outcome = here("eval", model, "-d", workspace / "test.jsonl", "--again", "--json")
+    assert "measured already" not in outcome.stderr
+    document = json.loads(outcome.stdout)
+    assert Path(document["run"]).name > "006-eval"
+    first = load_run(here.folder / "runs" / "006-eval").record.result
+    assert document["datasets"] == first["datasets"]
 
 
 def test_5_eval_tells_how_fast_a_benchmark_was_answered(here: CommandLine, workspace: Path) -> None:

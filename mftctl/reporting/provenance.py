@@ -1,0 +1,59 @@
+"""How a run can be made again, from what its record says."""
+
+from __future__ import annotations
+
+import shlex
+
+from mftctl.runs import Run
+
+_DROP = " drop"
+"""How the name of a state ends that a drop has made."""
+
+
+def reproduction(run: Run) -> str:
+    """The shell command that makes a run again, in a new folder beside it, from its own configuration.
+
+    Paths are as the record has them, so that those that are relative hold in the folder that mftctl was called in. A
+    result that was wanted elsewhere goes there again; one that is still there is replaced only where the user agrees.
+
+    Args:
+        run: Of any command that keeps a run.
+    """
+    record = run.record
+    arguments = {"apply": _apply, "eval": _eval, "mask-train": _mask_train}.get(record.command, _configured)(run)
+    program = ["mftctl"]
+    if record.processes > 1:
+        program = ["torchrun", "--nproc-per-node", str(record.processes), "-m", "mftctl"]
+    return shlex.join([*program, record.command, *arguments, "--runs", str(run.folder.parent)])
+
+
+def _configured(run: Run) -> list[str]:
+    return ["--recipe", str(run.folder / "config.yaml"), *_output(run)]
+
+
+def _mask_train(run: Run) -> list[str]:
+    # The mask always goes somewhere besides the run folder: by default each to the same file, where one may be.
+    elsewhere = [] if run.record.output else ["-o", f"{run.name}.bits"]
+    return [*_configured(run), *elsewhere]
+
+
+def _apply(run: Run) -> list[str]:
+    record = run.record
+    model, mask = str(record.inputs["model"]), str(record.inputs["mask"])
+    base = record.result.get("base")
+    if base is None:  # the record of a run of an earlier version, or of one that is not finished
+        base = record.inputs["origin"] if str(record.inputs["state"]).endswith(_DROP) else model
+    tuned = [] if base == model else ["--tuned", model]
+    return [str(base), mask, *tuned, *_output(run)]
+
+
+def _eval(run: Run) -> list[str]:
+    inputs, config = run.record.inputs, ["--recipe", str(run.folder / "config.yaml")]
+    if run.record.config.get("eval", {}).get("predictions") is not None:
+        return config  # it names the outputs that were scored; there is no model
+    mask = ["--mask", str(inputs["mask"])] if inputs["mask"] else []
+    return [str(inputs["model"]), *mask, *config, "--again"]
+
+
+def _output(run: Run) -> list[str]:
+    return ["-o", run.record.output] if run.record.output else []
