@@ -98,7 +98,7 @@ def style_of(state: str) -> LineStyle:
     """
     plain = state.split(" (")[0]
     if plain == "FFT":
-        return LineStyle(INK, "-", "o")
+        return LineStyle(INK, "-", "*")
     return numbered_style(STATE_ORDER.index(plain) if plain in STATE_ORDER else len(STATE_ORDER))
 
 
