@@ -172,9 +172,9 @@ def _draw(picture: CurvePicture, top: float | None, canvas: Canvas) -> None:
     if closer is not None:
         close[0].set_xlim(*closer[0])
         close[0].set_ylim(*closer[1])
-        close[0].set_title("closer")
+        close[0].set_xlabel("the same, closer")
     only_masks = all(line.is_mask for line in picture.lines)
-    canvas.supxlabel("optimizer step" if only_masks else "optimizer steps since the pre-trained model", fontsize=9)
+    whole.set_xlabel("optimizer step" if only_masks else "optimizer steps since the pre-trained model")
     whole.set_ylabel(picture.y_label)
     handles, labels = whole.get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3.2)

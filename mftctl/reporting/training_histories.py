@@ -13,7 +13,7 @@ from mftctl.lineage import FFT, Source, fine_tuned_state, mask_state
 from mftctl.runs import Run
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
-_DECIDES_NOTHING = ("prefix_cache_gb", "eval_every", "eval_limit")
+DECIDES_NOTHING = ("prefix_cache_gb", "eval_every", "eval_limit")
 
 
 class Measure(NamedTuple):
@@ -237,7 +237,7 @@ def _placed(
         key: value
         for key, value in record.config.get(_SECTIONS[record.command], {}).items()
         # The layers of a stage are those of its probe, which each seed has for itself.
-        if key not in _DECIDES_NOTHING and not (key == "layers" and record.stage)
+        if key not in DECIDES_NOTHING and not (key == "layers" and record.stage)
     }
     method = [record.recipe, record.stage, section]
     return History(
