@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,7 @@ def measure_surface(root: Path, listener: Listener, *, points: int = POINTS, rec
 
     Its `metrics.jsonl` has a line for each of the three models (`mark`) and each point of the grid (`column`, `row`):
     `x` and `y`, the distances from FFT along the two axes of `WeightPlane`, and the losses per answer token `train_loss`
-    and `test_loss`, of the weights in fp32. Held in memory are the model, 4 bytes a weight, and the three models as they
+    and `test_loss`, of the weights in fp32; null where the model gives no number there. Held in memory are the model, 4 bytes a weight, and the three models as they
     are stored, of which what two have in common counts once.
 
     Args:
@@ -139,6 +141,8 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
         **source_of_run(corners.fft).as_inputs(),
         "points": points,
         "records": records,
+        "train_records": len(parts.train),
+        "test_records": len(parts.test),
         "corners": [_identity(run) for run in corners.runs()],
         "digests": {"train": data_digest(parts.train), "test": data_digest(parts.test)},
     }
@@ -265,9 +269,10 @@ def _set(plane: WeightPlane, place: _Place) -> None:
 
 def _losses(
     model: PreTrainedModel, encoded: dict[str, list[Encoded]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     pad = pad_token_id(tokenizer)
-    return {name: mean_loss(sample_losses(model, records, pad_token_id=pad)) for name, records in encoded.items()}
+    losses = {name: mean_loss(sample_losses(model, records, pad_token_id=pad)) for name, records in encoded.items()}
+    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
 
 
 def _place_text(name: str, point: PlanePoint) -> str:
@@ -275,12 +280,10 @@ def _place_text(name: str, point: PlanePoint) -> str:
 
 
 def _result(lines: Sequence[dict[str, Any]], encoded: dict[str, list[Encoded]]) -> dict[str, Any]:
-    grid = [line for line in lines if "mark" not in line]
+    grid = {name: [line for line in lines if "mark" not in line and line[name] is not None] for name in encoded}
     return {
         "marks": [line for line in lines if "mark" in line],
-        "lowest": {name: min(grid, key=lambda line: line[name]) for name in encoded},
-        "train_records": len(encoded["train_loss"]),
-        "test_records": len(encoded["test_loss"]),
+        "lowest": {name: min(grid[name], key=itemgetter(name), default=None) for name in encoded},
         "train_answer_tokens": sum(record.answer_tokens for record in encoded["train_loss"]),
         "test_answer_tokens": sum(record.answer_tokens for record in encoded["test_loss"]),
         "peak_memory_bytes": peak_memory_bytes(),
