@@ -82,7 +82,7 @@ def prepare_training(
         raise ConfigError("Training needs data.", key="--data", expected="a file or a hub id", actual="none given")
     checkpoint = resolve_checkpoint(model, recipe.revision, adapters=adapters)
     tokenizer = load_tokenizer(checkpoint)
-    everything, validation = _split(recipe)
+    everything, validation = split_examples(recipe)
     train = records_to_learn_from(everything, seen, learn_from)
     left_out = len(everything) - len(train)
     train = sample_fraction(train, data_fraction, recipe.seed) if data_fraction < 1 else train
@@ -97,7 +97,12 @@ def prepare_training(
     )
 
 
-def _split(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
+def split_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The training and the validation records of a recipe.
+
+    Raises:
+        DataError: A file or a record cannot be used.
+    """
     train = load_examples(recipe.data, seed=recipe.seed)
     if recipe.val_data:
         return train, load_examples(recipe.val_data, seed=recipe.seed)

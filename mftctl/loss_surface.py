@@ -1,0 +1,290 @@
+"""The `report --surface` workflow: the loss in the plane through FFT, continued FFT and MFT, point by point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mftctl.config import Recipe, to_document
+from mftctl.data.batching import pad_token_id
+from mftctl.data.encoding import Encoded, encode_all
+from mftctl.data.examples import Example
+from mftctl.data.sources import data_digest, load_examples
+from mftctl.data.splits import sample_count, sample_fraction
+from mftctl.errors import ConfigError, DataError, Interrupted
+from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.fingerprints import file_digest, model_fingerprint
+from mftctl.lineage import source_of_run
+from mftctl.masking.bits import load_mask
+from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint, tensor_index
+from mftctl.masking.dtypes import TORCH_DTYPES
+from mftctl.models import load_model, load_tokenizer, peak_memory_bytes
+from mftctl.preparation import split_examples
+from mftctl.progress import Listener, Progress
+from mftctl.runs import Run, create_run, list_runs, recorded
+from mftctl.stopping import stop_on_signal
+from mftctl.surface_corners import Corners, find_corners, state_of
+from mftctl.weight_plane import PlanePoint, WeightPlane, Weights
+
+COMMAND = "surface"
+POINTS = 11
+RECORDS = 100
+_FEWEST_POINTS = 4
+_MARGIN = 1 / 3
+"""On each side, as a share of the extent of the three models: with 11 points, a model lies on the third from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One measurement: a corner under its own weights, or a point of the grid.
+
+    Attributes:
+        step: Its number, from 1, the same in every run of this grid.
+        point: Where.
+        corner: 0, 1 or 2, None for a point of the grid.
+        name: What the log calls it: `mark`, or `column` and `row`.
+    """
+
+    step: int
+    point: PlanePoint
+    corner: int | None
+    name: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The records that are measured on.
+
+    Attributes:
+        train: A seeded choice of those that FFT trained on.
+        test: The first ones, as `eval --limit` takes them.
+    """
+
+    train: list[Example]
+    test: list[Example]
+
+
+def measure_surface(root: Path, listener: Listener, *, points: int = POINTS, records: int = RECORDS) -> Run:
+    """The finished run of a loss surface: the one there is, else one taken up where it was stopped, else a new one.
+
+    Its `metrics.jsonl` has a line for each of the three models (`mark`) and each point of the grid (`column`, `row`):
+    `x` and `y`, the distances from FFT along the two axes of `WeightPlane`, and the losses per answer token `train_loss`
+    and `test_loss`, of the weights in fp32; null where the model gives no number there. Held in memory are the model, 4 bytes a weight, and the three models as they
+    are stored, of which what two have in common counts once.
+
+    Args:
+        root: The runs folder.
+        listener: Hears progress.
+        points: Of the grid, a side.
+        records: To measure on, of the training data and of the test data each.
+
+    Raises:
+        ConfigError: A number is out of range.
+        RunError: A run is missing that the plane goes through; it names the command that makes it.
+        Interrupted: The user stopped it; every point measured is kept.
+        MftError: Anything else known that can go wrong.
+
+    Source: MFT, figures 6 and 10.
+    """
+    _check("--surface-points", points, _FEWEST_POINTS)
+    _check("--surface-records", records, 1)
+    corners = find_corners(root, listener)
+    parts = _Parts(_training_records(corners, records), _test_records(corners.recipe, records))
+    run = _open_run(root, corners, parts, points, records, listener)
+    if run.record.status != "finished":
+        with recorded(run):
+            run.finish(_measure(run, corners, parts, points, listener))
+    return run
+
+
+def _check(option: str, value: int, fewest: int) -> None:
+    if value < fewest:
+        raise ConfigError("The loss surface is too small.", key=option, expected=f"at least {fewest}", actual=value)
+
+
+def _training_records(corners: Corners, count: int) -> list[Example]:
+    """A seeded choice of the records that FFT was trained on.
+
+    Raises:
+        DataError: The data is not what it was then.
+    """
+    recipe, inputs = corners.recipe, corners.fft.record.inputs
+    train = split_examples(recipe)[0]
+    if recipe.fft.data_fraction < 1:
+        train = sample_fraction(train, recipe.fft.data_fraction, recipe.seed)
+    if data_digest(train) != inputs["digests"]["train"]:
+        raise DataError(
+            f"The training data is no longer what {corners.fft.name} was trained on.",
+            path=", ".join(source.path for source in recipe.data),
+            expected=f"{inputs['train_records']} records with SHA-256 {inputs['digests']['train']}",
+            actual=f"{len(train)} records with SHA-256 {data_digest(train)}",
+            hint="put the data back, or run mftctl fft, mftctl fft again on its model, and mftctl mask-train on the new",
+        )
+    return sample_count(train, count, recipe.seed)
+
+
+def _test_records(recipe: Recipe, count: int) -> list[Example]:
+    return load_examples(recipe.test_data, seed=recipe.seed)[:count]
+
+
+def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records: int, listener: Listener) -> Run:
+    """The newest run with just these inputs, finished or taken up again, or else a new one."""
+    config = to_document(corners.recipe)
+    inputs = {
+        **source_of_run(corners.fft).as_inputs(),
+        "points": points,
+        "records": records,
+        "train_records": len(parts.train),
+        "test_records": len(parts.test),
+        "corners": [_identity(run) for run in corners.runs()],
+        "digests": {"train": data_digest(parts.train), "test": data_digest(parts.test)},
+    }
+    same = [
+        run
+        for run in list_runs(root)[0]
+        if run.record.command == COMMAND and (run.record.config, run.record.inputs) == (config, inputs)
+    ]
+    for run in same:
+        if run.record.status == "finished":
+            listener.note(f"Measured already: {run.folder}")
+            return run
+    if same:
+        same[-1].go_on()
+        listener.note(f"Resuming: {same[-1].folder}")
+        return same[-1]
+    run = create_run(root, COMMAND, config, inputs=inputs)
+    listener.note(f"Run: {run.folder}")
+    return run
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What tells whether a corner is the same as before."""
+    source = source_of_run(run)
+    return {
+        "state": state_of(run),
+        "run": run.name,
+        "model": source.model,
+        "mask": source.mask,
+        "fingerprint": model_fingerprint(source.model),
+        "mask_digest": None if source.mask is None else file_digest(source.mask),
+    }
+
+
+def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: Listener) -> dict[str, Any]:
+    """The result, once all places are measured."""
+    checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
+    tokenizer = load_tokenizer(checkpoint)
+    encoded = {
+        "train_loss": encode_all(parts.train, tokenizer, corners.recipe.fft.max_length_tokens),
+        "test_loss": encode_all(parts.test, tokenizer, corners.recipe.eval.max_length_tokens),
+    }
+    model = load_model(checkpoint, dtype=torch.float32)
+    plane = WeightPlane(model, _weights(corners))
+    names = [state_of(corner) for corner in corners.runs()]
+    listener.note("; ".join(map(_place_text, names, plane.corners)) + ": distances in the space of the weights")
+    places = list(_places(plane, names, points))
+    log = run.training
+    measured = log.metrics()
+    log.rewind(len(places))  # a kill may have left half a line
+    done = {line["step"] for line in measured}
+    waiting = [place for place in places if place.step not in done]
+    with stop_on_signal(listener) as stop:
+        for place in waiting:
+            if stop.requested:
+                raise Interrupted(
+                    f"Stopped after {len(done)} of {len(places)} points.",
+                    path=run.folder,
+                    hint="the same command goes on from there",
+                )
+            _set(plane, place)
+            log.log({"step": place.step, **place.name, **asdict(place.point), **_losses(model, encoded, tokenizer)})
+            done.add(place.step)
+            listener.progress(Progress("measuring the surface", len(done), len(places)))
+    return _result(log.metrics(), encoded)
+
+
+def _weights(corners: Corners) -> tuple[Weights, Weights, Weights]:
+    """The parameters of the three models as they are stored; equal ones are held once."""
+    fft = _stored(corners.fft)
+    continued, mft = (
+        {name: fft[name] if _equal(tensor, fft.get(name)) else tensor for name, tensor in _stored(run).items()}
+        for run in (corners.continued, corners.mft)
+    )
+    return fft, continued, mft
+
+
+def _stored(run: Run) -> dict[str, torch.Tensor]:
+    """The parameters of what a run made, tied ones once, in the one dtype of its checkpoint, or in fp32."""
+    source = source_of_run(run)
+    checkpoint = resolve_checkpoint(source.model)
+    dtypes = {stored.dtype for stored in tensor_index(checkpoint).values()}
+    only = TORCH_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
+    model = load_model(checkpoint, dtype=only or torch.float32)
+    if source.mask is not None:
+        apply_mask(model, load_mask(Path(source.mask)))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _equal(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
+def _places(plane: WeightPlane, names: Sequence[str], points: int) -> Iterator[_Place]:
+    """The three models, then the grid, every eighth row and column before every fourth, and so on."""
+    for number, (name, corner) in enumerate(zip(names, plane.corners, strict=True)):
+        yield _Place(number + 1, corner, number, {"mark": name})
+    xs = _axis([corner.x for corner in plane.corners], points)
+    ys = _axis([corner.y for corner in plane.corners], points)
+    cells = [(column, row) for row in range(points) for column in range(points)]
+    cells.sort(key=lambda cell: -min(map(_level, cell)))
+    for step, (column, row) in enumerate(cells, start=len(names) + 1):
+        yield _Place(step, PlanePoint(xs[column], ys[row]), None, {"column": column, "row": row})
+
+
+def _level(index: int) -> int:
+    """The largest power of two that divides an index, at most 8."""
+    return next(power for power in (8, 4, 2, 1) if index % power == 0)
+
+
+def _axis(values: Sequence[float], points: int) -> list[float]:
+    low, high = min(values), max(values)
+    margin = _MARGIN * (high - low)
+    width = high - low + 2 * margin
+    return [low - margin + width * index / (points - 1) for index in range(points)]
+
+
+def _set(plane: WeightPlane, place: _Place) -> None:
+    if place.corner is None:
+        plane.set_point(place.point)
+    else:
+        plane.set_corner(place.corner)
+
+
+def _losses(
+    model: PreTrainedModel, encoded: dict[str, list[Encoded]], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float | None]:
+    pad = pad_token_id(tokenizer)
+    losses = {name: mean_loss(sample_losses(model, records, pad_token_id=pad)) for name, records in encoded.items()}
+    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+
+
+def _place_text(name: str, point: PlanePoint) -> str:
+    return f"{name} ({point.x:.4g}, {point.y:.4g})"
+
+
+def _result(lines: Sequence[dict[str, Any]], encoded: dict[str, list[Encoded]]) -> dict[str, Any]:
+    grid = {name: [line for line in lines if "mark" not in line and line[name] is not None] for name in encoded}
+    return {
+        "marks": [line for line in lines if "mark" in line],
+        "lowest": {name: min(grid[name], key=itemgetter(name), default=None) for name in encoded},
+        "train_answer_tokens": sum(record.answer_tokens for record in encoded["train_loss"]),
+        "test_answer_tokens": sum(record.answer_tokens for record in encoded["test_loss"]),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
