@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from mftctl.errors import MaskMismatchError
-from mftctl.masking.bits import Mask
-from mftctl.masking.codecs import count_kept
+from mftctl.masking.bits import Mask, TensorRecord
+from mftctl.masking.codecs import Packed, count_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +64,7 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
     Raises:
         MaskMismatchError: They are of different kinds, have no tensor in common, or one with another shape in each.
     """
-    if a.metadata.kind != b.metadata.kind:
-        raise MaskMismatchError(
-            "The two masks are of different kinds: one removes weights, the other resets them to the base's",
-            key="kind",
-            expected=a.metadata.kind,
-            actual=b.metadata.kind,
-            hint="compare masks of the same kind (mftctl mask info FILE shows it)",
-        )
+    _require_same_kind(a, b)
     common = [name for name in a.names() if name in b]
     if not common:
         raise MaskMismatchError(
@@ -79,7 +73,7 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
             actual=f"tensors such as {b.names()[0]}",
             hint="compare masks of the same model and of overlapping layers",
         )
-    tensors = {name: _overlap(a, b, name) for name in common}
+    tensors = {name: _overlap(name, (a.records[name], b.records[name]), (a.packed(name), b.packed(name))) for name in common}
     return MaskDifference(
         tensors=tensors,
         total=_sum(tensors.values()),
@@ -88,8 +82,40 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
     )
 
 
-def _overlap(a: Mask, b: Mask, name: str) -> Overlap:
-    first, second = a.records[name], b.records[name]
+def pairwise_overlaps(masks: Sequence[Mask]) -> dict[tuple[int, int], Overlap]:
+    """The overlap of each two masks over the tensors that both cover, by their places, the lower one first.
+
+    A pair without a tensor in common is not in it. The bits of one tensor of each mask are in memory at a time, so that
+    open files do (`open_mask`), and each is decoded once.
+
+    Raises:
+        MaskMismatchError: Two are of different kinds, or give a tensor different shapes.
+        MaskFormatError: A mask is in an open file, and its bits break a rule of the format.
+    """
+    for mask in masks[1:]:
+        _require_same_kind(masks[0], mask)
+    found: dict[tuple[int, int], list[Overlap]] = {}
+    for name in sorted({name for mask in masks for name in mask.records}):
+        bits = {place: mask.packed(name) for place, mask in enumerate(masks) if name in mask}
+        for a, b in combinations(bits, 2):
+            records = masks[a].records[name], masks[b].records[name]
+            found.setdefault((a, b), []).append(_overlap(name, records, (bits[a], bits[b])))
+    return {pair: _sum(found[pair]) for pair in sorted(found)}
+
+
+def _require_same_kind(a: Mask, b: Mask) -> None:
+    if a.metadata.kind != b.metadata.kind:
+        raise MaskMismatchError(
+            "The two masks are of different kinds: one removes weights, the other resets them to the base's",
+            key="kind",
+            expected=a.metadata.kind,
+            actual=b.metadata.kind,
+            hint="compare masks of the same kind (mftctl mask info FILE shows it)",
+        )
+
+
+def _overlap(name: str, records: tuple[TensorRecord, TensorRecord], bits: tuple[Packed, Packed]) -> Overlap:
+    first, second = records
     if first.shape != second.shape:
         raise MaskMismatchError(
             "The two masks give this tensor different shapes",
@@ -98,7 +124,7 @@ def _overlap(a: Mask, b: Mask, name: str) -> Overlap:
             actual=second.shape,
             hint="compare masks of the same model",
         )
-    kept_by_either = count_kept(a.packed(name) | b.packed(name))
+    kept_by_either = count_kept(bits[0] | bits[1])
     return Overlap(
         weights=first.weights,
         removed_a=first.removed,
