@@ -6,10 +6,8 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mftctl.atomic import atomic_file, write_text
 from mftctl.reporting.comparison import STATE_ORDER
 
 if TYPE_CHECKING:
@@ -107,30 +105,30 @@ def numbered_style(number: int) -> LineStyle:
     return LineStyle(_COLOURS[number % len(_COLOURS)], _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as SVG with real text, on no background; the same bytes for the same data."""
-    buffer = io.StringIO()
-    with _drawn(figure) as canvas:
-        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue()
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A figure as drawn.
 
-
-def write_figure(figure: Figure, folder: Path) -> tuple[Path, Path]:
-    """The files `<name>.svg` and `<name>.png` (200 dots an inch, on white), replaced where they exist.
-
-    Args:
-        figure: What to draw.
-        folder: Made where it is missing.
+    Attributes:
+        svg: With real text, on no background.
+        png: 200 dots an inch, on white.
     """
-    svg, png = folder / f"{figure.name}.svg", folder / f"{figure.name}.png"
-    write_text(svg, to_svg(figure))
-    with _drawn(figure) as canvas, atomic_file(png) as temporary:
-        canvas.savefig(temporary, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return svg, png
+
+    svg: str
+    png: bytes
+
+
+def drawn(figure: Figure) -> Drawing:
+    """The figure in both forms; the same bytes for the same data."""
+    svg, png = io.StringIO(), io.BytesIO()
+    with _canvas(figure) as canvas:
+        canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+        canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return Drawing(svg.getvalue(), png.getvalue())
 
 
 @contextmanager
-def _drawn(figure: Figure) -> Iterator[Canvas]:
+def _canvas(figure: Figure) -> Iterator[Canvas]:
     """The figure on a canvas of its own: no window, and nothing left in matplotlib's state."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas

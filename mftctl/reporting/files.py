@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mftctl.atomic import write_text
-from mftctl.reporting.drawing import write_figure
+from mftctl.atomic import atomic_file, write_text
+from mftctl.reporting.drawing import Drawing, drawn
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import to_markdown
 from mftctl.reporting.page import to_page
@@ -30,16 +30,25 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     document = folder / "report.json"
     before = _listed(document)
     page, markdown = folder / "index.html", folder / "report.md"
-    write_text(page, to_page(report, folder))
+    drawings = {figure.name: drawn(figure) for figure in report.figures}
+    write_text(page, to_page(report, drawings, folder))
     write_text(markdown, to_markdown(report))
     files = [page, markdown, document, *write_tables(report, folder / "tables")]
-    for figure in report.figures:
-        files += write_figure(figure, folder / "figures")
+    for name, drawing in drawings.items():
+        files += _write_drawing(drawing, folder / "figures" / name)
     names = [file.relative_to(folder).as_posix() for file in files]
     write_text(document, json.dumps({**to_document(report), "files": names}, indent=2) + "\n")
     for name in before - set(names):
         (folder / name).unlink(missing_ok=True)
     return files
+
+
+def _write_drawing(drawing: Drawing, path: Path) -> tuple[Path, Path]:
+    svg, png = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")
+    write_text(svg, drawing.svg)
+    with atomic_file(png) as temporary:
+        temporary.write_bytes(drawing.png)
+    return svg, png
 
 
 def to_document(report: Report) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from mftctl import __version__
-from mftctl.reporting.drawing import INK, Figure, to_svg
+from mftctl.reporting.drawing import INK, Drawing, Figure
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import EFFICIENCY_NOTE, NOTE
 from mftctl.reporting.text_tables import TextTable, efficiency_text, metric_text, overview_text
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
-def to_page(report: Report, folder: Path) -> str:
+def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> str:
     """The page.
 
     Args:
         report: What it tells.
+        drawings: Of its figures, by name.
         folder: Where it will be, from where run folders are linked.
     """
     from jinja2 import Environment, StrictUndefined
@@ -51,7 +53,7 @@ def to_page(report: Report, folder: Path) -> str:
         overviews=overviews,
         tables=tables,
         efficiency=efficiency,
-        figures=[(figure, Markup(_inline(figure))) for figure in report.figures],
+        figures=[(figure, Markup(_inline(figure, drawings[figure.name].svg))) for figure in report.figures],
         sources=[(source, _link(source.folder, folder)) for source in report.sources],
         groups=_groups(report, shown),
         note=NOTE,
@@ -71,9 +73,8 @@ def _groups(report: Report, tables: list[TextTable]) -> list[tuple[str, ...]]:
     return [runs for runs in dict.fromkeys(found) if len(runs) > 1]
 
 
-def _inline(figure: Figure) -> str:
+def _inline(figure: Figure, svg: str) -> str:
     """The figure for the page: as wide as there is room, in the colour of the text, and named."""
-    svg = to_svg(figure)
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)

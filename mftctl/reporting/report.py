@@ -13,9 +13,10 @@ from mftctl.reporting.comparison import MetricTable, Row, metric_tables
 from mftctl.reporting.curves import curve_figures
 from mftctl.reporting.drawing import Figure
 from mftctl.reporting.efficiency import Efficiency, efficiencies
+from mftctl.reporting.flags import flags
 from mftctl.reporting.overview import Overview, overviews
 from mftctl.reporting.probe_figures import probe_figures
-from mftctl.reporting.provenance import flags, reproduction
+from mftctl.reporting.provenance import reproduction
 from mftctl.reporting.removal import removal_figures
 from mftctl.reporting.surface_figures import surface_figures
 from mftctl.reporting.sweeps import sweep_figures

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
+import io
 import itertools
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure as Canvas
 
 from mftctl.reporting.comparison import STATE_ORDER
-from mftctl.reporting.drawing import INK, Figure, numbered_style, style_of, to_svg, write_figure
+from mftctl.reporting.drawing import INK, Figure, drawn, numbered_style, style_of
 
 
 def make_figure(name: str = "line", label: str = "a < b & c") -> Figure:
@@ -33,8 +33,8 @@ def test_the_maker_of_a_state_does_not_change_its_look() -> None:
 
 
 def test_the_same_figure_gives_the_same_bytes_with_real_text() -> None:
-    svg = to_svg(make_figure())
-    assert svg == to_svg(make_figure())
+    svg = drawn(make_figure()).svg
+    assert svg == drawn(make_figure()).svg
     text = "".join(ET.fromstring(svg).itertext())
     assert "step" in text
     assert "a < b & c" in text
@@ -42,25 +42,21 @@ def test_the_same_figure_gives_the_same_bytes_with_real_text() -> None:
 
 def test_two_figures_on_one_page_share_no_id() -> None:
     found = [
-        {item.get("id") for item in ET.fromstring(to_svg(make_figure(name))).iter() if item.tag.endswith("clipPath")}
+        {item.get("id") for item in ET.fromstring(drawn(make_figure(name)).svg).iter() if item.tag.endswith("clipPath")}
         for name in ("one", "two")
     ]
     assert found[0]
     assert not set.intersection(*found)
 
 
-def test_files_are_a_drawing_on_no_ground_and_a_picture_on_white(tmp_path: Path) -> None:
+def test_the_picture_is_on_white_and_always_the_same() -> None:
     from PIL import Image
 
-    svg, png = write_figure(make_figure(), tmp_path / "figures")
-    assert svg.read_text("utf-8") == to_svg(make_figure())
-    with Image.open(png) as picture:
+    png = drawn(make_figure()).png
+    with Image.open(io.BytesIO(png)) as picture:
         assert picture.size == (1280, 720)
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    before = png.read_bytes()
-    write_figure(make_figure(), tmp_path / "figures")
-    assert png.read_bytes() == before
-    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == ["line.png", "line.svg"]
+    assert drawn(make_figure()).png == png
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(range(6), 2)))
