@@ -64,3 +64,17 @@ def write_training(
     lines = [{"step": 0, "eval_loss": 2.0, "epoch": 0}, *lines, {"step": steps, "eval_loss": 1.0, "epoch": 1.0}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return folder
+
+
+def write_study(root: Path) -> None:
+    """The two seeds of `write_experiment` with the trainings that made their states."""
+    from tests.reporting.run_folders import write_experiment
+
+    write_experiment(root)
+    for seed in (0, 1):
+        first = 1 + 10 * seed
+        fft = f"{first:03d}-fft"
+        write_training(root, first, "fft", "FFT", seed=seed, stage="fft")
+        write_training(root, first + 1, "fft", "continued FFT", seed=seed, stage="more", parents=[fft])
+        write_training(root, first + 2, "mask-train", "random mask", seed=seed, parents=[fft], result={"steps": 0})
+        write_training(root, first + 3, "mask-train", "MFT", seed=seed, stage="mft", parents=[fft])
