@@ -100,7 +100,9 @@ def layer_shares(groups: Sequence[MaskGroup]) -> list[LayerShares]:
             removed_share=fmean(mask.removed_share for mask in group.masks),
             projections=names,
             layers=columns,
-            shares=tuple(tuple(_mean(mask.get((path, layer)) for mask in masks) for layer in columns) for path in paths),
+            shares=tuple(
+                tuple(_mean(mask.get((path, layer)) for mask in masks) for layer in columns) for path in paths
+            ),
         )
         for group, masks in zip(groups, cells, strict=True)
         if any(masks)
