@@ -27,7 +27,7 @@ def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
     """Up to three figures for each kind of mask and shape of model; none without a finished `mask-train` run.
 
     `removed-by-layer`, `removed-by-magnitude` and, where two masks have a tensor in common, `mask-overlap`; those of
-    the second family of masks end in `-2`. Mask files are read several times, each of them one tensor at a time; of a
+    the second family of masks end in `-2`. The first is not made where the same is removed everywhere. Mask files are read several times, each of them one tensor at a time; of a
     model on disk each masked tensor is read once.
 
     Args:
@@ -40,7 +40,8 @@ def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
         several = len({family.origin for family in families}) > 1
         about = f" ({Path(family.origin).name})" if several else ""
         names = _Names(family, about, f"-{number + 1}" if number else "")
-        if layers := layer_shares(family.groups):
+        layers = layer_shares(family.groups)
+        if not all(group.is_even and group.covers_all for group in layers):
             figures.append(_layer_figure(layers, names))
         if magnitudes := magnitude_shares(family.groups, problems):
             figures.append(_magnitude_figure(magnitudes, names))
@@ -65,6 +66,10 @@ class _Names:
     @property
     def resets(self) -> bool:
         return self.family.kind == "delta"
+
+    @property
+    def done(self) -> str:
+        return "reset" if self.resets else "removed"
 
     @property
     def removed(self) -> str:
@@ -147,7 +152,7 @@ def _magnitude_figure(groups: Sequence[MagnitudeShares], names: _Names) -> Figur
             for place in range(BINS)
         ),
         runs=_unique(group.runs for group in groups),
-        draw=partial(draw_magnitude_shares, groups=groups),
+        draw=partial(draw_magnitude_shares, groups=groups, done=names.done),
         height_inches=3.0 if rows == 1 else 0.4 + 1.75 * rows,
     )
 
@@ -155,7 +160,7 @@ def _magnitude_figure(groups: Sequence[MagnitudeShares], names: _Names) -> Figur
 def _overlap_figure(overlaps: MaskOverlaps, names: _Names) -> Figure:
     caption = (
         f"Below the diagonal: weights {names.removed} by both masks over those by either (Jaccard), in tensors that"
-        " both cover. Above: the same for random masks that take as many of each tensor. No number: no tensor in common."
+        " both cover. Above: the same for random masks that take as many of each tensor. Empty: no tensor in common."
         " More than chance says that two masks agree, not that they do for a good reason: masks that take the smallest"
         " weights agree too."
         + (f" {overlaps.left_out} masks of further seeds are left out." if overlaps.left_out else "")
@@ -178,7 +183,7 @@ def _overlap_figure(overlaps: MaskOverlaps, names: _Names) -> Figure:
             for pair in overlaps.pairs
         ),
         runs=overlaps.runs,
-        draw=partial(draw_overlaps, overlaps=overlaps),
+        draw=partial(draw_overlaps, overlaps=overlaps, done=names.done),
         height_inches=0.9 + 0.33 * len(overlaps.labels),
     )
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _WIDE_LAYERS = 16  # more columns than that take the whole width, and leave no room for numbers
 _SMALL = 8.0
 _MAX_SCALE_FACTOR = 3.0
-_FLAT = 0.01  # less spread than that, of the highest, is rounding
 
 
 def draw_layer_shares(canvas: Canvas, groups: Sequence[LayerShares]) -> None:
@@ -44,10 +43,10 @@ def draw_layer_shares(canvas: Canvas, groups: Sequence[LayerShares]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_xlabel("layer", fontsize=_SMALL)
         _set_title(axes, group.label, len(group.seeds), group.removed_share, columns)
-        if layers * columns <= _WIDE_LAYERS and np.ptp(shares.compressed()) > _FLAT * shares.max():
+        if layers * columns <= _WIDE_LAYERS and not group.is_even:
             for row, column in np.argwhere(~np.ma.getmaskarray(shares)):
                 colour = _ink_on(mesh, shares[row, column])
-                text = f"{100 * shares[row, column]:.2g}"
+                text = _percent_text(shares[row, column])
                 axes.text(group.layers[column], row, text, ha="center", va="center", color=colour, fontsize=6)
         if top is None:
             _add_bar(canvas, mesh, [axes])
@@ -85,15 +84,27 @@ def _percent(value: float, _: float) -> str:
     return f"{100 * value:.4g} %"
 
 
+def _percent_text(share: float) -> str:
+    """Two digits, or as many as are left of the point."""
+    percent = 100 * share
+    return f"{percent:.{0 if percent >= 9.95 else 1 if percent >= 0.995 else 2}f}"
+
+
 def _ink_on(mesh: QuadMesh, value: float) -> str:
     """White on the dark half of the colour map, black on the light one."""
     import numpy as np
 
-    return "white" if mesh.norm(np.array([value]))[0] < 0.5 else "black"
+    return "white" if np.asarray(mesh.norm(np.array([value]))).item() < 0.5 else "black"
 
 
-def draw_magnitude_shares(canvas: Canvas, groups: Sequence[MagnitudeShares]) -> None:
-    """One small chart a group: a line, a band from the lowest to the highest seed, and what chance gives."""
+def draw_magnitude_shares(canvas: Canvas, groups: Sequence[MagnitudeShares], done: str) -> None:
+    """One small chart a group: a line, a band from the lowest to the highest seed, and what chance gives.
+
+    Args:
+        canvas: Where to draw.
+        groups: At least one.
+        done: What the masks do to weights: `removed` or `reset`.
+    """
     import numpy as np
 
     columns = magnitude_columns(groups)
@@ -112,7 +123,7 @@ def draw_magnitude_shares(canvas: Canvas, groups: Sequence[MagnitudeShares]) -> 
         _set_title(axes, group.label, len(group.seeds), group.flat, columns)
     canvas.axes[0].legend(loc="best")
     canvas.supxlabel("weights from the smallest to the largest", fontsize=9)
-    canvas.supylabel("share removed", fontsize=9)
+    canvas.supylabel(f"share {done}", fontsize=9)
 
 
 def magnitude_columns(groups: Sequence[MagnitudeShares]) -> int:
@@ -120,8 +131,14 @@ def magnitude_columns(groups: Sequence[MagnitudeShares]) -> int:
     return 1 if len(groups) == 1 else 2
 
 
-def draw_overlaps(canvas: Canvas, overlaps: MaskOverlaps) -> None:
-    """A table with a number in each cell: measured below the diagonal, by chance above it."""
+def draw_overlaps(canvas: Canvas, overlaps: MaskOverlaps, done: str) -> None:
+    """A table with a number in each cell: measured below the diagonal, by chance above it.
+
+    Args:
+        canvas: Where to draw.
+        overlaps: Of at least two masks.
+        done: What the masks do to weights: `removed` or `reset`.
+    """
     import numpy as np
     from matplotlib.colors import PowerNorm
 
@@ -154,11 +171,11 @@ def draw_overlaps(canvas: Canvas, overlaps: MaskOverlaps) -> None:
         ],
     )
     axes.set_title("above the diagonal: by chance", loc="right", fontsize=_SMALL)
-    axes.set_xlabel("below the diagonal: removed by both / by either", loc="left", fontsize=_SMALL)
+    axes.set_xlabel(f"below the diagonal: {done} by both / by either", loc="left", fontsize=_SMALL)
 
 
 def _cell_text(value: float) -> str:
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}" if value else "0"
 
 
 def _grid(canvas: Canvas, count: int, columns: int) -> list[Axes]:
