@@ -73,7 +73,9 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
             actual=f"tensors such as {b.names()[0]}",
             hint="compare masks of the same model and of overlapping layers",
         )
-    tensors = {name: _overlap(name, (a.records[name], b.records[name]), (a.packed(name), b.packed(name))) for name in common}
+    tensors = {
+        name: _overlap(name, (a.records[name], b.records[name]), (a.packed(name), b.packed(name))) for name in common
+    }
     return MaskDifference(
         tensors=tensors,
         total=_sum(tensors.values()),

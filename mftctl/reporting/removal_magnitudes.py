@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 BINS: Final = 20
 MAX_SAMPLE: Final = 2**18
-"""Weights looked at in one tensor: 13,107 a bin, which is a standard error of 0.3 points at 10 % for one tensor alone."""
+"""The most weights looked at in one tensor: 13,107 a bin, whose share has a standard error of 0.3 points at 10 %."""
+
+_PLACE_BITS: Final = 18  # of a place in the sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +197,12 @@ class _Tensor:
         bits = np.memmap(stored.path, dtype=unsigned, mode="r", offset=stored.offset_bytes, shape=(weights,))
         positions = _sample(weights)
         # Without its sign bit a number of any of these types is the larger the larger its bits are as an integer.
-        magnitudes = bits[positions] & unsigned.type(2 ** (8 * unsigned.itemsize - 1) - 1)
-        return cls(digest, weights, positions[np.argsort(magnitudes, kind="stable")])
+        magnitudes = (bits[positions] & unsigned.type(2 ** (8 * unsigned.itemsize - 1) - 1)).astype(np.uint64)
+        if unsigned.itemsize == 8:
+            magnitudes >>= _PLACE_BITS  # the last of 52 binary places, to make room
+        # One key of magnitude and place, as sorting whole numbers is 8 times as fast as a stable argsort.
+        keys = np.sort(magnitudes << _PLACE_BITS | np.arange(len(positions), dtype=np.uint64))
+        return cls(digest, weights, positions[keys & np.uint64(MAX_SAMPLE - 1)])
 
     def removed(self, mask: Mask, name: str) -> NDArray[np.float64]:
         """How many weights the mask removes in each bin, `(BINS,)`, scaled up from the sample.
@@ -215,10 +222,13 @@ class _Tensor:
         is_removed = (packed[self.positions >> 3] >> (self.positions & 7).astype(np.uint8)) & 1 == 0
         looked_at = len(self.positions)
         below = np.concatenate([[0], np.cumsum(is_removed)])
-        at_borders = np.interp(np.linspace(0, looked_at, BINS + 1), np.arange(looked_at + 1), below)
-        return np.diff(at_borders) * (self.weights / looked_at)
+        borders, part = np.divmod(np.arange(BINS + 1) * looked_at, BINS)
+        at_borders = below[borders] + np.append(is_removed, False)[borders] * part / BINS
+        counts: NDArray[np.float64] = np.diff(at_borders) * (self.weights / looked_at)
+        return counts
 
 
+@lru_cache(maxsize=8)  # a model has a few sizes of tensors, again and again
 def _sample(weights: int) -> NDArray[np.int64]:
     """Flat positions to look at, ascending: all, or one drawn from each of `MAX_SAMPLE` pieces, always the same."""
     import numpy as np

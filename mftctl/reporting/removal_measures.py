@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 MAX_MASKS: Final = 12
 """Numbers in the cells of a larger table cannot be read."""
 
+_EVEN: Final = 0.01
 _LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.")
 _KNOWN_ORDER: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -43,6 +44,17 @@ class LayerShares:
     projections: tuple[str, ...]
     layers: tuple[int, ...]
     shares: tuple[tuple[float | None, ...], ...]
+
+    @property
+    def covers_all(self) -> bool:
+        """Whether there is a share in every cell."""
+        return all(share is not None for row in self.shares for share in row)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the same is removed everywhere, but for rounding to whole weights."""
+        known = [share for row in self.shares for share in row if share is not None]
+        return max(known) - min(known) <= _EVEN * max(known)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +112,9 @@ def layer_shares(groups: Sequence[MaskGroup]) -> list[LayerShares]:
             removed_share=fmean(mask.removed_share for mask in group.masks),
             projections=names,
             layers=columns,
-            shares=tuple(tuple(_mean(mask.get((path, layer)) for mask in masks) for layer in columns) for path in paths),
+            shares=tuple(
+                tuple(_mean(mask.get((path, layer)) for mask in masks) for layer in columns) for path in paths
+            ),
         )
         for group, masks in zip(groups, cells, strict=True)
         if any(masks)
