@@ -18,9 +18,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -29,6 +30,9 @@ from mftctl.errors import Interrupted, MftError, RunError
 from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
 from mftctl.storage import is_alive, is_failure_of_storage, known_failures, remove_leftovers, temporary_prefix
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -256,16 +260,32 @@ def load_run(folder: Path) -> Run:
     """
     path = folder / "run.json"
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        record = RunRecord(**document)
-    except (OSError, ValueError, TypeError) as error:
+        record = _record_reader().validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise RunError(
             "This is not a readable run folder.",
             path=path,
             expected=f"a JSON record with {', '.join(item.name for item in fields(RunRecord)[:4])}",
-            actual=error,
+            actual=_first_fault(error),
         ) from error
     return Run(folder, record)
+
+
+@cache
+def _record_reader() -> TypeAdapter[RunRecord]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(RunRecord)
+
+
+def _first_fault(error: OSError | ValueError) -> str:
+    """What is wrong with a record, in a line."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return ": ".join([*map(str, fault["loc"]), fault["msg"]])
 
 
 def list_runs(root: Path) -> tuple[list[Run], list[RunError]]:

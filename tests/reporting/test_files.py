@@ -5,84 +5,73 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.reporting.comparison import Change, MetricTable, Row, compare_runs
-from mftctl.reporting.files import (
-    change_header,
-    change_texts,
-    title,
-    to_document,
-    to_markdown,
-    value_text,
-    write_report,
-)
-from tests.reporting.run_folders import write_experiment
-
-GOLDEN = Path(__file__).parent / "golden" / "report.md"
+from mftctl.reporting.files import to_document, write_report
+from mftctl.reporting.markdown import to_markdown
+from mftctl.reporting.report import Report, make_report
+from tests.reporting.training_folders import write_study
 
 
-def make_row(change: Change | None = None, *, spread: float | None = None, is_baseline: bool = False) -> Row:
-    return Row("MFT", 0.12345, spread, None, 10, (0,), is_baseline, change, ("004-eval",))
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    root = tmp_path_factory.mktemp("study") / "runs"
+    write_study(root)
+    return make_report(root)
 
 
-def make_table(metric: str, row: Row) -> MetricTable:
-    return MetricTable("models/base", "test.jsonl", metric, "FFT", (row,))
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_report_of_two_seeds_is_the_stored_one(tmp_path: Path) -> None:
-    write_experiment(tmp_path)
-    (tmp_path / "030-eval").mkdir()
-    tables, problems = compare_runs(tmp_path)
-    text = to_markdown(tables, problems).replace(str(tmp_path), "runs")
-    assert text == GOLDEN.read_text("utf-8")
-
-
-def test_report_is_written_as_markdown_and_json_and_replaced(tmp_path: Path) -> None:
-    write_experiment(tmp_path / "runs")
-    tables, problems = compare_runs(tmp_path / "runs")
+def test_a_report_is_a_page_a_text_a_document_tables_and_figures(report: Report, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
     for _ in range(2):
-        files = write_report(tables, problems, folder)
-    assert sorted(folder.iterdir()) == sorted(files) == [folder / "report.json", folder / "report.md"]
-    assert (folder / "report.md").read_text("utf-8") == to_markdown(tables, problems)
+        files = write_report(report, folder)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    assert names[:3] == ["index.html", "report.md", "report.json"]
+    assert files_in(folder) == set(names)
+    assert {Path(name).parts[0] for name in names[3:]} == {"tables", "figures"}
+    assert (folder / "report.md").read_text("utf-8") == to_markdown(report)
     document = json.loads((folder / "report.json").read_text("utf-8"))
-    assert document == json.loads(json.dumps(to_document(tables, problems)))
-    assert [row["state"] for row in document["tables"][0]["rows"]] == [row.state for row in tables[0].rows]
-    assert set(document["tables"][0]["rows"][-1]["change"]) == {
-        "value",
-        "low",
-        "high",
-        "verdict",
-        "p_value",
-        "corrected_p_value",
-    }
+    assert document.pop("files") == names
+    assert document == json.loads(json.dumps(to_document(report)))
 
 
-@pytest.mark.parametrize(("value", "arrow"), [(0.05, "↑ +0.0500"), (-0.05, "↓ -0.0500"), (0.0, "= +0.0000")])
-def test_change_has_an_arrow_its_interval_and_a_verdict(value: float, arrow: str) -> None:
-    row = make_row(Change(value, value - 0.01, value + 0.01, "better"))
-    interval = f"[{value - 0.01:+.4f}, {value + 0.01:+.4f}]"
-    assert change_texts(row, make_table("loss", row)) == (f"{arrow} {interval}", "better")
+def test_the_document_has_every_number_with_its_runs(report: Report) -> None:
+    document = json.loads(json.dumps(to_document(report)))
+    row = document["tables"][0]["rows"][-1]
+    assert row["state"] == "MFT"
+    assert row["runs"] == ["009-eval", "019-eval"]
+    assert [single["run"] for single in row["by_seed"]] == row["runs"]
+    assert set(row["change"]) == {"value", "low", "high", "verdict", "p_value", "corrected_p_value"}
+    sources = {source["name"]: source for source in document["sources"]}
+    named = [*document["tables"], *document["overviews"]]
+    assert named
+    used = {name for table in document["tables"] for row in table["rows"] for name in row["runs"]}
+    used |= {name for item in (*document["efficiency"], *document["figures"]) for name in item["runs"]}
+    assert used <= sources.keys()
+    assert all(source["reproduction"].startswith("mftctl ") for source in sources.values())
+    assert all(figure["data"] for figure in document["figures"])
 
 
-def test_baseline_has_no_change_and_a_state_that_cannot_be_compared_says_so() -> None:
-    baseline, other = make_row(is_baseline=True), make_row()
-    assert change_texts(baseline, make_table("loss", baseline)) == ("", "")
-    assert change_texts(other, make_table("loss", other)) == ("", "not comparable")
+def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path)
+    old, own = tmp_path / "figures" / "old.svg", tmp_path / "figures" / "own.svg"
+    for path in (old, own, tmp_path / "mine.txt"):
+        path.write_text("x", encoding="utf-8")
+    document = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    document["files"] += ["figures/old.svg", "../outside.svg", "figures/../mine.txt", "mine.txt", 3]
+    (tmp_path / "report.json").write_text(json.dumps(document), encoding="utf-8")
+    outside = tmp_path.parent / "outside.svg"
+    outside.write_text("x", encoding="utf-8")
+    write_report(report, tmp_path)
+    assert not old.exists()
+    assert own.exists()
+    assert outside.exists()
+    assert (tmp_path / "mine.txt").exists()
 
 
-def test_value_has_its_spread_over_seeds() -> None:
-    assert value_text(make_row()) == "0.1235"
-    assert value_text(make_row(spread=0.02)) == "0.1235 ± 0.0200"
-
-
-@pytest.mark.parametrize(("metric", "direction"), [("loss", "lower"), ("exact_match", "higher")])
-def test_title_says_which_way_is_better(metric: str, direction: str) -> None:
-    table = make_table(metric, make_row())
-    assert title(table) == f"{metric} on test.jsonl, {direction} is better (base)"
-    assert change_header(table) == "change against FFT [95 %]"
-
-
-def test_what_was_left_out_stands_at_the_end() -> None:
-    table = make_table("loss", make_row())
-    assert "Left out" not in to_markdown([table], [])
-    assert to_markdown([table], ["one", "two"]).endswith("\nLeft out:\n\n- one\n- two\n")
+@pytest.mark.parametrize("content", ["{", "[]", '{"files": 3}', '{"files": [["a"]]}', "null"])
+def test_a_damaged_document_of_before_is_replaced(report: Report, tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content, encoding="utf-8")
+    write_report(report, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["tables"]
