@@ -149,6 +149,9 @@ def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
     star = (fmean(step for step, _ in stars), fmean(value for _, value in stars)) if stars else None
     captions = [f"{measure.metric} on the first {measure.samples} problems or records of {measure.dataset}, measured "]
     captions[0] += "during training, the same for all."
+    error = max(item.standard_errors.get(measure, 0.0) for method in methods for item in method.seeds)
+    if error:
+        captions.append(f"A single point has a standard error of up to {error:.3f}: small steps are noise.")
     if star is None and any(method.state == FFT for method in methods):
         captions.append("There is no star: the best FFT was not measured.")
     return CurvePicture(

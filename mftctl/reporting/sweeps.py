@@ -220,12 +220,12 @@ def _label(line: Sequence[_Point], alike: Sequence[Sequence[_Point]]) -> str:
 
 def _is_baseline_of(row: Row, lines: Sequence[_SweptLine], by_name: Mapping[str, Run]) -> bool:
     """Whether a baseline is one of those that the lines are compared with."""
-    compared = [point for line in lines for point in line.points]
-    made = {tuple(_made_by(by_name[name])) for name in row.runs if name in by_name}
-    started = {tuple(settings["started from"]) for point in compared for settings in point.settings.values()}
-    data = [by_name[name].record.config.get("data") for name in row.runs if name in by_name]
-    trained = [settings["data"] for point in compared for settings in point.settings.values()]
-    return bool(made & started) or (() in started and any(one in trained for one in data))
+    compared = [settings for line in lines for point in line.points for settings in point.settings.values()]
+    made = [_made_by(by_name[name]) for name in row.runs if name in by_name]
+    if any(settings["started from"] == names for settings in compared for names in made):
+        return True
+    data = [by_name[names[-1]].record.config.get("data") for names in made if names and names[-1] in by_name]
+    return any(not settings["started from"] and settings["data"] in data for settings in compared)
 
 
 def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]) -> Figure:
@@ -273,7 +273,9 @@ def _numbers(option: _Option, panels: Sequence[_Panel]) -> list[dict[str, Any]]:
     numbers = []
     for panel in panels:
         for row in panel.baselines:
-            numbers.append({"metric": panel.table.metric, "state": row.state, "value": row.value, "runs": row.runs})
+            numbers.append(
+                {"metric": panel.table.metric, "state": row.state, "value": row.value, "runs": list(row.runs)}
+            )
         for line in panel.lines:
             for point in line.points:
                 low, high = _bar(point.row)
@@ -286,7 +288,7 @@ def _numbers(option: _Option, panels: Sequence[_Panel]) -> list[dict[str, Any]]:
                         "low": point.row.value - low,
                         "high": point.row.value + high,
                         "seeds": len(point.row.seeds),
-                        "runs": point.row.runs,
+                        "runs": list(point.row.runs),
                     }
                 )
     return numbers

@@ -41,6 +41,7 @@ class History:
         reference_loss: That of the best FFT, or without one of the unmasked model, on the same records; None where it
             is not known.
         scores: Of each measure, the value by its own step.
+        standard_errors: Of each measure, the largest over samples of one value.
         is_trained: False for a mask that takes no steps, such as a random one.
     """
 
@@ -54,6 +55,7 @@ class History:
     losses: Mapping[int, float]
     reference_loss: float | None
     scores: Mapping[Measure, Mapping[int, float]]
+    standard_errors: Mapping[Measure, float]
     is_trained: bool
 
     @property
@@ -76,6 +78,7 @@ class _Measured:
         state: What it makes of a model.
         losses: By step.
         scores: By measure and step.
+        standard_errors: By measure, the largest.
         kept_step: The step whose state was kept.
         parents: Of the model it started from.
         before: The state of that model.
@@ -87,6 +90,7 @@ class _Measured:
     state: str
     losses: dict[int, float]
     scores: dict[Measure, dict[int, float]]
+    standard_errors: dict[Measure, float]
     kept_step: int
     parents: tuple[str, ...]
     before: str
@@ -146,10 +150,13 @@ def _measured(run: Run) -> _Measured | None:
     if not losses and record.status != "finished":
         return None
     scores: dict[Measure, dict[int, float]] = {}
+    standard_errors: dict[Measure, float] = {}
     for line in lines:
         for metric in line.get("metrics", ()):
             measure = Measure(line["dataset"], line["digest"], metric["name"], int(metric["samples"]))
             scores.setdefault(measure, {})[int(line["step"])] = float(metric["value"])
+            error = float(metric.get("standard_error") or 0.0)
+            standard_errors[measure] = max(error, standard_errors.get(measure, 0.0))
     losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     best = min(losses, key=lambda step: losses[step], default=0)
     is_last = record.config.get("fft", {}).get("keep") == "last" and record.command == "fft"
@@ -158,6 +165,7 @@ def _measured(run: Run) -> _Measured | None:
         state=str(record.result["state"]) if record.status == "finished" else _expected_state(run),
         losses=losses,
         scores=scores,
+        standard_errors=standard_errors,
         kept_step=max(losses) if is_last and losses else best,
         parents=tuple(record.inputs["parents"]),
         before=str(record.inputs["state"]),
@@ -251,6 +259,7 @@ def _placed(
         losses=item.losses,
         reference_loss=_reference_loss(item, measured, unmasked),
         scores=item.scores,
+        standard_errors=item.standard_errors,
         is_trained=record.command == "fft" or _is_learned(item.run),
     )
 
