@@ -116,7 +116,7 @@ def _problem(surface: Surface) -> str | None:
             f"{len(surface.cells)} of {surface.side**2} points of the loss surface are measured, too few for a figure: "
             "mftctl report --surface goes on with it"
         )
-    flat = [name for name in _LOSSES if len(_levels(surface, name)) < 2]
+    flat = [name.replace("_", " ") for name in _LOSSES if len(_levels(surface, name)) < 2]
     return f"the {' and the '.join(flat)} is the same all over the plane" if flat else None
 
 
