@@ -38,7 +38,7 @@ POINTS = 11
 RECORDS = 100
 _FEWEST_POINTS = 4
 _MARGIN = 1 / 3
-"""On each side, as a share of the extent of the three models: with 11 points, a model lies on the third from outside."""
+"""On each side, as a share of the extent of the three models, which with 11 points puts FFT on a point of the grid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +75,11 @@ def measure_surface(root: Path, listener: Listener, *, points: int = POINTS, rec
     """The finished run of a loss surface: the one there is, else one taken up where it was stopped, else a new one.
 
     Its `metrics.jsonl` has a line for each of the three models (`mark`) and each point of the grid (`column`, `row`):
-    `x` and `y`, the distances from FFT along the two axes of `WeightPlane`, and the losses per answer token `train_loss`
-    and `test_loss`, of the weights in fp32; null where the model gives no number there. Held in memory are the model, 4 bytes a weight, and the three models as they
-    are stored, of which what two have in common counts once.
+    `x` and `y`, the distances from FFT along the two axes of `WeightPlane`, and the losses per answer token of the
+    weights in fp32, `train_loss` and `test_loss`, null where the model gives no number there.
+
+    Held in memory are the model, 4 bytes a weight, and the three models as they are stored, of which what two have in
+    common counts once.
 
     Args:
         root: The runs folder.
@@ -125,7 +127,7 @@ def _training_records(corners: Corners, count: int) -> list[Example]:
             path=", ".join(source.path for source in recipe.data),
             expected=f"{inputs['train_records']} records with SHA-256 {inputs['digests']['train']}",
             actual=f"{len(train)} records with SHA-256 {data_digest(train)}",
-            hint="put the data back, or run mftctl fft, mftctl fft again on its model, and mftctl mask-train on the new",
+            hint="put the data back, or train all three anew on what it is now",
         )
     return sample_count(train, count, recipe.seed)
 

@@ -12,8 +12,10 @@ from mftctl.reporting.drawing import COLOUR_MAP, INK, Figure, style_of
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+    from numpy.typing import NDArray
 
 _COMMAND = "surface"
 _LOSSES = ("train_loss", "test_loss")
@@ -99,14 +101,23 @@ def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{run.name}: its loss surface cannot be read ({type(error).__name__}: {error})")
             continue
-        if len(surface.marks) == len(surface.corners) and len(surface.cells) >= _FEWEST_CELLS:
+        problem = _problem(surface)
+        if problem is None:
             found.append(surface)
         else:
-            problems.append(
-                f"{run.name}: {len(surface.cells)} of {surface.side**2} points of the loss surface are measured, and a "
-                f"figure needs {_FEWEST_CELLS}; mftctl report --surface goes on with it"
-            )
+            problems.append(f"{run.name}: {problem}")
     return found
+
+
+def _problem(surface: Surface) -> str | None:
+    """Why a surface cannot be drawn; None if it can."""
+    if len(surface.marks) != len(surface.corners) or len(surface.cells) < _FEWEST_CELLS:
+        return (
+            f"{len(surface.cells)} of {surface.side**2} points of the loss surface are measured, too few for a figure: "
+            "mftctl report --surface goes on with it"
+        )
+    flat = [name.replace("_", " ") for name in _LOSSES if len(_levels(surface, name)) < 2]
+    return f"the {' and the '.join(flat)} is the same all over the plane" if flat else None
 
 
 def _read(run: Run) -> Surface:
@@ -137,10 +148,10 @@ def _figure(surface: Surface) -> Figure:
             f"Loss per answer token, lower (darker) is better, on {train} training records of {surface.corners[0]} and "
             f"on {test} test records, at {surface.side} × {surface.side} points.{part} The axes are distances in the "
             "space of the weights: across from FFT to continued FFT, upwards what of the way to MFT is at right angles "
-            "to that; each axis and each half has a scale of its own. Each colour covers a ninth of the grid, so that "
-            "the steps between lines differ. With their own weights the "
-            f"models have, on train and test: {'; '.join(map(_losses_text, surface.marks))}. These are directions of very many: a plane cannot tell whether a way outside it joins two models, nor how wide a "
-            "valley is in other directions."
+            f"to that; each axis and each half has a scale of its own. Each colour covers 1/{_BANDS} of the grid, so "
+            "that the steps between lines differ. With their own weights the models have, on train and test: "
+            f"{'; '.join(map(_losses_text, surface.marks))}. These are two directions of very many: a plane cannot "
+            "tell whether a way outside it joins two models, nor how wide a valley is in other directions."
         ),
         data=tuple(_row(point) for point in (*surface.marks, *surface.cells)),
         runs=(surface.run, *surface.corners),
@@ -184,16 +195,30 @@ def _draw_contours(axes: Axes, surface: Surface, name: str) -> None:
 
     across = np.array([cell.x for cell in surface.cells])
     upwards = np.array([cell.y for cell in surface.cells])
-    losses = np.array([getattr(cell, name) for cell in surface.cells])
-    losses = np.minimum(losses, losses[np.isfinite(losses)].max())
-    # At quantiles, so that each band has its share of the plane, and the valley as many as the walls.
-    levels = np.unique(np.quantile(losses, np.linspace(0, 1, _BANDS + 1)[1:-1]))
+    losses, levels = _drawn_losses(surface, name), _levels(surface, name)
     bands = BoundaryNorm(levels, 256, extend="both")
     axes.tricontourf(across, upwards, losses, levels=levels, cmap=COLOUR_MAP, norm=bands, extend="both")
     # White stands out on the dark bands, ink on the light ones.
     colours = ["white" if number <= len(levels) / 2 else INK for number in range(len(levels))]
     lines = axes.tricontour(across, upwards, losses, levels=levels, colors=colours, linewidths=0.6)
     axes.clabel(lines, fmt="%.3g", fontsize=8)
+
+
+def _drawn_losses(surface: Surface, name: str) -> NDArray[np.float64]:
+    """The loss of each point of the grid, where there is no number the highest there is."""
+    import numpy as np
+
+    losses = [getattr(cell, name) for cell in surface.cells]
+    highest = max(filter(math.isfinite, losses), default=0.0)
+    return np.minimum(np.array(losses, dtype=np.float64), highest)
+
+
+def _levels(surface: Surface, name: str) -> NDArray[np.float64]:
+    """Quantiles, so that each band has its share of the plane, and the valley as many as the walls."""
+    import numpy as np
+
+    shares = np.linspace(0, 1, _BANDS + 1)[1:-1]
+    return np.unique(np.quantile(_drawn_losses(surface, name), shares))
 
 
 def _draw_mark(axes: Axes, point: SurfacePoint) -> None:
