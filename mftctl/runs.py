@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 _PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval")
+_NUMBERED = re.compile(r"\d+-")
 SOURCE = "mftctl source"
 """Name among the versions of the digest of mftctl's own code."""
 
@@ -288,10 +289,20 @@ def _first_fault(error: OSError | ValueError) -> str:
     return ": ".join([*map(str, fault["loc"]), fault["msg"]])
 
 
+def run_folders(root: Path) -> list[Path]:
+    """The run folders below `root`, whatever is in them, oldest first; none where there is no such folder."""
+    try:
+        with os.scandir(root) as entries:
+            names = [entry.name for entry in entries if _NUMBERED.match(entry.name) and entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [root / name for name in sorted(names, key=lambda name: (int(name.split("-")[0]), name))]
+
+
 def list_runs(root: Path) -> tuple[list[Run], list[RunError]]:
     """All runs below `root`, oldest first, and an error for each folder that cannot be read."""
     runs, errors = [], []
-    for folder in _run_folders(root):
+    for folder in run_folders(root):
         try:
             runs.append(load_run(folder))
         except RunError as error:
@@ -332,12 +343,6 @@ def recorded(run: Run) -> Iterator[None]:
         raise
 
 
-def _run_folders(root: Path) -> Iterator[Path]:
-    if root.is_dir():
-        numbered = [path for path in root.iterdir() if path.is_dir() and re.match(r"\d+-", path.name)]
-        yield from sorted(numbered, key=lambda path: (int(path.name.split("-")[0]), path.name))
-
-
 def _new_folder(root: Path, record: RunRecord) -> Path:
     """A folder with record and configuration under the next free number; there is none without them at any time."""
     root.mkdir(parents=True, exist_ok=True)
@@ -347,7 +352,7 @@ def _new_folder(root: Path, record: RunRecord) -> Path:
         temporary.chmod(root.stat().st_mode & 0o777)
         write_text(temporary / "config.yaml", yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True))
         write_text(temporary / "run.json", _to_json(record))
-        number = max((int(path.name.split("-")[0]) for path in _run_folders(root)), default=0) + 1
+        number = max((int(path.name.split("-")[0]) for path in run_folders(root)), default=0) + 1
         while True:
             folder = root / f"{number:03d}-{record.command}"
             try:

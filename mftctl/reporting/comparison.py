@@ -41,6 +41,9 @@ STATE_ORDER = (
 )
 LOWER_IS_BETTER = ("loss",)
 
+Samples = dict[str, tuple[float, float]]
+"""Score and weight of each sample, by its id."""
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -179,19 +182,30 @@ class _Measurement:
         first = [run for run in self.made_by if run.name == self.inputs["parents"][0]]
         return str(first[0].record.result.get("state")) if first else None
 
-    def samples(self) -> dict[str, tuple[float, float]]:
+    def samples(self) -> Samples:
         """Score and weight of each sample, by its id."""
-        path = self.run.folder / self.dataset["samples"]
-        name = self.metric["name"]
-        try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            return {
-                row["id"]: (row["scores"][name], row.get("weights", {}).get(name, 1.0))
-                for row in rows
-                if name in row["scores"]
-            }
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError("The samples of an evaluation cannot be read.", path=path, actual=repr(error)) from error
+        return read_samples(self.run.folder / self.dataset["samples"], self.metric["name"])
+
+
+def read_samples(path: Path, metric: str) -> Samples:
+    """Score and weight of each sample of an evaluation, by its id.
+
+    Args:
+        path: The evaluation's file of samples.
+        metric: The metric's name; samples without it are left out.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {
+            row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))
+            for row in rows
+            if metric in row["scores"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError("The samples of an evaluation cannot be read.", path=path, actual=repr(error)) from error
 
 
 def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
@@ -366,19 +380,31 @@ def _row(label: str, group: Sequence[_Measurement], changes: Sequence[Change | N
 
 def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metric: str, baseline: str) -> Change | None:
     """The change of a state, each run paired by sample with its own baseline, then averaged over seeds."""
-    import numpy as np
-
-    from mftctl.evaluation.statistics import paired_difference_over_seeds
-
     candidates = [item for item in others if item.state == baseline]
     pairs = [(base, item) for item in group for base in candidates if _belong_together(base, item)]
     if not pairs:
         return None
-    loaded = [(base.samples(), item.samples()) for base, item in pairs]
-    ids = list(loaded[0][0])
-    if any(set(samples) != set(ids) for pair in loaded for samples in pair):
+    return paired_change([(base.samples(), item.samples()) for base, item in pairs], metric)
+
+
+def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Change:
+    """What changed between two measurements of the same samples, averaged over seeds, with interval and verdict.
+
+    Args:
+        pairs: The samples before and after, a pair a seed.
+        metric: The metric's name, which says which way is better.
+
+    Raises:
+        EvaluationError: They were not measured on the same samples, or on too few.
+    """
+    import numpy as np
+
+    from mftctl.evaluation.statistics import paired_difference_over_seeds
+
+    ids = list(pairs[0][0])
+    if any(set(samples) != set(ids) for pair in pairs for samples in pair):
         raise EvaluationError("not measured on the same samples as its baseline")
-    before, after = (np.array([[pair[side][key] for key in ids] for pair in loaded]) for side in (0, 1))
+    before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))
     interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
     verdict = "within noise"
     if interval.excludes_zero:
