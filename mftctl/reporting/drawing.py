@@ -96,7 +96,7 @@ def style_of(state: str) -> LineStyle:
     """
     plain = state.split(" (")[0]
     if plain == "FFT":
-        return LineStyle(INK, "-", "*")
+        return LineStyle(INK, "-", "h")
     return numbered_style(STATE_ORDER.index(plain) if plain in STATE_ORDER else len(STATE_ORDER))
 
 
@@ -118,7 +118,7 @@ class Drawing:
     png: bytes
 
 
-def drawn(figure: Figure) -> Drawing:
+def render(figure: Figure) -> Drawing:
     """The figure in both forms; the same bytes for the same data."""
     svg, png = io.StringIO(), io.BytesIO()
     with _canvas(figure) as canvas:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import atomic_file, write_text
-from mftctl.reporting.drawing import Drawing, drawn
+from mftctl.reporting.drawing import Drawing, render
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import to_markdown
 from mftctl.reporting.page import to_page
@@ -30,7 +30,7 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     document = folder / "report.json"
     before = _listed(document)
     page, markdown = folder / "index.html", folder / "report.md"
-    drawings = {figure.name: drawn(figure) for figure in report.figures}
+    drawings = {figure.name: render(figure) for figure in report.figures}
     write_text(page, to_page(report, drawings, folder))
     write_text(markdown, to_markdown(report))
     files = [page, markdown, document, *write_tables(report, folder / "tables")]

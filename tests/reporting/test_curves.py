@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 
 from mftctl.reporting.curves import curve_figures
-from mftctl.reporting.drawing import Figure, drawn
+from mftctl.reporting.drawing import Figure, render
 from mftctl.runs import list_runs
 from tests.reporting.run_folders import make_samples, write_evaluation
 from tests.reporting.training_runs import write_training
@@ -156,7 +156,7 @@ def test_seeds_that_end_at_different_steps_go_on_alone(tmp_path: Path) -> None:
         losses = {step: 1.0 - 0.01 * step for step in steps}
         write_training(tmp_path, 1 + seed, "FFT", losses, seed=seed)
     [figure] = figures_of(tmp_path)
-    whole, thin = [line for line in lines_of(figure) if line.get_marker() == "o"]
+    whole, thin = [line for line in lines_of(figure) if line.get_marker() == "h"]
     assert list(whole.get_xdata()) == [0, 10, 20]
     assert list(thin.get_xdata()) == [20, 30]
     assert thin.get_linewidth() < whole.get_linewidth()
@@ -166,7 +166,7 @@ def test_seeds_measured_at_other_steps_are_drawn_each_alone(tmp_path: Path) -> N
     write_training(tmp_path, 1, "FFT", {0: 1.0, 10: 0.8, 20: 0.7}, seed=0)
     write_training(tmp_path, 2, "FFT", {0: 1.2, 7: 0.9, 20: 0.8}, seed=1)
     [figure] = figures_of(tmp_path)
-    lines = [line for line in lines_of(figure) if line.get_marker() == "o"]
+    lines = [line for line in lines_of(figure) if line.get_marker() == "h"]
     assert [list(line.get_xdata()) for line in lines] == [[0, 10, 20], [0, 7, 20]]
     assert labels_of(figure) == ["FFT", "best FFT"]
 
@@ -422,7 +422,7 @@ def test_there_is_no_figure_of_nothing(tmp_path: Path, status: str) -> None:
 def test_a_figure_is_the_same_svg_each_time_and_its_data_is_plain(tmp_path: Path) -> None:
     write_study(tmp_path)
     [one], [other] = figures_of(tmp_path), figures_of(tmp_path)
-    assert drawn(one).svg == drawn(other).svg
-    assert "continued FFT" in drawn(one).svg
+    assert render(one).svg == render(other).svg
+    assert "continued FFT" in render(one).svg
     assert json.loads(json.dumps(one.data)) == list(one.data)
     assert fmean(point["value"] for point in one.data if point["state"] == "MFT") == pytest.approx(-0.05)

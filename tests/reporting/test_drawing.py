@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure as Canvas
 
 from mftctl.reporting.comparison import STATE_ORDER
-from mftctl.reporting.drawing import INK, Figure, drawn, numbered_style, style_of
+from mftctl.reporting.drawing import INK, Figure, numbered_style, render, style_of
 
 
 def make_figure(name: str = "line", label: str = "a < b & c") -> Figure:
@@ -33,8 +33,8 @@ def test_the_maker_of_a_state_does_not_change_its_look() -> None:
 
 
 def test_the_same_figure_gives_the_same_bytes_with_real_text() -> None:
-    svg = drawn(make_figure()).svg
-    assert svg == drawn(make_figure()).svg
+    svg = render(make_figure()).svg
+    assert svg == render(make_figure()).svg
     text = "".join(ET.fromstring(svg).itertext())
     assert "step" in text
     assert "a < b & c" in text
@@ -42,7 +42,11 @@ def test_the_same_figure_gives_the_same_bytes_with_real_text() -> None:
 
 def test_two_figures_on_one_page_share_no_id() -> None:
     found = [
-        {item.get("id") for item in ET.fromstring(drawn(make_figure(name)).svg).iter() if item.tag.endswith("clipPath")}
+        {
+            item.get("id")
+            for item in ET.fromstring(render(make_figure(name)).svg).iter()
+            if item.tag.endswith("clipPath")
+        }
         for name in ("one", "two")
     ]
     assert found[0]
@@ -52,11 +56,11 @@ def test_two_figures_on_one_page_share_no_id() -> None:
 def test_the_picture_is_on_white_and_always_the_same() -> None:
     from PIL import Image
 
-    png = drawn(make_figure()).png
+    png = render(make_figure()).png
     with Image.open(io.BytesIO(png)) as picture:
         assert picture.size == (1280, 720)
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-    assert drawn(make_figure()).png == png
+    assert render(make_figure()).png == png
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(range(6), 2)))

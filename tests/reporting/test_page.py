@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.reporting.drawing import INK, drawn
+from mftctl.reporting.drawing import INK, render
 from mftctl.reporting.page import anchor, to_page
 from mftctl.reporting.report import Report, make_report
 from tests.reporting.training_folders import write_study
@@ -46,7 +46,7 @@ def report(root: Path) -> Report:
 
 
 def page_of(report: Report, folder: Path) -> str:
-    return to_page(report, {figure.name: drawn(figure) for figure in report.figures}, folder)
+    return to_page(report, {figure.name: render(figure) for figure in report.figures}, folder)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mftctl.reporting.drawing import Figure, drawn
+from mftctl.reporting.drawing import Figure, render
 from mftctl.reporting.removal import removal_figures
 from mftctl.runs import list_runs
 from tests.reporting.mask_runs import damage, make_mask, random_keep, write_mask_run, write_model
@@ -97,14 +97,14 @@ def test_the_data_of_the_figures(tmp_path: Path) -> None:
 def test_they_can_be_drawn(tmp_path: Path, layers: int) -> None:
     write_experiment(tmp_path / "runs", layers)
     figures, _ = figures_of(tmp_path / "runs")
-    svg = drawn(figures["removed-by-layer"]).svg
+    svg = render(figures["removed-by-layer"]).svg
     assert all(text in svg for text in ("random mask, 2 seeds: ", "MFT, 2 seeds: ", ">up<", ">q<"))
-    svg = drawn(figures["mask-overlap"]).svg
+    svg = render(figures["mask-overlap"]).svg
     for entry in figures["mask-overlap"].data:
         decimals = 2 if entry["jaccard"] >= 0.1 else 3
         assert f">{entry['jaccard']:.{decimals}f}<".replace(">0.000<", ">0<") in svg
     assert "removed by both / by either" in svg
-    assert "share removed" in drawn(figures["removed-by-magnitude"]).svg
+    assert "share removed" in render(figures["removed-by-magnitude"]).svg
 
 
 def test_masks_that_remove_nothing_can_be_drawn(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_masks_that_remove_nothing_can_be_drawn(tmp_path: Path) -> None:
         write_mask_run(tmp_path, 2 + number, state, make_mask(keep, weights), model=str(model))
     figures, _ = figures_of(tmp_path)
     assert len(figures) == 3
-    assert all(drawn(figure).svg for figure in figures.values())
+    assert all(render(figure).svg for figure in figures.values())
 
 
 def test_no_map_where_the_same_is_removed_everywhere(tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_drops_have_figures_and_words_of_their_own(tmp_path: Path) -> None:
         "How far drops agree",
     ]
     assert all("values before fine-tuning" in figure.caption for figure in list(figures.values())[3:])
-    assert "share reset" in drawn(figures["removed-by-magnitude-2"]).svg
+    assert "share reset" in render(figures["removed-by-magnitude-2"]).svg
 
 
 def test_models_of_other_shapes_are_named(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 
 from mftctl.reporting.comparison import MetricTable, Row
-from mftctl.reporting.drawing import Figure, drawn
+from mftctl.reporting.drawing import Figure, render
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.sweeps import sweep_figures
 from mftctl.runs import list_runs
@@ -325,5 +325,5 @@ def test_two_data_sets_have_a_figure_each(tmp_path: Path) -> None:
 def test_a_figure_is_drawn_and_its_data_is_plain(tmp_path: Path) -> None:
     write_ratios(Study(tmp_path), [0.1, 0.2])
     [figure] = figures_of(tmp_path)
-    assert "share removed" in drawn(figure).svg
+    assert "share removed" in render(figure).svg
     assert json.loads(json.dumps(figure.data)) == list(figure.data)
