@@ -11,8 +11,8 @@ from mftctl.config import Recipe
 from mftctl.errors import ConfigError, Interrupted
 from mftctl.progress import Listener, Silence
 from mftctl.protocol import Planned, plan_experiment, run_experiment
-from mftctl.reporting.comparison import compare_runs
 from mftctl.runs import Run, list_runs
+from tests.reporting.run_folders import compare_runs
 from tests.workflow_fixtures import Interrupter, make_recipe, make_workspace
 
 STAGES: dict[str, Any] = {

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
-from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import EvaluationError, RunError
 from mftctl.lineage import FFT, PRE_TRAINED
-from mftctl.runs import Run, list_runs
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+from mftctl.reporting.measurements import Measurement, belong_together, measurements_of
+from mftctl.reporting.paired_change import Change, paired_change
+from mftctl.runs import Run
 
 STATE_ORDER = (
     PRE_TRAINED,
@@ -39,32 +34,6 @@ STATE_ORDER = (
     "MFT threshold",
     "masked",
 )
-LOWER_IS_BETTER = ("loss",)
-
-Samples = dict[str, tuple[float, float]]
-"""Score and weight of each sample, by its id."""
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A difference against the baseline, paired by sample.
-
-    Attributes:
-        value: New minus baseline.
-        low: Lower end of the 95 % interval.
-        high: Upper end of the 95 % interval.
-        verdict: `better`, `worse`, or `within noise` where the interval holds 0.
-        p_value: Of the exact test by sign flips, which for a single seed is McNemar's, for scores of 0 and 1; None for
-            others.
-        corrected_p_value: The same, corrected for the number of the state's benchmarks by Holm's method.
-    """
-
-    value: float
-    low: float
-    high: float
-    verdict: str
-    p_value: float | None = None
-    corrected_p_value: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,100 +105,6 @@ class MetricTable:
     is_benchmark: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Measurement:
-    """One metric of one evaluation run, with the runs that made the state, from first to last, as far as known."""
-
-    run: Run
-    dataset: dict[str, Any]
-    metric: dict[str, Any]
-    made_by: tuple[Run, ...]
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """What two measurements in one table have in common: model, data and metric."""
-        return (self.inputs["origin"], f"{self.dataset['name']}:{self.dataset['digest']}", self.metric["name"])
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        return self.run.record.inputs
-
-    @property
-    def state(self) -> str:
-        return str(self.run.record.result["state"])
-
-    @property
-    def seed(self) -> int:
-        return int(self.run.record.config.get("seed", 0))
-
-    @property
-    def trained_on(self) -> str:
-        """The training data."""
-        return json.dumps(self.run.record.config.get("data", []))
-
-    @property
-    def maker(self) -> tuple[str, str]:
-        """What tells two states of the same name apart: recipe and stage, else the run that made the state."""
-        makers = [name for name in self.inputs["parents"] if not name.endswith("-apply")]
-        record = next((run.record for run in self.made_by if makers and run.name == makers[-1]), self.run.record)
-        if self.state == PRE_TRAINED:
-            return "", ""
-        return record.recipe or "", record.stage or self.run.record.stage or (makers[-1] if makers else "")
-
-    @property
-    def first_state(self) -> str | None:
-        """The state that the first run on the way here made of the pre-trained model; None where it is not known."""
-        first = [run for run in self.made_by if run.name == self.inputs["parents"][0]]
-        return str(first[0].record.result.get("state")) if first else None
-
-    def samples(self) -> Samples:
-        """Score and weight of each sample, by its id."""
-        return read_samples(self.run.folder / self.dataset["samples"], self.metric["name"])
-
-
-def read_samples(path: Path, metric: str) -> Samples:
-    """Score and weight of each sample of an evaluation, by its id.
-
-    Args:
-        path: The evaluation's file of samples.
-        metric: The metric's name; samples without it are left out.
-
-    Raises:
-        RunError: The file cannot be read.
-    """
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {
-            row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))
-            for row in rows
-            if metric in row["scores"]
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError("The samples of an evaluation cannot be read.", path=path, actual=repr(error)) from error
-
-
-def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
-    """One table for each model, data set and metric, and a line for each run that could not be used.
-
-    Args:
-        root: The runs folder.
-
-    Raises:
-        RunError: There is no finished evaluation.
-    """
-    runs, errors = list_runs(root)
-    problems = [f"{error.path}: {error.message}" for error in errors]
-    tables = metric_tables(runs, problems)
-    if not tables:
-        raise RunError(
-            "There is nothing to report: no finished evaluation.",
-            path=root,
-            actual="; ".join(problems) or f"{len(runs)} other runs",
-            hint="mftctl eval",
-        )
-    return tables, problems
-
-
 def metric_tables(runs: Sequence[Run], problems: list[str]) -> list[MetricTable]:
     """One table for each model, data set and metric; none without a finished evaluation.
 
@@ -238,12 +113,12 @@ def metric_tables(runs: Sequence[Run], problems: list[str]) -> list[MetricTable]
         problems: Gets a line for each run that cannot be used.
     """
     by_name = {run.name: run for run in runs}
-    groups: dict[tuple[str, str, str], list[_Measurement]] = {}
+    groups: dict[tuple[str, str, str], list[Measurement]] = {}
     for run in runs:
         if run.record.command != "eval" or run.record.status != "finished":
             continue
         try:
-            for item in _measurements(run, by_name):
+            for item in measurements_of(run, by_name):
                 groups.setdefault(item.key, []).append(item)
         except RunError as error:
             problems.append(f"{error.path}: {error.message}")
@@ -284,42 +159,21 @@ def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]
     return [replace(table, rows=tuple(correct(row, table.origin) for row in table.rows)) for table in tables]
 
 
-def _measurements(run: Run, by_name: Mapping[str, Run]) -> list[_Measurement]:
-    """All metrics of a finished evaluation.
-
-    Raises:
-        RunError: Its record lacks something that a comparison needs.
-    """
-    record = run.record
-    try:
-        made_by = tuple(by_name[name] for name in record.inputs["parents"] if name in by_name)
-        found = [
-            _Measurement(run, data, metric, made_by) for data in record.result["datasets"] for metric in data["metrics"]
-        ]
-        for item in found:
-            _ = item.key, item.state, item.seed, item.maker, item.dataset["samples"]
-            _ = item.metric["value"], item.metric["standard_error"], item.metric["samples"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        path = run.folder / "run.json"
-        raise RunError("The record of this evaluation is not complete.", path=path, actual=repr(error)) from error
-    return found
-
-
 def _table(
     origin: str,
     metric: str,
-    measurements: Sequence[_Measurement],
+    measurements: Sequence[Measurement],
     makers: Mapping[str, Sequence[tuple[str, str]]],
     problems: list[str],
 ) -> MetricTable:
     newest = {(item.state, item.maker, item.seed): item for item in measurements}
-    states: dict[tuple[str, tuple[str, str]], list[_Measurement]] = {}
+    states: dict[tuple[str, tuple[str, str]], list[Measurement]] = {}
     for item in newest.values():
         states.setdefault((item.state, item.maker), []).append(item)
     baseline = FFT if any(state == FFT for state, _ in states) else PRE_TRAINED
     domains = list(dict.fromkeys(item.trained_on for item in measurements))
 
-    def order(group: Sequence[_Measurement]) -> tuple[int, int, tuple[str, str]]:
+    def order(group: Sequence[Measurement]) -> tuple[int, int, tuple[str, str]]:
         """As in the papers: the pre-trained model, then by what was trained on, and by method."""
         first = group[0]
         place = STATE_ORDER.index(first.state) if first.state in STATE_ORDER else len(STATE_ORDER)
@@ -351,7 +205,7 @@ def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, 
     return f"{state} ({recipe}: {stage})"
 
 
-def _row(label: str, group: Sequence[_Measurement], changes: Sequence[Change | None], *, is_baseline: bool) -> Row:
+def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | None], *, is_baseline: bool) -> Row:
     """One line of a table.
 
     Args:
@@ -378,58 +232,10 @@ def _row(label: str, group: Sequence[_Measurement], changes: Sequence[Change | N
     )
 
 
-def _change(group: Sequence[_Measurement], others: Iterable[_Measurement], metric: str, baseline: str) -> Change | None:
+def _change(group: Sequence[Measurement], others: Iterable[Measurement], metric: str, baseline: str) -> Change | None:
     """The change of a state, each run paired by sample with its own baseline, then averaged over seeds."""
     candidates = [item for item in others if item.state == baseline]
-    pairs = [(base, item) for item in group for base in candidates if _belong_together(base, item)]
+    pairs = [(base, item) for item in group for base in candidates if belong_together(base, item)]
     if not pairs:
         return None
     return paired_change([(base.samples(), item.samples()) for base, item in pairs], metric)
-
-
-def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Change:
-    """What changed between two measurements of the same samples, averaged over seeds, with interval and verdict.
-
-    Args:
-        pairs: The samples before and after, a pair a seed.
-        metric: The metric's name, which says which way is better.
-
-    Raises:
-        EvaluationError: They were not measured on the same samples, or on too few.
-    """
-    import numpy as np
-
-    from mftctl.evaluation.statistics import paired_difference_over_seeds
-
-    ids = list(pairs[0][0])
-    if any(set(samples) != set(ids) for pair in pairs for samples in pair):
-        raise EvaluationError("not measured on the same samples as its baseline")
-    before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))
-    interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
-    verdict = "within noise"
-    if interval.excludes_zero:
-        verdict = "better" if (interval.estimate < 0) == (metric in LOWER_IS_BETTER) else "worse"
-    return Change(interval.estimate, interval.low, interval.high, verdict, _p_value(before[..., 0], after[..., 0]))
-
-
-def _p_value(before: NDArray[np.float64], after: NDArray[np.float64]) -> float | None:
-    """Of the exact test by sign flips, where all scores are 0 or 1: summed over seeds, differences stay whole."""
-    from mftctl.evaluation.statistics import sign_flips
-
-    if not set(before.flat) | set(after.flat) <= {0.0, 1.0}:
-        return None
-    return sign_flips([int(difference) for difference in (after - before).sum(axis=0)])
-
-
-def _belong_together(base: _Measurement, item: _Measurement) -> bool:
-    """Whether a state is to be compared with this baseline.
-
-    What was made of a fine-tuned model belongs to that very model; a pre-trained model to all made of it; and what was
-    tuned in another way, such as GMT, to the baseline of the same pre-trained model, training data and seed.
-    """
-    same_origin = bool(base.inputs["origin"] == item.inputs["origin"])
-    if PRE_TRAINED in (base.state, item.state):
-        return same_origin
-    if item.first_state in (None, FFT):
-        return bool(base.inputs["parents"] == item.inputs["parents"][:1])
-    return same_origin and (base.seed, base.trained_on) == (item.seed, item.trained_on)

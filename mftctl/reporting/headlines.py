@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mftctl.reporting.advice import LEARNED
-from mftctl.reporting.comparison import LOWER_IS_BETTER, MetricTable, Row
+from mftctl.reporting.comparison import MetricTable, Row
+from mftctl.reporting.paired_change import LOWER_IS_BETTER
 from mftctl.reporting.text_tables import interval_text
 
 

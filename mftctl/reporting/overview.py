@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mftctl.evaluation.benchmarks import BENCHMARKS
-from mftctl.reporting.comparison import Change, MetricTable
+from mftctl.reporting.comparison import MetricTable
+from mftctl.reporting.paired_change import Change
 
 
 @dataclass(frozen=True, slots=True)

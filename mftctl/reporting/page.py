@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mftctl import __version__
@@ -37,7 +37,7 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     overviews = [overview_text(overview) for overview in report.overviews]
     efficiency = [efficiency_text(report.efficiency)] if report.efficiency else []
-    tables = [
+    tables: list[dict[str, Any]] = [
         {
             "text": metric_text(table),
             "seeds": metric_text(table, by_seed=True) if any(len(row.by_seed) > 1 for row in table.rows) else None,

@@ -26,9 +26,11 @@ from mftctl.runs import Run
 def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
     """Up to three figures for each kind of mask and shape of model; none without a finished `mask-train` run.
 
-    `removed-by-layer`, `removed-by-magnitude` and, where two masks have a tensor in common, `mask-overlap`; those of
-    the second family of masks end in `-2`. The first is not made where the same is removed everywhere. Mask files are read several times, each of them one tensor at a time; of a
-    model on disk each masked tensor is read once.
+    `removed-by-layer`, unless the same is removed everywhere; `removed-by-magnitude`, where a model is still on disk;
+    and `mask-overlap`, where two masks have a tensor in common. Those of the second family of masks end in `-2`. None
+    of the papers has such figures.
+
+    At most one tensor of a model and its bits in the masks compared are in memory; the weights are not copied.
 
     Args:
         runs: Oldest first.
@@ -75,10 +77,10 @@ class _Names:
     def removed(self) -> str:
         return "put back to their values before fine-tuning" if self.resets else "removed"
 
-    @property
-    def choice(self) -> str:
-        """Which masks are left out, a sentence with a space before it; empty where all are shown."""
-        text = ""
+    def basis(self, runs: Iterable[Sequence[str]]) -> str:
+        """What a figure was made from, and which masks are left out; a space before it."""
+        count = len(_unique(runs))
+        text = f" From {count} mask{'s' * (count > 1)}."
         if self.family.older:
             text += f" Of masks made in the same way with the same seed only the newest: {self.family.older} left out."
         if self.family.more:
@@ -96,7 +98,7 @@ def _layer_figure(groups: Sequence[LayerShares], names: _Names) -> Figure:
         " the share of all masked weights. A mask that takes its ratio of every tensor has one colour by design."
         + (" Embeddings and norms are not shown." if names.resets else "")
         + " It does not tell which of these weights matter."
-        + names.choice
+        + names.basis([group.runs for group in groups])
     )
     return Figure(
         name=f"removed-by-layer{names.ending}",
@@ -131,7 +133,7 @@ def _magnitude_figure(groups: Sequence[MagnitudeShares], names: _Names) -> Figur
         + (f" Of larger tensors {MAX_SAMPLE:,} weights were drawn." if sampled else "")
         + (" |w| is that of the fine-tuned model." if names.resets else "")
         + " A mask that takes small weights need not have looked at their size."
-        + names.choice
+        + names.basis([group.runs for group in groups])
     )
     return Figure(
         name=f"removed-by-magnitude{names.ending}",
@@ -164,7 +166,7 @@ def _overlap_figure(overlaps: MaskOverlaps, names: _Names) -> Figure:
         " More than chance says that two masks agree, not that they do for a good reason: masks that take the smallest"
         " weights agree too."
         + (f" {overlaps.left_out} masks of further seeds are left out." if overlaps.left_out else "")
-        + names.choice
+        + names.basis([overlaps.runs])
     )
     return Figure(
         name=f"mask-overlap{names.ending}",

@@ -202,7 +202,7 @@ class _Tensor:
             magnitudes >>= _PLACE_BITS  # the last of 52 binary places, to make room
         # One key of magnitude and place, as sorting whole numbers is 8 times as fast as a stable argsort.
         keys = np.sort(magnitudes << _PLACE_BITS | np.arange(len(positions), dtype=np.uint64))
-        return cls(digest, weights, positions[keys & np.uint64(MAX_SAMPLE - 1)])
+        return cls(digest, weights, positions[keys & np.uint64(2**_PLACE_BITS - 1)])
 
     def removed(self, mask: Mask, name: str) -> NDArray[np.float64]:
         """How many weights the mask removes in each bin, `(BINS,)`, scaled up from the sample.

@@ -165,11 +165,11 @@ def _cells(records: Mapping[str, TensorRecord]) -> dict[tuple[tuple[str, ...], i
     return {key: removed[key] / weights[key] for key in weights}
 
 
-def _row_order(path: tuple[str, ...]) -> tuple[bool, int, tuple[str, ...]]:
+def _row_order(path: tuple[str, ...]) -> tuple[bool, int, int, tuple[str, ...]]:
     """Attention before the rest, and in either the order of the forward pass where it is known."""
     is_attention = any("attn" in part or "attention" in part for part in path)
     place = _KNOWN_ORDER.index(path[-1]) if path[-1] in _KNOWN_ORDER else len(_KNOWN_ORDER)
-    return not is_attention, place, path
+    return not is_attention, place, len(path), path
 
 
 def _short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
@@ -180,7 +180,8 @@ def _short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
         length = next(
             (length for length in lengths if [other[-length:] for other in paths].count(path[-length:]) == 1), len(path)
         )
-        names.append(".".join(path[-length:]).removesuffix("_proj"))
+        name = ".".join(path[-length:])
+        names.append(name if path[-1] == "c_proj" else name.removesuffix("_proj"))
     return names
 
 

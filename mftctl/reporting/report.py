@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -106,7 +106,9 @@ def make_report(root: Path) -> Report:
             actual="; ".join([*problems, *unfinished]) or ("no runs" if not runs else f"{len(runs)} other runs"),
             hint="mftctl eval" if runs else "mftctl fft, or --runs DIR",
         )
-    named = [*_run_names(tables), *(name for item in (*efficiency, *figures) for name in item.runs)]
+    named = [name for table in tables for row in table.rows for name in row.runs]
+    named += [name for item in efficiency for name in item.runs]
+    named += [name for figure in figures for name in figure.runs]
     return Report(
         root=root,
         tables=tuple(tables),
@@ -128,10 +130,6 @@ def _with_flags(table: MetricTable, by_name: dict[str, Run]) -> MetricTable:
         return replace(row, flags=flags([by_name[name] for name in row.runs], baseline, by_name))
 
     return replace(table, rows=tuple(flagged(row) for row in table.rows))
-
-
-def _run_names(tables: Iterable[MetricTable]) -> list[str]:
-    return [name for table in tables for row in table.rows for name in row.runs]
 
 
 def _with_makers(names: Sequence[str], runs: Sequence[Run], by_name: dict[str, Run]) -> list[Run]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mftctl.errors import EvaluationError, MaskFileError, RunError
-from mftctl.reporting.comparison import Change, paired_change, read_samples
+from mftctl.reporting.paired_change import Change, paired_change, read_samples
 from mftctl.runs import Run
 
 _LABELS = ("name", "dataset", "layers", "step")

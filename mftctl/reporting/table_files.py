@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import write_text
-from mftctl.reporting.comparison import Change, MetricTable
+from mftctl.reporting.comparison import MetricTable
 from mftctl.reporting.overview import Overview
+from mftctl.reporting.paired_change import Change
 from mftctl.reporting.text_tables import TextTable, efficiency_text, metric_text, overview_text
 
 if TYPE_CHECKING:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mftctl.reporting.comparison import LOWER_IS_BETTER, Change, MetricTable, Row
+from mftctl.reporting.comparison import MetricTable, Row
 from mftctl.reporting.efficiency import Efficiency
 from mftctl.reporting.overview import Cell, Column, Overview
+from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change
 
 
 @dataclass(frozen=True, slots=True)

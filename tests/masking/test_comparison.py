@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mftctl.errors import MaskMismatchError
-from mftctl.masking.comparison import diff
+from mftctl.masking.comparison import diff, pairwise_overlaps
 from tests.masking.mask_files import DELTA_METADATA, build_mask
 
 
@@ -81,3 +81,21 @@ def test_other_shapes_are_refused() -> None:
     with pytest.raises(MaskMismatchError, match="different shapes") as caught:
         diff(build_mask(w=keep), build_mask(w=keep.T))
     assert (caught.value.key, caught.value.expected, caught.value.actual) == ("w", (2, 3), (3, 2))
+
+
+def test_pairwise_overlaps_are_those_of_each_two() -> None:
+    generator = torch.Generator().manual_seed(1)
+    names = ("ab", "abc", "b", "c")
+    masks = [build_mask(**{name: torch.rand(5, 7, generator=generator) >= 0.3 for name in have}) for have in names]
+    found = pairwise_overlaps(masks)
+    assert list(found) == [(0, 1), (0, 2), (1, 2), (1, 3)]  # the others have no tensor in common
+    assert all(overlap == diff(masks[a], masks[b]).total for (a, b), overlap in found.items())
+    assert pairwise_overlaps(masks[:1]) == pairwise_overlaps([]) == {}
+
+
+def test_pairwise_overlaps_refuse_other_kinds_and_shapes() -> None:
+    keep = torch.ones(4, dtype=torch.bool)
+    with pytest.raises(MaskMismatchError, match="different kinds"):
+        pairwise_overlaps([build_mask(w=keep), build_mask(DELTA_METADATA, w=keep)])
+    with pytest.raises(MaskMismatchError, match="different shapes"):
+        pairwise_overlaps([build_mask(w=keep), build_mask(w=keep.reshape(2, 2))])

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mftctl.reporting.comparison import MetricTable, metric_tables
+from mftctl.runs import list_runs
+
 # Loss summed over the answer, answer tokens, exact match: one sample.
 Sample = tuple[float, int, float]
 
@@ -82,3 +85,10 @@ def write_experiment(root: Path) -> None:
         for offset, (state, stage, parents, level) in enumerate(states):
             samples = make_samples(10 * seed + offset + 1, **level)
             write_evaluation(root, first + 4 + offset, state, parents, samples, seed=seed, stage=stage)
+
+
+def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
+    """The tables of a runs folder, and a line for each run that could not be used."""
+    runs, errors = list_runs(root)
+    problems = [f"{error.path}: {error.message}" for error in errors]
+    return metric_tables(runs, problems), problems

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from mftctl.reporting.advice import next_step
-from mftctl.reporting.comparison import Change, MetricTable, Row
+from mftctl.reporting.comparison import MetricTable, Row
+from mftctl.reporting.paired_change import Change
 from mftctl.runs import list_runs
 from tests.reporting.training_folders import write_training
 

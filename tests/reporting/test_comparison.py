@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from mftctl.errors import RunError
-from mftctl.reporting.comparison import MetricTable, Row, compare_runs
+from mftctl.reporting.comparison import MetricTable, Row
 from mftctl.reporting.files import to_markdown
-from tests.reporting.run_folders import Sample, make_samples, write_evaluation, write_experiment
+from tests.reporting.run_folders import Sample, compare_runs, make_samples, write_evaluation, write_experiment
 
 FFT = make_samples(1, loss=0.3, correct=0.5)
 

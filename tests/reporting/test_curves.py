@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 
 from mftctl.reporting.curves import curve_figures
-from mftctl.reporting.drawing import Figure, to_svg
+from mftctl.reporting.drawing import Figure, drawn
 from mftctl.runs import list_runs
 from tests.reporting.run_folders import make_samples, write_evaluation
 from tests.reporting.training_runs import write_training
@@ -422,7 +422,7 @@ def test_there_is_no_figure_of_nothing(tmp_path: Path, status: str) -> None:
 def test_a_figure_is_the_same_svg_each_time_and_its_data_is_plain(tmp_path: Path) -> None:
     write_study(tmp_path)
     [one], [other] = figures_of(tmp_path), figures_of(tmp_path)
-    assert to_svg(one) == to_svg(other)
-    assert "continued FFT" in to_svg(one)
+    assert drawn(one).svg == drawn(other).svg
+    assert "continued FFT" in drawn(one).svg
     assert json.loads(json.dumps(one.data)) == list(one.data)
     assert fmean(point["value"] for point in one.data if point["state"] == "MFT") == pytest.approx(-0.05)

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from mftctl.reporting.comparison import Change, MetricTable, Row
+from mftctl.reporting.comparison import MetricTable, Row
 from mftctl.reporting.headlines import Headline, headlines
+from mftctl.reporting.paired_change import Change
 
 BETTER = Change(-0.02, -0.03, -0.01, "better")
 

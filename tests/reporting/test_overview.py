@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.reporting.comparison import compare_runs
-from mftctl.reporting.files import cell_text, to_markdown
 from mftctl.reporting.overview import Cell, Column, Overview, overviews
-from tests.reporting.run_folders import make_samples, write_evaluation
+from mftctl.reporting.text_tables import overview_text
+from tests.reporting.run_folders import compare_runs, make_samples, write_evaluation
 
 FFT = make_samples(1, loss=0.3, correct=0.5)
 MFT = make_samples(2, loss=0.2, correct=0.9)
@@ -122,13 +121,11 @@ def test_a_state_that_was_not_measured_has_an_empty_cell(tmp_path: Path) -> None
         ("continued FFT", [True, True, False, True]),
         ("MFT", [False] * 4),
     ]
-    assert cell_text(None) == ""
 
 
-def test_markdown_marks_what_is_more_than_noise(tmp_path: Path) -> None:
+def test_its_text_marks_what_is_more_than_noise(tmp_path: Path) -> None:
     write_domain(tmp_path, 100, "maths")
-    lines = to_markdown(compare_runs(tmp_path)[0], []).splitlines()
-    [head] = [line for line in lines if line.startswith("| state | test.jsonl, loss")]
-    assert head.endswith("| math: gsm8k, loss | coding: humaneval, loss |")
-    [row] = [line for line in lines if line.startswith("| MFT") and line.count("|") == head.count("|")][:1]
-    assert row.count("*") == 4
+    text = overview_text(overview_of(tmp_path))
+    assert text.columns[-2:] == ("math: gsm8k, loss", "coding: humaneval, loss")
+    [row] = [cells for cells in text.rows if cells[0].text == "MFT"]
+    assert ["*" in cell.text for cell in row[1:]] == [True] * 4

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 from matplotlib.tri import TriContourSet
 
-from mftctl.reporting.drawing import Figure, to_svg
+from mftctl.reporting.drawing import Figure, drawn
 from mftctl.reporting.surface_figures import SurfacePoint, surface_figures, surfaces
 from mftctl.runs import Run, create_run, list_runs
 
@@ -96,10 +96,10 @@ def test_the_caption_says_from_how_much_and_what_it_cannot_tell(tmp_path: Path) 
 def test_the_svg_names_the_three_models_and_is_the_same_each_time(tmp_path: Path) -> None:
     write_surface(tmp_path)
     ((figure,), _) = figures(tmp_path)
-    svg = to_svg(figure)
+    svg = drawn(figure).svg
     for text in (*MARKS, "train loss (100 records)", "test loss (60 records)", "towards MFT, paper"):
         assert f">{text}<" in svg
-    assert to_svg(figure) == svg
+    assert drawn(figure).svg == svg
 
 
 def test_marks_lie_where_the_models_are_and_the_lines_where_the_losses_are(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_part_of_a_grid_is_drawn_and_said_to_be_one(tmp_path: Path) -> None:
     (figure,), problems = figures(tmp_path)
     assert problems == []
     assert "at 7 × 7 points. So far 20 of them are measured." in figure.caption
-    assert "MFT, paper" in to_svg(figure)
+    assert "MFT, paper" in drawn(figure).svg
 
 
 def test_too_few_points_are_said_to_be(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_where_the_model_gives_no_number_the_highest_is_drawn(tmp_path: Path) ->
     (figure,), problems = figures(tmp_path)
     assert problems == []
     assert [row["test_loss"] for row in figure.data if row["x"] > 7] == [None] * 7
-    assert "MFT, paper" in to_svg(figure)
+    assert "MFT, paper" in drawn(figure).svg
 
 
 def test_of_several_runs_of_the_same_models_the_one_with_most_points_is_drawn(tmp_path: Path) -> None:

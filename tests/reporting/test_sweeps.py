@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 
-from mftctl.reporting.comparison import Change, MetricTable, Row, compare_runs
-from mftctl.reporting.drawing import Figure, to_svg
+from mftctl.reporting.comparison import MetricTable, Row
+from mftctl.reporting.drawing import Figure, drawn
+from mftctl.reporting.paired_change import Change
 from mftctl.reporting.sweeps import sweep_figures
 from mftctl.runs import list_runs
-from tests.reporting.run_folders import make_samples, write_evaluation
+from tests.reporting.run_folders import compare_runs, make_samples, write_evaluation
 from tests.reporting.training_runs import write_training
 
 PAPER = {"preset": "paper", "layers": "4-7"}
@@ -324,5 +325,5 @@ def test_two_data_sets_have_a_figure_each(tmp_path: Path) -> None:
 def test_a_figure_is_drawn_and_its_data_is_plain(tmp_path: Path) -> None:
     write_ratios(Study(tmp_path), [0.1, 0.2])
     [figure] = figures_of(tmp_path)
-    assert "share removed" in to_svg(figure)
+    assert "share removed" in drawn(figure).svg
     assert json.loads(json.dumps(figure.data)) == list(figure.data)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.reporting.comparison import Change, MetricTable, Row, SeedResult, compare_runs
+from mftctl.reporting.comparison import MetricTable, Row, SeedResult
 from mftctl.reporting.efficiency import Efficiency
 from mftctl.reporting.overview import Cell, Column, Overview, overviews
+from mftctl.reporting.paired_change import Change
 from mftctl.reporting.text_tables import (
     TextCell,
     cell_text,
@@ -20,7 +21,7 @@ from mftctl.reporting.text_tables import (
     title,
     value_text,
 )
-from tests.reporting.run_folders import write_experiment
+from tests.reporting.run_folders import compare_runs, write_experiment
 
 BETTER = Change(-0.02, -0.03, -0.01, "better")
 NOISE = Change(0.01, -0.01, 0.03, "within noise")

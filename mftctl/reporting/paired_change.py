@@ -1,0 +1,97 @@
+"""What changed between two measurements of the same samples, and whether that is more than noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mftctl.errors import EvaluationError, RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+LOWER_IS_BETTER = ("loss",)
+
+Samples = dict[str, tuple[float, float]]
+"""Score and weight of each sample, by its id."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A difference against the baseline, paired by sample.
+
+    Attributes:
+        value: New minus baseline.
+        low: Lower end of the 95 % interval.
+        high: Upper end of the 95 % interval.
+        verdict: `better`, `worse`, or `within noise` where the interval holds 0.
+        p_value: Of the exact test by sign flips, which for a single seed is McNemar's, for scores of 0 and 1; None for
+            others.
+        corrected_p_value: The same, corrected for the number of the state's benchmarks by Holm's method.
+    """
+
+    value: float
+    low: float
+    high: float
+    verdict: str
+    p_value: float | None = None
+    corrected_p_value: float | None = None
+
+
+def read_samples(path: Path, metric: str) -> Samples:
+    """Score and weight of each sample of an evaluation, by its id.
+
+    Args:
+        path: The evaluation's file of samples.
+        metric: The metric's name; samples without it are left out.
+
+    Raises:
+        RunError: The file cannot be read.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {
+            row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))
+            for row in rows
+            if metric in row["scores"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError("The samples of an evaluation cannot be read.", path=path, actual=repr(error)) from error
+
+
+def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Change:
+    """What changed between two measurements of the same samples, averaged over seeds, with interval and verdict.
+
+    Args:
+        pairs: The samples before and after, a pair a seed.
+        metric: The metric's name, which says which way is better.
+
+    Raises:
+        EvaluationError: They were not measured on the same samples, or on too few.
+    """
+    import numpy as np
+
+    from mftctl.evaluation.statistics import paired_difference_over_seeds
+
+    ids = list(pairs[0][0])
+    if any(set(samples) != set(ids) for pair in pairs for samples in pair):
+        raise EvaluationError("not measured on the same samples as its baseline")
+    before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))
+    interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
+    verdict = "within noise"
+    if interval.excludes_zero:
+        verdict = "better" if (interval.estimate < 0) == (metric in LOWER_IS_BETTER) else "worse"
+    return Change(interval.estimate, interval.low, interval.high, verdict, _p_value(before[..., 0], after[..., 0]))
+
+
+def _p_value(before: NDArray[np.float64], after: NDArray[np.float64]) -> float | None:
+    """Of the exact test by sign flips, where all scores are 0 or 1: summed over seeds, differences stay whole."""
+    from mftctl.evaluation.statistics import sign_flips
+
+    if not set(before.flat) | set(after.flat) <= {0.0, 1.0}:
+        return None
+    return sign_flips([int(difference) for difference in (after - before).sum(axis=0)])
