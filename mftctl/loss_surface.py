@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mftctl.config import Recipe, to_document
 from mftctl.data.batching import pad_token_id
@@ -25,11 +26,11 @@ from mftctl.lineage import source_of_run
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint, tensor_index
 from mftctl.masking.dtypes import TORCH_DTYPES
-from mftctl.models import load_model, load_tokenizer, peak_memory_bytes
+from mftctl.models import load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
 from mftctl.preparation import split_examples
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run, create_run, list_runs, recorded
-from mftctl.stopping import stop_on_signal
+from mftctl.stopping import StopRequest, stop_on_signal
 from mftctl.surface_corners import Corners, find_corners, state_of
 from mftctl.weight_plane import PlanePoint, WeightPlane, Weights
 
@@ -181,8 +182,10 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: Listener) -> dict[str, Any]:
     """The result, once all places are measured."""
+    restart_peak_memory()
     checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
     tokenizer = load_tokenizer(checkpoint)
+    pad = pad_token_id(tokenizer)
     encoded = {
         "train_loss": encode_all(parts.train, tokenizer, corners.recipe.fft.max_length_tokens),
         "test_loss": encode_all(parts.test, tokenizer, corners.recipe.eval.max_length_tokens),
@@ -193,23 +196,43 @@ def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: L
     listener.note("; ".join(map(_place_text, names, plane.corners)) + ": distances in the space of the weights")
     places = list(_places(plane, names, points))
     log = run.training
-    measured = log.metrics()
     log.rewind(len(places))  # a kill may have left half a line
-    done = {line["step"] for line in measured}
-    waiting = [place for place in places if place.step not in done]
+    done = {line["step"] for line in log.metrics()}
     with stop_on_signal(listener) as stop:
-        for place in waiting:
-            if stop.requested:
-                raise Interrupted(
-                    f"Stopped after {len(done)} of {len(places)} points.",
-                    path=run.folder,
-                    hint="the same command goes on from there",
-                )
+        for place in places:
+            if place.step in done:
+                continue
             _set(plane, place)
-            log.log({"step": place.step, **place.name, **asdict(place.point), **_losses(model, encoded, tokenizer)})
+            listen = _Listening(stop, listener, run.folder, len(done), len(places))
+            log.log({"step": place.step, **place.name, **asdict(place.point), **_losses(model, encoded, pad, listen)})
             done.add(place.step)
-            listener.progress(Progress("measuring the surface", len(done), len(places)))
     return _result(log.metrics(), encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """Tells how far the measuring has come, in records, and gives up the point at hand when the user wants to stop."""
+
+    stop: StopRequest
+    listener: Listener
+    folder: Path
+    places_done: int
+    places: int
+
+    def hear(self, records_done: int, records: int) -> None:
+        """Takes what is done of the records of one place.
+
+        Raises:
+            Interrupted: The user wants to stop.
+        """
+        if self.stop.requested:
+            raise Interrupted(
+                f"Stopped after {self.places_done} of {self.places} points.",
+                path=self.folder,
+                hint="the same command goes on from there",
+            )
+        done = self.places_done * records + records_done
+        self.listener.progress(Progress("measuring the surface", done, self.places * records))
 
 
 def _weights(corners: Corners) -> tuple[Weights, Weights, Weights]:
@@ -270,11 +293,21 @@ def _set(plane: WeightPlane, place: _Place) -> None:
 
 
 def _losses(
-    model: PreTrainedModel, encoded: dict[str, list[Encoded]], tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel, encoded: dict[str, list[Encoded]], pad: int, listen: _Listening
 ) -> dict[str, float | None]:
-    pad = pad_token_id(tokenizer)
-    losses = {name: mean_loss(sample_losses(model, records, pad_token_id=pad)) for name, records in encoded.items()}
-    return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+    records = sum(map(len, encoded.values()))
+    losses: dict[str, float | None] = {}
+    before = 0
+    for name, part in encoded.items():
+        hear = partial(_hear_part, listen, before, records)
+        loss = mean_loss(sample_losses(model, part, pad_token_id=pad, on_progress=hear))
+        losses[name] = loss if math.isfinite(loss) else None
+        before += len(part)
+    return losses
+
+
+def _hear_part(listen: _Listening, before: int, records: int, done: int, _: int) -> None:
+    listen.hear(before + done, records)
 
 
 def _place_text(name: str, point: PlanePoint) -> str:

@@ -36,10 +36,10 @@ PLACES = 3 + POINTS**2
 
 
 class Stopper:
-    """A listener that presses Ctrl-C once so many points are measured."""
+    """A listener that presses Ctrl-C once so many points are measured, and so many records of the next."""
 
-    def __init__(self, done: int) -> None:
-        self.done = done
+    def __init__(self, points: int, records: int = 0) -> None:
+        self.done = points * 2 * RECORDS + records
         self.notes: list[str] = []
 
     def progress(self, state: Progress) -> None:
@@ -196,9 +196,10 @@ def test_the_training_records_are_those_that_fft_saw(measured: Run, workspace: P
     )
 
 
-def test_ctrl_c_keeps_every_point_and_the_same_command_goes_on(root: Path, measured: Run) -> None:
+@pytest.mark.parametrize("within", [0, RECORDS])
+def test_ctrl_c_keeps_every_point_and_the_same_command_goes_on(root: Path, measured: Run, within: int) -> None:
     with pytest.raises(Interrupted) as caught:
-        measure_surface(root, Stopper(7), points=POINTS, records=RECORDS)
+        measure_surface(root, Stopper(7, within), points=POINTS, records=RECORDS)
     assert caught.value.exit_code == 130
     assert caught.value.message == f"Stopped after 7 of {PLACES} points."
     stopped = load_run(root / "004-surface")

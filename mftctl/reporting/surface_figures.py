@@ -223,11 +223,11 @@ def _levels(surface: Surface, name: str) -> NDArray[np.float64]:
 
 def _draw_mark(axes: Axes, point: SurfacePoint) -> None:
     style = style_of(str(point.mark))
-    axes.plot(point.x, point.y, style.marker, color=style.color, markersize=9, markeredgecolor="white")
+    axes.plot(point.x, point.y, style.marker, color=style.color, markersize=11, markeredgecolor="white")
     axes.annotate(
         str(point.mark),
         (point.x, point.y),
-        xytext=(0, 9),
+        xytext=(0, 10),
         textcoords="offset points",
         horizontalalignment="center",
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},

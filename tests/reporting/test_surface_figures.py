@@ -63,7 +63,7 @@ def figures(root: Path) -> tuple[list[Figure], list[str]]:
     return surface_figures(list_runs(root)[0], problems), problems
 
 
-def drawn(figure: Figure) -> Canvas:
+def canvas_of(figure: Figure) -> Canvas:
     canvas = Canvas(figsize=(figure.width_inches, figure.height_inches))
     figure.draw(canvas)
     return canvas
@@ -105,7 +105,7 @@ def test_the_svg_names_the_three_models_and_is_the_same_each_time(tmp_path: Path
 def test_marks_lie_where_the_models_are_and_the_lines_where_the_losses_are(tmp_path: Path) -> None:
     write_surface(tmp_path, side=41)
     ((figure,), _) = figures(tmp_path)
-    for axes, loss in zip(drawn(figure).axes, (train_loss, held_out_loss), strict=True):
+    for axes, loss in zip(canvas_of(figure).axes, (train_loss, held_out_loss), strict=True):
         assert [(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines] == list(MARKS.values())
         _, lines = [item for item in axes.collections if isinstance(item, TriContourSet)]
         for level, path in zip(lines.levels, lines.get_paths(), strict=True):
@@ -119,7 +119,7 @@ def test_each_band_has_its_share_of_the_grid(tmp_path_factory: pytest.TempPathFa
     values = iter([1.0, 2.0, 3.0, *losses])
     write_surface(root, side=5, test=lambda x, y: next(values))
     ((figure,), _) = figures(root)
-    bands = drawn(figure).axes[1].collections[0].levels  # type: ignore[attr-defined]
+    bands = canvas_of(figure).axes[1].collections[0].levels  # type: ignore[attr-defined]
     for number, level in enumerate(bands, start=1):
         assert sum(loss < level for loss in losses) / 25 == pytest.approx(number / 9, abs=1 / 25)
 
