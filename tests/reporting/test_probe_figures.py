@@ -111,7 +111,7 @@ def test_several_seeds_are_averaged_as_changes_of_their_own_models(tmp_path: Pat
     [point] = [point for point in figure.data if point["layers"] == "4-7"]
     assert (point["lowest"], point["highest"], point["seeds"]) == (-0.2, -0.1, 2)
     assert lines_of(figure)["FFT, no mask"].get_ydata()[0] == pytest.approx(0.6)
-    assert "recommended by 2 of 2 probes" in figure.caption
+    assert "Star: layers 4-7 (-0.1500), recommended by 2 of 2 probes." in figure.caption
 
 
 def test_the_layers_that_most_seeds_recommend_are_marked(tmp_path: Path) -> None:
