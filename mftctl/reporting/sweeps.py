@@ -271,8 +271,8 @@ def _bar_caption(rows: Sequence[Row]) -> str:
     parts = []
     if any(row.change is not None for row in rows):
         parts.append(
-            "the paired 95 % interval over test samples of the difference to the baseline; one that reaches its line is "
-            "within noise"
+            "the paired 95 % interval over test samples of the difference to the baseline; one that reaches its line "
+            "is within noise"
         )
     if any(row.change is None and row.spread is not None for row in rows):
         parts.append("without a baseline to pair with, the standard deviation over seeds")
