@@ -115,8 +115,8 @@ def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
         if run.record.command != "probe" or run.record.status != "finished":
             continue
         try:
+            _ = _figure(_probe([run])), _model(run)
             clusters = together.setdefault(_settings(run), [])
-            _ = _probe([run])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {error!r}")
             continue

@@ -126,7 +126,7 @@ def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run], problems: 
 
     Source: MFT, figures 4, 5, 8 and 9; GMT, figures 2 and 3.
     """
-    by_name = {run.name: run for run in runs}
+    by_name = {run.name: run for run in runs if isinstance(run.record.config, dict)}
     figures = []
     for command, options in _OPTIONS.items():
         for option in options:
@@ -153,8 +153,8 @@ def _panel(
         if point is not None:
             points.append(point)
     lines = _lines(points)
-    baselines = [row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name)]
-    return _Panel(table, lines, tuple(baselines))
+    baselines = tuple(row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name))
+    return _Panel(table, lines, baselines)
 
 
 def _point(row: Row, command: str, option: _Option, by_name: Mapping[str, Run]) -> _Point | None:

@@ -175,6 +175,7 @@ def test_a_single_group_is_nothing_to_compare(tmp_path: Path) -> None:
         ({"groups": [{"layers": "first", "size": 4, "change": 0.1}]}, "first are no layers"),
         ({"groups": [{"layers": "0-3", "size": 4}]}, "change"),
         ({"recommended_layers": "20-23"}, "20-23"),
+        ({"fast": True, "agreement": {"run": "001-probe"}}, "rank_correlation"),
     ],
 )
 def test_a_damaged_result_is_named_and_hides_no_other_probe(tmp_path: Path, change: dict[str, Any], told: str) -> None:
