@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BAND_ALPHA = 0.18
 _NARROW = 0.3
-_STAR: dict[str, Any] = {
+STAR: dict[str, Any] = {
     "marker": "*",
     "markersize": 12,
     "color": "#F0E442",
@@ -25,6 +25,7 @@ _STAR: dict[str, Any] = {
     "linestyle": "none",
     "zorder": 5,
 }
+"""How the best of a figure is marked: arguments for `Axes.plot`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,18 @@ class Curve:
         label: In the legend.
         state: For its style.
         seeds: One each.
-        is_level: Whether it has no steps and holds for all.
+        variants: How many there are of this state, of which this is one.
     """
 
     label: str
     state: str
     seeds: tuple[SeedCurve, ...]
-    is_level: bool
+    variants: int
+
+    @property
+    def is_level(self) -> bool:
+        """Whether it has no steps and holds for all."""
+        return not self.seeds[0].history.is_trained
 
     @property
     def is_mask(self) -> bool:
@@ -95,18 +101,7 @@ def curve_figure(picture: CurvePicture, origin: str) -> Figure:
     Source: MFT, figure 2.
     """
     top = _top(picture)
-    outside = [
-        line.label
-        for line in picture.lines
-        if top is not None and all(value > top for seed in line.seeds for value in seed.values.values())
-    ]
-    captions = [f"Model: {origin}.", *picture.captions]
-    if top is not None and any(
-        value > top for line in picture.lines for seed in line.seeds for value in seed.values.values()
-    ):
-        captions.append(
-            "What is far worse lies above the picture" + (f", all of {', '.join(outside)}." if outside else ".")
-        )
+    captions = [f"Model: {origin}.", *picture.captions, *_about(picture), *_about_outside(picture, top)]
     return Figure(
         name=picture.name,
         title=picture.title,
@@ -116,6 +111,39 @@ def curve_figure(picture: CurvePicture, origin: str) -> Figure:
         draw=partial(_draw, picture, top),
         height_inches=3.6 + 0.18 * ((len(picture.lines) + 2) // 3),
     )
+
+
+def _about(picture: CurvePicture) -> list[str]:
+    """What a reader must know of the lines."""
+    lines = picture.lines
+    sentences = []
+    if picture.star is not None:
+        sentences.append("Star: the best FFT, where all that goes on from it begins.")
+    if any(line.is_level for line in lines):
+        sentences.append("A level line takes no steps.")
+    if max(len(line.seeds) for line in lines) > 1:
+        numbers = sorted({len(line.seeds) for line in lines})
+        number = " to ".join(str(count) for count in dict.fromkeys((numbers[0], numbers[-1])))
+        sentences.append(f"Mean over {number} seeds, band from lowest to highest; thin: a single seed.")
+    else:
+        sentences.append("One seed each: what another seed would show is not known.")
+    chosen = [f"{line.label} of {line.variants}" for line in lines if line.variants > 1]
+    if chosen:
+        sentences.append(f"Of several variants that with most seeds, then the best loss: {', '.join(chosen)}.")
+    unfinished = [seed.history.run.name for line in lines for seed in line.seeds if not seed.history.is_finished]
+    if unfinished:
+        sentences.append(f"Not finished: {', '.join(unfinished)}.")
+    return sentences
+
+
+def _about_outside(picture: CurvePicture, top: float | None) -> list[str]:
+    """What lies above the picture, with the lines of which nothing is in it."""
+    values = [(line, value) for line in picture.lines for seed in line.seeds for value in seed.values.values()]
+    if top is None or all(value <= top for _, value in values):
+        return []
+    inside = {line.label for line, value in values if value <= top}
+    outside = [line.label for line in picture.lines if line.label not in inside]
+    return ["What is far worse lies above the picture" + (f", all of {', '.join(outside)}." if outside else ".")]
 
 
 def _points(picture: CurvePicture) -> list[dict[str, Any]]:
@@ -165,7 +193,7 @@ def _draw(picture: CurvePicture, top: float | None, canvas: Canvas) -> None:
             draw: Callable[[Axes, Curve, float], None] = _draw_level if line.is_level else _draw_line
             draw(axes, line, last)
         if picture.star is not None:
-            axes.plot(*picture.star, label="best FFT", **_STAR)
+            axes.plot(*picture.star, label="best FFT", **STAR)
     if top is not None:
         lowest = min(value for line in picture.lines for seed in line.seeds for value in seed.values.values())
         whole.set_ylim(lowest - 0.08 * (top - lowest), top)

@@ -21,12 +21,12 @@ _UPDATES = ("HFT", "random update", "GMT", "trivial drop", "salient drop", "rand
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """The seeds of one method, oldest first, and how many other variants of the same state are not drawn."""
+    """The seeds of one method, oldest first, and how many variants of the same state there are."""
 
     label: str
     state: str
     seeds: tuple[History, ...]
-    others: int
+    variants: int
 
 
 def curve_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
@@ -76,7 +76,7 @@ def _methods(members: Sequence[History]) -> list[_Method]:
         groups = list(reversed(variants[state].values()))  # the newest first among equals
         chosen = min(groups, key=rank)
         label = state if len(groups) == 1 else f"{state} ({chosen[0].stage})"
-        methods.append(_Method(label, state, tuple(chosen), len(groups) - 1))
+        methods.append(_Method(label, state, tuple(chosen), len(groups)))
     return methods
 
 
@@ -99,7 +99,7 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
                 continue
             base = (item.reference_loss or 0.0) if is_difference else 0.0
             seeds.append(SeedCurve(item, {item.first_step + step: loss - base for step, loss in item.losses.items()}))
-        lines += [Curve(method.label, method.state, tuple(seeds), not seeds[0].history.is_trained)] if seeds else []
+        lines += [Curve(method.label, method.state, tuple(seeds), method.variants)] if seeds else []
     if not any(len(seed.values) > 1 for line in lines for seed in line.seeds):
         return None
     best = [item for method in methods if method.state == FFT for item in method.seeds if item.losses]
@@ -107,9 +107,10 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
     against = "the best FFT" if has_fft else "the model without a mask"
     captions = ["Validation loss per answer token."]
     if is_difference:
-        captions = [f"Validation loss per answer token minus that of {against} on the same records; below 0 is better."]
-    if has_fft and any(line.is_mask for line in lines):
-        captions.append("Masks are chosen on one half of the validation data, all else on the whole.")
+        captions = [
+            f"Validation loss per answer token minus that of {against} on the same records, which for a learned mask "
+            "are one half of the validation data; below 0 is better."
+        ]
     if best:
         captions.append(f"At the star it is {fmean(item.losses[item.kept_step] for item in best):.4f}.")
     y_label = f"loss against {against}" if is_difference else "validation loss"
@@ -120,7 +121,7 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
         tuple(lines),
         star,
         True,
-        (*captions, *_about(methods, lines)),
+        tuple(captions),
     )
 
 
@@ -145,11 +146,11 @@ def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
             for item in method.seeds
             if measure in item.scores
         )
-        lines += [Curve(method.label, method.state, seeds, not seeds[0].history.is_trained)] if seeds else []
+        lines += [Curve(method.label, method.state, seeds, method.variants)] if seeds else []
     stars = _measured_best(methods, measure)
     star = (fmean(step for step, _ in stars), fmean(value for _, value in stars)) if stars else None
-    captions = [f"{measure.metric} on the first {measure.samples} problems or records of {measure.dataset}, measured "]
-    captions[0] += "during training, the same for all."
+    words = measure.metric.replace("_", " ")
+    captions = [f"{words.capitalize()} on the same {measure.samples} problems or records of {measure.dataset}."]
     error = max(item.standard_errors.get(measure, 0.0) for method in methods for item in method.seeds)
     if error:
         captions.append(f"A single point has a standard error of up to {error:.3f}: small steps are noise.")
@@ -157,12 +158,12 @@ def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
         captions.append("There is no star: the best FFT was not measured.")
     return CurvePicture(
         f"score-by-step-{slug(measure.dataset)}-{slug(measure.metric)}",
-        f"{measure.dataset}: {measure.metric} by step",
-        measure.metric.replace("_", " "),
+        f"{measure.dataset}: {words} by step",
+        words,
         tuple(lines),
         star,
         measure.metric in LOWER_IS_BETTER,
-        (*captions, *_about(methods, lines)),
+        tuple(captions),
     )
 
 
@@ -187,29 +188,6 @@ def _measured_best(methods: Sequence[_Method], measure: Measure) -> list[tuple[i
     return found
 
 
-def _about(methods: Sequence[_Method], lines: Sequence[Curve]) -> list[str]:
-    """What a reader must know of the lines."""
-    drawn = {line.label for line in lines}
-    counts = sorted({len(line.seeds) for line in lines})
-    sentences = []
-    if any(method.state == FFT for method in methods):
-        sentences.append("Star: the best FFT, where all that goes on from it begins.")
-    if any(line.is_level for line in lines):
-        sentences.append("A level line takes no steps.")
-    if counts[-1] > 1:
-        number = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-        sentences.append(f"Mean over {number} seeds with a band from the lowest to the highest; thin: a single seed.")
-    else:
-        sentences.append("One seed each: what another seed would show is not known.")
-    chosen = [f"{method.label} of {method.others + 1}" for method in methods if method.others and method.label in drawn]
-    if chosen:
-        sentences.append(f"Of several variants that with most seeds, then the best loss is drawn: {', '.join(chosen)}.")
-    unfinished = [seed.history.run.name for line in lines for seed in line.seeds if not seed.history.is_finished]
-    if unfinished:
-        sentences.append(f"Not finished: {', '.join(unfinished)}.")
-    return sentences
-
-
 def _in_parts(picture: CurvePicture) -> list[CurvePicture]:
     """The picture, or, of too many lines, one of masks and one of chosen updates, both with FFT."""
     if len(picture.lines) <= _MOST_LINES:
@@ -219,8 +197,8 @@ def _in_parts(picture: CurvePicture) -> list[CurvePicture]:
     if len(updates) < 2 or len(others) < 2:
         return [_cut(picture)]
     return [
-        _cut(replace(picture, title=f"{picture.title}: masks", lines=others)),
-        _cut(replace(picture, name=f"{picture.name}-updates", title=f"{picture.title}: updates", lines=updates)),
+        _cut(replace(picture, lines=others)),
+        _cut(replace(picture, name=f"{picture.name}-updates", title=f"{picture.title}: chosen updates", lines=updates)),
     ]
 
 

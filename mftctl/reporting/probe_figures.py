@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mftctl.lineage import PRE_TRAINED
+from mftctl.reporting.curve_drawing import STAR
 from mftctl.reporting.drawing import INK, Figure, numbered_style
 from mftctl.reporting.figure_names import with_own_names
 from mftctl.runs import Run
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 _NO_PART = ("prefix_cache_gb", "eval_every", "eval_limit", "layers")
-_STAR: dict[str, Any] = {
-    "marker": "*",
-    "markersize": 12,
-    "color": "#F0E442",
-    "markeredgecolor": INK,
-    "linestyle": "none",
-    "zorder": 5,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +84,11 @@ class _Probe:
     recommended: str
 
     @property
+    def best(self) -> _Group:
+        """The recommended group."""
+        return next(group for found in self.sizes.values() for group in found if group.layers == self.recommended)
+
+    @property
     def is_fast(self) -> bool:
         """Whether nothing was trained."""
         return bool(self.runs[0].record.result.get("fast"))
@@ -117,8 +115,8 @@ def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
         if run.record.command != "probe" or run.record.status != "finished":
             continue
         try:
+            _ = _figure(_probe([run])), _model(run)
             clusters = together.setdefault(_settings(run), [])
-            _ = _probe([run])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {error!r}")
             continue
@@ -203,7 +201,12 @@ def _figure(probe: _Probe) -> Figure:
     else:
         captions.append("Each group's best mask on the validation records that chose it: the best is partly luck.")
     votes = sum(run.record.result["recommended_layers"] == probe.recommended for run in probe.runs)
-    captions.append(f"Star: layers {probe.recommended}, recommended by {votes} of {len(probe.runs)} probes.")
+    change = next(
+        group.change for found in probe.sizes.values() for group in found if group.layers == probe.recommended
+    )
+    captions.append(
+        f"Star: layers {probe.recommended} ({change:+.4f}), recommended by {votes} of {len(probe.runs)} probes."
+    )
     captions.append(f"Mean over {seeds} seeds, bars from lowest to highest change." if seeds > 1 else "One seed.")
     return Figure(
         name="probe-promised" if probe.is_fast else "probe",
@@ -245,8 +248,7 @@ def _draw(probe: _Probe, canvas: Canvas) -> None:
     axes.axhline(base, color=INK, linestyle=(0, (5, 2)), linewidth=1.2, label=without)
     for number, (name, groups) in enumerate(probe.sizes.items()):
         _draw_size(axes, name, groups, number, base)
-    [best] = [group for groups in probe.sizes.values() for group in groups if group.layers == probe.recommended]
-    axes.plot(best.middle, base + best.change, label="recommended", **_STAR)
+    axes.plot(probe.best.middle, base + probe.best.change, label="recommended", **STAR)
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("promised change of the loss" if probe.is_fast else "validation loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -101,6 +101,20 @@ class _Panel:
     lines: tuple[_SweptLine, ...]
     baselines: tuple[Row, ...]
 
+    def bar(self, row: Row) -> tuple[float, float, float]:
+        """Where a state stands, and the ends of its bar: the paired interval, else the spread over seeds.
+
+        A state of other seeds than the baseline stands at its change from the baseline's line, as that is against the
+        baseline of its own seeds.
+        """
+        value = row.value
+        if row.change is None:
+            around = row.spread or 0.0
+            return value, value - around, value + around
+        if len(self.baselines) == 1 and set(self.baselines[0].seeds) != set(row.seeds):
+            value = self.baselines[0].value + row.change.value
+        return value, value + row.change.low - row.change.value, value + row.change.high - row.change.value
+
 
 def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run], problems: list[str]) -> list[Figure]:
     """A figure for each swept option, model and data set, with a panel a metric.
@@ -112,7 +126,7 @@ def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run], problems: 
 
     Source: MFT, figures 4, 5, 8 and 9; GMT, figures 2 and 3.
     """
-    by_name = {run.name: run for run in runs}
+    by_name = {run.name: run for run in runs if isinstance(run.record.config, dict)}
     figures = []
     for command, options in _OPTIONS.items():
         for option in options:
@@ -139,8 +153,8 @@ def _panel(
         if point is not None:
             points.append(point)
     lines = _lines(points)
-    baselines = [row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name)]
-    return _Panel(table, lines, tuple(baselines))
+    baselines = tuple(row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name))
+    return _Panel(table, lines, baselines)
 
 
 def _point(row: Row, command: str, option: _Option, by_name: Mapping[str, Run]) -> _Point | None:
@@ -232,16 +246,9 @@ def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]
     points = [point for panel in panels for line in panel.lines for point in line.points]
     seeds = sorted({len(point.row.seeds) for point in points})
     samples = sorted({panel.table.rows[0].samples for panel in panels})
-    paired = all(point.row.change is not None for point in points)
     sentences = [
         f"{origin} on {dataset}, n = {' and '.join(map(str, samples))}.",
-        "Bars: "
-        + (
-            "the paired 95 % interval over test samples of the difference to the baseline; one that reaches the line "
-            "is within noise."
-            if paired
-            else "standard deviation over seeds, where there are several."
-        ),
+        _bar_caption([point.row for point in points]),
         _baseline_caption(panels),
         f"Seeds a point: {' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))}.",
         "All values were tried on the same test data: the best of them is partly luck.",
@@ -252,12 +259,24 @@ def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]
     return Figure(
         name=f"{option.name}-{slug(dataset)}",
         title=f"{option.title}: {dataset}",
-        caption=" ".join(sentence for sentence in sentences if sentence),
+        caption=" ".join(sentences),
         data=tuple(_numbers(option, panels)),
         runs=tuple(dict.fromkeys(name for point in points for name in point.row.runs)),
         draw=partial(_draw, option, tuple(panels), columns),
         height_inches=0.5 + 2.7 * rows + 0.18 * ((entries + 2) // 3),
     )
+
+
+def _bar_caption(rows: Sequence[Row]) -> str:
+    parts = []
+    if any(row.change is not None for row in rows):
+        parts.append(
+            "the paired 95 % interval over test samples of the difference to the baseline; one that reaches its line "
+            "is within noise"
+        )
+    if any(row.change is None and row.spread is not None for row in rows):
+        parts.append("without a baseline to pair with, the standard deviation over seeds")
+    return f"Bars: {'; '.join(parts)}." if parts else "No bars: a single seed, and no baseline to pair with."
 
 
 def _baseline_caption(panels: Sequence[_Panel]) -> str:
@@ -278,27 +297,21 @@ def _numbers(option: _Option, panels: Sequence[_Panel]) -> list[dict[str, Any]]:
             )
         for line in panel.lines:
             for point in line.points:
-                low, high = _bar(point.row)
+                drawn_at, low, high = panel.bar(point.row)
                 numbers.append(
                     {
                         "metric": panel.table.metric,
                         "state": line.label,
                         option.key: point.value,
                         "value": point.row.value,
-                        "low": point.row.value - low,
-                        "high": point.row.value + high,
+                        "drawn_at": drawn_at,
+                        "low": low,
+                        "high": high,
                         "seeds": len(point.row.seeds),
                         "runs": list(point.row.runs),
                     }
                 )
     return numbers
-
-
-def _bar(row: Row) -> tuple[float, float]:
-    """How far the bar reaches down and up: the paired interval, else the spread over seeds."""
-    if row.change is not None:
-        return row.change.value - row.change.low, row.change.high - row.change.value
-    return row.spread or 0.0, row.spread or 0.0
 
 
 def _draw(option: _Option, panels: Sequence[_Panel], columns: int, canvas: Canvas) -> None:
@@ -327,11 +340,11 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
     shift = 0.008 * (max(every) - min(every))
     for number, line in enumerate(panel.lines):
         aside = shift * (number - (len(panel.lines) - 1) / 2)
-        bars = [_bar(point.row) for point in line.points]
+        bars = [panel.bar(point.row) for point in line.points]
         axes.errorbar(
             [point.value + aside for point in line.points],
-            [point.row.value for point in line.points],
-            yerr=[[low for low, _ in bars], [high for _, high in bars]],
+            [value for value, _, _ in bars],
+            yerr=[[value - low for value, low, _ in bars], [high - value for value, _, high in bars]],
             label=line.label,
             capsize=2.0,
             elinewidth=0.9,

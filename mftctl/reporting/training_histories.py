@@ -84,6 +84,10 @@ class _Measured:
         before: The state of that model.
         origin: The pre-trained model.
         validation: Digest of the validation records.
+        seed: Its seed.
+        method: Recipe, stage and settings, as JSON.
+        unmasked_loss: Of a mask, the loss without it on the same records; None where it is not known yet.
+        data: What it was trained on, as JSON.
     """
 
     run: Run
@@ -96,10 +100,10 @@ class _Measured:
     before: str
     origin: str
     validation: str | None
-
-    @property
-    def seed(self) -> int:
-        return int(self.run.record.config.get("seed", 0))
+    seed: int
+    method: str
+    unmasked_loss: float | None
+    data: str
 
     @property
     def is_fft(self) -> bool:
@@ -171,7 +175,22 @@ def _measured(run: Run) -> _Measured | None:
         before=str(record.inputs["state"]),
         origin=str(record.inputs["origin"]),
         validation=record.inputs.get("digests", {}).get("validation"),
+        seed=int(record.config.get("seed", 0)),
+        method=_method(run),
+        unmasked_loss=None if record.result.get("unmasked_loss") is None else float(record.result["unmasked_loss"]),
+        data=json.dumps(record.config.get("data", [])),
     )
+
+
+def _method(run: Run) -> str:
+    record = run.record
+    section = {
+        key: value
+        for key, value in record.config.get(_SECTIONS[record.command], {}).items()
+        # The layers of a stage are those of its probe, which each seed has for itself.
+        if key not in DECIDES_NOTHING and not (key == "layers" and record.stage)
+    }
+    return json.dumps([record.recipe, record.stage, section], sort_keys=True)
 
 
 def _expected_state(run: Run) -> str:
@@ -185,40 +204,39 @@ def _expected_state(run: Run) -> str:
 
 def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> None:
     """Gives a state that was not measured on the way what an evaluation on the very same samples says of it."""
-    wanted = {measure for item in measured.values() for measure in item.scores}
     for run in runs:
         if run.record.command != "eval" or run.record.status != "finished":
             continue
-        parents = [name for name in run.record.inputs.get("parents", ()) if not name.endswith("-apply")]
-        made = measured.get(parents[-1]) if parents else None
-        if made is None:
-            continue
-        for measure, value in _evaluated(run):
-            if measure in wanted:
+        try:
+            evaluated = _evaluated(run)
+            parents = [name for name in run.record.inputs["parents"] if not name.endswith("-apply")]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # the comparison, which needs all of them, says so
+        if parents and parents[-1] in measured:
+            made = measured[parents[-1]]
+            for measure, value in evaluated:
                 made.scores.setdefault(measure, {}).setdefault(made.kept_step, value)
 
 
 def _evaluated(run: Run) -> list[tuple[Measure, float]]:
-    """The scores of an evaluation; none where its record is not complete, which the comparison says."""
-    try:
-        return [
-            (Measure(data["name"], data["digest"], metric["name"], int(metric["samples"])), float(metric["value"]))
-            for data in run.record.result["datasets"]
-            for metric in data["metrics"]
-        ]
-    except (KeyError, TypeError, ValueError):
-        return []
+    return [
+        (Measure(data["name"], data["digest"], metric["name"], int(metric["samples"])), float(metric["value"]))
+        for data in run.record.result["datasets"]
+        for metric in data["metrics"]
+    ]
 
 
 def _unmasked_losses(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
     """The loss of unmasked models on the half of the validation records that decides which mask is the best."""
     found: dict[tuple[object, ...], float] = {}
     for run in runs:
-        record = run.record
-        if record.command not in ("probe", "mask-train") or record.result.get("unmasked_loss") is None:
+        if run.record.command not in ("probe", "mask-train"):
             continue
-        if _is_learned(run):
-            found[_validated_on(record.inputs)] = float(record.result["unmasked_loss"])
+        try:
+            if _is_learned(run):
+                found[_validated_on(run.record.inputs)] = float(run.record.result["unmasked_loss"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # not there yet, or damaged, which is said where the run itself is drawn
     return found
 
 
@@ -240,20 +258,13 @@ def _placed(
     missing = [name for name in item.parents if name not in measured and not name.endswith("-apply")]
     if missing:
         problems.append(f"{item.run.folder}: drawn from step 0, since {missing[0]}, which it started from, is missing")
-    first = measured[item.parents[0]].run if item.parents and item.parents[0] in measured else item.run
-    section = {
-        key: value
-        for key, value in record.config.get(_SECTIONS[record.command], {}).items()
-        # The layers of a stage are those of its probe, which each seed has for itself.
-        if key not in DECIDES_NOTHING and not (key == "layers" and record.stage)
-    }
-    method = [record.recipe, record.stage, section]
+    first = measured.get(item.parents[0], item) if item.parents else item
     return History(
         run=item.run,
         state=item.state,
         seed=item.seed,
-        family=(item.origin, json.dumps(first.record.config.get("data", []))),
-        method=json.dumps(method, sort_keys=True),
+        family=(item.origin, first.data),
+        method=item.method,
         first_step=sum(measured[name].kept_step for name in item.parents if name in measured),
         kept_step=item.kept_step,
         losses=item.losses,
@@ -272,7 +283,7 @@ def _reference_loss(
     if item.run.record.command == "fft":
         same_records = best is not None and best.validation == item.validation
         return best.kept_loss if best is not None and same_records else None
-    without_mask = item.run.record.result.get("unmasked_loss")
+    without_mask = item.unmasked_loss
     if without_mask is None:
         without_mask = unmasked.get(_validated_on(item.run.record.inputs))
     if without_mask is None or best is None or item.before == FFT:

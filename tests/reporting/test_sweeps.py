@@ -218,6 +218,14 @@ def test_seeds_are_averaged_and_a_seed_that_lacks_a_value_does_not_break_the_lin
     seeds = {point["ratio"]: point["seeds"] for point in figure.data if "ratio" in point and point["metric"] == "loss"}
     assert seeds == {0.1: 2, 0.2: 2, 0.4: 1}
     assert "Seeds a point: 1 to 2." in figure.caption
+    # The state of one seed was compared with the FFT of that seed, and so stands as far from the line of both.
+    tables = {table.metric: table for table in compare_runs(tmp_path)[0]}
+    for metric, table in tables.items():
+        [row] = [row for row in table.rows if row.seeds == (0,)]
+        [point] = [point for point in figure.data if point["metric"] == metric and point.get("ratio") == 0.4]
+        assert row.change is not None
+        assert point["drawn_at"] - table.rows[0].value == pytest.approx(row.change.value)
+        assert point["value"] == row.value
     assert "its band the standard deviation over seeds" in figure.caption
 
 
@@ -284,7 +292,7 @@ def test_without_a_paired_baseline_the_bars_are_over_seeds(tmp_path: Path) -> No
     [loss] = [table for table in compare_runs(tmp_path)[0] if table.metric == "loss"]
     for row, (value, low, high) in zip(loss.rows, numbers_of(figure, "loss", "GMT", "ratio").values(), strict=True):
         assert (value, high - value, value - low) == pytest.approx((row.value, row.spread, row.spread))
-    assert "Bars: standard deviation over seeds" in figure.caption
+    assert "Bars: without a baseline to pair with, the standard deviation over seeds." in figure.caption
     assert "The baseline was not measured." in figure.caption
 
 
