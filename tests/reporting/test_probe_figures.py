@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 
-from mftctl.reporting.drawing import Figure, to_svg
+from mftctl.reporting.drawing import Figure, render
 from mftctl.reporting.probe_figures import probe_figures
 from mftctl.runs import list_runs
 from tests.reporting.training_runs import write_probe
@@ -194,6 +194,6 @@ def test_a_damaged_result_is_named_and_hides_no_other_probe(tmp_path: Path, chan
 def test_a_figure_is_the_same_svg_each_time_and_its_data_is_plain(tmp_path: Path) -> None:
     write_probe(tmp_path, 1, FOURS)
     [one], [other] = figures_of(tmp_path), figures_of(tmp_path)
-    assert to_svg(one) == to_svg(other)
-    assert "decoder layer" in to_svg(one)
+    assert render(one).svg == render(other).svg
+    assert "decoder layer" in render(one).svg
     assert json.loads(json.dumps(one.data)) == list(one.data)
