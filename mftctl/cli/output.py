@@ -20,6 +20,9 @@ from mftctl.errors import ConfigError, MftError
 from mftctl.processes import is_first, world_size
 from mftctl.progress import Progress as State
 
+_TOO_SHORT = ("validating", "comparing", "reporting", "drawing")
+"""Tasks whose tenths are not worth a line each."""
+
 
 class Output:
     """A command's console: live progress on a terminal, a line now and then elsewhere.
@@ -147,7 +150,7 @@ class Output:
 
     def _tell_tenths(self, state: State, details: str) -> None:
         tenths = 10 * state.done // max(state.total, 1)
-        if self._told_tenths.get(state.task) != tenths and state.task != "validating":
+        if self._told_tenths.get(state.task) != tenths and state.task not in _TOO_SHORT:
             self._told_tenths[state.task] = tenths
             self.note(f"{state.task} {state.done}/{state.total} {details}".rstrip())
 

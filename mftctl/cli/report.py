@@ -124,8 +124,8 @@ def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) 
     from mftctl.storage import require_writable
 
     require_writable(folder)
-    made = make_report(runs)
-    files = write_report(made, folder)
+    made = make_report(runs, console)
+    files = write_report(made, folder, console)
     console.result(to_document(made), *(table_view(table) for table in _main_tables(made, each_seed)))
     _tell(console, made)
     kinds = [file.parent.name for file in files]

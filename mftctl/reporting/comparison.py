@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 
 from mftctl.errors import EvaluationError, RunError
 from mftctl.lineage import FFT, PRE_TRAINED
+from mftctl.progress import Listener, Progress
 from mftctl.reporting.measurements import Measurement, belong_together, measurements_of
 from mftctl.reporting.paired_change import Change, paired_change
 from mftctl.runs import Run
@@ -105,12 +106,13 @@ class MetricTable:
     is_benchmark: bool = False
 
 
-def metric_tables(runs: Sequence[Run], problems: list[str]) -> list[MetricTable]:
+def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) -> list[MetricTable]:
     """One table for each model, data set and metric; none without a finished evaluation.
 
     Args:
         runs: Of a runs folder, oldest first.
         problems: Gets a line for each run that cannot be used.
+        listener: Hears progress.
     """
     by_name = {run.name: run for run in runs}
     groups: dict[tuple[str, str, str], list[Measurement]] = {}
@@ -127,16 +129,12 @@ def metric_tables(runs: Sequence[Run], problems: list[str]) -> list[MetricTable]
         for item in group:
             found = makers.setdefault((origin, item.state), [])
             found += [item.maker] * (item.maker not in found)
-    tables = [
-        _table(
-            origin,
-            metric,
-            group,
-            {state: found for (model, state), found in makers.items() if model == origin},
-            problems,
-        )
-        for (origin, _, metric), group in groups.items()
-    ]
+    tables = []
+    for done, ((origin, _, metric), group) in enumerate(groups.items()):
+        listener.progress(Progress("comparing", done, len(groups)))
+        own = {state: found for (model, state), found in makers.items() if model == origin}
+        tables.append(_table(origin, metric, group, own, problems))
+    listener.progress(Progress("comparing", len(groups), len(groups)))
     return _with_corrected_p_values(tables)
 
 

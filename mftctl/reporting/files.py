@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import atomic_file, write_text
+from mftctl.progress import Listener, Progress
 from mftctl.reporting.drawing import Drawing, render
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import to_markdown
@@ -20,17 +21,22 @@ if TYPE_CHECKING:
     from mftctl.reporting.report import Report
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
+def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]:
     """The files written, `index.html` first; those of an earlier report are replaced, or removed if now without data.
 
     Args:
         report: What it tells.
         folder: Made where it is missing; files in it that no report wrote stay.
+        listener: Hears progress.
     """
     document = folder / "report.json"
     before = _listed(document)
     page, markdown = folder / "index.html", folder / "report.md"
-    drawings = {figure.name: render(figure) for figure in report.figures}
+    drawings = {}
+    for done, figure in enumerate(report.figures):
+        listener.progress(Progress("drawing", done, len(report.figures)))
+        drawings[figure.name] = render(figure)
+    listener.progress(Progress("drawing", len(drawings), len(drawings)))
     write_text(page, to_page(report, drawings, folder))
     write_text(markdown, to_markdown(report))
     files = [page, markdown, document, *write_tables(report, folder / "tables")]

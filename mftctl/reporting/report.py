@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mftctl.errors import RunError
+from mftctl.progress import Listener, Progress
 from mftctl.reporting.advice import Advice, next_step
 from mftctl.reporting.comparison import MetricTable, Row, metric_tables
 from mftctl.reporting.curves import curve_figures
@@ -22,6 +23,7 @@ from mftctl.reporting.surface_figures import surface_figures
 from mftctl.reporting.sweeps import sweep_figures
 from mftctl.runs import Run, list_runs
 
+TASK = "reporting"
 _MOST_LISTED = 10
 
 
@@ -77,11 +79,12 @@ class Report:
     advice: Advice
 
 
-def make_report(root: Path) -> Report:
+def make_report(root: Path, listener: Listener) -> Report:
     """The report of a runs folder.
 
     Args:
         root: The runs folder.
+        listener: Hears progress.
 
     Raises:
         RunError: There is no run, or none that tells anything yet.
@@ -89,15 +92,20 @@ def make_report(root: Path) -> Report:
     runs, errors = list_runs(root)
     problems = [f"{error.path}: {error.message}" for error in errors]
     by_name = {run.name: run for run in runs}
-    tables = [_with_flags(table, by_name) for table in metric_tables(runs, problems)]
+    tables = [_with_flags(table, by_name) for table in metric_tables(runs, problems, listener)]
     efficiency = efficiencies(runs, problems)
-    figures = [
-        *curve_figures(runs, problems),
-        *probe_figures(runs, problems),
-        *sweep_figures(tables, runs, problems),
-        *removal_figures(runs, problems),
-        *surface_figures(runs, problems),
+    makers: list[Callable[[], list[Figure]]] = [
+        lambda: curve_figures(runs, problems),
+        lambda: probe_figures(runs, problems),
+        lambda: sweep_figures(tables, runs, problems),
+        lambda: removal_figures(runs, problems),
+        lambda: surface_figures(runs, problems),
     ]
+    figures: list[Figure] = []
+    for done, make in enumerate(makers):
+        listener.progress(Progress(TASK, done, len(makers)))
+        figures += make()
+    listener.progress(Progress(TASK, len(makers), len(makers)))
     unfinished = _unfinished(runs)
     if not tables and not efficiency and not figures:
         raise RunError(

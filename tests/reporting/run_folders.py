@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mftctl.progress import Silence
 from mftctl.reporting.comparison import MetricTable, metric_tables
 from mftctl.runs import list_runs
 
@@ -91,4 +92,4 @@ def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
     """The tables of a runs folder, and a line for each run that could not be used."""
     runs, errors = list_runs(root)
     problems = [f"{error.path}: {error.message}" for error in errors]
-    return metric_tables(runs, problems), problems
+    return metric_tables(runs, problems, Silence()), problems

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.progress import Silence
 from mftctl.reporting.files import to_document, write_report
 from mftctl.reporting.markdown import to_markdown
 from mftctl.reporting.report import Report, make_report
@@ -15,7 +16,7 @@ from tests.reporting.training_folders import write_study
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("study") / "runs"
     write_study(root)
-    return make_report(root)
+    return make_report(root, Silence())
 
 
 def files_in(folder: Path) -> set[str]:
@@ -25,7 +26,7 @@ def files_in(folder: Path) -> set[str]:
 def test_a_report_is_a_page_a_text_a_document_tables_and_figures(report: Report, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
     for _ in range(2):
-        files = write_report(report, folder)
+        files = write_report(report, folder, Silence())
     names = [file.relative_to(folder).as_posix() for file in files]
     assert names[:3] == ["index.html", "report.md", "report.json"]
     assert files_in(folder) == set(names)
@@ -54,7 +55,7 @@ def test_the_document_has_every_number_with_its_runs(report: Report) -> None:
 
 
 def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, tmp_path: Path) -> None:
-    write_report(report, tmp_path)
+    write_report(report, tmp_path, Silence())
     old, own = tmp_path / "figures" / "old.svg", tmp_path / "figures" / "own.svg"
     for path in (old, own, tmp_path / "mine.txt"):
         path.write_text("x", encoding="utf-8")
@@ -63,7 +64,7 @@ def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, 
     (tmp_path / "report.json").write_text(json.dumps(document), encoding="utf-8")
     outside = tmp_path.parent / "outside.svg"
     outside.write_text("x", encoding="utf-8")
-    write_report(report, tmp_path)
+    write_report(report, tmp_path, Silence())
     assert not old.exists()
     assert own.exists()
     assert outside.exists()
@@ -73,5 +74,5 @@ def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, 
 @pytest.mark.parametrize("content", ["{", "[]", '{"files": 3}', '{"files": [["a"]]}', "null"])
 def test_a_damaged_document_of_before_is_replaced(report: Report, tmp_path: Path, content: str) -> None:
     (tmp_path / "report.json").write_text(content, encoding="utf-8")
-    write_report(report, tmp_path)
+    write_report(report, tmp_path, Silence())
     assert json.loads((tmp_path / "report.json").read_text("utf-8"))["tables"]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.progress import Silence
 from mftctl.reporting.markdown import table_lines, to_markdown
 from mftctl.reporting.report import Report, make_report
 from mftctl.reporting.text_tables import TextCell, TextTable
@@ -19,7 +20,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("study") / "runs"
     write_study(root)
     (root / "030-eval").mkdir()
-    return make_report(root)
+    return make_report(root, Silence())
 
 
 def test_the_report_of_two_seeds_is_the_stored_one(report: Report) -> None:

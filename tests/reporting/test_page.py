@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.progress import Silence
 from mftctl.reporting.drawing import INK, render
 from mftctl.reporting.page import anchor, to_page
 from mftctl.reporting.report import Report, make_report
@@ -42,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(root: Path) -> Report:
-    return make_report(root)
+    return make_report(root, Silence())
 
 
 def page_of(report: Report, folder: Path) -> str:

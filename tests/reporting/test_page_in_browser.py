@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from mftctl.progress import Silence
 from mftctl.reporting.files import write_report
 from mftctl.reporting.report import make_report
 from tests.reporting.training_folders import write_study
@@ -26,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a report."""
     folder = tmp_path_factory.mktemp("browser")
     write_study(folder / "runs")
-    write_report(make_report(folder / "runs"), folder / "report")
+    write_report(make_report(folder / "runs", Silence()), folder / "report", Silence())
     return folder / "report"
 
 

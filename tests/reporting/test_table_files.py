@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.progress import Silence
 from mftctl.reporting.report import Report, make_report
 from mftctl.reporting.table_files import to_csv, to_latex, write_tables
 from mftctl.reporting.text_tables import TextCell, TextTable
@@ -17,7 +18,7 @@ from tests.reporting.training_folders import write_study
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("study") / "runs"
     write_study(root)
-    return make_report(root)
+    return make_report(root, Silence())
 
 
 def read(path: Path) -> list[dict[str, str]]:
