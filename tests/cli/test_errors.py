@@ -18,7 +18,16 @@ from tests.cli.running import CommandLine
         (["apply", "somewhere"], 2, "apply takes a base and a mask"),
         (["eval"], 2, "eval needs a model"),
         (["eval", "--mask", "mask.bits"], 2, "eval needs a model"),
-        (["report"], 1, "no finished evaluation"),
+        (["report"], 1, "no finished run"),
+        (["report", "1"], 2, "A comparison is of two runs"),
+        (["report", "1", "2", "3"], 2, "A comparison is of two runs"),
+        (["report", "1", "2"], 1, "There is no such run"),
+        (["report", "1", "2", "--watch"], 2, "These do not go together"),
+        (["report", "--surface", "--watch"], 2, "These do not go together"),
+        (["report", "--watch", "--json"], 2, "--watch writes to the terminal"),
+        (["report", "--surface-points", "5"], 2, "add --surface"),
+        (["report", "--surface", "--surface-points", "2"], 2, "at least 4"),
+        (["report", "--surface"], 1, "mftctl fft"),
         (["run", "nonsense"], 2, "no such recipe"),
         (["run"], 2, "Missing argument"),
         (["fft", "--resume"], 1, "no stopped fft run"),
@@ -79,6 +88,6 @@ def test_an_unknown_error_shows_its_traceback(mftctl: CommandLine, monkeypatch: 
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("mftctl.reporting.comparison.compare_runs", broken)
+    monkeypatch.setattr("mftctl.reporting.report.make_report", broken)
     with pytest.raises(ZeroDivisionError):
         mftctl("report")

@@ -87,8 +87,22 @@ def test_6_report_compares_them(here: CommandLine) -> None:
     loss = json.loads(outcome.stdout)["tables"][0]
     assert [row["state"] for row in loss["rows"]] == ["pre-trained", "FFT", "MFT"]
     assert loss["rows"][0]["change"]["verdict"] == "worse"
-    assert json.loads((here.folder / "report" / "report.json").read_text()) == json.loads(outcome.stdout)
+    document = json.loads((here.folder / "report" / "report.json").read_text())
+    assert {name: value for name, value in document.items() if name != "files"} == json.loads(outcome.stdout)
     assert "| FFT |" in (here.folder / "report" / "report.md").read_text()
+    assert "removed-by-layer" in [figure["name"] for figure in document["figures"]]
+    assert all((here.folder / "report" / name).is_file() for name in document["files"])
+
+
+def test_6_report_shows_one_table_the_next_step_and_where_the_files_are(here: CommandLine) -> None:
+    outcome = here("report")
+    assert outcome.code == 0, outcome.stderr
+    assert outcome.stdout.count("pre-trained") == 1
+    messages = " ".join(outcome.stderr.split())
+    assert "Written: report/index.html (to read), report.md, report.json" in messages
+    assert "Next: mftctl " in messages
+    each = here("report", "--each-seed")
+    assert each.stdout.count("pre-trained") > 1
 
 
 def test_7_a_result_is_replaced_only_with_yes(here: CommandLine) -> None:
