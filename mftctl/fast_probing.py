@@ -22,7 +22,8 @@ from mftctl.preparation import TrainingInputs
 from mftctl.progress import Listener, Progress
 from mftctl.runs import list_runs
 from mftctl.score_training import learning_rate
-from mftctl.training import schedule_factors, total_steps
+from mftctl.steps import total_steps
+from mftctl.training import schedule_factors
 
 _FEWEST_RANKED = 3
 

@@ -23,9 +23,10 @@ from mftctl.processes import is_first, spreads_parameters, under_deepspeed, worl
 from mftctl.progress import Listener
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
+from mftctl.steps import total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.storage import known_failures
-from mftctl.training import SftTrainer, total_steps, train, training_arguments, uses_bf16
+from mftctl.training import SftTrainer, train, training_arguments, uses_bf16
 from mftctl.training_flops import flops_per_token
 from mftctl.tuning.hft import freeze_half
 from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule

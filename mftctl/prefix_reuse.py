@@ -12,7 +12,7 @@ import psutil
 from mftctl.config import MaskTrainOptions
 from mftctl.masking.hidden_states import HiddenStates
 from mftctl.processes import world_size
-from mftctl.training import total_steps
+from mftctl.steps import total_steps
 
 _SHARE = 4
 """A quarter of what is free: the training itself needs the rest."""

@@ -29,10 +29,10 @@ from mftctl.processes import world_size
 from mftctl.progress import Listener
 from mftctl.runs import TrainingFolder
 from mftctl.score_trainer import MaskTrainer
+from mftctl.steps import total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.training import (
     schedule_factors,
-    total_steps,
     train,
     training_arguments,
 )

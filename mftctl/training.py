@@ -53,20 +53,6 @@ CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_che
 """What transformers calls it; the versions that vLLM asks for have the older name."""
 
 
-def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> int:
-    """The optimizer steps that a training takes.
-
-    Args:
-        records: Training records.
-        options: Epochs or steps, batch size and accumulation.
-        world_size: Number of processes.
-    """
-    if options.max_steps is not None:
-        return options.max_steps
-    batches = math.ceil(records / (options.batch_size * world_size))
-    return math.ceil(options.epochs * math.ceil(batches / options.grad_accum_steps))
-
-
 def warmup_steps(steps: int, options: TrainingOptions) -> int:
     """The steps in which the learning rate rises; never all of them, since the first of them has a rate of 0."""
     return min(math.ceil(steps * options.warmup_ratio), steps - 1)

@@ -18,7 +18,8 @@ from mftctl.models import load_model, load_tokenizer
 from mftctl.probing import probe
 from mftctl.progress import Silence
 from mftctl.runs import Run
-from mftctl.training import schedule_factors, total_steps
+from mftctl.steps import total_steps
+from mftctl.training import schedule_factors
 from tests.workflow_fixtures import make_recipe, open_run
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

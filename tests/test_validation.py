@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from mftctl.config import Recipe
 from mftctl.preparation import prepare_training
 from mftctl.recipe_files import parse_recipe
-from mftctl.training import total_steps
+from mftctl.steps import total_steps
 from mftctl.validation import validate
 from tests.workflow_fixtures import make_recipe
 

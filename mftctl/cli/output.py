@@ -65,6 +65,11 @@ class Output:
         alone = world_size() == 1
         return alone and sys.stdin.isatty() and self._messages.is_terminal and not self.as_json
 
+    @property
+    def is_live(self) -> bool:
+        """Whether a view can be kept on the screen, and results go to that terminal too."""
+        return self._live.is_started and self._results.is_terminal and not self.as_json
+
     def progress(self, state: State) -> None:
         """Shows how far a piece of work has come."""
         details = "" if state.loss is None else f"loss {state.loss:.4f}"
@@ -120,6 +125,7 @@ class Output:
         """Writes text to stdout as it is."""
         if self._speaks:
             sys.stdout.write(text)
+            sys.stdout.flush()
 
     def ask(self, question: str, option: str) -> str:
         """The answer to a question on a terminal.

@@ -21,7 +21,7 @@ from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_
 from mftctl.planning.training_data import DataCheck, Tokens
 from mftctl.seen_records import records_to_learn_from
 from mftctl.stages import Task
-from mftctl.training import total_steps
+from mftctl.steps import total_steps
 
 TRAINING_COMMANDS = ("fft", "probe", "mask-train")
 
