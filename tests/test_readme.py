@@ -40,7 +40,7 @@ CONSOLE = [block for block in blocks("console") if "mftctl " in block]
 
 
 def test_every_block_is_known() -> None:
-    assert len(CONSOLE) == 6, "a new block of commands needs a test here"
+    assert len(CONSOLE) == 7, "a new block of commands needs a test here"
 
 
 @pytest.fixture
@@ -93,13 +93,27 @@ def test_the_commands_on_ones_own_model(here: CommandLine) -> None:
     assert (here.folder / "better" / "model.safetensors").is_file()
     write_benchmarks(here.folder)
     run_all(here, CONSOLE[3])
-    run_all(here, CONSOLE[4])
+    run_all(here, CONSOLE[5])
     assert (here.folder / "dropped" / "model.safetensors").is_file()
     assert (here.folder / "imported.bits").is_file()
 
 
+def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mftctl.cli.following_view.time.sleep", interrupt)  # --watch goes on until Ctrl-C
+    assert here("fft", "--max-steps", 2, *FEW_RECORDS).code == 0
+    assert here("fft", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0
+    assert here("mask-train", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0
+    assert here("eval", "runs/001-fft/model", "--limit", 4).code == 0
+    run_all(here, CONSOLE[4])
+    figures = {path.name for path in (here.folder / "report" / "figures").iterdir()}
+    assert any(name.startswith("loss-surface") for name in figures)
+
+
 def test_the_commands_that_only_look(here: CommandLine) -> None:
-    run_all(here, CONSOLE[5])
+    run_all(here, CONSOLE[6])
     assert not (here.folder / "runs").exists()
 
 

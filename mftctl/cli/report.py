@@ -26,7 +26,7 @@ def report(
     pair: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN_A RUN_B]", help="Compare two runs instead: folders, names such as 005-mask-train, or numbers."
+            metavar="RUN_A RUN_B", help="Compare two runs instead: folders, names such as 005-mask-train, or numbers."
         ),
     ] = None,
     output: Annotated[
@@ -72,12 +72,12 @@ def report(
     """
     sizes = {"points": surface_points, "records": surface_records}
     chosen_sizes = {name: value for name, value in sizes.items() if value is not None}
-    _check_together(pair or [], watch, surface, bool(chosen_sizes), as_json)
+    _check_together(pair or [], watch, surface, bool(chosen_sizes))
     with Output(as_json=as_json) as console:
         if watch:
-            from mftctl.cli.following_view import watch_runs
+            from mftctl.cli import following_view
 
-            watch_runs(console, runs)
+            following_view.watch(console, runs)
         elif pair:
             from mftctl.cli.run_comparison_view import show_comparison
 
@@ -90,7 +90,7 @@ def report(
             show(console, runs, output, each_seed=each_seed)
 
 
-def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool, as_json: bool) -> None:
+def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool) -> None:
     """Nothing, if what was asked for goes together.
 
     Raises:
@@ -107,8 +107,6 @@ def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool
     given = [name for name, is_given in asked.items() if is_given]
     if len(given) > 1:
         raise ConfigError("These do not go together.", expected=f"one of {', '.join(asked)}", actual=", ".join(given))
-    if watch and as_json:
-        raise ConfigError("--watch writes to the terminal.", key="--json", hint="mftctl report --json")
     if has_sizes and not surface:
         raise ConfigError(
             "The size of a loss surface is given, and none is asked for.",

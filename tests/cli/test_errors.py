@@ -24,7 +24,6 @@ from tests.cli.running import CommandLine
         (["report", "1", "2"], 1, "There is no such run"),
         (["report", "1", "2", "--watch"], 2, "These do not go together"),
         (["report", "--surface", "--watch"], 2, "These do not go together"),
-        (["report", "--watch", "--json"], 2, "--watch writes to the terminal"),
         (["report", "--surface-points", "5"], 2, "add --surface"),
         (["report", "--surface", "--surface-points", "2"], 2, "at least 4"),
         (["report", "--surface"], 1, "mftctl fft"),

@@ -90,7 +90,7 @@ def test_6_report_compares_them(here: CommandLine) -> None:
     document = json.loads((here.folder / "report" / "report.json").read_text())
     assert {name: value for name, value in document.items() if name != "files"} == json.loads(outcome.stdout)
     assert "| FFT |" in (here.folder / "report" / "report.md").read_text()
-    assert "removed-by-layer" in [figure["name"] for figure in document["figures"]]
+    assert "removed-by-magnitude" in [figure["name"] for figure in document["figures"]]
     assert all((here.folder / "report" / name).is_file() for name in document["files"])
 
 
