@@ -62,10 +62,12 @@ def _methods(members: Sequence[History]) -> list[_Method]:
     for history in members:
         variants.setdefault(history.state, {}).setdefault(history.method, []).append(history)
 
+    def is_swept(seeds: Sequence[History]) -> bool:
+        return "[" in seeds[0].stage
+
     def rank(seeds: Sequence[History]) -> tuple[bool, int, float]:
-        swept = "[" in seeds[0].stage
         changes = [min(item.losses.values()) - (item.reference_loss or 0.0) for item in seeds if item.losses]
-        return (swept, -len(seeds), fmean(changes) if changes else 0.0)
+        return (is_swept(seeds), -len(seeds), fmean(changes) if changes else 0.0)
 
     def place(state: str) -> int:
         return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER)
@@ -74,7 +76,8 @@ def _methods(members: Sequence[History]) -> list[_Method]:
     for state in sorted(variants, key=place):
         groups = list(reversed(variants[state].values()))  # the newest first among equals
         chosen = min(groups, key=rank)
-        label = state if len(groups) == 1 else f"{state} ({chosen[0].stage})"
+        alike = [group for group in groups if is_swept(group) == is_swept(chosen)]
+        label = state if len(alike) == 1 else f"{state} ({chosen[0].stage})"
         methods.append(_Method(label, state, tuple(chosen), len(groups)))
     return methods
 

@@ -207,7 +207,8 @@ def test_a_stage_of_its_own_is_drawn_rather_than_a_variant_of_a_sweep(tmp_path: 
         options={"data_fraction": 0.5},
     )
     [figure] = figures_of(tmp_path)
-    assert points_of(figure, "MFT (mft)") == pytest.approx({20: 0.0, 24: -0.1})
+    assert points_of(figure, "MFT") == pytest.approx({20: 0.0, 24: -0.1})
+    assert "MFT of 2" in figure.caption
 
 
 def test_of_a_run_made_again_the_newest_finished_one_counts(tmp_path: Path) -> None:
