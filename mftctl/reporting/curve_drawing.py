@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mftctl.reporting.drawing import INK, Figure, style_of
+from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.reporting.training_histories import History
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ class SeedCurve:
 
     history: History
     values: Mapping[int, float]
+
+    @property
+    def own(self) -> dict[int, float]:
+        """The values by the run's own step."""
+        return {step - self.history.first_step: value for step, value in self.values.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +115,7 @@ def curve_figure(picture: CurvePicture, origin: str) -> Figure:
         data=tuple(_points(picture)),
         runs=tuple(dict.fromkeys(seed.history.run.name for line in picture.lines for seed in line.seeds)),
         draw=partial(_draw, picture, top),
-        height_inches=3.6 + 0.18 * ((len(picture.lines) + 2) // 3),
+        height_inches=3.4 + legend_height_inches([*(line.label for line in picture.lines), "best FFT"]),
     )
 
 
@@ -204,8 +210,7 @@ def _draw(picture: CurvePicture, top: float | None, canvas: Canvas) -> None:
     only_masks = all(line.is_mask for line in picture.lines)
     whole.set_xlabel("optimizer step" if only_masks else "optimizer steps since the pre-trained model")
     whole.set_ylabel(picture.y_label)
-    handles, labels = whole.get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="outside lower center", ncols=3, handlelength=3.2)
+    put_legend(canvas, dict(zip(*reversed(whole.get_legend_handles_labels()), strict=True)))
 
 
 def _closer(picture: CurvePicture, top: float | None) -> tuple[tuple[float, float], tuple[float, float]] | None:
@@ -227,28 +232,31 @@ def _closer(picture: CurvePicture, top: float | None) -> tuple[tuple[float, floa
 
 
 def _draw_line(axes: Axes, line: Curve, last: float) -> None:
-    """The mean over seeds with its band as far as they were measured at the same steps, then each seed."""
+    """The mean over seeds with its band as far as they were measured at the same steps, then each seed.
+
+    A seed that is still being trained is not part of a mean of finished ones.
+    """
     style = style_of(line.state).keywords()
-    own = [
-        {step - seed.history.first_step: value for step, value in sorted(seed.values.items())} for seed in line.seeds
-    ]
-    shared = _shared_steps(own)
-    start = fmean(seed.history.first_step for seed in line.seeds)
+    thin = {**style, "linewidth": 0.8, "markersize": 3.0}
+    finished = [seed for seed in line.seeds if seed.history.is_finished]
+    averaged = finished or line.seeds
+    shared = _shared_steps([seed.own for seed in averaged])
+    start = fmean(seed.history.first_step for seed in averaged)
     if shared:
-        columns = [[values[step] for values in own] for step in shared]
+        columns = [[seed.own[step] for seed in averaged] for step in shared]
         places = [start + step for step in shared]
         axes.plot(places, [fmean(column) for column in columns], label=line.label, markevery=_every(shared), **style)
-        if len(own) > 1:
+        if len(averaged) > 1:
             lows, highs = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(places, lows, highs, color=style["color"], alpha=_BAND_ALPHA, linewidth=0)
-    for number, (seed, values) in enumerate(zip(line.seeds, own, strict=True)):
-        rest = [step for step in values if not shared or step >= shared[-1]]
-        if shared and len(rest) < 2:
+    for number, seed in enumerate(line.seeds):
+        is_averaged = bool(shared) and seed in averaged
+        rest = [step for step in sorted(seed.own) if not is_averaged or step >= shared[-1]]
+        if is_averaged and len(rest) < 2:
             continue
-        first = start if shared else seed.history.first_step
+        first = start if is_averaged else seed.history.first_step
         label = line.label if number == 0 and not shared else None
-        thin = {**style, "linewidth": 0.8, "markersize": 3.0}
-        axes.plot([first + step for step in rest], [values[step] for step in rest], label=label, **thin)
+        axes.plot([first + step for step in rest], [seed.own[step] for step in rest], label=label, **thin)
 
 
 def _shared_steps(own: Sequence[Mapping[int, float]]) -> list[int]:

@@ -63,10 +63,12 @@ def _methods(members: Sequence[History]) -> list[_Method]:
     for history in members:
         variants.setdefault(history.state, {}).setdefault(history.method, []).append(history)
 
+    def is_swept(seeds: Sequence[History]) -> bool:
+        return "[" in seeds[0].stage
+
     def rank(seeds: Sequence[History]) -> tuple[bool, int, float]:
-        swept = "[" in seeds[0].stage
         changes = [min(item.losses.values()) - (item.reference_loss or 0.0) for item in seeds if item.losses]
-        return (swept, -len(seeds), fmean(changes) if changes else 0.0)
+        return (is_swept(seeds), -len(seeds), fmean(changes) if changes else 0.0)
 
     def place(state: str) -> int:
         return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER)
@@ -75,7 +77,9 @@ def _methods(members: Sequence[History]) -> list[_Method]:
     for state in sorted(variants, key=place):
         groups = list(reversed(variants[state].values()))  # the newest first among equals
         chosen = min(groups, key=rank)
-        label = state if len(groups) == 1 else f"{state} ({chosen[0].stage})"
+        alike = [group for group in groups if is_swept(group) == is_swept(chosen)]
+        variant = chosen[0].stage.partition("[")[2].rstrip("]") or chosen[0].stage
+        label = state if len(alike) == 1 else f"{state} ({variant})"
         methods.append(_Method(label, state, tuple(chosen), len(groups)))
     return methods
 
@@ -102,7 +106,7 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
         lines += [Curve(method.label, method.state, tuple(seeds), method.variants)] if seeds else []
     if not any(len(seed.values) > 1 for line in lines for seed in line.seeds):
         return None
-    best = [item for method in methods if method.state == FFT for item in method.seeds if item.losses]
+    best = [item for item in _best_ffts(methods) if item.losses]
     star = (fmean(item.first_step + item.kept_step for item in best), 0.0) if best else None
     against = "the best FFT" if has_fft else "the model without a mask"
     captions = ["Validation loss per answer token."]
@@ -123,6 +127,12 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
         True,
         tuple(captions),
     )
+
+
+def _best_ffts(methods: Sequence[_Method]) -> list[History]:
+    """The FFT of each seed; what is not finished may still become better, and counts only where nothing else does."""
+    found = [item for method in methods if method.state == FFT for item in method.seeds]
+    return [item for item in found if item.is_finished] or found
 
 
 def _measures(methods: Sequence[_Method]) -> list[Measure]:
@@ -171,9 +181,7 @@ def _measured_best(methods: Sequence[_Method], measure: Measure) -> list[tuple[i
     """Step and score of each seed's best FFT: measured at that step, or where training went on from it."""
     found = []
     histories = [item for method in methods for item in method.seeds]
-    for best in histories:
-        if best.state != FFT:
-            continue
+    for best in _best_ffts(methods):
         value = best.scores.get(measure, {}).get(best.kept_step)
         if value is None:
             parents = [best.run.name]

@@ -15,6 +15,7 @@ from mftctl.lineage import PRE_TRAINED
 from mftctl.reporting.curve_drawing import STAR
 from mftctl.reporting.drawing import INK, Figure, numbered_style
 from mftctl.reporting.figure_names import with_own_names
+from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -228,6 +229,7 @@ def _figure(probe: _Probe) -> Figure:
         ),
         runs=tuple(run.name for run in probe.runs),
         draw=partial(_draw, probe),
+        height_inches=3.2 + legend_height_inches(["FFT, no mask", *probe.sizes, "recommended"]),
     )
 
 
@@ -252,7 +254,7 @@ def _draw(probe: _Probe, canvas: Canvas) -> None:
     axes.set_xlabel("decoder layer")
     axes.set_ylabel("promised change of the loss" if probe.is_fast else "validation loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    canvas.legend(loc="outside lower center", ncols=3, handlelength=3.2)
+    put_legend(canvas, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
 
 
 def _draw_size(axes: Axes, name: str, groups: Sequence[_Group], number: int, base: float) -> None:

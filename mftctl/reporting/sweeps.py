@@ -13,6 +13,7 @@ from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.reporting.comparison import STATE_ORDER, MetricTable, Row
 from mftctl.reporting.drawing import INK, Figure, LineStyle, numbered_style, style_of
 from mftctl.reporting.figure_names import slug, with_own_names
+from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.reporting.training_histories import DECIDES_NOTHING
 from mftctl.runs import Run
 
@@ -255,7 +256,9 @@ def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]
     ]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
-    entries = len({line.label for panel in panels for line in panel.lines}) + 1
+    labels = {line.label for panel in panels for line in panel.lines} | {
+        row.state for panel in panels for row in panel.baselines
+    }
     return Figure(
         name=f"{option.name}-{slug(dataset)}",
         title=f"{option.title}: {dataset}",
@@ -263,7 +266,7 @@ def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]
         data=tuple(_numbers(option, panels)),
         runs=tuple(dict.fromkeys(name for point in points for name in point.row.runs)),
         draw=partial(_draw, option, tuple(panels), columns),
-        height_inches=0.5 + 2.7 * rows + 0.18 * ((entries + 2) // 3),
+        height_inches=0.3 + 2.7 * rows + legend_height_inches(list(labels)),
     )
 
 
@@ -283,9 +286,8 @@ def _baseline_caption(panels: Sequence[_Panel]) -> str:
     rows = [row for panel in panels for row in panel.baselines]
     if not rows:
         return "The baseline was not measured."
-    if any(row.spread is not None for row in rows):
-        return f"Level line: {rows[0].state}, its band the standard deviation over seeds."
-    return f"Level line: {rows[0].state}, its band the standard error over test samples."
+    band = ", its band the standard deviation over seeds" if any(row.spread for row in rows) else ""
+    return f"Level line: {', '.join(dict.fromkeys(row.state for row in rows))}{band}."
 
 
 def _numbers(option: _Option, panels: Sequence[_Panel]) -> list[dict[str, Any]]:
@@ -326,15 +328,14 @@ def _draw(option: _Option, panels: Sequence[_Panel], columns: int, canvas: Canva
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     for axes in flat[len(panels) :]:
         axes.remove()
-    canvas.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3, handlelength=3.2)
+    put_legend(canvas, handles)
 
 
 def _draw_panel(axes: Axes, panel: _Panel) -> None:
     for row in panel.baselines:
-        around = row.spread if row.spread is not None else row.standard_error
         axes.axhline(row.value, color=INK, linewidth=1.0, label=row.state)
-        if around:
-            axes.axhspan(row.value - around, row.value + around, color=INK, alpha=0.1, linewidth=0)
+        if row.spread:
+            axes.axhspan(row.value - row.spread, row.value + row.spread, color=INK, alpha=0.1, linewidth=0)
     every = [point.value for line in panel.lines for point in line.points]
     # Bars of several lines at the same value would hide each other.
     shift = 0.008 * (max(every) - min(every))
@@ -350,3 +351,6 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
             elinewidth=0.9,
             **line.style.keywords(),
         )
+    # The interval of a change can reach further down than a score can.
+    if axes.get_ylim()[0] < 0 <= min(point.row.value for line in panel.lines for point in line.points):
+        axes.set_ylim(bottom=0)

@@ -162,6 +162,17 @@ def test_seeds_that_end_at_different_steps_go_on_alone(tmp_path: Path) -> None:
     assert thin.get_linewidth() < whole.get_linewidth()
 
 
+def test_a_seed_that_is_still_trained_is_drawn_beside_the_mean_and_moves_no_star(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_training(tmp_path, 1 + seed, "FFT", {0: 1.0, 10: 0.8 - seed, 20: 0.9}, seed=seed)
+    write_training(tmp_path, 3, "FFT", {0: 1.0}, seed=2, status="running")
+    [figure] = figures_of(tmp_path)
+    mean, running = [line for line in lines_of(figure) if line.get_marker() == "o"]
+    assert (list(mean.get_xdata()), list(running.get_xdata())) == ([0, 10, 20], [0])
+    assert mean.get_ydata() == pytest.approx([0.7, 0.0, 0.6])
+    assert star_of(figure) == (10.0, 0.0)
+
+
 def test_seeds_measured_at_other_steps_are_drawn_each_alone(tmp_path: Path) -> None:
     write_training(tmp_path, 1, "FFT", {0: 1.0, 10: 0.8, 20: 0.7}, seed=0)
     write_training(tmp_path, 2, "FFT", {0: 1.2, 7: 0.9, 20: 0.8}, seed=1)
@@ -187,9 +198,9 @@ def test_the_variants_of_a_sweep_are_never_averaged_and_the_best_is_drawn(tmp_pa
             stage=f"mft[ratio={ratio}]",
         )
     [figure] = figures_of(tmp_path)
-    assert points_of(figure, "MFT, paper (mft[ratio=0.1])") == pytest.approx({20: 0.0, 24: -0.1})
-    assert labels_of(figure) == ["FFT", "MFT, paper (mft[ratio=0.1])", "best FFT"]
-    assert "MFT, paper (mft[ratio=0.1]) of 3" in figure.caption
+    assert points_of(figure, "MFT, paper (ratio=0.1)") == pytest.approx({20: 0.0, 24: -0.1})
+    assert labels_of(figure) == ["FFT", "MFT, paper (ratio=0.1)", "best FFT"]
+    assert "MFT, paper (ratio=0.1) of 3" in figure.caption
 
 
 def test_a_stage_of_its_own_is_drawn_rather_than_a_variant_of_a_sweep(tmp_path: Path) -> None:
@@ -207,7 +218,8 @@ def test_a_stage_of_its_own_is_drawn_rather_than_a_variant_of_a_sweep(tmp_path: 
         options={"data_fraction": 0.5},
     )
     [figure] = figures_of(tmp_path)
-    assert points_of(figure, "MFT (mft)") == pytest.approx({20: 0.0, 24: -0.1})
+    assert points_of(figure, "MFT") == pytest.approx({20: 0.0, 24: -0.1})
+    assert "MFT of 2" in figure.caption
 
 
 def test_of_a_run_made_again_the_newest_finished_one_counts(tmp_path: Path) -> None:
@@ -369,6 +381,21 @@ def test_the_star_of_a_score_is_where_training_went_on_from_it_if_its_own_step_w
     write_training(tmp_path, 2, "continued FFT", {0: 0.8, 10: 0.9}, **on_fft)
     figure = next(figure for figure in figures_of(tmp_path) if figure.name.startswith("score"))
     assert star_of(figure) == (20.0, 0.45)
+
+
+def test_long_labels_stay_inside_the_figure(tmp_path: Path) -> None:
+    fft = write_training(tmp_path, 1, "FFT", FFT_LOSSES)
+    for number, value in enumerate((0.1, 0.2), start=2):
+        stage = f"mft[data_fraction={value},learn_from=unseen]"
+        mask: dict[str, Any] = {"command": "mask-train", "parents": [fft], "before": "FFT", "unmasked_loss": 0.7}
+        write_training(tmp_path, number, "MFT", {0: 0.7, 4: 0.6}, options={"data_fraction": value}, stage=stage, **mask)
+    [figure] = figures_of(tmp_path)
+    canvas = Canvas(figsize=(figure.width_inches, figure.height_inches), layout="constrained")
+    figure.draw(canvas)
+    canvas.draw_without_rendering()
+    [legend] = canvas.legends
+    box, whole = legend.get_window_extent(), canvas.bbox
+    assert whole.x0 <= box.x0 < box.x1 <= whole.x1
 
 
 def test_masks_too_short_to_be_seen_are_drawn_once_more_closer(tmp_path: Path) -> None:
