@@ -17,7 +17,8 @@ NOTE = (
     " benchmarks."
 )
 EFFICIENCY_NOTE = (
-    "Speeds are those of the steps after the first, without validations and checkpoints. FLOPs count the products with"
+    "Speeds are those of the steps after the first, without validations and checkpoints; they compare where the machine"
+    " was as busy. FLOPs count the products with"
     " weights: 2 a weight and token forward, 2 for the gradient of the input where anything below is trained, 2 for its"
     " own where it is trained. Memory is the most that was held: of the GPU, on a CPU of the whole process."
 )
