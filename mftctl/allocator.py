@@ -10,6 +10,14 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 """M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's malloc.h."""
 
 
+def give_back_freed_memory() -> None:
+    """Returns to the system what an earlier piece of work has freed; without glibc nothing happens."""
+    if platform.system() == "Linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):
+            library.malloc_trim(0)
+
+
 def keep_freed_memory() -> bool:
     """Whether this process now keeps freed blocks for the next step, instead of giving them back to the system.
 

@@ -22,7 +22,7 @@ from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes
+from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
@@ -59,6 +59,7 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     Raises:
         MftError: Anything known that can go wrong.
     """
+    restart_peak_memory()
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
     loaded = None if recipe.eval.predictions is not None else _load(source, recipe)

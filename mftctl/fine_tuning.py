@@ -16,7 +16,7 @@ from mftctl.errors import ConfigError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.models import best_device, load_model, peak_memory_bytes, stored_dtype
+from mftctl.models import best_device, load_model, peak_memory_bytes, restart_peak_memory, stored_dtype
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.processes import is_first, spreads_parameters, under_deepspeed, world_size
@@ -27,6 +27,7 @@ from mftctl.steps import total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.storage import known_failures
 from mftctl.training import SftTrainer, train, training_arguments, uses_bf16
+from mftctl.training_flops import flops_per_token
 from mftctl.tuning.hft import freeze_half
 from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
 
@@ -61,6 +62,7 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
     Source: MFT, section 2, equation 1; GMT, section 2 and algorithm 1. The loss is the mean over all answer tokens of
     an optimizer step.
     """
+    restart_peak_memory()
     options = recipe.fft
     inputs = prepare_training(
         recipe,
@@ -75,6 +77,7 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
         save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
+    flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:
         train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
@@ -94,6 +97,7 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
         "steps": trainer.state.global_step,
         "trained_parameters": trained_parameters,
         "tokens": int(trainer.state.num_input_tokens_seen),
+        "flops_per_token": flops,
         "evaluations": measurements(run.training),
         "peak_memory_bytes": peak_memory_bytes(),
     }

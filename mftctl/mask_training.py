@@ -22,7 +22,7 @@ from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_d
 from mftctl.masking.drop import drop_mask
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
-from mftctl.models import load_model, peak_memory_bytes
+from mftctl.models import load_model, peak_memory_bytes, restart_peak_memory
 from mftctl.prefix_reuse import batches_come_again, figures, hidden_states
 from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.processes import is_first, shares_weights
@@ -31,6 +31,7 @@ from mftctl.runs import Run
 from mftctl.score_training import LearnedMask, MaskSearch, learn_mask, learning_rate_text
 from mftctl.seen_records import seen_records
 from mftctl.training import uses_bf16
+from mftctl.training_flops import flops_per_token
 
 
 def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
@@ -48,6 +49,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
 
     Source: MFT, section 2, equations 2 to 5; local and global masks of section 3.2.
     """
+    restart_peak_memory()
     options = recipe.mask_train
     if options.method == "drop":
         return _drop(recipe, source, run, listener)
@@ -56,6 +58,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
+    flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # what cannot be written is said before the training
     deciding, confirming = split_validation_records(inputs.validation, options)
     inputs = replace(inputs, validation=deciding)
@@ -93,6 +96,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         "layers": format_layers(layers),
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
+        "flops_per_token": flops,
         "confirmation": confirmation,
         "prefix_reuse": reuse,
         "evaluations": measurements(run.training),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from mftctl.allocator import give_back_freed_memory
 from mftctl.errors import ModelError
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
@@ -78,8 +81,18 @@ def evaluation_dtype() -> torch.dtype | str:
     return "auto" if torch.cuda.is_available() else torch.float32
 
 
+def restart_peak_memory() -> None:
+    """Lets `peak_memory_bytes` begin anew, without what was freed before; on other systems than Linux it goes on."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    give_back_freed_memory()
+    with suppress(OSError):  # where the kernel has no such file, or a container forbids it
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory_bytes() -> int:
-    """The most memory this process has held: of the GPU if there is one, else of the machine."""
+    """The most memory held since `restart_peak_memory`: of the GPU if there is one, else of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource

@@ -17,7 +17,7 @@ from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_trai
 from mftctl.mask_validation import split_validation_records, validation_loss
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
-from mftctl.models import peak_memory_bytes
+from mftctl.models import peak_memory_bytes, restart_peak_memory
 from mftctl.prefix_reuse import figures, hidden_states
 from mftctl.progress import Listener
 from mftctl.runs import Run, TrainingFolder
@@ -39,6 +39,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
 
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data).
     """
+    restart_peak_memory()
     if recipe.probe.fast:
         return _estimate(recipe, source, run, listener)
     options = _options(recipe)

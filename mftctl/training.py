@@ -329,6 +329,7 @@ class _Watch(TrainerCallback):
         self._loss: float | None = None
         self._start_tokens = 0
         self._step_start_seconds = 0.0
+        self._step_seconds = 0.0
         self._training_seconds = 0.0
 
     def on_train_begin(
@@ -346,8 +347,9 @@ class _Watch(TrainerCallback):
     ) -> None:
         if "train_loss" in (logs or {}):  # the Trainer's summary is of the steps since it was resumed
             return
-        self._folder.log({"step": state.global_step, **(logs or {})})
         loss = (logs or {}).get("loss")
+        timing = {} if loss is None else {"step_seconds": round(self._step_seconds, 6)}
+        self._folder.log({"step": state.global_step, **(logs or {}), **timing})
         if loss is None:
             return
         if not math.isfinite(loss):
@@ -361,7 +363,8 @@ class _Watch(TrainerCallback):
         self._loss = loss
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._training_seconds += time.monotonic() - self._step_start_seconds  # without the validations between steps
+        self._step_seconds = time.monotonic() - self._step_start_seconds  # without the validations between steps
+        self._training_seconds += self._step_seconds
         speed = (int(state.num_input_tokens_seen) - self._start_tokens) / max(self._training_seconds, 1e-9)
         self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
         # One answer for all processes, whatever signal comes to one of them after the question.

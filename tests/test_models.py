@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from mftctl.errors import ModelError
-from mftctl.models import load_model, load_tokenizer, peak_memory_bytes
+from mftctl.models import load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
 
 
 def test_a_model_comes_in_evaluation_mode_and_the_dtype_asked_for(tiny_checkpoint: Path) -> None:
@@ -33,6 +34,15 @@ def test_a_checkpoint_without_a_tokenizer(tiny_checkpoint: Path, tmp_path: Path)
     with pytest.raises(ModelError, match="tokenizer cannot be loaded") as caught:
         load_tokenizer(tmp_path / "model")
     assert "tokenizer.json" in str(caught.value.hint)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps no such count")
+def test_peak_memory_begins_anew_with_a_new_piece_of_work() -> None:
+    held = torch.ones(256 << 20, dtype=torch.uint8)
+    most = peak_memory_bytes()
+    del held
+    restart_peak_memory()
+    assert peak_memory_bytes() < most - (200 << 20)
 
 
 def test_peak_memory_grows_with_what_is_held() -> None:

@@ -1,0 +1,64 @@
+"""What a training step computes, by count of its matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from mftctl.masking.targets import MaskTarget, decoder_layers
+
+
+def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
+    """Floating-point operations of a forward and a backward pass, a token, of the products with weights alone.
+
+    A weight costs 2 for the output, 2 for the gradient of its input if anything that is trained lies in its decoder
+    layer or below, and 2 for its own gradient if it is trained. Of experts those count that a token passes. Products
+    within attention, norms and the optimizer are left out, as is what reuse and logits only at answers save.
+
+    Args:
+        model: On one process, whole, before masks are attached.
+        masked: What a mask is learned for, while the weights themselves are frozen.
+    """
+    prefix, decoder = decoder_layers(model)
+    scored = {id(target.module.get_parameter(target.parameter)) for target in masked}
+    share = _active_share(model)
+    matrices = []
+    for name, weight, is_expert in _matrices(model):
+        inside = name.startswith(f"{prefix}.")
+        layer = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(decoder)
+        trained = weight.requires_grad or id(weight) in scored
+        matrices.append((layer, weight.numel() * (share if is_expert else 1.0), trained))
+    below = -1 if _trains_embeddings(model) else len(decoder) + 1
+    lowest = min([below, *(layer for layer, _, trained in matrices if trained)])
+    return round(sum(size * (2 + 2 * (layer >= lowest) + 2 * trained) for layer, size, trained in matrices))
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Name and weight of everything a hidden state is multiplied with, and whether it holds several experts."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module.weight, False
+            continue
+        for own, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3:
+                yield f"{name}.{own}", parameter, True
+
+
+def _trains_embeddings(model: nn.Module) -> bool:
+    return any(
+        parameter.requires_grad
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    )
+
+
+def _active_share(model: nn.Module) -> float:
+    """The share of the experts that a token passes; 1 for a model without."""
+    config = getattr(model, "config", None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    return chosen / experts if chosen and experts else 1.0
