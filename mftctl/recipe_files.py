@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -15,18 +14,14 @@ from pydantic import BaseModel, ValidationError
 
 from mftctl.config import Recipe, Stage
 from mftctl.errors import ConfigError
+from mftctl.yaml_numbers import NumberLoader
 
 _INSTALLED = Path(__file__).parent / "recipes"
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "recipes"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: `1e-4` is a number, as everyone who writes a learning rate expects."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Loader(NumberLoader):
+    """Refuses a key that is there twice."""
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

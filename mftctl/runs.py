@@ -30,6 +30,7 @@ from mftctl.errors import Interrupted, MftError, RunError
 from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
 from mftctl.storage import is_alive, is_failure_of_storage, known_failures, remove_leftovers, temporary_prefix
+from mftctl.yaml_numbers import NumberDumper
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -249,6 +250,10 @@ def _to_json(record: RunRecord) -> str:
     return json.dumps(asdict(record), indent=2) + "\n"
 
 
+def _to_yaml(config: Mapping[str, Any]) -> str:
+    return yaml.dump(config, Dumper=NumberDumper, sort_keys=False, allow_unicode=True)
+
+
 def _worker() -> str:
     return f"{platform.node()}:{os.getpid()}"
 
@@ -350,7 +355,7 @@ def _new_folder(root: Path, record: RunRecord) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix("run"), dir=root))
     try:
         temporary.chmod(root.stat().st_mode & 0o777)
-        write_text(temporary / "config.yaml", yaml.safe_dump(record.config, sort_keys=False, allow_unicode=True))
+        write_text(temporary / "config.yaml", _to_yaml(record.config))
         write_text(temporary / "run.json", _to_json(record))
         number = max((int(path.name.split("-")[0]) for path in run_folders(root)), default=0) + 1
         while True:

@@ -8,13 +8,17 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mftctl import runs
 from mftctl.errors import DataError, Interrupted, MaskFileError, RunError, StorageError
 from mftctl.fingerprints import source_digest
+from mftctl.recipe_files import read_yaml
 from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run, recorded
 
 
@@ -48,6 +52,15 @@ def test_new_run_has_its_record_and_its_configuration(tmp_path: Path) -> None:
     assert {"python", "torch", "transformers"} <= set(record["versions"])
     assert record["versions"]["mftctl source"] == source_digest()
     assert load_run(run.folder).record == run.record
+
+
+@given(st.from_regex(r"[-+]?[0-9]{0,3}\.?[0-9]{0,2}[eE]?[-+]?[0-9]{0,3}", fullmatch=True) | st.floats(allow_nan=False))
+def test_configuration_reads_back_as_a_recipe_with_texts_as_texts_and_numbers_as_numbers(value: str | float) -> None:
+    with TemporaryDirectory() as folder:
+        run = create_run(Path(folder), "fft", {"revision": value, "fft": {"learning_rate": 1e-5}})
+        found = read_yaml(run.folder / "config.yaml")
+    assert found == {"revision": value, "fft": {"learning_rate": 1e-5}}
+    assert type(found["revision"]) is type(value)
 
 
 def test_numbers_go_on_after_the_highest(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from mftctl.reporting.run_comparison import Difference, MaskOverlap, PairedMetri
 from mftctl.runs import Run
 
 _COLOURS = {"better": "green", "worse": "red"}
+_CURVES = ("evaluations.", "flips.rounds.")
+"""Results with a value for each of many steps, which the figures of a report show better."""
 _DIGEST_CHARACTERS = 64
 _DIGEST_SHOWN = 12
 
@@ -51,8 +53,12 @@ def _views(found: RunComparison, first: Run, second: Run) -> list[RenderableType
         views.append(_metrics(found))
     # The metrics of an evaluation stand in the table above, with their intervals.
     told = {f"datasets.{item.dataset}.metrics.{item.metric}." for item in found.metrics}
-    results = [item for item in found.results if not item.key.startswith(tuple(told))]
+    results = [item for item in found.results if not item.key.startswith((*told, *_CURVES))]
     views.append(_table("Results", found, results, change=True) if results else "Results: no difference")
+    for prefix in _CURVES:
+        values = sum(item.key.startswith(prefix) for item in found.results)
+        if values:
+            views.append(f"{prefix.rstrip('.')}: {values} values differ, step by step (--json lists them)")
     if found.mask is not None:
         views.append(_mask(found, found.mask))
     return views

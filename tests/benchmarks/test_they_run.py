@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.runs import list_runs
 from tests.benchmarks import (
     allocator_speed,
     apply_speed,
     codec_speed,
     eval_speed,
     gmt_step_speed,
+    listing_speed,
     mask_memory,
     mask_step_speed,
     probe_speed,
@@ -79,3 +81,12 @@ def test_mask_memory(tmp_path: Path) -> None:
     usual, low = (float(text.split(",")[0]) for text in found.values())
     assert 20 < usual < 40
     assert 8 < low < usual - 8
+
+
+def test_listing_speed(tmp_path: Path) -> None:
+    found = listing_speed.compare(tmp_path / "runs", runs=12, repetitions=2)
+    assert len(found) == 5
+    assert found["runs"].startswith("12, ")
+    runs, errors = list_runs(tmp_path / "runs")
+    assert (len(runs), errors) == (12, [])
+    assert all(run.record.status == "finished" for run in runs)

@@ -42,6 +42,21 @@ def test_tables_hold_what_differs_and_the_verdict(root: Path, capsys: pytest.Cap
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_values_of_many_steps_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in (1, 2):
+        folder = tmp_path / f"00{number}-fft"
+        folder.mkdir()
+        evaluations = [{"step": step, "dataset": "d", "value": step * number} for step in range(5)]
+        result = {"evaluations": evaluations, "best_loss": 1.0 * number}
+        record = {"command": "fft", "status": "finished", "started": "", "config": {}, "result": result}
+        (folder / "run.json").write_text(json.dumps(record))
+    text = shown(tmp_path, "1", "2", capsys)
+    assert "evaluations: 4 values differ, step by step (--json lists them)" in text
+    assert "evaluations.d" not in text
+    assert "│ best_loss" in text
+    assert len(json.loads(shown(tmp_path, "1", "2", capsys, as_json=True))["results"]) == 5
+
+
 def test_run_and_itself_have_no_difference(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(root, "3", "003-eval", capsys)
     for part in ("Settings", "Inputs", "Versions", "Results"):
