@@ -36,7 +36,7 @@ def test_eval_speed(tmp_path: Path) -> None:
 
 def test_mask_step_speed() -> None:
     found = mask_step_speed.compare(TINY, [1, 2], length_tokens=16, answer_share=0.5, repetitions=2)
-    assert len(found) == 8
+    assert len(found) == 10
 
 
 def test_gmt_step_speed() -> None:

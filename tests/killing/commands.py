@@ -235,7 +235,7 @@ def _without_times(name: str, content: bytes, folder: Path, run: str) -> Any:
         return _same(json.loads(content), folder, run)
     if name.endswith("metrics.jsonl"):
         return [
-            {key: value for key, value in json.loads(line).items() if "runtime" not in key and "per_second" not in key}
+            {key: value for key, value in json.loads(line).items() if "runtime" not in key and "second" not in key}
             for line in content.splitlines()
         ]
     return content

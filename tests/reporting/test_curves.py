@@ -30,8 +30,9 @@ def figures_of(root: Path) -> list[Figure]:
 
 
 def figures_and_problems_of(root: Path) -> tuple[list[Figure], list[str]]:
-    problems: list[str] = []
-    return curve_figures(list_runs(root)[0], problems), problems
+    runs, errors = list_runs(root)
+    problems = [f"{error.path}: {error.message}" for error in errors]
+    return curve_figures(runs, problems), problems
 
 
 def points_of(figure: Figure, state: str) -> dict[int, float]:
@@ -167,7 +168,7 @@ def test_a_seed_that_is_still_trained_is_drawn_beside_the_mean_and_moves_no_star
         write_training(tmp_path, 1 + seed, "FFT", {0: 1.0, 10: 0.8 - seed, 20: 0.9}, seed=seed)
     write_training(tmp_path, 3, "FFT", {0: 1.0}, seed=2, status="running")
     [figure] = figures_of(tmp_path)
-    mean, running = [line for line in lines_of(figure) if line.get_marker() == "o"]
+    mean, running = [line for line in lines_of(figure) if line.get_marker() == "h"]
     assert (list(mean.get_xdata()), list(running.get_xdata())) == ([0, 10, 20], [0])
     assert mean.get_ydata() == pytest.approx([0.7, 0.0, 0.6])
     assert star_of(figure) == (10.0, 0.0)
