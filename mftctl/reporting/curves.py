@@ -10,7 +10,7 @@ from mftctl.lineage import FFT
 from mftctl.reporting.comparison import STATE_ORDER
 from mftctl.reporting.curve_drawing import Curve, CurvePicture, SeedCurve, curve_figure
 from mftctl.reporting.drawing import Figure
-from mftctl.reporting.figure_names import slug, with_own_names
+from mftctl.reporting.names import slug, with_own_names
 from mftctl.reporting.paired_change import LOWER_IS_BETTER
 from mftctl.reporting.training_histories import History, Measure, read_histories
 from mftctl.runs import Run

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from mftctl.lineage import PRE_TRAINED
 from mftctl.reporting.curve_drawing import STAR
 from mftctl.reporting.drawing import INK, Figure, numbered_style
-from mftctl.reporting.figure_names import with_own_names
 from mftctl.reporting.legends import legend_height_inches, put_legend
+from mftctl.reporting.names import with_own_names
 from mftctl.runs import Run
 
 if TYPE_CHECKING:

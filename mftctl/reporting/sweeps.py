@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.reporting.comparison import STATE_ORDER, MetricTable, Row
 from mftctl.reporting.drawing import INK, Figure, LineStyle, numbered_style, style_of
-from mftctl.reporting.figure_names import slug, with_own_names
 from mftctl.reporting.legends import legend_height_inches, put_legend
+from mftctl.reporting.names import slug, with_own_names
 from mftctl.reporting.training_histories import DECIDES_NOTHING
 from mftctl.runs import Run
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import write_text
 from mftctl.reporting.comparison import MetricTable
+from mftctl.reporting.names import own_name
 from mftctl.reporting.overview import Overview
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.text_tables import TextTable, efficiency_text, metric_text, overview_text
@@ -27,10 +28,9 @@ def write_tables(report: Report, folder: Path) -> list[Path]:
         folder: Made where it is missing.
     """
     written: list[Path] = []
+    taken: set[str] = set()
     for text, rows in _tables(report):
-        name = text.name
-        while folder / f"{name}.csv" in written:  # models or data of the same name
-            name += "-more"
+        name = own_name(text.name, taken)  # models or data may have the same name
         files = folder / f"{name}.tex", folder / f"{name}.csv"
         write_text(files[0], to_latex(text))
         write_text(files[1], to_csv(rows))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mftctl.reporting.comparison import MetricTable, Row
 from mftctl.reporting.efficiency import Efficiency
+from mftctl.reporting.names import slug
 from mftctl.reporting.overview import Cell, Column, Overview
 from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change
 
@@ -180,8 +180,3 @@ def change_texts(change: Change | None, *, is_baseline: bool) -> tuple[str, str]
 def interval_text(change: Change) -> str:
     """The 95 % interval of a change."""
     return f"[{change.low:+.4f}, {change.high:+.4f}]"
-
-
-def slug(text: str) -> str:
-    """The text as the name of a file or an anchor: small letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -17,7 +17,6 @@ from mftctl.reporting.text_tables import (
     efficiency_text,
     metric_text,
     overview_text,
-    slug,
     title,
     value_text,
 )
@@ -140,10 +139,3 @@ def test_cost_names_the_models_where_there_are_several() -> None:
     )
     assert [row[0].text for row in view.rows] == ["FFT (small)", "MFT (big)"]
     assert view.rows[1][2].text == "20"
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"), [("Loss on a/b.jsonl base", "loss-on-a-b-jsonl-base"), ("MFT, paper", "mft-paper")]
-)
-def test_slug_is_a_name_for_files_and_anchors(text: str, expected: str) -> None:
-    assert slug(text) == expected
