@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import sys
 from contextlib import suppress
@@ -83,7 +82,6 @@ def evaluation_dtype() -> torch.dtype | str:
 
 def restart_peak_memory() -> None:
     """Lets `peak_memory_bytes` begin anew, without what was freed before; on other systems than Linux it goes on."""
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     give_back_freed_memory()

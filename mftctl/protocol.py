@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def run_experiment(
         resume = planned.state == "resumed"
         planned.state = "running"
         on_change(planned)
+        gc.collect()  # the model of the task before, which a trainer and its callbacks hold in a circle
         try:
             _run(planned, by_task, name, root, listener, resume=resume)
         finally:
