@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mftctl.reporting.text_tables import TextCell, TextTable, efficiency_text, metric_text, overview_text
+from mftctl.reporting.text_tables import TextCell, TextTable, efficiency_text, flag_lines, metric_text, overview_text
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
@@ -31,7 +31,7 @@ def to_markdown(report: Report) -> str:
         parts += [*table_lines(overview_text(overview)), ""]
     for table in report.tables:
         parts += [*table_lines(metric_text(table)), ""]
-        flagged = [f"- {row.state}: {flag}" for row in table.rows for flag in row.flags]
+        flagged = [f"- {states}: {flag}" for states, flag in flag_lines(table)]
         if flagged:
             parts += ["Made in another way than its comparison:", "", *flagged, ""]
     if report.tables:

@@ -13,7 +13,7 @@ from mftctl import __version__
 from mftctl.reporting.drawing import INK, Drawing, Figure
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import EFFICIENCY_NOTE, NOTE
-from mftctl.reporting.text_tables import TextTable, efficiency_text, metric_text, overview_text
+from mftctl.reporting.text_tables import TextTable, efficiency_text, flag_lines, metric_text, overview_text
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
@@ -41,7 +41,7 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
         {
             "text": metric_text(table),
             "seeds": metric_text(table, by_seed=True) if any(len(row.by_seed) > 1 for row in table.rows) else None,
-            "flags": [(row.state, flag) for row in table.rows for flag in row.flags],
+            "flags": flag_lines(table),
         }
         for table in report.tables
     ]

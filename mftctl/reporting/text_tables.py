@@ -82,6 +82,15 @@ def _metric_row(name: str, value: str, change: Change | None, row: Row, runs: tu
     )
 
 
+def flag_lines(table: MetricTable) -> list[tuple[str, str]]:
+    """Each way in which states were not made like what they are compared with: these states, and the way."""
+    states: dict[str, list[str]] = {}
+    for row in table.rows:
+        for flag in row.flags:
+            states.setdefault(flag, []).append(row.state)
+    return [(", ".join(names), flag) for flag, names in states.items()]
+
+
 def overview_text(overview: Overview) -> TextTable:
     """All states on all that was measured, with a mark where a change is more than noise."""
     rows = []

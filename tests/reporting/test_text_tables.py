@@ -15,6 +15,7 @@ from mftctl.reporting.text_tables import (
     change_header,
     change_texts,
     efficiency_text,
+    flag_lines,
     metric_text,
     overview_text,
     title,
@@ -98,6 +99,11 @@ def test_each_seed_has_a_line_on_request() -> None:
 def test_a_single_seed_has_no_line_of_its_own() -> None:
     row = dataclasses.replace(make_row(BETTER), by_seed=(SeedResult(0, 0.1, BETTER, "004-eval"),))
     assert len(metric_text(make_table("loss", row), by_seed=True).rows) == 1
+
+
+def test_what_several_states_have_in_common_is_told_once() -> None:
+    one, two = (dataclasses.replace(make_row(), state=name, flags=("other code", name)) for name in ("A", "B"))
+    assert flag_lines(make_table("loss", one, two)) == [("A, B", "other code"), ("A", "A"), ("B", "B")]
 
 
 def test_an_overview_marks_what_is_more_than_noise() -> None:
