@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mftctl.reporting.text_tables import TextCell, TextTable
 
 _SURFACE = "Loss surface"
+_MOST_TOLD = 10
 _COLOURS = {"better": "green", "worse": "red"}
 
 
@@ -160,8 +161,10 @@ def _tell(console: Output, made: Report) -> None:
         console.warn(f"{flagged} times a state was made in another way than its comparison; the report says how")
     for line in made.unfinished:
         console.note(f"Not finished: {line}")
-    for problem in made.problems:
+    for problem in made.problems[:_MOST_TOLD]:
         console.warn(problem)
+    if len(made.problems) > _MOST_TOLD:
+        console.warn(f"{len(made.problems) - _MOST_TOLD} more like these are in the report")
     console.note(made.advice.reason)
 
 

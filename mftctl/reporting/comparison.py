@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import starmap
 from statistics import fmean, stdev
@@ -129,12 +129,19 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
         for item in group:
             found = makers.setdefault((origin, item.state), [])
             found += [item.maker] * (item.maker not in found)
+    total = sum(map(len, groups.values()))
+    done = 0
+
+    def advance(measurements: int) -> None:
+        nonlocal done
+        done += measurements
+        listener.progress(Progress("comparing", done, total))
+
     tables = []
-    for done, ((origin, _, metric), group) in enumerate(groups.items()):
-        listener.progress(Progress("comparing", done, len(groups)))
+    for (origin, _, metric), group in groups.items():
         own = {state: found for (model, state), found in makers.items() if model == origin}
-        tables.append(_table(origin, metric, group, own, problems))
-    listener.progress(Progress("comparing", len(groups), len(groups)))
+        tables.append(_table(origin, metric, _newest(group), own, problems, advance))
+    advance(total - done)
     return _with_corrected_p_values(tables)
 
 
@@ -157,16 +164,21 @@ def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]
     return [replace(table, rows=tuple(correct(row, table.origin) for row in table.rows)) for table in tables]
 
 
+def _newest(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Of several measurements of one state and seed the last."""
+    return list({(item.state, item.maker, item.seed): item for item in measurements}.values())
+
+
 def _table(
     origin: str,
     metric: str,
     measurements: Sequence[Measurement],
     makers: Mapping[str, Sequence[tuple[str, str]]],
     problems: list[str],
+    advance: Callable[[int], None],
 ) -> MetricTable:
-    newest = {(item.state, item.maker, item.seed): item for item in measurements}
     states: dict[tuple[str, tuple[str, str]], list[Measurement]] = {}
-    for item in newest.values():
+    for item in measurements:
         states.setdefault((item.state, item.maker), []).append(item)
     baseline = FFT if any(state == FFT for state, _ in states) else PRE_TRAINED
     domains = list(dict.fromkeys(item.trained_on for item in measurements))
@@ -185,10 +197,11 @@ def _table(
         if state != baseline:
             parts = [group] if len(group) == 1 else [group, *([item] for item in group)]
             try:
-                changes = [_change(part, newest.values(), metric, baseline) for part in parts]
+                changes = [_change(part, measurements, metric, baseline) for part in parts]
             except (RunError, EvaluationError) as error:
                 problems.append(f"{label}: {error.message}")
         rows.append(_row(label, group, changes, is_baseline=state == baseline))
+        advance(len(group))
     dataset = measurements[0].dataset
     return MetricTable(origin, dataset["name"], metric, baseline, tuple(rows), is_benchmark="task" in dataset)
 
