@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 
-from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import keep_highest
 from mftctl.masking.targets import MaskTarget
 
 
 def random_mask(target: MaskTarget, ratio: float, seed: int) -> torch.Tensor:
     """The keep mask that removes exactly the ratio's share of a target's weights, uniformly at random.
+
+    With the same seed it is independent of the scores that a training starts from, which are drawn otherwise.
 
     Args:
         target: The projection to be masked.
@@ -22,7 +25,10 @@ def random_mask(target: MaskTarget, ratio: float, seed: int) -> torch.Tensor:
 
     Source: MFT, section 3.1, baseline 5.
     """
-    return keep_highest(initial_scores(target, "kaiming", seed=seed), ratio)
+    digest = hashlib.sha256(f"random mask:{seed}:{target.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    scores = torch.rand(target.weight.shape, generator=generator)
+    return keep_highest(scores.to(target.weight.device), ratio)
 
 
 def magnitude_mask(target: MaskTarget, ratio: float) -> torch.Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from mftctl.masking.baselines import magnitude_mask, random_mask
+from mftctl.masking.layers import initial_scores
+from mftctl.masking.selection import keep_highest
 from mftctl.masking.targets import find_targets
 from tests.conftest import build_llama
 from tests.masking.test_selection import keep_by_sorting
@@ -32,3 +35,14 @@ def test_random_spreads_over_rows_and_columns() -> None:
     removed = (~random_mask(target, 0.5, seed=0)).float()
     assert abs(removed.mean(0) - 0.5).max() < 0.3
     assert abs(removed.mean(1) - 0.5).max() < 0.2
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_random_mask_does_not_know_where_training_starts(seed: int) -> None:
+    [target] = find_targets(build_llama(hidden_size=256), [0], projections=["q_proj"])
+    removed = ~random_mask(target, 0.1, seed)
+    start = initial_scores(target, "kaiming", seed=seed).abs()
+    begun = ~keep_highest(start, 0.1)
+    both = int((removed & begun).sum())
+    # Of 65,536 weights both take a tenth: by chance 655, give or take 24.
+    assert abs(both - 655) < 5 * 24
