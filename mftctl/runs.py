@@ -166,7 +166,7 @@ class Run:
                 actual=f"process {self.record.worker}",
                 hint="wait for it, or stop it first",
             )
-        self.update(status="running", worker=_worker())
+        self.update(status="running", worker=_worker(), versions=_then(self.record.versions, _versions()))
 
     @property
     def training(self) -> TrainingFolder:
@@ -248,6 +248,15 @@ def _versions() -> dict[str, str]:
 
 def _to_json(record: RunRecord) -> str:
     return json.dumps(asdict(record), indent=2) + "\n"
+
+
+def _then(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+    """The versions of a run that goes on: `A, then B` where it goes on with another."""
+    found = dict(before)
+    for name, newest in now.items():
+        earlier = before.get(name, "not recorded")
+        found[name] = earlier if earlier.split(", then ")[-1] == newest else f"{earlier}, then {newest}"
+    return found
 
 
 def _to_yaml(config: Mapping[str, Any]) -> str:

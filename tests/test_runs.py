@@ -361,3 +361,17 @@ def test_going_on_sees_what_another_process_wrote_since(tmp_path: Path) -> None:
     load_run(run.folder).update(status="interrupted", inputs={"model": "m"})
     run.go_on()
     assert run.record.inputs == {"model": "m"}
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create_run(tmp_path, "fft", {})
+    before = run.record.versions
+    run.go_on()
+    assert run.record.versions == before
+    monkeypatch.setattr(runs, "source_digest", lambda: "0123456789ab")
+    for _ in range(2):
+        run.go_on()
+        assert run.record.versions == {**before, runs.SOURCE: f"{before[runs.SOURCE]}, then 0123456789ab"}
+    run.update(versions={})
+    run.go_on()
+    assert load_run(run.folder).record.versions["torch"] == f"not recorded, then {before['torch']}"
