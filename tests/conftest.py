@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -72,6 +73,19 @@ def build_llama(*, layers: int = 4, seed: int = 0, **overrides: object) -> Llama
     }
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(**{**options, **overrides})).eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_no_garbage() -> None:
+    """In a run of many files, no collection of garbage goes through the half million objects of libraries again."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    import datasets  # noqa: F401
+    import lm_eval.api.task  # noqa: F401
+    import transformers.trainer  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
