@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from mftctl import __version__
 from mftctl.recipe_files import load_recipe
+from mftctl.reporting.provenance import reproduction
+from mftctl.runs import list_runs
 from tests.cli.running import CommandLine
 from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
@@ -110,6 +113,13 @@ def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.Monke
     run_all(here, CONSOLE[4])
     figures = {path.name for path in (here.folder / "report" / "figures").iterdir()}
     assert any(name.startswith("loss-surface") for name in figures)
+    [surface] = [run for run in list_runs(Path("runs"))[0] if run.record.command == "surface"]
+    measured = (surface.folder / "metrics.jsonl").read_text()
+    shutil.rmtree(surface.folder)
+    program, *arguments = shlex.split(reproduction(surface))
+    assert program == "mftctl"
+    assert here(*arguments).code == 0
+    assert (surface.folder / "metrics.jsonl").read_text() == measured
 
 
 def test_the_commands_that_only_look(here: CommandLine) -> None:

@@ -20,6 +20,8 @@ def reproduction(run: Run) -> str:
         run: Of any command that keeps a run.
     """
     record = run.record
+    if record.command == "surface":
+        return shlex.join(["mftctl", *_surface(run), "--runs", str(run.folder.parent)])
     arguments = {"apply": _apply, "eval": _eval, "mask-train": _mask_train}.get(record.command, _configured)(run)
     program = ["mftctl"]
     if record.processes > 1:
@@ -53,6 +55,13 @@ def _eval(run: Run) -> list[str]:
         return config  # it names the outputs that were scored; there is no model
     mask = ["--mask", str(inputs["mask"])] if inputs["mask"] else []
     return [str(inputs["model"]), *mask, *config, "--again"]
+
+
+def _surface(run: Run) -> list[str]:
+    # Measured already where its folder is still there: with that away, the same models are found and measured.
+    inputs = run.record.inputs
+    sizes = ["--surface-points", str(inputs["points"]), "--surface-records", str(inputs["records"])]
+    return ["report", "--surface", *sizes]
 
 
 def _output(run: Run) -> list[str]:
