@@ -23,7 +23,7 @@ def apply(
         run: Open run; gets the checkpoint as `model/` unless the run has an output elsewhere.
         listener: Hears progress.
         base: For a delta mask: the model before fine-tuning; by default the one that the mask names.
-        replace: Whether a checkpoint that stands there already is replaced.
+        replace: Whether a model of mftctl at the run's output is replaced.
 
     Raises:
         MftError: Anything known that can go wrong.
@@ -44,7 +44,13 @@ def apply(
             mask_path=path,
             base_model=base_model,
             on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
-            replace=replace,
+            # What is in the run's own folder can only be its own.
+            replace=replace or run.record.output is None,
+        )
+    if done.left_out:
+        listener.warn(
+            f"Not copied: {', '.join(done.left_out)}. They are links to files outside the model's folder; "
+            "copy them yourself if they belong to it."
         )
     return {
         "state": source.state,

@@ -5,99 +5,159 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mftctl.storage import remove_leftovers, temporary_prefix
+from mftctl.errors import StorageError
+from mftctl.temporary import CONTENT, REPLACED, remove_leftovers, temporary_folder
 
-_CURRENT_FOLDER, _RENAME_EXCHANGE = -100, 2
-"""AT_FDCWD and RENAME_EXCHANGE of Linux."""
+Permit = Callable[[Path], None]
+"""Raises where what stands at a path may not be replaced; called at the moment of replacing."""
+
+_CURRENT_FOLDER, _NO_REPLACE, _EXCHANGE = -100, 1, 2
+"""AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux."""
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to write to; it takes the place of `path` when the block ends well.
+def atomic_file(path: Path, permit: Permit | None = None) -> Iterator[Path]:
+    """A temporary file to write to; it takes the place of `path` when the block ends well.
 
     Args:
         path: The file to create or replace. Missing parent folders are made.
+        permit: Asked before something at `path` is replaced; None replaces any file.
 
     Yields:
-        A path in the same folder, so that the final rename stays on one file system.
+        A path on the same file system.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    handle, name = tempfile.mkstemp(prefix=temporary_prefix(path.name), dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with temporary_folder(path.parent, target=path.name) as folder:
+        temporary = folder / CONTENT
+        temporary.touch()
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _place(temporary, path, permit, temporary.replace)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder to fill; it becomes `path` when the block ends well.
+def atomic_folder(path: Path, permit: Permit) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `path` when the block ends well.
 
     An existing `path` changes places with it in one step and is removed afterwards, the new one being on the disk by
-    then. Where the file system cannot do that (NFS) it is set aside first, and a kill in between leaves neither.
+    then. Where the file system cannot do that (NFS) it is set aside first; after a kill in between, the next command
+    that writes there puts it back.
 
     Args:
         path: The folder to create or replace. Missing parent folders are made.
+        permit: Asked before something at `path` is replaced.
 
     Yields:
-        An empty folder beside `path`.
+        An empty folder on the same file system.
+
+    Raises:
+        StorageError: The old folder changed while it was being replaced; it is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix(path.name), dir=path.parent))
-    try:
+    with temporary_folder(path.parent, target=path.name) as folder:
+        temporary = folder / CONTENT
+        temporary.mkdir()
         yield temporary
         temporary.chmod(0o777 & ~_umask())
-        if path.exists():
-            _write_through(temporary)
-            if not _exchange(temporary, path):
-                _set_aside_and_replace(temporary, path)
-        else:
-            temporary.replace(path)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _place(temporary, path, permit, lambda path: _replace_folder(folder, path))
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Whether two names now stand for each other's file or folder, after one step of the file system."""
+def _place(temporary: Path, path: Path, permit: Permit | None, replace: Callable[[Path], object]) -> None:
+    """Moves what was made to its place; something may appear there at any moment."""
+    if permit is None:
+        temporary.replace(path)
+        return
+    while not _move_if_free(temporary, path):
+        before = _listing(path)
+        permit(path)
+        if before and _listing(path) == before:
+            replace(path)
+            return
+
+
+def _move_if_free(temporary: Path, path: Path) -> bool:
+    """Whether it could be moved to where nothing was."""
+    try:
+        if _rename(temporary, path, _NO_REPLACE):
+            return True
+    except FileExistsError:
+        return False
+    if os.path.lexists(path):  # a file system that cannot do it in one step
+        return False
+    temporary.replace(path)
+    return True
+
+
+def _replace_folder(folder: Path, path: Path) -> None:
+    """Puts the content of a temporary folder in the place of `path`, which then goes with that folder.
+
+    Raises:
+        StorageError: The old one changed meanwhile; it is put back.
+    """
+    content, replaced = folder / CONTENT, folder / REPLACED
+    before = _listing(path)
+    _write_through(content)
+    in_one_step = _rename(content, path, _EXCHANGE)
+    if not in_one_step:
+        path.replace(replaced)
+        try:
+            content.replace(path)
+        finally:
+            if not path.exists():
+                replaced.replace(path)
+    if _listing(content if in_one_step else replaced) == before:
+        return
+    if in_one_step:
+        _rename(content, path, _EXCHANGE)
+    else:
+        path.replace(content)
+        replaced.replace(path)
+    raise StorageError(
+        "The old result changed while it was being replaced.",
+        path=path,
+        hint="another --output; this one was left as it is",
+    )
+
+
+def _listing(path: Path) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of change of a file, or of all that is in a folder; empty where there is nothing."""
+    found = {}
+    for item in (path, *sorted(path.rglob("*"))):
+        with suppress(FileNotFoundError):
+            status = item.lstat()
+            size_bytes = 0 if item.is_dir() else status.st_size
+            # Renaming a folder is a change of the folder itself.
+            change_ns = 0 if item == path else status.st_mtime_ns
+            found[str(item.relative_to(path))] = (status.st_ino, size_bytes, change_ns)
+    return found
+
+
+def _rename(one: Path, other: Path, flag: int) -> bool:
+    """Whether the file system renamed in one step, so that both are exchanged or nothing is replaced.
+
+    Raises:
+        FileExistsError: There is something at `other`, and nothing is to be replaced.
+        OSError: It failed for another reason.
+    """
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False
-    paths = (_CURRENT_FOLDER, os.fsencode(one), _CURRENT_FOLDER, os.fsencode(other))
-    if library.renameat2(*paths, _RENAME_EXCHANGE) == 0:
+    if library.renameat2(_CURRENT_FOLDER, os.fsencode(one), _CURRENT_FOLDER, os.fsencode(other), flag) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    if number in _UNSUPPORTED:
         return False
     raise OSError(number, os.strerror(number), str(other))
-
-
-def _set_aside_and_replace(temporary: Path, path: Path) -> None:
-    old = Path(tempfile.mkdtemp(prefix=temporary_prefix(path.name), dir=path.parent))
-    path.replace(old / path.name)
-    try:
-        temporary.replace(path)
-    finally:
-        if not path.exists():
-            (old / path.name).replace(path)
-        shutil.rmtree(old)
 
 
 def _write_through(folder: Path) -> None:

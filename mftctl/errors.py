@@ -2,6 +2,7 @@
 
 MftError
 ├── ConfigError          a recipe, an option or their combination (exit code 2)
+│   └── OutputError          an output that is an input, or would replace what is the user's
 ├── DataError            a data file or one of its records
 ├── ModelError           a checkpoint or a tokenizer that cannot be used
 ├── MaskingError         layers, targets or scores that cannot be masked
@@ -88,6 +89,10 @@ class ConfigError(MftError):
 
     def __str__(self) -> str:
         return "\n".join([super().__str__(), *(f"  - {problem}" for problem in self.problems)])
+
+
+class OutputError(ConfigError):
+    """An output that is an input, or would replace what mftctl did not make or the user did not agree to replace."""
 
 
 class DataError(MftError):

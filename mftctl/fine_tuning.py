@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,7 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
-from mftctl.errors import ConfigError, StorageError
+from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
@@ -21,6 +22,7 @@ from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.processes import is_first, spreads_parameters, under_deepspeed, world_size
 from mftctl.progress import Listener
+from mftctl.results import Kind, permit_folder, write_marker
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
 from mftctl.steps import total_steps
@@ -46,7 +48,9 @@ _BY_SHAPE = ("adagrad", "adafactor")
 """Optimizers that make their state for the parameters they are created with, or look at their rows and columns."""
 
 
-def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
+def fine_tune(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
+) -> dict[str, Any]:
     """The result of fine-tuning: where the model is, and its losses per answer token.
 
     Args:
@@ -55,6 +59,7 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
         run: Open run; gets metrics and checkpoints, and the model unless the run has an output elsewhere.
         listener: Hears progress.
         resume: Go on from the newest checkpoint of the run.
+        may_replace: Whether a model of mftctl at the run's output is replaced.
 
     Raises:
         MftError: Anything known that can go wrong.
@@ -81,14 +86,15 @@ def fine_tune(recipe: Recipe, source: Source, run: Run, listener: Listener, *, r
     trainer = _trainer(model, inputs, recipe, run, listener)
     with stop_on_signal(listener) as stop:
         train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
-    folder = Path(run.record.output) if run.record.output else run.folder / "model"
     whole = trainer.trained_model()
+    saved = _Saved(Path(run.record.output or run.folder / "model"))
     if whole is not None:
-        save_model(_finished(whole, inputs.checkpoint, options), inputs.tokenizer, folder)
+        saved = _save(_finished(whole, inputs.checkpoint, options), inputs.tokenizer, run, may_replace=may_replace)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
         "state": fine_tuned_state(source, options),
-        "model": str(folder.resolve()),
+        "model": str(saved.folder.resolve()),
+        **({} if saved.refused is None else {"output_refused": saved.refused}),
         "kept": options.keep,
         "start_loss": trainer.start_loss,
         "best_loss": trainer.state.best_metric,
@@ -244,16 +250,59 @@ def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: Fft
     return whole
 
 
-def save_model(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """Where a model went.
+
+    Attributes:
+        folder: Its folder.
+        refused: Why it is not at the run's output; None if it is, or there is none.
+    """
+
+    folder: Path
+    refused: str | None = None
+
+
+def _save(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run, *, may_replace: bool
+) -> _Saved:
+    """Writes the model to the run's output, or to the run folder where something else is there by now."""
+    refused = None
+    if run.record.output is not None:
+        output = Path(run.record.output)
+        try:
+            save_model(model, tokenizer, output, replace=may_replace)
+        except OutputError as error:
+            refused = str(error)
+        else:
+            return _Saved(output)
+    save_model(model, tokenizer, run.folder / "model", replace=True)
+    return _Saved(run.folder / "model", refused)
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, replace: bool = False
+) -> None:
     """Writes a checkpoint with its tokenizer, whole or not at all.
 
+    Args:
+        model: What is written.
+        tokenizer: Goes beside it.
+        folder: New or empty, unless a model of mftctl is to be replaced.
+        replace: Whether it is.
+
     Raises:
+        OutputError: There is something that is not to be replaced.
         StorageError: It cannot be written.
     """
     try:
-        with known_failures(folder), atomic_folder(folder) as temporary:
+        with (
+            known_failures(folder),
+            atomic_folder(folder, permit_folder(Kind.MODEL, replace=replace)) as temporary,
+        ):
             model.save_pretrained(str(temporary))
             tokenizer.save_pretrained(temporary)
+            write_marker(temporary, Kind.MODEL)
     except SafetensorError as error:  # which says of a full disk what it says of all else
         raise StorageError(
             "The model could not be written.", path=folder, actual=str(error), hint="free some space"

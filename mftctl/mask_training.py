@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.data.encoding import Encoded
-from mftctl.errors import ConfigError
+from mftctl.errors import ConfigError, OutputError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fft_learning_rate, mask_state
 from mftctl.mask_validation import confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask
-from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
+from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, mask_permit, save_mask
 from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_digest, tensor_index
 from mftctl.masking.drop import drop_mask
 from mftctl.masking.frozen_prefix import reusing_prefix
@@ -34,7 +34,9 @@ from mftctl.training import uses_bf16
 from mftctl.training_flops import flops_per_token
 
 
-def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
+def mask_train(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
+) -> dict[str, Any]:
     """The result of finding a mask: where its file is, what it removes, and its losses per answer token.
 
     Args:
@@ -43,6 +45,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
         run: Open run; gets metrics, checkpoints and the mask, which also goes to the run's output if it has one.
         listener: Hears progress.
         resume: Go on from the newest checkpoint of the run.
+        may_replace: Whether a mask file at the run's output is replaced.
 
     Raises:
         MftError: Anything known that can go wrong.
@@ -52,7 +55,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     restart_peak_memory()
     options = recipe.mask_train
     if options.method == "drop":
-        return _drop(recipe, source, run, listener)
+        return _drop(recipe, source, run, listener, may_replace=may_replace)
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     model = load_frozen_model(inputs, options)
@@ -92,7 +95,7 @@ def mask_train(recipe: Recipe, source: Source, run: Run, listener: Listener, *, 
     return {
         "state": mask_state(options),
         "model": source.model,
-        **keep_mask(mask, run),
+        **keep_mask(mask, run, may_replace=may_replace),
         "layers": format_layers(layers),
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
@@ -161,16 +164,27 @@ def prepare_mask_training(
     return inputs
 
 
-def keep_mask(mask: Mask, run: Run) -> dict[str, Any]:
-    """Where a mask was written, in the run folder and where the user wants it, and what it removes."""
+def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> dict[str, Any]:
+    """Where a mask was written, in the run folder and where the user wants it, and what it removes.
+
+    Args:
+        mask: The mask.
+        run: With an output or without.
+        may_replace: Whether a mask file at the output is replaced.
+    """
     path = run.folder / "mask.bits"
+    output, refused = run.record.output, None
     if is_first():
         save_mask(mask, path)
-        if run.record.output:
-            save_mask(mask, Path(run.record.output))
+        if output is not None:
+            try:
+                save_mask(mask, Path(output), permit=mask_permit(replace=may_replace))
+            except OutputError as error:
+                output, refused = None, str(error)
     return {
         "mask": str(path.resolve()),
-        "output": run.record.output,
+        "output": output,
+        **({} if refused is None else {"output_refused": refused}),
         "tensors": len(mask),
         "weights": mask.weights,
         "removed": mask.removed,
@@ -178,7 +192,7 @@ def keep_mask(mask: Mask, run: Run) -> dict[str, Any]:
     }
 
 
-def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
+def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> dict[str, Any]:
     """The result of going back to the weights before fine-tuning where the method says so; no model is loaded.
 
     Raises:
@@ -214,7 +228,7 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[
         "state": mask_state(options),
         "model": source.model,
         "base": base,
-        **keep_mask(mask, run),
+        **keep_mask(mask, run, may_replace=may_replace),
         "layers": "all",
         "layer_ratios": {},
         "steps": 0,

@@ -234,7 +234,7 @@ def _work(
     if command == "mask-train":
         return mask_training.mask_train(recipe, source, run, listener, resume=resume)
     if command == "apply":
-        return applying.apply(source, run, listener, replace=True)
+        return applying.apply(source, run, listener)
     return evaluating.evaluate(recipe, source, run, listener)
 
 

@@ -94,21 +94,46 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return document
 
 
+def files_of_recipe(name: str) -> list[Path]:
+    """The file of a recipe, named by path or by its built-in name, and those of the recipes that it extends.
+
+    Raises:
+        ConfigError: One of them is missing or cannot be read.
+    """
+    files: list[Path] = []
+    waiting = [find_recipe(name)]
+    while waiting:
+        path = waiting.pop()
+        if path not in files:
+            files.append(path)
+            waiting += [_extended(path, name) for name in _extended_names(path, read_yaml(path))]
+    return files
+
+
+def _extended_names(path: Path, document: dict[str, Any]) -> list[str]:
+    """The recipes that a document extends; the key is taken out of it."""
+    extended = document.pop("extends", [])
+    names = [extended] if isinstance(extended, str) else extended
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError("extends names recipes.", path=path, key="extends", expected="a name or a list", actual=names)
+    return names
+
+
+def _extended(path: Path, name: str) -> Path:
+    """The file of a recipe that another extends: beside it, else as on the command line."""
+    beside = path.parent / name
+    return beside if beside.is_file() else find_recipe(name)
+
+
 def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a recipe file, over those of the recipes that it extends."""
     if path.resolve() in chain:
         circle = " -> ".join(item.name for item in (*chain, path))
         raise ConfigError("Recipes extend each other in a circle.", path=path, key="extends", actual=circle)
     document = read_yaml(path)
-    extended = document.pop("extends", [])
-    names = [extended] if isinstance(extended, str) else extended
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError("extends names recipes.", path=path, key="extends", expected="a name or a list", actual=names)
     merged: dict[str, Any] = {}
-    for name in names:
-        beside = path.parent / name
-        found = beside if beside.is_file() else find_recipe(name)
-        merged = _merge(merged, _read_extended(found, (*chain, path.resolve())))
+    for name in _extended_names(path, document):
+        merged = _merge(merged, _read_extended(_extended(path, name), (*chain, path.resolve())))
     return _merge(merged, document)
 
 

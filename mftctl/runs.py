@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,7 +28,8 @@ from mftctl.atomic import write_text
 from mftctl.errors import Interrupted, MftError, RunError
 from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
-from mftctl.storage import is_alive, is_failure_of_storage, known_failures, remove_leftovers, temporary_prefix
+from mftctl.storage import is_alive, is_failure_of_storage, known_failures
+from mftctl.temporary import CONTENT, remove_leftovers, temporary_folder
 from mftctl.yaml_numbers import NumberDumper
 
 if TYPE_CHECKING:
@@ -361,8 +361,9 @@ def _new_folder(root: Path, record: RunRecord) -> Path:
     """A folder with record and configuration under the next free number; there is none without them at any time."""
     root.mkdir(parents=True, exist_ok=True)
     _tidy_up(root)
-    temporary = Path(tempfile.mkdtemp(prefix=temporary_prefix("run"), dir=root))
-    try:
+    with temporary_folder(root) as parent:
+        temporary = parent / CONTENT
+        temporary.mkdir()
         temporary.chmod(root.stat().st_mode & 0o777)
         write_text(temporary / "config.yaml", _to_yaml(record.config))
         write_text(temporary / "run.json", _to_json(record))
@@ -375,8 +376,6 @@ def _new_folder(root: Path, record: RunRecord) -> Path:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
                 number += 1  # another process took it a moment ago
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _tidy_up(root: Path) -> None:

@@ -1,12 +1,9 @@
-"""Writing where there may be no room, and what killed processes left behind."""
+"""Writing where there may be no room."""
 
 from __future__ import annotations
 
 import errno
 import os
-import platform
-import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,24 +67,6 @@ def require_writable(path: Path) -> None:
             actual="a folder that is read-only",
             hint="another --output",
         )
-
-
-def temporary_prefix(name: str) -> str:
-    """How the names of this process's temporary siblings of a file or folder begin."""
-    return f".{name}.{platform.node()}-{os.getpid()}."
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Removes temporary files and folders whose process of this machine was killed while it wrote them."""
-    pattern = re.compile(rf"\..+\.{re.escape(platform.node())}-(\d+)\.[^.]+")
-    for path in folder.iterdir():
-        found = pattern.fullmatch(path.name)
-        if found is None or is_alive(int(found[1])):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def is_alive(process: int) -> bool:

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.atomic import _exchange, atomic_file, atomic_folder, write_text
+from mftctl.atomic import _rename, atomic_file, atomic_folder, write_text
 
 
 class StoppedError(Exception):
@@ -23,6 +21,10 @@ def umask() -> Iterator[int]:
     previous = os.umask(0o027)
     yield 0o027
     os.umask(previous)
+
+
+def anything(path: Path) -> None:
+    """Lets anything be replaced."""
 
 
 def mode(path: Path) -> int:
@@ -41,7 +43,7 @@ def test_file_stays_the_old_one_until_the_block_ends(tmp_path: Path) -> None:
     path.write_text("old")
     with atomic_file(path) as temporary:
         temporary.write_text("new")
-        assert temporary.parent == path.parent
+        assert temporary.parent.parent == path.parent
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
@@ -65,7 +67,7 @@ def test_failing_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, exis
 
 def test_file_and_folder_get_the_permissions_of_any_other(tmp_path: Path, umask: int) -> None:
     write_text(tmp_path / "file", "")
-    with atomic_folder(tmp_path / "folder"):
+    with atomic_folder(tmp_path / "folder", anything):
         pass
     assert mode(tmp_path / "file") == 0o666 & ~umask
     assert mode(tmp_path / "folder") == 0o777 & ~umask
@@ -82,7 +84,7 @@ def test_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.mkdir()
     (path / "old.txt").write_text("old")
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, anything) as temporary:
         (temporary / "new.txt").write_text("new")
         assert [file.name for file in path.iterdir()] == ["old.txt"]
     assert [file.name for file in path.iterdir()] == ["new.txt"]
@@ -105,7 +107,7 @@ def test_what_replaces_an_old_folder_is_on_the_disk_first(
         synced.append(os.read(handle, 9))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, anything) as temporary:
         (temporary / "sub").mkdir()
         (temporary / "new.txt").write_text("new")
         (temporary / "sub" / "other.txt").write_text("other")
@@ -115,14 +117,14 @@ def test_what_replaces_an_old_folder_is_on_the_disk_first(
 def test_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("a file")
-    with atomic_folder(path) as temporary:
+    with atomic_folder(path, anything) as temporary:
         (temporary / "new.txt").write_text("new")
     assert [file.name for file in path.iterdir()] == ["new.txt"]
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_new_folder_is_made_with_its_parents(tmp_path: Path) -> None:
-    with atomic_folder(tmp_path / "a" / "model") as temporary:
+    with atomic_folder(tmp_path / "a" / "model", anything) as temporary:
         (temporary / "new.txt").write_text("new")
     assert (tmp_path / "a" / "model" / "new.txt").read_text() == "new"
 
@@ -135,7 +137,7 @@ def test_failing_block_leaves_the_old_folder_and_nothing_else(tmp_path: Path, ex
         (path / "old.txt").write_text("old")
 
     def write() -> None:
-        with atomic_folder(path) as temporary:
+        with atomic_folder(path, anything) as temporary:
             (temporary / "new.txt").write_text("new")
             raise StoppedError
 
@@ -152,8 +154,8 @@ def test_an_existing_folder_is_replaced_on_any_file_system(
     path.mkdir()
     (path / "old.txt").write_text("old")
     if not in_one_step:
-        monkeypatch.setattr("mftctl.atomic._exchange", lambda *_: False)
-    with atomic_folder(path) as temporary:
+        monkeypatch.setattr("mftctl.atomic._rename", lambda *_: False)
+    with atomic_folder(path, anything) as temporary:
         (temporary / "new.txt").write_text("new")
     assert [file.name for file in tmp_path.rglob("*")] == ["model", "new.txt"]
 
@@ -162,20 +164,7 @@ def test_an_existing_folder_is_replaced_on_any_file_system(
 def test_an_exchange_that_fails(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     with pytest.raises(FileNotFoundError):
-        _exchange(tmp_path / "one", tmp_path / "missing")
-
-
-def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
-    with subprocess.Popen(["true"]) as dead:
-        dead.wait()
-    names = [f".run.json.{platform.node()}-{dead.pid}.abc", f".model.{platform.node()}-{dead.pid}.abc"]
-    (tmp_path / names[0]).write_text("half")
-    (tmp_path / names[1]).mkdir()
-    kept = [f".model.{platform.node()}-{os.getpid()}.abc", f".model.elsewhere-{dead.pid}.abc", ".hidden"]
-    for name in kept:
-        (tmp_path / name).write_text("")
-    write_text(tmp_path / "run.json", "new")
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", *kept}
+        _rename(tmp_path / "one", tmp_path / "missing", 2)
 
 
 def test_failing_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +179,7 @@ def test_failing_exchange_puts_the_old_folder_back(tmp_path: Path, monkeypatch: 
         return replace(source, target)
 
     monkeypatch.setattr(Path, "replace", failing)
-    monkeypatch.setattr("mftctl.atomic._exchange", lambda *_: False)
-    with pytest.raises(OSError, match="no space left"), atomic_folder(path) as temporary:
+    monkeypatch.setattr("mftctl.atomic._rename", lambda *_: False)
+    with pytest.raises(OSError, match="no space left"), atomic_folder(path, anything) as temporary:
         (temporary / "new.txt").write_text("new")
     assert [file.name for file in tmp_path.rglob("*")] == ["model", "old.txt"]

@@ -20,6 +20,7 @@ from mftctl.errors import DataError, Interrupted, MaskFileError, RunError, Stora
 from mftctl.fingerprints import source_digest
 from mftctl.recipe_files import read_yaml
 from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run, recorded
+from mftctl.temporary import temporary_folder
 
 
 def finished(root: Path, command: str, **result: object) -> Run:
@@ -163,14 +164,14 @@ def test_a_finished_run_has_no_checkpoints_but_those_that_a_kill_left(tmp_path: 
 
 def test_half_of_a_result_of_a_killed_command_goes_with_the_next_run(tmp_path: Path) -> None:
     run = create_run(tmp_path, "apply", {})
-    with subprocess.Popen(["true"]) as dead:
-        dead.wait()
-    for folder in (tmp_path, run.folder):
-        (folder / f".model.{platform.node()}-{dead.pid}.abc").mkdir()
-        (folder / f".model.{platform.node()}-{os.getpid()}.abc").mkdir()
-    create_run(tmp_path, "apply", {})
-    hidden = [path.name for path in tmp_path.rglob(".*")]
-    assert hidden == [f".model.{platform.node()}-{os.getpid()}.abc"] * 2
+    code = "import os, pathlib, sys\nfrom mftctl.temporary import temporary_folder\n"
+    code += "kept = [temporary_folder(pathlib.Path(folder)) for folder in sys.argv[1:]]\n"
+    code += "for manager in kept:\n    manager.__enter__()\nos._exit(0)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(run.folder)], check=True)
+    with temporary_folder(run.folder) as mine:
+        assert len(list(tmp_path.rglob(".mftctl-tmp-*"))) == 3
+        create_run(tmp_path, "apply", {})
+        assert list(tmp_path.rglob(".*")) == [mine]
 
 
 def test_result_that_is_no_plain_data_leaves_the_old_record(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.errors import ConfigError
 from mftctl.lineage import Source, newest_source, source_of_mask
+from mftctl.outputs import inputs_of
 from mftctl.recipe_files import load_recipe
+from mftctl.results import Kind, permit_folder
 from mftctl.runs import Run, recorded
 
 
@@ -54,12 +56,19 @@ def apply(
         if base is None:
             console.note(f"Mask: {source.mask} ({source.state}, on {source.model})")
         session = Session("apply", console, runs, yes=yes)
-        session.check_replacing(output)
-        run = session.create(load_recipe(base=source.config), source, output=output)
+        recipe = load_recipe(base=source.config)
+        if output is not None:
+            models = (source.model, source.mask, source.origin, base, tuned)
+            output = session.settle_output(
+                output,
+                inputs_of(recipe, models=models),
+                lambda agreed: permit_folder(Kind.MODEL, replace=agreed),
+            )
+        run = session.create(recipe, source, output=output)
         with recorded(run):
             from mftctl import applying
 
-            result = applying.apply(source, run, console, base=base, replace=True)
+            result = applying.apply(source, run, console, base=base, replace=session.replaces)
             run.finish(result)
         show(console, run, result)
         console.next_command("mftctl eval" if base is None else f"mftctl eval {result['model']} --data FILE")

@@ -11,6 +11,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.config import FftOptions
+from mftctl.results import Kind, permit_folder
 from mftctl.runs import Run, recorded
 
 
@@ -69,13 +70,16 @@ def fft(
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "fft", "eval")
         session = Session("fft", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
-        run, settled, source = session.open_training(resume=resume, output=output)
+        run, settled, source = session.open_training(
+            resume=resume, output=output, permit=lambda agreed: permit_folder(Kind.MODEL, replace=agreed)
+        )
         with recorded(run):
             from mftctl.fine_tuning import fine_tune
 
-            result = fine_tune(settled, source, run, console, resume=resume)
+            result = fine_tune(settled, source, run, console, resume=resume, may_replace=session.replaces)
             run.finish(result)
         show(console, run, result)
+        session.end(result)
         console.next_command("mftctl probe")
 
 

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
-from mftctl.cli.session import Session
+from mftctl.cli.session import Session, mask_file_permit
 from mftctl.errors import ConfigError
+from mftctl.outputs import Input
 
 mask_app = typer.Typer(
     add_completion=False,
@@ -115,14 +116,16 @@ def import_(
     Runs no code that the file may hold. The file does not say which model it belongs to: it is tied to the one given.
     """
     with Output(as_json=as_json) as console:
-        _check_replacing(output, console, yes=yes)
+        session = Session("mask", console, Path("runs"), yes=yes)
+        inputs = [Input(file, "the file that is imported"), Input(Path(model), "the model")]
+        target = session.settle_output(output, inputs, mask_file_permit)
 
         from mftctl.masking.bits import save_mask
         from mftctl.masking.checkpoint import resolve_checkpoint
         from mftctl.masking.exchange import import_mask
 
         mask = import_mask(file, resolve_checkpoint(model), base_model=model)
-        save_mask(mask, output)
+        save_mask(mask, target, permit=mask_file_permit(session.replaces))
         document = {
             "mask": str(output.resolve()),
             "model": model,
@@ -176,16 +179,17 @@ def export(
                 actual=str(output),
                 hint="leave --codec out, or give a name such as small.bits with -o",
             )
-        _check_replacing(output, console, yes=yes)
-
         from mftctl.masking.bits import load_mask, save_mask
-        from mftctl.masking.exchange import export_mask
+        from mftctl.masking.exchange import export_mask, export_permit
 
-        exported = load_mask(mask)
+        session = Session("mask", console, Path("runs"), yes=yes)
+        make_permit = mask_file_permit if is_mask_file else export_permit
+        target = session.settle_output(output, [Input(mask, "the mask that is exported")], make_permit)
+        exported, permit = load_mask(mask), make_permit(session.replaces)
         if is_mask_file:
-            save_mask(exported, output, codec or "deflate")
+            save_mask(exported, target, codec or "deflate", permit=permit)
         else:
-            export_mask(exported, output)
+            export_mask(exported, target, permit)
         document = {
             "mask": str(mask),
             "output": str(output.resolve()),
@@ -194,10 +198,6 @@ def export(
         }
         rows = [("file", str(output)), ("tensors", str(len(exported))), ("bytes", f"{output.stat().st_size:,}")]
         console.result(document, pairs_table("Exported", rows))
-
-
-def _check_replacing(output: Path, console: Output, *, yes: bool) -> None:
-    Session("mask", console, Path("runs"), yes=yes).check_replacing(output)
 
 
 def _text(value: object) -> str:

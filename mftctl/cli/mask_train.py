@@ -9,7 +9,7 @@ import typer
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
-from mftctl.cli.session import Session
+from mftctl.cli.session import Session, mask_file_permit
 from mftctl.config import MaskTrainOptions
 from mftctl.runs import Run, recorded
 
@@ -78,13 +78,16 @@ def mask_train(
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "mask_train", "eval")
         session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
-        run, settled, source = session.open_training(resume=resume, output=output)
+        run, settled, source = session.open_training(resume=resume, output=output, permit=mask_file_permit)
         with recorded(run):
             from mftctl import mask_training
 
-            result = mask_training.mask_train(settled, source, run, console, resume=resume)
+            result = mask_training.mask_train(
+                settled, source, run, console, resume=resume, may_replace=session.replaces
+            )
             run.finish(result)
         show(console, run, result)
+        session.end(result)
         console.next_command("mftctl apply")
 
 

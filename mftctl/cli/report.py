@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.errors import ConfigError
+from mftctl.outputs import Input, check_output
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
@@ -84,6 +86,7 @@ def report(
 
             show_comparison(console, runs, pair[0], pair[1])
         else:
+            output = settle_report_folder(output, runs)
             if surface:
                 from mftctl.loss_surface import measure_surface
 
@@ -116,13 +119,24 @@ def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool
         )
 
 
+def settle_report_folder(folder: Path, runs: Path, inputs: Sequence[Input] = ()) -> Path:
+    """The report's folder without links, if a report can go there.
+
+    Raises:
+        OutputError: It would touch what is the user's.
+    """
+    from mftctl.reporting.files import require_report_folder
+
+    path = check_output(folder, inputs, runs)
+    require_report_folder(path)
+    return path
+
+
 def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) -> None:
     """Writes the report of a runs folder to its files, and its main table to the console."""
     from mftctl.reporting.files import to_document, write_report
     from mftctl.reporting.report import make_report
-    from mftctl.storage import require_writable
 
-    require_writable(folder)
     made = make_report(runs, console)
     files = write_report(made, folder, console)
     console.result(to_document(made), *(table_view(table) for table in _main_tables(made, each_seed)))

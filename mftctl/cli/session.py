@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mftctl.atomic import Permit
 from mftctl.cli.output import Output
 from mftctl.config import Recipe, to_document
-from mftctl.errors import ConfigError, RunError
+from mftctl.errors import ConfigError, RunError, StorageError
 from mftctl.lineage import Source, model_for_training, recommended_layers
+from mftctl.outputs import Input, check_output, inputs_of
 from mftctl.processes import from_first, world_size
 from mftctl.quickstart import NAME as QUICKSTART
 from mftctl.recipe_files import load_recipe, with_changes
 from mftctl.runs import Run, create_run, load_run, newest_run
-from mftctl.storage import require_writable
+
+MakePermit = Callable[[bool], Permit]
+"""The permit for a kind of result, with the user's agreement to replace one or without."""
 
 
 class Session:
@@ -24,7 +29,7 @@ class Session:
         command: Name of the command.
         root: The runs folder.
         output: The console.
-        yes: Whether existing results may be replaced without asking.
+        replaces: Whether the user agreed that an existing result is replaced, with `--yes` or when asked.
     """
 
     def __init__(
@@ -41,7 +46,7 @@ class Session:
         self.command = command
         self.output = output
         self.root = root
-        self.yes = yes
+        self.replaces = yes
         self._recipe_name = recipe
         self._sets = list(sets or ())
         self._options = dict(options or {})
@@ -54,19 +59,23 @@ class Session:
             name = QUICKSTART if base is None and source.model == QUICKSTART else None
         return load_recipe(name, base=base, sets=self._sets, options=self._options, stages=False)
 
-    def open_training(self, *, resume: bool, output: Path | None = None) -> tuple[Run, Recipe, Source]:
+    def open_training(
+        self, *, resume: bool, output: Path | None = None, permit: MakePermit | None = None
+    ) -> tuple[Run, Recipe, Source]:
         """A run to train in, new or resumed, with its recipe and its source.
 
         Args:
             resume: Go on with the newest unfinished run of this command, as it was configured.
             output: Where the result is wanted besides the run folder.
+            permit: For that kind of result; None where there is no output.
 
         Raises:
             ConfigError: Options that do not fit, or given together with a resumption.
+            OutputError: The output is in the way of something that is not to be replaced.
             RunError: Nothing to resume.
         """
         if resume:
-            return self._resumed()
+            return self._resumed(permit)
         settled = self.settle()
         source = model_for_training(settled.model, self.root, self.command)
         if settled.model is None:
@@ -79,7 +88,7 @@ class Session:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
         if self.command == "mask-train" and recipe.mask_train.layers is None and not drops:
             recipe = self._with_layers(source)
-        self.check_replacing(output)
+        output = self._settle_training_output(output, recipe, source, permit)
         return self.create(recipe, source, output=output), recipe, source
 
     def create(self, recipe: Recipe, source: Source, *, output: Path | None = None) -> Run:
@@ -109,19 +118,51 @@ class Session:
         self._options[key] = [self.output.ask(question, option)]
         return self.settle(source)
 
-    def check_replacing(self, path: Path | None) -> None:
-        """Nothing, if `path` can be written, and is free or may be replaced.
+    def settle_output(self, output: Path, inputs: Iterable[Input], permit: MakePermit) -> Path:
+        """The output's path without links, if a result can go there; asks before one is replaced.
+
+        Args:
+            output: As given.
+            inputs: What the command reads.
+            permit: For the kind of result.
 
         Raises:
-            ConfigError: There is a result already, and nobody agreed.
+            OutputError: It would replace what is the user's, or a result without their agreement.
             StorageError: Its folder is read-only.
         """
-        if path is not None:
-            require_writable(path)
-        if path is None or not path.exists() or (path.is_dir() and not any(path.iterdir())) or self.yes:
-            return
-        if not self.output.confirm_replacing(str(path)):
-            raise ConfigError("There is a result already.", path=path, hint="another --output, or --yes to replace it")
+        path = check_output(output, inputs, self.root)
+        if not os.path.lexists(path):
+            return path
+        permit(True)(path)
+        is_empty = path.is_dir() and not any(path.iterdir())
+        if not self.replaces and not is_empty:
+            self.replaces = self.output.confirm_replacing(str(path))
+            permit(self.replaces)(path)
+        return path
+
+    def _settle_training_output(
+        self, output: Path | None, recipe: Recipe, source: Source, permit: MakePermit | None
+    ) -> Path | None:
+        if output is None or permit is None:
+            return None
+        models = (source.model, source.mask, source.origin)
+        inputs = inputs_of(recipe, models=models, recipe_name=self._recipe_name)
+        return Path(from_first(lambda: str(self.settle_output(output, inputs, permit))))
+
+    def end(self, result: Mapping[str, Any]) -> None:
+        """Nothing, if the result is where it was wanted.
+
+        Raises:
+            StorageError: It is in the run folder alone, since something else is at the output by now.
+        """
+        refused = result.get("output_refused")
+        if refused is not None:
+            raise StorageError(
+                "The result is not at the output, where something else is by now.",
+                path=result.get("mask") or result["model"],
+                actual=refused,
+                hint="copy it from the run folder, where it is whole",
+            )
 
     def _check_measuring(self, recipe: Recipe) -> None:
         """Nothing, if benchmarks that were asked for are measured at some step."""
@@ -145,7 +186,7 @@ class Session:
         self._options["mask_train.layers"] = "all" if found is None else found[0]
         return self.settle(source)
 
-    def _resumed(self) -> tuple[Run, Recipe, Source]:
+    def _resumed(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
         if self._options or self._sets or self._recipe_name:
             raise ConfigError(
                 "A resumed run keeps its settings.",
@@ -157,6 +198,10 @@ class Session:
             found = newest_run(self.root, self.command, unfinished=True)
             if found is None:
                 raise RunError(f"There is no stopped {self.command} run to resume.", path=self.root)
+            if found.record.output is not None and permit is not None:
+                recipe = load_recipe(base=found.record.config)
+                inputs = inputs_of(recipe, models=(found.record.inputs["model"], found.record.inputs["origin"]))
+                self.settle_output(Path(found.record.output), inputs, permit)
             found.go_on()
             return str(found.folder)
 
@@ -195,3 +240,10 @@ class Session:
 
 def _made_by(source: Source) -> str:
     return f", made by {source.parents[-1]}" if source.parents else ", built in"
+
+
+def mask_file_permit(agreed: bool) -> Permit:
+    """What lets a mask file be replaced, if the user agreed."""
+    from mftctl.masking.bits import mask_permit
+
+    return mask_permit(replace=agreed)

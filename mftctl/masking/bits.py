@@ -79,14 +79,15 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from mftctl.atomic import atomic_file
+from mftctl.atomic import Permit, atomic_file
 from mftctl.errors import MaskFileError, MaskFormatError
 from mftctl.masking.codecs import Codec, Packed, encode, pack, packed_size_bytes, unpack
 from mftctl.masking.mask_container import write_container
 from mftctl.masking.mask_document import MaskMetadata, TensorRecord, build_document
 from mftctl.masking.stored_bits import StoredBits, readable, require_count, require_same_names
+from mftctl.results import permit_file
 
-__all__ = ["Mask", "MaskMetadata", "TensorRecord", "load_mask", "open_mask", "save_mask"]
+__all__ = ["Mask", "MaskMetadata", "TensorRecord", "load_mask", "mask_permit", "open_mask", "save_mask"]
 
 
 class Mask:
@@ -185,7 +186,7 @@ class Mask:
         return self.removed / self.weights
 
 
-def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate") -> None:
+def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate", *, permit: Permit | None = None) -> None:
     """Writes the mask file whole or not at all; an existing one is replaced.
 
     Args:
@@ -193,6 +194,7 @@ def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate") -> None:
         path: The file. Missing parent folders are made.
         codec: "deflate" (0.478 bits a weight at 10 % removed), "packed" (1 bit a weight), or "ans" (0.469, the entropy,
             at 10 %), which needs the package `constriction` for writing and for reading.
+        permit: Asked before something at `path` is replaced; None replaces any file.
 
     Raises:
         MaskFormatError: There is no such codec.
@@ -202,7 +204,7 @@ def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate") -> None:
     document = build_document(mask.records, mask.metadata, codec)
     payloads = {name: encode(mask.packed(name), codec) for name in mask.names()}
     try:
-        with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        with atomic_file(path, permit) as temporary, temporary.open("wb") as stream:
             write_container(stream, document.to_json(), payloads)
     except OSError as error:
         raise MaskFileError(
@@ -211,6 +213,23 @@ def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate") -> None:
             actual=error.strerror or str(error),
             hint="give another path with -o, or free some space",
         ) from error
+
+
+def mask_permit(*, replace: bool) -> Permit:
+    """What lets a mask file be replaced, and no other file.
+
+    Args:
+        replace: Whether the user agreed.
+    """
+    return permit_file("a mask file", _is_mask_file, replace=replace)
+
+
+def _is_mask_file(path: Path) -> bool:
+    try:
+        with open_mask(path):
+            return True
+    except MaskFormatError:
+        return False
 
 
 def load_mask(path: Path | str) -> Mask:

@@ -6,28 +6,28 @@ record discards the output, which appears under its name only when it is complet
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 from mftctl.atomic import atomic_folder
 from mftctl.errors import MaskMismatchError, ModelError
 from mftctl.masking.bits import Mask
 from mftctl.masking.checkpoint_source import resolve_checkpoint
+from mftctl.masking.companions import CARD_FILE, copy_companions
 from mftctl.masking.in_memory import apply_mask, checkpoint_names, target_names
 from mftctl.masking.masked_shards import with_base_values, without_removed, write_shards
 from mftctl.masking.model_card import write_model_card
 from mftctl.masking.record_checks import masked_tensors
 from mftctl.masking.safetensors_files import (
-    INDEX_FILE,
     WEIGHTS_FILE,
     StoredTensor,
     read_tensor,
     tensor_digest,
     tensor_index,
 )
+from mftctl.results import Kind, permit_folder, write_marker
 
 __all__ = [
     "ApplyResult",
@@ -42,13 +42,6 @@ __all__ = [
     "tensor_index",
 ]
 
-_CARD_FILE: Final = "README.md"
-_TEMPLATE_FOLDER: Final = "additional_chat_templates"
-_WEIGHT_SUFFIXES: Final = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .pkl .npz .tflite .bits".split()
-)
-_WEIGHT_INDEX_SUFFIX: Final = ".index.json"
-
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
@@ -58,11 +51,13 @@ class ApplyResult:
         bytes_written: The size of all files in the new folder.
         tensors_masked: The number of masked tensors.
         removed: The number of weights set to zero, or reset to the base's values.
+        left_out: Links in the base's folder to files elsewhere, which were not copied.
     """
 
     bytes_written: int
     tensors_masked: int
     removed: int
+    left_out: tuple[str, ...] = ()
 
 
 def apply_to_checkpoint(
@@ -85,34 +80,38 @@ def apply_to_checkpoint(
         base: The base's folder.
         mask: A mask that was made for this base, and for this tuned checkpoint if it is a delta mask.
         output: The new folder; it appears only when it is complete. The top-level files that hold no weights, and the
-            chat templates, are copied from the base, or from the tuned checkpoint.
+            chat templates, are copied from the base, or from the tuned checkpoint, but for links to files elsewhere.
         mask_path: The mask file, whose digest the model card states.
         base_model: Name of the base for the model card.
         tuned: Folder of the tuned checkpoint, for a delta mask only; it may be sharded differently than the base.
         on_progress: Called with the weight bytes written so far and in all.
-        replace: Whether an existing non-empty `output` is replaced.
+        replace: Whether a model of mftctl at `output` is replaced.
 
     Raises:
         MaskMismatchError: The mask was made for other tensors than these, needs a tuned checkpoint or has none. A base
             to which the mask was applied already is refused too.
-        ModelError: An input cannot be read, or the output folder is not empty, overlaps an input or cannot be written.
+        ModelError: An input cannot be read, or the output folder overlaps an input or cannot be written.
+        OutputError: There is something at `output` that is not to be replaced.
     """
     _require_tuned_for_delta(mask, tuned)
     base, output = base.resolve(), output.resolve()
     source = base if tuned is None else tuned.resolve()
-    _require_free(output, replace)
+    permit = permit_folder(Kind.MODEL, replace=replace)
     _require_apart(output, [base, source], mask_path)
+    if os.path.lexists(output):
+        permit(output)
     copy_tensor = without_removed(mask)
     originals = masked_tensors(mask, base, "base")
     if tuned is not None:
         masked_tensors(mask, source, "tuned checkpoint")
         copy_tensor = with_base_values(mask, originals)
     try:
-        with atomic_folder(output) as folder:
+        with atomic_folder(output, permit) as folder:
             write_shards(tensor_index(source).values(), mask, copy_tensor, folder, on_progress)
-            _copy_companions(source, folder, sharded=not (source / WEIGHTS_FILE).is_file())
+            left_out = copy_companions(source, folder, sharded=not (source / WEIGHTS_FILE).is_file())
             card = write_model_card(mask, base_model=base_model, mask_path=mask_path)
-            (folder / _CARD_FILE).write_text(card, encoding="utf-8")
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            write_marker(folder, Kind.MODEL)
             bytes_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise ModelError(
@@ -121,7 +120,7 @@ def apply_to_checkpoint(
             actual=str(error),
             hint="free some space or give another folder with -o",
         ) from error
-    return ApplyResult(bytes_written, len(mask), mask.removed)
+    return ApplyResult(bytes_written, len(mask), mask.removed, left_out)
 
 
 def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
@@ -143,18 +142,6 @@ def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
         )
 
 
-def _require_free(output: Path, replace: bool) -> None:
-    if output.is_dir() and (replace or not any(output.iterdir())):
-        return
-    if output.exists():
-        raise ModelError(
-            "The output folder is not empty" if output.is_dir() else "The output folder is a file",
-            path=output,
-            expected="a new or an empty folder",
-            hint="give another folder with -o" + (", or replace this one with --yes" if output.is_dir() else ""),
-        )
-
-
 def _require_apart(output: Path, folders: list[Path], mask_path: Path | None) -> None:
     for path in [*folders, *([] if mask_path is None else [mask_path.resolve()])]:
         if path.is_relative_to(output):
@@ -171,18 +158,3 @@ def _require_apart(output: Path, folders: list[Path], mask_path: Path | None) ->
                 actual=str(path),
                 hint="give a folder outside it with -o",
             )
-
-
-def _copy_companions(source: Path, folder: Path, *, sharded: bool) -> None:
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not _is_of_weights(path, sharded=sharded) and path.name != _CARD_FILE:
-            shutil.copyfile(path, folder / path.name)
-    if (source / _TEMPLATE_FOLDER).is_dir():
-        shutil.copytree(source / _TEMPLATE_FOLDER, folder / _TEMPLATE_FOLDER)
-
-
-def _is_of_weights(path: Path, *, sharded: bool) -> bool:
-    """Whether a file holds weights, or is an index of shards that the new folder does not have."""
-    if path.name == INDEX_FILE:
-        return not sharded
-    return path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_WEIGHT_INDEX_SUFFIX)

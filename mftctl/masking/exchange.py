@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Final
 
-from mftctl.atomic import atomic_file
+from mftctl.atomic import Permit, atomic_file
 from mftctl.errors import MaskFileError, MaskFormatError, MaskMismatchError
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord
 from mftctl.masking.codecs import count_kept
@@ -35,12 +35,15 @@ from mftctl.masking.mask_document import shown
 from mftctl.masking.npz_masks import MASK_SUFFIX, NpzMasks, write_npz
 from mftctl.masking.safetensors_files import StoredTensor, tensor_digest, tensor_index
 from mftctl.masking.torch_masks import TorchMasks, write_torch
+from mftctl.results import permit_file
 
 _WRITERS: Final[dict[str, Callable[[Mask, BinaryIO], None]]] = {".pt": write_torch, ".npz": write_npz}
 _WEIGHT_SUFFIX: Final = ".weight"
 _ZIP_START: Final = b"PK"
 _PICKLE_START: Final = b"\x80"
 _PICKLE_MEMBER: Final = "data.pkl"
+_EXPORTED: Final = b"exported by mftctl"
+"""The comment of an archive, by which a file is known that may be replaced."""
 _KINDS: Final = "masks.pt of the reference implementation, or an .npz of packed bits as MaskLLM distributes them"
 
 
@@ -90,12 +93,26 @@ def import_mask(
     return Mask.from_packed(packed, records, metadata)
 
 
-def export_mask(mask: Mask, file: Path) -> None:
+def export_permit(agreed: bool) -> Permit:
+    """What lets a file be replaced that `export_mask` wrote, if the user agreed."""
+    return permit_file("a mask that mftctl exported", _is_exported, replace=agreed)
+
+
+def _is_exported(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.comment == _EXPORTED
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, struct.error):
+        return False
+
+
+def export_mask(mask: Mask, file: Path, permit: Permit | None = None) -> None:
     """Writes the mask for another implementation, whole or not at all; an existing file is replaced.
 
     Args:
         mask: A weight mask.
         file: `.pt` takes 4 bytes a weight, in memory too; `.npz` takes at most 1 bit. Missing parent folders are made.
+        permit: Asked before something at `file` is replaced; None replaces any file.
 
     Raises:
         MaskFileError: The mask is of kind "delta", the suffix names no format, or the file cannot be written.
@@ -118,8 +135,11 @@ def export_mask(mask: Mask, file: Path) -> None:
             hint="give a name such as masks.pt, masks.npz or small.bits (a mask file) with -o",
         )
     try:
-        with atomic_file(file) as temporary, temporary.open("wb") as stream:
-            write(mask, stream)
+        with atomic_file(file, permit) as temporary:
+            with temporary.open("wb") as stream:
+                write(mask, stream)
+            with zipfile.ZipFile(temporary, "a") as archive:
+                archive.comment = _EXPORTED
     except OSError as error:
         raise MaskFileError(
             "The exported mask cannot be written",

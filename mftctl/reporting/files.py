@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import suppress
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mftctl.atomic import atomic_file, write_text
+from mftctl.errors import OutputError
 from mftctl.progress import Listener, Progress
-from mftctl.reporting.drawing import Drawing, render
+from mftctl.reporting.drawing import render
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import to_markdown
 from mftctl.reporting.page import to_page
-from mftctl.reporting.table_files import write_tables
+from mftctl.reporting.table_files import table_files
+from mftctl.results import Kind, require_free, write_listed
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
+
+_ALWAYS = ("index.html", "report.md", "report.json")
 
 
 def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]:
@@ -28,33 +30,37 @@ def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]
         report: What it tells.
         folder: Made where it is missing; files in it that no report wrote stay.
         listener: Hears progress.
+
+    Raises:
+        OutputError: A file of the user's is in the way; nothing was written.
     """
-    document = folder / "report.json"
-    before = _listed(document)
-    page, markdown = folder / "index.html", folder / "report.md"
     drawings = {}
     for done, figure in enumerate(report.figures):
         listener.progress(Progress("drawing", done, len(report.figures)))
         drawings[figure.name] = render(figure)
     listener.progress(Progress("drawing", len(drawings), len(drawings)))
-    write_text(page, to_page(report, drawings, folder))
-    write_text(markdown, to_markdown(report))
-    files = [page, markdown, document, *write_tables(report, folder / "tables")]
+    contents = {"index.html": to_page(report, drawings, folder).encode(), "report.md": to_markdown(report).encode()}
+    contents["report.json"] = b""
+    contents |= {f"tables/{name}": text.encode() for name, text in table_files(report).items()}
     for name, drawing in drawings.items():
-        files += _write_drawing(drawing, folder / "figures" / name)
-    names = [file.relative_to(folder).as_posix() for file in files]
-    write_text(document, json.dumps({**to_document(report), "files": names}, indent=2) + "\n")
-    for name in before - set(names):
-        (folder / name).unlink(missing_ok=True)
-    return files
+        contents |= {f"figures/{name}.svg": drawing.svg.encode(), f"figures/{name}.png": drawing.png}
+    document = {**to_document(report), "files": list(contents)}
+    contents["report.json"] = f"{json.dumps(document, indent=2)}\n".encode()
+    write_listed(folder, contents, Kind.REPORT)
+    return [folder / name for name in contents]
 
 
-def _write_drawing(drawing: Drawing, path: Path) -> tuple[Path, Path]:
-    svg, png = path.with_name(f"{path.name}.svg"), path.with_name(f"{path.name}.png")
-    write_text(svg, drawing.svg)
-    with atomic_file(png) as temporary:
-        temporary.write_bytes(drawing.png)
-    return svg, png
+def require_report_folder(folder: Path) -> None:
+    """Nothing, if a report can be written into a folder.
+
+    Raises:
+        OutputError: The folder is a file, or a file of the user's is in the way.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise OutputError(
+            "The report is a folder, and there is a file.", path=folder, expected="a folder", hint="another --output"
+        )
+    require_free(folder, list(_ALWAYS), Kind.REPORT)
 
 
 def to_document(report: Report) -> dict[str, Any]:
@@ -79,17 +85,4 @@ def to_document(report: Report) -> dict[str, Any]:
         "sources": [{**asdict(source), "folder": str(source.folder)} for source in report.sources],
         "unfinished": list(report.unfinished),
         "problems": list(report.problems),
-    }
-
-
-def _listed(document: Path) -> set[str]:
-    """The files that an earlier report in this folder wrote, as far as its `report.json` tells."""
-    names: Iterable[Any] = ()
-    with suppress(OSError, ValueError, AttributeError, TypeError):
-        names = list(json.loads(document.read_text(encoding="utf-8")).get("files", []))
-    ours = (("figures", ".svg"), ("figures", ".png"), ("tables", ".tex"), ("tables", ".csv"))
-    return {
-        name
-        for name in names
-        if isinstance(name, str) and len(Path(name).parts) == 2 and (Path(name).parts[0], Path(name).suffix) in ours
     }

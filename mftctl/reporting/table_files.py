@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mftctl.atomic import write_text
 from mftctl.reporting.comparison import MetricTable
 from mftctl.reporting.names import own_name
 from mftctl.reporting.overview import Overview
@@ -20,22 +18,15 @@ if TYPE_CHECKING:
 _IN_LATEX = {"±": r"$\pm$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$"}
 
 
-def write_tables(report: Report, folder: Path) -> list[Path]:
-    """The files `<name>.tex` and `<name>.csv` of every table, replaced where they exist.
-
-    Args:
-        report: With its tables.
-        folder: Made where it is missing.
-    """
-    written: list[Path] = []
+def table_files(report: Report) -> dict[str, str]:
+    """The texts of `<name>.tex` and `<name>.csv` of every table, by name."""
+    files: dict[str, str] = {}
     taken: set[str] = set()
     for text, rows in _tables(report):
         name = own_name(text.name, taken)  # models or data may have the same name
-        files = folder / f"{name}.tex", folder / f"{name}.csv"
-        write_text(files[0], to_latex(text))
-        write_text(files[1], to_csv(rows))
-        written += files
-    return written
+        files[f"{name}.tex"] = to_latex(text)
+        files[f"{name}.csv"] = to_csv(rows)
+    return files
 
 
 def _tables(report: Report) -> Iterator[tuple[TextTable, list[dict[str, Any]]]]:

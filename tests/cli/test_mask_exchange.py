@@ -85,14 +85,18 @@ def test_results_are_shown_as_tables(mftctl: CommandLine, mask: Mask, tiny_check
 def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: CommandLine, tiny_checkpoint: Path) -> None:
     assert mftctl("mask", "export", "learned.bits", "-o", "source.npz").code == 0
     output = mftctl.folder / ("old.bits" if command == "import" else "old.npz")
-    output.write_text("old")
     inputs = ["source.npz", "-m", tiny_checkpoint] if command == "import" else ["learned.bits"]
+    assert mftctl("mask", command, *inputs, "-o", output).code == 0
+    old = output.stat().st_ino
     refused = mftctl("mask", command, *inputs, "-o", output)
     assert refused.code == 2
     assert "There is a result already" in refused.stderr
-    assert (refused.stdout, output.read_text()) == ("", "old")
+    assert (refused.stdout, output.stat().st_ino) == ("", old)
     assert mftctl("mask", command, *inputs, "-o", output, "--yes").code == 0
-    assert output.read_bytes() != b"old"
+    assert output.stat().st_ino != old
+    output.write_text("mine")
+    assert "it is not a mask" in mftctl("mask", command, *inputs, "-o", output, "--yes").stderr
+    assert output.read_text() == "mine"
 
 
 @pytest.mark.usefixtures("delta", "mask")

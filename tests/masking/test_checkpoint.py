@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from mftctl.errors import MaskMismatchError, ModelError
+from mftctl.errors import MaskMismatchError, ModelError, OutputError
 from mftctl.masking import masked_shards
 from mftctl.masking.bits import Mask, load_mask, save_mask
 from mftctl.masking.checkpoint import ApplyResult, apply_mask, apply_to_checkpoint
@@ -138,14 +138,36 @@ def test_configuration_tokenizer_and_template_come_along_and_weights_of_other_ki
 
 
 def test_linked_files_of_a_hub_snapshot_become_files(base: Path, tmp_path: Path) -> None:
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
     for path in base.iterdir():
-        (snapshot / path.name).symlink_to(path)
+        shutil.copyfile(path, blobs / f"of-{path.name}")
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"of-{path.name}")
     mask = learn_mask(projections(base))
     apply(snapshot, mask, tmp_path / "out")
     assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
     check_model(base, tmp_path / "out", mask)
+
+
+def test_links_out_of_the_base_are_not_followed(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    (base / "notes.txt").symlink_to(tmp_path / "key")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").symlink_to(tmp_path / "key")
+    (base / "inside.txt").symlink_to("config.json")
+    done = apply(base, learn_mask(projections(base)), tmp_path / "out")
+    assert done.left_out == ("additional_chat_templates/tools.jinja", "notes.txt")
+    assert (tmp_path / "out" / "inside.txt").read_bytes() == (base / "config.json").read_bytes()
+    assert not any(path.read_bytes() == b"secret" for path in (tmp_path / "out").rglob("*") if path.is_file())
+
+
+def test_configuration_that_is_a_link_out_of_the_base_is_refused(base: Path, tmp_path: Path) -> None:
+    (base / "config.json").rename(tmp_path / "config.json")
+    (base / "config.json").symlink_to(tmp_path / "config.json")
+    with pytest.raises(ModelError, match="configuration is a link"):
+        apply(base, learn_mask(projections(base)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_model_card_names_the_base_and_the_mask(base: Path, tmp_path: Path) -> None:
@@ -257,7 +279,7 @@ def test_delta_mask_makes_the_tuned_checkpoint_with_its_own_configuration(base: 
     mask = learn_mask(projections(base), tuned=projections(tuned))
     result = apply_delta(base, tuned, mask, output)
     assert (result.tensors_masked, result.removed) == (len(mask), mask.removed)
-    assert {path.name for path in output.iterdir()} == {path.name for path in tuned.iterdir()} | {"README.md"}
+    assert {path.name for path in output.iterdir()} == {path.name for path in tuned.iterdir()} | {"README.md", "mftctl.json"}
     in_memory = AutoModelForCausalLM.from_pretrained(tuned)
     apply_mask(in_memory, mask, base)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(output)), logits(in_memory))
@@ -302,15 +324,17 @@ def test_output_that_overlaps_the_tuned_checkpoint_is_refused(place: str, base: 
 
 def test_output_that_is_not_empty_is_refused_unless_replaced(base: Path, tmp_path: Path) -> None:
     mask, output = learn_mask(projections(base)), tmp_path / "out"
-    output.mkdir()
-    (output / "precious").touch()
-    with pytest.raises(ModelError, match="not empty") as caught:
+    apply(base, mask, output)
+    with pytest.raises(OutputError, match="a result already") as caught:
         apply(base, mask, output)
     assert "--yes" in str(caught.value.hint)
-    assert list(output.iterdir()) == [output / "precious"]
     apply(base, mask, output, replace=True)
-    assert not (output / "precious").exists()
     check_bytes(base, output, mask)
+    (output / "precious").touch()
+    with pytest.raises(OutputError, match="did not write") as caught:
+        apply(base, mask, output, replace=True)
+    assert caught.value.actual == "precious"
+    assert (output / "precious").exists()
 
 
 def test_empty_output_is_used(base: Path, tmp_path: Path) -> None:
@@ -321,7 +345,7 @@ def test_empty_output_is_used(base: Path, tmp_path: Path) -> None:
 
 def test_output_that_is_a_file_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(ModelError, match="is a file"):
+    with pytest.raises(OutputError, match="there is a file"):
         apply(base, learn_mask(projections(base)), tmp_path / "out", replace=True)
 
 
@@ -355,15 +379,14 @@ def test_full_disk_leaves_nothing_and_keeps_the_old_output(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     output = tmp_path / "out"
-    output.mkdir()
-    (output / "old").touch()
-    before = sorted(tmp_path.iterdir())
+    apply(base, learn_mask(projections(base)), output)
+    before, old = sorted(tmp_path.iterdir()), sorted(output.iterdir())
     monkeypatch.setattr(masked_shards.os, "fsync", full)
     with pytest.raises(ModelError, match="could not be written") as caught:
         apply(base, learn_mask(projections(base)), output, replace=True)
     assert "No space left" in str(caught.value.actual)
     assert sorted(tmp_path.iterdir()) == before
-    assert list(output.iterdir()) == [output / "old"]
+    assert sorted(output.iterdir()) == old
 
 
 def test_missing_shard_is_refused_before_anything_is_written(tmp_path: Path) -> None:
