@@ -12,6 +12,8 @@ import os
 import platform
 import re
 import shutil
+import stat
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -275,7 +277,7 @@ def load_run(folder: Path) -> Run:
     """
     path = folder / "run.json"
     try:
-        record = _record_reader().validate_json(path.read_bytes())
+        record = _record_reader().validate_json(_read_regular(path))
     except (OSError, ValueError) as error:
         raise RunError(
             "This is not a readable run folder.",
@@ -284,6 +286,18 @@ def load_run(folder: Path) -> Run:
             actual=_first_fault(error),
         ) from error
     return Run(folder, record)
+
+
+def _read_regular(path: Path) -> bytes:
+    """The bytes of a file; anything else, such as a pipe, would be waited for without end.
+
+    Raises:
+        OSError: It is missing, no regular file, or cannot be read.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return stream.read()
 
 
 @cache
@@ -343,18 +357,38 @@ def recorded(run: Run) -> Iterator[None]:
     A run that failed for want of storage can be resumed from what it saved before.
 
     Raises:
+        Interrupted: Ctrl-C, or a signal that counts as it.
         StorageError: A file could not be written.
     """
     try:
         with known_failures(run.folder):
             yield
-    except (Interrupted, KeyboardInterrupt):
+    except Interrupted:
         run.update(status="interrupted")
         raise
+    except KeyboardInterrupt:
+        run.update(status="interrupted")
+        raise Interrupted("Stopped.", path=run.folder, hint=_how_to_go_on(run)) from None
     except MftError as error:
         with suppress(OSError):  # without room for the record it says what that of a killed run says
             run.update(status="interrupted" if is_failure_of_storage(error) else "failed", error=str(error))
         raise
+    finally:
+        if run.record.status == "running":  # an error that mftctl does not know
+            with suppress(OSError):
+                run.update(status="interrupted", error=f"{sys.exc_info()[0]}: {sys.exc_info()[1]}")
+
+
+def _how_to_go_on(run: Run) -> str:
+    """What to do after a command was stopped outside of its steps."""
+    record = run.record
+    if record.stage is not None:
+        return "the same mftctl run goes on with it"
+    if record.command == "eval":
+        return "mftctl eval --resume with the same options goes on with the outputs of benchmarks that were kept"
+    if record.command in ("fft", "probe", "mask-train"):
+        return f"mftctl {record.command} --resume goes on with what was kept"
+    return "the same command once more; nothing was written but its run folder"
 
 
 def _new_folder(root: Path, record: RunRecord) -> Path:

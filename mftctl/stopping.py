@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from mftctl.progress import Listener
+from mftctl.signals import ENDING, is_heeded
 
 
 class StopRequest:
@@ -29,7 +30,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
-    """Turns the first Ctrl-C (or SIGTERM) into a request; a second one ends the program at once.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request; a second Ctrl-C ends the program at once.
 
     Args:
         listener: Is told that the step is finished and saved first.
@@ -44,13 +45,14 @@ def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
 
     def remember(number: int, frame: object) -> None:
         if stop.requested:
-            if number == signal.SIGTERM:  # torchrun passes an interruption on as one
+            if number in ENDING:  # torchrun passes an interruption on as one; a terminal closes once
                 return
             raise KeyboardInterrupt
         stop.requested = True
         listener.note("Stopping after this step; the state will be saved. Press Ctrl-C again to stop at once.")
 
-    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    heeded = [signal.SIGINT, *filter(is_heeded, ENDING)]
+    before = {number: signal.signal(number, remember) for number in heeded}
     try:
         yield stop
     finally:

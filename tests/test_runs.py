@@ -238,7 +238,6 @@ def test_killed_run_counts_as_running_and_can_be_resumed(tmp_path: Path) -> None
     ("error", "status", "message"),
     [
         (Interrupted("Stopped."), "interrupted", None),
-        (KeyboardInterrupt(), "interrupted", None),
         (DataError("The file is empty.", path="a.jsonl"), "failed", "The file is empty.\n  where: a.jsonl"),
         (StorageError("No room."), "interrupted", "No room."),
     ],

@@ -12,8 +12,11 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mftctl import __version__
+from mftctl.cli.environment import check_environment, settle_environment
+from mftctl.cli.streams import prepare_streams
 from mftctl.errors import ConfigError, MftError
 from mftctl.processes import leave, world_size
+from mftctl.signals import end_as_on_interrupt
 from mftctl.storage import known_failures
 
 HELP = """
@@ -75,8 +78,10 @@ def load_command(name: str) -> Any:
     """The command of that name, with its module imported.
 
     Raises:
-        ConfigError: Several processes were started for a command that one does.
+        ConfigError: Several processes were started for a command that one does, or the environment has names or
+            numbers that it cannot work with.
     """
+    check_environment(sys.argv[1:])
     if world_size() > 1 and name not in _TOGETHER:
         raise ConfigError(
             f"{name} is a command for one process.",
@@ -121,6 +126,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_streams()
+    settle_environment()
+    end_as_on_interrupt()
     try:
         with known_failures():
             build_app()()
@@ -130,6 +138,9 @@ def main() -> None:
         Output().error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
+        from mftctl.cli.output import Output
+
+        Output().note("Stopped.")
         sys.exit(130)
     finally:
         leave()

@@ -71,7 +71,8 @@ def apply(
             result = applying.apply(source, run, console, base=base, replace=session.replaces)
             run.finish(result)
         show(console, run, result)
-        console.next_command("mftctl eval" if base is None else f"mftctl eval {result['model']} --data FILE")
+        words: list[str | Path] = [] if base is None else [Path(result["model"]), "--data", "FILE"]
+        console.next_command("mftctl", "eval", *words, runs=runs)
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:

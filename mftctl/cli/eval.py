@@ -87,7 +87,7 @@ def evaluate(
         sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
         evaluated = [_evaluate_once(session, source, resume=resume, again=again) for source in sources]
         show(console, evaluated)
-        console.next_command("mftctl report")
+        console.next_command("mftctl", "report", runs=runs)
 
 
 def show(console: Output, runs: list[Run]) -> None:

@@ -80,7 +80,7 @@ def fft(
             run.finish(result)
         show(console, run, result)
         session.end(result)
-        console.next_command("mftctl probe")
+        console.next_command("mftctl", "probe", runs=runs)
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:

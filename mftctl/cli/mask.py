@@ -139,7 +139,7 @@ def import_(
             ("removed", f"{mask.removed:,} of {mask.weights:,} weights of {len(mask)} tensors ({mask.ratio:.2%})"),
         ]
         console.result(document, pairs_table("Imported", rows))
-        console.next_command(f"mftctl apply {model} {output} -o OUT")
+        console.next_command("mftctl", "apply", _place(model), output, "-o", "OUT")
 
 
 @mask_app.command()
@@ -198,6 +198,11 @@ def export(
         }
         rows = [("file", str(output)), ("tensors", str(len(exported))), ("bytes", f"{output.stat().st_size:,}")]
         console.result(document, pairs_table("Exported", rows))
+
+
+def _place(model: str) -> Path | str:
+    """A model that lies in a folder as a path, so that a dash before its name makes no option of it."""
+    return Path(model) if Path(model).exists() else model
 
 
 def _text(value: object) -> str:

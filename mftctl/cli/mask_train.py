@@ -88,7 +88,7 @@ def mask_train(
             run.finish(result)
         show(console, run, result)
         session.end(result)
-        console.next_command("mftctl apply")
+        console.next_command("mftctl", "apply", runs=runs)
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -109,8 +112,14 @@ class Output:
         for line in details:
             self._messages.print(escape(line), highlight=False, soft_wrap=True)
 
-    def next_command(self, text: str) -> None:
-        """Shows what to type next."""
+    def next_command(self, *words: str | Path, runs: Path | None = None) -> None:
+        """Shows what to type next, quoted for the shell.
+
+        Args:
+            words: Of the command line; a path that begins with a dash is told from an option.
+            runs: The runs folder that the command goes on in; None for a command that uses none.
+        """
+        text = command_line(*words, runs=runs)
         self._messages.print(f"Next: [bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     def result(self, document: Mapping[str, Any], *views: RenderableType) -> None:
@@ -159,6 +168,14 @@ class Output:
         if self._told_tenths.get(state.task) != tenths and state.task not in _TOO_SHORT:
             self._told_tenths[state.task] = tenths
             self.note(f"{state.task} {state.done}/{state.total} {details}".rstrip())
+
+
+def command_line(*words: str | Path, runs: Path | None = None) -> str:
+    """A command quoted for the shell, with the runs folder where it is not the one that is used without being named."""
+    texts = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
+    if runs is not None and runs != Path(os.environ.get("MFTCTL_RUNS") or "runs"):
+        texts += ["--runs", f"./{runs}" if str(runs).startswith("-") else str(runs)]
+    return shlex.join(texts)
 
 
 def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:

@@ -66,7 +66,7 @@ def probe(
             result = probing.probe(settled, source, run, console, resume=resume)
             run.finish(result)
         show(console, run, result)
-        console.next_command("mftctl mask-train")
+        console.next_command("mftctl", "mask-train", runs=runs)
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -146,7 +147,7 @@ def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) 
         f"Written: {files[0]} (to read), report.md, report.json, {kinds.count('tables')} files of tables,"
         f" {kinds.count('figures')} of figures"
     )
-    console.next_command(made.advice.command)
+    console.next_command(*shlex.split(made.advice.command), runs=runs)
 
 
 def _main_tables(made: Report, each_seed: bool) -> list[TextTable]:

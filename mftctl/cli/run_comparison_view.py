@@ -41,8 +41,7 @@ def show_comparison(console: Output, root: Path, one: str, other: str) -> None:
     for problem in found.problems:
         console.warn(problem)
     if found.mask is not None:
-        masks = " ".join(str(run.folder / "mask.bits") for run in (first, second))
-        console.next_command(f"mftctl mask diff {masks}")
+        console.next_command("mftctl", "mask", "diff", *(run.folder / "mask.bits" for run in (first, second)))
 
 
 def _views(found: RunComparison, first: Run, second: Run) -> list[RenderableType]:

@@ -58,7 +58,7 @@ def validate(
             raise ConfigError(
                 f"The recipe has {count} problem{'s' if count > 1 else ''}.", path=recipe, problems=result["problems"]
             )
-        console.next_command(f"mftctl run {recipe}" if settled.stages else f"mftctl fft --recipe {recipe}")
+        console.next_command("mftctl", *(("run",) if settled.stages else ("fft", "--recipe")), recipe)
 
 
 def _views(result: Mapping[str, Any]) -> list[RenderableType]:

@@ -52,6 +52,8 @@ class DataSource:
         Raises:
             DataError: no path is given.
         """
+        if text and Path(text).exists():  # its name may hold a =
+            return cls(text)
         path, separator, digits = text.rpartition("=")
         counted = bool(separator) and digits.isascii() and digits.isdigit() and int(digits) > 0
         source = cls(path, int(digits)) if counted else cls(text)

@@ -279,7 +279,10 @@ def test_delta_mask_makes_the_tuned_checkpoint_with_its_own_configuration(base: 
     mask = learn_mask(projections(base), tuned=projections(tuned))
     result = apply_delta(base, tuned, mask, output)
     assert (result.tensors_masked, result.removed) == (len(mask), mask.removed)
-    assert {path.name for path in output.iterdir()} == {path.name for path in tuned.iterdir()} | {"README.md", "mftctl.json"}
+    assert {path.name for path in output.iterdir()} == {path.name for path in tuned.iterdir()} | {
+        "README.md",
+        "mftctl.json",
+    }
     in_memory = AutoModelForCausalLM.from_pretrained(tuned)
     apply_mask(in_memory, mask, base)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(output)), logits(in_memory))
