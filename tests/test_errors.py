@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 from mftctl import errors
-from mftctl.errors import ConfigError, Interrupted, MaskFileError, MaskFormatError, MaskMismatchError, MftError
+from mftctl.errors import (
+    ConfigError,
+    Interrupted,
+    MaskFileError,
+    MaskFormatError,
+    MaskMismatchError,
+    MftError,
+    OutputError,
+)
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, MftError)]
 FIELDS = {
@@ -54,7 +62,7 @@ def test_config_error_lists_every_problem() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exit_code_is_2_for_configuration_130_for_interruption_and_1_for_all_else(kind: type[MftError]) -> None:
-    assert kind.exit_code == {ConfigError: 2, Interrupted: 130}.get(kind, 1)
+    assert kind.exit_code == {ConfigError: 2, OutputError: 2, Interrupted: 130}.get(kind, 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -136,7 +136,7 @@ class Session:
         permit(True)(path)
         is_empty = path.is_dir() and not any(path.iterdir())
         if not self.replaces and not is_empty:
-            self.replaces = self.output.confirm_replacing(str(path))
+            self.replaces = self.output.confirm_replacing(str(output))
             permit(self.replaces)(path)
         return path
 

@@ -61,6 +61,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(mftctl: Command
     write_study(mftctl.folder / "runs")
     (tmp_path / "file").write_text("", encoding="utf-8")
     outcome = mftctl("report", "-o", tmp_path / "file" / "report")
-    assert outcome.code == 1
+    assert outcome.code == 2
+    assert "would lie in a file" in outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert outcome.stdout == ""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mftctl.results import Kind, write_marker
 from mftctl.runs import create_run
 from tests.workflow_fixtures import make_workspace
 
@@ -153,9 +154,10 @@ class Scene:
         folder.mkdir(parents=True)
         if command.result is not None:
             if command.name == "mask-train":
-                (folder / command.result).write_bytes(older.joinpath("config.json").read_bytes())
+                shutil.copyfile(older.with_name("given.bits"), folder / command.result)
             else:
                 shutil.copytree(older, folder / command.result)
+                write_marker(folder / command.result, Kind.MODEL)
         self.before = contents(folder)
 
     def run(self, arguments: list[str] | None = None, **kill: Any) -> Answer:
@@ -174,7 +176,7 @@ class Scene:
             shutil.rmtree(create_run(self.folder / "runs", "report", {}).folder)
             return
         if self.command.resumes and self.runs():
-            answer = self.run([self.command.name, "--resume"])
+            answer = self.run([self.command.name, "--resume", *([] if self.command.result is None else ["--yes"])])
         else:
             answer = self.run()
         assert answer.code == 0, self.log()

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from mftctl.errors import OutputError
 from mftctl.progress import Silence
-from mftctl.reporting.files import to_document, write_report
+from mftctl.reporting.files import require_report_folder, to_document, write_report
 from mftctl.reporting.markdown import to_markdown
 from mftctl.reporting.report import Report, make_report
 from tests.reporting.training_folders import write_study
@@ -29,7 +31,7 @@ def test_a_report_is_a_page_a_text_a_document_tables_and_figures(report: Report,
         files = write_report(report, folder, Silence())
     names = [file.relative_to(folder).as_posix() for file in files]
     assert names[:3] == ["index.html", "report.md", "report.json"]
-    assert files_in(folder) == set(names)
+    assert files_in(folder) == {*names, "mftctl.json"}
     assert {Path(name).parts[0] for name in names[3:]} == {"tables", "figures"}
     assert (folder / "report.md").read_text("utf-8") == to_markdown(report)
     document = json.loads((folder / "report.json").read_text("utf-8"))
@@ -56,23 +58,34 @@ def test_the_document_has_every_number_with_its_runs(report: Report) -> None:
 
 def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path, Silence())
-    old, own = tmp_path / "figures" / "old.svg", tmp_path / "figures" / "own.svg"
-    for path in (old, own, tmp_path / "mine.txt"):
+    old = [path for path in (tmp_path / "figures").iterdir() if path.suffix == ".png"]
+    own = [tmp_path / "figures" / "own.svg", tmp_path / "mine.txt"]
+    for path in own:
         path.write_text("x", encoding="utf-8")
-    document = json.loads((tmp_path / "report.json").read_text("utf-8"))
-    document["files"] += ["figures/old.svg", "../outside.svg", "figures/../mine.txt", "mine.txt", 3]
-    (tmp_path / "report.json").write_text(json.dumps(document), encoding="utf-8")
-    outside = tmp_path.parent / "outside.svg"
-    outside.write_text("x", encoding="utf-8")
-    write_report(report, tmp_path, Silence())
-    assert not old.exists()
-    assert own.exists()
-    assert outside.exists()
-    assert (tmp_path / "mine.txt").exists()
+    write_report(replace(report, figures=()), tmp_path, Silence())
+    assert old
+    assert not any(path.exists() for path in old)
+    assert all(path.exists() for path in own)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"files": 3}', '{"files": [["a"]]}', "null"])
-def test_a_damaged_document_of_before_is_replaced(report: Report, tmp_path: Path, content: str) -> None:
-    (tmp_path / "report.json").write_text(content, encoding="utf-8")
-    write_report(report, tmp_path, Silence())
-    assert json.loads((tmp_path / "report.json").read_text("utf-8"))["tables"]
+@pytest.mark.parametrize("name", ["index.html", "report.md", "report.json", "tables"])
+def test_a_file_of_the_users_is_not_written_over(report: Report, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="would be replaced"):
+        write_report(report, tmp_path, Silence())
+    assert files_in(tmp_path) == {name}
+
+
+def test_files_that_a_document_of_the_users_lists_stay(report: Report, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "mine.png").write_text("mine", encoding="utf-8")
+    (tmp_path / "report.json").write_text('{"files": ["figures/mine.png"]}', encoding="utf-8")
+    with pytest.raises(OutputError, match="would be replaced"):
+        write_report(report, tmp_path, Silence())
+    assert files_in(tmp_path) == {"figures/mine.png", "report.json"}
+
+
+def test_a_report_needs_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "report").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="is a folder"):
+        require_report_folder(tmp_path / "report")

@@ -9,7 +9,7 @@ import pytest
 
 from mftctl.progress import Silence
 from mftctl.reporting.report import Report, make_report
-from mftctl.reporting.table_files import to_csv, to_latex, write_tables
+from mftctl.reporting.table_files import table_files, to_csv, to_latex
 from mftctl.reporting.text_tables import TextCell, TextTable
 from tests.reporting.training_folders import write_study
 
@@ -19,6 +19,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     root = tmp_path_factory.mktemp("study") / "runs"
     write_study(root)
     return make_report(root, Silence())
+
+
+def write_tables(report: Report, folder: Path) -> list[Path]:
+    """The files of the tables, written to a folder."""
+    for name, text in table_files(report).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in table_files(report)]
 
 
 def read(path: Path) -> list[dict[str, str]]:
