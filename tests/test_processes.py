@@ -180,7 +180,7 @@ def test_spread_parameters_give_what_one_process_gives(
 ) -> None:
     shutil.copytree(killed / "runs", tmp_path / "killed")
     commands = several(
-        ("mask-train", "--resume", "--runs", "killed"),
+        ("mask-train", "--resume", "--yes", "--runs", "killed"),
         ("mask-train", *MASK, "-o", "whole.bits", *data(workspace), *TRAINING, "--json"),
         (*FEW, *data(workspace)),
         (*FULL, *data(workspace, half)),
