@@ -134,7 +134,7 @@ def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_
     one: Path, workspace: Path, tmp_path: Path
 ) -> None:
     kill_second(tmp_path, TORCHRUN, workspace)
-    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume")
+    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume", "--yes")
     assert code == 0, errors
     assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
@@ -166,7 +166,7 @@ def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_deepspeed
 def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: Path) -> None:
     shutil.copytree(killed / "runs", tmp_path / "runs")
-    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume")
+    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume", "--yes")
     assert code == 0, errors
     assert (tmp_path / "runs" / "001-mask-train" / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
