@@ -111,7 +111,7 @@ def wait_for_all() -> None:
 
 def leave() -> None:
     """Takes this process out of the group, if it is in one: at its end, the group's threads would abort it."""
-    if world_size() > 1 and "torch" in sys.modules:
+    if "torch" in sys.modules and world_size() > 1:
         import torch.distributed
 
         if torch.distributed.is_initialized():

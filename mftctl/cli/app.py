@@ -12,6 +12,8 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mftctl import __version__
+from mftctl.cli.environment import check_environment, settle_environment
+from mftctl.cli.streams import prepare_streams
 from mftctl.errors import ConfigError, MftError
 from mftctl.processes import leave, world_size
 from mftctl.storage import known_failures
@@ -75,8 +77,10 @@ def load_command(name: str) -> Any:
     """The command of that name, with its module imported.
 
     Raises:
-        ConfigError: Several processes were started for a command that one does.
+        ConfigError: Several processes were started for a command that one does, or the environment has names or
+            numbers that it cannot work with.
     """
+    check_environment(sys.argv[1:])
     if world_size() > 1 and name not in _TOGETHER:
         raise ConfigError(
             f"{name} is a command for one process.",
@@ -121,6 +125,8 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    prepare_streams()
+    settle_environment()
     try:
         with known_failures():
             build_app()()

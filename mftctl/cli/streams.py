@@ -1,0 +1,113 @@
+"""Standard streams that take any text, and whose reader may go away."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import select
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+_PLAIN = {
+    "±": "+-",
+    "×": "x",
+    "−": "-",
+    "–": "-",
+    "↑": "^",
+    "↓": "v",
+    "→": "->",
+    "»": ">>",
+    "«": "<<",
+    "…": "...",
+    "•": "*",
+    "▸": ">",
+    "✓": "+",
+    "✗": "x",
+    "↻": "~",
+    "○": "o",
+    "’": "'",
+}
+"""How symbols that mftctl and Rich print are spelled where the encoding has none of them."""
+
+_SPELLING = "mftctl.spelling"
+_GONE = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV})
+"""What the system says of a terminal that was hung up."""
+
+
+def prepare_streams() -> None:
+    """Makes standard output and standard error fit to be written to, whatever they are.
+
+    What the encoding cannot express is spelled in plain letters or escaped. Of messages nothing is worth ending the
+    work: what cannot be written to standard error is dropped, and so is a result where its terminal is gone. Streams
+    that were closed at the start are opened on nothing, lest the next file take their place.
+    """
+    codecs.register_error(_SPELLING, _spell)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w" if number else "r", encoding="utf-8"))
+    # Compared, since a test or another program that calls mftctl may have put streams of its own in place.
+    if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
+        sys.stderr = _forgiving(sys.stderr, None)
+    if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
+        sys.stdout = _forgiving(sys.stdout, _GONE)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_SPELLING)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    """A replacement for what cannot be encoded, and where to go on."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    spelled = (_PLAIN.get(part) or part.encode("ascii", "backslashreplace").decode("ascii") for part in text)
+    return "".join(spelled), error.end
+
+
+def _forgiving(stream: io.TextIOWrapper, dropped: frozenset[int] | None) -> io.TextIOWrapper:
+    """The same stream, whose writing no longer fails with some errors."""
+    writer = io.BufferedWriter(ForgivingWriter(stream.fileno(), dropped))
+    return io.TextIOWrapper(writer, encoding=stream.encoding, line_buffering=True)
+
+
+class ForgivingWriter(io.RawIOBase):
+    """Writes to a descriptor; waits where it takes nothing just now, and drops what it will never take.
+
+    Args:
+        descriptor: Stays open when this is closed.
+        dropped: The errors after which what was to be written is dropped; None for all.
+    """
+
+    def __init__(self, descriptor: int, dropped: frozenset[int] | None) -> None:
+        self._descriptor = descriptor
+        self._dropped = dropped
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        """Whether it is a terminal that is still there."""
+        return os.isatty(self._descriptor)
+
+    def write(self, data: ReadableBuffer) -> int:
+        """The number of bytes that were taken or dropped."""
+        while True:
+            try:
+                return os.write(self._descriptor, data)
+            except BlockingIOError:
+                select.select([], [self._descriptor], [])
+            except OSError as error:
+                if self._dropped is not None and error.errno not in self._dropped:
+                    raise
+                return memoryview(data).nbytes
