@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from mftctl.errors import ConfigError, StorageError
@@ -12,36 +12,65 @@ from mftctl.errors import ConfigError, StorageError
 _LONGEST_NAME_BYTES, _LONGEST_PATH_BYTES = 255, 4096
 """Of a file or folder, where the file system does not say."""
 
+_FIRST_SURROGATE, _LAST_SURROGATE, _BYTE_AS_SURROGATE = "\ud800", "\udfff", 0xDC00
+"""Python keeps a byte of a name that is not UTF-8 as 0xDC00 plus the byte."""
+
 _INSIDE_BYTES = 256
 """Of a path, left for names within a folder, and beside a file while it is written."""
 
 
 def shown_name(name: Path | str) -> str:
     """The name as text, with bytes that are not UTF-8 escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace") if _has_surrogates(str(name)) else str(name)
+    return "".join(map(_shown, str(name)))
 
 
-def require_recordable(names: Iterable[Path | str | None]) -> None:
-    """Nothing, if all names, and what they stand for where they are links, can be written into a record as text.
+def _shown(character: str) -> str:
+    if not _FIRST_SURROGATE <= character <= _LAST_SURROGATE:
+        return character
+    byte = ord(character) - _BYTE_AS_SURROGATE
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else f"\\u{ord(character):04x}"
+
+
+def is_recordable(text: str) -> bool:
+    """Whether a text can be written as UTF-8; a name of a file that is not UTF-8 cannot."""
+    return text.isascii() or not any(_FIRST_SURROGATE <= character <= _LAST_SURROGATE for character in text)
+
+
+def require_recordable(places: Iterable[object], document: object = None) -> None:
+    """Nothing, if all of it can be written into a record and read again.
 
     Args:
-        names: Of files, folders or hub data; None for none.
+        places: Files, folders and hub ids, and None for none; also what they stand for where they are links.
+        document: Plain data.
 
     Raises:
-        ConfigError: One has bytes that are not UTF-8: the record could not be read again.
+        ConfigError: A name or a text of the document is not UTF-8.
     """
-    for name in names:
-        for text in () if name is None else (str(name), os.path.realpath(name)):
-            if _has_surrogates(text):
-                raise ConfigError(
-                    "A name is not UTF-8, so that no record of it could be read again.",
-                    path=shown_name(text),
-                    hint="rename it",
-                )
+    for place in places:
+        for text in () if place is None else (str(place), os.path.realpath(str(place))):
+            _require_recordable(text)
+    for text in _texts(document):
+        _require_recordable(text)
 
 
-def _has_surrogates(text: str) -> bool:
-    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+def _require_recordable(text: str) -> None:
+    if not is_recordable(text):
+        raise ConfigError(
+            "A name is not UTF-8, so that no record of it could be read again.",
+            actual=shown_name(text),
+            hint="rename it",
+        )
+
+
+def _texts(document: object) -> Iterator[str]:
+    if isinstance(document, str):
+        yield document
+    elif isinstance(document, Mapping):
+        for pair in document.items():
+            yield from _texts(pair)
+    elif isinstance(document, list | tuple):
+        for part in document:
+            yield from _texts(part)
 
 
 def require_short(path: Path) -> None:

@@ -27,6 +27,7 @@ import yaml
 
 from mftctl.atomic import write_text
 from mftctl.errors import Interrupted, MftError, RunError
+from mftctl.file_names import is_recordable, require_recordable, shown_name
 from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
 from mftctl.storage import is_alive, is_failure_of_storage, known_failures, remove_leftovers, temporary_prefix
@@ -216,6 +217,7 @@ def create_run(
 
     Raises:
         RunError: The folder cannot be made.
+        ConfigError: A path, or a text of the configuration, is not UTF-8.
     """
     record = RunRecord(
         command=command,
@@ -232,6 +234,8 @@ def create_run(
         worker=_worker(),
         processes=world_size(),
     )
+    places = (root, output, *((inputs or {}).get(name) for name in ("model", "mask", "origin")))
+    require_recordable(places, asdict(record))
     try:
         folder = _new_folder(root, record)
     except OSError as error:
@@ -274,6 +278,8 @@ def load_run(folder: Path) -> Run:
         RunError: The folder has no readable `run.json`.
     """
     path = folder / "run.json"
+    if not is_recordable(folder.name):
+        raise RunError("The name of this run folder is not UTF-8.", path=shown_name(folder), hint="rename or remove it")
     try:
         record = _record_reader().validate_json(path.read_bytes())
     except (OSError, ValueError) as error:

@@ -118,10 +118,12 @@ def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool
 
 def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) -> None:
     """Writes the report of a runs folder to its files, and its main table to the console."""
+    from mftctl.file_names import require_short
     from mftctl.reporting.files import to_document, write_report
     from mftctl.reporting.report import make_report
     from mftctl.storage import require_writable
 
+    require_short(folder)
     require_writable(folder)
     made = make_report(runs, console)
     files = write_report(made, folder, console)

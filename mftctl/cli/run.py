@@ -12,8 +12,10 @@ from mftctl.cli import options as opt
 from mftctl.cli.experiment_tree import experiment_tree, running_tree
 from mftctl.cli.output import Output
 from mftctl.cli.report import show
+from mftctl.file_names import require_short
 from mftctl.protocol import Planned, plan_experiment, run_experiment
 from mftctl.recipe_files import load_recipe
+from mftctl.storage import require_writable
 
 
 def run(
@@ -44,6 +46,8 @@ def run(
         if dry_run:
             console.result({"recipe": recipe, "tasks": _document(plan)}, experiment_tree(recipe, plan))
             return
+        require_short(output)
+        require_writable(output)
         run_experiment(plan, recipe, runs, console, lambda _: console.pin(running_tree(recipe, plan)))
         console.pin(None)
         show(console, runs, output)

@@ -9,6 +9,7 @@ from typing import Any
 from mftctl.cli.output import Output
 from mftctl.config import Recipe, to_document
 from mftctl.errors import ConfigError, RunError
+from mftctl.file_names import require_short
 from mftctl.lineage import Source, model_for_training, recommended_layers
 from mftctl.processes import from_first, world_size
 from mftctl.quickstart import NAME as QUICKSTART
@@ -114,9 +115,10 @@ class Session:
 
         Raises:
             ConfigError: There is a result already, and nobody agreed.
-            StorageError: Its folder is read-only.
+            StorageError: Its folder is read-only, or its name too long.
         """
         if path is not None:
+            require_short(path)
             require_writable(path)
         if path is None or not path.exists() or (path.is_dir() and not any(path.iterdir())) or self.yes:
             return
