@@ -42,6 +42,7 @@ from mftctl.processes import any_process, is_first, rank, wait_for_all, world_si
 from mftctl.progress import Listener, Progress
 from mftctl.runs import TrainingFolder
 from mftctl.stopping import EndedBefore, NoStepTooMany, StopRequest
+from mftctl.torch_failures import reason_of
 
 if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
@@ -198,7 +199,7 @@ class SftTrainer(PartitionedTrainer):
             raise StorageError(
                 f"The checkpoint of step {self.state.global_step} could not be written.",
                 path=folder,
-                actual=str(error),
+                actual=reason_of(error),
                 hint="free some space, then go on with --resume",
             ) from error
 
