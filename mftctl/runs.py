@@ -30,6 +30,7 @@ from mftctl.errors import Interrupted, MftError, RunError
 from mftctl.file_names import is_recordable, require_recordable, shown_name
 from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
+from mftctl.regular_files import read_regular
 from mftctl.storage import is_alive, is_failure_of_storage, known_failures, remove_leftovers, temporary_prefix
 from mftctl.yaml_numbers import NumberDumper
 
@@ -115,7 +116,7 @@ class TrainingFolder:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        *lines, _ = read_regular(path).decode().split("\n")
         return [json.loads(line) for line in lines]
 
     def rewind(self, step: int) -> None:
@@ -281,7 +282,7 @@ def load_run(folder: Path) -> Run:
     if not is_recordable(folder.name):
         raise RunError("The name of this run folder is not UTF-8.", path=shown_name(folder), hint="rename or remove it")
     try:
-        record = _record_reader().validate_json(path.read_bytes())
+        record = _record_reader().validate_json(read_regular(path))
     except (OSError, ValueError) as error:
         raise RunError(
             "This is not a readable run folder.",

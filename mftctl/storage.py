@@ -22,6 +22,7 @@ _HINTS = {
     errno.EPERM: "a folder that you may write to",
     errno.EIO: "another disk",
     errno.ENAMETOOLONG: "a shorter name",
+    errno.ENXIO: "a file in its place, or nothing",
     errno.ELOOP: "a file or folder in place of links that lead in a circle",
 }
 

@@ -40,6 +40,7 @@ from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.partitioned_trainer import PartitionedTrainer
 from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
+from mftctl.regular_files import read_regular
 from mftctl.runs import TrainingFolder
 from mftctl.stopping import EndedBefore, NoStepTooMany, StopRequest
 from mftctl.torch_failures import reason_of
@@ -290,7 +291,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            json.loads(read_regular(path / "trainer_state.json"))
         except (OSError, ValueError):
             continue
         return path

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftctl.atomic import atomic_file, write_text
 from mftctl.progress import Listener, Progress
+from mftctl.regular_files import read_regular
 from mftctl.reporting.drawing import Drawing, render
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import to_markdown
@@ -86,7 +87,7 @@ def _listed(document: Path) -> set[str]:
     """The files that an earlier report in this folder wrote, as far as its `report.json` tells."""
     names: Iterable[Any] = ()
     with suppress(OSError, ValueError, AttributeError, TypeError):
-        names = list(json.loads(document.read_text(encoding="utf-8")).get("files", []))
+        names = list(json.loads(read_regular(document)).get("files", []))
     ours = (("figures", ".svg"), ("figures", ".png"), ("tables", ".tex"), ("tables", ".csv"))
     return {
         name
