@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mftctl.regular_files import open_regular
+
 _SAMPLES = 16
 _SAMPLE_BYTES = 1 << 20
 
@@ -42,7 +44,7 @@ def model_fingerprint(model: str) -> str | None:
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
         size_bytes = path.stat().st_size
         digest.update(f"{path.name}:{size_bytes}:".encode())
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             for number in range(_SAMPLES):
                 stream.seek(max(0, size_bytes - _SAMPLE_BYTES) * number // (_SAMPLES - 1))
                 digest.update(stream.read(_SAMPLE_BYTES))

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from mftctl.config import Recipe
 from mftctl.errors import OutputError
+from mftctl.file_names import require_short
 from mftctl.recipe_files import files_of_recipe
 from mftctl.storage import require_writable
 
 _ADAPTER_FILE = "adapter_config.json"
-_LONGEST_INSIDE_BYTES = 100
-"""Of a file in a folder of results, with the temporary folder that it is made in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +71,14 @@ def check_output(output: Path, inputs: Iterable[Input], runs: Path) -> Path:
         runs: The runs folder.
 
     Raises:
-        OutputError: It is, holds or lies in something it must not touch, or its name is too long.
-        StorageError: Its folder is read-only.
+        OutputError: It is, holds or lies in something it must not touch.
+        StorageError: Its folder is read-only, or its name too long.
     """
     try:
         resolved = output.expanduser().resolve()
     except (OSError, RuntimeError) as error:  # a circle of links
         raise OutputError("The output is a link that leads nowhere.", path=output, hint="another --output") from error
-    _require_short(resolved)
+    require_short(resolved)
     for place in (Input(Path.cwd(), "the current folder"), Input(runs, "the runs folder")):
         if _is_within(place.path.resolve(), resolved):
             raise _refusal(resolved, place, "is or holds")
@@ -120,27 +119,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_dev, status.st_ino
-
-
-def _require_short(path: Path) -> None:
-    existing = next(place for place in (path, *path.parents) if _identity(place) is not None)
-    most_bytes = os.pathconf(existing if existing.is_dir() else existing.parent, "PC_NAME_MAX")
-    for part in path.parts:
-        if len(os.fsencode(part)) > most_bytes:
-            raise OutputError(
-                "A name in the path of the output is too long.",
-                path=path,
-                expected=f"at most {most_bytes} bytes",
-                actual=f"{len(os.fsencode(part))} bytes",
-            )
-    most_bytes = os.pathconf("/", "PC_PATH_MAX") - _LONGEST_INSIDE_BYTES
-    if len(os.fsencode(path)) > most_bytes:
-        raise OutputError(
-            "The path of the output is too long.",
-            path=path,
-            expected=f"at most {most_bytes} bytes",
-            actual=f"{len(os.fsencode(path))} bytes",
-        )
 
 
 def _require_folders_above(path: Path) -> None:

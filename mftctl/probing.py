@@ -20,6 +20,7 @@ from mftctl.masking.targets import decoder_layers, find_targets, format_layers, 
 from mftctl.models import peak_memory_bytes, restart_peak_memory
 from mftctl.prefix_reuse import figures, hidden_states
 from mftctl.progress import Listener
+from mftctl.regular_files import read_regular
 from mftctl.runs import Run, TrainingFolder
 from mftctl.score_training import LearnedMask, MaskSearch
 
@@ -74,7 +75,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
                     found = find_mask(search)
                 write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also those that a kill left of a finished group
-            results.append(json.loads(stored.read_text("utf-8")))
+            results.append(json.loads(read_regular(stored)))
         reuse = figures(states)
     ranked = sorted(results, key=lambda item: item["best_loss"])
     return {

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -28,8 +27,10 @@ import yaml
 
 from mftctl.atomic import write_text
 from mftctl.errors import Interrupted, MftError, RunError
+from mftctl.file_names import is_recordable, require_recordable, shown_name
 from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
+from mftctl.regular_files import read_regular
 from mftctl.storage import is_alive, is_failure_of_storage, known_failures
 from mftctl.temporary import CONTENT, remove_leftovers, temporary_folder
 from mftctl.yaml_numbers import NumberDumper
@@ -116,7 +117,7 @@ class TrainingFolder:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        *lines, _ = read_regular(path).decode().split("\n")
         return [json.loads(line) for line in lines]
 
     def rewind(self, step: int) -> None:
@@ -218,6 +219,7 @@ def create_run(
 
     Raises:
         RunError: The folder cannot be made.
+        ConfigError: A path, or a text of the configuration, is not UTF-8.
     """
     record = RunRecord(
         command=command,
@@ -234,6 +236,8 @@ def create_run(
         worker=_worker(),
         processes=world_size(),
     )
+    places = (root, output, *((inputs or {}).get(name) for name in ("model", "mask", "origin")))
+    require_recordable(places, asdict(record))
     try:
         folder = _new_folder(root, record)
     except OSError as error:
@@ -276,8 +280,10 @@ def load_run(folder: Path) -> Run:
         RunError: The folder has no readable `run.json`.
     """
     path = folder / "run.json"
+    if not is_recordable(folder.name):
+        raise RunError("The name of this run folder is not UTF-8.", path=shown_name(folder), hint="rename or remove it")
     try:
-        record = _record_reader().validate_json(_read_regular(path))
+        record = _record_reader().validate_json(read_regular(path))
     except (OSError, ValueError) as error:
         raise RunError(
             "This is not a readable run folder.",
@@ -286,18 +292,6 @@ def load_run(folder: Path) -> Run:
             actual=_first_fault(error),
         ) from error
     return Run(folder, record)
-
-
-def _read_regular(path: Path) -> bytes:
-    """The bytes of a file; anything else, such as a pipe, would be waited for without end.
-
-    Raises:
-        OSError: It is missing, no regular file, or cannot be read.
-    """
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return stream.read()
 
 
 @cache

@@ -10,6 +10,7 @@ from mftctl.atomic import write_text
 from mftctl.data.examples import Example
 from mftctl.data.sources import record_digest
 from mftctl.errors import DataError
+from mftctl.regular_files import read_regular
 
 LearnFrom = Literal["auto", "all", "unseen"]
 
@@ -31,7 +32,7 @@ def seen_records(root: Path, runs: Iterable[str]) -> frozenset[str]:
         runs: Names of runs, such as the parents of a model.
     """
     files = [root / name / _FILE for name in runs]
-    return frozenset(digest for path in files if path.exists() for digest in path.read_text("utf-8").split())
+    return frozenset(digest for path in files if path.exists() for digest in read_regular(path).decode().split())
 
 
 def records_to_learn_from(train: Sequence[Example], seen: frozenset[str], learn_from: LearnFrom) -> Sequence[Example]:

@@ -18,6 +18,9 @@ _HINTS = {
     errno.EACCES: "a folder that you may write to",
     errno.EPERM: "a folder that you may write to",
     errno.EIO: "another disk",
+    errno.ENAMETOOLONG: "a shorter name",
+    errno.ENXIO: "a file in its place, or nothing",
+    errno.ELOOP: "a file or folder in place of links that lead in a circle",
 }
 
 
@@ -29,7 +32,7 @@ def known_failures(path: Path | None = None) -> Iterator[None]:
         path: Where to, if the system does not say.
 
     Raises:
-        StorageError: No room, no permission, a limit or a broken disk.
+        StorageError: No room, no permission, a limit, a broken disk, or a name that no file can have.
     """
     try:
         yield

@@ -40,8 +40,10 @@ from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.partitioned_trainer import PartitionedTrainer
 from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
+from mftctl.regular_files import read_regular
 from mftctl.runs import TrainingFolder
 from mftctl.stopping import EndedBefore, NoStepTooMany, StopRequest
+from mftctl.torch_failures import reason_of
 
 if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
@@ -198,7 +200,7 @@ class SftTrainer(PartitionedTrainer):
             raise StorageError(
                 f"The checkpoint of step {self.state.global_step} could not be written.",
                 path=folder,
-                actual=str(error),
+                actual=reason_of(error),
                 hint="free some space, then go on with --resume",
             ) from error
 
@@ -289,7 +291,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     """
     for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
         try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            json.loads(read_regular(path / "trainer_state.json"))
         except (OSError, ValueError):
             continue
         return path

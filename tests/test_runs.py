@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mftctl import runs
-from mftctl.errors import DataError, Interrupted, MaskFileError, RunError, StorageError
+from mftctl.errors import ConfigError, DataError, Interrupted, MaskFileError, RunError, StorageError
 from mftctl.fingerprints import source_digest
 from mftctl.recipe_files import read_yaml
 from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run, recorded
@@ -375,3 +375,19 @@ def test_a_run_that_goes_on_with_other_code_says_so(tmp_path: Path, monkeypatch:
     run.update(versions={})
     run.go_on()
     assert load_run(run.folder).record.versions["torch"] == f"not recorded, then {before['torch']}"
+
+
+def test_a_run_that_could_not_be_read_again_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        create_run(tmp_path / "runs", "fft", {}, inputs={"model": os.fsdecode(b"model-\xff")})
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        create_run(tmp_path / "runs", "fft", {"revision": "\ud800"})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_whose_name_is_not_utf_8_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / os.fsdecode(b"001-\xff")).mkdir()
+    create_run(tmp_path, "fft", {})
+    runs, errors = list_runs(tmp_path)
+    assert [run.name for run in runs] == ["002-fft"]
+    assert [error.path for error in errors] == [f"{tmp_path}/001-\\xff"]

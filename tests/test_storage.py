@@ -11,7 +11,10 @@ from mftctl.errors import StorageError
 from mftctl.storage import is_alive, known_failures, require_writable
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO, errno.ENAMETOOLONG, errno.ELOOP],
+)
 def test_what_the_system_refuses_is_a_known_failure(number: int) -> None:
     with pytest.raises(StorageError, match="cannot be read or written") as caught, known_failures(Path("folder")):
         raise OSError(number, os.strerror(number), "folder/file")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from mftctl.errors import ConfigError
+from mftctl.file_names import is_recordable, shown_name
 from mftctl.processes import world_size
 
 _SIZES = {"COLUMNS": (20, 9_999), "LINES": (5, 9_999)}
@@ -15,11 +16,6 @@ _PROCESS_NUMBERS = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RA
 """What torchrun and `accelerate launch` tell a process, with the smallest number each can be."""
 
 _RUNS = "MFTCTL_RUNS"
-
-
-def shown_name(name: str) -> str:
-    """The name as text; bytes that are not UTF-8 are escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def settle_environment() -> None:
@@ -78,7 +74,7 @@ def _check_names(arguments: Sequence[str]) -> None:
     places = {"the current folder": folder, _RUNS: os.environ.get(_RUNS, "")}
     places |= {f"argument {number}": text for number, text in enumerate(arguments, start=1)}
     for place, text in places.items():
-        if not text.isascii() and shown_name(text) != text:
+        if not is_recordable(text):
             raise ConfigError(
                 "A name is not UTF-8, so that no record of it could be read again.",
                 key=place,

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -25,6 +26,9 @@ from mftctl.progress import Progress as State
 
 _TOO_SHORT = ("validating", "comparing", "reporting", "drawing")
 """Tasks whose tenths are not worth a line each."""
+
+_FULL_COLUMNS = 80
+"""A result is laid out for a narrower console only if nothing in it is cut off."""
 
 
 class Output:
@@ -37,8 +41,9 @@ class Output:
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self._speaks = is_first()
-        self._results = Console(soft_wrap=False, quiet=not self._speaks)
-        self._messages = Console(stderr=True, quiet=not self._speaks)
+        # Without emoji, lest a name such as `a:key:b` be shown as another.
+        self._results = Console(soft_wrap=False, quiet=not self._speaks, emoji=False)
+        self._messages = Console(stderr=True, quiet=not self._speaks, emoji=False)
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -127,8 +132,15 @@ class Output:
         if self.as_json:
             self.text(json.dumps(document, indent=2) + "\n")
             return
+        if self._results.width < _FULL_COLUMNS:
+            self._results.width = max(self._results.width, *map(self._least_columns, views), 1)
         for view in views:
-            self._results.print(view)
+            self._results.print(view, crop=False)
+
+    def _least_columns(self, view: RenderableType) -> int:
+        """The width, up to the full one, in which no word and no number of a view is cut off."""
+        options = self._results.options.update(max_width=_FULL_COLUMNS)
+        return Measurement.get(self._results, options, view).minimum
 
     def text(self, text: str) -> None:
         """Writes text to stdout as it is."""
@@ -145,14 +157,20 @@ class Output:
         if not self.interactive:
             raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}")
         with self._without_bars():
-            return str(typer.prompt(question, err=True))
+            try:
+                return str(typer.prompt(question, err=True))
+            except OSError as error:  # the terminal has gone while it was asked
+                raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}") from error
 
     def confirm_replacing(self, what: str) -> bool:
         """Whether the user agrees to replace an existing result; False where nobody is there to ask."""
         if not self.interactive:
             return False
         with self._without_bars():
-            return typer.confirm(f"Replace {what}?", err=True)
+            try:
+                return typer.confirm(f"Replace {what}?", err=True)
+            except OSError:  # the terminal has gone while it was asked
+                return False
 
     @contextmanager
     def _without_bars(self) -> Iterator[None]:

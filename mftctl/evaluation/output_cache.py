@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import EvaluationError
+from mftctl.regular_files import read_regular
 
 
 class OutputCache:
@@ -65,7 +66,7 @@ def _complete_lines(path: Path) -> list[tuple[str, str]]:
     Raises:
         EvaluationError: Another line is damaged.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_regular(path).decode()
     whole, _, rest = text.rpartition("\n")
     if rest:
         path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")

@@ -85,6 +85,7 @@ from mftctl.masking.codecs import Codec, Packed, encode, pack, packed_size_bytes
 from mftctl.masking.mask_container import write_container
 from mftctl.masking.mask_document import MaskMetadata, TensorRecord, build_document
 from mftctl.masking.stored_bits import StoredBits, readable, require_count, require_same_names
+from mftctl.regular_files import open_regular
 from mftctl.results import permit_file
 
 __all__ = ["Mask", "MaskMetadata", "TensorRecord", "load_mask", "mask_permit", "open_mask", "save_mask"]
@@ -264,7 +265,7 @@ def open_mask(path: Path | str) -> Iterator[Mask]:
     """
     path = Path(path)
     with readable(path):
-        stream = path.open("rb")
+        stream = open_regular(path)
     with stream:
         bits = StoredBits(stream, path)
         yield Mask._holding(bits, bits.records, bits.metadata)

@@ -35,6 +35,7 @@ from mftctl.masking.mask_document import shown
 from mftctl.masking.npz_masks import MASK_SUFFIX, NpzMasks, write_npz
 from mftctl.masking.safetensors_files import StoredTensor, tensor_digest, tensor_index
 from mftctl.masking.torch_masks import TorchMasks, write_torch
+from mftctl.regular_files import open_regular
 from mftctl.results import permit_file
 
 _WRITERS: Final[dict[str, Callable[[Mask, BinaryIO], None]]] = {".pt": write_torch, ".npz": write_npz}
@@ -152,7 +153,7 @@ def export_mask(mask: Mask, file: Path, permit: Permit | None = None) -> None:
 def _open(file: Path) -> TorchMasks | NpzMasks:
     """The reader that the file's first bytes and members ask for."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             start = stream.read(4)
         members = _members(file) if start.startswith(_ZIP_START) else []
     except OSError as error:

@@ -15,6 +15,7 @@ from mftctl.errors import MaskFormatError, MaskMismatchError
 from mftctl.masking.bits import Mask
 from mftctl.masking.codecs import Packed, pack
 from mftctl.masking.mask_document import shown
+from mftctl.torch_failures import failure_of_writing
 
 _DTYPES: Final = (torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EXPORT_HINT: Final = 'in the reference implementation, save it with: torch.save(masks, "masks.pt")'
@@ -110,8 +111,18 @@ def write_torch(mask: Mask, stream: BinaryIO) -> None:
     Args:
         mask: The mask.
         stream: An empty binary file.
+
+    Raises:
+        OSError: The file cannot be written.
     """
-    torch.save({name.removesuffix(".weight"): mask[name].float() for name in mask.names()}, stream)
+    masks = {name.removesuffix(".weight"): mask[name].float() for name in mask.names()}
+    try:
+        torch.save(masks, stream)
+    except RuntimeError as error:
+        failure = failure_of_writing(error)
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def _kind_of(value: object) -> str:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from mftctl.config import TrainingOptions
 from mftctl.errors import RunError
+from mftctl.regular_files import open_regular
 from mftctl.runs import Run, RunRecord, load_run, run_folders
 from mftctl.steps import total_steps
 from mftctl.storage import is_alive
@@ -212,7 +213,7 @@ class _Metrics:
     def refresh(self) -> None:
         """Takes in what has been written since; a line that is not whole yet waits for the next time."""
         try:
-            with self._path.open("rb") as stream:
+            with open_regular(self._path) as stream:
                 found = os.fstat(stream.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset_bytes:
                     self._start_again(found.st_ino)  # a resumed training has dropped the steps that it does again

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mftctl.errors import EvaluationError, RunError
+from mftctl.regular_files import read_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,14 +54,15 @@ def read_samples(path: Path, metric: str) -> Samples:
         RunError: The file cannot be read.
     """
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in read_regular(path).splitlines()]
         return {
             row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))
             for row in rows
             if metric in row["scores"]
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError("The samples of an evaluation cannot be read.", path=path, actual=repr(error)) from error
+        name = f"{path.parent.name}/{path.name}"
+        raise RunError(f"The samples in {name} cannot be read.", path=path, actual=repr(error)) from error
 
 
 def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Change:

@@ -248,7 +248,7 @@ def _overlap(one: Run, other: Run, problems: list[str]) -> MaskOverlap | None:
         with open_mask(one.folder / "mask.bits") as first, open_mask(other.folder / "mask.bits") as second:
             found = diff(first, second)
     except MaskFileError as error:
-        problems.append(f"masks: {error.message}")
+        problems.append(f"masks: {error.path}: {error.message}" if error.path else f"masks: {error.message}")
         return None
     total = found.total
     return MaskOverlap(

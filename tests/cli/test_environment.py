@@ -1,8 +1,5 @@
-"""Odd environments and streams: no traceback, and nothing that is missing from the output."""
-
 from __future__ import annotations
 
-import errno
 import os
 import subprocess
 import sys
@@ -10,79 +7,98 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.cli.output import command_line
-from mftctl.cli.streams import ForgivingWriter
-from mftctl.data.sources import DataSource
-from mftctl.errors import RunError
-from mftctl.runs import create_run, list_runs, load_run
+from mftctl.cli.environment import check_environment, settle_environment
+from mftctl.errors import ConfigError
+from tests.cli.running import CommandLine
+from tests.reporting.run_folders import write_experiment
 
 
-def report(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "mftctl", "report", *arguments]
-    return subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, timeout=120)
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"])
+@pytest.mark.parametrize("text", ["x", "", "-1", "1.5", "²"])
+def test_a_process_number_that_is_none(
+    mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    monkeypatch.setenv(name, text)
+    outcome = mftctl("report")
+    assert outcome.code == 2
+    assert f"key: {name}" in outcome.stderr
+    assert outcome.stderr.startswith("Error: ")
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("COLUMNS", "0"), ("COLUMNS", "1"), ("COLUMNS", "x"), ("MPLBACKEND", "nonsense")]
-)
-def test_what_only_says_how_to_show_things_ends_nothing(tmp_path: Path, name: str, text: str) -> None:
-    done = report(tmp_path, **{name: text})
-    assert (done.returncode, done.stderr.split(b"\n")[-2]) == (1, b"  try: mftctl fft, or --runs DIR")
+def test_a_rank_beyond_the_processes_is_told_by_this_one(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    outcome = mftctl("report")
+    assert outcome.code == 2
+    assert "less than WORLD_SIZE, 1" in outcome.stderr
 
 
-@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
-def test_numbers_of_processes_that_are_none_are_one_error(tmp_path: Path, name: str) -> None:
-    done = report(tmp_path, **{name: "x"})
+def test_numbers_of_several_processes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, text)
+    check_environment([])
+
+
+@pytest.mark.parametrize("text", ["0", "1", "19", "x", "-5", "", "²", "100000", "9" * 5000])
+def test_a_width_that_no_terminal_has_is_not_believed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("COLUMNS", text)
+    settle_environment()
+    assert "COLUMNS" not in os.environ
+
+
+def test_a_width_that_a_terminal_has_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("LINES", "24")
+    settle_environment()
+    assert (os.environ["COLUMNS"], os.environ["LINES"]) == ("20", "24")
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "20", "37", "79"])
+def test_no_number_of_a_report_is_cut_off(tmp_path: Path, columns: str) -> None:
+    write_experiment(tmp_path / "runs")
+    command = [sys.executable, "-m", "mftctl", "report"]
+    environment = {**os.environ, "COLUMNS": columns, "MPLBACKEND": "nonsense"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "…" not in done.stdout
+    assert "continued" in done.stdout
+
+
+def test_an_argument_that_is_not_utf_8(mftctl: CommandLine) -> None:
+    outcome = mftctl("mask", "info", os.fsdecode(b"mask-\xff.bits"))
+    assert outcome.code == 2
+    assert "argument 3" in outcome.stderr
+    assert r"mask-\xff.bits" in outcome.stderr
+
+
+@pytest.mark.parametrize("option", ["-m", "-d", "-o", "--runs", "--recipe", "--val-data"])
+def test_nothing_is_written_for_a_name_that_is_not_utf_8(tmp_path: Path, option: str) -> None:
+    command: list[str | bytes] = [sys.executable, "-m", "mftctl", "fft", option, b"name-\xff"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert rb"name-\xff" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_current_folder_that_is_not_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"folder-\xff")
+    folder.mkdir()
+    done = subprocess.run([sys.executable, "-m", "mftctl", "fft"], cwd=folder, capture_output=True, check=False)
     assert done.returncode == 2
-    assert b"Traceback" not in done.stderr
-    assert f"key: {name}".encode() in done.stderr
+    assert rb"folder-\xff" in done.stderr
+    assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_text_that_the_encoding_lacks_is_spelled(encoding: str) -> None:
-    code = "from mftctl.cli.streams import prepare_streams; prepare_streams(); print('a ± 1 × 2 − 3 ↑ 語')"
-    environment = {**os.environ, "PYTHONIOENCODING": encoding}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    signs = ("+-", "x") if encoding == "ascii" else ("±", "×")
-    assert done.stdout.decode(encoding) == f"a {signs[0]} 1 {signs[1]} 2 - 3 ^ \\u8a9e\n"
+def test_a_runs_folder_of_the_environment_that_is_not_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MFTCTL_RUNS", os.fsdecode(b"runs-\xff"))
+    with pytest.raises(ConfigError) as caught:
+        check_environment(["report"])
+    assert caught.value.key == "MFTCTL_RUNS"
 
 
-def test_a_name_that_is_not_utf_8_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    done = report(tmp_path, "-o", os.fsdecode(b"\xff"))
+def test_a_current_folder_that_was_deleted(tmp_path: Path) -> None:
+    code = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m mftctl env"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(["sh", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert b"not UTF-8" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_closed_terminal_does_not_take_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    def gone(descriptor: int, data: bytes) -> int:
-        raise OSError(errno.EIO, "gone")
-
-    monkeypatch.setattr(os, "write", gone)
-    assert ForgivingWriter(2, None).write(b"text") == 4
-
-
-def test_a_pipe_in_the_place_of_a_record_blocks_nothing(tmp_path: Path) -> None:
-    create_run(tmp_path, "fft", {})
-    (tmp_path / "002-fft").mkdir()
-    os.mkfifo(tmp_path / "002-fft" / "run.json")
-    runs, errors = list_runs(tmp_path)
-    assert [run.name for run in runs] == ["001-fft"]
-    assert [error.path for error in errors] == [str(tmp_path / "002-fft" / "run.json")]
-    with pytest.raises(RunError, match="not a readable run folder"):
-        load_run(tmp_path / "002-fft")
-
-
-def test_a_data_file_whose_name_holds_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert DataSource.parse("y=5") == DataSource("y", 5)
-    Path("y=5").touch()
-    assert DataSource.parse("y=5") == DataSource("y=5")
-
-
-def test_the_next_command_can_be_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MFTCTL_RUNS", raising=False)
-    assert command_line("mftctl", "eval", Path("a b"), runs=Path("other")) == "mftctl eval 'a b' --runs other"
-    assert command_line("mftctl", "eval", Path("-x"), runs=Path("runs")) == "mftctl eval ./-x"
-    monkeypatch.setenv("MFTCTL_RUNS", "other")
-    assert command_line("mftctl", "probe", runs=Path("other")) == "mftctl probe"
+    assert "The current folder was deleted" in done.stderr

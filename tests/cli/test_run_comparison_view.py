@@ -95,7 +95,7 @@ def test_problems_are_warnings(root: Path, capsys: pytest.CaptureFixture[str]) -
     with Output() as console:
         show_comparison(console, root, "3", "4")
     captured = capsys.readouterr()
-    assert "Warning: test.jsonl, loss: The samples of an evaluation cannot be read." in captured.err
+    assert "Warning: test.jsonl, loss: The samples in 004-eval/samples.jsonl cannot be read." in captured.err
     assert "datasets.test.jsonl.metrics.loss.value" in captured.out.replace("\n", "")
 
 

@@ -236,3 +236,11 @@ def test_real_math(real_data: Path) -> None:
     examples = load(real_data / "math" / "MATH_test.jsonl.gz", count=100)
     assert len(examples) == 100
     assert all("boxed" in example.answer for example in examples)
+
+
+def test_a_file_whose_name_holds_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert DataSource.parse("y=5") == DataSource("y", 5)
+    Path("y=5").touch()
+    assert DataSource.parse("y=5") == DataSource("y=5")
+    assert DataSource.parse("y=5=7") == DataSource("y=5", 7)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -244,6 +246,27 @@ def test_full_disk_keeps_the_old_file(suffix: str, tmp_path: Path, monkeypatch: 
         export_mask(small_mask(), file)
     assert "No space left" in str(caught.value.actual)
     assert (list(tmp_path.iterdir()), file.read_bytes()) == ([file], b"old")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("limit_bytes", [0, 100, 400])
+def test_what_a_disk_does_not_take_is_told_in_its_words(suffix: str, limit_bytes: int, tmp_path: Path) -> None:
+    """In a process of its own, whose files can grow no further: the same path through torch as a full disk."""
+    save_mask(small_mask(), tmp_path / "mask.bits")
+    file = tmp_path / f"masks{suffix}"
+    code = (
+        "import resource; from pathlib import Path; from mftctl.masking.bits import load_mask;"
+        "from mftctl.masking.exchange import export_mask; mask = load_mask('mask.bits');"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit_bytes},) * 2);"
+        f"export_mask(mask, Path({file.name!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr[done.stderr.rindex("MaskFileError") :]
+    assert "The exported mask cannot be written" in last
+    assert "got: File too large" in last
+    assert "inline_container" not in last
+    assert [path.name for path in tmp_path.iterdir()] == ["mask.bits"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -20,6 +20,14 @@ def test_a_slug_is_part_of_a_file_name(text: str, expected: str) -> None:
 @given(st.text())
 def test_any_text_has_a_slug(text: str) -> None:
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug(text))
+    assert len(slug(text)) <= 60
+
+
+def test_long_texts_that_differ_at_their_end_have_slugs_that_differ() -> None:
+    one, other = slug("a" * 230 + "1"), slug("a" * 230 + "2")
+    assert one != other
+    assert one.startswith("a" * 51)
+    assert slug("a" * 60) == "a" * 60
 
 
 @given(st.lists(st.sampled_from(["probe", "probe-2", "loss"])))

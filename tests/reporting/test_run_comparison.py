@@ -193,7 +193,10 @@ def test_p_values_are_corrected_for_the_number_of_benchmarks(tmp_path: Path) -> 
             "fewer samples",
             tuple(f"test.jsonl, {name}: not measured on the same samples as its baseline" for name in BOTH),
         ),
-        ("no samples", tuple(f"test.jsonl, {name}: The samples of an evaluation cannot be read." for name in BOTH)),
+        (
+            "no samples",
+            tuple(f"test.jsonl, {name}: The samples in 002-eval/samples.jsonl cannot be read." for name in BOTH),
+        ),
         ("no digest", ("the record of an evaluation is not complete: KeyError('digest')",)),
         ("no data in common", ()),
     ],

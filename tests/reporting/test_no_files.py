@@ -1,0 +1,52 @@
+"""A report of a runs folder in which something that is no file stands in the place of one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mftctl.progress import Silence
+from mftctl.reporting.files import write_report
+from mftctl.reporting.following import Following
+from mftctl.reporting.report import make_report
+from tests.reporting.training_folders import write_study
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def replaced_by_fifo(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "mask.bits"])
+def test_a_report_names_each_that_is_no_file_and_tells_the_rest(tmp_path: Path, name: str) -> None:
+    root = tmp_path / "runs"
+    write_study(root)
+    chosen = next(folder for folder in sorted(root.iterdir()) if (folder / name).exists() or name == "mask.bits")
+    if name == "mask.bits":
+        chosen = next(folder for folder in sorted(root.iterdir()) if folder.name.endswith("-mask-train"))
+    replaced_by_fifo(chosen / name)
+    report = make_report(root, Silence())
+    assert any(chosen.name in problem for problem in report.problems), report.problems
+    assert all("\n" not in problem for problem in report.problems)
+    assert report.tables
+
+
+def test_a_fifo_in_the_place_of_an_earlier_reports_document(tmp_path: Path) -> None:
+    write_study(tmp_path / "runs")
+    (tmp_path / "report").mkdir()
+    os.mkfifo(tmp_path / "report" / "report.json")
+    write_report(make_report(tmp_path / "runs", Silence()), tmp_path / "report", Silence())
+    assert (tmp_path / "report" / "report.json").is_file()
+
+
+def test_following_counts_it_as_not_readable(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    chosen = sorted(tmp_path.iterdir())[0]
+    replaced_by_fifo(chosen / "run.json")
+    following = Following(tmp_path)
+    assert following.refresh()
+    assert following.unreadable == (chosen.name,)
