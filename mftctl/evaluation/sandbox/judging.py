@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from mftctl.errors import SandboxError
+from mftctl.evaluation.sandbox.cleaning import cleaned_up_after
 from mftctl.evaluation.sandbox.limits import Limits
 from mftctl.evaluation.sandbox.programs import Program, Verdict
 from mftctl.evaluation.sandbox.sandboxes import Sandbox
@@ -41,7 +42,7 @@ def judge_programs(
     if count < 1:
         raise SandboxError("At least one program must run at a time.", key="workers", actual=workers)
     stopped = threading.Event()
-    with ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
+    with cleaned_up_after(), ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
         futures = [pool.submit(judge_program, sandbox, program, limits, stopped) for program in programs]
         try:
             for done, future in enumerate(as_completed(futures), start=1):

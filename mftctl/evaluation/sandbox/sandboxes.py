@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,8 @@ class Sandbox:
         return {
             "confined": self.kind != "none",
             "landlock": rules,
+            # bubblewrap ends what runs in it by itself.
+            "parent": None if self.kind == "bubblewrap" else os.getpid(),
             "folder": _INNER_FOLDER if self.kind == "bubblewrap" else str(folder),
             "packages": {name: str(path) for name, path in self.installation.packages.items()},
         }

@@ -19,7 +19,8 @@ from mftctl.evaluation.sandbox.limits import Limits
 from mftctl.evaluation.sandbox.processes import SandboxedProcess
 from mftctl.evaluation.sandbox.programs import Outcome, Program, Verdict
 from mftctl.evaluation.sandbox.sandboxes import Sandbox
-from mftctl.evaluation.sandbox.working_folders import remove, used_bytes
+from mftctl.evaluation.sandbox.working_folders import used_bytes
+from mftctl.temporary import CONTENT, SANDBOX_PREFIX, temporary_folder
 
 DETAIL_CHARACTERS = 500
 _TICK_SECONDS = 0.2  # how often the clock and the working folders are looked at
@@ -61,11 +62,9 @@ def printable(text: str) -> str:
 
 @contextmanager
 def _working_folder() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="mftctl-sandbox-")).resolve()
-    try:
-        yield folder
-    finally:
-        remove(folder)
+    with temporary_folder(Path(tempfile.gettempdir()), prefix=SANDBOX_PREFIX) as folder:
+        (folder / CONTENT).mkdir()
+        yield (folder / CONTENT).resolve()
 
 
 class _Pipes(ExitStack):

@@ -62,6 +62,8 @@ def main() -> None:
     confinement.limit_resources(order["limits"])
     for name, path in order["packages"].items():
         sys.meta_path.append(OnePackage(name, path))
+    if order["parent"] is not None:
+        confinement.end_with(order["parent"])
     if order["confined"]:
         confinement.drop_capabilities()
         if order["landlock"] is not None:

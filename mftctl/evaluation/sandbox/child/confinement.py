@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # as in typing, which takes long to load
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_PR_SET_PDEATHSIG, _SIGKILL = 1, 9
 _CAPABILITY_VERSION_3 = 0x20080522
 _LIMITS = {
     "memory_bytes": resource.RLIMIT_AS,
@@ -45,6 +46,22 @@ def drop_capabilities() -> None:
     header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
     if libc.capset(ctypes.c_char_p(header), ctypes.c_char_p(bytes(24))):
         raise OSError(ctypes.get_errno(), "the capabilities were kept")
+
+
+def end_with(parent: int) -> None:
+    """Has the kernel end this process when its parent ends, however that is; the filter lets nobody take it back.
+
+    Args:
+        parent: Process id of the parent at the start; if it has ended by now, so does this process.
+
+    Raises:
+        OSError: The kernel refused.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "the process would outlive its parent")
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def close_all_but(kept: Sequence[int]) -> None:
