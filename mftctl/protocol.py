@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,12 +13,16 @@ from mftctl.config import Recipe, deciding_keys, to_document
 from mftctl.errors import ConfigError, RunError
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.lineage import Source, source_of_run
+from mftctl.locks import locked_folder
 from mftctl.progress import Listener
 from mftctl.recipe_files import with_changes
-from mftctl.runs import Run, create_run, list_runs, recorded
+from mftctl.runs import Run, create_run, list_runs, load_run, recorded
 from mftctl.stages import Task, spell_out
 
-State = Literal["done", "resumed", "new", "changed", "running", "failed"]
+State = Literal["done", "resumed", "new", "changed", "running", "failed", "elsewhere"]
+
+_LOOK_AGAIN_SECONDS = 1.0
+"""How often another process's task is looked at while there is nothing else to do."""
 
 _MODEL_MAKERS = ("fft", "apply")
 
@@ -31,9 +36,12 @@ class Planned:
         decides: Everything that decides its result, as plain data.
         digest: Digest of that, by which a finished run is recognised.
         state: `done`, `resumed` (stopped, killed or failed before), `new`, `changed`, and, while it is worked on,
-            `running` or `failed`.
+            `running` or `failed`; `elsewhere` while another process works on it.
         why: What has changed since the last run of this task; empty unless the state is `changed`.
         run: Its run: finished, or to be resumed; None before it has one.
+        recipe: Its recipe with what earlier tasks decided; the task's own before it is worked on.
+        source: What it works on, known once it is worked on.
+        resumes: Whether its work goes on from what its run has kept.
     """
 
     task: Task
@@ -42,6 +50,9 @@ class Planned:
     state: State
     why: str = ""
     run: Run | None = None
+    recipe: Recipe = field(default_factory=Recipe)
+    source: Source = field(default_factory=lambda: Source(""))
+    resumes: bool = False
 
 
 def plan_experiment(recipe: Recipe, name: str, root: Path) -> list[Planned]:
@@ -95,25 +106,75 @@ def run_experiment(
     from mftctl.preflight import check_tasks
 
     check_tasks(planned.task for planned in plan if planned.state != "done")
+    root.mkdir(parents=True, exist_ok=True)
     by_task = {id(planned.task): planned for planned in plan}
     for planned in plan:
-        head = f"Seed {planned.task.seed}, {planned.task.name}"
-        if planned.task.label != planned.task.name:
-            head += f" of {planned.task.label}"
         if planned.state == "done" and planned.run is not None:
-            listener.note(f"{head}: done by {planned.run.name}")
-            continue
-        listener.note(f"{head}: {planned.state}" + (f" ({planned.why})" if planned.why else ""))
-        resume = planned.state == "resumed"
-        planned.state = "running"
-        on_change(planned)
-        gc.collect()  # the model of the task before, which a trainer and its callbacks hold in a circle
-        try:
-            _run(planned, by_task, name, root, listener, resume=resume)
-        finally:
-            planned.state = "done" if planned.run is not None and _is_complete(planned.run) else "failed"
-            on_change(planned)
+            listener.note(f"{_head(planned)}: done by {planned.run.name}")
+        if planned.state == "elsewhere":
+            planned.state = "new"  # it is looked at again, and told, when its turn comes
+    while left := [planned for planned in plan if planned.state != "done"]:
+        ready = [planned for planned in left if all(by_task[id(task)].state == "done" for task in _needs(planned.task))]
+        mine = next((planned for planned in ready if _claim(planned, by_task, name, root, listener)), None)
+        on_change(ready[0] if mine is None else mine)
+        if mine is not None:
+            _work_on(mine, listener, on_change)
+        elif any(planned.state == "elsewhere" for planned in ready):
+            time.sleep(_LOOK_AGAIN_SECONDS)
     return [planned.run for planned in plan if planned.run is not None]
+
+
+def _head(planned: Planned) -> str:
+    task = planned.task
+    return f"Seed {task.seed}, {task.name}" + (f" of {task.label}" if task.label != task.name else "")
+
+
+def _needs(task: Task) -> list[Task]:
+    return [other for other in (task.after, task.layers_from) if other is not None]
+
+
+def _claim(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Path, listener: Listener) -> bool:
+    """Whether a task is now this process's to do; its state says otherwise whether it is done or done elsewhere.
+
+    Another `run` in the same runs folder does no task that this one has, nor the other way round.
+    """
+    if planned.state == "elsewhere" and planned.run is not None and load_run(planned.run.folder).is_worked_on:
+        return False
+    with locked_folder(root):
+        before = planned.state
+        same = [run for run in list_runs(root)[0] if run.record.digest == planned.digest]
+        found = _of_digest(same)
+        if found is not None:
+            planned.state, planned.run, planned.why = found
+        if planned.state == "done" and planned.run is not None:
+            listener.note(f"{_head(planned)}: done by {planned.run.name}, by another process")
+            return False
+        if planned.state == "elsewhere" and planned.run is not None:
+            if before != "elsewhere":
+                worker = planned.run.record.worker
+                listener.note(f"{_head(planned)}: {planned.run.name} is being worked on by {worker}; waiting for it")
+            return False
+        listener.note(f"{_head(planned)}: {planned.state}" + (f" ({planned.why})" if planned.why else ""))
+        planned.resumes = planned.state == "resumed"
+        _open(planned, by_task, name, root)
+        planned.state = "running"
+        return True
+
+
+def _of_digest(same: Sequence[Run]) -> tuple[State, Run | None, str] | None:
+    """How a task stands by the runs that have its digest, its run, and what is to be said; None without any."""
+    if not same:
+        return None
+    complete = next((run for run in same if _is_complete(run)), None)
+    if complete is not None:
+        return "done", complete, ""
+    worked_on = next((run for run in same if run.is_worked_on), None)
+    if worked_on is not None:
+        return "elsewhere", worked_on, ""
+    unfinished = [run for run in same if run.record.status != "finished"]
+    if unfinished:
+        return "resumed", unfinished[-1], ""
+    return "changed", None, f"the output of {same[-1].name} is gone"
 
 
 def _decides(
@@ -143,15 +204,10 @@ def _decides(
 
 def _recognise(task: Task, decides: dict[str, Any], name: str, runs: Sequence[Run]) -> Planned:
     digest = digest_of(decides)
-    same = [run for run in runs if run.record.digest == digest]
-    for run in same:
-        if _is_complete(run):
-            return Planned(task, decides, digest, "done", run=run)
-    unfinished = [run for run in same if run.record.status != "finished"]
-    if unfinished:
-        return Planned(task, decides, digest, "resumed", run=unfinished[-1])
-    if same:
-        return Planned(task, decides, digest, "changed", f"the output of {same[-1].name} is gone")
+    found = _of_digest([run for run in runs if run.record.digest == digest])
+    if found is not None:
+        state, run, why = found
+        return Planned(task, decides, digest, state, why, run)
     for run in reversed(runs):
         record = run.record
         if (record.recipe, record.stage, record.command) == (name, task.label, task.command) and (
@@ -186,34 +242,42 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _run(
-    planned: Planned, by_task: Mapping[int, Planned], name: str, root: Path, listener: Listener, *, resume: bool
-) -> None:
+def _open(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Path) -> None:
+    """Gives a task its run: a new one, or that which was stopped."""
     task = planned.task
-    source = Source(str(task.recipe.model))
-    changes: dict[str, Any] = {}
+    planned.source, changes = Source(str(task.recipe.model)), {}
     if task.after is not None:
-        source = source_of_run(_finished(by_task[id(task.after)]))
-        changes["model"] = source.model
+        planned.source = source_of_run(_finished(by_task[id(task.after)]))
+        changes["model"] = planned.source.model
     if task.layers_from is not None:
         probe = _finished(by_task[id(task.layers_from)])
         changes["mask_train.layers"] = probe.record.result["recommended_layers"]
-    recipe = with_changes(task.recipe, changes)
-    if planned.run is None:
-        planned.run = create_run(
-            root,
-            task.command,
-            to_document(recipe),
-            recipe=name,
-            inputs=source.as_inputs(),
-            stage=task.label,
-            digest=planned.digest,
-            decides=planned.decides,
-        )
-    elif resume:
+    planned.recipe = with_changes(task.recipe, changes)
+    if planned.resumes and planned.run is not None:
         planned.run.go_on()
-    with recorded(planned.run):
-        planned.run.finish(_work(task.command, recipe, source, planned.run, listener, resume=resume))
+        return
+    planned.run = create_run(
+        root,
+        task.command,
+        to_document(planned.recipe),
+        recipe=name,
+        inputs=planned.source.as_inputs(),
+        stage=task.label,
+        digest=planned.digest,
+        decides=planned.decides,
+    )
+
+
+def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned], None]) -> None:
+    """Does a task that was claimed."""
+    run = _finished(planned)
+    gc.collect()  # the model of the task before, which a trainer and its callbacks hold in a circle
+    try:
+        with recorded(run):
+            run.finish(_work(planned, run, listener))
+    finally:
+        planned.state = "done" if _is_complete(run) else "failed"
+        on_change(planned)
 
 
 def _finished(planned: Planned) -> Run:
@@ -222,20 +286,21 @@ def _finished(planned: Planned) -> Run:
     return planned.run
 
 
-def _work(
-    command: str, recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool
-) -> dict[str, Any]:
+def _work(planned: Planned, run: Run, listener: Listener) -> dict[str, Any]:
     from mftctl import applying, evaluating, fine_tuning, mask_training, probing
 
-    if command == "fft":
-        return fine_tuning.fine_tune(recipe, source, run, listener, resume=resume)
-    if command == "probe":
-        return probing.probe(recipe, source, run, listener, resume=resume)
-    if command == "mask-train":
-        return mask_training.mask_train(recipe, source, run, listener, resume=resume)
-    if command == "apply":
-        return applying.apply(source, run, listener)
-    return evaluating.evaluate(recipe, source, run, listener)
+    recipe, source, resume = planned.recipe, planned.source, planned.resumes
+    match planned.task.command:
+        case "fft":
+            return fine_tuning.fine_tune(recipe, source, run, listener, resume=resume)
+        case "probe":
+            return probing.probe(recipe, source, run, listener, resume=resume)
+        case "mask-train":
+            return mask_training.mask_train(recipe, source, run, listener, resume=resume)
+        case "apply":
+            return applying.apply(source, run, listener)
+        case "eval":
+            return evaluating.evaluate(recipe, source, run, listener)
 
 
 def _is_complete(run: Run) -> bool:

@@ -201,7 +201,12 @@ def require_free(folder: Path, names: list[str], kind: Kind) -> None:
         OutputError: A file of the user's is in the way.
     """
     own = _own_files(folder, kind) if folder.is_dir() else {}
-    taken = [name for name in (MARKER, *names) if os.path.lexists(folder / name) and not _is_own(folder, name, own)]
+    taken = [
+        name for name in names if os.path.lexists(folder / name) and not _is_unchanged(folder / name, own.get(name))
+    ]
+    marker = _read_marker(folder)
+    if os.path.lexists(folder / MARKER) and (marker is None or marker.kind != kind):
+        taken.append(MARKER)
     parents = {Path(name).parts[0] for name in names if len(Path(name).parts) > 1}
     taken += [name for name in sorted(parents) if os.path.lexists(folder / name) and not _is_real_folder(folder / name)]
     if taken:
@@ -214,19 +219,13 @@ def require_free(folder: Path, names: list[str], kind: Kind) -> None:
         )
 
 
-def _is_own(folder: Path, name: str, own: Mapping[str, list[str]]) -> bool:
-    if name == MARKER:
-        return _read_marker(folder) is not None
-    return name in own and _is_unchanged(folder / name, own[name])
-
-
 def _own_files(folder: Path, kind: Kind) -> dict[str, list[str]]:
     marker = _read_marker(folder)
     return dict(marker.files) if marker is not None and marker.kind == kind else {}
 
 
-def _is_unchanged(path: Path, digests: list[str]) -> bool:
-    return not path.is_symlink() and path.is_file() and digest(path) in digests
+def _is_unchanged(path: Path, digests: list[str] | None) -> bool:
+    return digests is not None and not path.is_symlink() and path.is_file() and digest(path) in digests
 
 
 def _is_real_folder(path: Path) -> bool:

@@ -157,6 +157,13 @@ def test_file_that_was_changed_since_is_neither_replaced_nor_removed(tmp_path: P
         write_listed(tmp_path, {"index.html": b"3"}, Kind.REPORT)
 
 
+def test_a_report_is_not_written_over_the_marker_of_a_model(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    with pytest.raises(OutputError, match="would be replaced") as caught:
+        write_listed(model, {"index.html": b"1"}, Kind.REPORT)
+    assert caught.value.actual == MARKER
+
+
 def test_link_to_a_folder_of_the_users_is_not_written_into(tmp_path: Path) -> None:
     (tmp_path / "pictures").mkdir()
     (tmp_path / "report").mkdir()

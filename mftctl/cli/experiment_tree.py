@@ -13,6 +13,7 @@ from mftctl.stages import Task
 _MARKS = {
     "done": "[green]✓[/]",
     "running": "[cyan]▸[/]",
+    "elsewhere": "[dim]▸[/]",
     "failed": "[red]✗[/]",
     "resumed": "[yellow]↻[/]",
     "changed": "[yellow]○[/]",
@@ -61,6 +62,8 @@ def _line(planned: Planned) -> str:
         details.append(f"{planned.run.name}, {planned.run.record.seconds:.0f} s")
     elif planned.state == "resumed" and planned.run is not None:
         details.append(f"{planned.run.record.status} before, goes on in {planned.run.name}")
+    elif planned.state == "elsewhere" and planned.run is not None:
+        details.append(f"{planned.run.name}, by {planned.run.record.worker}")
     elif planned.why:
         details.append(planned.why)
     return text + (f"  [dim]{escape('; '.join(details))}[/]" if details else "")

@@ -87,7 +87,7 @@ def report(
 
             show_comparison(console, runs, pair[0], pair[1])
         else:
-            check_report_folder(output, runs)
+            output = settle_report_folder(output, runs)
             if surface:
                 from mftctl.loss_surface import measure_surface
 
@@ -120,15 +120,17 @@ def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool
         )
 
 
-def check_report_folder(folder: Path, runs: Path, inputs: Sequence[Input] = ()) -> None:
-    """Nothing, if a report can be written into a folder.
+def settle_report_folder(folder: Path, runs: Path, inputs: Sequence[Input] = ()) -> Path:
+    """Where a report goes: the folder as given, or without its links and dots where it has some.
 
     Raises:
         OutputError: It would touch what is the user's.
     """
     from mftctl.reporting.files import require_report_folder
 
-    require_report_folder(check_output(folder, inputs, runs))
+    path = check_output(folder, inputs, runs)
+    require_report_folder(path)
+    return folder if folder.absolute() == path else path
 
 
 def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) -> None:

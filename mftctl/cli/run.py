@@ -11,7 +11,7 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.experiment_tree import experiment_tree, running_tree
 from mftctl.cli.output import Output
-from mftctl.cli.report import check_report_folder, show
+from mftctl.cli.report import settle_report_folder, show
 from mftctl.outputs import inputs_of
 from mftctl.protocol import Planned, plan_experiment, run_experiment
 from mftctl.recipe_files import load_recipe
@@ -45,7 +45,7 @@ def run(
         if dry_run:
             console.result({"recipe": recipe, "tasks": _document(plan)}, experiment_tree(recipe, plan))
             return
-        check_report_folder(output, runs, inputs_of(settled, recipe_name=recipe))
+        output = settle_report_folder(output, runs, inputs_of(settled, recipe_name=recipe))
         run_experiment(plan, recipe, runs, console, lambda _: console.pin(running_tree(recipe, plan)))
         console.pin(None)
         show(console, runs, output)

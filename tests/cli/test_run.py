@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -121,3 +124,41 @@ def test_the_live_tree_shows_the_seed_that_is_worked_on(recipe: Path, tmp_path: 
         "└── seed 5  0 of 6 done",
     ]
     assert len(shown(experiment_tree("x", plan))) == 15
+
+
+def test_two_runs_of_one_recipe_do_each_stage_once(mftctl: CommandLine, recipe: Path) -> None:
+    command = [sys.executable, "-m", "mftctl", "run", "recipe.yaml"]
+    both = [
+        subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ends = [process.communicate(timeout=200) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    runs, problems = list_runs(mftctl.folder / "runs")
+    assert problems == []
+    assert sorted(run.record.command for run in runs) == ["eval", "eval", "eval", "fft", "mask-train", "mask-train"]
+    assert {run.record.status for run in runs} == {"finished"}
+    assert len({run.record.digest for run in runs}) == 6
+    told = "".join(errors for _, errors in ends)
+    assert "by another process" in told
+
+
+def test_what_another_process_leaves_unfinished_is_taken_up(mftctl: CommandLine, recipe: Path) -> None:
+    command = [sys.executable, "-m", "mftctl", "run", "recipe.yaml", "--set", "fft.max_steps=1000000"]
+    first = subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = mftctl.folder / "runs" / "001-fft" / "metrics.jsonl"
+    deadline_seconds = time.monotonic() + 120
+    while time.monotonic() < deadline_seconds and not metrics.exists():
+        time.sleep(0.05)
+    second = subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert second.stderr is not None
+    while "waiting for it" not in (line := second.stderr.readline()):
+        assert line
+    first.kill()
+    first.communicate()
+    assert "resumed" in second.stderr.readline()
+    second.terminate()
+    second.communicate(timeout=100)
+    assert second.returncode == 130
+    runs, _ = list_runs(mftctl.folder / "runs")
+    assert [(run.name, run.record.status) for run in runs] == [("001-fft", "interrupted")]

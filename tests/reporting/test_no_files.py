@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.errors import OutputError
 from mftctl.progress import Silence
 from mftctl.reporting.files import write_report
 from mftctl.reporting.following import Following
@@ -39,8 +40,9 @@ def test_a_fifo_in_the_place_of_an_earlier_reports_document(tmp_path: Path) -> N
     write_study(tmp_path / "runs")
     (tmp_path / "report").mkdir()
     os.mkfifo(tmp_path / "report" / "report.json")
-    write_report(make_report(tmp_path / "runs", Silence()), tmp_path / "report", Silence())
-    assert (tmp_path / "report" / "report.json").is_file()
+    with pytest.raises(OutputError, match="would be replaced") as caught:
+        write_report(make_report(tmp_path / "runs", Silence()), tmp_path / "report", Silence())
+    assert caught.value.actual == "report.json"
 
 
 def test_following_counts_it_as_not_readable(tmp_path: Path) -> None:
