@@ -84,7 +84,7 @@ class InterimEvaluation(TrainerCallback):
                 raise Interrupted(
                     f"Stopped at step {state.global_step} of {state.max_steps}, before the next.",
                     path=self._folder.folder,
-                    hint=f"mftctl {self._folder.command} --resume",
+                    hint=self._folder.resume_command,
                 ) from error
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

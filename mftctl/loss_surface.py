@@ -29,7 +29,8 @@ from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.models import load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
 from mftctl.preparation import split_examples
 from mftctl.progress import Listener, Progress
-from mftctl.runs import Run, create_run, list_runs, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run, create_run, list_runs
 from mftctl.stopping import StopRequest, stop_on_signal
 from mftctl.surface_corners import Corners, find_corners, state_of
 from mftctl.weight_plane import PlanePoint, WeightPlane, Weights

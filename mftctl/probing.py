@@ -64,7 +64,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
                     find_targets(model, group, options.target, options.projections),
                     options,
                     inputs,
-                    TrainingFolder(folder, run.record.command),
+                    TrainingFolder(folder, run.resume_command),
                     listener,
                     unmasked_loss=unmasked_loss,
                     fft_learning_rate=run.record.inputs["fft_learning_rate"],

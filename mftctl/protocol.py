@@ -16,7 +16,8 @@ from mftctl.lineage import Source, source_of_run
 from mftctl.locks import locked_folder
 from mftctl.progress import Listener
 from mftctl.recipe_files import with_changes
-from mftctl.runs import Run, create_run, list_runs, load_run, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run, create_run, list_runs, load_run
 from mftctl.stages import Task, spell_out
 
 State = Literal["done", "resumed", "new", "changed", "running", "failed", "elsewhere"]

@@ -12,10 +12,8 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -26,12 +24,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from mftctl.atomic import write_text
-from mftctl.errors import Interrupted, MftError, RunError
+from mftctl.command_line import command_line
+from mftctl.errors import RunError
 from mftctl.file_names import is_recordable, require_recordable, shown_name
 from mftctl.fingerprints import source_digest
 from mftctl.processes import is_first, world_size
 from mftctl.regular_files import read_regular
-from mftctl.storage import is_alive, is_failure_of_storage, known_failures
+from mftctl.storage import is_alive
 from mftctl.temporary import CONTENT, remove_leftovers, temporary_folder
 from mftctl.yaml_numbers import NumberDumper
 
@@ -44,6 +43,9 @@ _PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safet
 _NUMBERED = re.compile(r"\d+-")
 SOURCE = "mftctl source"
 """Name among the versions of the digest of mftctl's own code."""
+
+OPEN_RUNS: dict[Path, Run] = {}
+"""The runs that this process works on."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,11 @@ class TrainingFolder:
 
     Attributes:
         folder: A run folder, or the part of it that belongs to one of several trainings.
-        command: The mftctl command that trains, to be named to the user who wants to resume it.
+        resume_command: What to type to resume it.
     """
 
     folder: Path
-    command: str
+    resume_command: str
 
     @property
     def checkpoints(self) -> Path:
@@ -174,7 +176,12 @@ class Run:
     @property
     def training(self) -> TrainingFolder:
         """Where this run's training keeps its state."""
-        return TrainingFolder(self.folder, self.record.command)
+        return TrainingFolder(self.folder, self.resume_command)
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to resume it, if it is the newest of its command."""
+        return command_line("mftctl", self.record.command, "--resume", runs=self.folder.parent)
 
     def update(self, **changes: Any) -> None:
         """Replaces fields of the record and rewrites `run.json`."""
@@ -182,6 +189,10 @@ class Run:
         seconds = self.record.seconds + now_seconds - self._clock_start_seconds
         self._clock_start_seconds = now_seconds
         self.record = replace(self.record, seconds=round(seconds, 3), **changes)
+        if self.record.status == "running":
+            OPEN_RUNS[self.folder] = self
+        else:
+            OPEN_RUNS.pop(self.folder, None)
         if is_first():
             write_text(self.folder / "run.json", _to_json(self.record))
 
@@ -244,7 +255,8 @@ def create_run(
         raise RunError(
             "The run folder cannot be written.", path=root, actual=error.strerror or error, hint="--runs DIR"
         ) from error
-    return Run(folder, record)
+    OPEN_RUNS[folder] = run = Run(folder, record)
+    return run
 
 
 def _versions() -> dict[str, str]:
@@ -342,47 +354,6 @@ def newest_run(root: Path, *commands: str, unfinished: bool = False) -> Run | No
         if run.record.command in commands and run.record.status in wanted:
             return run
     return None
-
-
-@contextmanager
-def recorded(run: Run) -> Iterator[None]:
-    """Keeps a failure of the block in the run's record; the exception goes on.
-
-    A run that failed for want of storage can be resumed from what it saved before.
-
-    Raises:
-        Interrupted: Ctrl-C, or a signal that counts as it.
-        StorageError: A file could not be written.
-    """
-    try:
-        with known_failures(run.folder):
-            yield
-    except Interrupted:
-        run.update(status="interrupted")
-        raise
-    except KeyboardInterrupt:
-        run.update(status="interrupted")
-        raise Interrupted("Stopped.", path=run.folder, hint=_how_to_go_on(run)) from None
-    except MftError as error:
-        with suppress(OSError):  # without room for the record it says what that of a killed run says
-            run.update(status="interrupted" if is_failure_of_storage(error) else "failed", error=str(error))
-        raise
-    finally:
-        if run.record.status == "running":  # an error that mftctl does not know
-            with suppress(OSError):
-                run.update(status="interrupted", error=f"{sys.exc_info()[0]}: {sys.exc_info()[1]}")
-
-
-def _how_to_go_on(run: Run) -> str:
-    """What to do after a command was stopped outside of its steps."""
-    record = run.record
-    if record.stage is not None:
-        return "the same mftctl run goes on with it"
-    if record.command == "eval":
-        return "mftctl eval --resume with the same options goes on with the outputs of benchmarks that were kept"
-    if record.command in ("fft", "probe", "mask-train"):
-        return f"mftctl {record.command} --resume goes on with what was kept"
-    return "the same command once more; nothing was written but its run folder"
 
 
 def _new_folder(root: Path, record: RunRecord) -> Path:

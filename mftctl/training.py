@@ -280,7 +280,7 @@ def train(
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
             path=folder.folder,
-            hint=f"mftctl {folder.command} --resume",
+            hint=folder.resume_command,
         )
 
 

@@ -21,7 +21,8 @@ from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.fine_tuning import fine_tune, save_model
 from mftctl.models import load_model
 from mftctl.progress import Silence
-from mftctl.runs import Run, load_run, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run, load_run
 from tests.conftest import build_llama
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
@@ -100,7 +101,7 @@ def test_resuming_gives_the_identical_model(undisturbed: Run, workspace: Path, t
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(Interrupted, match=f"after step {step} of 12") as caught:
         fine_tune(recipe, source, run, Interrupter(step))
-    assert caught.value.hint == "mftctl fft --resume"
+    assert str(caught.value.hint).startswith("mftctl fft --resume --runs ")
     assert caught.value.exit_code == 130
     assert not (run.folder / "model").exists()
     result = fine_tune(recipe, source, run, Silence(), resume=True)

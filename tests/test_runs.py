@@ -19,7 +19,8 @@ from mftctl import runs
 from mftctl.errors import ConfigError, DataError, Interrupted, MaskFileError, RunError, StorageError
 from mftctl.fingerprints import source_digest
 from mftctl.recipe_files import read_yaml
-from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run
 from mftctl.temporary import temporary_folder
 
 

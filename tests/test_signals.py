@@ -13,7 +13,8 @@ from mftctl.runs import load_run
 
 WORK = """
 import pathlib, signal, sys, time
-from mftctl.runs import create_run, recorded
+from mftctl.recording import recorded
+from mftctl.runs import create_run
 from mftctl.signals import end_as_on_interrupt
 if sys.argv[2] == "nohup":
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -45,7 +46,7 @@ def work(folder: Path, how: str, number: int | None) -> tuple[int, str]:
 def test_an_evaluation_that_is_ended_says_how_to_go_on(tmp_path: Path, number: int) -> None:
     _, errors = work(tmp_path, "", number)
     assert "mftctl.errors.Interrupted: Stopped." in errors
-    assert "mftctl eval --resume" in errors
+    assert "the same command with --resume" in errors
     assert load_run(tmp_path / "001-eval").record.status == "interrupted"
 
 

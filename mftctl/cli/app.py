@@ -14,7 +14,7 @@ from typer.main import get_command
 from mftctl import __version__
 from mftctl.cli.environment import check_environment, settle_environment
 from mftctl.cli.streams import prepare_streams
-from mftctl.errors import ConfigError, MftError
+from mftctl.errors import ConfigError, Interrupted, MftError
 from mftctl.processes import leave, world_size
 from mftctl.signals import end_as_on_interrupt
 from mftctl.storage import known_failures
@@ -68,6 +68,12 @@ COMMANDS = {
 
 class _Root(TyperGroup):
     """The group of all commands; imports none but the one that is called."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # Typer would end the program itself
+            raise Interrupted("Stopped.") from None
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
@@ -135,15 +141,28 @@ def main() -> None:
     except MftError as error:
         from mftctl.cli.output import Output
 
+        _end_open_runs()
         Output().error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         from mftctl.cli.output import Output
 
+        _end_open_runs()
         Output().note("Stopped.")
         sys.exit(130)
     finally:
+        error_type = sys.exc_info()[0]
+        if error_type is not None and not issubclass(error_type, SystemExit):
+            _end_open_runs()
         leave()
+
+
+def _end_open_runs() -> None:
+    """Nothing, unless the command came as far as to have a run."""
+    if "mftctl.runs" in sys.modules:
+        from mftctl.recording import end_open_runs
+
+        end_open_runs()
 
 
 def _show_version(wanted: bool) -> None:

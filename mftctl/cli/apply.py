@@ -14,8 +14,9 @@ from mftctl.errors import ConfigError
 from mftctl.lineage import Source, newest_source, source_of_mask
 from mftctl.outputs import inputs_of
 from mftctl.recipe_files import load_recipe
+from mftctl.recording import recorded
 from mftctl.results import Kind, permit_folder
-from mftctl.runs import Run, recorded
+from mftctl.runs import Run
 
 
 def apply(

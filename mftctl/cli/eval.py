@@ -15,7 +15,8 @@ from mftctl.config import EvalOptions, Recipe, deciding_keys
 from mftctl.errors import ConfigError
 from mftctl.lineage import WRITTEN, Source, ancestry, newest_source, source_of_mask, source_of_model
 from mftctl.recipe_files import parse_recipe
-from mftctl.runs import Run, list_runs, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run, list_runs
 
 
 def evaluate(

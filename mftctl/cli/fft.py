@@ -11,8 +11,9 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.config import FftOptions
+from mftctl.recording import recorded
 from mftctl.results import Kind, permit_folder
-from mftctl.runs import Run, recorded
+from mftctl.runs import Run
 
 
 def fft(

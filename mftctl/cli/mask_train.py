@@ -11,7 +11,8 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.config import MaskTrainOptions
-from mftctl.runs import Run, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run
 
 
 def mask_train(

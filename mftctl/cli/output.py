@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mftctl.command_line import command_line
 from mftctl.errors import ConfigError, MftError
 from mftctl.processes import is_first, world_size
 from mftctl.progress import Progress as State
@@ -186,14 +185,6 @@ class Output:
         if self._told_tenths.get(state.task) != tenths and state.task not in _TOO_SHORT:
             self._told_tenths[state.task] = tenths
             self.note(f"{state.task} {state.done}/{state.total} {details}".rstrip())
-
-
-def command_line(*words: str | Path, runs: Path | None = None) -> str:
-    """A command quoted for the shell, with the runs folder where it is not the one that is used without being named."""
-    texts = [f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word) for word in words]
-    if runs is not None and runs != Path(os.environ.get("MFTCTL_RUNS") or "runs"):
-        texts += ["--runs", f"./{runs}" if str(runs).startswith("-") else str(runs)]
-    return shlex.join(texts)
 
 
 def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:

@@ -12,7 +12,8 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.config import ProbeOptions
-from mftctl.runs import Run, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run
 
 
 def probe(

@@ -184,5 +184,5 @@ def _ending(run: Run) -> str:
     if run.record.status == "failed":
         return f"failed: {(run.record.error or 'for a reason that is not recorded').splitlines()[0]}"
     if run.record.command in ("fft", "probe", "mask-train", "eval"):
-        return f"{_status(run)}; mftctl {run.record.command} --resume goes on with the newest of its kind"
+        return f"{_status(run)}; {run.resume_command} goes on with the newest of its kind"
     return _status(run)

@@ -157,8 +157,11 @@ def test_what_another_process_leaves_unfinished_is_taken_up(mftctl: CommandLine,
     first.kill()
     first.communicate()
     assert "resumed" in second.stderr.readline()
+    steps_before = metrics.read_text().count("\n")
+    while time.monotonic() < deadline_seconds and metrics.read_text().count("\n") <= steps_before:
+        time.sleep(0.05)
     second.terminate()
-    second.communicate(timeout=100)
-    assert second.returncode == 130
+    _, errors = second.communicate(timeout=100)
+    assert second.returncode == 130, errors
     runs, _ = list_runs(mftctl.folder / "runs")
-    assert [(run.name, run.record.status) for run in runs] == [("001-fft", "interrupted")]
+    assert [(run.name, run.record.status) for run in runs] == [("001-fft", "interrupted")], errors

@@ -75,8 +75,8 @@ def test_half_finished_runs_are_listed_with_how_to_go_on(tmp_path: Path) -> None
     change_record(mine, worker=f"{platform.node()}:{os.getppid()}")
     assert make_report(tmp_path, Silence()).unfinished == (
         "032-fft: failed: The loss is no number.",
-        "031-mask-train: killed; mftctl mask-train --resume goes on with the newest of its kind",
-        "030-fft: interrupted; mftctl fft --resume goes on with the newest of its kind",
+        f"031-mask-train: killed; mftctl mask-train --resume --runs {tmp_path} goes on with the newest of its kind",
+        f"030-fft: interrupted; mftctl fft --resume --runs {tmp_path} goes on with the newest of its kind",
         "033-apply: running now",
     )
 

@@ -1,4 +1,4 @@
-"""The next command, as it is printed."""
+"""Commands as they are printed for the user to type."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.cli.output import command_line
+from mftctl.command_line import command_line
 
 
 @pytest.fixture(autouse=True)
