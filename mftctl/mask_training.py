@@ -247,7 +247,7 @@ def find_mask(search: MaskSearch) -> LearnedMask:
     if search.options.method == "learned":
         return learn_mask(search)
     keep = {target.name: _baseline(target, search) for target in search.targets}
-    with masked(search.model, search.targets, keep):
+    with masked(search.targets, keep):
         loss = validation_loss(search.model, search.inputs, search.listener)
     return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, search.unmasked_loss, loss, loss)
 

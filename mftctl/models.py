@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from contextlib import suppress
@@ -78,6 +79,13 @@ def best_device() -> torch.device:
 def evaluation_dtype() -> torch.dtype | str:
     """fp32 on a CPU, where it is fastest; the checkpoint's own dtype on a GPU."""
     return "auto" if torch.cuda.is_available() else torch.float32
+
+
+def free_unreachable() -> None:
+    """Frees what only refers to itself, as a trainer does that has done its work, also the GPU memory of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def restart_peak_memory() -> None:
