@@ -174,7 +174,10 @@ def _train(search: MaskSearch) -> LearnedMask:
     shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
     packed = start if best_step == 0 else trainer.packed_masks()
     return LearnedMask(
-        {name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name]) for name, bits in packed.items()},
+        {
+            name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
+            for name, bits in packed.items()
+        },
         search.unmasked_loss,
         start_loss,
         best_loss,

@@ -158,7 +158,9 @@ class _Devices(TorchFunctionMode):
         if rest and isinstance(rest[0], torch.Tensor):
             device, dtype = GPU if is_on_gpu(rest[0]) else CPU, rest[0].dtype
         else:
-            rest = [_device(item) if isinstance(item, int | str) and not isinstance(item, bool) else item for item in rest]
+            rest = [
+                _device(item) if isinstance(item, int | str) and not isinstance(item, bool) else item for item in rest
+            ]
             device = next((item for item in (*rest, kwargs.get("device")) if isinstance(item, torch.device)), None)
             dtype = next((item for item in (*rest, kwargs.get("dtype")) if isinstance(item, torch.dtype)), None)
         device = None if device is None else _device(device)
@@ -182,13 +184,12 @@ def _device(value: Any) -> torch.device:
 
 
 @contextlib.contextmanager
-def emulated_gpu(*, count: int = 1, bf16: bool = False, free_bytes: int = TOTAL_BYTES) -> Iterator[None]:
+def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
     """Inside it, torch has a GPU.
 
     Args:
         count: How many are visible; tensors lie on the first.
         bf16: Whether it computes in bf16.
-        free_bytes: What it says is free.
     """
     kernels = _Kernels()
     state = torch.zeros(16, dtype=torch.uint8)
@@ -197,12 +198,13 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False, free_bytes: int = TOTAL_
         "is_initialized": lambda: True,
         "device_count": lambda: count,
         "current_device": lambda: 0,
-        "is_bf16_supported": lambda *_, **__: bf16,
+        "is_bf16_supported": lambda including_emulation=True: bf16 or including_emulation,
         "is_current_stream_capturing": lambda: False,
         "get_device_name": lambda *_: "Emulated GPU",
         "get_device_capability": lambda *_: (9, 0),
-        "get_device_properties": lambda *_: SimpleNamespace(name="Emulated GPU", major=9, minor=0, total_memory=TOTAL_BYTES),
-        "mem_get_info": lambda *_: (free_bytes, TOTAL_BYTES),
+        "get_device_properties": lambda *_: SimpleNamespace(
+            name="Emulated GPU", major=9, minor=0, total_memory=TOTAL_BYTES
+        ),
         "max_memory_allocated": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
         "memory_reserved": lambda *_: 0,

@@ -31,7 +31,11 @@ from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
 WORK = {"fft": fine_tune, "mask-train": mask_train, "probe": probe}
-SHORT = {f"{section}__{key}": 4 if key == "max_steps" else 2 for section in ("fft", "mask_train") for key in ("max_steps", "eval_steps")}
+SHORT = {
+    f"{section}__{key}": 4 if key == "max_steps" else 2
+    for section in ("fft", "mask_train")
+    for key in ("max_steps", "eval_steps")
+}
 HELPFUL = {"mask_train__preset": "default", "mask_train__layers": "all", "mask_train__learning_rate": 3e-3}
 """A mask that is better than none, so that it is confirmed."""
 
@@ -146,9 +150,13 @@ def test_eval_of_a_masked_model(workspace: Path, tmp_path: Path) -> None:
     lines = [{"question": f"{number}+2?", "answer": f"#### {number + 2}"} for number in range(4)]
     problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
     changes = {"eval__limit": 4, "eval__max_new_tokens": 12}
-    recipe = make_recipe(workspace, **changes, eval__tasks=["gsm8k_0shot"], eval__task_data={"gsm8k_0shot": str(problems)})
+    recipe = make_recipe(
+        workspace, **changes, eval__tasks=["gsm8k_0shot"], eval__task_data={"gsm8k_0shot": str(problems)}
+    )
     run, source = open_run(tmp_path, "mask-train", make_recipe(workspace, mask_train__method="random"))
-    masked = replace(source, mask=mask_train(make_recipe(workspace, mask_train__method="random"), source, run, Silence())["mask"])
+    masked = replace(
+        source, mask=mask_train(make_recipe(workspace, mask_train__method="random"), source, run, Silence())["mask"]
+    )
     with emulated_gpu():
         on_gpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence())
     on_cpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence())
