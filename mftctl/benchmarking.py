@@ -161,8 +161,10 @@ def _answered(
         if not isinstance(loaded, tuple):
             loaded.keep_outputs(**kept)
             return run_benchmark(loaded, task, problems, **common), loaded.generated_tokens
+        from mftctl.devices import gpu_failures
+
         model = loaded[0]
-        with evaluation_mode(model):
+        with evaluation_mode(model), gpu_failures(f"answering {benchmark.name}"):
             batch_size = None if options.batch_size == "auto" else options.batch_size
             written = ModelAnswers(model, tokenizer, batch_size=batch_size, seed=recipe.seed, **kept)
             return run_benchmark(written, task, problems, **common), written.generated_tokens

@@ -74,6 +74,9 @@ class TrainingOptions(_Section):
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are clipped to this norm; 0 does not clip.")
     precision: Precision = Field("auto", description="auto: bf16 on a GPU that has it, else fp32.")
     gradient_checkpointing: bool = Field(False, description="Save memory by computing activations twice.")
+    deterministic: bool = Field(
+        False, description="The same bits each time on a GPU, also after --resume; slower. On a CPU that always holds."
+    )
     eval_steps: int | None = Field(None, gt=0, description="Steps between two validations; a tenth of all by default.")
     patience: int | None = Field(None, gt=0, description="Stop after this many validations without a new best.")
     eval_every: int | None = Field(

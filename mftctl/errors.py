@@ -10,6 +10,7 @@ MftError
 │   ├── MaskFormatError      it is damaged or not a mask file at all
 │   └── MaskMismatchError    it is sound, but belongs to another model
 ├── TrainingError        a training that cannot start or go on
+├── DeviceMemoryError    a GPU without room
 ├── EvaluationError      a benchmark or a comparison
 │   └── SandboxError         model-written code that cannot be run safely
 ├── RunError             a run folder
@@ -121,6 +122,10 @@ class MaskMismatchError(MaskFileError):
 
 class TrainingError(MftError):
     """A training that cannot start or cannot go on."""
+
+
+class DeviceMemoryError(MftError):
+    """A GPU without room for what was asked of it."""
 
 
 class EvaluationError(MftError):

@@ -15,6 +15,7 @@ from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, data_digest, load_examples
+from mftctl.devices import device_for, evaluation_with_less_memory
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
@@ -62,8 +63,9 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     restart_peak_memory()
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
-    loaded = None if recipe.eval.predictions is not None else _load(source, recipe)
-    datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
+    with device_for(run, listener, less_memory=evaluation_with_less_memory(recipe.eval)):
+        loaded = None if recipe.eval.predictions is not None else _load(source, recipe)
+        datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
     return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
 
@@ -145,7 +147,7 @@ def _load(source: Source, recipe: Recipe) -> Loaded:
         return _load_for_vllm(checkpoint, source, recipe)
     tokenizer = load_tokenizer(checkpoint)
     mask = None if source.mask is None else load_mask(Path(source.mask))
-    model = load_model(checkpoint, dtype=evaluation_dtype())
+    model = load_model(checkpoint, dtype=evaluation_dtype(checkpoint))
     if mask is not None:
         delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
         apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
@@ -169,7 +171,7 @@ def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnsw
         )
     from mftctl.evaluation.vllm_answers import VllmAnswers
 
-    dtype = str(evaluation_dtype()).removeprefix("torch.")
+    dtype = str(evaluation_dtype(checkpoint)).removeprefix("torch.")
     return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed)
 
 

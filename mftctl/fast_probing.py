@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import MaskTrainOptions
 from mftctl.data.batching import PaddingCollator, pad_token_id
+from mftctl.devices import gpu_failures
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, find_targets, format_layers
@@ -61,7 +62,8 @@ def promised_changes(
     """
     layers = sorted({layer for group in groups for layer in group})
     targets = find_targets(model, layers, options.target, options.projections)
-    gradients = _mean_gradients(model, targets, options, inputs, listener)
+    with gpu_failures("taking gradients"):
+        gradients = _mean_gradients(model, targets, options, inputs, listener)
     steps = total_steps(len(inputs.train), options)
     travel = sum(schedule_factors(steps, options))
     changes = dict.fromkeys(layers, 0.0)

@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
+from mftctl.devices import device_for, training_with_less_memory
 from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
@@ -68,6 +69,16 @@ def fine_tune(
     an optimizer step.
     """
     restart_peak_memory()
+    options = recipe.fft
+    less_memory = training_with_less_memory(options)
+    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
+        return _fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+
+
+def _fine_tune(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+) -> dict[str, Any]:
+    """The same, on a device that is ready."""
     options = recipe.fft
     inputs = prepare_training(
         recipe,

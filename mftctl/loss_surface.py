@@ -19,6 +19,7 @@ from mftctl.data.encoding import Encoded, encode_all
 from mftctl.data.examples import Example
 from mftctl.data.sources import data_digest, load_examples
 from mftctl.data.splits import sample_count, sample_fraction
+from mftctl.devices import device_for
 from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.fingerprints import file_digest, model_fingerprint
@@ -104,7 +105,8 @@ def measure_surface(root: Path, listener: Listener, *, points: int = POINTS, rec
     run = _open_run(root, corners, parts, points, records, listener)
     if run.record.status != "finished":
         with recorded(run):
-            run.finish(_measure(run, corners, parts, points, listener))
+            with device_for(run, listener, less_memory=["--surface-records below " + str(records)]):
+                run.finish(_measure(run, corners, parts, points, listener))
     return run
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.data.encoding import Encoded
+from mftctl.devices import device_for, training_with_less_memory
 from mftctl.errors import ConfigError, OutputError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fft_learning_rate, mask_state
@@ -56,6 +57,16 @@ def mask_train(
     options = recipe.mask_train
     if options.method == "drop":
         return _drop(recipe, source, run, listener, may_replace=may_replace)
+    less_memory = training_with_less_memory(options)
+    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
+        return _search(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+
+
+def _search(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+) -> dict[str, Any]:
+    """The result of the methods that measure masks on the model."""
+    options = recipe.mask_train
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     model = load_frozen_model(inputs, options)
@@ -261,7 +272,7 @@ def find_mask(search: MaskSearch) -> LearnedMask:
     if search.options.method == "learned":
         return learn_mask(search)
     keep = {target.name: _baseline(target, search) for target in search.targets}
-    with masked(search.model, search.targets, keep):
+    with masked(search.targets, keep):
         loss = validation_loss(search.model, search.inputs, search.listener)
     return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, search.unmasked_loss, loss, loss)
 

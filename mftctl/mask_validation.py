@@ -16,7 +16,7 @@ from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded
 from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
 from mftctl.evaluation.statistics import paired_difference
-from mftctl.masking.layers import Indicator, attach_masks, detach_masks
+from mftctl.masking.dtypes import bits
 from mftctl.masking.targets import MaskTarget
 from mftctl.preparation import TrainingInputs
 from mftctl.progress import Listener, Progress
@@ -52,7 +52,7 @@ def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[
     """
     inputs = replace(search.inputs, validation=records)
     before = validation_losses(search.model, inputs, search.listener)
-    with masked(search.model, search.targets, keep):
+    with masked(search.targets, keep):
         after = validation_losses(search.model, inputs, search.listener)
     change = paired_difference(
         np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
@@ -76,13 +76,26 @@ def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[
 
 
 @contextmanager
-def masked(model: PreTrainedModel, targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside it, the model computes with a mask; afterwards it is as it was."""
-    attach_masks(model, targets, {name: bits.float() for name, bits in keep.items()}, Indicator(None, 0.5))
+def masked(targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside it, what a mask removes is +0.0 in the weights themselves; afterwards they are bit for bit as before.
+
+    Held meanwhile, on the weights' device: the mask, a byte a weight, and the values removed.
+
+    Args:
+        targets: From `find_targets` on a model without masks, which computes with the mask.
+        keep: Bool keep mask by target name, on any device.
+    """
+    removed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     try:
+        for target in targets:
+            weight = bits(target.weight.detach())
+            gone = keep[target.name].to(weight.device).logical_not()
+            removed.append((weight, gone, weight[gone]))
+            weight.masked_fill_(gone, 0)
         yield
     finally:
-        detach_masks(model)
+        for weight, gone, values in removed:
+            weight[gone] = values
 
 
 def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:

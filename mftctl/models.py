@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from contextlib import suppress
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.allocator import give_back_freed_memory
+from mftctl.devices import gpu_failures, has_bf16
 from mftctl.errors import ModelError
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
@@ -28,16 +30,23 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device |
     Raises:
         ModelError: transformers cannot load it.
     """
+    with gpu_failures("loading the model"):
+        return _load(folder, dtype).to(device or best_device())  # type: ignore[arg-type,no-any-return]
+
+
+def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The model, not yet on its device."""
     if is_adapter(folder):
         from mftctl.tuning.lora import load_adapter
 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
-        return merged.to(device or best_device())  # type: ignore[arg-type,no-any-return]
+        return merged
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except torch.OutOfMemoryError:  # which is a RuntimeError as well
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
-    model.to(device or best_device())  # type: ignore[arg-type]
     return model
 
 
@@ -75,9 +84,22 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def evaluation_dtype() -> torch.dtype | str:
-    """fp32 on a CPU, where it is fastest; the checkpoint's own dtype on a GPU."""
-    return "auto" if torch.cuda.is_available() else torch.float32
+def evaluation_dtype(folder: Path) -> torch.dtype | str:
+    """The checkpoint's own dtype on a GPU that computes in it; else fp32, which on a CPU is fastest.
+
+    Args:
+        folder: The checkpoint.
+    """
+    if not torch.cuda.is_available() or (stored_dtype(folder) == torch.bfloat16 and not has_bf16()):
+        return torch.float32
+    return "auto"
+
+
+def free_unreachable() -> None:
+    """Frees what only refers to itself, as a trainer does that has done its work, also the GPU memory of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def restart_peak_memory() -> None:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from mftctl.atomic import write_text
 from mftctl.config import MaskTrainOptions, Recipe
+from mftctl.devices import device_for, training_with_less_memory
 from mftctl.fast_probing import agreement_with_training, promised_changes
 from mftctl.lineage import Source
 from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_training
@@ -41,8 +42,16 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data).
     """
     restart_peak_memory()
-    if recipe.probe.fast:
-        return _estimate(recipe, source, run, listener)
+    options = recipe.mask_train
+    less_memory = training_with_less_memory(options)
+    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
+        if recipe.probe.fast:
+            return _estimate(recipe, source, run, listener)
+        return _train_groups(recipe, source, run, listener, resume=resume)
+
+
+def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool) -> dict[str, Any]:
+    """The result of training a mask of each group."""
     options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])

@@ -69,6 +69,7 @@ class RunRecord:
         worker: Host and process id of the command that works on it, or worked on it last.
         processes: How many it was started with.
         error: The message a failed run ended with.
+        device: What it computes on: `name`, whether fp32 is `tf32`, and whether it is `deterministic`.
     """
 
     command: str
@@ -87,6 +88,7 @@ class RunRecord:
     worker: str | None = None
     processes: int = 1
     error: str | None = None
+    device: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from mftctl.masking.layers import (
 )
 from mftctl.masking.partitions import whole_shape
 from mftctl.masking.targets import MaskTarget
+from mftctl.models import free_unreachable
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import world_size
 from mftctl.progress import Listener
@@ -139,6 +140,16 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
 
     Source: MFT, section 2, equations 2 to 5.
     """
+    try:
+        return _train(search)
+    finally:
+        detach_masks(search.model)
+        # A trainer is a knot of references: without this its scores and moments stay in memory for some time.
+        free_unreachable()
+
+
+def _train(search: MaskSearch) -> LearnedMask:
+    """The same, with the scores still on the model."""
     model, options = search.model, search.options
     attach_masks(model, search.targets, _start_scores(search), search.indicators)
     if options.low_memory:
@@ -147,30 +158,26 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
     start = trainer.packed_masks()
     removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
     trainer.known_start_loss = search.unmasked_loss if removes_none else None
-    try:
-        with stop_on_signal(search.listener) as stop:
-            train(
-                trainer,
-                search.folder,
-                stop,
-                patience=options.effective_patience,
-                resume=search.resume,
-                interim=search.interim,
-            )
-        start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
-        if start_loss is None or best_loss is None or best_step is None:
-            raise TrainingError("The training ended without a validation.", path=search.folder.folder)
-        changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
-        shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
-        packed = start if best_step == 0 else trainer.packed_masks()
-        keep = {
+    with stop_on_signal(search.listener) as stop:
+        train(
+            trainer,
+            search.folder,
+            stop,
+            patience=options.effective_patience,
+            resume=search.resume,
+            interim=search.interim,
+        )
+    start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
+    if start_loss is None or best_loss is None or best_step is None:
+        raise TrainingError("The training ended without a validation.", path=search.folder.folder)
+    changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
+    shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
+    packed = start if best_step == 0 else trainer.packed_masks()
+    return LearnedMask(
+        {
             name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
             for name, bits in packed.items()
-        }
-    finally:
-        detach_masks(model)
-    return LearnedMask(
-        keep,
+        },
         search.unmasked_loss,
         start_loss,
         best_loss,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.distributed
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import (
@@ -35,6 +37,7 @@ from mftctl.data.batching import (
     pad_token_id,
 )
 from mftctl.data.encoding import Encoded
+from mftctl.devices import gpu_failures, has_bf16, require_deterministic_attention
 from mftctl.errors import Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.partitioned_trainer import PartitionedTrainer
@@ -49,6 +52,9 @@ if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
 
 VALIDATIONS = 10
+
+_FAILED_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
+"""What torch says where a file could not be written; a GPU or another process fails with RuntimeErrors as well."""
 
 _KNOWN = inspect.signature(TrainingArguments).parameters
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
@@ -74,7 +80,7 @@ def schedule_factors(steps: int, options: TrainingOptions) -> list[float]:
 def uses_bf16(precision: Precision) -> bool:
     """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
     if precision == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return has_bf16()
     return precision == "bf16"
 
 
@@ -96,7 +102,7 @@ def training_arguments(
         CHECKPOINTING: options.gradient_checkpointing,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
     }
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
@@ -130,6 +136,9 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # or the Trainer would split batches over all GPUs, in DataParallel
+    return arguments
 
 
 class SftTrainer(PartitionedTrainer):
@@ -196,6 +205,8 @@ class SftTrainer(PartitionedTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and not _FAILED_WRITE.search(str(error)):
+                raise
             shutil.rmtree(folder, ignore_errors=True)
             raise StorageError(
                 f"The checkpoint of step {self.state.global_step} could not be written.",
@@ -249,7 +260,8 @@ def train(
 
     Raises:
         Interrupted: The user stopped it; the state is saved.
-        TrainingError: The loss is not a number.
+        TrainingError: The loss is not a number, or another process is lost.
+        DeviceMemoryError: The GPU has no room.
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
@@ -270,8 +282,17 @@ def train(
         trainer.args.eval_on_start = False
     trainer.add_callback(NoStepTooMany(trainer))
     wait_for_all()
+    require_deterministic_attention(trainer.accelerator.unwrap_model(trainer.model))
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with gpu_failures("training"):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except torch.distributed.DistError as error:
+        raise TrainingError(
+            "The processes lost each other.",
+            path=folder.folder,
+            actual=str(error).splitlines()[0],
+            hint=f"what the process says that failed first; then {folder.resume_command}",
+        ) from error
     except EndedBefore:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()

@@ -49,6 +49,7 @@ def fft(
     max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
+    deterministic: opt.Deterministic = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.Patience = None,
     keep: Annotated[str | None, opt.setting(FftOptions, "keep", "--keep", panel=opt.TRAINING)] = None,

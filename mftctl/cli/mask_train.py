@@ -58,6 +58,7 @@ def mask_train(
     gradient_checkpointing: opt.Checkpointing = None,
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
+    deterministic: opt.Deterministic = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.MaskPatience = None,
     eval_every: opt.EvalEvery = None,

@@ -180,6 +180,10 @@ PrefixCache = Annotated[
     float | None,
     setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="as there is room"),
 ]
+Deterministic = Annotated[
+    bool | None,
+    setting(TrainingOptions, "deterministic", "--deterministic/--no-deterministic", panel=TRAINING),
+]
 EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
 MaskPatience = Annotated[int | None, setting(MaskTrainOptions, "patience", "--patience", panel=TRAINING)]

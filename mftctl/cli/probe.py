@@ -44,6 +44,7 @@ def probe(
     fast: Annotated[bool | None, opt.setting(ProbeOptions, "fast", "--fast/--no-fast", panel=opt.TRAINING)] = None,
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
+    deterministic: opt.Deterministic = None,
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,

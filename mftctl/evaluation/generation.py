@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import encode_prompt
+from mftctl.devices import gpu_failures
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
 
@@ -74,7 +75,8 @@ def generate_answers(
     _check_context(model, examples, prompts, max_new_tokens)
     stop_ids = _stop_token_ids(model, tokenizer)
     answers: dict[int, str] = {}
-    with evaluation_mode(model), _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens):
+    greedy = _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens)
+    with evaluation_mode(model), greedy, gpu_failures("generating answers"):
         for indices in length_batches([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
             for index, token_ids in zip(indices, _continue(model, [prompts[i] for i in indices]), strict=True):
                 answers[index] = _decode(tokenizer, token_ids, stop_ids)

@@ -76,13 +76,14 @@ def sample_losses(
         together: Whether all processes do this at once and share out the batches, which stay the same.
     """
     from mftctl.data.batching import PaddingCollator
+    from mftctl.devices import gpu_failures
 
     batches = length_batches([len(sample.input_ids) for sample in encoded], batch_tokens)
     takers = world_size() if together else 1
     collate = PaddingCollator(pad_token_id)
     keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
     losses: dict[int, SampleLoss] = {}
-    with evaluation_mode(model):
+    with evaluation_mode(model), gpu_failures("measuring losses"):
         for indices in share_of(batches) if together else batches:
             batch = collate([encoded[index] for index in indices])
             losses.update(zip(indices, _batch_losses(model, batch, keeps_some=keeps_some), strict=True))

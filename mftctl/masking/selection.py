@@ -130,4 +130,10 @@ def _kth_lowest(flat: torch.Tensor, k: int) -> torch.Tensor:
         # bfloat16 has no numpy type; every bfloat16 and float16 value is exact in float32.
         wide = flat if flat.dtype == torch.float64 else flat.float()
         return torch.from_numpy(np.partition(wide.numpy(), k - 1)[k - 1 : k]).to(flat.dtype)[0]
-    return flat.kthvalue(k).values
+    # torch calls it nondeterministic since any of several equal entries may be named: their value is the same.
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        return flat.kthvalue(k).values
+    finally:
+        torch.use_deterministic_algorithms(deterministic)

@@ -61,6 +61,8 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | str, trainable: bool = Fa
     try:
         model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(base), dtype=dtype, local_files_only=True)
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except torch.OutOfMemoryError:  # which is a RuntimeError as well
+        raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError("The adapter cannot be loaded.", path=folder, key=base, actual=error) from error
 

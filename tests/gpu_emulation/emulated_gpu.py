@@ -1,0 +1,284 @@
+"""A GPU for tests on machines without one: CPU tensors that say they are on `cuda:0`, and that refuse CPU tensors.
+
+What lies on the GPU is a property of a tensor's storage. A function mode answers for it where Python asks (`.device`,
+`.to`, `.numpy`), a dispatch mode passes it on to results and refuses operations that mix devices, as CUDA does. What
+is computed is what the CPU computes. Threads are not covered, and neither are reads of a device within the autograd
+engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import safetensors
+import torch
+import torch._dynamo  # which torch imports at the first operation, and not under modes
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+TOTAL_BYTES = 80 << 30
+
+_TAKE_BOTH = ("aten.copy_.default", "aten._to_copy.default", "aten.set_.source_Storage", "aten.set_.source_Tensor")
+_INDEXING = ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.default", "aten._index_put_impl_.default")
+
+
+class DeviceMismatchError(RuntimeError):
+    """What CUDA says of an operation on tensors of two devices."""
+
+
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on the emulated GPU."""
+    with torch._C.DisableTorchFunction():
+        return not tensor.is_meta and getattr(tensor.untyped_storage(), "is_on_gpu", False)
+
+
+def _put(values: Any, *, on_gpu: bool) -> Any:
+    """The same value, all tensors of which lie on the GPU from now on, or do not."""
+    with torch._C.DisableTorchFunction():
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                tensor.untyped_storage().is_on_gpu = on_gpu  # type: ignore[attr-defined]
+    return values
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Kernels(TorchDispatchMode):
+    """Runs every operation, refuses those on both devices, and puts new results where their inputs are.
+
+    Attributes:
+        fused: Whether operations belong to one kernel, so that what they make lies on the GPU whatever it is made of.
+    """
+
+    fused = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor) and not item.is_meta]
+        on_gpu = self.fused or any(map(is_on_gpu, inputs))
+        if on_gpu and not self.fused and str(func) not in _TAKE_BOTH:
+            _refuse_mixture(str(func), args, inputs)
+        known = {_storage(tensor) for tensor in inputs}
+        result = func(*args, **kwargs)
+        made = [item for item in tree_leaves(result) if isinstance(item, torch.Tensor) and not item.is_meta]
+        if on_gpu:
+            _put([tensor for tensor in made if _storage(tensor) not in known], on_gpu=True)
+        return result
+
+
+def _refuse_mixture(name: str, args: Any, inputs: list[torch.Tensor]) -> None:
+    """Nothing, if CUDA takes these tensors: all its own, but for CPU scalars and indices."""
+    indices = [item for item in args[1] if item is not None] if name in _INDEXING and is_on_gpu(args[0]) else []
+    foreign = [item for item in inputs if not is_on_gpu(item) and not any(item is index for index in indices)]
+    if any(item.dim() for item in foreign) or (foreign and not any(item.dim() for item in inputs if is_on_gpu(item))):
+        shapes = [f"{'cuda:0' if is_on_gpu(item) else 'cpu'} {tuple(item.shape)}" for item in inputs]
+        raise DeviceMismatchError(f"Expected all tensors to be on the same device: {name} of {', '.join(shapes)}")
+
+
+class _Devices(TorchFunctionMode):
+    """Answers where a tensor is, and moves it."""
+
+    def __init__(self, kernels: _Kernels) -> None:
+        super().__init__()
+        self._kernels = kernels
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if args and isinstance(args[0], torch.Tensor):
+            if name == "__get__":
+                return self._attribute(func, args)
+            if handler := getattr(self, f"_{name.strip('_')}", None):
+                return handler(func, args, kwargs)
+        if "autocast" in name and isinstance(args[0], str):
+            args = (args[0].replace("cuda", "cpu"), *args[1:])
+        wanted = kwargs.get("device")
+        if wanted is not None:
+            kwargs["device"] = wanted = _device(wanted)
+            if wanted.type == "cuda":
+                kwargs["device"] = CPU
+        result = func(*args, **kwargs)
+        return result if wanted is None or wanted.type == "meta" else _put(result, on_gpu=wanted.type == "cuda")
+
+    def _attribute(self, func: Any, args: Any) -> Any:
+        owner, on_gpu = getattr(func.__self__, "__name__", ""), is_on_gpu(args[0])
+        known = {"device": GPU, "is_cuda": True, "is_cpu": False} if on_gpu else {}
+        return known.get(owner, func(*args)) if owner in known else func(*args)
+
+    def _get_device(self, func: Any, args: Any, kwargs: Any) -> int:
+        return 0 if is_on_gpu(args[0]) else -1
+
+    def _numpy(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if is_on_gpu(args[0]):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+        return func(*args, **kwargs)
+
+    _array = _numpy
+
+    def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
+        with self:  # a mode is off while it handles a call, and backward passes run the code of custom functions
+            torch.autograd.backward(args[0], kwargs.pop("gradient", None), *args[1:], **kwargs)
+
+    def _scaled_dot_product_attention(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+        if not is_on_gpu(args[0]):
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        _refuse_mixture("scaled_dot_product_attention", args, tensors)
+        self._kernels.fused = True
+        try:
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self._kernels.fused = False
+
+    def _histc(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        counted = args[0].float()  # on a CPU torch counts no whole numbers
+        return func(counted, *args[1:], **kwargs).to(args[0].dtype)  # type: ignore[no-any-return]
+
+    def _pin_memory(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        return args[0]  # type: ignore[no-any-return]
+
+    def _cpu(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        return _move(args[0], CPU)
+
+    def _cuda(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        return _move(args[0], GPU)
+
+    def _to(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        tensor, *rest = args
+        copy = kwargs.pop("copy", False)
+        if rest and isinstance(rest[0], torch.Tensor):
+            device, dtype = GPU if is_on_gpu(rest[0]) else CPU, rest[0].dtype
+        else:
+            rest = [
+                _device(item) if isinstance(item, int | str) and not isinstance(item, bool) else item for item in rest
+            ]
+            device = next((item for item in (*rest, kwargs.get("device")) if isinstance(item, torch.device)), None)
+            dtype = next((item for item in (*rest, kwargs.get("dtype")) if isinstance(item, torch.dtype)), None)
+        device = None if device is None else _device(device)
+        if device is not None and device.type == "meta":
+            return func(*args, **kwargs)  # type: ignore[no-any-return]
+        cast = func(tensor, dtype or tensor.dtype, copy=copy)
+        return cast if device is None else _move(cast, device, fresh=_storage(cast) != _storage(tensor))
+
+
+def _move(tensor: torch.Tensor, device: torch.device, *, fresh: bool = False) -> torch.Tensor:
+    """The tensor on a device; a copy where it is on the other and no copy already."""
+    on_gpu = device.type == "cuda"
+    if is_on_gpu(tensor) == on_gpu:
+        return tensor
+    return _put(tensor if fresh else tensor.clone(), on_gpu=on_gpu)  # type: ignore[no-any-return]
+
+
+def _device(value: Any) -> torch.device:
+    with torch._C.DisableTorchFunction():
+        return torch.device("cuda", value) if isinstance(value, int) else torch.device(value)
+
+
+@contextlib.contextmanager
+def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
+    """Inside it, torch has a GPU.
+
+    Args:
+        count: How many are visible; tensors lie on the first.
+        bf16: Whether it computes in bf16.
+    """
+    kernels = _Kernels()
+    state = torch.zeros(16, dtype=torch.uint8)
+    answers: dict[str, Callable[..., Any]] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: count,
+        "current_device": lambda: 0,
+        "is_bf16_supported": lambda including_emulation=True: bf16 or including_emulation,
+        "is_current_stream_capturing": lambda: False,
+        "get_device_name": lambda *_: "Emulated GPU",
+        "get_device_capability": lambda *_: (9, 0),
+        "get_device_properties": lambda *_: SimpleNamespace(
+            name="Emulated GPU", major=9, minor=0, total_memory=TOTAL_BYTES
+        ),
+        "max_memory_allocated": lambda *_: 0,
+        "memory_allocated": lambda *_: 0,
+        "memory_reserved": lambda *_: 0,
+        "get_rng_state": lambda *_: state,
+        "get_rng_state_all": lambda: [state],
+        **dict.fromkeys(
+            (
+                "empty_cache",
+                "manual_seed",
+                "manual_seed_all",
+                "reset_peak_memory_stats",
+                "set_device",
+                "set_rng_state",
+                "set_rng_state_all",
+                "synchronize",
+            ),
+            lambda *_, **__: None,
+        ),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch(f"torch.cuda.{name}", answer))
+            if "rng_state" in name:
+                stack.enter_context(mock.patch(f"torch.cuda.random.{name}", answer))
+        for patch in (*_cpu_in_place_of_cuda(), _no_device_check_in_recomputation()):
+            stack.enter_context(patch)
+        stack.enter_context(kernels)
+        stack.enter_context(_Devices(kernels))
+        yield
+
+
+def _cpu_in_place_of_cuda() -> Iterator[Any]:
+    """Autocast, generators and files of safetensors, which know devices without a tensor."""
+    begin, opened = torch.autocast.__init__, safetensors.safe_open
+    enabled, lower = torch.is_autocast_enabled, torch.get_autocast_dtype
+
+    def begin_on_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        begin(self, device_type.replace("cuda", "cpu"), *args, **kwargs)
+
+    yield mock.patch.object(torch.autocast, "__init__", begin_on_cpu)
+    yield mock.patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled(device.replace("cuda", "cpu")))
+    yield mock.patch.object(torch, "get_autocast_dtype", lambda device: lower(device.replace("cuda", "cpu")))
+
+    class OnCpu(torch.Generator):
+        """A generator of random numbers of any device."""
+
+        def __new__(cls, device: Any = "cpu") -> OnCpu:
+            return super().__new__(cls, "cpu")
+
+    yield mock.patch.object(torch, "Generator", OnCpu)
+
+    class OnGpu:
+        """An open file whose tensors come to the GPU."""
+
+        def __init__(self, filename: Any, framework: str = "pt", device: Any = "cpu", **kwargs: Any) -> None:
+            self._file, self._to_gpu = opened(filename, framework, **kwargs), _device(device).type == "cuda"
+
+        def __enter__(self) -> Any:
+            self._open = self._file.__enter__()
+            return self
+
+        def __exit__(self, *error: Any) -> None:
+            self._file.__exit__(*error)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._open, name)
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            return _put(self._open.get_tensor(name), on_gpu=self._to_gpu)  # type: ignore[no-any-return]
+
+    yield mock.patch("safetensors.torch.safe_open", OnGpu)
+
+
+def _no_device_check_in_recomputation() -> Any:
+    """Gradient checkpointing compares devices within the autograd engine, where the function mode is off."""
+    fewer = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
+    return mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, fewer)

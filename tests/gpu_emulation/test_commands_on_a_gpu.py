@@ -1,0 +1,187 @@
+"""Every command on an emulated GPU: nothing meets a tensor of another device, and the figures are those of a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mftctl.config import Recipe, to_document
+from mftctl.errors import Interrupted
+from mftctl.evaluating import evaluate
+from mftctl.fine_tuning import fine_tune
+from mftctl.lineage import Source, source_of_run
+from mftctl.loss_surface import measure_surface
+from mftctl.mask_training import mask_train
+from mftctl.masking.bits import load_mask
+from mftctl.probing import probe
+from mftctl.progress import Silence
+from mftctl.recipe_files import with_changes
+from mftctl.runs import Run, create_run
+from tests.conftest import build_tokenizer
+from tests.gpu_emulation.emulated_gpu import emulated_gpu
+from tests.masking.architectures import build
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+
+pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+
+WORK = {"fft": fine_tune, "mask-train": mask_train, "probe": probe}
+SHORT = {
+    f"{section}__{key}": 4 if key == "max_steps" else 2
+    for section in ("fft", "mask_train")
+    for key in ("max_steps", "eval_steps")
+}
+HELPFUL = {"mask_train__preset": "default", "mask_train__layers": "all", "mask_train__learning_rate": 3e-3}
+"""A mask that is better than none, so that it is confirmed."""
+
+
+@pytest.fixture
+def gpu() -> Iterator[None]:
+    with emulated_gpu():
+        yield
+
+
+def run_command(command: str, root: Path, recipe: Recipe, source: Source | None = None) -> Run:
+    if source is None:
+        run, source = open_run(root, command, recipe)
+    else:
+        run = create_run(root, command, to_document(recipe), inputs=source.as_inputs())
+    run.finish(WORK[command](recipe, source, run, Silence()))
+    return run
+
+
+def both(command: str, workspace: Path, root: Path, **changes: Any) -> tuple[Run, Run]:
+    """The same run on the emulated GPU and on the CPU."""
+    recipe = make_recipe(workspace, **{**SHORT, **changes})
+    with emulated_gpu():
+        on_gpu = run_command(command, root / "gpu", recipe)
+    return on_gpu, run_command(command, root / "cpu", recipe)
+
+
+def losses(run: Run) -> list[float]:
+    return [line[key] for line in run.training.metrics() for key in ("loss", "eval_loss") if key in line]
+
+
+MASKS = {
+    "default": HELPFUL,
+    "paper": {"mask_train__layers": "1-2", "mask_train__grad_accum_steps": 2},
+    "threshold": {"mask_train__threshold": -0.035, "mask_train__layers": "all"},
+    "low memory": {**HELPFUL, "mask_train__low_memory": True},
+    "bf16, checkpointing": {**HELPFUL, "mask_train__precision": "bf16", "mask_train__gradient_checkpointing": True},
+    "random": {"mask_train__method": "random"},
+    "magnitude": {"mask_train__method": "magnitude"},
+}
+
+
+@pytest.mark.parametrize("changes", MASKS.values(), ids=MASKS)
+def test_mask_train(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    on_gpu, on_cpu = both("mask-train", workspace, tmp_path, **changes)
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-5)
+    masks = [load_mask(Path(run.record.result["mask"])) for run in (on_gpu, on_cpu)]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[1].names())
+    if "mask_train__learning_rate" in changes:
+        assert on_gpu.record.result["confirmation"] == pytest.approx(on_cpu.record.result["confirmation"], abs=1e-5)
+        assert on_gpu.record.result["confirmation"] is not None
+
+
+TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {"fft__gradient_checkpointing": True},
+    "gmt": {"fft__method": "gmt", "fft__ratio": 0.5},
+    "gmt, momentum": {"fft__method": "gmt", "fft__unselected": "momentum", "fft__grad_accum_steps": 2},
+    "gmt, global": {"fft__method": "gmt", "fft__scope": "global"},
+    "gmt, global, momentum": {"fft__method": "gmt", "fft__scope": "global", "fft__unselected": "momentum"},
+    "random": {"fft__method": "random", "fft__ratio": 0.5},
+    "random, global": {"fft__method": "random", "fft__scope": "global"},
+    "hft": {"fft__method": "hft"},
+    "adafactor": {"fft__optimizer": "adafactor", "fft__method": "gmt"},
+}
+
+
+@pytest.mark.parametrize("changes", TUNINGS.values(), ids=TUNINGS)
+def test_fft(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    on_gpu, on_cpu = both("fft", workspace, tmp_path, **changes)
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-5)
+
+
+def test_fft_in_bf16_trains(workspace: Path, tmp_path: Path) -> None:
+    with emulated_gpu(bf16=True):
+        run = run_command("fft", tmp_path, make_recipe(workspace, **SHORT))
+    assert run.record.result["best_loss"] < run.record.result["start_loss"]
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("command", ["fft", "mask-train"])
+def test_training_goes_on_from_a_checkpoint(workspace: Path, tmp_path: Path, command: str) -> None:
+    recipe = make_recipe(workspace, **SHORT)
+    undisturbed = run_command(command, tmp_path / "undisturbed", recipe)
+    run, source = open_run(tmp_path / "stopped", command, recipe)
+    with pytest.raises(Interrupted):
+        WORK[command](recipe, source, run, Interrupter(3))
+    WORK[command](recipe, source, run, Silence(), resume=True)
+    assert losses(run) == losses(undisturbed)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_lora_is_trained_loaded_again_and_measured(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, **SHORT, fft__method="lora", eval__limit=4)
+    first = run_command("fft", tmp_path, recipe)
+    source = source_of_run(first)
+    again = run_command("fft", tmp_path, with_changes(recipe, {"model": source.model, "fft.merge": True}), source)
+    assert again.record.result["start_loss"] == pytest.approx(first.record.result["best_loss"], abs=1e-6)
+    run, _ = open_run(tmp_path, "eval", recipe)
+    assert evaluate(recipe, source, run, Silence())["datasets"]
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_probe(workspace: Path, tmp_path: Path, fast: bool) -> None:
+    on_gpu, on_cpu = both("probe", workspace, tmp_path, probe__fast=fast)
+    changes = [{group["layers"]: group["change"] for group in run.record.result["groups"]} for run in (on_gpu, on_cpu)]
+    assert changes[0] == pytest.approx(changes[1], abs=1e-5)
+
+
+def test_eval_of_a_masked_model(workspace: Path, tmp_path: Path) -> None:
+    """Loss, exact match and a benchmark."""
+    problems = tmp_path / "problems.jsonl"
+    lines = [{"question": f"{number}+2?", "answer": f"#### {number + 2}"} for number in range(4)]
+    problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    changes = {"eval__limit": 4, "eval__max_new_tokens": 12}
+    recipe = make_recipe(
+        workspace, **changes, eval__tasks=["gsm8k_0shot"], eval__task_data={"gsm8k_0shot": str(problems)}
+    )
+    run, source = open_run(tmp_path, "mask-train", make_recipe(workspace, mask_train__method="random"))
+    masked = replace(
+        source, mask=mask_train(make_recipe(workspace, mask_train__method="random"), source, run, Silence())["mask"]
+    )
+    with emulated_gpu():
+        on_gpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence())
+    on_cpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence())
+    for mine, its in zip(on_gpu["datasets"], on_cpu["datasets"], strict=True):
+        assert [metric["name"] for metric in mine["metrics"]] == [metric["name"] for metric in its["metrics"]]
+        assert mine["metrics"][0]["value"] == pytest.approx(its["metrics"][0]["value"], abs=1e-5)
+    assert [dataset["name"] for dataset in on_gpu["datasets"]] == ["test.jsonl", "gsm8k_0shot"]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_the_loss_surface(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, **SHORT, mask_train__layers="all")
+    fft = run_command("fft", tmp_path, recipe)
+    source = source_of_run(fft)
+    recipe = with_changes(recipe, {"model": source.model, "fft.keep": "last"})
+    for command in ("fft", "mask-train"):
+        run_command(command, tmp_path, recipe, source)
+    surface = measure_surface(tmp_path, Silence(), points=4, records=4)
+    assert len(surface.training.metrics()) == 3 + 4**2
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
+def test_other_architectures(workspace: Path, tmp_path: Path, name: str) -> None:
+    build(name).save_pretrained(tmp_path / name)
+    build_tokenizer().save_pretrained(tmp_path / name)
+    changes = {**HELPFUL, "model": str(tmp_path / name)}
+    on_gpu, on_cpu = both("mask-train", workspace, tmp_path, **changes)
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-4)
