@@ -26,7 +26,8 @@ from mftctl.masking.selection import keep_highest
 from mftctl.models import evaluation_dtype
 from mftctl.probing import probe
 from mftctl.progress import Silence
-from mftctl.runs import Run, load_run, recorded
+from mftctl.recording import recorded
+from mftctl.runs import Run, load_run
 from mftctl.training import SftTrainer, uses_bf16
 from tests.conftest import build_llama
 from tests.gpu_emulation.emulated_gpu import emulated_gpu

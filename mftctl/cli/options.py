@@ -182,7 +182,7 @@ PrefixCache = Annotated[
 ]
 Deterministic = Annotated[
     bool | None,
-    setting(TrainingOptions, "deterministic", "--deterministic/--no-deterministic", panel=TRAINING),
+    setting(TrainingOptions, "deterministic", "--deterministic", panel=TRAINING),
 ]
 EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
