@@ -127,7 +127,7 @@ def import_(
         mask = import_mask(file, resolve_checkpoint(model), base_model=model)
         save_mask(mask, target, permit=mask_file_permit(session.replaces))
         document = {
-            "mask": str(output.resolve()),
+            "mask": str(target),
             "model": model,
             "tensors": len(mask),
             "weights": mask.weights,
@@ -192,11 +192,11 @@ def export(
             export_mask(exported, target, permit)
         document = {
             "mask": str(mask),
-            "output": str(output.resolve()),
+            "output": str(target),
             "tensors": len(exported),
-            "file_bytes": output.stat().st_size,
+            "file_bytes": target.stat().st_size,
         }
-        rows = [("file", str(output)), ("tensors", str(len(exported))), ("bytes", f"{output.stat().st_size:,}")]
+        rows = [("file", str(output)), ("tensors", str(len(exported))), ("bytes", f"{target.stat().st_size:,}")]
         console.result(document, pairs_table("Exported", rows))
 
 
