@@ -48,7 +48,7 @@ def how_to_go_on(run: Run) -> str:
     if record.command == "eval":
         return "the same command with --resume goes on with the outputs of benchmarks that were kept"
     if record.command in ("fft", "probe", "mask-train"):
-        return f"{run.resume_command} goes on with what was kept"
+        return f"{run.resume_command} takes it up again"
     return "the same command once more; nothing was written but its run folder"
 
 

@@ -64,7 +64,6 @@ def temporary_folder(parent: Path, *, target: str = "", prefix: str = PREFIX) ->
     folder, lock = _make(parent, prefix)
     try:
         journal = _Journal(_PURPOSE, platform.node(), os.getpid(), _start_time(), target)
-        # In one step: a journal that is cut short would tell nothing.
         (folder / _JOURNAL).write_bytes(json.dumps(asdict(journal)).encode())
         yield folder
     finally:
@@ -101,15 +100,17 @@ def _remove_if_left(folder: Path) -> None:
         folder.rmdir()
         return
     journal = _read_journal(folder / _JOURNAL) if names <= {_JOURNAL, CONTENT, REPLACED} else None
-    if journal is None or journal.host != platform.node():
+    is_ours = journal.host == platform.node() if journal is not None else _is_cut_short(folder / _JOURNAL, names)
+    if not is_ours:
         return
     lock = try_lock(folder / _JOURNAL)
     if lock is None:
         return
     try:
-        place = folder.parent / journal.target
-        if REPLACED in names and journal.target and not os.path.lexists(place):
-            (folder / REPLACED).rename(place)
+        if journal is not None and journal.target and REPLACED in names:
+            place = folder.parent / journal.target
+            if not os.path.lexists(place):
+                (folder / REPLACED).rename(place)
         _remove(folder)
     finally:
         lock.release()
@@ -126,6 +127,15 @@ def _read_journal(path: Path) -> _Journal | None:
     # A path would put something elsewhere.
     is_name = isinstance(journal.target, str) and journal.target in ("", Path(journal.target).name)
     return journal if journal.purpose == _PURPOSE and is_name else None
+
+
+def _is_cut_short(path: Path, names: set[str]) -> bool:
+    """Whether a folder has nothing but a journal that is empty, or of this host and cut short, as after a kill."""
+    if names != {_JOURNAL} or path.is_symlink() or not path.is_file():
+        return False
+    start = json.dumps({"purpose": _PURPOSE, "host": platform.node()})[:-1].encode()
+    content = path.read_bytes()
+    return not content or content.startswith(start)
 
 
 def _remove(folder: Path) -> None:

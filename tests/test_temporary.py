@@ -94,6 +94,31 @@ def test_only_a_journal_of_this_host_makes_a_leftover(tmp_path: Path, journal: s
     assert (left / CONTENT / "file").read_text() == "half"
 
 
+@pytest.mark.parametrize("names_the_host", [True, False])
+def test_journal_that_is_cut_short_is_known_by_its_beginning(tmp_path: Path, names_the_host: bool) -> None:
+    left = left_behind(tmp_path, "model")
+    journal = left / "journal.json"
+    text = journal.read_bytes()
+    journal.write_bytes(text[: text.index(b', "process"') - (not names_the_host)])
+    remove_leftovers(tmp_path)
+    assert left.exists() != names_the_host
+
+
+def test_journal_that_is_still_empty_goes_with_its_process(tmp_path: Path) -> None:
+    left = left_behind(tmp_path, "model")
+    (left / "journal.json").write_bytes(b"")
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_journal_that_is_cut_short_beside_something_stays(tmp_path: Path) -> None:
+    left = left_behind(tmp_path, "model", CONTENT)
+    journal = left / "journal.json"
+    journal.write_bytes(journal.read_bytes()[:-1])
+    remove_leftovers(tmp_path)
+    assert (left / CONTENT / "file").exists()
+
+
 def test_folder_with_a_file_of_the_users_is_no_leftover(tmp_path: Path) -> None:
     left = left_behind(tmp_path, "model", CONTENT)
     (left / "notes.txt").write_text("mine")

@@ -199,7 +199,7 @@ class Scene:
     def check_result(self, undisturbed: Scene) -> None:
         """Every file of the finished run and its result is bit for bit that of an undisturbed one; nothing is left."""
         mine, right = (self._finished(scene.folder) for scene in (self, undisturbed))
-        assert mine.keys() == right.keys()
+        assert mine.keys() == right.keys(), {name: {**mine, **right}[name] for name in mine.keys() ^ right.keys()}
         for name in mine:
             assert mine[name] == right[name], name
         hidden = [path for path in self.folder.rglob("*") if path.name.startswith(".")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import platform
 import signal
 import sys
 import time
@@ -118,7 +119,9 @@ class Writes:
 def _write_half(path: Any, flags: int) -> None:
     """What is there of a file whose writing was killed after some bytes."""
     descriptor = os.open(path, flags | os.O_CREAT, 0o600)
-    os.write(descriptor, b'{"step": 3, "lo')
+    begin = {"purpose": "temporary folder of mftctl", "host": platform.node()}
+    is_journal = Path(os.fsdecode(path)).name == "journal.json"
+    os.write(descriptor, json.dumps(begin)[:-1].encode() if is_journal else b'{"step": 3, "lo')
     os.close(descriptor)
 
 
