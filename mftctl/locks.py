@@ -19,6 +19,14 @@ class FileLock:
     def __init__(self, descriptor: int) -> None:
         self._descriptor: int | None = descriptor
 
+    def is_on(self, path: Path) -> bool:
+        """Whether the file that is locked is still the one at a path, and not one that was removed meanwhile."""
+        try:
+            there = path.lstat()
+        except FileNotFoundError:
+            return False
+        return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), there)
+
     def release(self) -> None:
         """Gives the lock up; nothing if that has been done."""
         if self._descriptor is not None:

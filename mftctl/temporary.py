@@ -88,9 +88,10 @@ def _make(parent: Path, prefix: str) -> tuple[Path, FileLock]:
     """A folder of a new name, and the lock on its journal, which is still empty."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        with suppress(FileNotFoundError):  # another process took the empty folder for a leftover
+        # Until it is locked, another process may take the folder for a leftover and remove it.
+        with suppress(FileNotFoundError):
             lock = try_lock(folder / _JOURNAL, create=True)
-            if lock is not None:
+            if lock is not None and lock.is_on(folder / _JOURNAL):
                 return folder, lock
 
 
