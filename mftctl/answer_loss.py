@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mftctl.data.encoding import IGNORED_LABEL
+from mftctl.data.examples import IGNORED_LABEL
 
 
 def answer_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,19 +6,19 @@ beginning of its answer, and the prompt's ids are the ones the model sees when i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
 from itertools import takewhile
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from mftctl.data.examples import Example
-from mftctl.data.rendering import render
+from mftctl.data.examples import IGNORED_LABEL, Example, TokenIds
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.rendering import Learn, Rendered, Renderer
 from mftctl.errors import DataError
-
-IGNORED_LABEL = -100
-"""The label that the loss of every transformers model leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +29,13 @@ class Encoded:
         input_ids: The token ids.
         labels: The token ids of the answers, and -100 everywhere else; as many as `input_ids`.
         where: Where the record came from.
+        is_cut: Whether its end was cut off.
     """
 
     input_ids: list[int]
     labels: list[int]
     where: str
+    is_cut: bool = False
 
     @property
     def answer_tokens(self) -> int:
@@ -41,53 +43,7 @@ class Encoded:
         return sum(label != IGNORED_LABEL for label in self.labels)
 
 
-def encode_all(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length_tokens: int
-) -> list[Encoded]:
-    """Every example encoded, in order.
-
-    Raises:
-        DataError: as `encode`, for the first example that cannot be encoded.
-    """
-    return [encode(example, tokenizer, max_length_tokens) for example in examples]
-
-
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Encoded:
-    """The front of the example's tokens, with labels on every answer and its end-of-turn marker.
-
-    Args:
-        example: What to encode.
-        tokenizer: Its chat template renders the example where it has one.
-        max_length_tokens: What is longer is cut off at the end.
-
-    Raises:
-        DataError: no token to learn is left within the length, or the chat template cannot render the example.
-    """
-    pieces = _pieces(example, tokenizer)
-    input_ids = [token for piece in pieces for token in piece.input_ids]
-    labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
-    encoded = Encoded(input_ids[:max_length_tokens], labels[:max_length_tokens], example.where)
-    # Nothing comes before the first token, so no model learns to predict it.
-    if all(label == IGNORED_LABEL for label in encoded.labels[1:]):
-        raise DataError(
-            "No token of the answer is left to learn.",
-            path=example.where,
-            expected=f"an answer that begins within {max_length_tokens} tokens",
-            actual=f"a prompt of {_prompt_tokens(pieces)} tokens, {len(input_ids)} in all",
-            hint="raise --max-length, or remove the record",
-        )
-    return encoded
-
-
-def encode_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids to generate the last answer from: what `encode` puts before that answer's first label.
-
-    Raises:
-        DataError: the chat template cannot render the example.
-    """
-    pieces = _pieces(example, tokenizer)
-    last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
-    return [token for piece in pieces[:last_answer] for token in piece.input_ids]
+_PROGRESS_RECORDS = 500
 
 
 class _Piece(NamedTuple):
@@ -97,43 +53,188 @@ class _Piece(NamedTuple):
     is_answer: bool
 
 
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
-    """The tokens of the whole example, cut as `render` cuts its text."""
-    rendered = render(example, tokenizer)
-    pieces = [_Piece(_default_bos(tokenizer), is_answer=False)] if rendered.add_bos else []
-    for index, segment in enumerate(rendered.segments):
-        ids = _continuation_ids(segment.text, tokenizer) if index else _ids(segment.text, tokenizer)
-        pieces.append(_Piece(ids, segment.is_answer))
-    eos = tokenizer.eos_token_id
-    if rendered.add_eos and eos is not None and pieces[-1].input_ids[-1:] != [eos]:
-        pieces[-1].input_ids.append(eos)
-    return pieces
+class Encoder:
+    """Turns examples into token ids.
+
+    Args:
+        tokenizer: Its chat template renders the examples where it has one.
+        learn: Whether all answers of a conversation are learned, or the last one alone.
+        now: What a chat template takes for the present; by default what the clock says now.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, learn: Learn = "all", now: datetime | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.renderer = Renderer(tokenizer, learn, now or datetime.now().astimezone())
+
+    def encode(self, example: Example, max_length_tokens: int, issues: RecordIssues | None = None) -> Encoded:
+        """The front of the example's tokens, with labels on every answer and its end-of-turn marker.
+
+        Args:
+            example: What to encode.
+            max_length_tokens: What is longer is cut off at the end.
+            issues: Gets what is to be said of the record.
+
+        Raises:
+            DataError: The chat template cannot render the example, or the record has no token to learn.
+            PromptTooLongError: The prompt leaves no token to learn within the length.
+        """
+        if example.token_ids is not None:
+            return self._given(example, example.token_ids, max_length_tokens)
+        rendered = self.renderer.render(example)
+        pieces = self._pieces(rendered)
+        if issues is not None:
+            issues.without_thinking += rendered.cuts_thinking
+            issues.last_only += rendered.is_last_only
+            issues.tools_as_text += rendered.has_tools_as_text
+            issues.open_turns += rendered.has_open_turn
+        input_ids = [token for piece in pieces for token in piece.input_ids]
+        labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
+        return _cut(input_ids, labels, example.where, max_length_tokens, _prompt_tokens(pieces))
+
+    def prompt(self, example: Example) -> list[int]:
+        """The ids to generate the last answer from: what `encode` puts before that answer's first label.
+
+        Raises:
+            DataError: the chat template cannot render the example.
+        """
+        pieces = self._pieces(self.renderer.render(example))
+        last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
+        return [token for piece in pieces[:last_answer] for token in piece.input_ids]
+
+    def _given(self, example: Example, ids: TokenIds, max_length_tokens: int) -> Encoded:
+        """The record that is tokenised already."""
+        unknown = next((token for token in ids.input_ids if not 0 <= token < len(self.tokenizer)), None)
+        if unknown is not None:
+            raise DataError(
+                "The tokenizer has no such token.",
+                path=example.where,
+                key="input_ids",
+                expected=f"ids from 0 to {len(self.tokenizer) - 1}",
+                actual=unknown,
+                hint="use the tokenizer that made the record",
+            )
+        prompt_tokens = sum(1 for _ in takewhile(lambda label: label == IGNORED_LABEL, ids.labels))
+        return _cut(list(ids.input_ids), list(ids.labels), example.where, max_length_tokens, prompt_tokens)
+
+    def _pieces(self, rendered: Rendered) -> list[_Piece]:
+        """The tokens of the whole example, cut as `render` cuts its text."""
+        bos = self._default_bos if rendered.add_bos and not self._begins_with_bos(rendered) else []
+        pieces = [_Piece(bos, is_answer=False)] if bos else []
+        for index, segment in enumerate(rendered.segments):
+            ids = self._continuation_ids(segment.text) if index else self._ids(segment.text)
+            pieces.append(_Piece(ids, segment.is_answer))
+        eos = self.tokenizer.eos_token_id
+        if rendered.add_eos and eos is not None and pieces[-1].input_ids[-1:] != [eos]:
+            pieces[-1].input_ids.append(eos)
+        return pieces
+
+    def _begins_with_bos(self, rendered: Rendered) -> bool:
+        """Whether the text brings its begin-of-sequence token itself."""
+        bos = self.tokenizer.bos_token
+        return bool(bos) and rendered.segments[0].text.startswith(bos)
+
+    def _ids(self, text: str) -> list[int]:
+        # verbose=False: the warning about the model's own maximum says nothing about --max-length.
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _continuation_ids(self, text: str) -> list[int]:
+        """The ids of text that goes on after other text.
+
+        Tokenizers of the Llama 2 family put a space in front of what they take for the start of a text. A line end in
+        front takes that space and is dropped again, unless it merges with the text, which theirs never does.
+        """
+        ids = self._ids("\n" + text)
+        line_end = self._line_end
+        return ids[len(line_end) :] if ids[: len(line_end)] == line_end else self._ids(text)
+
+    @cached_property
+    def _line_end(self) -> list[int]:
+        return self._ids("\n")
+
+    @cached_property
+    def _default_bos(self) -> list[int]:
+        """The begin-of-sequence token where the tokenizer adds it by itself, otherwise nothing."""
+        ids: list[int] = self.tokenizer("\n", verbose=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and ids[:1] == [bos] else []
+
+
+class PromptTooLongError(DataError):
+    """The prompt of a record leaves no token to learn within the length allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecords:
+    """The records that can be used.
+
+    Attributes:
+        records: Encoded.
+        examples: Those that they were made of, in the same order.
+    """
+
+    records: list[Encoded]
+    examples: list[Example]
+
+
+def encode_all(
+    examples: Sequence[Example],
+    encoder: Encoder,
+    max_length_tokens: int,
+    issues: RecordIssues,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> EncodedRecords:
+    """Every example that can be encoded, in order.
+
+    Args:
+        examples: What to encode.
+        encoder: Of the model's tokenizer.
+        max_length_tokens: What is longer is cut off at the end.
+        issues: Gets what is wrong with records, and what is to be said of them.
+        on_progress: Told the records done and all records, now and then.
+    """
+    records: list[Encoded] = []
+    used: list[Example] = []
+    for number, example in enumerate(examples, start=1):
+        try:
+            encoded = encoder.encode(example, max_length_tokens, issues)
+        except PromptTooLongError:
+            issues.overlong += 1
+        except DataError as error:
+            issues.refused.append(error)
+        else:
+            issues.cut += encoded.is_cut
+            records.append(encoded)
+            used.append(example)
+        if on_progress is not None and (number % _PROGRESS_RECORDS == 0 or number == len(examples)):
+            on_progress(number, len(examples))
+    return EncodedRecords(records, used)
+
+
+def _cut(input_ids: list[int], labels: list[int], where: str, max_length_tokens: int, prompt_tokens: int) -> Encoded:
+    """The front of the tokens.
+
+    Raises:
+        DataError: Nothing in it is learned.
+    """
+    is_cut = len(input_ids) > max_length_tokens
+    encoded = Encoded(input_ids[:max_length_tokens], labels[:max_length_tokens], where, is_cut)
+    # Nothing comes before the first token, so no model learns to predict it.
+    if all(label == IGNORED_LABEL for label in encoded.labels[1:]):
+        kind = PromptTooLongError if is_cut else DataError
+        raise kind(
+            "No token of the answer is left to learn.",
+            path=where,
+            expected=f"an answer that begins within {max_length_tokens} tokens",
+            actual=f"a prompt of {prompt_tokens} tokens, {len(input_ids)} in all",
+            hint="raise --max-length, or remove the record",
+        )
+    return encoded
 
 
 def _prompt_tokens(pieces: Sequence[_Piece]) -> int:
     """How many tokens come before the first answer."""
     return sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # verbose=False: the warning about the model's own maximum says nothing about --max-length.
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def _continuation_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of text that goes on after other text.
-
-    Tokenizers of the Llama 2 family put a space in front of what they take for the start of a text. A line end in
-    front takes that space and is dropped again, unless it merges with the text, which theirs never does.
-    """
-    line_end = _ids("\n", tokenizer)
-    ids = _ids("\n" + text, tokenizer)
-    return ids[len(line_end) :] if ids[: len(line_end)] == line_end else _ids(text, tokenizer)
-
-
-def _default_bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The begin-of-sequence token where the tokenizer adds it by itself, otherwise nothing."""
-    ids: list[int] = tokenizer("\n", verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and ids[:1] == [bos] else []

@@ -16,8 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mftctl.data.formats import is_record
 from mftctl.data.hub import read_parquet
 from mftctl.errors import DataError
+
+_MOST_CHARACTERS = 2**31 - 1
+"""Of a CSV cell: what a C long holds everywhere. The csv module would stop at 131,072."""
 
 
 class Record(NamedTuple):
@@ -55,13 +59,52 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """The records of a JSON list, or of JSON lines."""
+    """The records of a JSON list, of one JSON object, or of JSON lines."""
     text = _read_text(path)
-    if not text.lstrip().startswith("["):
+    if text.lstrip().startswith("["):
+        values = _parse(text, path, first_line=1)
+    elif (document := _one_object(text)) is not None:
+        values = _records_of(document)
+    else:
         yield from _parse_lines(text, path)
         return
-    for number, value in enumerate(_parse(text, path, first_line=1), start=1):
+    for number, value in enumerate(values, start=1):
         yield _record(value, f"{path}, record {number}")
+
+
+def _one_object(text: str) -> dict[str, Any] | None:
+    """The object that is all of the text; None where something else is."""
+    start = len(text) - len(text.lstrip())
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):  # to be told with its line
+        return None
+    return value if isinstance(value, dict) and not text[end:].strip() else None
+
+
+def _records_of(document: dict[str, Any]) -> list[Any]:
+    """The records in one object: itself, its only list of objects, or its columns."""
+    if is_record(document) and not _is_columns(document):
+        return [document]
+    lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if len(lists) == 1:
+        return lists[0]
+    if _is_columns(document):
+        return [dict(zip(document, row, strict=True)) for row in zip(*document.values(), strict=True)]
+    return [document]
+
+
+def _is_columns(document: dict[str, Any]) -> bool:
+    """Whether every field is a list of as many values, none of which is a turn or a token."""
+    columns = list(document.values())
+    if not columns or not all(isinstance(column, list) for column in columns):
+        return False
+    if len({len(column) for column in columns}) > 1 or not columns[0]:
+        return False
+    first = [column[0] for column in columns]
+    return is_record(dict(zip(document, first, strict=True))) and not any(
+        isinstance(value, dict | int) for value in first
+    )
 
 
 def _parse_lines(text: str, path: Path) -> Iterator[Record]:
@@ -100,6 +143,7 @@ def _malformed(where: str, actual: str) -> DataError:
 
 def _csv(path: Path) -> Iterator[Record]:
     """The rows under the header; an empty cell is None."""
+    csv.field_size_limit(_MOST_CHARACTERS)
     rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
         header = next(rows, [])
@@ -129,8 +173,10 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_text(path: Path) -> str:
-    """The file's text, unpacked where its name ends in .gz."""
+    """The file's text, unpacked where its name ends in .gz or .zst."""
     content = path.read_bytes()
+    if path.name.lower().endswith(".zst"):
+        content = _unpacked_zstd(content, path)
     if path.name.lower().endswith(".gz"):
         try:
             content = gzip.decompress(content)
@@ -149,11 +195,23 @@ def _read_text(path: Path) -> str:
         ) from error
 
 
+def _unpacked_zstd(content: bytes, path: Path) -> bytes:
+    import pyarrow  # which datasets brings
+
+    try:
+        with pyarrow.input_stream(pyarrow.BufferReader(content), compression="zstd") as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        raise DataError("The data file is no complete zstd file.", path=path, actual=str(error)) from error
+
+
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _json_lines,
     ".jsonl.gz": _json_lines,
+    ".jsonl.zst": _json_lines,
     ".json": _json,
     ".json.gz": _json,
+    ".json.zst": _json,
     ".csv": _csv,
     ".parquet": _parquet,
 }

@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from mftctl.data.examples import Example, Kind, Message
+from mftctl.data.examples import IGNORED_LABEL, Example, Kind, Message, TokenIds
+from mftctl.data.turns import Fields, empty_answer, functions, text, to_message, unused_keys, wrong_type
 from mftctl.errors import DataError
 
-_ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
-
-Fields = Mapping[str, Any]
 _Build = Callable[[Fields, str], Example]
+_PREFERENCES = ("chosen", "rejected")
+_FUNCTIONS = ("tools", "functions")
+_SYSTEM = ("system", "system_prompt")
+_LABELS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
+_TOKEN_EXTRAS = (*_LABELS, "token_type_ids", "position_ids", "length")
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """A record format.
+
+    Attributes:
+        keys: Fields that a record of it has.
+        build: Makes the example.
+        optional: Fields that it uses if they are there.
+    """
+
+    keys: tuple[str, ...]
+    build: _Build
+    optional: tuple[str, ...] = ()
 
 
 def to_example(record: Mapping[str, Any], where: str) -> Example:
     """The record as an `Example`; the first known format whose fields are all there decides.
 
-    A field that is None counts as absent, and fields that no format asks for are ignored.
+    A field that is None counts as absent; fields without a use are told by `unused_fields`.
 
     Args:
         record: One record of a data file.
@@ -33,163 +46,267 @@ def to_example(record: Mapping[str, Any], where: str) -> Example:
     Raises:
         DataError: no known format fits, a field has the wrong type, or there is no answer to learn.
     """
-    fields = {key: value for key, value in record.items() if value is not None}
-    for keys, build in _FORMATS:
-        if all(key in fields for key in keys):
-            return build(fields, where)
-    raise DataError(
-        "The record has no known format.",
-        path=where,
-        expected=" | ".join("+".join(keys) for keys, _ in _FORMATS),
-        actual=f"the fields {', '.join(map(str, fields))}" if fields else "no field with a value",
-        hint="rename the fields to one of the formats",
-    )
+    fields = _present(record)
+    _refuse_preferences(fields, where)
+    found = _format_of(fields)
+    if found is None:
+        raise DataError(
+            "The record has no known format.",
+            path=where,
+            expected=" | ".join("+".join(known.keys) for known in _FORMATS),
+            actual=f"the fields {', '.join(map(str, fields))}" if fields else "no field with a value",
+            hint="rename the fields to one of the formats",
+        )
+    return found.build(fields, where)
+
+
+def is_record(fields: Mapping[str, Any]) -> bool:
+    """Whether a known format has these fields."""
+    return _format_of(_present(fields)) is not None
+
+
+def unused_fields(record: Mapping[str, Any]) -> set[str]:
+    """The fields of a record that `to_example` has no use for, such as `id`, or `messages.id` of its turns."""
+    fields = _present(record)
+    found = _format_of(fields)
+    if found is None:
+        return set()
+    unused = {str(key) for key in fields if key not in (*found.keys, *found.optional)}
+    for key in found.keys:
+        if isinstance(fields[key], list):
+            unused |= {f"{key}.{field}" for turn in fields[key] for field in unused_keys(turn)}
+    return unused
+
+
+def _present(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if value is not None}
+
+
+def _format_of(fields: Fields) -> _Format | None:
+    return next((known for known in _FORMATS if all(key in fields for key in known.keys)), None)
+
+
+def _refuse_preferences(fields: Fields, where: str) -> None:
+    """Records of which one answer is better than another would be learned as if each were right."""
+    keys = [key for key in _PREFERENCES if key in fields]
+    if "prompt" in fields and "completion" in fields and isinstance(fields.get("label"), bool):
+        keys = ["label"]
+    if keys:
+        raise DataError(
+            "The record says which answer is preferred; mftctl learns answers that are right.",
+            path=where,
+            key=keys[0],
+            expected="records of questions and answers",
+            actual=f"the field{'s' if len(keys) > 1 else ''} {' and '.join(keys)} (for DPO, KTO and the like)",
+            hint="to learn the preferred answers, write records with prompt and completion",
+        )
 
 
 def _conversation(key: str) -> _Build:
     """The builder for a list of turns under `key`."""
 
     def build(fields: Fields, where: str) -> Example:
-        turns = fields[key]
-        if not isinstance(turns, list):
-            raise _wrong_type(where, key, "a list of turns", turns)
-        messages = tuple(_turn(turn, where, f"{key}[{index}]") for index, turn in enumerate(turns))
-        if "system" in fields and messages and messages[0].role != "system":
-            system = _text(fields, "system", where)
-            messages = (Message("system", system), *messages) if system.strip() else messages
-        if not messages or messages[-1].role != "assistant":
-            raise DataError(
-                "The conversation does not end with an answer.",
-                path=where,
-                key=key,
-                expected="an assistant turn at the end",
-                actual=f"a {messages[-1].role} turn" if messages else "no turns",
-                hint="remove the turns after the last answer",
-            )
-        if len(messages) == 1:
-            raise DataError(
-                "The conversation has an answer and no question.",
-                path=where,
-                key=key,
-                expected="a turn before the answer",
-                hint="use a `text` record to train on plain text",
-            )
-        return Example("chat", messages, where)
+        messages = _with_system(_messages(fields[key], where, key), fields, where)
+        return _chat(messages, fields, where, key)
 
     return build
 
 
-def _turn(turn: object, where: str, key: str) -> Message:
-    if not isinstance(turn, Mapping):
-        raise _wrong_type(where, key, "a turn with role and content (or from and value)", turn)
-    role_key = "from" if turn.get("role") is None else "role"
-    content_key = "value" if turn.get("content") is None else "content"
-    name = turn.get(role_key)
-    role = _ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None:
+def _chat(messages: tuple[Message, ...], fields: Fields, where: str, key: str) -> Example:
+    """A conversation that ends with an answer to something."""
+    if not messages or messages[-1].role != "assistant":
         raise DataError(
-            "The role of a turn is not known.",
+            "The conversation does not end with an answer.",
             path=where,
-            key=f"{key}.{role_key}",
-            expected=", ".join(_ROLES),
-            actual=repr(name),
+            key=key,
+            expected="an assistant turn at the end",
+            actual=f"a {messages[-1].role} turn" if messages else "no turns",
+            hint="remove the turns after the last answer",
         )
-    read = _answer if role == "assistant" else _text
-    return Message(role, read(turn, content_key, where, f"{key}.{content_key}"))
+    if len(messages) == 1:
+        raise DataError(
+            "The conversation has an answer and no question.",
+            path=where,
+            key=key,
+            expected="a turn before the answer",
+            hint="use a `text` record to train on plain text",
+        )
+    if not any(message.is_learned for message in messages[1:] if message.role == "assistant"):
+        raise DataError(
+            "No turn of the conversation is to be learned.", path=where, key=key, expected="an answer with weight 1"
+        )
+    tools = next((functions(fields[name], where, name) for name in _FUNCTIONS if name in fields), "")
+    args = fields.get("chat_template_kwargs") or {}
+    if not isinstance(args, Mapping):
+        raise wrong_type(where, "chat_template_kwargs", "an object", args)
+    return Example(
+        "chat",
+        messages,
+        where,
+        has_turns=True,
+        tools=tools,
+        template_args=json.dumps(args, ensure_ascii=False) if args else "",
+    )
+
+
+def _messages(turns: object, where: str, key: str) -> tuple[Message, ...]:
+    if not isinstance(turns, list):
+        raise wrong_type(where, key, "a list of turns", turns)
+    return tuple(to_message(turn, where, f"{key}[{index}]") for index, turn in enumerate(turns))
+
+
+def _with_system(messages: tuple[Message, ...], fields: Fields, where: str) -> tuple[Message, ...]:
+    """The turns behind the record's system prompt, unless they begin with one."""
+    key = next((name for name in _SYSTEM if name in fields), None)
+    if key is None or (messages and messages[0].role in ("system", "developer")):
+        return messages
+    system = text(fields, key, where)
+    return (Message("system", system), *messages) if system.strip() else messages
+
+
+def _prompt_completion(fields: Fields, where: str) -> Example:
+    """A prompt and its completion as texts, or both as turns (TRL), of which those of the completion are learned."""
+    if not isinstance(fields["prompt"], list):
+        pair = _pair("prompt", "completion", "completion")(fields, where)
+        called = any(fields.get(name) for name in (*_FUNCTIONS, "chat_template_kwargs"))
+        return _chat(pair.messages, fields, where, "completion") if called else pair
+    before = tuple(_unlearned(turn) for turn in _messages(fields["prompt"], where, "prompt"))
+    completion = _messages(fields["completion"], where, "completion")
+    return _chat(_with_system((*before, *completion), fields, where), fields, where, "completion")
+
+
+def _unlearned(message: Message) -> Message:
+    return Message(
+        message.role,
+        message.content,
+        message.thinking,
+        message.tool_calls,
+        message.name,
+        message.tool_call_id,
+        is_learned=message.role != "assistant",
+    )
 
 
 def _pair(prompt_key: str, answer_key: str, kind: Kind) -> _Build:
     """The builder for one question and one answer."""
 
     def build(fields: Fields, where: str) -> Example:
-        prompt = _text(fields, prompt_key, where)
+        prompt = text(fields, prompt_key, where)
         answer = _answer(fields, answer_key, where)
-        return Example(kind, (Message("user", prompt), Message("assistant", answer)), where)
+        messages = _with_system((Message("user", prompt), Message("assistant", answer)), fields, where)
+        return Example(kind if len(messages) == 2 else "chat", messages, where, has_turns=len(messages) > 2)
 
     return build
 
 
 def _alpaca(fields: Fields, where: str) -> Example:
-    instruction = _text(fields, "instruction", where)
-    context = _text(fields, "input", where) if "input" in fields else ""
+    instruction = text(fields, "instruction", where)
+    context = text(fields, "input", where, default="")
     prompt = "\n\n".join(part for part in (instruction, context) if part.strip())
     answer = _answer(fields, "output", where)
-    return Example("chat", (Message("user", prompt), Message("assistant", answer)), where)
+    earlier = _history(fields.get("history", []), where)
+    messages = _with_system((*earlier, Message("user", prompt), Message("assistant", answer)), fields, where)
+    return Example("chat", messages, where, has_turns=len(messages) > 2)
+
+
+def _history(pairs: object, where: str) -> tuple[Message, ...]:
+    """Alpaca's earlier questions and answers as turns."""
+    if not isinstance(pairs, list):
+        raise wrong_type(where, "history", "a list of pairs of a question and an answer", pairs)
+    messages: list[Message] = []
+    for index, pair in enumerate(pairs):
+        key = f"history[{index}]"
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise wrong_type(where, key, "a question and an answer", pair)
+        question, answer = pair
+        messages.append(Message("user", text({"question": question}, "question", where, f"{key}[0]")))
+        messages.append(Message("assistant", _answer({"answer": answer}, "answer", where, f"{key}[1]")))
+    return tuple(messages)
 
 
 def _mbpp(text_key: str) -> _Build:
     """The builder for a problem of MBPP: the prompt of the benchmark `mbpp`, and the code with plain line ends."""
 
     def build(fields: Fields, where: str) -> Example:
-        tests = fields["test_list"]
-        if not isinstance(tests, list) or not all(isinstance(test, str) for test in tests):
-            raise _wrong_type(where, "test_list", "a list of texts", tests)
-        prompt = "\n".join(['"""', _text(fields, text_key, where), *tests, '"""', ""])
+        tests = _texts(fields["test_list"], where, "test_list")
+        prompt = "\n".join(['"""', text(fields, text_key, where), *tests, '"""', ""])
         code = _answer(fields, "code", where).replace("\r\n", "\n")
         return Example("completion", (Message("user", prompt), Message("assistant", code)), where)
 
     return build
 
 
+def _texts(value: object, where: str, key: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise wrong_type(where, key, "a list of texts", value)
+    return value
+
+
 def _plain_text(fields: Fields, where: str) -> Example:
     return Example("text", (Message("assistant", _answer(fields, "text", where)),), where)
 
 
-_FORMATS: tuple[tuple[tuple[str, ...], _Build], ...] = (
-    (("messages",), _conversation("messages")),
-    (("conversations",), _conversation("conversations")),
-    (("prompt", "completion"), _pair("prompt", "completion", "completion")),
-    (("prompt", "response"), _pair("prompt", "response", "completion")),
-    (("question", "answer"), _pair("question", "answer", "chat")),
-    (("instruction", "output"), _alpaca),
-    (("instruction", "response"), _pair("instruction", "response", "chat")),
-    (("problem", "solution"), _pair("problem", "solution", "chat")),
-    (("query", "response"), _pair("query", "response", "chat")),
-    (("query", "answer"), _pair("query", "answer", "chat")),
-    (("inputs", "targets"), _pair("inputs", "targets", "chat")),
-    (("text", "code", "test_list"), _mbpp("text")),
-    (("prompt", "code", "test_list"), _mbpp("prompt")),
-    (("text",), _plain_text),
-)
+def _token_ids(fields: Fields, where: str) -> Example:
+    """Token ids as they are, without the padding that an attention mask leaves out."""
+    input_ids = _integers(fields["input_ids"], where, "input_ids")
+    given = {key: _integers(fields[key], where, key) for key in _LABELS if key in fields}
+    for key, values in given.items():
+        if len(values) != len(input_ids):
+            raise DataError(
+                "A list has another length than input_ids.",
+                path=where,
+                key=key,
+                expected=str(len(input_ids)),
+                actual=str(len(values)),
+            )
+    labels = given.get("labels") or input_ids
+    for key in ("completion_mask", "assistant_masks"):
+        if key in given:
+            labels = [label if on else IGNORED_LABEL for label, on in zip(labels, given[key], strict=True)]
+    attended = given.get("attention_mask", [1] * len(input_ids))
+    for index, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
+        if label not in (IGNORED_LABEL, token):
+            raise DataError(
+                "A label is another token than the one at its place.",
+                path=where,
+                key=f"labels[{index}]",
+                expected=f"{token} or {IGNORED_LABEL}; models shift labels themselves",
+                actual=str(label),
+            )
+    kept = [(token, label) for token, label, on in zip(input_ids, labels, attended, strict=True) if on]
+    ids = TokenIds(tuple(token for token, _ in kept), tuple(label for _, label in kept))
+    return Example("tokens", (), where, token_ids=ids)
 
 
-def _text(fields: Fields, field: str, where: str, key: str | None = None) -> str:
-    """The text under `field`, which an error calls `key`."""
-    value = fields.get(field)
-    if not isinstance(value, str):
-        raise _wrong_type(where, key or field, "text", value)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            "The text holds half of a surrogate pair, which no tokenizer can read.",
-            path=where,
-            key=key or field,
-            actual=f"U+{ord(value[error.start]):04X} at character {error.start}",
-        ) from error
+def _integers(value: object, where: str, key: str) -> list[int]:
+    if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
+        raise wrong_type(where, key, "a list of whole numbers", value)
     return value
 
 
 def _answer(fields: Fields, field: str, where: str, key: str | None = None) -> str:
     """The text under `field`, which must hold something to learn."""
-    text = _text(fields, field, where, key)
-    if not text.strip():
-        raise DataError(
-            "The answer is empty.",
-            path=where,
-            key=key or field,
-            expected="text other than white space",
-            actual=repr(text),
-            hint="remove the record",
-        )
-    return text
+    content = text(fields, field, where, key)
+    if not content.strip():
+        raise empty_answer(where, key or field, content)
+    return content
 
 
-def _wrong_type(where: str, key: str, expected: str, value: object) -> DataError:
-    return DataError(
-        "A field has the wrong type.",
-        path=where,
-        key=key,
-        expected=expected,
-        actual="nothing" if value is None else type(value).__name__,
-    )
+_TURNS = (*_FUNCTIONS, *_SYSTEM, "chat_template_kwargs")
+_FORMATS = (
+    _Format(("input_ids",), _token_ids, _TOKEN_EXTRAS),
+    _Format(("messages",), _conversation("messages"), _TURNS),
+    _Format(("conversations",), _conversation("conversations"), _TURNS),
+    _Format(("prompt", "completion"), _prompt_completion, _TURNS),
+    _Format(("prompt", "response"), _pair("prompt", "response", "completion"), _SYSTEM),
+    _Format(("question", "answer"), _pair("question", "answer", "chat"), _SYSTEM),
+    _Format(("instruction", "output"), _alpaca, ("input", "history", *_SYSTEM)),
+    _Format(("instruction", "response"), _pair("instruction", "response", "chat"), _SYSTEM),
+    _Format(("problem", "solution"), _pair("problem", "solution", "chat"), _SYSTEM),
+    _Format(("query", "response"), _pair("query", "response", "chat"), _SYSTEM),
+    _Format(("query", "answer"), _pair("query", "answer", "chat"), _SYSTEM),
+    _Format(("inputs", "targets"), _pair("inputs", "targets", "chat"), _SYSTEM),
+    _Format(("text", "code", "test_list"), _mbpp("text")),
+    _Format(("prompt", "code", "test_list"), _mbpp("prompt")),
+    _Format(("text",), _plain_text),
+)

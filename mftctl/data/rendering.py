@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from datetime import datetime
+from functools import cached_property
+from typing import Literal
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mftctl.data.examples import Example, Message
+from mftctl.data.chat_rendering import ChatRenderer, Conversation
+from mftctl.data.examples import Example
 from mftctl.errors import DataError
+
+Learn = Literal["all", "last"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,91 +38,92 @@ class Rendered:
         segments: The text in order.
         add_bos: Whether a begin-of-sequence token goes in front if the tokenizer adds one by default.
         add_eos: Whether an end-of-sequence token has to end the last answer.
+        cuts_thinking: Whether the chat template leaves out what was thought before an answer.
+        is_last_only: Whether earlier answers are not learned, since they are not to be found in the text.
+        has_open_turn: Whether an earlier answer is learned without anything that ends it.
+        has_tools_as_text: Whether functions or calls are written as JSON, since the template has no place for them.
     """
 
     segments: tuple[Segment, ...]
     add_bos: bool
     add_eos: bool
+    cuts_thinking: bool = False
+    is_last_only: bool = False
+    has_open_turn: bool = False
+    has_tools_as_text: bool = False
 
 
-def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """The example through the tokenizer's chat template, or as plain text where it has none.
+class Renderer:
+    """Brings examples into the form that a model sees.
 
     Args:
-        example: What to render; a `text` example never goes through the template.
-        tokenizer: Its chat template is used.
-
-    Raises:
-        DataError: the template fails on the example, or a conversation cut short does not render as a prefix of the
-            whole one, so that the answers cannot be found in the text.
+        tokenizer: Its chat template renders the examples where it has one.
+        learn: Whether all answers of a conversation are learned, or the last one alone.
+        now: What a chat template takes for the present.
     """
-    if example.kind == "text":
-        return Rendered((Segment(example.answer, is_answer=True),), add_bos=True, add_eos=True)
-    if tokenizer.chat_template:
-        return _render_template(example, tokenizer)
-    prompt = "\n\n".join(message.content for message in example.prompt)
-    separator = "\n" if example.kind == "chat" else ""
-    segments = _segments([(prompt + separator, False), (example.answer, True)])
-    return Rendered(segments, add_bos=True, add_eos=True)
 
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, learn: Learn, now: datetime) -> None:
+        self.tokenizer = tokenizer
+        self._learn = learn
+        self._now = now
 
-def _render_template(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    """Every assistant turn but an opening one, which answers nothing, becomes an answer."""
-    messages = example.messages
-    whole = _apply(messages, example, tokenizer)
-    pieces: list[tuple[str, bool]] = []
-    position = 0
-    for index, message in enumerate(messages):
-        if message.role != "assistant" or index == 0:
-            continue
-        before = _apply(messages[:index], example, tokenizer, add_generation_prompt=True)
-        through = _apply(messages[: index + 1], example, tokenizer)
-        if not (whole.startswith(before) and whole.startswith(through) and position <= len(before) < len(through)):
-            raise _not_a_prefix(example, index)
-        # The line end that templates put after the end-of-turn marker is never generated.
-        answer = through[len(before) :].rstrip()
-        pieces += [(whole[position : len(before)], False), (answer, True)]
-        position = len(before) + len(answer)
-    if _ends_without_marker(whole, messages[-1]):
-        return Rendered(_segments(pieces), add_bos=False, add_eos=True)
-    return Rendered(_segments([*pieces, (whole[position:], False)]), add_bos=False, add_eos=False)
+    @cached_property
+    def chat(self) -> ChatRenderer | None:
+        """The tokenizer's chat template; None if it has none."""
+        return ChatRenderer(self.tokenizer, self._now) if self.tokenizer.chat_template else None
 
+    def render(self, example: Example) -> Rendered:
+        """The example through the tokenizer's chat template, or as plain text where it has none.
 
-def _apply(
-    messages: Sequence[Message],
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    add_generation_prompt: bool = False,
-) -> str:
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except jinja2.TemplateError as error:
-        raise DataError(
-            "The chat template of the tokenizer fails on this record.",
-            path=example.where,
-            expected="roles in an order that the template takes",
-            actual=f"{', '.join(message.role for message in messages)}: {error}",
-        ) from error
-    return cast(str, text)
+        Args:
+            example: What to render; a `text` example never goes through the template.
+
+        Raises:
+            DataError: There is no template for a list of turns, it fails on them, leaves out a text, or the last answer
+                is not to be found in what it writes.
+        """
+        if example.kind == "text":
+            return Rendered((Segment(example.answer, is_answer=True),), add_bos=True, add_eos=True)
+        if self.chat is not None:
+            return self._chat(self.chat.render(example))
+        if example.has_turns:
+            raise DataError(
+                "The model has no chat template, without which turns cannot be told apart.",
+                path=example.where,
+                expected="a model whose tokenizer has a chat template",
+                actual=f"a conversation of {', '.join(message.role for message in example.messages)}",
+                hint="--chat-template tulu (or chatml, llama3, zephyr, alpaca), --chat-template FILE.jinja, or records "
+                "of prompt and completion",
+            )
+        prompt = "\n\n".join(message.content for message in example.prompt)
+        separator = "\n" if example.kind == "chat" else ""
+        segments = _segments([(prompt + separator, False), (example.answer, True)])
+        return Rendered(segments, add_bos=True, add_eos=True)
+
+    def _chat(self, conversation: Conversation) -> Rendered:
+        """The text of a conversation, cut at its answers."""
+        text, answers = conversation.text, conversation.answers
+        pieces: list[tuple[str, bool]] = []
+        position = 0
+        for answer in answers:
+            is_learned = answer.is_learned and (self._learn == "all" or answer is answers[-1])
+            pieces += [(text[position : answer.start], False), (text[answer.start : answer.end], is_learned)]
+            position = answer.end
+        rest = text[position:]
+        # Only an added token can end an answer behind which the template writes nothing.
+        add_eos = not answers[-1].has_stop and not rest.strip()
+        if not add_eos:
+            pieces.append((rest, False))
+        return Rendered(
+            _segments(pieces),
+            add_bos=False,
+            add_eos=add_eos,
+            cuts_thinking=conversation.cuts_thinking,
+            is_last_only=conversation.is_last_only,
+            has_open_turn=any(not answer.has_stop and answer.is_learned for answer in answers[:-1]),
+            has_tools_as_text=conversation.has_tools_as_text,
+        )
 
 
 def _segments(pieces: Sequence[tuple[str, bool]]) -> tuple[Segment, ...]:
     return tuple(Segment(text, is_answer) for text, is_answer in pieces if text)
-
-
-def _ends_without_marker(whole: str, last: Message) -> bool:
-    """Whether the template writes nothing after the last answer, so that only an added token can end it."""
-    return whole.rstrip().endswith(last.content.rstrip())
-
-
-def _not_a_prefix(example: Example, index: int) -> DataError:
-    return DataError(
-        "The chat template changes earlier turns when later ones follow, so the answers cannot be found in its text.",
-        path=example.where,
-        key=f"messages[{index}]",
-        expected="the conversation up to any turn renders as the beginning of the whole conversation",
-        actual="another text",
-        hint="use a template without that, or records of one question and one answer",
-    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from pathlib import Path
 from mftctl import quickstart
 from mftctl.data.examples import Example
 from mftctl.data.files import Record, read_records
-from mftctl.data.formats import to_example
+from mftctl.data.formats import to_example, unused_fields
 from mftctl.data.hub import read_hub
+from mftctl.data.record_issues import RecordIssues
 from mftctl.data.splits import sample_count
 from mftctl.data.trees import conversations, is_message
 from mftctl.errors import DataError
@@ -62,43 +62,51 @@ class DataSource:
         return source
 
 
-def load_examples(sources: Sequence[DataSource], *, seed: int = 0) -> list[Example]:
+def load_examples(sources: Sequence[DataSource], *, seed: int = 0, issues: RecordIssues | None = None) -> list[Example]:
     """The examples of all sources, one source after the other, each in its own order.
 
     Args:
         sources: The parts of the mixture.
         seed: Decides which records are taken where a source has more than its count.
+        issues: Gets what is wrong with single records; without it that is an error.
 
     Raises:
-        DataError: a source cannot be read, a record has no known format, or a source has fewer records than its count.
+        DataError: a source cannot be read, or has fewer records than its count.
     """
-    return [example for source in sources for example in _load_source(source, seed)]
+    found = RecordIssues() if issues is None else issues
+    examples = [example for source in sources for example in _load_source(source, seed, found)]
+    if issues is None:
+        found.settle("error")
+    return examples
 
 
 def data_digest(examples: Iterable[Example]) -> str:
     """The SHA-256 of kinds, roles and contents in hex: equal for equal data, wherever it was read from."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(_canonical(example) + b"\n")
+        digest.update(example.canonical() + b"\n")
     return digest.hexdigest()
 
 
 def record_digest(example: Example) -> str:
     """The first 16 hex digits of the SHA-256 of one record's kind, roles and contents."""
-    return hashlib.sha256(_canonical(example)).hexdigest()[:16]
+    return hashlib.sha256(example.canonical()).hexdigest()[:16]
 
 
-def _canonical(example: Example) -> bytes:
-    return json.dumps([example.kind, [[message.role, message.content] for message in example.messages]]).encode()
-
-
-def _load_source(source: DataSource, seed: int) -> list[Example]:
+def _load_source(source: DataSource, seed: int, issues: RecordIssues) -> list[Example]:
     records = _read(source)
     if is_message(records[0]):
         records = conversations(records)
         if not records:
             raise DataError("The trees of messages hold no answer.", path=source.path)
-    examples = [to_example(record.fields, record.where) for record in records]
+    examples = []
+    issues.records += len(records)
+    for record in records:
+        issues.ignored.update(unused_fields(record.fields))
+        try:
+            examples.append(to_example(record.fields, record.where))
+        except DataError as error:
+            issues.refused.append(error)
     if source.count is None:
         return examples
     if source.count > len(examples):

@@ -103,7 +103,7 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
     """
     import torch.nn.functional as F
 
-    from mftctl.data.encoding import IGNORED_LABEL
+    from mftctl.data.examples import IGNORED_LABEL
 
     targets = batch["labels"][:, 1:].to(model.device)
     positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)

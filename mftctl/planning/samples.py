@@ -6,7 +6,8 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
-from mftctl.data.encoding import IGNORED_LABEL, Encoded
+from mftctl.data.encoding import Encoded
+from mftctl.data.examples import IGNORED_LABEL
 from mftctl.data.rendering import Segment
 
 

@@ -1,0 +1,126 @@
+"""Which chat template a model is trained and asked with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from mftctl.data.chat_rendering import TEMPLATE_FAILURES
+from mftctl.errors import ConfigError
+from mftctl.regular_files import read_regular
+
+BUILT_IN = ("chatml", "tulu", "llama3", "zephyr", "alpaca")
+
+TemplateValue = bool | int | float | str
+
+_VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+
+# In the template itself, so that the model written has it as well.
+_MERGED_SYSTEM = (
+    "{%- if messages | length > 1 and messages[0]['role'] == 'system' -%}"
+    "{%- set messages = [{'role': messages[1]['role'], "
+    "'content': messages[0]['content'] + '\\n\\n' + messages[1]['content']}] + messages[2:] -%}"
+    "{%- endif -%}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateChoice:
+    """What a user says of the chat template.
+
+    Attributes:
+        source: A Jinja file, one of the tokenizer's named templates or one of `BUILT_IN`; None for the tokenizer's own.
+        variables: Set in the template, such as `enable_thinking`.
+        merge_system: Whether the system prompt goes into the first question.
+    """
+
+    source: str | None = None
+    variables: Mapping[str, TemplateValue] = field(default_factory=dict)
+    merge_system: bool = False
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, choice: TemplateChoice) -> None:
+    """Gives the tokenizer the chat template chosen, which is written with it.
+
+    Args:
+        tokenizer: Of the model.
+        choice: What the user wants.
+
+    Raises:
+        ConfigError: There is no such template, it is no template, or the tokenizer has several and none is chosen.
+    """
+    template = _source(tokenizer, choice.source)
+    if template is None:
+        if choice.variables or choice.merge_system:
+            raise ConfigError(
+                "The model has no chat template that this could change.",
+                key="--merge-system" if choice.merge_system else "--template-arg",
+                expected="a chat template",
+                hint=f"--chat-template FILE, or one of {', '.join(BUILT_IN)}",
+            )
+        return
+    set_variables = "".join(_assignment(name, value) for name, value in choice.variables.items())
+    template = set_variables + (_MERGED_SYSTEM if choice.merge_system else "") + template
+    _check(template, choice.source)
+    tokenizer.chat_template = template
+
+
+def _source(tokenizer: PreTrainedTokenizerBase, source: str | None) -> str | None:
+    """The text of the template; None if there is none."""
+    own = tokenizer.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {}
+    if source is None:
+        if named and "default" not in named:
+            raise ConfigError(
+                "The tokenizer has several chat templates, and none is its default.",
+                key="--chat-template",
+                expected=", ".join(sorted(named)),
+                actual="none chosen",
+                hint=f"--chat-template {sorted(named)[0]}",
+            )
+        return named["default"] if named else own
+    if source in named:
+        return named[source]
+    if source in BUILT_IN:
+        return (resources.files("mftctl.data") / "chat_templates" / f"{source}.jinja").read_text(encoding="utf-8")
+    try:
+        return read_regular(Path(source)).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "There is no such chat template.",
+            key="--chat-template",
+            expected=f"a Jinja file, or one of {', '.join([*sorted(named), *BUILT_IN])}",
+            actual=f"{source} ({error})",
+        ) from error
+
+
+def _assignment(name: str, value: TemplateValue) -> str:
+    if not _VARIABLE.fullmatch(name):
+        raise ConfigError(
+            "A variable of the chat template has no name.", key="--template-arg", expected="NAME=VALUE", actual=name
+        )
+    literal = json.dumps(value)  # which Jinja reads as well
+    return f"{{%- set {name} = {literal} -%}}"
+
+
+def _check(template: str, source: str | None) -> None:
+    try:
+        render_jinja_template(conversations=[[{"role": "user", "content": "A"}]], chat_template=template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(
+            "The chat template is no Jinja template.",
+            key="--chat-template",
+            path=source,
+            expected="a Jinja template",
+            actual=f"line {error.lineno}: {error.message}",
+        ) from error
+    except TEMPLATE_FAILURES:  # such as of the roles, to be told with a record
+        return

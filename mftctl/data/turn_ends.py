@@ -1,0 +1,72 @@
+"""What a chat template writes behind an assistant's turn, by which a model knows to stop."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnd:
+    """How a template ends an assistant's turn.
+
+    Attributes:
+        marker: What follows each answer, such as `<|im_end|>`; empty where no text follows all of them.
+    """
+
+    marker: str
+
+    def after(self, tail: str, specials: Sequence[str]) -> str:
+        """The part of the text behind an answer that is learned with it.
+
+        Args:
+            tail: The text behind the answer, to the next answer or to the end.
+            specials: The special tokens of the tokenizer. Where a template has no marker of its own, the first of them
+                is the stop: the next role's token, as of GLM.
+        """
+        if self.marker and tail.startswith(self.marker):
+            return self.marker
+        first = _first_special(tail, specials)
+        return tail[: tail.index(first) + len(first)] if first else ""
+
+
+def common_start(one: str, other: str) -> str:
+    """The text that both begin with."""
+    length = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
+    return one[: min(len(one), len(other)) if length is None else length]
+
+
+def turn_end(between: str | None, last: str, specials: Sequence[str]) -> TurnEnd:
+    """The end of a turn, from what a template writes behind two answers of one conversation.
+
+    Args:
+        between: What stands between an answer and the next one; None where only one could be rendered.
+        last: What stands behind the last answer.
+        specials: The special tokens of the tokenizer, which are never cut.
+    """
+    if between is None:
+        return TurnEnd(last.rstrip())
+    pieces = [_split(text, specials) for text in (between, last)]
+    common = ""
+    for one, other in zip(*pieces, strict=False):
+        if one != other:
+            if one not in specials and other not in specials:
+                common += common_start(one, other)
+            break
+        common += one
+    return TurnEnd(common.rstrip())
+
+
+def _split(text: str, specials: Sequence[str]) -> list[str]:
+    """The text cut before and behind each special token."""
+    if not specials:
+        return [text] if text else []
+    pattern = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
+    return [piece for piece in re.split(f"({pattern})", text) if piece]
+
+
+def _first_special(tail: str, specials: Sequence[str]) -> str | None:
+    """The special token that the text begins with, apart from white space."""
+    stripped = tail.lstrip()
+    return max((token for token in specials if stripped.startswith(token)), key=len, default=None)

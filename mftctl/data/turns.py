@@ -1,0 +1,226 @@
+"""One turn of a conversation as the record formats in use write it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mftctl.data.examples import Message, ToolCall
+from mftctl.errors import DataError
+
+_ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "observation": "tool",
+}
+_ROLE_KEYS = ("role", "from")
+_CONTENT_KEYS = ("content", "value")
+_THINKING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_LEARNED_KEYS = ("weight", "train", "training", "loss")
+_OTHER_KEYS = ("tool_calls", "function_call", "name", "tool_call_id")
+_KNOWN = frozenset((*_ROLE_KEYS, *_CONTENT_KEYS, *_THINKING_KEYS, *_LEARNED_KEYS, *_OTHER_KEYS))
+
+Fields = Mapping[str, Any]
+
+
+def to_message(turn: object, where: str, key: str) -> Message:
+    """One turn of a record.
+
+    Args:
+        turn: With role and content, or from and value.
+        where: The record, for errors.
+        key: The turn in it, such as `messages[1]`.
+
+    Raises:
+        DataError: The role is not known, a field has the wrong type, or the assistant says nothing.
+    """
+    if not isinstance(turn, Mapping):
+        raise wrong_type(where, key, "a turn with role and content (or from and value)", turn)
+    role_key, content_key = _present(turn, _ROLE_KEYS), _present(turn, _CONTENT_KEYS)
+    spoken = turn.get(role_key)
+    name = spoken.lower() if isinstance(spoken, str) else ""
+    if name not in _ROLES:
+        raise DataError(
+            "The role of a turn is not known.",
+            path=where,
+            key=f"{key}.{role_key}",
+            expected=", ".join(_ROLES),
+            actual=repr(spoken),
+        )
+    role = _ROLES[name]
+    content, calls = _content(turn, content_key, where, key), _calls(turn, where, key)
+    if name == "function_call":
+        calls, content = (_shared_call(content, where, f"{key}.{content_key}"),), ""
+    if role != "assistant":
+        return Message(
+            role, content, name=_name(turn, "name", where, key), tool_call_id=_name(turn, "tool_call_id", where, key)
+        )
+    thinking = text(turn, _present(turn, _THINKING_KEYS), where, f"{key}.thinking", default="")
+    is_learned = _is_learned(turn, where, key)
+    if not calls and not content.strip() and not (thinking.strip() and is_learned):
+        raise empty_answer(where, f"{key}.{content_key}", content)
+    return Message(role, content, thinking, calls, _name(turn, "name", where, key), is_learned=is_learned)
+
+
+def unused_keys(turn: object) -> set[str]:
+    """The fields of a turn that `to_message` has no use for."""
+    if not isinstance(turn, Mapping):
+        return set()
+    return {str(key) for key, value in turn.items() if key not in _KNOWN and value is not None}
+
+
+def text(fields: Fields, field: str, where: str, key: str | None = None, *, default: str | None = None) -> str:
+    """The text under `field`, which an error calls `key`; `default` where there is none.
+
+    Raises:
+        DataError: It is no text, or no tokenizer can read it.
+    """
+    value = fields.get(field)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, str):
+        raise wrong_type(where, key or field, "text", value)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "The text holds half of a surrogate pair, which no tokenizer can read.",
+            path=where,
+            key=key or field,
+            actual=f"U+{ord(value[error.start]):04X} at character {error.start}",
+        ) from error
+    return value
+
+
+def wrong_type(where: str, key: str, expected: str, value: object) -> DataError:
+    """The error of a field that is something else than expected."""
+    return DataError(
+        "A field has the wrong type.",
+        path=where,
+        key=key,
+        expected=expected,
+        actual="nothing" if value is None else type(value).__name__,
+    )
+
+
+def empty_answer(where: str, key: str, content: str) -> DataError:
+    """The error of an answer in which there is nothing to learn."""
+    return DataError(
+        "The answer is empty.",
+        path=where,
+        key=key,
+        expected="text other than white space",
+        actual=repr(content),
+        hint="remove the record",
+    )
+
+
+def functions(value: object, where: str, key: str) -> str:
+    """The functions that a record lets the assistant call, as JSON text; empty if there are none.
+
+    Args:
+        value: A list of objects, or JSON text of one.
+        where: The record, for errors.
+        key: The field, for errors.
+    """
+    listed = _parsed(value, where, key) if isinstance(value, str) and value.strip() else value
+    if not listed:
+        return ""
+    if not isinstance(listed, list) or not all(isinstance(item, Mapping) for item in listed):
+        raise wrong_type(where, key, "a list of functions", listed)
+    return json.dumps(listed, ensure_ascii=False)
+
+
+def _present(turn: Fields, keys: tuple[str, ...]) -> str:
+    """The first of the keys that has a value, or the first of all."""
+    return next((key for key in keys if turn.get(key) is not None), keys[0])
+
+
+def _content(turn: Fields, content_key: str, where: str, key: str) -> str:
+    """The text of a turn; of a list of parts the texts joined."""
+    value = turn.get(content_key)
+    if value is None and (turn.get("tool_calls") or turn.get("function_call")):
+        return ""
+    if not isinstance(value, list):
+        return text(turn, content_key, where, f"{key}.{content_key}")
+    return "".join(_part(part, where, f"{key}.{content_key}[{index}]") for index, part in enumerate(value))
+
+
+def _part(part: object, where: str, key: str) -> str:
+    if isinstance(part, str):
+        return text({"text": part}, "text", where, key)
+    if not isinstance(part, Mapping):
+        raise wrong_type(where, key, "a part with type and text", part)
+    if part.get("type", "text") != "text":
+        raise DataError(
+            "A part of the content is no text.",
+            path=where,
+            key=f"{key}.type",
+            expected="text",
+            actual=str(part.get("type")),
+            hint="mftctl trains language models on text; remove the record",
+        )
+    return text(part, "text", where, f"{key}.text")
+
+
+def _calls(turn: Fields, where: str, key: str) -> tuple[ToolCall, ...]:
+    """The tool calls of a turn, also that of the older `function_call`."""
+    calls = turn.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise wrong_type(where, f"{key}.tool_calls", "a list of calls", calls)
+    found = [_call(call, where, f"{key}.tool_calls[{index}]") for index, call in enumerate(calls)]
+    if turn.get("function_call") is not None:
+        found.append(_call(turn["function_call"], where, f"{key}.function_call"))
+    return tuple(found)
+
+
+def _call(call: object, where: str, key: str) -> ToolCall:
+    """A call as OpenAI writes it, or the function of one alone; its arguments are JSON text or an object."""
+    if not isinstance(call, Mapping):
+        raise wrong_type(where, key, "a call with function.name and function.arguments", call)
+    function = call.get("function", call)
+    if not isinstance(function, Mapping):
+        raise wrong_type(where, f"{key}.function", "an object with name and arguments", function)
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = _parsed(arguments, where, f"{key}.arguments")
+    name = text(function, "name", where, f"{key}.name")
+    return ToolCall(name, json.dumps(arguments or {}, ensure_ascii=False), _name(call, "id", where, key))
+
+
+def _shared_call(content: str, where: str, key: str) -> ToolCall:
+    """The call in a `function_call` turn of ShareGPT, whose text is its JSON."""
+    return _call(_parsed(content, where, key), where, key)
+
+
+def _parsed(value: str, where: str, key: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError("A field is no JSON text.", path=where, key=key, expected="JSON", actual=str(error)) from error
+
+
+def _name(turn: Fields, field: str, where: str, key: str) -> str | None:
+    value = turn.get(field)
+    return None if value is None else text(turn, field, where, f"{key}.{field}")
+
+
+def _is_learned(turn: Fields, where: str, key: str) -> bool:
+    """Whether all of a turn's switches are on: `weight` 0 or 1, the others true or false."""
+    switches = [(name, turn[name]) for name in _LEARNED_KEYS if turn.get(name) is not None]
+    for name, value in switches:
+        if value not in (0, 1):  # which True and False are, too
+            raise DataError(
+                "A turn is learned or not.", path=where, key=f"{key}.{name}", expected="0 or 1", actual=repr(value)
+            )
+    return all(value == 1 for _, value in switches)
