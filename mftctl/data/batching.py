@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from mftctl.data.encoding import IGNORED_LABEL, Encoded
+from mftctl.data.encoding import Encoded
+from mftctl.data.examples import IGNORED_LABEL
 from mftctl.errors import DataError
 
 _MEGA_BATCH = 50

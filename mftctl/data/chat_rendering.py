@@ -14,6 +14,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mftctl.data import template_clock
 from mftctl.data.examples import Example, Message, ToolCall
 from mftctl.data.turn_ends import TurnEnd, common_start, turn_end
 from mftctl.errors import DataError
@@ -26,6 +27,8 @@ _SENTENCE_WORDS = 3
 
 _THOUGHT_END = "</think>"
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
+_OTHER_TEMPLATE = "choose another template with --chat-template, or remove the record"
+
 TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
 """What the code of a template raises."""
 
@@ -76,9 +79,7 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, now: datetime) -> None:
         self._tokenizer = tokenizer
-        self._template = cast(str, tokenizer.chat_template)
-        self._now = now
-        self._takes_parts = False
+        self._template = template_clock.at(cast(str, tokenizer.chat_template), now)
         self._arguments_are_text = False
 
     @cached_property
@@ -90,10 +91,29 @@ class ChatRenderer:
                 text = self._text(Example("chat", turns, "", has_turns=True), turns)
             except DataError:
                 continue
-            _, *behind = text.split(_MARK)
+            first, *behind = text.split(_MARK)
             if len(behind) == len(turns) // 2:
-                return turn_end(behind[0] if len(behind) == 2 else None, behind[-1], self._specials)
+                between = behind[0] if len(behind) > 1 else None
+                return turn_end(between, behind[-1], self._specials, opening=self._opening(first))
         return TurnEnd("")
+
+    def _opening(self, text: str) -> str | None:
+        """The special token with which the template opens a turn: the first that is no begin of a sequence."""
+        known = [token for token in self._specials if token != self._tokenizer.bos_token and token in text]
+        return min(known, key=text.index, default=None)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template reads a turn's content as a list of parts alone, as of vision-language models."""
+        found = []
+        for content in (_MARK, [{"type": "text", "text": _MARK}]):
+            try:
+                text, _ = self._rendered([{"role": "user", "content": content}], {})
+            except TEMPLATE_FAILURES:
+                found.append(False)
+            else:
+                found.append(_MARK in text)
+        return found == [False, True]
 
     @cached_property
     def added_system(self) -> str:
@@ -122,18 +142,7 @@ class ChatRenderer:
             DataError: The template fails on it, leaves out a question or an answer, or the last answer is not to be
                 found.
         """
-        try:
-            whole = self._checked(example)
-        except DataError:
-            if self._takes_parts or not example.messages:
-                raise
-            self._takes_parts = True  # as the templates of vision-language models want it
-            try:
-                whole = self._checked(example)
-            except DataError:
-                self._takes_parts = False
-                self._checked(example)  # for its error
-                raise
+        whole = self._checked(example)
         return self._found(example, whole)
 
     def _found(self, example: Example, whole: str) -> Conversation:
@@ -159,18 +168,13 @@ class ChatRenderer:
         starts = [start for start, _ in spans[1:]] + [len(whole)]
         for index, (start, end), following in zip(turns, spans, starts, strict=True):
             stop = self.turn_end.after(whole[end:following], self._specials)
-            has_stop = bool(stop) or (bool(marker) and whole[start:end].rstrip().endswith(marker))
+            has_stop = bool(stop) or whole[start:end].rstrip().endswith((*self._specials, marker or _MARK))
             answers.append(Answer(start, end + len(stop), example.messages[index].is_learned, has_stop))
         return tuple(answers)
 
     def _generated(self, example: Example) -> list[tuple[int, int]]:
         """What the template itself marks as generated, as spans of characters."""
-        _, spans = render_jinja_template(
-            conversations=[self._turns(example, example.messages)],
-            chat_template=self._template,
-            return_assistant_tokens_mask=True,
-            **{**self._tokenizer.special_tokens_map, **self._variables(example)},
-        )
+        _, spans = self._rendered(self._turns(example, example.messages), self._variables(example), marked=True)
         return [(start, end) for start, end in spans[0] if end > start]
 
     def _span(self, example: Example, whole: str, index: int) -> tuple[int, int] | None:
@@ -226,7 +230,7 @@ class ChatRenderer:
                     key=f"messages[{index}]",
                     expected=f"the text of the {message.role} turn in what the template writes",
                     actual=_shortened(_said(message)),
-                    hint="choose another template with --chat-template, or remove the record",
+                    hint="--merge-system" if message.role == "system" else _OTHER_TEMPLATE,
                 )
             for call in message.tool_calls:
                 if call.name not in whole:
@@ -258,20 +262,28 @@ class ChatRenderer:
             ) from error
 
     def _applied(self, example: Example, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        return cast(
-            str,
-            self._tokenizer.apply_chat_template(
-                self._turns(example, messages),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables(example),
+        turns, variables = self._turns(example, messages), self._variables(example)
+        return self._rendered(turns, {**variables, "add_generation_prompt": add_generation_prompt})[0]
+
+    def _rendered(
+        self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, marked: bool = False
+    ) -> tuple[str, list[list[tuple[int, int]]]]:
+        """The text of the turns, and where the template marks what is generated, if that is asked for."""
+        texts, spans = cast(
+            "tuple[list[str], list[list[tuple[int, int]]]]",
+            render_jinja_template(
+                conversations=[[dict(turn) for turn in turns]],
+                chat_template=self._template,
+                return_assistant_tokens_mask=marked,
+                **{**self._tokenizer.special_tokens_map, **variables},
             ),
         )
+        return texts[0], spans
 
     def _variables(self, example: Example) -> dict[str, Any]:
         variables = json.loads(example.template_args or "{}")
         tools = json.loads(example.tools) if example.tools else None
-        return {**variables, "tools": tools, "strftime_now": self._now.strftime}
+        return {**variables, "tools": tools}
 
     def _turns(self, example: Example, messages: Sequence[Message]) -> list[Mapping[str, Any]]:
         """The turns as templates read them; the functions go into the system turn where there is no other place."""

@@ -37,17 +37,17 @@ def common_start(one: str, other: str) -> str:
     return one[: min(len(one), len(other)) if length is None else length]
 
 
-def turn_end(between: str | None, last: str, specials: Sequence[str]) -> TurnEnd:
+def turn_end(between: str | None, last: str, specials: Sequence[str], *, opening: str | None = None) -> TurnEnd:
     """The end of a turn, from what a template writes behind two answers of one conversation.
 
     Args:
         between: What stands between an answer and the next one; None where only one could be rendered.
         last: What stands behind the last answer.
         specials: The special tokens of the tokenizer, which are never cut.
+        opening: The one that begins a turn, which no longer belongs to the end of the one before.
     """
-    if between is None:
-        return TurnEnd(last.rstrip())
-    pieces = [_split(text, specials) for text in (between, last)]
+    ends = [text.partition(opening)[0] if opening else text for text in (between or last, last)]
+    pieces = [_split(text, specials) for text in ends]
     common = ""
     for one, other in zip(*pieces, strict=False):
         if one != other:
