@@ -22,6 +22,9 @@ from mftctl.errors import DataError
 _MARK = "mftctlMark7041"
 """Stands in for an answer to see where a template puts it; a word, so that no template changes it."""
 
+_ASKED = "mftctlAsked7041"
+"""The same for a question."""
+
 _SENTENCE_WORDS = 3
 """Fewer stand for a role, and not for a prompt."""
 
@@ -85,7 +88,7 @@ class ChatRenderer:
     @cached_property
     def turn_end(self) -> TurnEnd:
         """How the template ends an assistant's turn."""
-        question, answer = Message("user", "A"), Message("assistant", _MARK)
+        question, answer = Message("user", _ASKED), Message("assistant", _MARK)
         for turns in ((question, answer, question, answer), (question, answer)):
             try:
                 text = self._text(Example("chat", turns, "", has_turns=True), turns)
@@ -94,7 +97,8 @@ class ChatRenderer:
             first, *behind = text.split(_MARK)
             if len(behind) == len(turns) // 2:
                 between = behind[0] if len(behind) > 1 else None
-                return turn_end(between, behind[-1], self._specials, opening=self._opening(first))
+                opening = self._opening(first.partition(_ASKED)[0])
+                return turn_end(between, behind[-1], self._specials, opening=opening)
         return TurnEnd("")
 
     def _opening(self, text: str) -> str | None:
@@ -164,11 +168,11 @@ class ChatRenderer:
         self, example: Example, whole: str, turns: Sequence[int], spans: Sequence[tuple[int, int]]
     ) -> tuple[Answer, ...]:
         """The answers with the stop behind each."""
-        answers, marker = [], self.turn_end.marker
+        answers = []
         starts = [start for start, _ in spans[1:]] + [len(whole)]
         for index, (start, end), following in zip(turns, spans, starts, strict=True):
-            stop = self.turn_end.after(whole[end:following], self._specials)
-            has_stop = bool(stop) or whole[start:end].rstrip().endswith((*self._specials, marker or _MARK))
+            stop = self.turn_end.after(whole[start:end], whole[end:following], self._specials)
+            has_stop = bool(stop) or self.turn_end.ends(whole[start:end], self._specials)
             answers.append(Answer(start, end + len(stop), example.messages[index].is_learned, has_stop))
         return tuple(answers)
 

@@ -17,18 +17,24 @@ class TurnEnd:
 
     marker: str
 
-    def after(self, tail: str, specials: Sequence[str]) -> str:
+    def after(self, answer: str, tail: str, specials: Sequence[str]) -> str:
         """The part of the text behind an answer that is learned with it.
 
         Args:
+            answer: Which may bring its end itself.
             tail: The text behind the answer, to the next answer or to the end.
             specials: The special tokens of the tokenizer. Where a template has no marker of its own, the first of them
                 is the stop: the next role's token, as of GLM.
         """
         if self.marker and tail.startswith(self.marker):
             return self.marker
-        first = _first_special(tail, specials)
+        first = None if self.ends(answer, specials) else _first_special(tail, specials)
         return tail[: tail.index(first) + len(first)] if first else ""
+
+    def ends(self, answer: str, specials: Sequence[str]) -> bool:
+        """Whether the answer brings its end itself."""
+        ends = (*specials, self.marker) if self.marker else tuple(specials)
+        return answer.rstrip().endswith(ends)
 
 
 def common_start(one: str, other: str) -> str:

@@ -142,8 +142,8 @@ def functions(value: object, where: str, key: str) -> str:
 
 
 def _present(turn: Fields, keys: tuple[str, ...]) -> str:
-    """The first of the keys that has a value, or the first of all."""
-    return next((key for key in keys if turn.get(key) is not None), keys[0])
+    """The first of the keys that has a value, or the last of all."""
+    return next((key for key in keys if turn.get(key) is not None), keys[-1])
 
 
 def _content(turn: Fields, content_key: str, where: str, key: str) -> str:

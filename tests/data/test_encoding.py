@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from mftctl.data.encoding import Encoded, encode, encode_all, encode_prompt
-from mftctl.data.examples import Example, Kind, Message
+from mftctl.data.encoding import Encoded, Encoder, PromptTooLongError, encode_all
+from mftctl.data.examples import Example, Kind, Message, TokenIds
+from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.errors import DataError
 from tests.conftest import build_tokenizer
@@ -24,6 +26,10 @@ CHATML = (
 BARE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+REFUSES_SYSTEM = (
+    "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ message.content }}<|end|>{% endfor %}"
 )
 CORPUS = [
     "the cat sat on the cats mat. ",
@@ -76,6 +82,14 @@ def example(*texts: str, kind: Kind = "chat", system: str | None = None) -> Exam
     roles = ["assistant", "user"] * len(texts)
     messages = [Message(role, text) for role, text in zip(reversed(roles[: len(texts)]), texts, strict=True)]
     return Example(kind, tuple([*([Message("system", system)] if system else []), *messages]), "data:1")
+
+
+def encode(record: Example, tokenizer: PreTrainedTokenizerFast, max_length_tokens: int) -> Encoded:
+    return Encoder(tokenizer).encode(record, max_length_tokens)
+
+
+def encode_prompt(record: Example, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    return Encoder(tokenizer).prompt(record)
 
 
 def labelled(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
@@ -261,7 +275,7 @@ def test_truncation_keeps_the_front(max_length_tokens: int) -> None:
     whole = encode(record, CHARACTERS, 1000)
     prompt_tokens = len(encode_prompt(record, CHARACTERS))
     if max_length_tokens <= prompt_tokens:
-        with pytest.raises(DataError, match="left to learn"):
+        with pytest.raises(PromptTooLongError, match="left to learn"):
             encode(record, CHARACTERS, max_length_tokens)
         return
     cut = encode(record, CHARACTERS, max_length_tokens)
@@ -283,13 +297,13 @@ def test_single_first_token_is_nothing_to_learn() -> None:
         encode(example("the cat", kind="text"), CHARACTERS, 1)
 
 
-def test_template_that_rewrites_earlier_turns() -> None:
+def test_template_that_leaves_out_a_question() -> None:
     tokenizer = build_tokenizer(
         chat_template="{% for message in messages %}{{ message.content if loop.last else '-' }}<|end|>{% endfor %}"
     )
-    with pytest.raises(DataError, match="changes earlier turns") as caught:
+    with pytest.raises(DataError, match="leaves out a text") as caught:
         encode(example("a", "b"), tokenizer, 100)
-    assert (caught.value.path, caught.value.key) == ("data:1", "messages[1]")
+    assert (caught.value.path, caught.value.key, caught.value.actual) == ("data:1", "messages[0]", "'a'")
 
 
 def test_template_that_refuses_the_roles() -> None:
@@ -302,11 +316,68 @@ def test_template_that_refuses_the_roles() -> None:
 
 def test_encode_all_keeps_the_order() -> None:
     records = [example("a", str(number)) for number in range(5)]
-    assert encode_all(records, CHARACTERS, 100) == [encode(record, CHARACTERS, 100) for record in records]
+    encoded = encode_all(records, Encoder(CHARACTERS), 100, RecordIssues())
+    assert encoded.records == [encode(record, CHARACTERS, 100) for record in records]
+    assert encoded.examples == records
+
+
+def test_encode_all_counts_what_it_leaves_out() -> None:
+    records = [example("a", "b"), example("x" * 50, "b"), example("a", "y" * 50), example("a", "b", system="{}")]
+    tokenizer = build_tokenizer(chat_template=REFUSES_SYSTEM)
+    issues, told = RecordIssues(), []
+    encoded = encode_all(
+        records, Encoder(tokenizer), 20, issues, on_progress=lambda done, total: told.append((done, total))
+    )
+    assert [record.is_cut for record in encoded.records] == [False, True]
+    assert encoded.examples == [records[0], records[2]]
+    assert (issues.overlong, issues.cut, len(issues.refused)) == (1, 1, 1)
+    assert told == [(4, 4)]
+
+
+def test_conversation_without_a_template_is_refused() -> None:
+    record = Example("chat", example("a", "b", system="s").messages, "data:1", has_turns=True)
+    with pytest.raises(DataError, match="no chat template") as caught:
+        encode(record, BYTES_PLAIN, 100)
+    assert caught.value.actual == "a conversation of system, user, assistant"
+    assert "--chat-template tulu" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("tokenizer", [LLAMA_PLAIN, LLAMA_PLAIN_ALWAYS])
+@pytest.mark.parametrize("record", [example("<s>the cat", kind="text"), example("<s>the", " cat", kind="completion")])
+def test_text_that_brings_its_bos_gets_no_second_one(tokenizer: PreTrainedTokenizerFast, record: Example) -> None:
+    encoded = encode(record, tokenizer, 100)
+    assert encoded.input_ids.count(tokenizer.bos_token_id) == 1
+    assert encoded.input_ids[0] == tokenizer.bos_token_id
+
+
+def test_last_answer_alone_is_learned_where_asked_for() -> None:
+    encoded = Encoder(CHARACTERS, learn="last").encode(example("a", "b", "c", "d"), 100)
+    assert labelled(encoded, CHARACTERS) == ["d<|end|>"]
+
+
+def test_turn_that_is_not_to_be_learned() -> None:
+    turns = example("a", "b", "c", "d").messages
+    muted = replace(turns[1], is_learned=False)
+    encoded = encode(Example("chat", (turns[0], muted, *turns[2:]), "x"), CHARACTERS, 100)
+    assert labelled(encoded, CHARACTERS) == ["d<|end|>"]
+
+
+def test_token_ids_are_taken_as_they_are() -> None:
+    record = Example("tokens", (), "data:1", token_ids=TokenIds((1, 5, 6, 2), (-100, -100, 6, 2)))
+    assert encode(record, CHARACTERS, 100) == Encoded([1, 5, 6, 2], [-100, -100, 6, 2], "data:1")
+    assert encode(record, CHARACTERS, 3).is_cut
+
+
+def test_token_id_that_the_tokenizer_lacks() -> None:
+    record = Example("tokens", (), "data:1", token_ids=TokenIds((1, 10**6), (1, 10**6)))
+    with pytest.raises(DataError, match="no such token") as caught:
+        encode(record, CHARACTERS, 100)
+    assert caught.value.actual == 10**6
 
 
 def test_real_gsm8k_answers_are_labelled_in_full(real_data: Path) -> None:
-    records = load_examples([DataSource(str(real_data / "gsm8k" / "train.jsonl.gz"), count=100)])
-    for record, encoded in zip(records, encode_all(records, BYTES_CHATML, 4096), strict=True):
-        assert labelled(encoded, BYTES_CHATML) == [f"{record.answer}<|im_end|>"]
-        assert_consistent(encoded, encode_prompt(record, BYTES_CHATML))
+    examples = load_examples([DataSource(str(real_data / "gsm8k" / "train.jsonl.gz"), count=100)])
+    encoded = encode_all(examples, Encoder(BYTES_CHATML), 4096, RecordIssues())
+    for record, tokens in zip(examples, encoded.records, strict=True):
+        assert labelled(tokens, BYTES_CHATML) == [f"{record.answer}<|im_end|>"]
+        assert_consistent(tokens, encode_prompt(record, BYTES_CHATML))

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +35,10 @@ def failure(path: Path) -> DataError:
     return caught.value
 
 
+def zstd(text: str) -> bytes:
+    return bytes(pyarrow.Codec("zstd").compress(text.encode(), asbytes=True))
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -41,6 +46,10 @@ def failure(path: Path) -> DataError:
         ("train.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("train.json", LINES.encode()),
         ("list.json", json.dumps(RECORDS, indent=2).encode()),
+        ("pages.json", json.dumps({"version": 1, "data": RECORDS}).encode()),
+        ("columns.json", json.dumps({key: [row[key] for row in RECORDS] for key in RECORDS[0]}, indent=1).encode()),
+        ("train.jsonl.zst", zstd(LINES)),
+        ("list.json.zst", zstd(json.dumps(RECORDS))),
         ("list.json.gz", gzip.compress(json.dumps(RECORDS).encode(), mtime=0)),
         ("TRAIN.CSV", "\r\n".join(["question,answer", *(",".join(record.values()) for record in RECORDS)]).encode()),
         ("bom.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
@@ -185,3 +194,19 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     error = failure(path)
     assert "cannot be read" in error.message
     assert "Permission denied" in str(error.actual)
+
+
+def test_one_record_over_several_lines(tmp_path: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    assert fields(write(tmp_path / "one.json", json.dumps(record, indent=2))) == [record]
+
+
+def test_csv_cell_of_any_length(tmp_path: Path) -> None:
+    question = "word " * 40_000
+    path = write(tmp_path / "long.csv", f'question,answer\n"{question}",b\n')
+    assert fields(path) == [{"question": question, "answer": "b"}]
+
+
+def test_zstd_file_that_is_cut_short(tmp_path: Path) -> None:
+    error = failure(write(tmp_path / "cut.jsonl.zst", zstd(LINES)[:-9]))
+    assert "no complete zstd file" in error.message

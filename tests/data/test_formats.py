@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mftctl.data.examples import Example, Message
-from mftctl.data.formats import to_example
+from mftctl.data.examples import Example, Message, TokenIds
+from mftctl.data.formats import to_example, unused_fields
 from mftctl.errors import DataError
 
 WHERE = "train.jsonl:17"
@@ -37,7 +38,8 @@ QUESTION_ANSWER = (Message("user", "2+2?"), Message("assistant", "4"))
     ],
 )
 def test_question_and_answer_in_every_format(record: dict[str, Any], kind: str) -> None:
-    assert to_example(record, WHERE) == Example(kind, QUESTION_ANSWER, WHERE)
+    has_turns = "messages" in record or "conversations" in record
+    assert to_example(record, WHERE) == Example(kind, QUESTION_ANSWER, WHERE, has_turns=has_turns)
 
 
 def test_text_is_one_assistant_turn() -> None:
@@ -123,7 +125,10 @@ def test_record_of_nulls_has_no_format() -> None:
         ({"text": {"a": 1}}, "text", "dict"),
         ({"messages": "hello"}, "messages", "str"),
         ({"messages": ["hello"]}, "messages[0]", "str"),
-        ({"messages": [{"role": "user", "content": ["part"]}]}, "messages[0].content", "list"),
+        ({"messages": [{"role": "user", "content": [3]}]}, "messages[0].content[0]", "int"),
+        ({"question": "a", "answer": "b", "system": 3}, "system", "int"),
+        ({"instruction": "a", "output": "b", "history": ["a"]}, "history[0]", "str"),
+        ({"messages": [], "input_ids": "1 2"}, "input_ids", "str"),
         ({"conversations": [{"from": "human"}]}, "conversations[0].value", "nothing"),
     ],
 )
@@ -179,3 +184,91 @@ def test_half_a_surrogate_pair() -> None:
         to_example({"text": "ab\ud83d"}, WHERE)
     assert (caught.value.path, caught.value.key) == (WHERE, "text")
     assert caught.value.actual == "U+D83D at character 2"
+
+
+def test_prompt_and_completion_of_turns_are_one_conversation() -> None:
+    record = {
+        "prompt": [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ],
+        "completion": [{"role": "assistant", "content": "d"}],
+    }
+    example = to_example(record, WHERE)
+    assert [(turn.role, turn.content, turn.is_learned) for turn in example.messages] == [
+        ("user", "a", True),
+        ("assistant", "b", False),
+        ("user", "c", True),
+        ("assistant", "d", True),
+    ]
+
+
+def test_alpaca_history_and_system_are_earlier_turns() -> None:
+    record = {"system": "S", "instruction": "c", "output": "d", "history": [["a", "b"]]}
+    example = to_example(record, WHERE)
+    assert [turn.content for turn in example.messages] == ["S", "a", "b", "c", "d"]
+    assert [turn.role for turn in example.messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert example.has_turns
+
+
+def test_system_prompt_beside_a_question() -> None:
+    assert to_example({"question": "a", "answer": "b", "system_prompt": "S"}, WHERE).messages[0] == Message(
+        "system", "S"
+    )
+
+
+def test_tools_and_template_variables_of_a_conversation() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for listed in (tools, json.dumps(tools)):
+        example = to_example({"messages": turns, "tools": listed, "chat_template_kwargs": {"x": True}}, WHERE)
+        assert json.loads(example.tools) == tools
+        assert json.loads(example.template_args) == {"x": True}
+    assert to_example({"messages": turns, "tools": "[]"}, WHERE).tools == ""
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"chosen": [{"role": "user", "content": "a"}], "rejected": []},
+        {"prompt": "a", "completion": "b", "label": False},
+    ],
+)
+def test_preferences_are_refused(record: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="preferred"):
+        to_example(record, WHERE)
+
+
+def test_conversation_of_which_nothing_is_learned() -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    with pytest.raises(DataError, match="No turn"):
+        to_example({"messages": turns}, WHERE)
+
+
+def test_token_ids_with_labels_or_masks() -> None:
+    ids = {"input_ids": [1, 5, 6, 2], "attention_mask": [1, 1, 1, 0]}
+    expected = TokenIds((1, 5, 6), (-100, -100, 6))
+    for extra in ({"labels": [-100, -100, 6, 2]}, {"completion_mask": [0, 0, 1, 1]}, {"assistant_masks": [0, 0, 1, 1]}):
+        assert to_example({**ids, **extra}, WHERE) == Example("tokens", (), WHERE, token_ids=expected)
+    assert to_example({"input_ids": [0, 7]}, WHERE).token_ids == TokenIds((0, 7), (0, 7))
+
+
+def test_labels_of_another_length() -> None:
+    with pytest.raises(DataError, match="another length") as caught:
+        to_example({"input_ids": [1, 2], "labels": [1]}, WHERE)
+    assert (caught.value.key, caught.value.expected, caught.value.actual) == ("labels", "2", "1")
+
+
+def test_labels_that_are_shifted_already() -> None:
+    with pytest.raises(DataError, match="another token") as caught:
+        to_example({"input_ids": [1, 2], "labels": [2, -100]}, WHERE)
+    assert caught.value.key == "labels[0]"
+
+
+def test_fields_without_a_use_are_named() -> None:
+    turns = [{"role": "user", "content": "a", "id": 3}, {"role": "assistant", "content": "b", "weight": 1}]
+    assert unused_fields({"messages": turns, "source": "x", "tools": None, "id": 1}) == {"messages.id", "source", "id"}
+    assert unused_fields({"question": "a", "answer": "b"}) == set()
+    assert unused_fields({"unknown": 1}) == set()

@@ -1,0 +1,66 @@
+"""What is wrong with records is counted, and told once."""
+
+from __future__ import annotations
+
+import pytest
+
+from mftctl.data.record_issues import RecordIssues
+from mftctl.errors import DataError
+
+
+def issues_of(count: int) -> RecordIssues:
+    issues = RecordIssues()
+    issues.records = 10
+    issues.refused = [DataError("It is bad.", path=f"d:{n}", key="k", actual="x", hint="mend it") for n in range(count)]
+    return issues
+
+
+def test_nothing_is_wrong() -> None:
+    issues = issues_of(0)
+    issues.settle("error")
+    assert issues.lines(100) == []
+
+
+def test_one_record_is_its_own_error() -> None:
+    with pytest.raises(DataError, match="It is bad") as caught:
+        issues_of(1).settle("error")
+    assert caught.value.hint == "mend it; --bad-records skip leaves it out"
+
+
+def test_several_records_are_counted_and_the_first_named() -> None:
+    with pytest.raises(DataError, match="5 of 10 records cannot be used") as caught:
+        issues_of(5).settle("error")
+    named = [f"d:{number}: k: It is bad (x)" for number in range(3)]
+    assert caught.value.actual == "; ".join([*named, "and 2 more"])
+
+
+def test_records_left_out_are_told() -> None:
+    issues = issues_of(2)
+    issues.settle("skip")
+    assert issues.lines(100)[0].startswith(
+        "2 of 10 records cannot be used and are left out: d:0: k: It is bad (x); d:1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ("overlong", "their prompt alone is longer than --max-length 64"),
+        ("cut", "3 of 10 answers (30.0%) are cut at --max-length 64"),
+        ("without_thinking", "leaves out the thinking"),
+        ("last_only", "only the last answer is learned"),
+        ("tools_as_text", "JSON text"),
+        ("open_turns", "ends earlier answers with nothing"),
+    ],
+)
+def test_each_count_is_told(field: str, words: str) -> None:
+    issues = issues_of(0)
+    setattr(issues, field, 3)
+    (line,) = issues.lines(64)
+    assert words in line
+
+
+def test_ignored_fields_are_named_once() -> None:
+    issues = issues_of(0)
+    issues.ignored.update(["source", "id", "id"])
+    assert issues.lines(64) == ["ignored: id, source"]
