@@ -6,9 +6,10 @@ A recipe is a YAML file. Shared keys (`model`, `data`, `seed`, ...) stand at the
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
@@ -57,6 +58,16 @@ def _to_source(part: object) -> object:
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_to_sources)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["auto", "fp32", "bf16"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+
+
+def _check_device(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d{1,3})?", name) is None:
+        raise ValueError(f"a device is auto, cpu, cuda, cuda:N, mps or xpu, not {name}")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_check_device)]
 
 
 class TrainingOptions(_Section):
@@ -343,6 +354,12 @@ class Recipe(_Section):
     test_data: Sources = Field((), description="Data that eval measures on.")
     seed: int = Field(0, ge=0, description="Decides order, splits and random starts.")
     seeds: tuple[int, ...] = Field((), strict=False, description="run: repeat the experiment for each.")
+    device: Device = Field(
+        "auto", description="cpu, cuda, cuda:N (a GPU by its number), mps or xpu; auto: the GPU if there is one."
+    )
+    attention: Attention = Field(
+        "auto", description="Kernels of attention: sdpa, flash_attention_2 or eager; auto: what transformers chooses."
+    )
     fft: FftOptions = FftOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()
@@ -367,6 +384,10 @@ _SECTIONS: dict[str, dict[str, Any]] = {
     "mask-train": {"mask_train": True, **_RATE},
     "eval": {"eval": True},
 }
+
+
+OF_THE_MACHINE = ("device", "attention")
+"""Keys that say where and by what kernels to compute, which another command or machine need not share."""
 
 
 def to_document(recipe: Recipe) -> dict[str, Any]:

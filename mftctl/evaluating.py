@@ -15,7 +15,7 @@ from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, data_digest, load_examples
-from mftctl.devices import device_for, evaluation_with_less_memory
+from mftctl.devices import best_device, device_for, evaluation_with_less_memory, visible_alone
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
@@ -60,13 +60,19 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     Raises:
         MftError: Anything known that can go wrong.
     """
-    restart_peak_memory()
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
-    with device_for(run, listener, less_memory=evaluation_with_less_memory(recipe.eval)):
+    with device_for(
+        run,
+        listener,
+        less_memory=evaluation_with_less_memory(recipe.eval),
+        device=recipe.device,
+        attention=recipe.attention,
+    ):
+        restart_peak_memory()
         loaded = None if recipe.eval.predictions is not None else _load(source, recipe)
         datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
-    return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+        return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
 
 def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
@@ -172,7 +178,8 @@ def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnsw
     from mftctl.evaluation.vllm_answers import VllmAnswers
 
     dtype = str(evaluation_dtype(checkpoint)).removeprefix("torch.")
-    return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed)
+    with visible_alone(best_device()):
+        return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed)
 
 
 def check_measures(recipe: Recipe) -> None:
@@ -217,6 +224,14 @@ def _check_vllm(recipe: Recipe) -> None:
             key="eval.engine",
             actual="vllm",
             hint="pip install 'mftctl[vllm]', or --engine hf",
+        )
+    if recipe.device in ("cpu", "mps", "xpu") or recipe.attention != "auto":
+        raise ConfigError(
+            "vLLM computes on what it was built for, with attention that it chooses itself.",
+            key="eval.engine",
+            expected="the device auto, cuda or cuda:N, and the attention auto",
+            actual=f"{recipe.device}, {recipe.attention}",
+            hint="leave --device and --attention out, or --engine hf",
         )
     if recipe.test_data:
         raise ConfigError(

@@ -16,6 +16,7 @@ from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import MaskTrainOptions
 from mftctl.data.batching import PaddingCollator, pad_token_id
 from mftctl.devices import gpu_failures
+from mftctl.masking.dtypes import exact_sum
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, find_targets, format_layers
@@ -166,9 +167,9 @@ def _promised_gain(
     threshold = options.effective_threshold
     if threshold is None:
         count = removed_count(gains.numel(), options.ratio_of(target.projection) or 0.0)
-        return float(gains.flatten().topk(count).values.double().sum())
+        return exact_sum(gains.flatten().topk(count).values)
     scores = initial_scores(target, options.effective_start, constant=options.start_value, seed=seed)
-    return float(gains[(scores - reach < threshold) & (gains > 0)].double().sum())
+    return exact_sum(gains[(scores - reach < threshold) & (gains > 0)])
 
 
 def _parameter(target: MaskTarget) -> Parameter:

@@ -13,12 +13,12 @@ from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
-from mftctl.devices import device_for, training_with_less_memory
+from mftctl.devices import best_device, device_for, training_with_less_memory
 from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.models import best_device, load_model, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.models import load_model, peak_memory_bytes, restart_peak_memory, stored_dtype
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
 from mftctl.processes import is_first, spreads_parameters, under_deepspeed, world_size
@@ -68,10 +68,18 @@ def fine_tune(
     Source: MFT, section 2, equation 1; GMT, section 2 and algorithm 1. The loss is the mean over all answer tokens of
     an optimizer step.
     """
-    restart_peak_memory()
     options = recipe.fft
     less_memory = training_with_less_memory(options)
-    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
+    with device_for(
+        run,
+        listener,
+        less_memory=less_memory,
+        deterministic=options.deterministic,
+        device=recipe.device,
+        attention=recipe.attention,
+        precision=options.precision,
+    ):
+        restart_peak_memory()
         return _fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.data.encoding import Encoded
-from mftctl.devices import device_for, training_with_less_memory
+from mftctl.devices import device_for, find_device, training_with_less_memory
 from mftctl.errors import ConfigError, OutputError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fft_learning_rate, mask_state
@@ -53,12 +53,23 @@ def mask_train(
 
     Source: MFT, section 2, equations 2 to 5; local and global masks of section 3.2.
     """
-    restart_peak_memory()
     options = recipe.mask_train
     if options.method == "drop":
-        return _drop(recipe, source, run, listener, may_replace=may_replace)
+        find_device(recipe.device)
+        with device_for(run, listener, less_memory=[], device="cpu"):  # it compares files
+            restart_peak_memory()
+            return _drop(recipe, source, run, listener, may_replace=may_replace)
     less_memory = training_with_less_memory(options)
-    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
+    with device_for(
+        run,
+        listener,
+        less_memory=less_memory,
+        deterministic=options.deterministic,
+        device=recipe.device,
+        attention=recipe.attention,
+        precision=options.precision,
+    ):
+        restart_peak_memory()
         return _search(recipe, source, run, listener, resume=resume, may_replace=may_replace)
 
 

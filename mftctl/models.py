@@ -12,7 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.allocator import give_back_freed_memory
-from mftctl.devices import gpu_failures, has_bf16
+from mftctl.devices import (
+    attention_in_use,
+    counts_memory,
+    gpu_failures,
+    has_bf16,
+    is_out_of_memory,
+    record_attention,
+)
+from mftctl.devices import best_device as best_device
 from mftctl.errors import ModelError
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
@@ -25,9 +33,10 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device |
     Args:
         folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
         dtype: Of the weights in memory; `auto` keeps the checkpoint's.
-        device: Where it is wanted; by default on the best there is.
+        device: Where it is wanted; by default on the one in use.
 
     Raises:
+        ConfigError: The attention asked for does not go with the dtype.
         ModelError: transformers cannot load it.
     """
     with gpu_failures("loading the model"):
@@ -41,13 +50,31 @@ def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
         return merged
+    settings = attention_settings(folder, dtype)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except torch.OutOfMemoryError:  # which is a RuntimeError as well
-        raise
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **settings
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
+    record_attention(model)
     return model
+
+
+def attention_settings(folder: Path, dtype: torch.dtype | str) -> dict[str, str]:
+    """What `from_pretrained` is to be told of attention: nothing where transformers chooses.
+
+    Args:
+        folder: The checkpoint.
+        dtype: As it is loaded.
+
+    Raises:
+        ConfigError: The attention asked for does not go with the dtype.
+    """
+    attention = attention_in_use(dtype if isinstance(dtype, torch.dtype) else stored_dtype(folder))
+    return {} if attention == "auto" else {"attn_implementation": attention}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -79,18 +106,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return TORCH_DTYPES.get(max(weights, key=weights.__getitem__), torch.float32)
 
 
-def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def evaluation_dtype(folder: Path) -> torch.dtype | str:
     """The checkpoint's own dtype on a GPU that computes in it; else fp32, which on a CPU is fastest.
 
     Args:
         folder: The checkpoint.
     """
-    if not torch.cuda.is_available() or (stored_dtype(folder) == torch.bfloat16 and not has_bf16()):
+    if best_device().type == "cpu" or (stored_dtype(folder) == torch.bfloat16 and not has_bf16()):
         return torch.float32
     return "auto"
 
@@ -98,23 +120,23 @@ def evaluation_dtype(folder: Path) -> torch.dtype | str:
 def free_unreachable() -> None:
     """Frees what only refers to itself, as a trainer does that has done its work, also the GPU memory of it."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if best_device().type != "cpu":
+        torch.accelerator.empty_cache()
 
 
 def restart_peak_memory() -> None:
     """Lets `peak_memory_bytes` begin anew, without what was freed before; on other systems than Linux it goes on."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if counts_memory(best_device()):
+        torch.accelerator.reset_peak_memory_stats(best_device())
     give_back_freed_memory()
     with suppress(OSError):  # where the kernel has no such file, or a container forbids it
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held since `restart_peak_memory`: of the GPU if there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The most memory held since `restart_peak_memory`: of the GPU in use if it has its own, else of the machine."""
+    if counts_memory(best_device()):
+        return torch.accelerator.max_memory_allocated(best_device())
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mftctl.devices import find_device
 from mftctl.errors import ConfigError, MftError, ModelError
 from mftctl.evaluating import check_measures
 from mftctl.masking.checkpoint_source import resolve_checkpoint
@@ -23,11 +24,12 @@ def check_tasks(tasks: Iterable[Task]) -> None:
         tasks: The tasks that are to be worked on.
 
     Raises:
-        ConfigError: With one line for each problem.
+        ConfigError: With one line for each problem; or the device is not there.
         ModelError: The model is not there.
     """
     problems: dict[str, None] = {}
     for task in tasks:
+        find_device(task.recipe.device)
         for problem in _problems(task):
             problems[f"{task.name}: {problem}"] = None
     if problems:

@@ -41,10 +41,18 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
 
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data).
     """
-    restart_peak_memory()
     options = recipe.mask_train
     less_memory = training_with_less_memory(options)
-    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
+    with device_for(
+        run,
+        listener,
+        less_memory=less_memory,
+        deterministic=options.deterministic,
+        device=recipe.device,
+        attention=recipe.attention,
+        precision=options.precision,
+    ):
+        restart_peak_memory()
         if recipe.probe.fast:
             return _estimate(recipe, source, run, listener)
         return _train_groups(recipe, source, run, listener, resume=resume)

@@ -131,8 +131,9 @@ def any_process(flag: bool) -> bool:
 
 def _join() -> PartialState:
     """The group of all processes; made when it is first needed."""
-    import torch
     from accelerate import PartialState
 
+    from mftctl.devices import best_device
+
     import_deepspeed()
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=best_device().type == "cpu")

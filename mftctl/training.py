@@ -9,11 +9,13 @@ import re
 import shutil
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed
+from accelerate.state import AcceleratorState, PartialState
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import (
@@ -28,7 +30,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from mftctl.allocator import keep_freed_memory
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
-from mftctl.config import Precision, TrainingOptions
+from mftctl.config import TrainingOptions
 from mftctl.data.batching import (
     LengthGroupedSampler,
     PaddingCollator,
@@ -37,7 +39,8 @@ from mftctl.data.batching import (
     pad_token_id,
 )
 from mftctl.data.encoding import Encoded
-from mftctl.devices import gpu_failures, has_bf16, require_deterministic_attention
+from mftctl.devices import best_device, gpu_failures, is_launched, numbered, require_deterministic_attention
+from mftctl.devices import uses_bf16 as uses_bf16
 from mftctl.errors import Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.partitioned_trainer import PartitionedTrainer
@@ -77,13 +80,6 @@ def schedule_factors(steps: int, options: TrainingOptions) -> list[float]:
     return [step / rising for step in range(rising)] + falling
 
 
-def uses_bf16(precision: Precision) -> bool:
-    """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
-    if precision == "auto":
-        return has_bf16()
-    return precision == "bf16"
-
-
 def training_arguments(
     folder: Path, options: TrainingOptions, *, steps: int, learning_rate: float, seed: int, bf16: bool
 ) -> TrainingArguments:
@@ -102,7 +98,7 @@ def training_arguments(
         CHECKPOINTING: options.gradient_checkpointing,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
     }
-    arguments = TrainingArguments(
+    return _Arguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
@@ -114,7 +110,7 @@ def training_arguments(
         max_grad_norm=options.max_grad_norm,
         optim="adamw_torch",
         bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=best_device().type == "cpu",
         **checkpointing,
         eval_strategy="steps",
         eval_steps=eval_steps,
@@ -133,12 +129,24 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=best_device().type == "cuda",
         seed=seed,
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # or the Trainer would split batches over all GPUs, in DataParallel
-    return arguments
+
+
+class _Arguments(TrainingArguments):
+    """Those of a Trainer on the device in use; by itself it takes the first GPU, or all of them in DataParallel."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        if is_launched():
+            return super()._setup_devices
+        device = numbered(best_device())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.distributed_state = PartialState(cpu=device.type == "cpu")
+        self.distributed_state.device = device
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
 
 
 class SftTrainer(PartitionedTrainer):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
-from mftctl.cli.session import Session
+from mftctl.cli.session import Session, use_device
 from mftctl.config import EvalOptions, Recipe, deciding_keys
 from mftctl.errors import ConfigError
 from mftctl.lineage import WRITTEN, Source, ancestry, newest_source, source_of_mask, source_of_model
@@ -75,6 +75,8 @@ def evaluate(
     again: Annotated[bool, typer.Option("--again", help="Measure also what has been measured already.")] = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure loss and exact match on a data file, or a benchmark score.
@@ -143,6 +145,7 @@ def _evaluate_once(session: Session, source: Source, *, resume: bool, again: boo
             session.output.note(f"{source.state}: measured already by {run.name}")
             return run
     session.output.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
+    use_device(recipe)
     run = (_interrupted(session, recipe, source) if resume else None) or session.create(recipe, source)
     with recorded(run):
         from mftctl import evaluating

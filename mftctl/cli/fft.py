@@ -60,6 +60,8 @@ def fft(
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:

@@ -68,6 +68,8 @@ def mask_train(
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:

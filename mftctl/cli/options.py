@@ -149,6 +149,8 @@ Runs = Annotated[
     Path, typer.Option("--runs", help="Folder of all runs.", rich_help_panel=GENERAL, envvar="MFTCTL_RUNS")
 ]
 Seed = Annotated[int | None, setting(Recipe, "seed", "--seed", panel=GENERAL)]
+Device = Annotated[str | None, setting(Recipe, "device", "--device", panel=GENERAL)]
+Attention = Annotated[str | None, setting(Recipe, "attention", "--attention", panel=GENERAL)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=GENERAL)]
 Yes = Annotated[
     bool, typer.Option("--yes", "-y", help="Replace existing results without asking.", rich_help_panel=GENERAL)

@@ -48,6 +48,8 @@ def probe(
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Find the layers that gain most from a mask.

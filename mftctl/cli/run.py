@@ -32,6 +32,8 @@ def run(
     ] = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Run a whole experiment from a recipe, and report it.

@@ -9,7 +9,7 @@ from typing import Any
 
 from mftctl.atomic import Permit
 from mftctl.cli.output import Output
-from mftctl.config import Recipe, to_document
+from mftctl.config import OF_THE_MACHINE, Recipe, to_document
 from mftctl.errors import ConfigError, RunError, StorageError
 from mftctl.lineage import Source, model_for_training, recommended_layers
 from mftctl.outputs import Input, check_output, inputs_of
@@ -55,7 +55,7 @@ class Session:
         """The recipe in force: options over `--set` over the recipe over what the source's run was made with."""
         name, base = self._recipe_name, None
         if name is None and source is not None:
-            base = source.config
+            base = _without_machine(source.config)
             name = QUICKSTART if base is None and source.model == QUICKSTART else None
         return load_recipe(name, base=base, sets=self._sets, options=self._options, stages=False)
 
@@ -88,6 +88,7 @@ class Session:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
         if self.command == "mask-train" and recipe.mask_train.layers is None and not drops:
             recipe = self._with_layers(source)
+        use_device(recipe)
         output = self._settle_training_output(output, recipe, source, permit)
         return self.create(recipe, source, output=output), recipe, source
 
@@ -187,10 +188,11 @@ class Session:
         return self.settle(source)
 
     def _resumed(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
-        if self._options or self._sets or self._recipe_name:
+        changes = [key for key in self._options if key != "device"]
+        if changes or self._sets or self._recipe_name:
             raise ConfigError(
-                "A resumed run keeps its settings.",
-                actual=", ".join([*self._options, *self._sets, *filter(None, [self._recipe_name])]),
+                "A resumed run keeps its settings, but for the device.",
+                actual=", ".join([*changes, *self._sets, *filter(None, [self._recipe_name])]),
                 hint=f"mftctl {self.command} --resume without them, or a new run without --resume",
             )
 
@@ -205,6 +207,10 @@ class Session:
             found.go_on()
             return str(found.folder)
 
+        # Processes find each other on the device, so that each looks for itself where the run was.
+        stopped = newest_run(self.root, self.command, unfinished=True)
+        if stopped is not None:
+            use_device(load_recipe(base=stopped.record.config, options=self._options))
         run = load_run(Path(from_first(take_up)))
         self.output.note(f"Resuming: {run.folder}")
         inputs = run.record.inputs
@@ -216,7 +222,8 @@ class Session:
             inputs["origin"],
             run.record.config,
         )
-        return run, self._for_as_many_records(load_recipe(base=run.record.config), run), source
+        recipe = load_recipe(base=run.record.config, options=self._options)
+        return run, self._for_as_many_records(recipe, run), source
 
     def _for_as_many_records(self, recipe: Recipe, run: Run) -> Recipe:
         """The recipe whose optimizer steps, with the processes there are now, have the records they began with.
@@ -236,6 +243,22 @@ class Session:
                 actual=world_size(),
             )
         return with_changes(recipe, {f"{section}.grad_accum_steps": steps // world_size()})
+
+
+def use_device(recipe: Recipe) -> None:
+    """Makes the recipe's device that on which the processes of this command find each other.
+
+    Raises:
+        ConfigError: It is not there, before anything of a run is.
+    """
+    from mftctl.devices import join_on
+
+    join_on(recipe.device)
+
+
+def _without_machine(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The configuration of the run that made a model, but for where that run computed."""
+    return None if config is None else {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
 
 
 def _made_by(source: Source) -> str:

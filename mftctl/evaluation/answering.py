@@ -75,7 +75,7 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         stop = StopStrings(self.tokenizer, setting["until"], width)
         with (
             _generation_settings(self.model, self.tokenizer, setting),
-            torch.random.fork_rng(enabled=bool(setting["temperature"])),
+            torch.random.fork_rng(_numbered_generators(self.device), enabled=bool(setting["temperature"])),
         ):
             if setting["temperature"]:
                 torch.manual_seed(1_000_003 * self._seed + first)
@@ -125,6 +125,11 @@ class WrittenAnswers(LM):  # type: ignore[misc]  # lm-eval is not typed
         )
 
     loglikelihood_rolling = loglikelihood
+
+
+def _numbered_generators(device: torch.device) -> list[torch.device]:
+    """The device itself if it is one of several, each with a generator; that of the CPU is kept in any case."""
+    return [device] if device.type in ("cuda", "xpu") else []
 
 
 def _written(token_ids: list[int], pad: int) -> int:

@@ -104,6 +104,7 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
     import torch.nn.functional as F
 
     from mftctl.data.encoding import IGNORED_LABEL
+    from mftctl.masking.dtypes import exact_sum
 
     targets = batch["labels"][:, 1:].to(model.device)
     positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
@@ -121,6 +122,6 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
     losses = []
     for row, target in zip(logits, targets, strict=True):
         # One sample at a time, so that only its logits are held in fp32.
-        nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED_LABEL, reduction="none").double().sum()
-        losses.append(SampleLoss(nll=float(nll), answer_tokens=int((target != IGNORED_LABEL).sum())))
+        nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED_LABEL, reduction="none")
+        losses.append(SampleLoss(nll=exact_sum(nll), answer_tokens=int((target != IGNORED_LABEL).sum())))
     return losses

@@ -24,11 +24,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from mftctl.answer_loss import answer_loss, logits_only_at
 from mftctl.data.encoding import Encoded
+from mftctl.devices import best_device
 from mftctl.errors import ModelError
 from mftctl.evaluation.inference import length_batches
 from mftctl.masking.layers import masked_layers, masked_products
 from mftctl.masking.targets import decoder_layers
-from mftctl.models import best_device, peak_memory_bytes
+from mftctl.models import peak_memory_bytes
 from mftctl.planning.alike_layers import keep_stand_ins, repeat_layers, stand_ins, telling_stretches
 from mftctl.planning.allocations import AllocationMeter, Event, add_up
 from mftctl.planning.preparing import Optimizer, TrainingPlan

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.devices import best_device
 from mftctl.masking.layers import Indicator, attach_masks, keep_no_products, masked_layers
 from mftctl.masking.targets import MaskTarget, find_targets
-from mftctl.models import best_device
 from mftctl.training import uses_bf16
 from mftctl.tuning.hft import freeze_half
 

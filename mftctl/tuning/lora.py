@@ -11,10 +11,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.config import FftOptions
+from mftctl.devices import is_out_of_memory, record_attention
 from mftctl.errors import ModelError
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.masking.checkpoint_source import ADAPTER_FILE
 from mftctl.masking.targets import linear_projections
+from mftctl.models import attention_settings
 
 
 def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed: int) -> PeftModel:
@@ -58,12 +60,16 @@ def load_adapter(folder: Path, *, dtype: torch.dtype | str, trainable: bool = Fa
         ModelError: The base is not there, or peft cannot load the adapter.
     """
     base = adapter_base(folder)
+    checkpoint = resolve_checkpoint(base)
+    settings = attention_settings(checkpoint, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(base), dtype=dtype, local_files_only=True)
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except torch.OutOfMemoryError:  # which is a RuntimeError as well
-        raise
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **settings)
+        record_attention(model)
+        # peft would take the adapter to any GPU there is.
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, torch_device="cpu")
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError("The adapter cannot be loaded.", path=folder, key=base, actual=error) from error
 
 
