@@ -108,7 +108,7 @@ def test_every_command_computes_without_tf32_and_records_it(workspace: Path, tmp
         work(recipe, source, run, Silence())
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert torch.backends.cudnn.conv.fp32_precision == "ieee"
-    expected = {"name": "cuda: Emulated GPU", "tf32": False, "deterministic": False}
+    expected = {"name": "cuda: Emulated GPU", "tf32": False, "deterministic": False, "attention": "sdpa"}
     assert load_run(run.folder).record.device == expected
 
 

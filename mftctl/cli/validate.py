@@ -38,7 +38,6 @@ def validate(
     data: opt.Data = None,
     seed: opt.Seed = None,
     device: opt.Device = None,
-    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check all of a recipe that can be checked before training: files, labels, masks, memory, steps.

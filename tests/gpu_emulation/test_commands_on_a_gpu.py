@@ -174,8 +174,11 @@ def test_the_loss_surface(workspace: Path, tmp_path: Path) -> None:
     recipe = with_changes(recipe, {"model": source.model, "fft.keep": "last"})
     for command in ("fft", "mask-train"):
         run_command(command, tmp_path, recipe, source)
-    surface = measure_surface(tmp_path, Silence(), points=4, records=4)
+    surface = measure_surface(tmp_path, Silence(), points=4, records=4, device="cuda:0")
     assert len(surface.training.metrics()) == 3 + 4**2
+    assert surface.record.device["name"] == "cuda:0: Emulated GPU"
+    again = measure_surface(tmp_path, Silence(), points=4, records=4, device="cpu")
+    assert again.folder == surface.folder  # where it was measured is no part of what was
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
