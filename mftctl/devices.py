@@ -34,6 +34,7 @@ _MPS_OUT_OF_MEMORY = "MPS backend out of memory"
 _IN_NO_FIXED_ORDER = re.compile(r"^(\S+) does not have a deterministic implementation")
 _ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
 _FREE = re.compile(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
+_HELD = re.compile(r"MPS allocated: ([\d.]+ \w+), .*max allowed: ([\d.]+ \w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,16 +179,16 @@ def device_for(
         if found.type == "cuda":
             torch.backends.cuda.matmul.fp32_precision = "ieee"
             torch.backends.cudnn.fp32_precision = "ieee"
-        _compute_deterministically(deterministic and found.type != "cpu")
         run.update(device={"name": _name(found), "tf32": False, "deterministic": deterministic})
         _tell(found, run.record.command, listener)
-        with _working(run.record.command, less_memory):
+        with _working(run.record.command, less_memory, deterministic=deterministic and found.type != "cpu"):
             yield
 
 
 @contextmanager
-def _working(command: str, less_memory: Sequence[str]) -> Iterator[None]:
+def _working(command: str, less_memory: Sequence[str], *, deterministic: bool) -> Iterator[None]:
     """The work itself, after which nothing is deterministic any more."""
+    _compute_deterministically(deterministic)
     try:
         with gpu_failures(f"working on {command}"):
             yield
@@ -458,7 +459,9 @@ def _compute_deterministically(wanted: bool) -> None:
 
 def _shortage(message: str) -> str:
     """What was asked for and what was free, from what torch says."""
-    asked, free = _ASKED.search(message), _FREE.search(message)
-    if asked is None or free is None:
-        return message.splitlines()[0]
-    return f"{asked[1]} asked for, {free[2]} of {free[1]} free"
+    asked, free, held = _ASKED.search(message), _FREE.search(message), _HELD.search(message)
+    if asked is not None and free is not None:
+        return f"{asked[1]} asked for, {free[2]} of {free[1]} free"
+    if asked is not None and held is not None:
+        return f"{asked[1]} asked for, {held[1]} of {held[2]} held"
+    return message.splitlines()[0]

@@ -69,7 +69,8 @@ class RunRecord:
         worker: Host and process id of the command that works on it, or worked on it last.
         processes: How many it was started with.
         error: The message a failed run ended with.
-        device: What it computes on: `name`, whether fp32 is `tf32`, and whether it is `deterministic`.
+        device: What it computes on: `name`, whether fp32 is `tf32`, whether it is `deterministic`, and the kernels of
+            `attention` that its model has.
     """
 
     command: str
