@@ -70,7 +70,8 @@ class FsdpPartitions:
             selected[parameters[index]] = mine
 
         shapes = [gradient.shape for gradient in gradients]
-        select_whole(shapes, lambda index: whole(gradients[index]), rule, step, take)
+        device = gradients[0].device if gradients else torch.device("cpu")
+        select_whole(shapes, lambda index: whole(gradients[index]), rule, step, take, device=device)
         return selected
 
     def state_dict(self) -> dict[str, Any]:

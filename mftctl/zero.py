@@ -186,7 +186,8 @@ class ZeroPartitions:
             self.change_gradient(parameters[index], blank)
 
         shapes = [whole_shape(parameter) for parameter in parameters]
-        select_whole(shapes, lambda index: self.gradient(parameters[index]), rule, step, take)
+        device = parameters[0].device
+        select_whole(shapes, lambda index: self.gradient(parameters[index]), rule, step, take, device=device)
         return selected
 
     def state_dict(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.indicator import Indicator, scores_state
 from mftctl.masking.partitions import whole
+from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget
 
 __all__ = [
@@ -64,7 +65,7 @@ class MaskedLinear(nn.Module):
         self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
         self._scores_state: tuple[int, ...] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
-        self._cut: torch.Tensor | None = None
+        self._cut: Cut | None = None
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""

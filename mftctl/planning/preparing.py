@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.devices import best_device
 from mftctl.masking.layers import Indicator, attach_masks, keep_no_products, masked_layers
+from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget, find_targets
 from mftctl.training import uses_bf16
 from mftctl.tuning.hft import freeze_half
@@ -111,7 +112,7 @@ class _ShapeIndicator(Indicator):
     def cut(self, scores: torch.Tensor) -> None:
         return None
 
-    def keep(self, scores: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:
+    def keep(self, scores: torch.Tensor, cut: Cut | None = None) -> torch.Tensor:
         ranked = scores.abs()
         partitioned = ranked.clone()
         return torch.empty_like(partitioned, dtype=torch.bool)

@@ -128,14 +128,14 @@ def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyP
     layer, x = make(Indicator(ratio=0.3))
     layer.keeps_product = keeps_product
     selections = []
-    original = selection.ratio_threshold
+    original = selection.ratio_cut
 
-    def counted(values: torch.Tensor, ratio: float) -> torch.Tensor | None:
+    def counted(scores: torch.Tensor, ratio: float, ranking: selection.Ranking = "signed") -> selection.Cut | None:
         selections.append(1)
-        return original(values, ratio)
+        return original(scores, ratio, ranking)
 
-    monkeypatch.setattr(selection, "ratio_threshold", counted)
-    monkeypatch.setattr(indicator, "ratio_threshold", counted)
+    monkeypatch.setattr(selection, "ratio_cut", counted)
+    monkeypatch.setattr(indicator, "ratio_cut", counted)
     optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
     for step in range(1, 4):
         for _ in range(3):
