@@ -38,7 +38,7 @@ MFT = {
     "llama3.1-8b": (5e-6, {"math": "24-27", "coding": "20-23", "instruction": "24-27"}),
 }
 DOMAINS = [(backbone, domain) for backbone, (_, layers) in MFT.items() for domain in layers]
-MFT_TRAINING: dict[str, Any] = {"epochs": 2, "batch_size": 1, "grad_accum_steps": 128, "max_length_tokens": 4096}
+MFT_TRAINING: dict[str, Any] = {"epochs": 2, "global_batch_size": 128, "batch_size": 1, "max_length_tokens": 4096}
 MFT_TRAINING |= {"schedule": "linear", "warmup_ratio": 0.03, "weight_decay": 0.0}
 MFT_TRAINING |= {"precision": "bf16", "gradient_checkpointing": True}
 

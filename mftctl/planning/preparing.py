@@ -13,6 +13,7 @@ from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.layers import Indicator, attach_masks, keep_no_products, masked_layers
 from mftctl.masking.targets import MaskTarget, find_targets
 from mftctl.models import best_device
+from mftctl.steps import accumulates
 from mftctl.training import uses_bf16
 from mftctl.tuning.hft import freeze_half
 
@@ -118,4 +119,4 @@ class _ShapeIndicator(Indicator):
 
 
 def _repeats(options: TrainingOptions) -> tuple[bool, bool]:
-    return options.gradient_checkpointing, options.grad_accum_steps > 1
+    return options.gradient_checkpointing, accumulates(options)
