@@ -408,9 +408,17 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     excluded = {"fft": {"batch_tokens"}, "mask_train": {"batch_tokens", "prefix_cache_gb"}}
     keys = recipe.model_dump(mode="json", include=included, exclude=excluded)
     for section in ("fft", "mask_train"):
-        # As it was written before there was a global batch size, so that older runs are known again.
-        values = keys.get(section, {})
-        if "grad_accum_steps" in values and values["global_batch_size"] is None:
-            del values["global_batch_size"]
-            values["grad_accum_steps"] = values["grad_accum_steps"] or 1
+        if "grad_accum_steps" in keys.get(section, {}):
+            _spell_step(keys[section])
     return keys
+
+
+def _spell_step(section: dict[str, Any]) -> None:
+    """Has a step of so many records said in one way: as accumulation in one process, where that is possible."""
+    stated = section.pop("global_batch_size")
+    if stated is None:
+        section["grad_accum_steps"] = section["grad_accum_steps"] or 1
+    elif stated % section["batch_size"]:
+        section["global_batch_size"] = stated
+    else:
+        section["grad_accum_steps"] = stated // section["batch_size"]
