@@ -116,7 +116,7 @@ def _mean_gradients(
             batch = collate(batch_records)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             positions, tokens = answer_positions(batch.pop("labels"))
-            with logits_only_at(model, positions):
+            with logits_only_at(model, positions, tokens, listener.warn):
                 outputs = model(**batch, use_cache=False)
             answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
             done += len(batch_records)

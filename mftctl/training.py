@@ -187,7 +187,7 @@ class SftTrainer(StepTrainer):
     ) -> Any:
         """The loss of a micro-batch, whose gradient is averaged over processes afterwards."""
         positions, tokens = answer_positions(inputs.pop("labels"))
-        with logits_only_at(self.accelerator.unwrap_model(model), positions):
+        with logits_only_at(self.accelerator.unwrap_model(model), positions, tokens, self.listener.warn):
             outputs = model(**inputs, use_cache=False)
         loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

@@ -221,7 +221,7 @@ def _loss(
 ) -> torch.Tensor:
     """The loss as the trainer computes it: accelerate turns the outputs of autocast into fp32."""
     with (
-        logits_only_at(model, positions),
+        logits_only_at(model, positions, tokens),
         torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=autocast),
     ):
         outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
