@@ -128,7 +128,8 @@ def _batches(records: Sequence[Encoded], options: MaskTrainOptions) -> list[Sequ
     """Records, the longest first, as many together as a forward pass takes."""
     if options.batch_tokens is None:
         return [records[start : start + options.batch_size] for start in range(0, len(records), options.batch_size)]
-    batches = length_batches([len(record.input_ids) for record in records], options.batch_tokens)
+    lengths = [len(record.input_ids) for record in records]
+    batches = length_batches(lengths, options.batch_tokens)
     return [[records[index] for index in batch] for batch in batches]
 
 

@@ -23,7 +23,7 @@ from mftctl.masking.bits import load_mask
 from mftctl.progress import Silence
 from mftctl.runs import Run
 from mftctl.step_trainer import StepTrainer
-from mftctl.token_batches import MICRO_BATCHES, StepBatches, StepCollator, StepRecords, StepSize, shared_out
+from mftctl.token_batches import MICRO_BATCHES, StepBatches, StepCollator, StepRecords, StepSize, packed, shared_out
 from tests.workflow_fixtures import Interrupter, make_recipe, make_workspace, open_run
 
 lengths_of_records = st.lists(st.integers(1, 60), min_size=1, max_size=40)
@@ -54,9 +54,31 @@ def test_the_same_records_give_the_same_micro_batches(
 
 
 def test_records_of_like_length_go_together() -> None:
-    lengths = [10, 3, 9, 2, 30, 4]
-    (share,) = shared_out(range(6), lengths, 20, 1)
-    assert share == [[4], [0, 2], [5, 1, 3]]
+    lengths = [100, 95, 300, 94, 290, 700]
+    (share,) = shared_out(range(6), lengths, 640, 1)
+    assert share == [[5], [2, 4], [0, 1, 3]]
+    assert packed([5, 2, 4, 0, 1, 3], lengths, 2100) == [[5], [2, 4], [0, 1, 3]]  # padding costs more than passes do
+    assert packed([0, 1, 3], lengths, 2100) == [[0, 1, 3]]
+
+
+@given(lengths_of_records, budgets)
+def test_passes_and_padding_cost_least(lengths: list[int], budget: int) -> None:
+    """Against all ways to cut the first records."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])[:8]
+
+    def cost(batches: list[list[int]]) -> float:
+        return sum(len(batch) * lengths[batch[0]] + budget / 16 for batch in batches)
+
+    ways = []
+    for cuts in itertools.product([False, True], repeat=len(order) - 1):
+        batches = [[order[0]]]
+        for index, cut in zip(order[1:], cuts, strict=True):
+            if cut:
+                batches.append([])
+            batches[-1].append(index)
+        if all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget for batch in batches):
+            ways.append(cost(batches))
+    assert cost(packed(order, lengths, budget)) == pytest.approx(min(ways))
 
 
 def test_processes_without_a_micro_batch_get_a_record_with_nothing_to_learn() -> None:
