@@ -21,12 +21,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mftctl.data.encoding import IGNORED_LABEL
+from mftctl.processes import any_process, largest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**26
-"""The most logits of a chunk: 256 MiB in fp32."""
+CHUNK_LOGITS = 2**27
+"""The most logits of a chunk: 512 MiB in fp32. Smaller ones cost more: each adds up a gradient of the whole head."""
 
 _SHOWN = 16
 """Positions whose logits are in the output where there are several chunks."""
@@ -46,6 +47,25 @@ def positions_at_once(model: nn.Module) -> int:
     head = output_head(model)
     size = getattr(head, "out_features", None) or getattr(getattr(model, "config", None), "vocab_size", None)
     return max(CHUNK_LOGITS // size, 1) if isinstance(size, int) else CHUNK_LOGITS
+
+
+def chunk_count(model: nn.Module, positions: int) -> int:
+    """The chunks that positions make, at least one.
+
+    Where processes share the weights of the head, each pass through it gathers them: all take as many then.
+
+    Args:
+        model: A causal language model.
+        positions: How many there are in this process.
+    """
+    count = max(-(-positions // positions_at_once(model)), 1)
+    return largest(count) if _shares_head(model) else count
+
+
+def _shares_head(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO-3 spreads the head over the processes; FSDP gathers it once for all passes."""
+    head = output_head(model)
+    return head is not None and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -91,14 +111,16 @@ def logits_only_at(
     if head is None:
         yield
         return
-    inner = None
-    if tokens is not None and len(positions) > positions_at_once(model):
+    inner, chunks = None, 1
+    if tokens is not None:
+        chunks = chunk_count(model, len(positions))
+    if chunks > 1:
         inner = _chunkable(model, head, on_refusal or _warn)
     if inner is None or tokens is None:
         with _feeding(head, lambda hidden: hidden.flatten(0, 1)[positions]):
             yield
         return
-    chunked = _ChunkedForward(inner, head, positions, tokens, positions_at_once(model), on_refusal or _warn)
+    chunked = _ChunkedForward(inner, head, positions, tokens, chunks, on_refusal or _warn)
     with _replaced_forward(inner, chunked):
         yield
 
@@ -112,7 +134,7 @@ class _ChunkedForward:
         head: nn.Module,
         positions: torch.Tensor,
         tokens: torch.Tensor,
-        at_once: int,
+        chunks: int,
         on_refusal: OnRefusal,
     ) -> None:
         self._model = model
@@ -120,11 +142,11 @@ class _ChunkedForward:
         self._head = head
         self._positions = positions
         self._tokens = tokens
-        self._at_once = at_once
+        self._chunks = chunks
         self._refuse = on_refusal
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        shown = min(_SHOWN, self._at_once)
+        shown = min(_SHOWN, -(-len(self._positions) // self._chunks))
         hidden: list[torch.Tensor] = []
         decoded: list[Any] = []
 
@@ -157,8 +179,7 @@ class _ChunkedForward:
         def losses(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(run(states).float(), expected, reduction="none")
 
-        chunks = -(-len(tokens) // self._at_once)
-        parts = zip(hidden.tensor_split(chunks), tokens.tensor_split(chunks), strict=True)
+        parts = zip(hidden.tensor_split(self._chunks), tokens.tensor_split(self._chunks), strict=True)
         return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
     def _head_run(
@@ -186,6 +207,8 @@ class _ChunkedForward:
             if isinstance(hidden, FakeTensor):
                 return True
             known = torch.equal(run(hidden), output.logits[0])
+            if _shares_head(self._model):
+                known = not any_process(not known)
             _gives_same[self._model] = known
         return known
 

@@ -105,13 +105,13 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
     import torch.nn.functional as F
 
     from mftctl.data.encoding import IGNORED_LABEL
-    from mftctl.evaluation.head_chunks import positions_at_once
+    from mftctl.evaluation.head_chunks import chunk_count
 
     targets = batch["labels"][:, 1:].to(model.device)
     positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
     if len(positions) == 0:
         return [SampleLoss(nll=0.0, answer_tokens=0) for _ in targets]
-    if targets.shape[0] * len(positions) > positions_at_once(model):
+    if chunk_count(model, targets.shape[0] * len(positions)) > 1:
         return _losses_in_chunks(model, batch)
     targets = targets[:, positions]
     logits = model(
