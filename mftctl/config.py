@@ -7,7 +7,7 @@ A recipe is a YAML file. Shared keys (`model`, `data`, `seed`, ...) stand at the
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -77,7 +77,18 @@ class TrainingOptions(_Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; overrides epochs.")
     batch_size: int = Field(8, gt=0, description="Records a forward pass, on each device.")
-    grad_accum_steps: int = Field(1, gt=0, description="Forward passes an optimizer step.")
+    grad_accum_steps: int | None = Field(
+        None, gt=0, description="Forward passes an optimizer step, on each device; 1 by default."
+    )
+    global_batch_size: int | None = Field(
+        None, gt=0, description="Records an optimizer step, over all processes, instead of --grad-accum."
+    )
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens a forward pass, padding counted, on each device: a step's records go together by length, "
+        "as many as fit, whatever the batch size; a longer one goes alone.",
+    )
     max_length_tokens: int = Field(1024, gt=1, description="Longer records are cut at the end.")
     schedule: Literal["linear", "cosine"] = Field("linear", description="How the learning rate falls to 0.")
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises.")
@@ -94,6 +105,19 @@ class TrainingOptions(_Section):
         None, gt=0, description="Measure the benchmarks and the test data each so many steps, at the start and the end."
     )
     eval_limit: int = Field(100, gt=0, description="--eval-every: only the first so many problems or records of each.")
+
+    @model_validator(mode="after")
+    def _one_step_size(self) -> Self:
+        if self.global_batch_size is None:
+            return self
+        if self.grad_accum_steps is not None:
+            raise ValueError("give either global_batch_size or grad_accum_steps, not both")
+        if self.batch_tokens is None and self.global_batch_size % self.batch_size:
+            raise ValueError(
+                f"global_batch_size must be a multiple of batch_size; {self.global_batch_size} is none of "
+                f"{self.batch_size}"
+            )
+        return self
 
 
 class FftOptions(TrainingOptions):
@@ -402,4 +426,20 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     if training is not None and training.eval_every is not None:
         sections["eval"] = True  # a part of the result is then what was measured on the way
     included: dict[str, Any] = {**dict.fromkeys(_SHARED, True), **sections}
-    return recipe.model_dump(mode="json", include=included, exclude={"mask_train": {"prefix_cache_gb"}})
+    excluded = {"fft": {"batch_tokens"}, "mask_train": {"batch_tokens", "prefix_cache_gb"}}
+    keys = recipe.model_dump(mode="json", include=included, exclude=excluded)
+    for section in ("fft", "mask_train"):
+        if "grad_accum_steps" in keys.get(section, {}):
+            _spell_step(keys[section])
+    return keys
+
+
+def _spell_step(section: dict[str, Any]) -> None:
+    """Has a step of so many records said in one way: as accumulation in one process, where that is possible."""
+    stated = section.pop("global_batch_size")
+    if stated is None:
+        section["grad_accum_steps"] = section["grad_accum_steps"] or 1
+    elif stated % section["batch_size"]:
+        section["global_batch_size"] = stated
+    else:
+        section["grad_accum_steps"] = stated // section["batch_size"]

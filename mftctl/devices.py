@@ -302,10 +302,16 @@ def require_deterministic_attention(model: Any) -> None:
 def training_with_less_memory(options: TrainingOptions) -> list[str]:
     """The options with which a training needs less memory than with those it has, the cheapest first."""
     found = []
-    if options.batch_size > 1:
+    if options.batch_tokens is not None:
+        if options.batch_tokens > options.max_length_tokens:
+            found.append(f"--batch-tokens {max(options.batch_tokens // 2, options.max_length_tokens)}")
+    elif options.batch_size > 1:
         smaller = options.batch_size // 2
-        accumulated = -(-options.grad_accum_steps * options.batch_size // smaller)
-        found.append(f"--batch-size {smaller} --grad-accum {accumulated}")
+        while options.global_batch_size is not None and options.global_batch_size % smaller:
+            smaller -= 1
+        accumulated = -(-(options.grad_accum_steps or 1) * options.batch_size // smaller)
+        steps = "" if options.global_batch_size is not None else f" --grad-accum {accumulated}"
+        found.append(f"--batch-size {smaller}{steps}")
     if not options.gradient_checkpointing:
         found.append("--gradient-checkpointing")
     if isinstance(options, MaskTrainOptions):

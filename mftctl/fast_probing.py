@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import MaskTrainOptions
 from mftctl.data.batching import PaddingCollator, pad_token_id
+from mftctl.data.encoding import Encoded
 from mftctl.devices import gpu_failures
+from mftctl.evaluation.inference import length_batches
 from mftctl.masking.dtypes import exact_sum
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
@@ -110,16 +112,26 @@ def _mean_gradients(
     records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # a lack of memory shows at once
     answer_tokens = sum(record.answer_tokens for record in records)
     with _accumulating(model, [_parameter(target) for target in targets]) as gradients:
-        for start in range(0, len(records), options.batch_size):
-            batch = collate(records[start : start + options.batch_size])
+        done = 0
+        for batch_records in _batches(records, options):
+            batch = collate(batch_records)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             positions, tokens = answer_positions(batch.pop("labels"))
-            with logits_only_at(model, positions):
+            with logits_only_at(model, positions, tokens, listener.warn):
                 outputs = model(**batch, use_cache=False)
             answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
-            done = min(start + options.batch_size, len(records))
+            done += len(batch_records)
             listener.progress(Progress("taking gradients", done, len(records)))
     return gradients
+
+
+def _batches(records: Sequence[Encoded], options: MaskTrainOptions) -> list[Sequence[Encoded]]:
+    """Records, the longest first, as many together as a forward pass takes."""
+    if options.batch_tokens is None:
+        return [records[start : start + options.batch_size] for start in range(0, len(records), options.batch_size)]
+    lengths = [len(record.input_ids) for record in records]
+    batches = length_batches(lengths, options.batch_tokens)
+    return [[records[index] for index in batch] for batch in batches]
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from mftctl.progress import Listener
 from mftctl.results import Kind, permit_folder, write_marker
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
-from mftctl.steps import total_steps
+from mftctl.steps import announce_step, total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.storage import known_failures
-from mftctl.training import SftTrainer, train, training_arguments, uses_bf16
+from mftctl.training import SftTrainer, step_size, train, training_arguments, uses_bf16
 from mftctl.training_flops import flops_per_token
 from mftctl.tuning.hft import freeze_half
 from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
@@ -88,6 +88,7 @@ def _fine_tune(
 ) -> dict[str, Any]:
     """The same, on a device that is ready."""
     options = recipe.fft
+    announce_step(options, world_size(), listener)
     inputs = prepare_training(
         recipe,
         source.model,
@@ -174,6 +175,7 @@ def _trainer(
     arguments.load_best_model_at_end = options.keep == "best"
     arguments.optim = OptimizerNames(_OPTIMIZERS[options.optimizer])
     trainer = UpdateTrainer(model, arguments, inputs.train, inputs.validation, inputs.tokenizer, listener)
+    trainer.step_size = step_size(options)
     if options.method in ("gmt", "random"):
         trainer.rule = UpdateRule(
             options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed

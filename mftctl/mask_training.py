@@ -24,13 +24,14 @@ from mftctl.masking.drop import drop_mask
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.models import load_model, peak_memory_bytes, restart_peak_memory
-from mftctl.prefix_reuse import batches_come_again, figures, hidden_states
+from mftctl.prefix_reuse import batches_come_again, figures, hidden_states, token_batches_change
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first, shares_weights
+from mftctl.processes import is_first, shares_weights, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 from mftctl.score_training import LearnedMask, MaskSearch, learn_mask, learning_rate_text
 from mftctl.seen_records import seen_records
+from mftctl.steps import announce_step
 from mftctl.training import uses_bf16
 from mftctl.training_flops import flops_per_token
 
@@ -88,6 +89,10 @@ def _search(
     deciding, confirming = split_validation_records(inputs.validation, options)
     inputs = replace(inputs, validation=deciding)
     come_again = batches_come_again(len(inputs.train), options)
+    if min(layers) > 0 and not come_again and token_batches_change(len(inputs.train), options):
+        listener.note(
+            "Hidden states are reused in validation alone: with --batch-tokens each epoch has other micro-batches."
+        )
     with (
         hidden_states(options, run.folder) as states,
         # Processes that share weights must pass the same layers, and each has seen other batches.
@@ -167,6 +172,8 @@ def prepare_mask_training(
         MftError: The data cannot be used.
     """
     options = recipe.mask_train
+    if options.method == "learned":
+        announce_step(options, world_size(), listener)
     inputs = prepare_training(
         recipe,
         source.model,

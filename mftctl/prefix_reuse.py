@@ -12,7 +12,7 @@ import psutil
 from mftctl.config import MaskTrainOptions
 from mftctl.masking.hidden_states import HiddenStates
 from mftctl.processes import world_size
-from mftctl.steps import total_steps
+from mftctl.steps import accumulation, records_per_step, total_steps
 
 _SHARE = 4
 """A quarter of what is free: the training itself needs the rest."""
@@ -35,8 +35,20 @@ def hidden_states(options: MaskTrainOptions, folder: Path) -> HiddenStates:
 
 def batches_come_again(records: int, options: MaskTrainOptions) -> bool:
     """Whether a training takes a micro-batch a second time."""
+    steps = total_steps(records, options, world_size())
+    if options.batch_tokens is not None:
+        # The steps of each epoch have other records, and these go together by length; all of them in one do again.
+        return steps > 1 and records <= records_per_step(options, world_size())
     batches = math.ceil(records / options.batch_size)
-    return total_steps(records, options, world_size()) * options.grad_accum_steps * world_size() > batches
+    return steps * accumulation(options, world_size()) * world_size() > batches
+
+
+def token_batches_change(records: int, options: MaskTrainOptions) -> bool:
+    """Whether only a token budget keeps a training from taking a micro-batch a second time, and it would pay."""
+    if options.batch_tokens is None or options.prefix_cache_gb == 0 or options.method != "learned":
+        return False
+    processes = world_size()
+    return total_steps(records, options, processes) * records_per_step(options, processes) >= 2 * records
 
 
 def figures(states: HiddenStates) -> dict[str, Any]:

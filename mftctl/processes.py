@@ -120,13 +120,18 @@ def leave() -> None:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in some process; to be asked in all of them at the same step."""
+    return bool(largest(flag))
+
+
+def largest(number: int) -> int:
+    """The largest number that a process has; to be asked in all of them at the same step."""
     if world_size() == 1:
-        return flag
+        return number
     import torch
 
-    flags = torch.tensor([float(flag)], device=_join().device)
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return bool(flags.item())
+    numbers = torch.tensor([float(number)], device=_join().device)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return int(numbers.item())
 
 
 def _join() -> PartialState:

@@ -34,6 +34,7 @@ from mftctl.steps import total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.training import (
     schedule_factors,
+    step_size,
     train,
     training_arguments,
 )
@@ -203,6 +204,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
         bf16=False,
     )
     trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
+    trainer.step_size = step_size(options)
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
     # The gradient of a score has the weight as a factor: the usual epsilon would hold back the smallest weights, which

@@ -11,13 +11,12 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
 from accelerate.state import AcceleratorState, PartialState
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
@@ -31,24 +30,20 @@ from transformers.trainer_callback import PrinterCallback
 from mftctl.allocator import keep_freed_memory
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import TrainingOptions
-from mftctl.data.batching import (
-    LengthGroupedSampler,
-    PaddingCollator,
-    ProcessBatches,
-    ProcessRecords,
-    pad_token_id,
-)
+from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
 from mftctl.devices import best_device, gpu_failures, is_launched, numbered, require_deterministic_attention
 from mftctl.devices import uses_bf16 as uses_bf16
 from mftctl.errors import Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.partitioned_trainer import PartitionedTrainer
-from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
+from mftctl.processes import any_process, is_first, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.regular_files import read_regular
 from mftctl.runs import TrainingFolder
+from mftctl.step_trainer import StepTrainer
+from mftctl.steps import accumulation, records_per_step
 from mftctl.stopping import EndedBefore, NoStepTooMany, StopRequest
+from mftctl.token_batches import StepSize
 from mftctl.torch_failures import reason_of
 
 if TYPE_CHECKING:
@@ -102,7 +97,8 @@ def training_arguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.grad_accum_steps,
+        # With a token budget the Trainer takes a step for one batch.
+        gradient_accumulation_steps=1 if options.batch_tokens else accumulation(options, world_size()),
         learning_rate=learning_rate,
         lr_scheduler_type=options.schedule,
         warmup_steps=warmup_steps(steps, options),
@@ -149,12 +145,18 @@ class _Arguments(TrainingArguments):
         return device
 
 
-class SftTrainer(PartitionedTrainer):
+def step_size(options: TrainingOptions) -> StepSize | None:
+    """The size of a step with a token budget; None without one."""
+    if options.batch_tokens is None:
+        return None
+    return StepSize(records_per_step(options, world_size()), options.batch_tokens)
+
+
+class SftTrainer(StepTrainer):
     """A Trainer for answer tokens: exact token-mean losses, an order that depends on the seed alone, no printing.
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
-        sampler: The order of the records.
     """
 
     def __init__(
@@ -188,21 +190,12 @@ class SftTrainer(PartitionedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return self.sampler
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches that are, over all processes, those that one process would take in turn."""
-        if world_size() == 1:
-            return super().get_train_dataloader()
-        batches = ProcessBatches(self.sampler, self.args.per_device_train_batch_size, rank(), world_size())
-        records = ProcessRecords(cast("list[Encoded]", self.train_dataset))
-        pin_memory = self.args.dataloader_pin_memory
-        return DataLoader(records, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin_memory)
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch, whose gradient is averaged over processes afterwards."""
         positions, tokens = answer_positions(inputs.pop("labels"))
-        with logits_only_at(self.accelerator.unwrap_model(model), positions):
+        with logits_only_at(self.accelerator.unwrap_model(model), positions, tokens, self.listener.warn):
             outputs = model(**inputs, use_cache=False)
         loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss

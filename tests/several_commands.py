@@ -10,7 +10,11 @@ from typing import Any
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from mftctl.cli.app import build_app
+from mftctl.evaluation import head_chunks
 from mftctl.processes import leave
+
+CHUNK = "CHUNK_LOGITS="
+"""Before a command: how many logits are computed at once, from then on."""
 
 
 def keep_fsdp_on_a_cpu() -> None:
@@ -29,6 +33,9 @@ if __name__ == "__main__":
     if "ACCELERATE_USE_FSDP" in os.environ:
         keep_fsdp_on_a_cpu()
     for line in sys.argv[1:]:
-        build_app()(shlex.split(line), standalone_mode=False)
+        words = shlex.split(line)
+        if words[0].startswith(CHUNK):
+            head_chunks.CHUNK_LOGITS = int(words.pop(0).removeprefix(CHUNK))
+        build_app()(words, standalone_mode=False)
         AcceleratorState._reset_state(True)  # it keeps what the first command configured
     leave()

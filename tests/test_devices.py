@@ -290,5 +290,9 @@ def test_options_with_less_memory_are_those_not_in_use() -> None:
     mask = MaskTrainOptions(**least, low_memory=True)
     assert training_with_less_memory(mask) == ["fewer --layers", "--max-length below 64"]
     assert "--low-memory" in training_with_less_memory(MaskTrainOptions(**least))
+    assert training_with_less_memory(FftOptions(batch_size=9, global_batch_size=18))[0] == "--batch-size 3"
+    assert training_with_less_memory(FftOptions(batch_tokens=3000))[0] == "--batch-tokens 1500"
+    assert training_with_less_memory(FftOptions(batch_tokens=1500))[0] == "--batch-tokens 1024"
+    assert training_with_less_memory(FftOptions(batch_tokens=900))[0] == "--gradient-checkpointing"
     assert evaluation_with_less_memory(EvalOptions(batch_size=1, generate=False)) == ["--max-length below 1024"]
     assert evaluation_with_less_memory(EvalOptions(tasks=["gsm8k"]))[0] == "--batch-size 1"

@@ -142,3 +142,11 @@ def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Pa
     assert result["agreement"]["rank_correlation"] == pytest.approx(1 - 6 * squares / (4 * 15))
     _, few = estimate(workspace, tmp_path, probe__layers="0-1")
     assert few["agreement"] is None
+
+
+def test_a_token_budget_changes_no_promise(workspace: Path, tmp_path: Path) -> None:
+    (_, alone), (_, together) = (
+        estimate(workspace, tmp_path / str(budget), mask_train__batch_tokens=budget) for budget in (1, 200)
+    )
+    changes = [{group["layers"]: group["change"] for group in result["groups"]} for result in (alone, together)]
+    assert changes[1] == pytest.approx(changes[0], rel=1e-3)

@@ -46,6 +46,8 @@ def fft(
     learning_rate: opt.FftRate = None,
     batch_size: opt.BatchSize = None,
     grad_accum_steps: opt.GradAccum = None,
+    global_batch_size: opt.GlobalBatch = None,
+    batch_tokens: opt.BatchTokens = None,
     max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,

@@ -53,6 +53,8 @@ def mask_train(
     learning_rate: opt.MaskRate = None,
     batch_size: opt.BatchSize = None,
     grad_accum_steps: opt.GradAccum = None,
+    global_batch_size: opt.GlobalBatch = None,
+    batch_tokens: opt.BatchTokens = None,
     max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,

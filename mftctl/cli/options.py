@@ -164,6 +164,10 @@ Epochs = Annotated[float | None, setting(TrainingOptions, "epochs", "--epochs", 
 MaxSteps = Annotated[int | None, setting(TrainingOptions, "max_steps", "--max-steps", panel=TRAINING)]
 BatchSize = Annotated[int | None, setting(TrainingOptions, "batch_size", "--batch-size", panel=TRAINING)]
 GradAccum = Annotated[int | None, setting(TrainingOptions, "grad_accum_steps", "--grad-accum", panel=TRAINING)]
+GlobalBatch = Annotated[
+    int | None, setting(TrainingOptions, "global_batch_size", "--global-batch-size", panel=TRAINING)
+]
+BatchTokens = Annotated[int | None, setting(TrainingOptions, "batch_tokens", "--batch-tokens", panel=TRAINING)]
 MaxLength = Annotated[int | None, setting(TrainingOptions, "max_length_tokens", "--max-length", panel=TRAINING)]
 Precision = Annotated[str | None, setting(TrainingOptions, "precision", "--precision", panel=TRAINING)]
 Checkpointing = Annotated[

@@ -42,6 +42,7 @@ def probe(
         opt.setting(ProbeOptions, "epochs", "--epochs", panel=opt.TRAINING, default="mask-train's"),
     ] = None,
     fast: Annotated[bool | None, opt.setting(ProbeOptions, "fast", "--fast/--no-fast", panel=opt.TRAINING)] = None,
+    batch_tokens: opt.BatchTokens = None,
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     deterministic: opt.Deterministic = None,

@@ -231,10 +231,11 @@ class Session:
         Raises:
             ConfigError: With so many processes no accumulation gives that.
         """
-        if run.record.processes == world_size():
-            return recipe
         section = "fft" if self.command == "fft" else "mask_train"
-        steps = (recipe.fft if self.command == "fft" else recipe.mask_train).grad_accum_steps * run.record.processes
+        options = recipe.fft if self.command == "fft" else recipe.mask_train
+        if run.record.processes == world_size() or options.global_batch_size is not None:
+            return recipe
+        steps = (options.grad_accum_steps or 1) * run.record.processes
         if steps % world_size():
             raise ConfigError(
                 "A resumed run keeps the records of a step, and they cannot be shared out so.",

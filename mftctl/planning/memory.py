@@ -26,6 +26,7 @@ from mftctl.answer_loss import answer_loss, logits_only_at
 from mftctl.data.encoding import Encoded
 from mftctl.devices import best_device
 from mftctl.errors import ModelError
+from mftctl.evaluation.head_chunks import positions_at_once
 from mftctl.evaluation.inference import length_batches
 from mftctl.masking.layers import masked_layers, masked_products
 from mftctl.masking.targets import decoder_layers
@@ -222,7 +223,7 @@ def _loss(
 ) -> torch.Tensor:
     """The loss as the trainer computes it: accelerate turns the outputs of autocast into fp32."""
     with (
-        logits_only_at(model, positions),
+        logits_only_at(model, positions, tokens),
         torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=autocast),
     ):
         outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False)
@@ -237,8 +238,15 @@ def _measure_validation(model: PreTrainedModel, batches: Batches) -> int:
     input_ids = torch.zeros(batches.validation_records, batches.validation_tokens, dtype=torch.int64)
     mask = torch.ones(len(input_ids), 1, batches.validation_tokens, batches.validation_tokens, dtype=torch.bool)
     keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
-    existing = [*model.parameters(), *model.buffers(), input_ids, *masked_products(model)]
+    scored = len(input_ids) * batches.scored_tokens
+    in_chunks = scored > positions_at_once(model)
+    positions = torch.zeros(scored, dtype=torch.int64)
+    existing = [*model.parameters(), *model.buffers(), input_ids, positions, *masked_products(model)]
     with AllocationMeter(existing) as meter, torch.no_grad():
+        if in_chunks:
+            with logits_only_at(model, positions, positions):
+                model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            return add_up(meter.events).peak_bytes
         logits = model(
             input_ids=input_ids,
             attention_mask=mask,

@@ -14,6 +14,7 @@ from mftctl.devices import best_device
 from mftctl.masking.layers import Indicator, attach_masks, keep_no_products, masked_layers
 from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget, find_targets
+from mftctl.steps import accumulates
 from mftctl.training import uses_bf16
 from mftctl.tuning.hft import freeze_half
 
@@ -119,4 +120,4 @@ class _ShapeIndicator(Indicator):
 
 
 def _repeats(options: TrainingOptions) -> tuple[bool, bool]:
-    return options.gradient_checkpointing, options.grad_accum_steps > 1
+    return options.gradient_checkpointing, accumulates(options)

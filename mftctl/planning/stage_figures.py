@@ -21,7 +21,7 @@ from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_
 from mftctl.planning.training_data import DataCheck, Tokens
 from mftctl.seen_records import records_to_learn_from
 from mftctl.stages import Task
-from mftctl.steps import total_steps
+from mftctl.steps import micro_batch_records, records_per_step, total_steps
 
 TRAINING_COMMANDS = ("fft", "probe", "mask-train")
 
@@ -99,7 +99,7 @@ class StageFigures:
             runs = len(self._groups(task, self._model))
         learns = task.command == "fft" or (task.recipe.mask_train.method == "learned" and not _is_fast(task))
         steps = total_steps(records, options) * runs if learns else 0
-        step_records = min(options.batch_size * options.grad_accum_steps, records)
+        step_records = min(records_per_step(options), records)
         figures = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
         tokens = self._data.tokens(task.recipe, options.max_length_tokens)
         if tokens is None:
@@ -189,8 +189,10 @@ def training_options(task: Task) -> FftOptions | MaskTrainOptions:
 
 def _batches(tokens: Tokens | None, options: TrainingOptions) -> Batches:
     if tokens is None:
-        return assumed_batches(options.batch_size, options.max_length_tokens)
-    return largest_batches(tokens.train, tokens.validation, options.batch_size)
+        records = micro_batch_records(options, options.max_length_tokens)
+        return assumed_batches(records, options.max_length_tokens)
+    longest = max(len(record.input_ids) for record in tokens.train)
+    return largest_batches(tokens.train, tokens.validation, micro_batch_records(options, longest))
 
 
 def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[MaskTarget]:
