@@ -41,7 +41,7 @@ from mftctl.tuning.optimizers import (
 )
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -286,7 +286,9 @@ def _lora_files(model: PeftModel, checkpoint: Path, options: FftOptions) -> dict
 
     quantized = options.quantize is not None or (is_adapter(checkpoint) and has_quantized_base(checkpoint))
     held = "nf4 with double quantisation, computing in bf16" if quantized else str(lora_base_dtype(options))[6:]
-    card = write_lora_card(model.peft_config["default"], merged=options.merge, held=held, quantized=quantized)
+    card = write_lora_card(
+        cast("LoraConfig", model.peft_config["default"]), merged=options.merge, held=held, quantized=quantized
+    )
     return {"README.md": card, **({QUANTIZED_FILE: QUANTIZATION} if quantized and not options.merge else {})}
 
 

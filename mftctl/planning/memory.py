@@ -269,7 +269,7 @@ def _step_bytes(trained: Sequence[torch.Tensor], plan: TrainingPlan) -> int:
 
 def _quantized(model: PreTrainedModel) -> list[torch.Tensor]:
     """The weights that are held in 4 bits: of all linear layers but the output head and adapters."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
     return [module.weight for module in linear if not module.weight.requires_grad]
 

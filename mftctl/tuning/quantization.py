@@ -37,7 +37,7 @@ def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
     Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3.
     """
     require_bitsandbytes("fft.quantize", "nf4")
-    config = BitsAndBytesConfig(
+    config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -51,8 +51,9 @@ def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
         local_files_only=True,
     )
     _require_linear_layers(model, folder)
-    prepared: PreTrainedModel = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    return prepared
+    return prepare_model_for_kbit_training(  # type: ignore[no-any-return,no-untyped-call]
+        model, use_gradient_checkpointing=False
+    )
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -119,18 +120,29 @@ def _indexed(device: torch.device) -> str:
 
 
 def _require_linear_layers(model: PreTrainedModel, folder: Path) -> None:
-    """Nothing, if all matrices of the decoder are quantised: the rest is held in 4 bytes a weight."""
+    """Nothing, if all matrices of the decoder are those of linear layers.
+
+    What is not quantised would take 4 bytes a weight, and layers that a checkpoint stores transposed (GPT-2) would be
+    written back the other way round.
+    """
     for layer in decoder_layers(model)[1]:
+        for name, module in layer.named_modules():
+            if is_quantized(module) and getattr(module, "source_cls", nn.Linear) is not nn.Linear:
+                raise _not_linear(folder, name, module.source_cls.__name__)
         for name, parameter in layer.named_parameters():
             if parameter.dim() > 1 and getattr(parameter, "quant_state", None) is None:
-                raise ModelError(
-                    "Not all of this model can be held in 4 bits a weight.",
-                    path=folder,
-                    key=name,
-                    expected="linear layers, each a module of its own",
-                    actual=f"a tensor of shape {tuple(parameter.shape)}",
-                    hint="--method lora without --quantize",
-                )
+                raise _not_linear(folder, name, f"a tensor of shape {tuple(parameter.shape)}")
+
+
+def _not_linear(folder: Path, name: str, found: str) -> ModelError:
+    return ModelError(
+        "Not all of this model can be held in 4 bits a weight.",
+        path=folder,
+        key=name,
+        expected="linear layers, each a module of its own",
+        actual=found,
+        hint="--method lora without --quantize",
+    )
 
 
 def _dequantized(module: Any) -> torch.Tensor:
@@ -148,7 +160,7 @@ def _plain(module: Any, weight: torch.Tensor) -> nn.Linear:
     return plain
 
 
-def _forget_quantization(model: PreTrainedModel) -> None:
+def _forget_quantization(model: Any) -> None:
     """Lets transformers take it for the plain model that it is, and save it as one."""
-    model.hf_quantizer.remove_quantization_config(model)  # type: ignore[attr-defined]
-    model.is_loaded_in_4bit = False  # type: ignore[attr-defined]
+    model.hf_quantizer.remove_quantization_config(model)
+    model.is_loaded_in_4bit = False
