@@ -142,7 +142,18 @@ class FftOptions(TrainingOptions):
     lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
     lora_dropout: Share = Field(0.0, description="lora: dropout before the adapter.")
     merge: bool = Field(False, description="lora: write the merged model instead of the adapter.")
-    optimizer: Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor"] = Field("adamw", description="Optimizer.")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="lora: hold the base in 4 bits a weight (QLoRA); needs bitsandbytes."
+    )
+    optimizer: Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="adamw, sgd, rmsprop, adagrad, adafactor; adamw_8bit and paged_adamw_8bit, with moments in 8 "
+        "bits, need bitsandbytes.",
+    )
+    low_memory: bool = Field(
+        False,
+        description="Weights, gradients and moments in bf16, rounded by chance: 8 bytes a weight instead of 16.",
+    )
     learning_rate: float = Field(2e-5, gt=0, description="Peak of the schedule.")
     keep: Literal["best", "last"] = Field("best", description="best: the state with the lowest validation loss.")
     save_dtype: Literal["auto", "fp32", "bf16"] = Field(
@@ -154,6 +165,28 @@ class FftOptions(TrainingOptions):
         if self.ratio is not None and self.method not in ("gmt", "random"):
             raise ValueError(f"fft.ratio is for the methods gmt and random; the method is {self.method}")
         return self
+
+    @model_validator(mode="after")
+    def _memory_is_saved_in_ways_that_go_together(self) -> FftOptions:
+        if self.quantize is not None and self.method != "lora":
+            raise ValueError(f"fft.quantize is for the method lora; the method is {self.method}")
+        if self.low_memory and self.method == "lora":
+            raise ValueError("fft.low_memory is for weights that are trained; lora freezes them (fft.quantize: nf4)")
+        if self.low_memory and self.optimizer != "adamw":
+            raise ValueError(f"fft.low_memory has an optimizer of its own, adamw; the optimizer is {self.optimizer}")
+        if self.low_memory and self.precision == "fp32":
+            raise ValueError("fft.low_memory computes in bf16; the precision is fp32")
+        if self.has_8bit_moments and self.method in ("gmt", "random") and self.unselected == "unchanged":
+            raise ValueError(
+                f"fft.optimizer: {self.optimizer} keeps one scale for 256 moments, so that those of weights not chosen "
+                "cannot stay unchanged (fft.unselected: momentum, or fft.low_memory with adamw)"
+            )
+        return self
+
+    @property
+    def has_8bit_moments(self) -> bool:
+        """Whether the optimizer is one of bitsandbytes."""
+        return self.optimizer in ("adamw_8bit", "paged_adamw_8bit")
 
     @property
     def effective_ratio(self) -> float:

@@ -318,9 +318,24 @@ def training_with_less_memory(options: TrainingOptions) -> list[str]:
         if not options.low_memory:
             found.append("--low-memory")
         found.append("fewer --layers")
-    if isinstance(options, FftOptions) and options.method != "lora":
-        found.append("--method lora")
+    if isinstance(options, FftOptions):
+        found += _fine_tuning_with_less_memory(options)
     return [*found, f"--max-length below {options.max_length_tokens}"]
+
+
+def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
+    """Of fine-tuning alone: all that keeps the method first, and only what goes with its other options."""
+    if options.method == "lora":
+        return [] if options.quantize else ["--quantize nf4"]
+    found = []
+    if options.optimizer == "adamw":
+        if not options.low_memory and options.precision != "fp32":
+            found.append("--low-memory")
+        keeps_entries = options.method in ("gmt", "random") and options.unselected == "unchanged"
+        if not options.low_memory and not keeps_entries:
+            found.append("--optimizer adamw_8bit")
+    adapter = "--no-low-memory --method lora" if options.low_memory else "--method lora"
+    return [*found, adapter, f"{adapter} --quantize nf4"]
 
 
 def evaluation_with_less_memory(options: EvalOptions) -> list[str]:

@@ -40,15 +40,16 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device |
         ModelError: transformers cannot load it.
     """
     with gpu_failures("loading the model"):
-        return _load(folder, dtype).to(device or best_device())  # type: ignore[arg-type,no-any-return]
+        wanted = device or best_device()
+        return _load(folder, dtype, wanted).to(wanted)  # type: ignore[arg-type,no-any-return]
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
     """The model, not yet on its device."""
     if is_adapter(folder):
         from mftctl.tuning.lora import load_adapter
 
-        merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
+        merged: PreTrainedModel = load_adapter(folder, dtype=dtype, device=device).merge_and_unload()
         return merged
     settings = attention_settings(folder, dtype)
     try:

@@ -70,16 +70,24 @@ class StochasticAdamW(Optimizer):
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
+        self._numbers: dict[torch.Tensor, int] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self._seed = seed
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters, each of which gets noise of its own."""
+        super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._numbers[parameter] = len(self._numbers)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates all parameters that have a gradient."""
-        of_group = [(group, parameter) for group in self.param_groups for parameter in group["params"]]
-        for number, (group, parameter) in enumerate(of_group):
-            if parameter.grad is not None:
-                self._update(group, parameter, parameter.grad, number)
+        # By a number of its own, since a masked optimizer has one parameter at a time stepped.
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(group, parameter, parameter.grad, self._numbers[parameter])
 
     def _update(
         self, group: dict[str, Any], parameter: torch.Tensor, whole_gradient: torch.Tensor, number: int

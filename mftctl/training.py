@@ -75,6 +75,11 @@ def schedule_factors(steps: int, options: TrainingOptions) -> list[float]:
     return [step / rising for step in range(rising)] + falling
 
 
+def lora_base_dtype(options: TrainingOptions) -> torch.dtype:
+    """What LoRA holds its base in: bf16 where it computes in bf16, since weights that are only read lose no steps."""
+    return torch.bfloat16 if uses_bf16(options.precision) else torch.float32
+
+
 def training_arguments(
     folder: Path, options: TrainingOptions, *, steps: int, learning_rate: float, seed: int, bf16: bool
 ) -> TrainingArguments:

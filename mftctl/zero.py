@@ -219,7 +219,8 @@ class ZeroPartitions:
                     mine[key] = torch.zeros_like(part.flat)
                 part.within(mine[key]).copy_(part.of(value))
         for options, stored in zip(self.inner.param_groups, state_dict["param_groups"], strict=True):
-            options.update({key: value for key, value in stored.items() if key != "params"})
+            # How a step is computed is this process's own: a fused one wants its counter on the GPU.
+            options.update({key: value for key, value in stored.items() if key not in ("params", "fused")})
 
     def _gather(self, parameter: torch.nn.Parameter, flat_of: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """A tensor of the parameter's shape, of which each process has its part in a flat tensor."""

@@ -282,11 +282,15 @@ def test_options_with_less_memory_are_those_not_in_use() -> None:
     assert training_with_less_memory(FftOptions(batch_size=7, grad_accum_steps=2)) == [
         "--batch-size 3 --grad-accum 5",
         "--gradient-checkpointing",
+        "--low-memory",
+        "--optimizer adamw_8bit",
         "--method lora",
+        "--method lora --quantize nf4",
         "--max-length below 1024",
     ]
     least = {"batch_size": 1, "gradient_checkpointing": True, "max_length_tokens": 64}
-    assert training_with_less_memory(FftOptions(**least, method="lora")) == ["--max-length below 64"]
+    quantized = FftOptions(**least, method="lora", quantize="nf4")
+    assert training_with_less_memory(quantized) == ["--max-length below 64"]
     mask = MaskTrainOptions(**least, low_memory=True)
     assert training_with_less_memory(mask) == ["fewer --layers", "--max-length below 64"]
     assert "--low-memory" in training_with_less_memory(MaskTrainOptions(**least))

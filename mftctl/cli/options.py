@@ -182,6 +182,7 @@ Checkpointing = Annotated[
 LowMemory = Annotated[
     bool | None, setting(MaskTrainOptions, "low_memory", "--low-memory/--no-low-memory", panel=TRAINING)
 ]
+FftLowMemory = Annotated[bool | None, setting(FftOptions, "low_memory", "--low-memory/--no-low-memory", panel=TRAINING)]
 PrefixCache = Annotated[
     float | None,
     setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="as there is room"),

@@ -39,6 +39,9 @@ from mftctl.training import CHECKPOINTING
 
 _VALIDATION_TOKENS = 4096  # a batch of `sample_losses`
 _MOMENTS: dict[Optimizer, int] = {"adamw": 2, "sgd": 0, "rmsprop": 1, "adagrad": 1, "adafactor": 1}
+_8BIT_BLOCK = 256
+_8BIT_ENTRIES = 4096  # tensors of fewer have moments of 32 bits
+_4BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # nf4: half a byte, a byte for 64 weights, and 4 bytes for 256 of those
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,11 +172,15 @@ def _estimate(
 ) -> MemoryEstimate:
     masks = [module for _, module in masked_layers(model)]
     scores = sum(_size(module.scores) for module in masks)
-    weights = sum(map(_size, {*model.parameters(), *model.buffers()})) - scores
+    quantized = _quantized(model) if plan.quantized else []
+    saved = sum(_size(item) - round(_4BIT_BYTES * item.numel()) for item in quantized)
+    dequantized = max((2 * item.numel() for item in quantized), default=0)  # in bf16, of one layer at a time
+    weights = sum(map(_size, {*model.parameters(), *model.buffers()})) - scores - saved
     masked = sum(map(_size, masked_products(model)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(map(_size, trained))
-    optimizer = sum(_optimizer_numbers(item, plan.optimizer) * item.element_size() for item in trained)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    optimizer = sum(_optimizer_bytes(item, plan.optimizer, embeddings) for item in trained)
     step = _step_bytes(trained, plan) if trained else 0
     chosen = stand_ins(layers)
     kept = keep_stand_ins(model, layers, chosen)
@@ -183,9 +190,9 @@ def _estimate(
     model.requires_grad_(False)
     keep_stand_ins(model, layers, stand_ins(layers))
     validation = _measure_validation(model, batches)
-    standing = process + weights + scores + optimizer
+    standing = process + weights + scores + optimizer + dequantized
     peak = standing + max(training.peak_bytes, masked + gradients + step, masked + validation)
-    activations = max(training.peak_other_bytes - masked, 0)
+    activations = max(training.peak_other_bytes - masked, 0) + dequantized
     return MemoryEstimate(weights, scores, masked, gradients, optimizer, activations, step, validation, process, peak)
 
 
@@ -259,14 +266,31 @@ def _measure_validation(model: PreTrainedModel, batches: Batches) -> int:
 
 def _step_bytes(trained: Sequence[torch.Tensor], plan: TrainingPlan) -> int:
     """Temporary tensors of an optimizer step: of one parameter at a time on a CPU, of all at once on a GPU."""
-    if plan.in_pieces:
-        return 0
     sizes = [_size(parameter) for parameter in trained]
     temporary = 2 * max(sizes) if trained[0].device.type == "cpu" else sum(sizes)
+    if plan.in_pieces:
+        temporary = 0
     if not plan.selects_entries:
         return temporary
     # A bool for each entry, and copies of one parameter at a time: ranked values, the weight and its two moments.
     return temporary + sum(parameter.numel() for parameter in trained) + 5 * max(sizes)
+
+
+def _quantized(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The weights that are held in 4 bits: of all linear layers but the output head and adapters."""
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return [module.weight for module in linear if not module.weight.requires_grad]
+
+
+def _optimizer_bytes(parameter: torch.Tensor, optimizer: Optimizer, embeddings: Sequence[torch.Tensor]) -> int:
+    """What an optimizer keeps for a parameter. In 8 bits: two bytes an entry and two scales a block."""
+    if optimizer not in ("adamw_8bit", "paged_adamw_8bit"):
+        return _optimizer_numbers(parameter, optimizer) * parameter.element_size()
+    entries = parameter.numel()
+    if entries < _8BIT_ENTRIES or any(parameter is embedding for embedding in embeddings):
+        return 8 * entries
+    return 2 * entries + 8 * -(-entries // _8BIT_BLOCK)
 
 
 def _optimizer_numbers(parameter: torch.Tensor, optimizer: Optimizer) -> int:

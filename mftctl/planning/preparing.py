@@ -15,10 +15,10 @@ from mftctl.masking.layers import Indicator, attach_masks, keep_no_products, mas
 from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget, find_targets
 from mftctl.steps import accumulates
-from mftctl.training import uses_bf16
+from mftctl.training import lora_base_dtype, uses_bf16
 from mftctl.tuning.hft import freeze_half
 
-Optimizer = Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor"]
+Optimizer = Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor", "adamw_8bit", "paged_adamw_8bit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class TrainingPlan:
         optimizer: What keeps moments.
         selects_entries: Whether a step chooses the entries that it updates.
         in_pieces: Whether a step makes no temporary tensors of the parameters' sizes.
+        quantized: Whether frozen weights of linear layers stand for such of 4 bits.
     """
 
     prepare: Callable[[PreTrainedModel], None] = field(compare=False)
@@ -46,6 +47,7 @@ class TrainingPlan:
     optimizer: Optimizer = "adamw"
     selects_entries: bool = False
     in_pieces: bool = False
+    quantized: bool = False
 
 
 def plan_fine_tuning(options: FftOptions, seed: int) -> TrainingPlan:
@@ -64,15 +66,24 @@ def plan_fine_tuning(options: FftOptions, seed: int) -> TrainingPlan:
 
             add_adapter(model, options, base=model.config.model_type, seed=seed)
 
+    fused = best_device().type == "cuda"
     return TrainingPlan(
         prepare,
         (options.method, options.lora_rank, seed if options.method == "hft" else None),
-        torch.float32,
-        uses_bf16(options.precision),
+        _weights_dtype(options),
+        uses_bf16(options.precision) and not options.low_memory,
         *_repeats(options),
         options.optimizer,
         options.method in ("gmt", "random"),
+        options.low_memory or options.has_8bit_moments or (options.optimizer == "adamw" and fused),
+        options.quantize is not None,
     )
+
+
+def _weights_dtype(options: FftOptions) -> torch.dtype:
+    if options.method == "lora" and options.quantize is None:
+        return lora_base_dtype(options)
+    return torch.bfloat16 if options.low_memory else torch.float32
 
 
 def plan_mask_training(options: MaskTrainOptions, layers: Sequence[int]) -> TrainingPlan:

@@ -99,6 +99,9 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "random, global": {"fft__method": "random", "fft__scope": "global"},
     "hft": {"fft__method": "hft"},
     "adafactor": {"fft__optimizer": "adafactor", "fft__method": "gmt"},
+    "low memory": {"fft__low_memory": True},
+    "low memory, gmt": {"fft__low_memory": True, "fft__method": "gmt", "fft__ratio": 0.5},
+    "8 bits": {"fft__optimizer": "adamw_8bit"},
 }
 
 
