@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy import stats
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
@@ -18,7 +20,7 @@ from mftctl.data.batching import PaddingCollator, pad_token_id
 from mftctl.devices import gpu_failures
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
-from mftctl.masking.targets import MaskTarget, find_targets, format_layers
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
 from mftctl.preparation import TrainingInputs
 from mftctl.progress import Listener, Progress
 from mftctl.runs import list_runs
@@ -108,7 +110,9 @@ def _mean_gradients(
     collate = PaddingCollator(pad_token_id(inputs.tokenizer))
     records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # a lack of memory shows at once
     answer_tokens = sum(record.answer_tokens for record in records)
-    with _accumulating(model, [_parameter(target) for target in targets]) as gradients:
+    checkpointed = list(decoder_layers(model)[1]) if options.gradient_checkpointing else []
+    parameters = [_parameter(target) for target in targets]
+    with _checkpointing(checkpointed), _accumulating(model, parameters) as gradients:
         for start in range(0, len(records), options.batch_size):
             batch = collate(records[start : start + options.batch_size])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
@@ -119,6 +123,25 @@ def _mean_gradients(
             done = min(start + options.batch_size, len(records))
             listener.progress(Progress("taking gradients", done, len(records)))
     return gradients
+
+
+@contextmanager
+def _checkpointing(layers: Sequence[Module]) -> Iterator[None]:
+    """Inside it, layers keep their input alone for the backward pass, and compute all else again in it.
+
+    Models do so themselves in training mode only, in which they may have dropout.
+    """
+    forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, forward in forwards:
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 @contextmanager
