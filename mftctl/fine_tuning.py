@@ -18,10 +18,11 @@ from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.models import best_device, load_model, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.models import best_device, load_model, load_to_share, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first, spreads_parameters, under_deepspeed, world_size
+from mftctl.processes import is_first, shares_weights, spreads_parameters, under_deepspeed, world_size
 from mftctl.progress import Listener
 from mftctl.results import Kind, permit_folder, write_marker
 from mftctl.runs import Run
@@ -91,7 +92,7 @@ def _fine_tune(
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     if is_first():
         save_seen(run.folder, inputs.records)
-    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
+    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener)
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
@@ -120,7 +121,9 @@ def _fine_tune(
     }
 
 
-def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PreTrainedModel | PeftModel:
+def _trainable_model(
+    checkpoint: Path, source: Source, options: FftOptions, seed: int, listener: Listener
+) -> PreTrainedModel | PeftModel:
     """The model with those parameters trainable that the method trains."""
     # Weights stay in fp32 while they are trained: updates are smaller than what bf16 can hold.
     if options.method == "lora":
@@ -137,8 +140,10 @@ def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed
         if is_adapter(checkpoint):
             return load_adapter(checkpoint, dtype=torch.float32, trainable=True).to(best_device())
         return add_adapter(load_model(checkpoint, dtype=torch.float32), options, base=source.model, seed=seed)
-    # DeepSpeed and FSDP take each process's part of it to the GPU, where the whole may find no room.
-    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu") if spreads_parameters() else None)
+    if shares_weights():
+        model = load_to_share(checkpoint, dtype=torch.float32, note=listener.note)
+    else:
+        model = load_model(checkpoint, dtype=torch.float32)
     if options.method == "hft":
         freeze_half(model, seed)
     return model
@@ -170,6 +175,8 @@ def _trainer(
         trainer.rule = UpdateRule(
             options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
         )
+    if model.device.type == "meta":
+        trainer.rows = StoredWeights(inputs.checkpoint, cast("PreTrainedModel", model)).rows
     trainer.exact_norm = trainer.rule is not None  # so that the choice does not hang on rounding
     return trainer
 

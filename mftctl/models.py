@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from mftctl.allocator import give_back_freed_memory
 from mftctl.devices import gpu_failures, has_bf16
-from mftctl.errors import ModelError
+from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index
@@ -30,19 +31,43 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device |
     Raises:
         ModelError: transformers cannot load it.
     """
+    device = device or best_device()
     with gpu_failures("loading the model"):
-        return _load(folder, dtype).to(device or best_device())  # type: ignore[arg-type,no-any-return]
+        return _load(folder, dtype, device).to(device)  # type: ignore[arg-type,no-any-return]
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model, not yet on its device."""
+def load_to_share(folder: Path, *, dtype: torch.dtype, note: Callable[[str], None]) -> PreTrainedModel:
+    """The model in a checkpoint folder, for processes that spread it: without values where they can be read by parts.
+
+    Args:
+        folder: With `config.json` and safetensors.
+        dtype: Of its parameters.
+        note: Is told why each process loads the whole model, where that is so.
+
+    Raises:
+        ModelError: transformers does not know the model, or a weight is missing in the files.
+    """
+    from mftctl.outlines import build_outline
+
+    try:
+        return build_outline(folder, dtype)
+    except MaskingError as error:
+        note(f"Each process loads the whole model into the machine's memory before it is shared out. {error}")
+        return load_model(folder, dtype=dtype, device=torch.device("cpu"))
+
+
+def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
+    """The model; its weights go tensor by tensor to their device, so that the CPU never holds all of them for a GPU."""
     if is_adapter(folder):
         from mftctl.tuning.lora import load_adapter
 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
         return merged
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        placed = {} if device.type == "cpu" else {"device_map": {"": device}}
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **placed
+        )
     except torch.OutOfMemoryError:  # which is a RuntimeError as well
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:

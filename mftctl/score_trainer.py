@@ -153,7 +153,12 @@ class MaskTrainer(SftTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        scores = {name: whole(module.scores).cpu().contiguous() for name, module in self.masked().items()}
+        scores = {}
+        for name, module in self.masked().items():
+            values = whole(module.scores)
+            if self.args.should_save:
+                scores[name] = values.cpu().contiguous()
+            del values  # or two whole tensors would be there at a time
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)

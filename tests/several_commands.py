@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -10,7 +11,9 @@ from typing import Any
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 from mftctl.cli.app import build_app
-from mftctl.processes import leave
+from mftctl.fsdp import FsdpPartitions
+from mftctl.processes import is_first, leave
+from mftctl.zero import ZeroPartitions
 
 
 def keep_fsdp_on_a_cpu() -> None:
@@ -25,9 +28,25 @@ def keep_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = as_on_gpus  # type: ignore[method-assign]
 
 
+def require_others_to_hold_nothing(partitions: type[FsdpPartitions | ZeroPartitions]) -> None:
+    """Makes a process fail that is given an optimizer's whole state and is not the first."""
+    original = partitions.state_dict
+
+    @functools.wraps(original)
+    def watched(self: Any) -> dict[str, Any]:
+        state = original(self)
+        if state and not is_first():
+            raise AssertionError("a process that does not write holds an optimizer's state")
+        return state
+
+    partitions.state_dict = watched  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     if "ACCELERATE_USE_FSDP" in os.environ:
         keep_fsdp_on_a_cpu()
+    for spread in (FsdpPartitions, ZeroPartitions):
+        require_others_to_hold_nothing(spread)
     for line in sys.argv[1:]:
         build_app()(shlex.split(line), standalone_mode=False)
         AcceleratorState._reset_state(True)  # it keeps what the first command configured
