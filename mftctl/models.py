@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -20,20 +21,29 @@ from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | None = None,
+    device_map: Mapping[str, int] | None = None,
+) -> PreTrainedModel:
     """The causal language model in a checkpoint folder, in evaluation mode.
 
     Args:
         folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
         dtype: Of the weights in memory; `auto` keeps the checkpoint's.
         device: Where it is wanted; by default on the best there is.
+        device_map: On which GPU each part of it is wanted instead, by its path; not for adapters.
 
     Raises:
         ModelError: transformers cannot load it.
     """
     device = device or best_device()
     with gpu_failures("loading the model"):
-        return _load(folder, dtype, device).to(device)  # type: ignore[arg-type,no-any-return]
+        if device_map is not None:
+            return _load(folder, dtype, device_map)
+        return _load(folder, dtype, {} if device.type == "cpu" else {"": device}).to(device)  # type: ignore[arg-type,no-any-return]
 
 
 def load_to_share(folder: Path, *, dtype: torch.dtype, note: Callable[[str], None]) -> PreTrainedModel:
@@ -56,17 +66,16 @@ def load_to_share(folder: Path, *, dtype: torch.dtype, note: Callable[[str], Non
         return load_model(folder, dtype=dtype, device=torch.device("cpu"))
 
 
-def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    """The model; its weights go tensor by tensor to their device, so that the CPU never holds all of them for a GPU."""
+def _load(folder: Path, dtype: torch.dtype | str, places: Mapping[str, Any]) -> PreTrainedModel:
+    """The model; its weights go tensor by tensor to their places, so that the CPU never holds all of them for a GPU."""
     if is_adapter(folder):
         from mftctl.tuning.lora import load_adapter
 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
         return merged
     try:
-        placed = {} if device.type == "cpu" else {"device_map": {"": device}}
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **placed
+            folder, dtype=dtype, local_files_only=True, device_map=dict(places) or None
         )
     except torch.OutOfMemoryError:  # which is a RuntimeError as well
         raise
