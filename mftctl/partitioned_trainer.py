@@ -45,6 +45,9 @@ class PartitionedTrainer(Trainer):
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self._grad_norm = self.partitions.clip(trained, self.args.max_grad_norm)
 
+    def after_spreading(self) -> None:
+        """Called when `partitions` are there, before a checkpoint is loaded."""
+
     def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
         """The optimizer's state for a checkpoint, in the first process; called in all processes at once."""
         return partitions.state_dict()
@@ -73,6 +76,7 @@ class PartitionedTrainer(Trainer):
             self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self.before_step)
         else:
             self.partitions = FsdpPartitions(cast(Any, self.optimizer).optimizer)
+        self.after_spreading()
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)

@@ -10,9 +10,11 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
+from mftctl import fine_tuning, mask_training
 from mftctl.cli.app import build_app
 from mftctl.fsdp import FsdpPartitions
-from mftctl.processes import is_first, leave
+from mftctl.models import load_model
+from mftctl.processes import is_first, leave, shares_weights
 from mftctl.zero import ZeroPartitions
 
 
@@ -42,11 +44,24 @@ def require_others_to_hold_nothing(partitions: type[FsdpPartitions | ZeroPartiti
     partitions.state_dict = watched  # type: ignore[method-assign]
 
 
+def require_others_to_load_parts() -> None:
+    """Makes a process fail that shares weights, loads a whole model and is not the first, which writes."""
+
+    def first_alone(*arguments: Any, **options: Any) -> Any:
+        if shares_weights() and not is_first():
+            raise AssertionError("a process loads all weights where it is to hold a part of them")
+        return load_model(*arguments, **options)
+
+    for workflow in (fine_tuning, mask_training):
+        workflow.load_model = first_alone  # type: ignore[attr-defined]
+
+
 if __name__ == "__main__":
     if "ACCELERATE_USE_FSDP" in os.environ:
         keep_fsdp_on_a_cpu()
     for spread in (FsdpPartitions, ZeroPartitions):
         require_others_to_hold_nothing(spread)
+    require_others_to_load_parts()
     for line in sys.argv[1:]:
         build_app()(shlex.split(line), standalone_mode=False)
         AcceleratorState._reset_state(True)  # it keeps what the first command configured
