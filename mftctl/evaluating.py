@@ -19,6 +19,7 @@ from mftctl.devices import best_device, device_for, evaluation_with_less_memory,
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
+from mftctl.gpu_maps import gpu_map
 from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
@@ -70,7 +71,7 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
         attention=recipe.attention,
     ):
         restart_peak_memory()
-        loaded = None if recipe.eval.predictions is not None else _load(source, recipe)
+        loaded = None if recipe.eval.predictions is not None else _load(source, recipe, listener)
         datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
         return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
@@ -146,14 +147,18 @@ def measure(
     return datasets
 
 
-def _load(source: Source, recipe: Recipe) -> Loaded:
+def _load(source: Source, recipe: Recipe, listener: Listener) -> Loaded:
     """The model, under its mask if it has one, and the tokenizer."""
     checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
     if recipe.eval.engine == "vllm":
         return _load_for_vllm(checkpoint, source, recipe)
     tokenizer = load_tokenizer(checkpoint)
     mask = None if source.mask is None else load_mask(Path(source.mask))
-    model = load_model(checkpoint, dtype=evaluation_dtype(checkpoint))
+    dtype = evaluation_dtype(checkpoint)
+    spread = gpu_map(checkpoint, dtype)
+    if spread is not None:
+        listener.note(f"The model is too large for one GPU: its layers lie on {len(set(spread.values()))} of them.")
+    model = load_model(checkpoint, dtype=dtype, device_map=spread)
     if mask is not None:
         delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
         apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))

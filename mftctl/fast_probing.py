@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy import stats
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
@@ -21,7 +23,7 @@ from mftctl.evaluation.inference import length_batches
 from mftctl.masking.dtypes import exact_sum
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
-from mftctl.masking.targets import MaskTarget, find_targets, format_layers
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
 from mftctl.preparation import TrainingInputs
 from mftctl.progress import Listener, Progress
 from mftctl.runs import list_runs
@@ -111,7 +113,9 @@ def _mean_gradients(
     collate = PaddingCollator(pad_token_id(inputs.tokenizer))
     records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # a lack of memory shows at once
     answer_tokens = sum(record.answer_tokens for record in records)
-    with _accumulating(model, [_parameter(target) for target in targets]) as gradients:
+    checkpointed = list(decoder_layers(model)[1]) if options.gradient_checkpointing else []
+    parameters = [_parameter(target) for target in targets]
+    with _checkpointing(checkpointed), _accumulating(model, parameters) as gradients:
         done = 0
         for batch_records in _batches(records, options):
             batch = collate(batch_records)
@@ -132,6 +136,25 @@ def _batches(records: Sequence[Encoded], options: MaskTrainOptions) -> list[Sequ
     lengths = [len(record.input_ids) for record in records]
     batches = length_batches(lengths, options.batch_tokens)
     return [[records[index] for index in batch] for batch in batches]
+
+
+@contextmanager
+def _checkpointing(layers: Sequence[Module]) -> Iterator[None]:
+    """Inside it, layers keep their input alone for the backward pass, and compute all else again in it.
+
+    Models do so themselves in training mode only, in which they may have dropout.
+    """
+    forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, forward in forwards:
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 @contextmanager

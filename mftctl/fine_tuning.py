@@ -18,10 +18,11 @@ from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.models import load_model, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first, spreads_parameters, world_size
+from mftctl.processes import is_first, shares_weights, spreads_parameters, world_size
 from mftctl.progress import Listener
 from mftctl.results import Kind, permit_folder, write_marker
 from mftctl.runs import Run
@@ -98,7 +99,7 @@ def _fine_tune(
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     if is_first():
         save_seen(run.folder, inputs.records)
-    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
+    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener)
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
@@ -133,7 +134,9 @@ def _fine_tune(
     }
 
 
-def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PreTrainedModel | PeftModel:
+def _trainable_model(
+    checkpoint: Path, source: Source, options: FftOptions, seed: int, listener: Listener
+) -> PreTrainedModel | PeftModel:
     """The model with those parameters trainable that the method trains."""
     if options.method == "lora":
         if spreads_parameters():
@@ -147,8 +150,10 @@ def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed
         return _with_adapter(checkpoint, source, options, seed)
     # Updates are smaller than what bf16 can hold: weights stay in fp32, or are rounded by chance.
     dtype = torch.bfloat16 if options.low_memory else torch.float32
-    # DeepSpeed and FSDP take each process's part of it to the GPU, where the whole may find no room.
-    model = load_model(checkpoint, dtype=dtype, device=torch.device("cpu") if spreads_parameters() else None)
+    if shares_weights():
+        model = load_to_share(checkpoint, dtype=dtype, note=listener.note)
+    else:
+        model = load_model(checkpoint, dtype=dtype)
     if options.method == "hft":
         freeze_half(model, seed)
     return model
@@ -193,6 +198,8 @@ def _trainer(
         trainer.rule = UpdateRule(
             options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
         )
+    if model.device.type == "meta":
+        trainer.rows = StoredWeights(inputs.checkpoint, cast("PreTrainedModel", model)).rows
     trainer.exact_norm = trainer.rule is not None  # so that the choice does not hang on rounding
     return trainer
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,31 +23,61 @@ from mftctl.devices import (
     record_attention,
 )
 from mftctl.devices import best_device as best_device
-from mftctl.errors import ModelError
+from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | None = None,
+    device_map: Mapping[str, int] | None = None,
+) -> PreTrainedModel:
     """The causal language model in a checkpoint folder, in evaluation mode.
 
     Args:
         folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
         dtype: Of the weights in memory; `auto` keeps the checkpoint's.
         device: Where it is wanted; by default on the one in use.
+        device_map: On which GPU each part of it is wanted instead, by its path; not for adapters.
 
     Raises:
         ConfigError: The attention asked for does not go with the dtype.
         ModelError: transformers cannot load it.
     """
+    device = device or best_device()
     with gpu_failures("loading the model"):
-        wanted = device or best_device()
-        return _load(folder, dtype, wanted).to(wanted)  # type: ignore[arg-type,no-any-return]
+        if device_map is not None:
+            return _load(folder, dtype, device, device_map)
+        places = {} if device.type == "cpu" else {"": device}
+        return _load(folder, dtype, device, places).to(device)  # type: ignore[arg-type,no-any-return]
 
 
-def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTrainedModel:
-    """The model, not yet on its device."""
+def load_to_share(folder: Path, *, dtype: torch.dtype, note: Callable[[str], None]) -> PreTrainedModel:
+    """The model in a checkpoint folder, for processes that spread it: without values where they can be read by parts.
+
+    Args:
+        folder: With `config.json` and safetensors.
+        dtype: Of its parameters.
+        note: Is told why each process loads the whole model, where that is so.
+
+    Raises:
+        ModelError: transformers does not know the model, or a weight is missing in the files.
+    """
+    from mftctl.outlines import build_outline
+
+    try:
+        return build_outline(folder, dtype)
+    except MaskingError as error:
+        note(f"Each process loads the whole model into the machine's memory before it is shared out. {error}")
+        return load_model(folder, dtype=dtype, device=torch.device("cpu"))
+
+
+def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: Mapping[str, Any]) -> PreTrainedModel:
+    """The model; its weights go tensor by tensor to their places, so that the CPU never holds all of them for a GPU."""
     if is_adapter(folder):
         from mftctl.tuning.lora import load_adapter
 
@@ -54,7 +86,7 @@ def _load(folder: Path, dtype: torch.dtype | str, device: torch.device) -> PreTr
     settings = attention_settings(folder, dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **settings
+            folder, dtype=dtype, local_files_only=True, device_map=dict(places) or None, **settings
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if is_out_of_memory(error):

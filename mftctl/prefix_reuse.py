@@ -7,28 +7,29 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from mftctl.config import MaskTrainOptions
+from mftctl.host_memory import available_bytes
 from mftctl.masking.hidden_states import HiddenStates
-from mftctl.processes import world_size
+from mftctl.processes import local_world_size, world_size
 from mftctl.steps import accumulation, records_per_step, total_steps
 
 _SHARE = 4
-"""A quarter of what is free: the training itself needs the rest."""
+"""A quarter of what is free on a machine, for all its processes: the training itself needs the rest."""
 
 
 def hidden_states(options: MaskTrainOptions, folder: Path) -> HiddenStates:
-    """An empty cache with the room that the options and the machine give it.
+    """An empty cache with the room that the options and the machine give this process.
 
     Args:
-        options: With the limit.
+        options: With the limit, of a machine.
         folder: Of the run; gets the file.
     """
-    memory_bytes = psutil.virtual_memory().available // _SHARE
+    processes = local_world_size()
+    memory_bytes = available_bytes() // _SHARE // processes
     if options.prefix_cache_gb is None:
-        return HiddenStates(folder, memory_bytes, shutil.disk_usage(folder).free // _SHARE)
-    limit_bytes = int(options.prefix_cache_gb * 1e9)
+        disk_bytes = shutil.disk_usage(folder).free // _SHARE // processes
+        return HiddenStates(folder, memory_bytes, disk_bytes)
+    limit_bytes = int(options.prefix_cache_gb * 1e9) // processes
     memory_bytes = min(memory_bytes, limit_bytes)
     return HiddenStates(folder, memory_bytes, limit_bytes - memory_bytes)
 

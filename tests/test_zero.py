@@ -12,6 +12,7 @@ import torch
 from mftctl.config import FftOptions
 from mftctl.errors import ConfigError
 from mftctl.fine_tuning import _trainable_model
+from mftctl.progress import Silence
 from mftctl.tuning.optimizers import check_memory_options
 from mftctl.zero import check_plan
 
@@ -43,7 +44,7 @@ def test_a_scaled_loss() -> None:
 def test_lora(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
     with pytest.raises(ConfigError, match="next to nothing to spread") as caught:
-        _trainable_model(Path(), None, FftOptions(method="lora"), 0)  # type: ignore[arg-type]
+        _trainable_model(Path(), None, FftOptions(method="lora"), 0, Silence())  # type: ignore[arg-type]
     assert caught.value.key == "fft.method"
 
 

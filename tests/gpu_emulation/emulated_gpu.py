@@ -245,6 +245,7 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
         "max_memory_allocated": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
         "memory_reserved": lambda *_: 0,
+        "mem_get_info": lambda *_: (TOTAL_BYTES, TOTAL_BYTES),
         "get_rng_state": lambda *_: state,
         "get_rng_state_all": lambda: [state],
         **dict.fromkeys(
@@ -269,6 +270,8 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
             stack.enter_context(mock.patch(f"torch.accelerator.{name}", answer))
         for patch in (*_cpu_in_place_of_cuda(), _no_device_check_in_recomputation()):
             stack.enter_context(patch)
+        # Without threads transformers reads weights where the modes below are on.
+        stack.enter_context(mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(kernels)
         stack.enter_context(_Devices(kernels))
         yield
