@@ -14,6 +14,7 @@ from mftctl.atomic import write_text
 from mftctl.config import EvalOptions, Recipe
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.alpaca_judge import Answer, entry, what_is_missing, win_shares
+from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark, with_scores
 from mftctl.evaluation.benchmarks import BENCHMARKS
@@ -166,7 +167,14 @@ def _answered(
         model = loaded[0]
         with evaluation_mode(model), gpu_failures(f"answering {benchmark.name}"):
             batch_size = None if options.batch_size == "auto" else options.batch_size
-            written = ModelAnswers(model, tokenizer, batch_size=batch_size, seed=recipe.seed, **kept)
+            written = ModelAnswers(
+                model,
+                tokenizer,
+                batch_size=batch_size,
+                seed=recipe.seed,
+                on_shortage=lambda tokens: listener.note(smaller_batches(benchmark.name, tokens)),
+                **kept,
+            )
             return run_benchmark(written, task, problems, **common), written.generated_tokens
 
 

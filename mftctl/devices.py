@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
 from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, TrainingOptions
@@ -32,6 +33,19 @@ _FREE = re.compile(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is fre
 def has_bf16() -> bool:
     """Whether there is a GPU that computes in bf16 itself; others emulate it, more slowly than fp32."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """The memory that a process can still take: of a GPU what is free, and what torch holds of it without using it.
+
+    Args:
+        device: Where.
+    """
+    if device.type in ("cpu", "mps"):  # which share their memory
+        return int(psutil.virtual_memory().available)
+    of_device: Any = torch.cuda if device.type == "cuda" else torch.accelerator
+    free = torch.cuda.mem_get_info if device.type == "cuda" else torch.accelerator.get_memory_info
+    return int(free(device)[0]) + int(of_device.memory_reserved(device)) - int(of_device.memory_allocated(device))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, data_digest, load_examples
 from mftctl.devices import device_for, evaluation_with_less_memory
 from mftctl.errors import ConfigError, EvaluationError
+from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.lineage import Source
@@ -64,7 +65,7 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
     with device_for(run, listener, less_memory=evaluation_with_less_memory(recipe.eval)):
-        loaded = None if recipe.eval.predictions is not None else _load(source, recipe)
+        loaded = None if recipe.eval.predictions is not None else _load(source, recipe, measures)
         datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
     return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
@@ -140,11 +141,11 @@ def measure(
     return datasets
 
 
-def _load(source: Source, recipe: Recipe) -> Loaded:
+def _load(source: Source, recipe: Recipe, measures: Measures) -> Loaded:
     """The model, under its mask if it has one, and the tokenizer."""
     checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
     if recipe.eval.engine == "vllm":
-        return _load_for_vllm(checkpoint, source, recipe)
+        return _load_for_vllm(checkpoint, source, recipe, measures)
     tokenizer = load_tokenizer(checkpoint)
     mask = None if source.mask is None else load_mask(Path(source.mask))
     model = load_model(checkpoint, dtype=evaluation_dtype(checkpoint))
@@ -154,7 +155,7 @@ def _load(source: Source, recipe: Recipe) -> Loaded:
     return model, tokenizer
 
 
-def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnswers:
+def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe, measures: Measures) -> VllmAnswers:
     """The checkpoint in vLLM's own processes.
 
     Raises:
@@ -169,10 +170,20 @@ def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnsw
             actual=apart,
             hint="mftctl apply MODEL MASK, or fft --method lora --merge; then mftctl eval OUT --engine vllm",
         )
+    from mftctl.evaluation.prompt_lengths import longest_request
     from mftctl.evaluation.vllm_answers import VllmAnswers
 
+    options = recipe.eval
+    needed = longest_request(
+        [benchmark.task for benchmark in measures.benchmarks],
+        load_tokenizer(checkpoint),
+        limit=options.limit,
+        chat_template=options.chat_template,
+        seed=recipe.seed,
+        max_new_tokens=options.max_new_tokens,
+    )
     dtype = str(evaluation_dtype(checkpoint)).removeprefix("torch.")
-    return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed)
+    return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed, options=options, needed_tokens=needed)
 
 
 def check_measures(recipe: Recipe) -> None:
@@ -256,6 +267,7 @@ def _data_file(
         max_length_tokens=recipe.eval.max_length_tokens,
         generate=recipe.eval.generate,
         on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
+        on_shortage=lambda tokens: listener.note(smaller_batches(name, tokens)),
     )
     rows = []
     for number, row in enumerate(found.rows):

@@ -44,6 +44,18 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Measuring")] = None,
     engine: Annotated[str | None, opt.setting(EvalOptions, "engine", "--engine", panel="Measuring")] = None,
+    tensor_parallel: Annotated[
+        int | None, opt.setting(EvalOptions, "tensor_parallel", "--tensor-parallel", panel="vLLM")
+    ] = None,
+    gpu_memory_share: Annotated[
+        float | None, opt.setting(EvalOptions, "gpu_memory_share", "--gpu-memory-share", panel="vLLM", default="vLLM's")
+    ] = None,
+    max_model_length_tokens: Annotated[
+        int | None,
+        opt.setting(
+            EvalOptions, "max_model_length_tokens", "--max-model-length", panel="vLLM", default="as long as needed"
+        ),
+    ] = None,
     batch_size: Annotated[
         Any, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Measuring", parser=opt.whole_number_or_word)
     ] = None,

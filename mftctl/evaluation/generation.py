@@ -13,7 +13,8 @@ from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import encode_prompt
 from mftctl.devices import gpu_failures
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
+from mftctl.evaluation.answer_room import AnswerRoom, answer_room
+from mftctl.evaluation.inference import OnProgress, evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +53,7 @@ def generate_answers(
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
-    batch_tokens: int,
+    room: AnswerRoom | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[str]:
     """The model's most likely continuation of each prompt, without special tokens, in the order given.
@@ -65,7 +66,7 @@ def generate_answers(
         tokenizer: Its tokenizer.
         examples: Each with a prompt; their answers are not looked at.
         max_new_tokens: Where an answer that has not ended is cut.
-        batch_tokens: Most tokens of a batch: prompts with padding and room for the answers.
+        room: How many are answered together; as many as the free memory takes by default. The answers are the same.
         on_progress: Told after each batch.
 
     Raises:
@@ -77,8 +78,13 @@ def generate_answers(
     answers: dict[int, str] = {}
     greedy = _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens)
     with evaluation_mode(model), greedy, gpu_failures("generating answers"):
-        for indices in length_batches([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
-            for index, token_ids in zip(indices, _continue(model, [prompts[i] for i in indices]), strict=True):
+        batches = (room or answer_room(model)).answered(
+            [len(prompt) for prompt in prompts],
+            max_new_tokens,
+            lambda indices: _continue(model, [prompts[index] for index in indices]),
+        )
+        for indices, written in batches:
+            for index, token_ids in zip(indices, written, strict=True):
                 answers[index] = _decode(tokenizer, token_ids, stop_ids)
             if on_progress is not None:
                 on_progress(len(answers), len(examples))

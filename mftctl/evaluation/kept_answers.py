@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.sampling import sample_seeds
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -17,6 +19,22 @@ if TYPE_CHECKING:
 
     from mftctl.evaluation.inference import OnProgress
     from mftctl.evaluation.output_cache import OutputCache
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Requests of like settings.
+
+    Attributes:
+        prompts: Token ids of each.
+        setting: `max_new_tokens`, `until` and `temperature`.
+        seeds: Of each sample.
+    """
+
+    prompts: Sequence[list[int]]
+    setting: Mapping[str, Any]
+    seeds: Sequence[int]
+
 
 _HONOURED = {"until", "max_gen_toks", "do_sample", "temperature"}
 
@@ -32,7 +50,9 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     """
 
     generated_tokens: int
+    _context_hint = "choose a task with fewer examples in its prompt, or lower --max-new-tokens"
     tokenizer: PreTrainedTokenizerBase
+    _seed: int
     _cache: OutputCache
     _most_new_tokens: int | None
     _on_progress: OnProgress | None
@@ -60,15 +80,15 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         settings = [self._settings(request.args[1]) for request in requests]
         for request, prompt, setting in zip(requests, prompts, settings, strict=True):
             self._check_context(request, len(prompt), setting["max_new_tokens"])
-        keys = self._cache.keys(
-            [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
-        )
+        texts_and_settings = [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
+        keys, seeds = self._cache.keys(texts_and_settings), sample_seeds(self._seed, texts_and_settings)
         waiting = [index for index, key in enumerate(keys) if key not in self._cache]
-        for indices in self._batches(waiting, prompts, settings):
-            texts = self._generate([prompts[i] for i in indices], settings[indices[0]], indices[0])
-            self._cache.add({keys[index]: text for index, text in zip(indices, texts, strict=True)})
-            if self._on_progress is not None:
-                self._on_progress(sum(key in self._cache for key in keys), len(requests))
+        for group in alike(waiting, settings):
+            asked = Asked([prompts[index] for index in group], settings[group[0]], [seeds[index] for index in group])
+            for places, texts in self._answer(asked):
+                self._cache.add({keys[group[place]]: text for place, text in zip(places, texts, strict=True)})
+                if self._on_progress is not None:
+                    self._on_progress(sum(key in self._cache for key in keys), len(requests))
         return [self._cache[key] for key in keys]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -84,14 +104,8 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         return found
 
     @abstractmethod
-    def _batches(
-        self, waiting: Sequence[int], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]
-    ) -> Iterator[list[int]]:
-        """The requests that are generated together, by their number; outputs are kept after each batch."""
-
-    @abstractmethod
-    def _generate(self, prompts: Sequence[list[int]], setting: Mapping[str, Any], first: int) -> list[str]:
-        """The text for each prompt up to the first stop string; `first` is the number of the first request."""
+    def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
+        """The texts up to the first stop string, batch by batch: each with the places of its prompts in `asked`."""
 
     def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Room, stop strings and temperature of a request.
@@ -122,7 +136,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
                 key=f"problem {request.doc_id}",
                 expected=f"at most {self.max_length} tokens",
                 actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
-                hint="choose a task with fewer examples in its prompt, or lower --max-new-tokens",
+                hint=self._context_hint,
             )
 
 
