@@ -34,7 +34,7 @@ def _values_a_token(text: Any) -> int:
     """Keys and values of one token in one layer."""
     heads = int(text.num_attention_heads)
     own = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
-    key_dim = getattr(text, "qk_head_dim", None)  # DeepSeek's latent attention, kept unfolded by transformers
-    if key_dim is not None:
-        return heads * (int(key_dim) + int(getattr(text, "v_head_dim", None) or key_dim))
+    latent = getattr(text, "kv_lora_rank", None)
+    if latent is not None:  # DeepSeek's attention keeps what its keys and values are made of
+        return int(latent) + int(text.qk_rope_head_dim)
     return 2 * (getattr(text, "num_key_value_heads", None) or heads) * int(own)
