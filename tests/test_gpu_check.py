@@ -22,7 +22,9 @@ from scripts.gpu_check.training_steps import fine_tuning_steps, mask_training
 from scripts.gpu_check.versions import versions
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 
-pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:'pin_memory' argument is set as true", "ignore:This process .* is multi-threaded:DeprecationWarning"
+)
 
 
 def fails(scale: Scale) -> Iterator[Finding]:
