@@ -78,7 +78,7 @@ def evaluate_examples(
     generate: bool = True,
     on_progress: OnProgress | None = None,
 ) -> DataFileResult:
-    """The model's loss on every record, and exact match on those with a prompt.
+    """The model's loss on every record, and exact match on those with a prompt; all processes share the work.
 
     Args:
         model: A causal language model.
@@ -104,6 +104,7 @@ def evaluate_examples(
         pad_token_id=pad_token_id(tokenizer),
         batch_tokens=batch_tokens,
         on_progress=_shifted(on_progress, 0, steps),
+        together=True,
     )
     predictions: dict[int, str] = {}
     max_new_tokens = None

@@ -14,6 +14,7 @@ from mftctl.data.encoding import encode_prompt
 from mftctl.devices import gpu_failures
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
+from mftctl.processes import own_part, parts, put_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,6 +58,8 @@ def generate_answers(
 ) -> list[str]:
     """The model's most likely continuation of each prompt, without special tokens, in the order given.
 
+    Several processes share out the batches, which stay the same.
+
     Only `eos_token_id` is taken from the model's generation settings (beside the tokenizer's): penalties and sampling
     that a checkpoint asks for would make its score depend on more than its weights.
 
@@ -77,11 +80,13 @@ def generate_answers(
     answers: dict[int, str] = {}
     greedy = _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens)
     with evaluation_mode(model), greedy, gpu_failures("generating answers"):
-        for indices in length_batches([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
+        batches = length_batches([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens)
+        for indices in own_part(batches):
             for index, token_ids in zip(indices, _continue(model, [prompts[i] for i in indices]), strict=True):
                 answers[index] = _decode(tokenizer, token_ids, stop_ids)
             if on_progress is not None:
-                on_progress(len(answers), len(examples))
+                on_progress(min(len(answers) * parts(), len(examples)), len(examples))
+    answers = put_together(answers)
     return [answers[index] for index in range(len(examples))]
 
 
