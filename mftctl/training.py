@@ -38,10 +38,10 @@ from mftctl.data.batching import (
 )
 from mftctl.data.encoding import Encoded
 from mftctl.devices import gpu_failures, has_bf16, require_deterministic_attention
-from mftctl.errors import Interrupted, StorageError, TrainingError
+from mftctl.errors import Interrupted, LostProcessError, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.partitioned_trainer import PartitionedTrainer
-from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
+from mftctl.processes import any_process, is_first, rank, timeout_seconds, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.regular_files import read_regular
 from mftctl.runs import TrainingFolder
@@ -135,6 +135,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
+        ddp_timeout=timeout_seconds(),
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # or the Trainer would split batches over all GPUs, in DataParallel
@@ -214,6 +215,7 @@ class SftTrainer(PartitionedTrainer):
                 actual=reason_of(error),
                 hint="free some space, then go on with --resume",
             ) from error
+        wait_for_all()  # or those that have nothing to write would wait in the next step, for no longer than it allows
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -260,7 +262,8 @@ def train(
 
     Raises:
         Interrupted: The user stopped it; the state is saved.
-        TrainingError: The loss is not a number, or another process is lost.
+        TrainingError: The loss is not a number.
+        LostProcessError: Another process is gone.
         DeviceMemoryError: The GPU has no room.
     """
     if trainer.args.device.type == "cpu":
@@ -287,7 +290,7 @@ def train(
         with gpu_failures("training"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.distributed.DistError as error:
-        raise TrainingError(
+        raise LostProcessError(
             "The processes lost each other.",
             path=folder.folder,
             actual=str(error).splitlines()[0],

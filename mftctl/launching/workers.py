@@ -264,10 +264,11 @@ def _environment(launch: Launch, port: int) -> dict[str, str]:
 
     configuration = BUILT_IN_FOLDER / "accelerate" / f"{launch.shard}.yaml"
     asked = ["--config_file", str(configuration), "--num_processes", str(launch.processes)]
-    arguments, _, _ = _validate_launch_command(
+    arguments, defaults, _ = _validate_launch_command(
         launch_command_parser().parse_args([*asked, "--main_process_port", "0", "mftctl"])
     )
     if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
         _, environment = prepare_deepspeed_cmd_env(arguments)
     else:
         environment = prepare_multi_gpu_env(arguments)
