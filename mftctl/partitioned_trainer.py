@@ -53,7 +53,8 @@ class PartitionedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir)
-            wait_for_all()  # one process writes, and what it writes next all gather
+        # One process writes, and the Trainer goes on with a barrier, or a gathering, that has a time limit.
+        wait_for_all()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):

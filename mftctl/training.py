@@ -8,7 +8,8 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -55,6 +56,9 @@ VALIDATIONS = 10
 
 _FAILED_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
 """What torch says where a file could not be written; a GPU or another process fails with RuntimeErrors as well."""
+
+_LOST = re.compile("gloo/transport|Connection closed by peer|Connection reset by peer")
+"""What gloo says, in an error of no class of its own, where another process is gone or does not come."""
 
 _KNOWN = inspect.signature(TrainingArguments).parameters
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
@@ -287,15 +291,8 @@ def train(
     wait_for_all()
     require_deterministic_attention(trainer.accelerator.unwrap_model(trainer.model))
     try:
-        with gpu_failures("training"):
+        with _lost_processes(folder), gpu_failures("training"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.distributed.DistError as error:
-        raise LostProcessError(
-            "The processes lost each other.",
-            path=folder.folder,
-            actual=str(error).splitlines()[0],
-            hint=f"what the process says that failed first; then {folder.resume_command}",
-        ) from error
     except EndedBefore:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
@@ -306,6 +303,26 @@ def train(
             path=folder.folder,
             hint=folder.resume_command,
         )
+
+
+@contextmanager
+def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
+    """Turns what torch says where another process is gone, or does not come, into a known failure.
+
+    Raises:
+        LostProcessError: That is so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
+            raise
+        raise LostProcessError(
+            "The processes lost each other.",
+            path=folder.folder,
+            actual=str(error).splitlines()[0],
+            hint=f"what the process says that failed first; then {folder.resume_command}",
+        ) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

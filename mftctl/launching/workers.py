@@ -175,6 +175,9 @@ class _Team:
 
     def _end_with_the_lost(self) -> None:
         """Gives the others some time after one has failed, and no more."""
+        if self._end_seconds is not None and time.monotonic() > self._end_seconds:
+            self._send(signal.SIGKILL)
+            return
         for rank, process in enumerate(self.processes):
             if rank not in self._failed and (self._heard[rank].error is not None or process.poll() not in (None, 0)):
                 self._failed.append(rank)
@@ -184,13 +187,13 @@ class _Team:
                     self._end_seconds or float("inf"),
                     time.monotonic() + (_SHORT_GRACE_SECONDS if told else _GRACE_SECONDS),
                 )
-        if self._end_seconds is not None and time.monotonic() > self._end_seconds:
-            self._send(signal.SIGKILL)
 
     def _lost(self, hint: str) -> MftError:
         """What is to be said of a process that ended without a word."""
         silent = [rank for rank in self._failed if self._heard[rank].error is None]
-        rank = silent[0] if silent else self._failed[0] if self._failed else 0
+        # One that was killed lets the others fail a moment later, for want of it.
+        silent.sort(key=lambda rank: self.processes[rank].returncode >= 0)
+        rank = (*silent, *self._failed, 0)[0]
         code = self.processes[rank].returncode
         log = _log(self._logs, rank)
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
