@@ -23,7 +23,7 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
 """With one of these, and no other, cuBLAS adds up in the same order each time."""
 
-_TOGETHER = ("fft", "mask-train")
+_TOGETHER = ("fft", "probe", "mask-train", "eval", "run")
 _DETERMINISTIC_ATTENTION = ("sdpa", "eager")
 _IN_NO_FIXED_ORDER = re.compile(r"^(\S+) does not have a deterministic implementation")
 _ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
@@ -74,7 +74,7 @@ def device_for(
     _compute_deterministically(deterministic and on_gpu)
     run.update(device={"name": _name(), "tf32": False, "deterministic": deterministic})
     if on_gpu and torch.cuda.device_count() > 1 and world_size() == 1:
-        listener.note(_one_of(torch.cuda.device_count(), run.record.command))
+        listener.note(_one_of(torch.cuda.device_count(), run.record.command if run.record.stage is None else "run"))
     try:
         with gpu_failures(f"working on {run.record.command}"):
             yield
@@ -164,7 +164,7 @@ def _one_of(count: int, command: str) -> str:
     text = f"{count} GPUs are visible, and one process uses the first alone."
     if command not in _TOGETHER:
         return text
-    return f"{text} On all of them: accelerate launch --multi_gpu --num_processes {count} -m mftctl {command} ..."
+    return f"{text} On all of them: mftctl {command} --processes {count} ..."
 
 
 def _require_deterministic_environment() -> None:

@@ -25,6 +25,7 @@ from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
+from mftctl.processes import first_before_others, is_first, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
@@ -87,7 +88,8 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
     if tasks:
         from mftctl.benchmarking import prepare_benchmark  # lm-eval takes seconds to import
 
-        benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
+        with first_before_others():  # which find in the cache what it has fetched
+            benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
     with_model = options.predictions is None
     examples = load_examples(recipe.test_data, seed=recipe.seed)[: options.limit] if with_model else []
     return Measures(examples, benchmarks)
@@ -104,6 +106,8 @@ def measure(
     run: Run | None = None,
 ) -> list[dict[str, Any]]:
     """Each data set with its metrics, their standard errors and its sample file.
+
+    Several processes share out records and problems; all of them have the same result, and the first one writes.
 
     Args:
         measures: Of the recipe.
@@ -222,6 +226,13 @@ def check_measures(recipe: Recipe) -> None:
 
 
 def _check_vllm(recipe: Recipe) -> None:
+    if world_size() > 1:
+        raise ConfigError(
+            "vLLM starts its own processes.",
+            key="--processes",
+            expected="1 with --engine vllm",
+            actual=world_size(),
+        )
     if find_spec("vllm") is None:
         raise ConfigError(
             "vLLM is not installed.",
@@ -302,7 +313,8 @@ def _metric(name: str, value: float, standard_error: float | None, samples: int)
 
 def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     file = "samples.jsonl"
-    write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if is_first():
+        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file
 
 

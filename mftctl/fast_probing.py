@@ -20,6 +20,7 @@ from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, find_targets, format_layers
 from mftctl.preparation import TrainingInputs
+from mftctl.processes import add_up, rank, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import list_runs
 from mftctl.score_training import learning_rate
@@ -104,12 +105,15 @@ def _mean_gradients(
     inputs: TrainingInputs,
     listener: Listener,
 ) -> dict[Parameter, torch.Tensor]:
-    """The gradient of the loss per answer token over all training records, fp32, of each parameter with a target."""
+    """The gradient of the loss per answer token over all training records, fp32, of each parameter with a target.
+
+    Several processes share out the batches.
+    """
     collate = PaddingCollator(pad_token_id(inputs.tokenizer))
     records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # a lack of memory shows at once
     answer_tokens = sum(record.answer_tokens for record in records)
     with _accumulating(model, [_parameter(target) for target in targets]) as gradients:
-        for start in range(0, len(records), options.batch_size):
+        for start in range(0, len(records), options.batch_size)[rank() :: world_size()]:
             batch = collate(records[start : start + options.batch_size])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             positions, tokens = answer_positions(batch.pop("labels"))
@@ -118,6 +122,7 @@ def _mean_gradients(
             answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
             done = min(start + options.batch_size, len(records))
             listener.progress(Progress("taking gradients", done, len(records)))
+    add_up(gradients.values())
     return gradients
 
 

@@ -13,6 +13,8 @@ from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.config import EvalOptions, Recipe, deciding_keys
 from mftctl.errors import ConfigError
+from mftctl.launching.launch import settle_launch
+from mftctl.launching.working import work
 from mftctl.lineage import WRITTEN, Source, ancestry, newest_source, source_of_mask, source_of_model
 from mftctl.recipe_files import parse_recipe
 from mftctl.recording import recorded
@@ -85,6 +87,8 @@ def evaluate(
         bool, typer.Option("--resume", help="Go on with the outputs of an interrupted evaluation of the same.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure also what has been measured already.")] = False,
+    processes: opt.Processes = None,
+    shard: opt.ShardOption = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
     as_json: opt.AsJson = False,
@@ -93,9 +97,10 @@ def evaluate(
 
     Without a model: measures the newest result and what it was made from, as far as that has not been done.
     """
+    launch = settle_launch("eval", processes, shard)
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "eval")
-        session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen)
+        session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         written = session.settle().eval.predictions
         sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
         evaluated = [_evaluate_once(session, source, resume=resume, again=again) for source in sources]
@@ -157,9 +162,7 @@ def _evaluate_once(session: Session, source: Source, *, resume: bool, again: boo
     session.output.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
     run = (_interrupted(session, recipe, source) if resume else None) or session.create(recipe, source)
     with recorded(run):
-        from mftctl import evaluating
-
-        run.finish(evaluating.evaluate(recipe, source, run, session.output))
+        run.finish(work(recipe, source, run, session.output, session.launch))
     return run
 
 

@@ -11,6 +11,8 @@ from mftctl.atomic import Permit
 from mftctl.cli.output import Output
 from mftctl.config import Recipe, to_document
 from mftctl.errors import ConfigError, RunError, StorageError
+from mftctl.launching.launch import Launch
+from mftctl.launching.working import launch_of
 from mftctl.lineage import Source, model_for_training, recommended_layers
 from mftctl.outputs import Input, check_output, inputs_of
 from mftctl.processes import from_first, world_size
@@ -30,6 +32,7 @@ class Session:
         root: The runs folder.
         output: The console.
         replaces: Whether the user agreed that an existing result is replaced, with `--yes` or when asked.
+        launch: With how many processes the work is done.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class Session:
         sets: Sequence[str] | None = None,
         options: Mapping[str, Any] | None = None,
         yes: bool = False,
+        launch: Launch | None = None,
     ) -> None:
         self.command = command
         self.output = output
         self.root = root
         self.replaces = yes
+        self.launch = launch or Launch()
         self._recipe_name = recipe
         self._sets = list(sets or ())
         self._options = dict(options or {})
@@ -102,6 +107,7 @@ class Session:
                     recipe=self._recipe_name,
                     inputs=source.as_inputs(),
                     output=output,
+                    processes=self._processes(recipe),
                 ).folder
             )
         )
@@ -218,24 +224,29 @@ class Session:
         )
         return run, self._for_as_many_records(load_recipe(base=run.record.config), run), source
 
+    def _processes(self, recipe: Recipe) -> int:
+        """How many work on a run, started by this command or beside it."""
+        return max(world_size(), launch_of(self.command, recipe, self.launch).processes)
+
     def _for_as_many_records(self, recipe: Recipe, run: Run) -> Recipe:
         """The recipe whose optimizer steps, with the processes there are now, have the records they began with.
 
         Raises:
             ConfigError: With so many processes no accumulation gives that.
         """
-        if run.record.processes == world_size():
+        processes = self._processes(recipe)
+        if run.record.processes == processes:
             return recipe
         section = "fft" if self.command == "fft" else "mask_train"
         steps = (recipe.fft if self.command == "fft" else recipe.mask_train).grad_accum_steps * run.record.processes
-        if steps % world_size():
+        if steps % processes:
             raise ConfigError(
                 "A resumed run keeps the records of a step, and they cannot be shared out so.",
-                key="WORLD_SIZE",
+                key="WORLD_SIZE" if world_size() > 1 else "--processes",
                 expected=f"a number of processes that divides {steps} micro-batches a step",
-                actual=world_size(),
+                actual=processes,
             )
-        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // world_size()})
+        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // processes})
 
 
 def _made_by(source: Source) -> str:

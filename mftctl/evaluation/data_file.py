@@ -80,7 +80,7 @@ def evaluate_examples(
     on_progress: OnProgress | None = None,
     on_shortage: OnShortage | None = None,
 ) -> DataFileResult:
-    """The model's loss on every record, and exact match on those with a prompt.
+    """The model's loss on every record, and exact match on those with a prompt; all processes share the work.
 
     Args:
         model: A causal language model.
@@ -107,6 +107,7 @@ def evaluate_examples(
         pad_token_id=pad_token_id(tokenizer),
         batch_tokens=batch_tokens,
         on_progress=_shifted(on_progress, 0, steps),
+        together=True,
     )
     predictions: dict[int, str] = {}
     max_new_tokens = None

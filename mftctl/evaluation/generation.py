@@ -15,6 +15,7 @@ from mftctl.devices import gpu_failures
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room
 from mftctl.evaluation.inference import OnProgress, evaluation_mode
+from mftctl.processes import own_part, parts, put_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +59,8 @@ def generate_answers(
 ) -> list[str]:
     """The model's most likely continuation of each prompt, without special tokens, in the order given.
 
+    Several processes share out the prompts.
+
     Only `eos_token_id` is taken from the model's generation settings (beside the tokenizer's): penalties and sampling
     that a checkpoint asks for would make its score depend on more than its weights.
 
@@ -78,16 +81,18 @@ def generate_answers(
     answers: dict[int, str] = {}
     greedy = _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens)
     with evaluation_mode(model), greedy, gpu_failures("generating answers"):
+        own = own_part(range(len(prompts)))
         batches = (room or answer_room(model)).answered(
-            [len(prompt) for prompt in prompts],
+            [len(prompts[index]) for index in own],
             max_new_tokens,
-            lambda indices: _continue(model, [prompts[index] for index in indices]),
+            lambda places: _continue(model, [prompts[own[place]] for place in places]),
         )
-        for indices, written in batches:
-            for index, token_ids in zip(indices, written, strict=True):
-                answers[index] = _decode(tokenizer, token_ids, stop_ids)
+        for places, written in batches:
+            for place, token_ids in zip(places, written, strict=True):
+                answers[own[place]] = _decode(tokenizer, token_ids, stop_ids)
             if on_progress is not None:
-                on_progress(len(answers), len(examples))
+                on_progress(min(len(answers) * parts(), len(examples)), len(examples))
+    answers = put_together(answers)
     return [answers[index] for index in range(len(examples))]
 
 
