@@ -356,8 +356,15 @@ class EvalOptions(_Section):
     engine: Literal["hf", "vllm"] = Field(
         "hf", description="What answers benchmarks: transformers, or vLLM where it is installed."
     )
+    tensor_parallel: int = Field(1, gt=0, description="vLLM: GPUs that share out each layer.")
+    gpu_memory_share: float | None = Field(
+        None, gt=0, le=1, description="vLLM: share of a GPU's memory that it takes; 0.9 or so by default."
+    )
+    max_model_length_tokens: int | None = Field(
+        None, gt=1, description="vLLM: most tokens of a prompt with its answer; by default what the benchmarks need."
+    )
     batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="Benchmark prompts a forward pass; auto: by their length."
+        "auto", description="Benchmark prompts a forward pass; auto: as many as the free memory takes."
     )
     max_new_tokens: int | None = Field(None, gt=0, description="Most tokens of an answer; the benchmark's by default.")
     chat_template: bool = Field(False, description="Put benchmark prompts through the tokenizer's chat template.")
@@ -433,6 +440,13 @@ class Recipe(_Section):
         return self.probe.groups or ((4,) if only else (4, "all"))
 
 
+_WITHOUT_EFFECT = {
+    "fft": {"batch_tokens"},
+    "mask_train": {"batch_tokens", "prefix_cache_gb"},
+    "eval": {"tensor_parallel", "gpu_memory_share", "max_model_length_tokens"},
+}
+"""Keys that decide where and how fast something is computed, and not what."""
+
 _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
 _RATE = {"fft": {"method", "learning_rate"}}
 _SECTIONS: dict[str, dict[str, Any]] = {
@@ -459,8 +473,7 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     if training is not None and training.eval_every is not None:
         sections["eval"] = True  # a part of the result is then what was measured on the way
     included: dict[str, Any] = {**dict.fromkeys(_SHARED, True), **sections}
-    excluded = {"fft": {"batch_tokens"}, "mask_train": {"batch_tokens", "prefix_cache_gb"}}
-    keys = recipe.model_dump(mode="json", include=included, exclude=excluded)
+    keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
     for section in ("fft", "mask_train"):
         if "grad_accum_steps" in keys.get(section, {}):
             _spell_step(keys[section])

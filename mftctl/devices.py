@@ -14,6 +14,7 @@ import torch
 
 from mftctl.config import Attention, EvalOptions, FftOptions, MaskTrainOptions, Precision, TrainingOptions
 from mftctl.errors import ConfigError, DeviceMemoryError, TrainingError
+from mftctl.host_memory import available_bytes
 from mftctl.processes import world_size
 from mftctl.progress import Listener
 
@@ -26,7 +27,7 @@ _WORKSPACES = (":4096:8", ":16:8")
 
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
-_TOGETHER = ("fft", "mask-train")
+_TOGETHER = ("fft", "probe", "mask-train", "eval", "run")
 _DETERMINISTIC_ATTENTION = ("sdpa", "eager")
 _FLASH = "flash_attention_2"
 _TESTED = ("cpu", "cuda")
@@ -142,6 +143,19 @@ def uses_bf16(precision: Precision) -> bool:
     return has_bf16() if precision == "auto" else precision == "bf16"
 
 
+def free_memory_bytes(device: torch.device) -> int:
+    """The memory that a process can still take: of a GPU what is free, and what torch holds of it without using it.
+
+    Args:
+        device: Where.
+    """
+    if device.type in ("cpu", "mps"):  # which share their memory
+        return available_bytes()
+    of_device: Any = torch.cuda if device.type == "cuda" else torch.accelerator
+    free = torch.cuda.mem_get_info if device.type == "cuda" else torch.accelerator.get_memory_info
+    return int(free(device)[0]) + int(of_device.memory_reserved(device)) - int(of_device.memory_allocated(device))
+
+
 @contextmanager
 def device_for(
     run: Run,
@@ -180,7 +194,7 @@ def device_for(
             torch.backends.cuda.matmul.fp32_precision = "ieee"
             torch.backends.cudnn.fp32_precision = "ieee"
         run.update(device={"name": _name(found), "tf32": False, "deterministic": deterministic})
-        _tell(found, run.record.command, listener)
+        _tell(found, run.record.command if run.record.stage is None else "run", listener)
         with _working(run.record.command, less_memory, deterministic=deterministic and found.type != "cpu"):
             yield
 
@@ -447,7 +461,7 @@ def _one_of(count: int, command: str) -> str:
     text = f"{count} GPUs are visible, and one process uses the first alone."
     if command not in _TOGETHER:
         return text
-    return f"{text} On all of them: accelerate launch --multi_gpu --num_processes {count} -m mftctl {command} ..."
+    return f"{text} On all of them: mftctl {command} --processes {count} ..."
 
 
 def _require_deterministic_environment() -> None:

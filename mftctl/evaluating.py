@@ -17,6 +17,7 @@ from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, data_digest, load_examples
 from mftctl.devices import best_device, device_for, evaluation_with_less_memory, visible_alone
 from mftctl.errors import ConfigError, EvaluationError
+from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.gpu_maps import gpu_map
@@ -25,6 +26,7 @@ from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
+from mftctl.processes import first_before_others, is_first, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
@@ -71,7 +73,7 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
         attention=recipe.attention,
     ):
         restart_peak_memory()
-        loaded = None if recipe.eval.predictions is not None else _load(source, recipe, listener)
+        loaded = None if recipe.eval.predictions is not None else _load(source, recipe, measures, listener)
         datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
         return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
@@ -93,7 +95,8 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
     if tasks:
         from mftctl.benchmarking import prepare_benchmark  # lm-eval takes seconds to import
 
-        benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
+        with first_before_others():  # which find in the cache what it has fetched
+            benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
     with_model = options.predictions is None
     examples = load_examples(recipe.test_data, seed=recipe.seed)[: options.limit] if with_model else []
     return Measures(examples, benchmarks)
@@ -110,6 +113,8 @@ def measure(
     run: Run | None = None,
 ) -> list[dict[str, Any]]:
     """Each data set with its metrics, their standard errors and its sample file.
+
+    Several processes share out records and problems; all of them have the same result, and the first one writes.
 
     Args:
         measures: Of the recipe.
@@ -147,11 +152,11 @@ def measure(
     return datasets
 
 
-def _load(source: Source, recipe: Recipe, listener: Listener) -> Loaded:
+def _load(source: Source, recipe: Recipe, measures: Measures, listener: Listener) -> Loaded:
     """The model, under its mask if it has one, and the tokenizer."""
     checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
     if recipe.eval.engine == "vllm":
-        return _load_for_vllm(checkpoint, source, recipe)
+        return _load_for_vllm(checkpoint, source, recipe, measures)
     tokenizer = load_tokenizer(checkpoint)
     mask = None if source.mask is None else load_mask(Path(source.mask))
     dtype = evaluation_dtype(checkpoint)
@@ -165,7 +170,7 @@ def _load(source: Source, recipe: Recipe, listener: Listener) -> Loaded:
     return model, tokenizer
 
 
-def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnswers:
+def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe, measures: Measures) -> VllmAnswers:
     """The checkpoint in vLLM's own processes.
 
     Raises:
@@ -180,11 +185,21 @@ def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnsw
             actual=apart,
             hint="mftctl apply MODEL MASK, or fft --method lora --merge; then mftctl eval OUT --engine vllm",
         )
+    from mftctl.evaluation.prompt_lengths import longest_request
     from mftctl.evaluation.vllm_answers import VllmAnswers
 
+    options = recipe.eval
+    needed = longest_request(
+        [benchmark.task for benchmark in measures.benchmarks],
+        load_tokenizer(checkpoint),
+        limit=options.limit,
+        chat_template=options.chat_template,
+        seed=recipe.seed,
+        max_new_tokens=options.max_new_tokens,
+    )
     dtype = str(evaluation_dtype(checkpoint)).removeprefix("torch.")
     with visible_alone(best_device()):
-        return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed)
+        return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed, options=options, needed_tokens=needed)
 
 
 def check_measures(recipe: Recipe) -> None:
@@ -223,6 +238,13 @@ def check_measures(recipe: Recipe) -> None:
 
 
 def _check_vllm(recipe: Recipe) -> None:
+    if world_size() > 1:
+        raise ConfigError(
+            "vLLM starts its own processes.",
+            key="--processes",
+            expected="1 with --engine vllm",
+            actual=world_size(),
+        )
     if find_spec("vllm") is None:
         raise ConfigError(
             "vLLM is not installed.",
@@ -276,6 +298,7 @@ def _data_file(
         max_length_tokens=recipe.eval.max_length_tokens,
         generate=recipe.eval.generate,
         on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
+        on_shortage=lambda tokens: listener.note(smaller_batches(name, tokens)),
     )
     rows = []
     for number, row in enumerate(found.rows):
@@ -310,7 +333,8 @@ def _metric(name: str, value: float, standard_error: float | None, samples: int)
 
 def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     file = "samples.jsonl"
-    write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if is_first():
+        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file
 
 

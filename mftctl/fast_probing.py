@@ -25,6 +25,7 @@ from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
 from mftctl.preparation import TrainingInputs
+from mftctl.processes import add_up, rank, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import list_runs
 from mftctl.score_training import learning_rate
@@ -109,7 +110,10 @@ def _mean_gradients(
     inputs: TrainingInputs,
     listener: Listener,
 ) -> dict[Parameter, torch.Tensor]:
-    """The gradient of the loss per answer token over all training records, fp32, of each parameter with a target."""
+    """The gradient of the loss per answer token over all training records, fp32, of each parameter with a target.
+
+    Several processes share out the batches.
+    """
     collate = PaddingCollator(pad_token_id(inputs.tokenizer))
     records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # a lack of memory shows at once
     answer_tokens = sum(record.answer_tokens for record in records)
@@ -117,7 +121,7 @@ def _mean_gradients(
     parameters = [_parameter(target) for target in targets]
     with _checkpointing(checkpointed), _accumulating(model, parameters) as gradients:
         done = 0
-        for batch_records in _batches(records, options):
+        for batch_records in _batches(records, options)[rank() :: world_size()]:
             batch = collate(batch_records)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             positions, tokens = answer_positions(batch.pop("labels"))
@@ -125,7 +129,8 @@ def _mean_gradients(
                 outputs = model(**batch, use_cache=False)
             answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
             done += len(batch_records)
-            listener.progress(Progress("taking gradients", done, len(records)))
+            listener.progress(Progress("taking gradients", min(done * world_size(), len(records)), len(records)))
+    add_up(gradients.values())
     return gradients
 
 

@@ -13,6 +13,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from mftctl.fsdp import FsdpPartitions, shard_outline
 from mftctl.outlines import Rows
 from mftctl.partitions import Partitions
+from mftctl.processes import wait_for_all
 from mftctl.quiet_deepspeed import import_deepspeed
 from mftctl.zero import SteppingEngine, ZeroPartitions, check_plan, partition_outline
 
@@ -58,6 +59,8 @@ class PartitionedTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir)
+        # One process writes, and the Trainer goes on with a barrier, or a gathering, that has a time limit.
+        wait_for_all()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
@@ -119,6 +122,7 @@ class PartitionedTrainer(Trainer):
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        wait_for_all()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if self.partitions is None or checkpoint is None:

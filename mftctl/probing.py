@@ -20,6 +20,7 @@ from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
 from mftctl.models import peak_memory_bytes, restart_peak_memory
 from mftctl.prefix_reuse import figures, hidden_states
+from mftctl.processes import forget_plan, is_first, shares_weights, wait_for_all
 from mftctl.progress import Listener
 from mftctl.regular_files import read_regular
 from mftctl.runs import Run, TrainingFolder
@@ -64,6 +65,7 @@ def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, 
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     model = load_frozen_model(inputs, options)
+    is_whole = True
     unmasked_loss = validation_loss(model, inputs, listener)
     # From below upwards, so that each group enters the model where the one before it did, or above.
     groups = sorted(_groups(recipe, model), key=min)
@@ -76,6 +78,10 @@ def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, 
             done = " (done already)" if stored.exists() else ""
             listener.note(f"Group {number} of {len(groups)}: layers {layers}{done}")
             if not stored.exists():
+                if not is_whole:  # DeepSpeed or FSDP has left this process a part of it
+                    model = load_frozen_model(inputs, options)
+                is_whole = not shares_weights()
+                forget_plan()
                 search = MaskSearch(
                     model,
                     find_targets(model, group, options.target, options.projections),
@@ -88,10 +94,14 @@ def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, 
                     seed=recipe.seed,
                     resume=resume,
                 )
-                with reusing_prefix(model, min(group), states, listener.warn, in_training=True):
+                lowest = 0 if shares_weights() else min(group)
+                with reusing_prefix(model, lowest, states, listener.warn, in_training=True):
                     found = find_mask(search)
-                write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also those that a kill left of a finished group
+                if is_first():
+                    write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
+            if is_first():  # also those that a kill left of a finished group
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            wait_for_all()
             results.append(json.loads(read_regular(stored)))
         reuse = figures(states)
     ranked = sorted(results, key=lambda item: item["best_loss"])

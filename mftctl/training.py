@@ -8,7 +8,8 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,9 +35,9 @@ from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_toke
 from mftctl.data.encoding import Encoded
 from mftctl.devices import best_device, gpu_failures, is_launched, numbered, require_deterministic_attention
 from mftctl.devices import uses_bf16 as uses_bf16
-from mftctl.errors import Interrupted, StorageError, TrainingError
+from mftctl.errors import Interrupted, LostProcessError, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.processes import any_process, is_first, wait_for_all, world_size
+from mftctl.processes import any_process, is_first, timeout_seconds, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.regular_files import read_regular
 from mftctl.runs import TrainingFolder
@@ -53,6 +54,9 @@ VALIDATIONS = 10
 
 _FAILED_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
 """What torch says where a file could not be written; a GPU or another process fails with RuntimeErrors as well."""
+
+_LOST = re.compile("gloo/transport|Connection closed by peer|Connection reset by peer")
+"""What gloo says, in an error of no class of its own, where another process is gone or does not come."""
 
 _KNOWN = inspect.signature(TrainingArguments).parameters
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
@@ -132,6 +136,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=best_device().type == "cuda",
         seed=seed,
+        ddp_timeout=timeout_seconds(),
     )
 
 
@@ -220,6 +225,7 @@ class SftTrainer(StepTrainer):
                 actual=reason_of(error),
                 hint="free some space, then go on with --resume",
             ) from error
+        wait_for_all()  # or those that have nothing to write would wait in the next step, for no longer than it allows
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -266,7 +272,8 @@ def train(
 
     Raises:
         Interrupted: The user stopped it; the state is saved.
-        TrainingError: The loss is not a number, or another process is lost.
+        TrainingError: The loss is not a number.
+        LostProcessError: Another process is gone.
         DeviceMemoryError: The GPU has no room.
     """
     if trainer.args.device.type == "cpu":
@@ -290,15 +297,8 @@ def train(
     wait_for_all()
     require_deterministic_attention(trainer.accelerator.unwrap_model(trainer.model))
     try:
-        with gpu_failures("training"):
+        with _lost_processes(folder), gpu_failures("training"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.distributed.DistError as error:
-        raise TrainingError(
-            "The processes lost each other.",
-            path=folder.folder,
-            actual=str(error).splitlines()[0],
-            hint=f"what the process says that failed first; then {folder.resume_command}",
-        ) from error
     except EndedBefore:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
@@ -309,6 +309,26 @@ def train(
             path=folder.folder,
             hint=folder.resume_command,
         )
+
+
+@contextmanager
+def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
+    """Turns what torch says where another process is gone, or does not come, into a known failure.
+
+    Raises:
+        LostProcessError: That is so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
+            raise
+        raise LostProcessError(
+            "The processes lost each other.",
+            path=folder.folder,
+            actual=str(error).splitlines()[0],
+            hint=f"what the process says that failed first; then {folder.resume_command}",
+        ) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

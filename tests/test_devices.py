@@ -73,8 +73,7 @@ def test_of_two_gpus_one_is_used_and_it_is_said_once(workspace: Path, tmp_path: 
         result = work(recipe, source, run, listener)
     said = [note for note in listener.notes if "GPUs are visible" in note]
     assert said == [
-        "2 GPUs are visible, and one process uses the first alone. "
-        f"On all of them: accelerate launch --multi_gpu --num_processes 2 -m mftctl {command} ..."
+        f"2 GPUs are visible, and one process uses the first alone. On all of them: mftctl {command} --processes 2 ..."
     ]
     alone = work(recipe, source, opened(tmp_path, workspace, command)[1], Silence())
     assert result["best_loss"] == pytest.approx(alone["best_loss"], abs=1e-5)

@@ -139,6 +139,18 @@ def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_
     assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
 
+def test_a_slow_save_by_one_process_ends_nothing(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group is made with the time limit that was asked for; saving takes longer than a later, shorter one."""
+    monkeypatch.setenv("MFTCTL_DDP_TIMEOUT", "345")
+    launcher = (*TORCHRUN[:-1], "tests.slow_saving")
+    few = ("--max-steps", "2", "--eval-steps", "1", "--batch-size", "4")
+    code, _, errors = run(tmp_path, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *few)
+    assert code == 0, errors
+    assert (tmp_path / "mask.bits").is_file()
+
+
 def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> None:
     """Starts to learn a mask, kills the second process at the first checkpoint and waits for the end of the others."""
     process = start(folder, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING)

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.errors import ConfigError
+from mftctl.launching.launch import Shard
 
 INPUT = "Input and output"
 TRAINING = "Training"
@@ -158,6 +159,26 @@ Yes = Annotated[
 Resume = Annotated[
     bool,
     typer.Option("--resume", help="Go on with the newest run that was stopped or killed.", rich_help_panel=GENERAL),
+]
+
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes of this machine that share the work, each with a GPU of its own where there are any.",
+        show_default="1",
+        rich_help_panel=GENERAL,
+    ),
+]
+ShardOption = Annotated[
+    Shard | None,
+    typer.Option(
+        "--shard",
+        help="What they spread while they train: records only (ddp), or parts of the model and its training too.",
+        show_default="ddp",
+        rich_help_panel=GENERAL,
+    ),
 ]
 
 Epochs = Annotated[float | None, setting(TrainingOptions, "epochs", "--epochs", panel=TRAINING)]

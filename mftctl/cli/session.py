@@ -11,6 +11,8 @@ from mftctl.atomic import Permit
 from mftctl.cli.output import Output
 from mftctl.config import OF_THE_MACHINE, Recipe, to_document
 from mftctl.errors import ConfigError, RunError, StorageError
+from mftctl.launching.launch import Launch, require_devices
+from mftctl.launching.working import launch_of
 from mftctl.lineage import Source, model_for_training, recommended_layers
 from mftctl.outputs import Input, check_output, inputs_of
 from mftctl.processes import from_first, world_size
@@ -30,6 +32,7 @@ class Session:
         root: The runs folder.
         output: The console.
         replaces: Whether the user agreed that an existing result is replaced, with `--yes` or when asked.
+        launch: With how many processes the work is done.
     """
 
     def __init__(
@@ -42,11 +45,13 @@ class Session:
         sets: Sequence[str] | None = None,
         options: Mapping[str, Any] | None = None,
         yes: bool = False,
+        launch: Launch | None = None,
     ) -> None:
         self.command = command
         self.output = output
         self.root = root
         self.replaces = yes
+        self.launch = launch or Launch()
         self._recipe_name = recipe
         self._sets = list(sets or ())
         self._options = dict(options or {})
@@ -88,7 +93,7 @@ class Session:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
         if self.command == "mask-train" and recipe.mask_train.layers is None and not drops:
             recipe = self._with_layers(source)
-        use_device(recipe)
+        use_device(recipe, self.launch)
         output = self._settle_training_output(output, recipe, source, permit)
         return self.create(recipe, source, output=output), recipe, source
 
@@ -103,6 +108,7 @@ class Session:
                     recipe=self._recipe_name,
                     inputs=source.as_inputs(),
                     output=output,
+                    processes=self._processes(recipe),
                 ).folder
             )
         )
@@ -210,7 +216,7 @@ class Session:
         # Processes find each other on the device, so that each looks for itself where the run was.
         stopped = newest_run(self.root, self.command, unfinished=True)
         if stopped is not None:
-            use_device(load_recipe(base=stopped.record.config, options=self._options))
+            use_device(load_recipe(base=stopped.record.config, options=self._options), self.launch)
         run = load_run(Path(from_first(take_up)))
         self.output.note(f"Resuming: {run.folder}")
         inputs = run.record.inputs
@@ -225,6 +231,10 @@ class Session:
         recipe = load_recipe(base=run.record.config, options=self._options)
         return run, self._for_as_many_records(recipe, run), source
 
+    def _processes(self, recipe: Recipe) -> int:
+        """How many work on a run, started by this command or beside it."""
+        return max(world_size(), launch_of(self.command, recipe, self.launch).processes)
+
     def _for_as_many_records(self, recipe: Recipe, run: Run) -> Recipe:
         """The recipe whose optimizer steps, with the processes there are now, have the records they began with.
 
@@ -233,26 +243,29 @@ class Session:
         """
         section = "fft" if self.command == "fft" else "mask_train"
         options = recipe.fft if self.command == "fft" else recipe.mask_train
-        if run.record.processes == world_size() or options.global_batch_size is not None:
+        processes = self._processes(recipe)
+        if run.record.processes == processes or options.global_batch_size is not None:
             return recipe
         steps = (options.grad_accum_steps or 1) * run.record.processes
-        if steps % world_size():
+        if steps % processes:
             raise ConfigError(
                 "A resumed run keeps the records of a step, and they cannot be shared out so.",
-                key="WORLD_SIZE",
+                key="WORLD_SIZE" if world_size() > 1 else "--processes",
                 expected=f"a number of processes that divides {steps} micro-batches a step",
-                actual=world_size(),
+                actual=processes,
             )
-        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // world_size()})
+        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // processes})
 
 
-def use_device(recipe: Recipe) -> None:
+def use_device(recipe: Recipe, launch: Launch) -> None:
     """Makes the recipe's device that on which the processes of this command find each other.
 
     Raises:
-        ConfigError: It is not there, before anything of a run is.
+        ConfigError: It is not there, or not for each process, before anything of a run is.
     """
     from mftctl.devices import join_on
+
+    require_devices(launch, recipe.device)
 
     join_on(recipe.device)
 
