@@ -24,7 +24,7 @@ from mftctl.config import Recipe, to_document
 from mftctl.errors import ConfigError, DataError
 from mftctl.evaluation.kept_answers import likelihood_batches
 from mftctl.launching import launch
-from mftctl.launching.launch import Launch, Shard, settle_launch
+from mftctl.launching.launch import Launch, Shard, require_devices, settle_launch
 from mftctl.launching.messages import Hearing, Speaker
 from mftctl.launching.working import launch_of
 from mftctl.progress import Progress
@@ -202,10 +202,22 @@ def test_launches_that_cannot_be(command: str, processes: int | None, shard: Sha
 def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert settle_launch("fft", 2, Shard.FSDP2).processes == 2
+    require_devices(Launch(2, Shard.FSDP2), "auto")
+    require_devices(Launch(3), "cpu")
     with pytest.raises(ConfigError, match="GPU of its own") as caught:
-        settle_launch("fft", 3, None)
+        require_devices(Launch(3), "cuda")
     assert (caught.value.expected, caught.value.actual) == ("at most 2", 3)
+
+
+def test_one_gpu_for_several_processes() -> None:
+    with pytest.raises(ConfigError, match="GPU of its own") as caught:
+        require_devices(Launch(2), "cuda:1")
+    assert (caught.value.key, caught.value.actual) == ("--device", "cuda:1")
+
+
+def test_fsdp_without_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="GPUs alone"):
+        require_devices(Launch(2, Shard.FSDP2), "cpu")
 
 
 def test_zero_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
