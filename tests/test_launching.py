@@ -191,7 +191,6 @@ def test_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("fft", None, Shard.ZERO3, "nobody to spread"),
         ("eval", 2, Shard.ZERO3, "shares out its problems"),
-        ("fft", 2, Shard.FSDP2, "FSDP on GPUs alone"),
     ],
 )
 def test_launches_that_cannot_be(command: str, processes: int | None, shard: Shard, message: str) -> None:
