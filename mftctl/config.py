@@ -67,6 +67,8 @@ class TrainingOptions(_Section):
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; overrides epochs.")
     batch_size: int = Field(8, gt=0, description="Records a forward pass, on each device.")
     grad_accum_steps: int = Field(1, gt=0, description="Forward passes an optimizer step.")
+    batch_tokens: int | None = Field(None, gt=0, description="Padded tokens a forward pass, in the place of records.")
+    global_batch_size: int | None = Field(None, gt=0, description="Records an optimizer step, over all devices.")
     max_length_tokens: int = Field(1024, gt=1, description="Longer records are cut at the end.")
     schedule: Literal["linear", "cosine"] = Field("linear", description="How the learning rate falls to 0.")
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises.")
@@ -107,7 +109,11 @@ class FftOptions(TrainingOptions):
     lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
     lora_dropout: Share = Field(0.0, description="lora: dropout before the adapter.")
     merge: bool = Field(False, description="lora: write the merged model instead of the adapter.")
-    optimizer: Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor"] = Field("adamw", description="Optimizer.")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "rmsprop", "adagrad", "adafactor"] = Field(
+        "adamw", description="Optimizer."
+    )
+    low_memory: bool = Field(False, description="Weights, gradients and moments in bf16: 8 bytes a weight.")
+    quantize: Literal["nf4"] | None = Field(None, description="lora: the base model in 4 bits.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak of the schedule.")
     keep: Literal["best", "last"] = Field("best", description="best: the state with the lowest validation loss.")
     save_dtype: Literal["auto", "fp32", "bf16"] = Field(
@@ -343,6 +349,10 @@ class Recipe(_Section):
     test_data: Sources = Field((), description="Data that eval measures on.")
     seed: int = Field(0, ge=0, description="Decides order, splits and random starts.")
     seeds: tuple[int, ...] = Field((), strict=False, description="run: repeat the experiment for each.")
+    device: str = Field("auto", pattern=r"^(auto|cuda(:\d+)?|cpu|mps|xpu)$", description="Where to compute.")
+    check_memory: bool = Field(
+        True, description="On a GPU: stop before weights are loaded where the estimate finds no room for the training."
+    )
     fft: FftOptions = FftOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()

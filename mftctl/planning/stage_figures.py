@@ -13,9 +13,10 @@ from mftctl.data.sources import record_digest
 from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
+from mftctl.planning.batches import Batches
 from mftctl.planning.findings import Findings
 from mftctl.planning.masks import masked_tensors
-from mftctl.planning.memory import Batches, MemoryEstimate, assumed_batches, estimate_memory, largest_batches
+from mftctl.planning.memory import MemoryEstimate, estimate_memory
 from mftctl.planning.model_check import CheckedModel
 from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_training
 from mftctl.planning.training_data import DataCheck, Tokens
