@@ -23,6 +23,7 @@ from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_d
 from mftctl.masking.drop import drop_mask
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
+from mftctl.memory_check import RoomOnGpu, room_on_gpu
 from mftctl.models import load_model, peak_memory_bytes, restart_peak_memory
 from mftctl.prefix_reuse import batches_come_again, figures, hidden_states
 from mftctl.preparation import TrainingInputs, prepare_training
@@ -58,17 +59,21 @@ def mask_train(
     if options.method == "drop":
         return _drop(recipe, source, run, listener, may_replace=may_replace)
     less_memory = training_with_less_memory(options)
-    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
-        return _search(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+    with (
+        device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic),
+        room_on_gpu("mask-train", recipe, listener) as room,
+    ):
+        return _search(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
 
 
 def _search(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
     """The result of the methods that measure masks on the model."""
     options = recipe.mask_train
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
+    room.require(inputs, split_validation_records(inputs.validation, options)[0])
     model = load_frozen_model(inputs, options)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)

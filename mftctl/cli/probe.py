@@ -45,6 +45,7 @@ def probe(
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     deterministic: opt.Deterministic = None,
+    check_memory: opt.CheckMemory = None,
     resume: opt.Resume = False,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
