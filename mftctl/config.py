@@ -424,6 +424,9 @@ class Recipe(_Section):
     attention: Attention = Field(
         "auto", description="Kernels of attention: sdpa, flash_attention_2 or eager; auto: what transformers chooses."
     )
+    check_memory: bool = Field(
+        True, description="On a GPU: stop before weights are loaded where the estimate finds no room for the training."
+    )
     fft: FftOptions = FftOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()

@@ -18,6 +18,7 @@ from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
+from mftctl.memory_check import RoomOnGpu, room_on_gpu
 from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory, stored_dtype
 from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
@@ -68,21 +69,24 @@ def fine_tune(
     """
     options = recipe.fft
     less_memory = training_with_less_memory(options)
-    with device_for(
-        run,
-        listener,
-        less_memory=less_memory,
-        deterministic=options.deterministic,
-        device=recipe.device,
-        attention=recipe.attention,
-        precision=options.precision,
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu("fft", recipe, listener) as room,
     ):
         restart_peak_memory()
-        return _fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+        return _fine_tune(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
 
 
 def _fine_tune(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
     """The same, on a device that is ready."""
     options = recipe.fft
@@ -97,6 +101,7 @@ def _fine_tune(
     )
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
+    room.require(inputs)
     if is_first():
         save_seen(run.folder, inputs.records)
     model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener)

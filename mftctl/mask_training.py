@@ -23,6 +23,7 @@ from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_d
 from mftctl.masking.drop import drop_mask
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
+from mftctl.memory_check import RoomOnGpu, room_on_gpu
 from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory
 from mftctl.outlines import StoredWeights
 from mftctl.prefix_reuse import batches_come_again, figures, hidden_states, token_batches_change
@@ -62,26 +63,30 @@ def mask_train(
             restart_peak_memory()
             return _drop(recipe, source, run, listener, may_replace=may_replace)
     less_memory = training_with_less_memory(options)
-    with device_for(
-        run,
-        listener,
-        less_memory=less_memory,
-        deterministic=options.deterministic,
-        device=recipe.device,
-        attention=recipe.attention,
-        precision=options.precision,
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu("mask-train", recipe, listener) as room,
     ):
         restart_peak_memory()
-        return _search(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+        return _search(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
 
 
 def _search(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
     """The result of the methods that measure masks on the model."""
     options = recipe.mask_train
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
+    room.require(inputs, split_validation_records(inputs.validation, options)[0])
     model, weights = _model_to_mask(inputs, options, listener)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)

@@ -18,6 +18,7 @@ from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_trai
 from mftctl.mask_validation import split_validation_records, validation_loss
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
+from mftctl.memory_check import RoomOnGpu, room_on_gpu
 from mftctl.models import peak_memory_bytes, restart_peak_memory
 from mftctl.prefix_reuse import figures, hidden_states
 from mftctl.processes import forget_plan, is_first, shares_weights, wait_for_all
@@ -44,26 +45,32 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     """
     options = recipe.mask_train
     less_memory = training_with_less_memory(options)
-    with device_for(
-        run,
-        listener,
-        less_memory=less_memory,
-        deterministic=options.deterministic,
-        device=recipe.device,
-        attention=recipe.attention,
-        precision=options.precision,
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu("probe", recipe, listener) as room,
     ):
         restart_peak_memory()
         if recipe.probe.fast:
-            return _estimate(recipe, source, run, listener)
-        return _train_groups(recipe, source, run, listener, resume=resume)
+            return _estimate(recipe, source, run, listener, room)
+        return _train_groups(recipe, source, run, listener, room, resume=resume)
 
 
-def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool) -> dict[str, Any]:
+def _train_groups(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
+) -> dict[str, Any]:
     """The result of training a mask of each group."""
     options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
+    room.require(inputs)
     model = load_frozen_model(inputs, options)
     is_whole = True
     unmasked_loss = validation_loss(model, inputs, listener)
@@ -114,10 +121,11 @@ def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, 
     }
 
 
-def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
+def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu) -> dict[str, Any]:
     """The result of `--fast`: what a mask of each group promises, the best first among groups of one size."""
     options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    room.require(inputs)
     model = load_frozen_model(inputs, options)
     groups = _groups(recipe, model)
     changes = promised_changes(

@@ -57,6 +57,7 @@ def fft(
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
     deterministic: opt.Deterministic = None,
+    check_memory: opt.CheckMemory = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.Patience = None,
     keep: Annotated[str | None, opt.setting(FftOptions, "keep", "--keep", panel=opt.TRAINING)] = None,

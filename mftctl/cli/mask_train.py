@@ -63,6 +63,7 @@ def mask_train(
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     deterministic: opt.Deterministic = None,
+    check_memory: opt.CheckMemory = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.MaskPatience = None,
     eval_every: opt.EvalEvery = None,

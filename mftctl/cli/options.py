@@ -212,6 +212,9 @@ Deterministic = Annotated[
     bool | None,
     setting(TrainingOptions, "deterministic", "--deterministic", panel=TRAINING),
 ]
+CheckMemory = Annotated[
+    bool | None, setting(Recipe, "check_memory", "--check-memory/--no-check-memory", panel=TRAINING)
+]
 EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
 MaskPatience = Annotated[int | None, setting(MaskTrainOptions, "patience", "--patience", panel=TRAINING)]

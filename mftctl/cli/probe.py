@@ -48,6 +48,7 @@ def probe(
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     deterministic: opt.Deterministic = None,
+    check_memory: opt.CheckMemory = None,
     resume: opt.Resume = False,
     processes: opt.Processes = None,
     shard: opt.ShardOption = None,

@@ -75,7 +75,7 @@ def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]
     options = recipe.mask_train
     inputs = random_inputs(scale, shape, _ACCUMULATION)
     layers = parse_layers(options.layers or "all", shape.num_hidden_layers)
-    estimate = estimated_peak_gb(shape, options, inputs, layers, emulated=scale.rehearses)
+    estimate = estimated_peak_gb(shape, options, inputs, layers)
     with _run("mask-train", recipe) as run, in_place_of_checkpoints(shape, emulated=scale.rehearses):
         free_unreachable()  # of the training before
         restart_peak_memory()
@@ -108,7 +108,7 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
     recipe = _recipe(scale, "fft", {"gradient_checkpointing": True, "keep": "last", **changes})
     options = recipe.fft
     inputs = random_inputs(scale, shape, _ACCUMULATION)
-    estimate = estimated_peak_gb(shape, options, inputs, emulated=scale.rehearses)
+    estimate = estimated_peak_gb(shape, options, inputs)
     with _run("fft", recipe) as run, in_place_of_checkpoints(shape, emulated=scale.rehearses):
         free_unreachable()  # of the training before
         restart_peak_memory()

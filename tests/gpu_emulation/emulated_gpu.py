@@ -244,8 +244,8 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
         ),
         "max_memory_allocated": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
-        "memory_reserved": lambda *_: 0,
         "mem_get_info": lambda *_: (TOTAL_BYTES, TOTAL_BYTES),
+        "memory_reserved": lambda *_: 0,
         "get_rng_state": lambda *_: state,
         "get_rng_state_all": lambda: [state],
         **dict.fromkeys(

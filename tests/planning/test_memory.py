@@ -18,14 +18,8 @@ import torch
 from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.data.encoding import Encoded
 from mftctl.errors import MaskingError, ModelError
-from mftctl.planning.memory import (
-    Batches,
-    MemoryEstimate,
-    assumed_batches,
-    estimate_memory,
-    largest_batches,
-    resident_bytes,
-)
+from mftctl.planning.batches import Batches, assumed_batches, largest_batches
+from mftctl.planning.memory import MemoryEstimate, estimate_memory, resident_bytes
 from mftctl.planning.preparing import plan_fine_tuning, plan_mask_training
 from mftctl.planning.skeletons import read_config
 from mftctl.preparation import prepare_training
