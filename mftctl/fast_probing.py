@@ -20,7 +20,7 @@ from mftctl.data.batching import PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
 from mftctl.devices import gpu_failures
 from mftctl.evaluation.inference import length_batches
-from mftctl.masking.dtypes import exact_sum
+from mftctl.exact_sums import exact_sum
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mftctl.errors import ModelError
-from mftctl.masking.dtypes import exact_sum
+from mftctl.exact_sums import exact_sum
 
 Weights = Mapping[str, torch.Tensor]
 

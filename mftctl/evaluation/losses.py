@@ -106,7 +106,7 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
 
     from mftctl.data.encoding import IGNORED_LABEL
     from mftctl.evaluation.head_chunks import chunk_count
-    from mftctl.masking.dtypes import exact_sum
+    from mftctl.exact_sums import exact_sum
 
     targets = batch["labels"][:, 1:].to(model.device)
     positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)

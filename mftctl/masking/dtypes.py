@@ -38,11 +38,6 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(INTEGER_VIEWS[tensor.element_size()])
 
 
-def exact_sum(values: torch.Tensor) -> float:
-    """The sum in fp64, which the GPU of a Mac leaves to its CPU."""
-    return float((values.cpu() if values.device.type == "mps" else values).sum(dtype=torch.float64))
-
-
 def can_hold(wide: torch.dtype, narrow: torch.dtype) -> bool:
     """Whether every value of the floating-point dtype `narrow` is exactly a value of `wide`."""
     outer, inner = torch.finfo(wide), torch.finfo(narrow)

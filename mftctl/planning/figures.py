@@ -17,8 +17,8 @@ Optimizer = Literal[
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a weight in 4 bits: half a byte, a byte for each block of 64, and a number of 4 bytes for 256 of those."""
 
-EIGHT_BIT_MOMENTS_BYTES = 2 * (1 + 4 / 256)
-"""Of an entry's two moments in 8 bits: a byte each, and a number of 4 bytes for each block of 256."""
+EIGHT_BIT_BLOCK = 256
+"""Entries of a moment in 8 bits, a byte each, that share a number of 4 bytes."""
 
 EIGHT_BIT_SMALLEST = 4096
 """Parameters with fewer entries keep moments in fp32 (bitsandbytes)."""
@@ -77,7 +77,7 @@ def kept_bytes(parameter: torch.Tensor, optimizer: Optimizer, *, on_gpu: bool, i
         return 0
     if optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         is_wide = is_embedding or entries < EIGHT_BIT_SMALLEST
-        return 8 * entries if is_wide else int(entries * EIGHT_BIT_MOMENTS_BYTES)
+        return 8 * entries if is_wide else 2 * (entries + 4 * -(-entries // EIGHT_BIT_BLOCK))
     if optimizer == "adafactor" and parameter.dim() > 1:
         return (entries // parameter.shape[-1] + entries // parameter.shape[-2]) * size
     return _MOMENTS.get(optimizer, 0) * entries * size

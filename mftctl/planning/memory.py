@@ -351,7 +351,7 @@ def _quantized_bytes(model: PreTrainedModel) -> tuple[int, int]:
         if isinstance(module, nn.Linear | Conv1D) and module is not head and not module.weight.requires_grad
     ]
     saved = sum(_size(weight) - int(NF4_BYTES * weight.numel()) for weight in linear)
-    return saved, max(map(_size, linear), default=0)
+    return saved, max((2 * weight.numel() for weight in linear), default=0)  # in bf16
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -73,8 +73,8 @@ def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | Non
             add_adapter(model, options, base=model.config.model_type, seed=seed)
 
     bf16, is_lora = device.uses_bf16(options.precision), options.method == "lora"
-    # LoRA keeps its base in bf16 where it computes in bf16; low memory all weights.
-    narrow = options.low_memory or options.quantize is not None or (is_lora and bf16)
+    # In bf16 are all weights under low memory, and LoRA's base where it computes in bf16, unless it is quantised.
+    narrow = options.low_memory or (is_lora and bf16 and options.quantize is None)
     selects = options.method in ("gmt", "random")
     return TrainingPlan(
         prepare,
