@@ -165,7 +165,7 @@ def _answered(
         if not isinstance(loaded, tuple):
             loaded.keep_outputs(**kept)
             return run_benchmark(loaded, task, problems, **common), loaded.generated_tokens
-        from mftctl.devices import gpu_failures
+        from mftctl.gpu_failures import gpu_failures
 
         model = loaded[0]
         with evaluation_mode(model), gpu_failures(f"answering {benchmark.name}"):

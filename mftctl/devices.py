@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mftctl.config import Attention, EvalOptions, FftOptions, MaskTrainOptions, Precision, TrainingOptions
+from mftctl.config import Attention, Precision
 from mftctl.errors import ConfigError, DeviceMemoryError, TrainingError
+from mftctl.gpu_failures import gpu_failures
 from mftctl.host_memory import available_bytes
 from mftctl.processes import world_size
 from mftctl.progress import Listener
@@ -31,11 +31,6 @@ _TOGETHER = ("fft", "probe", "mask-train", "eval", "run")
 _DETERMINISTIC_ATTENTION = ("sdpa", "eager")
 _FLASH = "flash_attention_2"
 _TESTED = ("cpu", "cuda")
-_MPS_OUT_OF_MEMORY = "MPS backend out of memory"
-_IN_NO_FIXED_ORDER = re.compile(r"^(\S+) does not have a deterministic implementation")
-_ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
-_FREE = re.compile(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
-_HELD = re.compile(r"MPS allocated: ([\d.]+ \w+), .*max allowed: ([\d.]+ \w+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,41 +226,6 @@ def visible_alone(device: torch.device) -> Iterator[None]:
             os.environ.update({} if before is None else {_VISIBLE: before})
 
 
-@contextmanager
-def gpu_failures(doing: str) -> Iterator[None]:
-    """Turns what a GPU cannot do into a known failure; the innermost block names what was being done.
-
-    Args:
-        doing: Such as `training`.
-
-    Raises:
-        DeviceMemoryError: There is no room.
-        TrainingError: Something has no deterministic implementation, and one was asked for.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise DeviceMemoryError(
-                f"The GPU ran out of memory while {doing}.", actual=_shortage(str(error))
-            ) from error
-        operation = _IN_NO_FIXED_ORDER.match(str(error))
-        if operation is None:
-            raise
-        raise TrainingError(
-            "An operation of this model has no deterministic implementation.",
-            key="deterministic",
-            expected="operations that give the same bits each time",
-            actual=operation[1],
-            hint="leave --deterministic out",
-        ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that a device has no room; on a Mac it has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or str(error).startswith(_MPS_OUT_OF_MEMORY)
-
-
 def attention_in_use(dtype: torch.dtype) -> Attention:
     """The attention asked for, if weights of a dtype can be computed with it.
 
@@ -311,53 +271,6 @@ def require_deterministic_attention(model: Any) -> None:
             actual=attention,
             hint="leave --deterministic out",
         )
-
-
-def training_with_less_memory(options: TrainingOptions) -> list[str]:
-    """The options with which a training needs less memory than with those it has, the cheapest first."""
-    found = []
-    if options.batch_tokens is not None:
-        if options.batch_tokens > options.max_length_tokens:
-            found.append(f"--batch-tokens {max(options.batch_tokens // 2, options.max_length_tokens)}")
-    elif options.batch_size > 1:
-        smaller = options.batch_size // 2
-        while options.global_batch_size is not None and options.global_batch_size % smaller:
-            smaller -= 1
-        accumulated = -(-(options.grad_accum_steps or 1) * options.batch_size // smaller)
-        steps = "" if options.global_batch_size is not None else f" --grad-accum {accumulated}"
-        found.append(f"--batch-size {smaller}{steps}")
-    if not options.gradient_checkpointing:
-        found.append("--gradient-checkpointing")
-    if isinstance(options, MaskTrainOptions):
-        if not options.low_memory:
-            found.append("--low-memory")
-        found.append("fewer --layers")
-    if isinstance(options, FftOptions):
-        found += _fine_tuning_with_less_memory(options)
-    return [*found, f"--max-length below {options.max_length_tokens}"]
-
-
-def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
-    """Of fine-tuning alone: all that keeps the method first, and only what goes with its other options."""
-    if options.method == "lora":
-        return [] if options.quantize else ["--quantize nf4"]
-    found = []
-    if options.optimizer == "adamw":
-        if not options.low_memory and options.precision != "fp32":
-            found.append("--low-memory")
-        keeps_entries = options.method in ("gmt", "random") and options.unselected == "unchanged"
-        if not options.low_memory and not keeps_entries:
-            found.append("--optimizer adamw_8bit")
-    adapter = "--no-low-memory --method lora" if options.low_memory else "--method lora"
-    return [*found, adapter, f"{adapter} --quantize nf4"]
-
-
-def evaluation_with_less_memory(options: EvalOptions) -> list[str]:
-    """The same of an evaluation."""
-    found = [] if options.batch_size == 1 or not options.tasks else ["--batch-size 1"]
-    if options.generate:
-        found.append("--no-generate")
-    return [*found, f"--max-length below {options.max_length_tokens}"]
 
 
 def _automatic() -> torch.device:
@@ -490,13 +403,3 @@ def _compute_deterministically(wanted: bool) -> None:
     torch.backends.cudnn.deterministic = wanted
     # Of torch's kernels for attention this one alone has a backward pass that does not heed the switch above.
     torch.backends.cuda.enable_cudnn_sdp(not wanted)
-
-
-def _shortage(message: str) -> str:
-    """What was asked for and what was free, from what torch says."""
-    asked, free, held = _ASKED.search(message), _FREE.search(message), _HELD.search(message)
-    if asked is not None and free is not None:
-        return f"{asked[1]} asked for, {free[2]} of {free[1]} free"
-    if asked is not None and held is not None:
-        return f"{asked[1]} asked for, {held[1]} of {held[2]} held"
-    return message.splitlines()[0]

@@ -15,12 +15,13 @@ from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, data_digest, load_examples
-from mftctl.devices import best_device, device_for, evaluation_with_less_memory, visible_alone
+from mftctl.devices import best_device, device_for, visible_alone
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.gpu_maps import gpu_map
+from mftctl.less_memory import evaluation_with_less_memory
 from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint

@@ -18,9 +18,9 @@ from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import MaskTrainOptions
 from mftctl.data.batching import PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
-from mftctl.devices import gpu_failures
 from mftctl.evaluation.inference import length_batches
 from mftctl.exact_sums import exact_sum
+from mftctl.gpu_failures import gpu_failures
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers

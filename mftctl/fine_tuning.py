@@ -13,9 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
-from mftctl.devices import best_device, device_for, gpu_failures, training_with_less_memory
+from mftctl.devices import best_device, device_for
 from mftctl.errors import ConfigError, OutputError, StorageError
+from mftctl.gpu_failures import gpu_failures
 from mftctl.interim_evaluation import interim_evaluation, measurements
+from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.memory_check import RoomOnGpu, room_on_gpu

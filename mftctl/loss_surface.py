@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mftctl.config import OF_THE_MACHINE, Recipe, to_document
+from mftctl.config import Recipe
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded, encode_all
 from mftctl.data.examples import Example
 from mftctl.data.sources import data_digest, load_examples
 from mftctl.data.splits import sample_count, sample_fraction
+from mftctl.deciding_keys import OF_THE_MACHINE, to_document
 from mftctl.devices import device_for, find_device
 from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.data.encoding import Encoded
-from mftctl.devices import best_device, device_for, find_device, training_with_less_memory
+from mftctl.devices import best_device, device_for, find_device
 from mftctl.errors import ConfigError, OutputError
 from mftctl.interim_evaluation import interim_evaluation, measurements
+from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source, fft_learning_rate, mask_state
 from mftctl.mask_validation import compare, confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask

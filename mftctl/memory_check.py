@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from mftctl.config import Recipe
 from mftctl.data.encoding import Encoded
-from mftctl.devices import gpu_failures
 from mftctl.errors import DeviceMemoryError, ModelError
+from mftctl.gpu_failures import gpu_failures
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.planning.command_memory import CommandMemory
 from mftctl.planning.memory import MemoryEstimate

@@ -14,16 +14,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.allocator import give_back_freed_memory
-from mftctl.devices import (
-    attention_in_use,
-    counts_memory,
-    gpu_failures,
-    has_bf16,
-    is_out_of_memory,
-    record_attention,
-)
+from mftctl.devices import attention_in_use, counts_memory, has_bf16, record_attention
 from mftctl.devices import best_device as best_device
 from mftctl.errors import MaskingError, ModelError
+from mftctl.gpu_failures import gpu_failures, is_out_of_memory
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index

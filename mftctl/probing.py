@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from mftctl.atomic import write_text
 from mftctl.config import MaskTrainOptions, Recipe
-from mftctl.devices import device_for, training_with_less_memory
+from mftctl.devices import device_for
 from mftctl.fast_probing import agreement_with_training, promised_changes
+from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source
 from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_training
 from mftctl.mask_validation import split_validation_records, validation_loss

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mftctl.config import Recipe, deciding_keys, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import deciding_keys, to_document
 from mftctl.errors import ConfigError, RunError
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.launching.launch import Launch

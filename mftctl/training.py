@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -33,11 +32,12 @@ from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import TrainingOptions
 from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
-from mftctl.devices import best_device, gpu_failures, is_launched, numbered, require_deterministic_attention
+from mftctl.devices import best_device, is_launched, numbered, require_deterministic_attention
 from mftctl.devices import uses_bf16 as uses_bf16
-from mftctl.errors import Interrupted, LostProcessError, StorageError, TrainingError
+from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.processes import any_process, is_first, timeout_seconds, wait_for_all, world_size
+from mftctl.gpu_failures import gpu_failures
+from mftctl.processes import is_first, timeout_seconds, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.regular_files import read_regular
 from mftctl.runs import TrainingFolder
@@ -46,6 +46,7 @@ from mftctl.steps import accumulation, records_per_step
 from mftctl.stopping import EndedBefore, NoStepTooMany, StopRequest
 from mftctl.token_batches import StepSize
 from mftctl.torch_failures import reason_of
+from mftctl.training_watch import TrainingWatch
 
 if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
@@ -278,7 +279,7 @@ def train(
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
-    trainer.add_callback(_Watch(trainer.listener, folder, stop))
+    trainer.add_callback(TrainingWatch(trainer.listener, folder, stop))
     if interim is not None:
         interim.watch(stop)
         trainer.add_callback(interim)
@@ -366,61 +367,3 @@ class _EpochOrder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._sampler.set_epoch(int(state.epoch or 0))
-
-
-class _Watch(TrainerCallback):
-    """Shows progress, keeps the metrics, and stops on request or when the loss is lost."""
-
-    def __init__(self, listener: Listener, folder: TrainingFolder, stop: StopRequest) -> None:
-        self._listener = listener
-        self._folder = folder
-        self._stop = stop
-        self._loss: float | None = None
-        self._start_tokens = 0
-        self._step_start_seconds = 0.0
-        self._step_seconds = 0.0
-        self._training_seconds = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start_tokens = int(state.num_input_tokens_seen)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._step_start_seconds = time.monotonic()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if "train_loss" in (logs or {}):  # the Trainer's summary is of the steps since it was resumed
-            return
-        loss = (logs or {}).get("loss")
-        timing = {} if loss is None else {"step_seconds": round(self._step_seconds, 6)}
-        self._folder.log({"step": state.global_step, **(logs or {}), **timing})
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The training loss is no longer a number at step {state.global_step}.",
-                path=self._folder.folder,
-                expected="a finite loss",
-                actual=loss,
-                hint="a lower --lr",
-            )
-        self._loss = loss
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._step_seconds = time.monotonic() - self._step_start_seconds  # without the validations between steps
-        self._training_seconds += self._step_seconds
-        speed = (int(state.num_input_tokens_seen) - self._start_tokens) / max(self._training_seconds, 1e-9)
-        self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
-        # One answer for all processes, whatever signal comes to one of them after the question.
-        stop = any_process(self._stop.requested)
-        self._stop.requested |= stop
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True  # the last state is a candidate too, whatever the interval
-        elif stop:
-            control.should_save = True
-            control.should_training_stop = True

@@ -14,21 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mftctl import devices
-from mftctl.config import Recipe, deciding_keys
-from mftctl.devices import (
-    best_device,
-    counts_memory,
-    device_for,
-    device_names,
-    find_device,
-    gpu_failures,
-    has_bf16,
-    is_out_of_memory,
-    visible_alone,
-)
+from mftctl.config import Recipe
+from mftctl.deciding_keys import deciding_keys
+from mftctl.devices import best_device, counts_memory, device_for, device_names, find_device, has_bf16, visible_alone
 from mftctl.errors import ConfigError, DeviceMemoryError, MftError
 from mftctl.evaluating import check_measures, evaluate
 from mftctl.fine_tuning import fine_tune
+from mftctl.gpu_failures import gpu_failures, is_out_of_memory
 from mftctl.lineage import source_of_run
 from mftctl.mask_training import mask_train
 from mftctl.models import load_model

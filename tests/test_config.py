@@ -9,17 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from mftctl.config import (
-    DEFAULT_PATIENCE,
-    DEFAULT_RATIO,
-    FftOptions,
-    MaskTrainOptions,
-    Recipe,
-    Stage,
-    deciding_keys,
-    to_document,
-)
+from mftctl.config import DEFAULT_PATIENCE, DEFAULT_RATIO, FftOptions, MaskTrainOptions, Recipe, Stage
 from mftctl.data.sources import DataSource
+from mftctl.deciding_keys import deciding_keys, to_document
 from mftctl.recipe_files import parse_recipe, read_yaml
 
 # Letters only: a text such as 1e5 is a number to YAML unless it is quoted.

@@ -10,17 +10,12 @@ import pytest
 import torch
 
 from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions
-from mftctl.devices import (
-    device_for,
-    evaluation_with_less_memory,
-    gpu_failures,
-    has_bf16,
-    require_deterministic_attention,
-    training_with_less_memory,
-)
+from mftctl.devices import device_for, has_bf16, require_deterministic_attention
 from mftctl.errors import ConfigError, DeviceMemoryError, StorageError, TrainingError
 from mftctl.evaluating import evaluate
 from mftctl.fine_tuning import fine_tune
+from mftctl.gpu_failures import gpu_failures
+from mftctl.less_memory import evaluation_with_less_memory, training_with_less_memory
 from mftctl.mask_training import mask_train
 from mftctl.masking.selection import keep_highest
 from mftctl.models import evaluation_dtype

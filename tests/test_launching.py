@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from lm_eval.models.utils import Collator
 
 from mftctl import load_mask
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.errors import ConfigError, DataError
 from mftctl.evaluation.kept_answers import likelihood_batches
 from mftctl.launching import launch

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch.optim import Optimizer
 
 from mftctl.config import FftOptions
-from mftctl.devices import training_with_less_memory
 from mftctl.errors import ConfigError, Interrupted
 from mftctl.fine_tuning import fine_tune
+from mftctl.less_memory import training_with_less_memory
 from mftctl.masking.selection import removed_count
 from mftctl.preflight import check_tasks
 from mftctl.progress import Silence

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from mftctl.cli.app import load_command
-from mftctl.config import Recipe, deciding_keys
+from mftctl.config import Recipe
 from mftctl.data.files import Record
 from mftctl.data.formats import to_example
 from mftctl.data.trees import conversations, is_message
+from mftctl.deciding_keys import deciding_keys
 from mftctl.evaluation.benchmarks import BENCHMARKS, expand_groups
 from mftctl.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe, read_yaml
 from mftctl.stages import Task, spell_out

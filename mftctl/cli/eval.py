@@ -11,7 +11,8 @@ from rich.table import Table
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session, use_device
-from mftctl.config import EvalOptions, Recipe, deciding_keys
+from mftctl.config import EvalOptions, Recipe
+from mftctl.deciding_keys import deciding_keys
 from mftctl.errors import ConfigError
 from mftctl.launching.launch import settle_launch
 from mftctl.launching.working import work

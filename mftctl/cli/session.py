@@ -9,7 +9,8 @@ from typing import Any
 
 from mftctl.atomic import Permit
 from mftctl.cli.output import Output
-from mftctl.config import OF_THE_MACHINE, Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import OF_THE_MACHINE, to_document
 from mftctl.errors import ConfigError, RunError, StorageError
 from mftctl.launching.launch import Launch, require_devices
 from mftctl.launching.working import launch_of

@@ -11,10 +11,10 @@ from transformers import GenerationConfig
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import encode_prompt
-from mftctl.devices import gpu_failures
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room
 from mftctl.evaluation.inference import OnProgress, evaluation_mode
+from mftctl.gpu_failures import gpu_failures
 from mftctl.processes import own_part, parts, put_together
 
 if TYPE_CHECKING:

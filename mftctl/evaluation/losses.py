@@ -77,7 +77,7 @@ def sample_losses(
         together: Whether all processes do this at once and share out the batches, which stay the same.
     """
     from mftctl.data.batching import PaddingCollator
-    from mftctl.devices import gpu_failures
+    from mftctl.gpu_failures import gpu_failures
 
     batches = length_batches([len(sample.input_ids) for sample in encoded], batch_tokens)
     takers = world_size() if together else 1

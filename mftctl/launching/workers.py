@@ -17,7 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.errors import Interrupted, LostProcessError, MftError
 from mftctl.launching.launch import Launch
 from mftctl.launching.messages import Hearing

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.config import FftOptions
-from mftctl.devices import is_out_of_memory, record_attention
+from mftctl.devices import record_attention
 from mftctl.errors import ModelError
+from mftctl.gpu_failures import is_out_of_memory
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.masking.checkpoint_source import ADAPTER_FILE
 from mftctl.masking.targets import linear_projections

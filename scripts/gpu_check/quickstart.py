@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.errors import Interrupted
 from mftctl.fine_tuning import fine_tune
 from mftctl.lineage import Source, source_of_run

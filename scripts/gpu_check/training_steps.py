@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from mftctl import fine_tuning
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.devices import device_for
 from mftctl.lineage import Source
 from mftctl.mask_validation import confirm, split_validation_records, validation_loss

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from lm_eval.api.registry import model_registry
 
-from mftctl.config import Recipe, deciding_keys
+from mftctl.config import Recipe
+from mftctl.deciding_keys import deciding_keys
 from mftctl.errors import EvaluationError
 from mftctl.evaluating import evaluate
 from mftctl.models import load_tokenizer

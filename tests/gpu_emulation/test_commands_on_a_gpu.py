@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.errors import Interrupted
 from mftctl.evaluating import evaluate
 from mftctl.fine_tuning import fine_tune
