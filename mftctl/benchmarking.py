@@ -14,6 +14,7 @@ from mftctl.atomic import write_text
 from mftctl.config import EvalOptions, Recipe
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.alpaca_judge import Answer, entry, what_is_missing, win_shares
+from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark, with_scores
 from mftctl.evaluation.benchmarks import BENCHMARKS
@@ -25,6 +26,7 @@ from mftctl.evaluation.predictions import read_predictions
 from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
 from mftctl.evaluation.sentence_data import check_sentence_data
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
+from mftctl.processes import from_first, is_first, put_together, rank
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
@@ -123,7 +125,9 @@ def measure_benchmark(
     found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
     seconds = time.monotonic() - start_seconds
     if benchmark.name == "alpaca_eval" and ask_judge:
-        found = _judged(found, benchmark.problems, model_name, folder, listener)
+        shares = _judged_once(found, benchmark.problems, model_name, folder, listener)
+        found = with_scores(found, "win_rate", "judge", shares) if shares else found
+    generated_tokens = sum(put_together({rank(): generated_tokens}).values())
     return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
 
 
@@ -161,12 +165,19 @@ def _answered(
         if not isinstance(loaded, tuple):
             loaded.keep_outputs(**kept)
             return run_benchmark(loaded, task, problems, **common), loaded.generated_tokens
-        from mftctl.devices import gpu_failures
+        from mftctl.gpu_failures import gpu_failures
 
         model = loaded[0]
         with evaluation_mode(model), gpu_failures(f"answering {benchmark.name}"):
             batch_size = None if options.batch_size == "auto" else options.batch_size
-            written = ModelAnswers(model, tokenizer, batch_size=batch_size, seed=recipe.seed, **kept)
+            written = ModelAnswers(
+                model,
+                tokenizer,
+                batch_size=batch_size,
+                seed=recipe.seed,
+                on_shortage=lambda tokens: listener.note(smaller_batches(benchmark.name, tokens)),
+                **kept,
+            )
             return run_benchmark(written, task, problems, **common), written.generated_tokens
 
 
@@ -178,12 +189,18 @@ def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence
 
     def judge(pairs: Sequence[tuple[str, str, str]]) -> list[bool]:
         programs = [Program(code=code, test=test, entry_point=name) for code, test, name in pairs]
-        verdicts = judge_programs(
-            sandbox,
-            programs,
-            on_progress=lambda done, total: listener.progress(Progress(f"running {task}", done, total)),
-        )
-        return [verdict.passed for verdict in verdicts]
+
+        def run_all() -> str:
+            """Runs them on all cores, and so in one process for all."""
+            verdicts = judge_programs(
+                sandbox,
+                programs,
+                on_progress=lambda done, total: listener.progress(Progress(f"running {task}", done, total)),
+            )
+            return json.dumps([verdict.passed for verdict in verdicts])
+
+        passed: list[bool] = json.loads(from_first(run_all))
+        return passed
 
     return judge
 
@@ -192,7 +209,8 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
     options = recipe.eval
     rows = [_row(sample, with_prompt=options.save_samples) for sample in found.samples]
     file = f"{found.name}.jsonl"
-    write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if is_first():
+        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     settings = [options.limit or "all"]
     if found.chat_template:
         settings.append("chat")
@@ -243,10 +261,20 @@ def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
     return {**row, "answers": dict(sample.answers), "scores": dict(sample.scores), "weights": dict(sample.weights)}
 
 
+def _judged_once(
+    found: BenchmarkResult, problems: Problems, model_name: str, folder: Path, listener: Listener
+) -> list[float | None]:
+    """AlpacaEval's verdicts in all processes, of which the first asks."""
+    shares: list[float | None] = json.loads(
+        from_first(lambda: json.dumps(_judged(found, problems, model_name, folder, listener)))
+    )
+    return shares
+
+
 def _judged(
     found: BenchmarkResult, problems: Problems, model_name: str, folder: Path, listener: Listener
-) -> BenchmarkResult:
-    """The result with AlpacaEval's win rate where its judge can be asked, after the answers are kept in its format."""
+) -> list[float | None]:
+    """The verdicts where its judge can be asked, else none, after the answers are kept in its format."""
     asked = [problems.records[sample.doc_id] for sample in found.samples]
     answers = [
         Answer(record["instruction"], sample.outputs[0], model_name, record.get("dataset", "alpaca_eval"))
@@ -262,7 +290,7 @@ def _judged(
             f"AlpacaEval's win rate needs {' and '.join(missing)}. The answers are in {path}; to have them judged "
             f"later: mftctl eval --tasks alpaca_eval --predictions {folder / 'alpaca_eval.jsonl'}"
         )
-        return found
+        return []
     references = [
         Answer(record["instruction"], record["output"], str(record.get("generator", "reference"))) for record in asked
     ]
@@ -270,4 +298,4 @@ def _judged(
     unjudged = shares.count(None)
     if unjudged:
         listener.warn(f"AlpacaEval's judge gave no verdict on {unjudged} of {len(shares)} answers; they are left out.")
-    return with_scores(found, "win_rate", "judge", shares)
+    return list(shares)

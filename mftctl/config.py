@@ -6,9 +6,10 @@ A recipe is a YAML file. Shared keys (`model`, `data`, `seed`, ...) stand at the
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import re
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
@@ -57,6 +58,16 @@ def _to_source(part: object) -> object:
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_to_sources)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["auto", "fp32", "bf16"]
+Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
+
+
+def _check_device(name: str) -> str:
+    if re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d{1,3})?", name) is None:
+        raise ValueError(f"a device is auto, cpu, cuda, cuda:N, mps or xpu, not {name}")
+    return name
+
+
+Device = Annotated[str, AfterValidator(_check_device)]
 
 
 class TrainingOptions(_Section):
@@ -66,7 +77,18 @@ class TrainingOptions(_Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; overrides epochs.")
     batch_size: int = Field(8, gt=0, description="Records a forward pass, on each device.")
-    grad_accum_steps: int = Field(1, gt=0, description="Forward passes an optimizer step.")
+    grad_accum_steps: int | None = Field(
+        None, gt=0, description="Forward passes an optimizer step, on each device; 1 by default."
+    )
+    global_batch_size: int | None = Field(
+        None, gt=0, description="Records an optimizer step, over all processes, instead of --grad-accum."
+    )
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens a forward pass, padding counted, on each device: a step's records go together by length, "
+        "as many as fit, whatever the batch size; a longer one goes alone.",
+    )
     max_length_tokens: int = Field(1024, gt=1, description="Longer records are cut at the end.")
     schedule: Literal["linear", "cosine"] = Field("linear", description="How the learning rate falls to 0.")
     warmup_ratio: Share = Field(0.03, description="Share of the steps in which the learning rate rises.")
@@ -83,6 +105,19 @@ class TrainingOptions(_Section):
         None, gt=0, description="Measure the benchmarks and the test data each so many steps, at the start and the end."
     )
     eval_limit: int = Field(100, gt=0, description="--eval-every: only the first so many problems or records of each.")
+
+    @model_validator(mode="after")
+    def _one_step_size(self) -> Self:
+        if self.global_batch_size is None:
+            return self
+        if self.grad_accum_steps is not None:
+            raise ValueError("give either global_batch_size or grad_accum_steps, not both")
+        if self.batch_tokens is None and self.global_batch_size % self.batch_size:
+            raise ValueError(
+                f"global_batch_size must be a multiple of batch_size; {self.global_batch_size} is none of "
+                f"{self.batch_size}"
+            )
+        return self
 
 
 class FftOptions(TrainingOptions):
@@ -107,7 +142,18 @@ class FftOptions(TrainingOptions):
     lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
     lora_dropout: Share = Field(0.0, description="lora: dropout before the adapter.")
     merge: bool = Field(False, description="lora: write the merged model instead of the adapter.")
-    optimizer: Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor"] = Field("adamw", description="Optimizer.")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="lora: hold the base in 4 bits a weight (QLoRA); needs bitsandbytes."
+    )
+    optimizer: Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="adamw, sgd, rmsprop, adagrad, adafactor; adamw_8bit and paged_adamw_8bit, with moments in 8 "
+        "bits, need bitsandbytes.",
+    )
+    low_memory: bool = Field(
+        False,
+        description="Weights, gradients and moments in bf16, rounded by chance: 8 bytes a weight instead of 16.",
+    )
     learning_rate: float = Field(2e-5, gt=0, description="Peak of the schedule.")
     keep: Literal["best", "last"] = Field("best", description="best: the state with the lowest validation loss.")
     save_dtype: Literal["auto", "fp32", "bf16"] = Field(
@@ -119,6 +165,28 @@ class FftOptions(TrainingOptions):
         if self.ratio is not None and self.method not in ("gmt", "random"):
             raise ValueError(f"fft.ratio is for the methods gmt and random; the method is {self.method}")
         return self
+
+    @model_validator(mode="after")
+    def _memory_is_saved_in_ways_that_go_together(self) -> FftOptions:
+        if self.quantize is not None and self.method != "lora":
+            raise ValueError(f"fft.quantize is for the method lora; the method is {self.method}")
+        if self.low_memory and self.method == "lora":
+            raise ValueError("fft.low_memory is for weights that are trained; lora freezes them (fft.quantize: nf4)")
+        if self.low_memory and self.optimizer != "adamw":
+            raise ValueError(f"fft.low_memory has an optimizer of its own, adamw; the optimizer is {self.optimizer}")
+        if self.low_memory and self.precision == "fp32":
+            raise ValueError("fft.low_memory computes in bf16; the precision is fp32")
+        if self.has_8bit_moments and self.method in ("gmt", "random") and self.unselected == "unchanged":
+            raise ValueError(
+                f"fft.optimizer: {self.optimizer} keeps one scale for 256 moments, so that those of weights not chosen "
+                "cannot stay unchanged (fft.unselected: momentum, or fft.low_memory with adamw)"
+            )
+        return self
+
+    @property
+    def has_8bit_moments(self) -> bool:
+        """Whether the optimizer is one of bitsandbytes."""
+        return self.optimizer in ("adamw_8bit", "paged_adamw_8bit")
 
     @property
     def effective_ratio(self) -> float:
@@ -288,8 +356,15 @@ class EvalOptions(_Section):
     engine: Literal["hf", "vllm"] = Field(
         "hf", description="What answers benchmarks: transformers, or vLLM where it is installed."
     )
+    tensor_parallel: int = Field(1, gt=0, description="vLLM: GPUs that share out each layer.")
+    gpu_memory_share: float | None = Field(
+        None, gt=0, le=1, description="vLLM: share of a GPU's memory that it takes; 0.9 or so by default."
+    )
+    max_model_length_tokens: int | None = Field(
+        None, gt=1, description="vLLM: most tokens of a prompt with its answer; by default what the benchmarks need."
+    )
     batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
-        "auto", description="Benchmark prompts a forward pass; auto: by their length."
+        "auto", description="Benchmark prompts a forward pass; auto: as many as the free memory takes."
     )
     max_new_tokens: int | None = Field(None, gt=0, description="Most tokens of an answer; the benchmark's by default.")
     chat_template: bool = Field(False, description="Put benchmark prompts through the tokenizer's chat template.")
@@ -343,6 +418,15 @@ class Recipe(_Section):
     test_data: Sources = Field((), description="Data that eval measures on.")
     seed: int = Field(0, ge=0, description="Decides order, splits and random starts.")
     seeds: tuple[int, ...] = Field((), strict=False, description="run: repeat the experiment for each.")
+    device: Device = Field(
+        "auto", description="cpu, cuda, cuda:N (a GPU by its number), mps or xpu; auto: the GPU if there is one."
+    )
+    attention: Attention = Field(
+        "auto", description="Kernels of attention: sdpa, flash_attention_2 or eager; auto: what transformers chooses."
+    )
+    check_memory: bool = Field(
+        True, description="On a GPU: stop before weights are loaded where the estimate finds no room for the training."
+    )
     fft: FftOptions = FftOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()
@@ -357,28 +441,3 @@ class Recipe(_Section):
         """
         only = self.mask_train.preset == "paper" or self.probe.fast
         return self.probe.groups or ((4,) if only else (4, "all"))
-
-
-_SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
-_RATE = {"fft": {"method", "learning_rate"}}
-_SECTIONS: dict[str, dict[str, Any]] = {
-    "fft": {"fft": True},
-    "probe": {"probe": True, "mask_train": True, **_RATE},
-    "mask-train": {"mask_train": True, **_RATE},
-    "eval": {"eval": True},
-}
-
-
-def to_document(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without its stages as plain data that reads back as the same recipe: the `config` of a run."""
-    return recipe.model_dump(mode="json", exclude={"stages", "seeds"}, exclude_none=True)
-
-
-def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
-    """The part of a recipe on which a command's result depends, as plain data."""
-    sections = dict(_SECTIONS.get(command, {}))
-    training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
-    if training is not None and training.eval_every is not None:
-        sections["eval"] = True  # a part of the result is then what was measured on the way
-    included: dict[str, Any] = {**dict.fromkeys(_SHARED, True), **sections}
-    return recipe.model_dump(mode="json", include=included, exclude={"mask_train": {"prefix_cache_gb"}})

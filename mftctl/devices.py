@@ -1,17 +1,20 @@
-"""How a command computes on a GPU: on which, how exactly, and what is said where there is no room on it."""
+"""What a command computes on: which device, how exactly, and what is said where there is no room on it."""
 
 from __future__ import annotations
 
+import importlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.config import Attention, Precision
 from mftctl.errors import ConfigError, DeviceMemoryError, TrainingError
+from mftctl.gpu_failures import gpu_failures
+from mftctl.host_memory import available_bytes
 from mftctl.processes import world_size
 from mftctl.progress import Listener
 
@@ -22,21 +25,142 @@ _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
 """With one of these, and no other, cuBLAS adds up in the same order each time."""
 
-_TOGETHER = ("fft", "mask-train")
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+_TOGETHER = ("fft", "probe", "mask-train", "eval", "run")
 _DETERMINISTIC_ATTENTION = ("sdpa", "eager")
-_IN_NO_FIXED_ORDER = re.compile(r"^(\S+) does not have a deterministic implementation")
-_ASKED = re.compile(r"Tried to allocate ([\d.]+ \w+)")
-_FREE = re.compile(r"total capacity of ([\d.]+ \w+) of which ([\d.]+ \w+) is free")
+_FLASH = "flash_attention_2"
+_TESTED = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """What the command at work computes with.
+
+    Attributes:
+        device: Without an index the current one of its type.
+        attention: As asked for.
+        precision: Of its forward passes.
+        run: Where the attention that is really used is recorded.
+    """
+
+    device: torch.device
+    attention: Attention = "auto"
+    precision: Precision = "fp32"
+    run: Run | None = None
+
+
+_in_use: _Use | None = None
+_told_untested: set[str] = set()
+
+
+def best_device() -> torch.device:
+    """The device in use: that of the command at work, else the accelerator there is, else the CPU."""
+    return _automatic() if _in_use is None else _in_use.device
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a recipe names, if it is there.
+
+    Args:
+        name: `auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`.
+
+    Raises:
+        ConfigError: It is not there, or not for one of several processes.
+    """
+    if name == "auto":
+        return _automatic()
+    if ":" in name and is_launched():
+        raise ConfigError(
+            "Each of the processes that a launcher starts takes its own GPU.",
+            key="device",
+            expected="auto, cuda or cpu",
+            actual=name,
+            hint=f"leave --device out; CUDA_VISIBLE_DEVICES={name.partition(':')[2]} says which GPUs there are",
+        )
+    there = _devices_there()
+    if name not in there:
+        raise ConfigError(
+            "The device asked for is not there.",
+            key="device",
+            expected=", ".join(["auto", *there]),
+            actual=name,
+            hint=_why_not_there(name),
+        )
+    return torch.device(name)
+
+
+def join_on(name: str) -> None:
+    """Lets the processes that a launcher started find each other on a device, before any of them works.
+
+    Args:
+        name: As in a recipe.
+
+    Raises:
+        ConfigError: It is not there, or not for one of several processes.
+    """
+    global _in_use
+    device = find_device(name)
+    if world_size() > 1:
+        _in_use = _Use(device)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device with its index, the current one where it has none; the CPU as it is."""
+    if device.type in ("cpu", "mps") or device.index is not None:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def device_names() -> list[str]:
+    """The names of the accelerators there are."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return []
+    return [_product(torch.device(found.type, index)) for index in range(torch.accelerator.device_count())]
+
+
+def counts_memory(device: torch.device) -> bool:
+    """Whether a device has memory of its own, of which torch tells what was held at most."""
+    return device.type not in ("cpu", "mps")
 
 
 def has_bf16() -> bool:
-    """Whether there is a GPU that computes in bf16 itself; others emulate it, more slowly than fp32."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Whether the device in use is a GPU that computes in bf16 itself; others emulate it, more slowly than fp32."""
+    kind = best_device().type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind == "xpu" and bool(torch.xpu.is_bf16_supported(including_emulation=False))
+
+
+def uses_bf16(precision: Precision) -> bool:
+    """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
+    return has_bf16() if precision == "auto" else precision == "bf16"
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """The memory that a process can still take: of a GPU what is free, and what torch holds of it without using it.
+
+    Args:
+        device: Where.
+    """
+    if device.type in ("cpu", "mps"):  # which share their memory
+        return available_bytes()
+    of_device: Any = torch.cuda if device.type == "cuda" else torch.accelerator
+    free = torch.cuda.mem_get_info if device.type == "cuda" else torch.accelerator.get_memory_info
+    return int(free(device)[0]) + int(of_device.memory_reserved(device)) - int(of_device.memory_allocated(device))
 
 
 @contextmanager
 def device_for(
-    run: Run, listener: Listener, *, less_memory: Sequence[str], deterministic: bool = False
+    run: Run,
+    listener: Listener,
+    *,
+    less_memory: Sequence[str],
+    deterministic: bool = False,
+    device: str = "auto",
+    attention: Attention = "auto",
+    precision: Precision = "fp32",
 ) -> Iterator[None]:
     """Inside it, a command computes alike whichever it is, which its run records, and says so where there is no room.
 
@@ -44,25 +168,38 @@ def device_for(
 
     Args:
         run: Of the command.
-        listener: Is told of GPUs that are not used.
+        listener: Is told of GPUs that are not used, and of a device on which nothing was tested.
         less_memory: Options with which it needs less memory than with those it has.
         deterministic: Whether the same command gives the same bits each time on a GPU.
+        device: From the recipe.
+        attention: From the recipe.
+        precision: Of forward passes; those of an evaluation are in the dtype of the weights.
 
     Raises:
-        ConfigError: Something in the environment is not deterministic.
+        ConfigError: The device is not there, cannot compute the attention asked for, or something in the environment
+            is not deterministic.
         DeviceMemoryError: The GPU has no room for it.
     """
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    torch.backends.cudnn.fp32_precision = "ieee"
-    on_gpu = torch.cuda.is_available()
-    if deterministic and on_gpu:
+    found = find_device(device)
+    _require_attention(attention, found)
+    if deterministic and found.type != "cpu":
         _require_deterministic_environment()
-    _compute_deterministically(deterministic and on_gpu)
-    run.update(device={"name": _name(), "tf32": False, "deterministic": deterministic})
-    if on_gpu and torch.cuda.device_count() > 1 and world_size() == 1:
-        listener.note(_one_of(torch.cuda.device_count(), run.record.command))
+    with _using(_Use(found, attention, precision, run)):
+        if found.type == "cuda":
+            torch.backends.cuda.matmul.fp32_precision = "ieee"
+            torch.backends.cudnn.fp32_precision = "ieee"
+        run.update(device={"name": _name(found), "tf32": False, "deterministic": deterministic})
+        _tell(found, run.record.command if run.record.stage is None else "run", listener)
+        with _working(run.record.command, less_memory, deterministic=deterministic and found.type != "cpu"):
+            yield
+
+
+@contextmanager
+def _working(command: str, less_memory: Sequence[str], *, deterministic: bool) -> Iterator[None]:
+    """The work itself, after which nothing is deterministic any more."""
+    _compute_deterministically(deterministic)
     try:
-        with gpu_failures(f"working on {run.record.command}"):
+        with gpu_failures(f"working on {command}"):
             yield
     except DeviceMemoryError as error:
         error.hint = error.hint or f"options that need less memory: {', '.join(less_memory)}"
@@ -72,31 +209,51 @@ def device_for(
 
 
 @contextmanager
-def gpu_failures(doing: str) -> Iterator[None]:
-    """Turns what a GPU cannot do into a known failure; the innermost block names what was being done.
+def visible_alone(device: torch.device) -> Iterator[None]:
+    """Inside it, processes that are started see no other GPU than this one.
 
     Args:
-        doing: Such as `training`.
-
-    Raises:
-        DeviceMemoryError: There is no room.
-        TrainingError: Something has no deterministic implementation, and one was asked for.
+        device: A GPU by its number; any other changes nothing.
     """
+    before = os.environ.get(_VISIBLE)
+    if device.index is not None:
+        os.environ[_VISIBLE] = str(device.index) if before is None else before.split(",")[device.index]
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(f"The GPU ran out of memory while {doing}.", actual=_shortage(str(error))) from error
-    except RuntimeError as error:
-        operation = _IN_NO_FIXED_ORDER.match(str(error))
-        if operation is None:
-            raise
-        raise TrainingError(
-            "An operation of this model has no deterministic implementation.",
-            key="deterministic",
-            expected="operations that give the same bits each time",
-            actual=operation[1],
-            hint="leave --deterministic out",
-        ) from error
+    finally:
+        if device.index is not None:
+            os.environ.pop(_VISIBLE)
+            os.environ.update({} if before is None else {_VISIBLE: before})
+
+
+def attention_in_use(dtype: torch.dtype) -> Attention:
+    """The attention asked for, if weights of a dtype can be computed with it.
+
+    Args:
+        dtype: Of the weights; under autocast they are computed in bf16 whatever it is.
+
+    Raises:
+        ConfigError: It is for bf16 and fp16 alone.
+    """
+    if _in_use is None:
+        return "auto"
+    if _in_use.attention == _FLASH and dtype == torch.float32 and not uses_bf16(_in_use.precision):
+        raise ConfigError(
+            "Flash attention computes in bf16 and fp16 alone.",
+            key="attention",
+            expected="sdpa or eager in fp32",
+            actual=_in_use.attention,
+            hint="--attention sdpa, or where there is a choice --precision bf16",
+        )
+    return _in_use.attention
+
+
+def record_attention(model: Any) -> None:
+    """Keeps in the run of the command at work what attention a model really has."""
+    run = None if _in_use is None else _in_use.run
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if run is not None and attention is not None and run.record.device.get("attention") != attention:
+        run.update(device={**run.record.device, "attention": attention})
 
 
 def require_deterministic_attention(model: Any) -> None:
@@ -116,41 +273,108 @@ def require_deterministic_attention(model: Any) -> None:
         )
 
 
-def training_with_less_memory(options: TrainingOptions) -> list[str]:
-    """The options with which a training needs less memory than with those it has, the cheapest first."""
-    found = []
-    if options.batch_size > 1:
-        smaller = options.batch_size // 2
-        accumulated = -(-options.grad_accum_steps * options.batch_size // smaller)
-        found.append(f"--batch-size {smaller} --grad-accum {accumulated}")
-    if not options.gradient_checkpointing:
-        found.append("--gradient-checkpointing")
-    if isinstance(options, MaskTrainOptions):
-        if not options.low_memory:
-            found.append("--low-memory")
-        found.append("fewer --layers")
-    if isinstance(options, FftOptions) and options.method != "lora":
-        found.append("--method lora")
-    return [*found, f"--max-length below {options.max_length_tokens}"]
+def _automatic() -> torch.device:
+    """The accelerator of torch, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    # Processes on a Mac have no way to tell each other what is on its GPU.
+    alone = found is not None and found.type == "mps" and is_launched()
+    return torch.device("cpu") if found is None or on_cpu or alone else found
 
 
-def evaluation_with_less_memory(options: EvalOptions) -> list[str]:
-    """The same of an evaluation."""
-    found = [] if options.batch_size == 1 or not options.tasks else ["--batch-size 1"]
-    if options.generate:
-        found.append("--no-generate")
-    return [*found, f"--max-length below {options.max_length_tokens}"]
+def is_launched() -> bool:
+    """Whether a launcher started this process, alone or as one of several."""
+    return world_size() > 1 or "LOCAL_RANK" in os.environ
 
 
-def _name() -> str:
-    return f"cuda: {torch.cuda.get_device_name()}" if torch.cuda.is_available() else "cpu"
+def _devices_there() -> list[str]:
+    """All that can be asked for."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or (found.type == "mps" and is_launched()):
+        return ["cpu"]
+    each = range(torch.accelerator.device_count() if found.type == "cuda" else 0)
+    return ["cpu", found.type, *(f"cuda:{index}" for index in each)]
+
+
+def _why_not_there(name: str) -> str | None:
+    built_for_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    if name.startswith("cuda") and not built_for_gpus:
+        return f"a torch built for CUDA; this one is {torch.__version__}"
+    return None
+
+
+def _require_attention(attention: Attention, device: torch.device) -> None:
+    """Nothing, if a device can compute that attention.
+
+    Raises:
+        ConfigError: Flash attention is not installed, or not for this device.
+    """
+    if attention != _FLASH:
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            "Flash attention computes on a CUDA GPU.",
+            key="attention",
+            expected=f"auto, sdpa or eager on {device.type}",
+            actual=attention,
+            hint="leave --attention out",
+        )
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:  # also where it was built for another torch
+        raise ConfigError(
+            "flash-attn is not installed, or not for this torch.",
+            key="attention",
+            actual=error,
+            hint="pip install 'mftctl[flash-attn]' --no-build-isolation, or --attention sdpa",
+        ) from error
+
+
+@contextmanager
+def _using(use: _Use) -> Iterator[None]:
+    """Inside it, that is in use, and its GPU is the current one."""
+    global _in_use
+    before, _in_use = _in_use, use
+    current = None
+    if use.device.index is not None:
+        current = torch.accelerator.current_device_index()
+        torch.accelerator.set_device_index(use.device.index)
+    try:
+        yield
+    finally:
+        _in_use = before
+        if current is not None:
+            torch.accelerator.set_device_index(current)
+
+
+def _tell(device: torch.device, command: str, listener: Listener) -> None:
+    """What there is to know about a device."""
+    if device.type not in _TESTED and device.type not in _told_untested:
+        _told_untested.add(device.type)
+        listener.warn(f"mftctl is not tested on {device.type}; what was is --device cpu, and GPUs of CUDA.")
+    count = torch.accelerator.device_count() if device.type == "cuda" else 1
+    if count > 1 and device.index is None and world_size() == 1:
+        listener.note(_one_of(count, command))
+
+
+def _name(device: torch.device) -> str:
+    product = _product(device)
+    return f"{device}: {product}" if product else str(device)
+
+
+def _product(device: torch.device) -> str:
+    """What the maker calls a device; nothing where torch does not tell."""
+    if device.type == "cpu":
+        return ""
+    name_of = getattr(torch.get_device_module(device.type), "get_device_name", None)
+    return "" if name_of is None else str(name_of(device))
 
 
 def _one_of(count: int, command: str) -> str:
     text = f"{count} GPUs are visible, and one process uses the first alone."
     if command not in _TOGETHER:
         return text
-    return f"{text} On all of them: accelerate launch --multi_gpu --num_processes {count} -m mftctl {command} ..."
+    return f"{text} On all of them: mftctl {command} --processes {count} ..."
 
 
 def _require_deterministic_environment() -> None:
@@ -179,11 +403,3 @@ def _compute_deterministically(wanted: bool) -> None:
     torch.backends.cudnn.deterministic = wanted
     # Of torch's kernels for attention this one alone has a backward pass that does not heed the switch above.
     torch.backends.cuda.enable_cudnn_sdp(not wanted)
-
-
-def _shortage(message: str) -> str:
-    """What was asked for and what was free, from what torch says."""
-    asked, free = _ASKED.search(message), _FREE.search(message)
-    if asked is None or free is None:
-        return message.splitlines()[0]
-    return f"{asked[1]} asked for, {free[2]} of {free[1]} free"

@@ -10,6 +10,7 @@ MftError
 │   ├── MaskFormatError      it is damaged or not a mask file at all
 │   └── MaskMismatchError    it is sound, but belongs to another model
 ├── TrainingError        a training that cannot start or go on
+│   └── LostProcessError     one of several processes is gone
 ├── DeviceMemoryError    a GPU without room
 ├── EvaluationError      a benchmark or a comparison
 │   └── SandboxError         model-written code that cannot be run safely
@@ -122,6 +123,10 @@ class MaskMismatchError(MaskFileError):
 
 class TrainingError(MftError):
     """A training that cannot start or cannot go on."""
+
+
+class LostProcessError(TrainingError):
+    """One of several processes is gone, and the others cannot go on; what was saved before is sound."""
 
 
 class DeviceMemoryError(MftError):

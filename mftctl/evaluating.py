@@ -15,15 +15,19 @@ from mftctl.atomic import write_text
 from mftctl.config import Recipe
 from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, data_digest, load_examples
-from mftctl.devices import device_for, evaluation_with_less_memory
+from mftctl.devices import best_device, device_for, visible_alone
 from mftctl.errors import ConfigError, EvaluationError
+from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
+from mftctl.gpu_maps import gpu_map
+from mftctl.less_memory import evaluation_with_less_memory
 from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
+from mftctl.processes import first_before_others, is_first, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
@@ -60,13 +64,19 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     Raises:
         MftError: Anything known that can go wrong.
     """
-    restart_peak_memory()
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
-    with device_for(run, listener, less_memory=evaluation_with_less_memory(recipe.eval)):
-        loaded = None if recipe.eval.predictions is not None else _load(source, recipe)
+    with device_for(
+        run,
+        listener,
+        less_memory=evaluation_with_less_memory(recipe.eval),
+        device=recipe.device,
+        attention=recipe.attention,
+    ):
+        restart_peak_memory()
+        loaded = None if recipe.eval.predictions is not None else _load(source, recipe, measures, listener)
         datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
-    return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+        return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
 
 def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
@@ -86,7 +96,8 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
     if tasks:
         from mftctl.benchmarking import prepare_benchmark  # lm-eval takes seconds to import
 
-        benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
+        with first_before_others():  # which find in the cache what it has fetched
+            benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
     with_model = options.predictions is None
     examples = load_examples(recipe.test_data, seed=recipe.seed)[: options.limit] if with_model else []
     return Measures(examples, benchmarks)
@@ -103,6 +114,8 @@ def measure(
     run: Run | None = None,
 ) -> list[dict[str, Any]]:
     """Each data set with its metrics, their standard errors and its sample file.
+
+    Several processes share out records and problems; all of them have the same result, and the first one writes.
 
     Args:
         measures: Of the recipe.
@@ -140,21 +153,25 @@ def measure(
     return datasets
 
 
-def _load(source: Source, recipe: Recipe) -> Loaded:
+def _load(source: Source, recipe: Recipe, measures: Measures, listener: Listener) -> Loaded:
     """The model, under its mask if it has one, and the tokenizer."""
     checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
     if recipe.eval.engine == "vllm":
-        return _load_for_vllm(checkpoint, source, recipe)
+        return _load_for_vllm(checkpoint, source, recipe, measures)
     tokenizer = load_tokenizer(checkpoint)
     mask = None if source.mask is None else load_mask(Path(source.mask))
-    model = load_model(checkpoint, dtype=evaluation_dtype(checkpoint))
+    dtype = evaluation_dtype(checkpoint)
+    spread = gpu_map(checkpoint, dtype)
+    if spread is not None:
+        listener.note(f"The model is too large for one GPU: its layers lie on {len(set(spread.values()))} of them.")
+    model = load_model(checkpoint, dtype=dtype, device_map=spread)
     if mask is not None:
         delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
         apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
     return model, tokenizer
 
 
-def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnswers:
+def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe, measures: Measures) -> VllmAnswers:
     """The checkpoint in vLLM's own processes.
 
     Raises:
@@ -169,10 +186,21 @@ def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe) -> VllmAnsw
             actual=apart,
             hint="mftctl apply MODEL MASK, or fft --method lora --merge; then mftctl eval OUT --engine vllm",
         )
+    from mftctl.evaluation.prompt_lengths import longest_request
     from mftctl.evaluation.vllm_answers import VllmAnswers
 
+    options = recipe.eval
+    needed = longest_request(
+        [benchmark.task for benchmark in measures.benchmarks],
+        load_tokenizer(checkpoint),
+        limit=options.limit,
+        chat_template=options.chat_template,
+        seed=recipe.seed,
+        max_new_tokens=options.max_new_tokens,
+    )
     dtype = str(evaluation_dtype(checkpoint)).removeprefix("torch.")
-    return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed)
+    with visible_alone(best_device()):
+        return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed, options=options, needed_tokens=needed)
 
 
 def check_measures(recipe: Recipe) -> None:
@@ -211,12 +239,27 @@ def check_measures(recipe: Recipe) -> None:
 
 
 def _check_vllm(recipe: Recipe) -> None:
+    if world_size() > 1:
+        raise ConfigError(
+            "vLLM starts its own processes.",
+            key="--processes",
+            expected="1 with --engine vllm",
+            actual=world_size(),
+        )
     if find_spec("vllm") is None:
         raise ConfigError(
             "vLLM is not installed.",
             key="eval.engine",
             actual="vllm",
             hint="pip install 'mftctl[vllm]', or --engine hf",
+        )
+    if recipe.device in ("cpu", "mps", "xpu") or recipe.attention != "auto":
+        raise ConfigError(
+            "vLLM computes on what it was built for, with attention that it chooses itself.",
+            key="eval.engine",
+            expected="the device auto, cuda or cuda:N, and the attention auto",
+            actual=f"{recipe.device}, {recipe.attention}",
+            hint="leave --device and --attention out, or --engine hf",
         )
     if recipe.test_data:
         raise ConfigError(
@@ -256,6 +299,7 @@ def _data_file(
         max_length_tokens=recipe.eval.max_length_tokens,
         generate=recipe.eval.generate,
         on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
+        on_shortage=lambda tokens: listener.note(smaller_batches(name, tokens)),
     )
     rows = []
     for number, row in enumerate(found.rows):
@@ -290,7 +334,8 @@ def _metric(name: str, value: float, standard_error: float | None, samples: int)
 
 def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     file = "samples.jsonl"
-    write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    if is_first():
+        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return file
 
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy import stats
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
 from mftctl.config import MaskTrainOptions
 from mftctl.data.batching import PaddingCollator, pad_token_id
-from mftctl.devices import gpu_failures
+from mftctl.data.encoding import Encoded
+from mftctl.evaluation.inference import length_batches
+from mftctl.exact_sums import exact_sum
+from mftctl.gpu_failures import gpu_failures
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
-from mftctl.masking.targets import MaskTarget, find_targets, format_layers
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
 from mftctl.preparation import TrainingInputs
+from mftctl.processes import add_up, rank, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import list_runs
 from mftctl.score_training import learning_rate
@@ -104,21 +110,56 @@ def _mean_gradients(
     inputs: TrainingInputs,
     listener: Listener,
 ) -> dict[Parameter, torch.Tensor]:
-    """The gradient of the loss per answer token over all training records, fp32, of each parameter with a target."""
+    """The gradient of the loss per answer token over all training records, fp32, of each parameter with a target.
+
+    Several processes share out the batches.
+    """
     collate = PaddingCollator(pad_token_id(inputs.tokenizer))
     records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # a lack of memory shows at once
     answer_tokens = sum(record.answer_tokens for record in records)
-    with _accumulating(model, [_parameter(target) for target in targets]) as gradients:
-        for start in range(0, len(records), options.batch_size):
-            batch = collate(records[start : start + options.batch_size])
+    checkpointed = list(decoder_layers(model)[1]) if options.gradient_checkpointing else []
+    parameters = [_parameter(target) for target in targets]
+    with _checkpointing(checkpointed), _accumulating(model, parameters) as gradients:
+        done = 0
+        for batch_records in _batches(records, options)[rank() :: world_size()]:
+            batch = collate(batch_records)
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             positions, tokens = answer_positions(batch.pop("labels"))
-            with logits_only_at(model, positions):
+            with logits_only_at(model, positions, tokens, listener.warn):
                 outputs = model(**batch, use_cache=False)
             answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
-            done = min(start + options.batch_size, len(records))
-            listener.progress(Progress("taking gradients", done, len(records)))
+            done += len(batch_records)
+            listener.progress(Progress("taking gradients", min(done * world_size(), len(records)), len(records)))
+    add_up(gradients.values())
     return gradients
+
+
+def _batches(records: Sequence[Encoded], options: MaskTrainOptions) -> list[Sequence[Encoded]]:
+    """Records, the longest first, as many together as a forward pass takes."""
+    if options.batch_tokens is None:
+        return [records[start : start + options.batch_size] for start in range(0, len(records), options.batch_size)]
+    lengths = [len(record.input_ids) for record in records]
+    batches = length_batches(lengths, options.batch_tokens)
+    return [[records[index] for index in batch] for batch in batches]
+
+
+@contextmanager
+def _checkpointing(layers: Sequence[Module]) -> Iterator[None]:
+    """Inside it, layers keep their input alone for the backward pass, and compute all else again in it.
+
+    Models do so themselves in training mode only, in which they may have dropout.
+    """
+    forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, forward in forwards:
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 @contextmanager
@@ -166,9 +207,9 @@ def _promised_gain(
     threshold = options.effective_threshold
     if threshold is None:
         count = removed_count(gains.numel(), options.ratio_of(target.projection) or 0.0)
-        return float(gains.flatten().topk(count).values.double().sum())
+        return exact_sum(gains.flatten().topk(count).values)
     scores = initial_scores(target, options.effective_start, constant=options.start_value, seed=seed)
-    return float(gains[(scores - reach < threshold) & (gains > 0)].double().sum())
+    return exact_sum(gains[(scores - reach < threshold) & (gains > 0)])
 
 
 def _parameter(target: MaskTarget) -> Parameter:

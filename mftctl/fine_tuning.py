@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,44 +10,44 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.training_args import OptimizerNames
 
 from mftctl.atomic import atomic_folder
 from mftctl.config import FftOptions, Recipe
-from mftctl.devices import device_for, training_with_less_memory
+from mftctl.devices import best_device, device_for
 from mftctl.errors import ConfigError, OutputError, StorageError
+from mftctl.gpu_failures import gpu_failures
 from mftctl.interim_evaluation import interim_evaluation, measurements
+from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.models import best_device, load_model, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.memory_check import RoomOnGpu, room_on_gpu
+from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first, spreads_parameters, under_deepspeed, world_size
+from mftctl.processes import is_first, shares_weights, spreads_parameters, world_size
 from mftctl.progress import Listener
 from mftctl.results import Kind, permit_folder, write_marker
 from mftctl.runs import Run
 from mftctl.seen_records import save_seen
-from mftctl.steps import total_steps
+from mftctl.steps import announce_step, total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.storage import known_failures
-from mftctl.training import SftTrainer, train, training_arguments, uses_bf16
+from mftctl.training import SftTrainer, lora_base_dtype, step_size, train, training_arguments, uses_bf16
 from mftctl.training_flops import flops_per_token
 from mftctl.tuning.hft import freeze_half
 from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
+from mftctl.tuning.optimizers import (
+    check_memory_options,
+    forget_8bit_overrides,
+    low_memory_optimizer,
+    optimizer_name,
+)
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_OPTIMIZERS = {
-    "adamw": "adamw_torch",
-    "sgd": "sgd",
-    "rmsprop": "rmsprop",
-    "adagrad": "adagrad",
-    "adafactor": "adafactor",
-}
-_BY_SHAPE = ("adagrad", "adafactor")
-"""Optimizers that make their state for the parameters they are created with, or look at their rows and columns."""
 
 
 def fine_tune(
@@ -68,18 +69,31 @@ def fine_tune(
     Source: MFT, section 2, equation 1; GMT, section 2 and algorithm 1. The loss is the mean over all answer tokens of
     an optimizer step.
     """
-    restart_peak_memory()
     options = recipe.fft
     less_memory = training_with_less_memory(options)
-    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
-        return _fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu("fft", recipe, listener) as room,
+    ):
+        restart_peak_memory()
+        return _fine_tune(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
 
 
 def _fine_tune(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
     """The same, on a device that is ready."""
     options = recipe.fft
+    announce_step(options, world_size(), listener)
+    check_memory_options(options, best_device())
     inputs = prepare_training(
         recipe,
         source.model,
@@ -89,18 +103,25 @@ def _fine_tune(
     )
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
+    room.require(inputs)
     if is_first():
         save_seen(run.folder, inputs.records)
-    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed)
+    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener)
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
-    with stop_on_signal(listener) as stop:
-        train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
+    try:
+        with stop_on_signal(listener) as stop:
+            train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
+    finally:
+        if options.has_8bit_moments:
+            forget_8bit_overrides()
     whole = trainer.trained_model()
     saved = _Saved(Path(run.record.output or run.folder / "model"))
     if whole is not None:
-        saved = _save(_finished(whole, inputs.checkpoint, options), inputs.tokenizer, run, may_replace=may_replace)
+        beside = _lora_files(cast("PeftModel", whole), inputs.checkpoint, options) if options.method == "lora" else {}
+        finished = _finished(whole, inputs.checkpoint, options)
+        saved = _save(finished, inputs.tokenizer, run, may_replace=may_replace, beside=beside)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
         "state": fine_tuned_state(source, options),
@@ -120,9 +141,10 @@ def _fine_tune(
     }
 
 
-def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PreTrainedModel | PeftModel:
+def _trainable_model(
+    checkpoint: Path, source: Source, options: FftOptions, seed: int, listener: Listener
+) -> PreTrainedModel | PeftModel:
     """The model with those parameters trainable that the method trains."""
-    # Weights stay in fp32 while they are trained: updates are smaller than what bf16 can hold.
     if options.method == "lora":
         if spreads_parameters():
             raise ConfigError(
@@ -132,44 +154,59 @@ def _trainable_model(checkpoint: Path, source: Source, options: FftOptions, seed
                 actual="lora",
                 hint="recipes/accelerate/ddp.yaml",
             )
-        from mftctl.tuning.lora import add_adapter, load_adapter
-
-        if is_adapter(checkpoint):
-            return load_adapter(checkpoint, dtype=torch.float32, trainable=True).to(best_device())
-        return add_adapter(load_model(checkpoint, dtype=torch.float32), options, base=source.model, seed=seed)
-    # DeepSpeed and FSDP take each process's part of it to the GPU, where the whole may find no room.
-    model = load_model(checkpoint, dtype=torch.float32, device=torch.device("cpu") if spreads_parameters() else None)
+        return _with_adapter(checkpoint, source, options, seed)
+    # Updates are smaller than what bf16 can hold: weights stay in fp32, or are rounded by chance.
+    dtype = torch.bfloat16 if options.low_memory else torch.float32
+    if shares_weights():
+        model = load_to_share(checkpoint, dtype=dtype, note=listener.note)
+    else:
+        model = load_model(checkpoint, dtype=dtype)
     if options.method == "hft":
         freeze_half(model, seed)
     return model
+
+
+def _with_adapter(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PeftModel:
+    """A frozen model, in the dtype it computes in or in 4 bits a weight, with an adapter in fp32."""
+    from mftctl.tuning.lora import add_adapter, load_adapter
+    from mftctl.tuning.quantization import load_quantized
+
+    dtype, device = lora_base_dtype(options), best_device()
+    quantize = options.quantize is not None
+    if is_adapter(checkpoint):
+        with gpu_failures("loading the model"):
+            adapted = load_adapter(checkpoint, dtype=dtype, trainable=True, quantize=quantize, device=device)
+            return adapted.to(device)
+    if quantize:
+        with gpu_failures("loading the model"):
+            return add_adapter(load_quantized(checkpoint, device), options, base=source.model, seed=seed)
+    return add_adapter(load_model(checkpoint, dtype=dtype), options, base=source.model, seed=seed)
 
 
 def _trainer(
     model: PreTrainedModel | PeftModel, inputs: TrainingInputs, recipe: Recipe, run: Run, listener: Listener
 ) -> UpdateTrainer:
     options = recipe.fft
-    if under_deepspeed() and options.optimizer in _BY_SHAPE:
-        raise ConfigError(
-            "DeepSpeed hands parameters to the optimizer as flat tensors, which this one cannot work with.",
-            key="fft.optimizer",
-            expected="adamw, sgd or rmsprop",
-            actual=options.optimizer,
-        )
     arguments = training_arguments(
         run.training.checkpoints,
         options,
         steps=total_steps(len(inputs.train), options, world_size()),
         learning_rate=options.learning_rate,
         seed=recipe.seed,
-        bf16=uses_bf16(options.precision),
+        bf16=uses_bf16(options.precision) and not options.low_memory,  # whose weights are in bf16 already
     )
     arguments.load_best_model_at_end = options.keep == "best"
-    arguments.optim = OptimizerNames(_OPTIMIZERS[options.optimizer])
+    arguments.optim = optimizer_name(options, arguments.device)
     trainer = UpdateTrainer(model, arguments, inputs.train, inputs.validation, inputs.tokenizer, listener)
+    trainer.step_size = step_size(options)
+    if options.low_memory:
+        trainer.optimizer_cls_and_kwargs = low_memory_optimizer(arguments)
     if options.method in ("gmt", "random"):
         trainer.rule = UpdateRule(
             options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
         )
+    if model.device.type == "meta":
+        trainer.rows = StoredWeights(inputs.checkpoint, cast("PreTrainedModel", model)).rows
     trainer.exact_norm = trainer.rule is not None  # so that the choice does not hang on rounding
     return trainer
 
@@ -252,13 +289,31 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: FftOptions) -> PreTrainedModel | PeftModel:
     """What is written: of LoRA the adapter alone, unless the merged model is wanted; weights in the dtype wanted."""
+    dtype = _DTYPES.get(options.save_dtype) or stored_dtype(checkpoint)
     if options.method == "lora":
         if not options.merge:
             return model
-        model = cast("PeftModel", model).merge_and_unload()
+        from mftctl.tuning.lora import merge_adapter
+
+        model = merge_adapter(cast("PeftModel", model), dtype)
     whole = cast("PreTrainedModel", model)
-    whole.to(_DTYPES.get(options.save_dtype) or stored_dtype(checkpoint))  # type: ignore[arg-type]
+    if options.low_memory:
+        whole.to("cpu")  # type: ignore[arg-type] # a GPU that held the training may have no room for wider weights
+    whole.to(dtype)  # type: ignore[arg-type]
     return whole
+
+
+def _lora_files(model: PeftModel, checkpoint: Path, options: FftOptions) -> dict[str, str]:
+    """What LoRA writes beside its weights: a card, and with an adapter how its base was quantised."""
+    from mftctl.tuning.lora_card import write_lora_card
+    from mftctl.tuning.quantization import QUANTIZATION, QUANTIZED_FILE, has_quantized_base
+
+    quantized = options.quantize is not None or (is_adapter(checkpoint) and has_quantized_base(checkpoint))
+    held = "nf4 with double quantisation, computing in bf16" if quantized else str(lora_base_dtype(options))[6:]
+    card = write_lora_card(
+        cast("LoraConfig", model.peft_config["default"]), merged=options.merge, held=held, quantized=quantized
+    )
+    return {"README.md": card, **({QUANTIZED_FILE: QUANTIZATION} if quantized and not options.merge else {})}
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,24 +330,34 @@ class _Saved:
 
 
 def _save(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, run: Run, *, may_replace: bool
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    *,
+    may_replace: bool,
+    beside: Mapping[str, str],
 ) -> _Saved:
     """Writes the model to the run's output, or to the run folder where something else is there by now."""
     refused = None
     if run.record.output is not None:
         output = Path(run.record.output)
         try:
-            save_model(model, tokenizer, output, replace=may_replace)
+            save_model(model, tokenizer, output, replace=may_replace, beside=beside)
         except OutputError as error:
             refused = str(error)
         else:
             return _Saved(output)
-    save_model(model, tokenizer, run.folder / "model", replace=True)
+    save_model(model, tokenizer, run.folder / "model", replace=True, beside=beside)
     return _Saved(run.folder / "model", refused)
 
 
 def save_model(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, replace: bool = False
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    replace: bool = False,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint with its tokenizer, whole or not at all.
 
@@ -301,6 +366,7 @@ def save_model(
         tokenizer: Goes beside it.
         folder: New or empty, unless a model of mftctl is to be replaced.
         replace: Whether it is.
+        beside: Text files by name, in place of those of the same name that the libraries write.
 
     Raises:
         OutputError: There is something that is not to be replaced.
@@ -313,6 +379,8 @@ def save_model(
         ):
             model.save_pretrained(str(temporary))
             tokenizer.save_pretrained(temporary)
+            for name, text in (beside or {}).items():
+                (temporary / name).write_text(text, encoding="utf-8")
             write_marker(temporary, Kind.MODEL)
     except SafetensorError as error:  # which says of a full disk what it says of all else
         raise StorageError(

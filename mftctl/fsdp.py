@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mftctl.masking.partitions import whole
+from mftctl.outlines import Rows
 from mftctl.tuning.masked_optimizer import UpdateRule
 from mftctl.tuning.partitioned_gradients import select_whole
 
@@ -70,17 +73,22 @@ class FsdpPartitions:
             selected[parameters[index]] = mine
 
         shapes = [gradient.shape for gradient in gradients]
-        select_whole(shapes, lambda index: whole(gradients[index]), rule, step, take)
+        device = gradients[0].device if gradients else torch.device("cpu")
+        select_whole(shapes, lambda index: whole(gradients[index]), rule, step, take, device=device)
         return selected
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the optimizer would have with whole parameters, on the CPU."""
+        """The state that the optimizer would have with whole parameters, on the CPU; empty but in the first process."""
+        is_first = torch.distributed.get_rank() == 0
         stored = self.inner.state_dict()
-        state = {
-            index: {key: whole(value).cpu() if isinstance(value, DTensor) else value for key, value in values.items()}
-            for index, values in stored["state"].items()
-        }
-        return {**stored, "state": state}
+        state: dict[int, dict[str, Any]] = {}
+        for index, values in stored["state"].items():
+            for key, value in values.items():
+                gathered = whole(value) if isinstance(value, DTensor) else value
+                if is_first:
+                    state.setdefault(index, {})[key] = gathered.cpu() if isinstance(value, DTensor) else gathered
+                del gathered  # or two whole tensors would be there at a time
+        return {**stored, "state": state} if is_first else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a state that `state_dict` gave, or the optimizer in one process."""
@@ -91,6 +99,44 @@ class FsdpPartitions:
                 key: _part(value, parameter) if _has_shape(value, parameter) else value for key, value in values.items()
             }
         self.inner.load_state_dict({**state_dict, "state": state})
+
+
+def shard_outline(accelerator: Any, model: torch.nn.Module, rows: Rows) -> None:
+    """Gives each process its part of a model's parameters, of which it reads no more than that.
+
+    Args:
+        accelerator: accelerate's, with the plan of FSDP2.
+        model: With its parameters on the meta device.
+        rows: The values of a parameter by its name in the model's state.
+    """
+    from accelerate.utils import fsdp2_prepare_model
+
+    fsdp2_prepare_model(accelerator, model)
+    device = torch.device("cpu") if accelerator.state.fsdp_plugin.cpu_offload else accelerator.device
+    made: dict[torch.Tensor, torch.nn.Parameter] = {}
+    state = {}
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if isinstance(parameter, DTensor):
+            if parameter not in made:
+                made[parameter] = _filled(parameter, functools.partial(rows, name), device)
+            state[name] = made[parameter]  # one object under all its names, so that tied weights stay tied
+    model.load_state_dict(state, strict=False, assign=True)
+
+
+def _filled(
+    parameter: DTensor, rows: Callable[[int, int | None], torch.Tensor], device: torch.device
+) -> torch.nn.Parameter:
+    """A parameter spread as another one is, with values."""
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
+    within = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
+    if 0 in shape:  # more processes than rows
+        local = torch.empty(shape, dtype=parameter.dtype)
+    else:
+        local = rows(offset[0], offset[0] + shape[0])[(slice(None), *within)]
+    local = local.to(device=device, dtype=parameter.dtype).contiguous()
+    spread = DTensor.from_local(local, mesh, placements, shape=parameter.shape, stride=parameter.stride())
+    return torch.nn.Parameter(spread, requires_grad=parameter.requires_grad)
 
 
 def _has_shape(value: Any, parameter: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from mftctl.errors import Interrupted
 from mftctl.evaluating import measure, prepare_measures
 from mftctl.lineage import Source
 from mftctl.preparation import TrainingInputs
-from mftctl.processes import world_size
+from mftctl.processes import from_first, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.recipe_files import with_changes
 from mftctl.runs import Run, TrainingFolder
@@ -66,7 +66,7 @@ class InterimEvaluation(TrainerCallback):
     def watch(self, stop: StopRequest) -> None:
         """Gives up a measurement, which can take long, as soon as the user wants to stop.
 
-        Several processes finish it, since all must do the same.
+        Several processes, which share it out, finish it: a signal comes to each of them at another time.
 
         Args:
             stop: Set when that is so.
@@ -77,7 +77,7 @@ class InterimEvaluation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Measures what is due and was not measured before a stop."""
-        if self._is_due(state) and not any(line["step"] == state.global_step for line in measurements(self._folder)):
+        if self._is_due(state) and not self._has_measured(state.global_step):
             try:
                 self._measure(state.global_step, kwargs["model"])
             except _StopWanted as error:
@@ -94,6 +94,11 @@ class InterimEvaluation(TrainerCallback):
                 self._measure(state.global_step, kwargs["model"])
             except _StopWanted:
                 control.should_save = control.should_training_stop = True
+
+    def _has_measured(self, step: int) -> bool:
+        """Whether a step was measured before a stop; the same in all processes, of which one may be ahead and write."""
+        measured = from_first(lambda: str(any(line["step"] == step for line in measurements(self._folder))))
+        return measured == str(True)
 
     def _is_due(self, state: TrainerState) -> bool:
         return state.global_step % self._every == 0 or state.global_step >= state.max_steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import itemgetter
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded, encode_all
 from mftctl.data.examples import Example
 from mftctl.data.sources import data_digest, load_examples
 from mftctl.data.splits import sample_count, sample_fraction
-from mftctl.devices import device_for
+from mftctl.deciding_keys import OF_THE_MACHINE, to_document
+from mftctl.devices import device_for, find_device
 from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.fingerprints import file_digest, model_fingerprint
@@ -74,7 +75,9 @@ class _Parts:
     test: list[Example]
 
 
-def measure_surface(root: Path, listener: Listener, *, points: int = POINTS, records: int = RECORDS) -> Run:
+def measure_surface(
+    root: Path, listener: Listener, *, points: int = POINTS, records: int = RECORDS, device: str = "auto"
+) -> Run:
     """The finished run of a loss surface: the one there is, else one taken up where it was stopped, else a new one.
 
     Its `metrics.jsonl` has a line for each of the three models (`mark`) and each point of the grid (`column`, `row`):
@@ -89,6 +92,7 @@ def measure_surface(root: Path, listener: Listener, *, points: int = POINTS, rec
         listener: Hears progress.
         points: Of the grid, a side.
         records: To measure on, of the training data and of the test data each.
+        device: To compute on, as a recipe names it.
 
     Raises:
         ConfigError: A number is out of range.
@@ -102,10 +106,11 @@ def measure_surface(root: Path, listener: Listener, *, points: int = POINTS, rec
     _check("--surface-records", records, 1)
     corners = find_corners(root, listener)
     parts = _Parts(_training_records(corners, records), _test_records(corners.recipe, records))
+    find_device(device)
     run = _open_run(root, corners, parts, points, records, listener)
     if run.record.status != "finished":
         with recorded(run):
-            with device_for(run, listener, less_memory=["--surface-records below " + str(records)]):
+            with device_for(run, listener, less_memory=["--surface-records below " + str(records)], device=device):
                 run.finish(_measure(run, corners, parts, points, listener))
     return run
 
@@ -142,7 +147,7 @@ def _test_records(recipe: Recipe, count: int) -> list[Example]:
 
 def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records: int, listener: Listener) -> Run:
     """The newest run with just these inputs, finished or taken up again, or else a new one."""
-    config = to_document(corners.recipe)
+    config = _without_machine(to_document(corners.recipe))
     inputs = {
         **source_of_run(corners.fft).as_inputs(),
         "points": points,
@@ -155,7 +160,8 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
     same = [
         run
         for run in list_runs(root)[0]
-        if run.record.command == COMMAND and (run.record.config, run.record.inputs) == (config, inputs)
+        if run.record.command == COMMAND
+        and (_without_machine(run.record.config), run.record.inputs) == (config, inputs)
     ]
     for run in same:
         if run.record.status == "finished":
@@ -168,6 +174,11 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
     run = create_run(root, COMMAND, config, inputs=inputs)
     listener.note(f"Run: {run.folder}")
     return run
+
+
+def _without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration but for where FFT was trained, which is another matter."""
+    return {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
 
 
 def _identity(run: Run) -> dict[str, Any]:

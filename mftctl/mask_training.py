@@ -5,32 +5,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from mftctl.config import DEFAULT_RATIO, MaskTrainOptions, Recipe
 from mftctl.data.encoding import Encoded
-from mftctl.devices import device_for, training_with_less_memory
+from mftctl.devices import best_device, device_for, find_device
 from mftctl.errors import ConfigError, OutputError
 from mftctl.interim_evaluation import interim_evaluation, measurements
+from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source, fft_learning_rate, mask_state
-from mftctl.mask_validation import confirm, masked, split_validation_records, validation_loss
+from mftctl.mask_validation import compare, confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, mask_permit, save_mask
 from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_digest, tensor_index
 from mftctl.masking.drop import drop_mask
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
-from mftctl.models import load_model, peak_memory_bytes, restart_peak_memory
-from mftctl.prefix_reuse import batches_come_again, figures, hidden_states
+from mftctl.memory_check import RoomOnGpu, room_on_gpu
+from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory
+from mftctl.outlines import StoredWeights
+from mftctl.prefix_reuse import batches_come_again, figures, hidden_states, token_batches_change
 from mftctl.preparation import TrainingInputs, prepare_training
-from mftctl.processes import is_first, shares_weights
+from mftctl.processes import is_first, shares_weights, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 from mftctl.score_training import LearnedMask, MaskSearch, learn_mask, learning_rate_text
 from mftctl.seen_records import seen_records
+from mftctl.steps import announce_step
 from mftctl.training import uses_bf16
 from mftctl.training_flops import flops_per_token
 
@@ -53,23 +57,38 @@ def mask_train(
 
     Source: MFT, section 2, equations 2 to 5; local and global masks of section 3.2.
     """
-    restart_peak_memory()
     options = recipe.mask_train
     if options.method == "drop":
-        return _drop(recipe, source, run, listener, may_replace=may_replace)
+        find_device(recipe.device)
+        with device_for(run, listener, less_memory=[], device="cpu"):  # it compares files
+            restart_peak_memory()
+            return _drop(recipe, source, run, listener, may_replace=may_replace)
     less_memory = training_with_less_memory(options)
-    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
-        return _search(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu("mask-train", recipe, listener) as room,
+    ):
+        restart_peak_memory()
+        return _search(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
 
 
 def _search(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
     """The result of the methods that measure masks on the model."""
     options = recipe.mask_train
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
-    model = load_frozen_model(inputs, options)
+    room.require(inputs, split_validation_records(inputs.validation, options)[0])
+    model, weights = _model_to_mask(inputs, options, listener)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
     flops = flops_per_token(model, targets)
@@ -77,6 +96,10 @@ def _search(
     deciding, confirming = split_validation_records(inputs.validation, options)
     inputs = replace(inputs, validation=deciding)
     come_again = batches_come_again(len(inputs.train), options)
+    if min(layers) > 0 and not come_again and token_batches_change(len(inputs.train), options):
+        listener.note(
+            "Hidden states are reused in validation alone: with --batch-tokens each epoch has other micro-batches."
+        )
     with (
         hidden_states(options, run.folder) as states,
         # Processes that share weights must pass the same layers, and each has seen other batches.
@@ -89,11 +112,13 @@ def _search(
             inputs,
             run.training,
             listener,
-            unmasked_loss=validation_loss(model, inputs, listener),
+            unmasked_loss=None if weights is not None else validation_loss(model, inputs, listener),
             fft_learning_rate=run.record.inputs["fft_learning_rate"],
             seed=recipe.seed,
             resume=resume,
             interim=interim,
+            weights=weights,
+            confirming=[] if weights is None else confirming,
         )
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
@@ -120,7 +145,7 @@ def _search(
 
 def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
     """The search with a model that this process has all of; after a training that shared its weights, a new one."""
-    if not shares_weights():
+    if not shares_weights() or search.weights is not None:
         return search
     options = search.options
     model = load_frozen_model(search.inputs, options)
@@ -135,6 +160,8 @@ def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encod
             "or try other layers (mftctl probe), a smaller ratio or more data."
         )
         return None
+    if found.confirming is not None:
+        return compare(*found.confirming, search.listener)
     return confirm(search, found.keep, confirming) if confirming else None
 
 
@@ -156,6 +183,8 @@ def prepare_mask_training(
         MftError: The data cannot be used.
     """
     options = recipe.mask_train
+    if options.method == "learned":
+        announce_step(options, world_size(), listener)
     inputs = prepare_training(
         recipe,
         source.model,
@@ -260,7 +289,23 @@ def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]
 
 def load_frozen_model(inputs: TrainingInputs, options: MaskTrainOptions) -> PreTrainedModel:
     """The model that stays as it is: fp32, or bf16 where asked for, since its weights are only read."""
-    return load_model(inputs.checkpoint, dtype=torch.bfloat16 if uses_bf16(options.precision) else torch.float32)
+    return load_model(inputs.checkpoint, dtype=_frozen_dtype(options))
+
+
+def _model_to_mask(
+    inputs: TrainingInputs, options: MaskTrainOptions, listener: Listener
+) -> tuple[PreTrainedModel, StoredWeights | None]:
+    """The frozen model; where processes share its weights during the training, without values, and these apart."""
+    if not shares_weights() or options.method != "learned":
+        return load_frozen_model(inputs, options), None
+    model = load_to_share(inputs.checkpoint, dtype=_frozen_dtype(options), note=listener.note)
+    if model.device.type != "meta":
+        return model.to(best_device()), None  # type: ignore[arg-type]
+    return model, StoredWeights(inputs.checkpoint, model)
+
+
+def _frozen_dtype(options: MaskTrainOptions) -> torch.dtype:
+    return torch.bfloat16 if uses_bf16(options.precision) else torch.float32
 
 
 def find_mask(search: MaskSearch) -> LearnedMask:
@@ -274,7 +319,8 @@ def find_mask(search: MaskSearch) -> LearnedMask:
     keep = {target.name: _baseline(target, search) for target in search.targets}
     with masked(search.targets, keep):
         loss = validation_loss(search.model, search.inputs, search.listener)
-    return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, search.unmasked_loss, loss, loss)
+    unmasked_loss = cast("float", search.unmasked_loss)  # such a model has its values
+    return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, unmasked_loss, loss, loss)
 
 
 def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:

@@ -54,18 +54,29 @@ def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[
     before = validation_losses(search.model, inputs, search.listener)
     with masked(search.targets, keep):
         after = validation_losses(search.model, inputs, search.listener)
+    return compare(before, after, search.listener)
+
+
+def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener: Listener) -> dict[str, Any]:
+    """What the losses of the same records without a mask and with it say, with the paired 95 % interval.
+
+    Args:
+        before: At least two.
+        after: With the mask.
+        listener: Is warned if the interval holds 0.
+    """
     change = paired_difference(
         np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
         np.array([float(loss.answer_tokens) for loss in before]),
     )
     confirmed = change.high < 0
     if not confirmed:
-        search.listener.warn(
-            f"The {len(records)} validation records that took no part in choosing the mask do not confirm it: "
+        listener.warn(
+            f"The {len(before)} validation records that took no part in choosing the mask do not confirm it: "
             f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
         )
     return {
-        "records": len(records),
+        "records": len(before),
         "unmasked_loss": mean_loss(before),
         "masked_loss": mean_loss(after),
         "change": change.estimate,

@@ -5,49 +5,103 @@ from __future__ import annotations
 import gc
 import math
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.allocator import give_back_freed_memory
-from mftctl.devices import gpu_failures, has_bf16
-from mftctl.errors import ModelError
+from mftctl.devices import attention_in_use, counts_memory, has_bf16, record_attention
+from mftctl.devices import best_device as best_device
+from mftctl.errors import MaskingError, ModelError
+from mftctl.gpu_failures import gpu_failures, is_out_of_memory
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | str, device: torch.device | None = None) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | None = None,
+    device_map: Mapping[str, int] | None = None,
+) -> PreTrainedModel:
     """The causal language model in a checkpoint folder, in evaluation mode.
 
     Args:
         folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
         dtype: Of the weights in memory; `auto` keeps the checkpoint's.
-        device: Where it is wanted; by default on the best there is.
+        device: Where it is wanted; by default on the one in use.
+        device_map: On which GPU each part of it is wanted instead, by its path; not for adapters.
 
     Raises:
+        ConfigError: The attention asked for does not go with the dtype.
         ModelError: transformers cannot load it.
     """
+    device = device or best_device()
     with gpu_failures("loading the model"):
-        return _load(folder, dtype).to(device or best_device())  # type: ignore[arg-type,no-any-return]
+        if device_map is not None:
+            return _load(folder, dtype, device, device_map)
+        places = {} if device.type == "cpu" else {"": device}
+        return _load(folder, dtype, device, places).to(device)  # type: ignore[arg-type,no-any-return]
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The model, not yet on its device."""
+def load_to_share(folder: Path, *, dtype: torch.dtype, note: Callable[[str], None]) -> PreTrainedModel:
+    """The model in a checkpoint folder, for processes that spread it: without values where they can be read by parts.
+
+    Args:
+        folder: With `config.json` and safetensors.
+        dtype: Of its parameters.
+        note: Is told why each process loads the whole model, where that is so.
+
+    Raises:
+        ModelError: transformers does not know the model, or a weight is missing in the files.
+    """
+    from mftctl.outlines import build_outline
+
+    try:
+        return build_outline(folder, dtype)
+    except MaskingError as error:
+        note(f"Each process loads the whole model into the machine's memory before it is shared out. {error}")
+        return load_model(folder, dtype=dtype, device=torch.device("cpu"))
+
+
+def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: Mapping[str, Any]) -> PreTrainedModel:
+    """The model; its weights go tensor by tensor to their places, so that the CPU never holds all of them for a GPU."""
     if is_adapter(folder):
         from mftctl.tuning.lora import load_adapter
 
-        merged: PreTrainedModel = load_adapter(folder, dtype=dtype).merge_and_unload()
+        merged: PreTrainedModel = load_adapter(folder, dtype=dtype, device=device).merge_and_unload()
         return merged
+    settings = attention_settings(folder, dtype)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except torch.OutOfMemoryError:  # which is a RuntimeError as well
-        raise
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, device_map=dict(places) or None, **settings
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
+    record_attention(model)
     return model
+
+
+def attention_settings(folder: Path, dtype: torch.dtype | str) -> dict[str, str]:
+    """What `from_pretrained` is to be told of attention: nothing where transformers chooses.
+
+    Args:
+        folder: The checkpoint.
+        dtype: As it is loaded.
+
+    Raises:
+        ConfigError: The attention asked for does not go with the dtype.
+    """
+    attention = attention_in_use(dtype if isinstance(dtype, torch.dtype) else stored_dtype(folder))
+    return {} if attention == "auto" else {"attn_implementation": attention}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -79,18 +133,13 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return TORCH_DTYPES.get(max(weights, key=weights.__getitem__), torch.float32)
 
 
-def best_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def evaluation_dtype(folder: Path) -> torch.dtype | str:
     """The checkpoint's own dtype on a GPU that computes in it; else fp32, which on a CPU is fastest.
 
     Args:
         folder: The checkpoint.
     """
-    if not torch.cuda.is_available() or (stored_dtype(folder) == torch.bfloat16 and not has_bf16()):
+    if best_device().type == "cpu" or (stored_dtype(folder) == torch.bfloat16 and not has_bf16()):
         return torch.float32
     return "auto"
 
@@ -98,23 +147,23 @@ def evaluation_dtype(folder: Path) -> torch.dtype | str:
 def free_unreachable() -> None:
     """Frees what only refers to itself, as a trainer does that has done its work, also the GPU memory of it."""
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if best_device().type != "cpu":
+        torch.accelerator.empty_cache()
 
 
 def restart_peak_memory() -> None:
     """Lets `peak_memory_bytes` begin anew, without what was freed before; on other systems than Linux it goes on."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+    if counts_memory(best_device()):
+        torch.accelerator.reset_peak_memory_stats(best_device())
     give_back_freed_memory()
     with suppress(OSError):  # where the kernel has no such file, or a container forbids it
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held since `restart_peak_memory`: of the GPU if there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The most memory held since `restart_peak_memory`: of the GPU in use if it has its own, else of the machine."""
+    if counts_memory(best_device()):
+        return torch.accelerator.max_memory_allocated(best_device())
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -36,7 +36,7 @@ class Partitions(Protocol):
         """The entries of this process that a step updates, by what the optimizer updates; other gradients become 0."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the torch optimizer would have with whole parameters, on the CPU."""
+        """The state that the torch optimizer would have with whole parameters; empty but in the first process."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up a state that `state_dict` gave, or the torch optimizer in one process."""

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mftctl.devices import find_device
 from mftctl.errors import ConfigError, MftError, ModelError
 from mftctl.evaluating import check_measures
 from mftctl.masking.checkpoint_source import resolve_checkpoint
 from mftctl.masking.targets import layer_groups, parse_layers
+from mftctl.models import best_device
 from mftctl.stages import Task
+from mftctl.tuning.optimizers import check_memory_options
 
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -23,11 +26,12 @@ def check_tasks(tasks: Iterable[Task]) -> None:
         tasks: The tasks that are to be worked on.
 
     Raises:
-        ConfigError: With one line for each problem.
+        ConfigError: With one line for each problem; or the device is not there.
         ModelError: The model is not there.
     """
     problems: dict[str, None] = {}
     for task in tasks:
+        find_device(task.recipe.device)
         for problem in _problems(task):
             problems[f"{task.name}: {problem}"] = None
     if problems:
@@ -44,6 +48,10 @@ def _problems(task: Task) -> Iterator[str]:
         yield "there is no training data (key data)"
     if drops and recipe.mask_train.base is None and task.after is None:
         yield "drop needs the model before fine-tuning: after a fft stage, or with mask_train.base"
+    if task.command == "fft":
+        problem = _message(lambda: check_memory_options(recipe.fft, best_device()))
+        if problem is not None:
+            yield problem
     if task.command in ("probe", "mask-train", "apply") and _is_adapter(task.after):
         yield f"a mask needs a whole model, and {task.after.name if task.after else ''} writes an adapter (fft.merge)"
     checks = {"eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}

@@ -11,15 +11,18 @@ from transformers import PreTrainedModel
 
 from mftctl.atomic import write_text
 from mftctl.config import MaskTrainOptions, Recipe
-from mftctl.devices import device_for, training_with_less_memory
+from mftctl.devices import device_for
 from mftctl.fast_probing import agreement_with_training, promised_changes
+from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source
 from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_training
 from mftctl.mask_validation import split_validation_records, validation_loss
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
+from mftctl.memory_check import RoomOnGpu, room_on_gpu
 from mftctl.models import peak_memory_bytes, restart_peak_memory
 from mftctl.prefix_reuse import figures, hidden_states
+from mftctl.processes import forget_plan, is_first, shares_weights, wait_for_all
 from mftctl.progress import Listener
 from mftctl.regular_files import read_regular
 from mftctl.runs import Run, TrainingFolder
@@ -41,21 +44,36 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
 
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data).
     """
-    restart_peak_memory()
     options = recipe.mask_train
     less_memory = training_with_less_memory(options)
-    with device_for(run, listener, less_memory=less_memory, deterministic=options.deterministic):
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu("probe", recipe, listener) as room,
+    ):
+        restart_peak_memory()
         if recipe.probe.fast:
-            return _estimate(recipe, source, run, listener)
-        return _train_groups(recipe, source, run, listener, resume=resume)
+            return _estimate(recipe, source, run, listener, room)
+        return _train_groups(recipe, source, run, listener, room, resume=resume)
 
 
-def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool) -> dict[str, Any]:
+def _train_groups(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
+) -> dict[str, Any]:
     """The result of training a mask of each group."""
     options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
+    room.require(inputs)
     model = load_frozen_model(inputs, options)
+    is_whole = True
     unmasked_loss = validation_loss(model, inputs, listener)
     # From below upwards, so that each group enters the model where the one before it did, or above.
     groups = sorted(_groups(recipe, model), key=min)
@@ -68,6 +86,10 @@ def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, 
             done = " (done already)" if stored.exists() else ""
             listener.note(f"Group {number} of {len(groups)}: layers {layers}{done}")
             if not stored.exists():
+                if not is_whole:  # DeepSpeed or FSDP has left this process a part of it
+                    model = load_frozen_model(inputs, options)
+                is_whole = not shares_weights()
+                forget_plan()
                 search = MaskSearch(
                     model,
                     find_targets(model, group, options.target, options.projections),
@@ -80,10 +102,14 @@ def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, 
                     seed=recipe.seed,
                     resume=resume,
                 )
-                with reusing_prefix(model, min(group), states, listener.warn, in_training=True):
+                lowest = 0 if shares_weights() else min(group)
+                with reusing_prefix(model, lowest, states, listener.warn, in_training=True):
                     found = find_mask(search)
-                write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # also those that a kill left of a finished group
+                if is_first():
+                    write_text(stored, json.dumps(_outcome(group, found), indent=2) + "\n")
+            if is_first():  # also those that a kill left of a finished group
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            wait_for_all()
             results.append(json.loads(read_regular(stored)))
         reuse = figures(states)
     ranked = sorted(results, key=lambda item: item["best_loss"])
@@ -96,10 +122,11 @@ def _train_groups(recipe: Recipe, source: Source, run: Run, listener: Listener, 
     }
 
 
-def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
+def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu) -> dict[str, Any]:
     """The result of `--fast`: what a mask of each group promises, the best first among groups of one size."""
     options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    room.require(inputs)
     model = load_frozen_model(inputs, options)
     groups = _groups(recipe, model)
     changes = promised_changes(

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mftctl.config import Recipe, deciding_keys, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import deciding_keys, to_document
 from mftctl.errors import ConfigError, RunError
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
+from mftctl.launching.launch import Launch
+from mftctl.launching.working import launch_of, work
 from mftctl.lineage import Source, source_of_run
 from mftctl.locks import locked_folder
 from mftctl.progress import Listener
@@ -43,6 +46,7 @@ class Planned:
         recipe: Its recipe with what earlier tasks decided; the task's own before it is worked on.
         source: What it works on, known once it is worked on.
         resumes: Whether its work goes on from what its run has kept.
+        launch: With how many processes it is worked on.
     """
 
     task: Task
@@ -54,9 +58,10 @@ class Planned:
     recipe: Recipe = field(default_factory=Recipe)
     source: Source = field(default_factory=lambda: Source(""))
     resumes: bool = False
+    launch: Launch = field(default_factory=Launch)
 
 
-def plan_experiment(recipe: Recipe, name: str, root: Path) -> list[Planned]:
+def plan_experiment(recipe: Recipe, name: str, root: Path, launch: Launch | None = None) -> list[Planned]:
     """All tasks in their order, with what is to be done for each.
 
     A finished task is recognised by a digest of everything that decides its result: its part of the recipe, the seed,
@@ -66,6 +71,7 @@ def plan_experiment(recipe: Recipe, name: str, root: Path) -> list[Planned]:
         recipe: With `stages`.
         name: The recipe's name or path.
         root: The runs folder.
+        launch: With how many processes each task is worked on; one by default.
 
     Raises:
         ConfigError: The recipe has no stages or no model, or its stages do not fit together.
@@ -80,7 +86,11 @@ def plan_experiment(recipe: Recipe, name: str, root: Path) -> list[Planned]:
     plan: dict[int, Planned] = {}
     for task in spell_out(recipe):
         decides = _decides(task, fingerprint, plan, files)
+        its_launch = launch_of(task.command, task.recipe, launch or Launch())
+        if its_launch.processes > 1 and _has_steps_that_follow_them(task):
+            decides["processes"] = its_launch.processes
         plan[id(task)] = _recognise(task, decides, name, runs)
+        plan[id(task)].launch = its_launch
     return list(plan.values())
 
 
@@ -220,6 +230,13 @@ def _recognise(task: Task, decides: dict[str, Any], name: str, runs: Sequence[Ru
     return Planned(task, decides, digest, "new")
 
 
+def _has_steps_that_follow_them(task: Task) -> bool:
+    """Whether more processes make larger steps of a task: where the batch is that of a process, and not of all."""
+    options = {"fft": task.recipe.fft, "probe": task.recipe.mask_train, "mask-train": task.recipe.mask_train}
+    section = options.get(task.command)
+    return section is not None and getattr(section, "global_batch_size", None) is None
+
+
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """The keys that differ, with short values: `mask_train.ratio 0.1 -> 0.2`."""
     old, new = _flat(before), _flat(after)
@@ -266,6 +283,7 @@ def _open(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pat
         stage=task.label,
         digest=planned.digest,
         decides=planned.decides,
+        processes=planned.launch.processes,
     )
 
 
@@ -275,7 +293,7 @@ def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned]
     gc.collect()  # the model of the task before, which a trainer and its callbacks hold in a circle
     try:
         with recorded(run):
-            run.finish(_work(planned, run, listener))
+            run.finish(work(planned.recipe, planned.source, run, listener, planned.launch, resume=planned.resumes))
     finally:
         planned.state = "done" if _is_complete(run) else "failed"
         on_change(planned)
@@ -285,23 +303,6 @@ def _finished(planned: Planned) -> Run:
     if planned.run is None:
         raise RunError("A stage is missing.", key=planned.task.name, hint="run the experiment from its start")
     return planned.run
-
-
-def _work(planned: Planned, run: Run, listener: Listener) -> dict[str, Any]:
-    from mftctl import applying, evaluating, fine_tuning, mask_training, probing
-
-    recipe, source, resume = planned.recipe, planned.source, planned.resumes
-    match planned.task.command:
-        case "fft":
-            return fine_tuning.fine_tune(recipe, source, run, listener, resume=resume)
-        case "probe":
-            return probing.probe(recipe, source, run, listener, resume=resume)
-        case "mask-train":
-            return mask_training.mask_train(recipe, source, run, listener, resume=resume)
-        case "apply":
-            return applying.apply(source, run, listener)
-        case "eval":
-            return evaluating.evaluate(recipe, source, run, listener)
 
 
 def _is_complete(run: Run) -> bool:

@@ -22,9 +22,9 @@ def import_deepspeed() -> None:
     """
     if importlib.util.find_spec("deepspeed") is None:
         return
-    import torch
+    from mftctl.devices import best_device
 
-    if not torch.cuda.is_available():
+    if best_device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings(
         "ignore", message="`torch.distributed", category=FutureWarning
@@ -32,5 +32,5 @@ def import_deepspeed() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
+    if best_device().type == "cpu":
         deepspeed.ops.__compatible_ops__[_COMPILED_ON_CPU] = False

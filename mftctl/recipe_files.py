@@ -194,20 +194,25 @@ def assign(document: dict[str, Any], changes: Sequence[tuple[str, object]]) -> N
     """Sets dotted keys in nested mappings, made where they are missing.
 
     A mask has one indicator, so that a ratio takes the place of a threshold that stood there before, and the other way
-    round. Both among the changes stay, for the recipe's check to refuse.
+    round; likewise a step has one size. Both among the changes stay, for the recipe's check to refuse.
 
     Raises:
         ConfigError: A part of a key is no mapping.
     """
     for key, value in changes:
-        replaced = _OTHER_INDICATOR.get(key.rpartition(".")[2])
+        replaced = _IN_PLACE_OF.get(key.rpartition(".")[2])
         if value is not None and replaced is not None:
             _open_section(document, key).pop(replaced, None)
     for key, value in changes:
         _open_section(document, key)[key.rpartition(".")[2]] = value
 
 
-_OTHER_INDICATOR = {"ratio": "threshold", "threshold": "ratio"}
+_IN_PLACE_OF = {
+    "ratio": "threshold",
+    "threshold": "ratio",
+    "global_batch_size": "grad_accum_steps",
+    "grad_accum_steps": "global_batch_size",
+}
 
 
 def _open_section(document: dict[str, Any], key: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from mftctl.errors import Interrupted, MftError
+from mftctl.errors import Interrupted, LostProcessError, MftError
 from mftctl.runs import OPEN_RUNS, Run
 from mftctl.storage import is_failure_of_storage, known_failures
 
@@ -15,7 +15,7 @@ from mftctl.storage import is_failure_of_storage, known_failures
 def recorded(run: Run) -> Iterator[None]:
     """Keeps a failure of the block in the run's record; the exception goes on.
 
-    A run that failed for want of storage can be resumed from what it saved before.
+    A run that failed for want of storage, or of one of its processes, can be resumed from what it saved before.
 
     Raises:
         Interrupted: Ctrl-C, or a signal that counts as it.
@@ -32,7 +32,8 @@ def recorded(run: Run) -> Iterator[None]:
         raise Interrupted("Stopped.", path=run.folder, hint=how_to_go_on(run)) from None
     except MftError as error:
         with suppress(OSError):  # without room for the record it says what that of a killed run says
-            run.update(status="interrupted" if is_failure_of_storage(error) else "failed", error=str(error))
+            can_go_on = isinstance(error, LostProcessError) or is_failure_of_storage(error)
+            run.update(status="interrupted" if can_go_on else "failed", error=str(error))
         raise
     finally:
         if run.record.status == "running":  # an error that mftctl does not know

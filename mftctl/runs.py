@@ -69,7 +69,8 @@ class RunRecord:
         worker: Host and process id of the command that works on it, or worked on it last.
         processes: How many it was started with.
         error: The message a failed run ended with.
-        device: What it computes on: `name`, whether fp32 is `tf32`, and whether it is `deterministic`.
+        device: What it computes on: `name`, whether fp32 is `tf32`, whether it is `deterministic`, and the kernels of
+            `attention` that its model has.
     """
 
     command: str
@@ -138,11 +139,13 @@ class Run:
     Attributes:
         folder: The folder.
         record: What `run.json` says.
+        resumed_with: The options that a command which resumes it is given, such as `--processes 2`.
     """
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
         self.folder = folder
         self.record = record
+        self.resumed_with: tuple[str, ...] = ()
         self._clock_start_seconds = time.monotonic()
 
     @property
@@ -175,6 +178,10 @@ class Run:
             )
         self.update(status="running", worker=_worker(), versions=_then(self.record.versions, _versions()))
 
+    def look_again(self) -> None:
+        """Takes over what processes that worked for this one have put into the record."""
+        self.record = replace(load_run(self.folder).record, seconds=self.record.seconds)
+
     @property
     def training(self) -> TrainingFolder:
         """Where this run's training keeps its state."""
@@ -183,7 +190,8 @@ class Run:
     @property
     def resume_command(self) -> str:
         """What to type to resume it, if it is the newest of its command."""
-        return command_line("mftctl", self.record.command, "--resume", runs=self.folder.parent)
+        words = (self.record.command, "--resume", *self.resumed_with)
+        return command_line("mftctl", *words, runs=self.folder.parent)
 
     def update(self, **changes: Any) -> None:
         """Replaces fields of the record and rewrites `run.json`."""
@@ -216,6 +224,7 @@ def create_run(
     stage: str | None = None,
     digest: str | None = None,
     decides: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> Run:
     """A new run folder with the next free number.
 
@@ -229,6 +238,7 @@ def create_run(
         stage: Name of the experiment's stage.
         digest: Digest of everything that decides the result.
         decides: What that digest is of.
+        processes: How many will work on it; None for those that there are.
 
     Raises:
         RunError: The folder cannot be made.
@@ -247,7 +257,7 @@ def create_run(
         digest=digest,
         decides=dict(decides or {}),
         worker=_worker(),
-        processes=world_size(),
+        processes=processes or world_size(),
     )
     places = (root, output, *((inputs or {}).get(name) for name in ("model", "mask", "origin")))
     require_recordable(places, asdict(record))

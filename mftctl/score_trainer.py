@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
-from mftctl.masking.codecs import Packed, pack, unpack
-from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers, share_weights
+from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.masking.codecs import Packed, count_kept, pack, unpack
+from mftctl.masking.layers import MaskedLinear, MaskedPart, masked_layers, share_weights, unmasked
 from mftctl.masking.partitions import whole, whole_shape
+from mftctl.progress import Progress
 from mftctl.stochastic_adamw import StochasticAdamW
 from mftctl.training import SftTrainer
 
@@ -32,7 +36,12 @@ class MaskTrainer(SftTrainer):
         known_start_loss: The validation loss of the initial scores; None where it is to be measured.
         low_memory: Whether scores, in bf16, are trained with moments in bf16 and no masked weight is kept.
         counted: The mask of each module at the last validation, as packed bits.
+        start_masks: The masks of the initial scores; of a model that comes without values, known once it is trained.
+        unmasked_losses: Of the validation records, of such a model.
     """
+
+    start_masks: dict[str, Packed]
+    unmasked_losses: Sequence[SampleLoss] = ()
 
     learning_rates: Mapping[str, float]
     epsilon: float
@@ -69,11 +78,31 @@ class MaskTrainer(SftTrainer):
                 actual="ZeRO or FSDP, which spread them over the processes themselves",
             )
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+    def after_spreading(self) -> None:
+        """Makes do without whole weights; measures what a model that came without values had to leave for now."""
+        model = self.accelerator.unwrap_model(self.model)
         if self.partitions is not None and self.partitions.shares_weights:
-            share_weights(self.accelerator.unwrap_model(self.model))
-        return prepared
+            share_weights(model)
+        if self.rows is not None:
+            self.start_masks = self.packed_masks()
+            self.unmasked_losses = self.losses(self.validation, masked=False)
+            kept = (
+                count_kept(self.start_masks[name]) == whole_shape(module.scores).numel()
+                for name, module in self.masked().items()
+            )
+            self.known_start_loss = mean_loss(self.unmasked_losses) if all(kept) else None
+
+    def losses(self, records: Sequence[Encoded], *, masked: bool) -> list[SampleLoss]:
+        """The loss of each record with the present masks or without any; to be called in all processes at once."""
+        model = self.accelerator.unwrap_model(self.model)
+        with nullcontext() if masked else unmasked(model):
+            return sample_losses(
+                model,
+                records,
+                pad_token_id=self._padding,
+                on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
+                together=True,
+            )
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -153,7 +182,12 @@ class MaskTrainer(SftTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
-        scores = {name: whole(module.scores).cpu().contiguous() for name, module in self.masked().items()}
+        scores = {}
+        for name, module in self.masked().items():
+            values = whole(module.scores)
+            if self.args.should_save:
+                scores[name] = values.cpu().contiguous()
+            del values  # or two whole tensors would be there at a time
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
 from mftctl.config import MaskTrainOptions
+from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError, TrainingError
+from mftctl.evaluation.losses import SampleLoss, mean_loss
 from mftctl.interim_evaluation import InterimEvaluation
 from mftctl.masking.codecs import count_kept, unpack
 from mftctl.masking.layers import (
@@ -25,6 +27,7 @@ from mftctl.masking.layers import (
 from mftctl.masking.partitions import whole_shape
 from mftctl.masking.targets import MaskTarget
 from mftctl.models import free_unreachable
+from mftctl.outlines import Rows, StoredWeights
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import world_size
 from mftctl.progress import Listener
@@ -34,6 +37,7 @@ from mftctl.steps import total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.training import (
     schedule_factors,
+    step_size,
     train,
     training_arguments,
 )
@@ -56,11 +60,13 @@ class MaskSearch:
         inputs: Encoded data.
         folder: Gets metrics and checkpoints.
         listener: Hears progress.
-        unmasked_loss: Validation loss of the unmasked model.
+        unmasked_loss: Validation loss of the unmasked model; None for a model that comes without values.
         fft_learning_rate: That the model was fine-tuned with.
         seed: Decides the random start and the order of the data.
         resume: Go on from the newest checkpoint of the folder.
         interim: What is measured on the way.
+        weights: The values of a model that comes without.
+        confirming: Records that confirm the mask of such a model, which has its values during the training only.
     """
 
     model: PreTrainedModel
@@ -69,11 +75,13 @@ class MaskSearch:
     inputs: TrainingInputs
     folder: TrainingFolder
     listener: Listener
-    unmasked_loss: float
+    unmasked_loss: float | None
     fft_learning_rate: float
     seed: int
     resume: bool
     interim: InterimEvaluation | None = None
+    weights: StoredWeights | None = None
+    confirming: Sequence[Encoded] = ()
 
     @property
     def indicators(self) -> dict[str, Indicator]:
@@ -101,6 +109,7 @@ class LearnedMask:
         tokens: Tokens trained on.
         learning_rate: The peak learning rate; the largest where it differs between tensors. None without one.
         flips: From `summarise_flips`; None without training.
+        confirming: The losses of confirming records without the mask and with it; None where they were not measured.
     """
 
     keep: dict[str, torch.Tensor]
@@ -112,6 +121,7 @@ class LearnedMask:
     tokens: int = 0
     learning_rate: float | None = None
     flips: dict[str, Any] | None = None
+    confirming: tuple[list[SampleLoss], list[SampleLoss]] | None = None
 
     def figures(self) -> dict[str, Any]:
         """The losses and the training, for a run's result."""
@@ -155,9 +165,10 @@ def _train(search: MaskSearch) -> LearnedMask:
     if options.low_memory:
         keep_no_products(model)
     trainer = _trainer(search)
-    start = trainer.packed_masks()
-    removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
-    trainer.known_start_loss = search.unmasked_loss if removes_none else None
+    if search.weights is None:
+        start = trainer.start_masks = trainer.packed_masks()
+        removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
+        trainer.known_start_loss = search.unmasked_loss if removes_none else None
     with stop_on_signal(search.listener) as stop:
         train(
             trainer,
@@ -170,6 +181,14 @@ def _train(search: MaskSearch) -> LearnedMask:
     start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
     if start_loss is None or best_loss is None or best_step is None:
         raise TrainingError("The training ended without a validation.", path=search.folder.folder)
+    start = trainer.start_masks
+    unmasked_loss = mean_loss(trainer.unmasked_losses) if search.unmasked_loss is None else search.unmasked_loss
+    confirming = None
+    if search.confirming and best_loss < unmasked_loss:
+        if best_step == 0:  # what is in place is the last state
+            for name in trainer.masked():
+                trainer.load_scores({name: _start_rows(search)(f"{name}.scores", 0, None)})
+        confirming = trainer.losses(search.confirming, masked=False), trainer.losses(search.confirming, masked=True)
     changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
     shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
     packed = start if best_step == 0 else trainer.packed_masks()
@@ -178,7 +197,7 @@ def _train(search: MaskSearch) -> LearnedMask:
             name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
             for name, bits in packed.items()
         },
-        search.unmasked_loss,
+        unmasked_loss,
         start_loss,
         best_loss,
         best_step,
@@ -186,6 +205,7 @@ def _train(search: MaskSearch) -> LearnedMask:
         int(trainer.state.num_input_tokens_seen),
         trainer.args.learning_rate,
         summarise_flips(search.folder.metrics(), changed),
+        confirming,
     )
 
 
@@ -203,8 +223,10 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
         bf16=False,
     )
     trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
+    trainer.step_size = step_size(options)
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
+    trainer.rows = None if search.weights is None else _start_rows(search)
     # The gradient of a score has the weight as a factor: the usual epsilon would hold back the smallest weights, which
     # cost least to remove.
     trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
@@ -261,12 +283,36 @@ def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) ->
 def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     options = search.options
     dtype = torch.bfloat16 if options.low_memory else torch.float32
+    if search.weights is not None:
+        return {target.name: torch.empty_like(target.weight, dtype=dtype) for target in search.targets}
     return {
         target.name: initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed).to(
             dtype
         )
         for target in search.targets
     }
+
+
+def _start_rows(search: MaskSearch) -> Rows:
+    """The values of a masked model that comes without: those of its weights, and the initial scores."""
+    weights, options = cast("StoredWeights", search.weights), search.options
+    scored = {f"{target.name}.scores": target for target in search.targets}
+
+    def rows(name: str, first: int, last: int | None) -> torch.Tensor:
+        if name not in scored:
+            return weights.rows(name, first, last)
+        target = scored[name]
+        values = weights.rows(target.weight_name) if options.effective_start == "magnitude" else None
+        start = initial_scores(
+            target,
+            options.effective_start,
+            constant=options.start_value,
+            seed=search.seed,
+            weight=torch.empty(target.weight.shape) if values is None else values,
+        )
+        return start[first:last].clone()
+
+    return rows
 
 
 def learning_rate(target: MaskTarget, options: MaskTrainOptions, fft_learning_rate: float, steps: int) -> float:

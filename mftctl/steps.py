@@ -1,10 +1,12 @@
-"""How many optimizer steps a training takes; known before any of them."""
+"""How many records an optimizer step takes, in how many forward passes, and how many steps a training takes."""
 
 from __future__ import annotations
 
 import math
 
 from mftctl.config import TrainingOptions
+from mftctl.errors import ConfigError
+from mftctl.progress import Listener
 
 
 def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> int:
@@ -12,10 +14,82 @@ def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> 
 
     Args:
         records: Training records.
-        options: Epochs or steps, batch size and accumulation.
+        options: Epochs or steps, and the size of a step.
         world_size: Number of processes.
     """
     if options.max_steps is not None:
         return options.max_steps
-    batches = math.ceil(records / (options.batch_size * world_size))
-    return math.ceil(options.epochs * math.ceil(batches / options.grad_accum_steps))
+    return math.ceil(options.epochs * math.ceil(records / records_per_step(options, world_size)))
+
+
+def records_per_step(options: TrainingOptions, world_size: int = 1) -> int:
+    """The records of an optimizer step over all processes; the last step of an epoch can have fewer.
+
+    Args:
+        options: With the global batch size, or with batch size and accumulation.
+        world_size: Number of processes.
+    """
+    if options.global_batch_size is not None:
+        return options.global_batch_size
+    return options.batch_size * (options.grad_accum_steps or 1) * world_size
+
+
+def accumulation(options: TrainingOptions, world_size: int = 1) -> int:
+    """The forward passes of `batch_size` records that a step takes in each process.
+
+    With `batch_tokens` their number varies, and no batch size has to divide anything.
+
+    Args:
+        options: With the global batch size, or with the accumulation itself.
+        world_size: Number of processes.
+
+    Raises:
+        ConfigError: The global batch cannot be shared out so.
+    """
+    if options.global_batch_size is None:
+        return options.grad_accum_steps or 1
+    at_once = options.batch_size * world_size
+    if options.global_batch_size % at_once:
+        raise ConfigError(
+            "The global batch size cannot be shared out.",
+            key="global_batch_size",
+            expected=f"a multiple of {options.batch_size} records a forward pass in {world_size} processes",
+            actual=options.global_batch_size,
+            hint="another --batch-size or number of processes, or --batch-tokens, which needs no multiple",
+        )
+    return options.global_batch_size // at_once
+
+
+def micro_batch_records(options: TrainingOptions, longest_tokens: int) -> int:
+    """The most records that a forward pass takes together with the longest record.
+
+    Args:
+        options: With the size of a forward pass in records or in tokens.
+        longest_tokens: Length of the longest record, as it is cut.
+    """
+    if options.batch_tokens is None:
+        return options.batch_size
+    return min(max(options.batch_tokens // longest_tokens, 1), records_per_step(options))
+
+
+def accumulates(options: TrainingOptions) -> bool:
+    """Whether a step in one process takes more than one forward pass, as far as the options tell."""
+    if options.batch_tokens is not None:
+        return records_per_step(options) > 1
+    return records_per_step(options) > options.batch_size
+
+
+def announce_step(options: TrainingOptions, world_size: int, listener: Listener) -> None:
+    """Says how many records a step has, where that follows from the number of processes and no recipe states it.
+
+    Raises:
+        ConfigError: The global batch cannot be shared out.
+    """
+    if options.batch_tokens is None:
+        accumulation(options, world_size)
+    if world_size > 1 and options.global_batch_size is None:
+        listener.note(
+            f"Records an optimizer step: {records_per_step(options, world_size)} ({options.batch_size} a forward pass, "
+            f"{options.grad_accum_steps or 1} accumulated, {world_size} processes); "
+            "--global-batch-size makes it the same for any number of processes"
+        )

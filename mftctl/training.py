@@ -7,15 +7,16 @@ import json
 import math
 import re
 import shutil
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
+from accelerate.state import AcceleratorState, PartialState
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
@@ -28,25 +29,24 @@ from transformers.trainer_callback import PrinterCallback
 
 from mftctl.allocator import keep_freed_memory
 from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
-from mftctl.config import Precision, TrainingOptions
-from mftctl.data.batching import (
-    LengthGroupedSampler,
-    PaddingCollator,
-    ProcessBatches,
-    ProcessRecords,
-    pad_token_id,
-)
+from mftctl.config import TrainingOptions
+from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
-from mftctl.devices import gpu_failures, has_bf16, require_deterministic_attention
-from mftctl.errors import Interrupted, StorageError, TrainingError
+from mftctl.devices import best_device, is_launched, numbered, require_deterministic_attention
+from mftctl.devices import uses_bf16 as uses_bf16
+from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.partitioned_trainer import PartitionedTrainer
-from mftctl.processes import any_process, is_first, rank, wait_for_all, world_size
+from mftctl.gpu_failures import gpu_failures
+from mftctl.processes import is_first, timeout_seconds, wait_for_all, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.regular_files import read_regular
 from mftctl.runs import TrainingFolder
+from mftctl.step_trainer import StepTrainer
+from mftctl.steps import accumulation, records_per_step
 from mftctl.stopping import EndedBefore, NoStepTooMany, StopRequest
+from mftctl.token_batches import StepSize
 from mftctl.torch_failures import reason_of
+from mftctl.training_watch import TrainingWatch
 
 if TYPE_CHECKING:
     from mftctl.interim_evaluation import InterimEvaluation
@@ -55,6 +55,9 @@ VALIDATIONS = 10
 
 _FAILED_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
 """What torch says where a file could not be written; a GPU or another process fails with RuntimeErrors as well."""
+
+_LOST = re.compile("gloo/transport|Connection closed by peer|Connection reset by peer")
+"""What gloo says, in an error of no class of its own, where another process is gone or does not come."""
 
 _KNOWN = inspect.signature(TrainingArguments).parameters
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
@@ -77,11 +80,9 @@ def schedule_factors(steps: int, options: TrainingOptions) -> list[float]:
     return [step / rising for step in range(rising)] + falling
 
 
-def uses_bf16(precision: Precision) -> bool:
-    """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
-    if precision == "auto":
-        return has_bf16()
-    return precision == "bf16"
+def lora_base_dtype(options: TrainingOptions) -> torch.dtype:
+    """What LoRA holds its base in: bf16 where it computes in bf16, since weights that are only read lose no steps."""
+    return torch.bfloat16 if uses_bf16(options.precision) else torch.float32
 
 
 def training_arguments(
@@ -102,11 +103,12 @@ def training_arguments(
         CHECKPOINTING: options.gradient_checkpointing,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
     }
-    arguments = TrainingArguments(
+    return _Arguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
-        gradient_accumulation_steps=options.grad_accum_steps,
+        # With a token budget the Trainer takes a step for one batch.
+        gradient_accumulation_steps=1 if options.batch_tokens else accumulation(options, world_size()),
         learning_rate=learning_rate,
         lr_scheduler_type=options.schedule,
         warmup_steps=warmup_steps(steps, options),
@@ -114,7 +116,7 @@ def training_arguments(
         max_grad_norm=options.max_grad_norm,
         optim="adamw_torch",
         bf16=bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=best_device().type == "cpu",
         **checkpointing,
         eval_strategy="steps",
         eval_steps=eval_steps,
@@ -133,20 +135,39 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        dataloader_pin_memory=best_device().type == "cuda",
         seed=seed,
+        ddp_timeout=timeout_seconds(),
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # or the Trainer would split batches over all GPUs, in DataParallel
-    return arguments
 
 
-class SftTrainer(PartitionedTrainer):
+class _Arguments(TrainingArguments):
+    """Those of a Trainer on the device in use; by itself it takes the first GPU, or all of them in DataParallel."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        if is_launched():
+            return super()._setup_devices
+        device = numbered(best_device())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.distributed_state = PartialState(cpu=device.type == "cpu")
+        self.distributed_state.device = device
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
+
+
+def step_size(options: TrainingOptions) -> StepSize | None:
+    """The size of a step with a token budget; None without one."""
+    if options.batch_tokens is None:
+        return None
+    return StepSize(records_per_step(options, world_size()), options.batch_tokens)
+
+
+class SftTrainer(StepTrainer):
     """A Trainer for answer tokens: exact token-mean losses, an order that depends on the seed alone, no printing.
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
-        sampler: The order of the records.
     """
 
     def __init__(
@@ -180,21 +201,12 @@ class SftTrainer(PartitionedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         return self.sampler
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches that are, over all processes, those that one process would take in turn."""
-        if world_size() == 1:
-            return super().get_train_dataloader()
-        batches = ProcessBatches(self.sampler, self.args.per_device_train_batch_size, rank(), world_size())
-        records = ProcessRecords(cast("list[Encoded]", self.train_dataset))
-        pin_memory = self.args.dataloader_pin_memory
-        return DataLoader(records, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin_memory)
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch, whose gradient is averaged over processes afterwards."""
         positions, tokens = answer_positions(inputs.pop("labels"))
-        with logits_only_at(self.accelerator.unwrap_model(model), positions):
+        with logits_only_at(self.accelerator.unwrap_model(model), positions, tokens, self.listener.warn):
             outputs = model(**inputs, use_cache=False)
         loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -214,6 +226,7 @@ class SftTrainer(PartitionedTrainer):
                 actual=reason_of(error),
                 hint="free some space, then go on with --resume",
             ) from error
+        wait_for_all()  # or those that have nothing to write would wait in the next step, for no longer than it allows
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -260,12 +273,13 @@ def train(
 
     Raises:
         Interrupted: The user stopped it; the state is saved.
-        TrainingError: The loss is not a number, or another process is lost.
+        TrainingError: The loss is not a number.
+        LostProcessError: Another process is gone.
         DeviceMemoryError: The GPU has no room.
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
-    trainer.add_callback(_Watch(trainer.listener, folder, stop))
+    trainer.add_callback(TrainingWatch(trainer.listener, folder, stop))
     if interim is not None:
         interim.watch(stop)
         trainer.add_callback(interim)
@@ -284,15 +298,8 @@ def train(
     wait_for_all()
     require_deterministic_attention(trainer.accelerator.unwrap_model(trainer.model))
     try:
-        with gpu_failures("training"):
+        with _lost_processes(folder), gpu_failures("training"):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except torch.distributed.DistError as error:
-        raise TrainingError(
-            "The processes lost each other.",
-            path=folder.folder,
-            actual=str(error).splitlines()[0],
-            hint=f"what the process says that failed first; then {folder.resume_command}",
-        ) from error
     except EndedBefore:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
@@ -303,6 +310,26 @@ def train(
             path=folder.folder,
             hint=folder.resume_command,
         )
+
+
+@contextmanager
+def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
+    """Turns what torch says where another process is gone, or does not come, into a known failure.
+
+    Raises:
+        LostProcessError: That is so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
+            raise
+        raise LostProcessError(
+            "The processes lost each other.",
+            path=folder.folder,
+            actual=str(error).splitlines()[0],
+            hint=f"what the process says that failed first; then {folder.resume_command}",
+        ) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -340,61 +367,3 @@ class _EpochOrder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._sampler.set_epoch(int(state.epoch or 0))
-
-
-class _Watch(TrainerCallback):
-    """Shows progress, keeps the metrics, and stops on request or when the loss is lost."""
-
-    def __init__(self, listener: Listener, folder: TrainingFolder, stop: StopRequest) -> None:
-        self._listener = listener
-        self._folder = folder
-        self._stop = stop
-        self._loss: float | None = None
-        self._start_tokens = 0
-        self._step_start_seconds = 0.0
-        self._step_seconds = 0.0
-        self._training_seconds = 0.0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._start_tokens = int(state.num_input_tokens_seen)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._step_start_seconds = time.monotonic()
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        if "train_loss" in (logs or {}):  # the Trainer's summary is of the steps since it was resumed
-            return
-        loss = (logs or {}).get("loss")
-        timing = {} if loss is None else {"step_seconds": round(self._step_seconds, 6)}
-        self._folder.log({"step": state.global_step, **(logs or {}), **timing})
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"The training loss is no longer a number at step {state.global_step}.",
-                path=self._folder.folder,
-                expected="a finite loss",
-                actual=loss,
-                hint="a lower --lr",
-            )
-        self._loss = loss
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._step_seconds = time.monotonic() - self._step_start_seconds  # without the validations between steps
-        self._training_seconds += self._step_seconds
-        speed = (int(state.num_input_tokens_seen) - self._start_tokens) / max(self._training_seconds, 1e-9)
-        self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
-        # One answer for all processes, whatever signal comes to one of them after the question.
-        stop = any_process(self._stop.requested)
-        self._stop.requested |= stop
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True  # the last state is a candidate too, whatever the interval
-        elif stop:
-            control.should_save = True
-            control.should_training_stop = True

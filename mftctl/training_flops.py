@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -30,7 +31,7 @@ def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
         inside = name.startswith(f"{prefix}.")
         layer = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(decoder)
         trained = weight.requires_grad or id(weight) in scored
-        matrices.append((layer, weight.numel() * (share if is_expert else 1.0), trained))
+        matrices.append((layer, _weight_count(weight) * (share if is_expert else 1.0), trained))
     below = -1 if _trains_embeddings(model) else len(decoder) + 1
     lowest = min([below, *(layer for layer, _, trained in matrices if trained)])
     return round(sum(size * (2 + 2 * (layer >= lowest) + 2 * trained) for layer, size, trained in matrices))
@@ -45,6 +46,12 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
         for own, parameter in module.named_parameters(recurse=False):
             if parameter.dim() == 3:
                 yield f"{name}.{own}", parameter, True
+
+
+def _weight_count(weight: torch.Tensor) -> int:
+    """The weights in a parameter; of 4 bits each, two share an entry."""
+    quantization = getattr(weight, "quant_state", None)
+    return weight.numel() if quantization is None else math.prod(quantization.shape)
 
 
 def _trains_embeddings(model: nn.Module) -> bool:

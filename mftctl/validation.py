@@ -14,6 +14,7 @@ from mftctl.evaluation.problems import read_problems
 from mftctl.planning.findings import Findings
 from mftctl.planning.memory import resident_bytes
 from mftctl.planning.model_check import CheckedModel, check_model
+from mftctl.planning.planned_device import asked_device, parse_memory
 from mftctl.planning.samples import trained_segments
 from mftctl.planning.stage_figures import TRAINING_COMMANDS, StageFigures, training_options
 from mftctl.planning.training_data import DataCheck, Tokens, token_counts
@@ -23,24 +24,30 @@ SAMPLES = 2
 _WITHOUT_STAGES: tuple[Command, ...] = ("fft", "mask-train")
 
 
-def validate(recipe: Recipe, name: str | None) -> dict[str, Any]:
+def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = None) -> dict[str, Any]:
     """The result of checking a recipe, as plain data: nothing is trained, and no weights are read.
 
     Its keys: `recipe`; `problems`, `warnings` and `not_checked`, one text each; `model`; `data` (records and tokens of
     each part); `samples` (records with their `segments`); `masks` (tensors and counts by stage); `stages` (steps and
-    tokens); `memory` (bytes on one device by stage). Several seeds repeat the same stages, so that one is shown.
+    tokens); `device` and `memory` (bytes on it by stage, and with which options a stage that does not fit would).
+    Several seeds repeat the same stages, so that one is shown.
 
     Args:
         recipe: Read and complete.
         name: Its name or path, for the record.
+        device_memory: All that the device has, such as `80GB`; by default what is free of this machine's GPU.
+
+    Raises:
+        ConfigError: That is no size.
     """
+    device = asked_device(recipe.device, None if device_memory is None else parse_memory(device_memory))
     findings = Findings()
     model = check_model(recipe, findings)
     data = DataCheck(None if model is None else model.tokenizer, findings)
     tasks = _tasks(recipe, findings)
     parts = data.parts(recipe)
     tokens = data.tokens(recipe, _first_length(recipe, tasks))
-    figures = StageFigures(model, data, findings, resident_bytes())
+    figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(task, figures, findings) for task in tasks]
     _check_benchmarks(recipe, findings)
     counts: dict[str, dict[str, Any]] = {
@@ -62,6 +69,7 @@ def validate(recipe: Recipe, name: str | None) -> dict[str, Any]:
         "seeds": len(recipe.seeds) or 1,
         "stages": stages,
         "masks": figures.masks,
+        "device": {"kind": device.kind, "free_bytes": device.free_bytes},
         "memory": figures.memory,
     }
 
@@ -91,6 +99,7 @@ def _stage(task: Task, figures: StageFigures, findings: Findings) -> dict[str, A
             row |= figures.row(task)
         elif task.command == "eval":
             _check_measures(task.recipe)
+            figures.evaluation(task)
             _check_benchmarks(task.recipe, findings)
     return row
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mftctl.errors import ModelError
+from mftctl.exact_sums import exact_sum
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -101,6 +102,6 @@ class WeightPlane:
             one, other = self._differences(name)
             for sums, (left, right) in zip(found, ((one, one), (one, other), (other, other)), strict=True):
                 if left is not None and right is not None:
-                    sums.append(float((left * right).sum(dtype=torch.float64)))
+                    sums.append(exact_sum(left * right))
         first, second, third = (math.fsum(sums) for sums in found)
         return first, second, third

@@ -15,6 +15,7 @@ import torch.distributed
 
 from mftctl.errors import ConfigError
 from mftctl.masking.partitions import whole_shape
+from mftctl.outlines import Rows
 from mftctl.tuning.masked_optimizer import UpdateRule
 from mftctl.tuning.partitioned_gradients import select_whole
 
@@ -186,19 +187,23 @@ class ZeroPartitions:
             self.change_gradient(parameters[index], blank)
 
         shapes = [whole_shape(parameter) for parameter in parameters]
-        select_whole(shapes, lambda index: self.gradient(parameters[index]), rule, step, take)
+        device = parameters[0].device
+        select_whole(shapes, lambda index: self.gradient(parameters[index]), rule, step, take, device=device)
         return selected
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the torch optimizer would have with whole parameters, on the CPU."""
+        """The state that the torch optimizer would have with whole parameters; empty but in the first process."""
+        is_first = torch.distributed.get_rank() == 0
         state: dict[int, dict[str, Any]] = {}
         for index, parameter in enumerate(self.parameters()):
-            mine = self.inner.state[self.fragment(parameter).flat]
-            state[index] = {
+            for key, value in self.inner.state[self.fragment(parameter).flat].items():
                 # Adam counts the steps in a tensor, which parameters must not share.
-                key: self.state(parameter, key).cpu() if _is_by_entry(value) else copy.deepcopy(value)
-                for key, value in mine.items()
-            }
+                gathered = self.state(parameter, key) if _is_by_entry(value) else copy.deepcopy(value)
+                if is_first:
+                    state.setdefault(index, {})[key] = gathered.cpu() if _is_by_entry(value) else gathered
+                del gathered  # or two whole tensors would be there at a time
+        if not is_first:
+            return {}
         groups, first = [], 0
         for options, parameters in zip(self.inner.param_groups, self.groups, strict=True):
             indices = list(range(first, first := first + len(parameters)))
@@ -218,7 +223,8 @@ class ZeroPartitions:
                     mine[key] = torch.zeros_like(part.flat)
                 part.within(mine[key]).copy_(part.of(value))
         for options, stored in zip(self.inner.param_groups, state_dict["param_groups"], strict=True):
-            options.update({key: value for key, value in stored.items() if key != "params"})
+            # How a step is computed is this process's own: a fused one wants its counter on the GPU.
+            options.update({key: value for key, value in stored.items() if key not in ("params", "fused")})
 
     def _gather(self, parameter: torch.nn.Parameter, flat_of: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
         """A tensor of the parameter's shape, of which each process has its part in a flat tensor."""
@@ -233,6 +239,49 @@ class ZeroPartitions:
     def _is_whole(parameter: torch.nn.Parameter) -> bool:
         """Whether a parameter under stage 3 is in memory just now, as small ones always are."""
         return parameter.data.numel() == parameter.ds_numel  # type: ignore[attr-defined,no-any-return]
+
+
+def partition_outline(model: torch.nn.Module, zero_config: dict[str, Any], rows: Rows) -> None:
+    """Gives each process its part of a model's parameters under stage 3, with one whole parameter in memory at a time.
+
+    The first process reads them.
+
+    Args:
+        model: With its parameters on the meta device.
+        zero_config: DeepSpeed's `zero_optimization`.
+        rows: The values of a parameter by its name in the model's state.
+    """
+    import deepspeed
+
+    offload = zero_config.get("offload_param") or {}
+    remote = offload.get("device", "none")
+    options = {
+        "mem_efficient_linear": zero_config.get("memory_efficient_linear", True),
+        "remote_device": None if remote == "none" else remote,
+        "pin_memory": offload.get("pin_memory", False),
+    }
+    is_first = torch.distributed.get_rank() == 0
+    device = torch.device(deepspeed.get_accelerator().current_device_name())
+    places: dict[torch.nn.Parameter, list[tuple[torch.nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                places.setdefault(parameter, []).append((module, name))
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    partition: Callable[..., object] | None = None
+    for parameter, owners in places.items():
+        value = rows(names[parameter], 0, None) if is_first else torch.empty(parameter.shape, dtype=parameter.dtype)
+        made = torch.nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad)
+        del value
+        for module, name in owners:
+            setattr(module, name, made)
+        if partition is None:
+            deepspeed.zero.Init(torch.nn.ParameterList([made]), dtype=made.dtype, **options)
+            partition = made.convert_to_zero_parameters  # type: ignore[attr-defined]
+        else:
+            partition(param_list=[made])
 
 
 class SteppingEngine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import sys
@@ -9,8 +10,16 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
+from mftctl import fine_tuning, mask_training
 from mftctl.cli.app import build_app
-from mftctl.processes import leave
+from mftctl.evaluation import head_chunks
+from mftctl.fsdp import FsdpPartitions
+from mftctl.models import load_model
+from mftctl.processes import is_first, leave, shares_weights
+from mftctl.zero import ZeroPartitions
+
+CHUNK = "CHUNK_LOGITS="
+"""Before a command: how many logits are computed at once, from then on."""
 
 
 def keep_fsdp_on_a_cpu() -> None:
@@ -25,10 +34,42 @@ def keep_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = as_on_gpus  # type: ignore[method-assign]
 
 
+def require_others_to_hold_nothing(partitions: type[FsdpPartitions | ZeroPartitions]) -> None:
+    """Makes a process fail that is given an optimizer's whole state and is not the first."""
+    original = partitions.state_dict
+
+    @functools.wraps(original)
+    def watched(self: Any) -> dict[str, Any]:
+        state = original(self)
+        if state and not is_first():
+            raise AssertionError("a process that does not write holds an optimizer's state")
+        return state
+
+    partitions.state_dict = watched  # type: ignore[method-assign]
+
+
+def require_others_to_load_parts() -> None:
+    """Makes a process fail that shares weights, loads a whole model and is not the first, which writes."""
+
+    def first_alone(*arguments: Any, **options: Any) -> Any:
+        if shares_weights() and not is_first():
+            raise AssertionError("a process loads all weights where it is to hold a part of them")
+        return load_model(*arguments, **options)
+
+    for workflow in (fine_tuning, mask_training):
+        workflow.load_model = first_alone  # type: ignore[attr-defined]
+
+
 if __name__ == "__main__":
     if "ACCELERATE_USE_FSDP" in os.environ:
         keep_fsdp_on_a_cpu()
+    for spread in (FsdpPartitions, ZeroPartitions):
+        require_others_to_hold_nothing(spread)
+    require_others_to_load_parts()
     for line in sys.argv[1:]:
-        build_app()(shlex.split(line), standalone_mode=False)
+        words = shlex.split(line)
+        if words[0].startswith(CHUNK):
+            head_chunks.CHUNK_LOGITS = int(words.pop(0).removeprefix(CHUNK))
+        build_app()(words, standalone_mode=False)
         AcceleratorState._reset_state(True)  # it keeps what the first command configured
     leave()

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from mftctl.config import DEFAULT_PATIENCE, DEFAULT_RATIO, MaskTrainOptions, Recipe, Stage, deciding_keys, to_document
+from mftctl.config import DEFAULT_PATIENCE, DEFAULT_RATIO, FftOptions, MaskTrainOptions, Recipe, Stage
 from mftctl.data.sources import DataSource
+from mftctl.deciding_keys import deciding_keys, to_document
 from mftctl.recipe_files import parse_recipe, read_yaml
 
 # Letters only: a text such as 1e5 is a number to YAML unless it is quoted.
@@ -212,6 +213,31 @@ def test_ratio_and_threshold_together_are_refused() -> None:
 def test_threshold_without_learned_scores_is_refused(method: str) -> None:
     with pytest.raises(ValidationError, match=f"the {method} mask takes a ratio"):
         MaskTrainOptions.model_validate({"method": method, "threshold": 0.0})
+
+
+@pytest.mark.parametrize("section", [FftOptions, MaskTrainOptions])
+def test_two_sizes_of_a_step_are_refused(section: type[FftOptions | MaskTrainOptions]) -> None:
+    with pytest.raises(ValidationError, match="either global_batch_size or grad_accum_steps"):
+        section.model_validate({"global_batch_size": 8, "grad_accum_steps": 1})
+
+
+def test_a_global_batch_that_is_no_multiple_is_refused() -> None:
+    with pytest.raises(ValidationError, match="12 is none of 8"):
+        FftOptions(batch_size=8, global_batch_size=12)
+    assert FftOptions(batch_size=8, global_batch_size=12, batch_tokens=100).global_batch_size == 12
+
+
+@pytest.mark.parametrize("section", ["fft", "mask_train"])
+def test_what_a_step_decides_does_not_hang_on_how_it_is_said(section: str) -> None:
+    command = section.replace("_", "-")
+
+    def keys(**options: int) -> dict[str, Any]:
+        return deciding_keys(Recipe.model_validate({section: {"batch_size": 4, **options}}), command)
+
+    assert keys(global_batch_size=8) == keys(grad_accum_steps=2) == keys(grad_accum_steps=2, batch_tokens=99)
+    assert keys() == keys(grad_accum_steps=1) != keys(global_batch_size=8)
+    assert keys(global_batch_size=10, batch_tokens=99) != keys(global_batch_size=11, batch_tokens=99)
+    assert "global_batch_size" not in keys(grad_accum_steps=2)[section]  # as in the records of older versions
 
 
 SECTION_CHANGES: dict[str, dict[str, Any]] = {

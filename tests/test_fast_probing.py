@@ -12,9 +12,11 @@ from mftctl.data.batching import PaddingCollator
 from mftctl.data.encoding import Encoded, encode_all
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.fast_probing import promised_changes
 from mftctl.mask_training import load_frozen_model, prepare_mask_training
 from mftctl.masking.selection import removed_count
 from mftctl.models import load_model, load_tokenizer
+from mftctl.planning.allocations import AllocationMeter, add_up
 from mftctl.probing import probe
 from mftctl.progress import Silence
 from mftctl.runs import Run
@@ -108,8 +110,6 @@ def test_groups_add_up_their_layers_and_are_ranked_within_a_size(workspace: Path
 
 
 def test_the_model_is_left_as_it_was(workspace: Path, tmp_path: Path) -> None:
-    from mftctl.fast_probing import promised_changes
-
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "probe", recipe)
     inputs = prepare_mask_training(recipe, source, run, Silence(), 1.0)
@@ -124,6 +124,25 @@ def test_the_model_is_left_as_it_was(workspace: Path, tmp_path: Path) -> None:
         assert torch.equal(value, before[name][0])
         assert value.requires_grad == before[name][1]
         assert value.grad is None
+
+
+def test_gradient_checkpointing_keeps_less_for_the_same_gradients(workspace: Path, tmp_path: Path) -> None:
+    peaks, found = [], []
+    for checkpointing in (False, True):
+        recipe = make_recipe(workspace, mask_train__gradient_checkpointing=checkpointing)
+        run, source = open_run(tmp_path, "probe", recipe)
+        inputs = prepare_mask_training(recipe, source, run, Silence(), 1.0)
+        model = load_frozen_model(inputs, recipe.mask_train)
+        meter = AllocationMeter(model.parameters())
+        with meter:
+            changes = promised_changes(
+                model, [[1], [2, 3]], recipe.mask_train, inputs, Silence(), fft_learning_rate=1e-3, seed=0
+            )
+        found.append(changes)
+        peaks.append(add_up(meter.events).peak_bytes)
+        assert not any("forward" in layer.__dict__ for layer in model.model.layers)
+    assert found[0] == found[1]
+    assert peaks[1] < 0.7 * peaks[0]
 
 
 def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Path, tmp_path: Path) -> None:
@@ -142,3 +161,11 @@ def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Pa
     assert result["agreement"]["rank_correlation"] == pytest.approx(1 - 6 * squares / (4 * 15))
     _, few = estimate(workspace, tmp_path, probe__layers="0-1")
     assert few["agreement"] is None
+
+
+def test_a_token_budget_changes_no_promise(workspace: Path, tmp_path: Path) -> None:
+    (_, alone), (_, together) = (
+        estimate(workspace, tmp_path / str(budget), mask_train__batch_tokens=budget) for budget in (1, 200)
+    )
+    changes = [{group["layers"]: group["change"] for group in result["groups"]} for result in (alone, together)]
+    assert changes[1] == pytest.approx(changes[0], rel=1e-3)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mftctl.config import Recipe, deciding_keys
+from mftctl.config import Recipe
+from mftctl.deciding_keys import deciding_keys
 from mftctl.errors import ConfigError, EvaluationError, Interrupted
 from mftctl.evaluating import evaluate
 from mftctl.fine_tuning import fine_tune

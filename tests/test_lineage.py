@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from mftctl.config import FftOptions, MaskTrainOptions, Recipe, to_document
+from mftctl.config import FftOptions, MaskTrainOptions, Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.errors import ConfigError, RunError
 from mftctl.lineage import (
     CONTINUED_FFT,

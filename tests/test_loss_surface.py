@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftctl.applying import apply
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
 from mftctl.data.encoding import encode_all
 from mftctl.data.examples import Example
 from mftctl.data.sources import load_examples, record_digest
+from mftctl.deciding_keys import to_document
 from mftctl.errors import ConfigError, DataError, Interrupted, ModelError, RunError
 from mftctl.evaluating import evaluate
 from mftctl.fine_tuning import fine_tune

@@ -233,6 +233,15 @@ def test_indicator_takes_the_place_of_the_other_one_set_before(tmp_path: Path, o
         assert getattr(recipe.mask_train, old) is None
 
 
+@pytest.mark.parametrize(
+    ("old", "new"), [("grad_accum_steps", "global_batch_size"), ("global_batch_size", "grad_accum_steps")]
+)
+def test_the_size_of_a_step_takes_the_place_of_the_other_one_set_before(tmp_path: Path, old: str, new: str) -> None:
+    path = write(tmp_path, f"fft: {{{old}: 8}}\n")
+    recipe = load_recipe(path, options={f"fft.{new}": 16})
+    assert (getattr(recipe.fft, new), getattr(recipe.fft, old)) == (16, None)
+
+
 def test_indicator_that_is_taken_back_replaces_nothing() -> None:
     document: dict[str, Any] = {"mask_train": {"ratio": 0.2}}
     assign(document, [("mask_train.threshold", None)])

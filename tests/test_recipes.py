@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from mftctl.cli.app import load_command
-from mftctl.config import Recipe, deciding_keys
+from mftctl.config import Recipe
 from mftctl.data.files import Record
 from mftctl.data.formats import to_example
 from mftctl.data.trees import conversations, is_message
+from mftctl.deciding_keys import deciding_keys
 from mftctl.evaluation.benchmarks import BENCHMARKS, expand_groups
 from mftctl.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe, read_yaml
 from mftctl.stages import Task, spell_out
+from mftctl.steps import records_per_step
 
 NAMES = built_in_names()
 FOUNDATIONS = ("quickstart", "smollm2/gsm8k")
@@ -38,7 +40,7 @@ MFT = {
     "llama3.1-8b": (5e-6, {"math": "24-27", "coding": "20-23", "instruction": "24-27"}),
 }
 DOMAINS = [(backbone, domain) for backbone, (_, layers) in MFT.items() for domain in layers]
-MFT_TRAINING: dict[str, Any] = {"epochs": 2, "batch_size": 1, "grad_accum_steps": 128, "max_length_tokens": 4096}
+MFT_TRAINING: dict[str, Any] = {"epochs": 2, "global_batch_size": 128, "batch_size": 1, "max_length_tokens": 4096}
 MFT_TRAINING |= {"schedule": "linear", "warmup_ratio": 0.03, "weight_decay": 0.0}
 MFT_TRAINING |= {"precision": "bf16", "gradient_checkpointing": True}
 
@@ -210,6 +212,18 @@ def test_the_overview_lists_every_recipe_once_with_its_command() -> None:
     rows = re.findall(r"^\| `(.+?)` \| (.+?) \| `(.+?)` \|$", (BUILT_IN_FOLDER / "README.md").read_text(), re.MULTILINE)
     assert sorted(name for name, _, _ in rows) == NAMES
     assert all(command == f"mftctl run {name}" for name, _, command in rows)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.partition("/")[0] in BACKBONES])
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_a_step_has_the_same_records_on_any_number_of_gpus(name: str, world_size: int) -> None:
+    small = name.startswith("smollm2/")
+    for task in tasks_of(name):
+        options = task.recipe.fft if task.command == "fft" else task.recipe.mask_train
+        if task.command == "fft" or (
+            task.command in ("mask-train", "probe") and task.recipe.mask_train.method != "drop"
+        ):
+            assert options.global_batch_size == records_per_step(options, world_size) == (8 if small else 128)
 
 
 # Mask Fine-Tuning

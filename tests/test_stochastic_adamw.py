@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import io
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mftctl.stochastic_adamw import StochasticAdamW, round_stochastically
+from mftctl import stochastic_adamw
+from mftctl.planning.allocations import AllocationMeter, add_up
+from mftctl.stochastic_adamw import StochasticAdamW, round_stochastically, step_workspace_bytes
+from tests.gpu_emulation.emulated_gpu import emulated_gpu
 
 ALL_NOISE = torch.arange(1 << 16, dtype=torch.int32)
 
@@ -101,3 +105,41 @@ def test_parameters_without_a_gradient_stay_and_equal_ones_get_noise_of_their_ow
     assert torch.equal(idle, parameter())
     assert idle not in optimizer.state
     assert not torch.equal(one, two)
+
+
+@pytest.mark.parametrize("entries", [1000, 1 << 17])
+def test_chunks_of_any_size_give_the_same_bits(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+    one, other = parameter(), parameter()
+    train(StochasticAdamW([one], seed=1, **options), one, range(3))
+    monkeypatch.setattr(stochastic_adamw, "_CPU_ENTRIES", entries)
+    train(StochasticAdamW([other], seed=1, **options), other, range(3))
+    assert torch.equal(one, other)
+
+
+def test_a_gpu_rounds_with_the_same_noise() -> None:
+    options = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
+    here = parameter()
+    train(StochasticAdamW([here], seed=1, **options), here, range(3))
+    with emulated_gpu():
+        there = torch.nn.Parameter(parameter().detach().cuda())
+        optimizer = StochasticAdamW([there], seed=1, **options)
+        for step in range(3):
+            gradient = torch.randn(there.shape, generator=torch.Generator().manual_seed(step)).to(there.dtype)
+            there.grad = gradient.cuda()
+            optimizer.step()
+        moved = there.detach().cpu()
+    assert torch.equal(moved, here)
+
+
+@pytest.mark.parametrize("entries", [1 << 12, 1 << 20])
+def test_a_step_holds_what_it_says(entries: int) -> None:
+    low = parameter(shape=(300, 2000))
+    optimizer = StochasticAdamW([low], seed=1, lr=1e-2, eps=1e-8, weight_decay=0.1)
+    train(optimizer, low, range(1))
+    with mock.patch.object(stochastic_adamw, "_CPU_ENTRIES", entries):
+        allowed = step_workspace_bytes(low.numel(), low.device)
+        tensors = [low, low.grad, optimizer.state[low]["exp_avg"], optimizer.state[low]["exp_avg_sq"]]
+        with AllocationMeter([tensor.detach() for tensor in tensors if tensor is not None]) as meter:
+            optimizer.step()
+    assert allowed * 0.7 < add_up(meter.events).peak_bytes <= allowed

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from mftctl.config import FftOptions, Recipe
+from mftctl.config import FftOptions
 from mftctl.errors import ConfigError
-from mftctl.fine_tuning import _trainable_model, _trainer
+from mftctl.fine_tuning import _trainable_model
+from mftctl.progress import Silence
+from mftctl.tuning.optimizers import check_memory_options
 from mftctl.zero import check_plan
 
 
@@ -40,13 +44,24 @@ def test_a_scaled_loss() -> None:
 def test_lora(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
     with pytest.raises(ConfigError, match="next to nothing to spread") as caught:
-        _trainable_model(Path(), None, FftOptions(method="lora"), 0)  # type: ignore[arg-type]
+        _trainable_model(Path(), None, FftOptions(method="lora"), 0, Silence())  # type: ignore[arg-type]
     assert caught.value.key == "fft.method"
 
 
 def test_an_optimizer_that_needs_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    recipe = Recipe(fft=FftOptions(optimizer="adafactor"))
     with pytest.raises(ConfigError, match="flat tensors") as caught:
-        _trainer(None, None, recipe, None, None)  # type: ignore[arg-type]
+        check_memory_options(FftOptions(optimizer="adafactor"), torch.device("cpu"))
     assert caught.value.actual == "adafactor"
+
+
+@pytest.mark.parametrize("library", ["DEEPSPEED", "FSDP"])
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [({"low_memory": True}, "fft.low_memory"), ({"optimizer": "adamw_8bit"}, "fft.optimizer")],
+)
+def test_fewer_bits(monkeypatch: pytest.MonkeyPatch, library: str, options: dict[str, Any], key: str) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
+    with pytest.raises(ConfigError, match="each process has all of them") as caught:
+        check_memory_options(FftOptions(**options), torch.device("cpu"))
+    assert caught.value.key == key

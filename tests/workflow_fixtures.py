@@ -8,7 +8,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.lineage import Source
 from mftctl.progress import Progress
 from mftctl.recipe_files import parse_recipe

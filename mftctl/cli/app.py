@@ -41,8 +41,11 @@ class Listed(NamedTuple):
     summary: str
 
 
-_TOGETHER = ("fft", "mask-train")
-"""Commands that several processes can work on."""
+_TOGETHER = ("fft", "probe", "mask-train")
+"""Commands that can be started as several processes, by accelerate launch or torchrun."""
+
+_STARTS_THEM = ("eval", "run")
+"""Those of the others that start several processes themselves."""
 
 _PATH = "The path"
 _MORE = "More"
@@ -89,12 +92,13 @@ def load_command(name: str) -> Any:
     """
     check_environment(sys.argv[1:])
     if world_size() > 1 and name not in _TOGETHER:
+        option = " --processes N" if name in _STARTS_THEM else ""
         raise ConfigError(
             f"{name} is a command for one process.",
             key="WORLD_SIZE",
             expected=f"1, or one of {', '.join(_TOGETHER)}",
             actual=world_size(),
-            hint=f"mftctl {name}, without accelerate launch or torchrun",
+            hint=f"mftctl {name}{option}, without accelerate launch or torchrun",
         )
     module, attribute = COMMANDS[name].home.split(".")
     found = getattr(import_module(f"mftctl.cli.{module}"), attribute)

@@ -15,6 +15,8 @@ def env(as_json: opt.AsJson = False) -> None:
 
     import torch
 
+    from mftctl.devices import device_names
+
     packages = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval", "typer")
     facts = {
         "python": platform.python_version(),
@@ -22,6 +24,6 @@ def env(as_json: opt.AsJson = False) -> None:
         "cpu_count": str(os.cpu_count()),
         "cpu_threads": str(torch.get_num_threads()),
         **{name: version(name) for name in packages},
-        "gpus": ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())) or "none",
+        "gpus": ", ".join(device_names()) or "none",
     }
     Output(as_json=as_json).result(facts, pairs_table("Environment", list(facts.items())))

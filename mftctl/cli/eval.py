@@ -10,9 +10,12 @@ from rich.table import Table
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
-from mftctl.cli.session import Session
-from mftctl.config import EvalOptions, Recipe, deciding_keys
+from mftctl.cli.session import Session, use_device
+from mftctl.config import EvalOptions, Recipe
+from mftctl.deciding_keys import deciding_keys
 from mftctl.errors import ConfigError
+from mftctl.launching.launch import settle_launch
+from mftctl.launching.working import work
 from mftctl.lineage import WRITTEN, Source, ancestry, newest_source, source_of_mask, source_of_model
 from mftctl.recipe_files import parse_recipe
 from mftctl.recording import recorded
@@ -44,6 +47,18 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Measuring")] = None,
     engine: Annotated[str | None, opt.setting(EvalOptions, "engine", "--engine", panel="Measuring")] = None,
+    tensor_parallel: Annotated[
+        int | None, opt.setting(EvalOptions, "tensor_parallel", "--tensor-parallel", panel="vLLM")
+    ] = None,
+    gpu_memory_share: Annotated[
+        float | None, opt.setting(EvalOptions, "gpu_memory_share", "--gpu-memory-share", panel="vLLM", default="vLLM's")
+    ] = None,
+    max_model_length_tokens: Annotated[
+        int | None,
+        opt.setting(
+            EvalOptions, "max_model_length_tokens", "--max-model-length", panel="vLLM", default="as long as needed"
+        ),
+    ] = None,
     batch_size: Annotated[
         Any, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Measuring", parser=opt.whole_number_or_word)
     ] = None,
@@ -73,17 +88,22 @@ def evaluate(
         bool, typer.Option("--resume", help="Go on with the outputs of an interrupted evaluation of the same.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure also what has been measured already.")] = False,
+    processes: opt.Processes = None,
+    shard: opt.ShardOption = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure loss and exact match on a data file, or a benchmark score.
 
     Without a model: measures the newest result and what it was made from, as far as that has not been done.
     """
+    launch = settle_launch("eval", processes, shard)
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "eval")
-        session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen)
+        session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         written = session.settle().eval.predictions
         sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
         evaluated = [_evaluate_once(session, source, resume=resume, again=again) for source in sources]
@@ -143,11 +163,10 @@ def _evaluate_once(session: Session, source: Source, *, resume: bool, again: boo
             session.output.note(f"{source.state}: measured already by {run.name}")
             return run
     session.output.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
+    use_device(recipe, session.launch)
     run = (_interrupted(session, recipe, source) if resume else None) or session.create(recipe, source)
     with recorded(run):
-        from mftctl import evaluating
-
-        run.finish(evaluating.evaluate(recipe, source, run, session.output))
+        run.finish(work(recipe, source, run, session.output, session.launch))
     return run
 
 

@@ -11,6 +11,8 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.config import FftOptions
+from mftctl.launching.launch import settle_launch
+from mftctl.launching.working import work
 from mftctl.recording import recorded
 from mftctl.results import Kind, permit_folder
 from mftctl.runs import Run
@@ -41,15 +43,21 @@ def fft(
     lora_rank: Annotated[int | None, opt.setting(FftOptions, "lora_rank", "--lora-rank", panel=opt.METHOD)] = None,
     lora_alpha: Annotated[int | None, opt.setting(FftOptions, "lora_alpha", "--lora-alpha", panel=opt.METHOD)] = None,
     merge: Annotated[bool | None, opt.setting(FftOptions, "merge", "--merge/--no-merge", panel=opt.METHOD)] = None,
+    quantize: Annotated[str | None, opt.setting(FftOptions, "quantize", "--quantize", panel=opt.METHOD)] = None,
+    optimizer: Annotated[str | None, opt.setting(FftOptions, "optimizer", "--optimizer", panel=opt.TRAINING)] = None,
+    low_memory: opt.FftLowMemory = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
     learning_rate: opt.FftRate = None,
     batch_size: opt.BatchSize = None,
     grad_accum_steps: opt.GradAccum = None,
+    global_batch_size: opt.GlobalBatch = None,
+    batch_tokens: opt.BatchTokens = None,
     max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
     deterministic: opt.Deterministic = None,
+    check_memory: opt.CheckMemory = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.Patience = None,
     keep: Annotated[str | None, opt.setting(FftOptions, "keep", "--keep", panel=opt.TRAINING)] = None,
@@ -58,8 +66,12 @@ def fft(
     tasks: opt.InterimTasks = None,
     task_data: opt.InterimTaskData = None,
     resume: opt.Resume = False,
+    processes: opt.Processes = None,
+    shard: opt.ShardOption = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
@@ -69,20 +81,19 @@ def fft(
     ones, half of the parameters, or a low-rank adapter. The loss is on the answer tokens only. Started from a
     fine-tuned model this is continued fine-tuning.
     """
+    launch = settle_launch("fft", processes, shard)
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "fft", "eval")
-        session = Session("fft", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
+        session = Session("fft", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes, launch=launch)
         run, settled, source = session.open_training(
             resume=resume, output=output, permit=lambda agreed: permit_folder(Kind.MODEL, replace=agreed)
         )
         with recorded(run):
-            from mftctl.fine_tuning import fine_tune
-
-            result = fine_tune(settled, source, run, console, resume=resume, may_replace=session.replaces)
+            result = work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces)
             run.finish(result)
         show(console, run, result)
         session.end(result)
-        console.next_command("mftctl", "probe", runs=runs)
+        console.next_command("mftctl", "probe", *launch.words, runs=runs)
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:

@@ -11,6 +11,8 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.config import MaskTrainOptions
+from mftctl.launching.launch import settle_launch
+from mftctl.launching.working import work
 from mftctl.recording import recorded
 from mftctl.runs import Run
 
@@ -53,12 +55,15 @@ def mask_train(
     learning_rate: opt.MaskRate = None,
     batch_size: opt.BatchSize = None,
     grad_accum_steps: opt.GradAccum = None,
+    global_batch_size: opt.GlobalBatch = None,
+    batch_tokens: opt.BatchTokens = None,
     max_length_tokens: opt.MaxLength = None,
     precision: opt.Precision = None,
     gradient_checkpointing: opt.Checkpointing = None,
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     deterministic: opt.Deterministic = None,
+    check_memory: opt.CheckMemory = None,
     eval_steps: opt.EvalSteps = None,
     patience: opt.MaskPatience = None,
     eval_every: opt.EvalEvery = None,
@@ -66,8 +71,12 @@ def mask_train(
     tasks: opt.InterimTasks = None,
     task_data: opt.InterimTaskData = None,
     resume: opt.Resume = False,
+    processes: opt.Processes = None,
+    shard: opt.ShardOption = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
@@ -77,16 +86,13 @@ def mask_train(
     validation data decides which mask is the best, no mask at all included; the other half confirms it. The mask goes
     to a small file apart from the model.
     """
+    launch = settle_launch("mask-train", processes, shard)
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "mask_train", "eval")
-        session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes)
+        session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes, launch=launch)
         run, settled, source = session.open_training(resume=resume, output=output, permit=mask_file_permit)
         with recorded(run):
-            from mftctl import mask_training
-
-            result = mask_training.mask_train(
-                settled, source, run, console, resume=resume, may_replace=session.replaces
-            )
+            result = work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces)
             run.finish(result)
         show(console, run, result)
         session.end(result)

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.errors import ConfigError
+from mftctl.launching.launch import Shard
 
 INPUT = "Input and output"
 TRAINING = "Training"
@@ -149,6 +150,8 @@ Runs = Annotated[
     Path, typer.Option("--runs", help="Folder of all runs.", rich_help_panel=GENERAL, envvar="MFTCTL_RUNS")
 ]
 Seed = Annotated[int | None, setting(Recipe, "seed", "--seed", panel=GENERAL)]
+Device = Annotated[str | None, setting(Recipe, "device", "--device", panel=GENERAL)]
+Attention = Annotated[str | None, setting(Recipe, "attention", "--attention", panel=GENERAL)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=GENERAL)]
 Yes = Annotated[
     bool, typer.Option("--yes", "-y", help="Replace existing results without asking.", rich_help_panel=GENERAL)
@@ -158,10 +161,34 @@ Resume = Annotated[
     typer.Option("--resume", help="Go on with the newest run that was stopped or killed.", rich_help_panel=GENERAL),
 ]
 
+Processes = Annotated[
+    int | None,
+    typer.Option(
+        "--processes",
+        min=1,
+        help="Processes of this machine that share the work, each with a GPU of its own where there are any.",
+        show_default="1",
+        rich_help_panel=GENERAL,
+    ),
+]
+ShardOption = Annotated[
+    Shard | None,
+    typer.Option(
+        "--shard",
+        help="What they spread while they train: records only (ddp), or parts of the model and its training too.",
+        show_default="ddp",
+        rich_help_panel=GENERAL,
+    ),
+]
+
 Epochs = Annotated[float | None, setting(TrainingOptions, "epochs", "--epochs", panel=TRAINING)]
 MaxSteps = Annotated[int | None, setting(TrainingOptions, "max_steps", "--max-steps", panel=TRAINING)]
 BatchSize = Annotated[int | None, setting(TrainingOptions, "batch_size", "--batch-size", panel=TRAINING)]
 GradAccum = Annotated[int | None, setting(TrainingOptions, "grad_accum_steps", "--grad-accum", panel=TRAINING)]
+GlobalBatch = Annotated[
+    int | None, setting(TrainingOptions, "global_batch_size", "--global-batch-size", panel=TRAINING)
+]
+BatchTokens = Annotated[int | None, setting(TrainingOptions, "batch_tokens", "--batch-tokens", panel=TRAINING)]
 MaxLength = Annotated[int | None, setting(TrainingOptions, "max_length_tokens", "--max-length", panel=TRAINING)]
 Precision = Annotated[str | None, setting(TrainingOptions, "precision", "--precision", panel=TRAINING)]
 Checkpointing = Annotated[
@@ -176,6 +203,7 @@ Checkpointing = Annotated[
 LowMemory = Annotated[
     bool | None, setting(MaskTrainOptions, "low_memory", "--low-memory/--no-low-memory", panel=TRAINING)
 ]
+FftLowMemory = Annotated[bool | None, setting(FftOptions, "low_memory", "--low-memory/--no-low-memory", panel=TRAINING)]
 PrefixCache = Annotated[
     float | None,
     setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="as there is room"),
@@ -183,6 +211,9 @@ PrefixCache = Annotated[
 Deterministic = Annotated[
     bool | None,
     setting(TrainingOptions, "deterministic", "--deterministic", panel=TRAINING),
+]
+CheckMemory = Annotated[
+    bool | None, setting(Recipe, "check_memory", "--check-memory/--no-check-memory", panel=TRAINING)
 ]
 EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]

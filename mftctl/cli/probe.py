@@ -12,6 +12,8 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.config import ProbeOptions
+from mftctl.launching.launch import settle_launch
+from mftctl.launching.working import work
 from mftctl.recording import recorded
 from mftctl.runs import Run
 
@@ -42,12 +44,18 @@ def probe(
         opt.setting(ProbeOptions, "epochs", "--epochs", panel=opt.TRAINING, default="mask-train's"),
     ] = None,
     fast: Annotated[bool | None, opt.setting(ProbeOptions, "fast", "--fast/--no-fast", panel=opt.TRAINING)] = None,
+    batch_tokens: opt.BatchTokens = None,
     low_memory: opt.LowMemory = None,
     prefix_cache_gb: opt.PrefixCache = None,
     deterministic: opt.Deterministic = None,
+    check_memory: opt.CheckMemory = None,
     resume: opt.Resume = False,
+    processes: opt.Processes = None,
+    shard: opt.ShardOption = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Find the layers that gain most from a mask.
@@ -58,17 +66,16 @@ def probe(
     With --fast nothing is trained: one pass of gradients tells what removing weights of each group promises. That
     ranks groups of one size; it cannot tell how many layers to take, nor whether a mask helps at all.
     """
+    launch = settle_launch("probe", processes, shard)
     with Output(as_json=as_json) as console:
         chosen = opt.given(context, "probe", "mask_train")
-        session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen)
+        session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         run, settled, source = session.open_training(resume=resume)
         with recorded(run):
-            from mftctl import probing
-
-            result = probing.probe(settled, source, run, console, resume=resume)
+            result = work(settled, source, run, console, launch, resume=resume)
             run.finish(result)
         show(console, run, result)
-        console.next_command("mftctl", "mask-train", runs=runs)
+        console.next_command("mftctl", "mask-train", *launch.words, runs=runs)
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:

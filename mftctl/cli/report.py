@@ -14,8 +14,10 @@ from rich.text import Text
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
+from mftctl.config import Recipe
 from mftctl.errors import ConfigError
 from mftctl.outputs import Input, check_output
+from mftctl.recipe_files import load_recipe
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
@@ -66,6 +68,7 @@ def report(
             rich_help_panel=_SURFACE,
         ),
     ] = None,
+    device: Annotated[str | None, opt.setting(Recipe, "device", "--device", panel=_SURFACE)] = None,
     runs: opt.Runs = Path("runs"),
     as_json: opt.AsJson = False,
 ) -> None:
@@ -76,7 +79,7 @@ def report(
     """
     sizes = {"points": surface_points, "records": surface_records}
     chosen_sizes = {name: value for name, value in sizes.items() if value is not None}
-    _check_together(pair or [], watch, surface, bool(chosen_sizes))
+    _check_together(pair or [], watch, surface, bool(chosen_sizes), device)
     with Output(as_json=as_json) as console:
         if watch:
             from mftctl.cli import following_view
@@ -91,11 +94,12 @@ def report(
             if surface:
                 from mftctl.loss_surface import measure_surface
 
-                measure_surface(runs, console, **chosen_sizes)
+                settled = load_recipe(options={} if device is None else {"device": device})
+                measure_surface(runs, console, device=settled.device, **chosen_sizes)
             show(console, runs, output, each_seed=each_seed)
 
 
-def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool) -> None:
+def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool, device: str | None) -> None:
     """Nothing, if what was asked for goes together.
 
     Raises:
@@ -116,6 +120,13 @@ def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool
         raise ConfigError(
             "The size of a loss surface is given, and none is asked for.",
             key="--surface-points, --surface-records",
+            hint="add --surface",
+        )
+    if device is not None and not surface:
+        raise ConfigError(
+            "A device is given, and nothing is to be computed on it.",
+            key="--device",
+            actual=device,
             hint="add --surface",
         )
 

@@ -12,6 +12,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.experiment_tree import experiment_tree, running_tree
 from mftctl.cli.output import Output
 from mftctl.cli.report import settle_report_folder, show
+from mftctl.launching.launch import require_devices, settle_launch
 from mftctl.outputs import inputs_of
 from mftctl.protocol import Planned, plan_experiment, run_experiment
 from mftctl.recipe_files import load_recipe
@@ -30,8 +31,12 @@ def run(
         bool,
         typer.Option("--dry-run", help="Show what would be done, and why, and stop.", rich_help_panel=opt.GENERAL),
     ] = False,
+    processes: opt.Processes = None,
+    shard: opt.ShardOption = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
+    device: opt.Device = None,
+    attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Run a whole experiment from a recipe, and report it.
@@ -39,9 +44,11 @@ def run(
     Finished stages are recognised by what decides their result, and skipped: the same command goes on after an
     interruption, and a changed recipe runs only what the change touches.
     """
+    launch = settle_launch("run", processes, shard)
     with Output(as_json=as_json) as console:
         settled = load_recipe(recipe, sets=sets or (), options=opt.given(context))
-        plan = plan_experiment(settled, recipe, runs)
+        require_devices(launch, settled.device)
+        plan = plan_experiment(settled, recipe, runs, launch)
         if dry_run:
             console.result({"recipe": recipe, "tasks": _document(plan)}, experiment_tree(recipe, plan))
             return

@@ -9,8 +9,11 @@ from typing import Any
 
 from mftctl.atomic import Permit
 from mftctl.cli.output import Output
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import OF_THE_MACHINE, to_document
 from mftctl.errors import ConfigError, RunError, StorageError
+from mftctl.launching.launch import Launch, require_devices
+from mftctl.launching.working import launch_of
 from mftctl.lineage import Source, model_for_training, recommended_layers
 from mftctl.outputs import Input, check_output, inputs_of
 from mftctl.processes import from_first, world_size
@@ -30,6 +33,7 @@ class Session:
         root: The runs folder.
         output: The console.
         replaces: Whether the user agreed that an existing result is replaced, with `--yes` or when asked.
+        launch: With how many processes the work is done.
     """
 
     def __init__(
@@ -42,11 +46,13 @@ class Session:
         sets: Sequence[str] | None = None,
         options: Mapping[str, Any] | None = None,
         yes: bool = False,
+        launch: Launch | None = None,
     ) -> None:
         self.command = command
         self.output = output
         self.root = root
         self.replaces = yes
+        self.launch = launch or Launch()
         self._recipe_name = recipe
         self._sets = list(sets or ())
         self._options = dict(options or {})
@@ -55,7 +61,7 @@ class Session:
         """The recipe in force: options over `--set` over the recipe over what the source's run was made with."""
         name, base = self._recipe_name, None
         if name is None and source is not None:
-            base = source.config
+            base = _without_machine(source.config)
             name = QUICKSTART if base is None and source.model == QUICKSTART else None
         return load_recipe(name, base=base, sets=self._sets, options=self._options, stages=False)
 
@@ -88,6 +94,7 @@ class Session:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
         if self.command == "mask-train" and recipe.mask_train.layers is None and not drops:
             recipe = self._with_layers(source)
+        use_device(recipe, self.launch)
         output = self._settle_training_output(output, recipe, source, permit)
         return self.create(recipe, source, output=output), recipe, source
 
@@ -102,6 +109,7 @@ class Session:
                     recipe=self._recipe_name,
                     inputs=source.as_inputs(),
                     output=output,
+                    processes=self._processes(recipe),
                 ).folder
             )
         )
@@ -187,10 +195,11 @@ class Session:
         return self.settle(source)
 
     def _resumed(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
-        if self._options or self._sets or self._recipe_name:
+        changes = [key for key in self._options if key != "device"]
+        if changes or self._sets or self._recipe_name:
             raise ConfigError(
-                "A resumed run keeps its settings.",
-                actual=", ".join([*self._options, *self._sets, *filter(None, [self._recipe_name])]),
+                "A resumed run keeps its settings, but for the device.",
+                actual=", ".join([*changes, *self._sets, *filter(None, [self._recipe_name])]),
                 hint=f"mftctl {self.command} --resume without them, or a new run without --resume",
             )
 
@@ -205,6 +214,10 @@ class Session:
             found.go_on()
             return str(found.folder)
 
+        # Processes find each other on the device, so that each looks for itself where the run was.
+        stopped = newest_run(self.root, self.command, unfinished=True)
+        if stopped is not None:
+            use_device(load_recipe(base=stopped.record.config, options=self._options), self.launch)
         run = load_run(Path(from_first(take_up)))
         self.output.note(f"Resuming: {run.folder}")
         inputs = run.record.inputs
@@ -216,7 +229,12 @@ class Session:
             inputs["origin"],
             run.record.config,
         )
-        return run, self._for_as_many_records(load_recipe(base=run.record.config), run), source
+        recipe = load_recipe(base=run.record.config, options=self._options)
+        return run, self._for_as_many_records(recipe, run), source
+
+    def _processes(self, recipe: Recipe) -> int:
+        """How many work on a run, started by this command or beside it."""
+        return max(world_size(), launch_of(self.command, recipe, self.launch).processes)
 
     def _for_as_many_records(self, recipe: Recipe, run: Run) -> Recipe:
         """The recipe whose optimizer steps, with the processes there are now, have the records they began with.
@@ -224,18 +242,38 @@ class Session:
         Raises:
             ConfigError: With so many processes no accumulation gives that.
         """
-        if run.record.processes == world_size():
-            return recipe
         section = "fft" if self.command == "fft" else "mask_train"
-        steps = (recipe.fft if self.command == "fft" else recipe.mask_train).grad_accum_steps * run.record.processes
-        if steps % world_size():
+        options = recipe.fft if self.command == "fft" else recipe.mask_train
+        processes = self._processes(recipe)
+        if run.record.processes == processes or options.global_batch_size is not None:
+            return recipe
+        steps = (options.grad_accum_steps or 1) * run.record.processes
+        if steps % processes:
             raise ConfigError(
                 "A resumed run keeps the records of a step, and they cannot be shared out so.",
-                key="WORLD_SIZE",
+                key="WORLD_SIZE" if world_size() > 1 else "--processes",
                 expected=f"a number of processes that divides {steps} micro-batches a step",
-                actual=world_size(),
+                actual=processes,
             )
-        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // world_size()})
+        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // processes})
+
+
+def use_device(recipe: Recipe, launch: Launch) -> None:
+    """Makes the recipe's device that on which the processes of this command find each other.
+
+    Raises:
+        ConfigError: It is not there, or not for each process, before anything of a run is.
+    """
+    from mftctl.devices import join_on
+
+    require_devices(launch, recipe.device)
+
+    join_on(recipe.device)
+
+
+def _without_machine(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The configuration of the run that made a model, but for where that run computed."""
+    return None if config is None else {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
 
 
 def _made_by(source: Source) -> str:

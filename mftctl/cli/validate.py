@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
+from mftctl.config import Recipe
 from mftctl.errors import ConfigError
 from mftctl.recipe_files import load_recipe
 
@@ -25,9 +26,12 @@ _MEMORY = {
     "activations": "activations_bytes",
     "optimizer step": "step_bytes",
     "validation": "validation_bytes",
+    "answer to a problem": "generation_bytes",
     "process": "process_bytes",
     "peak (not all at once)": "peak_bytes",
 }
+
+_FITS = {"fits": "yes", "closely": "closely", "no": "no"}
 
 
 def validate(
@@ -37,6 +41,19 @@ def validate(
     model: opt.Model = None,
     data: opt.Data = None,
     seed: opt.Seed = None,
+    device: Annotated[
+        str | None, opt.setting(Recipe, "device", "--device", panel=opt.GENERAL, default="this machine's")
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--device-memory",
+            metavar="SIZE",
+            help="Memory of the GPU that is asked about, such as 80GB.",
+            show_default="what is free here",
+            rich_help_panel=opt.GENERAL,
+        ),
+    ] = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check all of a recipe that can be checked before training: files, labels, masks, memory, steps.
@@ -47,7 +64,7 @@ def validate(
         settled = load_recipe(recipe, sets=sets or (), options=opt.given(context))
         from mftctl.validation import validate as check
 
-        result = check(settled, recipe)
+        result = check(settled, recipe, device_memory=device_memory)
         console.result(result, *_views(result))
         for text in result["warnings"]:
             console.warn(text)
@@ -152,6 +169,7 @@ def _memory(estimates: Sequence[Mapping[str, Any]]) -> Table:
     pairs = [(item["stage"], {key: value for key, value in item.items() if key != "stage"}) for item in estimates]
     columns = _alike(pairs)
     unit, name = _unit(max(item["peak_bytes"] for item in estimates))
+    free = estimates[0].get("free_bytes")
     title = f"Memory of one device, {name}; with DDP the same on each"
     caption = "What an allocator loses by fragmentation comes on top."
     view = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
@@ -162,6 +180,10 @@ def _memory(estimates: Sequence[Mapping[str, Any]]) -> Table:
     for label, key in _MEMORY.items():
         sizes = [f"{item[key] / unit:,.1f}" if item[key] else "" for _, item in columns]
         view.add_row(label, *sizes, style="bold" if key == "peak_bytes" else None)
+    if free is not None:
+        view.add_row("free", *(f"{free / unit:,.1f}" for _ in columns))
+        view.add_row("fits", *(_FITS[item["fits"]] for _, item in columns))
+        view.add_row("fits with", *(Text(item["options"] or "") for _, item in columns))
     return view
 
 

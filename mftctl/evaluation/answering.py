@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.inference import length_batches
-from mftctl.evaluation.kept_answers import KeptAnswers, alike
+from mftctl.evaluation.answer_room import OnShortage, answer_room
+from mftctl.evaluation.kept_answers import Asked, KeptAnswers
 from mftctl.evaluation.output_cache import OutputCache
+from mftctl.evaluation.sampling import SeededSampling
 from mftctl.evaluation.stop_strings import StopStrings, cut_at
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from mftctl.evaluation.inference import OnProgress
 
-_CPU_BATCH_TOKENS = 16_384
-_GPU_BATCH_TOKENS = 131_072
 _LIKELIHOOD_BATCH = 8
 
 
@@ -42,6 +41,7 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         seed: int,
         cache: OutputCache,
         on_progress: OnProgress | None,
+        on_shortage: OnShortage | None = None,
     ) -> None:
         # A copy, because lm-eval gives a tokenizer without padding token one.
         super().__init__(
@@ -49,40 +49,39 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         )
         self._chosen_batch_size = batch_size
         self._seed = seed
+        self._room = answer_room(model, on_shortage)
         self.keep_outputs(cache, max_new_tokens=max_new_tokens, on_progress=on_progress)
 
-    def _batches(
-        self, waiting: Sequence[int], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]
-    ) -> Iterator[list[int]]:
-        """Requests of like settings, the longest prompts first."""
-        budget = _CPU_BATCH_TOKENS if self.device.type == "cpu" else _GPU_BATCH_TOKENS
-        for group in alike(waiting, settings):
-            room = settings[group[0]]["max_new_tokens"]
-            lengths = [len(prompts[index]) + room for index in group]
-            if self._chosen_batch_size is None:
-                batches = length_batches(lengths, budget)
-            else:
-                order = sorted(range(len(group)), key=lambda place: -lengths[place])
-                size = self._chosen_batch_size
-                batches = [order[start : start + size] for start in range(0, len(order), size)]
-            yield from ([group[place] for place in batch] for batch in batches)
+    def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
+        """The longest prompts first."""
+        lengths = [len(prompt) for prompt in asked.prompts]
+        if self._chosen_batch_size is None:
+            yield from self._room.answered(
+                lengths, asked.setting["max_new_tokens"], lambda places: self._generate(asked, places)
+            )
+            return
+        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        size = self._chosen_batch_size
+        for places in (order[start : start + size] for start in range(0, len(order), size)):
+            yield places, self._generate(asked, places)
 
-    def _generate(self, prompts: Sequence[list[int]], setting: Mapping[str, Any], first: int) -> list[str]:
+    def _generate(self, asked: Asked, places: Sequence[int]) -> list[str]:
+        prompts, setting = [asked.prompts[place] for place in places], asked.setting
         width = max(len(prompt) for prompt in prompts)
         pad = self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        stop = StopStrings(self.tokenizer, setting["until"], width)
-        with (
-            _generation_settings(self.model, self.tokenizer, setting),
-            torch.random.fork_rng(enabled=bool(setting["temperature"])),
-        ):
-            if setting["temperature"]:
-                torch.manual_seed(1_000_003 * self._seed + first)
+        drawing = []
+        if setting["temperature"]:
+            seeds, new = [asked.seeds[place] for place in places], setting["max_new_tokens"]
+            sampling = SeededSampling(seeds, temperature=setting["temperature"], width_tokens=width, new_tokens=new)
+            drawing.append(sampling)
+        with _generation_settings(self.model, self.tokenizer, setting):
             output = self.model.generate(
                 input_ids=input_ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                stopping_criteria=StoppingCriteriaList([stop]),
+                stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, setting["until"], width)]),
+                logits_processor=LogitsProcessorList(drawing),
             )
         new = output[:, width:].tolist()
         self.generated_tokens += sum(_written(row, pad) for row in new)
@@ -127,6 +126,11 @@ class WrittenAnswers(LM):  # type: ignore[misc]  # lm-eval is not typed
     loglikelihood_rolling = loglikelihood
 
 
+def _numbered_generators(device: torch.device) -> list[torch.device]:
+    """The device itself if it is one of several, each with a generator; that of the CPU is kept in any case."""
+    return [device] if device.type in ("cuda", "xpu") else []
+
+
 def _written(token_ids: list[int], pad: int) -> int:
     """The number of tokens without the padding of a row that ended before others of its batch."""
     return next((place + 1 for place in reversed(range(len(token_ids))) if token_ids[place] != pad), 0)
@@ -144,9 +148,8 @@ def _generation_settings(
 ) -> Iterator[None]:
     """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's."""
     own = model.generation_config
-    sampling = {"do_sample": True, "temperature": setting["temperature"], "top_k": 0} if setting["temperature"] else {}
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        **({"do_sample": False} | sampling),
+        do_sample=False,
         max_new_tokens=setting["max_new_tokens"],
         eos_token_id=sorted(_end_tokens(model, tokenizer)) or None,
         pad_token_id=tokenizer.pad_token_id,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import encode_all, encode_prompt
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.answer_room import OnShortage, answer_room
 from mftctl.evaluation.answers import exact_match
 from mftctl.evaluation.generation import context_tokens, default_max_new_tokens, generate_answers
 from mftctl.evaluation.inference import OnProgress
@@ -77,17 +78,19 @@ def evaluate_examples(
     batch_tokens: int = 4096,
     generate: bool = True,
     on_progress: OnProgress | None = None,
+    on_shortage: OnShortage | None = None,
 ) -> DataFileResult:
-    """The model's loss on every record, and exact match on those with a prompt.
+    """The model's loss on every record, and exact match on those with a prompt; all processes share the work.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         examples: The records.
         max_length_tokens: Longer records are cut for the loss, as in training; prompts to answer are never cut.
-        batch_tokens: Most tokens of a batch with its padding.
+        batch_tokens: Most tokens of a batch with its padding, for the loss.
         generate: Whether answers are generated, which takes most of the time.
         on_progress: Told the steps done; each loss and each generated answer is one.
+        on_shortage: Told where answers find less room than expected.
 
     Raises:
         EvaluationError: There are no records, or a prompt does not fit the model's context.
@@ -104,6 +107,7 @@ def evaluate_examples(
         pad_token_id=pad_token_id(tokenizer),
         batch_tokens=batch_tokens,
         on_progress=_shifted(on_progress, 0, steps),
+        together=True,
     )
     predictions: dict[int, str] = {}
     max_new_tokens = None
@@ -115,7 +119,7 @@ def evaluate_examples(
             tokenizer,
             questions,
             max_new_tokens=max_new_tokens,
-            batch_tokens=batch_tokens,
+            room=answer_room(model, on_shortage),
             on_progress=_shifted(on_progress, len(encoded), steps),
         )
         predictions = dict(zip(asked, answers, strict=True))

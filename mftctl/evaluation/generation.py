@@ -11,9 +11,11 @@ from transformers import GenerationConfig
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import encode_prompt
-from mftctl.devices import gpu_failures
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
+from mftctl.evaluation.answer_room import AnswerRoom, answer_room
+from mftctl.evaluation.inference import OnProgress, evaluation_mode
+from mftctl.gpu_failures import gpu_failures
+from mftctl.processes import own_part, parts, put_together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,10 +54,12 @@ def generate_answers(
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
-    batch_tokens: int,
+    room: AnswerRoom | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[str]:
     """The model's most likely continuation of each prompt, without special tokens, in the order given.
+
+    Several processes share out the prompts.
 
     Only `eos_token_id` is taken from the model's generation settings (beside the tokenizer's): penalties and sampling
     that a checkpoint asks for would make its score depend on more than its weights.
@@ -65,7 +69,7 @@ def generate_answers(
         tokenizer: Its tokenizer.
         examples: Each with a prompt; their answers are not looked at.
         max_new_tokens: Where an answer that has not ended is cut.
-        batch_tokens: Most tokens of a batch: prompts with padding and room for the answers.
+        room: How many are answered together; as many as the free memory takes by default. The answers are the same.
         on_progress: Told after each batch.
 
     Raises:
@@ -77,11 +81,18 @@ def generate_answers(
     answers: dict[int, str] = {}
     greedy = _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens)
     with evaluation_mode(model), greedy, gpu_failures("generating answers"):
-        for indices in length_batches([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
-            for index, token_ids in zip(indices, _continue(model, [prompts[i] for i in indices]), strict=True):
-                answers[index] = _decode(tokenizer, token_ids, stop_ids)
+        own = own_part(range(len(prompts)))
+        batches = (room or answer_room(model)).answered(
+            [len(prompts[index]) for index in own],
+            max_new_tokens,
+            lambda places: _continue(model, [prompts[own[place]] for place in places]),
+        )
+        for places, written in batches:
+            for place, token_ids in zip(places, written, strict=True):
+                answers[own[place]] = _decode(tokenizer, token_ids, stop_ids)
             if on_progress is not None:
-                on_progress(len(answers), len(examples))
+                on_progress(min(len(answers) * parts(), len(examples)), len(examples))
+    answers = put_together(answers)
     return [answers[index] for index in range(len(examples))]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.sampling import sample_seeds
+from mftctl.processes import divides_work, own_part, parts, put_together
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -17,6 +20,22 @@ if TYPE_CHECKING:
 
     from mftctl.evaluation.inference import OnProgress
     from mftctl.evaluation.output_cache import OutputCache
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Requests of like settings.
+
+    Attributes:
+        prompts: Token ids of each.
+        setting: `max_new_tokens`, `until` and `temperature`.
+        seeds: Of each sample.
+    """
+
+    prompts: Sequence[list[int]]
+    setting: Mapping[str, Any]
+    seeds: Sequence[int]
+
 
 _HONOURED = {"until", "max_gen_toks", "do_sample", "temperature"}
 
@@ -32,7 +51,9 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     """
 
     generated_tokens: int
+    _context_hint = "choose a task with fewer examples in its prompt, or lower --max-new-tokens"
     tokenizer: PreTrainedTokenizerBase
+    _seed: int
     _cache: OutputCache
     _most_new_tokens: int | None
     _on_progress: OnProgress | None
@@ -53,6 +74,8 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         """The generated texts up to the first stop string, in the order of the requests.
 
+        Several processes share out the requests; what is drawn for each stays the same.
+
         Raises:
             EvaluationError: A prompt and its answer do not fit the model's context.
         """
@@ -60,15 +83,19 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         settings = [self._settings(request.args[1]) for request in requests]
         for request, prompt, setting in zip(requests, prompts, settings, strict=True):
             self._check_context(request, len(prompt), setting["max_new_tokens"])
-        keys = self._cache.keys(
-            [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
-        )
+        texts_and_settings = [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
+        keys, seeds = self._cache.keys(texts_and_settings), sample_seeds(self._seed, texts_and_settings)
         waiting = [index for index, key in enumerate(keys) if key not in self._cache]
-        for indices in self._batches(waiting, prompts, settings):
-            texts = self._generate([prompts[i] for i in indices], settings[indices[0]], indices[0])
-            self._cache.add({keys[index]: text for index, text in zip(indices, texts, strict=True)})
-            if self._on_progress is not None:
-                self._on_progress(sum(key in self._cache for key in keys), len(requests))
+        written: dict[int, str] = {}
+        for group in alike(own_part(waiting), settings):
+            asked = Asked([prompts[index] for index in group], settings[group[0]], [seeds[index] for index in group])
+            for places, texts in self._answer(asked):
+                written |= {group[place]: text for place, text in zip(places, texts, strict=True)}
+                self._cache.add({keys[group[place]]: text for place, text in zip(places, texts, strict=True)})
+                if self._on_progress is not None:
+                    done = len(requests) - len(waiting) + min(len(written) * parts(), len(waiting))
+                    self._on_progress(done, len(requests))
+        self._cache.take({keys[index]: text for index, text in put_together(written).items()})
         return [self._cache[key] for key in keys]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -83,15 +110,22 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
-    @abstractmethod
-    def _batches(
-        self, waiting: Sequence[int], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]
-    ) -> Iterator[list[int]]:
-        """The requests that are generated together, by their number; outputs are kept after each batch."""
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], *arguments: Any, **options: Any
+    ) -> list[tuple[float, bool]]:
+        """What lm-eval asks of the model for every likelihood; several processes share out its batches."""
+        if not divides_work():
+            alone: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
+            return alone
+        batches = likelihood_batches([request[1:] for request in requests], int(self.batch_size))
+        indices = sorted(index for batch in own_part(batches) for index in batch)
+        found = super()._loglikelihood_tokens([requests[index] for index in indices], *arguments, **options)
+        shared: dict[int, tuple[float, bool]] = put_together(dict(zip(indices, found, strict=True)))
+        return [shared[index] for index in range(len(requests))]
 
     @abstractmethod
-    def _generate(self, prompts: Sequence[list[int]], setting: Mapping[str, Any], first: int) -> list[str]:
-        """The text for each prompt up to the first stop string; `first` is the number of the first request."""
+    def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
+        """The texts up to the first stop string, batch by batch: each with the places of its prompts in `asked`."""
 
     def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Room, stop strings and temperature of a request.
@@ -122,7 +156,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
                 key=f"problem {request.doc_id}",
                 expected=f"at most {self.max_length} tokens",
                 actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
-                hint="choose a task with fewer examples in its prompt, or lower --max-new-tokens",
+                hint=self._context_hint,
             )
 
 
@@ -132,3 +166,21 @@ def alike(waiting: Sequence[int], settings: Sequence[dict[str, Any]]) -> list[li
     for index in waiting:
         groups.setdefault(repr(settings[index]), []).append(index)
     return list(groups.values())
+
+
+def likelihood_batches(texts: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[list[int]]:
+    """The texts, by their number, in the batches that lm-eval makes of them: so they can be shared out, and stay these.
+
+    It computes once what differs in the last token alone, and takes the longest first.
+
+    Args:
+        texts: Tokens of each prompt and its continuation.
+        batch_size: Different texts of a batch.
+    """
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index, (prompt, continuation) in enumerate(texts):
+        alike.setdefault((*prompt, *continuation[:-1]), []).append(index)
+    firsts = {seen: max(found, key=lambda index: len(texts[index][1])) for seen, found in alike.items()}
+    order = sorted(alike, key=lambda seen: (-len(seen), (*seen, texts[firsts[seen]][1][-1])))
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [[index for seen in batch for index in alike[seen]] for batch in batches]

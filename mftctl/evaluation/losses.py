@@ -66,6 +66,7 @@ def sample_losses(
 
     Logits are computed only where some sample of the batch has an answer, through the model's own `logits_to_keep`:
     unlike a call of decoder and output head apart, this keeps what a model does to its logits (soft caps, scales).
+    Where they are many, they are computed a chunk at a time.
 
     Args:
         model: A causal language model on any device, in any float dtype.
@@ -76,7 +77,7 @@ def sample_losses(
         together: Whether all processes do this at once and share out the batches, which stay the same.
     """
     from mftctl.data.batching import PaddingCollator
-    from mftctl.devices import gpu_failures
+    from mftctl.gpu_failures import gpu_failures
 
     batches = length_batches([len(sample.input_ids) for sample in encoded], batch_tokens)
     takers = world_size() if together else 1
@@ -104,11 +105,15 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
     import torch.nn.functional as F
 
     from mftctl.data.examples import IGNORED_LABEL
+    from mftctl.evaluation.head_chunks import chunk_count
+    from mftctl.exact_sums import exact_sum
 
     targets = batch["labels"][:, 1:].to(model.device)
     positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
     if len(positions) == 0:
         return [SampleLoss(nll=0.0, answer_tokens=0) for _ in targets]
+    if chunk_count(model, targets.shape[0] * len(positions)) > 1:
+        return _losses_in_chunks(model, batch)
     targets = targets[:, positions]
     logits = model(
         input_ids=batch["input_ids"].to(model.device),
@@ -121,6 +126,31 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
     losses = []
     for row, target in zip(logits, targets, strict=True):
         # One sample at a time, so that only its logits are held in fp32.
-        nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED_LABEL, reduction="none").double().sum()
-        losses.append(SampleLoss(nll=float(nll), answer_tokens=int((target != IGNORED_LABEL).sum())))
+        nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED_LABEL, reduction="none")
+        losses.append(SampleLoss(nll=exact_sum(nll), answer_tokens=int((target != IGNORED_LABEL).sum())))
     return losses
+
+
+def _losses_in_chunks(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[SampleLoss]:
+    """The losses of a batch whose logits are too many to be held at once."""
+    import torch
+    import torch.nn.functional as F
+
+    from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
+
+    labels = batch["labels"].to(model.device)
+    positions, tokens = answer_positions(labels)
+    with logits_only_at(model, positions, tokens):
+        output = model(
+            input_ids=batch["input_ids"].to(model.device),
+            attention_mask=batch["attention_mask"].to(model.device),
+            use_cache=False,
+        )
+    logits, others = output.logits, getattr(output, "loss", None)
+    chosen = logits[0] if logits.shape[0] == 1 and logits.shape[1] <= len(tokens) else logits.flatten(0, 1)[positions]
+    shown = F.cross_entropy(chosen.float(), tokens[: len(chosen)], reduction="none")
+    nll = (shown if others is None else torch.cat([shown, others])).double()
+    samples = positions // labels.shape[1]
+    sums = torch.zeros(len(labels), dtype=torch.float64, device=nll.device).index_add(0, samples, nll).tolist()
+    counts = torch.bincount(samples, minlength=len(labels)).tolist()
+    return [SampleLoss(nll=total, answer_tokens=count) for total, count in zip(sums, counts, strict=True)]

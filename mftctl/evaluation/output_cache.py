@@ -48,10 +48,19 @@ class OutputCache:
         Args:
             outputs: Each under its key.
         """
-        self._outputs.update(outputs)
+        self.take(outputs)
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(f"{json.dumps(pair)}\n" for pair in outputs.items()))
+            # In one piece, since other processes write to the same file.
+            with self._path.open("ab", buffering=0) as file:
+                file.write("".join(f"{json.dumps(pair)}\n" for pair in outputs.items()).encode())
+
+    def take(self, outputs: Mapping[str, str]) -> None:
+        """Takes over outputs that another process keeps.
+
+        Args:
+            outputs: Each under its key.
+        """
+        self._outputs.update(outputs)
 
     def __contains__(self, key: str) -> bool:
         return key in self._outputs

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported, also by its own processes
 
 from lm_eval.models.vllm_causallms import VLLM
+from transformers import AutoConfig
 from vllm import SamplingParams
 
-from mftctl.evaluation.kept_answers import KeptAnswers, alike
+from mftctl.config import EvalOptions
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.kept_answers import Asked, KeptAnswers
 from mftctl.evaluation.stop_strings import cut_at
 
 _BATCH = 256
 """vLLM schedules requests by itself; outputs are kept after so many."""
+
+_SPARE = 16
+"""Tokens: vLLM writes at least one, and its tokenizer may begin a prompt with another."""
 
 
 class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not typed
@@ -26,28 +31,65 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
         checkpoint: Folder of the model; vLLM knows nothing of masks.
         dtype: To compute in, by its name; `auto` is the checkpoint's.
         seed: Of sampling.
+        options: GPUs, their memory, and the longest sequence.
+        needed_tokens: The longest sequence that will come; more would take memory for nothing.
+
+    Raises:
+        EvaluationError: vLLM does not start.
     """
 
-    def __init__(self, checkpoint: Path, *, dtype: str, seed: int) -> None:
-        super().__init__(pretrained=str(checkpoint), dtype=dtype, batch_size=_BATCH)
+    _context_hint = (
+        "choose a task with fewer examples in its prompt, or lower --max-new-tokens, or raise --max-model-length"
+    )
+
+    def __init__(self, checkpoint: Path, *, dtype: str, seed: int, options: EvalOptions, needed_tokens: int) -> None:
+        length = options.max_model_length_tokens or _length(checkpoint, needed_tokens)
+        share = {} if options.gpu_memory_share is None else {"gpu_memory_utilization": options.gpu_memory_share}
+        try:
+            super().__init__(
+                pretrained=str(checkpoint),
+                dtype=dtype,
+                batch_size=_BATCH,
+                tensor_parallel_size=options.tensor_parallel,
+                max_model_len=length,
+                **share,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise EvaluationError(
+                "vLLM does not start.",
+                path=checkpoint,
+                actual=str(error).strip(),
+                hint="--gpu-memory-share, --max-model-length or --tensor-parallel; VLLM_LOGGING_LEVEL=INFO tells more",
+            ) from error
         self._seed = seed
 
-    def _batches(
-        self, waiting: Sequence[int], prompts: Sequence[list[int]], settings: Sequence[dict[str, Any]]
-    ) -> Iterator[list[int]]:
-        for group in alike(waiting, settings):
-            yield from (group[start : start + _BATCH] for start in range(0, len(group), _BATCH))
+    def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
+        for start in range(0, len(asked.prompts), _BATCH):
+            places = list(range(start, min(start + _BATCH, len(asked.prompts))))
+            yield places, self._generate(asked, places)
 
-    def _generate(self, prompts: Sequence[list[int]], setting: Mapping[str, Any], first: int) -> list[str]:
-        asked = [
+    def _generate(self, asked: Asked, places: Sequence[int]) -> list[str]:
+        setting = asked.setting
+        settings = [
             SamplingParams(
                 temperature=setting["temperature"],
                 max_tokens=setting["max_new_tokens"],
                 stop=setting["until"],
-                seed=1_000_003 * self._seed + first + place if setting["temperature"] else None,
+                seed=asked.seeds[place] if setting["temperature"] else None,
             )
-            for place in range(len(prompts))
+            for place in places
         ]
-        found = [answer.outputs[0] for answer in self._model_generate(list(prompts), True, asked)]
+        found = [
+            answer.outputs[0]
+            for answer in self._model_generate([asked.prompts[place] for place in places], True, settings)
+        ]
         self.generated_tokens += sum(len(output.token_ids) for output in found)
         return [cut_at(output.text, setting["until"]) for output in found]
+
+
+def _length(checkpoint: Path, needed_tokens: int) -> int | None:
+    """The longest sequence that vLLM makes room for; None for the model's own, which it is never to pass."""
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
+    own = getattr(config, "max_position_embeddings", None)
+    wanted = needed_tokens + _SPARE
+    return None if own is not None and wanted >= own else wanted

@@ -137,7 +137,7 @@ class _Prefix:
         self._start, self._entering = len(self._layers), leaving
         self._checking = True
         try:
-            with torch.random.fork_rng(devices=[leaving.device] if leaving.is_cuda else []):
+            with torch.random.fork_rng([leaving.device] if leaving.device.type in ("cuda", "xpu") else []):
                 again = model(**kwargs)
         finally:
             self._checking = False

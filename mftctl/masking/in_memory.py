@@ -149,16 +149,17 @@ def _counterpart(name: str, names: Container[str], prefix: str) -> str:
     raise MaskMismatchError(
         "A masked tensor is not in the model",
         key=name,
-        expected=" or ".join(_spellings(name, prefix)),
+        expected=" or ".join(spellings(name, prefix)),
         hint="use the mask with the model it was learned on (mftctl mask info FILE names it)",
     )
 
 
 def _candidates(name: str, names: Container[str], prefix: str) -> list[str]:
-    return [spelling for spelling in _spellings(name, prefix) if spelling in names]
+    return [spelling for spelling in spellings(name, prefix) if spelling in names]
 
 
-def _spellings(name: str, prefix: str) -> list[str]:
+def spellings(name: str, prefix: str) -> list[str]:
+    """How a checkpoint may call a weight, with and without the model's `base_model_prefix`; as it is comes first."""
     if not prefix:
         return [name]
     return list(dict.fromkeys([name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]))

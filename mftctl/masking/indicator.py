@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mftctl.masking.selection import Ranking, check_ratio, keep_above, keep_highest, rank, ratio_threshold
+from mftctl.masking.selection import Cut, Ranking, check_ratio, keep_above, keep_highest, ratio_cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,15 @@ class Indicator:
         """Whether |score| decides, so that the gradient carries the sign of the score."""
         return self.threshold is None and self.ranking == "magnitude"
 
-    def cut(self, scores: torch.Tensor) -> torch.Tensor | None:
+    def cut(self, scores: torch.Tensor) -> Cut | None:
         """What a ratio has to select by in these scores, for `keep`; None where there is nothing to look for.
 
         Raises:
             MaskingError: A score is not a number.
         """
-        return None if self.ratio is None else ratio_threshold(rank(scores, self.ranking), self.ratio)
+        return None if self.ratio is None else ratio_cut(scores, self.ratio, self.ranking)
 
-    def keep(self, scores: torch.Tensor, cut: torch.Tensor | None = None) -> torch.Tensor:
+    def keep(self, scores: torch.Tensor, cut: Cut | None = None) -> torch.Tensor:
         """The bool keep mask of `scores`, of the same shape.
 
         Args:
@@ -57,7 +57,7 @@ class Indicator:
         """
         if self.ratio is None:
             return keep_above(scores, self.threshold or 0.0)
-        return keep_highest(rank(scores, self.ranking), self.ratio, cut)
+        return keep_highest(scores, self.ratio, cut, ranking=self.ranking)
 
 
 class _StepCounter:

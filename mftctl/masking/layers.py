@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.indicator import Indicator, scores_state
 from mftctl.masking.partitions import whole
+from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "masked_products",
     "score_scale",
     "share_weights",
+    "unmasked",
 ]
 
 
@@ -47,6 +50,7 @@ class MaskedLinear(nn.Module):
         bias: The frozen bias `(out_features,)`, or None.
         scores: Trainable, fp32 unless given otherwise, of the weight's shape.
         indicator: The rule from scores to mask.
+        passes_all: Whether it computes as if there were no mask; see `unmasked`.
         keeps_product: Whether the masked weight is kept from pass to pass. Otherwise it is made anew in each, from the
             threshold that was found when the scores changed: to save memory, or since each process holds a part.
 
@@ -60,11 +64,12 @@ class MaskedLinear(nn.Module):
         self.scores = nn.Parameter(scores)
         self.indicator = indicator
         self.keeps_product = True
+        self.passes_all = False
         self.transposed = isinstance(linear, Conv1D)
         self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
         self._scores_state: tuple[int, ...] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
-        self._cut: torch.Tensor | None = None
+        self._cut: Cut | None = None
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""
@@ -77,6 +82,8 @@ class MaskedLinear(nn.Module):
     @torch.no_grad()
     def masked_weight(self) -> torch.Tensor:
         """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
+        if self.passes_all:
+            return self.weight
         state = scores_state([self.scores])
         if not self.keeps_product:
             if state != self._scores_state:
@@ -169,7 +176,14 @@ class _StraightThrough(torch.autograd.Function):
 ScoreStart = Literal["kaiming", "constant", "magnitude"]
 
 
-def initial_scores(target: MaskTarget, start: ScoreStart, *, constant: float = 0.01, seed: int = 0) -> torch.Tensor:
+def initial_scores(
+    target: MaskTarget,
+    start: ScoreStart,
+    *,
+    constant: float = 0.01,
+    seed: int = 0,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The scores a target starts from, fp32, of its weight's shape and on its device.
 
     Args:
@@ -178,10 +192,11 @@ def initial_scores(target: MaskTarget, start: ScoreStart, *, constant: float = 0
             `magnitude`: the size of the weight.
         constant: The value of the constant start.
         seed: With the target's name it decides the values, whatever other targets there are.
+        weight: The values of the target's weight, where it has none itself.
 
     Source: the authors' implementation of MFT (Kaiming-uniform with a = sqrt(5)).
     """
-    weight = target.weight
+    weight = target.weight if weight is None else weight
     if start == "magnitude":
         return weight.detach().abs().float()
     if start == "constant":
@@ -270,6 +285,23 @@ def keep_no_products(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, MaskedLinear):
             module.keeps_product, module._masked_weight = False, torch.empty(0)
+
+
+@contextmanager
+def unmasked(model: nn.Module) -> Iterator[None]:
+    """Inside it, a masked model computes as it does without masks; not for gradients.
+
+    Args:
+        model: With masks attached, none of them on fused experts.
+    """
+    layers = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+    try:
+        for layer in layers:
+            layer.passes_all = True
+        yield
+    finally:
+        for layer in layers:
+            layer.passes_all = False
 
 
 def masked_products(model: nn.Module) -> list[torch.Tensor]:

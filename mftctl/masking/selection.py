@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from mftctl.errors import MaskingError
+from mftctl.masking import device_selection
+from mftctl.masking.device_selection import Ranked, keep_beyond, leave_out_lowest
 
 Ranking = Literal["magnitude", "signed"]
 
@@ -50,60 +53,81 @@ def rank(scores: torch.Tensor, ranking: Ranking) -> torch.Tensor:
     return scores.abs() if ranking == "magnitude" else scores
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a ratio has found to select by, from which a keep mask follows in one pass.
+
+    Attributes:
+        threshold: The highest value that is removed, or some of it, without dimensions.
+        on_device: The same with the place of the last such entry that is removed, where an accelerator found it.
+    """
+
+    threshold: torch.Tensor
+    on_device: device_selection.Cut | None = None
+
+
 @torch.no_grad()
-def ratio_threshold(values: torch.Tensor, ratio: float) -> torch.Tensor | None:
-    """The highest value that `keep_highest` removes, or some of it; None if it removes nothing.
+def ratio_cut(scores: torch.Tensor, ratio: float, ranking: Ranking = "signed") -> Cut | None:
+    """What `keep_highest` removes by; None if it removes nothing.
 
     Args:
-        values: Any shape, floating point.
+        scores: Any shape, floating point.
         ratio: Share to remove, in [0, 1).
+        ranking: What is ranked.
 
     Raises:
-        MaskingError: The ratio is out of range, or a value is not a number.
+        MaskingError: The ratio is out of range, or a score is not a number.
     """
-    count = removed_count(values.numel(), ratio)
-    # A sum of numbers is one, or infinite; it takes a tenth of the time of looking at each.
-    if not torch.isfinite(values.sum()) and torch.isnan(values).any():
-        raise MaskingError(
-            "Scores must be numbers: NaN cannot be ranked.",
-            expected="finite scores",
-            actual=f"{int(torch.isnan(values).sum())} NaN of {values.numel()}",
-            hint="lower the learning rate",
-        )
-    return _kth_lowest(values.reshape(-1), count) if count else None
+    count = removed_count(scores.numel(), ratio)
+    if scores.device.type != "cpu":
+        if not count:
+            _refuse_nan(scores)
+            return None
+        found = _select(scores, count, ranking).cut
+        return Cut(found.threshold[0], found)
+    values = rank(scores, ranking)
+    _refuse_nan(values)
+    return Cut(_kth_lowest(values.reshape(-1), count)) if count else None
 
 
 @torch.no_grad()
-def keep_highest(values: torch.Tensor, ratio: float, threshold: torch.Tensor | None = None) -> torch.Tensor:
+def keep_highest(
+    scores: torch.Tensor, ratio: float, cut: Cut | None = None, *, ranking: Ranking = "signed"
+) -> torch.Tensor:
     """The keep mask that removes exactly `removed_count(numel, ratio)` of the lowest values.
 
     Among equal values the lowest flat index is removed first, so the mask depends on the values alone: not on the
     device, the number of processes or the selection algorithm.
 
     Args:
-        values: Any shape, floating point, finite.
+        scores: Any shape, floating point, finite.
         ratio: Share to remove, in [0, 1).
-        threshold: From `ratio_threshold` of the same values and ratio, where it is known.
+        cut: From `ratio_cut` of the same scores, ratio and ranking, where it is known.
+        ranking: What is ranked.
 
     Returns:
         Bool tensor of the same shape and device, True where the entry is kept.
 
     Raises:
-        MaskingError: The ratio is out of range, or a value is not a number.
+        MaskingError: The ratio is out of range, or a score is not a number.
 
     Source: MFT, section 2, ratio-based indicator.
     """
-    threshold = ratio_threshold(values, ratio) if threshold is None else threshold
-    if threshold is None:
-        return torch.ones_like(values, dtype=torch.bool)
-    flat = values.reshape(-1)
-    count = removed_count(values.numel(), ratio)
-    keep = flat > threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
+    count = removed_count(scores.numel(), ratio)
+    if cut is None and count and scores.device.type != "cpu":
+        return _select(scores, count, ranking).keep[0].view(scores.shape)
+    cut = ratio_cut(scores, ratio, ranking) if cut is None else cut
+    if cut is None:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if cut.on_device is not None:
+        return keep_beyond(cut.on_device, _ranked(scores, ranking)).view(scores.shape)
+    flat = rank(scores, ranking).reshape(-1)
+    keep = flat > cut.threshold
+    ties = (flat == cut.threshold).nonzero().squeeze(1)
     kept_ties = flat.numel() - count - int(keep.count_nonzero())
     if kept_ties:
         keep[ties[ties.numel() - kept_ties :]] = True
-    return keep.reshape(values.shape)
+    return keep.reshape(scores.shape)
 
 
 @torch.no_grad()
@@ -122,18 +146,42 @@ def keep_above(values: torch.Tensor, threshold: float) -> torch.Tensor:
     return values >= threshold
 
 
-def _kth_lowest(flat: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th lowest value (k from 1), by selection: numpy's is vectorised on CPUs, torch's runs on accelerators."""
-    if flat.device.type == "cpu":
-        import numpy as np
+def _refuse_nan(values: torch.Tensor) -> None:
+    # A sum of numbers is one, or infinite; it takes a tenth of the time of looking at each.
+    if not torch.isfinite(values.sum()) and torch.isnan(values).any():
+        raise _nan(values)
 
-        # bfloat16 has no numpy type; every bfloat16 and float16 value is exact in float32.
-        wide = flat if flat.dtype == torch.float64 else flat.float()
-        return torch.from_numpy(np.partition(wide.numpy(), k - 1)[k - 1 : k]).to(flat.dtype)[0]
-    # torch calls it nondeterministic since any of several equal entries may be named: their value is the same.
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        return flat.kthvalue(k).values
-    finally:
-        torch.use_deterministic_algorithms(deterministic)
+
+def _nan(values: torch.Tensor) -> MaskingError:
+    return MaskingError(
+        "Scores must be numbers: NaN cannot be ranked.",
+        expected="finite scores",
+        actual=f"{int(torch.isnan(values).sum())} NaN of {values.numel()}",
+        hint="lower the learning rate",
+    )
+
+
+def _ranked(scores: torch.Tensor, ranking: Ranking) -> Ranked:
+    flat = scores.reshape(-1)
+    return Ranked(flat.numel(), lambda start, stop, step: rank(flat[start:stop:step], ranking))
+
+
+def _select(scores: torch.Tensor, count: int, ranking: Ranking) -> device_selection.Selection:
+    """The selection without the `count` lowest, on an accelerator.
+
+    Raises:
+        MaskingError: A score is not a number.
+    """
+    selection = leave_out_lowest([_ranked(scores, ranking)], count)
+    if selection.holds_nan[0]:
+        raise _nan(scores)
+    return selection
+
+
+def _kth_lowest(flat: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th lowest value (k from 1) on a CPU, where numpy's selection is vectorised."""
+    import numpy as np
+
+    # bfloat16 has no numpy type; every bfloat16 and float16 value is exact in float32.
+    wide = flat if flat.dtype == torch.float64 else flat.float()
+    return torch.from_numpy(np.partition(wide.numpy(), k - 1)[k - 1 : k]).to(flat.dtype)[0]

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from mftctl import quickstart
 from mftctl.errors import ModelError
+from mftctl.masking.targets import decoder_layers
 
 
 def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
@@ -71,6 +72,18 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
             actual=str(error).splitlines()[0],
         ) from error
     return model
+
+
+def count_layers(config: PreTrainedConfig) -> int:
+    """The decoder layers of a model.
+
+    Args:
+        config: Of the model.
+
+    Raises:
+        ModelError: transformers has no causal language model for it.
+    """
+    return len(decoder_layers(build_skeleton(config, torch.float32))[1])
 
 
 @contextmanager

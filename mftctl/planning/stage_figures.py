@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mftctl.config import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.config import FftOptions, MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.data.examples import Example
 from mftctl.data.sources import record_digest
 from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
+from mftctl.evaluation.generation import default_max_new_tokens
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
+from mftctl.planning.batches import assumed_batches, largest_batches
+from mftctl.planning.command_memory import Asked, CommandMemory
+from mftctl.planning.evaluation_memory import BENCHMARK_PROMPT_TOKENS, Generation
 from mftctl.planning.findings import Findings
 from mftctl.planning.masks import masked_tensors
-from mftctl.planning.memory import Batches, MemoryEstimate, assumed_batches, estimate_memory, largest_batches
+from mftctl.planning.memory import MemoryEstimate
 from mftctl.planning.model_check import CheckedModel
-from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_training
-from mftctl.planning.training_data import DataCheck, Tokens
+from mftctl.planning.planned_device import PlannedDevice
+from mftctl.planning.room import Verdict, judge
+from mftctl.planning.training_data import DataCheck
 from mftctl.seen_records import records_to_learn_from
 from mftctl.stages import Task
-from mftctl.steps import total_steps
+from mftctl.steps import records_per_step, total_steps
 
 TRAINING_COMMANDS = ("fft", "probe", "mask-train")
 
@@ -34,20 +39,33 @@ class StageFigures:
         data: The recipe's data.
         findings: Gets what does not fit the model.
         process_bytes: What the process takes without any model.
+        device: What the stages run on.
+        staged: Whether they are stages of an experiment, which takes no options of single commands.
 
     Attributes:
         masks: What is masked, by the stage's name.
         memory: The estimate of each training stage.
     """
 
-    def __init__(self, model: CheckedModel | None, data: DataCheck, findings: Findings, process_bytes: int) -> None:
+    def __init__(
+        self,
+        model: CheckedModel | None,
+        data: DataCheck,
+        findings: Findings,
+        process_bytes: int,
+        device: PlannedDevice,
+        *,
+        staged: bool = False,
+    ) -> None:
         self.masks: dict[str, dict[str, Any]] = {}
         self.memory: list[dict[str, Any]] = []
         self._model = model
         self._data = data
         self._findings = findings
         self._process_bytes = process_bytes
-        self._estimates: dict[tuple[TrainingPlan, Batches], MemoryEstimate] = {}
+        self._device = device
+        self._staged = staged
+        self._known: dict[Hashable, MemoryEstimate] = {}
 
     def row(self, task: Task) -> dict[str, Any]:
         """Method, layers, records, steps and tokens of a training stage; its masks and its memory go to the attributes.
@@ -68,24 +86,59 @@ class StageFigures:
         row |= self._steps(task)
         if self._model is None:
             return row
-        if _is_fast(task):
-            row["layers"] = _layers_text(task, self._groups(task, self._model))
-            self._findings.skip(
-                f"{task.name}: the memory of probe --fast (4 bytes a weight of its layers, and their "
-                "activations, on top of the model)"
-            )
-            return row
-        plan = plan_fine_tuning(task.recipe.fft, task.seed)
+        groups = None
         if task.command != "fft":
             groups = self._groups(task, self._model)
-            layers = max(groups, key=len)
             row["layers"] = _layers_text(task, groups)
+        if groups is not None and not _is_fast(task):
+            layers = max(groups, key=len)
             options = task.recipe.mask_train
             masked = [target for target in self._model.projections if target.layer in layers]
             self._note_mask(task, _chosen(masked, options), row["layers"])
-            plan = plan_mask_training(options, layers)
-        self._note_memory(task, plan)
+        self._note_training_memory(task, self._model, groups)
         return row
+
+    def evaluation(self, task: Task) -> None:
+        """Notes the memory of an evaluation.
+
+        Raises:
+            MftError: The model cannot be run without data.
+        """
+        recipe = task.recipe
+        if self._model is None or recipe.eval.engine != "hf" or recipe.eval.predictions is not None:
+            return
+        memory = self._command_memory(task, self._model)
+        memory.asked = self._asked(recipe)
+        generation, batches = memory.generation(recipe), memory.asked.batches
+        if recipe.eval.tasks:
+            self._findings.skip(
+                f"{task.name}: the length of benchmark prompts, taken to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
+            )
+        largest = {"records": 1, "length_tokens": 0} if batches is None else asdict(batches)
+        if generation is not None:
+            tokens = generation.prompt_tokens + generation.new_tokens
+            largest |= {"records": generation.records, "length_tokens": tokens}
+        self._note_memory(task, memory, largest)
+
+    def _asked(self, recipe: Recipe) -> Asked:
+        """What an evaluation measures on the test data."""
+        examples = self._data.parts(recipe).test[: recipe.eval.limit]
+        if not examples:
+            return Asked()
+        options = recipe.eval
+        found = self._data.longest_question(recipe)
+        if found is None:
+            tokens = options.max_length_tokens
+            return Asked(assumed_batches(1, tokens), Generation(tokens, tokens))
+        encoded, prompt_tokens = found
+        batches = largest_batches(encoded, encoded, 1)
+        if prompt_tokens == 0:
+            return Asked(batches)
+        limit = None
+        if self._model is not None:
+            limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        room = default_max_new_tokens(encoded, longest_prompt_tokens=prompt_tokens, limit_tokens=limit)
+        return Asked(batches, Generation(prompt_tokens, room))
 
     def _steps(self, task: Task) -> dict[str, Any]:
         options = training_options(task)
@@ -99,7 +152,7 @@ class StageFigures:
             runs = len(self._groups(task, self._model))
         learns = task.command == "fft" or (task.recipe.mask_train.method == "learned" and not _is_fast(task))
         steps = total_steps(records, options) * runs if learns else 0
-        step_records = min(options.batch_size * options.grad_accum_steps, records)
+        step_records = min(records_per_step(options), records)
         figures = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
         tokens = self._data.tokens(task.recipe, options.max_length_tokens)
         if tokens is None:
@@ -150,16 +203,40 @@ class StageFigures:
             "deflate_bytes": sum(sizes) if whole else None,
         }
 
-    def _note_memory(self, task: Task, plan: TrainingPlan) -> None:
-        if self._model is None:
-            return
-        options = training_options(task)
-        tokens = self._data.tokens(task.recipe, options.max_length_tokens)
-        batches = _batches(tokens, options)
-        key = (plan, batches)
-        if key not in self._estimates:
-            self._estimates[key] = estimate_memory(self._model.config, plan, batches, process_bytes=self._process_bytes)
-        self.memory.append({"stage": task.name, **asdict(batches), **asdict(self._estimates[key])})
+    def _note_training_memory(self, task: Task, model: CheckedModel, groups: Sequence[Sequence[int]] | None) -> None:
+        memory = self._command_memory(task, model)
+        if task.command == "mask-train" and task.layers_from is not None and groups is not None:
+            memory.layers = max(groups, key=len)
+        tokens = self._data.tokens(task.recipe, training_options(task).max_length_tokens)
+        if tokens is not None:
+            memory.train, memory.validation = tokens.train, tokens.validation
+        self._note_memory(task, memory, asdict(memory.batches(task.recipe)))
+
+    def _command_memory(self, task: Task, model: CheckedModel) -> CommandMemory:
+        return CommandMemory(
+            task.command,
+            model.config,
+            model.layer_count,
+            self._device,
+            seed=task.seed,
+            process_bytes=self._process_bytes,
+            known=self._known,
+        )
+
+    def _note_memory(self, task: Task, memory: CommandMemory, largest: Mapping[str, Any]) -> None:
+        """Puts an estimate beside what is there, and says where it does not fit with which options it would."""
+        found = memory.estimate(task.recipe)
+        row = {"stage": task.name, **largest, **asdict(found)}
+        free = self._device.free_bytes
+        if free is not None:
+            verdict = judge(found.peak_bytes, free)
+            smaller = None if verdict is Verdict.FITS else memory.smaller(task.recipe, free)
+            options = None if smaller is None else smaller.sets if self._staged else smaller.flags
+            row |= {"free_bytes": free, "fits": verdict.value, "options": options}
+            if verdict is not Verdict.FITS:
+                tell = self._findings.problem if verdict is Verdict.NO else self._findings.warn
+                tell(f"{task.name}: {_room_text(found.peak_bytes, free, verdict, options)}")
+        self.memory.append(row)
 
     def _check_length(self, options: TrainingOptions) -> None:
         if self._model is None:
@@ -187,12 +264,6 @@ def training_options(task: Task) -> FftOptions | MaskTrainOptions:
     return options
 
 
-def _batches(tokens: Tokens | None, options: TrainingOptions) -> Batches:
-    if tokens is None:
-        return assumed_batches(options.batch_size, options.max_length_tokens)
-    return largest_batches(tokens.train, tokens.validation, options.batch_size)
-
-
 def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[MaskTarget]:
     """Those of the target and, with a ratio by projection, of its names; the plan checks that all names are there."""
     return [
@@ -217,3 +288,9 @@ def _check_drop(task: Task) -> None:
             expected="a checkpoint folder or a hub id, or a stage that comes after an fft stage",
             actual="none given",
         )
+
+
+def _room_text(needed_bytes: int, free_bytes: int, verdict: Verdict, options: str | None) -> str:
+    short = "does not fit" if verdict is Verdict.NO else "hardly fits"
+    advice = f"with room to spare: {options}" if options else "no set of options is enough"
+    return f"{short} the device (needs {needed_bytes / 1e9:.1f} GB; free: {free_bytes / 1e9:.1f} GB; {advice})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.config import Recipe
-from mftctl.data.encoding import Encoded, encode
+from mftctl.data.encoding import Encoded, encode, encode_prompt
 from mftctl.data.examples import Example
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.data.splits import split_validation
@@ -19,6 +19,7 @@ MOST_TOKENIZED = 5_000
 """Records tokenised of each part: of larger data, as many at even distances stand for all."""
 
 _MOST_NAMED = 3
+_MOST_PROMPTS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,23 @@ class DataCheck:
         if key not in self._tokens:
             self._tokens[key] = self._tokenize(self.parts(recipe), max_length_tokens)
         return self._tokens[key]
+
+    def longest_question(self, recipe: Recipe) -> tuple[list[Encoded], int] | None:
+        """The encoded test records of an evaluation and the tokens of its longest prompt, 0 where none has one.
+
+        None where there is no tokenizer or no record that can be used.
+        """
+        if self._tokenizer is None:
+            return None
+        examples = self.parts(recipe).test[: recipe.eval.limit]
+        encoded = tokenize("test_data", examples, self._tokenizer, recipe.eval.max_length_tokens, self._findings)
+        asked = sorted(
+            (example for example in examples if recipe.eval.generate and example.prompt),
+            key=lambda example: -sum(len(message.content) for message in example.prompt),
+        )
+        # By characters the longest few: among them is the longest by tokens, or one next to it.
+        longest = [len(encode_prompt(example, self._tokenizer)) for example in asked[:_MOST_PROMPTS]]
+        return (encoded, max(longest, default=0)) if encoded else None
 
     def _tokenize(self, parts: Parts, max_length_tokens: int) -> Tokens | None:
         if self._tokenizer is None:

@@ -236,7 +236,10 @@ def _to_be_equal(run: Run, reference: Run) -> dict[str, tuple[object, object]]:
 
 def _records_a_step(run: Run) -> int:
     settings = _settings(run)
-    return int(settings["batch_size"]) * int(settings["grad_accum_steps"]) * run.record.processes
+    stated = settings.get("global_batch_size")
+    if stated is not None:
+        return int(stated)
+    return int(settings["batch_size"]) * int(settings["grad_accum_steps"] or 1) * run.record.processes
 
 
 def _gone(pairs: Sequence[tuple[_Measured, _Measured]]) -> Iterator[str]:

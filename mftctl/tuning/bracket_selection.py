@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 Integers = npt.NDArray[Any]
+Reader = Callable[[int, int, int], Integers]
+"""Gives the entries of a flat array from a first one to before another, every n-th; the same at each call."""
 
 _CHUNK_ENTRIES = 1 << 16
 """What a pass works on at a time, so that it stays in a core's cache."""
@@ -38,7 +40,7 @@ class Kept:
 
 
 def keep_by_bracket(
-    readers: Sequence[Callable[[], Integers]],
+    readers: Sequence[Reader],
     sizes: Sequence[int],
     count: int,
     each: Callable[..., Iterable[Any]] = map,
@@ -49,14 +51,14 @@ def keep_by_bracket(
     last. The sample decides only whether there is a result: a threshold between the two is the exact one.
 
     Args:
-        readers: A function for each flat array of signed integers of one type, the bit patterns of floating-point
-            numbers, that gives the same array at each call. Signs are ignored: magnitudes are ranked.
+        readers: Of each array, of signed integers of one type: the bit patterns of floating-point numbers. Signs are
+            ignored: magnitudes are ranked.
         sizes: Of the arrays.
         count: From 1 to the number of all entries.
         each: How the work on the arrays is shared out, as by `map`.
     """
     low, high = _bracket(readers, sizes, count, each)
-    scans: list[_Scan] = list(each(partial(_scan, low, high), readers))
+    scans: list[_Scan] = list(each(partial(_scan, low, high), readers, sizes))
     excess = count - (sum(sizes) - sum(scan.above_low for scan in scans))
     if low == 0 and excess <= 0:  # only zeros are left out, the first of them
         for scan, size in zip(scans, sizes, strict=True):
@@ -93,12 +95,12 @@ def _magnitudes(bits: Integers, out: Integers | None = None) -> Integers:
 
 
 def _bracket(
-    readers: Sequence[Callable[[], Integers]], sizes: Sequence[int], count: int, each: Callable[..., Iterable[Any]]
+    readers: Sequence[Reader], sizes: Sequence[int], count: int, each: Callable[..., Iterable[Any]]
 ) -> tuple[int, int]:
     """Two integers; the threshold is very probably above the first and not above the second."""
     size = sum(sizes)
     stride = 1 if size <= _SAMPLE_ALL else max(_STRIDE, size // _MOST_SAMPLES)
-    sample = np.concatenate(list(each(partial(_sample, stride), readers)))
+    sample = np.concatenate(list(each(partial(_sample, stride), readers, sizes)))
     share = count / size
     width = _DEVIATIONS * (share * (1 - share) * sample.size) ** 0.5 + 2
     first, last = int(share * sample.size - width), int(share * sample.size + width)
@@ -110,23 +112,22 @@ def _bracket(
     return low, high
 
 
-def _sample(stride: int, read: Callable[[], Integers]) -> Integers:
+def _sample(stride: int, read: Reader, size: int) -> Integers:
     """The magnitudes of every n-th entry, n near the stride and without a divisor that a row's length has too."""
-    bits = read()
-    while bits.size and math.gcd(stride, bits.size) > 1:
+    while size and math.gcd(stride, size) > 1:
         stride += 1
-    return _magnitudes(bits[::stride])
+    return _magnitudes(read(0, size, stride))
 
 
-def _scan(low: int, high: int, read: Callable[[], Integers]) -> _Scan:
-    bits = read()
-    scratch, inside = np.empty(_CHUNK_ENTRIES, bits.dtype), np.empty(_CHUNK_ENTRIES, dtype=bool)
-    keep = np.empty(bits.size, dtype=bool)
-    places, values = [np.empty(0, np.int64)], [np.empty(0, bits.dtype)]
+def _scan(low: int, high: int, read: Reader, size: int) -> _Scan:
+    dtype = read(0, 0, 1).dtype
+    scratch, inside = np.empty(_CHUNK_ENTRIES, dtype), np.empty(_CHUNK_ENTRIES, dtype=bool)
+    keep = np.empty(size, dtype=bool)
+    places, values = [np.empty(0, np.int64)], [np.empty(0, dtype)]
     above_low = highest = found = 0
-    room = max(_CHUNK_ENTRIES, int(bits.size * _MOST_INSIDE))
-    for start in range(0, bits.size, _CHUNK_ENTRIES):
-        chunk = bits[start : start + _CHUNK_ENTRIES]
+    room = max(_CHUNK_ENTRIES, int(size * _MOST_INSIDE))
+    for start in range(0, size, _CHUNK_ENTRIES):
+        chunk = read(start, min(start + _CHUNK_ENTRIES, size), 1)
         ranked = _magnitudes(chunk, scratch[: chunk.size])
         kept = np.greater(ranked, low, out=keep[start : start + chunk.size])
         above_low += int(np.count_nonzero(kept))

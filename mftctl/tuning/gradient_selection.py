@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from mftctl.errors import MaskingError
+from mftctl.masking.counter_random import random_bits, stream_key
+from mftctl.masking.device_selection import Ranked, holding_nan, leave_out_lowest
 from mftctl.masking.selection import check_ratio, removed_count
 from mftctl.tuning.bracket_selection import keep_by_bracket
 from mftctl.tuning.radix_selection import keep_by_digits
@@ -45,7 +46,7 @@ def keep_largest(gradients: Sequence[torch.Tensor], ratio: float, scope: Scope =
         select all ties, which is no exact count.
     """
     check_ratio(ratio)
-    selections = _select([_Ranked.tensor(gradient) for gradient in gradients], ratio, scope)
+    selections = _select([_Numbers.tensor(gradient) for gradient in gradients], ratio, scope)
     for index, (gradient, selection) in enumerate(zip(gradients, selections, strict=True)):
         if selection.holds_nan:
             raise MaskingError(
@@ -81,41 +82,51 @@ def keep_random(
     """
     check_ratio(ratio)
     drawn = [
-        _Ranked(partial(_random_values, gradient.numel(), (seed, step, index)), gradient.numel(), torch.float32)
+        _Numbers(
+            gradient.numel(),
+            partial(_random_numbers, stream_key("random entries", seed, step, index), gradient.device),
+            torch.int32,
+            gradient.device,
+        )
         for index, gradient in enumerate(gradients)
     ]
     selections = _select(drawn, ratio, scope)
-    return [
-        selection.keep.view(gradient.shape).to(gradient.device)
-        for selection, gradient in zip(selections, gradients, strict=True)
-    ]
+    return [selection.keep.view(gradient.shape) for selection, gradient in zip(selections, gradients, strict=True)]
 
 
-def _random_values(numel: int, seeds: tuple[int, ...]) -> torch.Tensor:
-    """Uniform numbers in [0, 1), fp32, on the CPU, where a generator gives the same ones everywhere."""
-    return torch.from_numpy(np.random.default_rng(seeds).random(numel, dtype=np.float32))
+def _random_numbers(key: int, device: torch.device, start: int, stop: int, step: int) -> torch.Tensor:
+    """Uniform int32 numbers, of which the sign is to be ignored: the upper half of the random bits."""
+    return random_bits(key, start, stop, step, device=device).view(torch.int32)[1::2]
 
 
 @dataclass(frozen=True, slots=True)
-class _Ranked:
+class _Numbers:
     """Numbers to be ranked by magnitude.
 
     Attributes:
-        read: Gives them, the same at each call, so that those of one tensor alone need be in memory.
         numel: How many.
-        dtype: Floating point.
-        on_cpu: Where `read` puts them.
+        read: Gives those from a first one to before another, every n-th, flat; the same at each call, so that few need
+            be in memory.
+        dtype: Floating point, or int32 of which the signs are to be ignored.
+        device: Where `read` puts them.
     """
 
-    read: Callable[[], torch.Tensor]
     numel: int
+    read: Callable[[int, int, int], torch.Tensor]
     dtype: torch.dtype
-    on_cpu: bool = True
+    device: torch.device
 
     @classmethod
-    def tensor(cls, values: torch.Tensor) -> _Ranked:
-        detached = values.detach()
-        return cls(lambda: detached, values.numel(), values.dtype, values.device.type == "cpu")
+    def tensor(cls, values: torch.Tensor) -> _Numbers:
+        flat = values.detach().reshape(-1)
+        return cls(flat.numel(), lambda start, stop, step: flat[start:stop:step], values.dtype, values.device)
+
+    def magnitudes(self, dtype: torch.dtype) -> Ranked:
+        """What is ranked, in another dtype."""
+        if not dtype.is_floating_point:
+            highest = torch.iinfo(dtype).max
+            return Ranked(self.numel, lambda start, stop, step: self.read(start, stop, step) & highest)
+        return Ranked(self.numel, lambda start, stop, step: self.read(start, stop, step).to(dtype).abs())
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +137,16 @@ class _Selection:
     holds_nan: bool
 
 
-def _select(tensors: Sequence[_Ranked], ratio: float, scope: Scope) -> list[_Selection]:
+def _select(tensors: Sequence[_Numbers], ratio: float, scope: Scope) -> list[_Selection]:
     """The selection without the ratio's share of the lowest magnitudes, of each tensor or of all together."""
+    groups = [list(tensors)] if scope == "global" else [[one] for one in tensors]
+    if any(one.device.type != "cpu" for one in tensors):
+        # On an accelerator one selection at a time: a second would need memory of its own and make nothing faster.
+        return [found for group in groups for found in _select_on_device(group, ratio)]
     with _map_in_threads() as each:
         if scope == "global":
             return _select_together(tensors, ratio, each)
-        return [found for alone in each(lambda one: _select_together([one], ratio), tensors) for found in alone]
+        return [found for alone in each(lambda group: _select_together(group, ratio), groups) for found in alone]
 
 
 @contextmanager
@@ -144,25 +159,40 @@ def _map_in_threads() -> Iterator[Callable[..., Iterable[Any]]]:
         yield pool.map
 
 
+def _select_on_device(tensors: Sequence[_Numbers], ratio: float) -> list[_Selection]:
+    """The selection without the lowest magnitudes of all tensors, equal ones in order, on an accelerator."""
+    count = removed_count(sum(one.numel for one in tensors), ratio)
+    dtype = _common_dtype([one.dtype for one in tensors])
+    ranked = [one.magnitudes(dtype) for one in tensors]
+    if count:
+        selection = leave_out_lowest(ranked, count)
+        return [_Selection(keep, nan) for keep, nan in zip(selection.keep, selection.holds_nan, strict=True)]
+    keeps = [torch.ones(one.numel, dtype=torch.bool, device=one.device) for one in tensors]
+    return [_Selection(keep, nan) for keep, nan in zip(keeps, holding_nan(ranked), strict=True)]
+
+
 def _select_together(
-    tensors: Sequence[_Ranked], ratio: float, each: Callable[..., Iterable[Any]] = map
+    tensors: Sequence[_Numbers], ratio: float, each: Callable[..., Iterable[Any]] = map
 ) -> list[_Selection]:
-    """The selection without the lowest magnitudes of all tensors, equal ones in order."""
+    """The same on a CPU."""
     sizes = [one.numel for one in tensors]
     count = removed_count(sum(sizes), ratio)
     dtype = _common_dtype([one.dtype for one in tensors])
     int_dtype = _INTEGERS[dtype.itemsize]
-    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(int_dtype))
+    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(int_dtype)) if dtype.is_floating_point else (1 << 31) - 1
 
-    def read_bits(index: int) -> torch.Tensor:
-        return tensors[index].read().to(dtype).reshape(-1).view(int_dtype)
+    def read_bits(index: int, start: int, stop: int, step: int) -> torch.Tensor:
+        return tensors[index].read(start, stop, step).to(dtype).view(int_dtype)
 
     def read_magnitudes(index: int) -> torch.Tensor:
         # Floating-point numbers that are not negative have the order of their bit patterns, and NaN is above infinity.
-        return read_bits(index) & torch.iinfo(int_dtype).max
+        return read_bits(index, 0, sizes[index], 1) & torch.iinfo(int_dtype).max
 
-    if count and all(one.on_cpu for one in tensors):
-        arrays = [lambda index=index: read_bits(index).numpy() for index in range(len(tensors))]
+    if count:
+        arrays = [
+            lambda start, stop, step, index=index: read_bits(index, start, stop, step).numpy()
+            for index in range(len(tensors))
+        ]
         if (kept := keep_by_bracket(arrays, sizes, count, each)) is not None:
             return [_Selection(torch.from_numpy(one.keep), one.highest > infinity) for one in kept]
     readers = [partial(read_magnitudes, index) for index in range(len(tensors))]

@@ -11,10 +11,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.config import FftOptions
+from mftctl.devices import record_attention
 from mftctl.errors import ModelError
+from mftctl.gpu_failures import is_out_of_memory
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.masking.checkpoint_source import ADAPTER_FILE
 from mftctl.masking.targets import linear_projections
+from mftctl.models import attention_settings
+from mftctl.tuning.quantization import (
+    dequantize,
+    has_quantized_base,
+    is_quantized,
+    load_quantized,
+    merge_into_dequantized,
+)
 
 
 def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed: int) -> PeftModel:
@@ -46,25 +56,63 @@ def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed:
     return adapted
 
 
-def load_adapter(folder: Path, *, dtype: torch.dtype | str, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    trainable: bool = False,
+    quantize: bool = False,
+    device: torch.device | None = None,
+) -> PeftModel:
     """The adapter in a folder on its base model.
 
     Args:
-        folder: With `adapter_config.json`.
+        folder: With `adapter_config.json`. An adapter that was trained on a quantised base gets that base again,
+            dequantised unless it is wanted as it was.
         dtype: Of the base's weights in memory; `auto` keeps the checkpoint's.
         trainable: Whether the adapter is to be trained further.
+        quantize: Whether the base is held in 4 bits a weight.
+        device: Where a base is quantised; by default on the CPU.
 
     Raises:
+        ConfigError: The base is a quantised one, and bitsandbytes is not installed.
         ModelError: The base is not there, or peft cannot load the adapter.
     """
     base = adapter_base(folder)
+    checkpoint = resolve_checkpoint(base)
+    settings = attention_settings(checkpoint, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve_checkpoint(base), dtype=dtype, local_files_only=True)
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except torch.OutOfMemoryError:  # which is a RuntimeError as well
-        raise
+        if quantize or has_quantized_base(folder):
+            model = load_quantized(checkpoint, device or torch.device("cpu"))
+            model = model if quantize else dequantize(model, dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **settings)
+        record_attention(model)
+        # peft would take the adapter to any GPU there is.
+        return PeftModel.from_pretrained(
+            model, str(folder), is_trainable=trainable, torch_device=str(model.device if quantize else "cpu")
+        )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError("The adapter cannot be loaded.", path=folder, key=base, actual=error) from error
+
+
+def merge_adapter(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with the adapter in its weights: the model that was trained.
+
+    A quantised base is dequantised, since its 4 bits could not hold what the adapter adds.
+
+    Args:
+        model: Changed in place.
+        dtype: That the merged weights will be written in; they are added up in one that holds it.
+    """
+    if any(map(is_quantized, model.modules())):
+        return merge_into_dequantized(model, dtype)
+    if dtype == torch.float32 and model.get_base_model().dtype != dtype:
+        model = model.to("cpu").float()  # a GPU that held the training may have no room for wider weights
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged
 
 
 def adapter_base(folder: Path) -> str:

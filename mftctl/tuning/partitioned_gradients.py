@@ -16,6 +16,8 @@ def select_whole(
     rule: UpdateRule,
     step: int,
     take: Callable[[int, torch.Tensor], None],
+    *,
+    device: torch.device,
 ) -> None:
     """Chooses the entries that one process would choose, from gradients that are put together for it.
 
@@ -27,13 +29,14 @@ def select_whole(
         rule: What is chosen.
         step: Number of the step, from 0.
         take: Gets the index of a gradient and its selection, bool and of its shape, True where the entry is updated.
+        device: Where random entries are drawn; they are the same ones everywhere.
 
     Raises:
         MaskingError: A gradient holds NaN.
     """
     indices = range(len(shapes))
     if rule.method == "random":
-        blank = [torch.zeros(1).expand(shape) for shape in shapes]  # of which only the shapes are asked
+        blank = [torch.zeros(1, device=device).expand(shape) for shape in shapes]  # of which only the shapes are asked
         masks = keep_random(blank, rule.ratio, rule.scope, seed=rule.seed, step=step)
     elif rule.scope == "global":
         masks = keep_largest([read(index) for index in indices], rule.ratio, rule.scope)

@@ -9,7 +9,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from mftctl.config import deciding_keys, to_document
+from mftctl.deciding_keys import deciding_keys, to_document
 from mftctl.recipe_files import load_recipe
 from mftctl.reporting.following import Following
 from mftctl.runs import create_run, list_runs, run_folders

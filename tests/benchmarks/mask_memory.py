@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mftctl.config import to_document
+from mftctl.deciding_keys import to_document
 from mftctl.lineage import Source
 from mftctl.mask_training import mask_train
 from mftctl.progress import Silence

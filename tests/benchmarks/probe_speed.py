@@ -14,7 +14,8 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.lineage import Source
 from mftctl.mask_training import mask_train
 from mftctl.masking.targets import format_layers, layer_groups

@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from mftctl.cli import validate as command
-from mftctl.config import to_document
+from mftctl.deciding_keys import to_document
 from mftctl.errors import ConfigError
 from tests.workflow_fixtures import make_recipe
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
+from mftctl.config import EvalOptions
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answering import ModelAnswers
 from mftctl.evaluation.harness import quiet_libraries
@@ -50,7 +51,7 @@ def vllm(checkpoint: Path) -> Iterator[VllmAnswers]:
     from mftctl.evaluation.vllm_answers import VllmAnswers
 
     with quiet_libraries():
-        yield VllmAnswers(checkpoint, dtype="float32", seed=0)
+        yield VllmAnswers(checkpoint, dtype="float32", seed=0, options=EvalOptions(), needed_tokens=400)
 
 
 @pytest.fixture

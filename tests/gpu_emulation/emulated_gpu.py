@@ -1,6 +1,6 @@
-"""A GPU for tests on machines without one: CPU tensors that say they are on `cuda:0`, and that refuse CPU tensors.
+"""GPUs for tests on machines without one: CPU tensors that say they are on `cuda:0`, and that refuse CPU tensors.
 
-What lies on the GPU is a property of a tensor's storage. A function mode answers for it where Python asks (`.device`,
+On which GPU a tensor lies is a property of its storage. A function mode answers for it where Python asks (`.device`,
 `.to`, `.numpy`), a dispatch mode passes it on to results and refuses operations that mix devices, as CUDA does. What
 is computed is what the CPU computes. Threads are not covered, and neither are reads of a device within the autograd
 engine.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import safetensors
@@ -22,7 +22,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+CPU = torch.device("cpu")
 TOTAL_BYTES = 80 << 30
 
 _TAKE_BOTH = ("aten.copy_.default", "aten._to_copy.default", "aten.set_.source_Storage", "aten.set_.source_Tensor")
@@ -33,18 +33,37 @@ class DeviceMismatchError(RuntimeError):
     """What CUDA says of an operation on tensors of two devices."""
 
 
-def is_on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies on the emulated GPU."""
+class _Current:
+    """The GPU that is meant where none is named, and all on which something was put."""
+
+    index = 0
+    used: ClassVar[set[int]] = set()
+
+
+def used_gpus() -> set[int]:
+    """The numbers of the emulated GPUs on which a tensor was put since there are any."""
+    return set(_Current.used)
+
+
+def gpu_of(tensor: torch.Tensor) -> int | None:
+    """The number of the emulated GPU on which a tensor lies; None on the CPU."""
     with torch._C.DisableTorchFunction():
-        return not tensor.is_meta and getattr(tensor.untyped_storage(), "is_on_gpu", False)
+        return None if tensor.is_meta else getattr(tensor.untyped_storage(), "gpu", None)
 
 
-def _put(values: Any, *, on_gpu: bool) -> Any:
-    """The same value, all tensors of which lie on the GPU from now on, or do not."""
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor lies on an emulated GPU."""
+    return gpu_of(tensor) is not None
+
+
+def _put(values: Any, gpu: int | None) -> Any:
+    """The same value, all tensors of which lie on that GPU from now on, or on the CPU."""
+    if gpu is not None:
+        _Current.used.add(gpu)
     with torch._C.DisableTorchFunction():
         for tensor in tree_leaves(values):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
-                tensor.untyped_storage().is_on_gpu = on_gpu  # type: ignore[attr-defined]
+                tensor.untyped_storage().gpu = gpu  # type: ignore[attr-defined]
     return values
 
 
@@ -56,22 +75,22 @@ class _Kernels(TorchDispatchMode):
     """Runs every operation, refuses those on both devices, and puts new results where their inputs are.
 
     Attributes:
-        fused: Whether operations belong to one kernel, so that what they make lies on the GPU whatever it is made of.
+        fused: Where operations belong to one kernel, the GPU on which what they make lies, whatever it is made of.
     """
 
-    fused = False
+    fused: int | None = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         inputs = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor) and not item.is_meta]
-        on_gpu = self.fused or any(map(is_on_gpu, inputs))
-        if on_gpu and not self.fused and str(func) not in _TAKE_BOTH:
+        gpu = next((gpu_of(item) for item in inputs if is_on_gpu(item)), None) if self.fused is None else self.fused
+        if gpu is not None and self.fused is None and str(func) not in _TAKE_BOTH:
             _refuse_mixture(str(func), args, inputs)
         known = {_storage(tensor) for tensor in inputs}
         result = func(*args, **kwargs)
         made = [item for item in tree_leaves(result) if isinstance(item, torch.Tensor) and not item.is_meta]
-        if on_gpu:
-            _put([tensor for tensor in made if _storage(tensor) not in known], on_gpu=True)
+        if gpu is not None:
+            _put([tensor for tensor in made if _storage(tensor) not in known], gpu)
         return result
 
 
@@ -79,8 +98,10 @@ def _refuse_mixture(name: str, args: Any, inputs: list[torch.Tensor]) -> None:
     """Nothing, if CUDA takes these tensors: all its own, but for CPU scalars and indices."""
     indices = [item for item in args[1] if item is not None] if name in _INDEXING and is_on_gpu(args[0]) else []
     foreign = [item for item in inputs if not is_on_gpu(item) and not any(item is index for index in indices)]
-    if any(item.dim() for item in foreign) or (foreign and not any(item.dim() for item in inputs if is_on_gpu(item))):
-        shapes = [f"{'cuda:0' if is_on_gpu(item) else 'cpu'} {tuple(item.shape)}" for item in inputs]
+    several = len({gpu_of(item) for item in inputs if is_on_gpu(item)}) > 1
+    on_gpu = any(item.dim() for item in inputs if is_on_gpu(item))
+    if several or any(item.dim() for item in foreign) or (foreign and not on_gpu):
+        shapes = [f"{'cpu' if gpu_of(item) is None else gpu_of(item)} {tuple(item.shape)}" for item in inputs]
         raise DeviceMismatchError(f"Expected all tensors to be on the same device: {name} of {', '.join(shapes)}")
 
 
@@ -107,19 +128,20 @@ class _Devices(TorchFunctionMode):
             if wanted.type == "cuda":
                 kwargs["device"] = CPU
         result = func(*args, **kwargs)
-        return result if wanted is None or wanted.type == "meta" else _put(result, on_gpu=wanted.type == "cuda")
+        return result if wanted is None or wanted.type == "meta" else _put(result, _index(wanted))
 
     def _attribute(self, func: Any, args: Any) -> Any:
-        owner, on_gpu = getattr(func.__self__, "__name__", ""), is_on_gpu(args[0])
-        known = {"device": GPU, "is_cuda": True, "is_cpu": False} if on_gpu else {}
+        owner, gpu = getattr(func.__self__, "__name__", ""), gpu_of(args[0])
+        known = {} if gpu is None else {"device": torch.device("cuda", gpu), "is_cuda": True, "is_cpu": False}
         return known.get(owner, func(*args)) if owner in known else func(*args)
 
     def _get_device(self, func: Any, args: Any, kwargs: Any) -> int:
-        return 0 if is_on_gpu(args[0]) else -1
+        gpu = gpu_of(args[0])
+        return -1 if gpu is None else gpu
 
     def _numpy(self, func: Any, args: Any, kwargs: Any) -> Any:
         if is_on_gpu(args[0]):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy.")
+            raise TypeError("can't convert cuda device type tensor to numpy.")
         return func(*args, **kwargs)
 
     _array = _numpy
@@ -133,11 +155,11 @@ class _Devices(TorchFunctionMode):
         if not is_on_gpu(args[0]):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         _refuse_mixture("scaled_dot_product_attention", args, tensors)
-        self._kernels.fused = True
+        self._kernels.fused = gpu_of(args[0])
         try:
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         finally:
-            self._kernels.fused = False
+            self._kernels.fused = None
 
     def _histc(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         counted = args[0].float()  # on a CPU torch counts no whole numbers
@@ -150,13 +172,14 @@ class _Devices(TorchFunctionMode):
         return _move(args[0], CPU)
 
     def _cuda(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        return _move(args[0], GPU)
+        return _move(args[0], torch.device("cuda"))
 
     def _to(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
         tensor, *rest = args
         copy = kwargs.pop("copy", False)
         if rest and isinstance(rest[0], torch.Tensor):
-            device, dtype = GPU if is_on_gpu(rest[0]) else CPU, rest[0].dtype
+            gpu = gpu_of(rest[0])
+            device, dtype = CPU if gpu is None else torch.device("cuda", gpu), rest[0].dtype
         else:
             rest = [
                 _device(item) if isinstance(item, int | str) and not isinstance(item, bool) else item for item in rest
@@ -172,10 +195,17 @@ class _Devices(TorchFunctionMode):
 
 def _move(tensor: torch.Tensor, device: torch.device, *, fresh: bool = False) -> torch.Tensor:
     """The tensor on a device; a copy where it is on the other and no copy already."""
-    on_gpu = device.type == "cuda"
-    if is_on_gpu(tensor) == on_gpu:
+    gpu = _index(device)
+    if gpu_of(tensor) == gpu:
         return tensor
-    return _put(tensor if fresh else tensor.clone(), on_gpu=on_gpu)  # type: ignore[no-any-return]
+    return _put(tensor if fresh else tensor.clone(), gpu)  # type: ignore[no-any-return]
+
+
+def _index(device: torch.device) -> int | None:
+    """The number of a GPU, that of the current one where none is named; None of the CPU."""
+    if device.type != "cuda":
+        return None
+    return _Current.index if device.index is None else device.index
 
 
 def _device(value: Any) -> torch.device:
@@ -188,16 +218,23 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
     """Inside it, torch has a GPU.
 
     Args:
-        count: How many are visible; tensors lie on the first.
+        count: How many are visible; the first is the current one.
         bf16: Whether it computes in bf16.
     """
     kernels = _Kernels()
     state = torch.zeros(16, dtype=torch.uint8)
+    _Current.index = 0
+    _Current.used.clear()
+
+    def make_current(device: Any) -> None:
+        _Current.index = _index(_device(device)) or 0
+
     answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: count,
-        "current_device": lambda: 0,
+        "current_device": lambda: _Current.index,
+        "set_device": make_current,
         "is_bf16_supported": lambda including_emulation=True: bf16 or including_emulation,
         "is_current_stream_capturing": lambda: False,
         "get_device_name": lambda *_: "Emulated GPU",
@@ -207,6 +244,7 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
         ),
         "max_memory_allocated": lambda *_: 0,
         "memory_allocated": lambda *_: 0,
+        "mem_get_info": lambda *_: (TOTAL_BYTES, TOTAL_BYTES),
         "memory_reserved": lambda *_: 0,
         "get_rng_state": lambda *_: state,
         "get_rng_state_all": lambda: [state],
@@ -216,7 +254,6 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
                 "manual_seed",
                 "manual_seed_all",
                 "reset_peak_memory_stats",
-                "set_device",
                 "set_rng_state",
                 "set_rng_state_all",
                 "synchronize",
@@ -229,11 +266,36 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
             stack.enter_context(mock.patch(f"torch.cuda.{name}", answer))
             if "rng_state" in name:
                 stack.enter_context(mock.patch(f"torch.cuda.random.{name}", answer))
+        for name, answer in _accelerator(answers).items():
+            stack.enter_context(mock.patch(f"torch.accelerator.{name}", answer))
         for patch in (*_cpu_in_place_of_cuda(), _no_device_check_in_recomputation()):
             stack.enter_context(patch)
+        # Without threads transformers reads weights where the modes below are on.
+        stack.enter_context(mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(kernels)
         stack.enter_context(_Devices(kernels))
         yield
+
+
+def _accelerator(of_cuda: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """What `torch.accelerator` answers."""
+    same = (
+        "is_available",
+        "device_count",
+        "max_memory_allocated",
+        "memory_allocated",
+        "reset_peak_memory_stats",
+        "empty_cache",
+        "synchronize",
+    )
+    return {
+        **{name: of_cuda[name] for name in same},
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_device_index": of_cuda["current_device"],
+        "set_device_index": of_cuda["set_device"],
+        "current_stream": lambda *_: SimpleNamespace(is_capturing=lambda: False),
+        "get_memory_info": lambda *_: (TOTAL_BYTES, TOTAL_BYTES),
+    }
 
 
 def _cpu_in_place_of_cuda() -> Iterator[Any]:
@@ -260,7 +322,7 @@ def _cpu_in_place_of_cuda() -> Iterator[Any]:
         """An open file whose tensors come to the GPU."""
 
         def __init__(self, filename: Any, framework: str = "pt", device: Any = "cpu", **kwargs: Any) -> None:
-            self._file, self._to_gpu = opened(filename, framework, **kwargs), _device(device).type == "cuda"
+            self._file, self._gpu = opened(filename, framework, **kwargs), _index(_device(device))
 
         def __enter__(self) -> Any:
             self._open = self._file.__enter__()
@@ -273,7 +335,7 @@ def _cpu_in_place_of_cuda() -> Iterator[Any]:
             return getattr(self._open, name)
 
         def get_tensor(self, name: str) -> torch.Tensor:
-            return _put(self._open.get_tensor(name), on_gpu=self._to_gpu)  # type: ignore[no-any-return]
+            return _put(self._open.get_tensor(name), self._gpu)  # type: ignore[no-any-return]
 
     yield mock.patch("safetensors.torch.safe_open", OnGpu)
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mftctl.config import Recipe, to_document
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
 from mftctl.errors import Interrupted
 from mftctl.evaluating import evaluate
 from mftctl.fine_tuning import fine_tune
@@ -99,6 +100,9 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "random, global": {"fft__method": "random", "fft__scope": "global"},
     "hft": {"fft__method": "hft"},
     "adafactor": {"fft__optimizer": "adafactor", "fft__method": "gmt"},
+    "low memory": {"fft__low_memory": True},
+    "low memory, gmt": {"fft__low_memory": True, "fft__method": "gmt", "fft__ratio": 0.5},
+    "8 bits": {"fft__optimizer": "adamw_8bit"},
 }
 
 
@@ -174,8 +178,11 @@ def test_the_loss_surface(workspace: Path, tmp_path: Path) -> None:
     recipe = with_changes(recipe, {"model": source.model, "fft.keep": "last"})
     for command in ("fft", "mask-train"):
         run_command(command, tmp_path, recipe, source)
-    surface = measure_surface(tmp_path, Silence(), points=4, records=4)
+    surface = measure_surface(tmp_path, Silence(), points=4, records=4, device="cuda:0")
     assert len(surface.training.metrics()) == 3 + 4**2
+    assert surface.record.device["name"] == "cuda:0: Emulated GPU"
+    again = measure_surface(tmp_path, Silence(), points=4, records=4, device="cpu")
+    assert again.folder == surface.folder  # where it was measured is no part of what was
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])

@@ -18,8 +18,10 @@ from mftctl.masking.layers import (
     attach_masks,
     detach_masks,
     initial_scores,
+    keep_no_products,
     masked_layers,
     score_scale,
+    unmasked,
 )
 from mftctl.masking.targets import MaskTarget, find_targets
 from tests.conftest import build_llama
@@ -128,14 +130,14 @@ def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyP
     layer, x = make(Indicator(ratio=0.3))
     layer.keeps_product = keeps_product
     selections = []
-    original = selection.ratio_threshold
+    original = selection.ratio_cut
 
-    def counted(values: torch.Tensor, ratio: float) -> torch.Tensor | None:
+    def counted(scores: torch.Tensor, ratio: float, ranking: selection.Ranking = "signed") -> selection.Cut | None:
         selections.append(1)
-        return original(values, ratio)
+        return original(scores, ratio, ranking)
 
-    monkeypatch.setattr(selection, "ratio_threshold", counted)
-    monkeypatch.setattr(indicator, "ratio_threshold", counted)
+    monkeypatch.setattr(selection, "ratio_cut", counted)
+    monkeypatch.setattr(indicator, "ratio_cut", counted)
     optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
     for step in range(1, 4):
         for _ in range(3):
@@ -187,6 +189,23 @@ def test_weights_are_never_touched_and_come_back() -> None:
     assert {name: id for name in model.state_dict()}.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert torch.equal(model(input_ids=torch.arange(6, 16)[None]).logits, logits)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_masks_can_be_left_out_for_a_while(keeps: bool) -> None:
+    model = build_llama()
+    ids = torch.arange(6, 16)[None]
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+        targets = find_targets(model)
+        attach_masks(model, targets, {item.name: initial_scores(item, "kaiming") for item in targets}, Indicator())
+        if not keeps:
+            keep_no_products(model)
+        masked = model(input_ids=ids).logits
+        with unmasked(model):
+            assert torch.equal(model(input_ids=ids).logits, logits)
+        assert torch.equal(model(input_ids=ids).logits, masked)
+    assert not torch.equal(masked, logits)
 
 
 def test_only_scores_are_trainable() -> None:

@@ -15,7 +15,7 @@ from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.planning import memory
 from mftctl.planning.alike_layers import keep_stand_ins, repeat_layers, stand_ins
 from mftctl.planning.allocations import Event, Stretch
-from mftctl.planning.memory import Batches
+from mftctl.planning.batches import Batches
 from mftctl.planning.preparing import TrainingPlan, plan_fine_tuning, plan_mask_training
 from mftctl.planning.skeletons import build_skeleton
 from tests.conftest import build_llama

@@ -18,17 +18,12 @@ import torch
 from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.data.encoding import Encoded
 from mftctl.errors import MaskingError, ModelError
-from mftctl.planning.memory import (
-    Batches,
-    MemoryEstimate,
-    assumed_batches,
-    estimate_memory,
-    largest_batches,
-    resident_bytes,
-)
+from mftctl.planning.batches import Batches, assumed_batches, largest_batches
+from mftctl.planning.memory import MemoryEstimate, estimate_memory, resident_bytes
 from mftctl.planning.preparing import plan_fine_tuning, plan_mask_training
 from mftctl.planning.skeletons import read_config
 from mftctl.preparation import prepare_training
+from mftctl.stochastic_adamw import step_workspace_bytes
 from tests.conftest import build_llama
 from tests.planning.peak_memory import Case, make_case
 
@@ -115,7 +110,7 @@ def test_low_memory_by_hand() -> None:
     found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)
     weights = 2 * 3 * 32 * 64
     assert (found.scores_bytes, found.gradients_bytes, found.optimizer_bytes) == (2 * weights, 2 * weights, 4 * weights)
-    assert (found.masked_weights_bytes, found.step_bytes) == (0, 0)
+    assert (found.masked_weights_bytes, found.step_bytes) == (0, step_workspace_bytes(32 * 64, torch.device("cpu")))
     plain = plan_mask_training(MaskTrainOptions(target="mlp"), [0, 1])
     usual = estimate_memory(build_llama(layers=2).config, plain, _TINY, process_bytes=0)
     assert found.peak_bytes < usual.peak_bytes
@@ -142,6 +137,43 @@ def test_what_is_trained_decides() -> None:
 def test_optimizers(optimizer: str, moments: int) -> None:
     found = _fft(optimizer=optimizer)
     assert found.optimizer_bytes == moments * found.gradients_bytes
+
+
+def test_low_memory_fine_tuning_takes_8_bytes_a_weight() -> None:
+    parameters = sum(parameter.numel() for parameter in build_llama(layers=2).parameters())
+    found = _fft(low_memory=True)
+    assert (found.gradients_bytes, found.optimizer_bytes) == (2 * parameters, 4 * parameters)
+    assert found.step_bytes == step_workspace_bytes(102 * 32, torch.device("cpu"))
+    assert 0 <= found.weights_bytes - 2 * parameters < 1000
+    assert _fft(low_memory=True, method="gmt").step_bytes > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_moments_of_8_bits(optimizer: str) -> None:
+    config = build_llama(layers=2, hidden_size=64, intermediate_size=128, tie_word_embeddings=False).config
+    plan = plan_fine_tuning(FftOptions(optimizer=optimizer), 0)  # type: ignore[arg-type]
+    found = estimate_memory(config, plan, _TINY, process_bytes=0)
+    embedding, head = 102 * 64, 102 * 64  # in 32 bits the one, in 8 the other
+    wide = 2 * 2 * 64 * 32 + 5 * 64  # keys and values, and norms, are too small
+    narrow = 2 * (2 * 64 * 64 + 3 * 64 * 128)
+    scales = 2 * (2 * 16 + 3 * 32) + -(-head // 256)
+    assert found.optimizer_bytes == 8 * (embedding + wide) + 2 * (narrow + head) + 8 * scales
+    assert found.step_bytes == 0
+
+
+def test_a_quantised_base_takes_about_half_a_byte_a_weight() -> None:
+    plain, quantized = _fft(method="lora"), _fft(method="lora", quantize="nf4")
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert plain.weights_bytes - quantized.weights_bytes == pytest.approx((4 - 0.516) * weights, rel=1e-3)
+    assert quantized.activations_bytes == plain.activations_bytes + 2 * 32 * 64
+    assert quantized.peak_bytes < plain.peak_bytes
+
+
+def test_lora_computing_in_bf16_holds_its_base_in_bf16() -> None:
+    plain, narrow = _fft(method="lora", precision="fp32"), _fft(method="lora", precision="bf16")
+    adapter = plain.gradients_bytes
+    assert narrow.gradients_bytes == adapter
+    assert narrow.weights_bytes - adapter == pytest.approx((plain.weights_bytes - adapter) / 2, rel=0.01)
 
 
 def test_adafactor_keeps_rows_and_columns() -> None:

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from mftctl.masking.selection import removed_count
 from mftctl.tuning import bracket_selection
-from mftctl.tuning.bracket_selection import keep_by_bracket
+from mftctl.tuning.bracket_selection import Reader, keep_by_bracket
 from mftctl.tuning.gradient_selection import keep_largest
 from mftctl.tuning.radix_selection import keep_by_digits
 
@@ -43,6 +43,10 @@ def keep_by_sorting(arrays: list[np.ndarray], count: int) -> list[np.ndarray]:
     return np.split(keep, np.cumsum([array.size for array in arrays])[:-1])
 
 
+def reader(array: np.ndarray) -> Reader:
+    return lambda start, stop, step: array[start:stop:step]
+
+
 ELEMENTS = st.one_of(st.integers(0, 3), st.integers(0, 2**15 - 1))
 ARRAYS = st.lists(hnp.arrays(np.int16, st.integers(0, 60), elements=ELEMENTS), min_size=1, max_size=4).filter(
     lambda arrays: sum(array.size for array in arrays) > 0
@@ -54,7 +58,7 @@ def test_a_bracket_gives_the_exact_selection_or_none(arrays: list[np.ndarray], s
     sizes = [array.size for array in arrays]
     count = max(1, round(share * sum(sizes)))
     expected = keep_by_sorting(arrays, count)
-    found = keep_by_bracket([lambda array=array: array for array in arrays], sizes, count)
+    found = keep_by_bracket([reader(array) for array in arrays], sizes, count)
     if found is not None:
         assert all(np.array_equal(one.keep, right) for one, right in zip(found, expected, strict=True))
         assert [one.highest for one in found] == [max(array.tolist(), default=0) for array in arrays]

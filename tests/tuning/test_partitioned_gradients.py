@@ -18,7 +18,9 @@ from mftctl.tuning.partitioned_gradients import select_whole
 def selected(gradients: list[torch.Tensor], rule: UpdateRule, step: int) -> list[torch.Tensor]:
     masks: dict[int, torch.Tensor] = {}
     shapes = [gradient.shape for gradient in gradients]
-    select_whole(shapes, lambda index: gradients[index].clone(), rule, step, masks.__setitem__)
+    select_whole(
+        shapes, lambda index: gradients[index].clone(), rule, step, masks.__setitem__, device=torch.device("cpu")
+    )
     assert list(masks) == list(range(len(gradients)))
     return list(masks.values())
 

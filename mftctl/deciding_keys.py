@@ -1,0 +1,56 @@
+"""Recipes as plain data: all of one, and the part on which a result depends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mftctl.config import Recipe
+
+OF_THE_MACHINE = ("device", "attention")
+"""Keys that say where and by what kernels to compute, which another command or machine need not share."""
+
+_WITHOUT_EFFECT = {
+    "fft": {"batch_tokens"},
+    "mask_train": {"batch_tokens", "prefix_cache_gb"},
+    "eval": {"tensor_parallel", "gpu_memory_share", "max_model_length_tokens"},
+}
+"""Keys that decide where and how fast something is computed, and not what."""
+
+_SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
+_RATE = {"fft": {"method", "learning_rate"}}
+_SECTIONS: dict[str, dict[str, Any]] = {
+    "fft": {"fft": True},
+    "probe": {"probe": True, "mask_train": True, **_RATE},
+    "mask-train": {"mask_train": True, **_RATE},
+    "eval": {"eval": True},
+}
+
+
+def to_document(recipe: Recipe) -> dict[str, Any]:
+    """A recipe without its stages as plain data that reads back as the same recipe: the `config` of a run."""
+    return recipe.model_dump(mode="json", exclude={"stages", "seeds"}, exclude_none=True)
+
+
+def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
+    """The part of a recipe on which a command's result depends, as plain data."""
+    sections = dict(_SECTIONS.get(command, {}))
+    training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
+    if training is not None and training.eval_every is not None:
+        sections["eval"] = True  # a part of the result is then what was measured on the way
+    included: dict[str, Any] = {**dict.fromkeys(_SHARED, True), **sections}
+    keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
+    for section in ("fft", "mask_train"):
+        if "grad_accum_steps" in keys.get(section, {}):
+            _spell_step(keys[section])
+    return keys
+
+
+def _spell_step(section: dict[str, Any]) -> None:
+    """Has a step of so many records said in one way: as accumulation in one process, where that is possible."""
+    stated = section.pop("global_batch_size")
+    if stated is None:
+        section["grad_accum_steps"] = section["grad_accum_steps"] or 1
+    elif stated % section["batch_size"]:
+        section["global_batch_size"] = stated
+    else:
+        section["grad_accum_steps"] = stated // section["batch_size"]

@@ -1,0 +1,51 @@
+"""The README.md of a LoRA adapter, or of the model it was merged into."""
+
+from __future__ import annotations
+
+from huggingface_hub import ModelCardData
+from peft import LoraConfig
+
+
+def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: bool) -> str:
+    """The text of the card: YAML front matter with `base_model`, then what was trained on what, as Markdown.
+
+    Args:
+        adapter: With the name of its base.
+        merged: Whether it is in the model's weights by now.
+        held: How the base was held in memory while the adapter was trained.
+        quantized: Whether that was in fewer bits than it is stored in, from which it was dequantised.
+    """
+    base = adapter.base_model_name_or_path
+    front_matter = ModelCardData(
+        base_model=base,
+        library_name="transformers" if merged else "peft",
+        tags=["qlora" if quantized else "lora", "mftctl"],
+    ).to_yaml()
+    rows = [("Rank", adapter.r), ("Alpha", adapter.lora_alpha), ("Base while training", held)]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    summary = _merged_summary(base, quantized) if merged else _adapter_summary(base, quantized)
+    return (
+        f"---\n{front_matter}\n---\n\n# {base}, with a {'merged ' if merged else ''}LoRA adapter\n\n{summary}\n\n"
+        f"| LoRA | |\n| --- | --- |\n{table}\n\nMade with mftctl.\n"
+    )
+
+
+def _adapter_summary(base: object, quantized: bool) -> str:
+    text = f"This is an adapter for `{base}`; load it with peft."
+    if not quantized:
+        return text
+    return (
+        f"{text} It was trained on that model in nf4, as `quantized_base.json` says. On the model at full precision it "
+        "is not quite the one that was trained: mftctl dequantises the nf4 weights before it measures or merges it."
+    )
+
+
+def _merged_summary(base: object, quantized: bool) -> str:
+    text = f"This is `{base}` with an adapter added to the weights of its attention and MLP projections."
+    if not quantized:
+        return text
+    return (
+        f"{text} Merging dequantised the model: the weights of its linear layers are those that nf4 stands for, plus "
+        f"the adapter, which is the model that was trained. They are not those of `{base}` plus the adapter. "
+        "Embeddings, norms and the output head are those of the base."
+    )

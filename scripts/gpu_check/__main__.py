@@ -1,0 +1,150 @@
+"""Checks on a GPU what nothing else can show; prints a line of JSON after each finding, and a table at the end.
+
+python scripts/gpu_check --output $OUT            # 8 minutes on one GPU of 80 GB
+python scripts/gpu_check --rehearse               # small, on an emulated GPU
+python scripts/gpu_check --only masks,generation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+
+REHEARSAL_PATIENCE = 4
+"""A rehearsal may run beside other work on two cores, and its times mean nothing."""
+
+ROOT = Path(__file__).resolve().parents[2]
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # read at import
+sys.path.insert(0, str(ROOT))  # a folder that is run has itself there, and neither the project nor its tests
+
+from scripts.gpu_check.findings import Check, Figure, Finding, to_line
+from scripts.gpu_check.isolated import End, Step, run_isolated
+from scripts.gpu_check.scale import ON_A_GPU, REHEARSAL
+from scripts.gpu_check.table import markdown
+
+
+def all_steps() -> list[Step]:
+    """In the order in which they run: what is quick and says most comes first."""
+    from scripts.gpu_check.generation import generation
+    from scripts.gpu_check.kernels import kernels
+    from scripts.gpu_check.masks import equal_masks
+    from scripts.gpu_check.project_tests import project_tests
+    from scripts.gpu_check.quickstart import quickstart_on_the_cpu, quickstart_on_the_gpu
+    from scripts.gpu_check.speed import mask_beside_fine_tuning
+    from scripts.gpu_check.training_steps import low_memory_tuning, mask_steps, tuning_steps
+    from scripts.gpu_check.versions import versions
+
+    return [
+        Step("versions", versions, 30),
+        Step("masks", equal_masks, 60),
+        Step("quickstart-cpu", quickstart_on_the_cpu, 45, on_cpu=True),
+        Step("quickstart", quickstart_on_the_gpu, 60),
+        Step("kernels", kernels, 30),
+        Step("mask-steps", mask_steps, 90),
+        Step("fft-steps", tuning_steps, 75),
+        Step("fft-low-memory", low_memory_tuning, 45),
+        Step("generation", generation, 45),
+        Step("speed", mask_beside_fine_tuning, 45),
+        Step("tests", project_tests, 120),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The number of steps that did not end well, or of checks that do not hold.
+
+    Args:
+        arguments: Of the command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gpu_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rehearse", action="store_true", help="small, on an emulated GPU")
+    parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="folder for the lines and the table")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="names of steps")
+    parser.add_argument("--seconds", type=float, default=480, help="of all steps together")
+    options = parser.parse_args(arguments)
+    steps = [step for step in all_steps() if options.only is None or step.name in options.only]
+    report = Report(options.output and Path(options.output))
+    deadline_seconds = time.monotonic() + options.seconds
+    scale = REHEARSAL if options.rehearse else ON_A_GPU
+    for step in steps:
+        left_seconds = deadline_seconds - time.monotonic()
+        if left_seconds > 0:
+            report.begin(step)
+            limit_seconds = step.seconds * (REHEARSAL_PATIENCE if options.rehearse else 1)
+            report.end(step, run_isolated(step, scale, min(limit_seconds, left_seconds), report.add))
+        else:
+            report.begin(step)
+            report.end(step, End("stopped", 0.0, "no time was left"))
+    report.write_table(rehearsal=options.rehearse)
+    return report.faults
+
+
+class Report:
+    """Lines of JSON on stdout and in a file, as they come.
+
+    Args:
+        folder: Gets `gpu_check.jsonl` and `gpu_check.md`; None for stdout alone.
+
+    Attributes:
+        faults: Steps that did not end well, and checks that do not hold.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.faults = 0
+        self._folder = folder
+        self._findings: dict[str, list[Finding]] = {}
+        self._ends: dict[str, End] = {}
+        self._step = ""
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "gpu_check.jsonl").write_text("", encoding="utf-8")
+
+    def begin(self, step: Step) -> None:
+        """What comes now is of this step."""
+        self._step = step.name
+        self._findings[step.name] = []
+
+    def add(self, finding: Finding) -> None:
+        """Writes a line."""
+        self._findings[self._step].append(finding)
+        self.faults += isinstance(finding, Check) and not finding.holds
+        self._write(to_line(self._step, finding))
+
+    def end(self, step: Step, end: End) -> None:
+        """Writes the last line of a step."""
+        self._ends[step.name] = end
+        self.faults += end.status != "done"
+        self._write(
+            {"step": step.name, "kind": "end", "status": end.status, "seconds": end.seconds, "error": end.error}
+        )
+
+    def write_table(self, *, rehearsal: bool) -> None:
+        """Prints the table, and keeps it.
+
+        Args:
+            rehearsal: Whether the figures mean nothing.
+        """
+        gpu = next((item.value for item in self._findings.get("versions", []) if isinstance(item, Figure)), "GPU")
+        title = f"{gpu}, {date.today().isoformat()}" + (", a rehearsal: the figures mean nothing" if rehearsal else "")
+        text = markdown(title, self._findings, self._ends)
+        print(text, flush=True)
+        if self._folder is not None:
+            (self._folder / "gpu_check.md").write_text(text, encoding="utf-8")
+
+    def _write(self, line: dict[str, object]) -> None:
+        text = json.dumps(line)
+        print(text, flush=True)
+        if self._folder is not None:
+            with (self._folder / "gpu_check.jsonl").open("a", encoding="utf-8") as file:
+                file.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(min(main(), 100))

@@ -1,0 +1,64 @@
+"""Answers of the large model at two sizes of a batch, and at the one that the free memory gives."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+
+import torch
+
+from mftctl.data.examples import Example, Message
+from mftctl.evaluation.answer_room import AnswerRoom, answer_room, row_bytes
+from mftctl.evaluation.generation import generate_answers
+from mftctl.masking.checkpoint_source import resolve_checkpoint
+from mftctl.models import load_tokenizer
+from scripts.gpu_check.findings import Figure
+from scripts.gpu_check.measuring import GB
+from scripts.gpu_check.random_models import random_model
+from scripts.gpu_check.scale import Scale
+
+
+def generation(scale: Scale) -> Iterator[Figure]:
+    """Tokens a second and the peak, beside what the room was made for."""
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    model = random_model(scale.large, dtype, emulated=scale.rehearses)
+    model.generation_config.eos_token_id = None
+    tokenizer = load_tokenizer(resolve_checkpoint("quickstart"))
+    questions = _questions(scale.prompts)
+    longest = max(len(tokenizer(_text(question))["input_ids"]) for question in questions) + 16
+    needs = row_bytes(model)
+    rooms = {f"{tokens:,} tokens a batch": AnswerRoom(needs, most_tokens=tokens) for tokens in scale.budgets}
+    rooms["as the free memory gives"] = answer_room(model)
+    found: list[list[str]] = []
+    for name, room in rooms.items():
+        rows = min(scale.prompts, room.rows(longest, scale.new_tokens))
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        start_seconds = time.perf_counter()
+        found.append(generate_answers(model, tokenizer, questions, max_new_tokens=scale.new_tokens, room=room))
+        seconds = time.perf_counter() - start_seconds
+        yield Figure(f"{name}: speed", scale.prompts * scale.new_tokens / seconds, "tokens/s")
+        peak = (torch.cuda.max_memory_allocated() - before) / GB
+        yield Figure(f"{name}: peak above the weights", peak, "GB", rows * needs(longest, scale.new_tokens) / GB)
+    equal = sum(len(set(answers)) == 1 for answers in zip(*found, strict=True))
+    yield Figure("answers equal at all budgets", f"{equal} of {scale.prompts}")
+
+
+def _questions(count: int) -> list[Example]:
+    generator = random.Random(0)
+    return [
+        Example(
+            "chat",
+            (
+                Message("user", f"{generator.randrange(10**6)} and " * generator.randint(2, 12)),
+                Message("assistant", "?"),
+            ),
+            f"random:{number}",
+        )
+        for number in range(count)
+    ]
+
+
+def _text(example: Example) -> str:
+    return example.messages[0].content

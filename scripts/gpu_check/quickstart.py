@@ -1,0 +1,130 @@
+"""The built-in model from fine-tuning to its mask: on the CPU first, whose losses the GPU's are compared with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mftctl.config import Recipe
+from mftctl.deciding_keys import to_document
+from mftctl.errors import Interrupted
+from mftctl.fine_tuning import fine_tune
+from mftctl.lineage import Source, source_of_run
+from mftctl.mask_training import mask_train
+from mftctl.progress import Progress, Silence
+from mftctl.recipe_files import parse_recipe
+from mftctl.runs import Run, create_run
+from scripts.gpu_check.findings import Check, Figure, Finding
+from scripts.gpu_check.scale import Scale
+
+_WORK = {"fft": fine_tune, "mask-train": mask_train}
+_TOLERANCE = 1e-4
+_LOSSES = Path(tempfile.gettempdir()) / "mftctl-gpu-check-cpu-losses.json"
+
+
+def quickstart_on_the_cpu(scale: Scale) -> Iterator[Finding]:
+    """Keeps the losses for the GPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        losses = [_losses(run) for run in _both_commands(Path(folder), _recipe(scale))]
+    _LOSSES.write_text(json.dumps(losses), encoding="utf-8")
+    yield Figure("losses of the CPU", sum(map(len, losses)))
+
+
+def quickstart_on_the_gpu(scale: Scale) -> Iterator[Finding]:
+    """Losses, the mask, and the same bits again, also after a stop."""
+    with tempfile.TemporaryDirectory() as folder:
+        tuned, masked = _both_commands(Path(folder) / "plain", _recipe(scale))
+        expected = json.loads(_LOSSES.read_text(encoding="utf-8"))
+        for run, its in zip((tuned, masked), expected, strict=True):
+            mine = _losses(run)
+            apart = max(abs(a - b) for a, b in zip(mine, its, strict=True))
+            command = run.record.command
+            yield Check(f"{command}: losses within {_TOLERANCE} of the CPU's", apart <= _TOLERANCE, f"{apart:.2e}")
+        yield Check("mask-train writes a mask", Path(masked.record.result["mask"]).is_file())
+        yield Figure("mask-train: change of the loss", masked.record.result["best_loss"] - _unmasked(masked))
+        yield from _repeated(Path(folder), scale)
+
+
+def _repeated(folder: Path, scale: Scale) -> Iterator[Check]:
+    recipe = _recipe(scale, deterministic=True)
+    first, again = (_both_commands(folder / name, recipe) for name in ("first", "again"))
+    for run, other in zip(first, again, strict=True):
+        yield Check(f"{run.record.command} --deterministic: the same bits again", _bits(run) == _bits(other))
+    source = source_of_run(first[0])
+    for command, of, whole in (("fft", Source("quickstart"), first[0]), ("mask-train", source, first[1])):
+        run = create_run(folder / "stopped", command, to_document(recipe), inputs=of.as_inputs())
+        stopped = False
+        try:
+            _WORK[command](recipe, of, run, _Interrupter(scale.quickstart_steps // 2))
+        except Interrupted:
+            stopped = True
+        run.finish(_WORK[command](recipe, of, run, Silence(), resume=True))
+        yield Check(f"{command} --deterministic: the same bits after a stop", stopped and _bits(run) == _bits(whole))
+
+
+def _both_commands(folder: Path, recipe: Recipe) -> tuple[Run, Run]:
+    tuned = _finished(folder, "fft", recipe, Source("quickstart"))
+    return tuned, _finished(folder, "mask-train", recipe, source_of_run(tuned))
+
+
+def _finished(folder: Path, command: str, recipe: Recipe, source: Source) -> Run:
+    run = create_run(folder, command, to_document(recipe), inputs=source.as_inputs())
+    run.finish(_WORK[command](recipe, source, run, Silence()))
+    return run
+
+
+def _recipe(scale: Scale, **changes: Any) -> Recipe:
+    training = {
+        "max_steps": scale.quickstart_steps,
+        "eval_steps": max(1, scale.quickstart_steps // 2),
+        "batch_size": scale.quickstart_records,
+        "max_length_tokens": 128,
+        "precision": "fp32",
+        **changes,
+    }
+    return parse_recipe(
+        {
+            "model": "quickstart",
+            "data": "quickstart=500",
+            "val_data": f"quickstart/validation={scale.quickstart_records}",
+            "fft": {**training, "learning_rate": 1.5e-3, "keep": "last"},
+            "mask_train": {**training, "layers": "all", "learn_from": "all"},
+        }
+    )
+
+
+def _losses(run: Run) -> list[float]:
+    return [line[key] for line in run.training.metrics() for key in ("loss", "eval_loss") if key in line]
+
+
+def _unmasked(run: Run) -> float:
+    return float(run.record.result["unmasked_loss"])
+
+
+def _bits(run: Run) -> str:
+    """A digest of what a run wrote: weights, or a mask, whose file names its run, by its losses and size beside it."""
+    result = run.record.result
+    if run.record.command == "fft":
+        return hashlib.sha256((Path(result["model"]) / "model.safetensors").read_bytes()).hexdigest()
+    from mftctl.masking.bits import load_mask
+
+    mask = load_mask(Path(result["mask"]))
+    return json.dumps([_losses(run), [[name, mask[name].nonzero().tolist()] for name in sorted(mask.names())]])
+
+
+class _Interrupter(Silence):
+    """Presses Ctrl-C at a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def progress(self, state: Progress) -> None:
+        """Counts steps of training."""
+        if state.task == "training" and state.done == self._step:
+            self._step = -1
+            signal.raise_signal(signal.SIGINT)

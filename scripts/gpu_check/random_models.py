@@ -1,0 +1,79 @@
+"""Models of a real one's shape with random weights, and data for them: nothing is downloaded or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from mftctl import fine_tuning, training
+from mftctl.data.encoding import Encoded
+from mftctl.masking.checkpoint_source import resolve_checkpoint
+from mftctl.models import load_tokenizer
+from mftctl.preparation import TrainingInputs
+from mftctl.score_trainer import MaskTrainer
+from scripts.gpu_check.measuring import DEVICE
+from scripts.gpu_check.scale import Scale, Shape
+
+_VALIDATION_RECORDS = 8
+
+
+def random_model(shape: Shape, dtype: torch.dtype, *, emulated: bool) -> PreTrainedModel:
+    """A Llama on the GPU, in evaluation mode.
+
+    Args:
+        shape: Its shape.
+        dtype: Of its weights.
+        emulated: Whether the GPU is emulated, and random numbers come from the CPU.
+    """
+    torch.manual_seed(0)
+    config = LlamaConfig(**shape.settings())
+    with torch.device("cpu" if emulated else DEVICE):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.to(DEVICE)  # type: ignore[arg-type]
+    return model.eval()  # type: ignore[no-any-return,no-untyped-call]
+
+
+def random_inputs(scale: Scale, shape: Shape, accumulation: int) -> TrainingInputs:
+    """Records of equal length, the second half of each an answer, with the built-in model's tokenizer.
+
+    Args:
+        scale: Counts and lengths.
+        shape: Has the vocabulary.
+        accumulation: Forward passes of a step.
+    """
+    checkpoint = resolve_checkpoint("quickstart")
+    generator = torch.Generator().manual_seed(0)
+    half = scale.length_tokens // 2
+
+    def record(number: int) -> Encoded:
+        ids = torch.randint(6, shape.vocab_size, (scale.length_tokens,), generator=generator).tolist()
+        return Encoded(input_ids=ids, labels=[-100] * half + ids[half:], where=f"random:{number}")
+
+    train = [record(number) for number in range(scale.records * accumulation * scale.steps)]
+    validation = [record(number) for number in range(_VALIDATION_RECORDS)]
+    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, [], 0)
+
+
+def _nothing(*_: Any) -> None:
+    """In place of what is left out."""
+
+
+@contextmanager
+def in_place_of_checkpoints(shape: Shape, *, emulated: bool) -> Iterator[None]:
+    """Inside it, fine-tuning loads a random model, and trainings write no checkpoints, which would take minutes."""
+
+    def load(folder: Any, *, dtype: torch.dtype, device: Any = None, **_: Any) -> PreTrainedModel:
+        return random_model(shape, dtype, emulated=emulated)
+
+    with (
+        mock.patch.object(fine_tuning, "load_model", load),
+        mock.patch.object(training.SftTrainer, "_save_checkpoint", _nothing),
+        mock.patch.object(MaskTrainer, "_load_best_model", _nothing),
+        mock.patch.object(fine_tuning.UpdateTrainer, "_load_best_model", _nothing),
+    ):
+        yield

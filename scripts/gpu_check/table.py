@@ -1,0 +1,46 @@
+"""The findings as a table for the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from scripts.gpu_check.findings import Check, Figure, Finding
+from scripts.gpu_check.isolated import End
+
+
+def markdown(title: str, findings: Mapping[str, Sequence[Finding]], ends: Mapping[str, End]) -> str:
+    """A section for each step.
+
+    Args:
+        title: Date and hardware.
+        findings: Of each step.
+        ends: Of each step.
+    """
+    parts = [f"## {title}"]
+    for step, found in findings.items():
+        end = ends[step]
+        parts.append(f"### {step}: {end.status} after {end.seconds:.0f} s")
+        if end.error:
+            parts.append(f"```\n{end.error.strip()}\n```")
+        figures = [item for item in found if isinstance(item, Figure)]
+        if figures:
+            rows = ["| | measured | `validate` |", "|---|---|---|", *map(_row, figures)]
+            parts.append("\n".join(rows))
+        checks = [item for item in found if isinstance(item, Check)]
+        if checks:
+            parts.append("\n".join(_line(check) for check in checks))
+    return "\n\n".join(parts) + "\n"
+
+
+def _row(figure: Figure) -> str:
+    estimate = "" if figure.estimate is None else _number(figure.estimate, figure.unit)
+    return f"| {figure.what} | {_number(figure.value, figure.unit)} | {estimate} |"
+
+
+def _number(value: float | str, unit: str) -> str:
+    return value if isinstance(value, str) else f"{value:,.4g} {unit}".strip()
+
+
+def _line(check: Check) -> str:
+    detail = f" ({check.detail.splitlines()[-1]})" if check.detail else ""
+    return f"- {'holds' if check.holds else '**does not hold**'}: {check.what}{detail}"

@@ -1,0 +1,90 @@
+"""What fits, and the search for the smallest set of options with which something would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mftctl.config import Recipe
+from mftctl.errors import ConfigError
+from mftctl.planning.memory import MemoryEstimate
+from mftctl.planning.planned_device import CONTEXT_BYTES, asked_device, parse_memory
+from mftctl.planning.room import Smaller, Verdict, judge, smallest_options
+from mftctl.recipe_files import parse_recipe
+
+
+def _smallest(command: str, recipe: Recipe, fits: Callable[[Recipe], bool], layers: int = 0) -> Smaller | None:
+    return smallest_options(
+        command, recipe, fits=fits, estimate=lambda _: MemoryEstimate(peak_bytes=7), layers=range(layers)
+    )
+
+
+def test_what_may_fit_is_never_called_too_large() -> None:
+    assert [judge(needed, 100) for needed in (95, 96, 117, 118)] == [
+        Verdict.FITS,
+        Verdict.CLOSELY,
+        Verdict.CLOSELY,
+        Verdict.NO,
+    ]
+
+
+def test_smaller_batches_come_first() -> None:
+    found = _smallest("fft", Recipe(), lambda recipe: recipe.fft.batch_size <= 2)
+    assert found == Smaller(
+        "--batch-size 2 --grad-accum 4", "--set fft.batch_size=2 --set fft.grad_accum_steps=4", needed_bytes=7
+    )
+
+
+def test_then_checkpointing_then_precision_then_another_method() -> None:
+    def flags(fits: Callable[[Recipe], bool]) -> str:
+        found = _smallest("fft", parse_recipe({"fft": {"batch_size": 1}}), fits)
+        return "" if found is None else found.flags
+
+    assert flags(lambda recipe: recipe.fft.gradient_checkpointing) == "--gradient-checkpointing"
+    assert flags(lambda recipe: recipe.fft.low_memory or recipe.fft.method == "lora") == "--low-memory"
+    assert flags(lambda recipe: recipe.fft.method == "lora") == "--method lora"
+    assert flags(lambda recipe: recipe.fft.quantize is not None) == "--method lora --quantize nf4"
+    assert flags(lambda recipe: False) == ""
+
+
+def test_a_mask_goes_to_fewer_layers_last() -> None:
+    found = _smallest(
+        "mask-train",
+        parse_recipe({"mask_train": {"batch_size": 1}}),
+        lambda recipe: recipe.mask_train.low_memory and recipe.mask_train.layers == "6-7",
+        layers=8,
+    )
+    assert found is None  # what saves more must fit as well
+    found = _smallest(
+        "mask-train",
+        parse_recipe({"mask_train": {"batch_size": 1}}),
+        lambda recipe: recipe.mask_train.low_memory and recipe.mask_train.layers in ("6-7", "7"),
+        layers=8,
+    )
+    assert found is not None
+    assert found.flags == "--low-memory --layers 6-7"
+
+
+def test_a_probe_leaves_all_layers_out() -> None:
+    found = _smallest("probe", parse_recipe({}), lambda recipe: recipe.probe.groups == (4,))
+    assert found is not None
+    assert found.flags == "--groups 4"
+
+
+def test_sizes_of_memory() -> None:
+    assert [parse_memory(text) for text in ("80GB", "80 G", "1.5GiB", "512MB")] == [
+        80 * 10**9,
+        80 * 10**9,
+        3 << 29,
+        512 * 10**6,
+    ]
+    for text in ("80", "GB", "0GB", "1.2.3GB"):
+        with pytest.raises(ConfigError, match="number with its unit"):
+            parse_memory(text)
+
+
+def test_a_device_asked_about_is_a_gpu_with_bf16() -> None:
+    device = asked_device("auto", 80 * 10**9)
+    assert (device.kind, device.has_bf16, device.free_bytes) == ("cuda", True, 80 * 10**9 - CONTEXT_BYTES)
+    assert asked_device("cpu", 10).free_bytes == 10
