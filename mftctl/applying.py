@@ -9,6 +9,7 @@ from mftctl.errors import ConfigError
 from mftctl.lineage import Source
 from mftctl.masking.bits import open_mask
 from mftctl.masking.checkpoint import apply_to_checkpoint, resolve_checkpoint
+from mftctl.model_origin import origin_of
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
 
@@ -46,6 +47,7 @@ def apply(
             on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
             # What is in the run's own folder can only be its own.
             replace=replace or run.record.output is None,
+            origin=origin_of(source.state, source.model, source.origin).as_document(),
         )
     if done.left_out:
         listener.warn(

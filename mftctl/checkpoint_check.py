@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mftctl.carried_parts import is_composite, parts_left_out
+from mftctl.checkpoint_loading import load_weights
 from mftctl.errors import ModelError
-from mftctl.masking.checkpoint_source import is_adapter
+from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE, StoredTensor, tensor_index
 from mftctl.regular_files import read_regular
+from mftctl.remote_code import require_trusted_code
 
-_TRAINABLE_QUANTIZATION = ("fp8", "fbgemm_fp8")
-_DEQUANTIZED_IN = torch.bfloat16
-_MOST_NAMED = 3
+_TRAINABLE_QUANTIZATION = ("fp8",)
 _COMPARED_ROWS = 4096
-_OTHER_PARTS = ("vision_config", "audio_config", "video_config")
 _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "wpe_embeddings")
 
 
@@ -42,15 +38,12 @@ class CheckpointCheck:
     max_positions: int | None
 
 
-def check_checkpoint(
-    folder: Path, tokenizer: PreTrainedTokenizerBase | None = None, *, trust_remote_code: bool = False
-) -> CheckpointCheck:
+def check_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> CheckpointCheck:
     """What is to be known of a checkpoint, from its files' headers alone.
 
     Args:
-        folder: With `config.json` and safetensors; of a LoRA adapter nothing is checked, its base has been.
+        folder: With `config.json` and safetensors; of a LoRA adapter the base is checked.
         tokenizer: The model's.
-        trust_remote_code: Whether code in the folder may be run.
 
     Raises:
         ModelError: A file is damaged or none, weights are quantised so that they cannot be trained, the code is not
@@ -58,17 +51,19 @@ def check_checkpoint(
             model.
     """
     if is_adapter(folder):
-        return CheckpointCheck((), None)
+        from mftctl.tuning.lora import adapter_base
+
+        folder = resolve_checkpoint(adapter_base(folder))
     config = _configuration(folder)
+    require_trusted_code(folder)
     _check_quantization(folder, config)
-    _check_code(folder, config, trusted=trust_remote_code)
     _check_index(folder)
     stored = tensor_index(folder)
-    model = _skeleton(folder, trust_remote_code)
+    model = _skeleton(folder, config)
     _check_tokenizer(folder, model, tokenizer)
-    remarks = [*_untied(config, stored), *_left_out(config, stored, model)]
+    remarks = [*_untied(config, stored), *_left_out(folder, model)]
     if config.get("quantization_config"):
-        remarks.append(f"the weights are stored in 8 bits; they are trained and written in {_name(_DEQUANTIZED_IN)}")
+        remarks.append("the weights are stored in 8 bits; they are trained and written in bf16")
     return CheckpointCheck(tuple(remarks), _max_positions(model))
 
 
@@ -100,28 +95,6 @@ def _check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_code(folder: Path, config: Mapping[str, Any], *, trusted: bool) -> None:
-    code = config.get("auto_map")
-    if not code or trusted or _is_known(config):
-        return
-    files = sorted({f"{str(name).rpartition('--')[2].split('.')[0]}.py" for name in dict(code).values()})
-    raise ModelError(
-        "The model brings code of its own, which loading it would run.",
-        path=folder,
-        key="auto_map",
-        expected="a model that transformers knows",
-        actual=", ".join(files),
-        hint="read these files; if you trust them: --trust-remote-code",
-    )
-
-
-def _is_known(config: Mapping[str, Any]) -> bool:
-    """Whether transformers has the model itself, so that it needs no code from the folder."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
-
-
 def _check_index(folder: Path) -> None:
     """Nothing, if the index has the metadata that transformers reads beside the map."""
     path = folder / INDEX_FILE
@@ -142,42 +115,28 @@ def _check_index(folder: Path) -> None:
         )
 
 
-def _skeleton(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     """The model without its weights, for which every tensor was found.
 
     Raises:
         ModelError: transformers cannot load it, or tensors do not fit.
     """
-    with _quiet():
-        try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder,
-                local_files_only=True,
-                device_map="meta",
-                dtype=_DEQUANTIZED_IN,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code,
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    try:
+        return load_weights(folder, device_map="meta", dtype=torch.bfloat16)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        if is_composite(config) and "AutoModelForCausalLM" in str(error):
             raise ModelError(
-                "transformers cannot load the model.", path=folder, actual=str(error).splitlines()[0]
+                "transformers has no language model by itself for this type of model.",
+                path=folder,
+                key="model_type",
+                expected="a causal language model",
+                actual=config.get("model_type"),
+                hint="save its language model by itself, as the causal language model of the same family, or use one "
+                "that is published",
             ) from error
-    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    mismatched = sorted(
-        f"{name} {_shape(found)} for {_shape(wanted)}" for name, found, wanted in report["mismatched_keys"]
-    )
-    if missing or unexpected or mismatched:
-        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)]
         raise ModelError(
-            "The checkpoint does not hold the tensors of the model that its configuration describes.",
-            path=folder,
-            expected="each tensor of the model once, and no others",
-            actual="; ".join(f"{len(names)} {word}: {_listed(names)}" for word, names in parts if names),
-            hint="download or save the checkpoint again; a part of a larger model is to be saved by itself first",
-        )
-    loaded: PreTrainedModel = model
-    return loaded
+            "transformers cannot load the model.", path=folder, actual=str(error).splitlines()[0]
+        ) from error
 
 
 def _check_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -214,17 +173,13 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
         return all(torch.equal(rows[i : i + _COMPARED_ROWS], others[i : i + _COMPARED_ROWS]) for i in starts)
 
 
-def _left_out(config: Mapping[str, Any], stored: Mapping[str, StoredTensor], model: PreTrainedModel) -> Iterator[str]:
+def _left_out(folder: Path, model: PreTrainedModel) -> Iterator[str]:
     """What of a model for images or sounds the language model does without."""
-    if not any(part in config for part in _OTHER_PARTS):
-        return
-    held = math.fsum(parameter.numel() for parameter in model.parameters())
-    there = math.fsum(math.prod(tensor.shape) for tensor in stored.values())
-    names = [name for name in stored if any(word in name for word in ("visual", "vision", "audio", "multi_modal"))]
-    if names and there > held:
+    parts = parts_left_out(folder, model)
+    if parts:
         yield (
-            f"{len(names)} tensors of other parts than the language model, such as {names[0]}, are left out: what is "
-            "written is a model of text alone"
+            f"{len(parts)} tensors of other parts than the language model, such as {next(iter(parts))}, are not "
+            "trained; they are carried over unchanged into what is written"
         )
 
 
@@ -258,31 +213,3 @@ def check_lengths(check: CheckpointCheck, lengths: Sequence[int], folder: Path) 
             actual=f"{longest:,}",
             hint=f"--max-length {check.max_positions}",
         )
-
-
-def _shape(size: Any) -> str:
-    return str(tuple(size))
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = list(names)[:_MOST_NAMED]
-    return ", ".join(shown) + (" …" if len(names) > len(shown) else "")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16"}.get(dtype, str(dtype))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside it, transformers writes no report of its own and shows no bar."""
-    verbosity = transformers_logging.get_verbosity()
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.CRITICAL)
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,16 +12,27 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.atomic import atomic_folder
+from mftctl.carried_parts import carry_over, parts_left_out
+from mftctl.checkpoint_loading import quiet_transformers
 from mftctl.config import FftOptions, Recipe
 from mftctl.devices import best_device, device_for
 from mftctl.errors import ConfigError, OutputError, StorageError
+from mftctl.evaluation.answer_stops import name_stops, turn_stops
 from mftctl.gpu_failures import gpu_failures
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.memory_check import RoomOnGpu, room_on_gpu
-from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory, stored_dtype
+from mftctl.model_origin import ModelOrigin, origin_of
+from mftctl.models import (
+    load_model,
+    load_to_share,
+    peak_memory_bytes,
+    restart_peak_memory,
+    stored_dtype,
+    whole_checkpoint,
+)
 from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training
@@ -121,7 +132,14 @@ def _fine_tune(
     if whole is not None:
         beside = _lora_files(cast("PeftModel", whole), inputs.checkpoint, options) if options.method == "lora" else {}
         finished = _finished(whole, inputs.checkpoint, options)
-        saved = _save(finished, inputs.tokenizer, run, may_replace=may_replace, beside=beside)
+        state = fine_tuned_state(source, options)
+        goes_with = GoesWith(
+            beside,
+            origin_of(state, source.model, source.origin),
+            whole_checkpoint(inputs.checkpoint),
+            sorted(turn_stops(inputs.tokenizer).token_ids),
+        )
+        saved = _save(finished, inputs.tokenizer, run, goes_with, may_replace=may_replace)
     validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
     return {
         "state": fine_tuned_state(source, options),
@@ -317,6 +335,23 @@ def _lora_files(model: PeftModel, checkpoint: Path, options: FftOptions) -> dict
 
 
 @dataclass(frozen=True, slots=True)
+class GoesWith:
+    """What is written beside weights and tokenizer.
+
+    Attributes:
+        beside: Text files by name, in place of those of the same name that the libraries write.
+        origin: How the model was made.
+        checkpoint: The one that it was made from.
+        stop_ids: Tokens that end an answer.
+    """
+
+    beside: Mapping[str, str]
+    origin: ModelOrigin
+    checkpoint: Path
+    stop_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
 class _Saved:
     """Where a model went.
 
@@ -333,21 +368,21 @@ def _save(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     run: Run,
+    goes_with: GoesWith,
     *,
     may_replace: bool,
-    beside: Mapping[str, str],
 ) -> _Saved:
     """Writes the model to the run's output, or to the run folder where something else is there by now."""
     refused = None
     if run.record.output is not None:
         output = Path(run.record.output)
         try:
-            save_model(model, tokenizer, output, replace=may_replace, beside=beside)
+            save_model(model, tokenizer, output, goes_with, replace=may_replace)
         except OutputError as error:
             refused = str(error)
         else:
             return _Saved(output)
-    save_model(model, tokenizer, run.folder / "model", replace=True, beside=beside)
+    save_model(model, tokenizer, run.folder / "model", goes_with, replace=True)
     return _Saved(run.folder / "model", refused)
 
 
@@ -355,9 +390,9 @@ def save_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    goes_with: GoesWith,
     *,
     replace: bool = False,
-    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a checkpoint with its tokenizer, whole or not at all.
 
@@ -365,8 +400,8 @@ def save_model(
         model: What is written.
         tokenizer: Goes beside it.
         folder: New or empty, unless a model of mftctl is to be replaced.
+        goes_with: What else is written.
         replace: Whether it is.
-        beside: Text files by name, in place of those of the same name that the libraries write.
 
     Raises:
         OutputError: There is something that is not to be replaced.
@@ -377,11 +412,17 @@ def save_model(
             known_failures(folder),
             atomic_folder(folder, permit_folder(Kind.MODEL, replace=replace)) as temporary,
         ):
-            model.save_pretrained(str(temporary))
+            with quiet_transformers():
+                model.save_pretrained(str(temporary))
             tokenizer.save_pretrained(temporary)
-            for name, text in (beside or {}).items():
+            if isinstance(model, PreTrainedModel):
+                parts = parts_left_out(goes_with.checkpoint, model)
+                if parts:
+                    carry_over(goes_with.checkpoint, temporary, parts)
+                name_stops(temporary, goes_with.stop_ids)
+            for name, text in goes_with.beside.items():
                 (temporary / name).write_text(text, encoding="utf-8")
-            write_marker(temporary, Kind.MODEL)
+            write_marker(temporary, Kind.MODEL, goes_with.origin.as_document())
     except SafetensorError as error:  # which says of a full disk what it says of all else
         raise StorageError(
             "The model could not be written.", path=folder, actual=str(error), hint="free some space"

@@ -8,10 +8,12 @@ from typing import Any
 
 from mftctl.config import FftOptions, MaskTrainOptions, Recipe
 from mftctl.errors import ConfigError
+from mftctl.model_origin import told_origin, was_trained
 from mftctl.quickstart import NAME as QUICKSTART
 from mftctl.runs import Run, list_runs, load_run, newest_run
 
 PRE_TRAINED = "pre-trained"
+UNKNOWN = "unknown origin"
 FFT = "FFT"
 WRITTEN = "written outputs"
 CONTINUED_FFT = "continued FFT"
@@ -29,6 +31,7 @@ class Source:
         state: What it is in the words of the papers: pre-trained, FFT, continued FFT, random mask, MFT, ...
         parents: Names of the runs that made it, oldest first.
         origin: The model that the first of these runs started from; `model` itself without one.
+        base: The model that this one was made from, where its own folder tells and no run.
         config: The configuration of the newest of these runs, which later commands go on with; None without one.
     """
 
@@ -38,6 +41,7 @@ class Source:
     parents: tuple[str, ...] = ()
     origin: str = ""
     config: dict[str, Any] | None = None
+    base: str = ""
 
     def as_inputs(self) -> dict[str, Any]:
         """The record of this source in another run's `inputs`."""
@@ -47,6 +51,7 @@ class Source:
             "state": self.state,
             "parents": list(self.parents),
             "origin": self.origin or self.model,
+            **({"base": self.base} if self.base else {}),
         }
 
 
@@ -64,7 +69,9 @@ def source_of_run(run: Run) -> Source:
 
 
 def source_of_model(model: str, root: Path) -> Source:
-    """A model given by name: a run's own if its folder was made by one, else a pre-trained one.
+    """A model given by name: a run's own if its folder was made by one, else what its folder tells.
+
+    A folder that tells nothing holds a pre-trained model, unless something in it shows that it was trained.
 
     Args:
         model: Checkpoint folder, hub id or `quickstart`.
@@ -77,6 +84,11 @@ def source_of_model(model: str, root: Path) -> Source:
             made = run.record.result.get("model") if run.record.command in ("fft", "apply") else None
             if made is not None and Path(made).resolve() == path.resolve():
                 return source_of_run(run)
+        told = told_origin(path)
+        if told is not None:
+            return Source(model, state=told.state, origin=told.origin, base=told.base)
+        if was_trained(path):
+            return Source(model, state=UNKNOWN)
     return Source(model)
 
 

@@ -241,7 +241,7 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_r
     Source: GMT, section 4, "Analysis of Drop Strategy".
     """
     options = recipe.mask_train
-    base = options.base or (source.origin if source.parents else None)
+    base = options.base or (source.origin if source.origin != source.model else None) or None
     if base is None:
         raise ConfigError(
             "drop needs the model before fine-tuning.",

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.allocator import give_back_freed_memory
+from mftctl.checkpoint_loading import load_weights
 from mftctl.devices import attention_in_use, counts_memory, has_bf16, record_attention
 from mftctl.devices import best_device as best_device
 from mftctl.errors import MaskingError, ModelError
@@ -21,6 +22,7 @@ from mftctl.gpu_failures import gpu_failures, is_out_of_memory
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index
+from mftctl.remote_code import require_trusted_code, trusts_code
 
 
 def load_model(
@@ -40,7 +42,7 @@ def load_model(
 
     Raises:
         ConfigError: The attention asked for does not go with the dtype.
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or a tensor is not in its files.
     """
     device = device or best_device()
     with gpu_failures("loading the model"):
@@ -79,10 +81,8 @@ def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: 
         return merged
     settings = attention_settings(folder, dtype)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, device_map=dict(places) or None, **settings
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model = load_weights(folder, dtype=dtype, device_map=dict(places) or None, **settings)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
         raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
@@ -108,10 +108,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint folder.
 
     Raises:
-        ModelError: transformers cannot load it.
+        ModelError: transformers cannot load it, or it needs code that is not trusted.
     """
+    require_trusted_code(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts_code())
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             "The tokenizer cannot be loaded.",
@@ -121,16 +122,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights of a checkpoint, or of the base of an adapter, such as bfloat16."""
-    if is_adapter(folder):
-        from mftctl.tuning.lora import adapter_base
+def whole_checkpoint(folder: Path) -> Path:
+    """A checkpoint folder, or that of an adapter's base."""
+    if not is_adapter(folder):
+        return folder
+    from mftctl.tuning.lora import adapter_base
 
-        folder = resolve_checkpoint(adapter_base(folder))
+    return resolve_checkpoint(adapter_base(folder))
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype of most weights of a checkpoint, or of an adapter's base; where it has 8 bits, bf16, as in memory."""
     weights: dict[str, int] = {}
-    for stored in tensor_index(folder).values():
+    for stored in tensor_index(whole_checkpoint(folder)).values():
         weights[stored.dtype] = weights.get(stored.dtype, 0) + math.prod(stored.shape)
-    return TORCH_DTYPES.get(max(weights, key=weights.__getitem__), torch.float32)
+    most = max(weights, key=weights.__getitem__)
+    return torch.bfloat16 if most.startswith("F8") else TORCH_DTYPES.get(most, torch.float32)
 
 
 def evaluation_dtype(folder: Path) -> torch.dtype | str:

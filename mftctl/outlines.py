@@ -9,14 +9,16 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from mftctl.checkpoint_loading import read_configuration
 from mftctl.devices import record_attention
 from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.in_memory import spellings
 from mftctl.masking.safetensors_files import StoredTensor, tensor_digest, tensor_index
 from mftctl.masking.stored_layout import StoredPart, stored_parts
 from mftctl.models import attention_settings
+from mftctl.remote_code import trusts_code
 
 Rows = Callable[[str, int, int | None], torch.Tensor]
 """Gives, on the CPU, the entries of a parameter's first dimension from one to before another one, or to the end."""
@@ -34,10 +36,12 @@ def build_outline(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         MaskingError: The files hold the weights in a form that cannot be read by parts.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_configuration(folder)
+        if getattr(config, "quantization_config", None):
+            raise MaskingError("Weights in 8 bits cannot be read by parts.", path=folder, expected="bf16, fp16 or fp32")
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, **attention_settings(folder, dtype)
+                config, dtype=dtype, trust_remote_code=trusts_code(), **attention_settings(folder, dtype)
             )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

@@ -41,21 +41,35 @@ class _Marker:
         purpose: Always `_PURPOSE`.
         kind: What the folder holds.
         files: The digests that each file may have, by its path in the folder; a report that is being written has two.
+        origin: Of a model: how it was made.
     """
 
     purpose: str
     kind: Kind
     files: dict[str, list[str]] = field(default_factory=dict)
+    origin: dict[str, str] = field(default_factory=dict)
 
 
-def write_marker(folder: Path, kind: Kind) -> None:
-    """Writes the marker of a folder, with all that is in it."""
+def write_marker(folder: Path, kind: Kind, origin: Mapping[str, str] | None = None) -> None:
+    """Writes the marker of a folder, with all that is in it.
+
+    Args:
+        folder: Complete otherwise.
+        kind: What it holds.
+        origin: Of a model: how it was made, as `ModelOrigin` has it.
+    """
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(_hashing_threads()) as pool:
         digests = pool.map(lambda name: [digest(folder / name)], names)
         files = dict(zip(names, digests, strict=True))
     files.pop(MARKER, None)
-    write_text(folder / MARKER, _to_json(_Marker(_PURPOSE, kind, files)))
+    write_text(folder / MARKER, _to_json(_Marker(_PURPOSE, kind, files, dict(origin or {}))))
+
+
+def read_origin(folder: Path) -> Mapping[str, str] | None:
+    """How the model in a folder was made; None where the folder does not tell."""
+    marker = _read_marker(folder)
+    return marker.origin if marker is not None and marker.kind == Kind.MODEL and marker.origin else None
 
 
 def permit_folder(kind: Kind, *, replace: bool) -> Permit:
@@ -257,7 +271,9 @@ def _read_marker(folder: Path) -> _Marker | None:
         return None
     try:
         read = _Marker(**json.loads(path.read_bytes()))
-        marker = _Marker(read.purpose, Kind(read.kind), {name: list(found) for name, found in read.files.items()})
+        marker = _Marker(
+            read.purpose, Kind(read.kind), {name: list(found) for name, found in read.files.items()}, dict(read.origin)
+        )
     except (ValueError, TypeError, AttributeError):
         return None
     is_inside = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in marker.files)
@@ -265,7 +281,8 @@ def _read_marker(folder: Path) -> _Marker | None:
 
 
 def _to_json(marker: _Marker) -> str:
-    return json.dumps(asdict(marker), indent=1) + "\n"
+    document = {key: value for key, value in asdict(marker).items() if key != "origin" or value}
+    return json.dumps(document, indent=1) + "\n"
 
 
 def _hashing_threads() -> int:

@@ -101,6 +101,19 @@ class ChatRenderer:
                 return turn_end(between, behind[-1], self._specials, opening=opening)
         return TurnEnd("")
 
+    @cached_property
+    def stop(self) -> str:
+        """The text at which an answer is over: what ends the last turn, else what begins the next; empty without both."""
+        question, answer = Message("user", _ASKED), Message("assistant", _MARK)
+        turns = (question, answer, question, answer)
+        try:
+            behind = self._text(Example("chat", turns, "", has_turns=True), turns).split(_MARK)[1:]
+        except DataError:
+            behind = []
+        tails = (behind[-1], behind[0]) if len(behind) > 1 else ()
+        found = (self.turn_end.after(_MARK, tail, self._specials).strip() for tail in tails)
+        return next(filter(None, found), self.turn_end.marker)
+
     def _opening(self, text: str) -> str | None:
         """The special token with which the template opens a turn: the first that is no begin of a sequence."""
         known = [token for token in self._specials if token != self._tokenizer.bos_token and token in text]

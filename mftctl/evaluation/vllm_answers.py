@@ -9,13 +9,14 @@ from pathlib import Path
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vLLM is imported, also by its own processes
 
 from lm_eval.models.vllm_causallms import VLLM
-from transformers import AutoConfig
 from vllm import SamplingParams
 
+from mftctl.checkpoint_loading import read_configuration
 from mftctl.config import EvalOptions
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.kept_answers import Asked, KeptAnswers
 from mftctl.evaluation.stop_strings import cut_at
+from mftctl.remote_code import trusts_code
 
 _BATCH = 256
 """vLLM schedules requests by itself; outputs are kept after so many."""
@@ -52,6 +53,7 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
                 batch_size=_BATCH,
                 tensor_parallel_size=options.tensor_parallel,
                 max_model_len=length,
+                trust_remote_code=trusts_code(),
                 **share,
             )
         except (RuntimeError, ValueError) as error:
@@ -89,7 +91,7 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
 
 def _length(checkpoint: Path, needed_tokens: int) -> int | None:
     """The longest sequence that vLLM makes room for; None for the model's own, which it is never to pass."""
-    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True).get_text_config(decoder=True)
+    config = read_configuration(checkpoint).get_text_config(decoder=True)
     own = getattr(config, "max_position_embeddings", None)
     wanted = needed_tokens + _SPARE
     return None if own is not None and wanted >= own else wanted

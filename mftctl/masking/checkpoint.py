@@ -7,7 +7,7 @@ record discards the output, which appears under its name only when it is complet
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def apply_to_checkpoint(
     tuned: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     replace: bool = False,
+    origin: Mapping[str, str] | None = None,
 ) -> ApplyResult:
     """Writes a new checkpoint with the removed weights set to +0.0, or reset to the base's values for a delta mask.
 
@@ -86,6 +87,7 @@ def apply_to_checkpoint(
         tuned: Folder of the tuned checkpoint, for a delta mask only; it may be sharded differently than the base.
         on_progress: Called with the weight bytes written so far and in all.
         replace: Whether a model of mftctl at `output` is replaced.
+        origin: How the new checkpoint was made, for its folder to tell.
 
     Raises:
         MaskMismatchError: The mask was made for other tensors than these, needs a tuned checkpoint or has none. A base
@@ -111,7 +113,7 @@ def apply_to_checkpoint(
             left_out = copy_companions(source, folder, sharded=not (source / WEIGHTS_FILE).is_file())
             card = write_model_card(mask, base_model=base_model, mask_path=mask_path)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
-            write_marker(folder, Kind.MODEL)
+            write_marker(folder, Kind.MODEL, origin)
             bytes_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise ModelError(

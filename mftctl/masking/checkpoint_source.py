@@ -13,7 +13,7 @@ from mftctl.errors import ModelError
 from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 
 ADAPTER_FILE: Final = "adapter_config.json"
-_WANTED_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*"]
+_WANTED_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "*.py"]
 _UNWANTED_FILES: Final = ["*/*.safetensors", "consolidated*", "onnx/*", "original/*"]
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth")
 _CONVERT: Final = (

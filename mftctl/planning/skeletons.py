@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from mftctl import quickstart
 from mftctl.errors import ModelError
 from mftctl.masking.targets import decoder_layers
+from mftctl.remote_code import require_trusted_code, trusts_code
 
 
 def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
@@ -32,11 +33,12 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     folder = Path(model).expanduser()
     if not folder.is_dir() and model == quickstart.NAME:
         folder = quickstart.model_path()
+    require_trusted_code(folder)
     try:
         config: PreTrainedConfig = (
-            AutoConfig.from_pretrained(folder, local_files_only=True)
+            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts_code())
             if folder.is_dir()
-            else AutoConfig.from_pretrained(model, revision=revision)
+            else AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusts_code())
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
@@ -62,7 +64,7 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), dtype=dtype
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=trusts_code()
             )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(

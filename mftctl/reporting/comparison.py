@@ -8,7 +8,7 @@ from itertools import starmap
 from statistics import fmean, stdev
 
 from mftctl.errors import EvaluationError, RunError
-from mftctl.lineage import FFT, PRE_TRAINED
+from mftctl.lineage import FFT, PRE_TRAINED, UNKNOWN
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.measurements import Measurement, belong_together, measurements_of
 from mftctl.reporting.paired_change import Change, paired_change
@@ -16,6 +16,7 @@ from mftctl.runs import Run
 
 STATE_ORDER = (
     PRE_TRAINED,
+    UNKNOWN,
     FFT,
     "continued FFT",
     "LoRA",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mftctl.errors import RunError
@@ -59,7 +60,7 @@ class Measurement:
     @property
     def first_state(self) -> str | None:
         """The state that the first run on the way here made of the pre-trained model; None where it is not known."""
-        first = [run for run in self.made_by if run.name == self.inputs["parents"][0]]
+        first = [run for run in self.made_by if run.name in self.inputs["parents"][:1]]
         return str(first[0].record.result.get("state")) if first else None
 
     def samples(self) -> Samples:
@@ -97,6 +98,9 @@ def belong_together(base: Measurement, item: Measurement) -> bool:
     same_origin = bool(base.inputs["origin"] == item.inputs["origin"])
     if PRE_TRAINED in (base.state, item.state):
         return same_origin
+    if not item.inputs["parents"]:  # which a folder tells that another runs folder has
+        base_model = item.inputs.get("base")
+        return base_model is not None and base_model == str(Path(base.inputs["model"]).resolve())
     if item.first_state in (None, FFT):
         return bool(base.inputs["parents"] == item.inputs["parents"][:1])
     return same_origin and (base.seed, base.trained_on) == (item.seed, item.trained_on)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
+from mftctl.checkpoint_loading import load_weights
 from mftctl.config import FftOptions
 from mftctl.devices import record_attention
 from mftctl.errors import ModelError
@@ -86,13 +88,24 @@ def load_adapter(
             model = load_quantized(checkpoint, device or torch.device("cpu"))
             model = model if quantize else dequantize(model, dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, local_files_only=True, **settings)
+            model = load_weights(checkpoint, dtype=dtype, **settings)
         record_attention(model)
-        # peft would take the adapter to any GPU there is.
-        return PeftModel.from_pretrained(
-            model, str(folder), is_trainable=trainable, torch_device=str(model.device if quantize else "cpu")
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            # What peft does not find stays as new adapters are: without effect, or random.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            # peft would take the adapter to any GPU there is.
+            return PeftModel.from_pretrained(
+                model, str(folder), is_trainable=trainable, torch_device=str(model.device if quantize else "cpu")
+            )
+    except UserWarning as error:
+        raise ModelError(
+            "The adapter lacks weights.",
+            path=folder,
+            expected="the weights of every layer that adapter_config.json names",
+            actual=str(error),
+            hint="download or save the adapter again",
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
         raise ModelError("The adapter cannot be loaded.", path=folder, key=base, actual=error) from error

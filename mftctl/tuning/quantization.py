@@ -10,8 +10,9 @@ import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from mftctl.checkpoint_loading import load_weights, read_configuration
 from mftctl.errors import ModelError
 from mftctl.masking.targets import decoder_layers
 from mftctl.tuning.optimizers import require_bitsandbytes
@@ -43,13 +44,14 @@ def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16,
-        quantization_config=config,
-        device_map={"": _indexed(device)},
-        local_files_only=True,
-    )
+    if getattr(read_configuration(folder), "quantization_config", None):
+        raise ModelError(
+            "The weights are in 8 bits already, and not made for another quantisation.",
+            path=folder,
+            expected="a checkpoint in bf16, fp16 or fp32",
+            hint="--method lora without --quantize",
+        )
+    model = load_weights(folder, dtype=torch.bfloat16, quantization_config=config, device_map={"": _indexed(device)})
     _require_linear_layers(model, folder)
     return prepare_model_for_kbit_training(  # type: ignore[no-any-return,no-untyped-call]
         model, use_gradient_checkpointing=False

@@ -1,0 +1,95 @@
+"""Weights through transformers, of which none is ever left random."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from mftctl.errors import ModelError
+from mftctl.remote_code import require_trusted_code, trusts_code
+
+_MOST_NAMED = 3
+
+
+def read_configuration(folder: Path) -> PreTrainedConfig:
+    """The configuration in a checkpoint folder; one of weights in 8 bits asks for them in bf16.
+
+    Raises:
+        ModelError: It needs code that is not trusted.
+        OSError, ValueError, KeyError: transformers cannot read it.
+    """
+    require_trusted_code(folder)
+    config: PreTrainedConfig = AutoConfig.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=trusts_code()
+    )
+    quantization = getattr(config, "quantization_config", None)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
+        # By itself transformers does so on a CPU alone: on a GPU the layers would stay in 8 bits and learn nothing.
+        config.quantization_config = {**quantization, "dequantize": True}
+    return config
+
+
+def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
+    """The causal language model in a checkpoint folder, each tensor of which was found in its files.
+
+    Args:
+        folder: With `config.json` and safetensors.
+        options: For `from_pretrained`.
+
+    Raises:
+        ModelError: Tensors are missing, unexpected or of another shape, or it needs code that is not trusted.
+        OSError, ValueError, KeyError, RuntimeError, ImportError: transformers cannot load it.
+    """
+    config = read_configuration(folder)
+    with quiet_transformers():
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which the report then names
+            trust_remote_code=trusts_code(),
+            **options,
+        )
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    mismatched = sorted(
+        f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]
+    )
+    if missing or unexpected or mismatched:
+        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)]
+        raise ModelError(
+            "The checkpoint does not hold the tensors of the model that its configuration describes.",
+            path=folder,
+            expected="each tensor of the model once, and no others",
+            actual="; ".join(f"{len(names)} {word}: {listed(names)}" for word, names in parts if names),
+            hint="download or save the checkpoint again; a part of a larger model is to be saved by itself first",
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few of some names."""
+    shown = list(names)[:_MOST_NAMED]
+    return ", ".join(shown) + (" …" if len(names) > len(shown) else "")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside it, transformers writes no report of its own and shows no bar."""
+    verbosity = transformers_logging.get_verbosity()
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
