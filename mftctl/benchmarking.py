@@ -176,6 +176,7 @@ def _answered(
                 batch_size=batch_size,
                 seed=recipe.seed,
                 on_shortage=lambda tokens: listener.note(smaller_batches(benchmark.name, tokens)),
+                has_turns=recipe.eval.chat_template,
                 **kept,
             )
             return run_benchmark(written, task, problems, **common), written.generated_tokens

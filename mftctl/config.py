@@ -427,6 +427,7 @@ class Recipe(_Section):
     check_memory: bool = Field(
         True, description="On a GPU: stop before weights are loaded where the estimate finds no room for the training."
     )
+    trust_remote_code: bool = Field(False, description="Run the Python code that a model brings itself.")
     fft: FftOptions = FftOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()

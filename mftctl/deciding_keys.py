@@ -6,8 +6,8 @@ from typing import Any
 
 from mftctl.config import Recipe
 
-OF_THE_MACHINE = ("device", "attention")
-"""Keys that say where and by what kernels to compute, which another command or machine need not share."""
+OF_THE_MACHINE = ("device", "attention", "trust_remote_code")
+"""Keys that say where and by what kernels to compute, and what is trusted, which another command need not share."""
 
 _WITHOUT_EFFECT = {
     "fft": {"batch_tokens"},

@@ -94,6 +94,7 @@ def evaluate(
     seed: opt.Seed = None,
     device: opt.Device = None,
     attention: opt.Attention = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure loss and exact match on a data file, or a benchmark score.

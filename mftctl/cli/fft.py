@@ -72,6 +72,7 @@ def fft(
     seed: opt.Seed = None,
     device: opt.Device = None,
     attention: opt.Attention = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:

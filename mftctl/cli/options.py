@@ -152,6 +152,9 @@ Runs = Annotated[
 Seed = Annotated[int | None, setting(Recipe, "seed", "--seed", panel=GENERAL)]
 Device = Annotated[str | None, setting(Recipe, "device", "--device", panel=GENERAL)]
 Attention = Annotated[str | None, setting(Recipe, "attention", "--attention", panel=GENERAL)]
+TrustRemoteCode = Annotated[
+    bool | None, setting(Recipe, "trust_remote_code", "--trust-remote-code", panel=GENERAL, default="off")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=GENERAL)]
 Yes = Annotated[
     bool, typer.Option("--yes", "-y", help="Replace existing results without asking.", rich_help_panel=GENERAL)

@@ -56,6 +56,7 @@ def probe(
     seed: opt.Seed = None,
     device: opt.Device = None,
     attention: opt.Attention = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Find the layers that gain most from a mask.

@@ -54,6 +54,7 @@ def validate(
             rich_help_panel=opt.GENERAL,
         ),
     ] = None,
+    trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check all of a recipe that can be checked before training: files, labels, masks, memory, steps.

@@ -103,7 +103,7 @@ class ChatRenderer:
 
     @cached_property
     def stop(self) -> str:
-        """The text at which an answer is over: what ends the last turn, else what begins the next; empty without both."""
+        """The text at which an answer is over: what ends the last turn, else what begins the next; else empty."""
         question, answer = Message("user", _ASKED), Message("assistant", _MARK)
         turns = (question, answer, question, answer)
         try:

@@ -29,9 +29,12 @@ def decode_behind(
     """
 
     def decode(ids: Sequence[int]) -> str:
-        text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-        return str(text)
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
+    if skip_special_tokens:  # of the answer alone: one at the end of the prompt keeps the space behind it
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        special |= set(tokenizer.all_special_ids)
+        token_ids = [token for token in token_ids if token not in special]
     context = list(before[-_CONTEXT_TOKENS:])
     start, whole = decode(context), decode([*context, *token_ids])
     return whole[len(start) :] if whole.startswith(start) else decode(token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +13,10 @@ from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
+from mftctl.data.decoding import decode_behind
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import OnShortage, answer_room
+from mftctl.evaluation.answer_stops import AnswerStops, answer_stops
 from mftctl.evaluation.kept_answers import Asked, KeptAnswers
 from mftctl.evaluation.output_cache import OutputCache
 from mftctl.evaluation.sampling import SeededSampling
@@ -42,6 +45,7 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         cache: OutputCache,
         on_progress: OnProgress | None,
         on_shortage: OnShortage | None = None,
+        has_turns: bool = False,
     ) -> None:
         # A copy, because lm-eval gives a tokenizer without padding token one.
         super().__init__(
@@ -50,6 +54,9 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         self._chosen_batch_size = batch_size
         self._seed = seed
         self._room = answer_room(model, on_shortage)
+        # What ends a turn in plain text may stand in any other answer.
+        stops = answer_stops(model, tokenizer)
+        self._stops = stops if has_turns else replace(stops, texts=())
         self.keep_outputs(cache, max_new_tokens=max_new_tokens, on_progress=on_progress)
 
     def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
@@ -76,21 +83,20 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
             seeds, new = [asked.seeds[place] for place in places], setting["max_new_tokens"]
             sampling = SeededSampling(seeds, temperature=setting["temperature"], width_tokens=width, new_tokens=new)
             drawing.append(sampling)
-        with _generation_settings(self.model, self.tokenizer, setting):
+        until = [*setting["until"], *self._stops.texts]
+        with _generation_settings(self.model, self._stops, self.tokenizer.pad_token_id, setting):
             output = self.model.generate(
                 input_ids=input_ids.to(self.device),
                 attention_mask=mask.to(self.device),
-                stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, setting["until"], width)]),
+                stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, until, width)]),
                 logits_processor=LogitsProcessorList(drawing),
             )
         new = output[:, width:].tolist()
         self.generated_tokens += sum(_written(row, pad) for row in new)
-        return [cut_at(self._text(row), setting["until"]) for row in new]
+        return [cut_at(self._text(prompt, row), until) for prompt, row in zip(prompts, new, strict=True)]
 
-    def _text(self, token_ids: list[int]) -> str:
-        ends = _end_tokens(self.model, self.tokenizer)
-        end = next((place for place, token in enumerate(token_ids) if token in ends), len(token_ids))
-        return str(self.tokenizer.decode(token_ids[:end], skip_special_tokens=True))
+    def _text(self, prompt: Sequence[int], token_ids: Sequence[int]) -> str:
+        return decode_behind(self.tokenizer, prompt, self._stops.before(token_ids), skip_special_tokens=True)
 
 
 class WrittenAnswers(LM):  # type: ignore[misc]  # lm-eval is not typed
@@ -136,23 +142,17 @@ def _written(token_ids: list[int], pad: int) -> int:
     return next((place + 1 for place in reversed(range(len(token_ids))) if token_ids[place] != pad), 0)
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    own = model.generation_config.eos_token_id
-    named = own if isinstance(own, list) else [own]
-    return {int(token_id) for token_id in [*named, tokenizer.eos_token_id] if token_id is not None}
-
-
 @contextmanager
 def _generation_settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, setting: Mapping[str, Any]
+    model: PreTrainedModel, stops: AnswerStops, pad_token_id: int | None, setting: Mapping[str, Any]
 ) -> Iterator[None]:
     """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's."""
     own = model.generation_config
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=setting["max_new_tokens"],
-        eos_token_id=sorted(_end_tokens(model, tokenizer)) or None,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted(stops.token_ids) or None,
+        pad_token_id=pad_token_id,
     )
     try:
         yield

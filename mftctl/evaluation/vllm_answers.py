@@ -14,6 +14,7 @@ from vllm import SamplingParams
 from mftctl.checkpoint_loading import read_configuration
 from mftctl.config import EvalOptions
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.answer_stops import turn_stops
 from mftctl.evaluation.kept_answers import Asked, KeptAnswers
 from mftctl.evaluation.stop_strings import cut_at
 from mftctl.remote_code import trusts_code
@@ -71,12 +72,13 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
             yield places, self._generate(asked, places)
 
     def _generate(self, asked: Asked, places: Sequence[int]) -> list[str]:
-        setting = asked.setting
+        setting, stop_ids = asked.setting, sorted(turn_stops(self.tokenizer).token_ids)
         settings = [
             SamplingParams(
                 temperature=setting["temperature"],
                 max_tokens=setting["max_new_tokens"],
                 stop=setting["until"],
+                stop_token_ids=stop_ids,
                 seed=asked.seeds[place] if setting["temperature"] else None,
             )
             for place in places
