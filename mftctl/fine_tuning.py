@@ -24,7 +24,7 @@ from mftctl.memory_check import RoomOnGpu, room_on_gpu
 from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory, stored_dtype
 from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
-from mftctl.preparation import TrainingInputs, prepare_training
+from mftctl.preparation import TrainingInputs, prepare_training, require_same_data
 from mftctl.processes import is_first, shares_weights, spreads_parameters, world_size
 from mftctl.progress import Listener
 from mftctl.results import Kind, permit_folder, write_marker
@@ -100,7 +100,10 @@ def _fine_tune(
         max_length_tokens=options.max_length_tokens,
         data_fraction=options.data_fraction,
         adapters=True,
+        now=run.started,
+        listener=listener,
     )
+    require_same_data(run.record.inputs, inputs)
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs)
