@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from mftctl.data.examples import Learn
+from mftctl.data.record_issues import BadRecords
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 
@@ -416,6 +418,19 @@ class Recipe(_Section):
     val_data: Sources = Field((), description="Validation data; split off the training data by default.")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(0.05, description="Share split off for validation.")
     test_data: Sources = Field((), description="Data that eval measures on.")
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="Jinja file, one of the tokenizer's named templates, or chatml, tulu, llama3, zephyr or alpaca; "
+        "written into the model.",
+    )
+    template_args: dict[str, bool | int | float | str] = Field(
+        default_factory=dict,
+        description="Variable of the chat template, such as enable_thinking=false; repeatable.",
+    )
+    merge_system: bool = Field(False, description="Put the system prompt into the first question.")
+    learn: Learn = Field("all", description="Answers learned of a conversation: all, or the last.")
+    bad_records: BadRecords = Field("error", description="What to do with records that cannot be used.")
     seed: int = Field(0, ge=0, description="Decides order, splits and random starts.")
     seeds: tuple[int, ...] = Field((), strict=False, description="run: repeat the experiment for each.")
     device: Device = Field(

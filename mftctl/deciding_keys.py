@@ -17,6 +17,9 @@ _WITHOUT_EFFECT = {
 """Keys that decide where and how fast something is computed, and not what."""
 
 _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
+_OF_RECORDS = ("chat_template", "template_args", "merge_system", "learn", "bad_records")
+"""Keys that came later: at their defaults they are left out, so that earlier runs are still recognised."""
+
 _RATE = {"fft": {"method", "learning_rate"}}
 _SECTIONS: dict[str, dict[str, Any]] = {
     "fft": {"fft": True},
@@ -37,7 +40,8 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
     if training is not None and training.eval_every is not None:
         sections["eval"] = True  # a part of the result is then what was measured on the way
-    included: dict[str, Any] = {**dict.fromkeys(_SHARED, True), **sections}
+    changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
+    included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
     keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
     for section in ("fft", "mask_train"):
         if "grad_accum_steps" in keys.get(section, {}):

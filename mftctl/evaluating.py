@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,11 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mftctl.atomic import write_text
 from mftctl.config import Recipe
+from mftctl.data import template_clock
+from mftctl.data.encoding import EncodedRecords, Encoder
 from mftctl.data.examples import Example
+from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import DataSource, data_digest, load_examples
 from mftctl.devices import best_device, device_for, visible_alone
 from mftctl.errors import ConfigError, EvaluationError
@@ -26,12 +30,22 @@ from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.models import evaluation_dtype, load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
+from mftctl.models import evaluation_dtype, load_model, peak_memory_bytes, restart_peak_memory
 from mftctl.processes import first_before_others, is_first, world_size
 from mftctl.progress import Listener, Progress
+from mftctl.record_encoding import (
+    added_system_text,
+    encode_part,
+    load_encoder,
+    require_records,
+    tell_issues,
+    template_record,
+)
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from mftctl.benchmarking import Loaded, PreparedBenchmark
     from mftctl.evaluation.vllm_answers import VllmAnswers
 
@@ -42,11 +56,26 @@ class Measures:
 
     Attributes:
         examples: The records of the test data.
+        issues: What is wrong with records that were read.
         benchmarks: The benchmarks, ready to be asked.
     """
 
     examples: list[Example]
+    issues: RecordIssues
     benchmarks: list[PreparedBenchmark]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredRecords:
+    """The test data as a model takes it.
+
+    Attributes:
+        encoder: Of the model's tokenizer.
+        records: Those that can be used; none where no data is measured on.
+    """
+
+    encoder: Encoder
+    records: EncodedRecords
 
 
 def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
@@ -66,6 +95,19 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     """
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
+    test = None
+    if recipe.eval.predictions is None:
+        checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
+        encoder = load_encoder(checkpoint, recipe, run.started)
+        test = encode_test_data(measures, recipe, encoder, listener)
+        issues = measures.issues.counts()
+        run.update(
+            inputs={
+                **source.as_inputs(),
+                "chat_template": template_record(encoder, recipe),
+                "record_issues": {"Test data": issues} if issues else {},
+            }
+        )
     with device_for(
         run,
         listener,
@@ -74,8 +116,8 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
         attention=recipe.attention,
     ):
         restart_peak_memory()
-        loaded = None if recipe.eval.predictions is not None else _load(source, recipe, measures, listener)
-        datasets = measure(measures, recipe, loaded, run.folder, listener, model_name=source.model, run=run)
+        loaded = None if test is None else _load(checkpoint, source, recipe, measures, test.encoder, listener)
+        datasets = measure(measures, recipe, loaded, run.folder, listener, test=test, model_name=source.model, run=run)
         return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
 
 
@@ -99,8 +141,43 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
         with first_before_others():  # which find in the cache what it has fetched
             benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
     with_model = options.predictions is None
-    examples = load_examples(recipe.test_data, seed=recipe.seed)[: options.limit] if with_model else []
-    return Measures(examples, benchmarks)
+    issues = RecordIssues()
+    examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues)[: options.limit] if with_model else []
+    return Measures(examples, issues, benchmarks)
+
+
+def encode_test_data(measures: Measures, recipe: Recipe, encoder: Encoder, listener: Listener) -> MeasuredRecords:
+    """The test data as a model takes it; whatever is wrong with it is said here.
+
+    Args:
+        measures: Of the recipe.
+        recipe: With the `eval` section.
+        encoder: Of the model's tokenizer.
+        listener: Is told what is to be known of records.
+
+    Raises:
+        DataError: Records cannot be used.
+    """
+    length, issues = recipe.eval.max_length_tokens, measures.issues
+    used = encode_part(measures.examples, encoder, length, issues, listener)
+    issues.settle(recipe.bad_records)
+    tell_issues("Test data", issues, length, listener)
+    if measures.examples or issues.records:
+        require_records("Test data", used, issues, length)
+    added = added_system_text(encoder, used.examples)
+    if added is not None:
+        listener.note(f"Test data: {added}")
+    return MeasuredRecords(encoder, used)
+
+
+def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:
+    """The encoder's tokenizer for benchmarks, whose chat template takes the run's start for the present."""
+    tokenizer = encoder.tokenizer
+    if not tokenizer.chat_template:
+        return tokenizer
+    fixed = copy.deepcopy(tokenizer)
+    fixed.chat_template = template_clock.at(str(tokenizer.chat_template), encoder.now)
+    return fixed
 
 
 def measure(
@@ -110,6 +187,7 @@ def measure(
     folder: Path,
     listener: Listener,
     *,
+    test: MeasuredRecords | None,
     model_name: str,
     run: Run | None = None,
 ) -> list[dict[str, Any]]:
@@ -123,6 +201,7 @@ def measure(
         loaded: Model and tokenizer, or what vLLM runs; None where outputs written before are scored.
         folder: Gets the samples.
         listener: Hears progress.
+        test: The test data as the model takes it; None where outputs written before are scored.
         model_name: What the model is called where outputs are written for a judge.
         run: Keeps the outputs of benchmarks, so that an interrupted evaluation goes on. Without one, while a model is
             trained, nothing is kept and no judge asked.
@@ -131,9 +210,8 @@ def measure(
         MftError: Anything known that can go wrong.
     """
     datasets = []
-    if measures.examples and isinstance(loaded, tuple):
-        model, tokenizer = loaded
-        datasets.append(_data_file(measures.examples, recipe, model, tokenizer, folder, listener))
+    if test is not None and test.records.records and isinstance(loaded, tuple):
+        datasets.append(_data_file(test, recipe, loaded[0], folder, listener))
     for benchmark in measures.benchmarks:
         from mftctl.benchmarking import measure_benchmark, output_cache
 
@@ -153,12 +231,13 @@ def measure(
     return datasets
 
 
-def _load(source: Source, recipe: Recipe, measures: Measures, listener: Listener) -> Loaded:
-    """The model, under its mask if it has one, and the tokenizer."""
-    checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
+def _load(
+    checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, encoder: Encoder, listener: Listener
+) -> Loaded:
+    """The model, under its mask if it has one, and the tokenizer that benchmarks use."""
+    tokenizer = with_fixed_clock(encoder)
     if recipe.eval.engine == "vllm":
-        return _load_for_vllm(checkpoint, source, recipe, measures)
-    tokenizer = load_tokenizer(checkpoint)
+        return _load_for_vllm(checkpoint, source, recipe, measures, tokenizer)
     mask = None if source.mask is None else load_mask(Path(source.mask))
     dtype = evaluation_dtype(checkpoint)
     spread = gpu_map(checkpoint, dtype)
@@ -171,7 +250,9 @@ def _load(source: Source, recipe: Recipe, measures: Measures, listener: Listener
     return model, tokenizer
 
 
-def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe, measures: Measures) -> VllmAnswers:
+def _load_for_vllm(
+    checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, tokenizer: PreTrainedTokenizerBase
+) -> VllmAnswers:
     """The checkpoint in vLLM's own processes.
 
     Raises:
@@ -192,7 +273,7 @@ def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe, measures: M
     options = recipe.eval
     needed = longest_request(
         [benchmark.task for benchmark in measures.benchmarks],
-        load_tokenizer(checkpoint),
+        tokenizer,
         limit=options.limit,
         chat_template=options.chat_template,
         seed=recipe.seed,
@@ -200,7 +281,9 @@ def _load_for_vllm(checkpoint: Path, source: Source, recipe: Recipe, measures: M
     )
     dtype = str(evaluation_dtype(checkpoint)).removeprefix("torch.")
     with visible_alone(best_device()):
-        return VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed, options=options, needed_tokens=needed)
+        answers = VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed, options=options, needed_tokens=needed)
+    answers.tokenizer.chat_template = tokenizer.chat_template
+    return answers
 
 
 def check_measures(recipe: Recipe) -> None:
@@ -284,19 +367,17 @@ def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:
 
 
 def _data_file(
-    examples: Sequence[Example],
+    test: MeasuredRecords,
     recipe: Recipe,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     listener: Listener,
 ) -> dict[str, Any]:
     name = _data_name(recipe.test_data)
     found = evaluate_examples(
         model,
-        tokenizer,
-        examples,
-        max_length_tokens=recipe.eval.max_length_tokens,
+        test.encoder,
+        test.records,
         generate=recipe.eval.generate,
         on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
         on_shortage=lambda tokens: listener.note(smaller_batches(name, tokens)),
@@ -321,7 +402,7 @@ def _data_file(
         metrics.append(_metric("exact_match", found.exact_match, found.exact_match_standard_error, found.predictions))
     return {
         "name": name,
-        "digest": data_digest(examples),
+        "digest": data_digest(test.records.examples),
         "samples": _write_samples(folder, rows),
         "max_new_tokens": found.max_new_tokens,
         "metrics": metrics,

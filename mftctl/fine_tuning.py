@@ -35,7 +35,7 @@ from mftctl.models import (
 )
 from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
-from mftctl.preparation import TrainingInputs, prepare_training
+from mftctl.preparation import TrainingInputs, prepare_training, require_same_data
 from mftctl.processes import is_first, shares_weights, spreads_parameters, world_size
 from mftctl.progress import Listener
 from mftctl.results import Kind, permit_folder, write_marker
@@ -111,7 +111,10 @@ def _fine_tune(
         max_length_tokens=options.max_length_tokens,
         data_fraction=options.data_fraction,
         adapters=True,
+        now=run.started,
+        listener=listener,
     )
+    require_same_data(run.record.inputs, inputs)
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mftctl.config import Recipe, TrainingOptions
+from mftctl.data.encoding import Encoder
 from mftctl.errors import Interrupted
-from mftctl.evaluating import measure, prepare_measures
+from mftctl.evaluating import encode_test_data, measure, prepare_measures, with_fixed_clock
 from mftctl.lineage import Source
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import from_first, world_size
@@ -33,7 +28,7 @@ class InterimEvaluation(TrainerCallback):
     Args:
         recipe: With the `eval` section and `test_data`.
         options: Of the training: how often, and on how much.
-        tokenizer: The model's.
+        encoder: Of the model's tokenizer.
         model_name: What the model is called where outputs are written for a judge.
         folder: Of the training.
         listener: Hears progress.
@@ -48,7 +43,7 @@ class InterimEvaluation(TrainerCallback):
         self,
         recipe: Recipe,
         options: TrainingOptions,
-        tokenizer: PreTrainedTokenizerBase,
+        encoder: Encoder,
         model_name: str,
         folder: TrainingFolder,
         listener: Listener,
@@ -56,12 +51,13 @@ class InterimEvaluation(TrainerCallback):
         limit = min(options.eval_limit, recipe.eval.limit or options.eval_limit)
         self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None, "eval.engine": "hf"})
         self._every = options.eval_every or 0
-        self._tokenizer = tokenizer
+        self._tokenizer = with_fixed_clock(encoder)
         self._model_name = model_name
         self._folder = folder
         self._listener = listener
         self._patient = _Patient(listener)
         self._measures = prepare_measures(self._recipe, self._patient)
+        self._test = encode_test_data(self._measures, self._recipe, encoder, listener)
 
     def watch(self, stop: StopRequest) -> None:
         """Gives up a measurement, which can take long, as soon as the user wants to stop.
@@ -107,7 +103,15 @@ class InterimEvaluation(TrainerCallback):
         folder = self._folder.folder / "evaluations" / f"step-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         loaded = (model, self._tokenizer)
-        found = measure(self._measures, self._recipe, loaded, folder, self._patient, model_name=self._model_name)
+        found = measure(
+            self._measures,
+            self._recipe,
+            loaded,
+            folder,
+            self._patient,
+            test=self._test,
+            model_name=self._model_name,
+        )
         for dataset in found:
             name, metrics = dataset["name"], dataset["metrics"]
             self._folder.log({"step": step, "dataset": name, "digest": dataset["digest"], "metrics": metrics})
@@ -133,7 +137,8 @@ def interim_evaluation(
     """
     if options.eval_every is None:
         return None
-    return InterimEvaluation(recipe, options, inputs.tokenizer, source.model, run.training, listener)
+    encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started)
+    return InterimEvaluation(recipe, options, encoder, source.model, run.training, listener)
 
 
 def measurements(folder: TrainingFolder) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from mftctl.config import Recipe
 from mftctl.data.batching import pad_token_id
-from mftctl.data.encoding import Encoded, encode_all
-from mftctl.data.examples import Example
+from mftctl.data.encoding import Encoded, EncodedRecords, Encoder
+from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import data_digest, load_examples
 from mftctl.data.splits import sample_count, sample_fraction
 from mftctl.deciding_keys import OF_THE_MACHINE, to_document
@@ -31,6 +31,7 @@ from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.models import load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
 from mftctl.preparation import split_examples
 from mftctl.progress import Listener, Progress
+from mftctl.record_encoding import encode_part, require_records, tell_issues
 from mftctl.recording import recorded
 from mftctl.runs import Run, create_run, list_runs
 from mftctl.stopping import StopRequest, stop_on_signal
@@ -67,12 +68,14 @@ class _Parts:
     """The records that are measured on.
 
     Attributes:
+        encoder: Of the tokenizer of FFT's model.
         train: A seeded choice of those that FFT trained on.
         test: The first ones, as `eval --limit` takes them.
     """
 
-    train: list[Example]
-    test: list[Example]
+    encoder: Encoder
+    train: EncodedRecords
+    test: EncodedRecords
 
 
 def measure_surface(
@@ -105,7 +108,13 @@ def measure_surface(
     _check("--surface-points", points, _FEWEST_POINTS)
     _check("--surface-records", records, 1)
     corners = find_corners(root, listener)
-    parts = _Parts(_training_records(corners, records), _test_records(corners.recipe, records))
+    tokenizer = load_tokenizer(resolve_checkpoint(corners.fft.record.result["model"]))
+    encoder = Encoder(tokenizer, learn=corners.recipe.learn, now=corners.fft.started)
+    parts = _Parts(
+        encoder,
+        _training_records(corners, encoder, records, listener),
+        _test_records(corners.recipe, encoder, records, listener),
+    )
     find_device(device)
     run = _open_run(root, corners, parts, points, records, listener)
     if run.record.status != "finished":
@@ -120,16 +129,20 @@ def _check(option: str, value: int, fewest: int) -> None:
         raise ConfigError("The loss surface is too small.", key=option, expected=f"at least {fewest}", actual=value)
 
 
-def _training_records(corners: Corners, count: int) -> list[Example]:
+def _training_records(corners: Corners, encoder: Encoder, count: int, listener: Listener) -> EncodedRecords:
     """A seeded choice of the records that FFT was trained on.
 
     Raises:
         DataError: The data is not what it was then.
     """
     recipe, inputs = corners.recipe, corners.fft.record.inputs
-    train = split_examples(recipe)[0]
+    read = split_examples(recipe)
+    train = read.train
     if recipe.fft.data_fraction < 1:
         train = sample_fraction(train, recipe.fft.data_fraction, recipe.seed)
+    length, issues = recipe.fft.max_length_tokens, RecordIssues()
+    if data_digest(train) != inputs["digests"]["train"]:  # which does not have those that were left out
+        train = encode_part(train, encoder, length, issues, listener).examples
     if data_digest(train) != inputs["digests"]["train"]:
         raise DataError(
             f"The training data is no longer what {corners.fft.name} was trained on.",
@@ -138,11 +151,19 @@ def _training_records(corners: Corners, count: int) -> list[Example]:
             actual=f"{len(train)} records with SHA-256 {data_digest(train)}",
             hint="put the data back, or train all three anew on what it is now",
         )
-    return sample_count(train, count, recipe.seed)
+    chosen = encode_part(sample_count(train, count, recipe.seed), encoder, length, issues, listener)
+    require_records("Training data", chosen, issues, length)
+    return chosen
 
 
-def _test_records(recipe: Recipe, count: int) -> list[Example]:
-    return load_examples(recipe.test_data, seed=recipe.seed)[:count]
+def _test_records(recipe: Recipe, encoder: Encoder, count: int, listener: Listener) -> EncodedRecords:
+    length, issues = recipe.eval.max_length_tokens, RecordIssues()
+    examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues)[:count]
+    used = encode_part(examples, encoder, length, issues, listener)
+    issues.settle(recipe.bad_records)
+    tell_issues("Test data", issues, length, listener)
+    require_records("Test data", used, issues, length)
+    return used
 
 
 def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records: int, listener: Listener) -> Run:
@@ -152,10 +173,10 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
         **source_of_run(corners.fft).as_inputs(),
         "points": points,
         "records": records,
-        "train_records": len(parts.train),
-        "test_records": len(parts.test),
+        "train_records": len(parts.train.records),
+        "test_records": len(parts.test.records),
         "corners": [_identity(run) for run in corners.runs()],
-        "digests": {"train": data_digest(parts.train), "test": data_digest(parts.test)},
+        "digests": {"train": data_digest(parts.train.examples), "test": data_digest(parts.test.examples)},
     }
     same = [
         run
@@ -198,12 +219,8 @@ def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: L
     """The result, once all places are measured."""
     restart_peak_memory()
     checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
-    tokenizer = load_tokenizer(checkpoint)
-    pad = pad_token_id(tokenizer)
-    encoded = {
-        "train_loss": encode_all(parts.train, tokenizer, corners.recipe.fft.max_length_tokens),
-        "test_loss": encode_all(parts.test, tokenizer, corners.recipe.eval.max_length_tokens),
-    }
+    pad = pad_token_id(parts.encoder.tokenizer)
+    encoded = {"train_loss": parts.train.records, "test_loss": parts.test.records}
     model = load_model(checkpoint, dtype=torch.float32)
     plane = WeightPlane(model, _weights(corners))
     names = [state_of(corner) for corner in corners.runs()]

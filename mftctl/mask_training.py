@@ -28,7 +28,7 @@ from mftctl.memory_check import RoomOnGpu, room_on_gpu
 from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory
 from mftctl.outlines import StoredWeights
 from mftctl.prefix_reuse import batches_come_again, figures, hidden_states, token_batches_change
-from mftctl.preparation import TrainingInputs, prepare_training
+from mftctl.preparation import TrainingInputs, prepare_training, require_same_data
 from mftctl.processes import is_first, shares_weights, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
@@ -192,7 +192,10 @@ def prepare_mask_training(
         data_fraction=data_fraction,
         seen=seen_records(run.folder.parent, source.parents),
         learn_from=options.effective_learn_from,
+        now=run.started,
+        listener=listener,
     )
+    require_same_data(run.record.inputs, inputs)
     if inputs.left_out:
         listener.note(
             f"Training records: {len(inputs.train)}; {inputs.left_out} that fine-tuning has seen are left out "

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.config import Recipe
-from mftctl.data.encoding import Encoded, encode_all
+from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.data.examples import Example
+from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import data_digest, load_examples, record_digest
 from mftctl.data.splits import sample_fraction, split_validation
-from mftctl.errors import ConfigError
+from mftctl.errors import ConfigError, DataError
 from mftctl.masking.checkpoint import resolve_checkpoint
-from mftctl.models import load_tokenizer
+from mftctl.progress import Listener, Silence
+from mftctl.record_encoding import (
+    added_system_text,
+    encode_part,
+    load_encoder,
+    require_records,
+    tell_issues,
+    template_record,
+)
 from mftctl.seen_records import LearnFrom, records_to_learn_from
 
 
@@ -26,12 +36,14 @@ class TrainingInputs:
 
     Attributes:
         checkpoint: Folder of the model to start from.
-        tokenizer: The model's.
+        tokenizer: The model's, with the chat template that the recipe wants.
         train: Encoded training records.
         validation: Encoded validation records.
         digests: SHA-256 of the examples of both parts.
         records: The digest of each training record.
         left_out: Training records that were not to be learned from.
+        template: What is to be recorded of the chat template.
+        issues: How many records of each part were refused, cut and the like.
     """
 
     checkpoint: Path
@@ -41,6 +53,8 @@ class TrainingInputs:
     digests: dict[str, str]
     records: list[str]
     left_out: int
+    template: dict[str, Any]
+    issues: dict[str, dict[str, int]]
 
     def summary(self) -> dict[str, Any]:
         """Counts for the run's record."""
@@ -49,7 +63,32 @@ class TrainingInputs:
             "validation_records": len(self.validation),
             "train_answer_tokens": sum(record.answer_tokens for record in self.train),
             "digests": self.digests,
+            "chat_template": self.template,
+            "record_issues": self.issues,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The records of a recipe as they are read.
+
+    Attributes:
+        train: Training records.
+        validation: Validation records.
+        train_issues: What is wrong with the records that the training part was read from.
+        validation_issues: The same of the validation part; of data that was split, it is the same.
+    """
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    train_issues: RecordIssues
+    validation_issues: RecordIssues
+
+    def named_issues(self) -> dict[str, RecordIssues]:
+        """The issues by the name of the part that they are of."""
+        if self.train_issues is self.validation_issues:
+            return {"Data": self.train_issues}
+        return {"Training data": self.train_issues, "Validation data": self.validation_issues}
 
 
 def prepare_training(
@@ -61,49 +100,109 @@ def prepare_training(
     adapters: bool = False,
     seen: frozenset[str] = frozenset(),
     learn_from: LearnFrom = "all",
+    now: datetime | None = None,
+    listener: Listener | None = None,
 ) -> TrainingInputs:
     """The encoded training and validation data of a recipe.
 
     Args:
-        recipe: Names the data, the split and the seed.
+        recipe: Names the data, the split, the chat template and the seed.
         model: Checkpoint folder, hub id or `quickstart`.
         max_length_tokens: Longer records are cut at the end.
         data_fraction: Share of the training records to use, of those to learn from.
         adapters: Whether the model may be a LoRA adapter.
         seen: Digests of the records that the model was fine-tuned on.
         learn_from: What that is good for, as `records_to_learn_from` has it.
+        now: What a chat template takes for the present; by default what the clock says.
+        listener: Is told what is to be known of records.
 
     Raises:
-        ConfigError: The recipe names no data.
+        ConfigError: The recipe names no data, or there is no such chat template.
         DataError: A file or a record cannot be used.
         ModelError: The model's tokenizer cannot be loaded.
     """
     if not recipe.data:
         raise ConfigError("Training needs data.", key="--data", expected="a file or a hub id", actual="none given")
+    listener = listener or Silence()
     checkpoint = resolve_checkpoint(model, recipe.revision, adapters=adapters)
-    tokenizer = load_tokenizer(checkpoint)
-    everything, validation = split_examples(recipe)
-    train = records_to_learn_from(everything, seen, learn_from)
-    left_out = len(everything) - len(train)
-    train = sample_fraction(train, data_fraction, recipe.seed) if data_fraction < 1 else train
+    encoder = load_encoder(checkpoint, recipe, now)
+    parts = split_examples(recipe)
+    chosen = records_to_learn_from(parts.train, seen, learn_from)
+    left_out = len(parts.train) - len(chosen)
+    chosen = sample_fraction(chosen, data_fraction, recipe.seed) if data_fraction < 1 else chosen
+    train = encode_part(chosen, encoder, max_length_tokens, parts.train_issues, listener)
+    validation = encode_part(parts.validation, encoder, max_length_tokens, parts.validation_issues, listener)
+    _settle(recipe, parts, train, validation, max_length_tokens, listener)
+    added = added_system_text(encoder, train.examples)
+    if added is not None:
+        listener.note(f"Training data: {added}")
     return TrainingInputs(
         checkpoint,
-        tokenizer,
-        encode_all(train, tokenizer, max_length_tokens),
-        encode_all(validation, tokenizer, max_length_tokens),
-        {"train": data_digest(train), "validation": data_digest(validation)},
-        [record_digest(example) for example in train],
+        encoder.tokenizer,
+        train.records,
+        validation.records,
+        {"train": data_digest(train.examples), "validation": data_digest(validation.examples)},
+        [record_digest(example) for example in train.examples],
         left_out,
+        template_record(encoder, recipe),
+        {name: counts for name, issues in parts.named_issues().items() if (counts := issues.counts())},
     )
 
 
-def split_examples(recipe: Recipe) -> tuple[Sequence[Example], Sequence[Example]]:
-    """The training and the validation records of a recipe.
+def _settle(
+    recipe: Recipe,
+    parts: Parts,
+    train: EncodedRecords,
+    validation: EncodedRecords,
+    max_length_tokens: int,
+    listener: Listener,
+) -> None:
+    """Refuses records that cannot be used, or says that they are left out."""
+    for name, issues in parts.named_issues().items():
+        issues.settle(recipe.bad_records)
+        tell_issues(name, issues, max_length_tokens, listener)
+    require_records("Training data", train, parts.train_issues, max_length_tokens)
+    require_records("Validation data", validation, parts.validation_issues, max_length_tokens)
+
+
+def split_examples(recipe: Recipe) -> Parts:
+    """The training and the validation records of a recipe; those that cannot be read are with the issues.
 
     Raises:
-        DataError: A file or a record cannot be used.
+        DataError: A file cannot be used, or too few records to split.
     """
-    train = load_examples(recipe.data, seed=recipe.seed)
+    issues = RecordIssues()
+    train = load_examples(recipe.data, seed=recipe.seed, issues=issues)
     if recipe.val_data:
-        return train, load_examples(recipe.val_data, seed=recipe.seed)
-    return split_validation(train, recipe.val_fraction, recipe.seed)
+        of_validation = RecordIssues()
+        validation = load_examples(recipe.val_data, seed=recipe.seed, issues=of_validation)
+        return Parts(train, validation, issues, of_validation)
+    try:
+        kept, held_out = split_validation(train, recipe.val_fraction, recipe.seed)
+    except DataError:
+        issues.settle(recipe.bad_records)  # which is why there are so few
+        raise
+    return Parts(kept, held_out, issues, issues)
+
+
+def require_same_data(before: Mapping[str, Any], inputs: TrainingInputs) -> None:
+    """Nothing, if a run that goes on has the data and the chat template that it began with.
+
+    Args:
+        before: The inputs in the run's record; of a run that begins they say nothing of data.
+        inputs: What there is now.
+
+    Raises:
+        DataError: They have changed.
+    """
+    began = {**before.get("digests", {}), "chat template": before.get("chat_template", {}).get("digest")}
+    now = {**inputs.digests, "chat template": inputs.template.get("digest")}
+    changed = [name for name, digest in began.items() if digest is not None and digest != now[name]]
+    if changed:
+        raise DataError(
+            "The data is no longer what this run began with.",
+            key=", ".join(changed),
+            expected=", ".join(f"SHA-256 {began[name]}" for name in changed),
+            actual=", ".join(str(now[name]) for name in changed),
+            hint="put it back, or start a new run without --resume",
+        )

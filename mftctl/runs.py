@@ -154,6 +154,11 @@ class Run:
         return self.folder.name
 
     @property
+    def started(self) -> datetime:
+        """When it was begun, which no resumption changes: what chat templates take for the present."""
+        return datetime.fromisoformat(self.record.started)
+
+    @property
     def is_worked_on(self) -> bool:
         """Whether another process of this machine works on it now; of other machines that cannot be known."""
         host, _, process = (self.record.worker or "").rpartition(":")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mftctl.data.batching import PaddingCollator
-from mftctl.data.encoding import Encoded, encode_all
+from mftctl.data.encoding import Encoded
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.fast_probing import promised_changes
@@ -22,7 +22,7 @@ from mftctl.progress import Silence
 from mftctl.runs import Run
 from mftctl.steps import total_steps
 from mftctl.training import schedule_factors
-from tests.workflow_fixtures import make_recipe, open_run
+from tests.workflow_fixtures import encode_records, make_recipe, open_run
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -38,7 +38,7 @@ def estimate(workspace: Path, root: Path, **changes: Any) -> tuple[Run, dict[str
 
 def encoded_records(workspace: Path) -> list[Encoded]:
     examples = load_examples([DataSource(str(workspace / "train.jsonl"))])
-    return encode_all(examples, load_tokenizer(workspace / "tiny"), 1024)
+    return encode_records(examples, load_tokenizer(workspace / "tiny")).records
 
 
 def gains_by_projection(workspace: Path) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftctl.data.batching import LengthGroupedSampler
-from mftctl.data.encoding import Encoded, encode_all
+from mftctl.data.encoding import Encoded
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.errors import ConfigError, DataError, Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
@@ -24,11 +24,11 @@ from mftctl.progress import Silence
 from mftctl.recording import recorded
 from mftctl.runs import Run, load_run
 from tests.conftest import build_llama
-from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+from tests.workflow_fixtures import Interrupter, encode_records, make_recipe, open_run
 
 
 def encoded(path: Path, model: Path) -> list[Encoded]:
-    return encode_all(load_examples([DataSource(str(path))]), AutoTokenizer.from_pretrained(model), 1024)
+    return encode_records(load_examples([DataSource(str(path))]), AutoTokenizer.from_pretrained(model)).records
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

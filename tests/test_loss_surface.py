@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftctl.applying import apply
 from mftctl.config import Recipe
-from mftctl.data.encoding import encode_all
 from mftctl.data.examples import Example
 from mftctl.data.sources import load_examples, record_digest
 from mftctl.deciding_keys import to_document
@@ -30,7 +29,7 @@ from mftctl.progress import Progress, Silence
 from mftctl.recipe_files import with_changes
 from mftctl.runs import Run, create_run, load_run
 from mftctl.seen_records import seen_records
-from tests.workflow_fixtures import make_recipe, open_run
+from tests.workflow_fixtures import encode_records, make_recipe, open_run
 
 POINTS, RECORDS = 4, 8
 PLACES = 3 + POINTS**2
@@ -123,7 +122,7 @@ def answer_loss(state: dict[str, np.ndarray], folder: Path, examples: list[Examp
     assert missing.missing_keys == ["lm_head.weight"]
     assert not missing.unexpected_keys
     losses = []
-    for record in encode_all(examples, AutoTokenizer.from_pretrained(folder), 1024):
+    for record in encode_records(examples, AutoTokenizer.from_pretrained(folder)).records:
         with torch.no_grad():
             logits = model(torch.tensor([list(record.input_ids)])).logits[0].double().log_softmax(-1)
         losses += [-float(logits[i - 1, label]) for i, label in enumerate(record.labels) if label >= 0]

@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
 from mftctl import training
 from mftctl.config import MaskTrainOptions
-from mftctl.data.encoding import encode_all
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.errors import ConfigError, Interrupted, MaskingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
@@ -31,7 +30,7 @@ from mftctl.score_training import auto_learning_rate
 from mftctl.training import schedule_factors, warmup_steps
 from tests.conftest import build_tokenizer
 from tests.masking.test_selection import keep_by_sorting
-from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+from tests.workflow_fixtures import Interrupter, encode_records, make_recipe, open_run
 
 DECIDING = slice(0, None, 2)
 CONFIRMING = slice(1, None, 2)
@@ -44,7 +43,7 @@ def validation_loss(workspace: Path, checkpoint: Path, mask: Mask | None, part: 
     if mask is not None:
         apply_mask(model, mask)
     examples = load_examples([DataSource(str(workspace / "val.jsonl"))])[part]
-    encoded = encode_all(examples, load_tokenizer(checkpoint), 1024)
+    encoded = encode_records(examples, load_tokenizer(checkpoint)).records
     return mean_loss(sample_losses(model, encoded, pad_token_id=0))
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import random
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from mftctl.config import Recipe
+from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
+from mftctl.data.examples import Example
+from mftctl.data.record_issues import RecordIssues
 from mftctl.deciding_keys import to_document
 from mftctl.lineage import Source
 from mftctl.progress import Progress
@@ -56,6 +62,17 @@ def make_recipe(workspace: Path, **changes: Any) -> Recipe:
             place = place.setdefault(parent, {})
         place[last] = value
     return parse_recipe(document)
+
+
+def encode_records(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length_tokens: int = 1024
+) -> EncodedRecords:
+    """All records as tokens; every one of them can be used."""
+    issues = RecordIssues()
+    encoded = encode_all(examples, Encoder(tokenizer), max_length_tokens, issues)
+    issues.settle("error")
+    assert len(encoded.records) == len(examples)
+    return encoded
 
 
 def open_run(root: Path, command: str, recipe: Recipe) -> tuple[Run, Source]:

@@ -7,7 +7,7 @@ beginning of its answer, and the prompt's ids are the ones the model sees when i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from itertools import takewhile
@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from mftctl.data.examples import IGNORED_LABEL, Example, TokenIds
+from mftctl.data.examples import IGNORED_LABEL, Example, Learn, TokenIds
 from mftctl.data.record_issues import RecordIssues
-from mftctl.data.rendering import Learn, Rendered, Renderer
+from mftctl.data.rendering import Rendered, Renderer
 from mftctl.errors import DataError
 
 
@@ -60,13 +60,19 @@ class Encoder:
         tokenizer: Its chat template renders the examples where it has one.
         learn: Whether all answers of a conversation are learned, or the last one alone.
         now: What a chat template takes for the present; by default what the clock says now.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        now: What the template takes for the present.
+        renderer: Makes the text.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, learn: Learn = "all", now: datetime | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.renderer = Renderer(tokenizer, learn, now or datetime.now().astimezone())
+        self.now = now or datetime.now().astimezone()
+        self.renderer = Renderer(tokenizer, learn, self.now)
 
     def encode(self, example: Example, max_length_tokens: int, issues: RecordIssues | None = None) -> Encoded:
         """The front of the example's tokens, with labels on every answer and its end-of-turn marker.
@@ -99,7 +105,9 @@ class Encoder:
         Raises:
             DataError: the chat template cannot render the example.
         """
-        pieces = self._pieces(self.renderer.render(example))
+        *before, last = example.messages
+        asked = replace(example, messages=(*before, replace(last, is_learned=True)))
+        pieces = self._pieces(self.renderer.render(asked))
         last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
         return [token for piece in pieces[:last_answer] for token in piece.input_ids]
 
@@ -198,6 +206,7 @@ def encode_all(
     """
     records: list[Encoded] = []
     used: list[Example] = []
+    issues.tokenised += len(examples)
     for number, example in enumerate(examples, start=1):
         try:
             encoded = encoder.encode(example, max_length_tokens, issues)

@@ -10,6 +10,8 @@ IGNORED_LABEL = -100
 """The label that the loss of every transformers model leaves out."""
 
 Kind = Literal["chat", "completion", "text", "tokens"]
+Learn = Literal["all", "last"]
+"""Which answers of a conversation."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class RecordIssues:
     Attributes:
         refused: Why records cannot be used, one error each, in the order found.
         records: Records looked at.
+        tokenised: Records of which tokens were to be made.
         ignored: How many records have each field that is not used.
         overlong: Records left out, since their prompt alone is longer than allowed.
         cut: Records whose end was cut off.
@@ -30,6 +31,7 @@ class RecordIssues:
     def __init__(self) -> None:
         self.refused: list[DataError] = []
         self.records = 0
+        self.tokenised = 0
         self.ignored: Counter[str] = Counter()
         self.overlong = 0
         self.cut = 0
@@ -64,6 +66,30 @@ class RecordIssues:
             hint="mend them, or leave them out with --bad-records skip",
         )
 
+    @property
+    def _looked_at(self) -> int:
+        """The records that what is said of tokens is a part of."""
+        return self.tokenised or self.records
+
+    @property
+    def learns_no_end(self) -> bool:
+        """Whether no record is left whole, so that no model learns of them where to stop."""
+        used = self._looked_at - self.overlong - len(self.refused)
+        return self.cut > 0 and self.cut >= used
+
+    def counts(self) -> dict[str, int]:
+        """What was found and how often, without what was not, for a record."""
+        found = {
+            "refused": len(self.refused),
+            "overlong": self.overlong,
+            "cut": self.cut,
+            "without_thinking": self.without_thinking,
+            "last_only": self.last_only,
+            "tools_as_text": self.tools_as_text,
+            "open_turns": self.open_turns,
+        }
+        return {name: count for name, count in found.items() if count}
+
     def lines(self, max_length_tokens: int) -> list[str]:
         """What a user should know, a line each; none if there is nothing."""
         lines = []
@@ -72,13 +98,13 @@ class RecordIssues:
             lines.append(f"{len(self.refused):,} of {self.records:,} records cannot be used and are left out: {named}")
         if self.overlong:
             lines.append(
-                f"{self.overlong:,} of {self.records:,} records are left out: their prompt alone is longer than "
+                f"{self.overlong:,} of {self._looked_at:,} records are left out: their prompt alone is longer than "
                 f"--max-length {max_length_tokens}"
             )
         if self.cut:
             lines.append(
-                f"{self.cut:,} of {self.records:,} answers ({self.cut / self.records:.1%}) are cut at --max-length "
-                f"{max_length_tokens}: the end of these is not learned"
+                f"{self.cut:,} of {self._looked_at:,} answers ({self.cut / self._looked_at:.1%}) are cut at "
+                f"--max-length {max_length_tokens}: the end of these is not learned"
             )
         if self.ignored:
             lines.append(f"ignored: {', '.join(sorted(self.ignored))}")

@@ -6,15 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.chat_rendering import ChatRenderer, Conversation
-from mftctl.data.examples import Example
+from mftctl.data.examples import Example, Learn
 from mftctl.errors import DataError
-
-Learn = Literal["all", "last"]
 
 
 @dataclass(frozen=True, slots=True)

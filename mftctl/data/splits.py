@@ -76,8 +76,8 @@ def _share(total: int, fraction: float) -> int:
 
 
 def _prompt_key(example: Example) -> object:
-    """What two examples must not share across parts: the prompt, or all of a plain text."""
-    return (example.kind, example.prompt or example.messages)
+    """What two examples must not share across parts: the prompt, or all of a plain text or of token ids."""
+    return (example.kind, example.prompt or example.messages or example.token_ids)
 
 
 def _choose_groups(groups: list[list[int]], count: int, seed: int) -> set[int]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mftctl.data.batching import pad_token_id
-from mftctl.data.encoding import encode_all, encode_prompt
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import OnShortage, answer_room
 from mftctl.evaluation.answers import exact_match
@@ -17,9 +16,9 @@ from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
 from mftctl.evaluation.statistics import standard_error_of_loss, standard_error_of_share
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
-    from mftctl.data.encoding import Encoded
+    from mftctl.data.encoding import Encoded, EncodedRecords, Encoder
     from mftctl.data.examples import Example
 
 
@@ -71,10 +70,9 @@ class DataFileResult:
 
 def evaluate_examples(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    encoder: Encoder,
+    records: EncodedRecords,
     *,
-    max_length_tokens: int,
     batch_tokens: int = 4096,
     generate: bool = True,
     on_progress: OnProgress | None = None,
@@ -84,9 +82,8 @@ def evaluate_examples(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
-        examples: The records.
-        max_length_tokens: Longer records are cut for the loss, as in training; prompts to answer are never cut.
+        encoder: Of its tokenizer.
+        records: Encoded by it, cut for the loss as in training; prompts to answer are never cut.
         batch_tokens: Most tokens of a batch with its padding, for the loss.
         generate: Whether answers are generated, which takes most of the time.
         on_progress: Told the steps done; each loss and each generated answer is one.
@@ -94,17 +91,16 @@ def evaluate_examples(
 
     Raises:
         EvaluationError: There are no records, or a prompt does not fit the model's context.
-        DataError: A record cannot be encoded, or has no answer token left.
     """
+    examples, encoded = records.examples, records.records
     if not examples:
         raise EvaluationError("There are no records to evaluate.", expected="at least one record", actual=0)
-    encoded = encode_all(examples, tokenizer, max_length_tokens)
     asked = [index for index, example in enumerate(examples) if generate and example.prompt]
     steps = len(encoded) + len(asked)
     losses = sample_losses(
         model,
         encoded,
-        pad_token_id=pad_token_id(tokenizer),
+        pad_token_id=pad_token_id(encoder.tokenizer),
         batch_tokens=batch_tokens,
         on_progress=_shifted(on_progress, 0, steps),
         together=True,
@@ -113,10 +109,10 @@ def evaluate_examples(
     max_new_tokens = None
     if asked:
         questions = [examples[index] for index in asked]
-        max_new_tokens = _room_for_answers(model, tokenizer, questions, [encoded[index] for index in asked])
+        max_new_tokens = _room_for_answers(model, encoder, questions, [encoded[index] for index in asked])
         answers = generate_answers(
             model,
-            tokenizer,
+            encoder,
             questions,
             max_new_tokens=max_new_tokens,
             room=answer_room(model, on_shortage),
@@ -157,13 +153,13 @@ def _result(losses: Sequence[SampleLoss], rows: Sequence[SampleRow], max_new_tok
 
 def _room_for_answers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     questions: Sequence[Example],
     encoded: Sequence[Encoded],
 ) -> int:
     return default_max_new_tokens(
         encoded,
-        longest_prompt_tokens=max(len(encode_prompt(example, tokenizer)) for example in questions),
+        longest_prompt_tokens=max(len(encoder.prompt(example)) for example in questions),
         limit_tokens=context_tokens(model),
     )
 

@@ -10,7 +10,6 @@ import torch
 from transformers import GenerationConfig
 
 from mftctl.data.batching import pad_token_id
-from mftctl.data.encoding import encode_prompt
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room
 from mftctl.evaluation.inference import OnProgress, evaluation_mode
@@ -20,7 +19,7 @@ from mftctl.processes import own_part, parts, put_together
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mftctl.data.encoding import Encoded
+    from mftctl.data.encoding import Encoded, Encoder
     from mftctl.data.examples import Example
 
 
@@ -50,7 +49,7 @@ def default_max_new_tokens(
 
 def generate_answers(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     examples: Sequence[Example],
     *,
     max_new_tokens: int,
@@ -66,7 +65,7 @@ def generate_answers(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        encoder: Of its tokenizer.
         examples: Each with a prompt; their answers are not looked at.
         max_new_tokens: Where an answer that has not ended is cut.
         room: How many are answered together; as many as the free memory takes by default. The answers are the same.
@@ -75,7 +74,8 @@ def generate_answers(
     Raises:
         EvaluationError: A prompt and its answer do not fit the model's context.
     """
-    prompts = [encode_prompt(example, tokenizer) for example in examples]
+    tokenizer = encoder.tokenizer
+    prompts = [encoder.prompt(example) for example in examples]
     _check_context(model, examples, prompts, max_new_tokens)
     stop_ids = _stop_token_ids(model, tokenizer)
     answers: dict[int, str] = {}

@@ -11,13 +11,15 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from mftctl import quickstart
 from mftctl.config import Recipe
-from mftctl.errors import ModelError
+from mftctl.data.template_choice import choose_template
+from mftctl.errors import ConfigError, ModelError
 from mftctl.masking.checkpoint import resolve_checkpoint, tensor_index
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
 from mftctl.models import load_tokenizer
-from mftctl.planning.findings import Findings
+from mftctl.planning.findings import Findings, describe
 from mftctl.planning.skeletons import build_skeleton, read_config
+from mftctl.record_encoding import template_choice
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
@@ -75,6 +77,7 @@ def check_model(recipe: Recipe, findings: Findings) -> CheckedModel | None:
         _check_weights(name, findings)
         tokenizer = _find_tokenizer(name, recipe.revision, findings)
         _check_vocabulary(config, tokenizer, findings)
+        tokenizer = _with_template(tokenizer, recipe, findings)
         model = build_skeleton(config, torch.float32)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         layer_count = len(decoder_layers(model)[1])
@@ -124,6 +127,20 @@ def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> Pre
         "have max_length_tokens"
     )
     return None
+
+
+def _with_template(
+    tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, findings: Findings
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer with the chat template that the recipe wants; None where there is none such."""
+    if tokenizer is None:
+        return None
+    try:
+        choose_template(tokenizer, template_choice(recipe))
+    except ConfigError as error:
+        findings.problem(f"chat_template: {describe(error)}")
+        return None
+    return tokenizer
 
 
 def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> None:

@@ -6,6 +6,7 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
+from mftctl.data.decoding import decode_behind
 from mftctl.data.encoding import Encoded
 from mftctl.data.examples import IGNORED_LABEL
 from mftctl.data.rendering import Segment
@@ -24,6 +25,7 @@ def trained_segments(record: Encoded, tokenizer: PreTrainedTokenizerBase) -> lis
     segments, start = [], 0
     for is_answer, run in groupby(learned):
         end = start + len(list(run))
-        segments.append(Segment(str(tokenizer.decode(record.input_ids[start:end])), is_answer))
+        text = decode_behind(tokenizer, record.input_ids[:start], record.input_ids[start:end])
+        segments.append(Segment(text, is_answer))
         start = end
     return segments

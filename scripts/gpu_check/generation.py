@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mftctl.data.encoding import Encoder
 from mftctl.data.examples import Example, Message
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room, row_bytes
 from mftctl.evaluation.generation import generate_answers
@@ -36,7 +37,7 @@ def generation(scale: Scale) -> Iterator[Figure]:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         start_seconds = time.perf_counter()
-        found.append(generate_answers(model, tokenizer, questions, max_new_tokens=scale.new_tokens, room=room))
+        found.append(generate_answers(model, Encoder(tokenizer), questions, max_new_tokens=scale.new_tokens, room=room))
         seconds = time.perf_counter() - start_seconds
         yield Figure(f"{name}: speed", scale.prompts * scale.new_tokens / seconds, "tokens/s")
         peak = (torch.cuda.max_memory_allocated() - before) / GB

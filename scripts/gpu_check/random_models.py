@@ -56,7 +56,7 @@ def random_inputs(scale: Scale, shape: Shape, accumulation: int) -> TrainingInpu
 
     train = [record(number) for number in range(scale.records * accumulation * scale.steps)]
     validation = [record(number) for number in range(_VALIDATION_RECORDS)]
-    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, [], 0)
+    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, [], 0, {}, {})
 
 
 def _nothing(*_: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mftctl.data.encoding import Encoder
 from mftctl.errors import DeviceMemoryError
 from mftctl.evaluation import answer_room as answer_rooms
 from mftctl.evaluation.answer_room import CPU_TOKENS, GPU_TOKENS, AnswerRoom, answer_room, row_bytes
@@ -19,6 +20,7 @@ from mftctl.evaluation.inference import length_batches
 from tests.conftest import build_llama, build_tokenizer
 from tests.evaluation.test_generation import lively_llama, questions
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
+from tests.workflow_fixtures import encode_records
 
 
 def decode_steps(room: AnswerRoom, lengths: list[int], new_tokens: int) -> int:
@@ -92,13 +94,13 @@ def test_a_single_prompt_without_room_is_an_error(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(model, "generate", generate)
     with pytest.raises(DeviceMemoryError, match="while generating answers"):
-        generate_answers(model, build_tokenizer(), questions(4), max_new_tokens=5)
+        generate_answers(model, Encoder(build_tokenizer()), questions(4), max_new_tokens=5)
     assert tried == [4, 2, 1]
 
 
 def test_greedy_answers_are_the_same_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, examples = lively_llama(), build_tokenizer(), questions(9)
-    undisturbed = evaluate_examples(model, tokenizer, examples, max_length_tokens=100)
+    undisturbed = evaluate_examples(model, Encoder(tokenizer), encode_records(examples, tokenizer, 100))
     generate, told = model.generate, []
 
     def narrow(input_ids: torch.Tensor, **others: Any) -> Any:
@@ -107,7 +109,9 @@ def test_greedy_answers_are_the_same_where_memory_runs_out(monkeypatch: pytest.M
         return generate(input_ids=input_ids, **others)
 
     monkeypatch.setattr(model, "generate", narrow)
-    short = evaluate_examples(model, tokenizer, examples, max_length_tokens=100, on_shortage=told.append)
+    short = evaluate_examples(
+        model, Encoder(tokenizer), encode_records(examples, tokenizer, 100), on_shortage=told.append
+    )
     assert short == undisturbed
     assert len(told) == 3
 

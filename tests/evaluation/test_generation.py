@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from mftctl.data.encoding import Encoded, encode_prompt
+from mftctl.data.encoding import Encoded, Encoder
 from mftctl.data.examples import Example, Message
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import AnswerRoom
@@ -43,7 +43,7 @@ def one_by_one(
     """The highest logit each time, the whole sequence computed anew for every token."""
     answers = []
     for example in examples:
-        prompt = encode_prompt(example, tokenizer)
+        prompt = Encoder(tokenizer).prompt(example)
         ids = list(prompt)
         while len(ids) < len(prompt) + max_new_tokens:
             with torch.no_grad():
@@ -80,34 +80,34 @@ def lively_gpt2() -> PreTrainedModel:
 @pytest.mark.parametrize("build", [lively_llama, lively_gpt2])
 def test_batches_give_the_text_of_one_by_one(build: object) -> None:
     model, tokenizer, examples = build(), build_tokenizer(), questions(12)  # type: ignore[operator]
-    answers = generate_answers(model, tokenizer, examples, max_new_tokens=20, room=room(400))
+    answers = generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=20, room=room(400))
     assert answers == one_by_one(model, tokenizer, examples, 20)
     assert len(set(answers)) > 6
 
 
 def test_an_answer_ends_at_any_stop_token_of_tokenizer_and_checkpoint() -> None:
     model, tokenizer, examples = lively_llama(), build_tokenizer(), questions(12)
-    free = generate_answers(model, tokenizer, examples, max_new_tokens=20)
+    free = generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=20)
     letter = free[0][3]
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids(letter)]
-    stopped = generate_answers(model, tokenizer, examples, max_new_tokens=20)
+    stopped = generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=20)
     assert stopped == [answer.partition(letter)[0] for answer in free]
 
 
 def test_the_tokenizer_alone_names_the_end_of_a_turn() -> None:
     model, tokenizer, examples = lively_llama(), build_tokenizer(), questions(30)
-    with_both = generate_answers(model, tokenizer, examples, max_new_tokens=20)
+    with_both = generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=20)
     model.generation_config.eos_token_id = None
-    assert generate_answers(model, tokenizer, examples, max_new_tokens=20) == with_both
+    assert generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=20) == with_both
     assert any(len(answer) < 20 for answer in with_both)
 
 
 def test_sampling_and_penalties_of_the_checkpoint_are_left_out() -> None:
     model, tokenizer, examples = lively_llama(), build_tokenizer(), questions(6)
-    greedy = generate_answers(model, tokenizer, examples, max_new_tokens=12)
+    greedy = generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=12)
     own = model.generation_config
     own.do_sample, own.temperature, own.repetition_penalty, own.min_new_tokens = True, 3.0, 9.0, 12
-    assert generate_answers(model, tokenizer, examples, max_new_tokens=12) == greedy
+    assert generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=12) == greedy
     assert model.generation_config is own
 
 
@@ -115,7 +115,7 @@ def test_the_mode_is_restored_and_progress_reaches_the_end() -> None:
     model, calls = build_llama(layers=1, attention_dropout=0.9).train(), []
     generate_answers(
         model,
-        build_tokenizer(),
+        Encoder(build_tokenizer()),
         questions(5),
         max_new_tokens=2,
         room=room(80),
@@ -127,24 +127,24 @@ def test_the_mode_is_restored_and_progress_reaches_the_end() -> None:
 
 
 def test_no_questions_no_answers() -> None:
-    assert generate_answers(build_llama(layers=1), build_tokenizer(), [], max_new_tokens=5) == []
+    assert generate_answers(build_llama(layers=1), Encoder(build_tokenizer()), [], max_new_tokens=5) == []
 
 
 def test_a_prompt_that_does_not_fit_is_named_before_any_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     model, examples = build_llama(layers=1, max_position_embeddings=40), questions(8)
     monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("generated"))
-    first_long = next(example for example in examples if len(encode_prompt(example, build_tokenizer())) > 20)
+    first_long = next(example for example in examples if len(Encoder(build_tokenizer()).prompt(example)) > 20)
     with pytest.raises(EvaluationError, match="longer than the model's context") as caught:
-        generate_answers(model, build_tokenizer(), examples, max_new_tokens=20)
+        generate_answers(model, Encoder(build_tokenizer()), examples, max_new_tokens=20)
     assert caught.value.path == first_long.where
     assert "40" in str(caught.value.expected)
 
 
 def test_a_prompt_that_just_fits_is_answered() -> None:
     example = questions(1)[0]
-    width = len(encode_prompt(example, build_tokenizer()))
+    width = len(Encoder(build_tokenizer()).prompt(example))
     model = build_llama(layers=1, max_position_embeddings=width + 4)
-    assert len(generate_answers(model, build_tokenizer(), [example], max_new_tokens=4, room=room(1))) == 1
+    assert len(generate_answers(model, Encoder(build_tokenizer()), [example], max_new_tokens=4, room=room(1))) == 1
 
 
 def test_the_context_of_models_that_name_it_differently_or_not_at_all() -> None:
