@@ -17,6 +17,7 @@ from mftctl.checkpoint_loading import load_weights
 from mftctl.errors import ModelError
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE, StoredTensor, tensor_index
+from mftctl.progress import Listener
 from mftctl.regular_files import read_regular
 from mftctl.remote_code import require_trusted_code
 
@@ -64,7 +65,18 @@ def check_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None = N
     remarks = [*_untied(config, stored), *_left_out(folder, model)]
     if config.get("quantization_config"):
         remarks.append("the weights are stored in 8 bits; they are trained and written in bf16")
-    return CheckpointCheck(tuple(remarks), _max_positions(model))
+    return CheckpointCheck(tuple(remarks), learned_positions(model))
+
+
+def tell_remarks(check: CheckpointCheck, listener: Listener) -> None:
+    """Says what is to be known of a checkpoint, once.
+
+    Args:
+        check: Of the checkpoint.
+        listener: Is told.
+    """
+    for remark in check.remarks:
+        listener.warn(f"The model: {remark}.")
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -183,7 +195,7 @@ def _left_out(folder: Path, model: PreTrainedModel) -> Iterator[str]:
         )
 
 
-def _max_positions(model: PreTrainedModel) -> int | None:
+def learned_positions(model: PreTrainedModel) -> int | None:
     """The rows of a table of learned positions, if the model has one."""
     for name, parameter in model.named_parameters():
         if any(f".{part}." in f".{name}" for part in _LEARNED_POSITIONS):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from mftctl.atomic import write_text
+from mftctl.checkpoint_check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.config import Recipe
 from mftctl.data import template_clock
 from mftctl.data.encoding import EncodedRecords, Encoder
@@ -99,13 +100,17 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
     if recipe.eval.predictions is None:
         checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
         encoder = load_encoder(checkpoint, recipe, run.started)
+        check = check_checkpoint(checkpoint, encoder.tokenizer)
+        tell_remarks(check, listener)
         test = encode_test_data(measures, recipe, encoder, listener)
+        check_lengths(check, [len(record.input_ids) for record in test.records.records], checkpoint)
         issues = measures.issues.counts()
         run.update(
             inputs={
                 **source.as_inputs(),
                 "chat_template": template_record(encoder, recipe),
                 "record_issues": {"Test data": issues} if issues else {},
+                "model_remarks": list(check.remarks),
             }
         )
     with device_for(

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mftctl.checkpoint_check import check_lengths
 from mftctl.config import Recipe, TrainingOptions
 from mftctl.data.encoding import Encoder
 from mftctl.errors import Interrupted
@@ -58,6 +59,11 @@ class InterimEvaluation(TrainerCallback):
         self._patient = _Patient(listener)
         self._measures = prepare_measures(self._recipe, self._patient)
         self._test = encode_test_data(self._measures, self._recipe, encoder, listener)
+
+    @property
+    def test_lengths(self) -> list[int]:
+        """Of the test data's records, in tokens."""
+        return [len(record.input_ids) for record in self._test.records.records]
 
     def watch(self, stop: StopRequest) -> None:
         """Gives up a measurement, which can take long, as soon as the user wants to stop.
@@ -138,7 +144,9 @@ def interim_evaluation(
     if options.eval_every is None:
         return None
     encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started)
-    return InterimEvaluation(recipe, options, encoder, source.model, run.training, listener)
+    interim = InterimEvaluation(recipe, options, encoder, source.model, run.training, listener)
+    check_lengths(inputs.check, interim.test_lengths, inputs.checkpoint)
+    return interim
 
 
 def measurements(folder: TrainingFolder) -> list[dict[str, Any]]:

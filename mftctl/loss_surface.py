@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from mftctl.checkpoint_check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.config import Recipe
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded, EncodedRecords, Encoder
@@ -33,6 +34,7 @@ from mftctl.preparation import split_examples
 from mftctl.progress import Listener, Progress
 from mftctl.record_encoding import encode_part, require_records, tell_issues
 from mftctl.recording import recorded
+from mftctl.remote_code import trusting_code
 from mftctl.runs import Run, create_run, list_runs
 from mftctl.stopping import StopRequest, stop_on_signal
 from mftctl.surface_corners import Corners, find_corners, state_of
@@ -108,13 +110,25 @@ def measure_surface(
     _check("--surface-points", points, _FEWEST_POINTS)
     _check("--surface-records", records, 1)
     corners = find_corners(root, listener)
-    tokenizer = load_tokenizer(resolve_checkpoint(corners.fft.record.result["model"]))
+    with trusting_code(corners.recipe.trust_remote_code):
+        return _surface(root, corners, listener, points, records, device)
+
+
+def _surface(root: Path, corners: Corners, listener: Listener, points: int, records: int, device: str) -> Run:
+    """The same, once the corners are known."""
+    checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
+    tokenizer = load_tokenizer(checkpoint)
+    for model in dict.fromkeys(source_of_run(run).model for run in corners.runs()):
+        check = check_checkpoint(resolve_checkpoint(model), tokenizer)
+        tell_remarks(check, listener)
     encoder = Encoder(tokenizer, learn=corners.recipe.learn, now=corners.fft.started)
     parts = _Parts(
         encoder,
         _training_records(corners, encoder, records, listener),
         _test_records(corners.recipe, encoder, records, listener),
     )
+    measured = (*parts.train.records, *parts.test.records)
+    check_lengths(check, [len(record.input_ids) for record in measured], checkpoint)
     find_device(device)
     run = _open_run(root, corners, parts, points, records, listener)
     if run.record.status != "finished":

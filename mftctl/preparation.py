@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from mftctl.checkpoint_check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
 from mftctl.config import Recipe
 from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.data.examples import Example
@@ -44,6 +45,7 @@ class TrainingInputs:
         left_out: Training records that were not to be learned from.
         template: What is to be recorded of the chat template.
         issues: How many records of each part were refused, cut and the like.
+        check: What is to be known of the checkpoint.
     """
 
     checkpoint: Path
@@ -55,6 +57,7 @@ class TrainingInputs:
     left_out: int
     template: dict[str, Any]
     issues: dict[str, dict[str, int]]
+    check: CheckpointCheck = CheckpointCheck((), None)
 
     def summary(self) -> dict[str, Any]:
         """Counts for the run's record."""
@@ -65,6 +68,7 @@ class TrainingInputs:
             "digests": self.digests,
             "chat_template": self.template,
             "record_issues": self.issues,
+            "model_remarks": list(self.check.remarks),
         }
 
 
@@ -119,13 +123,16 @@ def prepare_training(
     Raises:
         ConfigError: The recipe names no data, or there is no such chat template.
         DataError: A file or a record cannot be used.
-        ModelError: The model's tokenizer cannot be loaded.
+        ModelError: The checkpoint is not what its configuration says, its tokenizer cannot be loaded, or a record is
+            longer than the positions that it has learned.
     """
     if not recipe.data:
         raise ConfigError("Training needs data.", key="--data", expected="a file or a hub id", actual="none given")
     listener = listener or Silence()
     checkpoint = resolve_checkpoint(model, recipe.revision, adapters=adapters)
     encoder = load_encoder(checkpoint, recipe, now)
+    check = check_checkpoint(checkpoint, encoder.tokenizer)
+    tell_remarks(check, listener)
     parts = split_examples(recipe)
     chosen = records_to_learn_from(parts.train, seen, learn_from)
     left_out = len(parts.train) - len(chosen)
@@ -133,6 +140,7 @@ def prepare_training(
     train = encode_part(chosen, encoder, max_length_tokens, parts.train_issues, listener)
     validation = encode_part(parts.validation, encoder, max_length_tokens, parts.validation_issues, listener)
     _settle(recipe, parts, train, validation, max_length_tokens, listener)
+    check_lengths(check, [len(record.input_ids) for record in (*train.records, *validation.records)], checkpoint)
     added = added_system_text(encoder, train.examples)
     if added is not None:
         listener.note(f"Training data: {added}")
@@ -146,6 +154,7 @@ def prepare_training(
         left_out,
         template_record(encoder, recipe),
         {name: counts for name, issues in parts.named_issues().items() if (counts := issues.counts())},
+        check,
     )
 
 

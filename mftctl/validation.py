@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mftctl.checkpoint_check import check_lengths
 from mftctl.config import Command, Recipe
 from mftctl.errors import ConfigError
 from mftctl.evaluation.benchmarks import check_task, expand_groups
@@ -14,10 +15,11 @@ from mftctl.evaluation.problems import read_problems
 from mftctl.planning.findings import Findings
 from mftctl.planning.memory import resident_bytes
 from mftctl.planning.model_check import CheckedModel, check_model
-from mftctl.planning.planned_device import asked_device, parse_memory
+from mftctl.planning.planned_device import PlannedDevice, asked_device, parse_memory
 from mftctl.planning.samples import trained_segments
 from mftctl.planning.stage_figures import TRAINING_COMMANDS, StageFigures, training_options
 from mftctl.planning.training_data import DataCheck, Tokens, token_counts
+from mftctl.remote_code import trusting_code
 from mftctl.stages import Task, spell_out
 
 SAMPLES = 2
@@ -41,12 +43,19 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
         ConfigError: That is no size.
     """
     device = asked_device(recipe.device, None if device_memory is None else parse_memory(device_memory))
+    with trusting_code(recipe.trust_remote_code):
+        return _checked(recipe, name, device)
+
+
+def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[str, Any]:
+    """The same for a device."""
     findings = Findings()
     model = check_model(recipe, findings)
     data = DataCheck(None if model is None else model.tokenizer, findings)
     tasks = _tasks(recipe, findings)
     parts = data.parts(recipe)
     tokens = data.tokens(recipe, _first_length(recipe, tasks))
+    _check_positions(tokens, model, findings)
     figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(task, figures, findings) for task in tasks]
     _check_benchmarks(recipe, findings)
@@ -72,6 +81,15 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
         "device": {"kind": device.kind, "free_bytes": device.free_bytes},
         "memory": figures.memory,
     }
+
+
+def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings: Findings) -> None:
+    """Every record fits the positions that the model has learned, if it has."""
+    if tokens is None or model is None:
+        return
+    with findings.collecting("data"):
+        records = (*tokens.train, *tokens.validation)
+        check_lengths(model.check, [len(record.input_ids) for record in records], Path(model.name))
 
 
 def _tasks(recipe: Recipe, findings: Findings) -> list[Task]:

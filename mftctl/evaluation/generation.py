@@ -7,12 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteriaList
 
 from mftctl.data.batching import pad_token_id
+from mftctl.data.decoding import decode_behind
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room
+from mftctl.evaluation.answer_stops import AnswerStops, answer_stops
 from mftctl.evaluation.inference import OnProgress, evaluation_mode
+from mftctl.evaluation.stop_strings import StopStrings, cut_at
 from mftctl.gpu_failures import gpu_failures
 from mftctl.processes import own_part, parts, put_together
 
@@ -60,8 +63,9 @@ def generate_answers(
 
     Several processes share out the prompts.
 
-    Only `eos_token_id` is taken from the model's generation settings (beside the tokenizer's): penalties and sampling
-    that a checkpoint asks for would make its score depend on more than its weights.
+    An answer ends at what ends a turn in the chat template, and at what the tokenizer and the model's generation
+    settings name as the end of a text. Nothing else is taken from these settings: penalties and sampling that a
+    checkpoint asks for would make its score depend on more than its weights.
 
     Args:
         model: A causal language model.
@@ -77,19 +81,19 @@ def generate_answers(
     tokenizer = encoder.tokenizer
     prompts = [encoder.prompt(example) for example in examples]
     _check_context(model, examples, prompts, max_new_tokens)
-    stop_ids = _stop_token_ids(model, tokenizer)
+    stops = answer_stops(model, tokenizer)
     answers: dict[int, str] = {}
-    greedy = _greedy(model, stop_ids, pad_token_id(tokenizer), max_new_tokens)
+    greedy = _greedy(model, stops, pad_token_id(tokenizer), max_new_tokens)
     with evaluation_mode(model), greedy, gpu_failures("generating answers"):
         own = own_part(range(len(prompts)))
         batches = (room or answer_room(model)).answered(
             [len(prompts[index]) for index in own],
             max_new_tokens,
-            lambda places: _continue(model, [prompts[own[place]] for place in places]),
+            lambda places: _continue(model, tokenizer, [prompts[own[place]] for place in places], stops),
         )
         for places, written in batches:
             for place, token_ids in zip(places, written, strict=True):
-                answers[own[place]] = _decode(tokenizer, token_ids, stop_ids)
+                answers[own[place]] = _text(tokenizer, prompts[own[place]], token_ids, stops)
             if on_progress is not None:
                 on_progress(min(len(answers) * parts(), len(examples)), len(examples))
     answers = put_together(answers)
@@ -112,21 +116,14 @@ def _check_context(
             )
 
 
-def _stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends an answer: chat models name the end of a turn in one place and of a text in the other."""
-    own = model.generation_config.eos_token_id
-    named = own if isinstance(own, list) else [own]
-    return {int(token_id) for token_id in [*named, tokenizer.eos_token_id] if token_id is not None}
-
-
 @contextmanager
-def _greedy(model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_new_tokens: int) -> Iterator[None]:
+def _greedy(model: PreTrainedModel, stops: AnswerStops, pad_id: int, max_new_tokens: int) -> Iterator[None]:
     """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's."""
     own = model.generation_config
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(stop_ids) or None,
+        eos_token_id=sorted(stops.token_ids) or None,
         pad_token_id=pad_id,
     )
     try:
@@ -135,7 +132,12 @@ def _greedy(model: PreTrainedModel, stop_ids: set[int], pad_id: int, max_new_tok
         model.generation_config = own
 
 
-def _continue(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+def _continue(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    stops: AnswerStops,
+) -> list[list[int]]:
     """The new token ids of each prompt, padding after the end included."""
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), model.generation_config.pad_token_id, dtype=torch.long)
@@ -144,13 +146,17 @@ def _continue(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> list[
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
         attention_mask[row, width - len(prompt) :] = 1
     output = model.generate(  # type: ignore[operator]  # comes from a mixin of the concrete class
-        input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device)
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops.texts, width)] if stops.texts else []),
     )
     new_ids: list[list[int]] = output[:, width:].tolist()
     return new_ids
 
 
-def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], stop_ids: set[int]) -> str:
-    """The text before the first stop token, which need not be a special one."""
-    end = next((position for position, token_id in enumerate(token_ids) if token_id in stop_ids), len(token_ids))
-    return str(tokenizer.decode(token_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False))
+def _text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token_ids: Sequence[int], stops: AnswerStops
+) -> str:
+    """The answer up to what ends it."""
+    text = decode_behind(tokenizer, prompt, stops.before(token_ids), skip_special_tokens=True)
+    return cut_at(text, stops.texts)

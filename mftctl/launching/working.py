@@ -9,6 +9,7 @@ from mftctl.config import Recipe
 from mftctl.launching.launch import Launch, Shard
 from mftctl.lineage import Source
 from mftctl.progress import Listener
+from mftctl.remote_code import trusting_code
 from mftctl.runs import Run
 
 
@@ -68,26 +69,27 @@ def work_here(
     Raises:
         MftError: Anything known that can go wrong.
     """
-    match run.record.command:
-        case "fft":
-            from mftctl.fine_tuning import fine_tune
+    with trusting_code(recipe.trust_remote_code):
+        match run.record.command:
+            case "fft":
+                from mftctl.fine_tuning import fine_tune
 
-            return fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
-        case "probe":
-            from mftctl.probing import probe
+                return fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+            case "probe":
+                from mftctl.probing import probe
 
-            return probe(recipe, source, run, listener, resume=resume)
-        case "mask-train":
-            from mftctl.mask_training import mask_train
+                return probe(recipe, source, run, listener, resume=resume)
+            case "mask-train":
+                from mftctl.mask_training import mask_train
 
-            return mask_train(recipe, source, run, listener, resume=resume, may_replace=may_replace)
-        case "apply":
-            from mftctl.applying import apply
+                return mask_train(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+            case "apply":
+                from mftctl.applying import apply
 
-            return apply(source, run, listener)
-        case "eval":
-            from mftctl.evaluating import evaluate
+                return apply(source, run, listener)
+            case "eval":
+                from mftctl.evaluating import evaluate
 
-            return evaluate(recipe, source, run, listener)
-        case other:
-            raise ValueError(f"{other} is not done in a run")
+                return evaluate(recipe, source, run, listener)
+            case other:
+                raise ValueError(f"{other} is not done in a run")

@@ -10,16 +10,18 @@ import torch
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from mftctl import quickstart
+from mftctl.checkpoint_check import CheckpointCheck, check_checkpoint, learned_positions
 from mftctl.config import Recipe
 from mftctl.data.template_choice import choose_template
 from mftctl.errors import ConfigError, ModelError
-from mftctl.masking.checkpoint import resolve_checkpoint, tensor_index
+from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
 from mftctl.models import load_tokenizer
 from mftctl.planning.findings import Findings, describe
 from mftctl.planning.skeletons import build_skeleton, read_config
 from mftctl.record_encoding import template_choice
+from mftctl.remote_code import trusts_code
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
@@ -36,6 +38,7 @@ class CheckedModel:
         parameters: Its number of parameters.
         layer_count: Its number of decoder layers.
         projections: All attention and MLP projections, without data.
+        check: What is to be known of its checkpoint.
     """
 
     name: str
@@ -44,6 +47,7 @@ class CheckedModel:
     parameters: int
     layer_count: int
     projections: list[MaskTarget]
+    check: CheckpointCheck
 
     def summary(self) -> dict[str, Any]:
         """The figures as plain data."""
@@ -74,14 +78,16 @@ def check_model(recipe: Recipe, findings: Findings) -> CheckedModel | None:
         name = _base_of(recipe.model)
         config = read_config(name, recipe.revision)
         _check_family(recipe, config, findings)
-        _check_weights(name, findings)
         tokenizer = _find_tokenizer(name, recipe.revision, findings)
-        _check_vocabulary(config, tokenizer, findings)
+        check = _check_weights(name, tokenizer, findings)
         tokenizer = _with_template(tokenizer, recipe, findings)
         model = build_skeleton(config, torch.float32)
+        if check is None:
+            _check_vocabulary(config, tokenizer, findings)
+            check = CheckpointCheck((), learned_positions(model))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         layer_count = len(decoder_layers(model)[1])
-        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, find_targets(model))
+        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, find_targets(model), check)
     return checked
 
 
@@ -103,21 +109,27 @@ def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: Findings) 
         )
 
 
-def _check_weights(model: str, findings: Findings) -> None:
+def _check_weights(model: str, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> CheckpointCheck | None:
+    """What is to be known of a checkpoint; None where there are no weights, or something is wrong with them."""
     folder = _local_folder(model)
+    check = None
     if folder is None:
         findings.skip("model: the weights were not looked for; the first command downloads them")
     elif not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
         findings.skip(f"model: the weights, since {folder} holds none; all figures follow from config.json")
     else:
-        tensor_index(resolve_checkpoint(model))
+        with findings.collecting("model"):
+            check = check_checkpoint(resolve_checkpoint(model), tokenizer)
+            for remark in check.remarks:
+                findings.warn(f"model: {remark}")
+    return check
 
 
 def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> PreTrainedTokenizerBase | None:
     folder = _local_folder(model)
     if folder is None:
         try:
-            return AutoTokenizer.from_pretrained(model, revision=revision)
+            return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trusts_code())
         except (OSError, ValueError, KeyError) as error:
             raise ModelError("The tokenizer cannot be loaded.", path=model, actual=error) from error
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
