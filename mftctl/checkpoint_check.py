@@ -35,8 +35,8 @@ class CheckpointCheck:
         max_positions: The longest sequence that has learned positions; None where positions are computed.
     """
 
-    remarks: tuple[str, ...]
-    max_positions: int | None
+    remarks: tuple[str, ...] = ()
+    max_positions: int | None = None
 
 
 def check_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> CheckpointCheck:

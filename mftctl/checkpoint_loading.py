@@ -48,7 +48,7 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
     """
     config = read_configuration(folder)
     with quiet_transformers():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             local_files_only=True,
@@ -57,6 +57,8 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
             trust_remote_code=trusts_code(),
             **options,
         )
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     mismatched = sorted(
         f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]
@@ -70,8 +72,7 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
             actual="; ".join(f"{len(names)} {word}: {listed(names)}" for word, names in parts if names),
             hint="download or save the checkpoint again; a part of a larger model is to be saved by itself first",
         )
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
 
 
 def listed(names: Collection[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class TrainingInputs:
     left_out: int
     template: dict[str, Any]
     issues: dict[str, dict[str, int]]
-    check: CheckpointCheck = CheckpointCheck((), None)
+    check: CheckpointCheck = field(default_factory=CheckpointCheck)
 
     def summary(self) -> dict[str, Any]:
         """Counts for the run's record."""

@@ -85,9 +85,9 @@ def _names(code: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_known(config: Mapping[str, Any]) -> bool:
     """Whether transformers has the model itself, so that it needs no code from the folder."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers import CONFIG_MAPPING
 
-    return config.get("model_type") in CONFIG_MAPPING_NAMES
+    return config.get("model_type") in CONFIG_MAPPING
 
 
 def _is_known_tokenizer(config: Mapping[str, Any]) -> bool:

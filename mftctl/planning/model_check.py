@@ -118,6 +118,7 @@ def _check_weights(model: str, tokenizer: PreTrainedTokenizerBase | None, findin
     elif not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
         findings.skip(f"model: the weights, since {folder} holds none; all figures follow from config.json")
     else:
+        check = CheckpointCheck()
         with findings.collecting("model"):
             check = check_checkpoint(resolve_checkpoint(model), tokenizer)
             for remark in check.remarks:
