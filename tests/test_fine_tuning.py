@@ -18,7 +18,8 @@ from mftctl.data.encoding import Encoded
 from mftctl.data.sources import DataSource, load_examples
 from mftctl.errors import ConfigError, DataError, Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.fine_tuning import fine_tune, save_model
+from mftctl.fine_tuning import GoesWith, fine_tune, save_model
+from mftctl.model_origin import origin_of
 from mftctl.models import load_model
 from mftctl.progress import Silence
 from mftctl.recording import recorded
@@ -180,8 +181,9 @@ def test_a_model_without_room(tmp_path: Path, tokenizer: Any, monkeypatch: pytes
 
     model = build_llama()
     monkeypatch.setattr(model, "save_pretrained", fill)
+    goes_with = GoesWith({}, origin_of("FFT", "base", ""), tmp_path / "base", ())
     with pytest.raises(StorageError, match="model could not be written") as caught:
-        save_model(model, tokenizer, tmp_path / "model")
+        save_model(model, tokenizer, tmp_path / "model", goes_with)
     assert "No space left" in str(caught.value)
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old.txt"]
 
