@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.in_memory import spellings
-from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE, StoredTensor, read_tensor, tensor_index
+from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE, StoredTensor, read_chunks, tensor_index
 from mftctl.masking.stored_layout import stored_parts
 from mftctl.regular_files import read_regular
 
@@ -24,7 +24,8 @@ _COMPUTED: Final = ("inv_freq", "attn.bias", "attn.masked_bias", "attention.bias
 """Ends of tensors that old checkpoints hold and models compute anew."""
 
 _SCALES: Final = ("_scale_inv", "_scale", "input_scale", "activation_scale")
-_SHARD_BYTES: Final = 4 << 30
+_OTHER_FILE: Final = "model-other-parts.safetensors"
+_WHOLE_FILE: Final = "model-whole.safetensors"
 
 
 def parts_left_out(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
@@ -80,17 +81,15 @@ def carry_over(source: Path, folder: Path, parts: Mapping[str, StoredTensor]) ->
         parts: From `parts_left_out`.
     """
     written = tensor_index(folder)
-    weight_map = {name: tensor.path.name for name, tensor in written.items()}
-    if (folder / WEIGHTS_FILE).is_file():  # which would hide an index
-        (folder / WEIGHTS_FILE).rename(folder / "model-language.safetensors")
-        weight_map = dict.fromkeys(weight_map, "model-language.safetensors")
-    for number, names in enumerate(_shards(parts), start=1):
-        file = f"model-other-parts-{number:05}.safetensors"
-        save_file({name: read_tensor(parts[name]) for name in names}, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(tensor.length_bytes for tensor in (*written.values(), *parts.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if (folder / WEIGHTS_FILE).is_file():
+        _write_file(folder / _WHOLE_FILE, [*written.values(), *parts.values()])
+        (folder / _WHOLE_FILE).replace(folder / WEIGHTS_FILE)
+    else:
+        _write_file(folder / _OTHER_FILE, list(parts.values()))
+        files = {name: tensor.path.name for name, tensor in written.items()} | dict.fromkeys(parts, _OTHER_FILE)
+        total = sum(tensor.length_bytes for tensor in (*written.values(), *parts.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     whole = json.loads(read_regular(source / "config.json"))
     if is_composite(whole):
         _write_whole(whole, folder)
@@ -110,17 +109,23 @@ def _write_whole(config: dict[str, Any], folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _shards(parts: Mapping[str, StoredTensor]) -> list[list[str]]:
-    """The names, so many together that their tensors fit into memory."""
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name, tensor in parts.items():
-        if held and held + tensor.length_bytes > _SHARD_BYTES:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += tensor.length_bytes
-    return shards
+def _write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
+    """Writes tensors of other files into one, their bytes as they are; the widest numbers first, which aligns all."""
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.length_bytes // max(1, math.prod(tensor.shape)), tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.length_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            with tensor.path.open("rb") as source:
+                source.seek(tensor.offset_bytes)
+                for chunk in read_chunks(source, tensor.length_bytes, tensor.path):
+                    stream.write(chunk)
 
 
 def _is_tied(name: str, model: PreTrainedModel) -> bool:

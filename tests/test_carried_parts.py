@@ -9,7 +9,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, GPT2Config, GPT2LMHeadModel, Qwen3_5ForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Qwen3_5ForConditionalGeneration,
+)
 
 from mftctl.carried_parts import parts_left_out
 from mftctl.errors import ModelError
@@ -51,6 +57,19 @@ def test_vision_tower_is_carried_over(tmp_path: Path, tokenizer: Any) -> None:
     again = load_model(tmp_path / "t", dtype=torch.float32)
     assert torch.equal(again.get_parameter("model.norm.weight"), before["model.language_model.norm.weight"] + 0.25)
     assert json.loads((tmp_path / "t" / "preprocessor_config.json").read_text()) == {"size": 3}
+
+
+def test_sharded_model_gets_a_shard_of_other_parts(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = build_composite(tmp_path / "m", tokenizer)
+    save = PreTrainedModel.save_pretrained
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *args: save(*args, max_shard_size="40KB"))
+    written = trained(source, tmp_path / "t", tokenizer)
+    before, after = read(source), read(written)
+    assert after.keys() == before.keys()
+    assert torch.equal(after["model.visual.pos_embed.weight"], before["model.visual.pos_embed.weight"])
+    assert load_model(written, dtype=torch.float32).dtype == torch.float32
 
 
 def test_configuration_of_the_whole_names_the_dtype_written(tmp_path: Path, tokenizer: Any) -> None:
