@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -72,6 +73,10 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
             actual="; ".join(f"{len(names)} {word}: {listed(names)}" for word, names in parts if names),
             hint="download or save the checkpoint again; a part of a larger model is to be saved by itself first",
         )
+    if getattr(config, "quantization_config", None):
+        # What was in 8 bits has come in the dtype of its scales, and all else in bf16.
+        dtype = options.get("dtype")
+        model.to(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)  # type: ignore[arg-type]
     return model
 
 
