@@ -77,7 +77,8 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
         # What was in 8 bits has come in the dtype of its scales, and all else in bf16.
         dtype = options.get("dtype")
         model.to(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)  # type: ignore[arg-type]
-        model._weight_conversions = None  # transformers would write codes and scales again, of a plain configuration
+        # By these transformers would write codes and scales again, beside a configuration of a plain model.
+        model._weight_conversions = None  # type: ignore[assignment]
     return model
 
 
