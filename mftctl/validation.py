@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.config import Command, Recipe
+from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.problems import read_problems
@@ -17,7 +18,7 @@ from mftctl.planning.model_check import CheckedModel, check_model
 from mftctl.planning.planned_device import asked_device, parse_memory
 from mftctl.planning.samples import trained_segments
 from mftctl.planning.stage_figures import TRAINING_COMMANDS, StageFigures, training_options
-from mftctl.planning.training_data import DataCheck, Tokens, token_counts
+from mftctl.planning.training_data import DataCheck, token_counts
 from mftctl.stages import Task, spell_out
 
 SAMPLES = 2
@@ -46,7 +47,8 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
     data = DataCheck(None if model is None else model.tokenizer, findings)
     tasks = _tasks(recipe, findings)
     parts = data.parts(recipe)
-    tokens = data.tokens(recipe, _first_length(recipe, tasks))
+    length = _first_length(recipe, tasks)
+    tokens = data.tokens(recipe, length)
     figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(task, figures, findings) for task in tasks]
     _check_benchmarks(recipe, findings)
@@ -65,7 +67,7 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
         "not_checked": findings.not_checked,
         "model": {} if model is None else model.summary(),
         "data": counts,
-        "samples": _samples(tokens, model),
+        "samples": _samples(data.train(recipe, length), model),
         "seeds": len(recipe.seeds) or 1,
         "stages": stages,
         "masks": figures.masks,
@@ -128,9 +130,9 @@ def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
             read_problems(Path(file), task)
 
 
-def _samples(tokens: Tokens | None, model: CheckedModel | None) -> list[dict[str, Any]]:
+def _samples(train: Sequence[Encoded], model: CheckedModel | None) -> list[dict[str, Any]]:
     """The first training records as they are trained on."""
-    if tokens is None or model is None or model.tokenizer is None:
+    if model is None or model.tokenizer is None:
         return []
     return [
         {
@@ -139,5 +141,5 @@ def _samples(tokens: Tokens | None, model: CheckedModel | None) -> list[dict[str
             "answer_tokens": record.answer_tokens,
             "segments": [asdict(segment) for segment in trained_segments(record, model.tokenizer)],
         }
-        for record in tokens.train[:SAMPLES]
+        for record in train[:SAMPLES]
     ]
