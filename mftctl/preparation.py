@@ -56,6 +56,15 @@ class TrainingInputs:
     template: dict[str, Any]
     issues: dict[str, dict[str, int]]
 
+    def template_text(self) -> str:
+        """The chat template in the words of a model card."""
+        source = self.template.get("source")
+        if source is None:
+            return "none"
+        args = [f"{name}={value}" for name, value in self.template["args"].items()]
+        merged = ["the system prompt merged into the first question"] if self.template["merge_system"] else []
+        return ", ".join([str(source), *args, *merged])
+
     def summary(self) -> dict[str, Any]:
         """Counts for the run's record."""
         return {

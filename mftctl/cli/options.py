@@ -139,7 +139,7 @@ def template_variables(pairs: list[str]) -> dict[str, bool | int | float | str]:
     for pair in pairs:
         name, separator, text = pair.partition("=")
         try:
-            value = yaml.load(text, Loader=NumberLoader) if separator and name else None
+            value = (yaml.load(text, Loader=NumberLoader) if text else "") if separator and name else None
         except yaml.YAMLError:
             value = text
         if not isinstance(value, bool | int | float | str):
