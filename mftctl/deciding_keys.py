@@ -17,7 +17,10 @@ _WITHOUT_EFFECT = {
 """Keys that decide where and how fast something is computed, and not what."""
 
 _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
-_OF_RECORDS = ("chat_template", "template_args", "merge_system", "learn", "bad_records")
+IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
+"""Keys that fine-tuning writes into the tokenizer of its model, which has no need of them then."""
+
+_OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
 """Keys that came later: at their defaults they are left out, so that earlier runs are still recognised."""
 
 _RATE = {"fft": {"method", "learning_rate"}}

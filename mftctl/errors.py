@@ -101,6 +101,10 @@ class DataError(MftError):
     """A data file, or one record of it, that cannot be used."""
 
 
+class ChangedDataError(DataError):
+    """The data of a run that goes on is not what it began with; with that put back, it can go on."""
+
+
 class ModelError(MftError):
     """A checkpoint, configuration or tokenizer that cannot be used."""
 

@@ -133,7 +133,7 @@ def _fine_tune(
     whole = trainer.trained_model()
     saved = _Saved(Path(run.record.output or run.folder / "model"))
     if whole is not None:
-        beside = _lora_files(cast("PeftModel", whole), inputs.checkpoint, options) if options.method == "lora" else {}
+        beside = _lora_files(cast("PeftModel", whole), inputs, options) if options.method == "lora" else {}
         finished = _finished(whole, inputs.checkpoint, options)
         state = fine_tuned_state(source, options)
         goes_with = GoesWith(
@@ -324,15 +324,20 @@ def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: Fft
     return whole
 
 
-def _lora_files(model: PeftModel, checkpoint: Path, options: FftOptions) -> dict[str, str]:
+def _lora_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -> dict[str, str]:
     """What LoRA writes beside its weights: a card, and with an adapter how its base was quantised."""
     from mftctl.tuning.lora_card import write_lora_card
     from mftctl.tuning.quantization import QUANTIZATION, QUANTIZED_FILE, has_quantized_base
 
+    checkpoint = inputs.checkpoint
     quantized = options.quantize is not None or (is_adapter(checkpoint) and has_quantized_base(checkpoint))
     held = "nf4 with double quantisation, computing in bf16" if quantized else str(lora_base_dtype(options))[6:]
     card = write_lora_card(
-        cast("LoraConfig", model.peft_config["default"]), merged=options.merge, held=held, quantized=quantized
+        cast("LoraConfig", model.peft_config["default"]),
+        merged=options.merge,
+        held=held,
+        quantized=quantized,
+        template=inputs.template_text(),
     )
     return {"README.md": card, **({QUANTIZED_FILE: QUANTIZATION} if quantized and not options.merge else {})}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.config import FftOptions, MaskTrainOptions, Recipe
+from mftctl.deciding_keys import IN_THE_MODEL
 from mftctl.errors import ConfigError
 from mftctl.model_origin import told_origin, was_trained
 from mftctl.quickstart import NAME as QUICKSTART
@@ -167,8 +168,10 @@ def ancestry(root: Path, source: Source) -> list[Source]:
     if not source.parents:
         return [source]
     made = [source_of_run(load_run(root / name)) for name in source.parents]
+    first = made[0].config or {}
+    template = {key: first[key] for key in IN_THE_MODEL if key in first}  # which the model of others has
     newest: dict[str, Source] = {}
-    for step in (Source(source.origin, config=source.config), *made):
+    for step in (Source(source.origin, config={**(source.config or {}), **template}), *made):
         newest.pop(step.state, None)
         newest[step.state] = step
     return list(newest.values())

@@ -46,6 +46,7 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
         *((path, "a benchmark's data") for path in options.task_data.values()),
         *((path, "a model or mask that is read") for path in (recipe.model, recipe.mask_train.base, *models)),
         (options.predictions, "the predictions"),
+        (recipe.chat_template, "the chat template"),
     ]
     found = [Input(Path(path).expanduser(), what) for path, what in named if path]
     found += [Input(base, "the base of an adapter") for item in found for base in _adapter_base(item.path)]

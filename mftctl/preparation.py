@@ -17,7 +17,7 @@ from mftctl.data.examples import Example
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import data_digest, load_examples, record_digest
 from mftctl.data.splits import sample_fraction, split_validation
-from mftctl.errors import ConfigError, DataError
+from mftctl.errors import ChangedDataError, ConfigError, DataError
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.progress import Listener, Silence
 from mftctl.record_encoding import (
@@ -58,6 +58,15 @@ class TrainingInputs:
     template: dict[str, Any]
     issues: dict[str, dict[str, int]]
     check: CheckpointCheck = field(default_factory=CheckpointCheck)
+
+    def template_text(self) -> str:
+        """The chat template in the words of a model card."""
+        source = self.template.get("source")
+        if source is None:
+            return "none"
+        args = [f"{name}={value}" for name, value in self.template["args"].items()]
+        merged = ["the system prompt merged into the first question"] if self.template["merge_system"] else []
+        return ", ".join([str(source), *args, *merged])
 
     def summary(self) -> dict[str, Any]:
         """Counts for the run's record."""
@@ -202,13 +211,13 @@ def require_same_data(before: Mapping[str, Any], inputs: TrainingInputs) -> None
         inputs: What there is now.
 
     Raises:
-        DataError: They have changed.
+        ChangedDataError: They have changed.
     """
     began = {**before.get("digests", {}), "chat template": before.get("chat_template", {}).get("digest")}
     now = {**inputs.digests, "chat template": inputs.template.get("digest")}
     changed = [name for name, digest in began.items() if digest is not None and digest != now[name]]
     if changed:
-        raise DataError(
+        raise ChangedDataError(
             "The data is no longer what this run began with.",
             key=", ".join(changed),
             expected=", ".join(f"SHA-256 {began[name]}" for name in changed),

@@ -195,6 +195,8 @@ def _decides(
     read = [source.path for source in (*task.recipe.data, *task.recipe.val_data, *task.recipe.test_data)]
     if "eval" in keys:
         read += task.recipe.eval.task_data.values()
+    if task.recipe.chat_template is not None:
+        read.append(task.recipe.chat_template)
     for path in read:
         if path not in files:
             files[path] = file_digest(path)

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from mftctl.errors import Interrupted, LostProcessError, MftError
+from mftctl.errors import ChangedDataError, Interrupted, LostProcessError, MftError
 from mftctl.runs import OPEN_RUNS, Run
 from mftctl.storage import is_failure_of_storage, known_failures
 
@@ -32,7 +32,7 @@ def recorded(run: Run) -> Iterator[None]:
         raise Interrupted("Stopped.", path=run.folder, hint=how_to_go_on(run)) from None
     except MftError as error:
         with suppress(OSError):  # without room for the record it says what that of a killed run says
-            can_go_on = isinstance(error, LostProcessError) or is_failure_of_storage(error)
+            can_go_on = isinstance(error, (LostProcessError, ChangedDataError)) or is_failure_of_storage(error)
             run.update(status="interrupted" if can_go_on else "failed", error=str(error))
         raise
     finally:

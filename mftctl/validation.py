@@ -9,6 +9,7 @@ from typing import Any
 
 from mftctl.checkpoint_check import check_lengths
 from mftctl.config import Command, Recipe
+from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.problems import read_problems
@@ -54,7 +55,8 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[st
     data = DataCheck(None if model is None else model.tokenizer, findings)
     tasks = _tasks(recipe, findings)
     parts = data.parts(recipe)
-    tokens = data.tokens(recipe, _first_length(recipe, tasks))
+    length = _first_length(recipe, tasks)
+    tokens = data.tokens(recipe, length)
     _check_positions(tokens, model, findings)
     figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(task, figures, findings) for task in tasks]
@@ -74,7 +76,7 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[st
         "not_checked": findings.not_checked,
         "model": {} if model is None else model.summary(),
         "data": counts,
-        "samples": _samples(tokens, model),
+        "samples": _samples(data.train(recipe, length), model),
         "seeds": len(recipe.seeds) or 1,
         "stages": stages,
         "masks": figures.masks,
@@ -146,9 +148,9 @@ def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
             read_problems(Path(file), task)
 
 
-def _samples(tokens: Tokens | None, model: CheckedModel | None) -> list[dict[str, Any]]:
+def _samples(train: Sequence[Encoded], model: CheckedModel | None) -> list[dict[str, Any]]:
     """The first training records as they are trained on."""
-    if tokens is None or model is None or model.tokenizer is None:
+    if model is None or model.tokenizer is None:
         return []
     return [
         {
@@ -157,5 +159,5 @@ def _samples(tokens: Tokens | None, model: CheckedModel | None) -> list[dict[str
             "answer_tokens": record.answer_tokens,
             "segments": [asdict(segment) for segment in trained_segments(record, model.tokenizer)],
         }
-        for record in tokens.train[:SAMPLES]
+        for record in train[:SAMPLES]
     ]

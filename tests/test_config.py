@@ -240,6 +240,7 @@ def test_what_a_step_decides_does_not_hang_on_how_it_is_said(section: str) -> No
     assert "global_batch_size" not in keys(grad_accum_steps=2)[section]  # as in the records of older versions
 
 
+OF_RECORDS = {"chat_template", "template_args", "merge_system", "learn", "bad_records"}
 SECTION_CHANGES: dict[str, dict[str, Any]] = {
     "fft": {"fft": {"epochs": 9.0}},
     "probe": {"probe": {"data_fraction": 0.9}},
@@ -247,6 +248,11 @@ SECTION_CHANGES: dict[str, dict[str, Any]] = {
     "eval": {"eval": {"limit": 9}},
     "seed": {"seed": 9},
     "test_data": {"test_data": "t.jsonl"},
+    "chat_template": {"chat_template": "tulu"},
+    "template_args": {"template_args": {"enable_thinking": False}},
+    "merge_system": {"merge_system": True},
+    "learn": {"learn": "last"},
+    "bad_records": {"bad_records": "skip"},
     "name": {"name": "another"},
     "stages": {"stages": {"a": {"command": "fft"}}},
 }
@@ -269,7 +275,8 @@ def test_deciding_keys_change_with_what_the_command_reads_and_with_nothing_else(
     changed = {
         key for key, change in SECTION_CHANGES.items() if deciding_keys(Recipe.model_validate(change), command) != plain
     }
-    assert changed == decides | {"seed", "test_data"}
+    assert changed == decides | {"seed", "test_data", *OF_RECORDS}
+    assert not OF_RECORDS & plain.keys()  # so that runs of earlier versions are recognised
 
 
 def test_every_key_is_explained() -> None:

@@ -80,6 +80,10 @@ class _Root(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
+        if name == "eval":
+            from mftctl.cli.optional_template import with_value
+
+            rest = with_value(rest)
         return name, command if name is None else load_command(name), rest
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from mftctl.cli import options as opt
+from mftctl.cli.optional_template import OWN
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session, use_device
 from mftctl.config import EvalOptions, Recipe
@@ -41,6 +42,23 @@ def evaluate(
     ] = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            "--chat-template",
+            metavar="[FILE|NAME]",
+            help="Put benchmark prompts through a chat template: the tokenizer's own, or the Jinja file or template "
+            "named, which test data goes through as well.",
+            rich_help_panel=opt.RECORDS,
+        ),
+    ] = None,
+    no_chat_template: Annotated[
+        bool, typer.Option("--no-chat-template", help="Ask benchmarks as they are.", rich_help_panel=opt.RECORDS)
+    ] = False,
+    template_args: opt.TemplateArgs = None,
+    merge_system: opt.MergeSystem = None,
+    learn: opt.LearnAnswers = None,
+    bad_records: opt.BadRecords = None,
     tasks: Annotated[Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Measuring", parser=opt.names)] = None,
     task_data: Annotated[
         list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
@@ -64,9 +82,6 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[
         int | None, opt.setting(EvalOptions, "max_new_tokens", "--max-new-tokens", panel="Measuring")
-    ] = None,
-    chat_template: Annotated[
-        bool | None, opt.setting(EvalOptions, "chat_template", "--chat-template/--no-chat-template", panel="Measuring")
     ] = None,
     samples: Annotated[int | None, opt.setting(EvalOptions, "samples", "--samples", panel="Measuring")] = None,
     temperature: Annotated[
@@ -103,13 +118,33 @@ def evaluate(
     """
     launch = settle_launch("eval", processes, shard)
     with Output(as_json=as_json) as console:
-        chosen = opt.given(context, "eval")
+        chosen = _with_template(opt.given(context, "eval"), without=no_chat_template)
         session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         written = session.settle().eval.predictions
         sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
         evaluated = [_evaluate_once(session, source, resume=resume, again=again) for source in sources]
         show(console, evaluated)
         console.next_command("mftctl", "report", runs=runs)
+
+
+def _with_template(chosen: dict[str, Any], *, without: bool) -> dict[str, Any]:
+    """The keys with what `--chat-template` means: that benchmarks go through one, and which if it has a value.
+
+    Raises:
+        ConfigError: They are to go through one and not to.
+    """
+    named = chosen.get("chat_template")
+    if without and named is not None:
+        raise ConfigError(
+            "Benchmarks go through a chat template or not.",
+            key="--no-chat-template",
+            actual="--chat-template beside it",
+            hint="--no-chat-template --set chat_template=... gives test data one alone",
+        )
+    rest = {key: value for key, value in chosen.items() if key != "chat_template" or value != OWN}
+    if named is not None or without:
+        rest["eval.chat_template"] = not without
+    return rest
 
 
 def show(console: Output, runs: list[Run]) -> None:

@@ -29,6 +29,11 @@ def mask_train(
     val_fraction: opt.ValFraction = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
+    chat_template: opt.ChatTemplate = None,
+    template_args: opt.TemplateArgs = None,
+    merge_system: opt.MergeSystem = None,
+    learn: opt.LearnAnswers = None,
+    bad_records: opt.BadRecords = None,
     method: Annotated[str | None, opt.setting(MaskTrainOptions, "method", "--method", panel=opt.MASKING)] = None,
     layers: Annotated[
         str | None,

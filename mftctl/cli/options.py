@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.errors import ConfigError
 from mftctl.launching.launch import Shard
+from mftctl.yaml_numbers import NumberLoader
 
 INPUT = "Input and output"
 TRAINING = "Training"
 MASKING = "Mask"
 METHOD = "Method"
 INTERIM = "Evaluation on the way"
+RECORDS = "Records and chat template"
 GENERAL = "General"
 
 _LISTED_CHARACTERS = 24
@@ -35,6 +38,7 @@ def setting(
     panel: str,
     default: str | None = None,
     parser: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
 ) -> Any:
     """The Typer option of a recipe field, with its description and default.
 
@@ -45,6 +49,7 @@ def setting(
         panel: The group it is shown in.
         default: What to show as the default where the field's own says too little.
         parser: Makes the value of the text, where a plain type does not.
+        metavar: What the help calls the value; by default its choices or its type.
     """
     info: FieldInfo = owner.model_fields[field]
     choices = [choice for part in (info.annotation, *get_args(info.annotation)) for choice in _literals(part)]
@@ -54,10 +59,16 @@ def setting(
         *flags,
         help=info.description,
         show_default=shown or False,
-        metavar=listed if len(choices) > 1 and len(listed) <= _LISTED_CHARACTERS else "<str>" if parser else None,
+        metavar=metavar or _metavar(listed, choices, parser),
         parser=parser,
         rich_help_panel=panel,
     )
+
+
+def _metavar(listed: str, choices: list[str], parser: Callable[[str], Any] | None) -> str | None:
+    if len(choices) > 1 and len(listed) <= _LISTED_CHARACTERS:
+        return listed
+    return "<str>" if parser else None
 
 
 def _literals(annotation: Any) -> tuple[str, ...]:
@@ -118,6 +129,30 @@ def files_by_task(pairs: list[str]) -> dict[str, str]:
     return files
 
 
+def template_variables(pairs: list[str]) -> dict[str, bool | int | float | str]:
+    """The variables in `enable_thinking=false`, one an option; values are what they are in YAML.
+
+    Raises:
+        ConfigError: One has no name, or its value is no scalar.
+    """
+    values = {}
+    for pair in pairs:
+        name, separator, text = pair.partition("=")
+        try:
+            value = (yaml.load(text, Loader=NumberLoader) if text else "") if separator and name else None
+        except yaml.YAMLError:
+            value = text
+        if not isinstance(value, bool | int | float | str):
+            raise ConfigError(
+                "A variable of the chat template is a name and a value.",
+                key="--template-arg",
+                expected="NAME=VALUE, such as enable_thinking=false",
+                actual=pair,
+            )
+        values[name] = value
+    return values
+
+
 def number_or_word(text: str) -> float | str:
     """A number where the text is one; anything else is for the recipe's check to judge."""
     try:
@@ -138,6 +173,17 @@ Model = Annotated[
 Data = Annotated[list[str] | None, setting(Recipe, "data", "--data", "-d", panel=INPUT, default="the run's own")]
 ValData = Annotated[list[str] | None, setting(Recipe, "val_data", "--val-data", panel=INPUT)]
 ValFraction = Annotated[float | None, setting(Recipe, "val_fraction", "--val-fraction", panel=INPUT)]
+ChatTemplate = Annotated[
+    str | None,
+    setting(Recipe, "chat_template", "--chat-template", panel=RECORDS, metavar="FILE|NAME", default="the tokenizer's"),
+]
+TemplateArgs = Annotated[
+    list[str] | None,
+    setting(Recipe, "template_args", "--template-arg", panel=RECORDS, metavar="NAME=VALUE", default=""),
+]
+MergeSystem = Annotated[bool | None, setting(Recipe, "merge_system", "--merge-system/--no-merge-system", panel=RECORDS)]
+LearnAnswers = Annotated[str | None, setting(Recipe, "learn", "--learn", panel=RECORDS)]
+BadRecords = Annotated[str | None, setting(Recipe, "bad_records", "--bad-records", panel=RECORDS)]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", "-r", help="Recipe file, or the name of a built-in one.", rich_help_panel=INPUT),
@@ -247,7 +293,10 @@ def given(context: typer.Context, *sections: str) -> dict[str, Any]:
     for section in reversed(sections):
         fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
         keys |= {name: f"{section}.{name}" for name in fields}
+    keys["chat_template"] = "chat_template"  # the section eval has a switch of that name
     values = {name: value for name, value in context.params.items() if name in keys and value not in (None, [], ())}
     if "task_data" in values:
         values["task_data"] = files_by_task(values["task_data"])
+    if "template_args" in values:
+        values["template_args"] = template_variables(values["template_args"])
     return {keys[name]: value for name, value in values.items()}

@@ -26,6 +26,11 @@ def probe(
     val_fraction: opt.ValFraction = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
+    chat_template: opt.ChatTemplate = None,
+    template_args: opt.TemplateArgs = None,
+    merge_system: opt.MergeSystem = None,
+    learn: opt.LearnAnswers = None,
+    bad_records: opt.BadRecords = None,
     groups: Annotated[
         Any,
         opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, parser=opt.group_sizes),

@@ -24,6 +24,11 @@ def run(
     sets: opt.Sets = None,
     model: opt.Model = None,
     data: opt.Data = None,
+    chat_template: opt.ChatTemplate = None,
+    template_args: opt.TemplateArgs = None,
+    merge_system: opt.MergeSystem = None,
+    learn: opt.LearnAnswers = None,
+    bad_records: opt.BadRecords = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of the report.", rich_help_panel=opt.INPUT)
     ] = Path("report"),

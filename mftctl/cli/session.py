@@ -10,7 +10,7 @@ from typing import Any
 from mftctl.atomic import Permit
 from mftctl.cli.output import Output
 from mftctl.config import Recipe
-from mftctl.deciding_keys import OF_THE_MACHINE, to_document
+from mftctl.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE, to_document
 from mftctl.errors import ConfigError, RunError, StorageError
 from mftctl.launching.launch import Launch, require_devices
 from mftctl.launching.working import launch_of
@@ -61,7 +61,7 @@ class Session:
         """The recipe in force: options over `--set` over the recipe over what the source's run was made with."""
         name, base = self._recipe_name, None
         if name is None and source is not None:
-            base = _without_machine(source.config)
+            base = _inherited(source)
             name = QUICKSTART if base is None and source.model == QUICKSTART else None
         return load_recipe(name, base=base, sets=self._sets, options=self._options, stages=False)
 
@@ -271,9 +271,13 @@ def use_device(recipe: Recipe, launch: Launch) -> None:
     join_on(recipe.device)
 
 
-def _without_machine(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The configuration of the run that made a model, but for where that run computed."""
-    return None if config is None else {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
+def _inherited(source: Source) -> dict[str, Any] | None:
+    """The configuration of the run that made a model, but for where it computed and what it wrote into the model."""
+    if source.config is None:
+        return None
+    has_template = bool(source.parents) and source.parents[-1].endswith("-fft")
+    left_out = (*OF_THE_MACHINE, *(IN_THE_MODEL if has_template else ()))
+    return {key: value for key, value in source.config.items() if key not in left_out}
 
 
 def _made_by(source: Source) -> str:

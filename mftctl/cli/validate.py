@@ -40,6 +40,11 @@ def validate(
     sets: opt.Sets = None,
     model: opt.Model = None,
     data: opt.Data = None,
+    chat_template: opt.ChatTemplate = None,
+    template_args: opt.TemplateArgs = None,
+    merge_system: opt.MergeSystem = None,
+    learn: opt.LearnAnswers = None,
+    bad_records: opt.BadRecords = None,
     seed: opt.Seed = None,
     device: Annotated[
         str | None, opt.setting(Recipe, "device", "--device", panel=opt.GENERAL, default="this machine's")

@@ -23,6 +23,9 @@ TemplateValue = bool | int | float | str
 
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
+_ASSIGNMENT = re.compile(r"\{%- set (?P<name>[A-Za-z_]\w*) = (?:true|false|[-\d.eE+]+|\"(?:[^\"\\]|\\.)*\") -%\}")
+"""What `_assignment` writes."""
+
 # In the template itself, so that the model written has it as well.
 _MERGED_SYSTEM = (
     "{%- if messages | length > 1 and messages[0]['role'] == 'system' -%}"
@@ -67,10 +70,24 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: TemplateChoice) 
                 hint=f"--chat-template FILE, or one of {', '.join(BUILT_IN)}",
             )
         return
+    if choice.source is None:
+        template = _without_earlier(template, choice)
     set_variables = "".join(_assignment(name, value) for name, value in choice.variables.items())
     template = set_variables + (_MERGED_SYSTEM if choice.merge_system else "") + template
     _check(template, choice.source)
     tokenizer.chat_template = template
+
+
+def _without_earlier(template: str, choice: TemplateChoice) -> str:
+    """A template of a model that an earlier choice is written into, without what is chosen anew."""
+    kept = ""
+    while (earlier := _ASSIGNMENT.match(template)) is not None:
+        if earlier["name"] not in choice.variables:
+            kept += earlier[0]
+        template = template[earlier.end() :]
+    if choice.merge_system:
+        template = template.removeprefix(_MERGED_SYSTEM)
+    return kept + template
 
 
 def _source(tokenizer: PreTrainedTokenizerBase, source: str | None) -> str | None:

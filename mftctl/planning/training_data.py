@@ -63,6 +63,7 @@ class DataCheck:
         self._parts: dict[str, Parts] = {}
         self._tokens: dict[tuple[str, int], Tokens | None] = {}
         self._encoders: dict[str, Encoder] = {}
+        self._train: dict[tuple[str, int], list[Encoded]] = {}
 
     def parts(self, recipe: Recipe) -> Parts:
         """The records of a recipe's files, as far as they can be read."""
@@ -80,6 +81,11 @@ class DataCheck:
         if key not in self._tokens:
             self._tokens[key] = self._tokenize(recipe, max_length_tokens)
         return self._tokens[key]
+
+    def train(self, recipe: Recipe, max_length_tokens: int) -> list[Encoded]:
+        """The encoded training records, also where none of the validation can be used."""
+        self.tokens(recipe, max_length_tokens)
+        return self._train.get((_data_key(recipe), max_length_tokens), [])
 
     def longest_question(self, recipe: Recipe) -> tuple[list[Encoded], int] | None:
         """The encoded test records of an evaluation and the tokens of its longest prompt, 0 where none has one.
@@ -123,6 +129,7 @@ class DataCheck:
             if key in issues:
                 report_issues(key, issues[key], recipe.bad_records, max_length_tokens, self._findings)
         train, validation = (part.records for part in used)
+        self._train[_data_key(recipe), max_length_tokens] = train
         added = added_system_text(encoder, used[0].examples)
         if added is not None:
             self._findings.warn(f"data: {added}")

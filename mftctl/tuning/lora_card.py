@@ -6,7 +6,7 @@ from huggingface_hub import ModelCardData
 from peft import LoraConfig
 
 
-def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: bool) -> str:
+def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: bool, template: str) -> str:
     """The text of the card: YAML front matter with `base_model`, then what was trained on what, as Markdown.
 
     Args:
@@ -14,6 +14,7 @@ def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: 
         merged: Whether it is in the model's weights by now.
         held: How the base was held in memory while the adapter was trained.
         quantized: Whether that was in fewer bits than it is stored in, from which it was dequantised.
+        template: The chat template of its records.
     """
     base = adapter.base_model_name_or_path
     front_matter = ModelCardData(
@@ -21,7 +22,12 @@ def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: 
         library_name="transformers" if merged else "peft",
         tags=["qlora" if quantized else "lora", "mftctl"],
     ).to_yaml()
-    rows = [("Rank", adapter.r), ("Alpha", adapter.lora_alpha), ("Base while training", held)]
+    rows = [
+        ("Rank", adapter.r),
+        ("Alpha", adapter.lora_alpha),
+        ("Base while training", held),
+        ("Chat template", template),
+    ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     summary = _merged_summary(base, quantized) if merged else _adapter_summary(base, quantized)
     return (

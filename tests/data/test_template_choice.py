@@ -11,6 +11,7 @@ from mftctl.data.encoding import Encoder
 from mftctl.data.examples import Example, Message
 from mftctl.data.template_choice import BUILT_IN, TemplateChoice, choose_template
 from mftctl.errors import ConfigError
+from tests.conftest import build_tokenizer
 from tests.data.chat_families import CHATML, GEMMA_2, QWEN_3
 from tests.data.test_chat_rendering import byte_tokenizer
 
@@ -117,3 +118,14 @@ def test_model_without_template_stays_so() -> None:
     tokenizer = tokenizer_with(None)
     choose_template(tokenizer, TemplateChoice())
     assert tokenizer.chat_template is None
+
+
+def test_a_choice_takes_the_place_of_what_an_earlier_one_wrote() -> None:
+    tokenizer = build_tokenizer(chat_template="{{ mode }}|{{ n }}|{% for m in messages %}{{ m.content }};{% endfor %}")
+    choose_template(tokenizer, TemplateChoice(variables={"mode": 'a "b" \\ -%}', "n": 1}, merge_system=True))
+    written = str(tokenizer.chat_template)
+    choose_template(tokenizer, TemplateChoice(variables={"mode": 'a "b" \\ -%}', "n": 1}, merge_system=True))
+    assert tokenizer.chat_template == written
+    choose_template(tokenizer, TemplateChoice(variables={"mode": False}))
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == "False|1|s\n\nu;"
