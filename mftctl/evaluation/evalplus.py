@@ -105,7 +105,7 @@ def comparison_source() -> str:
 
 
 def _check(record: Mapping[str, Any], where: str) -> None:
-    kinds = {
+    kinds: dict[str, tuple[type | tuple[type, ...], str]] = {
         "task_id": (str, "a text"),
         "prompt": (str, "a text"),
         "entry_point": (str, "the name of a function"),

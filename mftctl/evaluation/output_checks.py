@@ -54,20 +54,20 @@ def _fits(
     found: Any, expected: Any, arguments: Sequence[Any], tolerance: float, rule: str, defined: dict[str, Any]
 ) -> bool:
     if rule == "root":
-        return abs(defined["poly"](*arguments, found)) <= tolerance
+        return bool(abs(defined["poly"](*arguments, found)) <= tolerance)
     if rule == "any order":
         return set(found) == set(expected)
     if rule == "is there":
         there = expected is not None
-        return found == there if isinstance(found, bool) else (found is not None) == there
+        return there == (found if isinstance(found, bool) else found is not None)
     if rule == "any truth":
         return isinstance(found, bool)
     if same(found, expected, tolerance):
         return True
     if rule == "upright height":
-        return found == upright_pyramid_surface(*arguments)
+        return bool(found == upright_pyramid_surface(*arguments))
     if rule == "padded digits":
-        return found == padded_digit_distance(*arguments)
+        return bool(found == padded_digit_distance(*arguments))
     return rule == "or zero" and type(found) is int and found == 0
 
 
@@ -97,9 +97,9 @@ def _near(found: Any, expected: Any, tolerance: float) -> bool:
         return same_length and all(_near(a, b, tolerance) for a, b in zip(found, expected, strict=True))
     if type(found) is not type(expected) or not isinstance(expected, (int, float, complex)):
         return bool(found == expected)
-    if found == expected or (found != found and expected != expected):  # noqa: PLR0124 - not a number
+    if found == expected or (found != found and expected != expected):
         return True
-    return abs(found - expected) <= tolerance + _RELATIVE_TOLERANCE * abs(expected)
+    return bool(abs(found - expected) <= tolerance + _RELATIVE_TOLERANCE * abs(expected))
 
 
 def upright_pyramid_surface(edge: float, height: float) -> int:

@@ -18,7 +18,8 @@ from mftctl.evaluation.stop_strings import cut_at
 _THOUGHTS_END = "</think>"
 _FENCE = re.compile(r"^(?P<before>[^`~\n]*?)(?P<fence>`{3,}|~{3,})[^`~\n]*$")
 _MOST_READINGS = 600
-"""Each is compiled once; an answer of a few hundred lines has far fewer."""
+_MOST_BLOCKS = 40
+"""Each is compiled; an answer that makes sense has far fewer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,10 @@ def _readings(text: str, function: Function, ends: Sequence[str]) -> Iterator[_R
     goes_on = bool(function.prompt) and head.lstrip("\n")[:1].isspace()
     if goes_on:
         yield from _completions(head, function, ends)
-    for place in range(len(blocks)):
-        yield from _whole_programs(_with_helpers(blocks, place, function.name), function)
-        yield from _whole_programs(blocks[place], function)
+    for place, block in enumerate(blocks):
+        if function.name in block:
+            yield from _whole_programs(_with_helpers(blocks, place, function.name), function)
+            yield from _whole_programs(block, function)
     yield from _whole_programs(head, function)
     if function.prompt:
         for block in blocks:
@@ -108,13 +110,15 @@ def _fenced(text: str) -> tuple[list[str], str]:
         else:
             # A fence in a list is indented with its content.
             block.append(line[indent:] if not line[:indent].strip() else line)
-    return blocks if block is None else [*blocks, "\n".join(block)], "\n".join(head)
+    blocks = blocks if block is None else [*blocks, "\n".join(block)]
+    return blocks[:_MOST_BLOCKS], "\n".join(head)
 
 
 def _with_helpers(blocks: Sequence[str], place: int, name: str) -> str:
     """A block with those others that hold definitions alone: an answer may come in pieces."""
     seen = _bound(_parsed(blocks[place]))
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     for other, block in enumerate(blocks):
         tree = _parsed(block)
         names = _bound(tree)
@@ -182,12 +186,27 @@ def _indented_program(lines: Sequence[str], name: str) -> Iterator[str]:
 
 def _completions(text: str, function: Function, ends: Sequence[str]) -> Iterator[_Reading | None]:
     """The prompt with the text up to what ends it, or with the longest part of the text that goes with it."""
-    yield _completed(cut_at(text, ends), function)
+    yield _completed(_up_to(text, ends), function)
     yield _completed(text, function)
     lines = text.split("\n")
     flush = [n for n, line in enumerate(lines) if n and line.strip() and not line[0].isspace()]
     for end in reversed(flush):
         yield _completed("\n".join(lines[:end]) + "\n", function)
+
+
+def _up_to(text: str, ends: Sequence[str]) -> str:
+    """The text up to the first end, which a comment at the margin is not where the function goes on after it."""
+    start = 0
+    while True:
+        place = start + len(cut_at(text[start:], ends))
+        if not text[place : place + 2] == "\n#" or not _goes_on(text[place + 1 :]):
+            return text[:place]
+        start = text.find("\n", place + 1)
+
+
+def _goes_on(text: str) -> bool:
+    lines = (line for line in text.split("\n") if line.strip() and not line.lstrip().startswith("#"))
+    return next(lines, "x")[0].isspace()
 
 
 def _completed(text: str, function: Function) -> _Reading | None:
