@@ -162,8 +162,12 @@ def _tuples(value: Any, depth: int) -> Any:
     return [_tuples(item, depth - 1) for item in value] if isinstance(value, list) else value
 
 
-def _all_tuples(value: Any) -> Any:
-    return tuple(_all_tuples(item) for item in value) if isinstance(value, list) else value
+def _tuple_of_all(value: Any) -> Any:
+    return tuple(_tuple_of_all(item) for item in value) if isinstance(value, list) else value
+
+
+def _all_tuples(arguments: Arguments) -> Arguments:
+    return [_tuple_of_all(argument) for argument in arguments]
 
 
 def _each(depth: int) -> Callable[[Arguments], Arguments]:

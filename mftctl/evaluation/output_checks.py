@@ -128,6 +128,8 @@ def _near(found: Any, expected: Any, tolerance: float) -> bool:
         return bool(found == expected)
     if found == expected or (found != found and expected != expected):
         return True
+    if abs(expected) == inf:
+        return False
     return bool(abs(found - expected) <= tolerance + _RELATIVE_TOLERANCE * abs(expected))
 
 

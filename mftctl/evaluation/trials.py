@@ -18,17 +18,15 @@ _MOST = Limits(cpu_seconds=300, wall_seconds=1800.0, memory_bytes=2**32)
 _CLOCK = """
 
 def mftctl_used():
-    import resource, time
-    return time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    import time
+    return time.process_time()
 """
 _REPORT = """
 
-import resource, time
-_own = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-_other = mftctl_used()
-raise SystemExit("used %.3f %.3f %d %d" % (_own[0], _other[0], _own[1], _other[1]))
+import time
+raise SystemExit("used %.3f %.3f" % (time.process_time(), mftctl_used()))
 """
-_USED = re.compile(r"SystemExit: used (\d+\.\d+) (\d+\.\d+) (\d+) (\d+)")
+_USED = re.compile(r"SystemExit: used (\d+\.\d+) (\d+\.\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +93,12 @@ def run_trials(
 
 
 def _ran_short(verdict: Verdict) -> bool:
-    # Some code takes a lack of memory as a failure of its own.
-    return verdict.outcome in ("timed out", "out of memory") or "MemoryError" in verdict.detail
+    return verdict.outcome == "timed out" or _lacked_memory(verdict)
+
+
+def _lacked_memory(verdict: Verdict) -> bool:
+    # In the process that runs the answer it is an exception like any.
+    return verdict.outcome == "out of memory" or "MemoryError" in verdict.detail
 
 
 def _helps(own: Limits, limits: Limits, verdict: Verdict) -> bool:
@@ -112,25 +114,32 @@ def _problem(trial: Trial) -> Program:
 
 def _wider_limits(sandbox: Sandbox, trials: Sequence[Trial], limits: Limits) -> dict[Program, Limits]:
     """The limits of each problem, from one run of its reference solution; none where that fails too."""
-    problems = list(dict.fromkeys(_problem(trial) for trial in trials))
-    if not problems:
-        return {}
-    found = {}
-    for problem, verdict in zip(problems, judge_programs(sandbox, problems, limits=_MOST), strict=True):
-        used = _USED.search(verdict.detail)
-        if used is not None:
-            seconds, kibibytes = max(float(used[1]), float(used[2])), max(int(used[3]), int(used[4]))
-            found[problem] = _limits_for(seconds, verdict.seconds, kibibytes * 1024, limits)
+    waiting = list(dict.fromkeys(_problem(trial) for trial in trials))
+    found: dict[Program, Limits] = {}
+    # What a process used of memory cannot be told from what mftctl uses: whether it is enough is tried.
+    for memory in (limits.memory_bytes, max(limits.memory_bytes, _MOST.memory_bytes)):
+        if not waiting:
+            break
+        verdicts = judge_programs(sandbox, waiting, limits=replace(_MOST, memory_bytes=memory))
+        for problem, verdict in zip(waiting, verdicts, strict=True):
+            used = _USED.search(verdict.detail)
+            if used is not None:
+                own = _limits_for(max(float(used[1]), float(used[2])), verdict.seconds, limits)
+                found[problem] = replace(own, memory_bytes=memory)
+        waiting = [
+            problem
+            for problem, verdict in zip(waiting, verdicts, strict=True)
+            if problem not in found and _lacked_memory(verdict)
+        ]
     return found
 
 
-def _limits_for(cpu_seconds: float, wall_seconds: float, memory_bytes: int, limits: Limits) -> Limits:
+def _limits_for(cpu_seconds: float, wall_seconds: float, limits: Limits) -> Limits:
     """The limits raised to a multiple of what was used, in steps of two, so that problems have the same."""
     cpu = limits.cpu_seconds * _steps(_MULTIPLE * cpu_seconds / limits.cpu_seconds)
     patience = limits.wall_seconds / limits.cpu_seconds
     wall = max(cpu * patience, limits.wall_seconds * _steps(_MULTIPLE * wall_seconds / limits.wall_seconds))
-    memory = min(limits.memory_bytes * _steps(2 * memory_bytes / limits.memory_bytes), _MOST.memory_bytes)
-    return replace(limits, cpu_seconds=cpu, wall_seconds=wall, memory_bytes=max(memory, limits.memory_bytes))
+    return replace(limits, cpu_seconds=cpu, wall_seconds=wall)
 
 
 def _steps(share: float) -> int:
