@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,20 @@ def test_own_solutions_pass_and_others_fail(real_data: Path, name: str) -> None:
     assert not any(verdict.passed for verdict in verdicts[len(right) :])
 
 
+def parsed(source: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(source)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", SOURCES)
 def test_own_solutions_are_the_same_programs_in_every_form_of_an_answer(real_data: Path, name: str) -> None:
-    """All problems, without running them: the solution is in the program, and nothing else that does something."""
-    for problem in read_problems(real_data / SOURCES[name][0], name).records:
+    """Every fifth, without running them: the solution is in the program, and nothing else that does something."""
+    for problem in read_problems(real_data / SOURCES[name][0], name).records[::5]:
         solution = WHOLE[name](problem)
-        wanted = ast.parse(program(problem, solution))
+        wanted = parsed(program(problem, solution))
         for form, text in FORMS.items():
-            found = ast.parse(program(problem, text.format(solution)))
+            found = parsed(program(problem, text.format(solution)))
             said = [ast.dump(statement) for statement in found.body if not isinstance(statement, ast.ImportFrom)]
             asked = [ast.dump(statement) for statement in wanted.body if not isinstance(statement, ast.ImportFrom)]
             assert said == asked, (problem["task_id"], form)
