@@ -17,7 +17,7 @@ from mftctl.evaluation.alpaca_judge import Answer, entry, what_is_missing, win_s
 from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark, with_scores
-from mftctl.evaluation.benchmarks import BENCHMARKS
+from mftctl.evaluation.benchmarks import BENCHMARKS, instruct_form
 from mftctl.evaluation.code_benchmarks import code_config
 from mftctl.evaluation.harness import build_task, quiet_libraries, task_config
 from mftctl.evaluation.inference import evaluation_mode
@@ -25,6 +25,7 @@ from mftctl.evaluation.output_cache import OutputCache
 from mftctl.evaluation.predictions import read_predictions
 from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
 from mftctl.evaluation.sentence_data import check_sentence_data
+from mftctl.evaluation.trials import Trial, run_trials
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.processes import from_first, is_first, put_together, rank
 from mftctl.progress import Listener, Progress
@@ -73,7 +74,7 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     """
     if task == "ifeval":
         check_sentence_data()
-    config = task_config(task)
+    config = _asked(task, options)
     file = options.task_data.get(task)
     problems = fetch_problems(config, task) if file is None else read_problems(Path(file), task)
     written = None
@@ -82,7 +83,9 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     samples = options.samples if written is None else len(written[0])
     if task in BENCHMARKS and BENCHMARKS[task].runs_code:
         judge = _judge(task, unsafe=options.unsafe_code, listener=listener)
-        config = code_config(config, judge, samples=samples, temperature=options.temperature)
+        config = code_config(
+            config, judge, samples=samples, temperature=options.temperature, written=written is not None
+        )
     elif samples > 1:
         raise EvaluationError(
             "Several samples are for the tasks that run code.",
@@ -93,6 +96,12 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     with quiet_libraries():
         asked = build_task(config, problems, is_local=file is not None or task in BENCHMARKS)
     return PreparedBenchmark(asked, problems, written)
+
+
+def _asked(task: str, options: EvalOptions) -> dict[str, Any]:
+    """The configuration under which the task is asked: a chat model is not left to complete a text, but asked."""
+    form = instruct_form(task) if options.chat_template and options.predictions is None else task
+    return {**task_config(form), "task": task}
 
 
 def measure_benchmark(
@@ -182,20 +191,18 @@ def _answered(
             return run_benchmark(written, task, problems, **common), written.generated_tokens
 
 
-def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence[tuple[str, str, str]]], list[bool]]:
-    from mftctl.evaluation.sandbox import Program, find_sandbox, judge_programs
+def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence[Trial]], list[bool]]:
+    from mftctl.evaluation.sandbox import find_sandbox
 
     # Found before the first answer is generated: without one the task refuses to run.
     sandbox = find_sandbox(unsafe=unsafe)
 
-    def judge(pairs: Sequence[tuple[str, str, str]]) -> list[bool]:
-        programs = [Program(code=code, test=test, entry_point=name) for code, test, name in pairs]
-
+    def judge(trials: Sequence[Trial]) -> list[bool]:
         def run_all() -> str:
             """Runs them on all cores, and so in one process for all."""
-            verdicts = judge_programs(
+            verdicts = run_trials(
                 sandbox,
-                programs,
+                trials,
                 on_progress=lambda done, total: listener.progress(Progress(f"running {task}", done, total)),
             )
             return json.dumps([verdict.passed for verdict in verdicts])
@@ -213,8 +220,9 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
     if is_first():
         write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     settings = [options.limit or "all"]
+    form = instruct_form(found.name) if found.chat_template else found.name
     if found.chat_template:
-        settings.append("chat")
+        settings.append("chat" if form == found.name else "chat, instruct")
     if options.temperature:
         settings.append(f"{options.samples} at {options.temperature}")
     if options.max_new_tokens is not None:
@@ -225,7 +233,7 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
         "name": found.name,
         "digest": ":".join(str(part) for part in (found.data_digest, *settings)),
         "samples": file,
-        "task": found.name,
+        "task": form,
         "task_version": found.task_version,
         "lm_eval_version": found.lm_eval_version,
         "engine": options.engine,

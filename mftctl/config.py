@@ -347,8 +347,9 @@ class EvalOptions(_Section):
     tasks: tuple[str, ...] = Field(
         (),
         strict=False,
-        description="Benchmarks: gsm8k, math, humaneval, humaneval_plus, mbpp, mbpp_plus, ifeval, alpaca_eval, mmlu, "
-        "bbh, tydiqa, truthfulqa_mc2, the groups coding, instruction, general and group:math, or any task of lm-eval.",
+        description="Benchmarks: gsm8k, math, humaneval, humaneval_plus, mbpp, mbpp_plus (these four "
+        "also with _instruct), ifeval, alpaca_eval, mmlu, bbh, tydiqa, truthfulqa_mc2, the groups coding, instruction, "
+        "general and group:math, or any task of lm-eval.",
     )
     task_data: dict[str, str] = Field(
         default_factory=dict, description="Local file or folder of a benchmark, NAME=PATH; repeatable."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mftctl import benchmarking
-from mftctl.config import Recipe
+from mftctl.config import EvalOptions, Recipe
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluating import evaluate
 from mftctl.progress import Silence
@@ -94,6 +94,76 @@ def test_a_chat_template_is_put_around_the_prompt_and_named(workspace: Path, tmp
     assert "1+1?" in rows[0]["prompt"]
     assert (plain["chat_template"], chat["chat_template"]) == (False, True)
     assert plain["digest"] != chat["digest"]
+
+
+@pytest.mark.parametrize("task", ["humaneval", "humaneval_plus"])
+def test_a_chat_model_is_asked_for_a_whole_function_and_nothing_cuts_it(
+    workspace: Path, tmp_path: Path, task: str
+) -> None:
+    options = {"task_data": {task: write(tmp_path / "p.jsonl", FUNCTIONS[:1])}, "max_new_tokens": 5}
+    options |= {"tasks": [task], "save_samples": True}
+    plain, rows = scored(workspace, tmp_path / "a", **options)
+    chat, asked = scored(workspace, tmp_path / "b", **options, chat_template=True)
+    assert rows[0]["prompt"] == FUNCTIONS[0]["prompt"]
+    assert "Answer with the whole function" in asked[0]["prompt"]
+    assert FUNCTIONS[0]["prompt"] in asked[0]["prompt"]
+    assert (plain["name"], plain["task"]) == (task, task)
+    assert (chat["name"], chat["task"]) == (task, f"{task}_instruct")
+    assert chat["digest"].endswith(":chat, instruct:5 tokens")
+    prepared = benchmarking.prepare_benchmark(task, EvalOptions(**options, chat_template=True), Silence())
+    assert prepared.task.config.generation_kwargs["until"] == []
+
+
+@pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct"])
+def test_whole_functions_written_before_are_right_in_every_form(workspace: Path, tmp_path: Path, task: str) -> None:
+    whole = ["{}", "# It adds.\n{}", "Here it is:\n\n```python\nfrom typing import List\n\n\n{}```\nDone.", "```\n{}"]
+    solutions = [f"{record['prompt']}{record['canonical_solution']}" for record in FUNCTIONS]
+    for solution, value in ((solutions, 1.0), ([text.replace("x +", "1 - x +") for text in solutions], 0.0)):
+        written = [
+            {"task_id": record["task_id"], "solution": form.format(text)}
+            for record, form, text in zip(FUNCTIONS, whole, solution, strict=True)
+        ]
+        dataset, _ = scored(
+            workspace,
+            tmp_path / str(value),
+            tasks=[task],
+            task_data={task: write(tmp_path / "problems.jsonl", FUNCTIONS)},
+            predictions=write(tmp_path / "written.jsonl", written),
+        )
+        assert dataset["metrics"][0]["value"] == value
+
+
+MBPP = {
+    "task_id": 1,
+    "text": "Add one.",
+    "code": "def add(x):\n    return x + 1\n",
+    "test_list": ["assert add(1) == 2"],
+}
+
+
+def test_mbpp_asked_of_a_chat_model_and_answers_with_comments(workspace: Path, tmp_path: Path) -> None:
+    problems = write(tmp_path / "p.jsonl", [MBPP])
+    for task in ("mbpp", "mbpp_instruct"):
+        written = write(tmp_path / "w.jsonl", [{"task_id": 1, "output": f"import math\n# It adds.\n{MBPP['code']}"}])
+        dataset, _ = scored(workspace, tmp_path / task, tasks=[task], task_data={task: problems}, predictions=written)
+        assert dataset["metrics"][0]["value"] == 1.0
+    options = {"tasks": ["mbpp_instruct"], "task_data": {"mbpp_instruct": problems}, "max_new_tokens": 5}
+    _, rows = scored(workspace, tmp_path / "m", **options, save_samples=True)
+    assert rows[0]["prompt"].startswith("Add one.\n\nThe function has to pass these tests:")
+    assert "assert add(1) == 2" in rows[0]["prompt"]
+
+
+def test_gsm8ks_own_form_is_right_beside_lm_evals(workspace: Path, tmp_path: Path) -> None:
+    problems = write(tmp_path / "p.jsonl", [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(2)])
+    written = write(tmp_path / "w.jsonl", [{"id": 0, "output": "0+1=1\n#### 1"}, {"id": 1, "output": "#### 3"}])
+    dataset, _ = scored(
+        workspace, tmp_path, tasks=["gsm8k_0shot"], task_data={"gsm8k_0shot": problems}, predictions=written
+    )
+    assert {metric["name"]: metric["value"] for metric in dataset["metrics"]} == {
+        "exact_match,strict-match": 0.0,
+        "exact_match,flexible-extract": 0.5,
+        "exact_match,marked-match": 0.5,
+    }
 
 
 class Warnings(Silence):

@@ -51,6 +51,10 @@ BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
             Benchmark("humaneval_plus", "the same with far more tests", "coding", runs_code=True),
             Benchmark("mbpp", "a short Python function from a sentence", "coding", runs_code=True),
             Benchmark("mbpp_plus", "the same with far more tests", "coding", runs_code=True),
+            Benchmark("humaneval_instruct", "a whole Python function, asked for in words", "coding", runs_code=True),
+            Benchmark("humaneval_plus_instruct", "the same with far more tests", "coding", runs_code=True),
+            Benchmark("mbpp_instruct", "a short Python function, asked for in words", "coding", runs_code=True),
+            Benchmark("mbpp_plus_instruct", "the same with far more tests", "coding", runs_code=True),
             Benchmark("ifeval", "instructions whose keeping can be checked", "instruction"),
             Benchmark("alpaca_eval", "instructions, answers compared by a judge", "instruction"),
             Benchmark("mmlu", "questions of 57 subjects, four answers each", "general"),
@@ -74,6 +78,27 @@ GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     | {domain: names for domain, names in _GROUPED.items() if domain not in BENCHMARKS}
 )
 """Benchmarks by what a group of them is called; `math` alone is the benchmark, `group:math` the group."""
+
+
+_INSTRUCT = "_instruct"
+
+
+def instruct_form(name: str) -> str:
+    """The benchmark that asks a chat model in words for what this one lets a base model complete, or the same.
+
+    Args:
+        name: A benchmark, or a task of lm-eval.
+    """
+    return f"{name}{_INSTRUCT}" if f"{name}{_INSTRUCT}" in BENCHMARKS else name
+
+
+def completion_form(name: str) -> str:
+    """The benchmark whose problems and fields this one has.
+
+    Args:
+        name: A benchmark, or a task of lm-eval.
+    """
+    return name.removesuffix(_INSTRUCT) if name in BENCHMARKS else name
 
 
 def expand_groups(names: Iterable[str]) -> tuple[str, ...]:

@@ -7,16 +7,28 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mftctl.evaluation.evalplus import comparison_source
+from mftctl.evaluation.trials import Trial
+from mftctl.evaluation.written_programs import Function, written_program
+
 FILTER = "tests"
 """How a score on tests is named, in the place of lm-eval's filter."""
 
-Judge = Callable[[Sequence[tuple[str, str, str]]], Sequence[bool]]
-"""Says of each program, with its tests and the function under test, whether it passes."""
-
-_FENCED = re.compile(r"```(?:[pP]ython|py)?[^\S\n]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+Judge = Callable[[Sequence[Trial]], Sequence[bool]]
+"""Says of each answer whether it passes."""
 
 
-def code_config(config: Mapping[str, Any], judge: Judge, *, samples: int, temperature: float) -> dict[str, Any]:
+_COMPUTED = re.compile(r"^    assertion\((\w+)\(\*inp\), ref_func\(\*inp\), (.+)\)$", re.MULTILINE)
+"""How a published test of MBPP+ compares with a solution of its own, where the results would fill the file."""
+
+_ONLY_WHAT_CAN_CROSS = r"""    exp = ref_func(*copy.deepcopy(inp))
+    if can_cross(exp):
+        assertion(\1(*inp), exp, \2)"""
+
+
+def code_config(
+    config: Mapping[str, Any], judge: Judge, *, samples: int, temperature: float, written: bool = False
+) -> dict[str, Any]:
     """A code task that runs what is written, all answers at once, and reports pass@1 and, with 10 samples, pass@10.
 
     Args:
@@ -24,16 +36,18 @@ def code_config(config: Mapping[str, Any], judge: Judge, *, samples: int, temper
         judge: Runs the programs.
         samples: Answers a problem.
         temperature: Of sampling; 0 for greedy answers.
+        written: Whether the answers were written before: they may be whole programs, which nothing is to cut.
     """
     tries = [k for k in (1, 10, 100) if k <= samples]
+    ends = list(config["generation_kwargs"].get("until") or [])
 
     def run_all(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-        pairs = [
-            (program(problem, output), checks(problem), entry_point(problem))
+        trials = [
+            Trial(program(problem, output, ends), checks(problem), entry_point(problem), reference(problem))
             for written, problem in zip(outputs, problems, strict=True)
             for output in written
         ]
-        verdicts = iter(judge(pairs))
+        verdicts = iter(judge(trials))
         return [["passed" if next(verdicts) else "failed" for _ in written] for written in outputs]
 
     def scores(problem: Mapping[str, Any], results: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -45,6 +59,7 @@ def code_config(config: Mapping[str, Any], judge: Judge, *, samples: int, temper
         "repeats": samples,
         "generation_kwargs": {
             **config["generation_kwargs"],
+            **({"until": []} if written else {}),
             "do_sample": temperature > 0,
             "temperature": temperature,
         },
@@ -54,39 +69,44 @@ def code_config(config: Mapping[str, Any], judge: Judge, *, samples: int, temper
     }
 
 
-def program(problem: Mapping[str, Any], output: str) -> str:
-    """The program that an output stands for.
-
-    A fenced block is taken out of the text around it. A completion of a function that is given (HumanEval) gets the
-    prompt in front, unless it defines the function itself: then only what comes before the function, its imports.
+def program(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ()) -> str:
+    """The program that an output stands for: a whole one, or the rest of the function that the prompt begins.
 
     Args:
         problem: With `prompt` and `entry_point` where a function is to be completed.
         output: What the model wrote.
+        ends: What ends the rest of a function.
     """
-    block = _FENCED.search(output)
-    code = block.group(1) if block else output
-    if "entry_point" not in problem:
-        return code
-    prompt = str(problem["prompt"])
-    definition = re.compile(rf"^def {re.escape(problem['entry_point'])}\b", re.MULTILINE)
-    given = definition.search(prompt)
-    if given is not None and definition.search(code):
-        return prompt[: given.start()] + code
-    return prompt + code
+    named = "entry_point" in problem or "code" in problem
+    function = Function(entry_point(problem) if named else "", str(problem.get("prompt", "")))
+    return written_program(output, function, ends)
 
 
 def checks(problem: Mapping[str, Any]) -> str:
     """The source of a problem's tests; what fails raises.
 
     Args:
-        problem: Of HumanEval, with `test` and `entry_point`; of MBPP, with `test_list`; of MBPP+, with `test`.
+        problem: Of HumanEval, with `prompt`, `test` and `entry_point`; of MBPP, with `test_list`; of MBPP+, with
+            `test`. One of EvalPlus's release files has `reference`, with which its results are compared.
     """
-    if "entry_point" in problem:
-        return f"{problem['test']}\n\ncheck({problem['entry_point']})\n"
-    if "test" in problem:
-        return str(problem["test"])
-    return "\n".join([problem.get("test_setup_code") or "", *problem["test_list"]])
+    if "test" not in problem:
+        return "\n".join([problem.get("test_setup_code") or "", *problem["test_list"]])
+    test, changed = _COMPUTED.subn(_ONLY_WHAT_CAN_CROSS, problem["test"])
+    if changed or problem.get("reference"):
+        test = f"{comparison_source()}\n\n{test}"
+    return f"{test}\n\ncheck({problem['entry_point']})\n" if "prompt" in problem else test
+
+
+def reference(problem: Mapping[str, Any]) -> str:
+    """A program that solves the problem, or nothing where none is known.
+
+    Args:
+        problem: With `canonical_solution`, the function's rest, or the solution `code`.
+    """
+    if "prompt" in problem:
+        rest = problem.get("canonical_solution")
+        return f"{problem['prompt']}{rest}" if rest else ""
+    return str(problem.get("code", ""))
 
 
 def entry_point(problem: Mapping[str, Any]) -> str:

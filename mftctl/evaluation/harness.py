@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.benchmarks import BENCHMARKS, TASKS_FOLDER, unknown_benchmark
-from mftctl.evaluation.scoring import instruction_scores, length_scores, maths_scores, passage_scores
+from mftctl.evaluation.scoring import instruction_scores, length_scores, marked_answers, maths_scores, passage_scores
 
 if TYPE_CHECKING:
     from mftctl.evaluation.problems import Problems
@@ -38,6 +38,7 @@ _SCORED_BY = {
     "alpaca_eval": length_scores,
     "tydiqa": passage_scores,
 }
+_MARKED_FILTER = {"name": "marked-match", "filter": [{"function": "custom", "filter_fn": marked_answers}]}
 _MATHS_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("strict", "flexible")]
 
 
@@ -53,6 +54,8 @@ def benchmark_config(name: str) -> dict[str, Any]:
     base = own.pop("base", None)
     config = {} if base is None else _task_config(*base.rsplit("/", 1))
     config |= own
+    if name in ("gsm8k", "gsm8k_0shot"):
+        config["filter_list"] = [*config["filter_list"], _MARKED_FILTER]
     if name in _SCORED_BY:
         config["process_results"] = _SCORED_BY[name]
     if _SCORED_BY.get(name) is maths_scores:

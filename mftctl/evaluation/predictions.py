@@ -11,14 +11,14 @@ from mftctl.evaluation.problem_files import read_records
 
 _NAMES = ("task_id", "key", "id")
 """What a problem may call itself, as in the samples of an evaluation."""
-_OUTPUTS = ("output", "completion", "response")
+_OUTPUTS = ("output", "completion", "response", "solution")
 
 
 def read_predictions(path: Path, problems: Sequence[Mapping[str, Any]], *, limit: int | None) -> list[list[str]]:
     """The outputs of each problem, in the order of the problems; as many for one as for the other.
 
     A record names its problem by `task_id`, `key` or `id` (its own, or else its position from 0), and has its text in
-    `output`, `completion` or `response`, or several in `outputs`. Records of one problem are its samples.
+    `output`, `completion`, `response` or `solution`, or several in `outputs`. Records of one problem are its samples.
 
     Args:
         path: JSON lines: the samples of an evaluation, or a file of another tool.

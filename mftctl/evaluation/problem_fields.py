@@ -7,6 +7,7 @@ from typing import Any
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answers import MARKER
+from mftctl.evaluation.benchmarks import completion_form
 
 _Check = tuple[str, Callable[[Any], bool]]
 
@@ -63,9 +64,9 @@ _FIELDS: Mapping[str, Mapping[str, _Check]] = {
 }
 _MORE = {
     "humaneval": ("canonical_solution",),
-    "humaneval_plus": ("canonical_solution",),
+    "humaneval_plus": ("canonical_solution", "reference"),
     "mbpp": ("task_id", "test_setup_code"),
-    "mbpp_plus": ("task_id", "test_imports"),
+    "mbpp_plus": ("task_id", "test_imports", "entry_point", "reference"),
     "ifeval": ("key",),
     "alpaca_eval": ("dataset", "output", "generator"),
     "tydiqa": ("id", "language"),
@@ -79,7 +80,7 @@ def decided_by(task: str) -> tuple[str, ...]:
     Args:
         task: The benchmark's name.
     """
-    return tuple(_FIELDS.get(task, ()))
+    return tuple(_FIELDS.get(completion_form(task), ()))
 
 
 def check_problem(record: Mapping[str, Any], task: str, where: str) -> dict[str, Any]:
@@ -93,6 +94,7 @@ def check_problem(record: Mapping[str, Any], task: str, where: str) -> dict[str,
     Raises:
         EvaluationError: A field is missing or holds something else; names it and the place.
     """
+    task = completion_form(task)
     if task not in _FIELDS:
         return {key: value for key, value in record.items() if key != "file"}
     for field, (expected, fits) in _FIELDS[task].items():

@@ -8,6 +8,8 @@ from functools import cache
 from typing import Any
 
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.benchmarks import completion_form
+from mftctl.evaluation.evalplus import humaneval_plus_problem, is_release_record, mbpp_plus_problem
 from mftctl.evaluation.problem_files import Located
 
 _MMLU_CHOICES = ("choice0", "choice1", "choice2", "choice3")
@@ -25,29 +27,28 @@ def from_published_layout(found: Iterable[Located], task: str) -> Iterable[Locat
     """
     if task == "tydiqa":
         return _with_example_passages(found)
-    convert = {"humaneval_plus": _humaneval_plus, "mbpp": _mbpp, "mbpp_plus": _mbpp, "mmlu": _mmlu, "bbh": _bbh}.get(
-        task
-    )
+    convert = {
+        "humaneval_plus": _humaneval_plus,
+        "mbpp": _mbpp,
+        "mbpp_plus": _mbpp_plus,
+        "mmlu": _mmlu,
+        "bbh": _bbh,
+    }.get(completion_form(task))
     return found if convert is None else ((where, convert(record, where)) for where, record in found)
 
 
 def _humaneval_plus(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """One of the published files has HumanEval's few tests as `test`, and the others only as inputs."""
-    if "plus_input" in record:
-        raise EvaluationError(
-            "The tests in this file are HumanEval's own, not those of HumanEval+.",
-            path=where,
-            key="test",
-            expected="all tests in the field test",
-            actual="further inputs in the field plus_input",
-            hint="the file HumanEvalPlus-OriginFmt.jsonl.gz of the same release",
-        )
-    return dict(record)
+    """A release file may have HumanEval's few tests as `test`, and the others only as inputs."""
+    return humaneval_plus_problem(record, where) if is_release_record(record) else dict(record)
 
 
 def _mbpp(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """MBPP+ calls the text `prompt`."""
     return {"text": record.get("prompt"), **record}
+
+
+def _mbpp_plus(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return mbpp_plus_problem(record, where) if is_release_record(record) else _mbpp(record, where)
 
 
 def _mmlu(record: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -6,8 +6,16 @@ Each takes a problem and what was taken from the model's output, as lm-eval's `p
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from mftctl.evaluation.answers import MARKER, final_answer
+
+_INVALID = "[invalid]"
+"""lm-eval's word for an output without an answer."""
+
+_MARKED = re.compile(rf"{MARKER}[^\S\n]*([+\-\N{{MINUS SIGN}}]?\$?[+\-\N{{MINUS SIGN}}]?\d[\d,]*(?:\.\d+)?%?)")
 
 _LANGUAGE_CODES = {"english": "en", "arabic": "ar"}
 """Where articles are left out before answers are compared, as in lm-eval."""
@@ -46,6 +54,28 @@ def _verified(gold: str, output: str) -> bool:
     from math_verify import parse, verify
 
     return bool(verify(gold=parse(gold), target=parse(output)))
+
+
+def marked_answers(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The answer after `####` of each output, as GSM8K's own solutions end, in the reference's spelling if it is right.
+
+    It is strict, as lm-eval's `gsm8k` is, which its `gsm8k_cot` is not: that wants "The answer is".
+
+    Args:
+        outputs: Of each problem, of which the first counts.
+        problems: With their `answer`.
+    """
+    return [
+        _marked_answer(written[0], str(problem["answer"])) for written, problem in zip(outputs, problems, strict=True)
+    ]
+
+
+def _marked_answer(output: str, gold: str) -> str:
+    found = _MARKED.search(output)
+    if found is None:
+        return _INVALID
+    given, right = final_answer(found.group(1)), final_answer(gold)
+    return gold.rpartition(MARKER)[2].strip() if given == right else given
 
 
 def passage_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:

@@ -89,6 +89,7 @@ def test_scores_of_known_answers_under_both_filters(problems: Path) -> None:
     assert {score.name: score.value for score in result.scores} == {
         "exact_match,strict-match": 0.25,
         "exact_match,flexible-extract": 0.5,
+        "exact_match,marked-match": 0.0,
     }
     for score in result.scores:
         correct = [sample.scores[score.name] == 1 for sample in result.samples]
@@ -102,8 +103,16 @@ def test_samples_keep_what_was_written_and_what_was_taken(problems: Path) -> Non
     assert [sample.doc_id for sample in samples] == [0, 1, 2, 3]
     bob = samples[1]
     assert (bob.target, bob.outputs, bob.prompt) == ("1,234", (ANSWERS["bob"],), "Q: What has bob?\nA:")
-    assert bob.answers == {"strict-match": "[invalid]", "flexible-extract": "1,234."}
-    assert bob.scores == {"exact_match,strict-match": 0, "exact_match,flexible-extract": 1}
+    assert bob.answers == {
+        "strict-match": "[invalid]",
+        "flexible-extract": "1,234.",
+        "marked-match": "[invalid]",
+    }
+    assert bob.scores == {
+        "exact_match,strict-match": 0,
+        "exact_match,flexible-extract": 1,
+        "exact_match,marked-match": 0,
+    }
     # What comes after the stop string is not part of the answer.
     assert samples[2].outputs == (" The answer is 12.\n\n",)
     assert samples[2].answers["flexible-extract"] == "12."

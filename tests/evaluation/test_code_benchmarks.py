@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import combinations
 
 import pytest
 
-from mftctl.evaluation.code_benchmarks import checks, code_config, entry_point, pass_at_k, program
+from mftctl.evaluation.code_benchmarks import checks, code_config, entry_point, pass_at_k, program, reference
+from mftctl.evaluation.trials import Trial
 
 FUNCTION = {
     "prompt": 'import math\n\n\ndef twice(x):\n    """Twice x."""\n',
@@ -53,21 +55,48 @@ def test_the_tests_of_each_kind_of_problem() -> None:
 
 
 def test_all_answers_are_judged_at_once_and_scored_by_problem() -> None:
-    judged: list[list[tuple[str, str, str]]] = []
+    judged: list[list[Trial]] = []
 
-    def judge(pairs: list[tuple[str, str, str]]) -> list[bool]:
-        judged.append(list(pairs))
-        return ["good" in code for code, _, _ in pairs]
+    def judge(trials: Sequence[Trial]) -> list[bool]:
+        judged.append(list(trials))
+        return ["good" in trial.code for trial in trials]
 
-    config = code_config({"generation_kwargs": {"until": []}}, judge, samples=2, temperature=0.8)  # type: ignore[arg-type]
+    config = code_config({"generation_kwargs": {"until": []}}, judge, samples=2, temperature=0.8)
     (component,) = config["filter_list"][0]["filter"]
     problems = [{"test_list": ["assert 1"], "code": ""}, {"test_list": ["assert 2"], "code": ""}]
     verdicts = component["filter_fn"]([["good", "bad"], ["bad", "bad"]], problems)
     assert verdicts == [["passed", "failed"], ["failed", "failed"]]
-    assert [test for _, test, _ in judged[0]] == ["\nassert 1", "\nassert 1", "\nassert 2", "\nassert 2"]
+    assert [trial.test for trial in judged[0]] == ["\nassert 1", "\nassert 1", "\nassert 2", "\nassert 2"]
     assert config["process_results"](problems[0], verdicts[:1]) == {"pass@1": 0.5}
     assert config["generation_kwargs"] == {"until": [], "do_sample": True, "temperature": 0.8}
     assert config["repeats"] == 2
+
+
+def test_what_was_written_before_is_not_cut_and_generation_is() -> None:
+    plain = {"generation_kwargs": {"until": ["\ndef"]}}
+    config = code_config(plain, lambda trials: [], samples=1, temperature=0.0)
+    assert config["generation_kwargs"]["until"] == ["\ndef"]
+    config = code_config(plain, lambda trials: [], samples=1, temperature=0.0, written=True)
+    assert config["generation_kwargs"]["until"] == []
+
+
+def test_the_rest_of_a_function_ends_at_a_stop_string_also_where_it_was_written_before() -> None:
+    seen: list[Trial] = []
+
+    def judge(trials: Sequence[Trial]) -> list[bool]:
+        seen.extend(trials)
+        return [True]
+
+    config = code_config({"generation_kwargs": {"until": ["\ndef"]}}, judge, samples=1, temperature=0.0, written=True)
+    written = "    return 2 * x\n\ndef twice(x):\n    return 3 * x\n"
+    config["filter_list"][0]["filter"][0]["filter_fn"]([[written]], [FUNCTION])
+    assert seen[0].code == FUNCTION["prompt"] + "    return 2 * x\n"
+
+
+def test_a_problem_is_solved_by_its_own_solution() -> None:
+    assert reference({**FUNCTION, "canonical_solution": "    return 2 * x"}) == f"{FUNCTION['prompt']}    return 2 * x"
+    assert reference({"code": "def f(): ...", "test_list": []}) == "def f(): ..."
+    assert reference(FUNCTION) == ""
 
 
 def test_ten_samples_give_pass_at_ten() -> None:

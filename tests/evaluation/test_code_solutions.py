@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,19 @@ from mftctl.evaluation.code_benchmarks import checks, entry_point, program
 from mftctl.evaluation.problems import read_problems
 from mftctl.evaluation.sandbox import Program, find_sandbox, judge_programs
 
+WHOLE = {
+    "humaneval": lambda problem: f"{problem['prompt']}{problem['canonical_solution']}",
+    "humaneval_plus": lambda problem: f"{problem['prompt']}{problem['canonical_solution']}",
+    "mbpp": lambda problem: problem["code"],
+}
+FORMS = {
+    "whole": "{}",
+    "after a comment": "# A solution.\n{}",
+    "after an import": "from typing import List\n\n{}",
+    "in a fence after a sentence": "Here is the function:\n\n```python\n{}\n```\n\nIt does what is asked.",
+    "in a fence with a test of its own": "```python\n{}\n\nassert False\n```",
+    "after thoughts": "<think>\nHm.\n</think>\n\n```python\n{}\n```",
+}
 SOURCES = {
     # Every so manieth: all of them took minutes, and passed.
     "humaneval": ("humaneval/HumanEval.jsonl.gz", "canonical_solution", 8),
@@ -49,6 +64,25 @@ def test_own_solutions_pass_and_others_fail(real_data: Path, name: str) -> None:
     verdicts = judge_programs(find_sandbox(), [*right, *wrong])
     assert [verdict.outcome for verdict in verdicts[: len(right)]] == ["passed"] * len(right)
     assert not any(verdict.passed for verdict in verdicts[len(right) :])
+
+
+def parsed(source: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(source)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", SOURCES)
+def test_own_solutions_are_the_same_programs_in_every_form_of_an_answer(real_data: Path, name: str) -> None:
+    """Every fifth, without running them: the solution is in the program, and nothing else that does something."""
+    for problem in read_problems(real_data / SOURCES[name][0], name).records[::5]:
+        solution = WHOLE[name](problem)
+        wanted = parsed(program(problem, solution))
+        for form, text in FORMS.items():
+            found = parsed(program(problem, text.format(solution)))
+            said = [ast.dump(statement) for statement in found.body if not isinstance(statement, ast.ImportFrom)]
+            asked = [ast.dump(statement) for statement in wanted.body if not isinstance(statement, ast.ImportFrom)]
+            assert said == asked, (problem["task_id"], form)
 
 
 @pytest.mark.real

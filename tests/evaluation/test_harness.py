@@ -19,7 +19,7 @@ def test_a_benchmark_is_lm_evals_own_task_but_for_what_its_file_says() -> None:
     config = task_config("gsm8k")
     assert config["dataset_path"] == "openai/gsm8k"
     assert config["num_fewshot"] == len(config["fewshot_config"]["samples"]) == 8
-    assert [entry["name"] for entry in config["filter_list"]] == ["strict-match", "flexible-extract"]
+    assert [entry["name"] for entry in config["filter_list"]] == ["strict-match", "flexible-extract", "marked-match"]
     assert {**task_config("gsm8k_0shot"), "task": "gsm8k", "num_fewshot": 8} == config
 
 

@@ -32,6 +32,11 @@ def test_by_position_where_problems_have_no_name(written) -> None:  # type: igno
     assert read_predictions(path, UNNAMED, limit=None) == [["a"], ["b"]]
 
 
+def test_the_whole_programs_of_evalplus(written) -> None:  # type: ignore[no-untyped-def]
+    path = written({"task_id": "T/0", "solution": "a"}, {"task_id": "T/1", "solution": "b"})
+    assert read_predictions(path, NAMED, limit=None) == [["a"], ["b"]]
+
+
 def test_several_samples_in_one_record_or_in_several(written) -> None:  # type: ignore[no-untyped-def]
     path = written({"id": 0, "outputs": ["a", "b"]}, {"id": 1, "output": "c"}, {"id": 1, "output": "d"})
     assert read_predictions(path, UNNAMED, limit=None) == [["a", "b"], ["c", "d"]]
@@ -48,8 +53,8 @@ def test_a_limit_asks_for_the_first_alone(written) -> None:  # type: ignore[no-u
         ([{"id": 0, "output": "a"}, {"id": 1, "output": "b"}, {"id": 1, "output": "b"}], "miss or repeat", "problem 1"),
         ([{"id": 5, "output": "a"}], "names no problem", "task_id or key or id"),
         ([{"output": "a"}], "names no problem", "task_id or key or id"),
-        ([{"id": 0}], "has no output", "output or completion or response or outputs"),
-        ([{"id": 0, "outputs": [1]}], "has no output", "output or completion or response or outputs"),
+        ([{"id": 0}], "has no output", "output or completion or response or solution or outputs"),
+        ([{"id": 0, "outputs": [1]}], "has no output", "output or completion or response or solution or outputs"),
     ],
     ids=["missing", "repeated", "unknown", "nameless", "empty", "not text"],
 )

@@ -21,6 +21,8 @@ SOUND: dict[str, dict[str, Any]] = {
     "tydiqa": {"example": "Passage: ...", "context": "Red.", "question": "Which?", "answers": ["red"]},
     "truthfulqa_mc2": {"question": "Is it?", "mc2_targets": {"choices": ["yes", "no"], "labels": [1, 0]}},
 }
+SOUND |= {f"{name}_instruct": SOUND[name] for name in ("mbpp", "mbpp_plus", "humaneval")}
+SOUND |= {"humaneval_plus_instruct": SOUND["humaneval"]}
 SOUND |= {"gsm8k_0shot": SOUND["gsm8k"], "math_0shot": SOUND["math"], "humaneval_plus": SOUND["humaneval"]}
 CASES = [(name, field) for name, record in SOUND.items() for field in record]
 

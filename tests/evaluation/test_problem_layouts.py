@@ -43,10 +43,21 @@ def test_a_question_without_another_passage_in_its_language() -> None:
         one(row, "tydiqa")
 
 
-def test_a_file_of_humaneval_plus_with_the_tests_of_humaneval() -> None:
-    with pytest.raises(EvaluationError, match="HumanEval's own") as caught:
-        one({"task_id": "HumanEval/0", "test": "...", "plus_input": [[1]]}, "humaneval_plus")
-    assert "OriginFmt" in str(caught.value.hint)
+@pytest.mark.parametrize("task", ["humaneval_plus", "humaneval_plus_instruct"])
+def test_a_release_file_is_tested_on_its_inputs_and_not_on_humanevals_few(task: str) -> None:
+    record = {
+        "task_id": "HumanEval/0",
+        "prompt": "def f(x):\n",
+        "canonical_solution": "    return x\n",
+        "entry_point": "f",
+        "test": "humaneval's",
+        "base_input": [[1]],
+        "plus_input": [[2]],
+        "atol": 0,
+    }
+    assert "[[1], [2]]" in one(record, task)["test"]
+    published = {"task_id": "HumanEval/0", "test": "all"}
+    assert one(published, task) == published
 
 
 def test_other_tasks_are_left_as_they_are() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.evaluation.scoring import length_scores, maths_scores, passage_scores
+from mftctl.evaluation.scoring import length_scores, marked_answers, maths_scores, passage_scores
 
 
 def maths(gold: str, output: str) -> tuple[float, float]:
@@ -35,6 +35,30 @@ def test_a_maths_answer(gold: str, output: str, expected: tuple[float, float]) -
     assert strict <= flexible
     if expected != (0, 1):
         assert strict == expected[0]
+
+
+@pytest.mark.parametrize(
+    "output",
+    ["#### 1234", "So 4.\n#### 1,234", "####1234", "#### $1,234", "#### 1234.", "#### 1234.00", "#### +1234 pens\nQ"],
+)
+def test_a_right_answer_in_gsm8ks_own_form(output: str) -> None:
+    assert marked_answers([[output]], [{"answer": "Why.\n#### 1,234"}]) == ["1,234"]
+
+
+@pytest.mark.parametrize(
+    ("output", "taken"),
+    [
+        ("The answer is 1,234.", "[invalid]"),
+        ("1234", "[invalid]"),
+        ("####\n1234", "[invalid]"),
+        ("#### -1234", "-1234"),
+        ("#### 123", "123"),
+        ("#### 1234%", "1234%"),
+        ("#### 7\nQ: Next?\n#### 1234", "7"),
+    ],
+)
+def test_a_wrong_answer_or_another_form(output: str, taken: str) -> None:
+    assert marked_answers([[output]], [{"answer": "Why.\n#### 1,234"}]) == [taken]
 
 
 def test_strict_and_flexible_agree_with_lm_evals_own_on_the_same_outputs(real_data: Path) -> None:
