@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mftctl.config import Recipe, TrainingOptions
+from mftctl.config import MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.data.encoding import Encoded
 from mftctl.devices import device_for
 from mftctl.errors import DeviceMemoryError, ModelError
 from mftctl.gpu_failures import gpu_failures
-from mftctl.less_memory import training_with_less_memory
+from mftctl.less_memory import probing_with_less_memory, training_with_less_memory
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.models import restart_peak_memory
 from mftctl.planning.command_memory import CommandMemory
@@ -146,11 +146,15 @@ def training_on_device(
         ConfigError: As `device_for`.
         DeviceMemoryError: There is no room.
     """
+    if command == "probe" and isinstance(options, MaskTrainOptions):
+        less_memory = probing_with_less_memory(options)
+    else:
+        less_memory = training_with_less_memory(options)
     with (
         device_for(
             run,
             listener,
-            less_memory=training_with_less_memory(options),
+            less_memory=less_memory,
             deterministic=options.deterministic,
             device=recipe.device,
             attention=recipe.attention,
