@@ -228,7 +228,8 @@ def test_without_room_on_the_gpu(
     assert hint.startswith("options that need less memory: ")
     longest = "mask_train.max_length_tokens" if command == "probe" else "--max-length"
     assert f"{longest} below 1024" in hint
-    assert ("--batch-size 2 --grad-accum 2" in hint) == (command != "eval")
+    assert ("--batch-size 2 --grad-accum 2" in hint) == (command in ("fft", "mask-train"))
+    assert ("mask_train.batch_size=2 --set mask_train.grad_accum_steps=2" in hint) == (command == "probe")
     assert "space" not in str(caught.value)
 
 
