@@ -58,6 +58,14 @@ def _to_source(part: object) -> object:
 
 
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_to_sources)]
+
+
+def _layers_text(value: object) -> object:
+    """One layer as text, which YAML reads as a number; anything else as it is, for the type check to refuse."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+LayersText = Annotated[str, BeforeValidator(_layers_text)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]
@@ -117,7 +125,7 @@ class TrainingOptions(_Section):
         if self.batch_tokens is None and self.global_batch_size % self.batch_size:
             raise ValueError(
                 f"global_batch_size must be a multiple of batch_size; {self.global_batch_size} is none of "
-                f"{self.batch_size}"
+                f"{self.batch_size} (batch_tokens needs no multiple)"
             )
         return self
 
@@ -204,7 +212,7 @@ class MaskTrainOptions(TrainingOptions):
         description="learned: Mask Fine-Tuning; random and magnitude: baselines without training; drop: go back to "
         "the weights before fine-tuning.",
     )
-    layers: str | None = Field(
+    layers: LayersText | None = Field(
         None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
     )
     target: Literal["attn", "mlp", "both"] = Field("both", description="Projections that carry a mask.")
@@ -333,7 +341,7 @@ class ProbeOptions(_Section):
         description='Consecutive layers a group, or "all"; by default 4 and all, for paper and fast 4.',
     )
     data_fraction: float = Field(0.1, gt=0, le=1, description="Share of the training data used.")
-    layers: str | None = Field(None, description="Probe only these decoder layers; all by default.")
+    layers: LayersText | None = Field(None, description="Probe only these decoder layers; all by default.")
     epochs: float | None = Field(None, gt=0, description="Passes over that share; mask_train's by default.")
     fast: bool = Field(
         False,

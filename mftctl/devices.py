@@ -181,7 +181,7 @@ def device_for(
         DeviceMemoryError: The GPU has no room for it.
     """
     found = find_device(device)
-    _require_attention(attention, found)
+    require_attention(attention, found)
     if deterministic and found.type != "cpu":
         _require_deterministic_environment()
     with _using(_Use(found, attention, precision, run)):
@@ -303,7 +303,7 @@ def _why_not_there(name: str) -> str | None:
     return None
 
 
-def _require_attention(attention: Attention, device: torch.device) -> None:
+def require_attention(attention: Attention, device: torch.device) -> None:
     """Nothing, if a device can compute that attention.
 
     Raises:

@@ -15,24 +15,16 @@ from mftctl.atomic import atomic_folder
 from mftctl.carried_parts import carry_over, parts_left_out
 from mftctl.checkpoint_loading import quiet_transformers
 from mftctl.config import FftOptions, Recipe
-from mftctl.devices import best_device, device_for
+from mftctl.devices import best_device
 from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.evaluation.answer_stops import name_stops, turn_stops
 from mftctl.gpu_failures import gpu_failures
 from mftctl.interim_evaluation import interim_evaluation, measurements
-from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source, fine_tuned_state
 from mftctl.masking.checkpoint_source import is_adapter
-from mftctl.memory_check import RoomOnGpu, room_on_gpu
+from mftctl.memory_check import RoomOnGpu, training_on_device
 from mftctl.model_origin import ModelOrigin, origin_of
-from mftctl.models import (
-    load_model,
-    load_to_share,
-    peak_memory_bytes,
-    restart_peak_memory,
-    stored_dtype,
-    whole_checkpoint,
-)
+from mftctl.models import load_model, load_to_share, peak_memory_bytes, stored_dtype, whole_checkpoint
 from mftctl.outlines import StoredWeights
 from mftctl.partitions import Partitions, model_state, put_model, whole_model
 from mftctl.preparation import TrainingInputs, prepare_training, require_same_data
@@ -81,20 +73,7 @@ def fine_tune(
     an optimizer step.
     """
     options = recipe.fft
-    less_memory = training_with_less_memory(options)
-    with (
-        device_for(
-            run,
-            listener,
-            less_memory=less_memory,
-            deterministic=options.deterministic,
-            device=recipe.device,
-            attention=recipe.attention,
-            precision=options.precision,
-        ),
-        room_on_gpu("fft", recipe, listener) as room,
-    ):
-        restart_peak_memory()
+    with training_on_device("fft", recipe, options, run, listener) as room:
         return _fine_tune(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
 
 

@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.steps import records_per_step, smaller_batch_sizes
+
+_KEYS = {
+    "--batch-tokens ": "--set mask_train.batch_tokens=",
+    "--batch-size ": "--set mask_train.batch_size=",
+    "--grad-accum ": "--set mask_train.grad_accum_steps=",
+    "--gradient-checkpointing": "--set mask_train.gradient_checkpointing=true",
+    "--max-length below ": "mask_train.max_length_tokens below ",
+    "fewer --layers": "smaller --groups",
+}
+"""What `probe` has no options of its own for."""
 
 
 def training_with_less_memory(options: TrainingOptions) -> list[str]:
@@ -12,11 +23,8 @@ def training_with_less_memory(options: TrainingOptions) -> list[str]:
         if options.batch_tokens > options.max_length_tokens:
             found.append(f"--batch-tokens {max(options.batch_tokens // 2, options.max_length_tokens)}")
     elif options.batch_size > 1:
-        smaller = options.batch_size // 2
-        while options.global_batch_size is not None and options.global_batch_size % smaller:
-            smaller -= 1
-        accumulated = -(-(options.grad_accum_steps or 1) * options.batch_size // smaller)
-        steps = "" if options.global_batch_size is not None else f" --grad-accum {accumulated}"
+        smaller = smaller_batch_sizes(options)[0]
+        steps = "" if options.global_batch_size else f" --grad-accum {records_per_step(options) // smaller}"
         found.append(f"--batch-size {smaller}{steps}")
     if not options.gradient_checkpointing:
         found.append("--gradient-checkpointing")
@@ -27,6 +35,16 @@ def training_with_less_memory(options: TrainingOptions) -> list[str]:
     if isinstance(options, FftOptions):
         found += _fine_tuning_with_less_memory(options)
     return [*found, f"--max-length below {options.max_length_tokens}"]
+
+
+def probing_with_less_memory(options: MaskTrainOptions) -> list[str]:
+    """The same of a probe, as it is typed there."""
+    found = []
+    for text in training_with_less_memory(options):
+        for flag, setting in _KEYS.items():
+            text = text.replace(flag, setting)
+        found.append(text)
+    return found
 
 
 def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
@@ -40,6 +58,8 @@ def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
         keeps_entries = options.method in ("gmt", "random") and options.unselected == "unchanged"
         if not options.low_memory and not keeps_entries:
             found.append("--optimizer adamw_8bit")
+    if options.ratio is not None:  # which an adapter has not
+        return found
     adapter = "--no-low-memory --method lora" if options.low_memory else "--method lora"
     return [*found, adapter, f"{adapter} --quantize nf4"]
 

@@ -15,7 +15,6 @@ from mftctl.data.encoding import Encoded
 from mftctl.devices import best_device, device_for, find_device
 from mftctl.errors import ConfigError, OutputError
 from mftctl.interim_evaluation import interim_evaluation, measurements
-from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source, fft_learning_rate, mask_state
 from mftctl.mask_validation import compare, confirm, masked, split_validation_records, validation_loss
 from mftctl.masking.baselines import magnitude_mask, random_mask
@@ -24,7 +23,7 @@ from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_d
 from mftctl.masking.drop import drop_mask
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
-from mftctl.memory_check import RoomOnGpu, room_on_gpu
+from mftctl.memory_check import RoomOnGpu, training_on_device
 from mftctl.models import load_model, load_to_share, peak_memory_bytes, restart_peak_memory
 from mftctl.outlines import StoredWeights
 from mftctl.prefix_reuse import batches_come_again, figures, hidden_states, token_batches_change
@@ -63,20 +62,7 @@ def mask_train(
         with device_for(run, listener, less_memory=[], device="cpu"):  # it compares files
             restart_peak_memory()
             return _drop(recipe, source, run, listener, may_replace=may_replace)
-    less_memory = training_with_less_memory(options)
-    with (
-        device_for(
-            run,
-            listener,
-            less_memory=less_memory,
-            deterministic=options.deterministic,
-            device=recipe.device,
-            attention=recipe.attention,
-            precision=options.precision,
-        ),
-        room_on_gpu("mask-train", recipe, listener) as room,
-    ):
-        restart_peak_memory()
+    with training_on_device("mask-train", recipe, options, run, listener) as room:
         return _search(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mftctl.config import Recipe
+from mftctl.config import MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.data.encoding import Encoded
+from mftctl.devices import device_for
 from mftctl.errors import DeviceMemoryError, ModelError
 from mftctl.gpu_failures import gpu_failures
+from mftctl.less_memory import probing_with_less_memory, training_with_less_memory
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
+from mftctl.models import restart_peak_memory
 from mftctl.planning.command_memory import CommandMemory
 from mftctl.planning.memory import MemoryEstimate
 from mftctl.planning.planned_device import PlannedDevice, this_device
@@ -18,6 +21,7 @@ from mftctl.planning.skeletons import count_layers, read_config
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import spreads_parameters
 from mftctl.progress import Listener
+from mftctl.runs import Run
 
 
 class RoomOnGpu:
@@ -123,6 +127,43 @@ def room_on_gpu(command: str, recipe: Recipe, listener: Listener) -> Iterator[Ro
     except DeviceMemoryError as error:
         error.hint = error.hint or room.hint()
         raise
+
+
+@contextmanager
+def training_on_device(
+    command: str, recipe: Recipe, options: TrainingOptions, run: Run, listener: Listener
+) -> Iterator[RoomOnGpu]:
+    """Inside it, a command trains on the recipe's device, and its peak of memory begins anew.
+
+    Args:
+        command: `fft`, `probe` or `mask-train`.
+        recipe: Of the command.
+        options: The section of the recipe that it trains with.
+        run: Of the command.
+        listener: Is told what there is to know of the device and its memory.
+
+    Raises:
+        ConfigError: As `device_for`.
+        DeviceMemoryError: There is no room.
+    """
+    if command == "probe" and isinstance(options, MaskTrainOptions):
+        less_memory = probing_with_less_memory(options)
+    else:
+        less_memory = training_with_less_memory(options)
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu(command, recipe, listener) as room,
+    ):
+        restart_peak_memory()
+        yield room
 
 
 def _options_text(found: Smaller | None) -> str:

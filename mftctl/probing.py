@@ -11,16 +11,14 @@ from transformers import PreTrainedModel
 
 from mftctl.atomic import write_text
 from mftctl.config import MaskTrainOptions, Recipe
-from mftctl.devices import device_for
 from mftctl.fast_probing import agreement_with_training, promised_changes
-from mftctl.less_memory import training_with_less_memory
 from mftctl.lineage import Source
 from mftctl.mask_training import find_mask, load_frozen_model, prepare_mask_training
 from mftctl.mask_validation import split_validation_records, validation_loss
 from mftctl.masking.frozen_prefix import reusing_prefix
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, layer_groups, parse_layers
-from mftctl.memory_check import RoomOnGpu, room_on_gpu
-from mftctl.models import peak_memory_bytes, restart_peak_memory
+from mftctl.memory_check import RoomOnGpu, training_on_device
+from mftctl.models import peak_memory_bytes
 from mftctl.prefix_reuse import figures, hidden_states
 from mftctl.processes import forget_plan, is_first, shares_weights, wait_for_all
 from mftctl.progress import Listener
@@ -45,20 +43,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data).
     """
     options = recipe.mask_train
-    less_memory = training_with_less_memory(options)
-    with (
-        device_for(
-            run,
-            listener,
-            less_memory=less_memory,
-            deterministic=options.deterministic,
-            device=recipe.device,
-            attention=recipe.attention,
-            precision=options.precision,
-        ),
-        room_on_gpu("probe", recipe, listener) as room,
-    ):
-        restart_peak_memory()
+    with training_on_device("probe", recipe, options, run, listener) as room:
         if recipe.probe.fast:
             return _estimate(recipe, source, run, listener, room)
         return _train_groups(recipe, source, run, listener, room, resume=resume)

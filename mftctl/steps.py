@@ -72,6 +72,20 @@ def micro_batch_records(options: TrainingOptions, longest_tokens: int) -> int:
     return min(max(options.batch_tokens // longest_tokens, 1), records_per_step(options))
 
 
+def smaller_batch_sizes(options: TrainingOptions) -> list[int]:
+    """Records a forward pass, each at most half of the one before, that share out a step of as many records as now.
+
+    Args:
+        options: With the batch size.
+    """
+    step, found = records_per_step(options), []
+    size = options.batch_size
+    while size > 1:
+        size = next(size for size in range(size // 2, 0, -1) if step % size == 0)
+        found.append(size)
+    return found
+
+
 def accumulates(options: TrainingOptions) -> bool:
     """Whether a step in one process takes more than one forward pass, as far as the options tell."""
     if options.batch_tokens is not None:

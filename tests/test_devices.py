@@ -226,8 +226,10 @@ def test_without_room_on_the_gpu(
     assert caught.value.actual == "2.50 GiB asked for, 1.25 GiB of 79.15 GiB free"
     hint = str(caught.value.hint)
     assert hint.startswith("options that need less memory: ")
-    assert "--max-length below 1024" in hint
-    assert ("--batch-size 2 --grad-accum 2" in hint) == (command != "eval")
+    longest = "mask_train.max_length_tokens" if command == "probe" else "--max-length"
+    assert f"{longest} below 1024" in hint
+    assert ("--batch-size 2 --grad-accum 2" in hint) == (command in ("fft", "mask-train"))
+    assert ("mask_train.batch_size=2 --set mask_train.grad_accum_steps=2" in hint) == (command == "probe")
     assert "space" not in str(caught.value)
 
 
@@ -266,7 +268,7 @@ def test_what_torch_says_in_other_words_is_passed_on() -> None:
 
 def test_options_with_less_memory_are_those_not_in_use() -> None:
     assert training_with_less_memory(FftOptions(batch_size=7, grad_accum_steps=2)) == [
-        "--batch-size 3 --grad-accum 5",
+        "--batch-size 2 --grad-accum 7",
         "--gradient-checkpointing",
         "--low-memory",
         "--optimizer adamw_8bit",

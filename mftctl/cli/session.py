@@ -24,6 +24,9 @@ from mftctl.runs import Run, create_run, load_run, newest_run
 MakePermit = Callable[[bool], Permit]
 """The permit for a kind of result, with the user's agreement to replace one or without."""
 
+_OPEN_TO_RESUMED = ("device", "attention", "check_memory")
+"""Keys that decide where something is computed and whether to try, and no result."""
+
 
 class Session:
     """One command with its options, its console and its runs folder.
@@ -195,10 +198,10 @@ class Session:
         return self.settle(source)
 
     def _resumed(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
-        changes = [key for key in self._options if key != "device"]
+        changes = [key for key in self._options if key not in _OPEN_TO_RESUMED]
         if changes or self._sets or self._recipe_name:
             raise ConfigError(
-                "A resumed run keeps its settings, but for the device.",
+                "A resumed run keeps its settings, but for the device, its attention and the memory check.",
                 actual=", ".join([*changes, *self._sets, *filter(None, [self._recipe_name])]),
                 hint=f"mftctl {self.command} --resume without them, or a new run without --resume",
             )
@@ -248,12 +251,16 @@ class Session:
         if run.record.processes == processes or options.global_batch_size is not None:
             return recipe
         steps = (options.grad_accum_steps or 1) * run.record.processes
+        if options.batch_tokens is not None:  # which shares out any number of records
+            records = steps * options.batch_size
+            return with_changes(recipe, {f"{section}.grad_accum_steps": None, f"{section}.global_batch_size": records})
         if steps % processes:
             raise ConfigError(
                 "A resumed run keeps the records of a step, and they cannot be shared out so.",
                 key="WORLD_SIZE" if world_size() > 1 else "--processes",
                 expected=f"a number of processes that divides {steps} micro-batches a step",
                 actual=processes,
+                hint="next time --global-batch-size with --batch-tokens, whose runs go on with any number of processes",
             )
         return with_changes(recipe, {f"{section}.grad_accum_steps": steps // processes})
 
@@ -264,10 +271,10 @@ def use_device(recipe: Recipe, launch: Launch) -> None:
     Raises:
         ConfigError: It is not there, or not for each process, before anything of a run is.
     """
-    from mftctl.devices import join_on
+    from mftctl.devices import find_device, join_on, require_attention
 
     require_devices(launch, recipe.device)
-
+    require_attention(recipe.attention, find_device(recipe.device))
     join_on(recipe.device)
 
 

@@ -290,7 +290,7 @@ def _beyond(threshold: torch.Tensor, last_place: torch.Tensor, values: torch.Ten
         return torch.cat([_beyond(threshold, last_place, values[:whole]), tail])
     # Rows and columns, so that no place of an entry is ever in memory.
     rows = values.view(-1, _WIDTH if whole else values.numel())
-    row, column = (torch.arange(size, device=values.device) for size in rows.shape)
+    row, column = (torch.arange(size, out=values.new_empty(size, dtype=torch.int64)) for size in rows.shape)
     last_row = last_place.div(rows.shape[1], rounding_mode="floor")
     keep = (row == last_row)[:, None] & (column > last_place - last_row * rows.shape[1])
     keep.logical_or_((row > last_row)[:, None]).logical_and_(rows == threshold)

@@ -76,14 +76,14 @@ def parse_memory(text: str) -> int:
     """
     found = _MEMORY.fullmatch(text.strip())
     try:
-        size = float(found[1]) if found else 0.0
-    except ValueError:
-        size = 0.0
-    if found is None or size <= 0:
+        size = int(float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].lower()]) if found else 0
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
         raise ConfigError(
             "The memory of a device is a number with its unit.", key="--device-memory", expected="80GB", actual=text
         )
-    return int(size * (1024 if found[3] else 1000) ** _POWERS[found[2].lower()])
+    return size
 
 
 def _free_bytes(device: torch.device) -> int | None:

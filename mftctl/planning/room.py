@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,6 +14,7 @@ from mftctl.errors import ConfigError
 from mftctl.masking.targets import format_layers
 from mftctl.planning.memory import MemoryEstimate
 from mftctl.recipe_files import with_changes
+from mftctl.steps import records_per_step, smaller_batch_sizes
 
 SPARE_SHARE = 0.05
 """Of what is there: left free by what fits, since allocators lose some."""
@@ -55,7 +58,12 @@ class Change:
     @property
     def sets(self) -> str:
         """The same as `--set`, for `run`."""
-        return " ".join(f"--set {key}={str(value).lower()}" for key, value in self.keys.items())
+        return " ".join(f"--set {shlex.quote(f'{key}={_value(value)}')}" for key, value in self.keys.items())
+
+
+def _value(value: Any) -> str:
+    """As YAML reads it."""
+    return json.dumps(value, separators=(",", ":")).strip('"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +174,11 @@ def _smaller_batches(section: str, options: TrainingOptions) -> list[Change]:
         while (tokens := tokens // 2) >= options.max_length_tokens:
             found.append(Change(f"--batch-tokens {tokens}", {f"{section}.batch_tokens": tokens}))
         return found
-    size = options.batch_size
-    while (size := size // 2) >= 1:
+    for size in smaller_batch_sizes(options):
         keys: dict[str, Any] = {f"{section}.batch_size": size}
         flags = f"--batch-size {size}"
         if options.global_batch_size is None:
-            keys[f"{section}.grad_accum_steps"] = -(-(options.grad_accum_steps or 1) * options.batch_size // size)
+            keys[f"{section}.grad_accum_steps"] = records_per_step(options) // size
             flags += f" --grad-accum {keys[f'{section}.grad_accum_steps']}"
         found.append(Change(flags, keys))
     return found

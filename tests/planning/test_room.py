@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,8 @@ from mftctl.errors import ConfigError
 from mftctl.planning.memory import MemoryEstimate
 from mftctl.planning.planned_device import CONTEXT_BYTES, asked_device, parse_memory
 from mftctl.planning.room import Smaller, Verdict, judge, smallest_options
-from mftctl.recipe_files import parse_recipe
+from mftctl.recipe_files import load_recipe, parse_recipe
+from mftctl.steps import smaller_batch_sizes
 
 
 def _smallest(command: str, recipe: Recipe, fits: Callable[[Recipe], bool], layers: int = 0) -> Smaller | None:
@@ -88,3 +90,30 @@ def test_a_device_asked_about_is_a_gpu_with_bf16() -> None:
     device = asked_device("auto", 80 * 10**9)
     assert (device.kind, device.has_bf16, device.free_bytes) == ("cuda", True, 80 * 10**9 - CONTEXT_BYTES)
     assert asked_device("cpu", 10).free_bytes == 10
+
+
+@pytest.mark.parametrize(("batch_size", "accumulated", "sizes"), [(8, 1, [4, 2, 1]), (5, 1, [1]), (7, 3, [3, 1])])
+def test_smaller_batches_keep_the_records_of_a_step(batch_size: int, accumulated: int, sizes: list[int]) -> None:
+    recipe = parse_recipe({"fft": {"batch_size": batch_size, "grad_accum_steps": accumulated}})
+    assert smaller_batch_sizes(recipe.fft) == sizes
+    found = _smallest("fft", recipe, lambda recipe: recipe.fft.batch_size == 1)
+    assert found is not None
+    assert found.flags == f"--batch-size 1 --grad-accum {batch_size * accumulated}"
+
+
+def test_settings_that_are_named_can_be_typed() -> None:
+    recipe = parse_recipe({"probe": {"groups": [8, 4, "all"]}})
+    groups = _smallest("probe", recipe, lambda recipe: recipe.probe.groups == (8, 4))
+    layer = _smallest("mask-train", Recipe(), lambda recipe: recipe.mask_train.layers == "7", layers=8)
+    assert groups is not None
+    assert layer is not None
+    for found in (groups, layer):
+        words = shlex.split(found.sets)
+        assert load_recipe(sets=words[1::2]) is not None
+    assert "'probe.groups=[8,4]'" in groups.sets
+
+
+@pytest.mark.parametrize("text", [f"{'9' * 400}GB", "0.0000001KB"])
+def test_memory_that_no_device_has(text: str) -> None:
+    with pytest.raises(ConfigError, match="number with its unit"):
+        parse_memory(text)
