@@ -51,5 +51,8 @@ def test_a_run_is_resumed_on_another_device(workspace: Path, tmp_path: Path) -> 
             Session("fft", console, tmp_path).open_training(resume=True)
         _, resumed, _ = Session("fft", console, tmp_path, options={"device": "cpu"}).open_training(resume=True)
         with pytest.raises(ConfigError, match="but for the device"):
-            Session("fft", console, tmp_path, options={"attention": "sdpa"}).open_training(resume=True)
+            Session("fft", console, tmp_path, options={"seed": 3}).open_training(resume=True)
+        machine = {"device": "cpu", "attention": "sdpa", "check_memory": False}
+        _, elsewhere, _ = Session("fft", console, tmp_path, options=machine).open_training(resume=True)
     assert (resumed.device, resumed.attention) == ("cpu", "eager")
+    assert (elsewhere.attention, elsewhere.check_memory) == ("sdpa", False)
