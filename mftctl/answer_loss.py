@@ -7,12 +7,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from mftctl.data.examples import IGNORED_LABEL
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 
-__all__ = ["answer_loss", "answer_positions", "logits_only_at"]
+__all__ = ["answer_loss", "answer_positions", "logits_only_at", "record_shares"]
 
 
-def answer_loss(outputs: Any, positions: torch.Tensor, tokens: torch.Tensor, answer_tokens: Any) -> torch.Tensor:
+def answer_loss(
+    outputs: Any,
+    positions: torch.Tensor,
+    tokens: torch.Tensor,
+    answer_tokens: Any,
+    shares: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The loss summed over a micro-batch's answer tokens, divided by the answer tokens of the whole optimizer step.
 
     Args:
@@ -20,7 +27,8 @@ def answer_loss(outputs: Any, positions: torch.Tensor, tokens: torch.Tensor, ans
             first ones and the losses of the others, as `logits_only_at` has it.
         positions: From `answer_positions`.
         tokens: From `answer_positions`.
-        answer_tokens: Of all micro-batches (and processes) of the step.
+        answer_tokens: Of all micro-batches (and processes) of the step; records, where each counts alike.
+        shares: From `record_shares`, for a mean over records; None counts every token alike.
     """
     logits, others = outputs.logits, getattr(outputs, "loss", None)
     if others is not None:
@@ -28,6 +36,21 @@ def answer_loss(outputs: Any, positions: torch.Tensor, tokens: torch.Tensor, ans
     else:
         # A record's last position predicts nothing, so that logits of all positions are always more.
         chosen = logits[0] if logits.shape[:2] == (1, len(positions)) else logits.flatten(0, 1)[positions]
-    total: torch.Tensor = F.cross_entropy(chosen.float(), tokens, reduction="sum")
-    loss: torch.Tensor = (total if others is None else total + others.sum()) / answer_tokens
-    return loss
+    if shares is None:
+        total: torch.Tensor = F.cross_entropy(chosen.float(), tokens, reduction="sum")
+        loss: torch.Tensor = (total if others is None else total + others.sum()) / answer_tokens
+        return loss
+    losses = F.cross_entropy(chosen.float(), tokens, reduction="none")
+    losses = losses if others is None else torch.cat([losses, others])
+    mean: torch.Tensor = (losses * shares).sum() / answer_tokens
+    return mean
+
+
+def record_shares(labels: torch.Tensor) -> torch.Tensor:
+    """What each answer token counts in the mean of its record, fp32 `(answer tokens,)`, as `answer_positions` has them.
+
+    Args:
+        labels: `(records, length)`, -100 where there is no answer token.
+    """
+    answers = labels[:, 1:] != IGNORED_LABEL
+    return answers.sum(dim=1).float().reciprocal().unsqueeze(1).expand_as(answers)[answers]

@@ -216,10 +216,11 @@ class MaskTrainOptions(TrainingOptions):
         None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
     )
     target: Literal["attn", "mlp", "both"] = Field("both", description="Projections that carry a mask.")
-    preset: Literal["default", "paper"] = Field(
+    preset: Literal["default", "paper", "reference"] = Field(
         "default",
         description="What is not given. default: scores start at the size of the weight, and what falls below 0 is "
-        "removed; paper: scores start random, and the 10 % with the smallest |score| are removed.",
+        "removed; paper: scores start random, and the 10 % with the smallest |score| are removed; reference: the "
+        "same, with the last mask and the loss of the paper's code.",
     )
     learn_from: Literal["auto", "all", "unseen"] | None = Field(
         None,
@@ -232,24 +233,38 @@ class MaskTrainOptions(TrainingOptions):
         "q_proj=0.05,down_proj=0.1; by default as many as fall below the threshold, and 0.1 for all else.",
     )
     patience: int | None = Field(
-        None, gt=0, description="Stop after this many validations without a new best; by default 5, for paper never."
+        None,
+        gt=0,
+        description="Stop after this many validations without a new best; by default 5, for paper and keep last never.",
     )
     threshold: float | None = Field(None, description="Remove scores below this instead of a fixed ratio.")
     ranking: Literal["magnitude", "signed"] | None = Field(
         None, description="What a ratio ranks: the score (the default) or |score| (paper)."
     )
-    start: Literal["magnitude", "kaiming", "constant"] | None = Field(
+    start: Literal["magnitude", "normal", "kaiming", "constant"] | None = Field(
         None,
-        description="Scores start at the size of the weight (the default), random (paper) or all equal (constant).",
+        description="magnitude: the size of the weight (the default); normal: N(0, start_std) (paper); kaiming: "
+        "uniform within 1/sqrt(fan_in); constant: all equal.",
     )
-    start_value: float = Field(0.01, description="The score of the constant start.")
+    start_std: float | None = Field(
+        None,
+        gt=0,
+        description="normal: standard deviation of the scores; the model's initializer_range by default, or 0.02.",
+    )
+    start_value: float = Field(0.01, description="constant: the score of all weights.")
     learning_rate: float | Literal["auto"] = Field(
         "auto",
         description="auto: 4 times the rate of fine-tuning; for other starts scaled to the scores, so that steps and "
         "model size change nothing.",
     )
     travel: float = Field(
-        1.6, gt=0, description="kaiming and constant: how far auto lets a score move, in units of its start scale."
+        1.6,
+        gt=0,
+        description="normal, kaiming and constant: how far auto lets a score move, in units of the start: its standard "
+        "deviation, its range, its distance from the threshold.",
+    )
+    keep: Literal["best", "last"] | None = Field(
+        None, description="best: the mask with the lowest validation loss (the default); last: that of the last step."
     )
     strategy: Literal["trivial", "salient", "random"] = Field(
         "trivial", description="drop: undo the smallest changes of fine-tuning, the largest, or random ones."
@@ -282,35 +297,55 @@ class MaskTrainOptions(TrainingOptions):
     @model_validator(mode="after")
     def _keys_have_their_start(self) -> MaskTrainOptions:
         fields, start = type(self).model_fields, self.effective_start
-        for name, starts in (("travel", ("kaiming", "constant")), ("start_value", ("constant",))):
+        for name, starts in (
+            ("travel", ("normal", "kaiming", "constant")),
+            ("start_std", ("normal",)),
+            ("start_value", ("constant",)),
+        ):
             if getattr(self, name) != fields[name].default and start not in starts:
-                raise ValueError(f"mask_train.{name} is for the start {' or '.join(starts)}; the start is {start}")
+                raise ValueError(f"mask_train.{name} is for the start {', '.join(starts)}; the start is {start}")
         return self
+
+    @property
+    def follows_paper(self) -> bool:
+        """Whether what is not given is as the paper has it."""
+        return self.preset != "default"
+
+    @property
+    def effective_keep(self) -> Literal["best", "last"]:
+        """The mask kept."""
+        return self.keep or ("last" if self.preset == "reference" else "best")
+
+    @property
+    def averages_records(self) -> bool:
+        """Whether the loss is the mean over records instead of answer tokens."""
+        return self.preset == "reference"
 
     @property
     def effective_learn_from(self) -> Literal["auto", "all", "unseen"]:
         """The training records in force."""
-        return self.learn_from or ("all" if self.preset == "paper" else "auto")
+        return self.learn_from or ("all" if self.follows_paper else "auto")
 
     @property
-    def effective_start(self) -> Literal["magnitude", "kaiming", "constant"]:
+    def effective_start(self) -> Literal["magnitude", "normal", "kaiming", "constant"]:
         """The start in force."""
-        return self.start or ("kaiming" if self.preset == "paper" else "magnitude")
+        return self.start or ("normal" if self.follows_paper else "magnitude")
 
     @property
     def effective_ranking(self) -> Literal["magnitude", "signed"]:
         """The ranking in force."""
-        return self.ranking or ("magnitude" if self.preset == "paper" else "signed")
+        return self.ranking or ("magnitude" if self.follows_paper else "signed")
 
     @property
     def effective_patience(self) -> int | None:
         """Validations without a new best after which training ends; None for never."""
-        return self.patience or (None if self.preset == "paper" else DEFAULT_PATIENCE)
+        runs_on = self.follows_paper or self.effective_keep == "last"
+        return self.patience or (None if runs_on else DEFAULT_PATIENCE)
 
     @property
     def effective_threshold(self) -> float | None:
         """The threshold in force: None where a ratio decides."""
-        whole = self.preset == "default" and self.effective_start != "kaiming"
+        whole = not self.follows_paper and self.effective_start in ("magnitude", "constant")
         if whole and self.ratio is None and self.method == "learned":
             return self.threshold or 0.0
         return self.threshold
@@ -464,5 +499,5 @@ class Recipe(_Section):
 
         The paper never tries all layers beside its groups; promises add up, so that all layers always promise most.
         """
-        only = self.mask_train.preset == "paper" or self.probe.fast
+        only = self.mask_train.follows_paper or self.probe.fast
         return self.probe.groups or ((4,) if only else (4, "all"))

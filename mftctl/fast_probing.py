@@ -21,14 +21,13 @@ from mftctl.data.encoding import Encoded
 from mftctl.evaluation.inference import length_batches
 from mftctl.exact_sums import exact_sum
 from mftctl.gpu_failures import gpu_failures
-from mftctl.masking.layers import initial_scores
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
 from mftctl.preparation import TrainingInputs
 from mftctl.processes import add_up, rank, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import list_runs
-from mftctl.score_training import learning_rate
+from mftctl.score_start import ScoreStart, score_start
 from mftctl.steps import total_steps
 from mftctl.training import schedule_factors
 
@@ -71,12 +70,12 @@ def promised_changes(
     with gpu_failures("taking gradients"):
         gradients = _mean_gradients(model, targets, options, inputs, listener)
     steps = total_steps(len(inputs.train), options)
+    start = score_start(options, model, seed=seed, fft_learning_rate=fft_learning_rate, steps=steps)
     travel = sum(schedule_factors(steps, options))
     changes = dict.fromkeys(layers, 0.0)
     for target in targets:
         gains = target.part_of(gradients[_parameter(target)]) * target.weight.detach()
-        reach = travel * learning_rate(target, options, fft_learning_rate, steps)
-        changes[target.layer] -= _promised_gain(target, gains, options, reach, seed)
+        changes[target.layer] -= _promised_gain(target, gains, start, travel * start.learning_rate(target))
     return {format_layers(list(group)): sum(changes[layer] for layer in group) for group in groups}
 
 
@@ -192,23 +191,21 @@ def _accumulating(model: PreTrainedModel, parameters: Sequence[Parameter]) -> It
             parameter.requires_grad_(before)
 
 
-def _promised_gain(
-    target: MaskTarget, gains: torch.Tensor, options: MaskTrainOptions, reach: float, seed: int
-) -> float:
+def _promised_gain(target: MaskTarget, gains: torch.Tensor, start: ScoreStart, reach: float) -> float:
     """What the removal of the weights that a mask is taken to remove lowers the loss by.
 
     Args:
         target: The projection.
         gains: What the removal of each of its weights lowers the loss by.
-        options: With the rule from scores to mask.
+        start: Of the scores.
         reach: How far a score can move.
-        seed: Decides random starts.
     """
+    options = start.options
     threshold = options.effective_threshold
     if threshold is None:
         count = removed_count(gains.numel(), options.ratio_of(target.projection) or 0.0)
         return exact_sum(gains.flatten().topk(count).values)
-    scores = initial_scores(target, options.effective_start, constant=options.start_value, seed=seed)
+    scores = start.scores(target)
     return exact_sum(gains[(scores - reach < threshold) & (gains > 0)])
 
 

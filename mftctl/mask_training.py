@@ -31,7 +31,7 @@ from mftctl.preparation import TrainingInputs, prepare_training, require_same_da
 from mftctl.processes import is_first, shares_weights, world_size
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
-from mftctl.score_training import LearnedMask, MaskSearch, learn_mask, learning_rate_text
+from mftctl.score_training import LearnedMask, MaskSearch, learn_mask
 from mftctl.seen_records import seen_records
 from mftctl.steps import announce_step
 from mftctl.training import uses_bf16
@@ -107,7 +107,7 @@ def _search(
             confirming=[] if weights is None else confirming,
         )
         if options.method == "learned":
-            listener.note(f"Learning rate of the scores: {learning_rate_text(search)}")
+            listener.note(f"Learning rate of the scores: {search.start.learning_rate_text(targets)}")
         found = find_mask(search)
         search = _with_whole_model(search, layers)
         confirmation = _confirmation(search, found, confirming)
@@ -121,6 +121,7 @@ def _search(
         "layers": format_layers(layers),
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
+        "kept": options.effective_keep if options.method == "learned" else None,
         "flops_per_token": flops,
         "confirmation": confirmation,
         "prefix_reuse": reuse,
@@ -141,8 +142,9 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
 def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:
     """What records that took no part in choosing the mask say of it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
+        which = "The last mask was not" if search.options.effective_keep == "last" else "No mask was"
         search.listener.warn(
-            "No mask was better than no mask on the validation data. Use the model without it, "
+            f"{which} better than no mask on the validation data. Use the model without it, "
             "or try other layers (mftctl probe), a smaller ratio or more data."
         )
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -125,6 +125,13 @@ class MaskTrainer(SftTrainer):
             metrics = self._record(self.known_start_loss, metric_key_prefix)
         self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_loss"], 0
         return metrics
+
+    def kept(self, keep: Literal["best", "last"]) -> tuple[float | None, int | None]:
+        """The validation loss of the mask to keep, and its optimizer step; None where nothing was measured."""
+        if keep == "best":
+            return self.state.best_metric, self.state.best_global_step
+        measured = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
+        return (measured[-1] if measured else None), self.state.global_step
 
     def masked(self) -> dict[str, MaskedLinear | MaskedPart]:
         """The modules with scores by the name of their target, in model order."""

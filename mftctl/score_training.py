@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from mftctl.config import MaskTrainOptions
 from mftctl.data.encoding import Encoded
-from mftctl.errors import ConfigError, TrainingError
+from mftctl.errors import TrainingError
 from mftctl.evaluation.losses import SampleLoss, mean_loss
 from mftctl.interim_evaluation import InterimEvaluation
 from mftctl.masking.codecs import count_kept, unpack
@@ -19,10 +19,8 @@ from mftctl.masking.layers import (
     Indicator,
     attach_masks,
     detach_masks,
-    initial_scores,
     keep_no_products,
     masked_layers,
-    score_scale,
 )
 from mftctl.masking.partitions import whole_shape
 from mftctl.masking.targets import MaskTarget
@@ -32,11 +30,11 @@ from mftctl.preparation import TrainingInputs
 from mftctl.processes import world_size
 from mftctl.progress import Listener
 from mftctl.runs import TrainingFolder
+from mftctl.score_start import ScoreStart, score_start
 from mftctl.score_trainer import MaskTrainer
 from mftctl.steps import total_steps
 from mftctl.stopping import stop_on_signal
 from mftctl.training import (
-    schedule_factors,
     step_size,
     train,
     training_arguments,
@@ -44,9 +42,6 @@ from mftctl.training import (
 
 _USUAL_EPSILON = 1e-8
 _SMALL_EPSILON = 1e-20
-
-_RATE_FACTOR = 4.0
-"""Only weights that reach 0 take a step: scores bear a larger rate than weights do (README, "What we found")."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +79,17 @@ class MaskSearch:
     confirming: Sequence[Encoded] = ()
 
     @property
+    def start(self) -> ScoreStart:
+        """Where the scores start, and how fast they move."""
+        return score_start(
+            self.options,
+            self.model,
+            seed=self.seed,
+            fft_learning_rate=self.fft_learning_rate,
+            steps=total_steps(len(self.inputs.train), self.options, world_size()),
+        )
+
+    @property
     def indicators(self) -> dict[str, Indicator]:
         """The rule from scores to mask of each target."""
         options = self.options
@@ -103,7 +109,7 @@ class LearnedMask:
         keep: Bool keep mask of each target, by module name, on the CPU.
         unmasked_loss: Validation loss per answer token without a mask.
         start_loss: The same with the mask of the initial scores.
-        best_loss: The same with this mask.
+        best_loss: The same with this mask, which is the best one unless the last was to be kept.
         best_step: The optimizer step it was found at; 0 is the start.
         steps: Optimizer steps taken.
         tokens: Tokens trained on.
@@ -139,7 +145,7 @@ class LearnedMask:
 
 
 def learn_mask(search: MaskSearch) -> LearnedMask:
-    """The best mask of a training of scores; the starting mask is among the candidates.
+    """The best mask of a training of scores, the starting mask among the candidates; or the last one.
 
     Args:
         search: With options for the method `learned`.
@@ -178,7 +184,7 @@ def _train(search: MaskSearch) -> LearnedMask:
             resume=search.resume,
             interim=search.interim,
         )
-    start_loss, best_loss, best_step = trainer.start_loss, trainer.state.best_metric, trainer.state.best_global_step
+    start_loss, (best_loss, best_step) = trainer.start_loss, trainer.kept(options.effective_keep)
     if start_loss is None or best_loss is None or best_step is None:
         raise TrainingError("The training ended without a validation.", path=search.folder.folder)
     start = trainer.start_masks
@@ -212,18 +218,20 @@ def _train(search: MaskSearch) -> LearnedMask:
 def _trainer(search: MaskSearch) -> MaskTrainer:
     """The trainer of the scores that the model carries, with a learning rate for each tensor."""
     options, inputs = search.options, search.inputs
-    steps = total_steps(len(inputs.train), options, world_size())
-    rates = _learning_rates(search, steps)
+    start = search.start
+    rates = {target.name: start.learning_rate(target) for target in search.targets}
     arguments = training_arguments(
         search.folder.checkpoints,
         options,
-        steps=steps,
+        steps=start.steps,
         learning_rate=max(rates.values()),
         seed=search.seed,
         bf16=False,
     )
     trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
+    arguments.load_best_model_at_end = options.effective_keep == "best"
     trainer.step_size = step_size(options)
+    trainer.averages_records = options.averages_records
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
     trainer.rows = None if search.weights is None else _start_rows(search)
@@ -231,18 +239,6 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
     # cost least to remove.
     trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
     return trainer
-
-
-def learning_rate_text(search: MaskSearch) -> str:
-    """The learning rate of the scores, and where it comes from."""
-    options = search.options
-    rates = _learning_rates(search, total_steps(len(search.inputs.train), options, world_size()))
-    highest = f"{max(rates.values()):.3g}"
-    if options.learning_rate != "auto":
-        return highest
-    if options.effective_start == "magnitude":
-        return f"{highest}, {_RATE_FACTOR:g} times that of fine-tuning ({search.fft_learning_rate:.3g})"
-    return f"up to {highest}, scaled to how they start"
 
 
 def summarise_flips(metrics: Sequence[Mapping[str, Any]], changed: int) -> dict[str, Any]:
@@ -267,30 +263,12 @@ def summarise_flips(metrics: Sequence[Mapping[str, Any]], changed: int) -> dict[
     }
 
 
-def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) -> float:
-    """The peak learning rate with which Adam, moving a score by one learning rate a step, goes `travel` scales in all.
-
-    Args:
-        travel: Distance in units of `scale`.
-        scale: Typical size of the scores at the start.
-        factors: The schedule: each step's share of the peak learning rate.
-
-    Source: PAPERS.md, "Measured in miniature": what matters is (sum of lr over steps) / (1 / sqrt(fan_in)).
-    """
-    return travel * scale / sum(factors)
-
-
 def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     options = search.options
     dtype = torch.bfloat16 if options.low_memory else torch.float32
     if search.weights is not None:
         return {target.name: torch.empty_like(target.weight, dtype=dtype) for target in search.targets}
-    return {
-        target.name: initial_scores(target, options.effective_start, constant=options.start_value, seed=search.seed).to(
-            dtype
-        )
-        for target in search.targets
-    }
+    return {target.name: search.start.scores(target).to(dtype) for target in search.targets}
 
 
 def _start_rows(search: MaskSearch) -> Rows:
@@ -303,48 +281,7 @@ def _start_rows(search: MaskSearch) -> Rows:
             return weights.rows(name, first, last)
         target = scored[name]
         values = weights.rows(target.weight_name) if options.effective_start == "magnitude" else None
-        start = initial_scores(
-            target,
-            options.effective_start,
-            constant=options.start_value,
-            seed=search.seed,
-            weight=torch.empty(target.weight.shape) if values is None else values,
-        )
-        return start[first:last].clone()
+        scores = search.start.scores(target, torch.empty(target.weight.shape) if values is None else values)
+        return scores[first:last].clone()
 
     return rows
-
-
-def learning_rate(target: MaskTarget, options: MaskTrainOptions, fft_learning_rate: float, steps: int) -> float:
-    """The peak learning rate of a target's scores.
-
-    Args:
-        target: The projection.
-        options: With the rate or `auto`.
-        fft_learning_rate: That the model was fine-tuned with.
-        steps: Of the training.
-
-    Raises:
-        ConfigError: `auto` has nothing to scale to.
-    """
-    if options.learning_rate != "auto":
-        return options.learning_rate
-    if options.effective_start == "magnitude":
-        return _RATE_FACTOR * fft_learning_rate
-    scale = score_scale(target)
-    if options.effective_start == "constant":
-        scale = abs(options.start_value - (options.effective_threshold or 0.0))
-    if scale == 0.0:
-        raise ConfigError(
-            "learning_rate auto cannot scale to scores that start on the threshold.",
-            key="mask_train.learning_rate",
-            expected="a number, or a start_value other than the threshold",
-            actual=options.start_value,
-        )
-    return auto_learning_rate(options.travel, scale, schedule_factors(steps, options))
-
-
-def _learning_rates(search: MaskSearch, steps: int) -> dict[str, float]:
-    return {
-        target.name: learning_rate(target, search.options, search.fft_learning_rate, steps) for target in search.targets
-    }

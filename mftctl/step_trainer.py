@@ -7,10 +7,12 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, ProcessBatches, ProcessRecords
 from mftctl.data.encoding import Encoded
+from mftctl.data.examples import IGNORED_LABEL
 from mftctl.partitioned_trainer import PartitionedTrainer
 from mftctl.processes import rank, world_size
 from mftctl.token_batches import MICRO_BATCHES, StepBatches, StepCollator, StepRecords, StepSize
@@ -24,10 +26,13 @@ class StepTrainer(PartitionedTrainer):
     Attributes:
         sampler: The order of the records.
         step_size: Of a step with a token budget; None where the batch size and the accumulation of the arguments hold.
+        averages_records: Whether the loss of a step is the mean over its records, each the mean of its answer tokens,
+            instead of the mean over all their answer tokens.
     """
 
     sampler: LengthGroupedSampler
     step_size: StepSize | None = None
+    averages_records = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches that are, over all processes, those that one process would take in turn; or whole steps."""
@@ -71,6 +76,8 @@ class StepTrainer(PartitionedTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         flat = [batch for step in batch_samples for batch in step.get(MICRO_BATCHES, [step])]
+        if self.averages_records:
+            flat = [{"labels": _one_for_each(batch["labels"])} for batch in flat]
         return super()._get_num_items_in_batch(flat, device)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
@@ -79,3 +86,9 @@ class StepTrainer(PartitionedTrainer):
             masks = [batch["attention_mask"].flatten() for batch in inputs[MICRO_BATCHES]]
             inputs = {"input_ids": None, "attention_mask": torch.cat(masks)}
         super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
+
+
+def _one_for_each(labels: torch.Tensor) -> torch.Tensor:
+    """Labels `(records, 2)` with one answer token for each record that has some, so that records are counted."""
+    answers = labels[:, 1:].ne(IGNORED_LABEL).any(dim=1, keepdim=True)
+    return F.pad(torch.where(answers, 0, IGNORED_LABEL), (1, 0), value=IGNORED_LABEL)

@@ -28,7 +28,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from mftctl.allocator import keep_freed_memory
-from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
+from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at, record_shares
 from mftctl.config import TrainingOptions
 from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
@@ -205,10 +205,12 @@ class SftTrainer(StepTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The loss of a micro-batch, whose gradient is averaged over processes afterwards."""
-        positions, tokens = answer_positions(inputs.pop("labels"))
+        labels = inputs.pop("labels")
+        positions, tokens = answer_positions(labels)
+        shares = record_shares(labels) if self.averages_records else None
         with logits_only_at(self.accelerator.unwrap_model(model), positions, tokens, self.listener.warn):
             outputs = model(**inputs, use_cache=False)
-        loss = answer_loss(outputs, positions, tokens, num_items_in_batch) * self.accelerator.num_processes
+        loss = answer_loss(outputs, positions, tokens, num_items_in_batch, shares) * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -177,7 +177,9 @@ def test_ratio_in_force() -> None:
             0.1,
             DEFAULT_PATIENCE,
         ),
-        ({"preset": "paper"}, "kaiming", "magnitude", None, DEFAULT_RATIO, None),
+        ({"keep": "last"}, "magnitude", "signed", 0.0, None, None),
+        ({"preset": "paper"}, "normal", "magnitude", None, DEFAULT_RATIO, None),
+        ({"preset": "reference"}, "normal", "magnitude", None, DEFAULT_RATIO, None),
         ({"preset": "paper", "threshold": 0.0, "start": "constant"}, "constant", "magnitude", 0.0, None, None),
     ],
     ids=str,
@@ -192,11 +194,22 @@ def test_a_preset_is_the_settings_not_given(
 
 
 @pytest.mark.parametrize(
+    ("preset", "keep", "averages_records"),
+    [("default", "best", False), ("paper", "best", False), ("reference", "last", True)],
+)
+def test_the_reference_keeps_the_last_mask_and_averages_records(preset: str, keep: str, averages_records: bool) -> None:
+    options = MaskTrainOptions.model_validate({"preset": preset})
+    assert (options.effective_keep, options.averages_records) == (keep, averages_records)
+    assert MaskTrainOptions.model_validate({"preset": preset, "keep": "best"}).effective_keep == "best"
+
+
+@pytest.mark.parametrize(
     ("document", "problem"),
     [
-        ({"travel": 3.2}, "travel is for the start kaiming or constant; the start is magnitude"),
+        ({"travel": 3.2}, "travel is for the start normal, kaiming, constant; the start is magnitude"),
+        ({"start_std": 0.1}, "start_std is for the start normal; the start is magnitude"),
         ({"start_value": 0.1}, "start_value is for the start constant; the start is magnitude"),
-        ({"start_value": 0.1, "preset": "paper"}, "start_value is for the start constant; the start is kaiming"),
+        ({"start_value": 0.1, "preset": "paper"}, "start_value is for the start constant; the start is normal"),
     ],
 )
 def test_a_key_of_another_start_is_refused(document: dict[str, Any], problem: str) -> None:

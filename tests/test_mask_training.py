@@ -25,8 +25,8 @@ from mftctl.masking.selection import removed_count
 from mftctl.models import load_model, load_tokenizer
 from mftctl.progress import Silence
 from mftctl.runs import Run
+from mftctl.score_start import auto_learning_rate
 from mftctl.score_trainer import MaskTrainer
-from mftctl.score_training import auto_learning_rate
 from mftctl.training import schedule_factors, warmup_steps
 from tests.conftest import build_tokenizer
 from tests.masking.test_selection import keep_by_sorting

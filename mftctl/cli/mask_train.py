@@ -50,9 +50,13 @@ def mask_train(
     ] = None,
     ranking: Annotated[str | None, opt.setting(MaskTrainOptions, "ranking", "--ranking", panel=opt.MASKING)] = None,
     start: Annotated[str | None, opt.setting(MaskTrainOptions, "start", "--start", panel=opt.MASKING)] = None,
+    start_std: Annotated[
+        float | None, opt.setting(MaskTrainOptions, "start_std", "--start-std", panel=opt.MASKING)
+    ] = None,
     start_value: Annotated[
         float | None, opt.setting(MaskTrainOptions, "start_value", "--start-value", panel=opt.MASKING)
     ] = None,
+    keep: Annotated[str | None, opt.setting(MaskTrainOptions, "keep", "--keep", panel=opt.MASKING)] = None,
     strategy: Annotated[str | None, opt.setting(MaskTrainOptions, "strategy", "--strategy", panel=opt.MASKING)] = None,
     base: Annotated[str | None, opt.setting(MaskTrainOptions, "base", "--base", panel=opt.MASKING)] = None,
     epochs: opt.Epochs = None,
@@ -113,7 +117,7 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     if "unmasked_loss" in result:
         rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
         if result["steps"]:
-            step = f"the best, of step {result['best_step']} of {result['steps']}"
+            step = f"the {result['kept']}, of step {result['best_step']} of {result['steps']}"
             rows += [("", f"{result['start_loss']:.4f} with the starting mask")]
             rows += [("", f"{result['best_loss']:.4f} with {step}")]
         else:

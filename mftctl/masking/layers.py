@@ -21,7 +21,11 @@ from mftctl.masking.partitions import whole
 from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget
 
+DEFAULT_START_STD = 0.02
+"""Of models whose configuration has no `initializer_range`."""
+
 __all__ = [
+    "DEFAULT_START_STD",
     "Indicator",
     "MaskedExperts",
     "MaskedLinear",
@@ -30,10 +34,10 @@ __all__ = [
     "attach_masks",
     "detach_masks",
     "initial_scores",
+    "kaiming_bound",
     "keep_no_products",
     "masked_layers",
     "masked_products",
-    "score_scale",
     "share_weights",
     "unmasked",
 ]
@@ -173,13 +177,14 @@ class _StraightThrough(torch.autograd.Function):
         return grad_x, grad_scores, None, None, None, None, None, None
 
 
-ScoreStart = Literal["kaiming", "constant", "magnitude"]
+ScoreStart = Literal["normal", "kaiming", "constant", "magnitude"]
 
 
 def initial_scores(
     target: MaskTarget,
     start: ScoreStart,
     *,
+    std: float = DEFAULT_START_STD,
     constant: float = 0.01,
     seed: int = 0,
     weight: torch.Tensor | None = None,
@@ -188,13 +193,15 @@ def initial_scores(
 
     Args:
         target: The projection to be masked.
-        start: `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
+        start: `normal`: N(0, std); `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
             `magnitude`: the size of the weight.
+        std: The standard deviation of the normal start.
         constant: The value of the constant start.
         seed: With the target's name it decides the values, whatever other targets there are.
         weight: The values of the target's weight, where it has none itself.
 
-    Source: the authors' implementation of MFT (Kaiming-uniform with a = sqrt(5)).
+    Source: the authors' implementation of MFT. Its layers ask for Kaiming-uniform (a = sqrt(5)); loading a checkpoint
+        then draws every score from N(0, initializer_range) instead, in bf16 where this draws in fp32.
     """
     weight = target.weight if weight is None else weight
     if start == "magnitude":
@@ -203,13 +210,17 @@ def initial_scores(
         return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-    bound = score_scale(target)
-    scores = torch.empty(weight.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    scores = torch.empty(weight.shape, dtype=torch.float32)
+    if start == "normal":
+        scores.normal_(0.0, std, generator=generator)
+    else:
+        bound = kaiming_bound(target)
+        scores.uniform_(-bound, bound, generator=generator)
     return scores.to(weight.device)
 
 
-def score_scale(target: MaskTarget) -> float:
-    """1 / sqrt(fan_in), the bound of the Kaiming-uniform start."""
+def kaiming_bound(target: MaskTarget) -> float:
+    """1 / sqrt(fan_in), the largest score of the Kaiming-uniform start."""
     return 1.0 / math.sqrt(target.fan_in)
 
 

@@ -19,9 +19,9 @@ from mftctl.masking.layers import (
     attach_masks,
     detach_masks,
     initial_scores,
+    kaiming_bound,
     masked_layers,
     masked_products,
-    score_scale,
     share_weights,
 )
 from mftctl.masking.selection import removed_count
@@ -248,6 +248,6 @@ def test_kaiming_start_depends_on_the_inputs_of_each_projection() -> None:
     made = make()
     for target in made.targets:
         bound = 1 / np.sqrt(48 if target.projection == "w2" else 32)
-        assert score_scale(target) == pytest.approx(bound)
+        assert kaiming_bound(target) == pytest.approx(bound)
         assert initial_scores(target, "kaiming").abs().max() <= bound
         assert torch.equal(initial_scores(target, "magnitude"), target.weight.abs())

@@ -18,9 +18,9 @@ from mftctl.masking.layers import (
     attach_masks,
     detach_masks,
     initial_scores,
+    kaiming_bound,
     keep_no_products,
     masked_layers,
-    score_scale,
     unmasked,
 )
 from mftctl.masking.targets import MaskTarget, find_targets
@@ -307,8 +307,8 @@ def test_kaiming_start_is_uniform_within_its_bound() -> None:
     target = next(item for item in find_targets(model) if item.name.endswith("down_proj"))
     scores = initial_scores(target, "kaiming")
     bound = 1 / np.sqrt(256)
-    assert score_scale(target) == pytest.approx(bound)
-    assert score_scale(MaskTarget("conv", 0, "mlp", Conv1D(5, 7))) == pytest.approx(1 / np.sqrt(7))
+    assert kaiming_bound(target) == pytest.approx(bound)
+    assert kaiming_bound(MaskTarget("conv", 0, "mlp", Conv1D(5, 7))) == pytest.approx(1 / np.sqrt(7))
     assert scores.abs().max() <= bound
     assert scores.std().item() == pytest.approx(bound / np.sqrt(3), rel=0.02)
     assert abs(scores.mean().item()) < bound / 20
