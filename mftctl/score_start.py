@@ -119,6 +119,6 @@ def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) ->
         scale: Typical size of the scores at the start.
         factors: The schedule: each step's share of the peak learning rate.
 
-    Source: PAPERS.md, "Measured in miniature": what matters is (sum of lr over steps) / (1 / sqrt(fan_in)).
+    Source: ours; what matters is how far a score can move in all, against how widely the scores start.
     """
     return travel * scale / sum(factors)

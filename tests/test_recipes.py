@@ -74,6 +74,8 @@ COLUMNS: dict[str, dict[str, Any]] = {
     "nvidia/Daring-Anteater": {"system": "", "mask": "User", "conversations": SPOKEN},
     "ise-uiuc/Magicoder-Evol-Instruct-110K": {"instruction": "1 + 1?", "response": "2"},
     "allenai/tulu-v2-sft-mixture": {"dataset": "d", **MESSAGES},
+    "Open-Orca/OpenOrca": {"id": "0", "system_prompt": "Be brief.", "question": "1 + 1?", "response": "2"},
+    "sahil2801/CodeAlpaca-20k": {"instruction": "1 + 1?", "input": "", "output": "2"},
     "openai/gsm8k:main": {"question": "1 + 1?", "answer": "2"},
     "google-research-datasets/mbpp:full": {"task_id": 1, "text": "1 + 1?", "code": "2", "test_list": ["assert 1"]},
 }
@@ -243,7 +245,7 @@ def test_mft_trains_as_published(backbone: str, domain: str, suffix: str) -> Non
         "learned",
         "both",
         "magnitude",
-        "kaiming",
+        "normal",
     )
     assert (mask.preset, mask.effective_patience) == ("paper", None)
 
@@ -349,8 +351,17 @@ def test_gmt_table_has_the_published_ratio(name: str, ratio: float) -> None:
 @pytest.mark.parametrize("name", GMT_RATIOS)
 def test_gmt_table_has_all_rows_that_can_be_evaluated(name: str) -> None:
     general = {"pretrained", "fft", "hft", "random-update", "gmt"}
-    expected = {"code": {*general, "drop"}, "math": {*general, "drop"}, "general": general}
+    expected = {"code": {*general, "drop"}, "math": {*general, "drop"}, "general": {*general, "pretrained-pass-at-10"}}
     assert evaluated(name) == expected[name.partition("/")[2].removesuffix("-gmt")]
+
+
+@pytest.mark.parametrize("name", ["llama2-7b/general-gmt", "llama2-13b/general-gmt"])
+def test_the_general_table_of_gmt_has_humaneval_by_ten_answers(name: str) -> None:
+    tasks = [*stage_tasks(name, "pass-at-10"), *stage_tasks(name, "pretrained-pass-at-10")]
+    assert len(tasks) == 5
+    for task in tasks:
+        asked = task.recipe.eval
+        assert (asked.tasks, asked.samples, asked.temperature) == (("humaneval",), 10, 0.8)
 
 
 @pytest.mark.parametrize("name", [*(name for name in NAMES if name.endswith("-gmt-ratio")), "smollm2/gmt"])

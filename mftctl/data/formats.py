@@ -300,6 +300,7 @@ _FORMATS = (
     _Format(("prompt", "completion"), _prompt_completion, _TURNS),
     _Format(("prompt", "response"), _pair("prompt", "response", "completion"), _SYSTEM),
     _Format(("question", "answer"), _pair("question", "answer", "chat"), _SYSTEM),
+    _Format(("question", "response"), _pair("question", "response", "chat"), _SYSTEM),
     _Format(("instruction", "output"), _alpaca, ("input", "history", *_SYSTEM)),
     _Format(("instruction", "response"), _pair("instruction", "response", "chat"), _SYSTEM),
     _Format(("problem", "solution"), _pair("problem", "solution", "chat"), _SYSTEM),

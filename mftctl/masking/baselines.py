@@ -41,6 +41,6 @@ def magnitude_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
     Returns:
         Bool tensor of the weight's shape.
 
-    Source: MFT, section 3.1, baseline 5 (L1 mask).
+    Source: MFT, section 3.1, baseline 6 (L1 mask).
     """
     return keep_highest(target.weight.detach().abs(), ratio)
