@@ -44,7 +44,7 @@ def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) 
 
 
 def template_record(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
-    """What a run's record says of the chat template: how it was chosen, its SHA-256, and the time that it may ask for."""
+    """What a run records of the chat template: how it was chosen, its SHA-256, and the time that it may ask for."""
     template = encoder.tokenizer.chat_template
     if not template:
         return {"source": None}
