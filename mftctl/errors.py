@@ -4,6 +4,7 @@ MftError
 ├── ConfigError          a recipe, an option or their combination (exit code 2)
 │   └── OutputError          an output that is an input, or would replace what is the user's
 ├── DataError            a data file or one of its records
+│   └── ChangedDataError     data that is not what a run began with
 ├── ModelError           a checkpoint or a tokenizer that cannot be used
 ├── MaskingError         layers, targets or scores that cannot be masked
 ├── MaskFileError        a mask file

@@ -44,7 +44,7 @@ def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) 
 
 
 def template_record(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
-    """What a run's record says of the chat template: how it was chosen, its SHA-256, and its present."""
+    """What a run records of the chat template: how it was chosen, its SHA-256, and the time that it may ask for."""
     template = encoder.tokenizer.chat_template
     if not template:
         return {"source": None}
@@ -53,7 +53,7 @@ def template_record(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
         "args": recipe.template_args,
         "merge_system": recipe.merge_system,
         "digest": hashlib.sha256(str(template).encode()).hexdigest(),
-        "now": encoder.now.isoformat(timespec="seconds"),
+        **({"now": encoder.now.isoformat(timespec="seconds")} if "strftime_now" in str(template) else {}),
     }
 
 

@@ -69,6 +69,7 @@ def test_gsm8k_from_a_local_file(workspace: Path, tmp_path: Path, tmp_path_facto
     assert dataset["name"] == "gsm8k_0shot"
     assert {metric["name"] for metric in dataset["metrics"]} == {
         "exact_match,strict-match",
+        "exact_match,marked-match",
         "exact_match,flexible-extract",
     }
     assert [row["id"] for row in rows] == ["0", "1", "2"]

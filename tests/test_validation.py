@@ -16,6 +16,7 @@ from mftctl.preparation import prepare_training
 from mftctl.recipe_files import parse_recipe
 from mftctl.steps import total_steps
 from mftctl.validation import validate
+from tests.conftest import build_llama
 from tests.workflow_fixtures import make_recipe
 
 
@@ -161,8 +162,7 @@ def test_longer_than_the_model_was_made_for(workspace: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 50}))
+    build_llama(vocab_size=50).save_pretrained(folder)
     problems = validate(make_recipe(workspace, model=str(folder), stages=_EVAL_ONLY), None)["problems"]
     assert "at most 50; got: 102" in _one(problems, "more tokens than the model")
 

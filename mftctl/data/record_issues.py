@@ -63,8 +63,14 @@ class RecordIssues:
             path=first.path,
             expected="records of a known format that the model can learn from",
             actual="; ".join([*named, *([f"and {more:,} more"] if more else [])]),
-            hint="mend them, or leave them out with --bad-records skip",
+            hint=f"{self._remedy()}, or leave them out with --bad-records skip",
         )
+
+    def _remedy(self) -> str:
+        """What all of the records need, if they need the same."""
+        hints = {error.hint for error in self.refused}
+        hint = hints.pop() if len(hints) == 1 else None
+        return "mend them" if hint is None else hint
 
     @property
     def _looked_at(self) -> int:

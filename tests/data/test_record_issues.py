@@ -34,6 +34,16 @@ def test_several_records_are_counted_and_the_first_named() -> None:
     assert caught.value.actual == "; ".join([*named, "and 2 more"])
 
 
+@pytest.mark.parametrize(("hints", "remedy"), [(["do this", "do this"], "do this"), (["do this", None], "mend them")])
+def test_a_remedy_that_all_need_is_named(hints: list[str | None], remedy: str) -> None:
+    issues = issues_of(2)
+    for error, hint in zip(issues.refused, hints, strict=True):
+        error.hint = hint
+    with pytest.raises(DataError) as caught:
+        issues.settle("error")
+    assert caught.value.hint == f"{remedy}, or leave them out with --bad-records skip"
+
+
 def test_records_left_out_are_told() -> None:
     issues = issues_of(2)
     issues.settle("skip")

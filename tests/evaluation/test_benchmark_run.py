@@ -170,7 +170,11 @@ def test_real_problems_through_lm_eval(real_data: Path) -> None:
     model = build_llama(layers=2, max_position_embeddings=8192)
     result = run(model, "gsm8k", real_data / "gsm8k" / "test.jsonl", limit=2)
     assert [sample.target for sample in result.samples] == ["18", "3"]
-    assert [score.value for score in result.scores] == [0.0, 0.0]
+    assert [(score.filter, score.value) for score in result.scores] == [
+        ("strict-match", 0.0),
+        ("flexible-extract", 0.0),
+        ("marked-match", 0.0),
+    ]
     assert all(sample.outputs[0] for sample in result.samples)
 
 
