@@ -40,7 +40,7 @@ def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed:
         base: The model's name or folder, which the adapter will name as its base.
         seed: Decides the adapter's start.
 
-    Source: MFT, section 3.1, baseline 2 (LoRA).
+    Source: MFT, section 3.1, baseline 3 (LoRA).
     """
     projections = linear_projections(model)
     set_seed(seed)
