@@ -54,7 +54,7 @@ def mask_train(
     Raises:
         MftError: Anything known that can go wrong.
 
-    Source: MFT, section 2, equations 2 to 5; local and global masks of section 3.2.
+    Source: MFT, section 2, equations 2 to 5; local masks of section 3.2, global ones of section 3.3.
     """
     options = recipe.mask_train
     if options.method == "drop":
