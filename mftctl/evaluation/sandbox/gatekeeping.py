@@ -11,6 +11,7 @@ import socket
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from mftctl.errors import SandboxError
 from mftctl.evaluation.sandbox.child.gate import MAKING, MAKING_FLAGS, OPENING, PATHS
@@ -115,7 +116,7 @@ class Gatekeeper:
             fd = (start & 0xFFFFFFFF) - (1 << 32 if start & 1 << 31 else 0)
             where = "cwd" if fd == _CURRENT_FOLDER else f"fd/{fd}"
             try:
-                path = os.fsencode(os.readlink(f"/proc/{self.pid}/{where}")) + b"/" + path
+                path = bytes(Path(f"/proc/{self.pid}/{where}").readlink()) + b"/" + path
             except OSError:  # no such file, or a folder whose path is too long
                 return errno.ENOENT
         return 0 if visible.shows(os.fsdecode(path), follows=follows) else errno.ENOENT
@@ -123,7 +124,7 @@ class Gatekeeper:
     def _text_at(self, address: int) -> bytes | None:
         """What lies in the memory of the process; None where there is none."""
         try:
-            with open(f"/proc/{self.pid}/mem", "rb", buffering=0) as memory:
+            with Path(f"/proc/{self.pid}/mem").open("rb", buffering=0) as memory:
                 return os.pread(memory.fileno(), _MOST_PATH_BYTES, address)
         except PermissionError as error:
             raise SandboxError(

@@ -62,7 +62,10 @@ class Sandbox:
         }
 
     def _readable(self) -> list[str]:
-        """Every entry of the library and the system's folders but the hidden ones: a rule of Landlock has no exceptions."""
+        """Every entry of the library and the system's folders but the hidden ones.
+
+        A rule of Landlock has no exceptions.
+        """
         installation = self.installation
         library = installation.library
         hidden = {*installation.hidden, *installation.hidden_beside, library, *library.parents}

@@ -138,6 +138,7 @@ class _Trial:
         self._report_fd = report_fd
         self._views = views
         self._polled = polled
+        self._poll_due = time.monotonic() + _TICK_SECONDS
         self._report = b""
         self._gatekeepers: list[Gatekeeper] = []
 
@@ -149,7 +150,6 @@ class _Trial:
                 selector.register(process.output_fd, selectors.EVENT_READ, process.read_output)
                 opens = partial(self._open_gate, process, view, limits, selector, listeners)
                 selector.register(process.gate, selectors.EVENT_READ, opens)
-            folder_due = time.monotonic() + _TICK_SECONDS
             while self._report_fd in selector.get_map():
                 if stopped.is_set():
                     raise SandboxError("The programs were stopped before they were judged.")
@@ -159,15 +159,22 @@ class _Trial:
                 for key, _ in selector.select(min(_TICK_SECONDS, deadline - now)):
                     if not key.data():
                         selector.unregister(key.fileobj)
-                if self._candidate.output_bytes + self._judge.output_bytes > limits.output_bytes:
-                    return "too much output", f"more than {limits.output_bytes} bytes"
-                if any(gatekeeper.too_much_made for gatekeeper in self._gatekeepers):
-                    return "too much output", f"more than {limits.files} files and folders made"
-                if self._polled is not None and time.monotonic() >= folder_due:
-                    if used_bytes(self._polled, limits.folder_bytes) >= limits.folder_bytes:
-                        return "too much output", f"files of more than {limits.folder_bytes} bytes"
-                    folder_due = time.monotonic() + _TICK_SECONDS
+                too_much = self._too_much(limits)
+                if too_much is not None:
+                    return "too much output", too_much
         return self._reported(limits)
+
+    def _too_much(self, limits: Limits) -> str | None:
+        """What was written or made too often or too much, if so."""
+        if self._candidate.output_bytes + self._judge.output_bytes > limits.output_bytes:
+            return f"more than {limits.output_bytes} bytes"
+        if any(gatekeeper.too_much_made for gatekeeper in self._gatekeepers):
+            return f"more than {limits.files} files and folders made"
+        if self._polled is not None and time.monotonic() >= self._poll_due:
+            self._poll_due = time.monotonic() + _TICK_SECONDS
+            if used_bytes(self._polled, limits.folder_bytes) >= limits.folder_bytes:
+                return f"files of more than {limits.folder_bytes} bytes"
+        return None
 
     def _open_gate(
         self,
