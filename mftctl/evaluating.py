@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -421,7 +420,7 @@ def _metric(name: str, value: float, standard_error: float | None, samples: int)
 def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     file = "samples.jsonl"
     if is_first():
-        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / file, json_lines(rows))
     return file
 
 
