@@ -25,9 +25,9 @@ from mftctl.evaluation.inference import evaluation_mode
 from mftctl.evaluation.output_cache import OutputCache
 from mftctl.evaluation.predictions import problem_name, read_predictions
 from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
+from mftctl.evaluation.scoring import MOST_ANSWER_CHARACTERS, is_too_long
 from mftctl.evaluation.sentence_data import check_sentence_data
 from mftctl.evaluation.trials import Trial, run_trials
-from mftctl.evaluation.scoring import MOST_ANSWER_CHARACTERS, is_too_long
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.json_lines import json_lines, readable_json
 from mftctl.processes import from_first, is_first, put_together, rank

@@ -25,6 +25,7 @@ from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.gpu_maps import gpu_map
+from mftctl.json_lines import json_lines
 from mftctl.less_memory import evaluation_with_less_memory
 from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
