@@ -229,6 +229,7 @@ def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence
 
     # Found before the first answer is generated: without one the task refuses to run.
     sandbox = find_sandbox(unsafe=unsafe)
+    (listener.note if sandbox.kind == "bubblewrap" else listener.warn)(f"{task}: {sandbox.line}")
 
     def judge(trials: Sequence[Trial]) -> list[bool]:
         def run_all() -> str:

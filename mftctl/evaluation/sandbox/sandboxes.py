@@ -29,11 +29,26 @@ class Sandbox:
         kind: `bubblewrap` and `landlock` confine, each with a filter of system calls; `none` only limits.
         installation: What the code may read.
         bubblewrap: Path of the program `bwrap`, for that kind.
+        passed_over: Why no better kind is used; empty where there is none.
     """
 
     kind: Kind
     installation: Installation
     bubblewrap: str | None = None
+    passed_over: str = ""
+
+    @property
+    def line(self) -> str:
+        """What to say of it to whoever has foreign code run."""
+        if self.kind == "bubblewrap":
+            return "Model-written code runs under bubblewrap."
+        if self.kind == "landlock":
+            return (
+                f"Model-written code runs under Landlock and seccomp, since {self.passed_over}. It sees no file or "
+                "process of this machine, but its host name, load and process numbers; bubblewrap keeps it further "
+                "apart: install it (apt install bubblewrap, dnf install bubblewrap)."
+            )
+        return "Model-written code runs with your own rights: it can read, change and send all that you can."
 
     def command(self, limits: Limits) -> list[str]:
         """The command line of a process, which reads what to do from standard input."""
@@ -111,4 +126,4 @@ def candidates(installation: Installation) -> list[Sandbox]:
     """The sandboxes that may hold on this machine, the best first."""
     program = shutil.which("bwrap")
     found = [] if program is None else [Sandbox("bubblewrap", installation, program)]
-    return [*found, Sandbox("landlock", installation)]
+    return [*found, Sandbox("landlock", installation, passed_over="bubblewrap is not installed")]
