@@ -145,17 +145,17 @@ QUESTIONS = {
     "see through the library": calls("os.stat(os.path.dirname(os.__file__) + '/..' * 30 + '{outside}/secret')"),
     "see through the working folder": calls("os.stat('../' * 30 + '{outside}/secret')"),
     "see through an open folder": calls("os.stat('../' * 30 + '{outside}/secret', dir_fd=os.open('.', os.O_RDONLY))"),
-    "see through a system's link": calls("os.stat('/lib64/../{outside}/secret')"),
+    "see through a system's link": calls("os.stat('/lib64/../..{outside}/secret')"),
     "see by the kernel's own call": "import ctypes, os\ndef attack():\n"
     "    return ctypes.CDLL(None).statx(-100, b'{outside}/secret', 0, 0x7ff, ctypes.create_string_buffer(256)) == 0",
     "see by a call for open files": "import ctypes, os\ndef attack():\n    return ctypes.CDLL(None).fstatat("
     "-100, b'{outside}/secret', ctypes.create_string_buffer(256), 0x1000) == 0",
-    "see by a path that comes while it is asked": "import ctypes, os, signal\ndef attack():\n"
+    "see by a path that comes while it is asked": "import ctypes, os, signal, time\ndef attack():\n"
     "    path = ctypes.create_string_buffer(b'.' + bytes(200))\n    seen = []\n"
     "    def change(*_): path.value = b'{outside}/secret' if path.value == b'.' else b'.'\n"
     "    signal.signal(signal.SIGALRM, change)\n    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\n"
     "    libc, own = ctypes.CDLL(None), os.stat('.').st_ino\n    out = ctypes.create_string_buffer(256)\n"
-    "    for _ in range(200):\n        if libc.stat(path, out) == 0: seen.append(out.raw[8:16])\n"
+    "    end = time.monotonic() + 0.3\n    while time.monotonic() < end:\n        if libc.stat(path, out) == 0: seen.append(out.raw[8:16])\n"
     "    return len(set(seen)) > 1",
     "list the packages": "import os\ndef attack():\n"
     "    return len(os.listdir(os.path.dirname(os.__file__) + '/site-packages')) > 3",

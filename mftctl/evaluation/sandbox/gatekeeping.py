@@ -47,7 +47,8 @@ class Gatekeeper:
 
     Attributes:
         listener: Where they arrive.
-        pid: Of the process; looked at only where paths are.
+        pid: Of the process.
+        memory: From `open_memory`; read only where paths are looked at.
         most_made: How often it may make a file or folder.
         visible: What of this machine it may name; None where a name space of its own leaves nothing else to name.
         made: How often it has.
@@ -55,6 +56,7 @@ class Gatekeeper:
 
     listener: int
     pid: int
+    memory: int
     most_made: int
     visible: VisiblePaths | None
     made: int = 0
@@ -65,11 +67,7 @@ class Gatekeeper:
         return self.made > self.most_made
 
     def answer(self) -> bool:
-        """Answers the calls that wait; False when there will be none any more.
-
-        Raises:
-            SandboxError: This machine lets nobody read what a path of the process is.
-        """
+        """Answers the calls that wait; False when there will be none any more."""
         poll = select.poll()
         poll.register(self.listener, select.POLLIN)
         while found := poll.poll(0):
@@ -124,16 +122,30 @@ class Gatekeeper:
     def _text_at(self, address: int) -> bytes | None:
         """What lies in the memory of the process; None where there is none."""
         try:
-            with Path(f"/proc/{self.pid}/mem").open("rb", buffering=0) as memory:
-                return os.pread(memory.fileno(), _MOST_PATH_BYTES, address)
-        except PermissionError as error:
-            raise SandboxError(
-                "Memory of a sandboxed process cannot be read, so that its paths cannot be looked at.",
-                actual=str(error),
-                hint="install bubblewrap, or set kernel.yama.ptrace_scope to 1 or 0",
-            ) from error
+            return os.pread(self.memory, _MOST_PATH_BYTES, address)
         except (OSError, OverflowError):
             return None
+
+
+def open_memory(pid: int) -> int:
+    """A file in which the memory of a process can be read; -1 if it has ended.
+
+    Args:
+        pid: Of a process started from here.
+
+    Raises:
+        SandboxError: This machine lets nobody read it.
+    """
+    try:
+        return os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    except OSError as error:
+        raise SandboxError(
+            "Memory of a sandboxed process cannot be read, so that its paths cannot be looked at.",
+            actual=str(error),
+            hint="install bubblewrap, or set kernel.yama.ptrace_scope to 1 or 0",
+        ) from error
 
 
 def _follows(name: str, arguments: list[int]) -> bool:

@@ -42,7 +42,7 @@ def find_sandbox(*, unsafe: bool = False) -> Sandbox:
 
 @cache
 def _holding_sandbox() -> Sandbox:
-    failures = []
+    failures: list[str] = []
     for sandbox in candidates(find_installation()):
         leak = why_it_leaks(sandbox)
         if leak is None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import SandboxError
-from mftctl.evaluation.sandbox.gatekeeping import Gatekeeper, receive_listener
+from mftctl.evaluation.sandbox.gatekeeping import Gatekeeper, open_memory, receive_listener
 from mftctl.evaluation.sandbox.limits import Limits
 from mftctl.evaluation.sandbox.processes import SandboxedProcess
 from mftctl.evaluation.sandbox.programs import Outcome, Program, Verdict
@@ -104,14 +104,20 @@ def _started(sandbox: Sandbox, program: Program, limits: Limits, folder: Path) -
                     "source": source,
                     "entry_point": program.entry_point,
                     "limits": asdict(limits),
+                    # The test is the benchmark's: it imports numpy, which takes a thousand questions.
+                    "asks_for_paths": sandbox.kind == "landlock" and role == "candidate",
                 }
                 process = SandboxedProcess(sandbox.command(limits), order, fds)
                 running.callback(process.kill)
                 processes.append(process)
-                rules = order["landlock"]
-                views.append(None if rules is None else VisiblePaths(**rules, working_folder=order["folder"]))
+                views.append(_view(order))
         polled = None if sandbox.kind != "none" else folder
         yield _Trial(processes[0], processes[1], report_read, views, polled)
+
+
+def _view(order: dict[str, Any]) -> VisiblePaths | None:
+    """What a process may name, where it is asked for paths."""
+    return VisiblePaths(**order["landlock"], working_folder=order["folder"]) if order["asks_for_paths"] else None
 
 
 class _Trial:
@@ -188,7 +194,10 @@ class _Trial:
         listener = receive_listener(process.gate)
         if listener is not None:
             listeners.callback(os.close, listener)
-            gatekeeper = Gatekeeper(listener, process.pid, limits.files, view)
+            memory = -1 if view is None else open_memory(process.pid)
+            if memory >= 0:
+                listeners.callback(os.close, memory)
+            gatekeeper = Gatekeeper(listener, process.pid, memory, limits.files, view)
             self._gatekeepers.append(gatekeeper)
             selector.register(listener, selectors.EVENT_READ, gatekeeper.answer)
         return False

@@ -68,7 +68,7 @@ def main() -> None:
         confinement.drop_capabilities()
         if order["landlock"] is not None:
             landlock.restrict(order["landlock"]["readable"], order["landlock"]["listable"], folder)
-        gate.install(order["gate"], asks_for_paths=order["landlock"] is not None)
+        gate.install(order["gate"], asks_for_paths=order["asks_for_paths"])
         seccomp.install()
     else:
         os.close(order["gate"])
