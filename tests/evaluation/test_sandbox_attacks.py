@@ -416,6 +416,23 @@ def test_a_sandbox_that_leaks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
     assert "a file outside was written" in str(caught.value.actual)
 
 
+def test_the_kind_in_use_is_named_with_what_it_lacks() -> None:
+    bubblewrap, landlock = (
+        Sandbox(kind, find_installation(), passed_over="of this") for kind in ("bubblewrap", "landlock")
+    )  # type: ignore[arg-type]
+    assert bubblewrap.line == "Model-written code runs under bubblewrap."
+    assert "since of this" in landlock.line
+    assert "install" in landlock.line
+    assert "your own rights" in find_sandbox(unsafe=True).line
+
+
+def test_where_memory_runs_out_a_program_ends_first() -> None:
+    """The kernel's own order: 1000 is the first to go."""
+    code = "def f():\n    return open('/proc/self/oom_score_adj').read()"
+    unconfined = Sandbox("none", find_installation())
+    assert judge_programs(unconfined, [Program(code, "assert int(f()) == 1000")])[0].passed
+
+
 @pytest.mark.parametrize("limits", [{"cpu_seconds": 0}, {"memory_bytes": -1}])
 def test_a_limit_of_nothing(limits: dict[str, int]) -> None:
     with pytest.raises(SandboxError, match="above 0"):
