@@ -25,7 +25,7 @@ from mftctl.evaluation.inference import evaluation_mode
 from mftctl.evaluation.output_cache import OutputCache
 from mftctl.evaluation.predictions import problem_name, read_predictions
 from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
-from mftctl.evaluation.scoring import MOST_ANSWER_CHARACTERS, is_too_long
+from mftctl.evaluation.scoring import MOST_ANSWER_CHARACTERS, MOST_LINE_CHARACTERS, has_long_line, is_too_long
 from mftctl.evaluation.sentence_data import check_sentence_data
 from mftctl.evaluation.trials import Trial, run_trials
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
@@ -155,7 +155,9 @@ def measure_benchmark(
     found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
     seconds = time.monotonic() - start_seconds
     if is_maths(benchmark.name):
-        _tell_too_long(found, listener)
+        _tell_too_long(found, listener, is_too_long, f"answers and sums of more than {MOST_ANSWER_CHARACTERS}")
+    if benchmark.name == "ifeval":
+        _tell_too_long(found, listener, has_long_line, f"answers with lines of more than {MOST_LINE_CHARACTERS}")
     if benchmark.name == "alpaca_eval" and ask_judge:
         shares = _judged_once(found, benchmark.problems, model_name, folder, listener)
         found = with_scores(found, "win_rate", "judge", shares) if shares else found
@@ -163,14 +165,11 @@ def measure_benchmark(
     return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
 
 
-def _tell_too_long(found: BenchmarkResult, listener: Listener) -> None:
-    long = [sample for sample in found.samples if any(map(is_too_long, sample.outputs))]
+def _tell_too_long(found: BenchmarkResult, listener: Listener, is_long: Callable[[str], bool], which: str) -> None:
+    long = [sample for sample in found.samples if any(map(is_long, sample.outputs))]
     if long:
         names = _some_of([sample.name or str(sample.doc_id) for sample in long])
-        listener.warn(
-            f"{found.name}: answers and sums of more than {MOST_ANSWER_CHARACTERS} characters count as wrong: those "
-            f"of {names}."
-        )
+        listener.warn(f"{found.name}: {which} characters count as wrong: those of {names}.")
 
 
 def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:

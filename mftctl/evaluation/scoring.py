@@ -20,6 +20,9 @@ _MARKED = re.compile(rf"{MARKER}[^\S\n]*([+\-\N{{MINUS SIGN}}]?\$?[+\-\N{{MINUS 
 MOST_ANSWER_CHARACTERS = 500
 """Of a formula: none of MATH's has half as many, and the time that comparing takes grows with their square."""
 
+MOST_LINE_CHARACTERS = 10_000
+"""Of an answer to IFEval, whose longest texts have about as many in all."""
+
 _SUM = re.compile(r"(?:[^\sA-Za-z\\=] ?)+")
 """What has no word, command or equals sign in it."""
 
@@ -134,10 +137,20 @@ def instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> di
     state = random.getstate()
     random.seed(0)
     try:
-        scores: dict[str, Any] = ifeval.process_results(problem, outputs)
+        short = ["" if has_long_line(output) else output for output in outputs]
+        scores: dict[str, Any] = ifeval.process_results(problem, short)
     finally:
         random.setstate(state)
     return scores
+
+
+def has_long_line(output: str) -> bool:
+    """Whether a line is longer than lm-eval's checkers of instructions can look through: time grows with its square.
+
+    Args:
+        output: Of a problem of IFEval, which then keeps no instruction.
+    """
+    return any(len(line) > MOST_LINE_CHARACTERS for line in output.split("\n"))
 
 
 def length_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:

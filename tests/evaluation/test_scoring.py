@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.evaluation.scoring import is_too_long, length_scores, marked_answers, maths_scores, passage_scores
+from mftctl.evaluation.scoring import (
+    has_long_line,
+    is_too_long,
+    length_scores,
+    marked_answers,
+    maths_scores,
+    passage_scores,
+)
 
 
 def maths(gold: str, output: str) -> tuple[float, float]:
@@ -140,3 +147,8 @@ def test_the_best_of_several_right_answers_counts() -> None:
 
 def test_the_length_of_an_answer() -> None:
     assert length_scores({}, ["four"]) == {"characters": 4}
+
+
+@pytest.mark.parametrize(("line", "long"), [("[" * 10_001, True), ("[" * 9_999, False), ("a line\n" * 10**5, False)])
+def test_a_line_too_long_for_the_checkers_of_instructions(line: str, long: bool) -> None:
+    assert has_long_line(line) is long
