@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,6 +25,7 @@ from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.gpu_maps import gpu_map
+from mftctl.json_lines import json_lines
 from mftctl.less_memory import evaluation_with_less_memory
 from mftctl.lineage import Source
 from mftctl.masking.bits import load_mask
@@ -421,7 +421,7 @@ def _metric(name: str, value: float, standard_error: float | None, samples: int)
 def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     file = "samples.jsonl"
     if is_first():
-        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / file, json_lines(rows))
     return file
 
 
