@@ -122,7 +122,11 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
             continue
         try:
             for item in measurements_of(run, by_name):
-                groups.setdefault(item.key, []).append(item)
+                if item.is_number:
+                    groups.setdefault(item.key, []).append(item)
+                else:
+                    name = item.dataset["name"]
+                    problems.append(f"{run.name}: its {item.metric['name']} on {name} is no number, and in no table")
         except RunError as error:
             problems.append(f"{error.path}: {error.message}")
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}

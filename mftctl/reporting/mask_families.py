@@ -150,7 +150,7 @@ def _read_mask(run: Run) -> ShownMask:
         path = run.folder / "mask.bits"
         path = path if path.is_file() else Path(record.result["mask"])
         state, seed, origin = str(record.result["state"]), int(record.config.get("seed", 0)), record.inputs["origin"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             "The record of this mask's run is not complete.", path=run.folder / "run.json", actual=repr(error)
         ) from error

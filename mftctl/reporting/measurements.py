@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,12 @@ class Measurement:
     def key(self) -> tuple[str, str, str]:
         """What two measurements in one table have in common: model, data and metric."""
         return (self.inputs["origin"], f"{self.dataset['name']}:{self.dataset['digest']}", self.metric["name"])
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the value and its error are numbers, and not what a model gives that diverged."""
+        error = self.metric["standard_error"]
+        return math.isfinite(self.metric["value"]) and (error is None or math.isfinite(error))
 
     @property
     def inputs(self) -> dict[str, Any]:

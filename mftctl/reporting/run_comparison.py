@@ -13,6 +13,9 @@ from mftctl.runs import Run
 _LABELS = ("name", "dataset", "layers", "step")
 """Keys that tell the entries of a list apart, such as a data set's name or a group's layers."""
 
+_LONG_NUMBER = 20
+"""Digits of what is no number of a layer or a step."""
+
 _PLACES = ("model", "mask", "output")
 """Results that are paths, which differ between any two runs."""
 
@@ -168,7 +171,7 @@ def _opened(value: object) -> object:
 def _in_order(names: Iterable[str]) -> list[str]:
     """As they come, but numbers, such as those of layers, by their size."""
     found = list(names)
-    return sorted(found, key=int) if all(name.isdecimal() for name in found) else found
+    return sorted(found, key=int) if all(name.isdecimal() and len(name) < _LONG_NUMBER for name in found) else found
 
 
 def _by_label(items: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -183,7 +186,10 @@ def _change(one: object, other: object) -> float | None:
     if isinstance(one, bool) or isinstance(other, bool):
         return None
     if isinstance(one, int | float) and isinstance(other, int | float):
-        return other - one
+        try:
+            return other - one
+        except OverflowError:
+            return None
     return None
 
 
