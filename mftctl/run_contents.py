@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
-from mftctl.errors import RunError
+from mftctl.errors import MftError, RunError
 from mftctl.regular_files import read_regular
+from mftctl.visible_text import visible_line
 
 if TYPE_CHECKING:
     from mftctl.runs import RunRecord
@@ -234,12 +235,18 @@ def sample_lines(path: Path) -> list[dict[str, Any]]:
     return _lines(path, _Sample, "samples")
 
 
-def first_fault(error: OSError | ValueError) -> str:
-    """What is wrong with a record or a line of a file, in a line."""
-    if not isinstance(error, ValidationError):
-        return str(error).partition("\n")[0]
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ": ".join([".".join(map(str, fault["loc"])), fault["msg"]])
+def first_fault(error: Exception) -> str:
+    """What is wrong with a record or a file, in a line.
+
+    Args:
+        error: That came of reading it.
+    """
+    if isinstance(error, ValidationError):
+        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        return visible_line(": ".join([".".join(map(str, fault["loc"])), fault["msg"]]))
+    if isinstance(error, KeyError):
+        return visible_line(f"it has no {error.args[0]}")
+    return visible_line(error.message if isinstance(error, MftError) else str(error).partition("\n")[0])
 
 
 def _lines(path: Path, kind: type[_Part], what: str, *, is_growing: bool = False) -> list[dict[str, Any]]:

@@ -39,8 +39,9 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
         f"| {_in_table(markdown_code(name))} | {record.weights:,} | {record.removed:,} |"
         for name, record in mask.records.items()
     )
+    title = f"{markdown_text(tuned_model or base_model)}, masked"
     return (
-        f"---\n{front_matter}\n---\n\n# {markdown_text(tuned_model or base_model)}, masked\n\n{_summary(mask, base_model)}\n\n"
+        f"---\n{front_matter}\n---\n\n# {title}\n\n{_summary(mask, base_model)}\n\n"
         f"| Mask | |\n| --- | --- |\n{rows}\n\n"
         f"| Tensor | Weights | Removed |\n| --- | ---: | ---: |\n{tensors}\n\n"
         f"Made with mftctl ({_MASK_PAPER if tuned_model is None else _DROP_PAPER}).\n"
@@ -60,9 +61,9 @@ def _summary(mask: Mask, base_model: str) -> str:
             "All other weights are those of the base, whose own card also holds for this model."
         )
     return (
-        f"This is {markdown_code(mask.metadata.tuned_model)} with {share} reset to the values of {markdown_code(base_model)}, from which it was "
-        f"tuned ({mask.ratio:.2%}). All other weights are those of the tuned model, whose own card also holds for "
-        "this model."
+        f"This is {markdown_code(mask.metadata.tuned_model)} with {share} reset to the values of "
+        f"{markdown_code(base_model)}, from which it was tuned ({mask.ratio:.2%}). All other weights are those of the "
+        "tuned model, whose own card also holds for this model."
     )
 
 

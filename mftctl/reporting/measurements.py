@@ -12,6 +12,7 @@ from typing import Any
 from mftctl.errors import RunError
 from mftctl.lineage import FFT, PRE_TRAINED
 from mftctl.reporting.paired_change import Samples, read_samples
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 
@@ -92,7 +93,9 @@ def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
             _ = item.metric["value"], item.metric["standard_error"], item.metric["samples"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = run.folder / "run.json"
-        raise RunError("The record of this evaluation is not complete.", path=path, actual=repr(error)) from error
+        raise RunError(
+            "The record of this evaluation is not complete.", path=path, actual=first_fault(error)
+        ) from error
     return found
 
 

@@ -17,6 +17,7 @@ from mftctl.reporting.curve_drawing import STAR
 from mftctl.reporting.drawing import INK, Figure, drawn_text, numbered_style
 from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.reporting.names import with_own_names
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
             _ = _figure(_probe([run])), _model(run)
             clusters = together.setdefault(_settings(run), [])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {error!r}")
+            problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {first_fault(error)}")
             continue
         for cluster in clusters:
             if all(_seed(other) != _seed(run) or _model(other) == _model(run) for other in cluster):

@@ -8,6 +8,7 @@ from typing import Any
 
 from mftctl.errors import EvaluationError, MaskFileError, RunError
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 _LABELS = ("name", "dataset", "layers", "step")
@@ -207,7 +208,7 @@ def _paired(one: Run, other: Run, problems: list[str]) -> tuple[PairedMetric, ..
             elif data is not None:
                 found += _paired_metrics((one, mine), (other, data), problems)
     except (KeyError, TypeError, AttributeError) as error:
-        problems.append(f"the record of an evaluation is not complete: {error!r}")
+        problems.append(f"the record of an evaluation is not complete: {first_fault(error)}")
     return _with_corrected_p_values(found)
 
 

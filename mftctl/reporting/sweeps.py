@@ -15,6 +15,7 @@ from mftctl.reporting.drawing import INK, Figure, LineStyle, drawn_text, numbere
 from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.reporting.names import slug, with_own_names
 from mftctl.reporting.training_histories import DECIDES_NOTHING
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def _panel(
         try:
             point = _point(row, command, option, by_name)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            problem = f"{', '.join(row.runs)}: in no figure of a sweep, what made this state cannot be read: {error!r}"
+            reason = f"what made this state cannot be read: {first_fault(error)}"
+            problem = f"{', '.join(row.runs)}: in no figure of a sweep, {reason}"
             problems += [problem] * (problem not in problems)
             continue
         if point is not None:
