@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def json_text(document: Any) -> str:
+def json_text(document: Any, *, indent: int | None = 2) -> str:
     """Plain data as JSON in ASCII, with `null` where there is no number.
 
     Args:
         document: Mappings, lists, texts, numbers and None.
+        indent: Of each level; None for a single line.
     """
     try:
-        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+        return json.dumps(document, indent=indent, allow_nan=False) + "\n"
     except ValueError:  # as rare as a training that diverges
-        return json.dumps(_with_nulls(document), indent=2, allow_nan=False) + "\n"
+        return json.dumps(_with_nulls(document), indent=indent, allow_nan=False) + "\n"
 
 
 def _with_nulls(value: Any) -> Any:

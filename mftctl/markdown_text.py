@@ -7,7 +7,7 @@ import re
 from mftctl.visible_text import visible_line
 
 _ENTITIES = {"<": "&lt;", ">": "&gt;"}
-_MARKUP = re.compile(
+_MARKUP = (
     r"[<>\\`~$|]"
     r"|&(?=[#A-Za-z])"
     r"|\](?=[(\[:])"  # what makes a link or a footnote of the brackets before it
@@ -15,6 +15,7 @@ _MARKUP = re.compile(
     r"|(?<![^\W_])_|_(?![^\W_])"  # within a word it is none
     r"|(?<!\S)#"
 )
+_IN_TEXT, _IN_BRACKETS = re.compile(_MARKUP), re.compile(rf"{_MARKUP}|[\[\]]")
 _BLOCK = re.compile(r"(?=[-+=\[]|\d{1,9}[.)](?:\s|$))")
 
 
@@ -24,7 +25,7 @@ def markdown_text(text: str) -> str:
     Args:
         text: Of any origin.
     """
-    return _MARKUP.sub(_escape, visible_line(text))
+    return _IN_TEXT.sub(_escape, visible_line(text))
 
 
 def markdown_item(text: str) -> str:
@@ -47,7 +48,7 @@ def markdown_label(text: str) -> str:
     Args:
         text: Of any origin.
     """
-    return re.sub(r"(?<!\\)[\[\]]", r"\\\g<0>", markdown_text(text))
+    return _IN_BRACKETS.sub(_escape, visible_line(text))
 
 
 def markdown_code(text: str) -> str:

@@ -94,7 +94,8 @@ class _VisibleText(io.TextIOWrapper):
 
     def write(self, text: str) -> int:
         """The number of characters taken."""
-        super().write(visible(text))
+        # A progress bar goes back to the start of its line before each of its states.
+        super().write(f"\r{visible(text[1:])}" if text.startswith("\r") else visible(text))
         return len(text)
 
 

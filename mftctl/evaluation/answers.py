@@ -21,7 +21,7 @@ def final_answer(text: str) -> str:
         text: A reference or generated answer.
     """
     tail = text.rpartition(MARKER)[2].strip()
-    line = tail.partition("\n")[0]
+    line = tail.splitlines()[0] if tail else ""
     line = _THOUSANDS_COMMA.sub("", line.replace("$", "").replace("\N{MINUS SIGN}", "-"))
     return _canonical_number(" ".join(line.split()).rstrip(" ."))
 

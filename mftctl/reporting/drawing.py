@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 INK = "#1b1b1b"
 GRID = "#8c8c8c"
 COLOUR_MAP = "cividis"
-_LONGEST_TEXT = 240
+_LONGEST_TEXT = 120
 # Okabe and Ito's colours without black and yellow, which are lost on a dark and on a light page.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
@@ -124,7 +125,9 @@ class Drawing:
 def render(figure: Figure) -> Drawing:
     """The figure in both forms; the same bytes for the same data."""
     svg, png = io.StringIO(), io.BytesIO()
-    with _canvas(figure) as canvas:
+    with warnings.catch_warnings(), _canvas(figure) as canvas:
+        # Of a name in a script that the font lacks, which SVG has as text, and of one that leaves no room.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from|constrained_layout not applied|.*support .* natively")
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return Drawing(visible(svg.getvalue()), png.getvalue())

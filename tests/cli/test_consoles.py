@@ -112,4 +112,4 @@ def test_what_other_libraries_say_is_spelled_too() -> None:
 def test_colours_of_our_own_still_reach_a_terminal() -> None:
     code = "prepare_streams()\nfrom rich.console import Console\n"
     code += "Console(stderr=True, force_terminal=True, color_system='standard').print('[red]x[/]')"
-    assert run_python(code, TERM="xterm").stderr == b"\x1b[31mx\x1b[0m\n"
+    assert run_python(code, TERM="xterm", NO_COLOR="").stderr == b"\x1b[31mx\x1b[0m\n"
