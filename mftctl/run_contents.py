@@ -161,7 +161,7 @@ class _Result(_Part):
 
 
 class _Decides(_Part):
-    files: dict[str, str] | None = None
+    files: dict[str, str | None] = {}
 
 
 class _Record(_Part):
@@ -247,6 +247,18 @@ def first_fault(error: Exception) -> str:
     if isinstance(error, KeyError):
         return visible_line(f"it has no {error.args[0]}")
     return visible_line(error.message if isinstance(error, MftError) else str(error).partition("\n")[0])
+
+
+def told(error: Exception, otherwise: str) -> str:
+    """A line for a list of problems: one and the same for each that could not go on for the same fault of a file.
+
+    Args:
+        error: That came of reading it.
+        otherwise: What could not be done, where the error does not say where the fault is.
+    """
+    if isinstance(error, RunError) and error.path is not None:
+        return f"{visible_line(error.path)}: {first_fault(error)}"
+    return f"{otherwise}: {first_fault(error)}"
 
 
 def _lines(path: Path, kind: type[_Part], what: str, *, is_growing: bool = False) -> list[dict[str, Any]]:

@@ -160,8 +160,20 @@ class Run:
 
     @property
     def started(self) -> datetime:
-        """When it was begun, which no resumption changes: what chat templates take for the present."""
-        return datetime.fromisoformat(self.record.started)
+        """When it was begun, which no resumption changes: what chat templates take for the present.
+
+        Raises:
+            RunError: The record has no time there.
+        """
+        try:
+            return datetime.fromisoformat(self.record.started)
+        except ValueError as error:
+            raise RunError(
+                "The record of this run does not say when it was begun.",
+                path=self.folder / "run.json",
+                key="started",
+                actual=self.record.started,
+            ) from error
 
     @property
     def is_worked_on(self) -> bool:

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from mftctl.errors import RunError
 from mftctl.reporting.comparison import STATE_ORDER, state_label
-from mftctl.run_contents import first_fault
+from mftctl.run_contents import told
 from mftctl.runs import Run
 
 TRAINING = ("fft", "mask-train")
@@ -79,7 +79,7 @@ def _measured(runs: Sequence[Run], problems: list[str]) -> list[tuple[Run, dict[
             rates = _rates(run)
             _ = int(run.record.result["peak_memory_bytes"]), int(run.record.result["tokens"])
         except (RunError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{run.folder}: The speed of this training cannot be read: {first_fault(error)}")
+            problems.append(told(error, f"{run.folder}: The speed of this training cannot be read"))
             continue
         if rates:
             found.append((run, rates))

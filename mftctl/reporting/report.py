@@ -21,6 +21,7 @@ from mftctl.reporting.provenance import reproduction
 from mftctl.reporting.removal import removal_figures
 from mftctl.reporting.surface_figures import surface_figures
 from mftctl.reporting.sweeps import sweep_figures
+from mftctl.run_contents import told
 from mftctl.runs import Run, list_runs
 
 TASK = "reporting"
@@ -91,7 +92,7 @@ def make_report(root: Path, listener: Listener) -> Report:
         RunError: There is no run, or none that tells anything yet.
     """
     runs, errors = list_runs(root)
-    problems = [f"{error.path}: {error.message}" for error in errors]
+    problems = [told(error, str(error.path)) for error in errors]
     by_name = {run.name: run for run in runs}
     tables = [_with_flags(table, by_name) for table in metric_tables(runs, problems, listener)]
     efficiency = efficiencies(runs, problems)
@@ -156,7 +157,7 @@ def _source(run: Run, problems: list[str]) -> RunSource:
     try:
         command = reproduction(run)
     except RunError as error:
-        problems.append(f"{error.path}: {error.message}")
+        problems.append(told(error, run.name))
         command = f"# not known: {error.message}"
     state = record.result.get("state") or record.inputs.get("state") or record.command
     made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")

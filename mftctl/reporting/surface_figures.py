@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import RunError
 from mftctl.reporting.drawing import COLOUR_MAP, INK, Figure, style_of
-from mftctl.run_contents import first_fault
+from mftctl.run_contents import told
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
         try:
             surface = _read(run)
         except (RunError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{run.name}: its loss surface cannot be read ({first_fault(error)})")
+            problems.append(told(error, f"{run.name}: its loss surface cannot be read"))
             continue
         problem = _problem(surface)
         if problem is None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.errors import RunError
 from mftctl.lineage import FFT, Source, fine_tuned_state, mask_state
-from mftctl.run_contents import first_fault
+from mftctl.run_contents import told
 from mftctl.runs import Run
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
@@ -131,8 +131,7 @@ def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
             try:
                 found = _measured(run)
             except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = first_fault(error)
-                problems.append(f"{run.folder}: what was measured during this training cannot be read: {reason}")
+                problems.append(told(error, f"{run.folder}: what was measured during this training cannot be read"))
                 continue
             if found is not None:
                 measured[run.name] = found
