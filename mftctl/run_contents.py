@@ -24,6 +24,7 @@ _LARGEST = 1e100
 """Of any number: its square is one too, and so is whatever is computed or drawn from it."""
 _LARGEST_COUNT = 2**63 - 1
 _LONGEST_PLACE = 4096
+_LONGEST_FAULT = 300
 
 
 def _bounded(number: float) -> float:
@@ -243,10 +244,15 @@ def first_fault(error: Exception) -> str:
     """
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        return visible_line(": ".join([".".join(map(str, fault["loc"])), fault["msg"]]))
-    if isinstance(error, KeyError):
-        return visible_line(f"it has no {error.args[0]}")
-    return visible_line(error.message if isinstance(error, MftError) else str(error).partition("\n")[0])
+        place = ".".join(map(str, fault["loc"]))
+        said = fault["msg"].partition(" or instance of ")[0]  # which names a class of this module
+        text = f"{place}: {said}" if place else said
+    elif isinstance(error, KeyError):
+        text = f"it has no {error.args[0]}"
+    else:
+        text = error.message if isinstance(error, MftError) else str(error).partition("\n")[0]
+    line = visible_line(text)
+    return line if len(line) <= _LONGEST_FAULT else f"{line[:_LONGEST_FAULT]}…"
 
 
 def told(error: Exception, otherwise: str) -> str:

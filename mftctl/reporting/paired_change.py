@@ -50,7 +50,7 @@ def read_samples(path: Path, metric: str) -> Samples:
         metric: The metric's name; samples without it are left out.
 
     Raises:
-        RunError: The file cannot be read, or a score is no number.
+        RunError: The file cannot be read, a score is no number, or no sample counts.
     """
     from mftctl.run_contents import sample_lines
 
@@ -59,9 +59,11 @@ def read_samples(path: Path, metric: str) -> Samples:
         for row in sample_lines(path)
         if metric in row["scores"]
     }
+    place = f"{path.parent.name}/{path.name}"
+    if found and not any(weight for _, weight in found.values()):
+        raise RunError(f"The samples in {place} have no weight.", path=path, key=metric)
     endless = next((name for name, (score, _) in found.items() if not math.isfinite(score)), None)
     if endless is not None:
-        place = f"{path.parent.name}/{path.name}"
         raise RunError(f"The {metric} of a sample in {place} is no number.", path=path, key=endless)
     return found
 
@@ -83,8 +85,6 @@ def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Chan
     ids = list(pairs[0][0])
     if any(set(samples) != set(ids) for pair in pairs for samples in pair):
         raise EvaluationError("not measured on the same samples as its baseline")
-    if any(not any(weight for _, weight in samples.values()) for pair in pairs for samples in pair):
-        raise EvaluationError("measured on samples without any weight")
     before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))
     interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
     verdict = "within noise"
