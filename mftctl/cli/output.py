@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from mftctl.cli.consoles import PlainTextConsole
+from mftctl.cli.streams import unfiltered_messages
 from mftctl.command_line import command_line
 from mftctl.errors import ConfigError, MftError
 from mftctl.json_text import json_text
@@ -44,7 +45,7 @@ class Output:
         self._speaks = is_first()
         # Without emoji, lest a name such as `a:key:b` be shown as another.
         self._results = PlainTextConsole(soft_wrap=False, quiet=not self._speaks, emoji=False)
-        self._messages = PlainTextConsole(stderr=True, quiet=not self._speaks, emoji=False)
+        self._messages = PlainTextConsole(stderr=True, file=unfiltered_messages(), quiet=not self._speaks, emoji=False)
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),

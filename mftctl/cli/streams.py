@@ -9,7 +9,7 @@ import os
 import select
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mftctl.visible_text import visible
 
@@ -73,6 +73,17 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
     text = error.object[error.start : error.end]
     spelled = (_PLAIN.get(part) or part.encode("ascii", "backslashreplace").decode("ascii") for part in text)
     return "".join(spelled), error.end
+
+
+def unfiltered_messages() -> TextIO | None:
+    """The stream behind standard error that takes controls too, for a console that writes its own; None without one.
+
+    Rich looks for it itself, but not behind the stream that it puts in place of standard error while bars are live.
+    """
+    stream: Any = sys.stderr
+    while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
+        stream = behind
+    return None if stream is sys.stderr else stream
 
 
 def _forgiving(stream: io.TextIOWrapper, dropped: frozenset[int] | None) -> io.TextIOWrapper:

@@ -150,7 +150,7 @@ def test_one_bad_run_does_not_hide_the_others(tmp_path: Path) -> None:
     write_surface(tmp_path)
     found, problems = figures(tmp_path)
     assert [figure.name for figure in found] == ["loss-surface-003-surface"]
-    assert problems[0].startswith(f"{log}: The metrics in 001-surface/metrics.jsonl:2 cannot be read: expected ident")
+    assert problems[0].startswith(f"{log}: The metrics in 001-surface/metrics.jsonl:2 cannot be read: expected value")
     assert problems[1:] == ["002-surface: its loss surface cannot be read: it has no corners"]
 
 
