@@ -85,6 +85,8 @@ def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Chan
     ids = list(pairs[0][0])
     if any(set(samples) != set(ids) for pair in pairs for samples in pair):
         raise EvaluationError("not measured on the same samples as its baseline")
+    if not ids:
+        raise EvaluationError("measured on no sample at all")
     before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))
     interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
     verdict = "within noise"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mftctl.errors import EvaluationError
 from mftctl.json_text import json_text
 from mftctl.progress import Silence
 from mftctl.reporting.drawing import Drawing
@@ -17,6 +18,7 @@ from mftctl.reporting.files import to_document
 from mftctl.reporting.following import follow
 from mftctl.reporting.markdown import to_markdown
 from mftctl.reporting.page import to_page
+from mftctl.reporting.paired_change import Samples, paired_change
 from mftctl.reporting.report import Report, make_report
 from mftctl.reporting.run_comparison import compare_two
 from mftctl.reporting.table_files import table_files
@@ -124,6 +126,12 @@ def test_it_is_one_line_and_hides_no_other(sound: Path, tmp_path: Path, name: st
     runs = {run.name: run for run in list_runs(root)[0]}
     if name in runs:
         compare_two(runs[name], runs["007-eval"])
+
+
+@pytest.mark.parametrize("samples", [{}, {"0": (1.0, 1.0)}])
+def test_too_few_samples_are_a_known_failure(samples: Samples) -> None:
+    with pytest.raises(EvaluationError, match=r"no sample at all|One sample says nothing"):
+        paired_change([(samples, samples)], "loss")
 
 
 def test_a_sound_folder_has_no_line_of_a_damage(sound: Path) -> None:
