@@ -46,9 +46,9 @@ def prepare_streams() -> None:
     """Makes standard output and standard error fit to be written to, whatever they are.
 
     What the encoding cannot express is spelled in plain letters or escaped, and so are control characters in messages
-    of any library. Of messages nothing is worth ending the
-    work: what cannot be written to standard error is dropped, and so is a result where its terminal is gone. Streams
-    that were closed at the start are opened on nothing, lest the next file take their place.
+    of any library. Of messages nothing is worth ending the work: what cannot be written to standard error is dropped,
+    and so is a result where its terminal is gone. Streams that were closed at the start are opened on nothing, lest
+    the next file take their place.
     """
     codecs.register_error(_SPELLING, _spell)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
