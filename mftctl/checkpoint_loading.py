@@ -13,22 +13,26 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import ModelError
+from mftctl.model_failures import model_failures
 from mftctl.remote_code import require_trusted_code, trusts_code
 
 _MOST_NAMED = 3
+_MOST_LAYERS = 2_000
 
 
 def read_configuration(folder: Path) -> PreTrainedConfig:
     """The configuration in a checkpoint folder; one of weights in 8 bits asks for them in bf16.
 
     Raises:
-        ModelError: It needs code that is not trusted.
-        OSError, ValueError, KeyError: transformers cannot read it.
+        ModelError: It needs code that is not trusted, transformers cannot read it, or it asks for more layers than any
+            model has.
     """
     require_trusted_code(folder)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trusts_code()
-    )
+    with model_failures("The model cannot be loaded.", path=folder):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusts_code()
+        )
+    require_few_layers(config, folder)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
         # By itself transformers does so on a CPU alone: on a GPU the layers would stay in 8 bits and learn nothing.
@@ -44,11 +48,11 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
         options: For `from_pretrained`.
 
     Raises:
-        ModelError: Tensors are missing, unexpected or of another shape, or it needs code that is not trusted.
-        OSError, ValueError, KeyError, RuntimeError, ImportError: transformers cannot load it.
+        ModelError: transformers cannot load it, tensors are missing, unexpected or of another shape, or it needs code
+            that is not trusted.
     """
     config = read_configuration(folder)
-    with quiet_transformers():
+    with quiet_transformers(), model_failures("The model cannot be loaded.", path=folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -80,6 +84,28 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
         # By these transformers would write codes and scales again, beside a configuration of a plain model.
         model._weight_conversions = None  # type: ignore[assignment]
     return model
+
+
+def require_few_layers(config: PreTrainedConfig, folder: Path | str) -> None:
+    """Nothing, if a model of that many layers can be built in a time that ends.
+
+    Args:
+        config: Of a model.
+        folder: The model's, for the error.
+
+    Raises:
+        ModelError: There are too many.
+    """
+    for name in ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts"):
+        count = getattr(config.get_text_config(), name, None)
+        if isinstance(count, int) and count > _MOST_LAYERS:
+            raise ModelError(
+                "The configuration asks for a model that nobody has.",
+                path=folder,
+                key=name,
+                expected=f"at most {_MOST_LAYERS:,}",
+                actual=f"{count:,}",
+            )
 
 
 def listed(names: Collection[str]) -> str:

@@ -21,6 +21,7 @@ from mftctl.data.encoding import EncodedRecords, Encoder
 from mftctl.data.examples import Example
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import DataSource, data_digest, load_examples
+from mftctl.data.template_limits import limited
 from mftctl.devices import best_device, device_for, visible_alone
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.answer_room import smaller_batches
@@ -183,6 +184,7 @@ def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:
         return tokenizer
     fixed = copy.deepcopy(tokenizer)
     fixed.chat_template = template_clock.at(str(tokenizer.chat_template), encoder.now)
+    fixed.apply_chat_template = limited(fixed.apply_chat_template)  # type: ignore[method-assign]
     return fixed
 
 
