@@ -163,7 +163,9 @@ def _untied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> It
     """Whether there is a head of its own where the configuration shares it with the embeddings."""
     embeddings = next((name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
     head = next((name for name in stored if name.endswith("lm_head.weight")), None)
-    tied = config.get("tie_word_embeddings", dict(config.get("text_config") or {}).get("tie_word_embeddings"))
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    tied = config.get("tie_word_embeddings", inner)
     if tied and embeddings is not None and head is not None and not _same(stored[embeddings], stored[head]):
         yield (
             f"tie_word_embeddings is set, but {head} differs from {embeddings}: the two are not tied, and "

@@ -13,11 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import ModelError
+from mftctl.json_files import read_json_object
 from mftctl.model_failures import model_failures
 from mftctl.remote_code import require_trusted_code, trusts_code
 
 _MOST_NAMED = 3
 _MOST_LAYERS = 2_000
+_MOST_LABELS = 1_000_000
+_MOST_TOKENS = 2**31
+_LONGEST_SHOWN = 200
 
 
 def read_configuration(folder: Path) -> PreTrainedConfig:
@@ -28,6 +32,7 @@ def read_configuration(folder: Path) -> PreTrainedConfig:
             model has.
     """
     require_trusted_code(folder)
+    require_few_labels(folder)
     with model_failures("The model cannot be loaded.", path=folder):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trusts_code()
@@ -77,13 +82,45 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
             actual="; ".join(f"{len(names)} {word}: {listed(names)}" for word, names in parts if names),
             hint="download or save the checkpoint again; a part of a larger model is to be saved by itself first",
         )
+    _require_token_ids(model, folder)
     if getattr(config, "quantization_config", None):
         # What was in 8 bits has come in the dtype of its scales, and all else in bf16.
         dtype = options.get("dtype")
-        model.to(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)  # type: ignore[arg-type]
+        with model_failures("The model cannot be loaded.", path=folder):
+            model.to(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)  # type: ignore[arg-type]
         # By these transformers would write codes and scales again, beside a configuration of a plain model.
         model._weight_conversions = None  # type: ignore[assignment]
     return model
+
+
+def _require_token_ids(model: PreTrainedModel, folder: Path) -> None:
+    """Nothing, if the tokens that begin, end and fill a text are named by their ids."""
+    for settings in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(settings, name, None)
+            tokens = value if isinstance(value, list) else [value]
+            if not all(token is None or (type(token) is int and abs(token) < _MOST_TOKENS) for token in tokens):
+                raise ModelError(
+                    "The configuration names a token by something else than its id.",
+                    path=folder,
+                    key=name,
+                    expected="a number, or several",
+                    actual=repr(value)[:_LONGEST_SHOWN],
+                )
+
+
+def require_few_labels(folder: Path) -> None:
+    """Nothing, if the configuration in a folder has no number of labels that transformers would write out.
+
+    Raises:
+        ModelError: It has.
+    """
+    try:
+        labels = read_json_object(folder / "config.json").get("num_labels")
+    except (OSError, ValueError):
+        return  # for transformers to tell
+    if isinstance(labels, int) and labels > _MOST_LABELS:
+        raise _unheard_of(folder, "num_labels", labels, _MOST_LABELS)
 
 
 def require_few_layers(config: PreTrainedConfig, folder: Path | str) -> None:
@@ -99,13 +136,17 @@ def require_few_layers(config: PreTrainedConfig, folder: Path | str) -> None:
     for name in ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts"):
         count = getattr(config.get_text_config(), name, None)
         if isinstance(count, int) and count > _MOST_LAYERS:
-            raise ModelError(
-                "The configuration asks for a model that nobody has.",
-                path=folder,
-                key=name,
-                expected=f"at most {_MOST_LAYERS:,}",
-                actual=f"{count:,}",
-            )
+            raise _unheard_of(folder, name, count, _MOST_LAYERS)
+
+
+def _unheard_of(folder: Path | str, key: str, count: int, most: int) -> ModelError:
+    return ModelError(
+        "The configuration asks for a model that nobody has.",
+        path=folder,
+        key=key,
+        expected=f"at most {most:,}",
+        actual=f"{count:,}" if count < 2**63 else "more",
+    )
 
 
 def listed(names: Collection[str]) -> str:

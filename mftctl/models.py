@@ -130,8 +130,8 @@ def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> P
             source, trust_remote_code=trusts_code(), **options
         )
     template: object = found.chat_template
-    texts = template.values() if isinstance(template, dict) else [template]
-    if template is not None and not all(isinstance(text, str) for text in texts):
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise ModelError(
             "The chat template of the tokenizer is no text.",
             path=path,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mftctl.data import template_clock
 from mftctl.data.examples import Example, Message, ToolCall
-from mftctl.data.template_limits import TEMPLATE_FAILURES, render_template
+from mftctl.data.template_limits import TEMPLATE_FAILURES, first_line, render_template
 from mftctl.data.turn_ends import TurnEnd, common_start, turn_end
 from mftctl.errors import DataError
 
@@ -27,7 +27,6 @@ _ASKED = "mftctlAsked7041"
 _SENTENCE_WORDS = 3
 """Fewer stand for a role, and not for a prompt."""
 
-_LONGEST_ERROR = 300
 _THOUGHT_END = "</think>"
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _OTHER_TEMPLATE = "choose another template with --chat-template, or remove the record"
@@ -271,7 +270,7 @@ class ChatRenderer:
                 "The chat template of the tokenizer fails on this record.",
                 path=example.where,
                 expected="roles in an order that the template takes",
-                actual=f"{', '.join(message.role for message in messages)}: {_first_line(error)}",
+                actual=f"{', '.join(message.role for message in messages)}: {first_line(error)}",
                 hint="--merge-system, if it takes no system turn; --chat-template chooses another template",
             ) from error
 
@@ -364,11 +363,6 @@ def _keeps_thinking(message: Message, whole: str) -> bool:
 def _holds(whole: str, text: str) -> bool:
     """Whether a text stands in another, however a template changes white space."""
     return text in whole or "".join(text.split()) in "".join(whole.split())
-
-
-def _first_line(error: Exception) -> str:
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}…"
 
 
 def _shortened(text: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final, NoReturn, cast
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mftctl.errors import ModelError
+from mftctl.errors import DataError, ModelError
 
 MOST_SECONDS: Final = 5.0
 MOST_BYTES: Final = 2**29
@@ -31,11 +31,13 @@ TEMPLATE_FAILURES: Final = (
 )
 """What the code of a template raises."""
 
+_LONGEST_ERROR = 300
 _MEMORY_FILE = Path("/proc/self/statm")
-_AGAIN_SECONDS = 1.0  # where a library has kept the first exception to itself
+_AGAIN_SECONDS = 1.0
+"""Until the next alarm, where the first was raised in a place that exceptions do not leave, such as a destructor."""
 
 
-class _TooLongError(Exception):
+class _TimeUp(BaseException):
     """The time is up."""
 
 
@@ -73,12 +75,21 @@ def limited(render: Callable[..., Any]) -> Callable[..., Any]:
     """A function that renders a chat template, within the bounds.
 
     Args:
-        render: Such as a tokenizer's `apply_chat_template`.
+        render: Such as a tokenizer's `apply_chat_template`. What the template raises becomes a `DataError`.
     """
 
     def rendered(*args: Any, **options: Any) -> Any:
-        with template_limits():
-            return render(*args, **options)
+        try:
+            with template_limits():
+                return render(*args, **options)
+        except TEMPLATE_FAILURES as error:
+            raise DataError(
+                "The chat template of the tokenizer fails on a prompt.",
+                key="chat_template",
+                expected="roles in an order that the template takes",
+                actual=first_line(error),
+                hint="leave --chat-template out, or choose another template",
+            ) from error
 
     return rendered
 
@@ -96,7 +107,7 @@ def template_limits() -> Iterator[None]:
     try:
         with _limited_time(), _limited_memory():
             yield
-    except _TooLongError as error:
+    except _TimeUp as error:
         raise _exceeded(f"more than {MOST_SECONDS:g} s") from error
     except MemoryError as error:
         raise _exceeded("more memory than that") from error
@@ -117,7 +128,7 @@ def _limited_time() -> Iterator[None]:
 
 
 def _stop(number: int, frame: object) -> NoReturn:
-    raise _TooLongError
+    raise _TimeUp
 
 
 @contextmanager
@@ -133,6 +144,12 @@ def _limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def first_line(error: Exception) -> str:
+    """What a template says of its failure, short enough for a message."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}…"
 
 
 def _exceeded(what: str) -> ModelError:

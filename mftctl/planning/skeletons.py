@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mftctl import quickstart
-from mftctl.checkpoint_loading import require_few_layers
+from mftctl.checkpoint_loading import require_few_labels, require_few_layers
 from mftctl.masking.targets import decoder_layers
 from mftctl.model_failures import model_failures
 from mftctl.remote_code import require_trusted_code, trusts_code
@@ -35,6 +35,7 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     if not folder.is_dir() and model == quickstart.NAME:
         folder = quickstart.model_path()
     require_trusted_code(folder)
+    require_few_labels(folder)
     with model_failures(
         "The model's configuration cannot be read.",
         path=folder if folder.is_dir() else model,
