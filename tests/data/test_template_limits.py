@@ -31,7 +31,7 @@ TOO_MUCH = {
 }
 TOO_LONG = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "power": "{{ 10**10**10 }}",
+    "power": "{{ 10 ** (10**10) }}",
     "constant": "{{ (10**(10**6))**40 }}",
 }
 FAILING = {
