@@ -60,9 +60,9 @@ class _Loader(NumberLoader):
     def fetch_flow_collection_start(self, TokenClass: type[yaml.Token]) -> None:  # noqa: N803 - the name is PyYAML's
         # The scanner is ahead of the nodes, and takes the square of the depth.
         if self.flow_level >= MAX_DEPTH:
-            mark = self.get_mark()  # type: ignore[no-untyped-call]
+            mark = self.get_mark()
             raise _BoundError(problem=f"more than {MAX_DEPTH} levels", problem_mark=mark)
-        super().fetch_flow_collection_start(TokenClass)  # type: ignore[no-untyped-call]
+        super().fetch_flow_collection_start(TokenClass)
 
     def _count(self, values: int, characters: int, mark: yaml.Mark) -> None:
         self._values += values
