@@ -19,14 +19,17 @@ from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark, with_scores
 from mftctl.evaluation.benchmarks import BENCHMARKS, instruct_form
 from mftctl.evaluation.code_benchmarks import code_config
-from mftctl.evaluation.harness import build_task, quiet_libraries, task_config
+from mftctl.evaluation.half_characters import emptied
+from mftctl.evaluation.harness import build_task, is_maths, quiet_libraries, task_config
 from mftctl.evaluation.inference import evaluation_mode
 from mftctl.evaluation.output_cache import OutputCache
-from mftctl.evaluation.predictions import read_predictions
+from mftctl.evaluation.predictions import problem_name, read_predictions
 from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
+from mftctl.evaluation.scoring import MOST_ANSWER_CHARACTERS, MOST_LINE_CHARACTERS, has_long_line, is_too_long
 from mftctl.evaluation.sentence_data import check_sentence_data
 from mftctl.evaluation.trials import Trial, run_trials
 from mftctl.fingerprints import digest_of, file_digest, model_fingerprint
+from mftctl.json_lines import json_lines, readable_json
 from mftctl.processes import from_first, is_first, put_together, rank
 from mftctl.progress import Listener, Progress
 from mftctl.runs import Run
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 Loaded = Union[tuple["PreTrainedModel", "PreTrainedTokenizerBase"], "VllmAnswers"]
 """A model with its tokenizer, or one that vLLM runs."""
+
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     problems = fetch_problems(config, task) if file is None else read_problems(Path(file), task)
     written = None
     if options.predictions is not None:
-        written = read_predictions(Path(options.predictions), problems.records, limit=options.limit)
+        written = _written(Path(options.predictions), problems, options.limit, listener)
     samples = options.samples if written is None else len(written[0])
     if task in BENCHMARKS and BENCHMARKS[task].runs_code:
         judge = _judge(task, unsafe=options.unsafe_code, listener=listener)
@@ -96,6 +101,22 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     with quiet_libraries():
         asked = build_task(config, problems, is_local=file is not None or task in BENCHMARKS)
     return PreparedBenchmark(asked, problems, written)
+
+
+def _written(path: Path, problems: Problems, limit: int | None, listener: Listener) -> list[list[str]]:
+    """The predictions, of which one that is no text fails its problem alone."""
+    written, broken = emptied(read_predictions(path, problems.records, limit=limit))
+    if broken:
+        listener.warn(
+            "Predictions with half of a surrogate pair, which is no text, count as empty: those of "
+            f"{_some_of([problem_name(problems.records[place], place) for place in broken])}."
+        )
+    return written
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _asked(task: str, options: EvalOptions) -> dict[str, Any]:
@@ -133,11 +154,22 @@ def measure_benchmark(
     start_seconds = time.monotonic()
     found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
     seconds = time.monotonic() - start_seconds
+    if is_maths(benchmark.name):
+        _tell_too_long(found, listener, is_too_long, f"answers and sums of more than {MOST_ANSWER_CHARACTERS}")
+    if benchmark.name == "ifeval":
+        _tell_too_long(found, listener, has_long_line, f"answers with lines of more than {MOST_LINE_CHARACTERS}")
     if benchmark.name == "alpaca_eval" and ask_judge:
         shares = _judged_once(found, benchmark.problems, model_name, folder, listener)
         found = with_scores(found, "win_rate", "judge", shares) if shares else found
     generated_tokens = sum(put_together({rank(): generated_tokens}).values())
     return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
+
+
+def _tell_too_long(found: BenchmarkResult, listener: Listener, is_long: Callable[[str], bool], which: str) -> None:
+    long = [sample for sample in found.samples if any(map(is_long, sample.outputs))]
+    if long:
+        names = _some_of([sample.name or str(sample.doc_id) for sample in long])
+        listener.warn(f"{found.name}: {which} characters count as wrong: those of {names}.")
 
 
 def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:
@@ -196,6 +228,7 @@ def _judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence
 
     # Found before the first answer is generated: without one the task refuses to run.
     sandbox = find_sandbox(unsafe=unsafe)
+    (listener.note if sandbox.kind == "bubblewrap" else listener.warn)(f"{task}: {sandbox.line}")
 
     def judge(trials: Sequence[Trial]) -> list[bool]:
         def run_all() -> str:
@@ -218,7 +251,7 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
     rows = [_row(sample, with_prompt=options.save_samples) for sample in found.samples]
     file = f"{found.name}.jsonl"
     if is_first():
-        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / file, json_lines(rows))
     settings = [options.limit or "all"]
     form = instruct_form(found.name) if found.chat_template else found.name
     if found.chat_template:
@@ -290,7 +323,7 @@ def _judged(
         for sample, record in zip(found.samples, asked, strict=True)
     ]
     path = folder / "alpaca_eval.json"
-    write_text(path, json.dumps([entry(answer) for answer in answers], ensure_ascii=False, indent=1) + "\n")
+    write_text(path, readable_json([entry(answer) for answer in answers], indent=1) + "\n")
     missing = what_is_missing()
     if not all(record.get("output") for record in asked):
         missing.append("the reference's answers (the field output of the data)")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mftctl.carried_parts import is_composite, parts_left_out
 from mftctl.checkpoint_loading import load_weights
 from mftctl.errors import ModelError
+from mftctl.json_files import read_json_object
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE, StoredTensor, tensor_index
 from mftctl.progress import Listener
@@ -82,12 +83,9 @@ def tell_remarks(check: CheckpointCheck, listener: Listener) -> None:
 def _configuration(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        config = json.loads(read_regular(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError("The configuration of the model cannot be read.", path=path, actual=str(error)) from error
-    if not isinstance(config, dict):
-        raise ModelError("The configuration of the model is no JSON object.", path=path, actual=type(config).__name__)
-    return config
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise ModelError("The configuration of the model cannot be read.", path=path, actual=error) from error
 
 
 def _check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
@@ -135,8 +133,8 @@ def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     """
     try:
         return load_weights(folder, device_map="meta", dtype=torch.bfloat16)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if is_composite(config) and "AutoModelForCausalLM" in str(error):
+    except ModelError as error:
+        if is_composite(config) and "AutoModelForCausalLM" in str(error.actual):
             raise ModelError(
                 "transformers has no language model by itself for this type of model.",
                 path=folder,
@@ -146,9 +144,7 @@ def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
                 hint="save its language model by itself, as the causal language model of the same family, or use one "
                 "that is published",
             ) from error
-        raise ModelError(
-            "transformers cannot load the model.", path=folder, actual=str(error).splitlines()[0]
-        ) from error
+        raise
 
 
 def _check_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -167,7 +163,9 @@ def _untied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> It
     """Whether there is a head of its own where the configuration shares it with the embeddings."""
     embeddings = next((name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
     head = next((name for name in stored if name.endswith("lm_head.weight")), None)
-    tied = config.get("tie_word_embeddings", dict(config.get("text_config") or {}).get("tie_word_embeddings"))
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    tied = config.get("tie_word_embeddings", inner)
     if tied and embeddings is not None and head is not None and not _same(stored[embeddings], stored[head]):
         yield (
             f"tie_word_embeddings is set, but {head} differs from {embeddings}: the two are not tied, and "

@@ -13,22 +13,31 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import ModelError
+from mftctl.json_files import read_json_object
+from mftctl.model_failures import model_failures
 from mftctl.remote_code import require_trusted_code, trusts_code
 
 _MOST_NAMED = 3
+_MOST_LAYERS = 2_000
+_MOST_LABELS = 1_000_000
+_MOST_TOKENS = 2**31
+_LONGEST_SHOWN = 200
 
 
 def read_configuration(folder: Path) -> PreTrainedConfig:
     """The configuration in a checkpoint folder; one of weights in 8 bits asks for them in bf16.
 
     Raises:
-        ModelError: It needs code that is not trusted.
-        OSError, ValueError, KeyError: transformers cannot read it.
+        ModelError: It needs code that is not trusted, transformers cannot read it, or it asks for more layers than any
+            model has.
     """
     require_trusted_code(folder)
-    config: PreTrainedConfig = AutoConfig.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=trusts_code()
-    )
+    require_few_labels(folder)
+    with model_failures("The model cannot be loaded.", path=folder):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trusts_code()
+        )
+    require_few_layers(config, folder)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
         # By itself transformers does so on a CPU alone: on a GPU the layers would stay in 8 bits and learn nothing.
@@ -44,11 +53,11 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
         options: For `from_pretrained`.
 
     Raises:
-        ModelError: Tensors are missing, unexpected or of another shape, or it needs code that is not trusted.
-        OSError, ValueError, KeyError, RuntimeError, ImportError: transformers cannot load it.
+        ModelError: transformers cannot load it, tensors are missing, unexpected or of another shape, or it needs code
+            that is not trusted.
     """
     config = read_configuration(folder)
-    with quiet_transformers():
+    with quiet_transformers(), model_failures("The model cannot be loaded.", path=folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -73,13 +82,71 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
             actual="; ".join(f"{len(names)} {word}: {listed(names)}" for word, names in parts if names),
             hint="download or save the checkpoint again; a part of a larger model is to be saved by itself first",
         )
+    _require_token_ids(model, folder)
     if getattr(config, "quantization_config", None):
         # What was in 8 bits has come in the dtype of its scales, and all else in bf16.
         dtype = options.get("dtype")
-        model.to(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)  # type: ignore[arg-type]
+        with model_failures("The model cannot be loaded.", path=folder):
+            model.to(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)  # type: ignore[arg-type]
         # By these transformers would write codes and scales again, beside a configuration of a plain model.
         model._weight_conversions = None  # type: ignore[assignment]
     return model
+
+
+def _require_token_ids(model: PreTrainedModel, folder: Path) -> None:
+    """Nothing, if the tokens that begin, end and fill a text are named by their ids."""
+    for settings in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(settings, name, None)
+            tokens = value if isinstance(value, list) else [value]
+            if not all(token is None or (type(token) is int and abs(token) < _MOST_TOKENS) for token in tokens):
+                raise ModelError(
+                    "The configuration names a token by something else than its id.",
+                    path=folder,
+                    key=name,
+                    expected="a number, or several",
+                    actual=repr(value)[:_LONGEST_SHOWN],
+                )
+
+
+def require_few_labels(folder: Path) -> None:
+    """Nothing, if the configuration in a folder has no number of labels that transformers would write out.
+
+    Raises:
+        ModelError: It has.
+    """
+    try:
+        labels = read_json_object(folder / "config.json").get("num_labels")
+    except (OSError, ValueError):
+        return  # for transformers to tell
+    if isinstance(labels, int) and labels > _MOST_LABELS:
+        raise _unheard_of(folder, "num_labels", labels, _MOST_LABELS)
+
+
+def require_few_layers(config: PreTrainedConfig, folder: Path | str) -> None:
+    """Nothing, if a model of that many layers can be built in a time that ends.
+
+    Args:
+        config: Of a model.
+        folder: The model's, for the error.
+
+    Raises:
+        ModelError: There are too many.
+    """
+    for name in ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts"):
+        count = getattr(config.get_text_config(), name, None)
+        if isinstance(count, int) and count > _MOST_LAYERS:
+            raise _unheard_of(folder, name, count, _MOST_LAYERS)
+
+
+def _unheard_of(folder: Path | str, key: str, count: int, most: int) -> ModelError:
+    return ModelError(
+        "The configuration asks for a model that nobody has.",
+        path=folder,
+        key=key,
+        expected=f"at most {most:,}",
+        actual=f"{count:,}" if count < 2**63 else "more",
+    )
 
 
 def listed(names: Collection[str]) -> str:

@@ -67,10 +67,16 @@ class MftError(Exception):
             ("got", self.actual),
             ("try", self.hint),
         )
-        return "\n".join([self.message, *(f"  {name}: {value}" for name, value in details if value is not None)])
+        lines = [f"  {name}: {_continued(value)}" for name, value in details if value is not None]
+        return "\n".join([_continued(self.message), *lines])
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.__dict__)
+
+
+def _continued(value: object) -> str:
+    """A value whose further lines stand apart from the fields, lest a name with a line end pass for one."""
+    return str(value).replace("\n", "\n    ")
 
 
 def _rebuild(kind: type[MftError], fields: dict[str, object]) -> MftError:
@@ -91,7 +97,7 @@ class ConfigError(MftError):
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        return "\n".join([super().__str__(), *(f"  - {problem}" for problem in self.problems)])
+        return "\n".join([super().__str__(), *(f"  - {_continued(problem)}" for problem in self.problems)])
 
 
 class OutputError(ConfigError):

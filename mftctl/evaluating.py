@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,15 +20,17 @@ from mftctl.data.encoding import EncodedRecords, Encoder
 from mftctl.data.examples import Example
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import DataSource, data_digest, load_examples
+from mftctl.data.template_limits import limited
 from mftctl.devices import best_device, device_for, visible_alone
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks import check_task, expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.gpu_maps import gpu_map
+from mftctl.json_lines import json_lines
 from mftctl.less_memory import evaluation_with_less_memory
 from mftctl.lineage import Source
-from mftctl.masking.bits import load_mask
+from mftctl.masking.bits import open_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.models import evaluation_dtype, load_model, peak_memory_bytes, restart_peak_memory
@@ -182,6 +184,7 @@ def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:
         return tokenizer
     fixed = copy.deepcopy(tokenizer)
     fixed.chat_template = template_clock.at(str(tokenizer.chat_template), encoder.now)
+    fixed.apply_chat_template = limited(fixed.apply_chat_template)  # type: ignore[method-assign]
     return fixed
 
 
@@ -243,15 +246,15 @@ def _load(
     tokenizer = with_fixed_clock(encoder)
     if recipe.eval.engine == "vllm":
         return _load_for_vllm(checkpoint, source, recipe, measures, tokenizer)
-    mask = None if source.mask is None else load_mask(Path(source.mask))
     dtype = evaluation_dtype(checkpoint)
     spread = gpu_map(checkpoint, dtype)
     if spread is not None:
         listener.note(f"The model is too large for one GPU: its layers lie on {len(set(spread.values()))} of them.")
-    model = load_model(checkpoint, dtype=dtype, device_map=spread)
-    if mask is not None:
-        delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
-        apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
+    with nullcontext() if source.mask is None else open_mask(Path(source.mask)) as mask:
+        model = load_model(checkpoint, dtype=dtype, device_map=spread)
+        if mask is not None:
+            delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
+            apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
     return model, tokenizer
 
 
@@ -421,7 +424,7 @@ def _metric(name: str, value: float, standard_error: float | None, samples: int)
 def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     file = "samples.jsonl"
     if is_first():
-        write_text(folder / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_text(folder / file, json_lines(rows))
     return file
 
 

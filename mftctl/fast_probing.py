@@ -94,7 +94,9 @@ def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -
         record = run.record
         if (record.command, record.status, record.inputs.get("model")) != ("probe", "finished", model):
             continue
-        trained = {group["layers"]: group["change"] for group in record.result["groups"] if "best_loss" in group}
+        needed = {"layers", "change", "best_loss"}
+        groups = [group for group in record.result.get("groups", ()) if needed <= group.keys()]
+        trained = {group["layers"]: group["change"] for group in groups}
         shared = [layers for layers in changes if layers in trained]
         if len(shared) >= _FEWEST_RANKED:
             found = stats.spearmanr([changes[layers] for layers in shared], [trained[layers] for layers in shared])

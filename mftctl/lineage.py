@@ -8,7 +8,7 @@ from typing import Any
 
 from mftctl.config import FftOptions, MaskTrainOptions, Recipe
 from mftctl.deciding_keys import IN_THE_MODEL
-from mftctl.errors import ConfigError
+from mftctl.errors import ConfigError, RunError
 from mftctl.model_origin import told_origin, was_trained
 from mftctl.quickstart import NAME as QUICKSTART
 from mftctl.runs import Run, list_runs, load_run, newest_run
@@ -57,16 +57,24 @@ class Source:
 
 
 def source_of_run(run: Run) -> Source:
-    """What a finished `fft`, `mask-train` or `apply` run has made."""
+    """What a finished `fft`, `mask-train` or `apply` run has made.
+
+    Raises:
+        RunError: Its record lacks something.
+    """
     inputs, result = run.record.inputs, run.record.result
-    return Source(
-        model=result.get("model") or inputs["model"],
-        mask=result.get("mask"),
-        state=result["state"],
-        parents=(*inputs["parents"], run.name),
-        origin=inputs["origin"],
-        config=run.record.config,
-    )
+    try:
+        return Source(
+            model=result.get("model") or inputs["model"],
+            mask=result.get("mask"),
+            state=result["state"],
+            parents=(*inputs["parents"], run.name),
+            origin=inputs["origin"],
+            config=run.record.config,
+        )
+    except KeyError as error:
+        path = run.folder / "run.json"
+        raise RunError("The record of this run is not complete.", path=path, key=str(error.args[0])) from error
 
 
 def source_of_model(model: str, root: Path) -> Source:
@@ -139,8 +147,10 @@ def recommended_layers(root: Path, source: Source) -> tuple[str, str] | None:
     """The layers that the newest probe of this very model recommends, and the name of that run; None without one."""
     for run in reversed(list_runs(root)[0]):
         record = run.record
-        if record.command == "probe" and record.status == "finished" and record.inputs["model"] == source.model:
-            return record.result["recommended_layers"], run.name
+        if record.command == "probe" and record.status == "finished" and record.inputs.get("model") == source.model:
+            layers = record.result.get("recommended_layers")
+            if layers is not None:
+                return str(layers), run.name
     return None
 
 

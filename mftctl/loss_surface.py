@@ -26,7 +26,7 @@ from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.fingerprints import file_digest, model_fingerprint
 from mftctl.lineage import source_of_run
-from mftctl.masking.bits import load_mask
+from mftctl.masking.bits import open_mask
 from mftctl.masking.checkpoint import apply_mask, resolve_checkpoint, tensor_index
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.models import load_model, load_tokenizer, peak_memory_bytes, restart_peak_memory
@@ -298,7 +298,8 @@ def _stored(run: Run) -> dict[str, torch.Tensor]:
     only = TORCH_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
     model = load_model(checkpoint, dtype=only or torch.float32)
     if source.mask is not None:
-        apply_mask(model, load_mask(Path(source.mask)))
+        with open_mask(Path(source.mask)) as mask:
+            apply_mask(model, mask)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

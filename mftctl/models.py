@@ -18,10 +18,11 @@ from mftctl.checkpoint_loading import load_weights
 from mftctl.devices import attention_in_use, counts_memory, has_bf16, record_attention
 from mftctl.devices import best_device as best_device
 from mftctl.errors import MaskingError, ModelError
-from mftctl.gpu_failures import gpu_failures, is_out_of_memory
+from mftctl.gpu_failures import gpu_failures
 from mftctl.masking.checkpoint_source import is_adapter, resolve_checkpoint
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.safetensors_files import tensor_index
+from mftctl.model_failures import model_failures
 from mftctl.remote_code import require_trusted_code, trusts_code
 
 
@@ -80,12 +81,7 @@ def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype, device=device).merge_and_unload()
         return merged
     settings = attention_settings(folder, dtype)
-    try:
-        model = load_weights(folder, dtype=dtype, device_map=dict(places) or None, **settings)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
+    model = load_weights(folder, dtype=dtype, device_map=dict(places) or None, **settings)
     record_attention(model)
     return model
 
@@ -111,15 +107,39 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ModelError: transformers cannot load it, or it needs code that is not trusted.
     """
     require_trusted_code(folder)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts_code())
-    except (OSError, ValueError, KeyError) as error:
+    return checked_tokenizer(folder, folder, local_files_only=True)
+
+
+def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub model, whose chat templates are texts.
+
+    Args:
+        source: As `from_pretrained` takes it.
+        path: For the error.
+        options: For `from_pretrained`.
+
+    Raises:
+        ModelError: transformers cannot load it, or a chat template is none.
+    """
+    with model_failures(
+        "The tokenizer cannot be loaded.",
+        path=path,
+        hint="copy tokenizer.json and tokenizer_config.json from the base model into this folder",
+    ):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trusts_code(), **options
+        )
+    template: object = found.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise ModelError(
-            "The tokenizer cannot be loaded.",
-            path=folder,
-            actual=error,
-            hint="copy tokenizer.json and tokenizer_config.json from the base model into this folder",
-        ) from error
+            "The chat template of the tokenizer is no text.",
+            path=path,
+            key="chat_template",
+            expected="a Jinja template, or several by name",
+            actual=type(template).__name__,
+        )
+    return found
 
 
 def whole_checkpoint(folder: Path) -> Path:

@@ -17,6 +17,7 @@ from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.in_memory import spellings
 from mftctl.masking.safetensors_files import StoredTensor, tensor_digest, tensor_index
 from mftctl.masking.stored_layout import StoredPart, stored_parts
+from mftctl.model_failures import model_failures
 from mftctl.models import attention_settings
 from mftctl.remote_code import trusts_code
 
@@ -35,18 +36,16 @@ def build_outline(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         ModelError: transformers does not know the model, or a weight is missing in the files.
         MaskingError: The files hold the weights in a form that cannot be read by parts.
     """
-    try:
-        config = read_configuration(folder)
-        if getattr(config, "quantization_config", None):
-            raise MaskingError("Weights in 8 bits cannot be read by parts.", path=folder, expected="bf16, fp16 or fp32")
+    config, settings = read_configuration(folder), attention_settings(folder, dtype)
+    if getattr(config, "quantization_config", None):
+        raise MaskingError("Weights in 8 bits cannot be read by parts.", path=folder, expected="bf16, fp16 or fp32")
+    with model_failures("The model cannot be loaded.", path=folder):
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=trusts_code(), **attention_settings(folder, dtype)
+                config, dtype=dtype, trust_remote_code=trusts_code(), **settings
             )
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError("The model cannot be loaded.", path=folder, actual=error) from error
     record_attention(model)
     model.tie_weights()  # which the meta device undid
     _keep_in_fp32(model)

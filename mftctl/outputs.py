@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 from mftctl.config import Recipe
 from mftctl.errors import OutputError
 from mftctl.file_names import require_short
+from mftctl.json_files import read_json_object
 from mftctl.recipe_files import files_of_recipe
 from mftctl.storage import require_writable
 
@@ -58,7 +58,9 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
 def _adapter_base(folder: Path) -> Iterator[Path]:
     """The model that a LoRA adapter belongs to, as its configuration names it."""
     with suppress(OSError, ValueError, TypeError, KeyError):
-        yield Path(json.loads((folder / _ADAPTER_FILE).read_bytes())["base_model_name_or_path"])
+        base = Path(read_json_object(folder / _ADAPTER_FILE)["base_model_name_or_path"])
+        os.path.lexists(base)  # which refuses what no file can be called
+        yield base
 
 
 def check_output(output: Path, inputs: Iterable[Input], runs: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from mftctl.devices import find_device
 from mftctl.errors import ConfigError, MftError, ModelError
 from mftctl.evaluating import check_measures
+from mftctl.json_files import read_json_object
 from mftctl.masking.checkpoint_source import resolve_checkpoint
 from mftctl.masking.targets import layer_groups, parse_layers
 from mftctl.models import best_device
@@ -104,13 +104,13 @@ def _model_config(model: str, revision: str | None) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except (OSError, ValueError) as error:
         raise ModelError("The model's configuration cannot be read.", path=path, actual=error) from error
-    return config
 
 
 def _layer_count(config: dict[str, Any]) -> int | None:
     """The decoder layers that a configuration states; None where it states them under another name."""
-    texts = (config, config.get("text_config") or {})
-    return next((int(text[key]) for text in texts for key in _LAYER_COUNT_KEYS if key in text), None)
+    texts = [text for text in (config, config.get("text_config")) if isinstance(text, dict)]
+    stated = (text[key] for text in texts for key in _LAYER_COUNT_KEYS if key in text)
+    return next((count for count in stated if isinstance(count, int)), None)

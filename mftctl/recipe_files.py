@@ -3,42 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Final, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from mftctl.config import Recipe, Stage
 from mftctl.errors import ConfigError
-from mftctl.yaml_numbers import NumberLoader
+from mftctl.recipe_yaml import MAX_VALUES, parse_yaml, read_yaml
 
 _INSTALLED = Path(__file__).parent / "recipes"
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "recipes"
 
 
-class _Loader(NumberLoader):
-    """Refuses a key that is there twice."""
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen = set()
-    for key, _ in node.value:
-        if isinstance(key, yaml.ScalarNode):
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} twice", key.start_mark)
-            seen.add(key.value)
-    loader.flatten_mapping(node)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
-
-# Forbidden characters, and values such as the date 2024-13-45, are reported without a place.
-_YAML_ERRORS = (yaml.YAMLError, ValueError)
+MAX_EXTENDED: Final = 64
+MAX_TASKS: Final = 1_000
+"""Stages with their seeds and swept values spelled out."""
+_MOST_PROBLEMS: Final = 20
+_LONGEST_PROBLEM: Final = 400
 
 
 def built_in_names() -> list[str]:
@@ -60,38 +46,16 @@ def find_recipe(name: str) -> Path:
         ConfigError: There is no such file and no such built-in recipe.
     """
     path = Path(name)
-    if path.is_file():
+    if _is_file(path):
         return path
     if name in built_in_names():
         return BUILT_IN_FOLDER / f"{name}.yaml"
     raise ConfigError(
         "There is no such recipe.",
-        path=name,
+        path=_cut(name),
         expected=f"a YAML file, or one of the built-in recipes: {', '.join(built_in_names())}",
         hint=nearest(name, built_in_names()),
     )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; numbers such as 1e-4 are numbers.
-
-    Raises:
-        ConfigError: The file cannot be read, is not YAML, repeats a key or holds no mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("The recipe cannot be read.", path=path, actual=error) from error
-    try:
-        document = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
-        raise ConfigError("The recipe is not valid YAML.", path=f"{path}{line}", actual=error.problem) from error
-    except _YAML_ERRORS as error:
-        raise ConfigError("The recipe is not valid YAML.", path=path, actual=error) from error
-    if not isinstance(document, dict):
-        raise ConfigError("A recipe is a mapping of keys to values.", path=path, actual=type(document).__name__)
-    return document
 
 
 def files_of_recipe(name: str) -> list[Path]:
@@ -115,26 +79,62 @@ def _extended_names(path: Path, document: dict[str, Any]) -> list[str]:
     extended = document.pop("extends", [])
     names = [extended] if isinstance(extended, str) else extended
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError("extends names recipes.", path=path, key="extends", expected="a name or a list", actual=names)
+        raise ConfigError(
+            "extends names recipes.", path=path, key="extends", expected="a name or a list", actual=_cut(names)
+        )
     return names
 
 
 def _extended(path: Path, name: str) -> Path:
     """The file of a recipe that another extends: beside it, else as on the command line."""
     beside = path.parent / name
-    return beside if beside.is_file() else find_recipe(name)
+    return beside if _is_file(beside) else find_recipe(name)
 
 
-def _read_extended(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in a recipe file, over those of the recipes that it extends."""
-    if path.resolve() in chain:
-        circle = " -> ".join(item.name for item in (*chain, path))
-        raise ConfigError("Recipes extend each other in a circle.", path=path, key="extends", actual=circle)
-    document = read_yaml(path)
-    merged: dict[str, Any] = {}
-    for name in _extended_names(path, document):
-        merged = _merge(merged, _read_extended(_extended(path, name), (*chain, path.resolve())))
-    return _merge(merged, document)
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than one can be
+        return False
+
+
+class _Family:
+    """A recipe and those that it extends, each read once, however many of the others name it."""
+
+    def __init__(self) -> None:
+        self._merged: dict[Path, dict[str, Any]] = {}
+        self._names = self._values = 0
+
+    def merged(self, path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+        """The mapping in a recipe file, over those of the recipes that it extends."""
+        place = path.resolve()
+        if place in chain:
+            circle = " -> ".join(item.name for item in (*chain, path))
+            raise ConfigError("Recipes extend each other in a circle.", path=path, key="extends", actual=_cut(circle))
+        if place not in self._merged:
+            document = read_yaml(path)
+            names = _extended_names(path, document)
+            self._names += len(names)
+            self._values += _count_values(document)
+            if self._names > MAX_EXTENDED or self._values > MAX_VALUES:
+                raise ConfigError(
+                    "A recipe with those that it extends is larger than they may be.",
+                    path=path,
+                    key="extends",
+                    expected=f"at most {MAX_EXTENDED} names of recipes and {MAX_VALUES:,} keys and values in all",
+                    actual=f"{self._names} names and {self._values:,} keys and values up to this file",
+                )
+            merged: dict[str, Any] = {}
+            for name in names:
+                merged = _merge(merged, self.merged(_extended(path, name), (*chain, place)))
+            self._merged[place] = _merge(merged, document)
+        return self._merged[place]
+
+
+def _count_values(value: object) -> int:
+    if isinstance(value, Mapping):
+        return sum(1 + _count_values(part) for part in value.values())
+    return 1 + sum(map(_count_values, value)) if isinstance(value, list | tuple | set) else 1
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def load_recipe(
         ConfigError: Any problem of the file, the assignments or their values; all of them are listed.
     """
     path = None if name is None else find_recipe(name)
-    document = deepcopy(dict(base or {})) if path is None else _read_extended(path)
+    document = deepcopy(dict(base or {})) if path is None else _Family().merged(path)
     assign(document, [_parse_assignment(text) for text in sets])
     assign(document, list((options or {}).items()))
     if not stages:
@@ -232,10 +232,7 @@ def _parse_assignment(text: str) -> tuple[str, object]:
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
         raise ConfigError("--set takes a key and a value.", expected="--set a.b=value", actual=text)
-    try:
-        return key.strip(), yaml.load(value, Loader=_Loader)
-    except _YAML_ERRORS as error:
-        raise ConfigError("The value of --set is not valid YAML.", key=key.strip(), actual=repr(value)) from error
+    return key.strip(), parse_yaml(value, "The value of --set", key=key.strip())
 
 
 def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recipe:
@@ -247,13 +244,54 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
     try:
         recipe = Recipe.model_validate(document)
     except ValidationError as error:
-        problems = _describe_all(error.errors())
-        raise ConfigError("The configuration does not fit.", path=path, problems=problems) from error
-    stages = recipe.stages.items()
-    problems = [f"stages.{name}.{problem}" for name, stage in stages for problem in _stage_problems(recipe, stage)]
+        found = error.errors()
+        raise _not_fitting(_describe_all(found[:_MOST_PROBLEMS]), len(found) - _MOST_PROBLEMS, path) from error
+    _require_few_tasks(recipe, path)
+    bare, stages = recipe.model_copy(update={"stages": {}}), recipe.stages.items()
+    problems = [f"stages.{name}.{problem}" for name, stage in stages for problem in _stage_problems(bare, stage)]
     if problems:
-        raise ConfigError("The configuration does not fit.", path=path, problems=problems)
+        raise _not_fitting(problems[:_MOST_PROBLEMS], len(problems) - _MOST_PROBLEMS, path)
     return recipe
+
+
+def _not_fitting(problems: Sequence[str], more: int, path: Path | None) -> ConfigError:
+    told = [_cut(problem, _LONGEST_PROBLEM) for problem in problems]
+    return ConfigError(
+        "The configuration does not fit.",
+        path=path,
+        problems=[*told, *([f"and {more:,} more"] if more > 0 else [])],
+    )
+
+
+def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
+    """Nothing, if the swept values of each stage give no more tasks than an experiment may have."""
+    seeds = max(1, len(recipe.seeds))
+    tasks = sum(seeds * math.prod(map(len, stage.sweep.values())) for stage in recipe.stages.values())
+    if tasks > MAX_TASKS:
+        raise too_many_tasks(tasks, path)
+
+
+def too_many_tasks(tasks: int, path: Path | None = None) -> ConfigError:
+    """The error of an experiment that would never end.
+
+    Args:
+        tasks: How many there are at least.
+        path: The recipe.
+    """
+    return ConfigError(
+        "The recipe has more tasks than an experiment may have.",
+        path=path,
+        key="stages",
+        expected=f"at most {MAX_TASKS:,} stages, with seeds and swept values spelled out",
+        actual=f"{tasks:,}" if tasks < 10**15 else "more than can be counted",
+        hint="sweep fewer values, or share them out over several recipes",
+    )
+
+
+def _cut(value: object, most: int = 200) -> str:
+    """A value as text, short enough for a message."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _stage_problems(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
@@ -325,7 +363,7 @@ def _describe(problem: Any, location: Sequence[str]) -> str:
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{key}: {text}" if key else text
-    return f"{key}: {_lowered(problem['msg'])}, got {problem['input']!r}"
+    return f"{key}: {_lowered(problem['msg'])}, got {_cut(repr(problem['input']))}"
 
 
 def _lowered(sentence: str) -> str:

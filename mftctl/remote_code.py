@@ -87,7 +87,8 @@ def _is_known(config: Mapping[str, Any]) -> bool:
     """Whether transformers has the model itself, so that it needs no code from the folder."""
     from transformers import CONFIG_MAPPING
 
-    return config.get("model_type") in CONFIG_MAPPING
+    name = config.get("model_type")
+    return isinstance(name, str) and name in CONFIG_MAPPING
 
 
 def _is_known_tokenizer(config: Mapping[str, Any]) -> bool:

@@ -118,12 +118,17 @@ class TrainingFolder:
             stream.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; none before the first, and not one that a kill has cut short."""
+        """The lines of `metrics.jsonl`; none before the first, and not one that a kill has cut short.
+
+        Raises:
+            RunError: The file is damaged.
+        """
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        *lines, _ = read_regular(path).decode().split("\n")
-        return [json.loads(line) for line in lines]
+        from mftctl.run_contents import metrics_lines
+
+        return metrics_lines(path)
 
     def rewind(self, step: int) -> None:
         """Drops what was logged after `step`, since a resumed training will do these steps again."""
@@ -155,8 +160,20 @@ class Run:
 
     @property
     def started(self) -> datetime:
-        """When it was begun, which no resumption changes: what chat templates take for the present."""
-        return datetime.fromisoformat(self.record.started)
+        """When it was begun, which no resumption changes: what chat templates take for the present.
+
+        Raises:
+            RunError: The record has no time there.
+        """
+        try:
+            return datetime.fromisoformat(self.record.started)
+        except ValueError as error:
+            raise RunError(
+                "The record of this run does not say when it was begun.",
+                path=self.folder / "run.json",
+                key="started",
+                actual=self.record.started,
+            ) from error
 
     @property
     def is_worked_on(self) -> bool:
@@ -306,11 +323,13 @@ def load_run(folder: Path) -> Run:
     """The run in a folder.
 
     Raises:
-        RunError: The folder has no readable `run.json`.
+        RunError: The folder has no readable `run.json`, or what is in it is of another type than it should be.
     """
     path = folder / "run.json"
     if not is_recordable(folder.name):
         raise RunError("The name of this run folder is not UTF-8.", path=shown_name(folder), hint="rename or remove it")
+    from mftctl.run_contents import check_contents, first_fault
+
     try:
         record = _record_reader().validate_json(read_regular(path))
     except (OSError, ValueError) as error:
@@ -318,8 +337,12 @@ def load_run(folder: Path) -> Run:
             "This is not a readable run folder.",
             path=path,
             expected=f"a JSON record with {', '.join(item.name for item in fields(RunRecord)[:4])}",
-            actual=_first_fault(error),
+            actual=first_fault(error),
         ) from error
+    try:
+        check_contents(record)
+    except ValueError as error:
+        raise RunError(f"This run's record is not sound: {first_fault(error)}.", path=path) from error
     return Run(folder, record)
 
 
@@ -328,16 +351,6 @@ def _record_reader() -> TypeAdapter[RunRecord]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(RunRecord)
-
-
-def _first_fault(error: OSError | ValueError) -> str:
-    """What is wrong with a record, in a line."""
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
-        return str(error)
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    return ": ".join([*map(str, fault["loc"]), fault["msg"]])
 
 
 def run_folders(root: Path) -> list[Path]:

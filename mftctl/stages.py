@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -11,7 +12,10 @@ from typing import Any
 
 from mftctl.config import Command, Recipe, Stage
 from mftctl.errors import ConfigError
-from mftctl.recipe_files import nearest, with_changes
+from mftctl.recipe_files import MAX_TASKS, nearest, too_many_tasks, with_changes
+
+Variant = dict[str, Any]
+"""The swept keys and their values."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,10 @@ def spell_out(recipe: Recipe) -> list[Task]:
     """All tasks of a recipe, each after those it needs, seed by seed.
 
     Raises:
-        ConfigError: A stage needs one that is not there, or stages need each other in a circle.
+        ConfigError: A stage needs one that is not there, stages need each other in a circle, or there are too many.
     """
     order = stage_order(recipe.stages)
+    _require_few(recipe, order)
     tasks: list[Task] = []
     for seed in recipe.seeds or (recipe.seed,):
         made: dict[str, list[Task]] = {}
@@ -53,6 +58,34 @@ def spell_out(recipe: Recipe) -> list[Task]:
             made[name] = list(_tasks_of(recipe, name, seed, made))
             tasks += made[name]
     return tasks
+
+
+def _require_few(recipe: Recipe, order: Sequence[str]) -> None:
+    """Nothing, if swept values that stages inherit from each other do not multiply to too many tasks."""
+    tasks, seeds = 0, max(1, len(recipe.seeds))
+    made: dict[str, list[Variant]] = {}
+    for name in order:
+        stage = recipe.stages[name]
+        inputs = [variant for other in stage.of or filter(None, [stage.after]) for variant in made[other]] or [{}]
+        probes = made[stage.layers_from] if stage.layers_from else [{}]
+        pairs = (
+            {**inherited, **probed}
+            for inherited, probed in itertools.product(inputs, probes)
+            if _agree(inherited, probed)
+        )
+        few = list(itertools.islice(pairs, MAX_TASKS + 1))
+        tasks += seeds * len(few) * math.prod(map(len, stage.sweep.values()))
+        if tasks > MAX_TASKS:
+            raise too_many_tasks(tasks)
+        made[name] = [{**pair, **choice} for pair in few for choice in _choices(stage)]
+
+
+def _agree(inherited: Variant, probed: Variant) -> bool:
+    return all(inherited.get(key, value) == value for key, value in probed.items())
+
+
+def _choices(stage: Stage) -> list[Variant]:
+    return [dict(zip(stage.sweep, values, strict=True)) for values in itertools.product(*stage.sweep.values())]
 
 
 def stage_order(stages: Mapping[str, Stage]) -> list[str]:
@@ -88,22 +121,21 @@ def stage_order(stages: Mapping[str, Stage]) -> list[str]:
 
 def _tasks_of(recipe: Recipe, name: str, seed: int, made: Mapping[str, Sequence[Task]]) -> Iterator[Task]:
     """The tasks of one stage: for each input, each probe of the same variant and each choice of swept values."""
-    stage = recipe.stages[name]
+    stage, bare = recipe.stages[name], recipe.model_copy(update={"stages": {}})
     inputs: list[Task | None] = [task for other in stage.of for task in made[other]]
     if not stage.of:
         inputs = list(made[stage.after]) if stage.after else [None]
     probes: list[Task | None] = list(made[stage.layers_from]) if stage.layers_from else [None]
-    choices = [dict(zip(stage.sweep, values, strict=True)) for values in itertools.product(*stage.sweep.values())]
-    for source, probe, choice in itertools.product(inputs, probes, choices):
+    for source, probe, choice in itertools.product(inputs, probes, _choices(stage)):
         inherited = {} if source is None else dict(source.variant)
-        probed = {} if probe is None else probe.variant
-        if any(inherited.get(key, value) != value for key, value in probed.items()):
+        probed = {} if probe is None else dict(probe.variant)
+        if not _agree(inherited, probed):
             continue
         variant = {**inherited, **probed, **choice}
         full_name = name + _variant_text(variant)
         changes = {"stages": {}, "seeds": [], **stage.set, **choice, "seed": seed}
         label = source.name if stage.of and source is not None else full_name
-        yield Task(full_name, label, stage.command, seed, with_changes(recipe, changes), source, probe, variant)
+        yield Task(full_name, label, stage.command, seed, with_changes(bare, changes), source, probe, variant)
 
 
 def _variant_text(variant: Mapping[str, Any]) -> str:

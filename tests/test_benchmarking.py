@@ -13,7 +13,7 @@ from mftctl import benchmarking
 from mftctl.config import EvalOptions, Recipe
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluating import evaluate
-from mftctl.progress import Silence
+from mftctl.progress import Listener, Silence
 from mftctl.runs import Run
 from tests.workflow_fixtures import make_recipe, open_run
 
@@ -34,11 +34,13 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def scored(workspace: Path, tmp_path: Path, **options: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def scored(
+    workspace: Path, tmp_path: Path, listener: Listener | None = None, **options: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The data set of the one task, and its samples."""
     recipe = make_recipe(workspace, test_data=[], **{f"eval__{key}": value for key, value in options.items()})
     run, source = open_run(tmp_path, "eval", recipe)
-    (dataset,) = evaluate(recipe, source, run, Silence())["datasets"]
+    (dataset,) = evaluate(recipe, source, run, listener or Silence())["datasets"]
     return dataset, [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
 
 
@@ -174,6 +176,45 @@ class Warnings(Silence):
 
     def warn(self, text: str) -> None:
         self.texts.append(text)
+
+
+def test_predictions_that_are_no_text_fail_their_problems_alone(workspace: Path, tmp_path: Path) -> None:
+    """Half of a surrogate pair, which JSON can express, ended the run once all were judged."""
+    written = [{"task_id": record["task_id"], "completion": record["canonical_solution"]} for record in FUNCTIONS]
+    written[0]["completion"] += "    # \ud800"
+    written[3]["completion"] = "\udfff"
+    listener = Warnings()
+    _, rows = scored(
+        workspace,
+        tmp_path,
+        listener,
+        tasks=["humaneval"],
+        task_data={"humaneval": write(tmp_path / "problems.jsonl", FUNCTIONS)},
+        predictions=write(tmp_path / "written.jsonl", written),
+    )
+    assert [row["scores"]["pass@1,tests"] for row in rows] == [0, 1, 1, 0]
+    (text,) = [text for text in listener.texts if "surrogate" in text]
+    assert text.endswith("those of T/0, T/3.")
+
+
+def test_formulas_without_end_are_named(workspace: Path, tmp_path: Path) -> None:
+    problems = [
+        {"problem": f"What is {n}?", "solution": f"$\\boxed{{{n}}}$", "level": "Level 1", "type": "Algebra"}
+        for n in range(8)
+    ]
+    written = [{"id": n, "output": "\\boxed{" + "1" * 10**5 + "}" if n else "\\boxed{0}"} for n in range(8)]
+    listener = Warnings()
+    _, rows = scored(
+        workspace,
+        tmp_path,
+        listener,
+        tasks=["math"],
+        task_data={"math": write(tmp_path / "problems.jsonl", problems)},
+        predictions=write(tmp_path / "written.jsonl", written),
+    )
+    assert [row["scores"]["flexible,none"] for row in rows] == [1] + [0] * 7
+    text = next(text for text in listener.texts if "500 characters" in text)
+    assert text.endswith("those of 1, 2, 3, 4, 5 and 2 more.")
 
 
 def judge_alpaca(workspace: Path, tmp_path: Path, outputs: list[str]) -> tuple[Run, dict[str, Any], list[str]]:

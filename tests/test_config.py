@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from mftctl.config import DEFAULT_PATIENCE, DEFAULT_RATIO, FftOptions, MaskTrainOptions, Recipe, Stage
 from mftctl.data.sources import DataSource
 from mftctl.deciding_keys import deciding_keys, to_document
-from mftctl.recipe_files import parse_recipe, read_yaml
+from mftctl.recipe_files import parse_recipe
+from mftctl.recipe_yaml import read_yaml
 
 # Letters only: a text such as 1e5 is a number to YAML unless it is quoted.
 TEXT = st.text("abcxyzäß -_/.:'\"#", min_size=1)

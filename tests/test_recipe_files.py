@@ -16,9 +16,9 @@ from mftctl.recipe_files import (
     find_recipe,
     load_recipe,
     parse_recipe,
-    read_yaml,
     with_changes,
 )
+from mftctl.recipe_yaml import read_yaml
 
 
 @pytest.fixture
@@ -433,3 +433,65 @@ def test_extends_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="extends names recipes") as caught:
         load_recipe(str(path))
     assert caught.value.key == "extends"
+
+
+# Bounds
+
+
+def test_diamonds_of_recipes_are_read_once_each(tmp_path: Path) -> None:
+    for level in range(18):
+        following = f"extends: [{level + 1}.yaml, {level + 1}.yaml]\n" if level < 17 else "seed: 5\n"
+        (tmp_path / f"{level}.yaml").write_text(following)
+    assert load_recipe(str(tmp_path / "0.yaml")).seed == 5
+
+
+def test_a_chain_of_too_many_recipes_is_refused(tmp_path: Path) -> None:
+    for level in range(66):
+        (tmp_path / f"{level}.yaml").write_text(f"extends: {level + 1}.yaml\n" if level < 65 else "seed: 5\n")
+    with pytest.raises(ConfigError, match="larger than they may be") as caught:
+        load_recipe(str(tmp_path / "0.yaml"))
+    assert "at most 64 names of recipes" in str(caught.value.expected)
+    assert load_recipe(str(tmp_path / "1.yaml")).seed == 5
+
+
+def test_extended_recipes_are_too_large_together(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.yaml").write_text(f"{name}: [{'1, ' * 2000}]\n")
+    path = write(tmp_path, "extends: [a.yaml, b.yaml, c.yaml]\n")
+    with pytest.raises(ConfigError, match="larger than they may be") as caught:
+        load_recipe(path)
+    assert caught.value.path == str(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a/" * 3000, "a\\0b"])
+def test_extended_name_that_no_file_can_have_is_a_config_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="There is no such recipe"):
+        load_recipe(write(tmp_path, f'extends: "{name}"\n'))
+
+
+def test_of_many_problems_the_first_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path, "".join(f"k{number}: 1\n" for number in range(2000)))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    assert len(caught.value.problems) == 21
+    assert caught.value.problems[0] == "k0: unknown key"
+    assert caught.value.problems[-1] == "and 1,980 more"
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    (problem,) = problems_of({"seed": "x" * 100_000})
+    assert problem.startswith("seed: input should be a valid integer, got 'xxx")
+    assert len(problem) < 300
+
+
+def test_sweeps_that_multiply_are_counted_and_not_spelled_out() -> None:
+    keys = ("epochs", "max_steps", "batch_size", "lora_rank", "lora_alpha", "eval_steps", "patience", "batch_tokens")
+    stage = {"command": "fft", "sweep": {f"fft.{key}": list(range(1, 11)) for key in keys}}
+    with pytest.raises(ConfigError, match="more tasks than") as caught:
+        parse_recipe({"stages": {"s": stage}})
+    assert (caught.value.expected, caught.value.actual) == (
+        "at most 1,000 stages, with seeds and swept values spelled out",
+        "100,000,000",
+    )
+    with pytest.raises(ConfigError, match="more tasks than"):
+        parse_recipe({"seeds": list(range(1001)), "stages": {"s": {"command": "fft"}}})

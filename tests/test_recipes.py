@@ -16,7 +16,8 @@ from mftctl.data.formats import to_example
 from mftctl.data.trees import conversations, is_message
 from mftctl.deciding_keys import deciding_keys
 from mftctl.evaluation.benchmarks import BENCHMARKS, expand_groups
-from mftctl.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe, read_yaml
+from mftctl.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe
+from mftctl.recipe_yaml import read_yaml
 from mftctl.stages import Task, spell_out
 from mftctl.steps import records_per_step
 

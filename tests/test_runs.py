@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mftctl import runs
 from mftctl.errors import ConfigError, DataError, Interrupted, MaskFileError, RunError, StorageError
 from mftctl.fingerprints import source_digest
-from mftctl.recipe_files import read_yaml
+from mftctl.recipe_yaml import read_yaml
 from mftctl.recording import recorded
 from mftctl.runs import Run, TrainingFolder, create_run, list_runs, load_run, newest_run
 from mftctl.temporary import temporary_folder

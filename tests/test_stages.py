@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mftctl.config import Stage
+from mftctl.config import Recipe, Stage
 from mftctl.errors import ConfigError
 from mftctl.recipe_files import parse_recipe
 from mftctl.stages import Task, spell_out, stage_order
@@ -133,3 +133,20 @@ def test_swept_values_are_checked_when_the_recipe_is_read() -> None:
     with pytest.raises(ConfigError) as caught:
         tasks_of({"mft": {"command": "mask-train", "sweep": {"mask_train.ratio": [0.1, 1.5]}}})
     assert any("mask_train.ratio" in problem and "1.5" in problem for problem in caught.value.problems)
+
+
+def test_swept_values_that_stages_inherit_are_counted_and_not_spelled_out() -> None:
+    swept, fewer = list(range(1, 401)), list(range(300))
+    after: dict[str, Any] = {
+        "a": {"command": "fft", "sweep": {"seed": fewer}},
+        "b": {"command": "fft", "after": "a", "sweep": {"fft.batch_size": swept}},
+    }
+    probed: dict[str, Any] = {
+        "a": {"command": "fft", "sweep": {"fft.batch_size": swept}},
+        "b": {"command": "probe", "sweep": {"seed": fewer}},
+        "c": {"command": "mask-train", "after": "a", "layers_from": "b"},
+    }
+    for stages in (after, probed):
+        recipe = Recipe.model_validate({"stages": stages})
+        with pytest.raises(ConfigError, match="more tasks than an experiment may have"):
+            spell_out(recipe)

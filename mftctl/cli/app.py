@@ -18,6 +18,7 @@ from mftctl.errors import ConfigError, Interrupted, MftError
 from mftctl.processes import leave, world_size
 from mftctl.signals import end_as_on_interrupt
 from mftctl.storage import known_failures
+from mftctl.visible_text import visible_line
 
 HELP = """
 Make a fine-tuned language model better by learning which weights to remove.
@@ -69,6 +70,10 @@ COMMANDS = {
 }
 
 
+_UsageError: Any = typer.BadParameter.__bases__[0]
+"""Whatever is wrong with a command line; Typer has no name of its own for it."""
+
+
 class _Root(TyperGroup):
     """The group of all commands; imports none but the one that is called."""
 
@@ -77,6 +82,16 @@ class _Root(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:  # Typer would end the program itself
             raise Interrupted("Stopped.") from None
+        except _UsageError as error:
+            error.message = visible_line(error.message)
+            raise
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            error.message = visible_line(error.message)
+            raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)

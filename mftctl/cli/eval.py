@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mftctl.cli import options as opt
@@ -159,9 +160,9 @@ def show(console: Output, runs: list[Run]) -> None:
             for metric in dataset["metrics"]:
                 error = metric["standard_error"]
                 table.add_row(
-                    run.record.result["state"],
-                    dataset["name"],
-                    metric["name"],
+                    escape(run.record.result["state"]),
+                    escape(dataset["name"]),
+                    escape(metric["name"]),
                     f"{metric['value']:.4f}",
                     "" if error is None else f"{error:.4f}",
                     str(metric["samples"]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import Output
+from mftctl.json_text import json_text
 from mftctl.reporting.following import Following, RunProgress
+from mftctl.visible_text import visible_line
 
 INTERVAL_SECONDS = 2.0
 _NEWEST = 5
@@ -132,7 +133,7 @@ def _tell_changes(console: Output, progress: Sequence[RunProgress], told: dict[s
         tenth = None if not item.steps or item.step is None else _TENTHS * item.step // item.steps
         state = (item.status, item.part, tenth, item.validation_loss, item.best_validation_loss)
         if told.get(item.run) != state and (item.status == "running" or not first):
-            console.text((json.dumps(asdict(item)) if console.as_json else _line(item)) + "\n")
+            console.text(json_text(asdict(item), indent=None) if console.as_json else f"{visible_line(_line(item))}\n")
         told[item.run] = state
 
 

@@ -31,9 +31,11 @@ def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
     """Show what a mask removes, and where it comes from."""
     from dataclasses import asdict
 
-    from mftctl.masking.bits import load_mask
+    from mftctl.masking.bits import open_mask
 
-    mask = load_mask(file)
+    with open_mask(file) as mask:
+        for name in mask.names():
+            mask.packed(name)  # which checks it
     tensors = {name: asdict(mask.records[name]) for name in mask.names()}
     document = {
         "file": str(file),
@@ -52,9 +54,8 @@ def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
         table.add_column(column, justify="right")
     for name in mask.names():
         record = mask.records[name]
-        numel = mask[name].numel()
         shape = " × ".join(map(str, record.shape))
-        table.add_row(escape(name), shape, f"{record.removed:,}", f"{record.removed / numel:.4f}")
+        table.add_row(escape(name), shape, f"{record.removed:,}", f"{record.removed / record.weights:.4f}")
     Output(as_json=as_json).result(document, pairs_table("Mask", rows), table)
 
 
@@ -63,10 +64,11 @@ def diff(first: MaskFile, second: MaskFile, as_json: opt.AsJson = False) -> None
     """Compare two masks: what both remove, and how much of that chance would give."""
     from dataclasses import asdict
 
-    from mftctl.masking.bits import load_mask
+    from mftctl.masking.bits import open_mask
     from mftctl.masking.comparison import diff as compare
 
-    found = compare(load_mask(first), load_mask(second))
+    with open_mask(first) as one, open_mask(second) as other:
+        found = compare(one, other)
     rows = [*found.tensors.items(), ("all", found.total)]
     document: dict[str, Any] = {
         name: {**asdict(overlap), "jaccard": overlap.jaccard, "expected_jaccard": overlap.expected_jaccard}

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.errors import ConfigError
 from mftctl.launching.launch import Shard
-from mftctl.yaml_numbers import NumberLoader
+from mftctl.recipe_yaml import parse_yaml
 
 INPUT = "Input and output"
 TRAINING = "Training"
@@ -139,8 +138,8 @@ def template_variables(pairs: list[str]) -> dict[str, bool | int | float | str]:
     for pair in pairs:
         name, separator, text = pair.partition("=")
         try:
-            value = (yaml.load(text, Loader=NumberLoader) if text else "") if separator and name else None
-        except yaml.YAMLError:
+            value = (parse_yaml(text, "The value") if text else "") if separator and name else None
+        except ConfigError:  # such as {{, which is text
             value = text
         if not isinstance(value, bool | int | float | str):
             raise ConfigError(

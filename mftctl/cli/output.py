@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,17 +10,21 @@ from types import TracebackType
 from typing import Any
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mftctl.cli.consoles import PlainTextConsole
+from mftctl.cli.streams import unfiltered_messages
 from mftctl.command_line import command_line
 from mftctl.errors import ConfigError, MftError
+from mftctl.json_text import json_text
 from mftctl.processes import is_first, world_size
 from mftctl.progress import Progress as State
+from mftctl.visible_text import visible, visible_line
 
 _TOO_SHORT = ("validating", "comparing", "reporting", "drawing")
 """Tasks whose tenths are not worth a line each."""
@@ -41,10 +44,10 @@ class Output:
         self.as_json = as_json
         self._speaks = is_first()
         # Without emoji, lest a name such as `a:key:b` be shown as another.
-        self._results = Console(soft_wrap=False, quiet=not self._speaks, emoji=False)
-        self._messages = Console(stderr=True, quiet=not self._speaks, emoji=False)
+        self._results = PlainTextConsole(soft_wrap=False, quiet=not self._speaks, emoji=False)
+        self._messages = PlainTextConsole(stderr=True, file=unfiltered_messages(), quiet=not self._speaks, emoji=False)
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[speed]}"),
@@ -129,7 +132,7 @@ class Output:
     def result(self, document: Mapping[str, Any], *views: RenderableType) -> None:
         """Writes the result to stdout: the document as JSON if that was asked for, else its views."""
         if self.as_json:
-            self.text(json.dumps(document, indent=2) + "\n")
+            self.text(json_text(document))
             return
         if self._results.width < _FULL_COLUMNS:
             self._results.width = max(self._results.width, *map(self._least_columns, views), 1)
@@ -142,9 +145,9 @@ class Output:
         return Measurement.get(self._results, options, view).minimum
 
     def text(self, text: str) -> None:
-        """Writes text to stdout as it is."""
+        """Writes text to stdout, with nothing in it that a terminal would obey."""
         if self._speaks:
-            sys.stdout.write(text)
+            sys.stdout.write(visible(text))
             sys.stdout.flush()
 
     def ask(self, question: str, option: str) -> str:
@@ -157,7 +160,7 @@ class Output:
             raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}")
         with self._without_bars():
             try:
-                return str(typer.prompt(question, err=True))
+                return str(typer.prompt(visible_line(question), err=True))
             except OSError as error:  # the terminal has gone while it was asked
                 raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}") from error
 
@@ -167,7 +170,7 @@ class Output:
             return False
         with self._without_bars():
             try:
-                return typer.confirm(f"Replace {what}?", err=True)
+                return typer.confirm(f"Replace {visible_line(what)}?", err=True)
             except OSError:  # the terminal has gone while it was asked
                 return False
 
@@ -193,5 +196,5 @@ def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(name, escape(value))
+        table.add_row(escape(name), escape(value))
     return table

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from mftctl.cli import options as opt
@@ -98,7 +99,7 @@ def _trainings(run: Run, result: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if name == "layers" else "right")
     for group in result["groups"]:
         losses = (f"{group['start_loss']:.4f}", f"{group['best_loss']:.4f}", f"{group['change']:+.4f}")
-        table.add_row(group["layers"], *losses, style=_style(group, result))
+        table.add_row(escape(group["layers"]), *losses, style=_style(group, result))
     return table
 
 
@@ -107,12 +108,12 @@ def _promises(run: Run, result: dict[str, Any]) -> Table:
     caption = None
     if (found := result["agreement"]) is not None:
         measured = f"{found['rank_correlation']:+.2f} over {found['groups']} groups"
-        caption = f"Rank correlation with the trained {found['run']}: {measured}"
+        caption = f"Rank correlation with the trained {escape(found['run'])}: {measured}"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", min_width=len(title))
     table.add_column("layers")
     table.add_column("promised", justify="right")
     for group in result["groups"]:
-        table.add_row(group["layers"], f"{group['change']:+.4f}", style=_style(group, result))
+        table.add_row(escape(group["layers"]), f"{group['change']:+.4f}", style=_style(group, result))
     return table
 
 

@@ -18,6 +18,7 @@ from mftctl.config import Recipe
 from mftctl.errors import ConfigError
 from mftctl.outputs import Input, check_output
 from mftctl.recipe_files import load_recipe
+from mftctl.visible_text import visible_line
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
@@ -186,9 +187,9 @@ def _tell(console: Output, made: Report) -> None:
     if flagged:
         console.warn(f"{flagged} times a state was made in another way than its comparison; the report says how")
     for line in made.unfinished:
-        console.note(f"Not finished: {line}")
+        console.note(visible_line(f"Not finished: {line}"))
     for problem in made.problems[:_MOST_TOLD]:
-        console.warn(problem)
+        console.warn(visible_line(problem))
     if len(made.problems) > _MOST_TOLD:
         console.warn(f"{len(made.problems) - _MOST_TOLD} more like these are in the report")
     console.note(made.advice.reason)

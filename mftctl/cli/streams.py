@@ -9,7 +9,9 @@ import os
 import select
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TextIO
+
+from mftctl.visible_text import visible
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -43,9 +45,10 @@ _GONE = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV})
 def prepare_streams() -> None:
     """Makes standard output and standard error fit to be written to, whatever they are.
 
-    What the encoding cannot express is spelled in plain letters or escaped. Of messages nothing is worth ending the
-    work: what cannot be written to standard error is dropped, and so is a result where its terminal is gone. Streams
-    that were closed at the start are opened on nothing, lest the next file take their place.
+    What the encoding cannot express is spelled in plain letters or escaped, and so are control characters in messages
+    of any library. Of messages nothing is worth ending the work: what cannot be written to standard error is dropped,
+    and so is a result where its terminal is gone. Streams that were closed at the start are opened on nothing, lest
+    the next file take their place.
     """
     codecs.register_error(_SPELLING, _spell)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
@@ -53,10 +56,12 @@ def prepare_streams() -> None:
             setattr(sys, name, Path(os.devnull).open("w" if number else "r", encoding="utf-8"))
     # Compared, since a test or another program that calls mftctl may have put streams of its own in place.
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
-        sys.stderr = _forgiving(sys.stderr, None)
+        behind = _forgiving(sys.stderr, None)
+        sys.stderr = _VisibleText(_writer(sys.stderr, None), encoding=sys.stderr.encoding, line_buffering=True)
+        sys.stderr.rich_proxied_file = behind
     if sys.stdout is sys.__stdout__ and isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.isatty():
         sys.stdout = _forgiving(sys.stdout, _GONE)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, getattr(sys.stderr, "rich_proxied_file", None)):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=_SPELLING)
 
@@ -70,10 +75,39 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
     return "".join(spelled), error.end
 
 
+def unfiltered_messages() -> TextIO | None:
+    """The stream behind standard error that takes controls too, for a console that writes its own; None without one.
+
+    Rich looks for it itself, but not behind the stream that it puts in place of standard error while bars are live.
+    """
+    stream: Any = sys.stderr
+    while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
+        stream = behind
+    return None if stream is sys.stderr else stream
+
+
 def _forgiving(stream: io.TextIOWrapper, dropped: frozenset[int] | None) -> io.TextIOWrapper:
     """The same stream, whose writing no longer fails with some errors."""
-    writer = io.BufferedWriter(ForgivingWriter(stream.fileno(), dropped))
-    return io.TextIOWrapper(writer, encoding=stream.encoding, line_buffering=True)
+    return io.TextIOWrapper(_writer(stream, dropped), encoding=stream.encoding, line_buffering=True)
+
+
+def _writer(stream: io.TextIOWrapper, dropped: frozenset[int] | None) -> io.BufferedWriter:
+    return io.BufferedWriter(ForgivingWriter(stream.fileno(), dropped))
+
+
+class _VisibleText(io.TextIOWrapper):
+    """Standard error with control characters spelled out: in warnings, logs and tracebacks of any library.
+
+    Rich, which has controls of its own to write, looks for the stream behind a stream under this name.
+    """
+
+    rich_proxied_file: io.TextIOWrapper
+
+    def write(self, text: str) -> int:
+        """The number of characters taken."""
+        # A progress bar goes back to the start of its line before each of its states.
+        super().write(f"\r{visible(text[1:])}" if text.startswith("\r") else visible(text))
+        return len(text)
 
 
 class ForgivingWriter(io.RawIOBase):

@@ -166,7 +166,7 @@ def _mask(names: str, mask: Mapping[str, Any]) -> Table:
     for (projection, shape), tensors in groups.items():
         counts = [[tensor[key] for tensor in tensors] for key in ("weights", "removed")]
         sums = [None if None in numbers else sum(numbers) for numbers in counts]
-        view.add_row(projection, shape, str(len(tensors)), *map(_count, sums))
+        view.add_row(Text(projection), shape, str(len(tensors)), *map(_count, sums))
     return view
 
 

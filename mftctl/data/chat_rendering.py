@@ -10,12 +10,11 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, cast
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from mftctl.data import template_clock
 from mftctl.data.examples import Example, Message, ToolCall
+from mftctl.data.template_limits import TEMPLATE_FAILURES, first_line, render_template
 from mftctl.data.turn_ends import TurnEnd, common_start, turn_end
 from mftctl.errors import DataError
 
@@ -31,9 +30,6 @@ _SENTENCE_WORDS = 3
 _THOUGHT_END = "</think>"
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
 _OTHER_TEMPLATE = "choose another template with --chat-template, or remove the record"
-
-TEMPLATE_FAILURES = (jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError)
-"""What the code of a template raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +270,7 @@ class ChatRenderer:
                 "The chat template of the tokenizer fails on this record.",
                 path=example.where,
                 expected="roles in an order that the template takes",
-                actual=f"{', '.join(message.role for message in messages)}: {error}",
+                actual=f"{', '.join(message.role for message in messages)}: {first_line(error)}",
                 hint="--merge-system, if it takes no system turn; --chat-template chooses another template",
             ) from error
 
@@ -286,16 +282,8 @@ class ChatRenderer:
         self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, marked: bool = False
     ) -> tuple[str, list[list[tuple[int, int]]]]:
         """The text of the turns, and where the template marks what is generated, if that is asked for."""
-        texts, spans = cast(
-            "tuple[list[str], list[list[tuple[int, int]]]]",
-            render_jinja_template(
-                conversations=[[dict(turn) for turn in turns]],
-                chat_template=self._template,
-                return_assistant_tokens_mask=marked,
-                **{**self._tokenizer.special_tokens_map, **variables},
-            ),
-        )
-        return texts[0], spans
+        named = {**self._tokenizer.special_tokens_map, **variables}
+        return render_template(turns, self._template, marked=marked, **named)
 
     def _variables(self, example: Example) -> dict[str, Any]:
         variables = json.loads(example.template_args or "{}")

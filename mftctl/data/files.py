@@ -147,12 +147,25 @@ def _csv(path: Path) -> Iterator[Record]:
     rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
         header = next(rows, [])
+        _require_names_once(header, path)
         for row in rows:
             where = f"{path}:{rows.line_num}"
             if row:
                 yield Record(where, _csv_fields(header, row, where))
     except csv.Error as error:
         raise DataError("The data file is malformed.", path=f"{path}:{rows.line_num}", actual=str(error)) from error
+
+
+def _require_names_once(header: list[str], path: Path) -> None:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(
+            "Two columns have one name.",
+            path=f"{path}:1",
+            expected="a name of its own for each column",
+            actual=", ".join(map(repr, twice)),
+            hint="rename or remove one of them",
+        )
 
 
 def _csv_fields(header: list[str], row: list[str], where: str) -> dict[str, str | None]:

@@ -13,6 +13,7 @@ from mftctl.errors import DataError
 
 _Build = Callable[[Fields, str], Example]
 _PREFERENCES = ("chosen", "rejected")
+_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _FUNCTIONS = ("tools", "functions")
 _SYSTEM = ("system", "system_prompt")
 _LABELS = ("labels", "completion_mask", "assistant_masks", "attention_mask")
@@ -48,6 +49,7 @@ def to_example(record: Mapping[str, Any], where: str) -> Example:
     """
     fields = _present(record)
     _refuse_preferences(fields, where)
+    _refuse_media(fields, where)
     found = _format_of(fields)
     if found is None:
         raise DataError(
@@ -99,6 +101,20 @@ def _refuse_preferences(fields: Fields, where: str) -> None:
             expected="records of questions and answers",
             actual=f"the field{'s' if len(keys) > 1 else ''} {' and '.join(keys)} (for DPO, KTO and the like)",
             hint="to learn the preferred answers, write records with prompt and completion",
+        )
+
+
+def _refuse_media(fields: Fields, where: str) -> None:
+    """What is asked about a picture cannot be learned from the question alone."""
+    key = next((key for key in _MEDIA if fields.get(key)), None)
+    if key is not None:
+        raise DataError(
+            "The record has more than text.",
+            path=where,
+            key=key,
+            expected="no images, videos or audio",
+            actual=type(fields[key]).__name__,
+            hint="mftctl trains language models on text; remove the record, or the field if its text stands alone",
         )
 
 
@@ -200,13 +216,24 @@ def _pair(prompt_key: str, answer_key: str, kind: Kind) -> _Build:
 
 
 def _alpaca(fields: Fields, where: str) -> Example:
-    instruction = text(fields, "instruction", where)
-    context = text(fields, "input", where, default="")
-    prompt = "\n\n".join(part for part in (instruction, context) if part.strip())
+    prompt = _instruction(fields, "input", where)
     answer = _answer(fields, "output", where)
     earlier = _history(fields.get("history", []), where)
     messages = _with_system((*earlier, Message("user", prompt), Message("assistant", answer)), fields, where)
     return Example("chat", messages, where, has_turns=len(messages) > 2)
+
+
+def _dolly(fields: Fields, where: str) -> Example:
+    """An instruction and the text that it is about (Dolly)."""
+    prompt, answer = _instruction(fields, "context", where), _answer(fields, "response", where)
+    messages = _with_system((Message("user", prompt), Message("assistant", answer)), fields, where)
+    return Example("chat", messages, where, has_turns=len(messages) > 2)
+
+
+def _instruction(fields: Fields, context_key: str, where: str) -> str:
+    """An instruction, and behind a blank line what it is about, if anything."""
+    parts = (text(fields, "instruction", where), text(fields, context_key, where, default=""))
+    return "\n\n".join(part for part in parts if part.strip())
 
 
 def _history(pairs: object, where: str) -> tuple[Message, ...]:
@@ -302,7 +329,7 @@ _FORMATS = (
     _Format(("question", "answer"), _pair("question", "answer", "chat"), _SYSTEM),
     _Format(("question", "response"), _pair("question", "response", "chat"), _SYSTEM),
     _Format(("instruction", "output"), _alpaca, ("input", "history", *_SYSTEM)),
-    _Format(("instruction", "response"), _pair("instruction", "response", "chat"), _SYSTEM),
+    _Format(("instruction", "response"), _dolly, ("context", *_SYSTEM)),
     _Format(("problem", "solution"), _pair("problem", "solution", "chat"), _SYSTEM),
     _Format(("query", "response"), _pair("query", "response", "chat"), _SYSTEM),
     _Format(("query", "answer"), _pair("query", "answer", "chat"), _SYSTEM),

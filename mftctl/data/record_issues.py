@@ -114,25 +114,22 @@ class RecordIssues:
             )
         if self.ignored:
             lines.append(f"ignored: {', '.join(sorted(self.ignored))}")
-        if self.without_thinking:
-            lines.append(
-                f"the chat template leaves out the thinking before answers in {self.without_thinking:,} records"
-            )
-        if self.last_only:
-            lines.append(
-                f"of {self.last_only:,} conversations only the last answer is learned: the chat template changes "
-                "earlier ones"
-            )
-        if self.tools_as_text:
-            lines.append(
-                f"in {self.tools_as_text:,} conversations tools are written as JSON text: the chat template has no "
-                "place for them"
-            )
-        if self.open_turns:
-            lines.append(
-                f"in {self.open_turns:,} conversations the chat template ends earlier answers with nothing: their end "
-                "is not learned"
-            )
+        for count, noun, words in (
+            (self.without_thinking, "record", "the chat template leaves out the thinking before answers"),
+            (self.last_only, "conversation", "only the last answer is learned: the chat template changes earlier ones"),
+            (
+                self.tools_as_text,
+                "conversation",
+                "tools are written as JSON text: the chat template has no place for them",
+            ),
+            (
+                self.open_turns,
+                "conversation",
+                "the chat template ends earlier answers with nothing: their end is not learned",
+            ),
+        ):
+            if count:
+                lines.append(f"in {count:,} {noun if count == 1 else f'{noun}s'} {words}")
         return lines
 
 

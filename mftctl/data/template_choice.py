@@ -11,9 +11,8 @@ from pathlib import Path
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from mftctl.data.chat_rendering import TEMPLATE_FAILURES
+from mftctl.data.template_limits import TEMPLATE_FAILURES, render_template
 from mftctl.errors import ConfigError
 from mftctl.regular_files import read_regular
 
@@ -130,7 +129,7 @@ def _assignment(name: str, value: TemplateValue) -> str:
 
 def _check(template: str, source: str | None) -> None:
     try:
-        render_jinja_template(conversations=[[{"role": "user", "content": "A"}]], chat_template=template)
+        render_template([{"role": "user", "content": "A"}], template)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
             "The chat template is no Jinja template.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -92,9 +93,27 @@ def checks(problem: Mapping[str, Any]) -> str:
     if "test" not in problem:
         return "\n".join([problem.get("test_setup_code") or "", *problem["test_list"]])
     test, changed = _COMPUTED.subn(_ONLY_WHAT_CAN_CROSS, problem["test"])
-    if changed or problem.get("reference"):
-        test = f"{comparison_source()}\n\n{test}"
-    return f"{test}\n\ncheck({problem['entry_point']})\n" if "prompt" in problem else test
+    if "prompt" in problem:
+        test = f"{_helpers(problem)}{test}\n\ncheck({problem['entry_point']})\n"
+    return f"{comparison_source()}\n\n{test}" if changed or problem.get("reference") else test
+
+
+def _helpers(problem: Mapping[str, Any]) -> str:
+    """What the prompt defines in front of the function, for the test's own use.
+
+    HumanEval/32, 38 and 50 test with functions of the prompt: taken from the answer, they would find anything right.
+    """
+    try:
+        tree = ast.parse(f"{problem['prompt']}\n    pass\n")
+    except (SyntaxError, ValueError):
+        return ""
+    before: list[ast.stmt] = []
+    for statement in tree.body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)) and statement.name == entry_point(problem):
+            return f"{ast.unparse(ast.Module(before, []))}\n\n" if before else ""
+        if not (isinstance(statement, ast.ImportFrom) and statement.module == "__future__"):
+            before.append(statement)
+    return ""
 
 
 def reference(problem: Mapping[str, Any]) -> str:

@@ -58,9 +58,18 @@ def benchmark_config(name: str) -> dict[str, Any]:
         config["filter_list"] = [*config["filter_list"], _MARKED_FILTER]
     if name in _SCORED_BY:
         config["process_results"] = _SCORED_BY[name]
-    if _SCORED_BY.get(name) is maths_scores:
+    if is_maths(name):
         config["metric_list"] = _MATHS_METRICS
     return {**config, "task": name, "test_split": config.get("test_split") or config["validation_split"]}
+
+
+def is_maths(name: str) -> bool:
+    """Whether the answers of a benchmark are formulas.
+
+    Args:
+        name: Of a benchmark, or of a task of lm-eval.
+    """
+    return _SCORED_BY.get(name) is maths_scores
 
 
 def _task_config(folder: str, task: str) -> dict[str, Any]:

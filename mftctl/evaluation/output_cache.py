@@ -80,7 +80,7 @@ def _complete_lines(path: Path) -> list[tuple[str, str]]:
     if rest:
         path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
     try:
-        return [(str(key), str(output)) for key, output in map(json.loads, whole.splitlines())]
+        return [(str(key), str(output)) for key, output in map(json.loads, whole.split("\n") if whole else [])]
     except ValueError as error:
         raise EvaluationError(
             "The outputs of an interrupted evaluation are damaged.",

@@ -47,6 +47,16 @@ def read_predictions(path: Path, problems: Sequence[Mapping[str, Any]], *, limit
     return outputs
 
 
+def problem_name(problem: Mapping[str, Any], place: int) -> str:
+    """What a problem is called: by itself, or its position.
+
+    Args:
+        problem: Of a benchmark.
+        place: Its position, from 0.
+    """
+    return _names(problem, place)[0]
+
+
 def _names(problem: Mapping[str, Any], place: int) -> list[str]:
     named = [str(problem[field]) for field in _NAMES if field in problem]
     return named or [str(place)]
@@ -71,7 +81,7 @@ def _check_numbers(outputs: Sequence[Sequence[str]], asked: Sequence[Mapping[str
             raise EvaluationError(
                 "The predictions miss or repeat problems.",
                 path=path,
-                key=f"problem {_names(asked[place], place)[0]}",
+                key=f"problem {problem_name(asked[place], place)}",
                 expected=f"{max(len(outputs[0]), 1)} for each problem",
                 actual=len(written),
                 hint="the same --limit as when they were written" if not written else None,

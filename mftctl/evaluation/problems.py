@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import EvaluationError
+from mftctl.evaluation.half_characters import is_whole
 from mftctl.evaluation.problem_fields import check_problem, decided_by
 from mftctl.evaluation.problem_files import read_records
 from mftctl.evaluation.problem_layouts import from_published_layout
@@ -92,4 +93,10 @@ def _problems(found: Iterable[tuple[str, dict[str, Any]]], task: str, source: st
 
 def _checked(found: Iterable[tuple[str, dict[str, Any]]], task: str) -> Iterator[dict[str, Any]]:
     for where, record in found:
+        if not is_whole(json.dumps(record, ensure_ascii=False, default=str)):
+            raise EvaluationError(
+                "A problem holds half of a surrogate pair, which is no text.",
+                path=where,
+                expected="text that UTF-8 can hold",
+            )
         yield check_problem(record, task, where)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from mftctl.evaluation.answers import MARKER, final_answer
 
@@ -16,6 +16,15 @@ _INVALID = "[invalid]"
 """lm-eval's word for an output without an answer."""
 
 _MARKED = re.compile(rf"{MARKER}[^\S\n]*([+\-\N{{MINUS SIGN}}]?\$?[+\-\N{{MINUS SIGN}}]?\d[\d,]*(?:\.\d+)?%?)")
+
+MOST_ANSWER_CHARACTERS = 500
+"""Of a formula: none of MATH's has half as many, and the time that comparing takes grows with their square."""
+
+MOST_LINE_CHARACTERS = 10_000
+"""Of an answer to IFEval, whose longest texts have about as many in all."""
+
+_SUM = re.compile(r"(?:[^\sA-Za-z\\=] ?)+")
+"""What has no word, command or equals sign in it."""
 
 _LANGUAGE_CODES = {"english": "en", "arabic": "ar"}
 """Where articles are left out before answers are compared, as in lm-eval."""
@@ -25,7 +34,8 @@ def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str
     """Whether the answer is right: `strict` in the form asked for, `flexible` in any that says what is meant.
 
     Strict is Minerva's: the text after "Final Answer: The final answer is", or the last box, equal after
-    normalisation. Flexible is also right where math-verify calls both equal.
+    normalisation. Flexible is also right where math-verify calls both equal. An answer of more than
+    `MOST_ANSWER_CHARACTERS` is wrong.
 
     Args:
         problem: With its `solution`.
@@ -38,9 +48,27 @@ def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str
     output = outputs[0]
     gold = _boxed(problem["solution"])
     named = minerva.get_unnormalized_answer(output)
-    given = [minerva.normalize_final_answer(text) for text in (named, _boxed(output)) if text is not None]
+    given = [minerva.normalize_final_answer(text) for text in (named, _boxed(output)) if _is_short(text)]
     strict = any(minerva.is_equiv(answer, minerva.normalize_final_answer(gold or "")) for answer in given)
-    return {"strict": float(strict), "flexible": float(strict or _verified(problem["solution"], output))}
+    flexible = strict or (not is_too_long(output) and _verified(problem["solution"], output))
+    return {"strict": float(strict), "flexible": float(flexible)}
+
+
+def is_too_long(output: str) -> bool:
+    """Whether an answer, or a sum on the way to it, is longer than anything that is compared.
+
+    Args:
+        output: Of a problem whose answer is a formula.
+    """
+    from lm_eval.tasks.minerva_math import utils as minerva
+
+    answers = (minerva.get_unnormalized_answer(output), _boxed(output))
+    sums = (match.group() for match in _SUM.finditer(output))
+    return any(text is not None and len(text) > MOST_ANSWER_CHARACTERS for text in (*answers, *sums))
+
+
+def _is_short(text: str | None) -> TypeGuard[str]:
+    return text is not None and len(text) <= MOST_ANSWER_CHARACTERS
 
 
 def _boxed(text: str) -> str | None:
@@ -109,10 +137,20 @@ def instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> di
     state = random.getstate()
     random.seed(0)
     try:
-        scores: dict[str, Any] = ifeval.process_results(problem, outputs)
+        short = ["" if has_long_line(output) else output for output in outputs]
+        scores: dict[str, Any] = ifeval.process_results(problem, short)
     finally:
         random.setstate(state)
     return scores
+
+
+def has_long_line(output: str) -> bool:
+    """Whether a line is longer than lm-eval's checkers of instructions can look through: time grows with its square.
+
+    Args:
+        output: Of a problem of IFEval, which then keeps no instruction.
+    """
+    return any(len(line) > MOST_LINE_CHARACTERS for line in output.split("\n"))
 
 
 def length_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:

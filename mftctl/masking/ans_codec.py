@@ -16,8 +16,11 @@ import numpy.typing as npt
 from mftctl.errors import MaskFileError, MaskFormatError
 
 WORD_BYTES: Final = 4
-BYTES_A_START_WORD: Final = 2**16
-"""Packed bytes for each word that the stack of words starts with: what bounds a reader's memory."""
+MAX_BYTES_A_WORD: Final = 2**8
+"""Packed bytes for each word of a payload, at most: what bounds a reader's time and memory."""
+
+_BYTES_A_START_WORD: Final = 2**16
+_MINORITY_BITS_A_WORD: Final = 16  # each costs 2 bits or more
 
 _TOTAL: Final = 2**24
 _SYMBOLS: Final = 256
@@ -36,7 +39,7 @@ def encode_ans(packed: npt.NDArray[np.uint8], zeros: int) -> bytes:
         MaskFileError: The package `constriction` is missing.
     """
     stream, model = _stream(), _model(len(packed), zeros)
-    coder = stream.stack.AnsCoder(_start(len(packed)))
+    coder = stream.stack.AnsCoder(_start(len(packed), zeros))
     # A stack: the last symbol goes in first.
     for first in reversed(range(0, len(packed), _CHUNK_BYTES)):
         coder.encode_reverse(packed[first : first + _CHUNK_BYTES].astype(np.int32), model)
@@ -48,7 +51,7 @@ def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: 
 
     Args:
         payload: Bytes from an untrusted file.
-        size_bytes: The packed size that the tensor's shape claims. It is allocated if it is at most 16,384 times the
+        size_bytes: The packed size that the tensor's shape claims. It is allocated if it is at most 64 times the
             payload, and refused otherwise.
         zeros: The zero bits that the tensor's record claims, padding included; at most `8 * size_bytes`.
         path: The mask file, for the message.
@@ -58,13 +61,13 @@ def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: 
         MaskFormatError: The payload is not that of so many bytes.
         MaskFileError: The package `constriction` is missing.
     """
-    start_bytes = WORD_BYTES * _start_words(size_bytes)
-    if len(payload) < start_bytes or len(payload) % WORD_BYTES or not any(payload[-WORD_BYTES:]):
+    least_bytes = WORD_BYTES * max(_start_words(size_bytes, zeros), -(-size_bytes // MAX_BYTES_A_WORD))
+    if len(payload) < least_bytes or len(payload) % WORD_BYTES or not any(payload[-WORD_BYTES:]):
         raise MaskFormatError(
             "The payload of this tensor is no ANS stream for its shape",
             path=path,
             key=key,
-            expected=f"words of {WORD_BYTES} bytes, {start_bytes} bytes or more, the last word not 0",
+            expected=f"words of {WORD_BYTES} bytes, {least_bytes} bytes or more, the last word not 0",
             actual=f"{len(payload)} bytes that end in 0x{payload[-WORD_BYTES:].hex()}",
             hint=_DAMAGE_HINT,
         )
@@ -75,7 +78,7 @@ def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: 
         chunk = packed[first : first + _CHUNK_BYTES]
         chunk[:] = coder.decode(model, len(chunk))
     rest = coder.get_compressed()
-    if not np.array_equal(rest, _start(size_bytes)):
+    if not np.array_equal(rest, _start(size_bytes, zeros)):
         raise MaskFormatError(
             "The ANS stream of this tensor does not fit its shape and its number of removed weights",
             path=path,
@@ -102,12 +105,15 @@ def frequencies(size_bytes: int, zeros: int) -> list[int]:
     return found
 
 
-def _start_words(size_bytes: int) -> int:
-    return -(-size_bytes // BYTES_A_START_WORD)
+def _start_words(size_bytes: int, zeros: int) -> int:
+    """The words that the stack starts with: so many that the payload of a mask with next to no entropy has its size."""
+    minority = min(zeros, 8 * size_bytes - zeros)
+    lacking = -(-size_bytes // MAX_BYTES_A_WORD) - minority // _MINORITY_BITS_A_WORD
+    return max(-(-size_bytes // _BYTES_A_START_WORD), lacking)
 
 
-def _start(size_bytes: int) -> npt.NDArray[np.uint32]:
-    return np.ones(_start_words(size_bytes), dtype=np.uint32)
+def _start(size_bytes: int, zeros: int) -> npt.NDArray[np.uint32]:
+    return np.ones(_start_words(size_bytes, zeros), dtype=np.uint32)
 
 
 def _model(size_bytes: int, zeros: int) -> Any:

@@ -15,8 +15,9 @@ Container
     ascending name. `__metadata__` MUST hold exactly the strings `mftctl` (the document) and `sha256` (the digest).
 
 Document
-    `mftctl` MUST be a JSON object without a key twice, with exactly these keys: `format_version` (1), `kind` ("weight":
-    out = base * mask; "delta": out = base + mask * (tuned - base)), `bit_order` ("little"), `tensors`, `base`
+    `mftctl` MUST be a JSON object without a key twice or half of a surrogate pair, with exactly these keys:
+    `format_version` (1), `kind` ("weight": out = base * mask; "delta": out = base + mask * (tuned - base)),
+    `bit_order` ("little"), `tensors`, `base`
     (`{"model": string, "revision": string or null}`), `method` (string), `ratio` (0 to 1, or null), `threshold` (number
     or null), `layers` (string or null), `seed` (integer from -2^63 to 2^64 - 1, or null), `run_id` (string or null).
     `base.model` and `method` MUST NOT be empty. A document of kind "delta" MUST also have the key `tuned` (an object as
@@ -51,15 +52,18 @@ Payload
     in exact integers; what the 256 frequencies lack of 2^24 is added to f(255) if 2 Z <= B, else to f(0). c(b) is the
     sum of f over all smaller bytes. A coder has a state x, at first 0, and fills it from the stack: while x < 2^32 and
     the stack is not empty, x = 2^32 x + the top word, which leaves the stack.
-    To write, fill x from a stack of ceil(S / 2^16) words of value 1, and put in the packed bytes from last to first:
+    To write, fill x from a stack of
+        max(ceil(S / 2^16), ceil(S / 2^8) - floor(min(Z, B - Z) / 16))
+    words of value 1, and put in the packed bytes from last to first:
         if floor(x / 2^40) >= f(b): push x mod 2^32, then x = floor(x / 2^32);
         x = 2^24 floor(x / f(b)) + c(b) + (x mod f(b)).
     At the end push x, the low word first, without a high word of 0. To read, fill x from the payload, and take out S
     bytes from first to last, each followed by filling x:
         q = x mod 2^24; b is the byte with c(b) <= q < c(b) + f(b); x = f(b) floor(x / 2^24) + q - c(b).
     Then x and the stack MUST be what writing starts from, and the payload's last word MUST NOT be 0. The packed size
-    MUST be at most 2^16 times the number of words, to which the words at the start see: a reader allocates at most
-    16,384 times what it was given, and a mask that removes next to nothing still takes next to nothing.
+    MUST be at most 2^8 times the number of words, to which the words at the start see where the bits have too little
+    entropy (below a ratio of 0.8 %): a reader allocates at most 64 times what it was given, and its time is in
+    proportion.
 
 Digest
     `sha256` MUST be the SHA-256, in 64 lower-case hex digits, over: the document in UTF-8, then for each tensor by
@@ -237,7 +241,7 @@ def load_mask(path: Path | str) -> Mask:
     """The mask in a file, after every check that the format asks for.
 
     Args:
-        path: A file from anyone. At most about 9 times its size is allocated, with codec "ans" 16,385 times.
+        path: A file from anyone. At most about 9 times its size is allocated, with codec "ans" 65 times.
 
     Raises:
         MaskFormatError: The file cannot be read, is damaged, of an unknown version or no mask file.

@@ -15,6 +15,7 @@ from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 ADAPTER_FILE: Final = "adapter_config.json"
 _WANTED_FILES: Final = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "*.py"]
 _UNWANTED_FILES: Final = ["*/*.safetensors", "consolidated*", "onnx/*", "original/*"]
+_LONGEST_SHOWN: Final = 200
 _PICKLES: Final = ("pytorch_model*.bin", "*.pt", "*.pth")
 _CONVERT: Final = (
     "if you trust its weights, convert them: "
@@ -35,11 +36,15 @@ def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: boo
         ModelError: It is none of the three, or its folder lacks `config.json` or safetensors weights.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        is_folder, is_file = folder.is_dir(), folder.exists()
+    except OSError as error:  # a name longer than one can be
+        raise ModelError("There is no such model", key=model[:_LONGEST_SHOWN], actual=error.strerror) from error
+    if is_folder:
         return folder if adapters and is_adapter(folder) else _checked(folder, model)
     if model == quickstart.NAME:
         return _checked(quickstart.model_path(), model)
-    if folder.exists():
+    if is_file:
         raise ModelError(
             "A model is a folder, and this is a file",
             path=folder,

@@ -76,7 +76,7 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
 
     Args:
         payload: Bytes from an untrusted file. The packed size is allocated only where it is less than
-            `MAX_EXPANSION` times theirs ("deflate") or at most 16,384 times ("ans").
+            `MAX_EXPANSION` times theirs ("deflate") or at most 64 times ("ans").
         codec: The codec they claim to be in.
         weights: The number of weights that the tensor's shape claims.
         removed: How many of them its record claims to be removed, at most `weights`. Only "ans" needs it, and the

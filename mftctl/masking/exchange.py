@@ -17,7 +17,6 @@ given, and from then on damage is found.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 import zipfile
@@ -27,6 +26,7 @@ from typing import Any, BinaryIO, Final
 
 from mftctl.atomic import Permit, atomic_file
 from mftctl.errors import MaskFileError, MaskFormatError, MaskMismatchError
+from mftctl.json_files import read_json_object
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord
 from mftctl.masking.codecs import count_kept
 from mftctl.masking.dtypes import TORCH_DTYPES
@@ -245,7 +245,7 @@ def _base_model_prefix(folder: Path) -> str:
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
-        model_type = json.loads((folder / "config.json").read_bytes())["model_type"]
+        model_type = read_json_object(folder / "config.json")["model_type"]
         model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[model_type]]
     except (OSError, ValueError, LookupError, TypeError):
         return ""

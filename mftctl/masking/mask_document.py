@@ -106,10 +106,19 @@ def _known_dtype(name: str) -> str:
     return name
 
 
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a text must not hold half of a surrogate pair, which is no character") from error
+    return text
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+_Text = Annotated[str, AfterValidator(_encodable)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -132,8 +141,8 @@ class _TensorEntry(_Strict):
 
 
 class _Checkpoint(_Strict):
-    model: Annotated[str, Field(min_length=1)]
-    revision: str | None
+    model: Annotated[_Text, Field(min_length=1)]
+    revision: _Text | None
 
 
 class MaskDocument(_Strict):
@@ -149,12 +158,12 @@ class MaskDocument(_Strict):
         dict[Annotated[str, Field(min_length=1), AfterValidator(_printable)], _TensorEntry], Field(min_length=1)
     ]
     base: _Checkpoint
-    method: Annotated[str, Field(min_length=1)]
+    method: Annotated[_Text, Field(min_length=1)]
     ratio: Annotated[float, Field(ge=0, le=1)] | None
     threshold: float | None
-    layers: str | None
+    layers: _Text | None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
-    run_id: str | None
+    run_id: _Text | None
     tuned: _Checkpoint | None = None
 
     @model_validator(mode="after")

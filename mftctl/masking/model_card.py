@@ -8,6 +8,7 @@ from typing import Final
 
 from huggingface_hub import ModelCardData
 
+from mftctl.markdown_text import markdown_code, markdown_text
 from mftctl.masking.bits import Mask
 
 _MASK_PAPER: Final = "Mask Fine-Tuning, https://arxiv.org/abs/2503.22764"
@@ -35,27 +36,34 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
         facts.append(("Mask file (SHA-256)", f"`{digest}`"))
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     tensors = "\n".join(
-        f"| `{name}` | {record.weights:,} | {record.removed:,} |" for name, record in mask.records.items()
+        f"| {_in_table(markdown_code(name))} | {record.weights:,} | {record.removed:,} |"
+        for name, record in mask.records.items()
     )
+    title = f"{markdown_text(tuned_model or base_model)}, masked"
     return (
-        f"---\n{front_matter}\n---\n\n# {tuned_model or base_model}, masked\n\n{_summary(mask, base_model)}\n\n"
+        f"---\n{front_matter}\n---\n\n# {title}\n\n{_summary(mask, base_model)}\n\n"
         f"| Mask | |\n| --- | --- |\n{rows}\n\n"
         f"| Tensor | Weights | Removed |\n| --- | ---: | ---: |\n{tensors}\n\n"
         f"Made with mftctl ({_MASK_PAPER if tuned_model is None else _DROP_PAPER}).\n"
     )
 
 
+def _in_table(code: str) -> str:
+    """Code in a cell, where a bar ends the cell even within it."""
+    return code.replace("|", "\\|")
+
+
 def _summary(mask: Mask, base_model: str) -> str:
     share = f"{mask.removed:,} of {mask.weights:,} masked weights"
     if mask.metadata.tuned_model is None:
         return (
-            f"This is `{base_model}` with {share} set to zero ({mask.ratio:.2%}). "
+            f"This is {markdown_code(base_model)} with {share} set to zero ({mask.ratio:.2%}). "
             "All other weights are those of the base, whose own card also holds for this model."
         )
     return (
-        f"This is `{mask.metadata.tuned_model}` with {share} reset to the values of `{base_model}`, from which it was "
-        f"tuned ({mask.ratio:.2%}). All other weights are those of the tuned model, whose own card also holds for "
-        "this model."
+        f"This is {markdown_code(mask.metadata.tuned_model)} with {share} reset to the values of "
+        f"{markdown_code(base_model)}, from which it was tuned ({mask.ratio:.2%}). All other weights are those of the "
+        "tuned model, whose own card also holds for this model."
     )
 
 
@@ -73,5 +81,5 @@ def _facts(mask: Mask) -> list[tuple[str, str]]:
         "Tuned": metadata.tuned_model,
         "Revision of the tuned model": metadata.tuned_revision,
     }
-    known = [(name, str(value)) for name, value in asked.items() if value is not None]
+    known = [(name, markdown_text(str(value))) for name, value in asked.items() if value is not None]
     return [*known, ("Masked tensors", str(len(mask)))]

@@ -56,7 +56,10 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
             says, or two shards hold the same tensor.
     """
     if (folder / WEIGHTS_FILE).is_file():
-        return {stored.name: stored for stored in _read_layout(folder / WEIGHTS_FILE)}
+        only = {stored.name: stored for stored in _read_layout(folder / WEIGHTS_FILE)}
+        if not only:
+            raise ModelError("The checkpoint holds no tensors", path=folder / WEIGHTS_FILE, hint=_DOWNLOAD_HINT)
+        return only
     files = _read_weight_map(folder)
     tensors: dict[str, StoredTensor] = {}
     for file_name in sorted(set(files.values())):
@@ -121,7 +124,7 @@ def truncated(path: Path) -> ModelError:
 
 def _read_layout(path: Path) -> list[StoredTensor]:
     """The tensors of one file; the safetensors library checks that its header is sound."""
-    if not path.is_file():
+    if not _is_file(path):
         raise ModelError("A weight file of the checkpoint is missing", path=path, hint=_DOWNLOAD_HINT)
     try:
         with safe_open(path, framework="pt"):
@@ -138,6 +141,13 @@ def _read_layout(path: Path) -> list[StoredTensor]:
         header: dict[str, dict[str, Any]] = json.loads(stream.read(header_bytes))
     header.pop("__metadata__", None)
     return [_stored(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than one can be
+        return False
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], start_bytes: int) -> StoredTensor:

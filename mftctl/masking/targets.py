@@ -174,20 +174,20 @@ def parse_layers(text: str, layer_count: int) -> list[int]:
         return list(range(layer_count))
     chosen: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        match = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise MaskingError(
                 "Layers are numbers and ranges.", key="layers", expected='"4-7", "0,3,8-11" or "all"', actual=text
             )
+        if last >= layer_count:
+            raise MaskingError(
+                "The model does not have that many layers.",
+                key="layers",
+                expected=f"layers 0 to {layer_count - 1}",
+                actual=text,
+            )
         chosen.update(range(first, last + 1))
-    if max(chosen) >= layer_count:
-        raise MaskingError(
-            "The model does not have that many layers.",
-            key="layers",
-            expected=f"layers 0 to {layer_count - 1}",
-            actual=text,
-        )
     return sorted(chosen)
 
 

@@ -132,7 +132,8 @@ def _kind_of(value: object) -> str:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout == torch.strided and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested  # a nested tensor has no shape, and says strided
+    return is_dense and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
 
 
 def _load(file: Path) -> object:

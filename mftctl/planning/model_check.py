@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from mftctl import quickstart
 from mftctl.checkpoint_check import CheckpointCheck, check_checkpoint, learned_positions
 from mftctl.config import Recipe
 from mftctl.data.template_choice import choose_template
-from mftctl.errors import ConfigError, ModelError
+from mftctl.errors import ConfigError
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.masking.checkpoint_source import is_adapter
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
-from mftctl.models import load_tokenizer
+from mftctl.models import checked_tokenizer, load_tokenizer
 from mftctl.planning.findings import Findings, describe
 from mftctl.planning.skeletons import build_skeleton, read_config
 from mftctl.record_encoding import template_choice
-from mftctl.remote_code import trusts_code
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
@@ -129,10 +128,7 @@ def _check_weights(model: str, tokenizer: PreTrainedTokenizerBase | None, findin
 def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> PreTrainedTokenizerBase | None:
     folder = _local_folder(model)
     if folder is None:
-        try:
-            return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=trusts_code())
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError("The tokenizer cannot be loaded.", path=model, actual=error) from error
+        return checked_tokenizer(model, model, revision=revision)
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer(folder)
     findings.skip(

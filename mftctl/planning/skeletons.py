@@ -15,8 +15,9 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from mftctl import quickstart
-from mftctl.errors import ModelError
+from mftctl.checkpoint_loading import require_few_labels, require_few_layers
 from mftctl.masking.targets import decoder_layers
+from mftctl.model_failures import model_failures
 from mftctl.remote_code import require_trusted_code, trusts_code
 
 
@@ -34,20 +35,19 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     if not folder.is_dir() and model == quickstart.NAME:
         folder = quickstart.model_path()
     require_trusted_code(folder)
-    try:
+    require_few_labels(folder)
+    with model_failures(
+        "The model's configuration cannot be read.",
+        path=folder if folder.is_dir() else model,
+        expected='a folder with config.json, a hub model that can be reached, or "quickstart"',
+        hint="check the path; config.json alone is enough for validate",
+    ):
         config: PreTrainedConfig = (
             AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusts_code())
             if folder.is_dir()
             else AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trusts_code())
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            "The model's configuration cannot be read.",
-            path=folder if folder.is_dir() else model,
-            expected='a folder with config.json, a hub model that can be reached, or "quickstart"',
-            actual=str(error).splitlines()[0],
-            hint="check the path; config.json alone is enough for validate",
-        ) from error
+    require_few_layers(config, folder if folder.is_dir() else model)
     return config
 
 
@@ -61,18 +61,17 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     Raises:
         ModelError: transformers has no causal language model for it.
     """
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                copy.deepcopy(config), dtype=dtype, trust_remote_code=trusts_code()
-            )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
+    with (
+        model_failures(
             "transformers cannot build a causal language model from this configuration.",
             path=config.name_or_path or None,
             key=config.model_type,
-            actual=str(error).splitlines()[0],
-        ) from error
+        ),
+        torch.device("meta"),
+    ):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            copy.deepcopy(config), dtype=dtype, trust_remote_code=trusts_code()
+        )
     return model
 
 

@@ -12,6 +12,7 @@ from mftctl.lineage import FFT, PRE_TRAINED, UNKNOWN
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.measurements import Measurement, belong_together, measurements_of
 from mftctl.reporting.paired_change import Change, paired_change
+from mftctl.run_contents import told
 from mftctl.runs import Run
 
 STATE_ORDER = (
@@ -122,9 +123,13 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
             continue
         try:
             for item in measurements_of(run, by_name):
-                groups.setdefault(item.key, []).append(item)
+                if item.is_number:
+                    groups.setdefault(item.key, []).append(item)
+                else:
+                    name = item.dataset["name"]
+                    problems.append(f"{run.name}: its {item.metric['name']} on {name} is no number, and in no table")
         except RunError as error:
-            problems.append(f"{error.path}: {error.message}")
+            problems.append(told(error, run.name))
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for (origin, _, _), group in groups.items():
         for item in group:
@@ -200,7 +205,7 @@ def _table(
             try:
                 changes = [_change(part, measurements, metric, baseline) for part in parts]
             except (RunError, EvaluationError) as error:
-                problems.append(f"{label}: {error.message}")
+                problems.append(told(error, label))
         rows.append(_row(label, group, changes, is_baseline=state == baseline))
         advance(len(group))
     dataset = measurements[0].dataset

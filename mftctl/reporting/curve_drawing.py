@@ -8,7 +8,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mftctl.reporting.drawing import INK, Figure, style_of
+from mftctl.reporting.drawing import INK, Figure, drawn_text, style_of
 from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.reporting.training_histories import History
 
@@ -245,7 +245,13 @@ def _draw_line(axes: Axes, line: Curve, last: float) -> None:
     if shared:
         columns = [[seed.own[step] for seed in averaged] for step in shared]
         places = [start + step for step in shared]
-        axes.plot(places, [fmean(column) for column in columns], label=line.label, markevery=_every(shared), **style)
+        axes.plot(
+            places,
+            [fmean(column) for column in columns],
+            label=drawn_text(line.label),
+            markevery=_every(shared),
+            **style,
+        )
         if len(averaged) > 1:
             lows, highs = [min(column) for column in columns], [max(column) for column in columns]
             axes.fill_between(places, lows, highs, color=style["color"], alpha=_BAND_ALPHA, linewidth=0)
@@ -255,8 +261,8 @@ def _draw_line(axes: Axes, line: Curve, last: float) -> None:
         if is_averaged and len(rest) < 2:
             continue
         first = start if is_averaged else seed.history.first_step
-        label = line.label if number == 0 and not shared else None
-        axes.plot([first + step for step in rest], [seed.own[step] for step in rest], label=label, **thin)
+        own_label = drawn_text(line.label) if number == 0 and not shared else None
+        axes.plot([first + step for step in rest], [seed.own[step] for step in rest], label=own_label, **thin)
 
 
 def _shared_steps(own: Sequence[Mapping[int, float]]) -> list[int]:
@@ -277,6 +283,6 @@ def _draw_level(axes: Axes, line: Curve, last: float) -> None:
     style = style_of(line.state).keywords()
     values = [value for seed in line.seeds for value in seed.values.values()]
     mean = fmean(values)
-    axes.plot([0, last], [mean, mean], label=line.label, **{**style, "linewidth": 1.0})
+    axes.plot([0, last], [mean, mean], label=drawn_text(line.label), **{**style, "linewidth": 1.0})
     if len(values) > 1:
         axes.fill_between([0, last], min(values), max(values), color=style["color"], alpha=_BAND_ALPHA, linewidth=0)

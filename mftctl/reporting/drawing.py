@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mftctl.reporting.comparison import STATE_ORDER
+from mftctl.visible_text import visible, visible_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 INK = "#1b1b1b"
 GRID = "#8c8c8c"
 COLOUR_MAP = "cividis"
+_LONGEST_TEXT = 120
 # Okabe and Ito's colours without black and yellow, which are lost on a dark and on a light page.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
@@ -41,6 +44,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.0,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name may hold what would be a formula, whole or broken
 }
 
 
@@ -121,10 +125,26 @@ class Drawing:
 def render(figure: Figure) -> Drawing:
     """The figure in both forms; the same bytes for the same data."""
     svg, png = io.StringIO(), io.BytesIO()
-    with _canvas(figure) as canvas:
+    with warnings.catch_warnings(), _canvas(figure) as canvas:
+        # Of a name in a script that the font lacks, which SVG has as text, and of one that leaves no room.
+        warnings.filterwarnings("ignore", r"Glyph .* missing from|constrained_layout not applied|.*support .* natively")
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
-    return Drawing(svg.getvalue(), png.getvalue())
+    return Drawing(visible(svg.getvalue()), png.getvalue())
+
+
+def drawn_text(text: str) -> str:
+    """A text as it is drawn: in short, without control characters, and none that a legend would leave out.
+
+    Args:
+        text: Of any origin.
+    """
+    line = _short(visible_line(text))
+    return f" {line}" if line.startswith("_") else line
+
+
+def _short(text: str) -> str:
+    return f"{text[:_LONGEST_TEXT]}…" if len(text) > _LONGEST_TEXT else text
 
 
 @contextmanager
@@ -132,9 +152,12 @@ def _canvas(figure: Figure) -> Iterator[Canvas]:
     """The figure on a canvas of its own: no window, and nothing left in matplotlib's state."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.text import Text
 
     # With the name as salt, the ids of several figures in one page differ.
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "svg.hashsalt": figure.name}):
         canvas = Canvas(figsize=(figure.width_inches, figure.height_inches), layout="constrained")
         figure.draw(canvas)
+        for text in canvas.findobj(Text):
+            text.set_text(_short(visible(text.get_text())))
         yield canvas

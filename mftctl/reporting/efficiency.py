@@ -8,6 +8,7 @@ from statistics import fmean
 
 from mftctl.errors import RunError
 from mftctl.reporting.comparison import STATE_ORDER, state_label
+from mftctl.run_contents import told
 from mftctl.runs import Run
 
 TRAINING = ("fft", "mask-train")
@@ -77,8 +78,8 @@ def _measured(runs: Sequence[Run], problems: list[str]) -> list[tuple[Run, dict[
         try:
             rates = _rates(run)
             _ = int(run.record.result["peak_memory_bytes"]), int(run.record.result["tokens"])
-        except (RunError, OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{run.folder}: The speed of this training cannot be read: {error!r}")
+        except (RunError, ValueError, KeyError, TypeError) as error:
+            problems.append(told(error, f"{run.folder}: The speed of this training cannot be read"))
             continue
         if rates:
             found.append((run, rates))
@@ -99,7 +100,7 @@ def _rates(run: Run) -> dict[str, float]:
 
 def _efficiency(origin: str, state: str, measured: Sequence[tuple[Run, dict[str, float]]]) -> Efficiency:
     results = [run.record.result for run, _ in measured]
-    flops = [result["flops_per_token"] * result["tokens"] for result in results if "flops_per_token" in result]
+    flops = [result["flops_per_token"] * result["tokens"] for result in results if result.get("flops_per_token")]
     return Efficiency(
         origin=origin,
         state=state,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import OutputError
+from mftctl.json_text import json_text
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.drawing import render
 from mftctl.reporting.headlines import headlines
@@ -45,7 +45,7 @@ def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]
     for name, drawing in drawings.items():
         contents |= {f"figures/{name}.svg": drawing.svg.encode(), f"figures/{name}.png": drawing.png}
     document = {**to_document(report), "files": list(contents)}
-    contents["report.json"] = f"{json.dumps(document, indent=2)}\n".encode()
+    contents["report.json"] = json_text(document).encode()
     write_listed(folder, contents, Kind.REPORT)
     return [folder / name for name in contents]
 

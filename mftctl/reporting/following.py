@@ -5,19 +5,19 @@ Thousands of finished runs cost one look at the time of their record each; of a 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import ValidationError
 
 from mftctl.config import TrainingOptions
-from mftctl.errors import RunError
+from mftctl.errors import MftError
 from mftctl.regular_files import open_regular
+from mftctl.run_contents import metrics_line
 from mftctl.runs import Run, RunRecord, load_run, run_folders
 from mftctl.steps import total_steps
 from mftctl.storage import is_alive
@@ -90,7 +90,7 @@ class Following:
             try:
                 followed = known[folder.name] = self._look_at(folder)
                 found.append(followed.progress())
-            except (OSError, RunError, KeyError, TypeError, ValueError, AttributeError):
+            except (OSError, MftError, KeyError, TypeError, ValueError, AttributeError):
                 unreadable.append(folder.name)
         self._known, self.unreadable = known, tuple(unreadable)
         return found
@@ -229,15 +229,15 @@ class _Metrics:
 
     def _take(self, text: bytes) -> None:
         try:
-            line: dict[str, Any] = json.loads(text)
-            self.step = int(line["step"])
-        except (ValueError, KeyError, TypeError):
+            line = metrics_line(text)
+        except ValueError:
             return  # half of a line that a kill left, with the next one behind it
+        self.step = line["step"]
         if "eval_loss" in line:
             loss = self.validation_loss = float(line["eval_loss"])
             best = self.best_validation_loss
             self.best_validation_loss = loss if best is None else min(best, loss)
-        if "loss" in line:
+        if line.get("loss") is not None:
             self.train_loss = float(line["loss"])
             self.tokens_per_second = line.get("train_tokens_per_second")
             self._take_time(self.step, line.get("train_runtime"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mftctl.markdown_text import markdown_code, markdown_item, markdown_label, markdown_text
 from mftctl.reporting.text_tables import TextCell, TextTable, efficiency_text, flag_lines, metric_text, overview_text
 
 if TYPE_CHECKING:
@@ -26,12 +27,12 @@ EFFICIENCY_NOTE = (
 
 def to_markdown(report: Report) -> str:
     """The whole report; figures are those beside it."""
-    parts = ["# mftctl report", "", f"Next: `{report.advice.command}`. {report.advice.reason}", ""]
+    parts = ["# mftctl report", "", f"Next: {markdown_code(report.advice.command)}. {report.advice.reason}", ""]
     for overview in report.overviews:
         parts += [*table_lines(overview_text(overview)), ""]
     for table in report.tables:
         parts += [*table_lines(metric_text(table)), ""]
-        flagged = [f"- {states}: {flag}" for states, flag in flag_lines(table)]
+        flagged = [f"- {markdown_item(f'{states}: {flag}')}" for states, flag in flag_lines(table)]
         if flagged:
             parts += ["Made in another way than its comparison:", "", *flagged, ""]
     if report.tables:
@@ -39,8 +40,9 @@ def to_markdown(report: Report) -> str:
     if report.efficiency:
         parts += [*table_lines(efficiency_text(report.efficiency)), "", EFFICIENCY_NOTE, ""]
     for figure in report.figures:
-        parts += [f"## {figure.title}", "", f"![{figure.title}](figures/{figure.name}.svg)", ""]
-        parts += [f"{figure.caption} Runs: {', '.join(figure.runs)}.", ""]
+        label = markdown_label(figure.title)
+        parts += [f"## {markdown_text(figure.title)}", "", f"![{label}](figures/{figure.name}.svg)", ""]
+        parts += [markdown_item(f"{figure.caption} Runs: {', '.join(figure.runs)}."), ""]
     parts += list(_ending(report))
     return "\n".join(parts).rstrip("\n") + "\n"
 
@@ -49,29 +51,26 @@ def table_lines(table: TextTable) -> list[str]:
     """A heading and a table; numbers are followed by the runs they come from."""
     names = [name for row in table.rows for cell in row for name in cell.runs]
     columns = (*table.columns, "runs") if names else table.columns
-    lines = [f"## {table.title}", "", f"| {' | '.join(map(_escaped, columns))} |"]
+    lines = [f"## {markdown_text(table.title)}", "", f"| {' | '.join(map(markdown_text, columns))} |"]
     lines.append(f"|{'|'.join('---:' if numeric else '---' for numeric in table.is_numeric)}{'|---' * bool(names)}|")
     for row in table.rows:
         runs = dict.fromkeys(name for cell in row for name in cell.runs)
-        cells = [*map(_cell, row), *([", ".join(runs)] if names else [])]
+        cells = [*map(_cell, row), *([markdown_text(", ".join(runs))] if names else [])]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def _cell(cell: TextCell) -> str:
-    return _escaped(f"{cell.text} {cell.detail}".rstrip())
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|")
+    return markdown_text(f"{cell.text} {cell.detail}".rstrip())
 
 
 def _ending(report: Report) -> Iterator[str]:
     if report.sources:
         yield from ("## Runs", "", "Each is made again by its command, where its inputs still are.", "")
         for source in report.sources:
-            yield f"- {source.name}, {source.made}, seed {source.seed}: `{source.reproduction}`"
+            about = markdown_item(f"{source.name}, {source.made}, seed {source.seed}")
+            yield f"- {about}: {markdown_code(source.reproduction)}"
         yield ""
     for heading, lines in (("Not finished", report.unfinished), ("Left out", report.problems)):
         if lines:
-            yield from (f"## {heading}", "", *(f"- {line}" for line in lines), "")
+            yield from (f"## {heading}", "", *(f"- {markdown_item(line)}" for line in lines), "")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from mftctl.errors import MaskFileError, RunError
 from mftctl.reporting.comparison import STATE_ORDER
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -150,9 +151,9 @@ def _read_mask(run: Run) -> ShownMask:
         path = run.folder / "mask.bits"
         path = path if path.is_file() else Path(record.result["mask"])
         state, seed, origin = str(record.result["state"]), int(record.config.get("seed", 0)), record.inputs["origin"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
-            "The record of this mask's run is not complete.", path=run.folder / "run.json", actual=repr(error)
+            "The record of this mask's run is not complete.", path=run.folder / "run.json", actual=first_fault(error)
         ) from error
     with open_mask(path) as mask:
         for name in mask.names():

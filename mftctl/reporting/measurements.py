@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from mftctl.errors import RunError
 from mftctl.lineage import FFT, PRE_TRAINED
 from mftctl.reporting.paired_change import Samples, read_samples
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 
@@ -27,6 +29,12 @@ class Measurement:
     def key(self) -> tuple[str, str, str]:
         """What two measurements in one table have in common: model, data and metric."""
         return (self.inputs["origin"], f"{self.dataset['name']}:{self.dataset['digest']}", self.metric["name"])
+
+    @property
+    def is_number(self) -> bool:
+        """Whether the value and its error are numbers, and not what a model gives that diverged."""
+        error = self.metric["standard_error"]
+        return math.isfinite(self.metric["value"]) and (error is None or math.isfinite(error))
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -85,7 +93,9 @@ def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
             _ = item.metric["value"], item.metric["standard_error"], item.metric["samples"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = run.folder / "run.json"
-        raise RunError("The record of this evaluation is not complete.", path=path, actual=repr(error)) from error
+        raise RunError(
+            "The record of this evaluation is not complete.", path=path, actual=first_fault(error)
+        ) from error
     return found
 
 

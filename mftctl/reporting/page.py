@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from mftctl.reporting.drawing import INK, Drawing, Figure
 from mftctl.reporting.headlines import headlines
 from mftctl.reporting.markdown import EFFICIENCY_NOTE, NOTE
 from mftctl.reporting.text_tables import TextTable, efficiency_text, flag_lines, metric_text, overview_text
+from mftctl.visible_text import visible, visible_line
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
@@ -32,7 +34,9 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_finished
+    )
     environment.filters["anchor"] = anchor
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     overviews = [overview_text(overview) for overview in report.overviews]
@@ -61,6 +65,11 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
     )
 
 
+def _finished(value: Any) -> Any:
+    """A value as it stands on the page; a drawing is one already."""
+    return visible(value) if type(value) is str else value
+
+
 def anchor(runs: tuple[str, ...]) -> str:
     """Where on the page the runs of a number are: at the one run, or at the list of several."""
     return f"run-{runs[0]}" if len(runs) == 1 else f"runs-{'-'.join(name.split('-')[0] for name in runs)}"
@@ -78,8 +87,11 @@ def _inline(figure: Figure, svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    label = figure.title.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    return f'{head} role="img" aria-label="{label}">{body}'.replace(INK, "currentColor")
+    label = html.escape(visible_line(figure.title))
+    # In the tags alone: a text may name a colour too.
+    return re.sub(
+        "<[^>]*>", lambda tag: tag[0].replace(INK, "currentColor"), f'{head} role="img" aria-label="{label}">{body}'
+    )
 
 
 def _link(target: Path, folder: Path) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mftctl.errors import EvaluationError, RunError
-from mftctl.regular_files import read_regular
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,18 +50,22 @@ def read_samples(path: Path, metric: str) -> Samples:
         metric: The metric's name; samples without it are left out.
 
     Raises:
-        RunError: The file cannot be read.
+        RunError: The file cannot be read, a score is no number, or no sample counts.
     """
-    try:
-        rows = [json.loads(line) for line in read_regular(path).splitlines()]
-        return {
-            row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))
-            for row in rows
-            if metric in row["scores"]
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        name = f"{path.parent.name}/{path.name}"
-        raise RunError(f"The samples in {name} cannot be read.", path=path, actual=repr(error)) from error
+    from mftctl.run_contents import sample_lines
+
+    found = {
+        row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))
+        for row in sample_lines(path)
+        if metric in row["scores"]
+    }
+    place = f"{path.parent.name}/{path.name}"
+    if found and not any(weight for _, weight in found.values()):
+        raise RunError(f"The samples in {place} have no weight.", path=path, key=metric)
+    endless = next((name for name, (score, _) in found.items() if not math.isfinite(score)), None)
+    if endless is not None:
+        raise RunError(f"The {metric} of a sample in {place} is no number.", path=path, key=endless)
+    return found
 
 
 def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Change:
@@ -82,6 +85,8 @@ def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Chan
     ids = list(pairs[0][0])
     if any(set(samples) != set(ids) for pair in pairs for samples in pair):
         raise EvaluationError("not measured on the same samples as its baseline")
+    if not ids:
+        raise EvaluationError("measured on no sample at all")
     before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))
     interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
     verdict = "within noise"

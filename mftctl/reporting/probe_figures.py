@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from mftctl.lineage import PRE_TRAINED
 from mftctl.reporting.curve_drawing import STAR
-from mftctl.reporting.drawing import INK, Figure, numbered_style
+from mftctl.reporting.drawing import INK, Figure, drawn_text, numbered_style
 from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.reporting.names import with_own_names
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ class _Group:
         """
         found = []
         for part in self.layers.split(","):
-            match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+            match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
             if match is None:
                 raise ValueError(f"{self.layers} are no layers")
             found.append((int(match[1]), int(match[2] or match[1])))
@@ -119,7 +121,7 @@ def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
             _ = _figure(_probe([run])), _model(run)
             clusters = together.setdefault(_settings(run), [])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {error!r}")
+            problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {first_fault(error)}")
             continue
         for cluster in clusters:
             if all(_seed(other) != _seed(run) or _model(other) == _model(run) for other in cluster):
@@ -165,6 +167,8 @@ def _probe(runs: Sequence[Run]) -> _Probe:
         for group in result["groups"]:
             changes.setdefault(group["layers"], {})[_seed(run)] = float(group["change"])
             names[group["layers"]] = _size_name(run, int(group["size"]))
+    if not all(math.isfinite(loss) for found in (unmasked, *changes.values()) for loss in found.values()):
+        raise ValueError("a loss is no number")
     groups = [_Group(layers, tuple(found.values())) for layers, found in changes.items()]
     sizes: dict[str, list[_Group]] = {}
     for group in sorted(groups, key=lambda group: (group.size, group.middle)):
@@ -247,7 +251,7 @@ def _draw(probe: _Probe, canvas: Canvas) -> None:
     axes = canvas.subplots()
     base = probe.unmasked_loss
     without = "without a mask" if probe.unmasked_state == PRE_TRAINED else f"{probe.unmasked_state}, no mask"
-    axes.axhline(base, color=INK, linestyle=(0, (5, 2)), linewidth=1.2, label=without)
+    axes.axhline(base, color=INK, linestyle=(0, (5, 2)), linewidth=1.2, label=drawn_text(without))
     for number, (name, groups) in enumerate(probe.sizes.items()):
         _draw_size(axes, name, groups, number, base)
     axes.plot(probe.best.middle, base + probe.best.change, label="recommended", **STAR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 
+from mftctl.errors import RunError
 from mftctl.runs import Run
 
 _DROP = " drop"
@@ -18,6 +19,9 @@ def reproduction(run: Run) -> str:
 
     Args:
         run: Of any command that keeps a run.
+
+    Raises:
+        RunError: Its record lacks what the command needs.
     """
     record = run.record
     if record.command == "surface":
@@ -41,10 +45,10 @@ def _mask_train(run: Run) -> list[str]:
 
 def _apply(run: Run) -> list[str]:
     record = run.record
-    model, mask = str(record.inputs["model"]), str(record.inputs["mask"])
+    model, mask = _input(run, "model"), _input(run, "mask")
     base = record.result.get("base")
     if base is None:  # the record of a run of an earlier version, or of one that is not finished
-        base = record.inputs["origin"] if str(record.inputs["state"]).endswith(_DROP) else model
+        base = _input(run, "origin") if _input(run, "state").endswith(_DROP) else model
     tuned = [] if base == model else ["--tuned", model]
     return [str(base), mask, *tuned, *_output(run)]
 
@@ -53,16 +57,27 @@ def _eval(run: Run) -> list[str]:
     inputs, config = run.record.inputs, ["--recipe", str(run.folder / "config.yaml")]
     if run.record.config.get("eval", {}).get("predictions") is not None:
         return config  # it names the outputs that were scored; there is no model
-    mask = ["--mask", str(inputs["mask"])] if inputs["mask"] else []
-    return [str(inputs["model"]), *mask, *config, "--again"]
+    mask = ["--mask", str(inputs["mask"])] if inputs.get("mask") else []
+    return [_input(run, "model"), *mask, *config, "--again"]
 
 
 def _surface(run: Run) -> list[str]:
     # Measured already where its folder is still there: with that away, the same models are found and measured.
-    inputs = run.record.inputs
-    sizes = ["--surface-points", str(inputs["points"]), "--surface-records", str(inputs["records"])]
+    sizes = ["--surface-points", _input(run, "points"), "--surface-records", _input(run, "records")]
     return ["report", "--surface", *sizes]
 
 
 def _output(run: Run) -> list[str]:
     return ["-o", run.record.output] if run.record.output else []
+
+
+def _input(run: Run, name: str) -> str:
+    """What the record says of an input.
+
+    Raises:
+        RunError: It says nothing of it.
+    """
+    value = run.record.inputs.get(name)
+    if value is None:
+        raise RunError(f"The record of {run.name} lacks its {name}.", path=run.folder / "run.json", key=name)
+    return str(value)

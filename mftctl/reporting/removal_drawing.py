@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mftctl.reporting.drawing import COLOUR_MAP, GRID, INK, style_of
+from mftctl.reporting.drawing import COLOUR_MAP, GRID, INK, drawn_text, style_of
 from mftctl.reporting.removal_magnitudes import BINS, MagnitudeShares
 from mftctl.reporting.removal_measures import LayerShares, MaskOverlaps
 
@@ -38,7 +38,7 @@ def draw_layer_shares(canvas: Canvas, groups: Sequence[LayerShares]) -> None:
             edges, np.arange(rows + 1) - 0.5, shares, cmap=COLOUR_MAP, vmin=0, vmax=top or _highest(group) or 1
         )
         axes.invert_yaxis()
-        axes.set_yticks(range(rows), group.projections)
+        axes.set_yticks(range(rows), list(map(drawn_text, group.projections)))
         axes.tick_params(length=0, labelsize=_SMALL)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.set_xlabel("layer", fontsize=_SMALL)

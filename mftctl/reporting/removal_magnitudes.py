@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -105,8 +105,9 @@ def _model_folder(mask: ShownMask) -> Path | None:
     path = Path(model)
     # That of the same runs folder first: a copied one still names the place it was copied from.
     for folder in (mask.run.folder.parent / path.parent.name / path.name, path):
-        if folder.is_dir():
-            return folder
+        with suppress(OSError):  # a name that is too long
+            if folder.is_dir():
+                return folder
     if model == QUICKSTART:
         return model_path()
     return _downloaded(model, mask.run.record.config.get("revision"))

@@ -21,10 +21,12 @@ from mftctl.reporting.provenance import reproduction
 from mftctl.reporting.removal import removal_figures
 from mftctl.reporting.surface_figures import surface_figures
 from mftctl.reporting.sweeps import sweep_figures
+from mftctl.run_contents import told
 from mftctl.runs import Run, list_runs
 
 TASK = "reporting"
 _MOST_LISTED = 10
+_LINE_END = "\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,7 @@ def make_report(root: Path, listener: Listener) -> Report:
         RunError: There is no run, or none that tells anything yet.
     """
     runs, errors = list_runs(root)
-    problems = [f"{error.path}: {error.message}" for error in errors]
+    problems = [told(error, str(error.path)) for error in errors]
     by_name = {run.name: run for run in runs}
     tables = [_with_flags(table, by_name) for table in metric_tables(runs, problems, listener)]
     efficiency = efficiencies(runs, problems)
@@ -117,13 +119,14 @@ def make_report(root: Path, listener: Listener) -> Report:
     named = [name for table in tables for row in table.rows for name in row.runs]
     named += [name for item in efficiency for name in item.runs]
     named += [name for figure in figures for name in figure.runs]
+    sources = tuple(_source(run, problems) for run in _with_makers(named, runs, by_name))
     return Report(
         root=root,
         tables=tuple(tables),
         overviews=tuple(overviews(tables)),
         efficiency=tuple(efficiency),
         figures=tuple(figures),
-        sources=tuple(_source(run) for run in _with_makers(named, runs, by_name)),
+        sources=sources,
         unfinished=unfinished,
         problems=tuple(dict.fromkeys(problems)),
         advice=next_step(tables, runs),
@@ -149,8 +152,13 @@ def _with_makers(names: Sequence[str], runs: Sequence[Run], by_name: dict[str, R
     return [run for run in runs if run.name in wanted]
 
 
-def _source(run: Run) -> RunSource:
+def _source(run: Run, problems: list[str]) -> RunSource:
     record = run.record
+    try:
+        command = reproduction(run)
+    except RunError as error:
+        problems.append(told(error, run.name))
+        command = f"# not known: {error.message}"
     state = record.result.get("state") or record.inputs.get("state") or record.command
     made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")
     return RunSource(
@@ -161,7 +169,7 @@ def _source(run: Run) -> RunSource:
         record.seconds,
         int(record.config.get("seed", 0)),
         record.versions,
-        reproduction(run),
+        command,
     )
 
 
@@ -182,7 +190,7 @@ def _status(run: Run) -> str:
 
 def _ending(run: Run) -> str:
     if run.record.status == "failed":
-        return f"failed: {(run.record.error or 'for a reason that is not recorded').splitlines()[0]}"
+        return f"failed: {(run.record.error or 'for a reason that is not recorded').partition(_LINE_END)[0]}"
     if run.record.command in ("fft", "probe", "mask-train", "eval"):
         return f"{_status(run)}; {run.resume_command} goes on with the newest of its kind"
     return _status(run)

@@ -8,10 +8,14 @@ from typing import Any
 
 from mftctl.errors import EvaluationError, MaskFileError, RunError
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 _LABELS = ("name", "dataset", "layers", "step")
 """Keys that tell the entries of a list apart, such as a data set's name or a group's layers."""
+
+_LONG_NUMBER = 20
+"""Digits of what is no number of a layer or a step."""
 
 _PLACES = ("model", "mask", "output")
 """Results that are paths, which differ between any two runs."""
@@ -168,7 +172,7 @@ def _opened(value: object) -> object:
 def _in_order(names: Iterable[str]) -> list[str]:
     """As they come, but numbers, such as those of layers, by their size."""
     found = list(names)
-    return sorted(found, key=int) if all(name.isdecimal() for name in found) else found
+    return sorted(found, key=int) if all(name.isdecimal() and len(name) < _LONG_NUMBER for name in found) else found
 
 
 def _by_label(items: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -183,7 +187,10 @@ def _change(one: object, other: object) -> float | None:
     if isinstance(one, bool) or isinstance(other, bool):
         return None
     if isinstance(one, int | float) and isinstance(other, int | float):
-        return other - one
+        try:
+            return other - one
+        except OverflowError:
+            return None
     return None
 
 
@@ -201,7 +208,7 @@ def _paired(one: Run, other: Run, problems: list[str]) -> tuple[PairedMetric, ..
             elif data is not None:
                 found += _paired_metrics((one, mine), (other, data), problems)
     except (KeyError, TypeError, AttributeError) as error:
-        problems.append(f"the record of an evaluation is not complete: {error!r}")
+        problems.append(f"the record of an evaluation is not complete: {first_fault(error)}")
     return _with_corrected_p_values(found)
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mftctl.errors import RunError
 from mftctl.reporting.drawing import COLOUR_MAP, INK, Figure, style_of
+from mftctl.run_contents import told
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 _COMMAND = "surface"
 _LOSSES = ("train_loss", "test_loss")
 _FEWEST_CELLS = 16
+_CORNERS = 3
 _BANDS = 9
 
 
@@ -98,8 +101,8 @@ def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
             continue
         try:
             surface = _read(run)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{run.name}: its loss surface cannot be read ({type(error).__name__}: {error})")
+        except (RunError, ValueError, KeyError, TypeError) as error:
+            problems.append(told(error, f"{run.name}: its loss surface cannot be read"))
             continue
         problem = _problem(surface)
         if problem is None:
@@ -116,8 +119,19 @@ def _problem(surface: Surface) -> str | None:
             f"{len(surface.cells)} of {surface.side**2} points of the loss surface are measured, too few for a figure: "
             "mftctl report --surface goes on with it"
         )
+    if len(surface.corners) != _CORNERS or not _spans_a_plane(surface.cells):
+        return "the points of its loss surface are in no plane"
     flat = [name.replace("_", " ") for name in _LOSSES if len(_levels(surface, name)) < 2]
     return f"the {' and the '.join(flat)} is the same all over the plane" if flat else None
+
+
+def _spans_a_plane(cells: Sequence[SurfacePoint]) -> bool:
+    """Whether the points are not all on one line."""
+    import numpy as np
+
+    places = np.array([[cell.x, cell.y] for cell in cells])
+    sizes = np.ptp(places, axis=0)
+    return bool(sizes.all()) and int(np.linalg.matrix_rank((places - places[0]) / sizes)) == 2
 
 
 def _read(run: Run) -> Surface:

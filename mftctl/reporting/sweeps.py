@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from mftctl.config import FftOptions, MaskTrainOptions
 from mftctl.reporting.comparison import STATE_ORDER, MetricTable, Row
-from mftctl.reporting.drawing import INK, Figure, LineStyle, numbered_style, style_of
+from mftctl.reporting.drawing import INK, Figure, LineStyle, drawn_text, numbered_style, style_of
 from mftctl.reporting.legends import legend_height_inches, put_legend
 from mftctl.reporting.names import slug, with_own_names
 from mftctl.reporting.training_histories import DECIDES_NOTHING
+from mftctl.run_contents import first_fault
 from mftctl.runs import Run
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def _panel(
         try:
             point = _point(row, command, option, by_name)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            problem = f"{', '.join(row.runs)}: in no figure of a sweep, what made this state cannot be read: {error!r}"
+            reason = f"what made this state cannot be read: {first_fault(error)}"
+            problem = f"{', '.join(row.runs)}: in no figure of a sweep, {reason}"
             problems += [problem] * (problem not in problems)
             continue
         if point is not None:
@@ -333,7 +335,7 @@ def _draw(option: _Option, panels: Sequence[_Panel], columns: int, canvas: Canva
 
 def _draw_panel(axes: Axes, panel: _Panel) -> None:
     for row in panel.baselines:
-        axes.axhline(row.value, color=INK, linewidth=1.0, label=row.state)
+        axes.axhline(row.value, color=INK, linewidth=1.0, label=drawn_text(row.state))
         if row.spread:
             axes.axhspan(row.value - row.spread, row.value + row.spread, color=INK, alpha=0.1, linewidth=0)
     every = [point.value for line in panel.lines for point in line.points]
@@ -346,7 +348,7 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
             [point.value + aside for point in line.points],
             [value for value, _, _ in bars],
             yerr=[[value - low for value, low, _ in bars], [high - value for value, _, high in bars]],
-            label=line.label,
+            label=drawn_text(line.label),
             capsize=2.0,
             elinewidth=0.9,
             **line.style.keywords(),

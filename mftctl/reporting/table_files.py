@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,15 @@ from mftctl.reporting.names import own_name
 from mftctl.reporting.overview import Overview
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.text_tables import TextTable, efficiency_text, metric_text, overview_text
+from mftctl.visible_text import visible_line
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
 
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""How a cell begins that a spreadsheet computes, also in their wide forms."""
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+_ARGUMENT = re.compile(r"^(?=[\[*])", re.MULTILINE)
 _IN_LATEX = {"±": r"$\pm$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$"}
 
 
@@ -42,23 +48,33 @@ def to_latex(table: TextTable) -> str:
     """The table for the package booktabs, with the interval behind a change that has one in a cell of its own."""
     from pandas import DataFrame
 
-    rows = [[f"{cell.text.strip()} {cell.detail}".strip() for cell in row] for row in table.rows]
-    style = DataFrame(rows, columns=list(table.columns)).style.hide(axis="index")
+    rows = [[visible_line(f"{cell.text.strip()} {cell.detail}").strip() for cell in row] for row in table.rows]
+    style = DataFrame(rows, columns=list(map(visible_line, table.columns))).style.hide(axis="index")
     style = style.format(escape="latex").format_index(axis=1, escape="latex")
     columns = "".join("r" if numeric else "l" for numeric in table.is_numeric)
     text: str = style.to_latex(hrules=True, column_format=columns)
     for character, command in _IN_LATEX.items():
         text = text.replace(character, command)
-    return text
+    # What a row begins with is not to be an argument of the line end before it.
+    return _ARGUMENT.sub("{}", text)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     """One line a row under the names of its values, with full precision; several values in a cell behind `;`."""
     from pandas import DataFrame
 
-    flat = [{key: ";".join(value) if isinstance(value, tuple) else value for key, value in row.items()} for row in rows]
+    flat = [{key: _csv_cell(value) for key, value in row.items()} for row in rows]
     text: str = DataFrame(flat).to_csv(index=False, lineterminator="\n")
     return text
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value as a spreadsheet shows it: what it would take for a formula has an apostrophe before it."""
+    text = ";".join(value) if isinstance(value, tuple) else value
+    if not isinstance(text, str):
+        return text
+    is_formula = text.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(text)
+    return f"'{visible_line(text)}" if is_formula else visible_line(text)
 
 
 def _metric_rows(table: MetricTable) -> Iterator[dict[str, Any]]:

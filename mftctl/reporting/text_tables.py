@@ -120,7 +120,7 @@ def efficiency_text(entries: Sequence[Efficiency]) -> TextTable:
     rows = []
     for item in entries:
         name = item.state if len(origins) == 1 else f"{item.state} ({Path(item.origin).name})"
-        ratio = f" ({item.tokens_per_second / base[item.origin]:.2f}×)" if item.origin in base else ""
+        ratio = f" ({item.tokens_per_second / base[item.origin]:.2f}×)" if base.get(item.origin) else ""
         numbers = (
             f"{item.samples_per_second:,.2f}",
             f"{item.tokens_per_second:,.0f}{ratio}",

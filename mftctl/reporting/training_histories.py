@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mftctl.config import FftOptions, MaskTrainOptions
+from mftctl.errors import RunError
 from mftctl.lineage import FFT, Source, fine_tuned_state, mask_state
+from mftctl.run_contents import told
 from mftctl.runs import Run
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
@@ -128,8 +130,8 @@ def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
         if run.record.command in _SECTIONS and run.record.status != "failed":
             try:
                 found = _measured(run)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                problems.append(f"{run.folder}: what was measured during this training cannot be read: {error!r}")
+            except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
+                problems.append(told(error, f"{run.folder}: what was measured during this training cannot be read"))
                 continue
             if found is not None:
                 measured[run.name] = found
@@ -157,9 +159,12 @@ def _measured(run: Run) -> _Measured | None:
     standard_errors: dict[Measure, float] = {}
     for line in lines:
         for metric in line.get("metrics", ()):
+            if not math.isfinite(metric["value"]):
+                continue
             measure = Measure(line["dataset"], line["digest"], metric["name"], int(metric["samples"]))
             scores.setdefault(measure, {})[int(line["step"])] = float(metric["value"])
-            error = float(metric.get("standard_error") or 0.0)
+            error = metric.get("standard_error") or 0.0
+            error = error if math.isfinite(error) else 0.0
             standard_errors[measure] = max(error, standard_errors.get(measure, 0.0))
     losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     best = min(losses, key=lambda step: losses[step], default=0)
@@ -177,9 +182,14 @@ def _measured(run: Run) -> _Measured | None:
         validation=record.inputs.get("digests", {}).get("validation"),
         seed=int(record.config.get("seed", 0)),
         method=_method(run),
-        unmasked_loss=None if record.result.get("unmasked_loss") is None else float(record.result["unmasked_loss"]),
+        unmasked_loss=_finite(record.result.get("unmasked_loss")),
         data=json.dumps(record.config.get("data", [])),
     )
+
+
+def _finite(loss: float | None) -> float | None:
+    """A loss that there is; None for that of a model which diverged."""
+    return None if loss is None or not math.isfinite(loss) else float(loss)
 
 
 def _method(run: Run) -> str:
@@ -223,6 +233,7 @@ def _evaluated(run: Run) -> list[tuple[Measure, float]]:
         (Measure(data["name"], data["digest"], metric["name"], int(metric["samples"])), float(metric["value"]))
         for data in run.record.result["datasets"]
         for metric in data["metrics"]
+        if math.isfinite(metric["value"])
     ]
 
 
@@ -234,7 +245,8 @@ def _unmasked_losses(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
             continue
         try:
             if _is_learned(run):
-                found[_validated_on(run.record.inputs)] = float(run.record.result["unmasked_loss"])
+                loss = _finite(run.record.result["unmasked_loss"])
+                found |= {} if loss is None else {_validated_on(run.record.inputs): loss}
         except (KeyError, TypeError, ValueError, AttributeError):
             continue  # not there yet, or damaged, which is said where the run itself is drawn
     return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
@@ -15,10 +16,11 @@ from mftctl.checkpoint_loading import load_weights
 from mftctl.config import FftOptions
 from mftctl.devices import record_attention
 from mftctl.errors import ModelError
-from mftctl.gpu_failures import is_out_of_memory
+from mftctl.json_files import read_json_object
 from mftctl.masking.checkpoint import resolve_checkpoint
 from mftctl.masking.checkpoint_source import ADAPTER_FILE
 from mftctl.masking.targets import linear_projections
+from mftctl.model_failures import model_failures
 from mftctl.models import attention_settings
 from mftctl.tuning.quantization import (
     dequantize,
@@ -27,6 +29,8 @@ from mftctl.tuning.quantization import (
     load_quantized,
     merge_into_dequantized,
 )
+
+_LONGEST_SHOWN = 200
 
 
 def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed: int) -> PeftModel:
@@ -81,16 +85,20 @@ def load_adapter(
         ModelError: The base is not there, or peft cannot load the adapter.
     """
     base = adapter_base(folder)
+    _require_plain_adapter(folder)
     checkpoint = resolve_checkpoint(base)
     settings = attention_settings(checkpoint, dtype)
+    if quantize or has_quantized_base(folder):
+        model = load_quantized(checkpoint, device or torch.device("cpu"))
+        model = model if quantize else dequantize(model, dtype)
+    else:
+        model = load_weights(checkpoint, dtype=dtype, **settings)
+    record_attention(model)
     try:
-        if quantize or has_quantized_base(folder):
-            model = load_quantized(checkpoint, device or torch.device("cpu"))
-            model = model if quantize else dequantize(model, dtype)
-        else:
-            model = load_weights(checkpoint, dtype=dtype, **settings)
-        record_attention(model)
-        with warnings.catch_warnings():
+        with (
+            model_failures("The adapter cannot be loaded.", path=folder, key=base, let_pass=UserWarning),
+            warnings.catch_warnings(),
+        ):
             # What peft does not find stays as new adapters are: without effect, or random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             # peft would take the adapter to any GPU there is.
@@ -105,10 +113,6 @@ def load_adapter(
             actual=str(error),
             hint="download or save the adapter again",
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError("The adapter cannot be loaded.", path=folder, key=base, actual=error) from error
 
 
 def merge_adapter(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -134,8 +138,45 @@ def adapter_base(folder: Path) -> str:
     Raises:
         ModelError: The adapter's configuration does not say.
     """
+    base = _adapter_settings(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            "The adapter does not name its base model.",
+            path=folder / ADAPTER_FILE,
+            key="base_model_name_or_path",
+            expected="a folder or a hub id",
+            actual=repr(base)[:_LONGEST_SHOWN],
+        )
+    return base
+
+
+def _adapter_settings(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_FILE
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError("The adapter does not name its base model.", path=path, actual=repr(error)) from error
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise ModelError("The adapter's configuration cannot be read.", path=path, actual=error) from error
+
+
+def _require_plain_adapter(folder: Path) -> None:
+    """Nothing, if peft would read an adapter without a pickle, and without importing what its configuration names."""
+    settings = _adapter_settings(folder)
+    if settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+        raise ModelError(
+            "The adapter is of a kind that mftctl does not read.",
+            path=folder / ADAPTER_FILE,
+            key="peft_type",
+            expected="LORA, without Megatron",
+            actual=repr(settings.get("peft_type"))[:_LONGEST_SHOWN],
+        )
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickled = (folder / WEIGHTS_NAME).is_file()
+        raise ModelError(
+            "The adapter's weights are a pickle, which can run code when it is opened; mftctl reads safetensors."
+            if pickled
+            else "The adapter has no weights.",
+            path=folder,
+            expected=SAFETENSORS_WEIGHTS_NAME,
+            actual=WEIGHTS_NAME if pickled else "no such file",
+            hint="save the adapter again as safetensors",
+        )

@@ -14,6 +14,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from mftctl.checkpoint_loading import load_weights, read_configuration
 from mftctl.errors import ModelError
+from mftctl.json_files import read_json_object
 from mftctl.masking.targets import decoder_layers
 from mftctl.tuning.optimizers import require_bitsandbytes
 
@@ -106,7 +107,7 @@ def has_quantized_base(folder: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json_object(path)
     except (OSError, ValueError) as error:
         raise ModelError("How the adapter's base was quantised cannot be read.", path=path, actual=error) from error
     if found != _NF4:

@@ -135,3 +135,8 @@ def test_a_terminal_that_is_gone_does_not_end_a_training(workspace: Path, tmp_pa
     assert process.wait(timeout=240) == 0
     assert len(load_mask(tmp_path / "mask.bits"))
     assert '"status": "finished"' in (tmp_path / "runs" / "001-mask-train" / "run.json").read_text()
+
+
+def test_a_progress_bar_of_a_library_stays_in_its_line_and_nothing_else_moves() -> None:
+    code = r"import sys; prepare_streams(); sys.stderr.write('\r 10%'); sys.stderr.write('a\r\x1b[2Kb\n')"
+    assert run_python(code).stderr == b"\r 10%a\\x0d\\x1b[2Kb\n"

@@ -40,6 +40,7 @@ def test_missing_data_is_asked_for_and_progress_is_live(workspace: Path, tmp_pat
     assert code == 0, shown
     assert re.search(r"training .* \d+/20 loss \d\.\d+ .* tokens/s", shown)
     assert "Next: mftctl probe" in shown
+    assert "\\x1b" not in shown  # the controls of the bars reach the terminal as what they are
 
 
 def test_a_result_is_replaced_only_after_asking(workspace: Path, tmp_path: Path) -> None:

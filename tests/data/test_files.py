@@ -210,3 +210,11 @@ def test_csv_cell_of_any_length(tmp_path: Path) -> None:
 def test_zstd_file_that_is_cut_short(tmp_path: Path) -> None:
     error = failure(write(tmp_path / "cut.jsonl.zst", zstd(LINES)[:-9]))
     assert "no complete zstd file" in error.message
+
+
+def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("question,question,answer\na,b,c\n", encoding="utf-8")
+    with pytest.raises(DataError, match="Two columns have one name") as caught:
+        read_records(path)
+    assert (caught.value.path, caught.value.actual) == (f"{path}:1", "'question'")

@@ -51,6 +51,20 @@ def test_alpaca_input_follows_the_instruction_after_a_blank_line() -> None:
     assert example.prompt == (Message("user", "Add.\n\n2 and 2"),)
 
 
+def test_dolly_context_follows_the_instruction_after_a_blank_line() -> None:
+    record = {"instruction": "How many?", "context": "2 and 2", "response": "4", "category": "closed_qa"}
+    assert to_example(record, WHERE).prompt == (Message("user", "How many?\n\n2 and 2"),)
+    assert unused_fields(record) == {"category"}
+
+
+@pytest.mark.parametrize("key", ["images", "video", "audios"])
+def test_records_of_more_than_text_are_refused(key: str) -> None:
+    with pytest.raises(DataError, match="more than text") as caught:
+        to_example({"question": "What is this?", "answer": "A cat.", key: ["cat.png"]}, WHERE)
+    assert caught.value.key == key
+    assert to_example({"question": "2+2?", "answer": "4", key: []}, WHERE).messages == QUESTION_ANSWER
+
+
 @pytest.mark.parametrize("key", ["text", "prompt"])
 def test_mbpp_has_the_prompt_of_its_benchmark_and_plain_line_ends(key: str) -> None:
     code = "def one():\r\n    return 1\r\n"

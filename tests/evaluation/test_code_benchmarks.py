@@ -7,6 +7,7 @@ from itertools import combinations
 import pytest
 
 from mftctl.evaluation.code_benchmarks import checks, code_config, entry_point, pass_at_k, program, reference
+from mftctl.evaluation.sandbox import Program, find_sandbox, judge_programs
 from mftctl.evaluation.trials import Trial
 
 FUNCTION = {
@@ -52,6 +53,28 @@ def test_the_tests_of_each_kind_of_problem() -> None:
         == "import re\nassert a\nassert b"
     )
     assert checks({"test_list": ["assert a"], "test": "assert a and b"}) == "assert a and b"
+
+
+HELPED = {
+    "prompt": "from __future__ import annotations\nimport math\n\n\ndef shifted(s):\n    return s[1:] + s[:1]\n\n\n"
+    '@staticmethod\ndef back(s):\n    """The text before it was shifted."""\n',
+    "entry_point": "back",
+    "test": "def check(f):\n    assert f(shifted('abc')) == 'abc' and math.pi",
+}
+
+
+def test_a_helper_of_the_prompt_is_the_tests_own() -> None:
+    """HumanEval/32, 38 and 50: with the answer's, `shifted = str` would pass."""
+    test = checks(HELPED)
+    program = "import math\ndef back(s):\n    return s\nshifted = str\n"
+    right = "import math\ndef back(s):\n    return s[-1:] + s[:-1]\n"
+    verdicts = judge_programs(find_sandbox(), [Program(code, test, "back") for code in (program, right)])
+    assert [verdict.outcome for verdict in verdicts] == ["failed", "passed"]
+
+
+@pytest.mark.parametrize("prompt", ["def other(x):\n", "no Python", "x = '\0'\ndef twice(x):\n", "def twice(x):\n"])
+def test_a_prompt_without_helpers_adds_nothing(prompt: str) -> None:
+    assert checks({**FUNCTION, "prompt": prompt}) == f"{FUNCTION['test']}\n\ncheck(twice)\n"
 
 
 def test_all_answers_are_judged_at_once_and_scored_by_problem() -> None:

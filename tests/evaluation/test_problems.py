@@ -124,3 +124,10 @@ def test_the_parts_of_a_data_set_come_one_after_the_other(monkeypatch: pytest.Mo
     fetched = fetch_problems({"dataset_path": "maths", "dataset_name": list(parts), "test_split": "test"}, "math")
     assert [record["problem"] for record in fetched.records] == list(parts)
     assert fetched.source == "maths:test"
+
+
+def test_half_a_character_is_one_error_that_names_the_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", json.dumps(RECORDS[0]), json.dumps({**RECORDS[1], "question": "\ud800?"}))
+    with pytest.raises(EvaluationError, match="surrogate") as caught:
+        read_problems(path, "gsm8k")
+    assert str(caught.value.path).endswith("p.jsonl:2")

@@ -115,6 +115,74 @@ BREAKOUTS = {
     "set the host's name": "import socket\ndef attack():\n    socket.sethostname('evil')\n    return True",
     "lower its own niceness": calls("return os.nice(-5) < 0"),
 }
+
+
+def tells(call: str) -> str:
+    """Whether the error of a call tells a file outside from none."""
+    return (
+        "import os\ndef attack():\n    found = []\n    for name in ('{outside}/secret', '{outside}/none'):\n"
+        f"        try: found.append({call})\n        except OSError as error: found.append(error.errno)\n"
+        "    return found[0] != found[1]"
+    )
+
+
+QUESTIONS = {
+    "see a file": calls("os.stat('{outside}/secret')"),
+    "see a file without following": calls("os.lstat('{outside}/secret')"),
+    "ask for access": "import os\ndef attack():\n    return os.access('{outside}/secret', os.F_OK)",
+    "ask for access as its user": "import os\ndef attack():\n    return os.access('{outside}/secret', 0, effective_ids=True)",
+    "tell by opening": tells("open(name)"),
+    "tell by making": tells("os.open(name, os.O_CREAT | os.O_EXCL)"),
+    "tell by a folder": tells("os.mkdir(name)"),
+    "tell by removing": tells("os.unlink(name)"),
+    "tell by removing a folder": tells("os.rmdir(name)"),
+    "tell by renaming": tells("os.rename(name, 'here')"),
+    "tell by going there": tells("os.chdir(name)"),
+    "tell by a link": tells("os.readlink(name)"),
+    "hold a folder without reading it": calls("os.fstat(os.open('{outside}', os.O_PATH))"),
+    "see a process": calls("os.stat('/proc/{pid}')"),
+    "see itself": calls("os.readlink('/proc/self/exe')"),
+    "see through the library": calls("os.stat(os.path.dirname(os.__file__) + '/..' * 30 + '{outside}/secret')"),
+    "see through the working folder": calls("os.stat('../' * 30 + '{outside}/secret')"),
+    "see through an open folder": calls("os.stat('../' * 30 + '{outside}/secret', dir_fd=os.open('.', os.O_RDONLY))"),
+    "see through a system's link": calls("os.stat('/lib64/../..{outside}/secret')"),
+    "see by the kernel's own call": "import ctypes, os\ndef attack():\n"
+    "    return ctypes.CDLL(None).statx(-100, b'{outside}/secret', 0, 0x7ff, ctypes.create_string_buffer(256)) == 0",
+    "see by a call for open files": "import ctypes, os\ndef attack():\n    return ctypes.CDLL(None).fstatat("
+    "-100, b'{outside}/secret', ctypes.create_string_buffer(256), 0x1000) == 0",
+    "see by a path that comes while it is asked": "import ctypes, os, signal, time\ndef attack():\n"
+    "    path = ctypes.create_string_buffer(b'.' + bytes(200))\n    seen = []\n"
+    "    def change(*_): path.value = b'{outside}/secret' if path.value == b'.' else b'.'\n"
+    "    signal.signal(signal.SIGALRM, change)\n    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\n"
+    "    libc, own = ctypes.CDLL(None), os.stat('.').st_ino\n    out = ctypes.create_string_buffer(256)\n"
+    "    end = time.monotonic() + 0.3\n    while time.monotonic() < end:\n        if libc.stat(path, out) == 0: seen.append(out.raw[8:16])\n"
+    "    return len(set(seen)) > 1",
+    "list the packages": "import os\ndef attack():\n"
+    "    return len(os.listdir(os.path.dirname(os.__file__) + '/site-packages')) > 3",
+    "list the system's packages": calls("return bool(os.listdir('/usr/lib/python3/dist-packages'))"),
+    "list another Python": calls("return bool(os.listdir('/usr/lib/python3.11'))"),
+}
+FILLING = {
+    "write where packages are hidden": "import os\ndef attack():\n"
+    "    open(os.path.dirname(os.__file__) + '/site-packages/evil', 'w').write('x')\n    return True",
+    "write where the system's are": calls("os.mkdir('/usr/lib/python3/evil')"),
+    "large files": "def attack():\n    for n in range(20): open(f'f{n}', 'wb').write(bytes(2**20))\n    return True",
+    "files without a name": "import os\ndef attack():\n    kept = []\n    for n in range(9):\n"
+    "        kept.append(open('f', 'wb', buffering=0)); os.unlink('f'); kept[-1].write(bytes(2**20)) == 2**20 or 1 / 0\n"
+    "    return True",
+    "files that never had one": "import os\ndef attack():\n    for n in range(99):\n"
+    "        os.close(os.open('.', os.O_TMPFILE | os.O_RDWR))\n    return True",
+    "empty files": "def attack():\n    for n in range(99): open(f'f{n}', 'w').close()\n    return True",
+    "one file again and again": "import os\ndef attack():\n    for n in range(99): open('f', 'w'); os.unlink('f')\n    return True",
+    "empty folders": "import os\ndef attack():\n    for n in range(99): os.mkdir(f'f{n}')\n    return True",
+    "folders in folders": "import os\ndef attack():\n    for n in range(99): os.mkdir('d' * 200); os.chdir('d' * 200)\n    return True",
+    "a folder that cannot be read": "import os\ndef attack():\n    os.mkdir('d', 0o300); os.chdir('d')\n"
+    "    for n in range(99): open(f'f{n}', 'w').close()\n    return True",
+    "a file that grows in memory": "import mmap, os\ndef attack():\n    f = open('f', 'w+b'); f.truncate(2**24)\n"
+    "    mmap.mmap(f.fileno(), 2**24)[:] = bytes(2**24)\n    return True",
+    "a file with a hole": "def attack():\n    f = open('f', 'wb', buffering=0); f.seek(2**24)\n    return f.write(b'x') == 1",
+}
+BREAKOUTS |= QUESTIONS | FILLING
 EQUAL = "class Equal:\n    def __eq__(self, other): return True\n    def __bool__(self): return True\n"
 FAKES = {
     "leave with success": "import os\ndef twice(x): os._exit(0)",
@@ -295,6 +363,8 @@ HARMLESS = (
     "read the environment of the runner",
     "list the files of the runner",
     "read the project",
+    *(name for name in QUESTIONS if not name.startswith(("tell by", "list "))),
+    "tell by opening",
     "make a folder",
     "connect by IPv4",
     "connect to a socket file",
@@ -344,6 +414,23 @@ def test_a_sandbox_that_leaks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
     finally:
         probing._holding_sandbox.cache_clear()
     assert "a file outside was written" in str(caught.value.actual)
+
+
+def test_the_kind_in_use_is_named_with_what_it_lacks() -> None:
+    bubblewrap, landlock = (
+        Sandbox(kind, find_installation(), passed_over="of this") for kind in ("bubblewrap", "landlock")
+    )  # type: ignore[arg-type]
+    assert bubblewrap.line == "Model-written code runs under bubblewrap."
+    assert "since of this" in landlock.line
+    assert "install" in landlock.line
+    assert "your own rights" in find_sandbox(unsafe=True).line
+
+
+def test_where_memory_runs_out_a_program_ends_first() -> None:
+    """The kernel's own order: 1000 is the first to go."""
+    code = "def f():\n    return open('/proc/self/oom_score_adj').read()"
+    unconfined = Sandbox("none", find_installation())
+    assert judge_programs(unconfined, [Program(code, "assert int(f()) == 1000")])[0].passed
 
 
 @pytest.mark.parametrize("limits", [{"cpu_seconds": 0}, {"memory_bytes": -1}])

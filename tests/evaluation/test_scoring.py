@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import gzip
 import json
+import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from mftctl.evaluation.scoring import length_scores, marked_answers, maths_scores, passage_scores
+from mftctl.evaluation.scoring import (
+    has_long_line,
+    is_too_long,
+    length_scores,
+    marked_answers,
+    maths_scores,
+    passage_scores,
+)
 
 
 def maths(gold: str, output: str) -> tuple[float, float]:
@@ -35,6 +43,38 @@ def test_a_maths_answer(gold: str, output: str, expected: tuple[float, float]) -
     assert strict <= flexible
     if expected != (0, 1):
         assert strict == expected[0]
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        r"\boxed{" + "1" * 10**6 + "}",
+        r"\boxed{" + "1," * 10**5 + "1}",
+        r"\boxed{" + "(" * 10**5 + "}",
+        r"\boxed{" + "9^" * 10**5 + "9}",
+        r"\boxed{" + "x+" * 10**5 + "x}",
+        "Final Answer: The final answer is $" + "1, " * 10**5 + "1$. I hope it is correct.",
+        "1" * 10**6,
+        "$" + "1+" * 10**5 + "1$",
+    ],
+    ids=lambda output: output[:12],
+)
+def test_a_formula_without_end_is_wrong_at_once(output: str) -> None:
+    """A million digits took 150 s and more."""
+    start_seconds = time.process_time()
+    assert maths("1", output) == (0, 0)
+    assert is_too_long(output)
+    assert time.process_time() - start_seconds < 10
+
+
+def test_a_long_way_to_a_short_answer_is_not_too_long() -> None:
+    output = "There are 12 apples, and 13 pears: 12 + 13 = 25.\n" * 1000 + r"\boxed{25}"
+    assert not is_too_long(output)
+    assert maths("25", output) == (1, 1)
+
+
+def test_a_sum_without_end_beside_the_answer_in_its_form() -> None:
+    assert maths("2", "1+" * 10**4 + "1\n" + r"\boxed{2}") == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -107,3 +147,8 @@ def test_the_best_of_several_right_answers_counts() -> None:
 
 def test_the_length_of_an_answer() -> None:
     assert length_scores({}, ["four"]) == {"characters": 4}
+
+
+@pytest.mark.parametrize(("line", "long"), [("[" * 10_001, True), ("[" * 9_999, False), ("a line\n" * 10**5, False)])
+def test_a_line_too_long_for_the_checkers_of_instructions(line: str, long: bool) -> None:
+    assert has_long_line(line) is long

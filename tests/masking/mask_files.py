@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
 import zlib
 from bisect import bisect_right
@@ -95,8 +96,9 @@ def plain_ans_model(size_bytes: int, zeros: int) -> tuple[list[int], list[int]]:
     return frequencies, [sum(frequencies[:byte]) for byte in range(256)]
 
 
-def plain_ans_start(size_bytes: int) -> list[int]:
-    return [1] * ((size_bytes + 2**16 - 1) // 2**16)
+def plain_ans_start(size_bytes: int, zeros: int) -> list[int]:
+    lacking = math.ceil(size_bytes / 2**8) - min(zeros, 8 * size_bytes - zeros) // 16
+    return [1] * max(math.ceil(size_bytes / 2**16), lacking)
 
 
 def _ans_state(words: list[int], state: int) -> int:
@@ -109,7 +111,7 @@ def plain_ans(packed: bytes) -> bytes:
     """The ans codec, word by word."""
     zeros = sum(8 - byte.bit_count() for byte in packed)
     frequencies, before = plain_ans_model(len(packed), zeros)
-    words = plain_ans_start(len(packed))
+    words = plain_ans_start(len(packed), zeros)
     state = _ans_state(words, 0)
     for byte in reversed(packed):
         if state >> 40 >= frequencies[byte]:
@@ -132,7 +134,7 @@ def plain_ans_read(payload: bytes, weights: int, removed: int) -> bytes:
         byte = bisect_right(before, place) - 1
         packed.append(byte)
         state = _ans_state(words, frequencies[byte] * (state >> 24) + place - before[byte])
-    start = plain_ans_start(size_bytes)
+    start = plain_ans_start(size_bytes, removed + -weights % 8)
     assert (state, words) == (_ans_state(start, 0), start)
     return bytes(packed)
 

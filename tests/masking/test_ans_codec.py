@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from mftctl.errors import MaskFileError, MaskFormatError
 from mftctl.masking import ans_codec
-from mftctl.masking.ans_codec import BYTES_A_START_WORD, decode_ans, encode_ans, frequencies
+from mftctl.masking.ans_codec import MAX_BYTES_A_WORD, WORD_BYTES, decode_ans, encode_ans, frequencies
 from mftctl.masking.bits import load_mask, save_mask
 from mftctl.masking.codecs import count_kept, decode, encode
 from tests.masking.mask_files import (
@@ -79,12 +79,12 @@ def test_all_kept_and_all_removed_come_back(kept: bool, weights: int) -> None:
     assert not decoded.flags.writeable
 
 
-@pytest.mark.parametrize("ratio", [0.02, 0.5])
+@pytest.mark.parametrize("ratio", [0.002, 0.02, 0.5])
 def test_tensor_of_several_chunks_and_starting_words_is_the_one_of_the_definition(
     ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ans_codec, "_CHUNK_BYTES", 30_001)
-    packed = random_packed(2 * BYTES_A_START_WORD + 1, ratio)
+    packed = random_packed(2**17 + 1, ratio)
     payload = encode_ans(packed, zeros_of(packed))
     assert payload == plain_ans(packed.tobytes())
     assert np.array_equal(read(payload, len(packed), zeros_of(packed)), packed)
@@ -145,13 +145,41 @@ def test_other_count_or_shape_than_the_payload_was_made_for_is_refused() -> None
             read(PAYLOAD, size_bytes, zeros)
 
 
-def test_shape_that_the_words_cannot_stand_for_is_refused_without_allocation() -> None:
+@pytest.mark.parametrize(("zeros", "words"), [(0, 4097), (2**16, 4097), (2**22, 4097)])
+def test_shape_that_the_words_cannot_stand_for_is_refused_without_allocation(zeros: int, words: int) -> None:
     tracemalloc.start()
     with pytest.raises(MaskFormatError, match="no ANS stream for its shape") as caught:
-        read(struct.pack("<2I", 1, 1), 2 * BYTES_A_START_WORD + 1, 0)
+        read(struct.pack("<2I", 1, 1), 2**20 + 1, zeros)
     assert tracemalloc.get_traced_memory()[1] < 100_000
     tracemalloc.stop()
-    assert "12 bytes or more" in str(caught.value.expected)
+    assert f"{WORD_BYTES * words} bytes or more" in str(caught.value.expected)
+
+
+def test_time_and_memory_of_a_hostile_payload_are_bounded_by_its_size() -> None:
+    """A payload of 33 KB once took 20 s and 0.8 GB: 8,192 words of 1 for half a billion bytes that remove nothing."""
+    payload = struct.pack("<8192I", *[1] * 8192)
+    with pytest.raises(MaskFormatError, match="no ANS stream for its shape"):
+        read(payload, 8192 * 2**16, 0)
+    everything = np.full(2**21, 255, dtype=np.uint8)
+    assert 2**21 / 64 <= len(encode_ans(everything, 0)) < 1.001 * 2**21 / 64
+
+
+@settings(deadline=None)
+@given(
+    size_bytes=st.integers(1, 3000),
+    ratio=st.floats(0, 1).map(lambda share: share**6),
+    whole_bytes=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_no_mask_has_a_payload_too_small_for_a_reader(
+    size_bytes: int, ratio: float, whole_bytes: bool, seed: int
+) -> None:
+    packed = random_packed(size_bytes, ratio, seed)
+    if whole_bytes:  # which takes the fewest bits for each removed weight
+        packed = np.where(np.random.default_rng(seed).random(size_bytes) < ratio, 0, 255).astype(np.uint8)
+    payload = encode_ans(packed, zeros_of(packed))
+    assert size_bytes <= MAX_BYTES_A_WORD * len(payload) // WORD_BYTES
+    assert np.array_equal(read(payload, size_bytes, zeros_of(packed)), packed)
 
 
 @settings(max_examples=500, deadline=None)

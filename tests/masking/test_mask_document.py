@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.masking.mask_files import DELTA_METADATA, compact, parts_of_small_mask, plain_file, refuse
+from mftctl.errors import MaskFormatError
+from mftctl.masking.bits import Mask
+from tests.masking.mask_files import DELTA_METADATA, compact, parts_of_small_mask, plain_file, refuse, small_mask
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -40,6 +44,21 @@ def test_control_characters_of_a_hostile_file_do_not_reach_the_terminal(tmp_path
     document, payloads = parts_of_small_mask()
     document["\x1b[2J"] = 1
     assert "\x1b" not in str(refuse(tmp_path, plain_file(document, payloads), "breaks a rule"))
+
+
+@pytest.mark.parametrize("half", ["\ud800", "text\udfff"])
+@pytest.mark.parametrize("key", ["method", "layers", "run_id", "model", "revision"])
+def test_half_a_surrogate_pair_is_refused_on_reading_and_on_writing(key: str, half: str, tmp_path: Path) -> None:
+    document, payloads = parts_of_small_mask()
+    (document["base"] if key in document["base"] else document)[key] = half
+    text = json.dumps(document).encode()
+    error = refuse(tmp_path, plain_file(text, payloads), "breaks a rule")
+    assert str(error).isprintable() or "\\u" not in str(error)
+    assert str(error.key).endswith(key)
+    mask = small_mask()
+    field = f"base_{key}" if key in document["base"] else key
+    with pytest.raises(MaskFormatError, match="breaks a rule"):
+        Mask({name: mask[name] for name in mask.names()}, mask.records, replace(mask.metadata, **{field: half}))
 
 
 document_changes: dict[str, Change] = {

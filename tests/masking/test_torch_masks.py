@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,11 @@ def test_another_shape_is_refused(shape: tuple[int, ...], tmp_path: Path) -> Non
     assert (caught.value.expected, caught.value.actual) == (shape, (5, 7))
 
 
+def _nested(layout: torch.layout) -> torch.Tensor:
+    with warnings.catch_warnings(action="ignore"):  # that they are a prototype
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+
+
 @pytest.mark.parametrize(
     "value",
     [
@@ -66,11 +72,13 @@ def test_another_shape_is_refused(shape: tuple[int, ...], tmp_path: Path) -> Non
         KEEP.to(torch.complex64),
         KEEP.float().to_sparse(),
         KEEP.float().to("meta"),
+        _nested(torch.strided),
+        _nested(torch.jagged),
         {"mask": KEEP},
         1.0,
         None,
     ],
-    ids=["int", "complex", "sparse", "meta", "dict", "number", "none"],
+    ids=["int", "complex", "sparse", "meta", "nested", "jagged", "dict", "number", "none"],
 )
 def test_entry_that_is_no_mask_is_refused(value: object, tmp_path: Path) -> None:
     with pytest.raises(MaskFormatError, match="entry of the pickle is not a mask") as caught:

@@ -124,7 +124,7 @@ def test_probe_is_told_by_the_group_it_is_at(tmp_path: Path) -> None:
     [
         ("fft", {}, 20),
         ("fft", {"fft": {"max_steps": 7}}, 7),
-        ("fft", {"fft": {"batch_size": "many"}}, None),
+        ("fft", {"fft": {"schedule": "unheard of"}}, None),
         ("mask-train", {}, 10),
         ("mask-train", {"mask_train": {"method": "learned", "batch_size": 8}}, 5),
         ("mask-train", {"mask_train": {"method": "random"}}, None),
@@ -215,8 +215,8 @@ def test_nothing_is_read_again_that_has_not_changed(tmp_path: Path, monkeypatch:
     load = following.load_run
     monkeypatch.setattr(following, "load_run", lambda folder: loaded.append(folder.name) or load(folder))
     parsed: list[bytes] = []
-    parse = json.loads
-    monkeypatch.setattr(following.json, "loads", lambda text: parsed.append(text) or parse(text))
+    parse = following.metrics_line
+    monkeypatch.setattr(following, "metrics_line", lambda text: parsed.append(text) or parse(text))
     assert watched.refresh()[-1].step == 2
     assert (loaded, parsed) == ([], [])
     train(run, 3)

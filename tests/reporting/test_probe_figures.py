@@ -171,7 +171,7 @@ def test_a_single_group_is_nothing_to_compare(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"unmasked_loss": None}, "TypeError"),
+        ({"unmasked_loss": None}, "not 'NoneType'"),
         ({"groups": [{"layers": "first", "size": 4, "change": 0.1}]}, "first are no layers"),
         ({"groups": [{"layers": "0-3", "size": 4}]}, "change"),
         ({"recommended_layers": "20-23"}, "20-23"),

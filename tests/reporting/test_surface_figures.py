@@ -150,17 +150,22 @@ def test_one_bad_run_does_not_hide_the_others(tmp_path: Path) -> None:
     write_surface(tmp_path)
     found, problems = figures(tmp_path)
     assert [figure.name for figure in found] == ["loss-surface-003-surface"]
-    assert [problem.split(": ")[:2] for problem in problems] == [
-        ["001-surface", "its loss surface cannot be read (JSONDecodeError"],
-        ["002-surface", "its loss surface cannot be read (KeyError"],
-    ]
+    assert problems[0].startswith(f"{log}: The metrics in 001-surface/metrics.jsonl:2 cannot be read: expected value")
+    assert problems[1:] == ["002-surface: its loss surface cannot be read: it has no corners"]
 
 
 def test_a_line_that_is_no_mapping_is_a_bad_run_too(tmp_path: Path) -> None:
     write_surface(tmp_path).training.log([1])  # type: ignore[arg-type]
     found, (problem,) = figures(tmp_path)
     assert found == []
-    assert problem.startswith("001-surface: its loss surface cannot be read (TypeError: ")
+    assert problem.endswith("metrics.jsonl:53 cannot be read: Input should be a valid dictionary.")
+
+
+def test_points_on_one_line_are_no_surface(tmp_path: Path) -> None:
+    log = write_surface(tmp_path).folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
+    log.write_text("".join(json.dumps({**row, "y": 2 * row["x"]}) + "\n" for row in rows))
+    assert figures(tmp_path) == ([], ["001-surface: the points of its loss surface are in no plane"])
 
 
 def test_the_same_loss_everywhere_is_no_surface(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from pathlib import Path
 
 # Tests of HumanEval+ and MBPP+ import numpy; other packages may hold the answers to a benchmark.
 PACKAGE = "numpy"
+_PYTHONS = ("python*", "pypy*", "site-packages", "dist-packages")
 SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
 _LOADER_FILES = ("/etc/ld.so.cache",)
 
@@ -23,6 +25,7 @@ class Installation:
         executable: The interpreter itself, not a virtual environment's link to it.
         library: Folder of the standard library.
         hidden: Folders within the library that hold installed packages.
+        hidden_beside: Folders of other installed packages and Pythons, among the system's libraries.
         shared_objects: Files the interpreter is linked against that lie beside it.
         packages: Name and folder of each package that foreign code may import.
         package_libraries: Folders of shared objects that those packages load.
@@ -31,6 +34,7 @@ class Installation:
     executable: Path
     library: Path
     hidden: tuple[Path, ...]
+    hidden_beside: tuple[Path, ...]
     shared_objects: tuple[Path, ...]
     packages: dict[str, Path]
     package_libraries: tuple[Path, ...]
@@ -54,7 +58,16 @@ def find_installation() -> Installation:
         executable=executable,
         library=library,
         hidden=tuple(folder for name in ("site-packages", "dist-packages") if (folder := library / name).is_dir()),
+        hidden_beside=tuple(_other_pythons(library)),
         shared_objects=tuple(sorted(path for path in beside.glob("*.so*") if path.is_file())),
         packages=packages,
         package_libraries=tuple(folder for folder in libraries if folder.is_dir()),
     )
+
+
+def _other_pythons(library: Path) -> Iterator[Path]:
+    """Where other packages lie, such as Debian's /usr/lib/python3/dist-packages."""
+    around = (library, *library.parents)
+    for folder in sorted({Path(name).resolve() for name in SYSTEM_LIBRARIES if Path(name).is_dir()}):
+        found = {path for pattern in _PYTHONS for path in folder.glob(pattern) if path.is_dir()}
+        yield from sorted(path for path in found if path not in around and not path.is_symlink())

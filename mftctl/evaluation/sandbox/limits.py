@@ -17,7 +17,8 @@ class Limits:
         cpu_seconds: Processor time.
         wall_seconds: Time from start to verdict, kept from outside.
         memory_bytes: Address space, of which numpy alone takes about 200 MiB.
-        file_bytes: Largest file, and the most that the working folder may hold in all.
+        file_bytes: Largest file.
+        files: How often it may make a file or a folder, and so how many there can be, with and without a name.
         output_bytes: Standard output and standard error together.
         open_files: File descriptors.
     """
@@ -25,9 +26,15 @@ class Limits:
     cpu_seconds: int = 10
     wall_seconds: float = 60.0
     memory_bytes: int = 2**30
-    file_bytes: int = 16 * 2**20
+    file_bytes: int = 2**18
+    files: int = 64
     output_bytes: int = 2**20
     open_files: int = 32
+
+    @property
+    def folder_bytes(self) -> int:
+        """The most that the files of a process hold in all."""
+        return self.files * self.file_bytes
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -41,12 +42,12 @@ def find_sandbox(*, unsafe: bool = False) -> Sandbox:
 
 @cache
 def _holding_sandbox() -> Sandbox:
-    failures = []
+    failures: list[str] = []
     for sandbox in candidates(find_installation()):
         leak = why_it_leaks(sandbox)
         if leak is None:
-            return sandbox
-        failures.append(f"{sandbox.kind}: {leak}")
+            return replace(sandbox, passed_over="; ".join(failures)) if failures else sandbox
+        failures.append(f"{sandbox.kind} does not hold here ({leak})")
     raise SandboxError(
         "Model-written code cannot be confined on this machine.",
         expected="bubblewrap, or Landlock with seccomp (Linux on x86_64 or aarch64)",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import marshal
 import os
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 _TAIL_BYTES = 2000
+_KILLED_FIRST = ("/bin/sh", "-c", 'echo 1000 >/proc/self/oom_score_adj; exec "$@"', "sh")
+"""Where memory runs out, a program is to end, not mftctl; nobody but root can take it back."""
 
 
 class SandboxedProcess:
@@ -21,31 +24,35 @@ class SandboxedProcess:
         output_fd: Where its standard output and standard error arrive.
         output_bytes: How much of them was read so far.
         tail: The last part of them.
+        gate: Where it says what it has to ask for.
     """
 
     def __init__(self, command: Sequence[str], order: dict[str, Any], fds: Sequence[int]) -> None:
         self.output_bytes = 0
         self.tail = b""
         self.output_fd, write_end = os.pipe()
+        self.gate, other_gate = socket.socketpair()
         try:
             with tempfile.TemporaryFile() as stdin:
-                stdin.write(marshal.dumps({**order, "fds": list(fds)}))
+                stdin.write(marshal.dumps({**order, "fds": list(fds), "gate": other_gate.fileno()}))
                 stdin.seek(0)
                 self._process = subprocess.Popen(
-                    command,
+                    [*_KILLED_FIRST, *command],
                     stdin=stdin,
                     stdout=write_end,
                     stderr=write_end,
                     env={},
                     cwd="/",
-                    pass_fds=fds,
+                    pass_fds=[*fds, other_gate.fileno()],
                     start_new_session=True,
                 )
         except BaseException:  # nothing was started: the pipe is not to stay open, whatever the reason
             os.close(self.output_fd)
+            self.gate.close()
             raise
         finally:
             os.close(write_end)
+            other_gate.close()
 
     @property
     def pid(self) -> int:
@@ -79,3 +86,4 @@ class SandboxedProcess:
         os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self.output_fd)
+        self.gate.close()

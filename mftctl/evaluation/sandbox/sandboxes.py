@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 # Loaded for the bytecode that this leaves behind: each child would have to compile them anew.
-from mftctl.evaluation.sandbox.child import candidate, confinement, judge, landlock, seccomp  # noqa: F401
+from mftctl.evaluation.sandbox.child import candidate, confinement, gate, judge, landlock, seccomp  # noqa: F401
 from mftctl.evaluation.sandbox.installation import Installation
 from mftctl.evaluation.sandbox.limits import Limits
 
 Kind = Literal["bubblewrap", "landlock", "none"]
 BOOTSTRAP = Path(__file__).with_name("child").resolve() / "bootstrap.py"
+_HIDING_BYTES = "4096"
 _INNER_FOLDER = "/mftctl-sandbox"  # nothing that is bound may lie in it
 # No site-packages, no environment variables, no user folder, no bytecode written.
 _PYTHON_OPTIONS = ("-I", "-S", "-B", "-X", "utf8")
@@ -28,11 +29,26 @@ class Sandbox:
         kind: `bubblewrap` and `landlock` confine, each with a filter of system calls; `none` only limits.
         installation: What the code may read.
         bubblewrap: Path of the program `bwrap`, for that kind.
+        passed_over: Why no better kind is used; empty where there is none.
     """
 
     kind: Kind
     installation: Installation
     bubblewrap: str | None = None
+    passed_over: str = ""
+
+    @property
+    def line(self) -> str:
+        """What to say of it to whoever has foreign code run."""
+        if self.kind == "bubblewrap":
+            return "Model-written code runs under bubblewrap."
+        if self.kind == "landlock":
+            return (
+                f"Model-written code runs under Landlock and seccomp, since {self.passed_over}. It sees no file or "
+                "process of this machine, but its host name, load and process numbers; bubblewrap keeps it further "
+                "apart: install it (apt install bubblewrap, dnf install bubblewrap)."
+            )
+        return "Model-written code runs with your own rights: it can read, change and send all that you can."
 
     def command(self, limits: Limits) -> list[str]:
         """The command line of a process, which reads what to do from standard input."""
@@ -61,12 +77,22 @@ class Sandbox:
         }
 
     def _readable(self) -> list[str]:
-        """Every entry of the library but the hidden ones: a rule of Landlock has no exceptions."""
+        """Every entry of the library and the system's folders but the hidden ones.
+
+        A rule of Landlock has no exceptions.
+        """
         installation = self.installation
-        library = (entry for entry in installation.library.iterdir() if entry not in installation.hidden)
+        library = installation.library
+        hidden = {*installation.hidden, *installation.hidden_beside, library, *library.parents}
+        readable = [
+            entry
+            for path in (library, *installation.system_files)
+            for entry in (path.resolve().iterdir() if path.is_dir() else [path])
+            if entry not in hidden
+        ]
         packages = (*installation.packages.values(), *installation.package_libraries)
         devices = (Path("/dev/null"), Path("/dev/urandom"))
-        return [str(path) for path in (*library, *installation.system_files, *packages, *devices)]
+        return [str(path) for path in (*readable, *packages, *devices) if path.exists()]
 
     def _bubblewrap_options(self, limits: Limits) -> list[str]:
         installation = self.installation
@@ -86,10 +112,13 @@ class Sandbox:
             # What lies in a hidden folder must be bound after the folder was hidden.
             options += ["--ro-bind", str(path), str(path)]
             if path == installation.library:
-                options += [part for hidden in installation.hidden for part in ("--tmpfs", str(hidden))]
+                for hidden in (*installation.hidden_beside, *installation.hidden):
+                    options += ["--size", _HIDING_BYTES, "--tmpfs", str(hidden)]
         for device in ("/dev/null", "/dev/urandom"):
             options += ["--dev-bind", device, device]
-        options += ["--size", str(limits.file_bytes), "--tmpfs", _INNER_FOLDER, "--remount-ro", "/"]
+        for hidden in (*installation.hidden_beside, *installation.hidden):
+            options += ["--remount-ro", str(hidden)]
+        options += ["--size", str(limits.folder_bytes), "--tmpfs", _INNER_FOLDER, "--remount-ro", "/"]
         return [*options, "--chdir", _INNER_FOLDER]
 
 
@@ -97,4 +126,4 @@ def candidates(installation: Installation) -> list[Sandbox]:
     """The sandboxes that may hold on this machine, the best first."""
     program = shutil.which("bwrap")
     found = [] if program is None else [Sandbox("bubblewrap", installation, program)]
-    return [*found, Sandbox("landlock", installation)]
+    return [*found, Sandbox("landlock", installation, passed_over="bubblewrap is not installed")]

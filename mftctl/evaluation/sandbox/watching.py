@@ -8,17 +8,20 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mftctl.errors import SandboxError
+from mftctl.evaluation.sandbox.gatekeeping import Gatekeeper, open_memory, receive_listener
 from mftctl.evaluation.sandbox.limits import Limits
 from mftctl.evaluation.sandbox.processes import SandboxedProcess
 from mftctl.evaluation.sandbox.programs import Outcome, Program, Verdict
 from mftctl.evaluation.sandbox.sandboxes import Sandbox
+from mftctl.evaluation.sandbox.visible_paths import VisiblePaths
 from mftctl.evaluation.sandbox.working_folders import used_bytes
 from mftctl.temporary import CONTENT, SANDBOX_PREFIX, temporary_folder
 
@@ -88,6 +91,7 @@ def _started(sandbox: Sandbox, program: Program, limits: Limits, folder: Path) -
             asked_read, asked_write = pipes.pipe()
             told_read, told_write = pipes.pipe()
             processes: list[SandboxedProcess] = []
+            views: list[VisiblePaths | None] = []
             for role, source, fds in (
                 ("candidate", program.code, (asked_read, told_write)),
                 ("judge", program.test, (told_read, asked_write, report_write)),
@@ -100,30 +104,58 @@ def _started(sandbox: Sandbox, program: Program, limits: Limits, folder: Path) -
                     "source": source,
                     "entry_point": program.entry_point,
                     "limits": asdict(limits),
+                    # The test is the benchmark's: it imports numpy, which takes a thousand questions.
+                    "asks_for_paths": sandbox.kind == "landlock" and role == "candidate",
                 }
                 process = SandboxedProcess(sandbox.command(limits), order, fds)
                 running.callback(process.kill)
                 processes.append(process)
-        yield _Trial(processes[0], processes[1], report_read, folder)
+                views.append(_view(order))
+        polled = None if sandbox.kind != "none" else folder
+        yield _Trial(processes[0], processes[1], report_read, views, polled)
+
+
+def _view(order: dict[str, Any]) -> VisiblePaths | None:
+    """What a process may name, where it is asked for paths."""
+    return VisiblePaths(**order["landlock"], working_folder=order["folder"]) if order["asks_for_paths"] else None
 
 
 class _Trial:
-    """A program being judged."""
+    """A program being judged.
 
-    def __init__(self, candidate: SandboxedProcess, judge: SandboxedProcess, report_fd: int, folder: Path) -> None:
+    Args:
+        candidate: Runs it.
+        judge: Runs the test.
+        report_fd: Where the judge reports.
+        views: What each of both may name of this machine, where that is asked.
+        polled: The working folder, where nothing else bounds it.
+    """
+
+    def __init__(
+        self,
+        candidate: SandboxedProcess,
+        judge: SandboxedProcess,
+        report_fd: int,
+        views: Sequence[VisiblePaths | None],
+        polled: Path | None,
+    ) -> None:
         self._candidate = candidate
         self._judge = judge
         self._report_fd = report_fd
-        self._folder = folder
+        self._views = views
+        self._polled = polled
+        self._poll_due = time.monotonic() + _TICK_SECONDS
         self._report = b""
+        self._gatekeepers: list[Gatekeeper] = []
 
     def watch(self, limits: Limits, deadline: float, stopped: threading.Event) -> tuple[Outcome, str]:
-        """Waits for the report, no longer than is allowed."""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._report_fd, selectors.EVENT_READ)
-            for process in (self._candidate, self._judge):
-                selector.register(process.output_fd, selectors.EVENT_READ, process)
-            folder_due = time.monotonic() + _TICK_SECONDS
+        """Waits for the report, no longer than is allowed, and answers what the processes ask meanwhile."""
+        with ExitStack() as listeners, selectors.DefaultSelector() as selector:
+            selector.register(self._report_fd, selectors.EVENT_READ, self._read_report)
+            for process, view in zip((self._candidate, self._judge), self._views, strict=True):
+                selector.register(process.output_fd, selectors.EVENT_READ, process.read_output)
+                opens = partial(self._open_gate, process, view, limits, selector, listeners)
+                selector.register(process.gate, selectors.EVENT_READ, opens)
             while self._report_fd in selector.get_map():
                 if stopped.is_set():
                     raise SandboxError("The programs were stopped before they were judged.")
@@ -131,19 +163,46 @@ class _Trial:
                 if now >= deadline:
                     return "timed out", f"more than {limits.wall_seconds:g} seconds"
                 for key, _ in selector.select(min(_TICK_SECONDS, deadline - now)):
-                    if not self._read(key.data):
+                    if not key.data():
                         selector.unregister(key.fileobj)
-                if self._candidate.output_bytes + self._judge.output_bytes > limits.output_bytes:
-                    return "too much output", f"more than {limits.output_bytes} bytes"
-                if time.monotonic() >= folder_due:
-                    if used_bytes(self._folder, limits.file_bytes) >= limits.file_bytes:
-                        return "too much output", f"files of more than {limits.file_bytes} bytes"
-                    folder_due = time.monotonic() + _TICK_SECONDS
+                too_much = self._too_much(limits)
+                if too_much is not None:
+                    return "too much output", too_much
         return self._reported(limits)
 
-    def _read(self, process: SandboxedProcess | None) -> bool:
-        if process is not None:
-            return process.read_output()
+    def _too_much(self, limits: Limits) -> str | None:
+        """What was written or made too often or too much, if so."""
+        if self._candidate.output_bytes + self._judge.output_bytes > limits.output_bytes:
+            return f"more than {limits.output_bytes} bytes"
+        if any(gatekeeper.too_much_made for gatekeeper in self._gatekeepers):
+            return f"more than {limits.files} files and folders made"
+        if self._polled is not None and time.monotonic() >= self._poll_due:
+            self._poll_due = time.monotonic() + _TICK_SECONDS
+            if used_bytes(self._polled, limits.folder_bytes) >= limits.folder_bytes:
+                return f"files of more than {limits.folder_bytes} bytes"
+        return None
+
+    def _open_gate(
+        self,
+        process: SandboxedProcess,
+        view: VisiblePaths | None,
+        limits: Limits,
+        selector: selectors.BaseSelector,
+        listeners: ExitStack,
+    ) -> bool:
+        """Answers what a process asks from here on; always False, as it says but once where it asks."""
+        listener = receive_listener(process.gate)
+        if listener is not None:
+            listeners.callback(os.close, listener)
+            memory = -1 if view is None else open_memory(process.pid)
+            if memory >= 0:
+                listeners.callback(os.close, memory)
+            gatekeeper = Gatekeeper(listener, process.pid, memory, limits.files, view)
+            self._gatekeepers.append(gatekeeper)
+            selector.register(listener, selectors.EVENT_READ, gatekeeper.answer)
+        return False
+
+    def _read_report(self) -> bool:
         piece = os.read(self._report_fd, _REPORT_BYTES)
         self._report += piece
         return bool(piece) and len(self._report) <= _REPORT_BYTES

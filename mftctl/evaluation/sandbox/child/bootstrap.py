@@ -51,14 +51,14 @@ def main() -> None:
     """Does what standard input says; does not return."""
     order = marshal.loads(sys.stdin.buffer.read())
     _stand_in_for_packages()
-    from mftctl.evaluation.sandbox.child import candidate, confinement, judge, landlock, seccomp
+    from mftctl.evaluation.sandbox.child import candidate, confinement, gate, judge, landlock, seccomp
 
     folder, fds = order["folder"], order["fds"]
     os.chdir(folder)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     confinement.clear_environment(folder)
-    confinement.close_all_but(fds)
+    confinement.close_all_but([*fds, order["gate"]])
     confinement.limit_resources(order["limits"])
     for name, path in order["packages"].items():
         sys.meta_path.append(OnePackage(name, path))
@@ -68,7 +68,10 @@ def main() -> None:
         confinement.drop_capabilities()
         if order["landlock"] is not None:
             landlock.restrict(order["landlock"]["readable"], order["landlock"]["listable"], folder)
+        gate.install(order["gate"], asks_for_paths=order["asks_for_paths"])
         seccomp.install()
+    else:
+        os.close(order["gate"])
     for name in [name for name in sys.modules if name.startswith(PACKAGE.partition(".")[0])]:
         del sys.modules[name]
     if order["role"] == "candidate":

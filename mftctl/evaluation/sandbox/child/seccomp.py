@@ -14,9 +14,13 @@ import struct
 
 from mftctl.evaluation.sandbox.child.syscall_numbers import ARCHITECTURES, NUMBERS, number_of
 
-_LOAD, _JUMP_EQUAL, _AND, _RETURN = 0x20, 0x15, 0x54, 0x06
+TYPE_CHECKING = False  # as in typing, which takes long to load
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+LOAD, JUMP_EQUAL, _AND, RETURN = 0x20, 0x15, 0x54, 0x06
 _NUMBER_OFFSET, _ARCHITECTURE_OFFSET, _ARGUMENTS_OFFSET = 0, 4, 16
-_ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 38, 22, 2
 _PR_SET_NAME, _PR_GET_NAME = 15, 16
 _F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_SETFL, _F_DUPFD_CLOEXEC = 0, 1, 2, 3, 4, 1030
@@ -37,9 +41,7 @@ def install() -> None:
     machine = os.uname().machine
     if machine not in ARCHITECTURES or struct.calcsize("P") != 8:
         raise OSError(_ENOSYS, f"no filter of system calls for {machine}")
-    filters = b"".join(struct.pack("<HBBI", *line) for line in assemble(machine, os.getpid()))
-    buffer = ctypes.create_string_buffer(filters, len(filters))
-    program = struct.pack("@HP", len(filters) // 8, ctypes.addressof(buffer))
+    program, _kept = program_of(assemble(machine, os.getpid()))
     libc = ctypes.CDLL(None, use_errno=True)
     for option, *arguments in (
         (_PR_SET_NO_NEW_PRIVS, 1, 0),
@@ -49,20 +51,27 @@ def install() -> None:
             raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
 
 
+def program_of(lines: Sequence[Instruction]) -> tuple[bytes, object]:
+    """What the kernel takes for a filter, and what must be kept for so long."""
+    filters = b"".join(struct.pack("<HBBI", *line) for line in lines)
+    buffer = ctypes.create_string_buffer(filters, len(filters))
+    return struct.pack("@HP", len(lines), ctypes.addressof(buffer)), buffer
+
+
 def assemble(machine: str, pid: int) -> list[Instruction]:
     """The filter's instructions for a processor and the one process it may send signals to."""
     lines: list[Instruction] = [
-        (_LOAD, 0, 0, _ARCHITECTURE_OFFSET),
-        (_JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),
-        (_RETURN, 0, 0, _KILL_PROCESS),
-        (_LOAD, 0, 0, _NUMBER_OFFSET),
+        (LOAD, 0, 0, _ARCHITECTURE_OFFSET),
+        (JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),
+        (RETURN, 0, 0, _KILL_PROCESS),
+        (LOAD, 0, 0, _NUMBER_OFFSET),
     ]
     for name in NUMBERS:
         number = number_of(name, machine)
         if number is None:
             continue
-        decision = _check(name, pid) if name in _CHECKED else [(_RETURN, 0, 0, _ALLOW)]
-        lines += [(_JUMP_EQUAL, 0, len(decision), number), *decision]
+        decision = _check(name, pid) if name in _CHECKED else [(RETURN, 0, 0, ALLOW)]
+        lines += [(JUMP_EQUAL, 0, len(decision), number), *decision]
     return [*lines, _refuse()]
 
 
@@ -74,41 +83,42 @@ def _check(name: str, pid: int) -> list[Instruction]:
         return _refuse_truncating_reads(2 if name == "openat" else 1)
     if name == "fcntl":
         # F_SETOWN and F_SETSIG send any signal to any process, and so does O_ASYNC.
-        unsignalled = [*_argument(2, _O_ASYNC), *_one_of(0)]
+        unsignalled = [*argument(2, _O_ASYNC), *_one_of(0)]
         plain = (_F_DUPFD, _F_GETFD, _F_SETFD, _F_GETFL, _F_DUPFD_CLOEXEC)
-        return [*_argument(1), (_JUMP_EQUAL, 0, len(unsignalled), _F_SETFL), *unsignalled, *_one_of(*plain)]
+        return [*argument(1), (JUMP_EQUAL, 0, len(unsignalled), _F_SETFL), *unsignalled, *_one_of(*plain)]
     if name == "ioctl":
-        return [*_argument(1), *_one_of(_TCGETS, _FIONCLEX, _FIOCLEX, _FIONREAD, _TIOCGWINSZ)]
+        return [*argument(1), *_one_of(_TCGETS, _FIONCLEX, _FIOCLEX, _FIONREAD, _TIOCGWINSZ)]
     if name == "prctl":
-        return [*_argument(0), *_one_of(_PR_SET_NAME, _PR_GET_NAME)]
+        return [*argument(0), *_one_of(_PR_SET_NAME, _PR_GET_NAME)]
     if name == "prlimit64":  # may only ask
-        high = (_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * 2 + 4)
-        return [*_argument(2), (_JUMP_EQUAL, 1, 0, 0), _refuse(), high, *_one_of(0)]
-    return [*_argument(0), *_one_of(pid)]
+        high = (LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * 2 + 4)
+        return [*argument(2), (JUMP_EQUAL, 1, 0, 0), _refuse(), high, *_one_of(0)]
+    return [*argument(0), *_one_of(pid)]
 
 
 def _refuse_truncating_reads(flags_argument: int) -> list[Instruction]:
     """Early Landlock lets a file that may only be read be emptied by opening it so."""
     return [
-        *_argument(flags_argument, _O_TRUNC | _O_ACCMODE),
-        (_JUMP_EQUAL, 1, 0, _O_TRUNC),
-        (_JUMP_EQUAL, 0, 1, _O_TRUNC | _O_ACCMODE),
+        *argument(flags_argument, _O_TRUNC | _O_ACCMODE),
+        (JUMP_EQUAL, 1, 0, _O_TRUNC),
+        (JUMP_EQUAL, 0, 1, _O_TRUNC | _O_ACCMODE),
         _refuse(),
-        (_RETURN, 0, 0, _ALLOW),
+        (RETURN, 0, 0, ALLOW),
     ]
 
 
-def _argument(index: int, mask: int | None = None) -> list[Instruction]:
-    load = (_LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * index)
+def argument(index: int, mask: int | None = None) -> list[Instruction]:
+    """Loads the lower half of an argument, or of its bits those of a mask."""
+    load = (LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * index)
     return [load] if mask is None else [load, (_AND, 0, 0, mask)]
 
 
 def _one_of(*values: int) -> list[Instruction]:
     lines: list[Instruction] = []
     for value in values:
-        lines += [(_JUMP_EQUAL, 0, 1, value), (_RETURN, 0, 0, _ALLOW)]
+        lines += [(JUMP_EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
     return [*lines, _refuse()]
 
 
 def _refuse(code: int = _EPERM) -> Instruction:
-    return (_RETURN, 0, 0, _ERRNO | code)
+    return (RETURN, 0, 0, _ERRNO | code)

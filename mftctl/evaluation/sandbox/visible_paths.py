@@ -1,0 +1,59 @@
+"""What of this machine a process may ask about where Landlock confines it, which keeps contents alone to itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import lru_cache
+
+
+class VisiblePaths:
+    """Files and folders that a process may name; all else is not there for it.
+
+    Args:
+        readable: With all that they hold.
+        listable: By themselves.
+        working_folder: Where the process may make what it likes, but no links.
+    """
+
+    def __init__(self, readable: Iterable[str], listable: Iterable[str], working_folder: str) -> None:
+        self._trees = frozenset(map(_real, readable))
+        self._single = frozenset(map(_real, listable))
+        self._working_folder = working_folder
+
+    def shows(self, path: str, *, follows: bool) -> bool:
+        """Whether a path names something that may be seen.
+
+        Args:
+            path: From the root.
+            follows: Whether it is about what a link leads to.
+        """
+        parts = path.split("/")
+        if ".." not in parts and self._is_in_working_folder(path):
+            return True
+        if ".." in parts:
+            real = os.path.realpath(path)
+            if not follows and parts[-1] not in ("", ".", ".."):
+                real = f"{os.path.realpath(path.rpartition('/')[0] or '/')}/{parts[-1]}"
+        else:
+            folder, _, name = path.rstrip("/").rpartition("/")
+            real = f"{_real(folder or '/').rstrip('/')}/{name}"
+            if (follows or path.endswith("/")) and os.path.islink(real):  # noqa: PTH114 - asked for each call
+                real = os.path.realpath(real)
+        return real in self._single or self._is_in_working_folder(real) or self._is_in_tree(real)
+
+    def _is_in_working_folder(self, path: str) -> bool:
+        return path == self._working_folder or path.startswith(f"{self._working_folder}/")
+
+    def _is_in_tree(self, path: str) -> bool:
+        while path:
+            if path in self._trees:
+                return True
+            path = path.rpartition("/")[0]
+        return False
+
+
+@lru_cache(4096)
+def _real(path: str) -> str:
+    """Where a path really lies: folders of this machine, which do not move while programs are judged."""
+    return os.path.realpath(path)
