@@ -36,18 +36,23 @@ def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str
     from lm_eval.tasks.minerva_math import utils as minerva
 
     output = outputs[0]
-    gold = _boxed(problem["solution"])
+    gold = boxed(problem["solution"])
     named = minerva.get_unnormalized_answer(output)
-    given = [minerva.normalize_final_answer(text) for text in (named, _boxed(output)) if text is not None]
+    given = [minerva.normalize_final_answer(text) for text in (named, boxed(output)) if text is not None]
     strict = any(minerva.is_equiv(answer, minerva.normalize_final_answer(gold or "")) for answer in given)
     return {"strict": float(strict), "flexible": float(strict or _verified(problem["solution"], output))}
 
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{}` or `\fbox{}`; None without one, or with one that cannot be read.
+
+    Args:
+        text: A solution.
+    """
     from lm_eval.tasks.minerva_math import utils as minerva
 
-    found = minerva.last_boxed_only_string(text)
-    return None if found is None else minerva.remove_boxed(found.replace("\\fbox", "\\boxed"))
+    found = (minerva.last_boxed_only_string(text) or "").replace("\\fbox", "\\boxed")
+    return str(minerva.removeboxed(found)) if found.startswith(("\\boxed{", "\\boxed ")) else None
 
 
 def _verified(gold: str, output: str) -> bool:

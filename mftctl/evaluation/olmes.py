@@ -1,0 +1,144 @@
+"""What OLMES, the harness of MFT's paper, counts as a right answer, and how it averages.
+
+Source: allenai/olmes as the reference implementation carries it (Ming-K9/MFT, `olmes/`), and the commands of its
+`bash/evaluation`: task defaults, no chat template. Nothing of its code is here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.answers import MARKER
+from mftctl.evaluation.scoring import boxed
+from mftctl.evaluation.statistics import standard_error_of_ratio
+
+if TYPE_CHECKING:
+    from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample
+    from mftctl.evaluation.benchmarks import Prompts
+
+_COMMA = re.compile(r"(\d),(\d)")
+"""Between digits, of which each is looked at once: 1,2,3 keeps its second comma."""
+
+_NUMBER = re.compile(r"[+-]?\d*\.\d+|\d+")
+"""A whole number loses its sign, in the answer and in the reference alike."""
+
+_INVALID = "[invalidanswer]"
+"""lm-eval's word for an output without Minerva's sentence."""
+
+
+def begins_texts(prompts: Prompts) -> bool | None:
+    """Whether a prompt begins with the tokenizer's token for that; None for what the tokenizer does by itself.
+
+    Args:
+        prompts: As given to `--prompts`.
+
+    Source: `oe_eval/default_configs.py` (`add_bos_token`) and `oe_eval/models/eleuther_vllm_causallms.py`.
+    """
+    return False if prompts == "olmes" else None
+
+
+def last_numbers(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last number of each output, in the reference's spelling if it is right; the output where it has none.
+
+    Args:
+        outputs: Of each problem, of which the first counts.
+        problems: Of GSM8K, with their `answer`.
+
+    Source: `oe_eval/tasks/oe_eval_tasks/gsm8k.py`. Digits are compared, not values: 18.00 is not 18.
+    """
+    found = []
+    for written, problem in zip(outputs, problems, strict=True):
+        gold = str(problem["answer"]).rpartition(MARKER)[2].strip()
+        given = _last_number(written[0])
+        found.append(gold if given == _last_number(gold) else given)
+    return found
+
+
+def _last_number(text: str) -> str:
+    joined = _COMMA.sub(r"\1\2", text)
+    return next(reversed(_NUMBER.findall(joined)), joined)
+
+
+def olmes_maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
+    """Whether the answer is right: `strict` in Minerva's sentence alone, `flexible` in the likeliest places.
+
+    Flexible takes the answer of that sentence and of the last box; without both, what stands between the last two
+    dollar signs; without these, the whole output. It is right if it equals the reference by Minerva's comparison or by
+    that of MATH's authors.
+
+    Args:
+        problem: With its `solution`.
+        outputs: The one answer.
+
+    Source: `oe_eval/tasks/oe_eval_tasks/minerva_math.py`; the comparisons are lm-eval's functions, as there.
+    """
+    from lm_eval.tasks.hendrycks_math import utils as hendrycks
+    from lm_eval.tasks.minerva_math import utils as minerva
+
+    gold = minerva.normalize_final_answer(boxed(problem["solution"]) or "")
+    named = minerva.get_unnormalized_answer(outputs[0])
+    strict = bool(minerva.is_equiv(minerva.normalize_final_answer(named), gold))
+    flexible = strict or any(
+        minerva.is_equiv(answer, gold) or hendrycks.is_equiv(answer, gold)
+        for answer in map(minerva.normalize_final_answer, _likely_answers(outputs[0], named))
+    )
+    return {"strict": float(strict), "flexible": float(flexible)}
+
+
+def _likely_answers(output: str, named: str) -> list[str]:
+    given = [answer for answer in (None if named == _INVALID else named, boxed(output)) if answer is not None]
+    return given or [output.split("$")[-2] if output.count("$") > 1 else output]
+
+
+def require_subjects(records: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Nothing, if every problem says of what subject it is.
+
+    Args:
+        records: Problems of MATH.
+        source: Where they come from, for the error.
+
+    Raises:
+        EvaluationError: One does not; names its number.
+    """
+    for number, record in enumerate(records):
+        if not isinstance(record.get("type"), str):
+            raise EvaluationError(
+                "The mean over MATH's subjects needs the subject of every problem.",
+                path=f"{source}#{number}",
+                key="type",
+                expected="a subject, such as Algebra",
+                actual=record.get("type"),
+                hint="--prompts lm-eval takes the mean over the problems",
+            )
+
+
+def mean_of_subjects(result: BenchmarkResult, subjects: Sequence[str]) -> BenchmarkResult:
+    """The result with every subject counting as much as any other, however many problems it has.
+
+    A problem of one subject among many weighs less: its score and its weight are both scaled by that.
+
+    Args:
+        result: Of a run, with one score of each kind a problem.
+        subjects: Of each sample.
+
+    Source: Ming-K9/MFT, `scripts/get_math_score.py`.
+    """
+    sizes = Counter(subjects)
+    parts = [len(subjects) / (len(sizes) * sizes[subject]) for subject in subjects]
+    samples = tuple(_scaled(sample, part) for sample, part in zip(result.samples, parts, strict=True))
+    scores = []
+    for score in result.scores:
+        sums = [sample.scores[score.name] for sample in samples]
+        error = standard_error_of_ratio(sums, parts) if len(sums) > 1 else None
+        scores.append(replace(score, value=sum(sums) / sum(parts), standard_error=error))
+    return replace(result, scores=tuple(scores), samples=samples)
+
+
+def _scaled(sample: BenchmarkSample, part: float) -> BenchmarkSample:
+    scores = {name: score * part for name, score in sample.scores.items()}
+    return replace(sample, scores=scores, weights=dict.fromkeys(scores, part))
