@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.benchmarks import BENCHMARKS, TASKS_FOLDER, Prompts, check_prompts, unknown_benchmark
-from mftctl.evaluation.olmes import last_numbers, olmes_maths_scores
+from mftctl.evaluation.olmes import last_numbers, olmes_instruction_scores, olmes_maths_scores
 from mftctl.evaluation.scoring import instruction_scores, length_scores, marked_answers, maths_scores, passage_scores
 
 if TYPE_CHECKING:
@@ -39,8 +39,11 @@ _SCORED_BY = {
     "alpaca_eval": length_scores,
     "tydiqa": passage_scores,
 }
-_OLMES_SCORED_BY = {**_SCORED_BY, "math": olmes_maths_scores}
-_OLMES_MAIN = {"math": "flexible", "ifeval": "inst_level_loose_acc"}
+_OLMES_SCORED_BY = {
+    "math": olmes_maths_scores,
+    "ifeval": olmes_instruction_scores,
+    "alpaca_eval": length_scores,
+}
 _MARKED_FILTER = {"name": "marked-match", "filter": [{"function": "custom", "filter_fn": marked_answers}]}
 _NUMBER_FILTER = {"name": "last-number", "filter": [{"function": "custom", "filter_fn": last_numbers}]}
 _MATHS_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("strict", "flexible")]
@@ -73,9 +76,6 @@ def olmes_config(name: str) -> dict[str, Any]:
         config["filter_list"] = [_NUMBER_FILTER]
     if name == "math":
         config["metric_list"] = _MATHS_METRICS
-    # The first metric stands for the benchmark.
-    main = _OLMES_MAIN.get(name)
-    config["metric_list"] = sorted(config.get("metric_list", ()), key=lambda entry: entry["metric"] != main)
     if name in _OLMES_SCORED_BY:
         config["process_results"] = _OLMES_SCORED_BY[name]
     return {**config, "task": name}

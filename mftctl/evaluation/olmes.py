@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answers import MARKER
-from mftctl.evaluation.scoring import boxed
+from mftctl.evaluation.scoring import boxed, instruction_scores
 from mftctl.evaluation.statistics import standard_error_of_ratio
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def _last_number(text: str) -> str:
 
 
 def olmes_maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
-    """Whether the answer is right: `strict` in Minerva's sentence alone, `flexible` in the likeliest places.
+    """Whether the answer is right: `flexible` in the likeliest places, `strict` in Minerva's sentence alone.
 
-    Flexible takes the answer of that sentence and of the last box; without both, what stands between the last two
+    Flexible comes first, and so stands for the benchmark. It takes the answer of that sentence and of the last box; without both, what stands between the last two
     dollar signs; without these, the whole output. It is right if it equals the reference by Minerva's comparison or by
     that of MATH's authors.
 
@@ -87,12 +87,26 @@ def olmes_maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> di
         minerva.is_equiv(answer, gold) or hendrycks.is_equiv(answer, gold)
         for answer in map(minerva.normalize_final_answer, _likely_answers(outputs[0], named))
     )
-    return {"strict": float(strict), "flexible": float(flexible)}
+    return {"flexible": float(flexible), "strict": float(strict)}
 
 
 def _likely_answers(output: str, named: str) -> list[str]:
-    given = [answer for answer in (None if named == _INVALID else named, boxed(output)) if answer is not None]
+    in_box = boxed(output) if "\\boxed" in output else None  # an answer's \fbox is none
+    given = [answer for answer in (None if named == _INVALID else named, in_box) if answer is not None]
     return given or [output.split("$")[-2] if output.count("$") > 1 else output]
+
+
+def olmes_instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+    """Whether each instruction was kept, as lm-eval's checker has it; by instruction and loose comes first.
+
+    Args:
+        problem: Of IFEval.
+        outputs: The one answer.
+
+    Source: `oe_eval/tasks/oe_eval_tasks/ifeval.py` (`primary_metric`).
+    """
+    scores = instruction_scores(problem, outputs)
+    return {name: scores[name] for name in sorted(scores, key=lambda name: name != "inst_level_loose_acc")}
 
 
 def require_subjects(records: Sequence[Mapping[str, Any]], source: str) -> None:

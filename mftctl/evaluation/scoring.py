@@ -52,7 +52,7 @@ def boxed(text: str) -> str | None:
     from lm_eval.tasks.minerva_math import utils as minerva
 
     found = (minerva.last_boxed_only_string(text) or "").replace("\\fbox", "\\boxed")
-    return str(minerva.removeboxed(found)) if found.startswith(("\\boxed{", "\\boxed ")) else None
+    return str(minerva.remove_boxed(found)) if found.startswith(("\\boxed{", "\\boxed ")) else None
 
 
 def _verified(gold: str, output: str) -> bool:
