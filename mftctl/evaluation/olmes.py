@@ -67,9 +67,9 @@ def _last_number(text: str) -> str:
 def olmes_maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
     """Whether the answer is right: `flexible` in the likeliest places, `strict` in Minerva's sentence alone.
 
-    Flexible comes first, and so stands for the benchmark. It takes the answer of that sentence and of the last box; without both, what stands between the last two
-    dollar signs; without these, the whole output. It is right if it equals the reference by Minerva's comparison or by
-    that of MATH's authors.
+    Flexible comes first, and so stands for the benchmark. It takes the answer of that sentence and of the last box;
+    without both, what stands between the last two dollar signs; without these, the whole output. It is right if it
+    equals the reference by Minerva's comparison or by that of MATH's authors.
 
     Args:
         problem: With its `solution`.
