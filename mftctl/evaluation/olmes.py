@@ -2,6 +2,15 @@
 
 Source: allenai/olmes as the reference implementation carries it (Ming-K9/MFT, `olmes/`), and the commands of its
 `bash/evaluation`: task defaults, no chat template. Nothing of its code is here.
+
+Deviations:
+    Prompts are never cut, and the context is the model's. OLMES takes 2,048 tokens where nothing else is asked for, as
+    in those commands: prompts of GSM8K and MATH above 1,536 and 1,024 tokens lose their beginning, and an answer of
+    AlpacaEval ends where it fills the rest.
+    An answer of AlpacaEval has the room behind the longest prompt, so that it does not depend on its batch.
+    Programs run in the sandbox under its limits, which follow the reference solution; there for 3 seconds, 20 of
+    HumanEval+.
+    The comparisons of maths answers and the checks of instructions are those of the lm-eval installed; there of 0.4.3.
 """
 
 from __future__ import annotations
