@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Union
 from mftctl.atomic import write_text
 from mftctl.config import EvalOptions, Recipe
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.alpaca_judge import Answer, entry, what_is_missing, win_shares
+from mftctl.evaluation.alpaca_judge import Answer, entry, length_controlled, what_is_missing, win_shares
 from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.answering import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.benchmark_run import BenchmarkResult, BenchmarkSample, run_benchmark, with_scores
@@ -22,6 +22,7 @@ from mftctl.evaluation.code_benchmarks import code_config
 from mftctl.evaluation.half_characters import emptied
 from mftctl.evaluation.harness import build_task, is_maths, quiet_libraries, task_config
 from mftctl.evaluation.inference import evaluation_mode
+from mftctl.evaluation.olmes import begins_texts, mean_of_subjects, require_subjects
 from mftctl.evaluation.output_cache import OutputCache
 from mftctl.evaluation.predictions import problem_name, read_predictions
 from mftctl.evaluation.problems import Problems, fetch_problems, read_problems
@@ -82,6 +83,8 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     config = _asked(task, options)
     file = options.task_data.get(task)
     problems = fetch_problems(config, task) if file is None else read_problems(Path(file), task)
+    if options.prompts == "olmes" and task == "math":
+        require_subjects(problems.records, problems.source)
     written = None
     if options.predictions is not None:
         written = _written(Path(options.predictions), problems, options.limit, listener)
@@ -89,7 +92,12 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     if task in BENCHMARKS and BENCHMARKS[task].runs_code:
         judge = _judge(task, unsafe=options.unsafe_code, listener=listener)
         config = code_config(
-            config, judge, samples=samples, temperature=options.temperature, written=written is not None
+            config,
+            judge,
+            samples=samples,
+            temperature=options.temperature,
+            written=written is not None,
+            continues=options.prompts == "olmes",
         )
     elif samples > 1:
         raise EvaluationError(
@@ -122,7 +130,7 @@ def _some_of(names: Sequence[str]) -> str:
 def _asked(task: str, options: EvalOptions) -> dict[str, Any]:
     """The configuration under which the task is asked: a chat model is not left to complete a text, but asked."""
     form = instruct_form(task) if options.chat_template and options.predictions is None else task
-    return {**task_config(form), "task": task}
+    return {**task_config(form, options.prompts), "task": task}
 
 
 def measure_benchmark(
@@ -158,9 +166,14 @@ def measure_benchmark(
         _tell_too_long(found, listener, is_too_long, f"answers and sums of more than {MOST_ANSWER_CHARACTERS}")
     if benchmark.name == "ifeval":
         _tell_too_long(found, listener, has_long_line, f"answers with lines of more than {MOST_LINE_CHARACTERS}")
+    olmes = recipe.eval.prompts == "olmes"
+    if benchmark.name == "math" and olmes:
+        subjects = [benchmark.problems.records[sample.doc_id]["type"] for sample in found.samples]
+        found = mean_of_subjects(found, subjects)
     if benchmark.name == "alpaca_eval" and ask_judge:
-        shares = _judged_once(found, benchmark.problems, model_name, folder, listener)
-        found = with_scores(found, "win_rate", "judge", shares) if shares else found
+        verdicts = _judged_once(found, benchmark.problems, model_name, folder, listener, for_length=olmes)
+        for metric, shares in verdicts.items():
+            found = with_scores(found, metric, "judge", shares)
     generated_tokens = sum(put_together({rank(): generated_tokens}).values())
     return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
 
@@ -218,6 +231,7 @@ def _answered(
                 seed=recipe.seed,
                 on_shortage=lambda tokens: listener.note(smaller_batches(benchmark.name, tokens)),
                 has_turns=recipe.eval.chat_template,
+                add_bos_token=begins_texts(options.prompts),
                 **kept,
             )
             return run_benchmark(written, task, problems, **common), written.generated_tokens
@@ -256,6 +270,8 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
     form = instruct_form(found.name) if found.chat_template else found.name
     if found.chat_template:
         settings.append("chat" if form == found.name else "chat, instruct")
+    if options.prompts != "lm-eval":
+        settings.append(options.prompts)
     if options.temperature:
         settings.append(f"{options.samples} at {options.temperature}")
     if options.max_new_tokens is not None:
@@ -267,6 +283,7 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
         "digest": ":".join(str(part) for part in (found.data_digest, *settings)),
         "samples": file,
         "task": form,
+        "prompts": options.prompts,
         "task_version": found.task_version,
         "lm_eval_version": found.lm_eval_version,
         "engine": options.engine,
@@ -304,18 +321,30 @@ def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
 
 
 def _judged_once(
-    found: BenchmarkResult, problems: Problems, model_name: str, folder: Path, listener: Listener
-) -> list[float | None]:
+    found: BenchmarkResult,
+    problems: Problems,
+    model_name: str,
+    folder: Path,
+    listener: Listener,
+    *,
+    for_length: bool,
+) -> dict[str, list[float | None]]:
     """AlpacaEval's verdicts in all processes, of which the first asks."""
-    shares: list[float | None] = json.loads(
-        from_first(lambda: json.dumps(_judged(found, problems, model_name, folder, listener)))
+    verdicts: dict[str, list[float | None]] = json.loads(
+        from_first(lambda: json.dumps(_judged(found, problems, model_name, folder, listener, for_length=for_length)))
     )
-    return shares
+    return verdicts
 
 
 def _judged(
-    found: BenchmarkResult, problems: Problems, model_name: str, folder: Path, listener: Listener
-) -> list[float | None]:
+    found: BenchmarkResult,
+    problems: Problems,
+    model_name: str,
+    folder: Path,
+    listener: Listener,
+    *,
+    for_length: bool,
+) -> dict[str, list[float | None]]:
     """The verdicts where its judge can be asked, else none, after the answers are kept in its format."""
     asked = [problems.records[sample.doc_id] for sample in found.samples]
     answers = [
@@ -332,7 +361,7 @@ def _judged(
             f"AlpacaEval's win rate needs {' and '.join(missing)}. The answers are in {path}; to have them judged "
             f"later: mftctl eval --tasks alpaca_eval --predictions {folder / 'alpaca_eval.jsonl'}"
         )
-        return []
+        return {}
     references = [
         Answer(record["instruction"], record["output"], str(record.get("generator", "reference"))) for record in asked
     ]
@@ -340,4 +369,11 @@ def _judged(
     unjudged = shares.count(None)
     if unjudged:
         listener.warn(f"AlpacaEval's judge gave no verdict on {unjudged} of {len(shares)} answers; they are left out.")
-    return list(shares)
+    verdicts: dict[str, list[float | None]] = {"win_rate": list(shares)}
+    if for_length:
+        try:
+            controlled = length_controlled(answers, references, shares, problems.digest)
+            verdicts["length_controlled_win_rate"] = list(controlled)
+        except EvaluationError as error:
+            listener.warn(f"{error.message} (expected: {error.expected}) The verdicts are kept in {folder}.")
+    return verdicts

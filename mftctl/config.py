@@ -15,6 +15,7 @@ from mftctl.data.examples import Learn
 from mftctl.data.record_issues import BadRecords
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
+from mftctl.evaluation.benchmarks import Prompts
 
 DEFAULT_RATIO = 0.1
 DEFAULT_UPDATE_RATIO = 0.2
@@ -397,6 +398,11 @@ class EvalOptions(_Section):
     task_data: dict[str, str] = Field(
         default_factory=dict, description="Local file or folder of a benchmark, NAME=PATH; repeatable."
     )
+    prompts: Prompts = Field(
+        "lm-eval",
+        description="Whose prompts and metrics: lm-eval's, or those of OLMES, the harness of MFT's paper, for its six "
+        "benchmarks.",
+    )
     predictions: str | None = Field(None, description="Score the outputs in this file, without a model.")
     limit: int | None = Field(None, gt=0, description="Only the first so many problems or records.")
     engine: Literal["hf", "vllm"] = Field(
@@ -420,6 +426,15 @@ class EvalOptions(_Section):
     unsafe_code: bool = Field(False, description="Run model-written code even where there is no sandbox.")
     max_length_tokens: int = Field(1024, gt=1, description="Longer records are cut at the end.")
     generate: bool = Field(True, description="Generate answers for exact match, besides the loss.")
+
+    @model_validator(mode="after")
+    def _olmes_asks_without_a_template(self) -> EvalOptions:
+        if self.prompts == "olmes" and self.chat_template:
+            raise ValueError(
+                "eval.prompts: the paper's evaluation in OLMES goes through no chat template; leave eval.chat_template "
+                "out, or take the prompts of lm-eval"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samples_differ(self) -> EvalOptions:

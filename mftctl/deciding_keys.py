@@ -23,6 +23,9 @@ IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
 _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
 """Keys that came later: at their defaults they are left out, so that earlier runs are still recognised."""
 
+_LATER = {"eval": {"prompts"}, "mask_train": {"keep", "start_std"}}
+"""The same in sections."""
+
 _RATE = {"fft": {"method", "learning_rate"}}
 _SECTIONS: dict[str, dict[str, Any]] = {
     "fft": {"fft": True},
@@ -46,6 +49,10 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
     keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
+    for section, names in _LATER.items():
+        for name in names & keys.get(section, {}).keys():
+            if keys[section][name] == getattr(Recipe(), section).model_dump(mode="json")[name]:
+                del keys[section][name]
     for section in ("fft", "mask_train"):
         if "grad_accum_steps" in keys.get(section, {}):
             _spell_step(keys[section])

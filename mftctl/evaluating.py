@@ -314,7 +314,7 @@ def check_measures(recipe: Recipe) -> None:
     if options.engine == "vllm":
         _check_vllm(recipe)
     for task in tasks:
-        check_task(task)
+        check_task(task, options.prompts)
     for task, file in options.task_data.items():
         if task not in tasks:
             raise ConfigError(

@@ -139,7 +139,7 @@ def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
     tasks = expand_groups(recipe.eval.tasks)
     for task in tasks:
         with findings.collecting("eval.tasks"):
-            check_task(task)
+            check_task(task, recipe.eval.prompts)
     for task, file in recipe.eval.task_data.items():
         if task not in tasks:
             known = ", ".join(tasks) or "none given"

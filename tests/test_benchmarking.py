@@ -11,8 +11,9 @@ import pytest
 
 from mftctl import benchmarking
 from mftctl.config import EvalOptions, Recipe
-from mftctl.errors import ConfigError, EvaluationError
+from mftctl.errors import ConfigError, EvaluationError, MftError
 from mftctl.evaluating import evaluate
+from mftctl.evaluation.answering import ModelAnswers
 from mftctl.progress import Listener, Silence
 from mftctl.runs import Run
 from tests.workflow_fixtures import make_recipe, open_run
@@ -217,8 +218,11 @@ def test_formulas_without_end_are_named(workspace: Path, tmp_path: Path) -> None
     assert text.endswith("those of 1, 2, 3, 4, 5 and 2 more.")
 
 
-def judge_alpaca(workspace: Path, tmp_path: Path, outputs: list[str]) -> tuple[Run, dict[str, Any], list[str]]:
+def judge_alpaca(
+    workspace: Path, tmp_path: Path, outputs: list[str], prompts: str = "lm-eval"
+) -> tuple[Run, dict[str, Any], list[str]]:
     """An evaluation of outputs written before, with its one data set and its warnings."""
+    tmp_path.mkdir(exist_ok=True)
     asked = [
         {"instruction": f"Say {n}.", "output": f"reference {n}", "generator": "gpt4", "dataset": "helpful_base"}
         for n in range(len(outputs))
@@ -227,6 +231,7 @@ def judge_alpaca(workspace: Path, tmp_path: Path, outputs: list[str]) -> tuple[R
         workspace,
         test_data=[],
         eval__tasks=["alpaca_eval"],
+        eval__prompts=prompts,
         eval__task_data={"alpaca_eval": write(tmp_path / "p.jsonl", asked)},
         eval__predictions=write(tmp_path / "w.jsonl", [{"id": n, "output": text} for n, text in enumerate(outputs)]),
     )
@@ -264,6 +269,62 @@ def test_alpaca_eval_with_a_judge_has_its_win_rate(
     rows = [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
     assert [row["scores"].get("win_rate,judge") for row in rows] == shares
     assert "no verdict on 1 of 3" in warnings[0]
+
+
+def test_olmess_form_is_asked_recorded_and_begins_no_text(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    class Answers(ModelAnswers):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            begun.append(self.add_bos_token)
+
+    monkeypatch.setattr(benchmarking, "ModelAnswers", Answers)
+    options: dict[str, Any] = {"tasks": ["humaneval"], "max_new_tokens": 5, "save_samples": True}
+    options["task_data"] = {"humaneval": write(tmp_path / "p.jsonl", FUNCTIONS[:1])}
+    plain, _ = scored(workspace, tmp_path / "a", **options)
+    olmes, rows = scored(workspace, tmp_path / "b", **options, prompts="olmes")
+    assert rows[0]["prompt"] == f"{FUNCTIONS[0]['prompt']}Here is the completed function:\n\n```python\n"
+    assert (olmes["name"], olmes["task"]) == ("humaneval", "humaneval")
+    assert (plain["prompts"], olmes["prompts"]) == ("lm-eval", "olmes")
+    assert olmes["digest"] == plain["digest"].replace(":all:", ":all:olmes:")
+    assert begun == [None, False]
+
+
+def test_olmes_takes_the_mean_of_maths_subjects_and_needs_them(workspace: Path, tmp_path: Path) -> None:
+    subjects = ["Algebra", "Algebra", "Geometry"]
+    problems = [{"problem": f"{n}?", "solution": f"$\\boxed{{{n}}}$", "type": s} for n, s in enumerate(subjects)]
+    options = {"tasks": ["math"], "task_data": {"math": write(tmp_path / "p.jsonl", problems)}, "prompts": "olmes"}
+    options["predictions"] = write(tmp_path / "w.jsonl", [{"id": n, "output": " $0$"} for n in range(3)])
+    dataset, rows = scored(workspace, tmp_path / "a", **options)
+    assert (dataset["metrics"][0]["name"], dataset["metrics"][0]["value"]) == ("flexible,none", pytest.approx(0.25))
+    assert [row["weights"]["flexible,none"] for row in rows] == [0.75, 0.75, 1.5]
+    del problems[1]["type"]
+    write(tmp_path / "p.jsonl", problems)
+    with pytest.raises(EvaluationError, match="the subject of every problem"):
+        scored(workspace, tmp_path / "b", **options)
+
+
+@pytest.mark.parametrize("changes", [{"tasks": ["mbpp"]}, {"tasks": ["gsm8k"], "chat_template": True}])
+def test_olmes_with_what_it_has_not(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(MftError, match=r"no form of OLMES's|no chat template"):
+        scored(workspace, tmp_path, **changes, prompts="olmes")
+
+
+def test_a_win_rate_controlled_for_length_comes_first_or_is_missed_aloud(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarking, "what_is_missing", list)
+    monkeypatch.setattr(benchmarking, "win_shares", lambda answers, references, cache: [0.25, 0.75])
+    _, dataset, warnings = judge_alpaca(workspace, tmp_path, ["a", "b"], prompts="olmes")
+    assert [metric["name"] for metric in dataset["metrics"]] == ["win_rate,judge", "characters,none"]
+    assert "Only AlpacaEval's own instructions" in warnings[0]
+    monkeypatch.setattr(benchmarking, "length_controlled", lambda *given: [0.5, 0.75])
+    _, dataset, warnings = judge_alpaca(workspace, tmp_path / "again", ["a", "b"], prompts="olmes")
+    first = dataset["metrics"][0]
+    assert (first["name"], first["value"], warnings) == ("length_controlled_win_rate,judge", 0.625, [])
 
 
 def test_several_samples_of_a_task_without_code(workspace: Path, tmp_path: Path) -> None:

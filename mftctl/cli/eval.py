@@ -64,6 +64,7 @@ def evaluate(
     task_data: Annotated[
         list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
     ] = None,
+    prompts: Annotated[str | None, opt.setting(EvalOptions, "prompts", "--prompts", panel="Measuring")] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Measuring")] = None,
     engine: Annotated[str | None, opt.setting(EvalOptions, "engine", "--engine", panel="Measuring")] = None,
     tensor_parallel: Annotated[

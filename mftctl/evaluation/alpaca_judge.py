@@ -14,6 +14,9 @@ from pathlib import Path
 
 from mftctl.errors import EvaluationError
 
+ALPACA_EVAL_DIGEST = "9dd037be93e841b1d825c39268507adc4bbb3f150cb582d855309a67ce551ddc"
+"""Of AlpacaEval's own 805 instructions in their own order, as `Problems.digest` has it."""
+
 _KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH")
 
 
@@ -52,7 +55,7 @@ def win_shares(answers: Sequence[Answer], references: Sequence[Answer], cache: P
         EvaluationError: The API refuses or cannot be reached; verdicts given before are kept.
 
     Source: AlpacaEval 2.0's annotator, `weighted_alpaca_eval_gpt4_turbo`: the probability of the token that stands for
-    the answer. Deviation: the win rate is the plain one; `alpaca_eval` itself corrects it for length.
+    the answer. The win rate of these is the plain one; `length_controlled` has the other.
     """
     with _quiet():
         import openai
@@ -77,6 +80,60 @@ def win_shares(answers: Sequence[Answer], references: Sequence[Answer], cache: P
     # A preference is 1 for the reference and 2 for the answer, or between.
     preferences = [by_answer.get((answer.instruction, answer.output)) for answer in answers]
     return [None if preference is None or preference != preference else preference - 1 for preference in preferences]
+
+
+def length_controlled(
+    answers: Sequence[Answer], references: Sequence[Answer], shares: Sequence[float | None], digest: str
+) -> list[float]:
+    """How surely the judge would prefer each answer if it were as long as its reference, from 0 to 1.
+
+    The package fits a model of the verdicts with the lengths and the difficulty of each instruction, which it fetches
+    from the hub, and predicts them for equal lengths.
+
+    Args:
+        answers: Of the model.
+        references: To the same instructions, in the same order.
+        shares: The judge's verdicts.
+        digest: Of the problems of which these are the first or all.
+
+    Raises:
+        EvaluationError: The instructions are not AlpacaEval's, or the package cannot do it here.
+
+    Source: Dubois et al. (2024), "Length-controlled AlpacaEval"; `alpaca_eval` itself, model and data.
+    """
+    if digest != ALPACA_EVAL_DIGEST:
+        raise EvaluationError(
+            "Only AlpacaEval's own instructions have a win rate controlled for length.",
+            key="task_data.alpaca_eval",
+            expected="its 805 instructions in their order",
+            hint="leave --task-data out, or give a copy of alpaca_eval_gpt4_baseline.json",
+        )
+    with _quiet():
+        import pandas as pd
+
+        try:
+            from alpaca_eval.metrics.glm_winrate import get_length_controlled_winrate
+
+            pairs = zip(answers, references, shares, strict=True)
+            verdicts = pd.DataFrame(
+                {
+                    "preference": float("nan") if share is None else 1 + share,
+                    "output_1": reference.output,
+                    "output_2": answer.output,
+                    "generator_1": "reference",
+                    "generator_2": "answer",
+                }
+                for answer, reference, share in pairs
+            )
+            get_length_controlled_winrate(verdicts, save_weights_dir=None, is_warn_extreme_changes=False)
+        except (ImportError, OSError) as error:
+            raise EvaluationError(
+                "AlpacaEval's package cannot control its win rate for length here.",
+                expected="its file df_gamed.csv from the hub, or from the hub's cache",
+                actual=str(error).partition("\n")[0],
+            ) from error
+    predicted: list[float] = verdicts["glm_preference"].tolist()
+    return predicted
 
 
 def entry(answer: Answer) -> dict[str, str]:

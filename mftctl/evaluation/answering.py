@@ -46,10 +46,14 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         on_progress: OnProgress | None,
         on_shortage: OnShortage | None = None,
         has_turns: bool = False,
+        add_bos_token: bool | None = None,
     ) -> None:
         # A copy, because lm-eval gives a tokenizer without padding token one.
         super().__init__(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size or _LIKELIHOOD_BATCH
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size or _LIKELIHOOD_BATCH,
+            add_bos_token=add_bos_token,
         )
         self._chosen_batch_size = batch_size
         self._seed = seed

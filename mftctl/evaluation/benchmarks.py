@@ -19,6 +19,9 @@ TASKS_FOLDER = Path(__file__).parent / "tasks"
 
 Domain = Literal["math", "coding", "instruction", "general"]
 
+Prompts = Literal["lm-eval", "olmes"]
+"""Whose form a benchmark is asked in: that of lm-eval, or that of OLMES, the harness of MFT's paper."""
+
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
@@ -30,6 +33,7 @@ class Benchmark:
         domain: What it is about.
         shots: Number of solved examples in the prompt.
         runs_code: Whether what the model writes is run, in a sandbox.
+        in_olmes: Whether there is a form of OLMES's, in the folder `olmes` of `TASKS_FOLDER`.
     """
 
     name: str
@@ -37,26 +41,27 @@ class Benchmark:
     domain: Domain
     shots: int = 0
     runs_code: bool = False
+    in_olmes: bool = False
 
 
 BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
     {
         benchmark.name: benchmark
         for benchmark in (
-            Benchmark("gsm8k", "grade-school maths, 8 solved examples in the prompt", "math", shots=8),
+            Benchmark("gsm8k", "grade-school maths, 8 solved examples in the prompt", "math", shots=8, in_olmes=True),
             Benchmark("gsm8k_0shot", "grade-school maths, the question alone", "math"),
-            Benchmark("math", "competition maths, 4 solved examples in the prompt", "math", shots=4),
+            Benchmark("math", "competition maths, 4 solved examples in the prompt", "math", shots=4, in_olmes=True),
             Benchmark("math_0shot", "competition maths, the problem alone", "math"),
-            Benchmark("humaneval", "the rest of a Python function", "coding", runs_code=True),
-            Benchmark("humaneval_plus", "the same with far more tests", "coding", runs_code=True),
+            Benchmark("humaneval", "the rest of a Python function", "coding", runs_code=True, in_olmes=True),
+            Benchmark("humaneval_plus", "the same with far more tests", "coding", runs_code=True, in_olmes=True),
             Benchmark("mbpp", "a short Python function from a sentence", "coding", runs_code=True),
             Benchmark("mbpp_plus", "the same with far more tests", "coding", runs_code=True),
             Benchmark("humaneval_instruct", "a whole Python function, asked for in words", "coding", runs_code=True),
             Benchmark("humaneval_plus_instruct", "the same with far more tests", "coding", runs_code=True),
             Benchmark("mbpp_instruct", "a short Python function, asked for in words", "coding", runs_code=True),
             Benchmark("mbpp_plus_instruct", "the same with far more tests", "coding", runs_code=True),
-            Benchmark("ifeval", "instructions whose keeping can be checked", "instruction"),
-            Benchmark("alpaca_eval", "instructions, answers compared by a judge", "instruction"),
+            Benchmark("ifeval", "instructions whose keeping can be checked", "instruction", in_olmes=True),
+            Benchmark("alpaca_eval", "instructions, answers compared by a judge", "instruction", in_olmes=True),
             Benchmark("mmlu", "questions of 57 subjects, four answers each", "general"),
             Benchmark("bbh", "27 hard tasks, 3 solved examples with reasoning each", "general", shots=3),
             Benchmark("tydiqa", "an answer from a passage, 9 languages, 1 solved example", "general", shots=1),
@@ -126,16 +131,39 @@ def unknown_benchmark(name: str, others: Iterable[str] = ()) -> EvaluationError:
     )
 
 
-def check_task(name: str) -> None:
+def check_task(name: str, prompts: Prompts = "lm-eval") -> None:
     """Nothing, if there is such a benchmark, or such a task of lm-eval, whose names take seconds to read.
 
     Args:
         name: As given to `--tasks`.
+        prompts: As given to `--prompts`.
 
     Raises:
-        EvaluationError: There is none; names the nearest.
+        EvaluationError: There is none; names the nearest. Or there is, and not in that form.
     """
     if name not in BENCHMARKS:
         from mftctl.evaluation.harness import other_config
 
         other_config(name)
+    check_prompts(name, prompts)
+
+
+def check_prompts(name: str, prompts: Prompts) -> None:
+    """Nothing, if the benchmark has that form.
+
+    Args:
+        name: A benchmark, or a task of lm-eval.
+        prompts: As given to `--prompts`.
+
+    Raises:
+        EvaluationError: It has not.
+    """
+    in_olmes = [known for known, benchmark in BENCHMARKS.items() if benchmark.in_olmes]
+    if prompts == "olmes" and name not in in_olmes:
+        raise EvaluationError(
+            "This benchmark has no form of OLMES's.",
+            key="eval.prompts",
+            expected=f"one of {', '.join(in_olmes)}",
+            actual=name,
+            hint="--prompts lm-eval for it",
+        )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mftctl.evaluation.evalplus import comparison_source
+from mftctl.evaluation.stop_strings import cut_at
 from mftctl.evaluation.trials import Trial
 from mftctl.evaluation.written_programs import Function, written_program
 
@@ -28,7 +29,13 @@ _ONLY_WHAT_CAN_CROSS = r"""    exp = ref_func(*copy.deepcopy(inp))
 
 
 def code_config(
-    config: Mapping[str, Any], judge: Judge, *, samples: int, temperature: float, written: bool = False
+    config: Mapping[str, Any],
+    judge: Judge,
+    *,
+    samples: int,
+    temperature: float,
+    written: bool = False,
+    continues: bool = False,
 ) -> dict[str, Any]:
     """A code task that runs what is written, all answers at once, and reports pass@1 and, with 10 samples, pass@10.
 
@@ -38,13 +45,15 @@ def code_config(
         samples: Answers a problem.
         temperature: Of sampling; 0 for greedy answers.
         written: Whether the answers were written before: they may be whole programs, which nothing is to cut.
+        continues: Whether an answer stands behind the prompt whatever it looks like, as in OLMES.
     """
     tries = [k for k in (1, 10, 100) if k <= samples]
     ends = list(config["generation_kwargs"].get("until") or [])
+    program_of = continued if continues else program
 
     def run_all(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         trials = [
-            Trial(program(problem, output, ends), checks(problem), entry_point(problem), reference(problem))
+            Trial(program_of(problem, output, ends), checks(problem), entry_point(problem), reference(problem))
             for written, problem in zip(outputs, problems, strict=True)
             for output in written
         ]
@@ -81,6 +90,21 @@ def program(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ()) -
     named = "entry_point" in problem or "code" in problem
     function = Function(entry_point(problem) if named else "", str(problem.get("prompt", "")))
     return written_program(output, function, ends)
+
+
+def continued(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ()) -> str:
+    """The output behind the function's start, up to what ends it.
+
+    A whole function is one more definition there, and the one that counts; words around it are an error of syntax.
+
+    Args:
+        problem: With its `prompt`.
+        output: What the model wrote.
+        ends: What ends it.
+
+    Source: OLMES, `oe_eval/tasks/oe_eval_tasks/codex_humaneval.py`.
+    """
+    return f"{problem['prompt']}{cut_at(output, ends)}"
 
 
 def checks(problem: Mapping[str, Any]) -> str:

@@ -23,7 +23,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers.utils import logging as transformers_logging
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.benchmarks import BENCHMARKS, TASKS_FOLDER, unknown_benchmark
+from mftctl.evaluation.benchmarks import BENCHMARKS, TASKS_FOLDER, Prompts, check_prompts, unknown_benchmark
+from mftctl.evaluation.olmes import last_numbers, olmes_instruction_scores, olmes_maths_scores
 from mftctl.evaluation.scoring import instruction_scores, length_scores, marked_answers, maths_scores, passage_scores
 
 if TYPE_CHECKING:
@@ -38,22 +39,23 @@ _SCORED_BY = {
     "alpaca_eval": length_scores,
     "tydiqa": passage_scores,
 }
+_OLMES_SCORED_BY = {
+    "math": olmes_maths_scores,
+    "ifeval": olmes_instruction_scores,
+    "alpaca_eval": length_scores,
+}
 _MARKED_FILTER = {"name": "marked-match", "filter": [{"function": "custom", "filter_fn": marked_answers}]}
+_NUMBER_FILTER = {"name": "last-number", "filter": [{"function": "custom", "filter_fn": last_numbers}]}
 _MATHS_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("strict", "flexible")]
 
 
 def benchmark_config(name: str) -> dict[str, Any]:
     """lm-eval's configuration of one of our benchmarks.
 
-    A file's `base` names a task of lm-eval, by its folder, that the rest of the file changes.
-
     Args:
         name: One of `BENCHMARKS`.
     """
-    own = load_yaml(TASKS_FOLDER / f"{name}.yaml")
-    base = own.pop("base", None)
-    config = {} if base is None else _task_config(*base.rsplit("/", 1))
-    config |= own
+    config = _own_config(TASKS_FOLDER / f"{name}.yaml")
     if name in ("gsm8k", "gsm8k_0shot"):
         config["filter_list"] = [*config["filter_list"], _MARKED_FILTER]
     if name in _SCORED_BY:
@@ -70,6 +72,29 @@ def is_maths(name: str) -> bool:
         name: Of a benchmark, or of a task of lm-eval.
     """
     return _SCORED_BY.get(name) is maths_scores
+
+
+def olmes_config(name: str) -> dict[str, Any]:
+    """lm-eval's configuration of one of our benchmarks in the form that OLMES gives it.
+
+    Args:
+        name: A benchmark that has one.
+    """
+    config = _own_config(TASKS_FOLDER / "olmes" / f"{name}.yaml")
+    if name == "gsm8k":
+        config["filter_list"] = [_NUMBER_FILTER]
+    if name == "math":
+        config["metric_list"] = _MATHS_METRICS
+    if name in _OLMES_SCORED_BY:
+        config["process_results"] = _OLMES_SCORED_BY[name]
+    return {**config, "task": name}
+
+
+def _own_config(file: Path) -> dict[str, Any]:
+    """A file's `base` names a task of lm-eval, by its folder, that the rest of the file changes."""
+    own: dict[str, Any] = load_yaml(file)
+    base = own.pop("base", None)
+    return own if base is None else _task_config(*base.rsplit("/", 1)) | own
 
 
 def _task_config(folder: str, task: str) -> dict[str, Any]:
@@ -150,15 +175,19 @@ def _all_of_lm_eval() -> TaskManager:
     return TaskManager()
 
 
-def task_config(name: str) -> dict[str, Any]:
+def task_config(name: str, prompts: Prompts = "lm-eval") -> dict[str, Any]:
     """lm-eval's configuration of one of our benchmarks, or of a task of its own.
 
     Args:
         name: The benchmark or task.
+        prompts: The form of the benchmark.
 
     Raises:
-        EvaluationError: There is none of that name.
+        EvaluationError: There is none of that name, or it has not that form.
     """
+    check_prompts(name, prompts)
+    if prompts == "olmes":
+        return olmes_config(name)
     return benchmark_config(name) if name in BENCHMARKS else other_config(name)
 
 

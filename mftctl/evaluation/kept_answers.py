@@ -81,6 +81,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         """
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         settings = [self._settings(request.args[1]) for request in requests]
+        self._fill_context([len(prompt) for prompt in prompts], settings)
         for request, prompt, setting in zip(requests, prompts, settings, strict=True):
             self._check_context(request, len(prompt), setting["max_new_tokens"])
         texts_and_settings = [(request.args[0], setting) for request, setting in zip(requests, settings, strict=True)]
@@ -147,7 +148,15 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
             "max_new_tokens": min(int(known["max_gen_toks"]), self._most_new_tokens or self.max_length),
             "until": [until] if isinstance(until, str) else list(until),
             "temperature": float(known.get("temperature") or 0.0) if known.get("do_sample") else 0.0,
+            **({"fills_context": True} if known.get("fills_context") else {}),
         }
+
+    def _fill_context(self, prompt_tokens: Sequence[int], settings: Sequence[dict[str, Any]]) -> None:
+        """Gives answers that may take what the context leaves the room behind the longest prompt, at most."""
+        filling = [place for place, setting in enumerate(settings) if setting.pop("fills_context", False)]
+        room = self.max_length - max((prompt_tokens[place] for place in filling), default=0)
+        for place in filling:
+            settings[place]["max_new_tokens"] = min(settings[place]["max_new_tokens"], max(1, room))
 
     def _check_context(self, request: Instance, prompt_tokens: int, answer_tokens: int) -> None:
         if prompt_tokens + answer_tokens > self.max_length:

@@ -63,6 +63,7 @@ _FIELDS: Mapping[str, Mapping[str, _Check]] = {
     "truthfulqa_mc2": {"question": TEXT, "mc2_targets": CHOICES},
 }
 _MORE = {
+    "math": ("type",),
     "humaneval": ("canonical_solution",),
     "humaneval_plus": ("canonical_solution", "reference"),
     "mbpp": ("task_id", "test_setup_code"),

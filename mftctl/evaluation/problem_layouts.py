@@ -28,6 +28,7 @@ def from_published_layout(found: Iterable[Located], task: str) -> Iterable[Locat
     if task == "tydiqa":
         return _with_example_passages(found)
     convert = {
+        "math": _math,
         "humaneval_plus": _humaneval_plus,
         "mbpp": _mbpp,
         "mbpp_plus": _mbpp_plus,
@@ -35,6 +36,11 @@ def from_published_layout(found: Iterable[Located], task: str) -> Iterable[Locat
         "bbh": _bbh,
     }.get(completion_form(task))
     return found if convert is None else ((where, convert(record, where)) for where, record in found)
+
+
+def _math(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """MATH-500 calls the type `subject`."""
+    return {"type": record["subject"], **record} if "subject" in record else dict(record)
 
 
 def _humaneval_plus(record: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -46,9 +46,9 @@ def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str
     from lm_eval.tasks.minerva_math import utils as minerva
 
     output = outputs[0]
-    gold = _boxed(problem["solution"])
+    gold = boxed(problem["solution"])
     named = minerva.get_unnormalized_answer(output)
-    given = [minerva.normalize_final_answer(text) for text in (named, _boxed(output)) if _is_short(text)]
+    given = [minerva.normalize_final_answer(text) for text in (named, boxed(output)) if is_short(text)]
     strict = any(minerva.is_equiv(answer, minerva.normalize_final_answer(gold or "")) for answer in given)
     flexible = strict or (not is_too_long(output) and _verified(problem["solution"], output))
     return {"strict": float(strict), "flexible": float(flexible)}
@@ -62,20 +62,30 @@ def is_too_long(output: str) -> bool:
     """
     from lm_eval.tasks.minerva_math import utils as minerva
 
-    answers = (minerva.get_unnormalized_answer(output), _boxed(output))
+    answers = (minerva.get_unnormalized_answer(output), boxed(output))
     sums = (match.group() for match in _SUM.finditer(output))
     return any(text is not None and len(text) > MOST_ANSWER_CHARACTERS for text in (*answers, *sums))
 
 
-def _is_short(text: str | None) -> TypeGuard[str]:
+def is_short(text: str | None) -> TypeGuard[str]:
+    """Whether there is an answer, and it is short enough to be compared.
+
+    Args:
+        text: From an output.
+    """
     return text is not None and len(text) <= MOST_ANSWER_CHARACTERS
 
 
-def _boxed(text: str) -> str | None:
+def boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{}` or `\fbox{}`; None without one, or with one that cannot be read.
+
+    Args:
+        text: A solution.
+    """
     from lm_eval.tasks.minerva_math import utils as minerva
 
-    found = minerva.last_boxed_only_string(text)
-    return None if found is None else minerva.remove_boxed(found.replace("\\fbox", "\\boxed"))
+    found = (minerva.last_boxed_only_string(text) or "").replace("\\fbox", "\\boxed")
+    return str(minerva.remove_boxed(found)) if found.startswith(("\\boxed{", "\\boxed ")) else None
 
 
 def _verified(gold: str, output: str) -> bool:

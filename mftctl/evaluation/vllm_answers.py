@@ -16,6 +16,7 @@ from mftctl.config import EvalOptions
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_stops import turn_stops
 from mftctl.evaluation.kept_answers import Asked, KeptAnswers
+from mftctl.evaluation.olmes import begins_texts
 from mftctl.evaluation.stop_strings import cut_at
 from mftctl.remote_code import trusts_code
 
@@ -55,6 +56,7 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
                 tensor_parallel_size=options.tensor_parallel,
                 max_model_len=length,
                 trust_remote_code=trusts_code(),
+                add_bos_token=begins_texts(options.prompts),
                 **share,
             )
         except (RuntimeError, ValueError) as error:

@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.alpaca_judge import Answer, entry, what_is_missing, win_shares
+from mftctl.evaluation.alpaca_judge import (
+    ALPACA_EVAL_DIGEST,
+    Answer,
+    entry,
+    length_controlled,
+    what_is_missing,
+    win_shares,
+)
 
 REFERENCES = [Answer(f"Say {n}.", f"reference {n}", "gpt4") for n in range(3)]
 
@@ -130,6 +137,54 @@ def test_an_api_that_refuses_is_an_error(judge: StandIn, tmp_path: Path) -> None
 def test_nothing_is_printed(judge: StandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     win_shares([Answer("Say 0.", "good", "mine")], REFERENCES[:1], tmp_path / "verdicts.json")
     assert capfd.readouterr() == ("", "")
+
+
+def gamed(folder: Path) -> Path:
+    """A file like AlpacaEval's `df_gamed.csv`: verdicts on two models that play on length, and difficulties."""
+    lines = ["model,index,instruction_difficulty,preference,std_delta_len,not_gamed_baseline"]
+    for model, length, share in (("concise", 1.0, 0.2), ("verbose", -1.0, 0.65)):
+        lines += [f"{model},{index},{(index - 10) / 10},{share},{length},False" for index in range(20)]
+    file = folder / "df_gamed.csv"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def test_shorter_answers_gain_by_the_control_for_length(
+    running: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from alpaca_eval.metrics import glm_winrate
+
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", lambda **_: str(gamed(tmp_path)))
+    references = [Answer(f"Say {n}.", "r" * 400, "gpt4") for n in range(20)]
+    lengths = [40 + 30 * n for n in range(20)]
+    answers = [Answer(f"Say {n}.", "a" * length, "mine") for n, length in enumerate(lengths)]
+    shares: list[float | None] = [0.1 + 0.7 * length / 610 for length in lengths]
+    shares[3] = None
+    shown = length_controlled(answers, references, shares, ALPACA_EVAL_DIGEST)
+    short = length_controlled(answers[:10], references[:10], [0.4] * 10, ALPACA_EVAL_DIGEST)
+    assert len(shown) == 20
+    assert all(0 < share < 1 for share in shown)
+    assert sum(short) / 10 > 0.4  # they won as often as that though they were shorter
+    assert capfd.readouterr() == ("", "")
+
+
+def test_length_is_not_controlled_for_without_the_packages_data_or_on_other_instructions(
+    running: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from alpaca_eval.metrics import glm_winrate
+
+    answers = [Answer("Say 0.", "good", "mine")]
+    with pytest.raises(EvaluationError, match="Only AlpacaEval's own instructions") as caught:
+        length_controlled(answers, REFERENCES[:1], [0.5], "another")
+    assert caught.value.key == "task_data.alpaca_eval"
+
+    def fail(**_: Any) -> str:
+        raise FileNotFoundError("offline")
+
+    monkeypatch.setattr(glm_winrate, "hf_hub_download", fail)
+    with pytest.raises(EvaluationError, match="cannot control its win rate") as caught:
+        length_controlled(answers, REFERENCES[:1], [0.5], ALPACA_EVAL_DIGEST)
+    assert caught.value.actual == "offline"
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,3 +71,5 @@ def test_every_task_file_belongs_to_a_benchmark() -> None:
     from mftctl.evaluation.benchmarks import TASKS_FOLDER
 
     assert {Path(path).stem for path in TASKS_FOLDER.iterdir() if path.suffix == ".yaml"} == set(BENCHMARKS)
+    in_olmes = {name for name, benchmark in BENCHMARKS.items() if benchmark.in_olmes}
+    assert {path.stem for path in (TASKS_FOLDER / "olmes").iterdir()} == in_olmes

@@ -31,6 +31,8 @@ def maths(gold: str, output: str) -> tuple[float, float]:
         ("2", "The answer is $2$.", (0, 1)),
         ("2", r"Thus \boxed{3}.", (0, 0)),
         (r"\frac{1}{2}", r"\boxed{\dfrac12}", (0, 1)),
+        ("2", r"Final Answer: The final answer is $2$. I hope it is correct. \boxed\frac{1}{2}", (1, 1)),
+        ("2", r"\boxed\frac{4}{2}", (0, 1)),
         (r"\frac{1}{2}", "So $0.5$", (0, 1)),
         ("(3,4)", r"\boxed{(3, 4)}", (1, 1)),
         ("(3,4)", r"\boxed{(4, 3)}", (0, 0)),
