@@ -135,6 +135,11 @@ def test_mask_is_known_by_the_copy_in_its_run_and_by_the_one_the_user_has(root: 
         )
 
 
+def test_a_mask_of_rows_has_a_name_of_its_own() -> None:
+    assert mask_state(MaskTrainOptions(method="magnitude", unit="row")) == "L1 row mask"
+    assert mask_state(MaskTrainOptions(method="magnitude", unit="weight")) == "L1 mask"
+
+
 def test_mask_file_written_twice_is_of_the_newest_run(root: Path) -> None:
     for method in ("learned", "random"):
         run_mask(root, Source("base"), method, output=Path("mask.bits"))
