@@ -182,7 +182,7 @@ def _probe(runs: Sequence[Run]) -> _Probe:
     for run in runs:
         result = run.record.result
         score = result.get("unmasked_score")
-        before = result.get("unmasked_loss") if score is None else score["value"]
+        before: Any = result.get("unmasked_loss") if score is None else score["value"]
         unmasked[_seed(run)] = 0.0 if result.get("fast") else float(before)
         for group in result["groups"]:
             change = group["change" if score is None else "score_change"]

@@ -44,11 +44,11 @@ def excluded_text(model: PreTrainedModel, parts: Collection[Excluded]) -> str:
     chosen = excluded_parameters(model, parts)
     share = sum(item.numel() for item in chosen) / sum(item.numel() for item in model.parameters())
     text = f"Updated whole at each step: {', '.join(chosen.values()) or 'nothing'} ({share:.1%} of the weights)"
-    embedded = excluded_parameters(model, ("embeddings",))
-    tied = [name for item, name in embedded.items() if item in set(_head(model))]
+    head = set(_head(model))
+    tied = [name for item, name in excluded_parameters(model, ["embeddings"]).items() if item in head]
     return f"{text}; {tied[0]} is both embeddings and head (tied weights)" if tied else text
 
 
 def _head(model: PreTrainedModel) -> list[nn.Parameter]:
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return [] if head is None else list(head.parameters())
