@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -164,7 +163,7 @@ def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
         found = score(self, model, folder)
         scored.append(folder.name)
         if len(scored) == scores:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return found
 
     monkeypatch.setattr(ProbeScorer, "score", stopping)

@@ -109,14 +109,16 @@ def _trainings(run: Run, result: dict[str, Any]) -> Table:
         title = f"{_score_name(result)} {figure} and loss {result['unmasked_loss']:.4f} without a mask; with one"
         title += f" ({run.record.seconds:.0f} s)"
     table = Table(title=title, title_justify="left", min_width=min(len(title), 76))
-    scored = () if score is None else ("score", "change")
-    for name in ("layers", *scored, "start", "best", "change"):
-        heading = name if score is None or name in ("layers", *scored) else f"{name} loss"
-        table.add_column(heading, justify="left" if name == "layers" else "right")
+    columns = ("start", "best", "change") if score is None else ("score", "change", "loss", "change")
+    for name in ("layers", *columns):
+        table.add_column(name, justify="left" if name == "layers" else "right")
     for group in result["groups"]:
-        figures = () if score is None else (f"{group['score']:.4f}", f"{group['score_change']:+.4f}")
-        losses = (f"{group['start_loss']:.4f}", f"{group['best_loss']:.4f}", f"{group['change']:+.4f}")
-        table.add_row(group["layers"], *figures, *losses, style=_style(group, result))
+        figures = [f"{group['best_loss']:.4f}", f"{group['change']:+.4f}"]
+        if score is None:
+            figures = [f"{group['start_loss']:.4f}", *figures]
+        else:
+            figures = [f"{group['score']:.4f}", f"{group['score_change']:+.4f}", *figures]
+        table.add_row(group["layers"], *figures, style=_style(group, result))
     return table
 
 
