@@ -140,7 +140,9 @@ class FftOptions(TrainingOptions):
         "each step; hft: half of the parameters; lora: a low-rank adapter.",
     )
     ratio: Share | None = Field(
-        None, description="gmt and random: share of the weights not updated at a step; 0.2 by default."
+        None,
+        description="gmt and random: share of the weights that a step leaves as they are, of random ones drawn anew at "
+        "each step; 0.2 by default.",
     )
     scope: Literal["tensor", "global"] = Field(
         "tensor", description="gmt and random: the ratio holds for each tensor, or for all together."
@@ -148,6 +150,12 @@ class FftOptions(TrainingOptions):
     unselected: Literal["unchanged", "momentum"] = Field(
         "unchanged",
         description="gmt and random: weights not chosen stay as they are, or still move with the optimizer's momentum.",
+    )
+    exclude: tuple[Literal["embeddings", "head"], ...] = Field(
+        (),
+        strict=False,
+        description="gmt and random: what is updated whole and not chosen from, embeddings or head or both; tied, they "
+        "are one tensor, which either word means.",
     )
     lora_rank: int = Field(16, gt=0, description="lora: rank of the adapter.")
     lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
@@ -175,6 +183,8 @@ class FftOptions(TrainingOptions):
     def _ratio_has_a_method(self) -> FftOptions:
         if self.ratio is not None and self.method not in ("gmt", "random"):
             raise ValueError(f"fft.ratio is for the methods gmt and random; the method is {self.method}")
+        if self.exclude and self.method not in ("gmt", "random"):
+            raise ValueError(f"fft.exclude is for the methods gmt and random; the method is {self.method}")
         return self
 
     @model_validator(mode="after")
@@ -212,6 +222,10 @@ class MaskTrainOptions(TrainingOptions):
         "learned",
         description="learned: Mask Fine-Tuning; random and magnitude: baselines without training; drop: go back to "
         "the weights before fine-tuning.",
+    )
+    unit: Literal["weight", "row"] = Field(
+        "weight",
+        description="magnitude: what goes is single weights, or whole rows (all weights of an output), by their mean.",
     )
     layers: LayersText | None = Field(
         None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
@@ -289,6 +303,8 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("give either a ratio or a threshold, not both")
         if self.threshold is not None and self.method != "learned":
             raise ValueError(f"a threshold needs learned scores; the {self.method} mask takes a ratio")
+        if self.unit == "row" and self.method != "magnitude":
+            raise ValueError(f"mask_train.unit: row is for the method magnitude; the method is {self.method}")
         if isinstance(self.ratio, dict) and self.method == "drop":
             raise ValueError("drop takes one ratio for all tensors")
         if self.ratio == {}:
@@ -379,10 +395,22 @@ class ProbeOptions(_Section):
     data_fraction: float = Field(0.1, gt=0, le=1, description="Share of the training data used.")
     layers: LayersText | None = Field(None, description="Probe only these decoder layers; all by default.")
     epochs: float | None = Field(None, gt=0, description="Passes over that share; mask_train's by default.")
+    by: str = Field(
+        "loss",
+        min_length=1,
+        description="What ranks the groups: loss on validation records, exact_match of answers to them, or the score "
+        "of a benchmark.",
+    )
     fast: bool = Field(
         False,
         description="Train nothing: one pass of gradients tells, to first order, what a mask of each group promises.",
     )
+
+    @model_validator(mode="after")
+    def _promises_are_of_the_loss(self) -> ProbeOptions:
+        if self.fast and self.by != "loss":
+            raise ValueError(f"probe.fast promises a loss, without any mask to score by {self.by}")
+        return self
 
 
 class EvalOptions(_Section):

@@ -23,8 +23,16 @@ IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
 _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
 """Keys that came later: at their defaults they are left out, so that earlier runs are still recognised."""
 
-_LATER = {"eval": {"prompts"}, "mask_train": {"keep", "start_std"}}
-"""The same in sections."""
+_OF_SECTIONS = {
+    "fft": ("exclude",),
+    "mask_train": ("keep", "start_std", "unit"),
+    "probe": ("by",),
+    "eval": ("prompts",),
+}
+"""The same within sections."""
+
+_NOT_OF_A_SCORE = {"tasks", "task_data", "predictions", "engine", "save_samples", "max_length_tokens", "generate"}
+"""Keys of `eval` that change nothing in the score that a probe ranks by; of the local files one does."""
 
 _RATE = {"fft": {"method", "learning_rate"}}
 _SECTIONS: dict[str, dict[str, Any]] = {
@@ -49,14 +57,25 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
     keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
-    for section, names in _LATER.items():
-        for name in names & keys.get(section, {}).keys():
-            if keys[section][name] == getattr(Recipe(), section).model_dump(mode="json")[name]:
-                del keys[section][name]
+    if command == "probe" and recipe.probe.by != "loss":
+        keys["eval"] = _of_score(recipe)
+    for section, later in _OF_SECTIONS.items():
+        for key in later:
+            default = getattr(getattr(Recipe(), section), key)
+            if section in keys and getattr(getattr(recipe, section), key) == default:
+                keys[section].pop(key, None)
     for section in ("fft", "mask_train"):
         if "grad_accum_steps" in keys.get(section, {}):
             _spell_step(keys[section])
     return keys
+
+
+def _of_score(recipe: Recipe) -> dict[str, Any]:
+    """What of the section `eval` decides the score that a probe ranks by."""
+    by = recipe.probe.by
+    keys = recipe.eval.model_dump(mode="json", exclude=_NOT_OF_A_SCORE | _WITHOUT_EFFECT["eval"])
+    file = recipe.eval.task_data.get(by)
+    return {**keys, "task_data": {} if file is None else {by: file}}
 
 
 def _spell_step(section: dict[str, Any]) -> None:

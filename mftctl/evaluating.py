@@ -316,7 +316,7 @@ def check_measures(recipe: Recipe) -> None:
     for task in tasks:
         check_task(task, options.prompts)
     for task, file in options.task_data.items():
-        if task not in tasks:
+        if task not in (*tasks, recipe.probe.by):
             raise ConfigError(
                 "A benchmark file is given for a task that is not run.",
                 key=f"task_data.{task}",

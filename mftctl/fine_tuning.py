@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -38,6 +38,7 @@ from mftctl.stopping import stop_on_signal
 from mftctl.storage import known_failures
 from mftctl.training import SftTrainer, lora_base_dtype, step_size, train, training_arguments, uses_bf16
 from mftctl.training_flops import flops_per_token
+from mftctl.tuning.excluded import Excluded, excluded_parameters, excluded_text
 from mftctl.tuning.hft import freeze_half
 from mftctl.tuning.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
 from mftctl.tuning.optimizers import (
@@ -205,6 +206,9 @@ def _trainer(
         trainer.rule = UpdateRule(
             options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
         )
+    if options.exclude:
+        trainer.exclude = options.exclude
+        listener.note(excluded_text(cast("PreTrainedModel", model), options.exclude))
     if model.device.type == "meta":
         trainer.rows = StoredWeights(inputs.checkpoint, cast("PreTrainedModel", model)).rows
     trainer.exact_norm = trainer.rule is not None  # so that the choice does not hang on rounding
@@ -216,9 +220,11 @@ class UpdateTrainer(SftTrainer):
 
     Attributes:
         rule: Chooses the entries; None updates all.
+        exclude: What the rule leaves out.
     """
 
     rule: UpdateRule | None = None
+    exclude: Sequence[Excluded] = ()
     _choosing: MaskedOptimizer | None = None
 
     def trained_model(self) -> PreTrainedModel | PeftModel | None:
@@ -232,7 +238,7 @@ class UpdateTrainer(SftTrainer):
         """The Trainer's optimizer, behind the rule if there is one."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.rule is not None and self._choosing is None:
-            self._choosing = MaskedOptimizer(optimizer, self.rule)
+            self._choosing = MaskedOptimizer(optimizer, self.rule, self._excluded())
             self.optimizer = self._choosing
         return self._choosing or optimizer
 
@@ -246,9 +252,14 @@ class UpdateTrainer(SftTrainer):
         steps = {} if self._choosing is None else {STEPS_KEY: self.state.global_step}
         return {**super().optimizer_state(partitions), **steps}
 
+    def _excluded(self) -> Collection[torch.nn.Parameter]:
+        """The parameters that the rule leaves out, as they are now: DeepSpeed and FSDP replace them."""
+        return excluded_parameters(self.accelerator.unwrap_model(self.model), self.exclude) if self.exclude else ()
+
     def _choose(self) -> None:
         if self._choosing is not None and self.partitions is not None:
-            self._choosing.give(self.partitions.select(self._choosing.rule, self.state.global_step))
+            chosen = self.partitions.select(self._choosing.rule, self.state.global_step, self._excluded())
+            self._choosing.give(chosen)
         elif self._choosing is not None:
             self._choosing.select()
 

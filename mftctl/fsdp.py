@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -51,12 +51,15 @@ class FsdpPartitions:
         """A whole tensor of the optimizer's state that has one number an entry, such as Adam's `exp_avg`."""
         return whole(self.inner.state[parameter][key])
 
-    def select(self, rule: UpdateRule, step: int) -> dict[torch.Tensor, torch.Tensor]:
+    def select(
+        self, rule: UpdateRule, step: int, excluded: Collection[torch.Tensor] = ()
+    ) -> dict[torch.Tensor, torch.Tensor]:
         """The entries of this process that a step updates, by parameter; all other gradients are set to zero.
 
         Args:
             rule: What is chosen.
             step: Number of the step, from 0.
+            excluded: Parameters that are updated whole.
 
         Raises:
             MaskingError: A gradient holds NaN.
@@ -74,7 +77,10 @@ class FsdpPartitions:
 
         shapes = [gradient.shape for gradient in gradients]
         device = gradients[0].device if gradients else torch.device("cpu")
-        select_whole(shapes, lambda index: whole(gradients[index]), rule, step, take, device=device)
+        whole_ones = [index for index, parameter in enumerate(parameters) if parameter in excluded]
+        select_whole(
+            shapes, lambda index: whole(gradients[index]), rule, step, take, device=device, excluded=whole_ones
+        )
         return selected
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ UNKNOWN = "unknown origin"
 FFT = "FFT"
 WRITTEN = "written outputs"
 CONTINUED_FFT = "continued FFT"
+_ROW_MASK = "L1 row mask"
 _TUNED = {"full": FFT, "lora": "LoRA", "gmt": "GMT", "random": "random update", "hft": "HFT"}
 _MASKED = {"random": "random mask", "magnitude": "L1 mask"}
 
@@ -190,6 +191,7 @@ def ancestry(root: Path, source: Source) -> list[Source]:
 def fine_tuned_state(source: Source, options: FftOptions) -> str:
     """What fine-tuning makes of a source, such as FFT of a pre-trained model and continued FFT of a fine-tuned one."""
     name = _TUNED[options.method] + (" global" if options.scope == "global" else "")
+    name += f" excluding {', '.join(sorted(options.exclude))}" if options.exclude else ""
     return name if source.state == PRE_TRAINED else f"continued {name}"
 
 
@@ -201,4 +203,4 @@ def mask_state(options: MaskTrainOptions) -> str:
         if options.preset == "default":
             return "MFT"
         return "MFT, paper" if options.threshold is None else "MFT threshold"
-    return _MASKED[options.method]
+    return _ROW_MASK if options.unit == "row" else _MASKED[options.method]

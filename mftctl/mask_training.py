@@ -17,7 +17,7 @@ from mftctl.errors import ConfigError, OutputError
 from mftctl.interim_evaluation import interim_evaluation, measurements
 from mftctl.lineage import Source, fft_learning_rate, mask_state
 from mftctl.mask_validation import compare, confirm, masked, split_validation_records, validation_loss
-from mftctl.masking.baselines import magnitude_mask, random_mask
+from mftctl.masking.baselines import magnitude_mask, random_mask, row_mask
 from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, mask_permit, save_mask
 from mftctl.masking.checkpoint import resolve_checkpoint, target_names, tensor_digest, tensor_index
 from mftctl.masking.drop import drop_mask
@@ -318,7 +318,7 @@ def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:
     ratio = search.options.ratio_of(target.projection) or 0.0
     if search.options.method == "random":
         return random_mask(target, ratio, search.seed)
-    return magnitude_mask(target, ratio)
+    return row_mask(target, ratio) if search.options.unit == "row" else magnitude_mask(target, ratio)
 
 
 def build_mask(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +22,11 @@ from mftctl.preparation import TrainingInputs
 from mftctl.progress import Listener, Progress
 from mftctl.score_training import MaskSearch
 
+_T = TypeVar("_T")
 _FEWEST_CONFIRMING = 4
 
 
-def split_validation_records(
-    validation: list[Encoded], options: MaskTrainOptions
-) -> tuple[list[Encoded], list[Encoded]]:
+def split_validation_records(validation: list[_T], options: MaskTrainOptions) -> tuple[list[_T], list[_T]]:
     """The validation records that decide which mask is the best, and those that only confirm it.
 
     The best of many masks owes part of its lead to chance: records that took no part in the choice tell how much of it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import torch
@@ -32,7 +32,9 @@ class Partitions(Protocol):
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         """A whole tensor of the optimizer's state that has one number an entry, such as Adam's `exp_avg`."""
 
-    def select(self, rule: UpdateRule, step: int) -> dict[torch.Tensor, torch.Tensor]:
+    def select(
+        self, rule: UpdateRule, step: int, excluded: Collection[torch.Tensor] = ()
+    ) -> dict[torch.Tensor, torch.Tensor]:
         """The entries of this process that a step updates, by what the optimizer updates; other gradients become 0."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from mftctl.json_files import read_json_object
 from mftctl.masking.checkpoint_source import resolve_checkpoint
 from mftctl.masking.targets import layer_groups, parse_layers
 from mftctl.models import best_device
+from mftctl.probe_by import check_by
 from mftctl.stages import Task
 from mftctl.tuning.optimizers import check_memory_options
 
@@ -73,9 +74,10 @@ def _eval_problem(task: Task, layer_count: int | None) -> str | None:
 
 
 def _probe_problem(task: Task, layer_count: int | None) -> str | None:
-    if layer_count is None:
-        return None
     recipe = task.recipe
+    problem = _message(lambda: check_by(recipe))
+    if problem is not None or layer_count is None:
+        return problem
     return _message(
         lambda: layer_groups(layer_count, recipe.probe_groups, parse_layers(recipe.probe.layers or "all", layer_count))
     )

@@ -46,6 +46,7 @@ class TrainingInputs:
         template: What is to be recorded of the chat template.
         issues: How many records of each part were refused, cut and the like.
         check: What is to be known of the checkpoint.
+        validation_examples: What all of the validation records were made of.
     """
 
     checkpoint: Path
@@ -58,6 +59,7 @@ class TrainingInputs:
     template: dict[str, Any]
     issues: dict[str, dict[str, int]]
     check: CheckpointCheck = field(default_factory=CheckpointCheck)
+    validation_examples: list[Example] = field(default_factory=list)
 
     def template_text(self) -> str:
         """The chat template in the words of a model card."""
@@ -164,6 +166,7 @@ def prepare_training(
         template_record(encoder, recipe),
         {name: counts for name, issues in parts.named_issues().items() if (counts := issues.counts())},
         check,
+        validation.examples,
     )
 
 

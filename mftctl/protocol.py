@@ -194,7 +194,7 @@ def _decides(
     keys = deciding_keys(task.recipe, task.command)
     read = [source.path for source in (*task.recipe.data, *task.recipe.val_data, *task.recipe.test_data)]
     if "eval" in keys:
-        read += task.recipe.eval.task_data.values()
+        read += keys["eval"]["task_data"].values()
     if task.recipe.chat_template is not None:
         read.append(task.recipe.chat_template)
     for path in read:

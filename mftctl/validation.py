@@ -20,6 +20,7 @@ from mftctl.planning.planned_device import PlannedDevice, asked_device, parse_me
 from mftctl.planning.samples import trained_segments
 from mftctl.planning.stage_figures import TRAINING_COMMANDS, StageFigures, training_options
 from mftctl.planning.training_data import DataCheck, Tokens, token_counts
+from mftctl.probe_by import check_by
 from mftctl.remote_code import trusting_code
 from mftctl.stages import Task, spell_out
 
@@ -117,6 +118,8 @@ def _stage(task: Task, figures: StageFigures, findings: Findings) -> dict[str, A
     with findings.collecting(task.name):
         if task.command in TRAINING_COMMANDS:
             row |= figures.row(task)
+            if task.command == "probe":
+                check_by(task.recipe)
         elif task.command == "eval":
             _check_measures(task.recipe)
             figures.evaluation(task)
@@ -141,7 +144,7 @@ def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
         with findings.collecting("eval.tasks"):
             check_task(task, recipe.eval.prompts)
     for task, file in recipe.eval.task_data.items():
-        if task not in tasks:
+        if task not in (*tasks, recipe.probe.by):
             known = ", ".join(tasks) or "none given"
             findings.problem(f"eval.task_data.{task}: a file for a benchmark that is not run (expected: {known})")
         with findings.collecting(f"eval.task_data.{task}"):

@@ -6,7 +6,7 @@ The optimizer of each process works on flat tensors that hold its parts of the t
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,12 +162,15 @@ class ZeroPartitions:
                 self.change_gradient(parameter, lambda _, gradient: gradient.mul_(factor))
         return float(norm)
 
-    def select(self, rule: UpdateRule, step: int) -> dict[torch.Tensor, torch.Tensor]:
+    def select(
+        self, rule: UpdateRule, step: int, excluded: Collection[torch.Tensor] = ()
+    ) -> dict[torch.Tensor, torch.Tensor]:
         """The entries of this process that a step updates, by flat tensor; all other gradients are set to zero.
 
         Args:
             rule: What is chosen, between the last backward pass of a step and the engine's step.
             step: Number of the step, from 0.
+            excluded: Parameters that are updated whole.
 
         Raises:
             MaskingError: A gradient holds NaN.
@@ -188,7 +191,16 @@ class ZeroPartitions:
 
         shapes = [whole_shape(parameter) for parameter in parameters]
         device = parameters[0].device
-        select_whole(shapes, lambda index: self.gradient(parameters[index]), rule, step, take, device=device)
+        whole_ones = [index for index, parameter in enumerate(parameters) if parameter in excluded]
+        select_whole(
+            shapes,
+            lambda index: self.gradient(parameters[index]),
+            rule,
+            step,
+            take,
+            device=device,
+            excluded=whole_ones,
+        )
         return selected
 
     def state_dict(self) -> dict[str, Any]:

@@ -135,6 +135,23 @@ def test_mask_is_known_by_the_copy_in_its_run_and_by_the_one_the_user_has(root: 
         )
 
 
+def test_what_a_choice_leaves_out_is_in_the_name_of_the_state() -> None:
+    names = [
+        fine_tuned_state(Source("m"), FftOptions(method=method, scope=scope, exclude=exclude))
+        for method, scope, exclude in (
+            ("gmt", "tensor", ()),
+            ("gmt", "global", ("head", "embeddings")),
+            ("random", "tensor", ("head",)),
+        )
+    ]
+    assert names == ["GMT", "GMT global excluding embeddings, head", "random update excluding head"]
+
+
+def test_a_mask_of_rows_has_a_name_of_its_own() -> None:
+    assert mask_state(MaskTrainOptions(method="magnitude", unit="row")) == "L1 row mask"
+    assert mask_state(MaskTrainOptions(method="magnitude", unit="weight")) == "L1 mask"
+
+
 def test_mask_file_written_twice_is_of_the_newest_run(root: Path) -> None:
     for method in ("learned", "random"):
         run_mask(root, Source("base"), method, output=Path("mask.bits"))

@@ -264,6 +264,18 @@ def test_masks_without_training(workspace: Path, tmp_path: Path, method: str, st
         )
 
 
+def test_a_mask_of_rows(workspace: Path, tmp_path: Path) -> None:
+    _, result, mask = learn(
+        workspace, tmp_path, mask_train__method="magnitude", mask_train__unit="row", mask_train__ratio=0.2
+    )
+    assert (result["state"], result["steps"], mask.metadata.method) == ("L1 row mask", 0, "magnitude")
+    assert validation_loss(workspace, workspace / "tiny", mask, ALL) == pytest.approx(result["best_loss"], abs=1e-6)
+    for name in mask.names():
+        rows = mask[name]
+        assert (rows == rows[:, :1]).all()
+        assert int((~rows[:, 0]).sum()) == removed_count(len(rows), 0.2)
+
+
 def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, mask_train__method="magnitude", mask_train__ratio=0.9, mask_train__layers="all")
     run, source = open_run(tmp_path, "mask-train", recipe)

@@ -35,7 +35,8 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-
 TRAINING = ("--max-steps", "12", "--eval-steps", "4", "--batch-size", "4")
 MASK = ("--layers", "1-2", "--preset", "paper")
 GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
-FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
+FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--exclude", "embeddings", "--max-steps", "4", "--eval-steps", "2")
+FEW += ("--batch-size", "4")
 FULL = ("fft", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is an extra, which the dev extra has")

@@ -263,6 +263,21 @@ def test_both_indicators_in_one_place_are_a_config_error(tmp_path: Path, order: 
         assert caught.value.problems == ("mask_train: give either a ratio or a threshold, not both",)
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "hft"])
+def test_only_what_is_chosen_from_can_be_excluded(method: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(options={"fft.method": method, "fft.exclude": ["head"]})
+    assert caught.value.problems == (f"fft: fft.exclude is for the methods gmt and random; the method is {method}",)
+
+
+@pytest.mark.parametrize("method", ["learned", "random", "drop"])
+def test_rows_are_for_the_magnitude_mask(method: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(options={"mask_train.method": method, "mask_train.unit": "row"})
+    expected = f"mask_train: mask_train.unit: row is for the method magnitude; the method is {method}"
+    assert caught.value.problems == (expected,)
+
+
 # Checking
 
 

@@ -255,12 +255,18 @@ def test_mft_trains_as_published(backbone: str, domain: str, suffix: str) -> Non
 @pytest.mark.parametrize("suffix", ["", "-mixed"])
 def test_mft_table_has_all_rows(backbone: str, domain: str, suffix: str) -> None:
     name = f"{backbone}/{domain}{suffix}"
-    assert evaluated(name) == {"pretrained", "lora", "continued-lora", "fft", "continued", "random", "l1", "apply"}
-    methods = {stage: task_of(name, stage).recipe.mask_train.method for stage in ("random", "l1", "mft")}
-    assert methods == {"random": "random", "l1": "magnitude", "mft": "learned"}
+    tuned = {"pretrained", "lora", "continued-lora", "fft", "continued"}
+    assert evaluated(name) == tuned | {"random", "l1", "l1-rows", "apply"}
+    masks = {stage: task_of(name, stage).recipe.mask_train for stage in ("random", "l1", "l1-rows", "mft")}
+    assert {stage: (mask.method, mask.unit) for stage, mask in masks.items()} == {
+        "random": ("random", "weight"),
+        "l1": ("magnitude", "weight"),
+        "l1-rows": ("magnitude", "row"),
+        "mft": ("learned", "weight"),
+    }
     assert [task_of(name, stage).recipe.fft.method for stage in ("lora", "continued-lora")] == ["lora", "lora"]
     before = {task.name: task.after.name if task.after else None for task in tasks_of(name)}
-    assert {before[stage] for stage in ("continued", "random", "l1", "mft")} == {"fft"}
+    assert {before[stage] for stage in ("continued", *masks)} == {"fft"}
     assert (before["lora"], before["continued-lora"], before["fft"], before["apply"]) == (None, "lora", None, "mft")
     assert (task_of(name, "fft").recipe.fft.keep, task_of(name, "continued").recipe.fft.keep) == ("best", "last")
 
@@ -271,7 +277,7 @@ def test_mixed_domain_trains_weights_on_all_data_and_masks_on_one_domain(backbon
     everything = [source for other in MFT[backbone][1] for source in recipe_of(f"{backbone}/{other}").data]
     for stage in ("lora", "continued-lora", "fft", "continued"):
         assert list(task_of(name, stage).recipe.data) == everything
-    for stage in ("random", "l1", "mft"):
+    for stage in ("random", "l1", "l1-rows", "mft"):
         assert task_of(name, stage).recipe.data == recipe_of(f"{backbone}/{domain}").data
 
 
@@ -302,6 +308,7 @@ def test_mft_probes_groups_of_4_8_and_16_on_a_tenth_of_the_data(backbone: str, d
     probe = task_of(f"{backbone}/{domain}-probe", "probe")
     assert probe.recipe.probe.groups == (4, 8, 16)
     assert probe.recipe.probe.data_fraction == 0.1
+    assert probe.recipe.probe.by == {"math": "gsm8k", "coding": "humaneval", "instruction": "ifeval"}[domain]
     assert probe.after is task_of(f"{backbone}/{domain}-probe", "fft")
 
 
@@ -381,6 +388,20 @@ def test_one_off_drop_sweeps_strategy_and_ratio(name: str) -> None:
     assert {task.recipe.mask_train.method for task in tasks} == {"drop"}
 
 
+def test_what_gmt_does_not_state_is_marked_in_one_way() -> None:
+    """The paper has no learning rate, epochs, batch or length: each of these lines says `chosen` and whose it is."""
+    backbones = {name.partition("/")[0] for name in GMT_RATIOS}
+    files = {BUILT_IN_FOLDER / backbone / "_backbone.yaml": ["learning_rate"] for backbone in sorted(backbones)}
+    files[BUILT_IN_FOLDER / "_gmt.yaml"] = ["epochs", "global_batch_size", "max_length_tokens"]
+    for path, keys in files.items():
+        section = path.read_text(encoding="utf-8").partition("\nfft:\n")[2].partition("\n\n")[0]
+        for key in keys:
+            [line] = [line for line in section.splitlines() if line.strip().startswith(f"{key}:")]
+            assert re.search(r"  # .*\bchosen: [A-Z]", line), (path, line)
+        stated = [line for line in section.splitlines() if line.strip().partition(":")[0] not in keys]
+        assert not any("chosen" in line for line in stated), path
+
+
 @pytest.mark.parametrize(("name", "ratio"), [("mistral-7b/code-gmt-speed", 0.1), ("llama2-13b/general-gmt-speed", 0.1)])
 def test_gmt_speed_times_the_three_methods_of_its_table(name: str, ratio: float) -> None:
     found = {task.name: (task.recipe.fft.method, task.recipe.fft.ratio) for task in tasks_of(name)}
@@ -391,7 +412,7 @@ def test_gmt_speed_times_the_three_methods_of_its_table(name: str, ratio: float)
 def test_the_small_table_has_every_method_of_both_papers() -> None:
     drops = {f"drop[strategy={strategy}]" for strategy in ("trivial", "salient", "random")}
     trained = {"lora", "continued-lora", "fft", "continued", "hft", "random-update", "gmt", "gmt-global"}
-    masks = {"random", "l1", "apply", "mft-global"}
+    masks = {"random", "l1", "l1-rows", "apply", "mft-global"}
     assert evaluated("smollm2/table") == {"pretrained"} | trained | drops | masks
     mask = task_of("smollm2/table", "mft-global").recipe.mask_train
     assert (mask.layers, mask.threshold, mask.ratio) == ("all", -0.035, None)

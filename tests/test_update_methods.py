@@ -69,6 +69,23 @@ def test_gmt_global_leaves_the_ratio_of_all_weights(workspace: Path, tmp_path: P
     assert run.record.result["state"] == "GMT global"
 
 
+def test_embeddings_left_out_of_the_choice_are_updated_whole(workspace: Path, tmp_path: Path) -> None:
+    steps = {"fft__max_steps": 1, "fft__keep": "last"}
+    recipe = make_recipe(workspace, fft__method="gmt", fft__ratio=0.7, fft__exclude=["embeddings"], **steps)
+    run, source = open_run(tmp_path / "gmt", "fft", recipe)
+    listener = Interrupter(-1)
+    result = fine_tune(recipe, source, run, listener)
+    full = tuned(workspace, tmp_path / "full", **steps)
+    before = weights(workspace / "tiny")
+    mine, its = (changed(before, weights(folder / "model")) for folder in (run.folder, full.folder))
+    for name, tensor in before.items():
+        selected = tensor.numel() - removed_count(tensor.numel(), 0.7)
+        assert mine[name] == (its[name] if "embed" in name else selected), name
+    assert result["state"] == "GMT excluding embeddings"
+    [told] = [note for note in listener.notes if note.startswith("Updated whole at each step: ")]
+    assert "model.embed_tokens.weight is both embeddings and head (tied weights)" in told
+
+
 @pytest.mark.parametrize("method", ["gmt", "random"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resuming_gives_the_identical_model(workspace: Path, tmp_path: Path, method: str, accumulate: int) -> None:

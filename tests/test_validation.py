@@ -125,6 +125,28 @@ def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
     assert "c_attn" in _one(problems, "named:")
 
 
+def test_what_a_probe_is_to_rank_by(workspace: Path) -> None:
+    recipe = _staged(
+        workspace,
+        known={"command": "probe", "set": {"probe.by": "gsm8k"}},
+        unknown={"command": "probe", "set": {"probe.by": "gsm9k"}},
+        several={"command": "probe", "set": {"probe.by": "coding"}},
+    )
+    problems = validate(recipe, None)["problems"]
+    assert len(problems) == 2
+    assert "gsm8k" in _one(problems, "unknown:")
+    assert "humaneval" in _one(problems, "several:")
+
+
+def test_a_file_for_the_problems_that_a_probe_ranks_by(workspace: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "gsm8k.jsonl"
+    problems.write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
+    recipe = make_recipe(workspace, probe__by="gsm8k", eval__task_data={"gsm8k": str(problems)})
+    assert validate(recipe, None)["problems"] == []
+    problems.write_text('{"question": "1+1?"}\n', encoding="utf-8")
+    assert "answer" in _one(validate(recipe, None)["problems"], "eval.task_data.gsm8k")
+
+
 def test_stages_in_a_circle(workspace: Path) -> None:
     recipe = _staged(workspace, a={"command": "fft", "after": "b"}, b={"command": "fft", "after": "a"})
     assert "circle" in _one(validate(recipe, None)["problems"], "stages")

@@ -45,6 +45,10 @@ def fft(
     ratio: Annotated[float | None, opt.setting(FftOptions, "ratio", "--ratio", panel=opt.METHOD, default="0.2")] = None,
     scope: Annotated[str | None, opt.setting(FftOptions, "scope", "--scope", panel=opt.METHOD)] = None,
     unselected: Annotated[str | None, opt.setting(FftOptions, "unselected", "--unselected", panel=opt.METHOD)] = None,
+    exclude: Annotated[
+        Any,
+        opt.setting(FftOptions, "exclude", "--exclude", panel=opt.METHOD, parser=opt.names, metavar="embeddings,head"),
+    ] = None,
     lora_rank: Annotated[int | None, opt.setting(FftOptions, "lora_rank", "--lora-rank", panel=opt.METHOD)] = None,
     lora_alpha: Annotated[int | None, opt.setting(FftOptions, "lora_alpha", "--lora-alpha", panel=opt.METHOD)] = None,
     merge: Annotated[bool | None, opt.setting(FftOptions, "merge", "--merge/--no-merge", panel=opt.METHOD)] = None,

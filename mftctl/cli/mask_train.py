@@ -35,6 +35,7 @@ def mask_train(
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
     method: Annotated[str | None, opt.setting(MaskTrainOptions, "method", "--method", panel=opt.MASKING)] = None,
+    unit: Annotated[str | None, opt.setting(MaskTrainOptions, "unit", "--unit", panel=opt.MASKING)] = None,
     layers: Annotated[
         str | None,
         opt.setting(MaskTrainOptions, "layers", "--layers", panel=opt.MASKING, default="the probe's, else all"),

@@ -23,6 +23,7 @@ TRAINING = "Training"
 MASKING = "Mask"
 METHOD = "Method"
 INTERIM = "Evaluation on the way"
+SCORE = "Score"
 RECORDS = "Records and chat template"
 GENERAL = "General"
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
-from mftctl.config import ProbeOptions
+from mftctl.config import EvalOptions, ProbeOptions
 from mftctl.launching.launch import settle_launch
 from mftctl.launching.working import work
 from mftctl.recording import recorded
@@ -42,6 +42,15 @@ def probe(
     target: opt.Target = None,
     preset: opt.Preset = None,
     ratio: opt.Ratio = None,
+    by: Annotated[
+        str | None,
+        opt.setting(ProbeOptions, "by", "--by", panel=opt.SCORE, metavar="loss|exact_match|TASK"),
+    ] = None,
+    task_data: Annotated[
+        list[str] | None,
+        opt.setting(EvalOptions, "task_data", "--task-data", panel=opt.SCORE, default="the hub's"),
+    ] = None,
+    limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel=opt.SCORE)] = None,
     data_fraction: Annotated[
         float | None, opt.setting(ProbeOptions, "data_fraction", "--data-fraction", panel=opt.TRAINING)
     ] = None,
@@ -68,14 +77,15 @@ def probe(
     """Find the layers that gain most from a mask.
 
     Learns a mask for each group of consecutive layers, and for all layers at once, on a part of the data, all else
-    fixed, and ranks them by validation loss. The next mask-train takes the best.
+    fixed, and ranks them by validation loss, or with --by by the answers under each mask. The next mask-train takes the
+    best.
 
     With --fast nothing is trained: one pass of gradients tells what removing weights of each group promises. That
     ranks groups of one size; it cannot tell how many layers to take, nor whether a mask helps at all.
     """
     launch = settle_launch("probe", processes, shard)
     with Output(as_json=as_json) as console:
-        chosen = opt.given(context, "probe", "mask_train")
+        chosen = opt.given(context, "probe", "mask_train", "eval")
         session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         run, settled, source = session.open_training(resume=resume)
         with recorded(run):
@@ -93,14 +103,34 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
 
 
 def _trainings(run: Run, result: dict[str, Any]) -> Table:
+    score = result.get("unmasked_score")
     title = f"Validation loss {result['unmasked_loss']:.4f} without a mask; with one ({run.record.seconds:.0f} s)"
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    for name in ("layers", "start", "best", "change"):
+    if score is not None:
+        figure = f"{score['value']:.4f}{_error(score['standard_error'])} of {score['samples']}"
+        title = f"{_score_name(result)} {figure} and loss {result['unmasked_loss']:.4f} without a mask; with one"
+        title += f" ({run.record.seconds:.0f} s)"
+    table = Table(title=title, title_justify="left", min_width=min(len(title), 76))
+    columns = ("start", "best", "change") if score is None else ("score", "change", "loss", "change")
+    for name in ("layers", *columns):
         table.add_column(name, justify="left" if name == "layers" else "right")
     for group in result["groups"]:
-        losses = (f"{group['start_loss']:.4f}", f"{group['best_loss']:.4f}", f"{group['change']:+.4f}")
-        table.add_row(escape(group["layers"]), *losses, style=_style(group, result))
+        figures = [f"{group['best_loss']:.4f}", f"{group['change']:+.4f}"]
+        if score is None:
+            figures = [f"{group['start_loss']:.4f}", *figures]
+        else:
+            figures = [f"{group['score']:.4f}", f"{group['score_change']:+.4f}", *figures]
+        table.add_row(escape(group["layers"]), *figures, style=_style(group, result))
     return table
+
+
+def _score_name(result: dict[str, Any]) -> str:
+    """What a probe ranks by, such as `gsm8k exact_match,strict-match`."""
+    by, metric = str(result["by"]), str(result["unmasked_score"]["metric"])
+    return metric if by == metric else f"{by} {metric}"
+
+
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" ± {standard_error:.4f}"
 
 
 def _promises(run: Run, result: dict[str, Any]) -> Table:

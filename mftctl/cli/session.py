@@ -16,6 +16,7 @@ from mftctl.launching.launch import Launch, require_devices
 from mftctl.launching.working import launch_of
 from mftctl.lineage import Source, model_for_training, recommended_layers
 from mftctl.outputs import Input, check_output, inputs_of
+from mftctl.probe_by import check_by
 from mftctl.processes import from_first, world_size
 from mftctl.quickstart import NAME as QUICKSTART
 from mftctl.recipe_files import load_recipe, with_changes
@@ -92,6 +93,7 @@ class Session:
         self._options["model"] = source.model
         recipe = self.settle(source)
         self._check_measuring(recipe)
+        self._check_scoring(recipe)
         drops = self.command == "mask-train" and recipe.mask_train.method == "drop"
         if not recipe.data and not drops:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
@@ -185,6 +187,23 @@ class Session:
                 expected="a number of steps",
                 actual=f"none given, and --tasks {','.join(self._options['eval.tasks'])}",
                 hint=f"mftctl {self.command} --eval-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
+            )
+
+    def _check_scoring(self, recipe: Recipe) -> None:
+        """Nothing, if what a probe is told of problems is of those that it scores."""
+        if self.command != "probe":
+            return
+        check_by(recipe)
+        files, by = self._options.get("eval.task_data", {}), recipe.probe.by
+        unused = [f"--task-data {task}={file}" for task, file in files.items() if task != by]
+        unused += ["--limit"] if "eval.limit" in self._options and by == "loss" else []
+        if unused:
+            raise ConfigError(
+                "A probe scores no problems but those it ranks groups by.",
+                key="--by",
+                expected="the benchmark that the file is of, or for --limit exact_match or a benchmark",
+                actual=f"{by}, and {' '.join(unused)}",
+                hint=f"mftctl probe --by {next(iter(files), 'exact_match')} ...",
             )
 
     def _with_layers(self, source: Source) -> Recipe:

@@ -1,4 +1,4 @@
-"""Masks that need no training: random entries, and the smallest weights."""
+"""Masks that need no training: random entries, the smallest weights, and the rows with the smallest weights."""
 
 from __future__ import annotations
 
@@ -41,6 +41,29 @@ def magnitude_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
     Returns:
         Bool tensor of the weight's shape.
 
-    Source: MFT, section 3.1, baseline 6 (L1 mask).
+    Source: MFT, section 3.1, baseline 6 (L1 mask), as the authors' implementation has it since its commit 43d5384.
     """
     return keep_highest(target.weight.detach().abs(), ratio)
+
+
+def row_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
+    """The keep mask that removes the ratio's share of a target's outputs: those whose weights are smallest on average.
+
+    A removed output has no weight left; its bias, where it has one, stays. Exactly `removed_count(outputs, ratio)`
+    outputs go, of equal ones the first. Means are taken in fp64 and compared in fp32, where the order of a sum does not
+    show, so that every machine finds the same rows.
+
+    Args:
+        target: The projection to be masked; of a `Conv1D` an output is a column, of fused experts a row of the stored
+            tensor, or a column where they are stored transposed.
+        ratio: Share to remove, in [0, 1).
+
+    Returns:
+        Bool tensor of the weight's shape.
+
+    Source: MFT, section 3.1, baseline 6 (L1 mask), as the authors' implementation had it when the paper came out
+        (commit d1d7a72).
+    """
+    weight = target.weight.detach()
+    means = weight.cpu().abs().mean(dim=target.inputs_dim, keepdim=True, dtype=torch.float64)
+    return keep_highest(means.float(), ratio).expand(weight.shape).contiguous().to(weight.device)

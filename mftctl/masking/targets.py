@@ -72,10 +72,15 @@ class MaskTarget:
         return f"{self.name}.weight" if self.fused is None else self.fused.name
 
     @property
+    def inputs_dim(self) -> int:
+        """The dimension of the weight, -1 or -2, along which the inputs of one output lie."""
+        transposed = isinstance(self.module, Conv1D) or bool(getattr(self.module, "is_transposed", False))
+        return -2 if transposed else -1
+
+    @property
     def fan_in(self) -> int:
         """The number of inputs that each output is made of."""
-        transposed = isinstance(self.module, Conv1D) or bool(getattr(self.module, "is_transposed", False))
-        return self.weight.shape[-2 if transposed else -1]
+        return self.weight.shape[self.inputs_dim]
 
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
         """This projection's part of a tensor of the parameter's shape, as a view."""

@@ -32,6 +32,7 @@ STATE_ORDER = (
     "random drop",
     "random mask",
     "L1 mask",
+    "L1 row mask",
     "MFT, paper",
     "MFT",
     "MFT threshold",

@@ -1,4 +1,4 @@
-"""Figures of probes: what a mask of each group of layers does to the loss, or promises to."""
+"""Figures of probes: what a mask of each group of layers does to the loss or to a score, or promises to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mftctl.lineage import PRE_TRAINED
 from mftctl.reporting.curve_drawing import STAR
@@ -33,11 +33,13 @@ class _Group:
 
     Attributes:
         layers: As the probe names it, such as `4-7`.
-        changes: Of the loss, measured or promised, one a seed.
+        changes: Of what ranks the groups, measured or promised, one a seed.
+        loss_changes: Of the loss, beside a score; empty where the loss ranks the groups.
     """
 
     layers: str
     changes: tuple[float, ...]
+    loss_changes: tuple[float, ...] = ()
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
@@ -77,13 +79,13 @@ class _Probe:
     Attributes:
         runs: All of them.
         sizes: By the name of each size of groups, its groups from below upwards.
-        unmasked_loss: Validation loss without a mask, averaged over seeds; 0 where changes are only promised.
+        unmasked: What ranks the groups, without a mask, averaged over seeds; 0 where changes are only promised.
         recommended: The layers that most runs recommend.
     """
 
     runs: tuple[Run, ...]
     sizes: Mapping[str, tuple[_Group, ...]]
-    unmasked_loss: float
+    unmasked: float
     recommended: str
 
     @property
@@ -97,15 +99,30 @@ class _Probe:
         return bool(self.runs[0].record.result.get("fast"))
 
     @property
+    def score(self) -> Mapping[str, Any] | None:
+        """Without a mask, of the first run; None where the loss ranks the groups."""
+        found: Mapping[str, Any] | None = self.runs[0].record.result.get("unmasked_score")
+        return found
+
+    @property
+    def ranked_by(self) -> str:
+        """What ranks the groups, such as `validation loss` or `gsm8k exact_match,strict-match`."""
+        if self.score is None:
+            return "validation loss"
+        by, metric = str(self.runs[0].record.result["by"]), str(self.score["metric"])
+        return f"{by} on validation records" if by == metric else f"{by} {metric}"
+
+    @property
     def unmasked_state(self) -> str:
         """What carries the masks."""
         return str(self.runs[0].record.inputs["state"])
 
 
 def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
-    """Validation loss by group of layers, of trained probes; and by themselves what `probe --fast` promises.
+    """Validation loss or score by group of layers, of trained probes; and by themselves what `probe --fast` promises.
 
-    Probes of the same model with the same settings share a figure, whatever their seeds and sizes of groups.
+    Probes of the same model with the same settings, ranked by the same, share a figure, whatever their seeds and sizes
+    of groups.
 
     Args:
         runs: Oldest first.
@@ -148,7 +165,9 @@ def _settings(run: Run) -> str:
     training = {key: value for key, value in record.config["mask_train"].items() if key not in _NO_PART}
     probing = {key: record.config["probe"].get(key) for key in ("data_fraction", "epochs")}
     inputs = [record.inputs["origin"], record.inputs["state"], record.config.get("data")]
-    return json.dumps([inputs, probing, training, bool(record.result.get("fast"))], sort_keys=True)
+    score = record.result.get("unmasked_score")
+    by = [] if score is None else [record.result["by"], score["metric"], score["samples"]]
+    return json.dumps([inputs, probing, training, bool(record.result.get("fast")), *by], sort_keys=True)
 
 
 def _probe(runs: Sequence[Run]) -> _Probe:
@@ -156,20 +175,33 @@ def _probe(runs: Sequence[Run]) -> _Probe:
 
     Raises:
         KeyError: A result lacks something.
-        ValueError: A group has no layers, or a loss is no number.
+        ValueError: A group has no layers, or a loss or score is no number.
     """
     changes: dict[str, dict[int, float]] = {}
+    loss_changes: dict[str, dict[int, float]] = {}
     unmasked: dict[int, float] = {}
     names: dict[str, str] = {}
     for run in runs:
         result = run.record.result
-        unmasked[_seed(run)] = 0.0 if result.get("fast") else float(result["unmasked_loss"])
+        score = result.get("unmasked_score")
+        before: Any = result.get("unmasked_loss") if score is None else score["value"]
+        unmasked[_seed(run)] = 0.0 if result.get("fast") else float(before)
         for group in result["groups"]:
-            changes.setdefault(group["layers"], {})[_seed(run)] = float(group["change"])
+            change = group["change" if score is None else "score_change"]
+            changes.setdefault(group["layers"], {})[_seed(run)] = float(change)
+            if score is not None:
+                loss_changes.setdefault(group["layers"], {})[_seed(run)] = float(group["change"])
             names[group["layers"]] = _size_name(run, int(group["size"]))
-    if not all(math.isfinite(loss) for found in (unmasked, *changes.values()) for loss in found.values()):
+    if not all(
+        math.isfinite(loss)
+        for found in (unmasked, *changes.values(), *loss_changes.values())
+        for loss in found.values()
+    ):
         raise ValueError("a loss is no number")
-    groups = [_Group(layers, tuple(found.values())) for layers, found in changes.items()]
+    groups = [
+        _Group(layers, tuple(found.values()), tuple(loss_changes.get(layers, {}).values()))
+        for layers, found in changes.items()
+    ]
     sizes: dict[str, list[_Group]] = {}
     for group in sorted(groups, key=lambda group: (group.size, group.middle)):
         sizes.setdefault(names[group.layers], []).append(group)
@@ -195,7 +227,8 @@ def _figure(probe: _Probe) -> Figure:
     first = probe.runs[0].record
     seeds = len({_seed(run) for run in probe.runs})
     share = first.config["probe"].get("data_fraction", 1.0)
-    what = "What a mask of each group promises" if probe.is_fast else "Validation loss by group of layers"
+    ranked_by = probe.ranked_by[0].upper() + probe.ranked_by[1:] if probe.score is None else probe.ranked_by
+    what = "What a mask of each group promises" if probe.is_fast else f"{ranked_by} by group of layers"
     captions = [f"{first.inputs['origin']}, {probe.unmasked_state}: masks from {share:.0%} of the training data."]
     if probe.is_fast:
         captions.append(
@@ -203,6 +236,12 @@ def _figure(probe: _Probe) -> Figure:
             "the change itself is far too good, and more layers always promise more."
         )
         captions += _agreement(probe.runs)
+    elif probe.score is not None:
+        error = probe.score["standard_error"]
+        within = "" if error is None else f", standard error of one score {error:.4f}"
+        captions.append(
+            f"Each group's mask with the lowest validation loss, scored on {probe.score['samples']} samples{within}."
+        )
     else:
         captions.append("Each group's best mask on the validation records that chose it: the best is partly luck.")
     votes = sum(run.record.result["recommended_layers"] == probe.recommended for run in probe.runs)
@@ -225,7 +264,8 @@ def _figure(probe: _Probe) -> Figure:
                 "lowest": min(group.changes),
                 "highest": max(group.changes),
                 "seeds": len(group.changes),
-                "unmasked_loss": None if probe.is_fast else probe.unmasked_loss,
+                **_figures_without_mask(probe),
+                **({"loss_change": fmean(group.loss_changes)} if group.loss_changes else {}),
                 "recommended": group.layers == probe.recommended,
             }
             for name, groups in probe.sizes.items()
@@ -235,6 +275,14 @@ def _figure(probe: _Probe) -> Figure:
         draw=partial(_draw, probe),
         height_inches=3.2 + legend_height_inches(["FFT, no mask", *probe.sizes, "recommended"]),
     )
+
+
+def _figures_without_mask(probe: _Probe) -> dict[str, Any]:
+    """What the data of a figure says of the model without a mask."""
+    if probe.score is None:
+        return {"unmasked_loss": None if probe.is_fast else probe.unmasked}
+    losses = [float(run.record.result["unmasked_loss"]) for run in probe.runs]
+    return {"score": probe.ranked_by, "unmasked_score": probe.unmasked, "unmasked_loss": fmean(losses)}
 
 
 def _agreement(runs: Sequence[Run]) -> list[str]:
@@ -249,14 +297,14 @@ def _draw(probe: _Probe, canvas: Canvas) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes = canvas.subplots()
-    base = probe.unmasked_loss
+    base = probe.unmasked
     without = "without a mask" if probe.unmasked_state == PRE_TRAINED else f"{probe.unmasked_state}, no mask"
     axes.axhline(base, color=INK, linestyle=(0, (5, 2)), linewidth=1.2, label=drawn_text(without))
     for number, (name, groups) in enumerate(probe.sizes.items()):
         _draw_size(axes, name, groups, number, base)
     axes.plot(probe.best.middle, base + probe.best.change, label="recommended", **STAR)
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel("promised change of the loss" if probe.is_fast else "validation loss")
+    axes.set_ylabel("promised change of the loss" if probe.is_fast else probe.ranked_by)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     put_legend(canvas, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -58,6 +58,12 @@ class MaskedOptimizer(Optimizer):
     Gradients must be whole and already reduced over the processes, as they are with DDP. Where they are partitioned, as
     with FSDP and ZeRO, `give` takes a selection that was made from those of all processes.
 
+    Args:
+        inner: The wrapped optimizer.
+        rule: Which entries are updated.
+        excluded: Parameters that are updated whole, and of which the rule chooses nothing: the ratio holds for all
+            others.
+
     Attributes:
         inner: The wrapped optimizer; it shares `param_groups` and `state` with this one.
         rule: Which entries are updated.
@@ -69,9 +75,10 @@ class MaskedOptimizer(Optimizer):
         `unchanged` keeps its meaning under optimizers with a state, `momentum` is their plain combination.
     """
 
-    def __init__(self, inner: Optimizer, rule: UpdateRule) -> None:
+    def __init__(self, inner: Optimizer, rule: UpdateRule, excluded: Collection[torch.Tensor] = ()) -> None:
         self.inner = inner
         self.rule = rule
+        self._excluded = frozenset(excluded)
         self.selected: dict[torch.Tensor, torch.Tensor] = {}
         self.updated_entries = 0
         self.total_entries = 0
@@ -97,7 +104,8 @@ class MaskedOptimizer(Optimizer):
         """
         if self._is_given:
             return
-        parameters = [parameter for _, parameter in self._with_gradients()]
+        with_gradients = [parameter for _, parameter in self._with_gradients()]
+        parameters = [parameter for parameter in with_gradients if parameter not in self._excluded]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         # By identity, since a skipped step (mixed precision does that) leaves a selection for gradients of the past.
         if gradients and list(map(id, gradients)) == list(map(id, self._masked_gradients)):
@@ -114,8 +122,8 @@ class MaskedOptimizer(Optimizer):
         self.selected = dict(zip(parameters, masks, strict=True))
         self._masked_gradients = gradients
         sizes = [mask.numel() for mask in masks]
-        self.total_entries = sum(sizes)
-        ranked_together = [self.total_entries] if rule.scope == "global" else sizes
+        self.total_entries = sum(parameter.numel() for parameter in with_gradients)
+        ranked_together = [sum(sizes)] if rule.scope == "global" else sizes
         self.updated_entries = self.total_entries - sum(removed_count(size, rule.ratio) for size in ranked_together)
 
     def give(self, selected: Mapping[torch.Tensor, torch.Tensor]) -> None:
@@ -149,6 +157,9 @@ class MaskedOptimizer(Optimizer):
             self.inner.step()
         else:
             for group, parameter in self._with_gradients():
+                if parameter in self._excluded and not self._is_given:
+                    self._step_alone(group, parameter)
+                    continue
                 selected = self.selected.pop(parameter)
                 if self._is_updated_in_parts(parameter):
                     self._update_in_parts(group, parameter, selected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -18,6 +18,7 @@ def select_whole(
     take: Callable[[int, torch.Tensor], None],
     *,
     device: torch.device,
+    excluded: Collection[int] = (),
 ) -> None:
     """Chooses the entries that one process would choose, from gradients that are put together for it.
 
@@ -30,13 +31,17 @@ def select_whole(
         step: Number of the step, from 0.
         take: Gets the index of a gradient and its selection, bool and of its shape, True where the entry is updated.
         device: Where random entries are drawn; they are the same ones everywhere.
+        excluded: Indices of gradients that are updated whole, and of which nothing is chosen.
 
     Raises:
         MaskingError: A gradient holds NaN.
     """
-    indices = range(len(shapes))
+    for index in excluded:
+        take(index, torch.ones(shapes[index], dtype=torch.bool, device=device))
+    indices = [index for index in range(len(shapes)) if index not in excluded]
     if rule.method == "random":
-        blank = [torch.zeros(1, device=device).expand(shape) for shape in shapes]  # of which only the shapes are asked
+        # Of which only the shapes are asked.
+        blank = [torch.zeros(1, device=device).expand(shapes[index]) for index in indices]
         masks = keep_random(blank, rule.ratio, rule.scope, seed=rule.seed, step=step)
     elif rule.scope == "global":
         masks = keep_largest([read(index) for index in indices], rule.ratio, rule.scope)

@@ -157,6 +157,35 @@ def test_what_a_fast_probe_promises_has_a_figure_of_its_own(tmp_path: Path) -> N
     assert "Nothing was trained" not in trained.caption
 
 
+def test_a_probe_by_a_score_has_a_figure_of_its_own_with_the_loss_in_its_data(tmp_path: Path) -> None:
+    scores = {"0-3": -0.05, "4-7": 0.025, "8-11": 0.05, "12-13": 0.0}
+    write_probe(tmp_path, 1, FOURS)
+    write_probe(tmp_path, 2, FOURS, scores=scores, recommended="8-11")
+    by_loss, by_score = figures_of(tmp_path)
+    assert (by_loss.title, by_loss.runs) == ("Validation loss by group of layers", ("001-probe",))
+    assert (by_score.title, by_score.runs) == ("gsm8k exact_match,strict-match by group of layers", ("002-probe",))
+    assert changes_of(by_score) == scores
+    assert {point["layers"]: point["loss_change"] for point in by_score.data} == FOURS
+    assert {(point["unmasked_score"], point["unmasked_loss"]) for point in by_score.data} == {(0.25, 0.5)}
+    assert "loss_change" not in by_loss.data[0]
+    lines = lines_of(by_score)
+    assert lines["groups of 4"].get_ydata() == pytest.approx([0.2, 0.275, 0.3, 0.25])
+    assert lines["recommended"].get_xydata()[0] == pytest.approx([9.5, 0.3])
+    assert "scored on 80 samples, standard error of one score 0.0500" in by_score.caption
+    canvas = Canvas(layout="constrained")
+    by_score.draw(canvas)
+    assert canvas.axes[0].get_ylabel() == "gsm8k exact_match,strict-match"
+
+
+def test_probes_by_different_scores_are_not_averaged(tmp_path: Path) -> None:
+    write_probe(tmp_path, 1, FOURS, scores=FOURS)
+    write_probe(tmp_path, 2, FOURS, scores=FOURS, by="exact_match", seed=1)
+    write_probe(tmp_path, 3, FOURS, scores=FOURS, seed=1)
+    gsm8k, exact_match = figures_of(tmp_path)
+    assert (gsm8k.runs, exact_match.runs) == (("001-probe", "003-probe"), ("002-probe",))
+    assert exact_match.title == "exact_match on validation records by group of layers"
+
+
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 def test_a_probe_that_is_not_finished_is_in_no_figure(tmp_path: Path, status: str) -> None:
     write_probe(tmp_path, 1, FOURS, status=status)

@@ -93,6 +93,8 @@ def write_probe(
     options: Mapping[str, Any] | None = None,
     agreement: Mapping[str, Any] | None = None,
     status: str = "finished",
+    scores: Mapping[str, float] | None = None,
+    by: str = "gsm8k",
 ) -> str:
     """The name of a new `probe` run that found these changes of the loss by group of layers."""
     folder = root / f"{number:03d}-probe"
@@ -107,6 +109,11 @@ def write_probe(
         "recommended_layers": recommended or min(changes, key=lambda layers: changes[layers]),
     }
     result |= {"fast": True, "agreement": agreement} if fast else {"unmasked_loss": unmasked_loss}
+    if scores is not None:
+        found = [{**group, "score_change": scores[str(group["layers"])]} for group in found]
+        metric = by if by == "exact_match" else "exact_match,strict-match"
+        score = {"metric": metric, "value": 0.25, "standard_error": 0.05, "samples": 80}
+        result |= {"by": by, "unmasked_score": score, "groups": found}
     record = {
         "command": "probe",
         "status": status,
