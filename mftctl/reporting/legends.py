@@ -27,12 +27,14 @@ def put_legend(canvas: Canvas, handles: Mapping[str, Any]) -> None:
 
     Args:
         canvas: With a constrained layout.
-        handles: What matplotlib drew, by label.
+        handles: What matplotlib drew, by label; none needs no legend.
     """
     labels = list(handles)
+    if not labels:
+        return
     canvas.legend(list(handles.values()), labels, loc="outside lower center", ncols=_columns(labels), handlelength=3.2)
 
 
 def _columns(labels: Sequence[str]) -> int:
-    longest = max(map(len, labels))
+    longest = max(map(len, labels), default=0)
     return next((columns for columns, length in _LONGEST.items() if longest <= length), 1)
