@@ -126,12 +126,22 @@ class _Dataset(_Part):
     seconds: Number | None = None
 
 
+class _Score(_Part):
+    metric: str
+    value: Measured
+    standard_error: Measured | None = None
+    samples: Several
+    higher_is_better: bool = True
+
+
 class _Group(_Part):
     layers: str = ""
     size: Several = 1
     start_loss: Measured | None = None
     best_loss: Measured | None = None
     change: Measured = 0.0
+    score: Measured | None = None
+    score_change: Measured | None = None
 
 
 class _Agreement(_Part):
@@ -157,6 +167,8 @@ class _Result(_Part):
     datasets: list[_Dataset] = []
     fast: bool | None = None
     groups: list[_Group] = []
+    by: str | None = None
+    unmasked_score: _Score | None = None
     recommended_layers: str | None = None
     agreement: _Agreement | None = None
 
