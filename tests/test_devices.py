@@ -207,7 +207,7 @@ def test_an_operation_that_is_not_deterministic_is_named() -> None:
         ("mask-train", "mftctl.training.SftTrainer.training_step", "training"),
         ("mask-train", "mftctl.evaluation.losses._batch_losses", "measuring losses"),
         ("mask-train", "transformers.PreTrainedModel.to", "loading the model"),
-        ("mask-train", "mftctl.score_training.initial_scores", "working on mask-train"),
+        ("mask-train", "mftctl.score_start.initial_scores", "working on mask-train"),
         ("probe", "mftctl.training.SftTrainer.training_step", "training"),
         ("eval", "transformers.PreTrainedModel.to", "loading the model"),
         ("eval", "mftctl.evaluation.losses._batch_losses", "measuring losses"),

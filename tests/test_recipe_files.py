@@ -290,7 +290,7 @@ def test_rows_are_for_the_magnitude_mask(method: str) -> None:
         ({"mask-train": {}}, "mask-train: unknown key; did you mean mask_train?"),
         ({"ratio": 0.1}, "ratio: unknown key; did you mean mask_train.ratio?"),
         ({"fft": {"threshold": 0.1}}, "fft.threshold: unknown key; did you mean mask_train.threshold?"),
-        ({"eval": {"keep": "best"}}, "eval.keep: unknown key; did you mean fft.keep?"),
+        ({"eval": {"lora_rank": 8}}, "eval.lora_rank: unknown key; did you mean fft.lora_rank?"),
         ({"fft": {"seed": 3}}, "fft.seed: unknown key; did you mean seed?"),
         ({"fft": {"qqqqq": 3}}, "fft.qqqqq: unknown key"),
         (
