@@ -101,7 +101,7 @@ def test_memory_is_bounded_by_pieces_and_not_by_the_checkpoints(
     apply(base, tuned, mask, tmp_path / "out")
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak_bytes < 8 * CHUNK_BYTES
+    assert peak_bytes < 12 * CHUNK_BYTES
     assert (tuned / "model.safetensors").stat().st_size > 100 * CHUNK_BYTES
 
 
