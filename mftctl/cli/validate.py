@@ -36,7 +36,14 @@ _FITS = {"fits": "yes", "closely": "closely", "no": "no"}
 
 def validate(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in one, such as quickstart.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="Recipe file, or the name of a built-in one, such as quickstart; without it the options alone are "
+            "checked.",
+            show_default=False,
+        ),
+    ] = None,
     sets: opt.Sets = None,
     model: opt.Model = None,
     data: opt.Data = None,
@@ -81,7 +88,8 @@ def validate(
             raise ConfigError(
                 f"The recipe has {count} problem{'s' if count > 1 else ''}.", path=recipe, problems=result["problems"]
             )
-        console.next_command("mftctl", *(("run",) if settled.stages else ("fft", "--recipe")), recipe)
+        if recipe is not None:
+            console.next_command("mftctl", *(("run",) if settled.stages else ("fft", "--recipe")), recipe)
 
 
 def _views(result: Mapping[str, Any]) -> list[RenderableType]:

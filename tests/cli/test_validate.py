@@ -46,6 +46,13 @@ def test_a_sound_recipe(recipe: Path) -> None:
     assert f"Next: mftctl run {recipe}" in result.stderr
 
 
+def test_without_a_recipe_the_options_are_checked(workspace: Path) -> None:
+    result = _run("--model", workspace / "tiny", "--data", workspace / "train.jsonl", "--bad-records", "skip")
+    assert result.exit_code == 0
+    assert "<|assistant|>»" in result.stdout
+    assert "Next:" not in result.stderr
+
+
 def test_as_json(recipe: Path) -> None:
     result = _run(recipe, "--json")
     document = json.loads(result.stdout)
