@@ -163,9 +163,11 @@ def measure_benchmark(
     found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
     seconds = time.monotonic() - start_seconds
     if is_maths(benchmark.name):
-        _tell_too_long(found, listener, is_too_long, f"answers and sums of more than {MOST_ANSWER_CHARACTERS}")
+        _tell_too_long(
+            found, listener, is_too_long, f"{MOST_ANSWER_CHARACTERS} characters are not compared as formulas"
+        )
     if benchmark.name == "ifeval":
-        _tell_too_long(found, listener, has_long_line, f"answers with lines of more than {MOST_LINE_CHARACTERS}")
+        _tell_too_long(found, listener, has_long_line, f"{MOST_LINE_CHARACTERS} characters in a line count as wrong")
     olmes = recipe.eval.prompts == "olmes"
     if benchmark.name == "math" and olmes:
         subjects = [benchmark.problems.records[sample.doc_id]["type"] for sample in found.samples]
@@ -182,7 +184,7 @@ def _tell_too_long(found: BenchmarkResult, listener: Listener, is_long: Callable
     long = [sample for sample in found.samples if any(map(is_long, sample.outputs))]
     if long:
         names = _some_of([sample.name or str(sample.doc_id) for sample in long])
-        listener.warn(f"{found.name}: {which} characters count as wrong: those of {names}.")
+        listener.warn(f"{found.name}: answers of more than {which}: those of {names}.")
 
 
 def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:

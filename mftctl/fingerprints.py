@@ -41,7 +41,8 @@ def model_fingerprint(model: str) -> str | None:
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*config.json")]):
+    patterns = ("*.safetensors", "*config.json", "*.jinja", "tokenizer.*")
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         size_bytes = path.stat().st_size
         digest.update(f"{path.name}:{size_bytes}:".encode())
         with open_regular(path) as stream:

@@ -196,11 +196,11 @@ def fine_tuned_state(source: Source, options: FftOptions) -> str:
 
 
 def mask_state(options: MaskTrainOptions) -> str:
-    """What a mask makes of a model, in the words of the papers; with its settings `MFT, paper`."""
+    """What a mask makes of a model, in the words of the papers; with a preset `MFT, paper` or `MFT, reference`."""
     if options.method == "drop":
         return f"{options.strategy} drop"
     if options.method == "learned":
         if options.preset == "default":
             return "MFT"
-        return "MFT, paper" if options.threshold is None else "MFT threshold"
+        return f"MFT, {options.preset}" if options.threshold is None else "MFT threshold"
     return _ROW_MASK if options.unit == "row" else _MASKED[options.method]

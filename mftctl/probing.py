@@ -209,8 +209,10 @@ def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room
 
 
 def _options(recipe: Recipe) -> MaskTrainOptions:
-    options = recipe.mask_train
-    return options if recipe.probe.epochs is None else options.model_copy(update={"epochs": recipe.probe.epochs})
+    changes: dict[str, Any] = {"keep": "best"}  # what a group promises is its best mask
+    if recipe.probe.epochs is not None:
+        changes["epochs"] = recipe.probe.epochs
+    return recipe.mask_train.model_copy(update=changes)
 
 
 def _groups(recipe: Recipe, model: PreTrainedModel) -> list[list[int]]:

@@ -226,6 +226,8 @@ def _measured(run: Run, recipe: Recipe, source: Source) -> bool:
 def _is_same(run: Run, recipe: Recipe, source: Source) -> bool:
     """Whether a run is an evaluation of the same model on the same, with the same settings."""
     record = run.record
+    if recipe.chat_template is not None and Path(recipe.chat_template).exists():
+        return False  # a file may have changed since
     return (
         record.command == "eval"
         and (record.inputs.get("model"), record.inputs.get("mask")) == (source.model, source.mask)

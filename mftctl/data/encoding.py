@@ -216,6 +216,7 @@ def encode_all(
             issues.refused.append(error)
         else:
             issues.cut += encoded.is_cut
+            issues.used += 1
             records.append(encoded)
             used.append(example)
         if on_progress is not None and (number % _PROGRESS_RECORDS == 0 or number == len(examples)):

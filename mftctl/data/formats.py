@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mftctl.data.examples import IGNORED_LABEL, Example, Kind, Message, TokenIds
-from mftctl.data.turns import Fields, empty_answer, functions, text, to_message, unused_keys, wrong_type
+from mftctl.data.turns import Fields, empty_answer, functions, json_text, text, to_message, unused_keys, wrong_type
 from mftctl.errors import DataError
 
 _Build = Callable[[Fields, str], Example]
@@ -161,7 +160,7 @@ def _chat(messages: tuple[Message, ...], fields: Fields, where: str, key: str) -
         where,
         has_turns=True,
         tools=tools,
-        template_args=json.dumps(args, ensure_ascii=False) if args else "",
+        template_args=json_text(args, where, "chat_template_kwargs") if args else "",
     )
 
 

@@ -19,11 +19,12 @@ class RecordIssues:
         refused: Why records cannot be used, one error each, in the order found.
         records: Records looked at.
         tokenised: Records of which tokens were to be made.
+        used: Records that were.
         ignored: How many records have each field that is not used.
         overlong: Records left out, since their prompt alone is longer than allowed.
         cut: Records whose end was cut off.
         without_thinking: Records of which the chat template leaves out what was thought.
-        last_only: Conversations of which the last answer alone is learned.
+        last_only: Conversations of which earlier answers are not learned, since the chat template changes them.
         tools_as_text: Conversations of which functions or calls are written as JSON text.
         open_turns: Conversations in which an answer is learned without anything that ends it.
     """
@@ -32,6 +33,7 @@ class RecordIssues:
         self.refused: list[DataError] = []
         self.records = 0
         self.tokenised = 0
+        self.used = 0
         self.ignored: Counter[str] = Counter()
         self.overlong = 0
         self.cut = 0
@@ -80,8 +82,7 @@ class RecordIssues:
     @property
     def learns_no_end(self) -> bool:
         """Whether no record is left whole, so that no model learns of them where to stop."""
-        used = self._looked_at - self.overlong - len(self.refused)
-        return self.cut > 0 and self.cut >= used
+        return self.cut > 0 and self.cut >= self.used
 
     def counts(self) -> dict[str, int]:
         """What was found and how often, without what was not, for a record."""
@@ -116,7 +117,7 @@ class RecordIssues:
             lines.append(f"ignored: {', '.join(sorted(self.ignored))}")
         for count, noun, words in (
             (self.without_thinking, "record", "the chat template leaves out the thinking before answers"),
-            (self.last_only, "conversation", "only the last answer is learned: the chat template changes earlier ones"),
+            (self.last_only, "conversation", "answers are not learned that the chat template changes later on"),
             (
                 self.tools_as_text,
                 "conversation",

@@ -117,7 +117,7 @@ class Renderer:
             add_eos=add_eos,
             cuts_thinking=conversation.cuts_thinking,
             is_last_only=conversation.is_last_only,
-            has_open_turn=any(not answer.has_stop and answer.is_learned for answer in answers[:-1]),
+            has_open_turn=self._learn == "all" and any(not item.has_stop and item.is_learned for item in answers[:-1]),
             has_tools_as_text=conversation.has_tools_as_text,
         )
 

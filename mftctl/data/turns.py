@@ -136,9 +136,21 @@ def functions(value: object, where: str, key: str) -> str:
     listed = _parsed(value, where, key) if isinstance(value, str) and value.strip() else value
     if not listed:
         return ""
-    if not isinstance(listed, list) or not all(isinstance(item, Mapping) for item in listed):
+    if not isinstance(listed, list):
         raise wrong_type(where, key, "a list of functions", listed)
-    return json.dumps(listed, ensure_ascii=False)
+    for index, item in enumerate(listed):
+        if not isinstance(item, Mapping) or not isinstance(item.get("function", item), Mapping):
+            raise wrong_type(where, f"{key}[{index}]", "a function with its name and parameters", item)
+    return json_text(listed, where, key)
+
+
+def json_text(value: object, where: str, key: str) -> str:
+    """A value of a record as JSON text.
+
+    Raises:
+        DataError: No tokenizer can read a text in it.
+    """
+    return text({key: json.dumps(value, ensure_ascii=False)}, key, where)
 
 
 def _present(turn: Fields, keys: tuple[str, ...]) -> str:
@@ -195,7 +207,7 @@ def _call(call: object, where: str, key: str) -> ToolCall:
     if isinstance(arguments, str) and arguments.strip():
         arguments = _parsed(arguments, where, f"{key}.arguments")
     name = text(function, "name", where, f"{key}.name")
-    return ToolCall(name, json.dumps(arguments or {}, ensure_ascii=False), _name(call, "id", where, key))
+    return ToolCall(name, json_text(arguments or {}, where, f"{key}.arguments"), _name(call, "id", where, key))
 
 
 def _shared_call(content: str, where: str, key: str) -> ToolCall:

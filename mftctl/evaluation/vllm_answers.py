@@ -74,13 +74,14 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
             yield places, self._generate(asked, places)
 
     def _generate(self, asked: Asked, places: Sequence[int]) -> list[str]:
-        setting, stop_ids = asked.setting, sorted(turn_stops(self.tokenizer).token_ids)
+        setting, stops = asked.setting, turn_stops(self.tokenizer)
+        until = [*setting["until"], *stops.texts]
         settings = [
             SamplingParams(
                 temperature=setting["temperature"],
                 max_tokens=setting["max_new_tokens"],
-                stop=setting["until"],
-                stop_token_ids=stop_ids,
+                stop=until,
+                stop_token_ids=sorted(stops.token_ids),
                 seed=asked.seeds[place] if setting["temperature"] else None,
             )
             for place in places
@@ -90,7 +91,7 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
             for answer in self._model_generate([asked.prompts[place] for place in places], True, settings)
         ]
         self.generated_tokens += sum(len(output.token_ids) for output in found)
-        return [cut_at(output.text, setting["until"]) for output in found]
+        return [cut_at(output.text, until) for output in found]
 
 
 def _length(checkpoint: Path, needed_tokens: int) -> int | None:

@@ -300,4 +300,4 @@ def _shows_or_tries(statement: ast.stmt) -> bool:
     value = statement.value
     if isinstance(value, ast.Call):
         return isinstance(value.func, ast.Name) and value.func.id == "print"
-    return not isinstance(value, ast.Constant)
+    return not isinstance(value, ast.Constant | ast.ListComp | ast.SetComp | ast.DictComp)  # which are run for effect

@@ -34,6 +34,7 @@ STATE_ORDER = (
     "L1 mask",
     "L1 row mask",
     "MFT, paper",
+    "MFT, reference",
     "MFT",
     "MFT threshold",
     "masked",

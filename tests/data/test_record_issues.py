@@ -58,7 +58,7 @@ def test_records_left_out_are_told() -> None:
         ("overlong", "their prompt alone is longer than --max-length 64"),
         ("cut", "3 of 10 answers (30.0%) are cut at --max-length 64"),
         ("without_thinking", "leaves out the thinking"),
-        ("last_only", "only the last answer is learned"),
+        ("last_only", "answers are not learned that the chat template changes later on"),
         ("tools_as_text", "JSON text"),
         ("open_turns", "ends earlier answers with nothing"),
     ],
@@ -74,3 +74,11 @@ def test_ignored_fields_are_named_once() -> None:
     issues = issues_of(0)
     issues.ignored.update(["source", "id", "id"])
     assert issues.lines(64) == ["ignored: id, source"]
+
+
+def test_that_no_end_is_learned_is_said_of_the_records_used_alone() -> None:
+    issues = issues_of(5)  # which were never tokenised
+    issues.tokenised, issues.used, issues.cut = 5, 5, 2
+    assert not issues.learns_no_end
+    issues.cut = 5
+    assert issues.learns_no_end

@@ -95,3 +95,17 @@ def test_functions_that_are_no_list() -> None:
 def test_keys_without_a_use() -> None:
     assert unused_keys({"role": "user", "content": "a", "id": 1, "loss": None, "emotion": "joy"}) == {"id", "emotion"}
     assert unused_keys("text") == set()
+
+
+@pytest.mark.parametrize("tools", [[{"type": "function", "function": "clock"}], ["clock"], "[1]"])
+def test_a_function_that_is_none_is_refused(tools: object) -> None:
+    with pytest.raises(DataError, match="wrong type") as caught:
+        functions(tools, "d:1", "tools")
+    assert caught.value.key == "tools[0]"
+
+
+def test_half_a_surrogate_pair_in_arguments_is_refused() -> None:
+    call = {"function": {"name": "f", "arguments": {"x": "\ud800"}}}
+    with pytest.raises(DataError, match="surrogate") as caught:
+        to_message({"role": "assistant", "content": None, "tool_calls": [call]}, "d:1", "messages[1]")
+    assert caught.value.key == "messages[1].tool_calls[0].arguments"

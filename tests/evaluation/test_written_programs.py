@@ -147,3 +147,8 @@ def test_warnings_of_an_answer_are_its_own_matter() -> None:
 @given(st.text(alphabet="`~ \n\tdefxouble():=#'\"\\return12"), st.booleans())
 def test_any_text_gives_some_program(text: str, asked: bool) -> None:
     assert isinstance(written_program(text, ASKED if asked else NAMED, ENDS), str)
+
+
+def test_a_comprehension_run_for_its_effect_is_kept() -> None:
+    filled = f"memo = []\n[memo.append(i) for i in range(3)]\n\n\n{ALONE}"
+    assert "[memo.append(i)" in written_program(filled, NAMED)
