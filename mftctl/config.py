@@ -240,7 +240,7 @@ class MaskTrainOptions(TrainingOptions):
     learn_from: Literal["auto", "all", "unseen"] | None = Field(
         None,
         description="Training records. unseen: those that fine-tuning has not seen; auto (the default): these if there "
-        "are at least 64, else all; all (paper).",
+        "are at least 64, else all; all (paper, reference).",
     )
     ratio: Share | dict[str, Share] | None = Field(
         None,
@@ -254,12 +254,12 @@ class MaskTrainOptions(TrainingOptions):
     )
     threshold: float | None = Field(None, description="Remove scores below this instead of a fixed ratio.")
     ranking: Literal["magnitude", "signed"] | None = Field(
-        None, description="What a ratio ranks: the score (the default) or |score| (paper)."
+        None, description="What a ratio ranks. signed: the score (the default); magnitude: |score| (paper, reference)."
     )
     start: Literal["magnitude", "normal", "kaiming", "constant"] | None = Field(
         None,
-        description="magnitude: the size of the weight (the default); normal: N(0, start_std) (paper); kaiming: "
-        "uniform within 1/sqrt(fan_in); constant: all equal.",
+        description="magnitude: the size of the weight (the default); normal: N(0, start_std) (paper, reference); "
+        "kaiming: uniform within 1/sqrt(fan_in); constant: all equal.",
     )
     start_std: float | None = Field(
         None,
@@ -279,7 +279,9 @@ class MaskTrainOptions(TrainingOptions):
         "deviation, its range, its distance from the threshold.",
     )
     keep: Literal["best", "last"] | None = Field(
-        None, description="best: the mask with the lowest validation loss (the default); last: that of the last step."
+        None,
+        description="best: the mask with the lowest validation loss (the default); last: that of the last step "
+        "(reference).",
     )
     strategy: Literal["trivial", "salient", "random"] = Field(
         "trivial", description="drop: undo the smallest changes of fine-tuning, the largest, or random ones."
@@ -330,7 +332,9 @@ class MaskTrainOptions(TrainingOptions):
 
     @property
     def effective_keep(self) -> Literal["best", "last"]:
-        """The mask kept."""
+        """The mask kept; of a method without training the only one."""
+        if self.method != "learned":
+            return "best"
         return self.keep or ("last" if self.preset == "reference" else "best")
 
     @property
@@ -457,6 +461,8 @@ class EvalOptions(_Section):
 
     @model_validator(mode="after")
     def _olmes_asks_without_a_template(self) -> EvalOptions:
+        if self.prompts == "olmes" and not self.tasks:
+            raise ValueError("eval.prompts: olmes is for benchmarks; name some in eval.tasks")
         if self.prompts == "olmes" and self.chat_template:
             raise ValueError(
                 "eval.prompts: the paper's evaluation in OLMES goes through no chat template; leave eval.chat_template "

@@ -122,6 +122,7 @@ def _search(
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
         "kept": options.effective_keep if options.method == "learned" else None,
+        "start_std": search.start.std if (options.method, options.effective_start) == ("learned", "normal") else None,
         "flops_per_token": flops,
         "confirmation": confirmation,
         "prefix_reuse": reuse,

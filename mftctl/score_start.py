@@ -81,7 +81,8 @@ class ScoreStart:
             return f"{highest:.3g}"
         if self.options.effective_start == "magnitude":
             return f"{highest:.3g}, {_RATE_FACTOR:g} times that of fine-tuning ({self.fft_learning_rate:.3g})"
-        return f"up to {highest:.3g}, scaled to how they start"
+        start = f"N(0, {self.std:g})" if self.options.effective_start == "normal" else "how they start"
+        return f"up to {highest:.3g}, scaled to {start}"
 
     def _scale(self, target: MaskTarget) -> float:
         """The distance that the travel of `auto` is counted in."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from mftctl.config import DEFAULT_PATIENCE, DEFAULT_RATIO, FftOptions, MaskTrainOptions, Recipe, Stage
+from mftctl.config import DEFAULT_PATIENCE, DEFAULT_RATIO, EvalOptions, FftOptions, MaskTrainOptions, Recipe, Stage
 from mftctl.data.sources import DataSource
 from mftctl.deciding_keys import deciding_keys, to_document
 from mftctl.recipe_files import parse_recipe
@@ -202,6 +202,13 @@ def test_the_reference_keeps_the_last_mask_and_averages_records(preset: str, kee
     options = MaskTrainOptions.model_validate({"preset": preset})
     assert (options.effective_keep, options.averages_records) == (keep, averages_records)
     assert MaskTrainOptions.model_validate({"preset": preset, "keep": "best"}).effective_keep == "best"
+    assert MaskTrainOptions.model_validate({"preset": preset, "method": "random"}).effective_keep == "best"
+
+
+def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
+    with pytest.raises(ValidationError, match="olmes is for benchmarks"):
+        EvalOptions(prompts="olmes")
+    assert EvalOptions(prompts="olmes", tasks=("gsm8k",)).prompts == "olmes"
 
 
 @pytest.mark.parametrize(

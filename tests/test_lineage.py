@@ -147,6 +147,13 @@ def test_what_a_choice_leaves_out_is_in_the_name_of_the_state() -> None:
     assert names == ["GMT", "GMT global excluding embeddings, head", "random update excluding head"]
 
 
+@pytest.mark.parametrize(
+    ("preset", "state"), [("default", "MFT"), ("paper", "MFT, paper"), ("reference", "MFT, reference")]
+)
+def test_a_preset_is_in_the_name_of_the_state(preset: str, state: str) -> None:
+    assert mask_state(MaskTrainOptions.model_validate({"preset": preset})) == state
+
+
 def test_a_mask_of_rows_has_a_name_of_its_own() -> None:
     assert mask_state(MaskTrainOptions(method="magnitude", unit="row")) == "L1 row mask"
     assert mask_state(MaskTrainOptions(method="magnitude", unit="weight")) == "L1 mask"

@@ -100,6 +100,19 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
     table = _promises(run, result) if result.get("fast") else _trainings(run, result)
     console.result({"run": str(run.folder), **result}, table)
     console.note(f"Recommended: layers {result['recommended_layers']}")
+    if not _gains(result):
+        console.warn(
+            "No group is better than no mask here. More records (--data-fraction), or more answers (--limit), tell "
+            "groups apart."
+        )
+
+
+def _gains(result: dict[str, Any]) -> bool:
+    """Whether the group that is recommended is better than no mask."""
+    score, group = result.get("unmasked_score"), result["groups"][0]
+    if score is None:
+        return bool(group["change"] < 0)
+    return bool((group["score_change"] > 0) if score["higher_is_better"] else (group["score_change"] < 0))
 
 
 def _trainings(run: Run, result: dict[str, Any]) -> Table:
