@@ -45,11 +45,9 @@ def parts_left_out(folder: Path, model: PreTrainedModel) -> dict[str, StoredTens
         return {}  # a layout that cannot be followed, in which no other parts are known
     written = {part.name: part.parameter for parts in layout.values() for part in parts}
     read = {name for part in written for name in spellings(part, model.base_model_prefix)}
-    found = {
-        name: tensor
-        for name, tensor in stored.items()
-        if name not in read and not name.endswith((*_COMPUTED, *_SCALES))
-    }
+    is_quantised = "quantization_config" in json.loads(read_regular(folder / "config.json"))
+    passed_over = (*_COMPUTED, *_SCALES) if is_quantised else _COMPUTED
+    found = {name: tensor for name, tensor in stored.items() if name not in read and not name.endswith(passed_over)}
     if not found:
         return {}
     eight_bits = next((name for name, tensor in found.items() if tensor.dtype.startswith("F8")), None)

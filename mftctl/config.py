@@ -524,7 +524,7 @@ class Recipe(_Section):
     merge_system: bool = Field(False, description="Put the system prompt into the first question.")
     learn: Learn = Field("all", description="Answers learned of a conversation: all, or the last.")
     bad_records: BadRecords = Field("error", description="What to do with records that cannot be used.")
-    seed: int = Field(0, ge=0, description="Decides order, splits and random starts.")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="Decides order, splits and random starts.")
     seeds: tuple[int, ...] = Field((), strict=False, description="run: repeat the experiment for each.")
     device: Device = Field(
         "auto", description="cpu, cuda, cuda:N (a GPU by its number), mps or xpu; auto: the GPU if there is one."

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mftctl.error_lines import first_line
 from mftctl.errors import MftError, ModelError
 from mftctl.gpu_failures import is_out_of_memory
 
-_LONGEST_REASON = 300
 _RUST_PANIC = "PanicException"  # of pyo3, which has no name that could be imported
 
 
@@ -51,9 +51,7 @@ def model_failures(
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says, not too long, with its class where that alone tells what it is."""
-    text = str(error).strip()
-    reason = text.splitlines()[0] if text else ""
-    if not isinstance(error, OSError | ValueError | RuntimeError | ImportError) or not reason:
-        reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
-    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}…"
+    """The first line of what an exception says, with its class where that alone tells what it is."""
+    line, name = first_line(error), type(error).__name__
+    tells = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    return line if tells or line == name else f"{name}: {line}"

@@ -16,6 +16,7 @@ from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
+from mftctl.error_lines import first_line
 from mftctl.errors import LostProcessError, MftError
 from mftctl.quiet_deepspeed import import_deepspeed
 
@@ -248,7 +249,7 @@ def _meet(brought: bytes) -> list[bytes]:
         if number:  # all have come here, so that all have read what was brought before
             store.delete_key(_key(number - 1, rank()))
     except torch.distributed.DistError as error:
-        raise LostProcessError("The processes lost each other.", actual=str(error).splitlines()[0]) from error
+        raise LostProcessError("The processes lost each other.", actual=first_line(error)) from error
     return found
 
 

@@ -34,6 +34,7 @@ from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_toke
 from mftctl.data.encoding import Encoded
 from mftctl.devices import best_device, is_launched, numbered, require_deterministic_attention
 from mftctl.devices import uses_bf16 as uses_bf16
+from mftctl.error_lines import first_line
 from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.gpu_failures import gpu_failures
@@ -329,7 +330,7 @@ def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
         raise LostProcessError(
             "The processes lost each other.",
             path=folder.folder,
-            actual=str(error).splitlines()[0],
+            actual=first_line(error),
             hint=f"what the process says that failed first; then {folder.resume_command}",
         ) from error
 

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from mftctl.data import template_clock
 from mftctl.data.examples import Example, Message, ToolCall
-from mftctl.data.template_limits import TEMPLATE_FAILURES, first_line, render_template
+from mftctl.data.template_limits import TEMPLATE_FAILURES, render_template
 from mftctl.data.turn_ends import TurnEnd, common_start, turn_end
+from mftctl.error_lines import first_line
 from mftctl.errors import DataError
 
 _MARK = "mftctlMark7041"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -44,6 +44,8 @@ class Encoded:
 
 
 _PROGRESS_RECORDS = 500
+_SHORT_CHARACTERS = 32
+_KNOWN_TEXTS = 1024
 
 
 class _Piece(NamedTuple):
@@ -154,9 +156,18 @@ class Encoder:
         Tokenizers of the Llama 2 family put a space in front of what they take for the start of a text. A line end in
         front takes that space and is dropped again, unless it merges with the text, which theirs never does.
         """
+        if len(text) <= _SHORT_CHARACTERS:  # what templates write between turns, the same in every record
+            return list(self._known_continuation(text))
+        return self._new_continuation(text)
+
+    def _new_continuation(self, text: str) -> list[int]:
         ids = self._ids("\n" + text)
         line_end = self._line_end
         return ids[len(line_end) :] if ids[: len(line_end)] == line_end else self._ids(text)
+
+    @cached_property
+    def _known_continuation(self) -> Callable[[str], list[int]]:
+        return lru_cache(maxsize=_KNOWN_TEXTS)(self._new_continuation)
 
     @cached_property
     def _line_end(self) -> list[int]:

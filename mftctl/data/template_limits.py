@@ -13,6 +13,7 @@ from typing import Any, Final, NoReturn, cast
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mftctl.error_lines import first_line
 from mftctl.errors import DataError, ModelError
 
 MOST_SECONDS: Final = 5.0
@@ -31,7 +32,6 @@ TEMPLATE_FAILURES: Final = (
 )
 """What the code of a template raises."""
 
-_LONGEST_ERROR = 300
 _MEMORY_FILE = Path("/proc/self/statm")
 _AGAIN_SECONDS = 1.0
 """Until the next alarm, where the first was raised in a place that exceptions do not leave, such as a destructor."""
@@ -144,12 +144,6 @@ def _limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
-def first_line(error: Exception) -> str:
-    """What a template says of its failure, short enough for a message."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]}…"
 
 
 def _exceeded(what: str) -> ModelError:

@@ -51,7 +51,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     """
 
     generated_tokens: int
-    _context_hint = "choose a task with fewer examples in its prompt, or lower --max-new-tokens"
+    _context_hint = "choose a task with fewer examples in its prompt, or a model with a longer context"
     tokenizer: PreTrainedTokenizerBase
     _seed: int
     _cache: OutputCache
@@ -160,12 +160,13 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
 
     def _check_context(self, request: Instance, prompt_tokens: int, answer_tokens: int) -> None:
         if prompt_tokens + answer_tokens > self.max_length:
+            shorter = "; or lower --max-new-tokens" if prompt_tokens < self.max_length else ""
             raise EvaluationError(
                 "A prompt and its answer are longer than the model's context.",
                 key=f"problem {request.doc_id}",
                 expected=f"at most {self.max_length} tokens",
                 actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
-                hint=self._context_hint,
+                hint=f"{self._context_hint}{shorter}",
             )
 
 

@@ -41,9 +41,7 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
         EvaluationError: vLLM does not start.
     """
 
-    _context_hint = (
-        "choose a task with fewer examples in its prompt, or lower --max-new-tokens, or raise --max-model-length"
-    )
+    _context_hint = "choose a task with fewer examples in its prompt, or raise --max-model-length"
 
     def __init__(self, checkpoint: Path, *, dtype: str, seed: int, options: EvalOptions, needed_tokens: int) -> None:
         length = options.max_model_length_tokens or _length(checkpoint, needed_tokens)

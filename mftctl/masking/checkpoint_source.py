@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from mftctl import quickstart
+from mftctl.error_lines import first_line
 from mftctl.errors import ModelError
 from mftctl.masking.safetensors_files import INDEX_FILE, WEIGHTS_FILE
 
@@ -69,7 +70,7 @@ def _download(model: str, revision: str | None) -> Path:
             "There is no such model: no local folder, and nothing the hub could give",
             key=model if revision is None else f"{model}@{revision}",
             expected='a folder, "quickstart", or a hub model such as HuggingFaceTB/SmolLM2-135M-Instruct',
-            actual=str(error).splitlines()[0],
+            actual=first_line(error),
             hint="check the spelling and the network; for a private or gated model, log in with: hf auth login",
         ) from error
     return Path(folder)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import nn
 
+from mftctl.error_lines import first_line
 from mftctl.errors import MaskingError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _write(model: PreTrainedModel, stand_ins: Mapping[str, torch.Tensor]) -> dic
             "How transformers stores the parameters of this model cannot be found out.",
             key=type(model).__name__,
             expected="tensors that hold whole experts or rows of a parameter",
-            actual=str(error).splitlines()[0],
+            actual=first_line(error),
             hint="leave it out: --target attn, or --target mlp",
         ) from error
     return written

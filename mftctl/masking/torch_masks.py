@@ -11,6 +11,7 @@ from typing import BinaryIO, Final
 
 import torch
 
+from mftctl.error_lines import first_line
 from mftctl.errors import MaskFormatError, MaskMismatchError
 from mftctl.masking.bits import Mask
 from mftctl.masking.codecs import Packed, pack
@@ -146,6 +147,6 @@ def _load(file: Path) -> object:
             "The pickle is damaged, or holds more than tensors, which could run code",
             path=file,
             expected="a dict of tensors written by torch.save",
-            actual=shown(str(error).strip().split("\n")[0] or type(error).__name__),
+            actual=shown(first_line(error)),
             hint="copy the file again; if it holds other objects, save the dict of tensors alone",
         ) from error

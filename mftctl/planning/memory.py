@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.answer_loss import answer_loss, logits_only_at
+from mftctl.error_lines import first_line
 from mftctl.errors import ModelError
 from mftctl.evaluation.head_chunks import positions_at_once
 from mftctl.masking.experts import MaskedExperts
@@ -134,7 +135,7 @@ def known_to_run(config: PreTrainedConfig) -> Iterator[None]:
         raise ModelError(
             "The memory of this architecture cannot be estimated without its weights.",
             key=config.model_type,
-            actual=str(error).splitlines()[0],
+            actual=first_line(error),
         ) from error
 
 

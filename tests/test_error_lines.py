@@ -1,0 +1,33 @@
+"""An exception's text as one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from mftctl.error_lines import first_line
+from mftctl.model_failures import reason_of
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("one\ntwo"), "one"),
+        (ValueError("\n  \n after"), "after"),
+        (NotImplementedError(), "NotImplementedError"),
+        (ValueError("x" * 400), "x" * 300 + "…"),
+    ],
+)
+def test_the_first_line_or_the_class(error: Exception, line: str) -> None:
+    assert first_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("rope"), "KeyError: 'rope'"),
+        (OSError("no such file"), "no such file"),
+        (AttributeError(), "AttributeError"),
+    ],
+)
+def test_a_class_that_tells_more_is_named(error: Exception, reason: str) -> None:
+    assert reason_of(error) == reason
