@@ -47,6 +47,7 @@ from mftctl.tuning.optimizers import (
     low_memory_optimizer,
     optimizer_name,
 )
+from mftctl.tuning.tuned_card import write_tuned_card
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -113,9 +114,12 @@ def _fine_tune(
     whole = trainer.trained_model()
     saved = _Saved(Path(run.record.output or run.folder / "model"))
     if whole is not None:
-        beside = _lora_files(cast("PeftModel", whole), inputs, options) if options.method == "lora" else {}
-        finished = _finished(whole, inputs.checkpoint, options)
         state = fine_tuned_state(source, options)
+        if options.method == "lora":
+            beside = _lora_files(cast("PeftModel", whole), inputs, options)
+        else:
+            beside = {"README.md": write_tuned_card(state, base=source.model, template=inputs.template_text())}
+        finished = _finished(whole, inputs.checkpoint, options)
         goes_with = GoesWith(
             beside,
             origin_of(state, source.model, source.origin),

@@ -399,3 +399,6 @@ def test_what_fine_tuning_writes_has_the_template_chosen(workspace: Path, tmp_pa
     assert written.startswith("{%- set kind = true -%}")
     record = load_run(run.folder).record.inputs["chat_template"]
     assert (record["source"], record["args"]) == ("zephyr", {"kind": True})
+    card = (run.folder / "model" / "README.md").read_text(encoding="utf-8")
+    assert "| Chat template | zephyr, kind=True |" in card
+    assert "| Method | FFT |" in card

@@ -5,6 +5,8 @@ from __future__ import annotations
 from huggingface_hub import ModelCardData
 from peft import LoraConfig
 
+from mftctl.markdown_text import markdown_code, markdown_text
+
 
 def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: bool, template: str) -> str:
     """The text of the card: YAML front matter with `base_model`, then what was trained on what, as Markdown.
@@ -16,7 +18,7 @@ def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: 
         quantized: Whether that was in fewer bits than it is stored in, from which it was dequantised.
         template: The chat template of its records.
     """
-    base = adapter.base_model_name_or_path
+    base = str(adapter.base_model_name_or_path)
     front_matter = ModelCardData(
         base_model=base,
         library_name="transformers" if merged else "peft",
@@ -26,18 +28,19 @@ def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: 
         ("Rank", adapter.r),
         ("Alpha", adapter.lora_alpha),
         ("Base while training", held),
-        ("Chat template", template),
+        ("Chat template", markdown_text(template)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     summary = _merged_summary(base, quantized) if merged else _adapter_summary(base, quantized)
+    title = f"{markdown_text(base)}, with a {'merged ' if merged else ''}LoRA adapter"
     return (
-        f"---\n{front_matter}\n---\n\n# {base}, with a {'merged ' if merged else ''}LoRA adapter\n\n{summary}\n\n"
+        f"---\n{front_matter}\n---\n\n# {title}\n\n{summary}\n\n"
         f"| LoRA | |\n| --- | --- |\n{table}\n\nMade with mftctl.\n"
     )
 
 
-def _adapter_summary(base: object, quantized: bool) -> str:
-    text = f"This is an adapter for `{base}`; load it with peft."
+def _adapter_summary(base: str, quantized: bool) -> str:
+    text = f"This is an adapter for {markdown_code(base)}; load it with peft."
     if not quantized:
         return text
     return (
@@ -46,12 +49,12 @@ def _adapter_summary(base: object, quantized: bool) -> str:
     )
 
 
-def _merged_summary(base: object, quantized: bool) -> str:
-    text = f"This is `{base}` with an adapter added to the weights of its attention and MLP projections."
+def _merged_summary(base: str, quantized: bool) -> str:
+    text = f"This is {markdown_code(base)} with an adapter added to the weights of its attention and MLP projections."
     if not quantized:
         return text
     return (
         f"{text} Merging dequantised the model: the weights of its linear layers are those that nf4 stands for, plus "
-        f"the adapter, which is the model that was trained. They are not those of `{base}` plus the adapter. "
-        "Embeddings, norms and the output head are those of the base."
+        f"the adapter, which is the model that was trained. They are not those of {markdown_code(base)} plus the "
+        "adapter. Embeddings, norms and the output head are those of the base."
     )
