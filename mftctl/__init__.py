@@ -9,18 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mftctl.masking.bits import Mask, load_mask, save_mask
-    from mftctl.masking.checkpoint import apply_mask
+    from mftctl.masking.checkpoints.apply_in_memory import apply_mask
+    from mftctl.masking.mask import Mask, load_mask, save_mask
 
 __version__ = "0.1.0"
 
 __all__ = ["Mask", "__version__", "apply_mask", "load_mask", "save_mask"]
 
 _HOMES = {
-    "Mask": "mftctl.masking.bits",
-    "load_mask": "mftctl.masking.bits",
-    "save_mask": "mftctl.masking.bits",
-    "apply_mask": "mftctl.masking.checkpoint",
+    "Mask": "mftctl.masking.mask",
+    "load_mask": "mftctl.masking.mask",
+    "save_mask": "mftctl.masking.mask",
+    "apply_mask": "mftctl.masking.checkpoints.apply",
 }
 
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
-from mftctl.config import Recipe
-from mftctl.planning.batches import assumed_batches
-from mftctl.planning.command_memory import Asked, CommandMemory
-from mftctl.planning.evaluation_memory import Generation
-from mftctl.planning.memory import MemoryEstimate
-from mftctl.planning.planned_device import asked_device
-from mftctl.planning.room import Verdict, judge
-from mftctl.recipe_files import parse_recipe
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.workflows.planning.batches import assumed_batches
+from mftctl.workflows.planning.command_memory import Asked, CommandMemory
+from mftctl.workflows.planning.evaluation_memory import Generation
+from mftctl.workflows.planning.memory import MemoryEstimate
+from mftctl.workflows.planning.planned_device import asked_device
+from mftctl.workflows.planning.room import Verdict, judge
 
 PATH = Path(__file__).parent.parent / "docs" / "memory.md"
 SIZES_GB = (24, 40, 80, 141)
@@ -36,7 +36,7 @@ COMMANDS = {
 HEAD = f"""# Memory on one GPU
 
 **Estimates, not measured on a GPU.** Written by `scripts/memory_table.py` from the planning code that `mftctl validate`
-and the commands themselves use; `tests/planning/test_memory_table.py` compares.
+and the commands themselves use; `tests/workflows/planning/test_memory_table.py` compares.
 
 Models of the shapes of Llama 3.2 1B and 3B, Llama 3.1 8B and 70B, and Llama 2 13B, with the default options and batches
 of 8 records of {LENGTH_TOKENS:,} tokens that are learned whole, which is the most there can be. `eval` answers one

@@ -10,13 +10,14 @@ from typing import Any
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 
-from mftctl import fine_tuning, mask_training
 from mftctl.cli.app import build_app
 from mftctl.evaluation import head_chunks
-from mftctl.fsdp import FsdpPartitions
-from mftctl.models import load_model
-from mftctl.processes import is_first, leave, shares_weights
-from mftctl.zero import ZeroPartitions
+from mftctl.masking.checkpoints.load import load_model
+from mftctl.runtime.process_group import leave, shares_weights
+from mftctl.runtime.processes import is_first
+from mftctl.training.sharding.fsdp import FsdpPartitions
+from mftctl.training.sharding.zero import ZeroPartitions
+from mftctl.workflows import fft, mask_train
 
 CHUNK = "CHUNK_LOGITS="
 """Before a command: how many logits are computed at once, from then on."""
@@ -56,7 +57,7 @@ def require_others_to_load_parts() -> None:
             raise AssertionError("a process loads all weights where it is to hold a part of them")
         return load_model(*arguments, **options)
 
-    for workflow in (fine_tuning, mask_training):
+    for workflow in (fft, mask_train):
         workflow.load_model = first_alone  # type: ignore[attr-defined]
 
 

@@ -11,8 +11,9 @@ import torch.distributed
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from mftctl.cli.app import build_app
-from mftctl.processes import is_first, join, leave, timeout_seconds
-from mftctl.score_trainer import MaskTrainer
+from mftctl.runtime.process_group import join, leave
+from mftctl.runtime.processes import is_first, timeout_seconds
+from mftctl.training.score_trainer import MaskTrainer
 
 ALLOWED_SECONDS = 2
 SAVING_SECONDS = 5

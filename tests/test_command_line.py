@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.command_line import command_line
+from mftctl.text import command_line
 
 
 @pytest.fixture(autouse=True)

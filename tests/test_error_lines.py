@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from mftctl.error_lines import first_line
-from mftctl.model_failures import reason_of
+from mftctl.masking.checkpoints.model_failures import reason_of
+from mftctl.text import first_line
 
 
 @pytest.mark.parametrize(

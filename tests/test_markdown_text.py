@@ -7,8 +7,7 @@ from hypothesis import given
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from mftctl.markdown_text import markdown_code, markdown_item, markdown_label, markdown_text
-from mftctl.visible_text import visible_line
+from mftctl.text import markdown_code, markdown_item, markdown_label, markdown_text, visible_line
 from tests.hostile_texts import TEXTS
 
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])

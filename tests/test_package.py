@@ -46,8 +46,8 @@ def loaded_after(code: str) -> set[str]:
 
 def test_public_names_resolve() -> None:
     assert {"Mask", "load_mask", "save_mask", "apply_mask"} <= set(mftctl.__all__)
-    from mftctl.masking.bits import Mask, load_mask, save_mask
-    from mftctl.masking.checkpoint import apply_mask
+    from mftctl.masking.checkpoints.apply_in_memory import apply_mask
+    from mftctl.masking.mask import Mask, load_mask, save_mask
 
     assert mftctl.Mask is Mask
     assert mftctl.load_mask is load_mask

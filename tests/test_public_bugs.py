@@ -17,14 +17,14 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from mftctl.config import Recipe
 from mftctl.errors import ConfigError, DataError, Interrupted
-from mftctl.fine_tuning import fine_tune
-from mftctl.planning.samples import trained_segments
-from mftctl.preparation import TrainingInputs, prepare_training
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.run_folder import load_run
 from mftctl.progress import Silence
-from mftctl.runs import load_run
-from mftctl.validation import validate
+from mftctl.training.inputs import TrainingInputs, prepare_training
+from mftctl.workflows.fft import fine_tune
+from mftctl.workflows.planning.training_data import trained_segments
+from mftctl.workflows.validate import validate
 from tests.conftest import build_llama, build_tokenizer
 from tests.data import chat_families
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mftctl import __version__
-from mftctl.recipe_files import load_recipe
-from mftctl.reporting.provenance import reproduction
-from mftctl.runs import list_runs
+from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.run_folder import list_runs
+from mftctl.reporting.reproduction import reproduction
 from tests.cli.running import CommandLine
 from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
@@ -105,7 +105,7 @@ def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.Monke
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mftctl.cli.following_view.time.sleep", interrupt)  # --watch goes on until Ctrl-C
+    monkeypatch.setattr("mftctl.cli.watch_view.time.sleep", interrupt)  # --watch goes on until Ctrl-C
     assert here("fft", "--max-steps", 2, *FEW_RECORDS).code == 0
     assert here("fft", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0
     assert here("mask-train", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mftctl.runs import list_runs
+from mftctl.experiments.run_folder import list_runs
 from tests.cli.running import CommandLine
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]

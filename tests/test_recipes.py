@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from mftctl.cli.app import load_command
-from mftctl.config import Recipe
 from mftctl.data.files import Record
 from mftctl.data.formats import to_example
 from mftctl.data.trees import conversations, is_message
-from mftctl.deciding_keys import deciding_keys
-from mftctl.evaluation.benchmarks import BENCHMARKS, expand_groups
-from mftctl.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe
-from mftctl.recipe_yaml import read_yaml
-from mftctl.stages import Task, spell_out
-from mftctl.steps import records_per_step
+from mftctl.evaluation.benchmarks.catalog import BENCHMARKS, expand_groups
+from mftctl.experiments.deciding_keys import deciding_keys
+from mftctl.experiments.jobs import Task, spell_out
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe
+from mftctl.experiments.recipe_yaml import read_yaml
+from mftctl.training.schedule import records_per_step
 
 NAMES = built_in_names()
 FOUNDATIONS = ("quickstart", "smollm2/gsm8k")

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 LOOK = """
 from pathlib import Path
 import mftctl
-from mftctl.quickstart import data_path, model_path
-from mftctl.recipe_files import built_in_names, find_recipe, load_recipe
+from mftctl.data.quickstart.built_in import data_path, model_path
+from mftctl.experiments.recipe_files import built_in_names, find_recipe, load_recipe
 home = Path(mftctl.__file__).parent
 assert all(home in path.parents for path in (find_recipe("quickstart"), data_path("test"), model_path()))
 assert (model_path() / "model.safetensors").is_file()

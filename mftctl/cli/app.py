@@ -12,13 +12,14 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from mftctl import __version__
-from mftctl.cli.environment import check_environment, settle_environment
+from mftctl.cli.environment_checks import check_environment, settle_environment
 from mftctl.cli.streams import prepare_streams
 from mftctl.errors import ConfigError, Interrupted, MftError
-from mftctl.processes import leave, world_size
-from mftctl.signals import end_as_on_interrupt
-from mftctl.storage import known_failures
-from mftctl.visible_text import visible_line
+from mftctl.files.atomic import known_failures
+from mftctl.runtime.process_group import leave
+from mftctl.runtime.processes import world_size
+from mftctl.runtime.signals import end_as_on_interrupt
+from mftctl.text import visible_line
 
 HELP = """
 Make a fine-tuned language model better by learning which weights to remove.
@@ -68,8 +69,6 @@ COMMANDS = {
     "mask": Listed("mask.mask_app", _MORE, "Look into mask files, compare them, take them in and give them out."),
     "env": Listed("env.env", _MORE, "Show versions, processors and memory, for a bug report."),
 }
-
-
 _UsageError: Any = typer.BadParameter.__bases__[0]
 """Whatever is wrong with a command line; Typer has no name of its own for it."""
 
@@ -96,7 +95,7 @@ class _Root(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
         if name == "eval":
-            from mftctl.cli.optional_template import with_value
+            from mftctl.cli.template_option import with_value
 
             rest = with_value(rest)
         return name, command if name is None else load_command(name), rest
@@ -182,8 +181,8 @@ def main() -> None:
 
 def _end_open_runs() -> None:
     """Nothing, unless the command came as far as to have a run."""
-    if "mftctl.runs" in sys.modules:
-        from mftctl.recording import end_open_runs
+    if "mftctl.experiments.run_folder" in sys.modules:
+        from mftctl.experiments.recording import end_open_runs
 
         end_open_runs()
 

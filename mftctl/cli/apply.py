@@ -11,12 +11,12 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.errors import ConfigError
-from mftctl.lineage import Source, newest_source, source_of_mask
-from mftctl.outputs import inputs_of
-from mftctl.recipe_files import load_recipe
-from mftctl.recording import recorded
-from mftctl.results import Kind, permit_folder
-from mftctl.runs import Run
+from mftctl.experiments.model_source import Source, newest_source, source_of_mask
+from mftctl.experiments.outputs import inputs_of
+from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_folder import Run
+from mftctl.files.ownership import Kind, permit_folder
 
 
 def apply(
@@ -67,7 +67,7 @@ def apply(
             )
         run = session.create(recipe, source, output=output)
         with recorded(run):
-            from mftctl import applying
+            from mftctl.workflows import apply as applying
 
             result = applying.apply(source, run, console, base=base, replace=session.replaces)
             run.finish(result)
@@ -104,7 +104,7 @@ def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) 
 
 def _masked_model(base: str, mask: Path, tuned: str | None) -> str:
     """The model under a mask: the base, or the tuned model that a drop takes back to its base in part."""
-    from mftctl.masking.bits import open_mask
+    from mftctl.masking.mask import open_mask
 
     with open_mask(mask) as opened:
         metadata = opened.metadata

@@ -15,7 +15,7 @@ def env(as_json: opt.AsJson = False) -> None:
 
     import torch
 
-    from mftctl.devices import device_names
+    from mftctl.runtime.devices import device_names
 
     packages = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval", "typer")
     facts = {

@@ -10,18 +10,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from mftctl.cli import options as opt
-from mftctl.cli.optional_template import OWN
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session, use_device
-from mftctl.config import EvalOptions, Recipe
-from mftctl.deciding_keys import deciding_keys
+from mftctl.cli.template_option import OWN
 from mftctl.errors import ConfigError
-from mftctl.launching.launch import settle_launch
-from mftctl.launching.working import work
-from mftctl.lineage import WRITTEN, Source, ancestry, newest_source, source_of_mask, source_of_model
-from mftctl.recipe_files import parse_recipe
-from mftctl.recording import recorded
-from mftctl.runs import Run, list_runs
+from mftctl.experiments.deciding_keys import deciding_keys
+from mftctl.experiments.model_source import Source, ancestry, newest_source, source_of_mask, source_of_model
+from mftctl.experiments.recipe import EvalOptions, Recipe
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.state_names import WRITTEN
+from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.multi_process.process_count import settle_launch
 
 
 def evaluate(

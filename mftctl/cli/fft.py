@@ -10,12 +10,12 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
-from mftctl.config import FftOptions
-from mftctl.launching.launch import settle_launch
-from mftctl.launching.working import work
-from mftctl.recording import recorded
-from mftctl.results import Kind, permit_folder
-from mftctl.runs import Run
+from mftctl.experiments.recipe import FftOptions
+from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_folder import Run
+from mftctl.files.ownership import Kind, permit_folder
+from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.multi_process.process_count import settle_launch
 
 
 def fft(

@@ -13,7 +13,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.errors import ConfigError
-from mftctl.outputs import Input
+from mftctl.experiments.outputs import Input
 
 mask_app = typer.Typer(
     add_completion=False,
@@ -31,7 +31,7 @@ def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
     """Show what a mask removes, and where it comes from."""
     from dataclasses import asdict
 
-    from mftctl.masking.bits import open_mask
+    from mftctl.masking.mask import open_mask
 
     with open_mask(file) as mask:
         for name in mask.names():
@@ -64,8 +64,8 @@ def diff(first: MaskFile, second: MaskFile, as_json: opt.AsJson = False) -> None
     """Compare two masks: what both remove, and how much of that chance would give."""
     from dataclasses import asdict
 
-    from mftctl.masking.bits import open_mask
-    from mftctl.masking.comparison import diff as compare
+    from mftctl.masking.mask import open_mask
+    from mftctl.masking.overlap import diff as compare
 
     with open_mask(first) as one, open_mask(second) as other:
         found = compare(one, other)
@@ -122,9 +122,9 @@ def import_(
         inputs = [Input(file, "the file that is imported"), Input(Path(model), "the model")]
         target = session.settle_output(output, inputs, mask_file_permit)
 
-        from mftctl.masking.bits import save_mask
-        from mftctl.masking.checkpoint import resolve_checkpoint
-        from mftctl.masking.exchange import import_mask
+        from mftctl.masking.checkpoints.locate import resolve_checkpoint
+        from mftctl.masking.mask import save_mask
+        from mftctl.workflows.mask_exchange.exchange import import_mask
 
         mask = import_mask(file, resolve_checkpoint(model), base_model=model)
         save_mask(mask, target, permit=mask_file_permit(session.replaces))
@@ -181,8 +181,8 @@ def export(
                 actual=str(output),
                 hint="leave --codec out, or give a name such as small.bits with -o",
             )
-        from mftctl.masking.bits import load_mask, save_mask
-        from mftctl.masking.exchange import export_mask, export_permit
+        from mftctl.masking.mask import load_mask, save_mask
+        from mftctl.workflows.mask_exchange.exchange import export_mask, export_permit
 
         session = Session("mask", console, Path("runs"), yes=yes)
         make_permit = mask_file_permit if is_mask_file else export_permit

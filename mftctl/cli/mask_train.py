@@ -10,11 +10,11 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
-from mftctl.config import MaskTrainOptions
-from mftctl.launching.launch import settle_launch
-from mftctl.launching.working import work
-from mftctl.recording import recorded
-from mftctl.runs import Run
+from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_folder import Run
+from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.multi_process.process_count import settle_launch
 
 
 def mask_train(

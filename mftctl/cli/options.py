@@ -13,10 +13,10 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from mftctl.config import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
 from mftctl.errors import ConfigError
-from mftctl.launching.launch import Shard
-from mftctl.recipe_yaml import parse_yaml
+from mftctl.experiments.recipe import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.experiments.recipe_yaml import parse_yaml
+from mftctl.workflows.multi_process.process_count import Shard
 
 INPUT = "Input and output"
 TRAINING = "Training"

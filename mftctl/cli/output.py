@@ -17,14 +17,12 @@ from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mftctl.cli.consoles import PlainTextConsole
-from mftctl.cli.streams import unfiltered_messages
-from mftctl.command_line import command_line
+from mftctl.cli.streams import PlainTextConsole, unfiltered_messages
 from mftctl.errors import ConfigError, MftError
-from mftctl.json_text import json_text
-from mftctl.processes import is_first, world_size
+from mftctl.files.json_files import json_text
 from mftctl.progress import Progress as State
-from mftctl.visible_text import visible, visible_line
+from mftctl.runtime.processes import is_first, world_size
+from mftctl.text import command_line, visible, visible_line
 
 _TOO_SHORT = ("validating", "comparing", "reporting", "drawing")
 """Tasks whose tenths are not worth a line each."""

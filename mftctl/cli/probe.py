@@ -12,11 +12,11 @@ from rich.table import Table
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
-from mftctl.config import EvalOptions, ProbeOptions
-from mftctl.launching.launch import settle_launch
-from mftctl.launching.working import work
-from mftctl.recording import recorded
-from mftctl.runs import Run
+from mftctl.experiments.recipe import EvalOptions, ProbeOptions
+from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_folder import Run
+from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.multi_process.process_count import settle_launch
 
 
 def probe(

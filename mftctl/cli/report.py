@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
-from mftctl.config import Recipe
+from mftctl.cli.report_view import show
 from mftctl.errors import ConfigError
-from mftctl.outputs import Input, check_output
-from mftctl.recipe_files import load_recipe
-from mftctl.visible_text import visible_line
+from mftctl.experiments.outputs import Input, check_output
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import load_recipe
 
 if TYPE_CHECKING:
-    from mftctl.reporting.report import Report
-    from mftctl.reporting.text_tables import TextCell, TextTable
+    pass
 
 _SURFACE = "Loss surface"
-_MOST_TOLD = 10
-_COLOURS = {"better": "green", "worse": "red"}
 
 
 def report(
@@ -83,17 +76,17 @@ def report(
     _check_together(pair or [], watch, surface, bool(chosen_sizes), device)
     with Output(as_json=as_json) as console:
         if watch:
-            from mftctl.cli import following_view
+            from mftctl.cli import watch_view
 
-            following_view.watch(console, runs)
+            watch_view.watch(console, runs)
         elif pair:
-            from mftctl.cli.run_comparison_view import show_comparison
+            from mftctl.cli.compare_view import show_comparison
 
             show_comparison(console, runs, pair[0], pair[1])
         else:
             output = settle_report_folder(output, runs)
             if surface:
-                from mftctl.loss_surface import measure_surface
+                from mftctl.workflows.loss_surface.measure import measure_surface
 
                 settled = load_recipe(options={} if device is None else {"device": device})
                 measure_surface(runs, console, device=settled.device, **chosen_sizes)
@@ -138,73 +131,8 @@ def settle_report_folder(folder: Path, runs: Path, inputs: Sequence[Input] = ())
     Raises:
         OutputError: It would touch what is the user's.
     """
-    from mftctl.reporting.files import require_report_folder
+    from mftctl.reporting.output.write import require_report_folder
 
     path = check_output(folder, inputs, runs)
     require_report_folder(path)
     return folder if folder.absolute() == path else path
-
-
-def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) -> None:
-    """Writes the report of a runs folder to its files, and its main table to the console."""
-    from mftctl.reporting.files import to_document, write_report
-    from mftctl.reporting.report import make_report
-
-    made = make_report(runs, console)
-    files = write_report(made, folder, console)
-    console.result(to_document(made), *(table_view(table) for table in _main_tables(made, each_seed)))
-    _tell(console, made)
-    kinds = [file.parent.name for file in files]
-    console.note(
-        f"Written: {files[0]} (to read), report.md, report.json, {kinds.count('tables')} files of tables,"
-        f" {kinds.count('figures')} of figures"
-    )
-    console.next_command(*shlex.split(made.advice.command), runs=runs)
-
-
-def _main_tables(made: Report, each_seed: bool) -> list[TextTable]:
-    """The overview where there is one, else the only table there can be; with each seed, all tables."""
-    from mftctl.reporting.text_tables import efficiency_text, metric_text, overview_text
-
-    if each_seed:
-        return [metric_text(table, by_seed=True) for table in made.tables]
-    if made.overviews:
-        return [overview_text(overview) for overview in made.overviews]
-    if made.tables:
-        return [metric_text(table) for table in made.tables]
-    return [efficiency_text(made.efficiency)] if made.efficiency else []
-
-
-def _tell(console: Output, made: Report) -> None:
-    """What the report comes to, and what to look at in it."""
-    from mftctl.reporting.headlines import headlines
-
-    for headline in headlines(made.tables):
-        console.note(headline.text)
-    if not made.tables:
-        console.warn("No finished evaluation, so nothing is compared yet: mftctl eval")
-    flagged = sum(len(row.flags) for table in made.tables for row in table.rows)
-    if flagged:
-        console.warn(f"{flagged} times a state was made in another way than its comparison; the report says how")
-    for line in made.unfinished:
-        console.note(visible_line(f"Not finished: {line}"))
-    for problem in made.problems[:_MOST_TOLD]:
-        console.warn(visible_line(problem))
-    if len(made.problems) > _MOST_TOLD:
-        console.warn(f"{len(made.problems) - _MOST_TOLD} more like these are in the report")
-    console.note(made.advice.reason)
-
-
-def table_view(table: TextTable) -> Table:
-    """A table of the report for the terminal."""
-    view = Table(title=escape(table.title), title_justify="left", min_width=len(table.title))
-    for column, is_numeric in zip(table.columns, table.is_numeric, strict=True):
-        view.add_column(escape(column), justify="right" if is_numeric else "left", overflow="fold")
-    for row in table.rows:
-        view.add_row(*map(_cell_view, row))
-    return view
-
-
-def _cell_view(cell: TextCell) -> Text:
-    text = Text(cell.text, style=_COLOURS.get(cell.verdict, ""))
-    return text.append(f"\n{cell.detail}", style="dim") if cell.detail else text

@@ -9,13 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from mftctl.cli import options as opt
-from mftctl.cli.experiment_tree import experiment_tree, running_tree
 from mftctl.cli.output import Output
-from mftctl.cli.report import settle_report_folder, show
-from mftctl.launching.launch import require_devices, settle_launch
-from mftctl.outputs import inputs_of
-from mftctl.protocol import Planned, plan_experiment, run_experiment
-from mftctl.recipe_files import load_recipe
+from mftctl.cli.report import settle_report_folder
+from mftctl.cli.report_view import show
+from mftctl.cli.run_view import experiment_tree, running_tree
+from mftctl.experiments.outputs import inputs_of
+from mftctl.experiments.recipe_files import load_recipe
+from mftctl.workflows.multi_process.process_count import require_devices, settle_launch
+from mftctl.workflows.run import Planned, plan_experiment, run_experiment
 
 
 def run(

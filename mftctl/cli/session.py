@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mftctl.atomic import Permit
 from mftctl.cli.output import Output
-from mftctl.config import Recipe
-from mftctl.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE, to_document
+from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import ConfigError, RunError, StorageError
-from mftctl.launching.launch import Launch, require_devices
-from mftctl.launching.working import launch_of
-from mftctl.lineage import Source, model_for_training, recommended_layers
-from mftctl.outputs import Input, check_output, inputs_of
-from mftctl.probe_by import check_by
-from mftctl.processes import from_first, world_size
-from mftctl.quickstart import NAME as QUICKSTART
-from mftctl.recipe_files import load_recipe, with_changes
-from mftctl.runs import Run, create_run, load_run, newest_run
+from mftctl.experiments.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE, to_document
+from mftctl.experiments.model_source import Source, model_for_training, recommended_layers
+from mftctl.experiments.outputs import Input, check_output, inputs_of
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import load_recipe, with_changes
+from mftctl.experiments.run_folder import Run, create_run, load_run, newest_run
+from mftctl.files.atomic import Permit
+from mftctl.runtime.process_group import from_first
+from mftctl.runtime.processes import world_size
+from mftctl.workflows.multi_process.dispatch import launch_of
+from mftctl.workflows.multi_process.process_count import Launch, require_devices
+from mftctl.workflows.probe_by import check_by
 
 MakePermit = Callable[[bool], Permit]
 """The permit for a kind of result, with the user's agreement to replace one or without."""
@@ -290,7 +291,7 @@ def use_device(recipe: Recipe, launch: Launch) -> None:
     Raises:
         ConfigError: It is not there, or not for each process, before anything of a run is.
     """
-    from mftctl.devices import find_device, join_on, require_attention
+    from mftctl.runtime.devices import find_device, join_on, require_attention
 
     require_devices(launch, recipe.device)
     require_attention(recipe.attention, find_device(recipe.device))
@@ -312,6 +313,6 @@ def _made_by(source: Source) -> str:
 
 def mask_file_permit(agreed: bool) -> Permit:
     """What lets a mask file be replaced, if the user agreed."""
-    from mftctl.masking.bits import mask_permit
+    from mftctl.masking.mask import mask_permit
 
     return mask_permit(replace=agreed)

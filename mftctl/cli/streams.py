@@ -8,10 +8,15 @@ import io
 import os
 import select
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mftctl.visible_text import visible
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from mftctl.text import visible
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -145,3 +150,21 @@ class ForgivingWriter(io.RawIOBase):
                 if self._dropped is not None and error.errno not in self._dropped:
                     raise
                 return memoryview(data).nbytes
+
+
+class PlainTextConsole(Console):
+    """Rich's console, with control characters of texts as escapes, and without links."""
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        """A text as it is laid out: escaped before its width is taken."""
+        return super().render_str(visible(text), **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is written of anything, whoever made it."""
+        for segment in super().render(renderable, options):
+            text, style, control = segment
+            if control:
+                yield segment
+                continue
+            is_link = style is not None and style.link is not None
+            yield Segment(visible(text), style.update_link(None) if style is not None and is_link else style)

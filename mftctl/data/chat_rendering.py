@@ -16,8 +16,8 @@ from mftctl.data import template_clock
 from mftctl.data.examples import Example, Message, ToolCall
 from mftctl.data.template_limits import TEMPLATE_FAILURES, render_template
 from mftctl.data.turn_ends import TurnEnd, common_start, turn_end
-from mftctl.error_lines import first_line
 from mftctl.errors import DataError
+from mftctl.text import first_line
 
 _MARK = "mftctlMark7041"
 """Stands in for an answer to see where a template puts it; a word, so that no template changes it."""

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mftctl import quickstart
 from mftctl.data.examples import Example
 from mftctl.data.files import Record, read_records
 from mftctl.data.formats import to_example, unused_fields
 from mftctl.data.hub import read_hub
+from mftctl.data.quickstart import built_in
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.splits import sample_count
 from mftctl.data.trees import conversations, is_message
@@ -22,11 +22,11 @@ _HUB_ID = re.compile(r"(?P<identifier>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<config
 # `owner/data-v1.5` is a name with a version, `data.jsonl` a file.
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
-_BUILT_IN: dict[str, quickstart.Split] = {
-    quickstart.NAME: "train",
-    f"{quickstart.NAME}/train": "train",
-    f"{quickstart.NAME}/validation": "validation",
-    f"{quickstart.NAME}/test": "test",
+_BUILT_IN: dict[str, built_in.Split] = {
+    built_in.NAME: "train",
+    f"{built_in.NAME}/train": "train",
+    f"{built_in.NAME}/validation": "validation",
+    f"{built_in.NAME}/test": "test",
 }
 
 
@@ -124,14 +124,14 @@ def _read(source: DataSource) -> list[Record]:
     """The records of a built-in part, a local file or a hub data set, in this order of preference."""
     if source.path in _BUILT_IN:
         _refuse_split(source)
-        return read_records(quickstart.data_path(_BUILT_IN[source.path]))
+        return read_records(built_in.data_path(_BUILT_IN[source.path]))
     path = Path(source.path)
     if path.is_dir():
         raise DataError("The data is a folder.", path=path, expected="a file", hint="name one of the files in it")
     if path.exists():
         _refuse_split(source)
         return read_records(path)
-    if source.path.startswith(f"{quickstart.NAME}/"):
+    if source.path.startswith(f"{built_in.NAME}/"):
         raise DataError("The built-in data has no such part.", path=source.path, expected=" | ".join(_BUILT_IN))
     hub_id = _HUB_ID.fullmatch(source.path)
     if hub_id is None or _FILE_SUFFIX.search(hub_id["identifier"]):
@@ -153,5 +153,5 @@ def _refuse_split(source: DataSource) -> None:
             "Only hub data sets have splits.",
             path=source.path,
             key=source.split,
-            hint=f"name the file of that part, or {quickstart.NAME}/{source.split} for the built-in data",
+            hint=f"name the file of that part, or {built_in.NAME}/{source.split} for the built-in data",
         )

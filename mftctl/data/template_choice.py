@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.template_limits import TEMPLATE_FAILURES, render_template
 from mftctl.errors import ConfigError
-from mftctl.regular_files import read_regular
+from mftctl.files.regular import read_regular
 
 BUILT_IN = ("chatml", "tulu", "llama3", "zephyr", "alpaca")
 

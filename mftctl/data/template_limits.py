@@ -13,8 +13,8 @@ from typing import Any, Final, NoReturn, cast
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mftctl.error_lines import first_line
 from mftctl.errors import DataError, ModelError
+from mftctl.text import first_line
 
 MOST_SECONDS: Final = 5.0
 MOST_BYTES: Final = 2**29

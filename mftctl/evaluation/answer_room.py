@@ -6,17 +6,50 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from transformers import DynamicCache, PreTrainedConfig
 
-from mftctl.devices import free_memory_bytes
-from mftctl.evaluation.kv_cache import cache_bytes
-from mftctl.models import free_unreachable
-from mftctl.processes import shares_weights, world_size
+from mftctl.runtime.devices import free_memory_bytes
+from mftctl.runtime.peak_memory import free_unreachable
+from mftctl.runtime.process_group import shares_weights
+from mftctl.runtime.processes import world_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-T = TypeVar("T")
 
+def cache_bytes(config: PreTrainedConfig, tokens: int, value_bytes: int) -> int:
+    """The bytes of keys and values of one sequence.
+
+    Layers that look back over a window keep no more than it holds; layers that keep a state of fixed size, as linear
+    attention does, count as if they kept every token.
+
+    Args:
+        config: The model's.
+        tokens: Length of the sequence.
+        value_bytes: Of a number, such as 2 in bf16.
+    """
+    text = config.get_text_config(decoder=True)
+    width = _values_a_token(text)
+    return sum(width * min(tokens, window or tokens) for window in _windows(text)) * value_bytes
+
+
+def _windows(text: PreTrainedConfig) -> Sequence[int | None]:
+    """How far each layer that keeps something looks back; None without a limit."""
+    layers: Sequence[Any] = DynamicCache(config=text).layers or [None] * int(text.num_hidden_layers)
+    return [getattr(layer, "sliding_window", None) for layer in layers if type(layer).__name__ != "DummyLayer"]
+
+
+def _values_a_token(text: Any) -> int:
+    """Keys and values of one token in one layer."""
+    heads = int(text.num_attention_heads)
+    own = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
+    latent = getattr(text, "kv_lora_rank", None)
+    if latent is not None:  # DeepSeek's attention keeps what its keys and values are made of
+        return int(latent) + int(text.qk_rope_head_dim)
+    return 2 * (getattr(text, "num_key_value_heads", None) or heads) * int(own)
+
+
+T = TypeVar("T")
 OnShortage = Callable[[int], None]
 """Told the tokens of a batch from now on, where there was no room for more."""
 

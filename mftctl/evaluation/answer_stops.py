@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mftctl.data.chat_rendering import ChatRenderer
-from mftctl.regular_files import read_regular
+from mftctl.files.regular import read_regular
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mftctl.data.batching import pad_token_id
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import OnShortage, answer_room
-from mftctl.evaluation.answers import exact_match
+from mftctl.evaluation.exact_match import exact_match
 from mftctl.evaluation.generation import context_tokens, default_max_new_tokens, generate_answers
 from mftctl.evaluation.inference import OnProgress
 from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses

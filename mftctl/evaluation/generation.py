@@ -15,9 +15,9 @@ from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room
 from mftctl.evaluation.answer_stops import AnswerStops, answer_stops
 from mftctl.evaluation.inference import OnProgress, evaluation_mode
-from mftctl.evaluation.stop_strings import StopStrings, cut_at
-from mftctl.gpu_failures import gpu_failures
-from mftctl.processes import own_part, parts, put_together
+from mftctl.evaluation.lm.stop_strings import StopStrings, cut_at
+from mftctl.runtime.process_group import own_part, parts, put_together
+from mftctl.runtime.torch_failures import gpu_failures
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

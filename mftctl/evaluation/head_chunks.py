@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mftctl.data.examples import IGNORED_LABEL
-from mftctl.processes import any_process, largest
+from mftctl.runtime.process_group import any_process, largest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.inference import OnProgress, evaluation_mode, length_batches
-from mftctl.processes import merged, share_of, world_size
+from mftctl.runtime.process_group import merged, share_of
+from mftctl.runtime.processes import world_size
 
-# Torch is imported where a model is run: the report builds `SampleLoss` from run folders without one.
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -77,7 +78,7 @@ def sample_losses(
         together: Whether all processes do this at once and share out the batches, which stay the same.
     """
     from mftctl.data.batching import PaddingCollator
-    from mftctl.gpu_failures import gpu_failures
+    from mftctl.runtime.torch_failures import gpu_failures
 
     batches = length_batches([len(sample.input_ids) for sample in encoded], batch_tokens)
     takers = world_size() if together else 1
@@ -106,7 +107,6 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
 
     from mftctl.data.examples import IGNORED_LABEL
     from mftctl.evaluation.head_chunks import chunk_count
-    from mftctl.exact_sums import exact_sum
 
     targets = batch["labels"][:, 1:].to(model.device)
     positions = (targets != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
@@ -154,3 +154,10 @@ def _losses_in_chunks(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[
     sums = torch.zeros(len(labels), dtype=torch.float64, device=nll.device).index_add(0, samples, nll).tolist()
     counts = torch.bincount(samples, minlength=len(labels)).tolist()
     return [SampleLoss(nll=total, answer_tokens=count) for total, count in zip(sums, counts, strict=True)]
+
+
+def exact_sum(values: torch.Tensor) -> float:
+    """The sum in fp64, which the GPU of a Mac leaves to its CPU."""
+    import torch
+
+    return float((values.cpu() if values.device.type == "mps" else values).sum(dtype=torch.float64))

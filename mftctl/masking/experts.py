@@ -10,8 +10,8 @@ from torch import nn
 from torch.func import functional_call
 
 from mftctl.masking.dtypes import bits
-from mftctl.masking.indicator import Indicator, scores_state
-from mftctl.masking.partitions import whole
+from mftctl.masking.full_tensor import whole
+from mftctl.masking.rule import Indicator, scores_state
 from mftctl.masking.targets import MaskTarget
 
 

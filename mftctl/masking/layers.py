@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from mftctl.errors import TrainingError
 from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
-from mftctl.masking.indicator import Indicator, scores_state
-from mftctl.masking.partitions import whole
+from mftctl.masking.full_tensor import whole
+from mftctl.masking.rule import Indicator, scores_state
 from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget
 

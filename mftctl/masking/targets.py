@@ -13,14 +13,12 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.errors import MaskingError
-from mftctl.masking.stored_layout import StoredPart, stored_parts
+from mftctl.masking.parameter_layout import StoredPart, stored_parts
 
 Target = Literal["attn", "mlp", "both"]
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention|self_attn|self_attention|cross_attn)($|[._])", re.IGNORECASE)
 _MLP = re.compile(r"(^|[._])(mlp|feed_forward|ffn)($|[._])", re.IGNORECASE)
-
-
 _EXPERTS = re.compile(r"(^|\.)experts($|\.)")
 _ROUTER = re.compile(r"(^|\.)router($|\.)")
 _GATE = re.compile(r"(^|[._])gate$")

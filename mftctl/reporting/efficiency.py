@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from mftctl.errors import RunError
-from mftctl.reporting.comparison import STATE_ORDER, state_label
-from mftctl.run_contents import told
-from mftctl.runs import Run
+from mftctl.experiments.run_contents import told
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import STATE_ORDER
+from mftctl.reporting.state_tables import state_label
 
 TRAINING = ("fft", "mask-train")
 

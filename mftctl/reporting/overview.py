@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mftctl.evaluation.benchmarks import BENCHMARKS
-from mftctl.reporting.comparison import MetricTable
+from mftctl.evaluation.benchmarks.catalog import BENCHMARKS
 from mftctl.reporting.paired_change import Change
+from mftctl.reporting.state_tables import MetricTable
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def read_samples(path: Path, metric: str) -> Samples:
     Raises:
         RunError: The file cannot be read, a score is no number, or no sample counts.
     """
-    from mftctl.run_contents import sample_lines
+    from mftctl.experiments.run_contents import sample_lines
 
     found = {
         row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))

@@ -8,21 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mftctl.errors import RunError
+from mftctl.experiments.run_contents import told
+from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.progress import Listener, Progress
-from mftctl.reporting.advice import Advice, next_step
-from mftctl.reporting.comparison import MetricTable, Row, metric_tables
-from mftctl.reporting.curves import curve_figures
-from mftctl.reporting.drawing import Figure
+from mftctl.reporting.comparability import flags
 from mftctl.reporting.efficiency import Efficiency, efficiencies
-from mftctl.reporting.flags import flags
+from mftctl.reporting.figures.curves import curve_figures
+from mftctl.reporting.figures.probe import probe_figures
+from mftctl.reporting.figures.removal import removal_figures
+from mftctl.reporting.figures.style import Figure
+from mftctl.reporting.figures.surface import surface_figures
+from mftctl.reporting.figures.sweeps import sweep_figures
+from mftctl.reporting.next_step import Advice, next_step
 from mftctl.reporting.overview import Overview, overviews
-from mftctl.reporting.probe_figures import probe_figures
-from mftctl.reporting.provenance import reproduction
-from mftctl.reporting.removal import removal_figures
-from mftctl.reporting.surface_figures import surface_figures
-from mftctl.reporting.sweeps import sweep_figures
-from mftctl.run_contents import told
-from mftctl.runs import Run, list_runs
+from mftctl.reporting.reproduction import reproduction
+from mftctl.reporting.state_tables import MetricTable, Row, metric_tables
 
 TASK = "reporting"
 _MOST_LISTED = 10

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from transformers import LlamaConfig
 
-from mftctl.config import FftOptions, MaskTrainOptions
-from mftctl.planning.batches import batches_of
-from mftctl.planning.memory import estimate_memory
-from mftctl.planning.preparing import plan_fine_tuning, plan_mask_training
-from mftctl.preparation import TrainingInputs
+from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
+from mftctl.training.inputs import TrainingInputs
+from mftctl.workflows.planning.batches import batches_of
+from mftctl.workflows.planning.memory import estimate_memory
+from mftctl.workflows.planning.training_setup import plan_fine_tuning, plan_mask_training
 from scripts.gpu_check.measuring import GB
 from scripts.gpu_check.scale import Shape
 

@@ -12,8 +12,8 @@ from mftctl.data.encoding import Encoder
 from mftctl.data.examples import Example, Message
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room, row_bytes
 from mftctl.evaluation.generation import generate_answers
-from mftctl.masking.checkpoint_source import resolve_checkpoint
-from mftctl.models import load_tokenizer
+from mftctl.masking.checkpoints.load import load_tokenizer
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from scripts.gpu_check.findings import Figure
 from scripts.gpu_check.measuring import GB
 from scripts.gpu_check.random_models import random_model

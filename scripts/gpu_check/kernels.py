@@ -8,8 +8,8 @@ from functools import partial
 import torch
 
 from mftctl.masking.selection import keep_highest
-from mftctl.stochastic_adamw import StochasticAdamW
-from mftctl.tuning.gradient_selection import keep_largest, keep_random
+from mftctl.training.updates.gradient_selection import keep_largest, keep_random
+from mftctl.training.updates.stochastic_adamw import StochasticAdamW
 from scripts.gpu_check.findings import Figure
 from scripts.gpu_check.measuring import DEVICE, milliseconds, peak_gb_above
 from scripts.gpu_check.scale import Scale

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from mftctl.masking.selection import keep_above, keep_highest, rank
-from mftctl.tuning.gradient_selection import keep_largest, keep_random
+from mftctl.training.updates.gradient_selection import keep_largest, keep_random
 from scripts.gpu_check.findings import Check
 from scripts.gpu_check.measuring import DEVICE
 from scripts.gpu_check.scale import Scale

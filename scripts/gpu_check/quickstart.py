@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mftctl.config import Recipe
-from mftctl.deciding_keys import to_document
 from mftctl.errors import Interrupted
-from mftctl.fine_tuning import fine_tune
-from mftctl.lineage import Source, source_of_run
-from mftctl.mask_training import mask_train
+from mftctl.experiments.deciding_keys import to_document
+from mftctl.experiments.model_source import Source, source_of_run
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_folder import Run, create_run
 from mftctl.progress import Progress, Silence
-from mftctl.recipe_files import parse_recipe
-from mftctl.runs import Run, create_run
+from mftctl.workflows.fft import fine_tune
+from mftctl.workflows.mask_train import mask_train
 from scripts.gpu_check.findings import Check, Figure, Finding
 from scripts.gpu_check.scale import Scale
 
@@ -111,7 +111,7 @@ def _bits(run: Run) -> str:
     result = run.record.result
     if run.record.command == "fft":
         return hashlib.sha256((Path(result["model"]) / "model.safetensors").read_bytes()).hexdigest()
-    from mftctl.masking.bits import load_mask
+    from mftctl.masking.mask import load_mask
 
     mask = load_mask(Path(result["mask"]))
     return json.dumps([_losses(run), [[name, mask[name].nonzero().tolist()] for name in sorted(mask.names())]])

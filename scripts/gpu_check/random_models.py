@@ -10,12 +10,14 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from mftctl import fine_tuning, training
 from mftctl.data.encoding import Encoded
-from mftctl.masking.checkpoint_source import resolve_checkpoint
-from mftctl.models import load_tokenizer
-from mftctl.preparation import TrainingInputs
-from mftctl.score_trainer import MaskTrainer
+from mftctl.masking.checkpoints.load import load_tokenizer
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.training import loop
+from mftctl.training.inputs import TrainingInputs
+from mftctl.training.score_trainer import MaskTrainer
+from mftctl.training.update_trainer import UpdateTrainer
+from mftctl.workflows import fft
 from scripts.gpu_check.measuring import DEVICE
 from scripts.gpu_check.scale import Scale, Shape
 
@@ -71,9 +73,9 @@ def in_place_of_checkpoints(shape: Shape, *, emulated: bool) -> Iterator[None]:
         return random_model(shape, dtype, emulated=emulated)
 
     with (
-        mock.patch.object(fine_tuning, "load_model", load),
-        mock.patch.object(training.SftTrainer, "_save_checkpoint", _nothing),
+        mock.patch.object(fft, "load_model", load),
+        mock.patch.object(loop.SftTrainer, "_save_checkpoint", _nothing),
         mock.patch.object(MaskTrainer, "_load_best_model", _nothing),
-        mock.patch.object(fine_tuning.UpdateTrainer, "_load_best_model", _nothing),
+        mock.patch.object(UpdateTrainer, "_load_best_model", _nothing),
     ):
         yield

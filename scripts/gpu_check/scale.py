@@ -8,15 +8,15 @@ from typing import Any
 GPU_TESTS = (
     "tests/masking/test_selection.py",
     "tests/masking/test_layers.py",
-    "tests/masking/test_in_memory.py",
-    "tests/masking/test_frozen_prefix.py",
-    "tests/tuning",
-    "tests/test_stochastic_adamw.py",
-    "tests/test_score_training.py",
-    "tests/test_mask_validation.py",
-    "tests/test_mask_training.py",
-    "tests/test_fine_tuning.py",
-    "tests/test_update_methods.py",
+    "tests/masking/checkpoints/test_apply_in_memory.py",
+    "tests/training/test_prefix_cache.py",
+    "tests/training/updates",
+    "tests/training/updates/test_stochastic_adamw.py",
+    "tests/training/test_learn_mask.py",
+    "tests/training/test_held_out.py",
+    "tests/workflows/test_mask_train.py",
+    "tests/workflows/test_fft.py",
+    "tests/training/updates/test_update_methods.py",
 )
 """Masking, selection, tuning, mask training and fine-tuning."""
 
@@ -108,5 +108,5 @@ REHEARSAL = Scale(
     prompts=6,
     new_tokens=4,
     budgets=(120, 4096),
-    tests=("tests/tuning/test_held_entries.py",),
+    tests=("tests/training/updates/test_held_entries.py",),
 )

@@ -12,20 +12,21 @@ from typing import Any
 
 import torch
 
-from mftctl import fine_tuning
-from mftctl.config import Recipe
-from mftctl.deciding_keys import to_document
-from mftctl.devices import device_for
-from mftctl.lineage import Source
-from mftctl.mask_validation import confirm, split_validation_records, validation_loss
+from mftctl.experiments.deciding_keys import to_document
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_device import device_for
+from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.targets import find_targets, parse_layers
-from mftctl.models import free_unreachable, peak_memory_bytes, restart_peak_memory
 from mftctl.progress import Silence
-from mftctl.recipe_files import parse_recipe
-from mftctl.runs import Run, create_run
-from mftctl.score_training import MaskSearch, learn_mask
-from mftctl.stopping import stop_on_signal
-from mftctl.training import train
+from mftctl.runtime.peak_memory import free_unreachable, peak_memory_bytes, restart_peak_memory
+from mftctl.training.held_out import confirm, split_validation_records, validation_loss
+from mftctl.training.learn_mask import learn_mask
+from mftctl.training.loop import train
+from mftctl.training.mask_search import MaskSearch
+from mftctl.training.stopping import stop_on_signal
+from mftctl.workflows import fft
 from scripts.gpu_check.estimates import estimated_peak_gb
 from scripts.gpu_check.findings import Check, Figure, Finding
 from scripts.gpu_check.measuring import GB
@@ -114,10 +115,8 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
         free_unreachable()  # of the training before
         restart_peak_memory()
         with device_for(run, Silence(), less_memory=[]):
-            model = fine_tuning._trainable_model(
-                inputs.checkpoint, Source("quickstart"), options, recipe.seed, Silence()
-            )
-            trainer = fine_tuning._trainer(model, inputs, recipe, run, Silence())
+            model = fft._trainable_model(inputs.checkpoint, Source("quickstart"), options, recipe.seed, Silence())
+            trainer = fft._trainer(model, inputs, recipe, run, Silence())
             with stop_on_signal(Silence()) as stop:
                 train(trainer, run.training, stop, patience=None, resume=False)
         yield from _speed(name, run, scale)

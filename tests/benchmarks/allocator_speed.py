@@ -14,7 +14,7 @@ import sys
 import time
 from statistics import median
 
-from mftctl.allocator import keep_freed_memory
+from mftctl.runtime.peak_memory import keep_freed_memory
 from tests.benchmarks.mask_step_speed import fine_tuning_step
 from tests.benchmarks.shapes import SMOLLM2_135M, TINY, micro_batches
 from tests.benchmarks.timings import ratios, spread

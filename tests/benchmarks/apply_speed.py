@@ -21,15 +21,16 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
-from mftctl.masking.checkpoint import tensor_digest, tensor_index
+from mftctl.masking.checkpoints.tensors import tensor_digest, tensor_index
+from mftctl.masking.mask import Mask, save_mask
+from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord
 from tests.benchmarks.timings import ratios, spread
 
 _APPLY = """
 import re, sys, time
 from pathlib import Path
-from mftctl.masking.bits import open_mask
-from mftctl.masking.checkpoint import apply_to_checkpoint
+from mftctl.masking.mask import open_mask
+from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 base, path, output = map(Path, sys.argv[1:])
 start_seconds, start_cpu_seconds = time.perf_counter(), time.process_time()
 with open_mask(path) as mask:

@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from mftctl.masking.codecs import Codec, count_kept, decode, encode
+from mftctl.masking.mask_file.codecs import Codec, count_kept, decode, encode
 from tests.benchmarks.timings import spread
 
 CODECS: Final[tuple[Codec, ...]] = ("packed", "deflate", "ans")

@@ -13,13 +13,14 @@ import lm_eval.evaluator
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from mftctl.evaluation.answering import ModelAnswers
-from mftctl.evaluation.benchmark_run import run_benchmark
-from mftctl.evaluation.harness import build_task, quiet_libraries, task_config
+from mftctl.evaluation.benchmarks.lm_eval_tasks import task_config
+from mftctl.evaluation.benchmarks.local_task import build_task, quiet_libraries
+from mftctl.evaluation.benchmarks.problems import read_problems
+from mftctl.evaluation.benchmarks.run import run_benchmark
 from mftctl.evaluation.inference import evaluation_mode
-from mftctl.evaluation.output_cache import OutputCache
-from mftctl.evaluation.problems import read_problems
-from mftctl.models import load_model, load_tokenizer
+from mftctl.evaluation.lm.hf import ModelAnswers
+from mftctl.evaluation.lm.output_cache import OutputCache
+from mftctl.masking.checkpoints.load import load_model, load_tokenizer
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from mftctl.tuning.masked_optimizer import MaskedOptimizer, UpdateRule
+from mftctl.training.updates.masked_optimizer import MaskedOptimizer, UpdateRule
 from tests.benchmarks.shapes import SMOLLM2_135M, build, micro_batches
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 

@@ -9,10 +9,10 @@ import argparse
 import shutil
 from pathlib import Path
 
-from mftctl.deciding_keys import deciding_keys, to_document
-from mftctl.recipe_files import load_recipe
-from mftctl.reporting.following import Following
-from mftctl.runs import create_run, list_runs, run_folders
+from mftctl.experiments.deciding_keys import deciding_keys, to_document
+from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.run_folder import create_run, list_runs, run_folders
+from mftctl.reporting.watch import Following
 from tests.benchmarks.timings import seconds_in_turn, spread
 
 _COMMANDS = ("fft", "mask-train", "eval", "eval")

@@ -16,13 +16,13 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mftctl.deciding_keys import to_document
-from mftctl.lineage import Source
-from mftctl.mask_training import mask_train
+from mftctl.experiments.deciding_keys import to_document
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_folder import create_run
 from mftctl.progress import Silence
-from mftctl.quiet_deepspeed import import_deepspeed
-from mftctl.recipe_files import parse_recipe
-from mftctl.runs import create_run
+from mftctl.runtime.process_group import import_deepspeed
+from mftctl.workflows.mask_train import mask_train
 from tests.benchmarks.timings import spread
 from tests.conftest import build_tokenizer
 from tests.workflow_fixtures import write_additions

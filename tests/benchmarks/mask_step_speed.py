@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mftctl.answer_loss import answer_loss, answer_positions, logits_only_at
-from mftctl.masking.frozen_prefix import reusing_prefix
-from mftctl.masking.hidden_states import HiddenStates
-from mftctl.masking.layers import Indicator, attach_masks, initial_scores, masked_layers
+from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
+from mftctl.masking.layers import attach_masks, initial_scores, masked_layers
+from mftctl.masking.rule import Indicator
 from mftctl.masking.targets import find_targets
+from mftctl.training.answer_loss import answer_loss
+from mftctl.training.prefix_cache import HiddenStates, reusing_prefix
 from tests.benchmarks.shapes import SMOLLM2_135M, build, micro_batches
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 

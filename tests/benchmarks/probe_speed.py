@@ -14,15 +14,15 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mftctl.config import Recipe
-from mftctl.deciding_keys import to_document
-from mftctl.lineage import Source
-from mftctl.mask_training import mask_train
+from mftctl.experiments.deciding_keys import to_document
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_folder import create_run
 from mftctl.masking.targets import format_layers, layer_groups
-from mftctl.probing import probe
 from mftctl.progress import Silence
-from mftctl.recipe_files import parse_recipe
-from mftctl.runs import create_run
+from mftctl.workflows.mask_train import mask_train
+from mftctl.workflows.probe import probe
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 
 Workflow = Callable[..., dict[str, Any]]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.runs import list_runs
+from mftctl.experiments.run_folder import list_runs
 from tests.benchmarks import (
     allocator_speed,
     apply_speed,

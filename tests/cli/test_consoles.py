@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from mftctl.cli.consoles import PlainTextConsole
 from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.streams import PlainTextConsole
 from mftctl.errors import ConfigError
 from mftctl.progress import Progress
 from tests.cli.running import CommandLine

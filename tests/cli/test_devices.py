@@ -10,7 +10,7 @@ import pytest
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.errors import ConfigError
-from mftctl.lineage import Source
+from mftctl.experiments.model_source import Source
 from tests.cli.running import CommandLine
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.workflow_fixtures import make_recipe, open_run

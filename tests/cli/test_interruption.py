@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from mftctl.masking.bits import load_mask
+from mftctl.masking.mask import load_mask
 from tests.workflow_fixtures import write_additions
 
 OPTIONS = ["--layers", "0-3", "--batch-size", "1", "--eval-steps", "40", "--max-steps", "120"]

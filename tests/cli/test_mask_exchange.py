@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mftctl.masking.bits import Mask, load_mask, save_mask
-from mftctl.masking.drop import drop_mask
+from mftctl.masking.checkpoints.delta_mask import drop_mask
+from mftctl.masking.mask import Mask, load_mask, save_mask
 from tests.cli.running import CommandLine
 from tests.masking.checkpoints import learn_mask, projections, write_tuned
 from tests.masking.mask_files import plain_read, same

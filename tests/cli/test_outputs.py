@@ -12,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from mftctl.runs import list_runs
+from mftctl.experiments.run_folder import list_runs
 from tests.cli.running import CommandLine
 from tests.workflow_fixtures import make_workspace
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mftctl import apply_mask, load_mask
-from mftctl.runs import list_runs, load_run
+from mftctl.experiments.run_folder import list_runs, load_run
 from tests.cli.running import CommandLine
 
 FFT = ("--max-steps", 6, "--eval-steps", 3, "--batch-size", 4, "--lr", "3e-3")

@@ -13,10 +13,10 @@ import pytest
 import yaml
 from rich.console import Console
 
-from mftctl.cli.experiment_tree import experiment_tree, running_tree
-from mftctl.protocol import Planned, plan_experiment
-from mftctl.recipe_files import load_recipe
-from mftctl.runs import list_runs
+from mftctl.cli.run_view import experiment_tree, running_tree
+from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.run_folder import list_runs
+from mftctl.workflows.run import Planned, plan_experiment
 from tests.cli.running import CommandLine
 
 SHORT = {"max_steps": 2, "eval_steps": 2, "batch_size": 4}

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mftctl.cli.streams import ForgivingWriter, prepare_streams
-from mftctl.masking.bits import load_mask
+from mftctl.masking.mask import load_mask
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[bytes]:

@@ -12,8 +12,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from mftctl.cli import validate as command
-from mftctl.deciding_keys import to_document
 from mftctl.errors import ConfigError
+from mftctl.experiments.deciding_keys import to_document
 from tests.workflow_fixtures import make_recipe
 
 

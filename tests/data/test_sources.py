@@ -14,8 +14,8 @@ import pytest
 from huggingface_hub.utils import logging as hub_logging
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
-from mftctl import quickstart
 from mftctl.data.examples import Example, Message
+from mftctl.data.quickstart import built_in
 from mftctl.data.sources import DataSource, data_digest, load_examples
 from mftctl.errors import DataError
 
@@ -135,7 +135,7 @@ def test_count_above_the_records_there_are(tmp_path: Path) -> None:
 def test_built_in_data(path: str, split: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for part in ("train", "validation", "test"):
         write(tmp_path / f"{part}.jsonl", json.dumps({"question": part, "answer": "yes"}))
-    monkeypatch.setattr(quickstart, "data_path", lambda part: tmp_path / f"{part}.jsonl")
+    monkeypatch.setattr(built_in, "data_path", lambda part: tmp_path / f"{part}.jsonl")
     assert pairs(load(path)) == [(split, "yes")]
 
 

@@ -25,12 +25,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from mftctl.answer_loss import answer_loss
 from mftctl.data.encoding import Encoded
 from mftctl.evaluation import head_chunks
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.losses import sample_losses
-from mftctl.planning.allocations import AllocationMeter, add_up
+from mftctl.training.answer_loss import answer_loss
+from mftctl.workflows.planning.allocation_meter import AllocationMeter, add_up
 from tests.conftest import build_llama
 
 SIZES = {"vocab_size": 102, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mftctl.evaluation.kv_cache import cache_bytes
+from mftctl.evaluation.answer_room import cache_bytes
 from tests.conftest import build_llama
 from tests.masking.architectures import build
 

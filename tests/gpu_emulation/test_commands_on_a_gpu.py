@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from mftctl.config import Recipe
-from mftctl.deciding_keys import to_document
 from mftctl.errors import Interrupted
-from mftctl.evaluating import evaluate
-from mftctl.fine_tuning import fine_tune
-from mftctl.lineage import Source, source_of_run
-from mftctl.loss_surface import measure_surface
-from mftctl.mask_training import mask_train
-from mftctl.masking.bits import load_mask
-from mftctl.probing import probe
+from mftctl.experiments.deciding_keys import to_document
+from mftctl.experiments.model_source import Source, source_of_run
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.run_folder import Run, create_run
+from mftctl.masking.mask import load_mask
 from mftctl.progress import Silence
-from mftctl.recipe_files import with_changes
-from mftctl.runs import Run, create_run
+from mftctl.workflows.eval import evaluate
+from mftctl.workflows.fft import fine_tune
+from mftctl.workflows.loss_surface.measure import measure_surface
+from mftctl.workflows.mask_train import mask_train
+from mftctl.workflows.probe import probe
 from tests.conftest import build_tokenizer
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.masking.architectures import build

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from mftctl.fine_tuning import fine_tune
-from mftctl.mask_training import mask_train
 from mftctl.masking import device_selection
+from mftctl.workflows.fft import fine_tune
+from mftctl.workflows.mask_train import mask_train
 from tests.conftest import build_llama
 from tests.gpu_emulation.counting import StepsCounted, counted_work
 from tests.gpu_emulation.emulated_gpu import emulated_gpu

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mftctl.results import Kind, write_marker
-from mftctl.runs import create_run
+from mftctl.experiments.run_folder import create_run
+from mftctl.files.ownership import Kind, write_marker
 from tests.workflow_fixtures import make_workspace
 
 TIMES = ("started", "seconds", "worker", "peak_memory_bytes", "prefix_reuse")

@@ -29,15 +29,15 @@ def import_everything() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
-    import mftctl.applying
     import mftctl.cli.app
     import mftctl.cli.apply
     import mftctl.cli.fft
     import mftctl.cli.mask_train
     import mftctl.cli.probe
-    import mftctl.fine_tuning
-    import mftctl.mask_training
-    import mftctl.probing  # noqa: F401
+    import mftctl.workflows.apply
+    import mftctl.workflows.fft
+    import mftctl.workflows.mask_train
+    import mftctl.workflows.probe  # noqa: F401
 
     torch.set_num_threads(1)
 
@@ -66,13 +66,13 @@ class Writes:
         import torch
         import transformers.modeling_utils
 
-        import mftctl.score_trainer
+        import mftctl.training.score_trainer
 
         # These open their files in Rust and C++, where Python sees nothing.
         torch.save = self._around(torch.save)
         save_file = self._around(safetensors.torch.save_file)
         transformers.modeling_utils.safe_save_file = save_file  # type: ignore[attr-defined]
-        mftctl.score_trainer.save_file = save_file  # type: ignore[attr-defined]
+        mftctl.training.score_trainer.save_file = save_file  # type: ignore[attr-defined]
         sys.addaudithook(self._hear)
 
     def _around(self, save: Callable[..., Any]) -> Callable[..., Any]:

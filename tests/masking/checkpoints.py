@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from mftctl.masking.bits import Mask, TensorRecord
-from mftctl.masking.safetensors_files import INDEX_FILE
+from mftctl.masking.checkpoints.tensors import INDEX_FILE
+from mftctl.masking.mask import Mask
+from mftctl.masking.mask_file.document import TensorRecord
 from tests.masking.mask_files import DELTA_METADATA, METADATA
 
 SAFETENSORS_NAMES = {

@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 
 from mftctl.errors import MaskFormatError
-from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, load_mask
+from mftctl.masking.mask import Mask, load_mask
+from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,8 +14,8 @@ from mftctl.errors import MaskingError
 from mftctl.masking import device_selection
 from mftctl.masking.device_selection import Ranked, Selection, keep_beyond, leave_out_lowest, selection_workspace_bytes
 from mftctl.masking.selection import Ranking, keep_highest, rank, ratio_cut, removed_count
-from mftctl.planning.allocations import AllocationMeter, add_up
-from mftctl.tuning.gradient_selection import keep_largest
+from mftctl.training.updates.gradient_selection import keep_largest
+from mftctl.workflows.planning.allocation_meter import AllocationMeter, add_up
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 
 SMALL = {

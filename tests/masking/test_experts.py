@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from mftctl.errors import TrainingError
 from mftctl.masking.experts import MaskedExperts
 from mftctl.masking.layers import (
-    Indicator,
     attach_masks,
     detach_masks,
     initial_scores,
@@ -24,6 +23,7 @@ from mftctl.masking.layers import (
     masked_products,
     share_weights,
 )
+from mftctl.masking.rule import Indicator
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, find_targets
 from tests.masking.architectures import build

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from mftctl.masking import indicator, selection
+from mftctl.masking import rule as indicator
+from mftctl.masking import selection
 from mftctl.masking.layers import (
-    Indicator,
     MaskedLinear,
     attach_masks,
     detach_masks,
@@ -23,6 +23,7 @@ from mftctl.masking.layers import (
     masked_layers,
     unmasked,
 )
+from mftctl.masking.rule import Indicator
 from mftctl.masking.targets import MaskTarget, find_targets
 from tests.conftest import build_llama
 from tests.masking.test_selection import keep_by_sorting

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.reporting.figures.test_surface import write_surface
 from tests.reporting.mask_runs import make_mask, random_keep, write_mask_run
 from tests.reporting.run_folders import make_samples, write_evaluation
-from tests.reporting.test_surface_figures import write_surface
 from tests.reporting.training_folders import write_training as write_timed_training
 from tests.reporting.training_runs import write_probe, write_training
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mftctl.masking.bits import Mask, MaskMetadata, TensorRecord, save_mask
+from mftctl.masking.mask import Mask, save_mask
+from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mftctl.experiments.run_folder import list_runs
 from mftctl.progress import Silence
-from mftctl.reporting.comparison import MetricTable, metric_tables
-from mftctl.runs import list_runs
+from mftctl.reporting.state_tables import MetricTable, metric_tables
 
 # Loss summed over the answer, answer tokens, exact match: one sample.
 Sample = tuple[float, int, float]

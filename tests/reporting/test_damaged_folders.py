@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from mftctl.errors import EvaluationError
-from mftctl.json_text import json_text
+from mftctl.experiments.run_folder import list_runs
+from mftctl.files.json_files import json_text
 from mftctl.progress import Silence
-from mftctl.reporting.drawing import Drawing
-from mftctl.reporting.files import to_document
-from mftctl.reporting.following import follow
-from mftctl.reporting.markdown import to_markdown
-from mftctl.reporting.page import to_page
+from mftctl.reporting.figures.style import Drawing
+from mftctl.reporting.output.markdown import to_markdown
+from mftctl.reporting.output.page import to_page
+from mftctl.reporting.output.table_files import table_files
+from mftctl.reporting.output.write import to_document
 from mftctl.reporting.paired_change import Samples, paired_change
 from mftctl.reporting.report import Report, make_report
-from mftctl.reporting.run_comparison import compare_two
-from mftctl.reporting.table_files import table_files
-from mftctl.runs import list_runs
+from mftctl.reporting.two_runs import compare_two
+from mftctl.reporting.watch import follow
 from tests.reporting.every_kind import write_every_kind
 
 Damage = Callable[[Path], None]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.experiments.run_folder import list_runs
 from mftctl.reporting.efficiency import Efficiency, efficiencies
-from mftctl.runs import list_runs
 from tests.reporting.training_folders import write_training
 
 

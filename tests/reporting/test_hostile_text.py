@@ -17,18 +17,17 @@ from hypothesis import given, settings
 from markdown_it import MarkdownIt
 from matplotlib.figure import Figure as Canvas
 
-from mftctl.cli.consoles import PlainTextConsole
-from mftctl.cli.report import table_view
-from mftctl.json_text import json_text
+from mftctl.cli.report_view import table_view
+from mftctl.cli.streams import PlainTextConsole
+from mftctl.files.json_files import json_text
 from mftctl.progress import Silence
-from mftctl.reporting.drawing import Drawing, Figure, drawn_text, render
-from mftctl.reporting.files import to_document
-from mftctl.reporting.legends import put_legend
-from mftctl.reporting.markdown import to_markdown
-from mftctl.reporting.page import to_page
+from mftctl.reporting.figures.style import Drawing, Figure, drawn_text, put_legend, render
+from mftctl.reporting.output.markdown import to_markdown
+from mftctl.reporting.output.page import to_page
+from mftctl.reporting.output.table_files import table_files, to_csv, to_latex
+from mftctl.reporting.output.text_tables import TextCell, TextTable, efficiency_text, metric_text, overview_text
+from mftctl.reporting.output.write import to_document
 from mftctl.reporting.report import Report, make_report
-from mftctl.reporting.table_files import table_files, to_csv, to_latex
-from mftctl.reporting.text_tables import TextCell, TextTable, efficiency_text, metric_text, overview_text
 from tests.hostile_texts import HOSTILE, OBEYED, TEXTS
 from tests.reporting.every_kind import write_every_kind
 

@@ -9,9 +9,9 @@ import pytest
 
 from mftctl.errors import OutputError
 from mftctl.progress import Silence
-from mftctl.reporting.files import write_report
-from mftctl.reporting.following import Following
+from mftctl.reporting.output.write import write_report
 from mftctl.reporting.report import make_report
+from mftctl.reporting.watch import Following
 from tests.reporting.training_folders import write_study
 
 pytestmark = pytest.mark.timeout(60)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mftctl.reporting.output.text_tables import overview_text
 from mftctl.reporting.overview import Cell, Column, Overview, overviews
-from mftctl.reporting.text_tables import overview_text
 from tests.reporting.run_folders import compare_runs, make_samples, write_evaluation
 
 FFT = make_samples(1, loss=0.3, correct=0.5)

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from mftctl.progress import Silence
-from mftctl.reporting.files import write_report
+from mftctl.reporting.output.write import write_report
 from mftctl.reporting.report import make_report
 from tests.reporting.training_folders import write_study
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mftctl.config import Recipe
-from mftctl.deciding_keys import to_document
+from mftctl.experiments.deciding_keys import to_document
+from mftctl.experiments.recipe import Recipe
 
 Scores = Mapping[int, float]
 

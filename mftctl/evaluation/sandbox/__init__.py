@@ -5,10 +5,9 @@ and reports to mftctl. The candidate sees neither the test nor the way to report
 answering right.
 """
 
-from mftctl.evaluation.sandbox.judging import judge_programs
-from mftctl.evaluation.sandbox.limits import Limits
-from mftctl.evaluation.sandbox.probing import find_sandbox
-from mftctl.evaluation.sandbox.programs import Outcome, Program, Verdict
-from mftctl.evaluation.sandbox.sandboxes import Kind, Sandbox
+from mftctl.evaluation.sandbox.find import find_sandbox
+from mftctl.evaluation.sandbox.judge import judge_programs
+from mftctl.evaluation.sandbox.kinds import Kind, Sandbox
+from mftctl.evaluation.sandbox.program import Limits, Outcome, Program, Verdict
 
 __all__ = ["Kind", "Limits", "Outcome", "Program", "Sandbox", "Verdict", "find_sandbox", "judge_programs"]

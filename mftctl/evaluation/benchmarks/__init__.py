@@ -1,0 +1,1 @@
+"""Benchmarks: their problems, prompts and scores."""

@@ -1,0 +1,306 @@
+"""One benchmark of the `eval` workflow: its data, its outputs, its scores, and the samples for the run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.answer_room import smaller_batches
+from mftctl.evaluation.benchmarks.alpaca_judge import (
+    judged_once,
+)
+from mftctl.evaluation.benchmarks.catalog import BENCHMARKS, instruct_form
+from mftctl.evaluation.benchmarks.code import code_config, sandboxed_judge
+from mftctl.evaluation.benchmarks.lm_eval_tasks import is_maths, task_config
+from mftctl.evaluation.benchmarks.local_task import build_task, quiet_libraries
+from mftctl.evaluation.benchmarks.nltk_data import check_sentence_data
+from mftctl.evaluation.benchmarks.olmes import begins_texts, mean_of_subjects, require_subjects
+from mftctl.evaluation.benchmarks.problems import Problems, emptied, fetch_problems, read_problems
+from mftctl.evaluation.benchmarks.result import BenchmarkResult, BenchmarkSample
+from mftctl.evaluation.benchmarks.run import run_benchmark, with_scores
+from mftctl.evaluation.benchmarks.scoring import (
+    MOST_ANSWER_CHARACTERS,
+    MOST_LINE_CHARACTERS,
+    has_long_line,
+    is_too_long,
+)
+from mftctl.evaluation.inference import evaluation_mode
+from mftctl.evaluation.lm.hf import ModelAnswers, WrittenAnswers
+from mftctl.evaluation.lm.output_cache import OutputCache
+from mftctl.evaluation.lm.predictions import problem_name, read_predictions
+from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
+from mftctl.experiments.recipe import EvalOptions, Recipe
+from mftctl.experiments.run_folder import Run
+from mftctl.files.atomic import write_text
+from mftctl.files.json_files import json_lines
+from mftctl.progress import Listener, Progress
+from mftctl.runtime.process_group import put_together
+from mftctl.runtime.processes import is_first, rank
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import ConfigurableTask
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mftctl.evaluation.lm.vllm import VllmAnswers
+
+Loaded = Union[tuple["PreTrainedModel", "PreTrainedTokenizerBase"], "VllmAnswers"]
+"""A model with its tokenizer, or one that vLLM runs."""
+
+_MOST_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedBenchmark:
+    """A benchmark whose problems have been read and whose judge is ready.
+
+    Attributes:
+        task: As lm-eval asks it.
+        problems: What it asks.
+        written: Outputs written before, in place of a model's; None where a model answers.
+    """
+
+    task: ConfigurableTask
+    problems: Problems
+    written: Sequence[Sequence[str]] | None
+
+    @property
+    def name(self) -> str:
+        """The name given to `--tasks`."""
+        return str(self.task.config.task)
+
+
+def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> PreparedBenchmark:
+    """A benchmark with everything read and found that it needs, before any answer.
+
+    Args:
+        task: A benchmark, or a task of lm-eval.
+        options: With its local file, predictions and samples.
+        listener: Hears how far the running of model-written code has come.
+
+    Raises:
+        MftError: A file, a task or the sandbox is not what it should be.
+    """
+    if task == "ifeval":
+        check_sentence_data()
+    config = _asked(task, options)
+    file = options.task_data.get(task)
+    problems = fetch_problems(config, task) if file is None else read_problems(Path(file), task)
+    if options.prompts == "olmes" and task == "math":
+        require_subjects(problems.records, problems.source)
+    written = None
+    if options.predictions is not None:
+        written = _written(Path(options.predictions), problems, options.limit, listener)
+    samples = options.samples if written is None else len(written[0])
+    if task in BENCHMARKS and BENCHMARKS[task].runs_code:
+        judge = sandboxed_judge(task, unsafe=options.unsafe_code, listener=listener)
+        config = code_config(
+            config,
+            judge,
+            samples=samples,
+            temperature=options.temperature,
+            written=written is not None,
+            continues=options.prompts == "olmes",
+        )
+    elif samples > 1:
+        raise EvaluationError(
+            "Several samples are for the tasks that run code.",
+            key="samples",
+            expected="1",
+            actual=f"{samples} ({task})",
+        )
+    with quiet_libraries():
+        asked = build_task(config, problems, is_local=file is not None or task in BENCHMARKS)
+    return PreparedBenchmark(asked, problems, written)
+
+
+def _written(path: Path, problems: Problems, limit: int | None, listener: Listener) -> list[list[str]]:
+    """The predictions, of which one that is no text fails its problem alone."""
+    written, broken = emptied(read_predictions(path, problems.records, limit=limit))
+    if broken:
+        listener.warn(
+            "Predictions with half of a surrogate pair, which is no text, count as empty: those of "
+            f"{_some_of([problem_name(problems.records[place], place) for place in broken])}."
+        )
+    return written
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _asked(task: str, options: EvalOptions) -> dict[str, Any]:
+    """The configuration under which the task is asked: a chat model is not left to complete a text, but asked."""
+    form = instruct_form(task) if options.chat_template and options.predictions is None else task
+    return {**task_config(form, options.prompts), "task": task}
+
+
+def measure_benchmark(
+    benchmark: PreparedBenchmark,
+    recipe: Recipe,
+    loaded: Loaded | None,
+    folder: Path,
+    listener: Listener,
+    *,
+    model_name: str,
+    cache: OutputCache | None = None,
+    ask_judge: bool = True,
+) -> dict[str, Any]:
+    """The figures of one benchmark, with everything needed to repeat them.
+
+    Args:
+        benchmark: Ready to be asked.
+        recipe: With the `eval` section.
+        loaded: Model and tokenizer; None where outputs written before are scored.
+        folder: Gets the samples.
+        listener: Hears progress.
+        model_name: What the model is called where outputs are written for a judge.
+        cache: Keeps each output as soon as it is there; by default they are lost with the process.
+        ask_judge: Whether AlpacaEval's judge, which costs money, is asked where it can be.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    start_seconds = time.monotonic()
+    found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
+    seconds = time.monotonic() - start_seconds
+    if is_maths(benchmark.name):
+        _tell_too_long(
+            found, listener, is_too_long, f"{MOST_ANSWER_CHARACTERS} characters are not compared as formulas"
+        )
+    if benchmark.name == "ifeval":
+        _tell_too_long(found, listener, has_long_line, f"{MOST_LINE_CHARACTERS} characters in a line count as wrong")
+    olmes = recipe.eval.prompts == "olmes"
+    if benchmark.name == "math" and olmes:
+        subjects = [benchmark.problems.records[sample.doc_id]["type"] for sample in found.samples]
+        found = mean_of_subjects(found, subjects)
+    if benchmark.name == "alpaca_eval" and ask_judge:
+        verdicts = judged_once(found, benchmark.problems, model_name, folder, listener, for_length=olmes)
+        for metric, shares in verdicts.items():
+            found = with_scores(found, metric, "judge", shares)
+    generated_tokens = sum(put_together({rank(): generated_tokens}).values())
+    return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
+
+
+def _tell_too_long(found: BenchmarkResult, listener: Listener, is_long: Callable[[str], bool], which: str) -> None:
+    long = [sample for sample in found.samples if any(map(is_long, sample.outputs))]
+    if long:
+        names = _some_of([sample.name or str(sample.doc_id) for sample in long])
+        listener.warn(f"{found.name}: answers of more than {which}: those of {names}.")
+
+
+def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:
+    """The outputs of one benchmark in a run folder, as far as its model under its mask has written them.
+
+    Args:
+        benchmark: Named in the file.
+        run: An evaluation.
+    """
+    inputs = run.record.inputs
+    written_by = [model_fingerprint(inputs["model"]), inputs["mask"] and file_digest(inputs["mask"])]
+    return OutputCache(run.folder / f"{benchmark.name}.outputs.jsonl", digest_of(written_by))
+
+
+def _answered(
+    benchmark: PreparedBenchmark, recipe: Recipe, loaded: Loaded | None, listener: Listener, cache: OutputCache
+) -> tuple[BenchmarkResult, int]:
+    options, task, problems = recipe.eval, benchmark.task, benchmark.problems
+    common: dict[str, Any] = {"limit": options.limit, "chat_template": options.chat_template, "seed": recipe.seed}
+    if loaded is None:
+        answers = WrittenAnswers(benchmark.written or ())
+        return run_benchmark(answers, task, problems, **{**common, "chat_template": False}), 0
+    tokenizer = loaded[1] if isinstance(loaded, tuple) else loaded.tokenizer
+    if options.chat_template and tokenizer.chat_template is None:
+        raise EvaluationError(
+            "The tokenizer has no chat template.", key="chat_template", hint="leave --chat-template out"
+        )
+    kept: dict[str, Any] = {
+        "cache": cache,
+        "max_new_tokens": options.max_new_tokens,
+        "on_progress": lambda done, total: listener.progress(Progress(f"evaluating {benchmark.name}", done, total)),
+    }
+    with quiet_libraries():
+        if not isinstance(loaded, tuple):
+            loaded.keep_outputs(**kept)
+            return run_benchmark(loaded, task, problems, **common), loaded.generated_tokens
+        from mftctl.runtime.torch_failures import gpu_failures
+
+        model = loaded[0]
+        with evaluation_mode(model), gpu_failures(f"answering {benchmark.name}"):
+            batch_size = None if options.batch_size == "auto" else options.batch_size
+            written = ModelAnswers(
+                model,
+                tokenizer,
+                batch_size=batch_size,
+                seed=recipe.seed,
+                on_shortage=lambda tokens: listener.note(smaller_batches(benchmark.name, tokens)),
+                has_turns=recipe.eval.chat_template,
+                add_bos_token=begins_texts(options.prompts),
+                **kept,
+            )
+            return run_benchmark(written, task, problems, **common), written.generated_tokens
+
+
+def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    options = recipe.eval
+    rows = [_row(sample, with_prompt=options.save_samples) for sample in found.samples]
+    file = f"{found.name}.jsonl"
+    if is_first():
+        write_text(folder / file, json_lines(rows))
+    settings = [options.limit or "all"]
+    form = instruct_form(found.name) if found.chat_template else found.name
+    if found.chat_template:
+        settings.append("chat" if form == found.name else "chat, instruct")
+    if options.prompts != "lm-eval":
+        settings.append(options.prompts)
+    if options.temperature:
+        settings.append(f"{options.samples} at {options.temperature}")
+    if options.max_new_tokens is not None:
+        settings.append(f"{options.max_new_tokens} tokens")
+    if options.engine != "hf":
+        settings.append(options.engine)
+    return {
+        "name": found.name,
+        "digest": ":".join(str(part) for part in (found.data_digest, *settings)),
+        "samples": file,
+        "task": form,
+        "prompts": options.prompts,
+        "task_version": found.task_version,
+        "lm_eval_version": found.lm_eval_version,
+        "engine": options.engine,
+        "mftctl_version": version("mftctl"),
+        "shots": found.shots,
+        "chat_template": found.chat_template,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "samples_a_problem": len(found.samples[0].outputs),
+        "data": found.data,
+        "metrics": [
+            {
+                "name": score.name,
+                "value": score.value,
+                "standard_error": score.standard_error,
+                "samples": score.samples,
+            }
+            for score in found.scores
+        ],
+    }
+
+
+def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": str(sample.doc_id)}
+    if sample.name is not None:
+        row["task_id"] = sample.name
+    if with_prompt:
+        row["prompt"] = sample.prompt
+    row["reference"] = sample.target
+    if len(sample.outputs) == 1:
+        row["output"] = sample.outputs[0]
+    elif sample.outputs:
+        row["outputs"] = list(sample.outputs)
+    return {**row, "answers": dict(sample.answers), "scores": dict(sample.scores), "weights": dict(sample.weights)}

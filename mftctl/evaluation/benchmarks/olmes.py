@@ -1,0 +1,167 @@
+"""What OLMES, the harness of MFT's paper, counts as a right answer, and how it averages.
+
+Source: allenai/olmes as the reference implementation carries it (Ming-K9/MFT, `olmes/`), and the commands of its
+`bash/evaluation`: task defaults, no chat template. Nothing of its code is here.
+
+Deviations:
+    Prompts are never cut, and the context is the model's. OLMES takes 2,048 tokens where nothing else is asked for, as
+    in those commands: prompts of GSM8K and MATH above 1,536 and 1,024 tokens lose their beginning, and an answer of
+    AlpacaEval ends where it fills the rest.
+    An answer of AlpacaEval has the room behind the longest prompt, so that it does not depend on its batch.
+    Programs run in the sandbox under its limits, which follow the reference solution; there for 3 seconds, 20 of
+    HumanEval+.
+    The comparisons of maths answers and the checks of instructions are those of the lm-eval installed; there of 0.4.3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.benchmarks.scoring import boxed, instruction_scores, is_short
+from mftctl.evaluation.exact_match import MARKER
+from mftctl.evaluation.statistics import standard_error_of_ratio
+
+if TYPE_CHECKING:
+    from mftctl.evaluation.benchmarks.result import BenchmarkResult, BenchmarkSample
+    from mftctl.experiments.recipe import Prompts
+
+_COMMA = re.compile(r"(\d),(\d)")
+"""Between digits, of which each is looked at once: 1,2,3 keeps its second comma."""
+
+_NUMBER = re.compile(r"[+-]?\d*\.\d+|\d+")
+"""A whole number loses its sign, in the answer and in the reference alike."""
+
+_INVALID = "[invalidanswer]"
+"""lm-eval's word for an output without Minerva's sentence."""
+
+
+def begins_texts(prompts: Prompts) -> bool | None:
+    """Whether a prompt begins with the tokenizer's token for that; None for what the tokenizer does by itself.
+
+    Args:
+        prompts: As given to `--prompts`.
+
+    Source: `oe_eval/default_configs.py` (`add_bos_token`) and `oe_eval/models/eleuther_vllm_causallms.py`.
+    """
+    return False if prompts == "olmes" else None
+
+
+def last_numbers(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last number of each output, in the reference's spelling if it is right; the output where it has none.
+
+    Args:
+        outputs: Of each problem, of which the first counts.
+        problems: Of GSM8K, with their `answer`.
+
+    Source: `oe_eval/tasks/oe_eval_tasks/gsm8k.py`. Digits are compared, not values: 18.00 is not 18.
+    """
+    found = []
+    for written, problem in zip(outputs, problems, strict=True):
+        gold = str(problem["answer"]).rpartition(MARKER)[2].strip()
+        given = _last_number(written[0])
+        found.append(gold if given == _last_number(gold) else given)
+    return found
+
+
+def _last_number(text: str) -> str:
+    joined = _COMMA.sub(r"\1\2", text)
+    return next(reversed(_NUMBER.findall(joined)), joined)
+
+
+def olmes_maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
+    """Whether the answer is right: `flexible` in the likeliest places, `strict` in Minerva's sentence alone.
+
+    Flexible comes first, and so stands for the benchmark. It takes the answer of that sentence and of the last box;
+    without both, what stands between the last two dollar signs; without these, the whole output. It is right if it
+    equals the reference by Minerva's comparison or by that of MATH's authors, and wrong if it is too long to compare.
+
+    Args:
+        problem: With its `solution`.
+        outputs: The one answer.
+
+    Source: `oe_eval/tasks/oe_eval_tasks/minerva_math.py`; the comparisons are lm-eval's functions, as there.
+    """
+    from lm_eval.tasks.hendrycks_math import utils as hendrycks
+    from lm_eval.tasks.minerva_math import utils as minerva
+
+    gold = minerva.normalize_final_answer(boxed(problem["solution"]) or "")
+    named = minerva.get_unnormalized_answer(outputs[0])
+    strict = is_short(named) and bool(minerva.is_equiv(minerva.normalize_final_answer(named), gold))
+    flexible = strict or any(
+        minerva.is_equiv(answer, gold) or hendrycks.is_equiv(answer, gold)
+        for answer in map(minerva.normalize_final_answer, filter(is_short, _likely_answers(outputs[0], named)))
+    )
+    return {"flexible": float(flexible), "strict": float(strict)}
+
+
+def _likely_answers(output: str, named: str) -> list[str]:
+    in_box = boxed(output) if "\\boxed" in output else None  # an answer's \fbox is none
+    given = [answer for answer in (None if named == _INVALID else named, in_box) if answer is not None]
+    return given or [output.split("$")[-2] if output.count("$") > 1 else output]
+
+
+def olmes_instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
+    """Whether each instruction was kept, as lm-eval's checker has it; by instruction and loose comes first.
+
+    Args:
+        problem: Of IFEval.
+        outputs: The one answer.
+
+    Source: `oe_eval/tasks/oe_eval_tasks/ifeval.py` (`primary_metric`).
+    """
+    scores = instruction_scores(problem, outputs)
+    return {name: scores[name] for name in sorted(scores, key=lambda name: name != "inst_level_loose_acc")}
+
+
+def require_subjects(records: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Nothing, if every problem says of what subject it is.
+
+    Args:
+        records: Problems of MATH.
+        source: Where they come from, for the error.
+
+    Raises:
+        EvaluationError: One does not; names its number.
+    """
+    for number, record in enumerate(records):
+        if not isinstance(record.get("type"), str):
+            raise EvaluationError(
+                "The mean over MATH's subjects needs the subject of every problem.",
+                path=f"{source}#{number}",
+                key="type",
+                expected="a subject, such as Algebra",
+                actual=record.get("type"),
+                hint="--prompts lm-eval takes the mean over the problems",
+            )
+
+
+def mean_of_subjects(result: BenchmarkResult, subjects: Sequence[str]) -> BenchmarkResult:
+    """The result with every subject counting as much as any other, however many problems it has.
+
+    A problem of one subject among many weighs less: its score and its weight are both scaled by that.
+
+    Args:
+        result: Of a run, with one score of each kind a problem.
+        subjects: Of each sample.
+
+    Source: Ming-K9/MFT, `scripts/get_math_score.py`.
+    """
+    sizes = Counter(subjects)
+    parts = [len(subjects) / (len(sizes) * sizes[subject]) for subject in subjects]
+    samples = tuple(_scaled(sample, part) for sample, part in zip(result.samples, parts, strict=True))
+    scores = []
+    for score in result.scores:
+        sums = [sample.scores[score.name] for sample in samples]
+        error = standard_error_of_ratio(sums, parts) if len(sums) > 1 else None
+        scores.append(replace(score, value=sum(sums) / sum(parts), standard_error=error))
+    return replace(result, scores=tuple(scores), samples=samples)
+
+
+def _scaled(sample: BenchmarkSample, part: float) -> BenchmarkSample:
+    scores = {name: score * part for name, score in sample.scores.items()}
+    return replace(sample, scores=scores, weights=dict.fromkeys(scores, part))

@@ -1,0 +1,155 @@
+"""Compares a function's results with those of the reference solution; runs in the sandbox, in front of a test.
+
+Nothing of mftctl is there, so that this module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+inf, nan = math.inf, math.nan
+"""As the inputs of a test are written."""
+
+_MOST_BYTES = 30 * 2**20
+"""About what the sandbox passes on of one result."""
+
+_LEAST_TOLERANCE = 1e-6
+_RELATIVE_TOLERANCE = 1e-7
+
+
+def check_outputs(
+    function: Callable[..., Any],
+    reference: str,
+    name: str,
+    inputs: Sequence[Sequence[Any]],
+    tolerance: float,
+    rule: str,
+) -> None:
+    """Nothing, if the function gives on every input what the reference solution gives.
+
+    Deviation: an input whose right result is too large for the sandbox is left out (one of MBPP+'s 40,000, the
+    largest of problem 255, with 128 million items).
+
+    Args:
+        function: Under test.
+        reference: Source of the reference solution.
+        name: Of the function in it.
+        inputs: Arguments of each call.
+        tolerance: Absolute, of floats; 0 for that of all benchmarks.
+        rule: What counts instead of being equal, from `mftctl.evaluation.benchmarks.evalplus`; empty for nothing.
+
+    Raises:
+        AssertionError: A result is another one.
+    """
+    defined: dict[str, Any] = {"__name__": "reference"}
+    exec(compile(reference, "<reference>", "exec", dont_inherit=True), defined)
+    for arguments in inputs:
+        expected = defined[name](*copy.deepcopy(arguments))
+        if not can_cross(expected):
+            continue
+        found = function(*copy.deepcopy(arguments))
+        fits = _fits(found, expected, arguments, tolerance, rule, defined)
+        assert fits, f"found {found!r:.100}, expected {expected!r:.100}"
+
+
+def _fits(
+    found: Any, expected: Any, arguments: Sequence[Any], tolerance: float, rule: str, defined: dict[str, Any]
+) -> bool:
+    if rule == "root":
+        return bool(abs(defined["poly"](*arguments, found)) <= tolerance)
+    if rule == "any order":
+        return set(found) == set(expected)
+    if rule == "is there":
+        there = expected is not None
+        return there == (found if isinstance(found, bool) else found is not None)
+    if rule == "any truth":
+        return isinstance(found, bool)
+    if same(found, expected, tolerance):
+        return True
+    if rule == "upright height":
+        return bool(found == upright_pyramid_surface(*arguments))
+    if rule == "padded digits":
+        return bool(found == padded_digit_distance(*arguments))
+    return rule == "or zero" and type(found) is int and found == 0
+
+
+def can_cross(value: Any) -> bool:
+    """Whether a result is small enough to come from the process that runs the answer.
+
+    Args:
+        value: What is expected.
+    """
+    size, waiting = 0, [value]
+    while waiting and size <= _MOST_BYTES:
+        item = waiting.pop()
+        size += 8
+        if isinstance(item, (str, bytes)):
+            size += len(item)
+        elif isinstance(item, int):
+            size += item.bit_length() // 8
+        elif isinstance(item, dict):
+            waiting += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple, set, frozenset)):
+            waiting += item
+    return size <= _MOST_BYTES
+
+
+def same(found: Any, expected: Any, tolerance: float) -> bool:
+    """Whether a result is right: equal, or near where floats are expected.
+
+    Args:
+        found: What the function gave.
+        expected: What the reference solution gave.
+        tolerance: Absolute, of floats; 0 allows 1e-6 to a float or a list of floats, and nothing to all else.
+    """
+    if found == expected:
+        return True
+    allowed = tolerance or (_LEAST_TOLERANCE if _are_floats(expected) else 0.0)
+    return bool(allowed) and _near(found, expected, allowed)
+
+
+def _are_floats(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(isinstance(item, float) for item in value)
+    return isinstance(value, float)
+
+
+def _near(found: Any, expected: Any, tolerance: float) -> bool:
+    if isinstance(expected, (list, tuple)):
+        same_length = type(found) is type(expected) and len(found) == len(expected)
+        return same_length and all(_near(a, b, tolerance) for a, b in zip(found, expected, strict=True))
+    if type(found) is not type(expected) or not isinstance(expected, (int, float, complex)):
+        return bool(found == expected)
+    if found == expected or (found != found and expected != expected):
+        return True
+    if abs(expected) == inf:
+        return False
+    return bool(abs(found - expected) <= tolerance + _RELATIVE_TOLERANCE * abs(expected))
+
+
+def upright_pyramid_surface(edge: float, height: float) -> int:
+    """The surface of a square pyramid whose height is that of its apex above the base, not of its sides.
+
+    Args:
+        edge: Of the base.
+        height: Of the apex.
+    """
+    return round(edge**2 + 2 * edge * math.hypot(edge / 2, height))
+
+
+def padded_digit_distance(first: int, second: int) -> int:
+    """The sum of the differences between digits of the same place, where a missing one is 0.
+
+    Args:
+        first: One number.
+        second: The other.
+    """
+    width = max(len(str(first)), len(str(second)))
+    pairs = zip(str(first).zfill(width), str(second).zfill(width), strict=True)
+    return sum(abs(int(a) - int(b)) for a, b in pairs)

@@ -1,0 +1,124 @@
+"""A benchmark's problems, from a local file or folder or from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.benchmarks.problem_fields import check_problem, decided_by
+from mftctl.evaluation.benchmarks.problem_files import read_records
+from mftctl.evaluation.benchmarks.problem_layouts import from_published_layout
+
+
+def is_whole(text: str) -> bool:
+    """Whether a text can be written.
+
+    Args:
+        text: Any.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def emptied(outputs: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[int]]:
+    """The outputs with an empty one in the place of each that cannot be written, and the problems of these.
+
+    Args:
+        outputs: Of each problem.
+    """
+    whole = [[text if is_whole(text) else "" for text in texts] for texts in outputs]
+    return whole, [place for place, texts in enumerate(outputs) if whole[place] != list(texts)]
+
+
+@dataclass(frozen=True, slots=True)
+class Problems:
+    """The records a benchmark is scored on.
+
+    Attributes:
+        records: With the fields that the benchmark needs.
+        source: The file, or the hub's data set, they came from.
+        digest: SHA-256 of the records (not of the file), so that the hub's and a local copy's are the same.
+    """
+
+    records: tuple[dict[str, Any], ...]
+    source: str
+    digest: str
+
+
+def read_problems(path: Path, task: str) -> Problems:
+    """The problems of a local file, or of a folder of files.
+
+    Args:
+        path: JSON lines, also compressed (`.gz`), JSON, CSV, or a folder of these.
+        task: The benchmark, or a task of lm-eval, whose fields nothing is known of.
+
+    Raises:
+        EvaluationError: The file is missing, empty or in another form, or a record lacks a field; names the line.
+    """
+    return _problems(read_records(path), task, source=str(path))
+
+
+def fetch_problems(config: Mapping[str, Any], task: str) -> Problems:
+    """The problems of a data set on the hub, or of its local cache.
+
+    Args:
+        config: Of lm-eval's task, with the data set's name and split.
+        task: The benchmark.
+
+    Raises:
+        EvaluationError: It is not in the cache and the hub cannot be reached.
+    """
+    name, part, split = config["dataset_path"], config.get("dataset_name"), config["test_split"]
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    source = f"{name}/{part}:{split}" if isinstance(part, str) else f"{name}:{split}"
+    source = source if files is None else files[split]
+    parts = part if isinstance(part, list) else [part]
+    return _problems((row for each in parts for row in _rows(name, each, split, files, source)), task, source)
+
+
+def _rows(
+    name: str, part: str | None, split: str, files: dict[str, str] | None, source: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, part, data_files=files, split=split)
+    except (OSError, ValueError) as error:
+        raise EvaluationError(
+            "The benchmark's data cannot be fetched.",
+            path=source,
+            actual=str(error).partition("\n")[0],
+            hint="give a local file: --task-data NAME=FILE",
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{source}#{number}", {"file": part, **row}
+
+
+def _problems(found: Iterable[tuple[str, dict[str, Any]]], task: str, source: str) -> Problems:
+    kept = tuple(_checked(from_published_layout(found, task), task))
+    if not kept:
+        raise EvaluationError("The data file has no problems.", path=source, expected="one JSON record a line")
+    digest = hashlib.sha256()
+    for record in kept:
+        deciding = [record.get(field) for field in decided_by(task) or sorted(record)]
+        digest.update(json.dumps(deciding, ensure_ascii=True).encode() + b"\n")
+    return Problems(kept, source, digest.hexdigest())
+
+
+def _checked(found: Iterable[tuple[str, dict[str, Any]]], task: str) -> Iterator[dict[str, Any]]:
+    for where, record in found:
+        if not is_whole(json.dumps(record, ensure_ascii=False, default=str)):
+            raise EvaluationError(
+                "A problem holds half of a surrogate pair, which is no text.",
+                path=where,
+                expected="text that UTF-8 can hold",
+            )
+        yield check_problem(record, task, where)

@@ -1,0 +1,1 @@
+"""Sources of outputs: transformers, vLLM, and files."""

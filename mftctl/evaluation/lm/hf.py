@@ -1,0 +1,164 @@
+"""Where the outputs that lm-eval scores come from: a model, or a file of outputs written before."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from mftctl.data.decoding import decode_behind
+from mftctl.errors import EvaluationError
+from mftctl.evaluation.answer_room import OnShortage, answer_room
+from mftctl.evaluation.answer_stops import AnswerStops, answer_stops
+from mftctl.evaluation.lm.base import Asked, KeptAnswers
+from mftctl.evaluation.lm.output_cache import OutputCache
+from mftctl.evaluation.lm.sampling import SeededSampling
+from mftctl.evaluation.lm.stop_strings import StopStrings, cut_at
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mftctl.evaluation.inference import OnProgress
+
+_LIKELIHOOD_BATCH = 8
+
+
+class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not typed
+    """lm-eval's model class with our generation: batches by length, stop strings, outputs that survive a crash."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | None,
+        max_new_tokens: int | None,
+        seed: int,
+        cache: OutputCache,
+        on_progress: OnProgress | None,
+        on_shortage: OnShortage | None = None,
+        has_turns: bool = False,
+        add_bos_token: bool | None = None,
+    ) -> None:
+        # A copy, because lm-eval gives a tokenizer without padding token one.
+        super().__init__(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size or _LIKELIHOOD_BATCH,
+            add_bos_token=add_bos_token,
+        )
+        self._chosen_batch_size = batch_size
+        self._seed = seed
+        self._room = answer_room(model, on_shortage)
+        # What ends a turn in plain text may stand in any other answer.
+        stops = answer_stops(model, tokenizer)
+        self._stops = stops if has_turns else replace(stops, texts=())
+        self.keep_outputs(cache, max_new_tokens=max_new_tokens, on_progress=on_progress)
+
+    def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
+        """The longest prompts first."""
+        lengths = [len(prompt) for prompt in asked.prompts]
+        if self._chosen_batch_size is None:
+            yield from self._room.answered(
+                lengths, asked.setting["max_new_tokens"], lambda places: self._generate(asked, places)
+            )
+            return
+        order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
+        size = self._chosen_batch_size
+        for places in (order[start : start + size] for start in range(0, len(order), size)):
+            yield places, self._generate(asked, places)
+
+    def _generate(self, asked: Asked, places: Sequence[int]) -> list[str]:
+        prompts, setting = [asked.prompts[place] for place in places], asked.setting
+        width = max(len(prompt) for prompt in prompts)
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        drawing = []
+        if setting["temperature"]:
+            seeds, new = [asked.seeds[place] for place in places], setting["max_new_tokens"]
+            sampling = SeededSampling(seeds, temperature=setting["temperature"], width_tokens=width, new_tokens=new)
+            drawing.append(sampling)
+        until = [*setting["until"], *self._stops.texts]
+        with _generation_settings(self.model, self._stops, self.tokenizer.pad_token_id, setting):
+            output = self.model.generate(
+                input_ids=input_ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, until, width)]),
+                logits_processor=LogitsProcessorList(drawing),
+            )
+        new = output[:, width:].tolist()
+        self.generated_tokens += sum(_written(row, pad) for row in new)
+        return [cut_at(self._text(prompt, row), until) for prompt, row in zip(prompts, new, strict=True)]
+
+    def _text(self, prompt: Sequence[int], token_ids: Sequence[int]) -> str:
+        return decode_behind(self.tokenizer, prompt, self._stops.before(token_ids), skip_special_tokens=True)
+
+
+class WrittenAnswers(LM):  # type: ignore[misc]  # lm-eval is not typed
+    """Outputs that were written before, in the place of a model."""
+
+    def __init__(self, outputs: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self._outputs = outputs
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """The outputs of each problem, in the order of the requests."""
+        taken: dict[int, int] = {}
+        texts = []
+        for request in requests:
+            place = taken.get(request.doc_id, 0)
+            taken[request.doc_id] = place + 1
+            until = request.args[1].get("until") or []
+            texts.append(cut_at(self._outputs[request.doc_id][place], [until] if isinstance(until, str) else until))
+        return texts
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Never: probabilities are no outputs.
+
+        Raises:
+            EvaluationError: Always.
+        """
+        raise EvaluationError(
+            "This task compares probabilities, which only a model has.",
+            key="predictions",
+            expected="a task whose answers are written",
+        )
+
+    loglikelihood_rolling = loglikelihood
+
+
+def _numbered_generators(device: torch.device) -> list[torch.device]:
+    """The device itself if it is one of several, each with a generator; that of the CPU is kept in any case."""
+    return [device] if device.type in ("cuda", "xpu") else []
+
+
+def _written(token_ids: list[int], pad: int) -> int:
+    """The number of tokens without the padding of a row that ended before others of its batch."""
+    return next((place + 1 for place in reversed(range(len(token_ids))) if token_ids[place] != pad), 0)
+
+
+@contextmanager
+def _generation_settings(
+    model: PreTrainedModel, stops: AnswerStops, pad_token_id: int | None, setting: Mapping[str, Any]
+) -> Iterator[None]:
+    """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False,
+        max_new_tokens=setting["max_new_tokens"],
+        eos_token_id=sorted(stops.token_ids) or None,
+        pad_token_id=pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -1,0 +1,55 @@
+"""A run that is named by its folder, its number or its name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from mftctl.errors import RunError
+from mftctl.experiments.run_folder import Run, load_run, run_folders
+
+_NAMED = 3
+"""So many of the nearest names are listed where none fits."""
+
+
+def find_run(root: Path, text: str) -> Run:
+    """The run of the runs folder with this name or number, or the one in this folder.
+
+    Args:
+        root: The runs folder.
+        text: `005-mask-train`, `5` or `005`; or the path of a run folder.
+
+    Raises:
+        RunError: There is none, or there are several, or it cannot be read.
+    """
+    folders = {folder.name: folder for folder in run_folders(root)}
+    if text in folders:
+        return load_run(folders[text])
+    if text.isdecimal():
+        found = [folder for folder in folders.values() if _number(folder.name) == int(text)]
+        if len(found) == 1:
+            return load_run(found[0])
+        if found:
+            names = ", ".join(folder.name for folder in found)
+            raise RunError("Several runs have this number.", path=root, expected=f"one of {names}", actual=text)
+    elif Path(text).is_dir():
+        return load_run(Path(text))
+    raise RunError(
+        "There is no such run.",
+        path=root,
+        expected="a run folder, its number or its name",
+        actual=text,
+        hint=_nearest(text, list(folders)),
+    )
+
+
+def _nearest(text: str, names: list[str]) -> str:
+    if text.isdecimal():
+        near = sorted(names, key=lambda name: abs(_number(name) - int(text)))[:_NAMED]
+    else:
+        near = difflib.get_close_matches(Path(text).name, names, n=_NAMED, cutoff=0.3)
+    return " or ".join(near or names[-_NAMED:]) or "--runs DIR; there are no runs in this one"
+
+
+def _number(name: str) -> int:
+    return int(name.partition("-")[0])

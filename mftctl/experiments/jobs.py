@@ -1,0 +1,149 @@
+"""From the stages of a recipe to the pieces of work in their order: sweeps and seeds spelled out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from mftctl.errors import ConfigError
+from mftctl.experiments.recipe import Command, Recipe, Stage
+from mftctl.experiments.recipe_files import MAX_TASKS, nearest, too_many_tasks, with_changes
+
+Variant = dict[str, Any]
+"""The swept keys and their values."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One piece of work of an experiment: one stage with one seed and one choice of swept values.
+
+    Attributes:
+        name: The stage's name, with the swept values if there are any: `mft[ratio=0.02]`.
+        label: What the run is called in a report: the name, or that of the task it evaluates.
+        command: What is done.
+        seed: The seed.
+        recipe: Settled for this task, but for the model and the layers that other tasks decide.
+        after: The task whose model is the input; None for the recipe's model.
+        layers_from: The probe task that chooses the layers.
+        variant: The swept keys and values.
+    """
+
+    name: str
+    label: str
+    command: Command
+    seed: int
+    recipe: Recipe
+    after: Task | None = None
+    layers_from: Task | None = None
+    variant: Mapping[str, Any] = field(default_factory=dict)
+
+
+def spell_out(recipe: Recipe) -> list[Task]:
+    """All tasks of a recipe, each after those it needs, seed by seed.
+
+    Raises:
+        ConfigError: A stage needs one that is not there, stages need each other in a circle, or there are too many.
+    """
+    order = stage_order(recipe.stages)
+    _require_few(recipe, order)
+    tasks: list[Task] = []
+    for seed in recipe.seeds or (recipe.seed,):
+        made: dict[str, list[Task]] = {}
+        for name in order:
+            made[name] = list(_tasks_of(recipe, name, seed, made))
+            tasks += made[name]
+    return tasks
+
+
+def _require_few(recipe: Recipe, order: Sequence[str]) -> None:
+    """Nothing, if swept values that stages inherit from each other do not multiply to too many tasks."""
+    tasks, seeds = 0, max(1, len(recipe.seeds))
+    made: dict[str, list[Variant]] = {}
+    for name in order:
+        stage = recipe.stages[name]
+        inputs = [variant for other in stage.of or filter(None, [stage.after]) for variant in made[other]] or [{}]
+        probes = made[stage.layers_from] if stage.layers_from else [{}]
+        pairs = (
+            {**inherited, **probed}
+            for inherited, probed in itertools.product(inputs, probes)
+            if _agree(inherited, probed)
+        )
+        few = list(itertools.islice(pairs, MAX_TASKS + 1))
+        tasks += seeds * len(few) * math.prod(map(len, stage.sweep.values()))
+        if tasks > MAX_TASKS:
+            raise too_many_tasks(tasks)
+        made[name] = [{**pair, **choice} for pair in few for choice in _choices(stage)]
+
+
+def _agree(inherited: Variant, probed: Variant) -> bool:
+    return all(inherited.get(key, value) == value for key, value in probed.items())
+
+
+def _choices(stage: Stage) -> list[Variant]:
+    return [dict(zip(stage.sweep, values, strict=True)) for values in itertools.product(*stage.sweep.values())]
+
+
+def stage_order(stages: Mapping[str, Stage]) -> list[str]:
+    """The names of the stages, each after those it needs, otherwise as in the recipe.
+
+    Raises:
+        ConfigError: A stage needs one that is not there, or stages need each other in a circle.
+    """
+    for name, stage in stages.items():
+        for other in stage.needs():
+            if other not in stages:
+                raise ConfigError(
+                    f"The stage {name} needs a stage that is not in the recipe.",
+                    key=f"stages.{name}",
+                    expected=f"one of {', '.join(stages)}",
+                    actual=other,
+                    hint=nearest(other, list(stages)),
+                )
+    sorter = TopologicalSorter({name: stage.needs() for name, stage in stages.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise ConfigError("Stages need each other in a circle.", key="stages", actual=circle) from error
+    order, position = [], {name: number for number, name in enumerate(stages)}
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()], key=position.__getitem__)
+        order.append(ready.pop(0))
+        sorter.done(order[-1])
+    return order
+
+
+def _tasks_of(recipe: Recipe, name: str, seed: int, made: Mapping[str, Sequence[Task]]) -> Iterator[Task]:
+    """The tasks of one stage: for each input, each probe of the same variant and each choice of swept values."""
+    stage, bare = recipe.stages[name], recipe.model_copy(update={"stages": {}})
+    inputs: list[Task | None] = [task for other in stage.of for task in made[other]]
+    if not stage.of:
+        inputs = list(made[stage.after]) if stage.after else [None]
+    probes: list[Task | None] = list(made[stage.layers_from]) if stage.layers_from else [None]
+    for source, probe, choice in itertools.product(inputs, probes, _choices(stage)):
+        inherited = {} if source is None else dict(source.variant)
+        probed = {} if probe is None else dict(probe.variant)
+        if not _agree(inherited, probed):
+            continue
+        variant = {**inherited, **probed, **choice}
+        full_name = name + _variant_text(variant)
+        changes = {"stages": {}, "seeds": [], **stage.set, **choice, "seed": seed}
+        label = source.name if stage.of and source is not None else full_name
+        yield Task(full_name, label, stage.command, seed, with_changes(bare, changes), source, probe, variant)
+
+
+def _variant_text(variant: Mapping[str, Any]) -> str:
+    if not variant:
+        return ""
+    parts = (f"{key.rpartition('.')[2]}={_value_text(value)}" for key, value in variant.items())
+    return f"[{','.join(parts)}]"
+
+
+def _value_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

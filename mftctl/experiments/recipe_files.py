@@ -1,0 +1,401 @@
+"""Finds, reads and completes recipes; every problem is named with its key and the nearest known key."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from types import UnionType
+from typing import Any, Final, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from mftctl.errors import ConfigError
+from mftctl.experiments.recipe import Recipe, Stage
+from mftctl.experiments.recipe_yaml import MAX_VALUES, parse_yaml, read_yaml
+
+_INSTALLED = Path(__file__).parents[1] / "recipes"
+BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
+MAX_EXTENDED: Final = 64
+MAX_TASKS: Final = 1_000
+"""Stages with their seeds and swept values spelled out."""
+_MOST_PROBLEMS: Final = 20
+_LONGEST_PROBLEM: Final = 400
+
+
+def built_in_names() -> list[str]:
+    """Names of the recipes that travel in the package.
+
+    Files whose name begins with `_` are parts of others; those in `accelerate` are for `accelerate launch`.
+    """
+    return sorted(
+        path.relative_to(BUILT_IN_FOLDER).with_suffix("").as_posix()
+        for path in BUILT_IN_FOLDER.rglob("*.yaml")
+        if not path.name.startswith("_") and path.parent.name != "accelerate"
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """The file of a recipe that is named by path or, for a built-in one, by name.
+
+    Raises:
+        ConfigError: There is no such file and no such built-in recipe.
+    """
+    path = Path(name)
+    if _is_file(path):
+        return path
+    if name in built_in_names():
+        return BUILT_IN_FOLDER / f"{name}.yaml"
+    raise ConfigError(
+        "There is no such recipe.",
+        path=_cut(name),
+        expected=f"a YAML file, or one of the built-in recipes: {', '.join(built_in_names())}",
+        hint=nearest(name, built_in_names()),
+    )
+
+
+def files_of_recipe(name: str) -> list[Path]:
+    """The file of a recipe, named by path or by its built-in name, and those of the recipes that it extends.
+
+    Raises:
+        ConfigError: One of them is missing or cannot be read.
+    """
+    files: list[Path] = []
+    waiting = [find_recipe(name)]
+    while waiting:
+        path = waiting.pop()
+        if path not in files:
+            files.append(path)
+            waiting += [_extended(path, name) for name in _extended_names(path, read_yaml(path))]
+    return files
+
+
+def _extended_names(path: Path, document: dict[str, Any]) -> list[str]:
+    """The recipes that a document extends; the key is taken out of it."""
+    extended = document.pop("extends", [])
+    names = [extended] if isinstance(extended, str) else extended
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            "extends names recipes.", path=path, key="extends", expected="a name or a list", actual=_cut(names)
+        )
+    return names
+
+
+def _extended(path: Path, name: str) -> Path:
+    """The file of a recipe that another extends: beside it, else as on the command line."""
+    beside = path.parent / name
+    return beside if _is_file(beside) else find_recipe(name)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name longer than one can be
+        return False
+
+
+class _Family:
+    """A recipe and those that it extends, each read once, however many of the others name it."""
+
+    def __init__(self) -> None:
+        self._merged: dict[Path, dict[str, Any]] = {}
+        self._names = self._values = 0
+
+    def merged(self, path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+        """The mapping in a recipe file, over those of the recipes that it extends."""
+        place = path.resolve()
+        if place in chain:
+            circle = " -> ".join(item.name for item in (*chain, path))
+            raise ConfigError("Recipes extend each other in a circle.", path=path, key="extends", actual=_cut(circle))
+        if place not in self._merged:
+            document = read_yaml(path)
+            names = _extended_names(path, document)
+            self._names += len(names)
+            self._values += _count_values(document)
+            if self._names > MAX_EXTENDED or self._values > MAX_VALUES:
+                raise ConfigError(
+                    "A recipe with those that it extends is larger than they may be.",
+                    path=path,
+                    key="extends",
+                    expected=f"at most {MAX_EXTENDED} names of recipes and {MAX_VALUES:,} keys and values in all",
+                    actual=f"{self._names} names and {self._values:,} keys and values up to this file",
+                )
+            merged: dict[str, Any] = {}
+            for name in names:
+                merged = _merge(merged, self.merged(_extended(path, name), (*chain, place)))
+            self._merged[place] = _merge(merged, document)
+        return self._merged[place]
+
+
+def _count_values(value: object) -> int:
+    if isinstance(value, Mapping):
+        return sum(1 + _count_values(part) for part in value.values())
+    return 1 + sum(map(_count_values, value)) if isinstance(value, list | tuple | set) else 1
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings merged key by key, `above` over `below`; null takes a whole mapping away, such as a stage."""
+    merged = dict(below)
+    for key, value in above.items():
+        if isinstance(merged.get(key), dict) and value is None:
+            del merged[key]
+        elif isinstance(merged.get(key), dict) and isinstance(value, dict):
+            merged[key] = _merge(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def load_recipe(
+    name: str | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
+    sets: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    stages: bool = True,
+) -> Recipe:
+    """The recipe with all its defaults.
+
+    Args:
+        name: Path or built-in name; None starts from `base`.
+        base: The configuration of an earlier run to go on with.
+        sets: `a.b=value` assignments; the value is YAML.
+        options: Dotted keys and values from command-line options, which win over all else.
+        stages: Whether the stages are wanted: a single command leaves them out, since its options need not fit them.
+
+    Raises:
+        ConfigError: Any problem of the file, the assignments or their values; all of them are listed.
+    """
+    path = None if name is None else find_recipe(name)
+    document = deepcopy(dict(base or {})) if path is None else _Family().merged(path)
+    assign(document, [_parse_assignment(text) for text in sets])
+    assign(document, list((options or {}).items()))
+    if not stages:
+        document.pop("stages", None)
+    return parse_recipe(document, path)
+
+
+def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
+    """The recipe with some dotted keys changed.
+
+    Raises:
+        ConfigError: A key is unknown or a value does not fit.
+    """
+    document = recipe.model_dump(mode="json", exclude_unset=True)
+    assign(document, list(changes.items()))
+    return parse_recipe(document)
+
+
+def assign(document: dict[str, Any], changes: Sequence[tuple[str, object]]) -> None:
+    """Sets dotted keys in nested mappings, made where they are missing.
+
+    A mask has one indicator, so that a ratio takes the place of a threshold that stood there before, and the other way
+    round; likewise a step has one size. Both among the changes stay, for the recipe's check to refuse.
+
+    Raises:
+        ConfigError: A part of a key is no mapping.
+    """
+    for key, value in changes:
+        replaced = _IN_PLACE_OF.get(key.rpartition(".")[2])
+        if value is not None and replaced is not None:
+            _open_section(document, key).pop(replaced, None)
+    for key, value in changes:
+        _open_section(document, key)[key.rpartition(".")[2]] = value
+
+
+_IN_PLACE_OF = {
+    "ratio": "threshold",
+    "threshold": "ratio",
+    "global_batch_size": "grad_accum_steps",
+    "grad_accum_steps": "global_batch_size",
+}
+
+
+def _open_section(document: dict[str, Any], key: str) -> dict[str, Any]:
+    """The mapping that holds the last part of a dotted key, copied: YAML aliases share theirs."""
+    place = document
+    for parent in key.split(".")[:-1]:
+        inner = place.get(parent, {})
+        if not isinstance(inner, dict):
+            raise ConfigError("This key has no parts.", key=key, actual=f"{parent} is a value")
+        place[parent] = dict(inner)
+        place = place[parent]
+    return place
+
+
+def _parse_assignment(text: str) -> tuple[str, object]:
+    """Key and value of `a.b=value`."""
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError("--set takes a key and a value.", expected="--set a.b=value", actual=text)
+    return key.strip(), parse_yaml(value, "The value of --set", key=key.strip())
+
+
+def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recipe:
+    """The checked recipe of a document.
+
+    Raises:
+        ConfigError: With one line for each problem.
+    """
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        found = error.errors()
+        raise _not_fitting(_describe_all(found[:_MOST_PROBLEMS]), len(found) - _MOST_PROBLEMS, path) from error
+    _require_few_tasks(recipe, path)
+    bare, stages = recipe.model_copy(update={"stages": {}}), recipe.stages.items()
+    problems = [f"stages.{name}.{problem}" for name, stage in stages for problem in _stage_problems(bare, stage)]
+    if problems:
+        raise _not_fitting(problems[:_MOST_PROBLEMS], len(problems) - _MOST_PROBLEMS, path)
+    return recipe
+
+
+def _not_fitting(problems: Sequence[str], more: int, path: Path | None) -> ConfigError:
+    told = [_cut(problem, _LONGEST_PROBLEM) for problem in problems]
+    return ConfigError(
+        "The configuration does not fit.",
+        path=path,
+        problems=[*told, *([f"and {more:,} more"] if more > 0 else [])],
+    )
+
+
+def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
+    """Nothing, if the swept values of each stage give no more tasks than an experiment may have."""
+    seeds = max(1, len(recipe.seeds))
+    tasks = sum(seeds * math.prod(map(len, stage.sweep.values())) for stage in recipe.stages.values())
+    if tasks > MAX_TASKS:
+        raise too_many_tasks(tasks, path)
+
+
+def too_many_tasks(tasks: int, path: Path | None = None) -> ConfigError:
+    """The error of an experiment that would never end.
+
+    Args:
+        tasks: How many there are at least.
+        path: The recipe.
+    """
+    return ConfigError(
+        "The recipe has more tasks than an experiment may have.",
+        path=path,
+        key="stages",
+        expected=f"at most {MAX_TASKS:,} stages, with seeds and swept values spelled out",
+        actual=f"{tasks:,}" if tasks < 10**15 else "more than can be counted",
+        hint="sweep fewer values, or share them out over several recipes",
+    )
+
+
+def _cut(value: object, most: int = 200) -> str:
+    """A value as text, short enough for a message."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _stage_problems(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
+    """What is wrong with the keys that a stage changes: found now, not after the stages before it have been trained."""
+    found = [f"set.{problem}" for problem in _change_problems(recipe, stage.set)]
+    for key, values in stage.sweep.items():
+        for value in values:
+            swept = _change_problems(recipe, {**stage.set, key: value})
+            found += [f"sweep.{problem}" for problem in swept if f"set.{problem}" not in found]
+    return tuple(found)
+
+
+def _change_problems(recipe: Recipe, changes: Mapping[str, Any]) -> tuple[str, ...]:
+    try:
+        with_changes(recipe, {"stages": {}, **changes})
+    except ConfigError as error:
+        return error.problems or (f"{error.key}: {error.message}",)
+    return ()
+
+
+def _describe_all(problems: Sequence[Any]) -> list[str]:
+    """One line for each place that does not fit.
+
+    A key of several types is refused once for each: of these, those stay that are about the type given, if any is.
+    """
+    places: dict[tuple[str, ...], list[Any]] = {}
+    for problem in problems:
+        places.setdefault(tuple(_without_types(Recipe, [str(part) for part in problem["loc"]])), []).append(problem)
+    lines = []
+    for location, found in places.items():
+        if any(len(other) > len(location) and other[: len(location)] == location for other in places):
+            continue
+        told = [problem for problem in found if problem["type"] not in _OTHER_TYPE] or found
+        lines.append(_describe({**told[0], "msg": " or ".join(_lowered(problem["msg"]) for problem in told)}, location))
+    return lines
+
+
+_OTHER_TYPE = {"float_type", "int_type", "dict_type", "literal_error"}
+
+
+def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """A place of the recipe without the type that pydantic names after a key of several types."""
+    for number, part in enumerate(location):
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        types = _several_types(field.annotation)
+        if len(types) > 1:
+            return [*location[: number + 1], *location[number + 2 :]]
+        if types and get_origin(types[0]) is tuple and _several_types(get_args(types[0])[0]):
+            return [*location[: number + 2], *location[number + 3 :]]
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            break
+        model = field.annotation
+    return list(location)
+
+
+def _several_types(annotation: Any) -> list[Any]:
+    """The types of a union, None left out; empty for anything else."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
+    return [item for item in parts if item is not type(None)]
+
+
+def _describe(problem: Any, location: Sequence[str]) -> str:
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        question = nearest(location[-1], _known_keys(Recipe, location[:-1])) or _nearest_anywhere(location[-1])
+        return f"{key}: unknown key" + (f"; {question}" if question else "")
+    if problem["type"] == "value_error":
+        text = str(problem["ctx"]["error"])
+        return f"{key}: {text}" if key else text
+    return f"{key}: {_lowered(problem['msg'])}, got {_cut(repr(problem['input']))}"
+
+
+def _lowered(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
+
+
+def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """The keys allowed at a place of the recipe; none where the place takes free keys."""
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None:
+            return list(model.model_fields)
+        candidates = [field.annotation, *get_args(field.annotation)]
+        nested = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """A question that names the known word nearest to one that is not known; None where none is near."""
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {matches[0]}?" if matches else None
+
+
+def _nearest_anywhere(name: str) -> str | None:
+    """The nearest key of the top or of any section, with its section."""
+    dotted = {
+        key: f"{section}.{key}"
+        for section, field in Recipe.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        for key in field.annotation.model_fields
+    }
+    dotted |= {key: key for key in Recipe.model_fields}
+    matches = difflib.get_close_matches(name, dotted, n=1)
+    return f"did you mean {dotted[matches[0]]}?" if matches else None

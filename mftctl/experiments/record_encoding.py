@@ -1,0 +1,133 @@
+"""The encoder that a recipe asks for, and what its users are told of records."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
+from mftctl.data.examples import Example
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.template_choice import TemplateChoice, choose_template
+from mftctl.errors import DataError
+from mftctl.experiments.recipe import Recipe
+from mftctl.masking.checkpoints.load import load_tokenizer
+from mftctl.progress import Listener, Progress
+
+_FEW_RECORDS = 1_000
+"""Tokenised before anybody wonders."""
+
+
+def template_choice(recipe: Recipe) -> TemplateChoice:
+    """What a recipe says of the chat template."""
+    return TemplateChoice(recipe.chat_template, recipe.template_args, recipe.merge_system)
+
+
+def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) -> Encoder:
+    """The encoder of a checkpoint's tokenizer, which has the recipe's chat template.
+
+    Args:
+        checkpoint: With a tokenizer.
+        recipe: Says which template, and which answers are learned.
+        now: What a chat template takes for the present; by default what the clock says.
+
+    Raises:
+        ModelError: The tokenizer cannot be loaded.
+        ConfigError: There is no such template, or it has to be chosen.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    choose_template(tokenizer, template_choice(recipe))
+    return Encoder(tokenizer, learn=recipe.learn, now=now)
+
+
+def template_record(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
+    """What a run records of the chat template: how it was chosen, its SHA-256, and the time that it may ask for."""
+    template = encoder.tokenizer.chat_template
+    if not template:
+        return {"source": None}
+    return {
+        "source": recipe.chat_template or "the tokenizer's",
+        "args": recipe.template_args,
+        "merge_system": recipe.merge_system,
+        "digest": hashlib.sha256(str(template).encode()).hexdigest(),
+        **({"now": encoder.now.isoformat(timespec="seconds")} if "strftime_now" in str(template) else {}),
+    }
+
+
+def encode_part(
+    examples: Sequence[Example], encoder: Encoder, max_length_tokens: int, issues: RecordIssues, listener: Listener
+) -> EncodedRecords:
+    """Every example that can be encoded, in order.
+
+    Args:
+        examples: What to encode.
+        encoder: Of the model's tokenizer.
+        max_length_tokens: What is longer is cut off at the end.
+        issues: Gets what is wrong with records, and what is to be said of them.
+        listener: Hears how far it has come.
+    """
+    return encode_all(examples, encoder, max_length_tokens, issues, on_progress=_telling(listener, len(examples)))
+
+
+def _telling(listener: Listener, records: int) -> Callable[[int, int], None] | None:
+    if records < _FEW_RECORDS:
+        return None
+    return lambda done, total: listener.progress(Progress("tokenising", done, total))
+
+
+def tell_issues(name: str, issues: RecordIssues, max_length_tokens: int, listener: Listener) -> None:
+    """Says what is to be known of a part of the data, once.
+
+    Args:
+        name: Of the part, such as `Training data`.
+        issues: Of its records.
+        max_length_tokens: At which they were cut.
+        listener: Is told.
+    """
+    for line in issues.lines(max_length_tokens):
+        listener.note(f"{name}: {line}")
+    if issues.learns_no_end:
+        listener.warn(f"{name}: {no_end_text(max_length_tokens)}")
+
+
+def no_end_text(max_length_tokens: int) -> str:
+    """The warning where every answer is cut."""
+    return (
+        "the end of every answer is cut off, so that the model does not learn to stop; raise --max-length "
+        f"(now {max_length_tokens})"
+    )
+
+
+def added_system_text(encoder: Encoder, examples: Iterable[Example]) -> str | None:
+    """What to say of a system prompt that the chat template adds to some example by itself; None if it adds none."""
+    chat = encoder.renderer.chat
+    if chat is None or not chat.added_system:
+        return None
+    asked = (example.messages[0].role for example in examples if example.kind in ("chat", "completion"))
+    if all(role in ("system", "developer") for role in asked):
+        return None
+    return f"the chat template adds a system prompt of its own: {chat.added_system!r}"
+
+
+def require_records(name: str, used: EncodedRecords, issues: RecordIssues, max_length_tokens: int) -> None:
+    """Nothing, if there is a record that can be used.
+
+    Args:
+        name: Of the part, such as `Training data`.
+        used: What was encoded.
+        issues: Why records were left out.
+        max_length_tokens: At which they were cut.
+
+    Raises:
+        DataError: There is none.
+    """
+    if not used.records:
+        raise DataError(
+            f"{name}: no record can be used.",
+            expected="at least one",
+            actual="; ".join(issues.lines(max_length_tokens)) or "none",
+            hint="raise --max-length, or use other data",
+        )

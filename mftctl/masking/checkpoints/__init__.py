@@ -1,0 +1,1 @@
+"""The checkpoints that a mask fits: found, loaded, checked and written."""

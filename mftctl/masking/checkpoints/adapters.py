@@ -1,0 +1,100 @@
+"""LoRA adapters that lie in a folder, loaded through peft."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+
+from mftctl.errors import ModelError
+from mftctl.masking.checkpoints.load_weights import attention_settings, load_weights
+from mftctl.masking.checkpoints.locate import ADAPTER_FILE, _adapter_settings, adapter_base, resolve_checkpoint
+from mftctl.masking.checkpoints.model_failures import model_failures
+from mftctl.masking.checkpoints.quantization import (
+    dequantize,
+    has_quantized_base,
+    load_quantized,
+)
+from mftctl.runtime.devices import record_attention
+
+_LONGEST_SHOWN = 200
+
+
+def load_adapter(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    trainable: bool = False,
+    quantize: bool = False,
+    device: torch.device | None = None,
+) -> PeftModel:
+    """The adapter in a folder on its base model.
+
+    Args:
+        folder: With `adapter_config.json`. An adapter that was trained on a quantised base gets that base again,
+            dequantised unless it is wanted as it was.
+        dtype: Of the base's weights in memory; `auto` keeps the checkpoint's.
+        trainable: Whether the adapter is to be trained further.
+        quantize: Whether the base is held in 4 bits a weight.
+        device: Where a base is quantised; by default on the CPU.
+
+    Raises:
+        ConfigError: The base is a quantised one, and bitsandbytes is not installed.
+        ModelError: The base is not there, or peft cannot load the adapter.
+    """
+    base = adapter_base(folder)
+    _require_plain_adapter(folder)
+    checkpoint = resolve_checkpoint(base)
+    settings = attention_settings(checkpoint, dtype)
+    if quantize or has_quantized_base(folder):
+        model = load_quantized(checkpoint, device or torch.device("cpu"))
+        model = model if quantize else dequantize(model, dtype)
+    else:
+        model = load_weights(checkpoint, dtype=dtype, **settings)
+    record_attention(model)
+    try:
+        with (
+            model_failures("The adapter cannot be loaded.", path=folder, key=base, let_pass=UserWarning),
+            warnings.catch_warnings(),
+        ):
+            # What peft does not find stays as new adapters are: without effect, or random.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            # peft would take the adapter to any GPU there is.
+            return PeftModel.from_pretrained(
+                model, str(folder), is_trainable=trainable, torch_device=str(model.device if quantize else "cpu")
+            )
+    except UserWarning as error:
+        raise ModelError(
+            "The adapter lacks weights.",
+            path=folder,
+            expected="the weights of every layer that adapter_config.json names",
+            actual=str(error),
+            hint="download or save the adapter again",
+        ) from error
+
+
+def _require_plain_adapter(folder: Path) -> None:
+    """Nothing, if peft would read an adapter without a pickle, and without importing what its configuration names."""
+    settings = _adapter_settings(folder)
+    if settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+        raise ModelError(
+            "The adapter is of a kind that mftctl does not read.",
+            path=folder / ADAPTER_FILE,
+            key="peft_type",
+            expected="LORA, without Megatron",
+            actual=repr(settings.get("peft_type"))[:_LONGEST_SHOWN],
+        )
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        pickled = (folder / WEIGHTS_NAME).is_file()
+        raise ModelError(
+            "The adapter's weights are a pickle, which can run code when it is opened; mftctl reads safetensors."
+            if pickled
+            else "The adapter has no weights.",
+            path=folder,
+            expected=SAFETENSORS_WEIGHTS_NAME,
+            actual=WEIGHTS_NAME if pickled else "no such file",
+            hint="save the adapter again as safetensors",
+        )

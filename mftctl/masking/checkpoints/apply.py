@@ -1,0 +1,162 @@
+"""Masks and checkpoints: finding a base, and writing base + mask as a new checkpoint that any server loads.
+
+The weight files are streamed, so that memory does not grow with the model. A tensor that is not the one in the mask's
+record discards the output, which appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mftctl.errors import MaskMismatchError, ModelError
+from mftctl.files.atomic import atomic_folder
+from mftctl.files.ownership import Kind, permit_folder, write_marker
+from mftctl.masking.checkpoints.apply_in_memory import apply_mask, checkpoint_names, target_names
+from mftctl.masking.checkpoints.companions import CARD_FILE, copy_companions
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.checkpoints.mask_match import masked_tensors
+from mftctl.masking.checkpoints.masked_shards import with_base_values, without_removed, write_shards
+from mftctl.masking.checkpoints.model_card import write_model_card
+from mftctl.masking.checkpoints.tensors import (
+    WEIGHTS_FILE,
+    StoredTensor,
+    read_tensor,
+    tensor_digest,
+    tensor_index,
+)
+from mftctl.masking.mask import Mask
+
+__all__ = [
+    "ApplyResult",
+    "StoredTensor",
+    "apply_mask",
+    "apply_to_checkpoint",
+    "checkpoint_names",
+    "read_tensor",
+    "resolve_checkpoint",
+    "target_names",
+    "tensor_digest",
+    "tensor_index",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class ApplyResult:
+    """What `apply_to_checkpoint` wrote.
+
+    Attributes:
+        bytes_written: The size of all files in the new folder.
+        tensors_masked: The number of masked tensors.
+        removed: The number of weights set to zero, or reset to the base's values.
+        left_out: Links in the base's folder to files elsewhere, which were not copied.
+    """
+
+    bytes_written: int
+    tensors_masked: int
+    removed: int
+    left_out: tuple[str, ...] = ()
+
+
+def apply_to_checkpoint(
+    base: Path,
+    mask: Mask,
+    output: Path,
+    *,
+    mask_path: Path | None,
+    base_model: str,
+    tuned: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    replace: bool = False,
+    origin: Mapping[str, str] | None = None,
+) -> ApplyResult:
+    """Writes a new checkpoint with the removed weights set to +0.0, or reset to the base's values for a delta mask.
+
+    A weight mask gives the base without its removed weights; a delta mask gives the tuned checkpoint with them reset.
+    Every other byte of the weight files stays as it is. A model card is added.
+
+    Args:
+        base: The base's folder.
+        mask: A mask that was made for this base, and for this tuned checkpoint if it is a delta mask.
+        output: The new folder; it appears only when it is complete. The top-level files that hold no weights, and the
+            chat templates, are copied from the base, or from the tuned checkpoint, but for links to files elsewhere.
+        mask_path: The mask file, whose digest the model card states.
+        base_model: Name of the base for the model card.
+        tuned: Folder of the tuned checkpoint, for a delta mask only; it may be sharded differently than the base.
+        on_progress: Called with the weight bytes written so far and in all.
+        replace: Whether a model of mftctl at `output` is replaced.
+        origin: How the new checkpoint was made, for its folder to tell.
+
+    Raises:
+        MaskMismatchError: The mask was made for other tensors than these, needs a tuned checkpoint or has none. A base
+            to which the mask was applied already is refused too.
+        ModelError: An input cannot be read, or the output folder overlaps an input or cannot be written.
+        OutputError: There is something at `output` that is not to be replaced.
+    """
+    _require_tuned_for_delta(mask, tuned)
+    base, output = base.resolve(), output.resolve()
+    source = base if tuned is None else tuned.resolve()
+    permit = permit_folder(Kind.MODEL, replace=replace)
+    _require_apart(output, [base, source], mask_path)
+    if os.path.lexists(output):
+        permit(output)
+    copy_tensor = without_removed(mask)
+    originals = masked_tensors(mask, base, "base")
+    if tuned is not None:
+        masked_tensors(mask, source, "tuned checkpoint")
+        copy_tensor = with_base_values(mask, originals)
+    try:
+        with atomic_folder(output, permit) as folder:
+            write_shards(tensor_index(source).values(), mask, copy_tensor, folder, on_progress)
+            left_out = copy_companions(source, folder, sharded=not (source / WEIGHTS_FILE).is_file())
+            card = write_model_card(mask, base_model=base_model, mask_path=mask_path)
+            (folder / CARD_FILE).write_text(card, encoding="utf-8")
+            write_marker(folder, Kind.MODEL, origin)
+            bytes_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    except OSError as error:
+        raise ModelError(
+            "The masked checkpoint could not be written; nothing was left behind",
+            path=output,
+            actual=str(error),
+            hint="free some space or give another folder with -o",
+        ) from error
+    return ApplyResult(bytes_written, len(mask), mask.removed, left_out)
+
+
+def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
+    if mask.metadata.kind == "delta" and tuned is None:
+        raise MaskMismatchError(
+            "A delta mask needs the tuned checkpoint beside the base",
+            key="tuned",
+            expected=mask.metadata.tuned_label,
+            actual="the base alone",
+            hint=f"give {mask.metadata.tuned_label} as the tuned checkpoint",
+        )
+    if mask.metadata.kind == "weight" and tuned is not None:
+        raise MaskMismatchError(
+            "A weight mask is applied to its base alone, and a tuned checkpoint was given beside it",
+            path=tuned,
+            key="tuned",
+            expected="no tuned checkpoint",
+            hint=f"apply it to {mask.metadata.base_label} alone, or give a delta mask",
+        )
+
+
+def _require_apart(output: Path, folders: list[Path], mask_path: Path | None) -> None:
+    for path in [*folders, *([] if mask_path is None else [mask_path.resolve()])]:
+        if path.is_relative_to(output):
+            raise ModelError(
+                "The output folder holds an input, which would be lost",
+                path=output,
+                actual=str(path),
+                hint="give another folder with -o",
+            )
+        if output.is_relative_to(path):
+            raise ModelError(
+                "The output folder lies inside an input's folder",
+                path=output,
+                actual=str(path),
+                hint="give a folder outside it with -o",
+            )

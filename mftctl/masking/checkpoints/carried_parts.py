@@ -1,0 +1,131 @@
+"""What a checkpoint holds beside the language model, such as a vision tower, and how it comes into what is written."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import PreTrainedModel
+
+from mftctl.errors import MaskingError, ModelError
+from mftctl.files.regular import read_regular
+from mftctl.masking.checkpoints.apply_in_memory import spellings
+from mftctl.masking.checkpoints.tensors import INDEX_FILE, WEIGHTS_FILE, StoredTensor, read_chunks, tensor_index
+from mftctl.masking.parameter_layout import stored_parts
+
+_OTHER_PARTS: Final = ("vision_config", "audio_config", "video_config")
+_BESIDE: Final = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+_COMPUTED: Final = ("inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+"""Ends of tensors that old checkpoints hold and models compute anew."""
+
+_SCALES: Final = ("_scale_inv", "_scale", "input_scale", "activation_scale")
+_OTHER_FILE: Final = "model-other-parts.safetensors"
+_WHOLE_FILE: Final = "model-whole.safetensors"
+
+
+def parts_left_out(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """The tensors of a checkpoint that its language model does without, by name: a vision tower, further heads.
+
+    Args:
+        folder: The checkpoint.
+        model: Loaded from it, or its shape alone.
+
+    Raises:
+        ModelError: They cannot be carried over into what is written.
+    """
+    stored = tensor_index(folder)
+    try:
+        layout = stored_parts(model, dict(model.state_dict(keep_vars=True)))
+    except MaskingError:
+        return {}  # a layout that cannot be followed, in which no other parts are known
+    written = {part.name: part.parameter for parts in layout.values() for part in parts}
+    read = {name for part in written for name in spellings(part, model.base_model_prefix)}
+    is_quantised = "quantization_config" in json.loads(read_regular(folder / "config.json"))
+    passed_over = (*_COMPUTED, *_SCALES) if is_quantised else _COMPUTED
+    found = {name: tensor for name, tensor in stored.items() if name not in read and not name.endswith(passed_over)}
+    if not found:
+        return {}
+    eight_bits = next((name for name, tensor in found.items() if tensor.dtype.startswith("F8")), None)
+    strange = next((name for name, own in written.items() if name not in stored and not _is_tied(own, model)), None)
+    if eight_bits is not None or strange is not None:
+        raise ModelError(
+            "Other parts of the model than its language model cannot be carried over.",
+            path=folder,
+            key=eight_bits or strange,
+            expected="a language model under the names that transformers gives it, and other parts in bf16, fp16 or "
+            "fp32",
+            actual=f"{len(found)} tensors such as {next(iter(found))}",
+            hint="save the language model by itself, with AutoModelForCausalLM, and use that",
+        )
+    return found
+
+
+def is_composite(config: Mapping[str, Any]) -> bool:
+    """Whether a configuration describes a model for images or sounds."""
+    return any(part in config for part in _OTHER_PARTS)
+
+
+def carry_over(source: Path, folder: Path, parts: Mapping[str, StoredTensor]) -> None:
+    """Adds other parts of a model to a checkpoint of its language model, with the configuration of the whole.
+
+    Args:
+        source: The checkpoint that they come from.
+        folder: The new one, as transformers has saved it.
+        parts: From `parts_left_out`.
+    """
+    written = tensor_index(folder)
+    if (folder / WEIGHTS_FILE).is_file():
+        _write_file(folder / _WHOLE_FILE, [*written.values(), *parts.values()])
+        (folder / _WHOLE_FILE).replace(folder / WEIGHTS_FILE)
+    else:
+        _write_file(folder / _OTHER_FILE, list(parts.values()))
+        files = {name: tensor.path.name for name, tensor in written.items()} | dict.fromkeys(parts, _OTHER_FILE)
+        total = sum(tensor.length_bytes for tensor in (*written.values(), *parts.values()))
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    whole = json.loads(read_regular(source / "config.json"))
+    if is_composite(whole):
+        _write_whole(whole, folder)
+        for name in _BESIDE:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+def _write_whole(config: dict[str, Any], folder: Path) -> None:
+    """The configuration of the whole model, in the dtype of the language model that was written."""
+    written = json.loads(read_regular(folder / "config.json"))
+    config.pop("quantization_config", None)
+    for place in (config, config.get("text_config")):
+        if isinstance(place, dict):
+            place.pop("torch_dtype", None)
+            place["dtype"] = written.get("dtype")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
+    """Writes tensors of other files into one, their bytes as they are; the widest numbers first, which aligns all."""
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.length_bytes // max(1, math.prod(tensor.shape)), tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in ordered:
+        start, end = end, end + tensor.length_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for tensor in ordered:
+            with tensor.path.open("rb") as source:
+                source.seek(tensor.offset_bytes)
+                for chunk in read_chunks(source, tensor.length_bytes, tensor.path):
+                    stream.write(chunk)
+
+
+def _is_tied(name: str, model: PreTrainedModel) -> bool:
+    """Whether a parameter may be another one's, such as a head that the embeddings stand for."""
+    return any(re.search(pattern, name) for pattern in model._tied_weights_keys or ())

@@ -1,0 +1,225 @@
+"""Whether a checkpoint is what its configuration says, before any of its weights is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mftctl.errors import ModelError
+from mftctl.files.json_files import read_json_object
+from mftctl.files.regular import read_regular
+from mftctl.masking.checkpoints.carried_parts import is_composite, parts_left_out
+from mftctl.masking.checkpoints.load_weights import load_weights
+from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
+from mftctl.masking.checkpoints.remote_code import require_trusted_code
+from mftctl.masking.checkpoints.tensors import INDEX_FILE, WEIGHTS_FILE, StoredTensor, tensor_index
+from mftctl.progress import Listener
+
+_TRAINABLE_QUANTIZATION = ("fp8",)
+_COMPARED_ROWS = 4096
+_LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "wpe_embeddings")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointCheck:
+    """What is to be known of a checkpoint that can be used.
+
+    Attributes:
+        remarks: What a user should know, a sentence each.
+        max_positions: The longest sequence that has learned positions; None where positions are computed.
+    """
+
+    remarks: tuple[str, ...] = ()
+    max_positions: int | None = None
+
+
+def check_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> CheckpointCheck:
+    """What is to be known of a checkpoint, from its files' headers alone.
+
+    Args:
+        folder: With `config.json` and safetensors; of a LoRA adapter the base is checked.
+        tokenizer: The model's.
+
+    Raises:
+        ModelError: A file is damaged or none, weights are quantised so that they cannot be trained, the code is not
+            trusted, tensors are missing, unexpected or of another shape, or the tokenizer has more tokens than the
+            model.
+    """
+    if is_adapter(folder):
+        from mftctl.masking.checkpoints.locate import adapter_base
+
+        folder = resolve_checkpoint(adapter_base(folder))
+    config = _configuration(folder)
+    require_trusted_code(folder)
+    _check_quantization(folder, config)
+    _check_index(folder)
+    stored = tensor_index(folder)
+    model = _skeleton(folder, config)
+    _check_tokenizer(folder, model, tokenizer)
+    remarks = [*_untied(config, stored), *_left_out(folder, model)]
+    if config.get("quantization_config"):
+        remarks.append("the weights are stored in 8 bits; they are trained and written in bf16")
+    return CheckpointCheck(tuple(remarks), learned_positions(model))
+
+
+def tell_remarks(check: CheckpointCheck, listener: Listener) -> None:
+    """Says what is to be known of a checkpoint, once.
+
+    Args:
+        check: Of the checkpoint.
+        listener: Is told.
+    """
+    for remark in check.remarks:
+        listener.warn(f"The model: {remark}.")
+
+
+def _configuration(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise ModelError("The configuration of the model cannot be read.", path=path, actual=error) from error
+
+
+def _check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
+        return
+    method = str(quantization.get("quant_method", "unknown"))
+    if method not in _TRAINABLE_QUANTIZATION:
+        raise ModelError(
+            "The weights of the model are quantised, and can be neither fine-tuned nor masked.",
+            path=folder,
+            key="quantization_config.quant_method",
+            expected="weights in bf16, fp16, fp32 or fp8",
+            actual=method,
+            hint="use the model that it was made from; to fine-tune with 4-bit weights: "
+            "fft --method lora --quantize nf4 on that model",
+        )
+
+
+def _check_index(folder: Path) -> None:
+    """Nothing, if the index has the metadata that transformers reads beside the map."""
+    path = folder / INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file() or not path.is_file():
+        return
+    try:
+        index = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError):
+        return  # for tensor_index to tell
+    if isinstance(index, dict) and "metadata" not in index:
+        raise ModelError(
+            "The index of the checkpoint has no metadata, which transformers asks for.",
+            path=path,
+            key="metadata",
+            expected='a block such as {"total_size": 1234} beside weight_map',
+            actual=f"the keys {', '.join(map(str, index))}",
+            hint='add "metadata": {} to the index',
+        )
+
+
+def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
+    """The model without its weights, for which every tensor was found.
+
+    Raises:
+        ModelError: transformers cannot load it, or tensors do not fit.
+    """
+    try:
+        return load_weights(folder, device_map="meta", dtype=torch.bfloat16)
+    except ModelError as error:
+        if is_composite(config) and "AutoModelForCausalLM" in str(error.actual):
+            raise ModelError(
+                "transformers has no language model by itself for this type of model.",
+                path=folder,
+                key="model_type",
+                expected="a causal language model",
+                actual=config.get("model_type"),
+                hint="save its language model by itself, as the causal language model of the same family, or use one "
+                "that is published",
+            ) from error
+        raise
+
+
+def _check_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    rows = cast("torch.Tensor", model.get_input_embeddings().weight).shape[0]
+    if tokenizer is not None and len(tokenizer) > rows:
+        raise ModelError(
+            "The tokenizer has more tokens than the model.",
+            path=folder,
+            expected=f"at most {rows:,}",
+            actual=f"{len(tokenizer):,}",
+            hint="use the tokenizer that belongs to the model, or resize the model's embeddings",
+        )
+
+
+def _untied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+    """Whether there is a head of its own where the configuration shares it with the embeddings."""
+    embeddings = next((name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    head = next((name for name in stored if name.endswith("lm_head.weight")), None)
+    text = config.get("text_config")
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+    tied = config.get("tie_word_embeddings", inner)
+    if tied and embeddings is not None and head is not None and not _same(stored[embeddings], stored[head]):
+        yield (
+            f"tie_word_embeddings is set, but {head} differs from {embeddings}: the two are not tied, and "
+            "both are used and written"
+        )
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    """Whether two tensors hold the same values, read some rows at a time."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    with safe_open(one.path, framework="pt") as first, safe_open(other.path, framework="pt") as second:
+        rows, others = first.get_slice(one.name), second.get_slice(other.name)
+        starts = range(0, one.shape[0], _COMPARED_ROWS)
+        return all(torch.equal(rows[i : i + _COMPARED_ROWS], others[i : i + _COMPARED_ROWS]) for i in starts)
+
+
+def _left_out(folder: Path, model: PreTrainedModel) -> Iterator[str]:
+    """What of a model for images or sounds the language model does without."""
+    parts = parts_left_out(folder, model)
+    if parts:
+        yield (
+            f"{len(parts)} tensors of other parts than the language model, such as {next(iter(parts))}, are not "
+            "trained; they are carried over unchanged into what is written"
+        )
+
+
+def learned_positions(model: PreTrainedModel) -> int | None:
+    """The rows of a table of learned positions, if the model has one."""
+    for name, parameter in model.named_parameters():
+        if any(f".{part}." in f".{name}" for part in _LEARNED_POSITIONS):
+            return min(
+                int(parameter.shape[0]), int(getattr(model.config, "max_position_embeddings", parameter.shape[0]))
+            )
+    return None
+
+
+def check_lengths(check: CheckpointCheck, lengths: Sequence[int], folder: Path) -> None:
+    """Nothing, if every record fits the positions that the model has learned.
+
+    Args:
+        check: Of the model.
+        lengths: The records', in tokens.
+        folder: The model's, for the error.
+
+    Raises:
+        ModelError: One is longer.
+    """
+    longest = max(lengths, default=0)
+    if check.max_positions is not None and longest > check.max_positions:
+        raise ModelError(
+            "A record is longer than the positions that the model has learned.",
+            path=folder,
+            expected=f"at most {check.max_positions:,} tokens",
+            actual=f"{longest:,}",
+            hint=f"--max-length {check.max_positions}",
+        )

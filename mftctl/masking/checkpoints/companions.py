@@ -1,0 +1,73 @@
+"""What lies beside a checkpoint's weights and goes with them: configuration, tokenizer, chat templates, licence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Final
+
+from mftctl.errors import ModelError
+from mftctl.files.ownership import MARKER
+from mftctl.masking.checkpoints.tensors import INDEX_FILE
+
+CARD_FILE: Final = "README.md"
+_TEMPLATE_FOLDER: Final = "additional_chat_templates"
+_WEIGHT_SUFFIXES: Final = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .onnx .onnx_data .ot .pkl .npz .tflite .bits".split()
+)
+_WEIGHT_INDEX_SUFFIX: Final = ".index.json"
+_NOT_COPIED: Final = (CARD_FILE, MARKER)
+"""Each checkpoint has its own."""
+
+
+def copy_companions(source: Path, folder: Path, *, sharded: bool) -> tuple[str, ...]:
+    """Copies the files beside the weights; returns the names of links to files elsewhere, which are left out.
+
+    Args:
+        source: A checkpoint, without links in its path. In the hub's cache its files are links to blobs.
+        folder: The new checkpoint.
+        sharded: Whether it has an index of shards.
+
+    Raises:
+        ModelError: The configuration itself is such a link.
+    """
+    allowed = (source, *_hub_blobs(source))
+    left_out = []
+    for path in _companions(source, sharded=sharded):
+        name = path.relative_to(source).as_posix()
+        if any(path.resolve().is_relative_to(root) for root in allowed):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, folder / name)
+        else:
+            left_out.append(name)
+    if "config.json" in left_out:
+        raise ModelError(
+            "The model's configuration is a link to a file outside its folder, which is not followed.",
+            path=source / "config.json",
+            expected="a file in the folder",
+            actual=(source / "config.json").resolve(),
+            hint="put a copy in the place of the link",
+        )
+    return tuple(left_out)
+
+
+def _companions(source: Path, *, sharded: bool) -> list[Path]:
+    found = [
+        path
+        for path in source.iterdir()
+        if path.is_file() and not _is_of_weights(path, sharded=sharded) and path.name not in _NOT_COPIED
+    ]
+    return sorted([*found, *(path for path in source.glob(f"{_TEMPLATE_FOLDER}/*") if path.is_file())])
+
+
+def _hub_blobs(source: Path) -> list[Path]:
+    """Where the files of a snapshot in the hub's cache lie: `models--A--B/blobs` for `models--A--B/snapshots/C`."""
+    blobs = source.parent.parent / "blobs"
+    return [blobs] if source.parent.name == "snapshots" and blobs.is_dir() else []
+
+
+def _is_of_weights(path: Path, *, sharded: bool) -> bool:
+    """Whether a file holds weights, or is an index of shards that the new folder does not have."""
+    if path.name == INDEX_FILE:
+        return not sharded
+    return path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_WEIGHT_INDEX_SUFFIX)

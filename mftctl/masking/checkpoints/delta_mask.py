@@ -1,0 +1,135 @@
+"""One-off drop: a delta mask that resets a share of what fine-tuning changed, without training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from mftctl.errors import MaskingError, MaskMismatchError, ModelError
+from mftctl.masking.checkpoints.pairing import TensorPair, pair_tensors
+from mftctl.masking.checkpoints.tensors import read_tensor, tensor_digest
+from mftctl.masking.mask import Mask
+from mftctl.masking.mask_file.codecs import pack
+from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord
+from mftctl.masking.selection import check_ratio, keep_highest, removed_count
+
+Strategy = Literal["trivial", "salient", "random"]
+
+
+def drop_mask(
+    base: Path,
+    tuned: Path,
+    ratio: float,
+    strategy: Strategy,
+    *,
+    base_model: str,
+    base_revision: str | None = None,
+    tuned_model: str,
+    tuned_revision: str | None = None,
+    seed: int = 0,
+    run_id: str | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Mask:
+    """The delta mask that resets exactly the ratio's share of each floating-point tensor to the base's values.
+
+    One tensor of each checkpoint is in memory at a time. Differences are taken in fp32, those of F64 tensors in fp64.
+    Equal differences are reset lowest flat index first. An output head that is tied to the embeddings is reset where
+    they are, also when the tuned checkpoint stores both.
+
+    Args:
+        base: Folder of the checkpoint before fine-tuning.
+        tuned: Folder of the checkpoint after it, with the same tensors; it may be sharded differently.
+        ratio: Share of the differences to reset, in [0, 1).
+        strategy: `trivial` resets the smallest absolute differences first, `salient` the largest, `random` any.
+        base_model: Name of the base for the mask file.
+        base_revision: Its revision on the hub.
+        tuned_model: Name of the tuned model for the mask file.
+        tuned_revision: Its revision on the hub.
+        seed: With a tensor's name it decides its random entries.
+        run_id: The run that makes the mask.
+        on_progress: Called with the bytes of the tuned checkpoint seen so far and in all.
+
+    Raises:
+        MaskingError: The ratio is out of range, or there is no such strategy.
+        MaskMismatchError: The two do not have the same tensors, or are the same checkpoint.
+        ModelError: One of them cannot be read, or a difference is not a number.
+
+    Source: GMT, section 4, "Analysis of Drop Strategy", and figure 3.
+    """
+    check_ratio(ratio)
+    if strategy not in get_args(Strategy):
+        raise MaskingError("There is no such strategy.", key="strategy", expected=get_args(Strategy), actual=strategy)
+    pairs = pair_tensors(base, tuned)
+    total_bytes, done_bytes = sum(pair.tuned.length_bytes for pair in pairs), 0
+    packed, records = {}, {}
+    for pair in pairs:
+        values = _random_values(pair, seed) if strategy == "random" else _sizes(pair, strategy)
+        packed[pair.name] = pack(keep_highest(values, ratio))
+        records[pair.name] = _record(pair, ratio)
+        done_bytes += pair.tuned.length_bytes
+        if on_progress is not None:
+            on_progress(done_bytes, total_bytes)
+    _require_difference(records, base, tuned)
+    metadata = MaskMetadata(
+        kind="delta",
+        base_model=base_model,
+        base_revision=base_revision,
+        method=f"drop-{strategy}",
+        ratio=ratio,
+        threshold=None,
+        layers=None,
+        seed=seed,
+        run_id=run_id,
+        tuned_model=tuned_model,
+        tuned_revision=tuned_revision,
+    )
+    return Mask.from_packed(packed, records, metadata)
+
+
+def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.Tensor:
+    """The absolute differences, negated where the largest are to go first."""
+    tuned = read_tensor(pair.tuned)
+    wide = torch.float64 if tuned.dtype == torch.float64 else torch.float32
+    sizes = (tuned.to(wide) - read_tensor(pair.base).to(wide)).abs_()
+    if torch.isnan(sizes).any():
+        raise ModelError(
+            "The difference between the base and the tuned checkpoint is not a number",
+            path=pair.tuned.path,
+            key=pair.name,
+            expected="finite weights in both",
+            actual=f"{int(torch.isnan(sizes).sum())} NaN of {sizes.numel()}",
+            hint="use a checkpoint from before the training diverged",
+        )
+    return sizes if strategy == "trivial" else sizes.neg_()
+
+
+def _random_values(pair: TensorPair, seed: int) -> torch.Tensor:
+    # The base's name is the embeddings' for a tied output head, so that the two copies get the same mask.
+    digest = hashlib.sha256(f"{seed}:{pair.base.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return torch.rand(pair.tuned.shape, generator=generator)
+
+
+def _record(pair: TensorPair, ratio: float) -> TensorRecord:
+    shape = pair.tuned.shape
+    return TensorRecord(
+        shape=shape,
+        removed=removed_count(torch.Size(shape).numel(), ratio),
+        sha256=tensor_digest(pair.base),
+        dtype=pair.tuned.dtype,
+        tuned_sha256=tensor_digest(pair.tuned),
+    )
+
+
+def _require_difference(records: dict[str, TensorRecord], base: Path, tuned: Path) -> None:
+    if all(record.sha256 == record.tuned_sha256 for record in records.values()):
+        raise MaskMismatchError(
+            "The base and the tuned checkpoint have the same weights: there is nothing to drop",
+            path=tuned,
+            expected=f"other weights than in {base}",
+            hint="give the checkpoint from before fine-tuning as the base",
+        )

@@ -1,0 +1,132 @@
+"""Loads checkpoints and tokenizers, with one clear error where they do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from mftctl.errors import MaskingError, ModelError
+from mftctl.masking.checkpoints.load_weights import attention_settings, load_weights, stored_dtype
+from mftctl.masking.checkpoints.locate import is_adapter
+from mftctl.masking.checkpoints.model_failures import model_failures
+from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_code
+from mftctl.runtime.devices import best_device as best_device
+from mftctl.runtime.devices import has_bf16, record_attention
+from mftctl.runtime.torch_failures import gpu_failures
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device | None = None,
+    device_map: Mapping[str, int] | None = None,
+) -> PreTrainedModel:
+    """The causal language model in a checkpoint folder, in evaluation mode.
+
+    Args:
+        folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
+        dtype: Of the weights in memory; `auto` keeps the checkpoint's.
+        device: Where it is wanted; by default on the one in use.
+        device_map: On which GPU each part of it is wanted instead, by its path; not for adapters.
+
+    Raises:
+        ConfigError: The attention asked for does not go with the dtype.
+        ModelError: transformers cannot load it, or a tensor is not in its files.
+    """
+    device = device or best_device()
+    with gpu_failures("loading the model"):
+        if device_map is not None:
+            return _load(folder, dtype, device, device_map)
+        places = {} if device.type == "cpu" else {"": device}
+        return _load(folder, dtype, device, places).to(device)  # type: ignore[arg-type,no-any-return]
+
+
+def load_to_share(folder: Path, *, dtype: torch.dtype, note: Callable[[str], None]) -> PreTrainedModel:
+    """The model in a checkpoint folder, for processes that spread it: without values where they can be read by parts.
+
+    Args:
+        folder: With `config.json` and safetensors.
+        dtype: Of its parameters.
+        note: Is told why each process loads the whole model, where that is so.
+
+    Raises:
+        ModelError: transformers does not know the model, or a weight is missing in the files.
+    """
+    from mftctl.masking.checkpoints.outlines import build_outline
+
+    try:
+        return build_outline(folder, dtype)
+    except MaskingError as error:
+        note(f"Each process loads the whole model into the machine's memory before it is shared out. {error}")
+        return load_model(folder, dtype=dtype, device=torch.device("cpu"))
+
+
+def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: Mapping[str, Any]) -> PreTrainedModel:
+    """The model; its weights go tensor by tensor to their places, so that the CPU never holds all of them for a GPU."""
+    if is_adapter(folder):
+        from mftctl.masking.checkpoints.adapters import load_adapter
+
+        merged: PreTrainedModel = load_adapter(folder, dtype=dtype, device=device).merge_and_unload()
+        return merged
+    settings = attention_settings(folder, dtype)
+    model = load_weights(folder, dtype=dtype, device_map=dict(places) or None, **settings)
+    record_attention(model)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint folder.
+
+    Raises:
+        ModelError: transformers cannot load it, or it needs code that is not trusted.
+    """
+    require_trusted_code(folder)
+    return checked_tokenizer(folder, folder, local_files_only=True)
+
+
+def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a hub model, whose chat templates are texts.
+
+    Args:
+        source: As `from_pretrained` takes it.
+        path: For the error.
+        options: For `from_pretrained`.
+
+    Raises:
+        ModelError: transformers cannot load it, or a chat template is none.
+    """
+    with model_failures(
+        "The tokenizer cannot be loaded.",
+        path=path,
+        hint="copy tokenizer.json and tokenizer_config.json from the base model into this folder",
+    ):
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=trusts_code(), **options
+        )
+    template: object = found.chat_template
+    texts = list(template.values()) if isinstance(template, dict) else [template]
+    if template is not None and not (texts and all(isinstance(text, str) for text in texts)):
+        raise ModelError(
+            "The chat template of the tokenizer is no text.",
+            path=path,
+            key="chat_template",
+            expected="a Jinja template, or several by name",
+            actual=type(template).__name__,
+        )
+    return found
+
+
+def evaluation_dtype(folder: Path) -> torch.dtype | str:
+    """The checkpoint's own dtype on a GPU that computes in it; else fp32, which on a CPU is fastest.
+
+    Args:
+        folder: The checkpoint.
+    """
+    if best_device().type == "cpu" or (stored_dtype(folder) == torch.bfloat16 and not has_bf16()):
+        return torch.float32
+    return "auto"

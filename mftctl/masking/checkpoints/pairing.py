@@ -1,0 +1,146 @@
+"""Which tensor of a base belongs to which tensor of a checkpoint that was tuned from it.
+
+Both have the same tensors under the same names, with two exceptions. A checkpoint whose output head is tied to its
+input embeddings may store the head or leave it out. And files of older transformers versions hold buffers that are
+computed when a model is built, and not learned.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from mftctl.errors import MaskMismatchError
+from mftctl.masking.checkpoints.tensors import StoredTensor, tensor_digest, tensor_index
+from mftctl.masking.dtypes import TORCH_DTYPES
+from mftctl.masking.mask_file.document import MAX_DIMENSIONS
+
+HEAD: Final = "lm_head.weight"
+"""The output head, which many models tie to their input embeddings."""
+
+_EMBEDDINGS: Final = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")
+_COMPUTED: Final = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """One tensor of a tuned checkpoint and the base's values for it.
+
+    Attributes:
+        name: Its name in the tuned checkpoint.
+        base: The base's tensor, of the same dtype and shape: its input embeddings for an output head that it ties.
+        tuned: The tuned tensor.
+    """
+
+    name: str
+    base: StoredTensor
+    tuned: StoredTensor
+
+
+def counterpart(name: str, index: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """The tensor that a checkpoint uses under this name, if it has one.
+
+    Args:
+        name: A tensor's name in another checkpoint of the same model.
+        index: The checkpoint's tensors. Where it stores no output head, its input embeddings stand for the head.
+    """
+    if name in index or name != HEAD:
+        return index.get(name)
+    return _embeddings(index)
+
+
+def pair_tensors(base: Path, tuned: Path) -> list[TensorPair]:
+    """Every floating-point tensor of the tuned checkpoint with the base's, names in ascending order.
+
+    Buffers that are computed when a model is built are left out. A tensor that no mask can describe, such as one of
+    integers, must be the same in both.
+
+    Args:
+        base: The base's folder.
+        tuned: The folder of the checkpoint tuned from it. The two may be sharded differently.
+
+    Raises:
+        MaskMismatchError: A tensor is in one of them only, has another dtype or shape, or belongs to no floating-point
+            dtype and differs; or the base has an output head of its own and the tuned checkpoint ties its head.
+        ModelError: One of them cannot be read.
+    """
+    base_index, tuned_index = tensor_index(base), tensor_index(tuned)
+    _require_tied_head(base_index, tuned_index, base, tuned)
+    if _is_tied(base_index):
+        base_index.pop(HEAD, None)
+    pairs = []
+    for name in sorted({*base_index, *tuned_index}):
+        if _COMPUTED.search(name):
+            continue
+        pair = _paired(name, base_index, tuned_index, base, tuned)
+        if _is_maskable(pair.tuned):
+            pairs.append(pair)
+        else:
+            _require_same_bytes(pair)
+    return pairs
+
+
+def _paired(
+    name: str, base_index: Mapping[str, StoredTensor], tuned_index: Mapping[str, StoredTensor], base: Path, tuned: Path
+) -> TensorPair:
+    mine, theirs = counterpart(name, base_index), counterpart(name, tuned_index)
+    if mine is None or theirs is None or _form(mine) != _form(theirs):
+        raise MaskMismatchError(
+            "The base and the tuned checkpoint do not have the same tensors",
+            path=tuned,
+            key=name,
+            expected=f"{_form(mine)}, as in the base {base}",
+            actual=_form(theirs),
+            hint="give the checkpoint that the tuned one was trained from, saved in the same dtype",
+        )
+    return TensorPair(name, mine, theirs)
+
+
+def _require_tied_head(
+    base_index: Mapping[str, StoredTensor], tuned_index: Mapping[str, StoredTensor], base: Path, tuned: Path
+) -> None:
+    if HEAD in base_index and HEAD not in tuned_index and not _is_tied(base_index):
+        raise MaskMismatchError(
+            "The base has an output head of its own, and the tuned checkpoint ties its head to its embeddings",
+            path=tuned,
+            key=HEAD,
+            expected=f"stored, as in the base {base}",
+            actual="not stored",
+            hint="give the checkpoint that the tuned one was trained from",
+        )
+
+
+def _require_same_bytes(pair: TensorPair) -> None:
+    if tensor_digest(pair.base) != tensor_digest(pair.tuned):
+        raise MaskMismatchError(
+            "A tensor that no mask can describe differs between the base and the tuned checkpoint",
+            path=pair.tuned.path,
+            key=pair.name,
+            expected="the base's bytes, or a floating-point dtype and a shape of 1 to 8 dimensions",
+            actual=_form(pair.tuned),
+            hint="give checkpoints that are not quantised",
+        )
+
+
+def _is_tied(index: Mapping[str, StoredTensor]) -> bool:
+    """Whether the output head has the values of the input embeddings: it is not stored, or stored as their copy."""
+    embeddings, head = _embeddings(index), index.get(HEAD)
+    if embeddings is None or head is None:
+        return embeddings is not None
+    return _form(head) == _form(embeddings) and tensor_digest(head) == tensor_digest(embeddings)
+
+
+def _embeddings(index: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    found = [stored for name, stored in index.items() if _EMBEDDINGS.search(name)]
+    return found[0] if len(found) == 1 else None
+
+
+def _is_maskable(stored: StoredTensor) -> bool:
+    return stored.dtype in TORCH_DTYPES and 1 <= len(stored.shape) <= MAX_DIMENSIONS and 0 not in stored.shape
+
+
+def _form(stored: StoredTensor | None) -> str:
+    return "no such tensor" if stored is None else f"{stored.dtype} {stored.shape}"

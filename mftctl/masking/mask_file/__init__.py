@@ -1,0 +1,1 @@
+"""The mask file, format version 1."""

@@ -1,0 +1,293 @@
+"""What a mask file says about its masks: the JSON document, checked field by field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mftctl.errors import MaskFormatError
+from mftctl.masking.dtypes import TORCH_DTYPES
+from mftctl.masking.mask_file.codecs import Codec
+from mftctl.masking.mask_file.strict_json import parse_strict_json, write_compact_json
+
+FORMAT_VERSION: Final = 1
+MAX_DIMENSIONS: Final = 8
+MAX_WEIGHTS: Final = 2**48
+"""The most weights of one tensor: far above any model, far below where sizes overflow."""
+
+Kind = Literal["weight", "delta"]
+
+_SHOWN_CHARACTERS: Final = 80
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """What a mask file states about one masked tensor.
+
+    Attributes:
+        shape: The tensor's shape as stored in the checkpoint.
+        removed: The number of removed weights.
+        sha256: Hex SHA-256 of the base tensor's raw bytes as stored in the checkpoint.
+        dtype: The safetensors dtype name of the base tensor, such as "BF16".
+        tuned_sha256: The same digest of the tuned tensor, for a delta mask; None for a weight mask.
+    """
+
+    shape: tuple[int, ...]
+    removed: int
+    sha256: str
+    dtype: str
+    tuned_sha256: str | None = None
+
+    @property
+    def weights(self) -> int:
+        """The number of weights, kept and removed."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskMetadata:
+    """Where a mask comes from.
+
+    Attributes:
+        kind: "weight": out = base * mask; "delta": out = base + mask * (tuned - base).
+        base_model: Name or folder of the model the mask was learned on.
+        base_revision: Its revision on the hub.
+        method: How the mask was chosen, such as "learned" or "random".
+        ratio: The share to remove that was asked for, 0 to 1, when a ratio selected.
+        threshold: The score below which weights were removed, when a threshold selected.
+        layers: The masked layers, such as "4-7".
+        seed: The seed of the run.
+        run_id: The run that made the mask.
+        tuned_model: Name or folder of the tuned model of a delta mask; None for a weight mask.
+        tuned_revision: Its revision on the hub.
+    """
+
+    kind: Kind = "weight"
+    base_model: str
+    base_revision: str | None
+    method: str
+    ratio: float | None
+    threshold: float | None
+    layers: str | None
+    seed: int | None
+    run_id: str | None
+    tuned_model: str | None = None
+    tuned_revision: str | None = None
+
+    @property
+    def base_label(self) -> str:
+        """The base and its revision as a message names them."""
+        return _label(self.base_model, self.base_revision)
+
+    @property
+    def tuned_label(self) -> str | None:
+        """The tuned model of a delta mask and its revision as a message names them."""
+        return None if self.tuned_model is None else _label(self.tuned_model, self.tuned_revision)
+
+
+def _label(model: str, revision: str | None) -> str:
+    return model if revision is None else f"{model} at revision {revision}"
+
+
+def _printable(name: str) -> str:
+    if not name.isprintable() or name == "__metadata__":
+        raise ValueError("a tensor name must be printable and not __metadata__")
+    return name
+
+
+def _known_dtype(name: str) -> str:
+    if name not in TORCH_DTYPES:
+        raise ValueError(f"a masked tensor must be one of {', '.join(TORCH_DTYPES)}")
+    return name
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError("a text must not hold half of a surrogate pair, which is no character") from error
+    return text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+_Text = Annotated[str, AfterValidator(_encodable)]
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class _TensorEntry(_Strict):
+    shape: Annotated[list[Annotated[int, Field(gt=0, le=MAX_WEIGHTS)]], Field(min_length=1, max_length=MAX_DIMENSIONS)]
+    removed: Annotated[int, Field(ge=0)]
+    codec: Codec
+    sha256: _Sha256
+    dtype: Annotated[str, AfterValidator(_known_dtype)]
+    tuned_sha256: _Sha256 | None = None
+
+    @model_validator(mode="after")
+    def _counts_fit(self) -> _TensorEntry:
+        weights = math.prod(self.shape)
+        if weights > MAX_WEIGHTS:
+            raise ValueError(f"a tensor must have at most {MAX_WEIGHTS} weights")
+        if self.removed > weights:
+            raise ValueError(f"a tensor of {weights} weights cannot have {self.removed} removed")
+        return self
+
+
+class _Checkpoint(_Strict):
+    model: Annotated[_Text, Field(min_length=1)]
+    revision: _Text | None
+
+
+class MaskDocument(_Strict):
+    """The JSON document of a mask file, version 1.
+
+    Every key is required and no other is allowed; those of the tuned checkpoint are a delta mask's alone.
+    """
+
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    kind: Kind
+    bit_order: Literal["little"]
+    tensors: Annotated[
+        dict[Annotated[str, Field(min_length=1), AfterValidator(_printable)], _TensorEntry], Field(min_length=1)
+    ]
+    base: _Checkpoint
+    method: Annotated[_Text, Field(min_length=1)]
+    ratio: Annotated[float, Field(ge=0, le=1)] | None
+    threshold: float | None
+    layers: _Text | None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
+    run_id: _Text | None
+    tuned: _Checkpoint | None = None
+
+    @model_validator(mode="after")
+    def _tuned_fits_kind(self) -> MaskDocument:
+        parts: list[tuple[_Strict, str, str]] = [(self, "tuned", "tuned")]
+        parts += [(entry, "tuned_sha256", f"tensors.{name}.tuned_sha256") for name, entry in self.tensors.items()]
+        for part, field, key in parts:
+            if self.kind == "delta" and getattr(part, field) is None:
+                raise ValueError(f"a delta mask must have {key}")
+            if self.kind == "weight" and field in part.model_fields_set:
+                raise ValueError(f"a weight mask must not have {key}")
+        return self
+
+    def records(self) -> dict[str, TensorRecord]:
+        """The records by tensor name, names in ascending order."""
+        return {
+            name: TensorRecord(tuple(entry.shape), entry.removed, entry.sha256, entry.dtype, entry.tuned_sha256)
+            for name, entry in sorted(self.tensors.items())
+        }
+
+    def metadata(self) -> MaskMetadata:
+        """Where the mask comes from."""
+        return MaskMetadata(
+            kind=self.kind,
+            base_model=self.base.model,
+            base_revision=self.base.revision,
+            method=self.method,
+            ratio=self.ratio,
+            threshold=self.threshold,
+            layers=self.layers,
+            seed=self.seed,
+            run_id=self.run_id,
+            tuned_model=None if self.tuned is None else self.tuned.model,
+            tuned_revision=None if self.tuned is None else self.tuned.revision,
+        )
+
+    def to_json(self) -> bytes:
+        """The document as compact JSON with sorted keys."""
+        return write_compact_json(self.model_dump(exclude_unset=True), sort_keys=True)
+
+
+def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, codec: Codec) -> MaskDocument:
+    """The document that describes these masks.
+
+    Raises:
+        MaskFormatError: A record or a metadata field has a value that the format does not allow.
+    """
+    fields: dict[str, object] = {
+        "format_version": FORMAT_VERSION,
+        "kind": metadata.kind,
+        "bit_order": "little",
+        "tensors": {name: _entry(record, codec) for name, record in records.items()},
+        "base": {"model": metadata.base_model, "revision": metadata.base_revision},
+        "method": metadata.method,
+        "ratio": metadata.ratio,
+        "threshold": metadata.threshold,
+        "layers": metadata.layers,
+        "seed": metadata.seed,
+        "run_id": metadata.run_id,
+    }
+    if metadata.tuned_model is not None or metadata.tuned_revision is not None:
+        fields["tuned"] = {"model": metadata.tuned_model, "revision": metadata.tuned_revision}
+    return _validate(fields, path=None)
+
+
+def parse_document(text: bytes, path: Path) -> MaskDocument:
+    """The document of an untrusted mask file.
+
+    Raises:
+        MaskFormatError: It is not JSON, of another version, or breaks a rule of the format.
+    """
+    try:
+        fields = parse_strict_json(text)
+    except ValueError as error:
+        raise MaskFormatError(
+            "The document of the mask file is not valid JSON",
+            path=path,
+            key="mftctl",
+            actual=shown(error),
+            hint="copy the file again from where it was made",
+        ) from error
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise MaskFormatError(
+            "The mask file has a format version that this mftctl does not know",
+            path=path,
+            key="format_version",
+            expected=FORMAT_VERSION,
+            actual=shown(version),
+            hint="update mftctl: pip install --upgrade mftctl",
+        )
+    return _validate(fields, path)
+
+
+def shown(value: object) -> str:
+    """A value from an untrusted file, short and printable enough for a message."""
+    text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    return printable if len(printable) <= _SHOWN_CHARACTERS else f"{printable[:_SHOWN_CHARACTERS]}..."
+
+
+def _entry(record: TensorRecord, codec: Codec) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "shape": list(record.shape),
+        "removed": record.removed,
+        "codec": codec,
+        "sha256": record.sha256,
+        "dtype": record.dtype,
+    }
+    if record.tuned_sha256 is not None:
+        entry["tuned_sha256"] = record.tuned_sha256
+    return entry
+
+
+def _validate(fields: Any, path: Path | None) -> MaskDocument:
+    try:
+        return MaskDocument.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        raise MaskFormatError(
+            "The document of the mask breaks a rule of the format",
+            path=path,
+            key=shown(".".join(map(str, first["loc"])) or "mftctl"),
+            expected=first["msg"],
+            actual=shown(first["input"]),
+            hint="copy the mask file again from where it was made, or train the mask again",
+        ) from error

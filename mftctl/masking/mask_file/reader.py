@@ -1,0 +1,152 @@
+"""The bits in a mask file: they stay there until they are asked for."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from mftctl.errors import MaskFormatError
+from mftctl.masking.mask_file.codecs import Packed, count_kept, decode
+from mftctl.masking.mask_file.container import MaskDigest, read_container
+from mftctl.masking.mask_file.document import TensorRecord, parse_document, shown
+
+
+class StoredBits(Mapping[str, Packed]):
+    """The packed bits by tensor name, read, decoded and checked whenever they are asked for, by any thread.
+
+    Attributes:
+        records: What the file states about each tensor, names in ascending order.
+        metadata: Where the mask comes from.
+
+    Args:
+        stream: An untrusted mask file, opened for reading in binary, and open as long as bits are asked for. Its
+            layout, document, names and digest are checked here.
+        path: The file, for the messages.
+
+    Raises:
+        MaskFormatError: The file cannot be read, is damaged, of an unknown version or no mask file.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self._stream, self._path, self._lock = stream, path, threading.Lock()
+        with readable(path):
+            self._state = self._file_state()
+            container = read_container(stream, path)
+        document = parse_document(container.document, path)
+        require_same_names(set(document.tensors), set(container.payloads), path)
+        self.records, self.metadata = document.records(), document.metadata()
+        self._codecs = {name: entry.codec for name, entry in document.tensors.items()}
+        self._spans = container.payloads
+        digest = MaskDigest(container.document)
+        for name in self.records:
+            digest.add_payload(name, self._payload(name))
+        if digest.hexdigest() != container.digest:
+            raise MaskFormatError(
+                "The mask file is damaged: its contents do not have the digest it states",
+                path=path,
+                key="sha256",
+                expected=container.digest,
+                actual=digest.hexdigest(),
+                hint="copy the file again from where it was made; if it is broken there too, train the mask again",
+            )
+
+    def __getitem__(self, name: str) -> Packed:
+        record = self.records[name]
+        payload = self._payload(name)
+        packed = decode(payload, self._codecs[name], record.weights, record.removed, path=self._path, key=name)
+        require_count(name, packed, record, self._path)
+        return packed
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.records
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def _payload(self, name: str) -> bytes:
+        span = self._spans[name]
+        with self._lock, readable(self._path):
+            self._stream.seek(span.offset_bytes)
+            payload = self._stream.read(span.length_bytes)
+            state = self._file_state()
+        if state != self._state or len(payload) != span.length_bytes:
+            raise MaskFormatError(
+                "The mask file changed while it was read",
+                path=self._path,
+                key=name,
+                hint="wait until nothing writes to the file, then try again",
+            )
+        return payload
+
+    def _file_state(self) -> tuple[int, int]:
+        state = os.fstat(self._stream.fileno())
+        return state.st_size, state.st_mtime_ns
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Makes a mask format error of what the operating system says while a mask file is opened or read."""
+    try:
+        yield
+    except OSError as error:
+        raise MaskFormatError(
+            "The mask file cannot be read",
+            path=path,
+            actual=error.strerror or str(error),
+            hint="give the path of a mask file, such as mask.bits",
+        ) from error
+
+
+def require_same_names(recorded: set[str], masked: set[str], path: Path | None) -> None:
+    """Nothing, if the records and the masks have the same names.
+
+    Args:
+        recorded: The names of the records.
+        masked: The names of the masks.
+        path: The mask file, if it is one.
+
+    Raises:
+        MaskFormatError: They differ.
+    """
+    if recorded == masked:
+        return
+    name = min(recorded ^ masked)
+    raise MaskFormatError(
+        "The masks and their records do not have the same names",
+        path=path,
+        key=shown(name),
+        expected="a mask and a record",
+        actual="only a record" if name in recorded else "only a mask",
+        hint="train the mask again, or copy the mask file again from where it was made",
+    )
+
+
+def require_count(name: str, packed: Packed, record: TensorRecord, path: Path | None) -> None:
+    """Nothing, if a mask removes as many weights as its record says.
+
+    Args:
+        name: The tensor's name.
+        packed: Its bits, padding zero.
+        record: What is stated about it.
+        path: The mask file, if it is one.
+
+    Raises:
+        MaskFormatError: It removes more or fewer.
+    """
+    removed = record.weights - count_kept(packed)
+    if removed != record.removed:
+        raise MaskFormatError(
+            "The mask does not remove as many weights as its record says",
+            path=path,
+            key=name,
+            expected=record.removed,
+            actual=removed,
+            hint="train the mask again, or copy the mask file again from where it was made",
+        )

@@ -1,0 +1,222 @@
+"""Figures of training: validation loss and scores against the step, for all methods of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import FFT, STATE_ORDER
+from mftctl.reporting.figures.curve_drawing import Curve, CurvePicture, SeedCurve, curve_figure
+from mftctl.reporting.figures.style import Figure, with_own_names
+from mftctl.reporting.figures.training_histories import History, Measure, read_histories
+from mftctl.reporting.file_names import slug
+from mftctl.reporting.paired_change import LOWER_IS_BETTER
+
+_MOST_LINES = 10
+_UPDATES = ("HFT", "random update", "GMT", "trivial drop", "salient drop", "random drop")
+
+
+@dataclass(frozen=True, slots=True)
+class _Method:
+    """The seeds of one method, oldest first, and how many variants of the same state there are."""
+
+    label: str
+    state: str
+    seeds: tuple[History, ...]
+    variants: int
+
+
+def curve_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+    """Validation loss, and each score measured on the way, against the step: a figure a model, data and metric.
+
+    More than ten methods come as two figures: what updates a choice of weights has one of its own.
+
+    Args:
+        runs: Oldest first.
+        problems: Gets a line for each run that cannot be used.
+
+    Source: MFT, figure 2.
+    """
+    histories = read_histories(runs, problems)
+    families: dict[tuple[str, str], list[History]] = {}
+    for history in histories:
+        families.setdefault(history.family, []).append(history)
+    figures = []
+    for (origin, _), members in families.items():
+        methods = _methods(members)
+        pictures = [_losses(methods, problems), *(_scores(methods, measure) for measure in _measures(methods))]
+        for picture in pictures:
+            if picture is not None:
+                figures += [curve_figure(part, origin) for part in _in_parts(picture)]
+    return with_own_names(figures)
+
+
+def _methods(members: Sequence[History]) -> list[_Method]:
+    """One method a state, in the order of the papers: of several variants that without a sweep, with most seeds.
+
+    Where all are of a sweep, it is that with the best validation loss, as a user would choose it.
+    """
+    variants: dict[str, dict[str, list[History]]] = {}
+    for history in members:
+        variants.setdefault(history.state, {}).setdefault(history.method, []).append(history)
+
+    def is_swept(seeds: Sequence[History]) -> bool:
+        return "[" in seeds[0].stage
+
+    def rank(seeds: Sequence[History]) -> tuple[bool, int, float]:
+        changes = [min(item.losses.values()) - (item.reference_loss or 0.0) for item in seeds if item.losses]
+        return (is_swept(seeds), -len(seeds), fmean(changes) if changes else 0.0)
+
+    def place(state: str) -> int:
+        return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER)
+
+    methods = []
+    for state in sorted(variants, key=place):
+        groups = list(reversed(variants[state].values()))  # the newest first among equals
+        chosen = min(groups, key=rank)
+        alike = [group for group in groups if is_swept(group) == is_swept(chosen)]
+        variant = chosen[0].stage.partition("[")[2].rstrip("]") or chosen[0].stage
+        label = state if len(alike) == 1 else f"{state} ({variant})"
+        methods.append(_Method(label, state, tuple(chosen), len(groups)))
+    return methods
+
+
+def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | None:
+    """Validation loss against the step, as a difference to the best FFT where there is one."""
+    has_fft = any(method.state == FFT for method in methods)
+    only_masks = all(item.run.record.command == "mask-train" for method in methods for item in method.seeds)
+    is_difference = has_fft or only_masks
+    lines = []
+    for method in methods:
+        seeds = []
+        for item in method.seeds:
+            if not item.losses:
+                continue
+            if is_difference and item.reference_loss is None:
+                problems.append(
+                    f"{item.run.folder}: not among the curves of the loss: "
+                    "what the best FFT has on its validation records is not known"
+                )
+                continue
+            base = (item.reference_loss or 0.0) if is_difference else 0.0
+            seeds.append(SeedCurve(item, {item.first_step + step: loss - base for step, loss in item.losses.items()}))
+        lines += [Curve(method.label, method.state, tuple(seeds), method.variants)] if seeds else []
+    if not any(len(seed.values) > 1 for line in lines for seed in line.seeds):
+        return None
+    best = [item for item in _best_ffts(methods) if item.losses]
+    star = (fmean(item.first_step + item.kept_step for item in best), 0.0) if best else None
+    against = "the best FFT" if has_fft else "the model without a mask"
+    captions = ["Validation loss per answer token."]
+    if is_difference:
+        captions = [
+            f"Validation loss per answer token minus that of {against} on the same records, which for a learned mask "
+            "are one half of the validation data; below 0 is better."
+        ]
+    if best:
+        captions.append(f"At the star it is {fmean(item.losses[item.kept_step] for item in best):.4f}.")
+    y_label = f"loss against {against}" if is_difference else "validation loss"
+    return CurvePicture(
+        "loss-by-step",
+        f"Validation loss by step{', against ' + against if is_difference else ''}",
+        y_label,
+        tuple(lines),
+        star,
+        True,
+        tuple(captions),
+    )
+
+
+def _best_ffts(methods: Sequence[_Method]) -> list[History]:
+    """The FFT of each seed; what is not finished may still become better, and counts only where nothing else does."""
+    found = [item for method in methods if method.state == FFT for item in method.seeds]
+    return [item for item in found if item.is_finished] or found
+
+
+def _measures(methods: Sequence[_Method]) -> list[Measure]:
+    """What at least one training has measured more than once."""
+    found = [
+        measure
+        for method in methods
+        for item in method.seeds
+        for measure, values in item.scores.items()
+        if len(values) > 1
+    ]
+    return sorted(set(found))
+
+
+def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
+    """One score against the step."""
+    lines = []
+    for method in methods:
+        seeds = tuple(
+            SeedCurve(item, {item.first_step + step: value for step, value in sorted(item.scores[measure].items())})
+            for item in method.seeds
+            if measure in item.scores
+        )
+        lines += [Curve(method.label, method.state, seeds, method.variants)] if seeds else []
+    stars = _measured_best(methods, measure)
+    star = (fmean(step for step, _ in stars), fmean(value for _, value in stars)) if stars else None
+    words = measure.metric.replace("_", " ")
+    captions = [f"{words.capitalize()} on the same {measure.samples} problems or records of {measure.dataset}."]
+    error = max(item.standard_errors.get(measure, 0.0) for method in methods for item in method.seeds)
+    if error:
+        captions.append(f"A single point has a standard error of up to {error:.3f}: small steps are noise.")
+    if star is None and any(method.state == FFT for method in methods):
+        captions.append("There is no star: the best FFT was not measured.")
+    return CurvePicture(
+        f"score-by-step-{slug(measure.dataset)}-{slug(measure.metric)}",
+        f"{measure.dataset}: {words} by step",
+        words,
+        tuple(lines),
+        star,
+        measure.metric in LOWER_IS_BETTER,
+        tuple(captions),
+    )
+
+
+def _measured_best(methods: Sequence[_Method], measure: Measure) -> list[tuple[int, float]]:
+    """Step and score of each seed's best FFT: measured at that step, or where training went on from it."""
+    found = []
+    histories = [item for method in methods for item in method.seeds]
+    for best in _best_ffts(methods):
+        value = best.scores.get(measure, {}).get(best.kept_step)
+        if value is None:
+            parents = [best.run.name]
+            after = [
+                item.scores.get(measure, {}).get(0)
+                for item in histories
+                if item.run.record.command == "fft" and item.run.record.inputs["parents"] == parents
+            ]
+            value = next((score for score in after if score is not None), None)
+        if value is not None:
+            found.append((best.first_step + best.kept_step, value))
+    return found
+
+
+def _in_parts(picture: CurvePicture) -> list[CurvePicture]:
+    """The picture, or, of too many lines, one of masks and one of chosen updates, both with FFT."""
+    if len(picture.lines) <= _MOST_LINES:
+        return [picture]
+    updates = tuple(line for line in picture.lines if line.state == FFT or _is_update(line.state))
+    others = tuple(line for line in picture.lines if not _is_update(line.state))
+    if len(updates) < 2 or len(others) < 2:
+        return [_cut(picture)]
+    return [
+        _cut(replace(picture, lines=others)),
+        _cut(replace(picture, name=f"{picture.name}-updates", title=f"{picture.title}: chosen updates", lines=updates)),
+    ]
+
+
+def _is_update(state: str) -> bool:
+    return state.removeprefix("continued ").startswith(_UPDATES)
+
+
+def _cut(picture: CurvePicture) -> CurvePicture:
+    """The picture with as many lines as can be told apart; the caption names the others."""
+    left_out = [line.label for line in picture.lines[_MOST_LINES:]]
+    if not left_out:
+        return picture
+    captions = (*picture.captions, f"Not drawn, to keep it readable: {', '.join(left_out)}.")
+    return replace(picture, lines=picture.lines[:_MOST_LINES], captions=captions)

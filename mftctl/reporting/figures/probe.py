@@ -1,0 +1,328 @@
+"""Figures of probes: what a mask of each group of layers does to the loss or to a score, or promises to."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from mftctl.experiments.run_contents import first_fault
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import PRE_TRAINED
+from mftctl.reporting.figures.curve_drawing import STAR
+from mftctl.reporting.figures.style import (
+    INK,
+    Figure,
+    drawn_text,
+    legend_height_inches,
+    numbered_style,
+    put_legend,
+    with_own_names,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+_NO_PART = ("prefix_cache_gb", "eval_every", "eval_limit", "layers")
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """One group of layers, over seeds.
+
+    Attributes:
+        layers: As the probe names it, such as `4-7`.
+        changes: Of what ranks the groups, measured or promised, one a seed.
+        loss_changes: Of the loss, beside a score; empty where the loss ranks the groups.
+    """
+
+    layers: str
+    changes: tuple[float, ...]
+    loss_changes: tuple[float, ...] = ()
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """First and last layer of each stretch of consecutive layers.
+
+        Raises:
+            ValueError: These are no layers.
+        """
+        found = []
+        for part in self.layers.split(","):
+            match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
+            if match is None:
+                raise ValueError(f"{self.layers} are no layers")
+            found.append((int(match[1]), int(match[2] or match[1])))
+        return found
+
+    @property
+    def size(self) -> int:
+        """Its number of layers."""
+        return sum(last - first + 1 for first, last in self.ranges)
+
+    @property
+    def middle(self) -> float:
+        """Of all of its layers."""
+        return (self.ranges[0][0] + self.ranges[-1][1]) / 2
+
+    @property
+    def change(self) -> float:
+        """The mean over seeds."""
+        return fmean(self.changes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """Probes of one model with the same settings, with several seeds or sizes of groups.
+
+    Attributes:
+        runs: All of them.
+        sizes: By the name of each size of groups, its groups from below upwards.
+        unmasked: What ranks the groups, without a mask, averaged over seeds; 0 where changes are only promised.
+        recommended: The layers that most runs recommend.
+    """
+
+    runs: tuple[Run, ...]
+    sizes: Mapping[str, tuple[_Group, ...]]
+    unmasked: float
+    recommended: str
+
+    @property
+    def best(self) -> _Group:
+        """The recommended group."""
+        return next(group for found in self.sizes.values() for group in found if group.layers == self.recommended)
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether nothing was trained."""
+        return bool(self.runs[0].record.result.get("fast"))
+
+    @property
+    def score(self) -> Mapping[str, Any] | None:
+        """Without a mask, of the first run; None where the loss ranks the groups."""
+        found: Mapping[str, Any] | None = self.runs[0].record.result.get("unmasked_score")
+        return found
+
+    @property
+    def ranked_by(self) -> str:
+        """What ranks the groups, such as `validation loss` or `gsm8k exact_match,strict-match`."""
+        if self.score is None:
+            return "validation loss"
+        by, metric = str(self.runs[0].record.result["by"]), str(self.score["metric"])
+        return f"{by} on validation records" if by == metric else f"{by} {metric}"
+
+    @property
+    def unmasked_state(self) -> str:
+        """What carries the masks."""
+        return str(self.runs[0].record.inputs["state"])
+
+
+def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+    """Validation loss or score by group of layers, of trained probes; and by themselves what `probe --fast` promises.
+
+    Probes of the same model with the same settings, ranked by the same, share a figure, whatever their seeds and sizes
+    of groups.
+
+    Args:
+        runs: Oldest first.
+        problems: Gets a line for each run that cannot be used.
+
+    Source: MFT, figures 3 and 7.
+    """
+    together: dict[str, list[list[Run]]] = {}
+    for run in runs:
+        if run.record.command != "probe" or run.record.status != "finished":
+            continue
+        try:
+            _ = _figure(_probe([run])), _model(run)
+            clusters = together.setdefault(_settings(run), [])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {first_fault(error)}")
+            continue
+        for cluster in clusters:
+            if all(_seed(other) != _seed(run) or _model(other) == _model(run) for other in cluster):
+                cluster.append(run)
+                break
+        else:
+            clusters.append([run])
+    probes = [_probe(cluster) for clusters in together.values() for cluster in clusters]
+    drawn = [probe for probe in probes if sum(map(len, probe.sizes.values())) > 1]
+    return with_own_names(_figure(probe) for probe in sorted(drawn, key=lambda probe: probe.is_fast))
+
+
+def _seed(run: Run) -> int:
+    return int(run.record.config.get("seed", 0))
+
+
+def _model(run: Run) -> tuple[str, ...]:
+    return (str(run.record.inputs["model"]), *run.record.inputs["parents"])
+
+
+def _settings(run: Run) -> str:
+    """What two probes in one figure have in common."""
+    record = run.record
+    training = {key: value for key, value in record.config["mask_train"].items() if key not in _NO_PART}
+    probing = {key: record.config["probe"].get(key) for key in ("data_fraction", "epochs")}
+    inputs = [record.inputs["origin"], record.inputs["state"], record.config.get("data")]
+    score = record.result.get("unmasked_score")
+    by = [] if score is None else [record.result["by"], score["metric"], score["samples"]]
+    return json.dumps([inputs, probing, training, bool(record.result.get("fast")), *by], sort_keys=True)
+
+
+def _probe(runs: Sequence[Run]) -> _Probe:
+    """What several runs say of the same groups; where two of one seed do, the newest counts.
+
+    Raises:
+        KeyError: A result lacks something.
+        ValueError: A group has no layers, or a loss or score is no number.
+    """
+    changes: dict[str, dict[int, float]] = {}
+    loss_changes: dict[str, dict[int, float]] = {}
+    unmasked: dict[int, float] = {}
+    names: dict[str, str] = {}
+    for run in runs:
+        result = run.record.result
+        score = result.get("unmasked_score")
+        before: Any = result.get("unmasked_loss") if score is None else score["value"]
+        unmasked[_seed(run)] = 0.0 if result.get("fast") else float(before)
+        for group in result["groups"]:
+            change = group["change" if score is None else "score_change"]
+            changes.setdefault(group["layers"], {})[_seed(run)] = float(change)
+            if score is not None:
+                loss_changes.setdefault(group["layers"], {})[_seed(run)] = float(group["change"])
+            names[group["layers"]] = _size_name(run, int(group["size"]))
+    if not all(
+        math.isfinite(loss)
+        for found in (unmasked, *changes.values(), *loss_changes.values())
+        for loss in found.values()
+    ):
+        raise ValueError("a loss is no number")
+    groups = [
+        _Group(layers, tuple(found.values()), tuple(loss_changes.get(layers, {}).values()))
+        for layers, found in changes.items()
+    ]
+    sizes: dict[str, list[_Group]] = {}
+    for group in sorted(groups, key=lambda group: (group.size, group.middle)):
+        sizes.setdefault(names[group.layers], []).append(group)
+    recommended = Counter(str(run.record.result["recommended_layers"]) for run in reversed(runs))
+    best = recommended.most_common(1)[0][0]
+    if best not in changes:
+        raise ValueError(f"the layers {best} are recommended, and are none of the groups")
+    placed = {name: tuple(sorted(found, key=lambda group: group.middle)) for name, found in sizes.items()}
+    return _Probe(tuple(runs), placed, fmean(unmasked.values()), best)
+
+
+def _size_name(run: Run, size: int) -> str:
+    """Of the size that a group belongs to, since the last of a size may be smaller."""
+    wanted = run.record.config["probe"].get("groups") or (4,)
+    sizes = sorted(int(number) for number in wanted if number != "all")
+    common = next((number for number in sizes if size <= number), None)
+    if common is None:
+        return "all layers together"
+    return "single layers" if common == 1 else f"groups of {common}"
+
+
+def _figure(probe: _Probe) -> Figure:
+    first = probe.runs[0].record
+    seeds = len({_seed(run) for run in probe.runs})
+    share = first.config["probe"].get("data_fraction", 1.0)
+    ranked_by = probe.ranked_by[0].upper() + probe.ranked_by[1:] if probe.score is None else probe.ranked_by
+    what = "What a mask of each group promises" if probe.is_fast else f"{ranked_by} by group of layers"
+    captions = [f"{first.inputs['origin']}, {probe.unmasked_state}: masks from {share:.0%} of the training data."]
+    if probe.is_fast:
+        captions.append(
+            "Nothing was trained: what a pass of gradients promises, to first order. It ranks groups of one size; "
+            "the change itself is far too good, and more layers always promise more."
+        )
+        captions += _agreement(probe.runs)
+    elif probe.score is not None:
+        error = probe.score["standard_error"]
+        within = "" if error is None else f", standard error of one score {error:.4f}"
+        captions.append(
+            f"Each group's mask with the lowest validation loss, scored on {probe.score['samples']} samples{within}."
+        )
+    else:
+        captions.append("Each group's best mask on the validation records that chose it: the best is partly luck.")
+    votes = sum(run.record.result["recommended_layers"] == probe.recommended for run in probe.runs)
+    change = next(
+        group.change for found in probe.sizes.values() for group in found if group.layers == probe.recommended
+    )
+    captions.append(
+        f"Star: layers {probe.recommended} ({change:+.4f}), recommended by {votes} of {len(probe.runs)} probes."
+    )
+    captions.append(f"Mean over {seeds} seeds, bars from lowest to highest change." if seeds > 1 else "One seed.")
+    return Figure(
+        name="probe-promised" if probe.is_fast else "probe",
+        title=what,
+        caption=" ".join(captions),
+        data=tuple(
+            {
+                "layers": group.layers,
+                "groups": name,
+                "change": group.change,
+                "lowest": min(group.changes),
+                "highest": max(group.changes),
+                "seeds": len(group.changes),
+                **_figures_without_mask(probe),
+                **({"loss_change": fmean(group.loss_changes)} if group.loss_changes else {}),
+                "recommended": group.layers == probe.recommended,
+            }
+            for name, groups in probe.sizes.items()
+            for group in groups
+        ),
+        runs=tuple(run.name for run in probe.runs),
+        draw=partial(_draw, probe),
+        height_inches=3.2 + legend_height_inches(["FFT, no mask", *probe.sizes, "recommended"]),
+    )
+
+
+def _figures_without_mask(probe: _Probe) -> dict[str, Any]:
+    """What the data of a figure says of the model without a mask."""
+    if probe.score is None:
+        return {"unmasked_loss": None if probe.is_fast else probe.unmasked}
+    losses = [float(run.record.result["unmasked_loss"]) for run in probe.runs]
+    return {"score": probe.ranked_by, "unmasked_score": probe.unmasked, "unmasked_loss": fmean(losses)}
+
+
+def _agreement(runs: Sequence[Run]) -> list[str]:
+    found = [run.record.result["agreement"] for run in runs if run.record.result.get("agreement")]
+    if not found:
+        return []
+    figures = ", ".join(f"{item['rank_correlation']:.2f} ({item['run']})" for item in found)
+    return [f"Rank correlation with trained probes: {figures}."]
+
+
+def _draw(probe: _Probe, canvas: Canvas) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes = canvas.subplots()
+    base = probe.unmasked
+    without = "without a mask" if probe.unmasked_state == PRE_TRAINED else f"{probe.unmasked_state}, no mask"
+    axes.axhline(base, color=INK, linestyle=(0, (5, 2)), linewidth=1.2, label=drawn_text(without))
+    for number, (name, groups) in enumerate(probe.sizes.items()):
+        _draw_size(axes, name, groups, number, base)
+    axes.plot(probe.best.middle, base + probe.best.change, label="recommended", **STAR)
+    axes.set_xlabel("decoder layer")
+    axes.set_ylabel("promised change of the loss" if probe.is_fast else probe.ranked_by)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    put_legend(canvas, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
+
+
+def _draw_size(axes: Axes, name: str, groups: Sequence[_Group], number: int, base: float) -> None:
+    """Each group as a bar as long as its layers, with a marker in its middle."""
+    style = numbered_style(number)
+    heights = [base + group.change for group in groups]
+    axes.plot([group.middle for group in groups], heights, label=name, **style.keywords())
+    for group, height in zip(groups, heights, strict=True):
+        for first, last in group.ranges:
+            axes.plot([first - 0.4, last + 0.4], [height, height], color=style.color, linewidth=3.0, alpha=0.5)
+        if len(group.changes) > 1:
+            ends = [base + min(group.changes), base + max(group.changes)]
+            axes.plot([group.middle] * 2, ends, color=style.color, linewidth=0.9, marker="_", markersize=4.0)

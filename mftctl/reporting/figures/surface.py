@@ -1,0 +1,249 @@
+"""The figure of a loss surface: contours on train and test records, with the three models that span the plane."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from mftctl.errors import RunError
+from mftctl.experiments.run_contents import told
+from mftctl.experiments.run_folder import Run
+from mftctl.reporting.figures.style import COLOUR_MAP, INK, Figure, style_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+    from numpy.typing import NDArray
+
+_COMMAND = "surface"
+_LOSSES = ("train_loss", "test_loss")
+_FEWEST_CELLS = 16
+_CORNERS = 3
+_BANDS = 9
+
+
+@dataclass(frozen=True, slots=True)
+class SurfacePoint:
+    """The loss per answer token at one point of the plane, in nats; infinite where the model gives no number.
+
+    Attributes:
+        x: Distance from FFT towards continued FFT, in the norm of all weights together.
+        y: Distance from FFT at right angles to that, on the side of MFT.
+        train_loss: On training records.
+        test_loss: On test records.
+        mark: The state whose very weights these are; None for a point of the grid.
+    """
+
+    x: float
+    y: float
+    train_loss: float
+    test_loss: float
+    mark: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Surface:
+    """What a surface run has measured.
+
+    Attributes:
+        run: Its name.
+        corners: Names of the three runs whose models span the plane, FFT first.
+        side: Points of the grid, a side.
+        records: Training and test records.
+        marks: The three models.
+        cells: The points of the grid, of which an unfinished run has a part.
+    """
+
+    run: str
+    corners: tuple[str, ...]
+    side: int
+    records: tuple[int, int]
+    marks: tuple[SurfacePoint, ...]
+    cells: tuple[SurfacePoint, ...]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the whole grid is there."""
+        return len(self.cells) == self.side**2
+
+
+def surface_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+    """One figure for each three models whose surface was measured: the run with most points, the newest of several.
+
+    Args:
+        runs: Oldest first.
+        problems: Gets a line for each surface run that cannot be used.
+
+    Source: MFT, figures 6 and 10.
+    """
+    best: dict[tuple[str, ...], Surface] = {}
+    for surface in surfaces(runs, problems):
+        known = best.get(surface.corners)
+        if known is None or len(surface.cells) >= len(known.cells):
+            best[surface.corners] = surface
+    return [_figure(surface) for surface in best.values()]
+
+
+def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
+    """What surface runs have measured, also those that were stopped once there is enough to draw.
+
+    Args:
+        runs: Oldest first.
+        problems: Gets a line for each surface run that cannot be used.
+    """
+    found = []
+    for run in runs:
+        if run.record.command != _COMMAND:
+            continue
+        try:
+            surface = _read(run)
+        except (RunError, ValueError, KeyError, TypeError) as error:
+            problems.append(told(error, f"{run.name}: its loss surface cannot be read"))
+            continue
+        problem = _problem(surface)
+        if problem is None:
+            found.append(surface)
+        else:
+            problems.append(f"{run.name}: {problem}")
+    return found
+
+
+def _problem(surface: Surface) -> str | None:
+    """Why a surface cannot be drawn; None if it can."""
+    if len(surface.marks) != len(surface.corners) or len(surface.cells) < _FEWEST_CELLS:
+        return (
+            f"{len(surface.cells)} of {surface.side**2} points of the loss surface are measured, too few for a figure: "
+            "mftctl report --surface goes on with it"
+        )
+    if len(surface.corners) != _CORNERS or not _spans_a_plane(surface.cells):
+        return "the points of its loss surface are in no plane"
+    flat = [name.replace("_", " ") for name in _LOSSES if len(_levels(surface, name)) < 2]
+    return f"the {' and the '.join(flat)} is the same all over the plane" if flat else None
+
+
+def _spans_a_plane(cells: Sequence[SurfacePoint]) -> bool:
+    """Whether the points are not all on one line."""
+    import numpy as np
+
+    places = np.array([[cell.x, cell.y] for cell in cells])
+    sizes = np.ptp(places, axis=0)
+    return bool(sizes.all()) and int(np.linalg.matrix_rank((places - places[0]) / sizes)) == 2
+
+
+def _read(run: Run) -> Surface:
+    inputs = run.record.inputs
+    lines = [_point(line) for line in run.training.metrics()]
+    return Surface(
+        run.name,
+        tuple(str(corner["run"]) for corner in inputs["corners"]),
+        int(inputs["points"]),
+        (int(inputs["train_records"]), int(inputs["test_records"])),
+        tuple(point for point in lines if point.mark is not None),
+        tuple(point for point in lines if point.mark is None),
+    )
+
+
+def _point(line: Mapping[str, Any]) -> SurfacePoint:
+    train_loss, test_loss = (math.inf if line[name] is None else float(line[name]) for name in _LOSSES)
+    return SurfacePoint(float(line["x"]), float(line["y"]), train_loss, test_loss, line.get("mark"))
+
+
+def _figure(surface: Surface) -> Figure:
+    train, test = surface.records
+    part = "" if surface.is_complete else f" So far {len(surface.cells)} of them are measured."
+    return Figure(
+        name=f"loss-surface-{surface.run}",
+        title=f"Loss in the plane through {_names(surface)}",
+        caption=(
+            f"Loss per answer token, lower (darker) is better, on {train} training records of {surface.corners[0]} and "
+            f"on {test} test records, at {surface.side} × {surface.side} points.{part} The axes are distances in the "
+            "space of the weights: across from FFT to continued FFT, upwards what of the way to MFT is at right angles "
+            f"to that; each axis and each half has a scale of its own. Each colour covers 1/{_BANDS} of the grid, so "
+            "that the steps between lines differ. With their own weights the models have, on train and test: "
+            f"{'; '.join(map(_losses_text, surface.marks))}. These are two directions of very many: a plane cannot "
+            "tell whether a way outside it joins two models, nor how wide a valley is in other directions."
+        ),
+        data=tuple(_row(point) for point in (*surface.marks, *surface.cells)),
+        runs=(surface.run, *surface.corners),
+        draw=partial(_draw, surface),
+        width_inches=5.6,
+        height_inches=3.4,
+    )
+
+
+def _names(surface: Surface) -> str:
+    *first, last = (str(point.mark) for point in surface.marks)
+    return f"{', '.join(first)} and {last}"
+
+
+def _losses_text(point: SurfacePoint) -> str:
+    return f"{point.mark} {point.train_loss:.4g} and {point.test_loss:.4g}"
+
+
+def _row(point: SurfacePoint) -> dict[str, Any]:
+    losses = {name: getattr(point, name) for name in _LOSSES}
+    shown = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+    return {"state": point.mark, "x": point.x, "y": point.y, **shown}
+
+
+def _draw(surface: Surface, canvas: Canvas) -> None:
+    halves = canvas.subplots(1, 2, sharex=True, sharey=True)
+    for axes, name, count in zip(halves, _LOSSES, surface.records, strict=True):
+        _draw_contours(axes, surface, name)
+        for point in surface.marks:
+            _draw_mark(axes, point)
+        axes.set_title(f"{name.split('_')[0]} loss ({count} records)")
+        axes.set_xlabel(f"towards {surface.marks[1].mark}")
+        axes.locator_params(nbins=5)
+        axes.grid(visible=False)
+    halves[0].set_ylabel(f"towards {surface.marks[2].mark}")
+
+
+def _draw_contours(axes: Axes, surface: Surface, name: str) -> None:
+    import numpy as np
+    from matplotlib.colors import BoundaryNorm
+
+    across = np.array([cell.x for cell in surface.cells])
+    upwards = np.array([cell.y for cell in surface.cells])
+    losses, levels = _drawn_losses(surface, name), _levels(surface, name)
+    bands = BoundaryNorm(levels, 256, extend="both")
+    axes.tricontourf(across, upwards, losses, levels=levels, cmap=COLOUR_MAP, norm=bands, extend="both")
+    # White stands out on the dark bands, ink on the light ones.
+    colours = ["white" if number <= len(levels) / 2 else INK for number in range(len(levels))]
+    lines = axes.tricontour(across, upwards, losses, levels=levels, colors=colours, linewidths=0.6)
+    axes.clabel(lines, fmt="%.3g", fontsize=8)
+
+
+def _drawn_losses(surface: Surface, name: str) -> NDArray[np.float64]:
+    """The loss of each point of the grid, where there is no number the highest there is."""
+    import numpy as np
+
+    losses = [getattr(cell, name) for cell in surface.cells]
+    highest = max(filter(math.isfinite, losses), default=0.0)
+    return np.minimum(np.array(losses, dtype=np.float64), highest)
+
+
+def _levels(surface: Surface, name: str) -> NDArray[np.float64]:
+    """Quantiles, so that each band has its share of the plane, and the valley as many as the walls."""
+    import numpy as np
+
+    shares = np.linspace(0, 1, _BANDS + 1)[1:-1]
+    return np.unique(np.quantile(_drawn_losses(surface, name), shares))
+
+
+def _draw_mark(axes: Axes, point: SurfacePoint) -> None:
+    style = style_of(str(point.mark))
+    axes.plot(point.x, point.y, style.marker, color=style.color, markersize=11, markeredgecolor="white")
+    axes.annotate(
+        str(point.mark),
+        (point.x, point.y),
+        xytext=(0, 10),
+        textcoords="offset points",
+        horizontalalignment="center",
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
+        zorder=5,  # above the numbers of the lines
+    )

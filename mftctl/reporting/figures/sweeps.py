@@ -1,0 +1,368 @@
+"""Figures of sweeps: each metric against the option that a recipe tries several values of."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
+from mftctl.experiments.run_contents import first_fault
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import STATE_ORDER
+from mftctl.reporting.figures.style import (
+    INK,
+    Figure,
+    LineStyle,
+    drawn_text,
+    legend_height_inches,
+    numbered_style,
+    put_legend,
+    style_of,
+    with_own_names,
+)
+from mftctl.reporting.figures.training_histories import DECIDES_NOTHING
+from mftctl.reporting.file_names import slug
+from mftctl.reporting.state_tables import MetricTable, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+_SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """What is swept.
+
+    Attributes:
+        name: Of the figure's file.
+        title: Of the figure.
+        label: Of the axis.
+        key: In the section of the recipe.
+        methods: Of `mask_train.method` or `fft.method`, which it is swept for.
+    """
+
+    name: str
+    title: str
+    label: str
+    key: str
+    methods: tuple[str, ...]
+
+    def value(self, command: str, section: Mapping[str, Any]) -> float | None:
+        """The value in force; None where this option is not what decides.
+
+        Raises:
+            ValueError: The section is none of this version.
+        """
+        if section.get("method") not in self.methods:
+            return None
+        if self.key != "ratio":
+            return float(section[self.key])
+        options = MaskTrainOptions if command == "mask-train" else FftOptions
+        ratio = options.model_validate(section).effective_ratio
+        return ratio if isinstance(ratio, float) else None
+
+
+# `random` is a mask in one section and an update in the other: the command tells them apart.
+_OPTIONS = {
+    "mask-train": (
+        _Option("mask-ratio", "Mask ratio", "share removed", "ratio", ("learned", "random", "magnitude")),
+        _Option("data-share", "Share of the data", "share of the training data", "data_fraction", ("learned",)),
+        _Option("drop-rate", "One-off drop", "share of the changes undone", "ratio", ("drop",)),
+    ),
+    "fft": (_Option("update-ratio", "Update ratio", "share not updated at a step", "ratio", ("gmt", "random")),),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """An evaluated state under one metric, with what made it.
+
+    Attributes:
+        row: Of the table.
+        state: Without what tells variants apart.
+        value: Of the swept option.
+        settings: By seed, everything else that decides.
+    """
+
+    row: Row
+    state: str
+    value: float
+    settings: Mapping[int, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _SweptLine:
+    """States that differ in the swept option alone, by its value."""
+
+    label: str
+    style: LineStyle
+    points: tuple[_Point, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    """One metric of a figure."""
+
+    table: MetricTable
+    lines: tuple[_SweptLine, ...]
+    baselines: tuple[Row, ...]
+
+    def bar(self, row: Row) -> tuple[float, float, float]:
+        """Where a state stands, and the ends of its bar: the paired interval, else the spread over seeds.
+
+        A state of other seeds than the baseline stands at its change from the baseline's line, as that is against the
+        baseline of its own seeds.
+        """
+        value = row.value
+        if row.change is None:
+            around = row.spread or 0.0
+            return value, value - around, value + around
+        if len(self.baselines) == 1 and set(self.baselines[0].seeds) != set(row.seeds):
+            value = self.baselines[0].value + row.change.value
+        return value, value + row.change.low - row.change.value, value + row.change.high - row.change.value
+
+
+def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+    """A figure for each swept option, model and data set, with a panel a metric.
+
+    Args:
+        tables: Of a comparison.
+        runs: Of the same folder, oldest first.
+        problems: Gets a line for each run that cannot be used.
+
+    Source: MFT, figures 4, 5, 8 and 9; GMT, figures 2 and 3.
+    """
+    by_name = {run.name: run for run in runs if isinstance(run.record.config, dict)}
+    figures = []
+    for command, options in _OPTIONS.items():
+        for option in options:
+            ordered = sorted(tables, key=lambda table: (table.origin, table.dataset))
+            for (origin, dataset), group in groupby(ordered, key=lambda table: (table.origin, table.dataset)):
+                panels = [_panel(table, command, option, by_name, problems) for table in group]
+                found = [panel for panel in panels if panel.lines]
+                if found:
+                    figures.append(_figure(option, origin, dataset, found))
+    return with_own_names(figures)
+
+
+def _panel(
+    table: MetricTable, command: str, option: _Option, by_name: Mapping[str, Run], problems: list[str]
+) -> _Panel:
+    points = []
+    for row in table.rows:
+        try:
+            point = _point(row, command, option, by_name)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = f"what made this state cannot be read: {first_fault(error)}"
+            problem = f"{', '.join(row.runs)}: in no figure of a sweep, {reason}"
+            problems += [problem] * (problem not in problems)
+            continue
+        if point is not None:
+            points.append(point)
+    lines = _lines(points)
+    baselines = tuple(row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name))
+    return _Panel(table, lines, baselines)
+
+
+def _point(row: Row, command: str, option: _Option, by_name: Mapping[str, Run]) -> _Point | None:
+    """The row as a point of a sweep; None where it is none of this option.
+
+    Raises:
+        KeyError: The run that made it is missing, or its record is not complete.
+        ValueError: Its options are none of this version.
+    """
+    values, settings = set(), {}
+    state = row.state
+    for seed, name in zip(row.seeds, row.runs, strict=True):
+        state = str(by_name[name].record.result["state"])
+        made_by = _made_by(by_name[name])
+        if not made_by:
+            return None
+        if not made_by[-1].endswith(command):
+            return None
+        record = by_name[made_by[-1]].record
+        section = dict(record.config[_SECTIONS[command]])
+        values.add(option.value(command, section))
+        for key in (option.key, *DECIDES_NOTHING):
+            section.pop(key, None)
+        data = {key: record.config.get(key) for key in ("data", "val_data")}
+        settings[seed] = {**section, **data, "started from": made_by[:-1]}
+    [*one] = values
+    if len(one) != 1 or one[0] is None:
+        return None
+    return _Point(row, state, one[0], settings)
+
+
+def _made_by(evaluation: Run) -> list[str]:
+    return [name for name in evaluation.record.inputs["parents"] if not name.endswith("-apply")]
+
+
+def _lines(points: Sequence[_Point]) -> tuple[_SweptLine, ...]:
+    """Points in lines, each of at least two values; of a value that came twice, that of the most seeds."""
+    groups: list[list[_Point]] = []
+    for point in points:
+        for group in groups:
+            if _differ_in_the_option_alone(group[0], point):
+                group.append(point)
+                break
+        else:
+            groups.append([point])
+    swept = []
+    for group in groups:
+        by_value: dict[float, _Point] = {}
+        for point in sorted(group, key=lambda point: len(point.row.seeds)):
+            by_value[point.value] = point
+        if len(by_value) > 1:
+            swept.append([by_value[value] for value in sorted(by_value)])
+    lines = []
+    for number, line in enumerate(swept):
+        alike = [other for other in swept if other[0].state == line[0].state]
+        style = style_of(line[0].state) if alike[0] is line else numbered_style(len(STATE_ORDER) + 1 + number)
+        lines.append(_SweptLine(_label(line, alike), style, tuple(line)))
+    return tuple(lines)
+
+
+def _differ_in_the_option_alone(one: _Point, other: _Point) -> bool:
+    shared = one.settings.keys() & other.settings.keys()
+    return one.state == other.state and bool(shared) and all(one.settings[s] == other.settings[s] for s in shared)
+
+
+def _label(line: Sequence[_Point], alike: Sequence[Sequence[_Point]]) -> str:
+    """The state, with the settings that tell it from other lines of the same state."""
+    state = line[0].state
+    if len(alike) == 1:
+        return state
+    settings = [next(iter(other[0].settings.values())) for other in alike]
+    own = next(iter(line[0].settings.values()))
+    keys = [key for key in own if len({json.dumps(other.get(key)) for other in settings}) > 1]
+    told = [f"{key}={own[key]}" for key in keys if not isinstance(own[key], list | dict)]
+    return f"{state} ({', '.join(told[:2]) or line[0].row.runs[0]})"
+
+
+def _is_baseline_of(row: Row, lines: Sequence[_SweptLine], by_name: Mapping[str, Run]) -> bool:
+    """Whether a baseline is one of those that the lines are compared with."""
+    compared = [settings for line in lines for point in line.points for settings in point.settings.values()]
+    made = [_made_by(by_name[name]) for name in row.runs if name in by_name]
+    if any(settings["started from"] == names for settings in compared for names in made):
+        return True
+    data = [by_name[names[-1]].record.config.get("data") for names in made if names and names[-1] in by_name]
+    return any(not settings["started from"] and settings["data"] in data for settings in compared)
+
+
+def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]) -> Figure:
+    points = [point for panel in panels for line in panel.lines for point in line.points]
+    seeds = sorted({len(point.row.seeds) for point in points})
+    samples = sorted({panel.table.rows[0].samples for panel in panels})
+    sentences = [
+        f"{origin} on {dataset}, n = {' and '.join(map(str, samples))}.",
+        _bar_caption([point.row for point in points]),
+        _baseline_caption(panels),
+        f"Seeds a point: {' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))}.",
+        "All values were tried on the same test data: the best of them is partly luck.",
+    ]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    labels = {line.label for panel in panels for line in panel.lines} | {
+        row.state for panel in panels for row in panel.baselines
+    }
+    return Figure(
+        name=f"{option.name}-{slug(dataset)}",
+        title=f"{option.title}: {dataset}",
+        caption=" ".join(sentences),
+        data=tuple(_numbers(option, panels)),
+        runs=tuple(dict.fromkeys(name for point in points for name in point.row.runs)),
+        draw=partial(_draw, option, tuple(panels), columns),
+        height_inches=0.3 + 2.7 * rows + legend_height_inches(list(labels)),
+    )
+
+
+def _bar_caption(rows: Sequence[Row]) -> str:
+    parts = []
+    if any(row.change is not None for row in rows):
+        parts.append(
+            "the paired 95 % interval over test samples of the difference to the baseline; one that reaches its line "
+            "is within noise"
+        )
+    if any(row.change is None and row.spread is not None for row in rows):
+        parts.append("without a baseline to pair with, the standard deviation over seeds")
+    return f"Bars: {'; '.join(parts)}." if parts else "No bars: a single seed, and no baseline to pair with."
+
+
+def _baseline_caption(panels: Sequence[_Panel]) -> str:
+    rows = [row for panel in panels for row in panel.baselines]
+    if not rows:
+        return "The baseline was not measured."
+    band = ", its band the standard deviation over seeds" if any(row.spread for row in rows) else ""
+    return f"Level line: {', '.join(dict.fromkeys(row.state for row in rows))}{band}."
+
+
+def _numbers(option: _Option, panels: Sequence[_Panel]) -> list[dict[str, Any]]:
+    numbers = []
+    for panel in panels:
+        for row in panel.baselines:
+            numbers.append(
+                {"metric": panel.table.metric, "state": row.state, "value": row.value, "runs": list(row.runs)}
+            )
+        for line in panel.lines:
+            for point in line.points:
+                drawn_at, low, high = panel.bar(point.row)
+                numbers.append(
+                    {
+                        "metric": panel.table.metric,
+                        "state": line.label,
+                        option.key: point.value,
+                        "value": point.row.value,
+                        "drawn_at": drawn_at,
+                        "low": low,
+                        "high": high,
+                        "seeds": len(point.row.seeds),
+                        "runs": list(point.row.runs),
+                    }
+                )
+    return numbers
+
+
+def _draw(option: _Option, panels: Sequence[_Panel], columns: int, canvas: Canvas) -> None:
+    rows = -(-len(panels) // columns)
+    grid = canvas.subplots(rows, columns, squeeze=False)
+    flat = [axes for row in grid for axes in row]
+    handles: dict[str, Any] = {}
+    for axes, panel in zip(flat, panels, strict=False):
+        _draw_panel(axes, panel)
+        axes.set_xlabel(option.label)
+        axes.set_ylabel(panel.table.metric.replace("_", " "))
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    for axes in flat[len(panels) :]:
+        axes.remove()
+    put_legend(canvas, handles)
+
+
+def _draw_panel(axes: Axes, panel: _Panel) -> None:
+    for row in panel.baselines:
+        axes.axhline(row.value, color=INK, linewidth=1.0, label=drawn_text(row.state))
+        if row.spread:
+            axes.axhspan(row.value - row.spread, row.value + row.spread, color=INK, alpha=0.1, linewidth=0)
+    every = [point.value for line in panel.lines for point in line.points]
+    # Bars of several lines at the same value would hide each other.
+    shift = 0.008 * (max(every) - min(every))
+    for number, line in enumerate(panel.lines):
+        aside = shift * (number - (len(panel.lines) - 1) / 2)
+        bars = [panel.bar(point.row) for point in line.points]
+        axes.errorbar(
+            [point.value + aside for point in line.points],
+            [value for value, _, _ in bars],
+            yerr=[[value - low for value, low, _ in bars], [high - value for value, _, high in bars]],
+            label=drawn_text(line.label),
+            capsize=2.0,
+            elinewidth=0.9,
+            **line.style.keywords(),
+        )
+    # The interval of a change can reach further down than a score can.
+    if axes.get_ylim()[0] < 0 <= min(point.row.value for line in panel.lines for point in line.points):
+        axes.set_ylim(bottom=0)

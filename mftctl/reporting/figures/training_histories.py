@@ -1,0 +1,324 @@
+"""What was measured while models and masks were trained, placed so that several trainings can be compared."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from mftctl.errors import RunError
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
+from mftctl.experiments.run_contents import told
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
+
+_SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
+DECIDES_NOTHING = ("prefix_cache_gb", "eval_every", "eval_limit")
+
+
+class Measure(NamedTuple):
+    """What a score is of: one metric of one data set, on so many samples."""
+
+    dataset: str
+    digest: str
+    metric: str
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """One training, or one mask that was not trained.
+
+    Attributes:
+        run: The run.
+        state: What it makes of a model, in the words of a report.
+        seed: Its seed.
+        family: The pre-trained model, and the data that the first training on the way here was on, as JSON.
+        method: Recipe, stage and settings: what several seeds of one method have in common.
+        first_step: Optimizer steps behind the model it started from.
+        kept_step: The step of its own whose state was kept; so far the best, where it is not finished.
+        losses: Validation loss per answer token by its own step.
+        reference_loss: That of the best FFT, or without one of the unmasked model, on the same records; None where it
+            is not known.
+        scores: Of each measure, the value by its own step.
+        standard_errors: Of each measure, the largest over samples of one value.
+        is_trained: False for a mask that takes no steps, such as a random one.
+    """
+
+    run: Run
+    state: str
+    seed: int
+    family: tuple[str, str]
+    method: str
+    first_step: int
+    kept_step: int
+    losses: Mapping[int, float]
+    reference_loss: float | None
+    scores: Mapping[Measure, Mapping[int, float]]
+    standard_errors: Mapping[Measure, float]
+    is_trained: bool
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing to come."""
+        return self.run.record.status == "finished"
+
+    @property
+    def stage(self) -> str:
+        """The stage of the experiment, else the run's name."""
+        return self.run.record.stage or self.run.name
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What one run says of itself.
+
+    Attributes:
+        run: The run.
+        state: What it makes of a model.
+        losses: By step.
+        scores: By measure and step.
+        standard_errors: By measure, the largest.
+        kept_step: The step whose state was kept.
+        parents: Of the model it started from.
+        before: The state of that model.
+        origin: The pre-trained model.
+        validation: Digest of the validation records.
+        seed: Its seed.
+        method: Recipe, stage and settings, as JSON.
+        unmasked_loss: Of a mask, the loss without it on the same records; None where it is not known yet.
+        data: What it was trained on, as JSON.
+    """
+
+    run: Run
+    state: str
+    losses: dict[int, float]
+    scores: dict[Measure, dict[int, float]]
+    standard_errors: dict[Measure, float]
+    kept_step: int
+    parents: tuple[str, ...]
+    before: str
+    origin: str
+    validation: str | None
+    seed: int
+    method: str
+    unmasked_loss: float | None
+    data: str
+
+    @property
+    def is_fft(self) -> bool:
+        return self.state == FFT
+
+    @property
+    def kept_loss(self) -> float | None:
+        return self.losses.get(self.kept_step)
+
+
+def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
+    """The history of each `fft` and `mask-train` run that has measured something.
+
+    Of runs of the same method and seed, the newest finished one counts, else the newest.
+
+    Args:
+        runs: Oldest first.
+        problems: Gets a line for each run that cannot be used.
+    """
+    measured: dict[str, _Measured] = {}
+    for run in runs:
+        if run.record.command in _SECTIONS and run.record.status != "failed":
+            try:
+                found = _measured(run)
+            except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
+                problems.append(told(error, f"{run.folder}: what was measured during this training cannot be read"))
+                continue
+            if found is not None:
+                measured[run.name] = found
+    _add_evaluations(runs, measured)
+    unmasked = _unmasked_losses(runs)
+    newest: dict[tuple[object, ...], History] = {}
+    for item in measured.values():
+        history = _placed(item, measured, unmasked, problems)
+        key = (history.family, history.state, history.method, history.seed)
+        if key not in newest or history.is_finished or not newest[key].is_finished:
+            newest[key] = history
+    return list(newest.values())
+
+
+def _measured(run: Run) -> _Measured | None:
+    """What a run says of itself; None where it has measured nothing yet."""
+    record = run.record
+    lines = run.training.metrics()
+    losses = {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
+    if not losses and record.result.get("best_loss") is not None:
+        losses = {int(record.result.get("best_step", 0)): float(record.result["best_loss"])}
+    if not losses and record.status != "finished":
+        return None
+    scores: dict[Measure, dict[int, float]] = {}
+    standard_errors: dict[Measure, float] = {}
+    for line in lines:
+        for metric in line.get("metrics", ()):
+            if not math.isfinite(metric["value"]):
+                continue
+            measure = Measure(line["dataset"], line["digest"], metric["name"], int(metric["samples"]))
+            scores.setdefault(measure, {})[int(line["step"])] = float(metric["value"])
+            error = metric.get("standard_error") or 0.0
+            error = error if math.isfinite(error) else 0.0
+            standard_errors[measure] = max(error, standard_errors.get(measure, 0.0))
+    losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
+    best = min(losses, key=lambda step: losses[step], default=0)
+    is_last = record.config.get("fft", {}).get("keep") == "last" and record.command == "fft"
+    return _Measured(
+        run=run,
+        state=str(record.result["state"]) if record.status == "finished" else _expected_state(run),
+        losses=losses,
+        scores=scores,
+        standard_errors=standard_errors,
+        kept_step=max(losses) if is_last and losses else best,
+        parents=tuple(record.inputs["parents"]),
+        before=str(record.inputs["state"]),
+        origin=str(record.inputs["origin"]),
+        validation=record.inputs.get("digests", {}).get("validation"),
+        seed=int(record.config.get("seed", 0)),
+        method=_method(run),
+        unmasked_loss=_finite(record.result.get("unmasked_loss")),
+        data=json.dumps(record.config.get("data", [])),
+    )
+
+
+def _finite(loss: float | None) -> float | None:
+    """A loss that there is; None for that of a model which diverged."""
+    return None if loss is None or not math.isfinite(loss) else float(loss)
+
+
+def _method(run: Run) -> str:
+    record = run.record
+    section = {
+        key: value
+        for key, value in record.config.get(_SECTIONS[record.command], {}).items()
+        # The layers of a stage are those of its probe, which each seed has for itself.
+        if key not in DECIDES_NOTHING and not (key == "layers" and record.stage)
+    }
+    return json.dumps([record.recipe, record.stage, section], sort_keys=True)
+
+
+def _expected_state(run: Run) -> str:
+    """What a training that is not finished will make of its model."""
+    config, inputs = run.record.config, run.record.inputs
+    if run.record.command == "fft":
+        source = Source(str(inputs["model"]), state=str(inputs["state"]))
+        return fine_tuned_state(source.state, FftOptions.model_validate(config["fft"]))
+    return mask_state(MaskTrainOptions.model_validate(config["mask_train"]))
+
+
+def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> None:
+    """Gives a state that was not measured on the way what an evaluation on the very same samples says of it."""
+    for run in runs:
+        if run.record.command != "eval" or run.record.status != "finished":
+            continue
+        try:
+            evaluated = _evaluated(run)
+            parents = [name for name in run.record.inputs["parents"] if not name.endswith("-apply")]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # the comparison, which needs all of them, says so
+        if parents and parents[-1] in measured:
+            made = measured[parents[-1]]
+            for measure, value in evaluated:
+                made.scores.setdefault(measure, {}).setdefault(made.kept_step, value)
+
+
+def _evaluated(run: Run) -> list[tuple[Measure, float]]:
+    return [
+        (Measure(data["name"], data["digest"], metric["name"], int(metric["samples"])), float(metric["value"]))
+        for data in run.record.result["datasets"]
+        for metric in data["metrics"]
+        if math.isfinite(metric["value"])
+    ]
+
+
+def _unmasked_losses(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
+    """The loss of unmasked models on the half of the validation records that decides which mask is the best."""
+    found: dict[tuple[object, ...], float] = {}
+    for run in runs:
+        if run.record.command not in ("probe", "mask-train"):
+            continue
+        try:
+            if _is_learned(run):
+                loss = _finite(run.record.result["unmasked_loss"])
+                found |= {} if loss is None else {_validated_on(run.record.inputs): loss}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # not there yet, or damaged, which is said where the run itself is drawn
+    return found
+
+
+def _is_learned(run: Run) -> bool:
+    return bool(run.record.config.get("mask_train", {}).get("method", "learned") == "learned")
+
+
+def _validated_on(inputs: Mapping[str, Any]) -> tuple[object, ...]:
+    return (inputs.get("model"), tuple(inputs.get("parents", ())), inputs.get("digests", {}).get("validation"))
+
+
+def _placed(
+    item: _Measured,
+    measured: Mapping[str, _Measured],
+    unmasked: Mapping[tuple[object, ...], float],
+    problems: list[str],
+) -> History:
+    record = item.run.record
+    missing = [name for name in item.parents if name not in measured and not name.endswith("-apply")]
+    if missing:
+        problems.append(f"{item.run.folder}: drawn from step 0, since {missing[0]}, which it started from, is missing")
+    first = measured.get(item.parents[0], item) if item.parents else item
+    return History(
+        run=item.run,
+        state=item.state,
+        seed=item.seed,
+        family=(item.origin, first.data),
+        method=item.method,
+        first_step=sum(measured[name].kept_step for name in item.parents if name in measured),
+        kept_step=item.kept_step,
+        losses=item.losses,
+        reference_loss=_reference_loss(item, measured, unmasked),
+        scores=item.scores,
+        standard_errors=item.standard_errors,
+        is_trained=record.command == "fft" or _is_learned(item.run),
+    )
+
+
+def _reference_loss(
+    item: _Measured, measured: Mapping[str, _Measured], unmasked: Mapping[tuple[object, ...], float]
+) -> float | None:
+    """The loss of the best FFT on the records that a training was validated on."""
+    best = _best_fft(item, measured)
+    if item.run.record.command == "fft":
+        same_records = best is not None and best.validation == item.validation
+        return best.kept_loss if best is not None and same_records else None
+    without_mask = item.unmasked_loss
+    if without_mask is None:
+        without_mask = unmasked.get(_validated_on(item.run.record.inputs))
+    if without_mask is None or best is None or item.before == FFT:
+        return without_mask
+    masked = [measured[name] for name in item.parents if name in measured]
+    masked_loss = masked[-1].kept_loss if masked else best.losses.get(0)
+    if best.kept_loss is None or masked_loss is None:
+        return None
+    # A mask is validated on a half of the records: what lies between two models on all of them is taken over.
+    return float(without_mask + best.kept_loss - masked_loss)
+
+
+def _best_fft(item: _Measured, measured: Mapping[str, _Measured]) -> _Measured | None:
+    """The FFT that a training started from, else that of the same model, seed and validation records."""
+    if item.is_fft:
+        return item
+    if item.parents and item.parents[0] in measured and measured[item.parents[0]].is_fft:
+        return measured[item.parents[0]]
+    same = [
+        other
+        for other in measured.values()
+        if other.is_fft and (other.origin, other.seed, other.validation) == (item.origin, item.seed, item.validation)
+    ]
+    finished = [other for other in same if other.run.record.status == "finished"]
+    return next(reversed(finished or same), None)

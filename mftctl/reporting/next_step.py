@@ -1,0 +1,70 @@
+"""The best next step after what has been measured."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import FFT
+from mftctl.reporting.state_tables import MetricTable, Row
+
+LEARNED = ("MFT", "masked")
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """A command and why.
+
+    Attributes:
+        command: To type next.
+        reason: One sentence.
+    """
+
+    command: str
+    reason: str
+
+
+def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
+    """What tells most next: what is missing, then what the figures leave open, then what to do with a good mask.
+
+    Args:
+        tables: Of the comparison.
+        runs: Of the runs folder, oldest first.
+    """
+    made = {run.record.command for run in runs if run.record.status == "finished"}
+    states = {row.state.split(" (")[0] for table in tables for row in table.rows}
+    masks = [(table, row) for table in tables for row in table.rows if row.state.startswith(LEARNED)]
+    if "fft" not in made and "mask-train" not in made:
+        return Advice("mftctl fft", "There is no fine-tuned model yet to learn a mask for.")
+    if "mask-train" not in made:
+        return Advice("mftctl mask-train", "No mask has been learned yet.")
+    if not masks:
+        return Advice("mftctl eval", "The learned mask has not been measured yet.")
+    if FFT not in states:
+        return Advice("mftctl eval MODEL", "The fine-tuned model that the mask belongs to has not been measured.")
+    return _after_a_mask(masks, tables, runs)
+
+
+def _after_a_mask(
+    masks: Sequence[tuple[MetricTable, Row]], tables: Sequence[MetricTable], runs: Sequence[Run]
+) -> Advice:
+    verdicts = {row.change.verdict for _, row in masks if row.change is not None}
+    seeds = max(len(row.seeds) for _, row in masks)
+    if "worse" in verdicts and "better" not in verdicts:
+        return Advice("mftctl probe", "The mask made it worse: a part of the layers may gain where all together lose.")
+    if "better" not in verdicts:
+        return Advice("mftctl eval", "The change is within noise: more test records (no --limit) would tell more.")
+    if seeds < 3:
+        recipe = next((run.record.recipe for run in reversed(runs) if run.record.recipe), None)
+        if recipe is not None:
+            return Advice(
+                f'mftctl run {shlex.quote(recipe)} --set "seeds=[0,1,2]"',
+                f"The mask helps with {'one seed' if seeds == 1 else 'two seeds'}; three tell more.",
+            )
+    if not any(table.is_benchmark for table in tables):
+        return Advice(
+            "mftctl eval --tasks gsm8k", "The mask helps on its own data; a benchmark tells what it does elsewhere."
+        )
+    return Advice("mftctl apply", "The mask helps: apply writes the checkpoint that every server loads.")

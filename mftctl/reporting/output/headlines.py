@@ -1,0 +1,52 @@
+"""What a report comes to, in a sentence a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mftctl.reporting.next_step import LEARNED
+from mftctl.reporting.output.text_tables import interval_text
+from mftctl.reporting.paired_change import LOWER_IS_BETTER
+from mftctl.reporting.state_tables import MetricTable, Row
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """What a learned mask did to one figure.
+
+    Attributes:
+        text: The sentence.
+        verdict: `better`, `worse` or `within noise`.
+        runs: The evaluation runs it comes from.
+    """
+
+    text: str
+    verdict: str
+    runs: tuple[str, ...]
+
+
+def headlines(tables: Sequence[MetricTable]) -> list[Headline]:
+    """One for each table with a learned mask in it, of the mask that does best there."""
+    several = len({table.origin for table in tables}) > 1
+    found = []
+    for table in tables:
+        masks = [row for row in table.rows if row.state.startswith(LEARNED) and row.change is not None]
+        if masks:
+            best = (min if table.metric in LOWER_IS_BETTER else max)(masks, key=lambda row: row.value)
+            found.append(_headline(table, best, several))
+    return found
+
+
+def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
+    if row.change is None:
+        raise ValueError(f"{row.state} has no change to tell of")
+    change = row.change
+    of = f" of {Path(table.origin).name}" if several_models else ""
+    seeds = f", {len(row.seeds)} seeds" if len(row.seeds) > 1 else ""
+    text = (
+        f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"
+        f" against {table.baseline}: {change.verdict} ({row.samples:,} samples{seeds})."
+    )
+    return Headline(text, change.verdict, row.runs)

@@ -1,0 +1,98 @@
+"""The report as one HTML file that needs nothing else: no network, no script, no file beside it."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+from mftctl import __version__
+from mftctl.reporting.figures.style import INK, Drawing, Figure
+from mftctl.reporting.output.headlines import headlines
+from mftctl.reporting.output.markdown import EFFICIENCY_NOTE, NOTE
+from mftctl.reporting.output.text_tables import TextTable, efficiency_text, flag_lines, metric_text, overview_text
+from mftctl.text import visible, visible_line
+
+if TYPE_CHECKING:
+    from mftctl.reporting.report import Report
+
+_TEMPLATE = Path(__file__).with_name("page.html.jinja")
+
+
+def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> str:
+    """The page.
+
+    Args:
+        report: What it tells.
+        drawings: Of its figures, by name.
+        folder: Where it will be, from where run folders are linked.
+    """
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_finished
+    )
+    environment.filters["anchor"] = anchor
+    template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    overviews = [overview_text(overview) for overview in report.overviews]
+    efficiency = [efficiency_text(report.efficiency)] if report.efficiency else []
+    tables: list[dict[str, Any]] = [
+        {
+            "text": metric_text(table),
+            "seeds": metric_text(table, by_seed=True) if any(len(row.by_seed) > 1 for row in table.rows) else None,
+            "flags": flag_lines(table),
+        }
+        for table in report.tables
+    ]
+    shown = [*overviews, *(part for table in tables for part in (table["text"], table["seeds"]) if part), *efficiency]
+    return template.render(
+        version=__version__,
+        report=report,
+        headlines=headlines(report.tables),
+        overviews=overviews,
+        tables=tables,
+        efficiency=efficiency,
+        figures=[(figure, Markup(_inline(figure, drawings[figure.name].svg))) for figure in report.figures],
+        sources=[(source, _link(source.folder, folder)) for source in report.sources],
+        groups=_groups(report, shown),
+        note=NOTE,
+        efficiency_note=EFFICIENCY_NOTE,
+    )
+
+
+def _finished(value: Any) -> Any:
+    """A value as it stands on the page; a drawing is one already."""
+    return visible(value) if type(value) is str else value
+
+
+def anchor(runs: tuple[str, ...]) -> str:
+    """Where on the page the runs of a number are: at the one run, or at the list of several."""
+    return f"run-{runs[0]}" if len(runs) == 1 else f"runs-{'-'.join(name.split('-')[0] for name in runs)}"
+
+
+def _groups(report: Report, tables: list[TextTable]) -> list[tuple[str, ...]]:
+    """The several runs that one number of the page is the mean of."""
+    found = [cell.runs for table in tables for row in table.rows for cell in row]
+    found += [headline.runs for headline in headlines(report.tables)]
+    return [runs for runs in dict.fromkeys(found) if len(runs) > 1]
+
+
+def _inline(figure: Figure, svg: str) -> str:
+    """The figure for the page: as wide as there is room, in the colour of the text, and named."""
+    svg = svg[svg.index("<svg") :]
+    head, body = svg.split(">", 1)
+    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
+    label = html.escape(visible_line(figure.title))
+    # In the tags alone: a text may name a colour too.
+    return re.sub(
+        "<[^>]*>", lambda tag: tag[0].replace(INK, "currentColor"), f'{head} role="img" aria-label="{label}">{body}'
+    )
+
+
+def _link(target: Path, folder: Path) -> str:
+    return quote(os.path.relpath(target.resolve(), folder.resolve()))

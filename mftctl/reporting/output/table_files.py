@@ -1,0 +1,123 @@
+"""The report's tables as files: LaTeX to be set, CSV to compute with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mftctl.reporting.file_names import own_name
+from mftctl.reporting.output.text_tables import TextTable, efficiency_text, metric_text, overview_text
+from mftctl.reporting.overview import Overview
+from mftctl.reporting.paired_change import Change
+from mftctl.reporting.state_tables import MetricTable
+from mftctl.text import visible_line
+
+if TYPE_CHECKING:
+    from mftctl.reporting.report import Report
+
+_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""How a cell begins that a spreadsheet computes, also in their wide forms."""
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+_ARGUMENT = re.compile(r"^(?=[\[*])", re.MULTILINE)
+_IN_LATEX = {"±": r"$\pm$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$"}
+
+
+def table_files(report: Report) -> dict[str, str]:
+    """The texts of `<name>.tex` and `<name>.csv` of every table, by name."""
+    files: dict[str, str] = {}
+    taken: set[str] = set()
+    for text, rows in _tables(report):
+        name = own_name(text.name, taken)  # models or data may have the same name
+        files[f"{name}.tex"] = to_latex(text)
+        files[f"{name}.csv"] = to_csv(rows)
+    return files
+
+
+def _tables(report: Report) -> Iterator[tuple[TextTable, list[dict[str, Any]]]]:
+    for overview in report.overviews:
+        yield overview_text(overview), list(_overview_rows(overview))
+    for table in report.tables:
+        yield metric_text(table), list(_metric_rows(table))
+    if report.efficiency:
+        yield efficiency_text(report.efficiency), [asdict(item) for item in report.efficiency]
+
+
+def to_latex(table: TextTable) -> str:
+    """The table for the package booktabs, with the interval behind a change that has one in a cell of its own."""
+    from pandas import DataFrame
+
+    rows = [[visible_line(f"{cell.text.strip()} {cell.detail}").strip() for cell in row] for row in table.rows]
+    style = DataFrame(rows, columns=list(map(visible_line, table.columns))).style.hide(axis="index")
+    style = style.format(escape="latex").format_index(axis=1, escape="latex")
+    columns = "".join("r" if numeric else "l" for numeric in table.is_numeric)
+    text: str = style.to_latex(hrules=True, column_format=columns)
+    for character, command in _IN_LATEX.items():
+        text = text.replace(character, command)
+    # What a row begins with is not to be an argument of the line end before it.
+    return _ARGUMENT.sub("{}", text)
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line a row under the names of its values, with full precision; several values in a cell behind `;`."""
+    from pandas import DataFrame
+
+    flat = [{key: _csv_cell(value) for key, value in row.items()} for row in rows]
+    text: str = DataFrame(flat).to_csv(index=False, lineterminator="\n")
+    return text
+
+
+def _csv_cell(value: Any) -> Any:
+    """A value as a spreadsheet shows it: what it would take for a formula has an apostrophe before it."""
+    text = ";".join(value) if isinstance(value, tuple) else value
+    if not isinstance(text, str):
+        return text
+    is_formula = text.lstrip().startswith(_FORMULA) and not _NUMBER.fullmatch(text)
+    return f"'{visible_line(text)}" if is_formula else visible_line(text)
+
+
+def _metric_rows(table: MetricTable) -> Iterator[dict[str, Any]]:
+    """A line for each state, and one for each of its seeds where it has several."""
+    for row in table.rows:
+        common = {"origin": table.origin, "dataset": table.dataset, "metric": table.metric, "state": row.state}
+        yield {
+            **common,
+            "seed": "mean" if row.spread is not None else str(row.seeds[0]),
+            "value": row.value,
+            "standard_deviation": row.spread,
+            "standard_error": row.standard_error,
+            "samples": row.samples,
+            **_change_values(row.change),
+            "runs": row.runs,
+        }
+        for single in row.by_seed if len(row.by_seed) > 1 else ():
+            yield {
+                **common,
+                "seed": str(single.seed),
+                "value": single.value,
+                "samples": row.samples,
+                **_change_values(single.change),
+                "runs": (single.run,),
+            }
+
+
+def _overview_rows(overview: Overview) -> Iterator[dict[str, Any]]:
+    for state, cells in overview.rows:
+        for column, cell in zip(overview.columns, cells, strict=True):
+            if cell is not None:
+                yield {
+                    "origin": overview.origin,
+                    "state": state,
+                    **asdict(column),
+                    "value": cell.value,
+                    "standard_deviation": cell.spread,
+                    **_change_values(cell.change),
+                    "runs": cell.runs,
+                }
+
+
+def _change_values(change: Change | None) -> dict[str, Any]:
+    names = ("value", "low", "high", "verdict", "p_value", "corrected_p_value")
+    keys = ("change", "change_low", "change_high", "verdict", "p_value", "corrected_p_value")
+    return {key: None if change is None else getattr(change, name) for key, name in zip(keys, names, strict=True)}

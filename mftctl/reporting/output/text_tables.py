@@ -1,0 +1,191 @@
+"""The report's tables as text, the same on the terminal, in Markdown, in LaTeX and on the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mftctl.reporting.efficiency import Efficiency
+from mftctl.reporting.file_names import slug
+from mftctl.reporting.overview import Cell, Column, Overview
+from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change
+from mftctl.reporting.state_tables import MetricTable, Row
+
+
+@dataclass(frozen=True, slots=True)
+class TextCell:
+    """One cell.
+
+    Attributes:
+        text: What it says.
+        detail: What stands below it, smaller: an interval.
+        verdict: `better` or `worse` where it is about a change that is more than noise; empty otherwise.
+        runs: Names of the runs that a number comes from.
+    """
+
+    text: str
+    detail: str = ""
+    verdict: str = ""
+    runs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A table with its heading.
+
+    Attributes:
+        name: Its files', without an ending: `loss-on-test`.
+        title: What it is about.
+        columns: The headings; the first is that of the row's name.
+        rows: As many cells as columns.
+        is_numeric: Whether a column holds numbers, a flag a column.
+    """
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[TextCell, ...], ...]
+    is_numeric: tuple[bool, ...]
+
+
+def metric_text(table: MetricTable, *, by_seed: bool = False) -> TextTable:
+    """All states under one metric, each with its change, interval and verdict.
+
+    Args:
+        table: Of the comparison.
+        by_seed: Whether each seed of several has a line of its own, below that of its state.
+    """
+    rows = []
+    for row in table.rows:
+        rows.append(_metric_row(row.state, value_text(row), row.change, row, row.runs))
+        for single in row.by_seed if by_seed and len(row.by_seed) > 1 else ():
+            name, value = f"  seed {single.seed}", f"{single.value:.4f}"
+            rows.append(_metric_row(name, value, single.change, row, (single.run,)))
+    return TextTable(
+        slug(f"{table.metric} on {table.dataset} {Path(table.origin).name}"),
+        title(table),
+        ("state", "value", change_header(table), "verdict"),
+        tuple(rows),
+        (False, True, True, False),
+    )
+
+
+def _metric_row(name: str, value: str, change: Change | None, row: Row, runs: tuple[str, ...]) -> tuple[TextCell, ...]:
+    change_text, verdict_text = change_texts(change, is_baseline=row.is_baseline)
+    verdict = "" if change is None or change.verdict == "within noise" else change.verdict
+    return (
+        TextCell(name),
+        TextCell(value, runs=runs),
+        TextCell(change_text, verdict=verdict, runs=runs),
+        TextCell(verdict_text, verdict=verdict),
+    )
+
+
+def flag_lines(table: MetricTable) -> list[tuple[str, str]]:
+    """Each way in which states were not made like what they are compared with: these states, and the way."""
+    states: dict[str, list[str]] = {}
+    for row in table.rows:
+        for flag in row.flags:
+            states.setdefault(flag, []).append(row.state)
+    return [(", ".join(names), flag) for flag, names in states.items()]
+
+
+def overview_text(overview: Overview) -> TextTable:
+    """All states on all that was measured, with a mark where a change is more than noise."""
+    rows = []
+    for state, cells in overview.rows:
+        rows.append((TextCell(state), *map(_overview_cell, cells)))
+    return TextTable(
+        slug(f"all states of {Path(overview.origin).name}"),
+        overview_title(overview),
+        ("state", *map(column_text, overview.columns)),
+        tuple(rows),
+        (False, *(True for _ in overview.columns)),
+    )
+
+
+def _overview_cell(cell: Cell | None) -> TextCell:
+    if cell is None:
+        return TextCell("")
+    return TextCell(
+        cell_text(cell), "" if cell.change is None else interval_text(cell.change), _verdict(cell), cell.runs
+    )
+
+
+def efficiency_text(entries: Sequence[Efficiency]) -> TextTable:
+    """What each training costs; speeds beside that of the FFT of the same model."""
+    base = {item.origin: item.tokens_per_second for item in entries if item.state == "FFT"}
+    origins = {item.origin for item in entries}
+    rows = []
+    for item in entries:
+        name = item.state if len(origins) == 1 else f"{item.state} ({Path(item.origin).name})"
+        ratio = f" ({item.tokens_per_second / base[item.origin]:.2f}×)" if base.get(item.origin) else ""
+        numbers = (
+            f"{item.samples_per_second:,.2f}",
+            f"{item.tokens_per_second:,.0f}{ratio}",
+            f"{item.tokens:,}",
+            "" if item.flops is None else f"{item.flops:.3g}",
+            f"{item.peak_memory_bytes / 1e9:.2f}",
+            f"{item.seconds:,.0f}",
+        )
+        rows.append((TextCell(name), *(TextCell(number, runs=item.runs if number else ()) for number in numbers)))
+    columns = ("state", "samples/s", "tokens/s (× FFT)", "tokens", "FLOPs", "peak memory, GB", "seconds in all")
+    return TextTable("efficiency", "What training costs", columns, tuple(rows), (False, *(True,) * 6))
+
+
+def overview_title(overview: Overview) -> str:
+    """What an overview is of."""
+    return f"All states of {Path(overview.origin).name}"
+
+
+def column_text(column: Column) -> str:
+    """The heading of a column, with the domain where it has one."""
+    name = f"{column.dataset}, {column.metric}"
+    return name if column.domain is None else f"{column.domain}: {name}"
+
+
+def cell_text(cell: Cell) -> str:
+    """The value, with its change against the baseline and a mark where that is more than noise."""
+    value = f"{cell.value:.4f}" + ("" if cell.spread is None else f" ± {cell.spread:.4f}")
+    return value if cell.change is None else f"{value} ({cell.change.value:+.4f}{'*' if _verdict(cell) else ''})"
+
+
+def _verdict(cell: Cell) -> str:
+    if cell.change is None or cell.change.verdict == "within noise":
+        return ""
+    return cell.change.verdict
+
+
+def title(table: MetricTable) -> str:
+    """What a table is about."""
+    direction = "lower" if table.metric in LOWER_IS_BETTER else "higher"
+    return f"{table.metric} on {table.dataset}, {direction} is better ({Path(table.origin).name})"
+
+
+def change_header(table: MetricTable) -> str:
+    """The heading of the column of changes."""
+    return f"change against {table.baseline} [95 %]"
+
+
+def value_text(row: Row) -> str:
+    """The value, with its spread over seeds where there are several."""
+    return f"{row.value:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}")
+
+
+def change_texts(change: Change | None, *, is_baseline: bool) -> tuple[str, str]:
+    """The change with an arrow and its interval, and the verdict; empty for the baseline."""
+    if change is None:
+        return "", "" if is_baseline else "not comparable"
+    arrow = "↑" if change.value > 0 else "↓" if change.value < 0 else "="
+    verdict = change.verdict
+    if change.p_value is not None:
+        corrected = change.corrected_p_value
+        several = "" if corrected in (None, change.p_value) else f", corrected {corrected:.2g}"
+        verdict += f" (p = {change.p_value:.2g}{several})"
+    return f"{arrow} {change.value:+.4f} {interval_text(change)}", verdict
+
+
+def interval_text(change: Change) -> str:
+    """The 95 % interval of a change."""
+    return f"[{change.low:+.4f}, {change.high:+.4f}]"

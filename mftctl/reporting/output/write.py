@@ -1,0 +1,88 @@
+"""The report's files: a page and Markdown to read, JSON and CSV to compute with, LaTeX and figures to publish."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mftctl.errors import OutputError
+from mftctl.files.json_files import json_text
+from mftctl.files.ownership import Kind, require_free, write_listed
+from mftctl.progress import Listener, Progress
+from mftctl.reporting.figures.style import render
+from mftctl.reporting.output.headlines import headlines
+from mftctl.reporting.output.markdown import to_markdown
+from mftctl.reporting.output.page import to_page
+from mftctl.reporting.output.table_files import table_files
+
+if TYPE_CHECKING:
+    from mftctl.reporting.report import Report
+
+_ALWAYS = ("index.html", "report.md", "report.json")
+
+
+def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]:
+    """The files written, `index.html` first; those of an earlier report are replaced, or removed if now without data.
+
+    Args:
+        report: What it tells.
+        folder: Made where it is missing; files in it that no report wrote stay.
+        listener: Hears progress.
+
+    Raises:
+        OutputError: A file of the user's is in the way; nothing was written.
+    """
+    drawings = {}
+    for done, figure in enumerate(report.figures):
+        listener.progress(Progress("drawing", done, len(report.figures)))
+        drawings[figure.name] = render(figure)
+    listener.progress(Progress("drawing", len(drawings), len(drawings)))
+    contents = {"index.html": to_page(report, drawings, folder).encode(), "report.md": to_markdown(report).encode()}
+    contents["report.json"] = b""
+    contents |= {f"tables/{name}": text.encode() for name, text in table_files(report).items()}
+    for name, drawing in drawings.items():
+        contents |= {f"figures/{name}.svg": drawing.svg.encode(), f"figures/{name}.png": drawing.png}
+    document = {**to_document(report), "files": list(contents)}
+    contents["report.json"] = json_text(document).encode()
+    write_listed(folder, contents, Kind.REPORT)
+    return [folder / name for name in contents]
+
+
+def require_report_folder(folder: Path) -> None:
+    """Nothing, if a report can be written into a folder.
+
+    Raises:
+        OutputError: The folder is a file, or a file of the user's is in the way.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise OutputError(
+            "The report is a folder, and there is a file.", path=folder, expected="a folder", hint="another --output"
+        )
+    require_free(folder, list(_ALWAYS), Kind.REPORT)
+
+
+def to_document(report: Report) -> dict[str, Any]:
+    """The report as plain data."""
+    return {
+        "runs": str(report.root),
+        "headlines": [asdict(item) for item in headlines(report.tables)],
+        "next": asdict(report.advice),
+        "overviews": [asdict(overview) for overview in report.overviews],
+        "tables": [asdict(table) for table in report.tables],
+        "efficiency": [asdict(item) for item in report.efficiency],
+        "figures": [
+            {
+                "name": figure.name,
+                "title": figure.title,
+                "caption": figure.caption,
+                "data": [dict(point) for point in figure.data],
+                "runs": list(figure.runs),
+            }
+            for figure in report.figures
+        ],
+        "sources": [{**asdict(source), "folder": str(source.folder)} for source in report.sources],
+        "unfinished": list(report.unfinished),
+        "problems": list(report.problems),
+    }

@@ -1,0 +1,235 @@
+"""The comparison that a report shows: every evaluated state against the fine-tuned model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import starmap
+from statistics import fmean, stdev
+
+from mftctl.errors import EvaluationError, RunError
+from mftctl.experiments.run_contents import told
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import FFT, PRE_TRAINED, STATE_ORDER
+from mftctl.progress import Listener, Progress
+from mftctl.reporting.evaluation_runs import Measurement, belong_together, measurements_of
+from mftctl.reporting.paired_change import Change, paired_change
+
+
+@dataclass(frozen=True, slots=True)
+class SeedResult:
+    """One evaluation run of a state.
+
+    Attributes:
+        seed: Its seed.
+        value: The metric.
+        change: Against the baseline it belongs to; None for the baseline itself, or where there is none.
+        run: The evaluation run's name.
+    """
+
+    seed: int
+    value: float
+    change: Change | None
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One state under one metric.
+
+    Attributes:
+        state: In the words of the papers.
+        value: The metric, averaged over seeds.
+        spread: Standard deviation over seeds; None with a single one.
+        standard_error: Of a single seed's value, averaged; None where a run has none.
+        samples: Records or problems measured.
+        seeds: The seeds averaged over.
+        is_baseline: Whether the changes of the other states are against this one.
+        change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
+        runs: Names of the evaluation runs.
+        by_seed: Each of these runs by itself.
+        flags: How it was made in another way than its comparison; what the methods compared differ in is none.
+    """
+
+    state: str
+    value: float
+    spread: float | None
+    standard_error: float | None
+    samples: int
+    seeds: tuple[int, ...]
+    is_baseline: bool
+    change: Change | None
+    runs: tuple[str, ...]
+    by_seed: tuple[SeedResult, ...] = ()
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MetricTable:
+    """All states of one model under one metric of one data set.
+
+    Attributes:
+        origin: The pre-trained model.
+        dataset: The data measured on.
+        metric: The metric's name.
+        baseline: The state that changes are against.
+        rows: In the order of the papers' tables.
+        is_benchmark: Whether the data is a benchmark's, and not a file of records.
+    """
+
+    origin: str
+    dataset: str
+    metric: str
+    baseline: str
+    rows: tuple[Row, ...]
+    is_benchmark: bool = False
+
+
+def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) -> list[MetricTable]:
+    """One table for each model, data set and metric; none without a finished evaluation.
+
+    Args:
+        runs: Of a runs folder, oldest first.
+        problems: Gets a line for each run that cannot be used.
+        listener: Hears progress.
+    """
+    by_name = {run.name: run for run in runs}
+    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    for run in runs:
+        if run.record.command != "eval" or run.record.status != "finished":
+            continue
+        try:
+            for item in measurements_of(run, by_name):
+                if item.is_number:
+                    groups.setdefault(item.key, []).append(item)
+                else:
+                    name = item.dataset["name"]
+                    problems.append(f"{run.name}: its {item.metric['name']} on {name} is no number, and in no table")
+        except RunError as error:
+            problems.append(told(error, run.name))
+    makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for (origin, _, _), group in groups.items():
+        for item in group:
+            found = makers.setdefault((origin, item.state), [])
+            found += [item.maker] * (item.maker not in found)
+    total = sum(map(len, groups.values()))
+    done = 0
+
+    def advance(measurements: int) -> None:
+        nonlocal done
+        done += measurements
+        listener.progress(Progress("comparing", done, total))
+
+    tables = []
+    for (origin, _, metric), group in groups.items():
+        own = {state: found for (model, state), found in makers.items() if model == origin}
+        tables.append(_table(origin, metric, _newest(group), own, problems, advance))
+    advance(total - done)
+    return _with_corrected_p_values(tables)
+
+
+def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]:
+    """Every p-value corrected for all that its state has, as a state is tried on every benchmark."""
+    from mftctl.evaluation.statistics import holm
+
+    found: dict[tuple[str, str], list[float]] = {}
+    for table in tables:
+        for row in table.rows:
+            if row.change is not None and row.change.p_value is not None:
+                found.setdefault((table.origin, row.state), []).append(row.change.p_value)
+    corrected = {key: iter(holm(values)) for key, values in found.items()}
+
+    def correct(row: Row, origin: str) -> Row:
+        if row.change is None or row.change.p_value is None:
+            return row
+        return replace(row, change=replace(row.change, corrected_p_value=next(corrected[origin, row.state])))
+
+    return [replace(table, rows=tuple(correct(row, table.origin) for row in table.rows)) for table in tables]
+
+
+def _newest(measurements: Sequence[Measurement]) -> list[Measurement]:
+    """Of several measurements of one state and seed the last."""
+    return list({(item.state, item.maker, item.seed): item for item in measurements}.values())
+
+
+def _table(
+    origin: str,
+    metric: str,
+    measurements: Sequence[Measurement],
+    makers: Mapping[str, Sequence[tuple[str, str]]],
+    problems: list[str],
+    advance: Callable[[int], None],
+) -> MetricTable:
+    states: dict[tuple[str, tuple[str, str]], list[Measurement]] = {}
+    for item in measurements:
+        states.setdefault((item.state, item.maker), []).append(item)
+    baseline = FFT if any(state == FFT for state, _ in states) else PRE_TRAINED
+    domains = list(dict.fromkeys(item.trained_on for item in measurements))
+
+    def order(group: Sequence[Measurement]) -> tuple[int, int, tuple[str, str]]:
+        """As in the papers: the pre-trained model, then by what was trained on, and by method."""
+        first = group[0]
+        place = STATE_ORDER.index(first.state) if first.state in STATE_ORDER else len(STATE_ORDER)
+        return (0 if first.state == PRE_TRAINED else 1 + domains.index(first.trained_on), place, first.maker)
+
+    rows = []
+    for group in sorted(states.values(), key=order):
+        state = group[0].state
+        label = state_label(state, group[0].maker, makers[state])
+        changes: list[Change | None] = [None] * (1 + len(group))
+        if state != baseline:
+            parts = [group] if len(group) == 1 else [group, *([item] for item in group)]
+            try:
+                changes = [_change(part, measurements, metric, baseline) for part in parts]
+            except (RunError, EvaluationError) as error:
+                problems.append(told(error, label))
+        rows.append(_row(label, group, changes, is_baseline=state == baseline))
+        advance(len(group))
+    dataset = measurements[0].dataset
+    return MetricTable(origin, dataset["name"], metric, baseline, tuple(rows), is_benchmark="task" in dataset)
+
+
+def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
+    """The state, with as much of its maker as tells it from others of the same state."""
+    recipe, stage = maker
+    if len(makers) == 1:
+        return state
+    if [other for _, other in makers].count(stage) == 1:
+        return f"{state} ({stage})"
+    return f"{state} ({recipe}: {stage})"
+
+
+def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | None], *, is_baseline: bool) -> Row:
+    """One line of a table.
+
+    Args:
+        label: Name of the state.
+        group: Its evaluations, seed by seed.
+        changes: Of all together, then of each if there are several.
+        is_baseline: Whether the others are compared with it.
+    """
+    values = [item.metric["value"] for item in group]
+    errors = [item.metric["standard_error"] for item in group if item.metric["standard_error"] is not None]
+    runs = tuple(item.run.name for item in group)
+    own = changes[-len(group) :]
+    return Row(
+        state=label,
+        value=fmean(values),
+        spread=stdev(values) if len(values) > 1 else None,
+        standard_error=fmean(errors) if errors else None,
+        samples=group[0].metric["samples"],
+        seeds=tuple(item.seed for item in group),
+        is_baseline=is_baseline,
+        change=changes[0],
+        runs=runs,
+        by_seed=tuple(starmap(SeedResult, zip((item.seed for item in group), values, own, runs, strict=True))),
+    )
+
+
+def _change(group: Sequence[Measurement], others: Iterable[Measurement], metric: str, baseline: str) -> Change | None:
+    """The change of a state, each run paired by sample with its own baseline, then averaged over seeds."""
+    candidates = [item for item in others if item.state == baseline]
+    pairs = [(base, item) for item in group for base in candidates if belong_together(base, item)]
+    if not pairs:
+        return None
+    return paired_change([(base.samples(), item.samples()) for base, item in pairs], metric)

@@ -1,0 +1,1 @@
+"""Processes, devices and memory of the machine."""

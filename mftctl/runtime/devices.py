@@ -1,0 +1,293 @@
+"""What a command computes on: which device, how exactly, and what is said where there is no room on it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mftctl.errors import ConfigError, TrainingError
+from mftctl.runtime.compute_settings import Attention, Precision
+from mftctl.runtime.memory import available_bytes
+from mftctl.runtime.processes import world_size
+
+if TYPE_CHECKING:
+    pass
+
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_DETERMINISTIC_ATTENTION = ("sdpa", "eager")
+_FLASH = "flash_attention_2"
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What the command at work computes with.
+
+    Attributes:
+        device: Without an index the current one of its type.
+        attention: As asked for.
+        precision: Of its forward passes.
+        on_attention: Receives the attention that a model really has.
+    """
+
+    device: torch.device
+    attention: Attention = "auto"
+    precision: Precision = "fp32"
+    on_attention: Callable[[str], None] | None = None
+
+
+_in_use: Use | None = None
+
+
+def best_device() -> torch.device:
+    """The device in use: that of the command at work, else the accelerator there is, else the CPU."""
+    return _automatic() if _in_use is None else _in_use.device
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a recipe names, if it is there.
+
+    Args:
+        name: `auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`.
+
+    Raises:
+        ConfigError: It is not there, or not for one of several processes.
+    """
+    if name == "auto":
+        return _automatic()
+    if ":" in name and is_launched():
+        raise ConfigError(
+            "Each of the processes that a launcher starts takes its own GPU.",
+            key="device",
+            expected="auto, cuda or cpu",
+            actual=name,
+            hint=f"leave --device out; CUDA_VISIBLE_DEVICES={name.partition(':')[2]} says which GPUs there are",
+        )
+    there = _devices_there()
+    if name not in there:
+        raise ConfigError(
+            "The device asked for is not there.",
+            key="device",
+            expected=", ".join(["auto", *there]),
+            actual=name,
+            hint=_why_not_there(name),
+        )
+    return torch.device(name)
+
+
+def join_on(name: str) -> None:
+    """Lets the processes that a launcher started find each other on a device, before any of them works.
+
+    Args:
+        name: As in a recipe.
+
+    Raises:
+        ConfigError: It is not there, or not for one of several processes.
+    """
+    global _in_use
+    device = find_device(name)
+    if world_size() > 1:
+        _in_use = Use(device)
+
+
+def numbered(device: torch.device) -> torch.device:
+    """The device with its index, the current one where it has none; the CPU as it is."""
+    if device.type in ("cpu", "mps") or device.index is not None:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
+def device_names() -> list[str]:
+    """The names of the accelerators there are."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return []
+    return [_product(torch.device(found.type, index)) for index in range(torch.accelerator.device_count())]
+
+
+def counts_memory(device: torch.device) -> bool:
+    """Whether a device has memory of its own, of which torch tells what was held at most."""
+    return device.type not in ("cpu", "mps")
+
+
+def has_bf16() -> bool:
+    """Whether the device in use is a GPU that computes in bf16 itself; others emulate it, more slowly than fp32."""
+    kind = best_device().type
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return kind == "xpu" and bool(torch.xpu.is_bf16_supported(including_emulation=False))
+
+
+def uses_bf16(precision: Precision) -> bool:
+    """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
+    return has_bf16() if precision == "auto" else precision == "bf16"
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """The memory that a process can still take: of a GPU what is free, and what torch holds of it without using it.
+
+    Args:
+        device: Where.
+    """
+    if device.type in ("cpu", "mps"):  # which share their memory
+        return available_bytes()
+    of_device: Any = torch.cuda if device.type == "cuda" else torch.accelerator
+    free = torch.cuda.mem_get_info if device.type == "cuda" else torch.accelerator.get_memory_info
+    return int(free(device)[0]) + int(of_device.memory_reserved(device)) - int(of_device.memory_allocated(device))
+
+
+@contextmanager
+def visible_alone(device: torch.device) -> Iterator[None]:
+    """Inside it, processes that are started see no other GPU than this one.
+
+    Args:
+        device: A GPU by its number; any other changes nothing.
+    """
+    before = os.environ.get(_VISIBLE)
+    if device.index is not None:
+        os.environ[_VISIBLE] = str(device.index) if before is None else before.split(",")[device.index]
+    try:
+        yield
+    finally:
+        if device.index is not None:
+            os.environ.pop(_VISIBLE)
+            os.environ.update({} if before is None else {_VISIBLE: before})
+
+
+def attention_in_use(dtype: torch.dtype) -> Attention:
+    """The attention asked for, if weights of a dtype can be computed with it.
+
+    Args:
+        dtype: Of the weights; under autocast they are computed in bf16 whatever it is.
+
+    Raises:
+        ConfigError: It is for bf16 and fp16 alone.
+    """
+    if _in_use is None:
+        return "auto"
+    if _in_use.attention == _FLASH and dtype == torch.float32 and not uses_bf16(_in_use.precision):
+        raise ConfigError(
+            "Flash attention computes in bf16 and fp16 alone.",
+            key="attention",
+            expected="sdpa or eager in fp32",
+            actual=_in_use.attention,
+            hint="--attention sdpa, or where there is a choice --precision bf16",
+        )
+    return _in_use.attention
+
+
+def record_attention(model: Any) -> None:
+    """Keeps in the run of the command at work what attention a model really has."""
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if _in_use is not None and _in_use.on_attention is not None and attention is not None:
+        _in_use.on_attention(attention)
+
+
+def require_deterministic_attention(model: Any) -> None:
+    """Nothing, if the model's attention gives the same bits each time, or nobody asked for that.
+
+    Raises:
+        TrainingError: It is computed by something else than torch.
+    """
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if torch.are_deterministic_algorithms_enabled() and attention not in _DETERMINISTIC_ATTENTION:
+        raise TrainingError(
+            "The attention of this model is not known to give the same bits each time.",
+            key="deterministic",
+            expected=" or ".join(_DETERMINISTIC_ATTENTION),
+            actual=attention,
+            hint="leave --deterministic out",
+        )
+
+
+def _automatic() -> torch.device:
+    """The accelerator of torch, else the CPU."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    # Processes on a Mac have no way to tell each other what is on its GPU.
+    alone = found is not None and found.type == "mps" and is_launched()
+    return torch.device("cpu") if found is None or on_cpu or alone else found
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process, alone or as one of several."""
+    return world_size() > 1 or "LOCAL_RANK" in os.environ
+
+
+def _devices_there() -> list[str]:
+    """All that can be asked for."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or (found.type == "mps" and is_launched()):
+        return ["cpu"]
+    each = range(torch.accelerator.device_count() if found.type == "cuda" else 0)
+    return ["cpu", found.type, *(f"cuda:{index}" for index in each)]
+
+
+def _why_not_there(name: str) -> str | None:
+    built_for_gpus = torch.version.cuda is not None or torch.version.hip is not None
+    if name.startswith("cuda") and not built_for_gpus:
+        return f"a torch built for CUDA; this one is {torch.__version__}"
+    return None
+
+
+def require_attention(attention: Attention, device: torch.device) -> None:
+    """Nothing, if a device can compute that attention.
+
+    Raises:
+        ConfigError: Flash attention is not installed, or not for this device.
+    """
+    if attention != _FLASH:
+        return
+    if device.type != "cuda":
+        raise ConfigError(
+            "Flash attention computes on a CUDA GPU.",
+            key="attention",
+            expected=f"auto, sdpa or eager on {device.type}",
+            actual=attention,
+            hint="leave --attention out",
+        )
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:  # also where it was built for another torch
+        raise ConfigError(
+            "flash-attn is not installed, or not for this torch.",
+            key="attention",
+            actual=error,
+            hint="pip install 'mftctl[flash-attn]' --no-build-isolation, or --attention sdpa",
+        ) from error
+
+
+@contextmanager
+def using(use: Use) -> Iterator[None]:
+    """Inside it, that is in use, and its GPU is the current one."""
+    global _in_use
+    before, _in_use = _in_use, use
+    current = None
+    if use.device.index is not None:
+        current = torch.accelerator.current_device_index()
+        torch.accelerator.set_device_index(use.device.index)
+    try:
+        yield
+    finally:
+        _in_use = before
+        if current is not None:
+            torch.accelerator.set_device_index(current)
+
+
+def device_name(device: torch.device) -> str:
+    """The device as torch writes it, with the name of the product where there is one."""
+    product = _product(device)
+    return f"{device}: {product}" if product else str(device)
+
+
+def _product(device: torch.device) -> str:
+    """What the maker calls a device; nothing where torch does not tell."""
+    if device.type == "cpu":
+        return ""
+    name_of = getattr(torch.get_device_module(device.type), "get_device_name", None)
+    return "" if name_of is None else str(name_of(device))

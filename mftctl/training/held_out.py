@@ -1,0 +1,124 @@
+"""What validation data says of a mask: some records decide which is the best, the others whether it is any good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.data.batching import pad_token_id
+from mftctl.data.encoding import Encoded
+from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.evaluation.statistics import paired_difference
+from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.masking.dtypes import bits
+from mftctl.masking.targets import MaskTarget
+from mftctl.progress import Listener, Progress
+from mftctl.training.inputs import TrainingInputs
+from mftctl.training.mask_search import MaskSearch
+
+_T = TypeVar("_T")
+_FEWEST_CONFIRMING = 4
+
+
+def split_validation_records(validation: list[_T], options: MaskTrainOptions) -> tuple[list[_T], list[_T]]:
+    """The validation records that decide which mask is the best, and those that only confirm it.
+
+    The best of many masks owes part of its lead to chance: records that took no part in the choice tell how much of it
+    is real. A mask that nothing was chosen for is measured on all; so is one with too few records for two parts.
+
+    Args:
+        validation: In the order of the data.
+        options: Method of the mask.
+    """
+    if options.method != "learned" or len(validation) < 2 * _FEWEST_CONFIRMING:
+        return validation, []
+    return validation[0::2], validation[1::2]
+
+
+def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> dict[str, Any]:
+    """What a mask changes on records that took no part in choosing it, with the paired 95 % interval.
+
+    Args:
+        search: What it was found by; says by warning if the interval holds 0.
+        keep: The mask.
+        records: At least two.
+    """
+    inputs = replace(search.inputs, validation=records)
+    before = validation_losses(search.model, inputs, search.listener)
+    with masked(search.targets, keep):
+        after = validation_losses(search.model, inputs, search.listener)
+    return compare(before, after, search.listener)
+
+
+def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener: Listener) -> dict[str, Any]:
+    """What the losses of the same records without a mask and with it say, with the paired 95 % interval.
+
+    Args:
+        before: At least two.
+        after: With the mask.
+        listener: Is warned if the interval holds 0.
+    """
+    change = paired_difference(
+        np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
+        np.array([float(loss.answer_tokens) for loss in before]),
+    )
+    confirmed = change.high < 0
+    if not confirmed:
+        listener.warn(
+            f"The {len(before)} validation records that took no part in choosing the mask do not confirm it: "
+            f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
+        )
+    return {
+        "records": len(before),
+        "unmasked_loss": mean_loss(before),
+        "masked_loss": mean_loss(after),
+        "change": change.estimate,
+        "low": change.low,
+        "high": change.high,
+        "confirmed": confirmed,
+    }
+
+
+@contextmanager
+def masked(targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Inside it, what a mask removes is +0.0 in the weights themselves; afterwards they are bit for bit as before.
+
+    Held meanwhile, on the weights' device: the mask, a byte a weight, and the values removed.
+
+    Args:
+        targets: From `find_targets` on a model without masks, which computes with the mask.
+        keep: Bool keep mask by target name, on any device.
+    """
+    removed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    try:
+        for target in targets:
+            weight = bits(target.weight.detach())
+            gone = keep[target.name].to(weight.device).logical_not()
+            removed.append((weight, gone, weight[gone]))
+            weight.masked_fill_(gone, 0)
+        yield
+    finally:
+        for weight, gone, values in removed:
+            weight[gone] = values
+
+
+def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
+    """The loss per answer token on the validation data, of the model as it is."""
+    return mean_loss(validation_losses(model, inputs, listener))
+
+
+def validation_losses(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> list[SampleLoss]:
+    """The loss of each validation record, of the model as it is."""
+    return sample_losses(
+        model,
+        inputs.validation,
+        pad_token_id=pad_token_id(inputs.tokenizer),
+        on_progress=lambda done, total: listener.progress(Progress("validating", done, total)),
+        together=True,
+    )

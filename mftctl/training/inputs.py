@@ -1,0 +1,229 @@
+"""Training data ready for the model: read, split, encoded and checked before anything heavy is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from mftctl.data.encoding import Encoded, EncodedRecords
+from mftctl.data.examples import Example
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.seen_records import LearnFrom, records_to_learn_from
+from mftctl.data.sources import data_digest, load_examples, record_digest
+from mftctl.data.splits import sample_fraction, split_validation
+from mftctl.errors import ChangedDataError, ConfigError, DataError
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.record_encoding import (
+    added_system_text,
+    encode_part,
+    load_encoder,
+    require_records,
+    tell_issues,
+    template_record,
+)
+from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.progress import Listener, Silence
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingInputs:
+    """What a training needs besides the model's weights.
+
+    Attributes:
+        checkpoint: Folder of the model to start from.
+        tokenizer: The model's, with the chat template that the recipe wants.
+        train: Encoded training records.
+        validation: Encoded validation records.
+        digests: SHA-256 of the examples of both parts.
+        records: The digest of each training record.
+        left_out: Training records that were not to be learned from.
+        template: What is to be recorded of the chat template.
+        issues: How many records of each part were refused, cut and the like.
+        check: What is to be known of the checkpoint.
+        validation_examples: What all of the validation records were made of.
+    """
+
+    checkpoint: Path
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Encoded]
+    validation: list[Encoded]
+    digests: dict[str, str]
+    records: list[str]
+    left_out: int
+    template: dict[str, Any]
+    issues: dict[str, dict[str, int]]
+    check: CheckpointCheck = field(default_factory=CheckpointCheck)
+    validation_examples: list[Example] = field(default_factory=list)
+
+    def template_text(self) -> str:
+        """The chat template in the words of a model card."""
+        source = self.template.get("source")
+        if source is None:
+            return "none"
+        args = [f"{name}={value}" for name, value in self.template["args"].items()]
+        merged = ["the system prompt merged into the first question"] if self.template["merge_system"] else []
+        return ", ".join([str(source), *args, *merged])
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the run's record."""
+        return {
+            "train_records": len(self.train),
+            "validation_records": len(self.validation),
+            "train_answer_tokens": sum(record.answer_tokens for record in self.train),
+            "digests": self.digests,
+            "chat_template": self.template,
+            "record_issues": self.issues,
+            "model_remarks": list(self.check.remarks),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The records of a recipe as they are read.
+
+    Attributes:
+        train: Training records.
+        validation: Validation records.
+        train_issues: What is wrong with the records that the training part was read from.
+        validation_issues: The same of the validation part; of data that was split, it is the same.
+    """
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    train_issues: RecordIssues
+    validation_issues: RecordIssues
+
+    def named_issues(self) -> dict[str, RecordIssues]:
+        """The issues by the name of the part that they are of."""
+        if self.train_issues is self.validation_issues:
+            return {"Data": self.train_issues}
+        return {"Training data": self.train_issues, "Validation data": self.validation_issues}
+
+
+def prepare_training(
+    recipe: Recipe,
+    model: str,
+    *,
+    max_length_tokens: int,
+    data_fraction: float = 1.0,
+    adapters: bool = False,
+    seen: frozenset[str] = frozenset(),
+    learn_from: LearnFrom = "all",
+    now: datetime | None = None,
+    listener: Listener | None = None,
+) -> TrainingInputs:
+    """The encoded training and validation data of a recipe.
+
+    Args:
+        recipe: Names the data, the split, the chat template and the seed.
+        model: Checkpoint folder, hub id or `quickstart`.
+        max_length_tokens: Longer records are cut at the end.
+        data_fraction: Share of the training records to use, of those to learn from.
+        adapters: Whether the model may be a LoRA adapter.
+        seen: Digests of the records that the model was fine-tuned on.
+        learn_from: What that is good for, as `records_to_learn_from` has it.
+        now: What a chat template takes for the present; by default what the clock says.
+        listener: Is told what is to be known of records.
+
+    Raises:
+        ConfigError: The recipe names no data, or there is no such chat template.
+        DataError: A file or a record cannot be used.
+        ModelError: The checkpoint is not what its configuration says, its tokenizer cannot be loaded, or a record is
+            longer than the positions that it has learned.
+    """
+    if not recipe.data:
+        raise ConfigError("Training needs data.", key="--data", expected="a file or a hub id", actual="none given")
+    listener = listener or Silence()
+    checkpoint = resolve_checkpoint(model, recipe.revision, adapters=adapters)
+    encoder = load_encoder(checkpoint, recipe, now)
+    check = check_checkpoint(checkpoint, encoder.tokenizer)
+    tell_remarks(check, listener)
+    parts = split_examples(recipe)
+    chosen = records_to_learn_from(parts.train, seen, learn_from)
+    left_out = len(parts.train) - len(chosen)
+    chosen = sample_fraction(chosen, data_fraction, recipe.seed) if data_fraction < 1 else chosen
+    train = encode_part(chosen, encoder, max_length_tokens, parts.train_issues, listener)
+    validation = encode_part(parts.validation, encoder, max_length_tokens, parts.validation_issues, listener)
+    _settle(recipe, parts, train, validation, max_length_tokens, listener)
+    check_lengths(check, [len(record.input_ids) for record in (*train.records, *validation.records)], checkpoint)
+    added = added_system_text(encoder, train.examples)
+    if added is not None:
+        listener.note(f"Training data: {added}")
+    return TrainingInputs(
+        checkpoint,
+        encoder.tokenizer,
+        train.records,
+        validation.records,
+        {"train": data_digest(train.examples), "validation": data_digest(validation.examples)},
+        [record_digest(example) for example in train.examples],
+        left_out,
+        template_record(encoder, recipe),
+        {name: counts for name, issues in parts.named_issues().items() if (counts := issues.counts())},
+        check,
+        validation.examples,
+    )
+
+
+def _settle(
+    recipe: Recipe,
+    parts: Parts,
+    train: EncodedRecords,
+    validation: EncodedRecords,
+    max_length_tokens: int,
+    listener: Listener,
+) -> None:
+    """Refuses records that cannot be used, or says that they are left out."""
+    for name, issues in parts.named_issues().items():
+        issues.settle(recipe.bad_records)
+        tell_issues(name, issues, max_length_tokens, listener)
+    require_records("Training data", train, parts.train_issues, max_length_tokens)
+    require_records("Validation data", validation, parts.validation_issues, max_length_tokens)
+
+
+def split_examples(recipe: Recipe) -> Parts:
+    """The training and the validation records of a recipe; those that cannot be read are with the issues.
+
+    Raises:
+        DataError: A file cannot be used, or too few records to split.
+    """
+    issues = RecordIssues()
+    train = load_examples(recipe.data, seed=recipe.seed, issues=issues)
+    if recipe.val_data:
+        of_validation = RecordIssues()
+        validation = load_examples(recipe.val_data, seed=recipe.seed, issues=of_validation)
+        return Parts(train, validation, issues, of_validation)
+    try:
+        kept, held_out = split_validation(train, recipe.val_fraction, recipe.seed)
+    except DataError:
+        issues.settle(recipe.bad_records)  # which is why there are so few
+        raise
+    return Parts(kept, held_out, issues, issues)
+
+
+def require_same_data(before: Mapping[str, Any], inputs: TrainingInputs) -> None:
+    """Nothing, if a run that goes on has the data and the chat template that it began with.
+
+    Args:
+        before: The inputs in the run's record; of a run that begins they say nothing of data.
+        inputs: What there is now.
+
+    Raises:
+        ChangedDataError: They have changed.
+    """
+    began = {**before.get("digests", {}), "chat template": before.get("chat_template", {}).get("digest")}
+    now = {**inputs.digests, "chat template": inputs.template.get("digest")}
+    changed = [name for name, digest in began.items() if digest is not None and digest != now[name]]
+    if changed:
+        raise ChangedDataError(
+            "The data is no longer what this run began with.",
+            key=", ".join(changed),
+            expected=", ".join(f"SHA-256 {began[name]}" for name in changed),
+            actual=", ".join(str(now[name]) for name in changed),
+            hint="put it back, or start a new run without --resume",
+        )

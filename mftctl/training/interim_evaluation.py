@@ -1,0 +1,190 @@
+"""Benchmarks and test data measured on a model while it is trained: scores against steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from mftctl.data.encoding import Encoder
+from mftctl.errors import Interrupted
+from mftctl.evaluation.suite import encode_test_data, measure, prepare_measures, with_fixed_clock
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import Recipe, TrainingOptions
+from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.masking.checkpoints.check import check_lengths
+from mftctl.progress import Listener, Progress
+from mftctl.runtime.process_group import from_first
+from mftctl.runtime.processes import world_size
+from mftctl.training.inputs import TrainingInputs
+from mftctl.training.stopping import StopRequest
+
+
+class InterimEvaluation(TrainerCallback):
+    """Measures every so many steps, at the start and at the end, always on the same first problems and records.
+
+    Each measurement is a line of `metrics.jsonl` with `step`, `dataset`, `digest` and `metrics`; its samples go to
+    `evaluations/step-<step>/`.
+
+    Args:
+        recipe: With the `eval` section and `test_data`.
+        options: Of the training: how often, and on how much.
+        encoder: Of the model's tokenizer.
+        model_name: What the model is called where outputs are written for a judge.
+        folder: Of the training.
+        listener: Hears progress.
+
+    Raises:
+        MftError: There is nothing to measure, or a task, a file or the sandbox is not what it should be.
+
+    Source: MFT, figure 2.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: TrainingOptions,
+        encoder: Encoder,
+        model_name: str,
+        folder: TrainingFolder,
+        listener: Listener,
+    ) -> None:
+        limit = min(options.eval_limit, recipe.eval.limit or options.eval_limit)
+        self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None, "eval.engine": "hf"})
+        self._every = options.eval_every or 0
+        self._tokenizer = with_fixed_clock(encoder)
+        self._model_name = model_name
+        self._folder = folder
+        self._listener = listener
+        self._patient = _Patient(listener)
+        self._measures = prepare_measures(self._recipe, self._patient)
+        self._test = encode_test_data(self._measures, self._recipe, encoder, listener)
+
+    @property
+    def test_lengths(self) -> list[int]:
+        """Of the test data's records, in tokens."""
+        return [len(record.input_ids) for record in self._test.records.records]
+
+    def watch(self, stop: StopRequest) -> None:
+        """Gives up a measurement, which can take long, as soon as the user wants to stop.
+
+        Several processes, which share it out, finish it: a signal comes to each of them at another time.
+
+        Args:
+            stop: Set when that is so.
+        """
+        self._patient.stop = stop if world_size() == 1 else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures what is due and was not measured before a stop."""
+        if self._is_due(state) and not self._has_measured(state.global_step):
+            try:
+                self._measure(state.global_step, kwargs["model"])
+            except _StopWanted as error:
+                raise Interrupted(
+                    f"Stopped at step {state.global_step} of {state.max_steps}, before the next.",
+                    path=self._folder.folder,
+                    hint=self._folder.resume_command,
+                ) from error
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measures where it is time."""
+        if self._is_due(state) and not self._patient.is_stopped:
+            try:
+                self._measure(state.global_step, kwargs["model"])
+            except _StopWanted:
+                control.should_save = control.should_training_stop = True
+
+    def _has_measured(self, step: int) -> bool:
+        """Whether a step was measured before a stop; the same in all processes, of which one may be ahead and write."""
+        measured = from_first(lambda: str(any(line["step"] == step for line in measurements(self._folder))))
+        return measured == str(True)
+
+    def _is_due(self, state: TrainerState) -> bool:
+        return state.global_step % self._every == 0 or state.global_step >= state.max_steps
+
+    def _measure(self, step: int, model: Any) -> None:
+        folder = self._folder.folder / "evaluations" / f"step-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        loaded = (model, self._tokenizer)
+        found = measure(
+            self._measures,
+            self._recipe,
+            loaded,
+            folder,
+            self._patient,
+            test=self._test,
+            model_name=self._model_name,
+        )
+        for dataset in found:
+            name, metrics = dataset["name"], dataset["metrics"]
+            self._folder.log({"step": step, "dataset": name, "digest": dataset["digest"], "metrics": metrics})
+            figures = ", ".join(f"{metric['name']} {metric['value']:.4f}" for metric in metrics)
+            self._listener.note(f"Step {step}, {name}: {figures} (n = {metrics[0]['samples']})")
+
+
+def interim_evaluation(
+    recipe: Recipe, options: TrainingOptions, inputs: TrainingInputs, source: Source, run: Run, listener: Listener
+) -> InterimEvaluation | None:
+    """What a training measures on the way; None where nothing is wanted.
+
+    Args:
+        recipe: With the `eval` section and `test_data`.
+        options: Of the training.
+        inputs: Of the training.
+        source: The model that is trained.
+        run: Of the training.
+        listener: Hears progress.
+
+    Raises:
+        MftError: There is nothing to measure, or a task, a file or the sandbox is not what it should be.
+    """
+    if options.eval_every is None:
+        return None
+    encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started)
+    interim = InterimEvaluation(recipe, options, encoder, source.model, run.training, listener)
+    check_lengths(inputs.check, interim.test_lengths, inputs.checkpoint)
+    return interim
+
+
+def measurements(folder: TrainingFolder) -> list[dict[str, Any]]:
+    """What was measured during a training: `step`, `dataset`, `digest` and `metrics` of each.
+
+    Args:
+        folder: Of the training.
+    """
+    return [line for line in folder.metrics() if "dataset" in line]
+
+
+class _StopWanted(Exception):  # noqa: N818 - a request by the user, not an error of theirs
+    """The user wants to stop; never leaves this module."""
+
+
+class _Patient:
+    """A listener that passes everything on, and ends the work when a stop is wanted."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.stop: StopRequest | None = None
+        self._listener = listener
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the user wants to stop."""
+        return self.stop is not None and self.stop.requested
+
+    def progress(self, state: Progress) -> None:
+        """Shows how far a piece of work has come."""
+        if self.is_stopped:
+            raise _StopWanted
+        self._listener.progress(state)
+
+    def note(self, text: str) -> None:
+        """Passes on."""
+        self._listener.note(text)
+
+    def warn(self, text: str) -> None:
+        """Passes on."""
+        self._listener.warn(text)

@@ -1,0 +1,200 @@
+"""Trains the scores of a frozen model, and keeps the best mask that they select."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from mftctl.errors import TrainingError
+from mftctl.evaluation.losses import mean_loss
+from mftctl.masking.baselines import magnitude_mask, random_mask, row_mask
+from mftctl.masking.checkpoints.outlines import Rows, StoredWeights
+from mftctl.masking.full_tensor import whole_shape
+from mftctl.masking.layers import (
+    attach_masks,
+    detach_masks,
+    keep_no_products,
+    masked_layers,
+)
+from mftctl.masking.mask_file.codecs import count_kept, unpack
+from mftctl.masking.targets import MaskTarget
+from mftctl.runtime.peak_memory import free_unreachable
+from mftctl.training.held_out import masked, validation_loss
+from mftctl.training.loop import (
+    step_size,
+    train,
+    training_arguments,
+)
+from mftctl.training.mask_search import LearnedMask, MaskSearch
+from mftctl.training.score_trainer import MaskTrainer
+from mftctl.training.stopping import stop_on_signal
+
+_USUAL_EPSILON = 1e-8
+_SMALL_EPSILON = 1e-20
+
+
+def learn_mask(search: MaskSearch) -> LearnedMask:
+    """The best mask of a training of scores, the starting mask among the candidates; or the last one.
+
+    Args:
+        search: With options for the method `learned`.
+
+    Raises:
+        Interrupted: The user stopped it; the state is saved.
+        MftError: Anything known that can go wrong.
+
+    Source: MFT, section 2, equations 2 to 5.
+    """
+    try:
+        return _train(search)
+    finally:
+        detach_masks(search.model)
+        # A trainer is a knot of references: without this its scores and moments stay in memory for some time.
+        free_unreachable()
+
+
+def _train(search: MaskSearch) -> LearnedMask:
+    """The same, with the scores still on the model."""
+    model, options = search.model, search.options
+    attach_masks(model, search.targets, _start_scores(search), search.indicators)
+    if options.low_memory:
+        keep_no_products(model)
+    trainer = _trainer(search)
+    if search.weights is None:
+        start = trainer.start_masks = trainer.packed_masks()
+        removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
+        trainer.known_start_loss = search.unmasked_loss if removes_none else None
+    with stop_on_signal(search.listener) as stop:
+        train(
+            trainer,
+            search.folder,
+            stop,
+            patience=options.effective_patience,
+            resume=search.resume,
+            interim=search.interim,
+        )
+    start_loss, (best_loss, best_step) = trainer.start_loss, trainer.kept(options.effective_keep)
+    if start_loss is None or best_loss is None or best_step is None:
+        raise TrainingError("The training ended without a validation.", path=search.folder.folder)
+    start = trainer.start_masks
+    unmasked_loss = mean_loss(trainer.unmasked_losses) if search.unmasked_loss is None else search.unmasked_loss
+    confirming = None
+    if search.confirming and best_loss < unmasked_loss:
+        if best_step == 0:  # what is in place is the last state
+            for name in trainer.masked():
+                trainer.load_scores({name: _start_rows(search)(f"{name}.scores", 0, None)})
+        confirming = trainer.losses(search.confirming, masked=False), trainer.losses(search.confirming, masked=True)
+    changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
+    shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
+    packed = start if best_step == 0 else trainer.packed_masks()
+    return LearnedMask(
+        {
+            name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
+            for name, bits in packed.items()
+        },
+        unmasked_loss,
+        start_loss,
+        best_loss,
+        best_step,
+        trainer.state.global_step,
+        int(trainer.state.num_input_tokens_seen),
+        trainer.args.learning_rate,
+        summarise_flips(search.folder.metrics(), changed),
+        confirming,
+    )
+
+
+def _trainer(search: MaskSearch) -> MaskTrainer:
+    """The trainer of the scores that the model carries, with a learning rate for each tensor."""
+    options, inputs = search.options, search.inputs
+    start = search.start
+    rates = {target.name: start.learning_rate(target) for target in search.targets}
+    arguments = training_arguments(
+        search.folder.checkpoints,
+        options,
+        steps=start.steps,
+        learning_rate=max(rates.values()),
+        seed=search.seed,
+        bf16=False,
+    )
+    trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
+    arguments.load_best_model_at_end = options.effective_keep == "best"
+    trainer.step_size = step_size(options)
+    trainer.averages_records = options.averages_records
+    trainer.learning_rates = rates
+    trainer.low_memory = options.low_memory
+    trainer.rows = None if search.weights is None else _start_rows(search)
+    # The gradient of a score has the weight as a factor: the usual epsilon would hold back the smallest weights, which
+    # cost least to remove.
+    trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
+    return trainer
+
+
+def summarise_flips(metrics: Sequence[Mapping[str, Any]], changed: int) -> dict[str, Any]:
+    """Why a training came out as it did: what was turned in each round, promised and measured.
+
+    Its keys: `rounds`, the lines of the metrics that tell of one; `turned`, how often an entry was turned in all;
+    `undone_share`, the share of that which came to nothing, taken back by validation or turned again later; `promised`
+    and `measured`, by how much the loss should have fallen and fell, over all rounds.
+
+    Args:
+        metrics: Of the training.
+        changed: Entries that at its end are not as they were at its start.
+    """
+    rounds = [{key: value for key, value in line.items() if key != "epoch"} for line in metrics if "promised" in line]
+    turned = sum(line["removed"] + line["restored"] for line in rounds)
+    return {
+        "turned": turned,
+        "undone_share": 1 - changed / turned if turned else 0.0,
+        "promised": sum(line["promised"] for line in rounds),
+        "measured": sum(line.get("measured", 0.0) for line in rounds),
+        "rounds": rounds,
+    }
+
+
+def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
+    options = search.options
+    dtype = torch.bfloat16 if options.low_memory else torch.float32
+    if search.weights is not None:
+        return {target.name: torch.empty_like(target.weight, dtype=dtype) for target in search.targets}
+    return {target.name: search.start.scores(target).to(dtype) for target in search.targets}
+
+
+def _start_rows(search: MaskSearch) -> Rows:
+    """The values of a masked model that comes without: those of its weights, and the initial scores."""
+    weights, options = cast("StoredWeights", search.weights), search.options
+    scored = {f"{target.name}.scores": target for target in search.targets}
+
+    def rows(name: str, first: int, last: int | None) -> torch.Tensor:
+        if name not in scored:
+            return weights.rows(name, first, last)
+        target = scored[name]
+        values = weights.rows(target.weight_name) if options.effective_start == "magnitude" else None
+        scores = search.start.scores(target, torch.empty(target.weight.shape) if values is None else values)
+        return scores[first:last].clone()
+
+    return rows
+
+
+def find_mask(search: MaskSearch) -> LearnedMask:
+    """The mask that the options ask for, measured against the unmasked model.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    if search.options.method == "learned":
+        return learn_mask(search)
+    keep = {target.name: _baseline(target, search) for target in search.targets}
+    with masked(search.targets, keep):
+        loss = validation_loss(search.model, search.inputs, search.listener)
+    unmasked_loss = cast("float", search.unmasked_loss)  # such a model has its values
+    return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, unmasked_loss, loss, loss)
+
+
+def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:
+    ratio = search.options.ratio_of(target.projection) or 0.0
+    if search.options.method == "random":
+        return random_mask(target, ratio, search.seed)
+    return row_mask(target, ratio) if search.options.unit == "row" else magnitude_mask(target, ratio)

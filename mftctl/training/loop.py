@@ -1,0 +1,355 @@
+"""The training loop that `fft` and `mask-train` share: `transformers.Trainer`, told to be exact and quiet."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from accelerate.state import AcceleratorState, PartialState
+from safetensors import SafetensorError
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
+from mftctl.data.encoding import Encoded
+from mftctl.errors import Interrupted, LostProcessError, StorageError
+from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
+from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.experiments.recipe import TrainingOptions
+from mftctl.experiments.run_folder import TrainingFolder
+from mftctl.files.regular import read_regular
+from mftctl.progress import Listener, Progress
+from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention
+from mftctl.runtime.devices import uses_bf16 as uses_bf16
+from mftctl.runtime.peak_memory import keep_freed_memory
+from mftctl.runtime.process_group import wait_for_all
+from mftctl.runtime.processes import is_first, timeout_seconds, world_size
+from mftctl.runtime.torch_failures import gpu_failures, reason_of
+from mftctl.text import first_line
+from mftctl.training.answer_loss import answer_loss, record_shares
+from mftctl.training.schedule import accumulation, records_per_step, warmup_steps
+from mftctl.training.step_trainer import StepTrainer
+from mftctl.training.stopping import EndedBefore, NoStepTooMany, StopRequest
+from mftctl.training.token_batches import StepSize
+from mftctl.training.watch import TrainingWatch
+
+if TYPE_CHECKING:
+    from mftctl.training.interim_evaluation import InterimEvaluation
+
+VALIDATIONS = 10
+_FAILED_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
+"""What torch says where a file could not be written; a GPU or another process fails with RuntimeErrors as well."""
+
+_LOST = re.compile("gloo/transport|Connection closed by peer|Connection reset by peer")
+"""What gloo says, in an error of no class of its own, where another process is gone or does not come."""
+
+_KNOWN = inspect.signature(TrainingArguments).parameters
+CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
+"""What transformers calls it; the versions that vLLM asks for have the older name."""
+
+
+def lora_base_dtype(options: TrainingOptions) -> torch.dtype:
+    """What LoRA holds its base in: bf16 where it computes in bf16, since weights that are only read lose no steps."""
+    return torch.bfloat16 if uses_bf16(options.precision) else torch.float32
+
+
+def training_arguments(
+    folder: Path, options: TrainingOptions, *, steps: int, learning_rate: float, seed: int, bf16: bool
+) -> TrainingArguments:
+    """The arguments of the `transformers.Trainer`.
+
+    Args:
+        folder: Where checkpoints go.
+        options: From the recipe.
+        steps: Optimizer steps in all.
+        learning_rate: Peak of the linear schedule.
+        seed: Decides dropout; the order of the data has its own generator.
+        bf16: Whether forward passes run under bf16 autocast.
+    """
+    eval_steps = options.eval_steps or max(1, steps // VALIDATIONS)
+    checkpointing: dict[str, Any] = {
+        CHECKPOINTING: options.gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
+    }
+    return _Arguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=options.batch_size,
+        # With a token budget the Trainer takes a step for one batch.
+        gradient_accumulation_steps=1 if options.batch_tokens else accumulation(options, world_size()),
+        learning_rate=learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=warmup_steps(steps, options),
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        optim="adamw_torch",
+        bf16=bf16,
+        use_cpu=best_device().type == "cpu",
+        **checkpointing,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=eval_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=best_device().type == "cuda",
+        seed=seed,
+        ddp_timeout=timeout_seconds(),
+    )
+
+
+class _Arguments(TrainingArguments):
+    """Those of a Trainer on the device in use; by itself it takes the first GPU, or all of them in DataParallel."""
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        if is_launched():
+            return super()._setup_devices
+        device = numbered(best_device())
+        AcceleratorState._reset_state(reset_partial_state=True)
+        self.distributed_state = PartialState(cpu=device.type == "cpu")
+        self.distributed_state.device = device
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
+
+
+def step_size(options: TrainingOptions) -> StepSize | None:
+    """The size of a step with a token budget; None without one."""
+    if options.batch_tokens is None:
+        return None
+    return StepSize(records_per_step(options, world_size()), options.batch_tokens)
+
+
+class SftTrainer(StepTrainer):
+    """A Trainer for answer tokens: exact token-mean losses, an order that depends on the seed alone, no printing.
+
+    Attributes:
+        start_loss: Validation loss per answer token before the first step; None until measured.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        train: Sequence[Encoded],
+        validation: Sequence[Encoded],
+        tokenizer: PreTrainedTokenizerBase,
+        listener: Listener,
+    ) -> None:
+        self.validation = validation
+        self.listener = listener
+        self.start_loss: float | None = None
+        self._padding = pad_token_id(tokenizer)
+        self.sampler = LengthGroupedSampler(
+            [len(record.input_ids) for record in train], args.per_device_train_batch_size, args.seed
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(train),
+            eval_dataset=list(validation),
+            data_collator=PaddingCollator(self._padding),
+            processing_class=tokenizer,
+            compute_loss_func=answer_loss,  # for compute_loss; the Trainer then counts the answer tokens of a step
+        )
+        self.remove_callback(PrinterCallback)
+        self.add_callback(_EpochOrder(self.sampler))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        return self.sampler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a micro-batch, whose gradient is averaged over processes afterwards."""
+        labels = inputs.pop("labels")
+        positions, tokens = answer_positions(labels)
+        shares = record_shares(labels) if self.averages_records else None
+        with logits_only_at(self.accelerator.unwrap_model(model), positions, tokens, self.listener.warn):
+            outputs = model(**inputs, use_cache=False)
+        loss = answer_loss(outputs, positions, tokens, num_items_in_batch, shares) * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # torch and safetensors have errors of their own where there is no room.
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and not _FAILED_WRITE.search(str(error)):
+                raise
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StorageError(
+                f"The checkpoint of step {self.state.global_step} could not be written.",
+                path=folder,
+                actual=reason_of(error),
+                hint="free some space, then go on with --resume",
+            ) from error
+        wait_for_all()  # or those that have nothing to write would wait in the next step, for no longer than it allows
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The validation loss per answer token over the whole validation set, weighted by tokens and not by batches."""
+        model = self.accelerator.unwrap_model(self.model)
+        losses = sample_losses(
+            model,
+            self.validation,
+            pad_token_id=self._padding,
+            on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
+            together=True,
+        )
+        return self._record(mean_loss(losses), metric_key_prefix)
+
+    def _record(self, loss: float, metric_key_prefix: str) -> dict[str, float]:
+        """A validation loss as metrics, after the log and the callbacks have heard of it."""
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        if self.start_loss is None:
+            self.start_loss = loss
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def train(
+    trainer: SftTrainer,
+    folder: TrainingFolder,
+    stop: StopRequest,
+    *,
+    patience: int | None,
+    resume: bool,
+    interim: InterimEvaluation | None = None,
+) -> None:
+    """Trains to the end and leaves the best state loaded in the trainer's model.
+
+    Args:
+        trainer: Ready to train.
+        folder: Gets the metrics; its newest whole checkpoint is where a resumed training goes on.
+        stop: Set when the user wants to stop.
+        patience: Validations without a new best after which training ends; None trains to the end.
+        resume: Whether to go on from a checkpoint.
+        interim: What is measured on the way.
+
+    Raises:
+        Interrupted: The user stopped it; the state is saved.
+        TrainingError: The loss is not a number.
+        LostProcessError: Another process is gone.
+        DeviceMemoryError: The GPU has no room.
+    """
+    if trainer.args.device.type == "cpu":
+        keep_freed_memory()
+    trainer.add_callback(TrainingWatch(trainer.listener, folder, stop))
+    if interim is not None:
+        interim.watch(stop)
+        trainer.add_callback(interim)
+    if patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    checkpoint = latest_checkpoint(folder.checkpoints) if resume else None
+    if is_first():
+        _remove_after(folder.checkpoints, -1 if checkpoint is None else _step(checkpoint))
+    if checkpoint is None:
+        folder.rewind(-1)
+    else:
+        folder.rewind(_step(checkpoint))
+        trainer.start_loss = next(line["eval_loss"] for line in folder.metrics() if "eval_loss" in line)
+        trainer.args.eval_on_start = False
+    trainer.add_callback(NoStepTooMany(trainer))
+    wait_for_all()
+    require_deterministic_attention(trainer.accelerator.unwrap_model(trainer.model))
+    try:
+        with _lost_processes(folder), gpu_failures("training"):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except EndedBefore:
+        if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+            trainer._load_best_model()
+    wait_for_all()  # the first may now remove what all have read
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(
+            f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
+            path=folder.folder,
+            hint=folder.resume_command,
+        )
+
+
+@contextmanager
+def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
+    """Turns what torch says where another process is gone, or does not come, into a known failure.
+
+    Raises:
+        LostProcessError: That is so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
+            raise
+        raise LostProcessError(
+            "The processes lost each other.",
+            path=folder.folder,
+            actual=first_line(error),
+            hint=f"what the process says that failed first; then {folder.resume_command}",
+        ) from error
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; None if there is none.
+
+    The trainer's state is the last file of a checkpoint to be written.
+    """
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True):
+        try:
+            json.loads(read_regular(path / "trainer_state.json"))
+        except (OSError, ValueError):
+            continue
+        return path
+    return None
+
+
+def _remove_after(folder: Path, step: int) -> None:
+    """Removes what a kill left of the checkpoints after `step`, which the training writes again."""
+    for path in folder.glob("checkpoint-*"):
+        if _step(path) > step:
+            shutil.rmtree(path)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+class _EpochOrder(TrainerCallback):
+    """Gives each epoch its own order, also in a resumed training."""
+
+    def __init__(self, sampler: LengthGroupedSampler) -> None:
+        self._sampler = sampler
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._sampler.set_epoch(int(state.epoch or 0))

@@ -1,0 +1,125 @@
+"""Where the scores of a mask training start, and how fast they move."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.errors import ConfigError
+from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.masking.layers import DEFAULT_START_STD, initial_scores, kaiming_bound
+from mftctl.masking.targets import MaskTarget
+from mftctl.training.schedule import schedule_factors
+
+_RATE_FACTOR = 4.0
+"""Only weights that reach 0 take a step: scores bear a larger rate than weights do (README, "What we found")."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreStart:
+    """The start and the learning rate of the scores.
+
+    Attributes:
+        options: Of the mask training.
+        std: The standard deviation of the normal start.
+        seed: Decides random starts.
+        fft_learning_rate: That the model was fine-tuned with.
+        steps: Optimizer steps of the training.
+    """
+
+    options: MaskTrainOptions
+    std: float
+    seed: int
+    fft_learning_rate: float
+    steps: int
+
+    def scores(self, target: MaskTarget, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The initial scores of a target, fp32, of its weight's shape.
+
+        Args:
+            target: The projection.
+            weight: The values of its weight, where it has none itself.
+        """
+        options = self.options
+        return initial_scores(
+            target,
+            options.effective_start,
+            std=self.std,
+            constant=options.start_value,
+            seed=self.seed,
+            weight=weight,
+        )
+
+    def learning_rate(self, target: MaskTarget) -> float:
+        """The peak learning rate of a target's scores.
+
+        Raises:
+            ConfigError: `auto` has nothing to scale to.
+        """
+        options = self.options
+        if options.learning_rate != "auto":
+            return options.learning_rate
+        if options.effective_start == "magnitude":
+            return _RATE_FACTOR * self.fft_learning_rate
+        scale = self._scale(target)
+        if scale == 0.0:
+            raise ConfigError(
+                "learning_rate auto cannot scale to scores that start on the threshold.",
+                key="mask_train.learning_rate",
+                expected="a number, or a start_value other than the threshold",
+                actual=options.start_value,
+            )
+        return auto_learning_rate(options.travel, scale, schedule_factors(self.steps, options))
+
+    def learning_rate_text(self, targets: Sequence[MaskTarget]) -> str:
+        """The learning rate of some targets' scores, and where it comes from."""
+        highest = max(self.learning_rate(target) for target in targets)
+        if self.options.learning_rate != "auto":
+            return f"{highest:.3g}"
+        if self.options.effective_start == "magnitude":
+            return f"{highest:.3g}, {_RATE_FACTOR:g} times that of fine-tuning ({self.fft_learning_rate:.3g})"
+        start = f"N(0, {self.std:g})" if self.options.effective_start == "normal" else "how they start"
+        return f"up to {highest:.3g}, scaled to {start}"
+
+    def _scale(self, target: MaskTarget) -> float:
+        """The distance that the travel of `auto` is counted in."""
+        match self.options.effective_start:
+            case "normal":
+                return self.std
+            case "kaiming":
+                return kaiming_bound(target)
+            case _:
+                return abs(self.options.start_value - (self.options.effective_threshold or 0.0))
+
+
+def score_start(
+    options: MaskTrainOptions, model: PreTrainedModel, *, seed: int, fft_learning_rate: float, steps: int
+) -> ScoreStart:
+    """The start and the learning rate of the scores on a model.
+
+    Args:
+        options: Of the mask training.
+        model: Its configuration gives the standard deviation of the normal start where the options do not.
+        seed: Decides random starts.
+        fft_learning_rate: That the model was fine-tuned with.
+        steps: Optimizer steps of the training.
+    """
+    text_config = model.config.get_text_config()
+    std = options.start_std or getattr(text_config, "initializer_range", None) or DEFAULT_START_STD
+    return ScoreStart(options, std, seed, fft_learning_rate, steps)
+
+
+def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) -> float:
+    """The peak learning rate with which Adam, moving a score by one learning rate a step, goes `travel` scales in all.
+
+    Args:
+        travel: Distance in units of `scale`.
+        scale: Typical size of the scores at the start.
+        factors: The schedule: each step's share of the peak learning rate.
+
+    Source: ours; what matters is how far a score can move in all, against how widely the scores start.
+    """
+    return travel * scale / sum(factors)

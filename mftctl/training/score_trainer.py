@@ -1,0 +1,218 @@
+"""The trainer of scores: AdamW, and at each validation what has been turned since the last one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mftctl.data.encoding import Encoded
+from mftctl.errors import ConfigError
+from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.masking.experts import MaskedPart
+from mftctl.masking.full_tensor import whole, whole_shape
+from mftctl.masking.layers import MaskedLinear, masked_layers, share_weights, unmasked
+from mftctl.masking.mask_file.codecs import Packed, count_kept, pack, unpack
+from mftctl.progress import Progress
+from mftctl.training.loop import SftTrainer
+from mftctl.training.updates.stochastic_adamw import StochasticAdamW
+
+_SCORES_FILE = "scores.safetensors"
+_COUNTED = "counted."
+
+
+class MaskTrainer(SftTrainer):
+    """Trains scores with AdamW: a learning rate that fits each tensor, checkpoints without the frozen weights.
+
+    The mask of the initial scores is among the candidates for the best one.
+
+    Attributes:
+        learning_rates: The peak learning rate of each masked module, by its name.
+        epsilon: AdamW's.
+        known_start_loss: The validation loss of the initial scores; None where it is to be measured.
+        low_memory: Whether scores, in bf16, are trained with moments in bf16 and no masked weight is kept.
+        counted: The mask of each module at the last validation, as packed bits.
+        start_masks: The masks of the initial scores; of a model that comes without values, known once it is trained.
+        unmasked_losses: Of the validation records, of such a model.
+    """
+
+    start_masks: dict[str, Packed]
+    unmasked_losses: Sequence[SampleLoss] = ()
+
+    learning_rates: Mapping[str, float]
+    epsilon: float
+    known_start_loss: float | None
+    low_memory: bool
+    counted: dict[str, Packed]
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.sampler.same_batches = True  # so that what frozen layers make of a batch holds for all epochs
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the scores, one parameter group for each learning rate."""
+        if self.optimizer is None:
+            groups: dict[float, list[torch.nn.Parameter]] = {}
+            for name, module in self.masked().items():
+                groups.setdefault(self.learning_rates[name], []).append(module.scores)
+            rated = [{"params": scores, "lr": rate} for rate, scores in groups.items()]
+            settings: dict[str, Any] = {"eps": self.epsilon, "weight_decay": self.args.weight_decay}
+            if self.low_memory:
+                self._require_whole()
+                self.optimizer = StochasticAdamW(rated, seed=self.args.seed, **settings)
+            else:
+                # On a GPU torch would otherwise make copies of all scores in a step.
+                self.optimizer = torch.optim.AdamW(rated, fused=self.args.device.type == "cuda", **settings)
+        return self.optimizer
+
+    def _require_whole(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ConfigError(
+                "Scores in bf16 are trained where each process has all of them.",
+                key="mask_train.low_memory",
+                expected="one process, or recipes/accelerate/ddp.yaml",
+                actual="ZeRO or FSDP, which spread them over the processes themselves",
+            )
+
+    def after_spreading(self) -> None:
+        """Makes do without whole weights; measures what a model that came without values had to leave for now."""
+        model = self.accelerator.unwrap_model(self.model)
+        if self.partitions is not None and self.partitions.shares_weights:
+            share_weights(model)
+        if self.rows is not None:
+            self.start_masks = self.packed_masks()
+            self.unmasked_losses = self.losses(self.validation, masked=False)
+            kept = (
+                count_kept(self.start_masks[name]) == whole_shape(module.scores).numel()
+                for name, module in self.masked().items()
+            )
+            self.known_start_loss = mean_loss(self.unmasked_losses) if all(kept) else None
+
+    def losses(self, records: Sequence[Encoded], *, masked: bool) -> list[SampleLoss]:
+        """The loss of each record with the present masks or without any; to be called in all processes at once."""
+        model = self.accelerator.unwrap_model(self.model)
+        with nullcontext() if masked else unmasked(model):
+            return sample_losses(
+                model,
+                records,
+                pad_token_id=self._padding,
+                on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
+                together=True,
+            )
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The validation loss per answer token; what has been turned since the last one goes to the metrics."""
+        if self.start_loss is None:
+            self.counted = self.packed_masks()
+            return self._evaluate_start(metric_key_prefix)
+        turned = self._count_flips()
+        before = next(line["eval_loss"] for line in reversed(self.state.log_history) if "eval_loss" in line)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        self.log({**turned, "measured": before - metrics[f"{metric_key_prefix}_loss"]})
+        return metrics
+
+    def _evaluate_start(self, metric_key_prefix: str) -> dict[str, float]:
+        """The validation loss of the initial scores, which later masks have to beat; not measured where it is known."""
+        if self.known_start_loss is None:
+            metrics = super().evaluate(metric_key_prefix=metric_key_prefix)
+        else:
+            metrics = self._record(self.known_start_loss, metric_key_prefix)
+        self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_loss"], 0
+        return metrics
+
+    def kept(self, keep: Literal["best", "last"]) -> tuple[float | None, int | None]:
+        """The validation loss of the mask to keep, and its optimizer step; None where nothing was measured."""
+        if keep == "best":
+            return self.state.best_metric, self.state.best_global_step
+        measured = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
+        return (measured[-1] if measured else None), self.state.global_step
+
+    def masked(self) -> dict[str, MaskedLinear | MaskedPart]:
+        """The modules with scores by the name of their target, in model order."""
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
+        return dict(masked_layers(model))
+
+    def load_scores(self, scores: Mapping[str, torch.Tensor]) -> None:
+        """Puts scores back in place, of all modules or some."""
+        modules = self.masked()
+        for name, values in scores.items():
+            if self.partitions is not None:
+                self.partitions.put(modules[name].scores, values)
+            else:
+                with torch.no_grad():
+                    modules[name].scores.copy_(values)
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The present keep mask of each masked module, bool, by its name."""
+        return {name: module.keep() for name, module in self.masked().items()}
+
+    def packed_masks(self) -> dict[str, Packed]:
+        """The same as packed bits, an eighth of a byte a weight, with one whole mask in memory at a time."""
+        return {name: pack(module.keep()) for name, module in self.masked().items()}
+
+    def _count_flips(self) -> dict[str, float]:
+        """What was turned since flips were last counted, and by how much that should lower the loss.
+
+        The estimate is of first order, from Adam's running mean of the gradients.
+        """
+        before, self.counted = self.counted, self.packed_masks()
+        removed = restored = 0
+        promised = 0.0
+        for name, module in self.masked().items():
+            gone = self._whole(name, before[name] & ~self.counted[name])
+            back = self._whole(name, ~before[name] & self.counted[name])
+            removed, restored = removed + int(gone.sum()), restored + int(back.sum())
+            if gone.any() or back.any():
+                gradient = self._mean_gradient(module.scores)
+                if module.indicator.uses_magnitude:
+                    gradient = gradient * whole(module.scores).sign()
+                promised += float(gradient[gone].sum() - gradient[back].sum())
+        return {"removed": removed, "restored": restored, "promised": promised}
+
+    def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
+        """Adam's running mean of the gradients of some scores."""
+        if self.partitions is not None:
+            return self.partitions.state(scores, "exp_avg")
+        mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
+        return mean
+
+    def _whole(self, name: str, packed: Packed) -> torch.Tensor:
+        """Packed bits of a module's weights as a bool tensor of their shape and on their device."""
+        shape, device = whole_shape(self.masked()[name].scores), self.args.device
+        return torch.from_numpy(unpack(packed, shape.numel())).view(shape).to(device)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        scores = {}
+        for name, module in self.masked().items():
+            values = whole(module.scores)
+            if self.args.should_save:
+                scores[name] = values.cpu().contiguous()
+            del values  # or two whole tensors would be there at a time
+        if not self.args.should_save:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # The masks at the last validation as well, since a checkpoint may lie between two.
+        counted = {_COUNTED + name: torch.from_numpy(packed.copy()) for name, packed in self.counted.items()}
+        save_file({**scores, **counted}, folder / _SCORES_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with safe_open(Path(resume_from_checkpoint) / _SCORES_FILE, "pt") as file:
+            self._load_scores(file)
+            self.counted = {name: file.get_tensor(_COUNTED + name).numpy() for name in self.masked()}
+
+    def _load_best_model(self) -> None:
+        with safe_open(Path(str(self.state.best_model_checkpoint)) / _SCORES_FILE, "pt") as file:
+            self._load_scores(file)
+
+    def _load_scores(self, file: Any) -> None:
+        """Puts the scores of an open file in place, one tensor at a time."""
+        for name in self.masked():
+            self.load_scores({name: file.get_tensor(name)})

@@ -1,0 +1,1 @@
+"""Models and optimizer states spread over several processes."""

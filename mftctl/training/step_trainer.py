@@ -1,0 +1,94 @@
+"""The part of the trainer that takes an optimizer step in as many forward passes as its tokens need."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, cast
+
+import torch
+from accelerate.utils import DistributedType
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, ProcessBatches, ProcessRecords
+from mftctl.data.encoding import Encoded
+from mftctl.data.examples import IGNORED_LABEL
+from mftctl.runtime.processes import rank, world_size
+from mftctl.training.sharding.sharded_trainer import PartitionedTrainer
+from mftctl.training.token_batches import MICRO_BATCHES, StepBatches, StepCollator, StepRecords, StepSize
+
+
+class StepTrainer(PartitionedTrainer):
+    """A Trainer whose steps can have micro-batches of a token budget instead of a fixed number of them.
+
+    The Trainer itself, which knows fixed accumulation alone, then takes a whole step for one batch.
+
+    Attributes:
+        sampler: The order of the records.
+        step_size: Of a step with a token budget; None where the batch size and the accumulation of the arguments hold.
+        averages_records: Whether the loss of a step is the mean over its records, each the mean of its answer tokens,
+            instead of the mean over all their answer tokens.
+    """
+
+    sampler: LengthGroupedSampler
+    step_size: StepSize | None = None
+    averages_records = False
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Micro-batches that are, over all processes, those that one process would take in turn; or whole steps."""
+        records = cast("list[Encoded]", self.train_dataset)
+        pin_memory = self.args.dataloader_pin_memory
+        if self.step_size is not None:
+            steps = StepBatches(self.sampler, self.step_size, rank(), world_size())
+            collate = StepCollator(cast("PaddingCollator", self.data_collator))
+            # torch's annotations know no batch whose items are lists of indices.
+            return DataLoader(
+                cast("Any", StepRecords(records)),
+                batch_sampler=cast("Any", steps),
+                collate_fn=collate,
+                pin_memory=pin_memory,
+            )
+        if world_size() == 1:
+            return super().get_train_dataloader()
+        batches = ProcessBatches(self.sampler, self.args.per_device_train_batch_size, rank(), world_size())
+        return DataLoader(
+            ProcessRecords(records), batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin_memory
+        )
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """The loss of a micro-batch, or of a step, after its backward passes."""
+        if MICRO_BATCHES not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        micro_batches = inputs[MICRO_BATCHES]
+        losses = []
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            is_last = number == len(micro_batches)
+            self.accelerator.gradient_state._set_sync_gradients(is_last)
+            engine_accumulates = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            waits = not is_last and not engine_accumulates
+            with self.accelerator.no_sync(model=model) if waits else contextlib.nullcontext():
+                losses.append(super().training_step(model, micro_batch, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The Trainer's figure, over all micro-batches."""
+        return sum(super(StepTrainer, self).floating_point_ops(batch) for batch in inputs.get(MICRO_BATCHES, [inputs]))
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        flat = [batch for step in batch_samples for batch in step.get(MICRO_BATCHES, [step])]
+        if self.averages_records:
+            flat = [{"labels": _one_for_each(batch["labels"])} for batch in flat]
+        return super()._get_num_items_in_batch(flat, device)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # Counted at once: the Trainer waits for the device here.
+        if MICRO_BATCHES in inputs:
+            masks = [batch["attention_mask"].flatten() for batch in inputs[MICRO_BATCHES]]
+            inputs = {"input_ids": None, "attention_mask": torch.cat(masks)}
+        super()._track_num_input_tokens(inputs)  # type: ignore[no-untyped-call]
+
+
+def _one_for_each(labels: torch.Tensor) -> torch.Tensor:
+    """Labels `(records, 2)` with one answer token for each record that has some, so that records are counted."""
+    answers = labels[:, 1:].ne(IGNORED_LABEL).any(dim=1, keepdim=True)
+    return F.pad(torch.where(answers, 0, IGNORED_LABEL), (1, 0), value=IGNORED_LABEL)

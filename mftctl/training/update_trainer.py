@@ -1,0 +1,103 @@
+"""The trainer of fine-tuning, which updates all weights or chosen ones."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.masking.checkpoints.load import load_model
+from mftctl.runtime.processes import is_first
+from mftctl.training.loop import SftTrainer
+from mftctl.training.sharding.sharded_model import Partitions, model_state, put_model, whole_model
+from mftctl.training.updates.excluded import Excluded, excluded_parameters
+from mftctl.training.updates.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class UpdateTrainer(SftTrainer):
+    """Trains weights: all that are trainable, or at each step those that a rule chooses.
+
+    Attributes:
+        rule: Chooses the entries; None updates all.
+        exclude: What the rule leaves out.
+    """
+
+    rule: UpdateRule | None = None
+    exclude: Sequence[Excluded] = ()
+    _choosing: MaskedOptimizer | None = None
+
+    def trained_model(self) -> PreTrainedModel | PeftModel | None:
+        """The trained model in the first process; None in the others."""
+        model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
+        if self.partitions is not None:
+            return whole_model(self.partitions, model)
+        return model if is_first() else None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, behind the rule if there is one."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if self.rule is not None and self._choosing is None:
+            self._choosing = MaskedOptimizer(optimizer, self.rule, self._excluded())
+            self.optimizer = self._choosing
+        return self._choosing or optimizer
+
+    def before_step(self) -> None:
+        """Chooses the entries under DeepSpeed, and clips the gradient that will be used."""
+        self._choose()
+        super().before_step()
+
+    def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
+        """The optimizer's state, with what a masked one adds to it."""
+        steps = {} if self._choosing is None else {STEPS_KEY: self.state.global_step}
+        return {**super().optimizer_state(partitions), **steps}
+
+    def _excluded(self) -> Collection[torch.nn.Parameter]:
+        """The parameters that the rule leaves out, as they are now: DeepSpeed and FSDP replace them."""
+        return excluded_parameters(self.accelerator.unwrap_model(self.model), self.exclude) if self.exclude else ()
+
+    def _choose(self) -> None:
+        if self._choosing is not None and self.partitions is not None:
+            chosen = self.partitions.select(self._choosing.rule, self.state.global_step, self._excluded())
+            self._choosing.give(chosen)
+        elif self._choosing is not None:
+            self._choosing.select()
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        # The norm is that of the gradient which will be used.
+        if not self.is_deepspeed_enabled:
+            self._choose()
+        return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None and not self.is_deepspeed_enabled:  # nothing was clipped
+            self._choose()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.partitions is not None:
+            state_dict = model_state(self.partitions, cast("PreTrainedModel", self.model))
+        super()._save(output_dir, state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.partitions is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            stored = _weights(Path(resume_from_checkpoint)) if is_first() else {}
+            put_model(self.partitions, cast("PreTrainedModel", self.model), stored)
+
+    def _load_best_model(self) -> None:
+        if self.partitions is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint as the model names them."""
+    return dict(load_model(folder, dtype=torch.float32, device=torch.device("cpu")).named_parameters())

@@ -1,0 +1,1 @@
+"""Which weights a training step changes, and how."""

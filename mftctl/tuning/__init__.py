@@ -1,1 +1,0 @@
-"""Weight updates: which entries a step changes, which parameters stay frozen."""

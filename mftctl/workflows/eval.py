@@ -1,0 +1,137 @@
+"""The `eval` workflow: loss and exact match on a data file, and benchmarks, for one model."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mftctl.data.encoding import Encoder
+from mftctl.errors import ConfigError
+from mftctl.evaluation.suite import Measures, encode_test_data, measure, prepare_measures, with_fixed_clock
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.record_encoding import (
+    load_encoder,
+    template_record,
+)
+from mftctl.experiments.run_device import device_for
+from mftctl.experiments.run_folder import Run
+from mftctl.masking.checkpoints.apply_in_memory import apply_mask
+from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
+from mftctl.masking.checkpoints.gpu_maps import gpu_map
+from mftctl.masking.checkpoints.load import evaluation_dtype, load_model
+from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
+from mftctl.masking.mask import open_mask
+from mftctl.progress import Listener
+from mftctl.runtime.devices import best_device, visible_alone
+from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
+from mftctl.workflows.planning.less_memory import evaluation_with_less_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from mftctl.evaluation.benchmarks.measure import Loaded
+    from mftctl.evaluation.lm.vllm import VllmAnswers
+
+
+def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
+    """The result of evaluating one model: each data set with its metrics, their standard errors and sample files.
+
+    Every sample goes to a `.jsonl` file in the run folder as `id` (its number), `reference`, `output`, `scores` and
+    `weights` (a metric is the sum of its scores over the sum of its weights; a weight not given is 1).
+
+    Args:
+        recipe: With the `eval` section and `test_data`.
+        source: The model, possibly under a mask.
+        run: Open run; gets the samples and the result.
+        listener: Hears progress.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    measures = prepare_measures(recipe, listener)
+    run.update(inputs=source.as_inputs())
+    test = None
+    if recipe.eval.predictions is None:
+        checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
+        encoder = load_encoder(checkpoint, recipe, run.started)
+        check = check_checkpoint(checkpoint, encoder.tokenizer)
+        tell_remarks(check, listener)
+        test = encode_test_data(measures, recipe, encoder, listener)
+        check_lengths(check, [len(record.input_ids) for record in test.records.records], checkpoint)
+        issues = measures.issues.counts()
+        run.update(
+            inputs={
+                **source.as_inputs(),
+                "chat_template": template_record(encoder, recipe),
+                "record_issues": {"Test data": issues} if issues else {},
+                "model_remarks": list(check.remarks),
+            }
+        )
+    with device_for(
+        run,
+        listener,
+        less_memory=evaluation_with_less_memory(recipe.eval),
+        device=recipe.device,
+        attention=recipe.attention,
+    ):
+        restart_peak_memory()
+        loaded = None if test is None else _load(checkpoint, source, recipe, measures, test.encoder, listener)
+        datasets = measure(measures, recipe, loaded, run.folder, listener, test=test, model_name=source.model, run=run)
+        return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def _load(
+    checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, encoder: Encoder, listener: Listener
+) -> Loaded:
+    """The model, under its mask if it has one, and the tokenizer that benchmarks use."""
+    tokenizer = with_fixed_clock(encoder)
+    if recipe.eval.engine == "vllm":
+        return _load_for_vllm(checkpoint, source, recipe, measures, tokenizer)
+    dtype = evaluation_dtype(checkpoint)
+    spread = gpu_map(checkpoint, dtype)
+    if spread is not None:
+        listener.note(f"The model is too large for one GPU: its layers lie on {len(set(spread.values()))} of them.")
+    with nullcontext() if source.mask is None else open_mask(Path(source.mask)) as mask:
+        model = load_model(checkpoint, dtype=dtype, device_map=spread)
+        if mask is not None:
+            delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
+            apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
+    return model, tokenizer
+
+
+def _load_for_vllm(
+    checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, tokenizer: PreTrainedTokenizerBase
+) -> VllmAnswers:
+    """The checkpoint in vLLM's own processes.
+
+    Raises:
+        ConfigError: What vLLM cannot run.
+    """
+    apart = source.mask or (str(checkpoint) if is_adapter(checkpoint) else None)
+    if apart is not None:
+        raise ConfigError(
+            "vLLM runs whole checkpoints.",
+            key="eval.engine",
+            expected="a checkpoint with its mask applied, or its adapter merged",
+            actual=apart,
+            hint="mftctl apply MODEL MASK, or fft --method lora --merge; then mftctl eval OUT --engine vllm",
+        )
+    from mftctl.evaluation.benchmarks.prompt_lengths import longest_request
+    from mftctl.evaluation.lm.vllm import VllmAnswers
+
+    options = recipe.eval
+    needed = longest_request(
+        [benchmark.task for benchmark in measures.benchmarks],
+        tokenizer,
+        limit=options.limit,
+        chat_template=options.chat_template,
+        seed=recipe.seed,
+        max_new_tokens=options.max_new_tokens,
+    )
+    dtype = str(evaluation_dtype(checkpoint)).removeprefix("torch.")
+    with visible_alone(best_device()):
+        answers = VllmAnswers(checkpoint, dtype=dtype, seed=recipe.seed, options=options, needed_tokens=needed)
+    answers.tokenizer.chat_template = tokenizer.chat_template
+    return answers

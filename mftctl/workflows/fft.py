@@ -1,0 +1,351 @@
+"""The `fft` workflow: supervised fine-tuning, of all weights or of those a method chooses, up to the best point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mftctl.data.seen_records import save_seen
+from mftctl.errors import ConfigError, OutputError, StorageError
+from mftctl.evaluation.answer_stops import name_stops, turn_stops
+from mftctl.experiments.model_origin import ModelOrigin, origin_of
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import FftOptions, Recipe
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import fine_tuned_state
+from mftctl.files.atomic import atomic_folder, known_failures
+from mftctl.files.ownership import Kind, permit_folder, write_marker
+from mftctl.masking.checkpoints.carried_parts import carry_over, parts_left_out
+from mftctl.masking.checkpoints.load import load_model, load_to_share
+from mftctl.masking.checkpoints.load_weights import quiet_transformers, stored_dtype, whole_checkpoint
+from mftctl.masking.checkpoints.locate import is_adapter
+from mftctl.masking.checkpoints.outlines import StoredWeights
+from mftctl.progress import Listener
+from mftctl.runtime.devices import best_device, uses_bf16
+from mftctl.runtime.peak_memory import peak_memory_bytes
+from mftctl.runtime.process_group import shares_weights
+from mftctl.runtime.processes import is_first, spreads_parameters, world_size
+from mftctl.runtime.torch_failures import gpu_failures
+from mftctl.training.flops import flops_per_token
+from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
+from mftctl.training.interim_evaluation import interim_evaluation, measurements
+from mftctl.training.loop import lora_base_dtype, step_size, train, training_arguments
+from mftctl.training.schedule import announce_step, total_steps
+from mftctl.training.stopping import stop_on_signal
+from mftctl.training.tuned_card import write_tuned_card
+from mftctl.training.update_trainer import UpdateTrainer
+from mftctl.training.updates.excluded import excluded_text
+from mftctl.training.updates.hft import freeze_half
+from mftctl.training.updates.masked_optimizer import UpdateRule
+from mftctl.training.updates.optimizers import (
+    check_memory_options,
+    forget_8bit_overrides,
+    low_memory_optimizer,
+    optimizer_name,
+)
+from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def fine_tune(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
+) -> dict[str, Any]:
+    """The result of fine-tuning: where the model is, and its losses per answer token.
+
+    Args:
+        recipe: With the `fft` section, the data and the seed.
+        source: The model to start from.
+        run: Open run; gets metrics and checkpoints, and the model unless the run has an output elsewhere.
+        listener: Hears progress.
+        resume: Go on from the newest checkpoint of the run.
+        may_replace: Whether a model of mftctl at the run's output is replaced.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+
+    Source: MFT, section 2, equation 1; GMT, section 2 and algorithm 1. The loss is the mean over all answer tokens of
+    an optimizer step.
+    """
+    options = recipe.fft
+    with training_on_device("fft", recipe, options, run, listener) as room:
+        return _fine_tune(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
+
+
+def _fine_tune(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
+) -> dict[str, Any]:
+    """The same, on a device that is ready."""
+    options = recipe.fft
+    announce_step(options, world_size(), listener)
+    check_memory_options(options, best_device())
+    inputs = prepare_training(
+        recipe,
+        source.model,
+        max_length_tokens=options.max_length_tokens,
+        data_fraction=options.data_fraction,
+        adapters=True,
+        now=run.started,
+        listener=listener,
+    )
+    require_same_data(run.record.inputs, inputs)
+    run.update(inputs={**source.as_inputs(), **inputs.summary()})
+    interim = interim_evaluation(recipe, options, inputs, source, run, listener)
+    room.require(inputs)
+    if is_first():
+        save_seen(run.folder, inputs.records)
+    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener)
+    trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
+    flops = flops_per_token(model)
+    trainer = _trainer(model, inputs, recipe, run, listener)
+    try:
+        with stop_on_signal(listener) as stop:
+            train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
+    finally:
+        if options.has_8bit_moments:
+            forget_8bit_overrides()
+    whole = trainer.trained_model()
+    saved = _Saved(Path(run.record.output or run.folder / "model"))
+    if whole is not None:
+        state = fine_tuned_state(source.state, options)
+        if options.method == "lora":
+            beside = _lora_files(cast("PeftModel", whole), inputs, options)
+        else:
+            beside = {"README.md": write_tuned_card(state, base=source.model, template=inputs.template_text())}
+        finished = _finished(whole, inputs.checkpoint, options)
+        goes_with = GoesWith(
+            beside,
+            origin_of(state, source.model, source.origin),
+            whole_checkpoint(inputs.checkpoint),
+            sorted(turn_stops(inputs.tokenizer).token_ids),
+        )
+        saved = _save(finished, inputs.tokenizer, run, goes_with, may_replace=may_replace)
+    validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
+    return {
+        "state": fine_tuned_state(source.state, options),
+        "model": str(saved.folder.resolve()),
+        **({} if saved.refused is None else {"output_refused": saved.refused}),
+        "kept": options.keep,
+        "start_loss": trainer.start_loss,
+        "best_loss": trainer.state.best_metric,
+        "last_loss": validation[-1],
+        "best_step": trainer.state.best_global_step,
+        "steps": trainer.state.global_step,
+        "trained_parameters": trained_parameters,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "flops_per_token": flops,
+        "evaluations": measurements(run.training),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _trainable_model(
+    checkpoint: Path, source: Source, options: FftOptions, seed: int, listener: Listener
+) -> PreTrainedModel | PeftModel:
+    """The model with those parameters trainable that the method trains."""
+    if options.method == "lora":
+        if spreads_parameters():
+            raise ConfigError(
+                "LoRA trains so few weights that there is next to nothing to spread over the processes.",
+                key="fft.method",
+                expected="another method under DeepSpeed and FSDP",
+                actual="lora",
+                hint="recipes/accelerate/ddp.yaml",
+            )
+        return _with_adapter(checkpoint, source, options, seed)
+    # Updates are smaller than what bf16 can hold: weights stay in fp32, or are rounded by chance.
+    dtype = torch.bfloat16 if options.low_memory else torch.float32
+    if shares_weights():
+        model = load_to_share(checkpoint, dtype=dtype, note=listener.note)
+    else:
+        model = load_model(checkpoint, dtype=dtype)
+    if options.method == "hft":
+        freeze_half(model, seed)
+    return model
+
+
+def _with_adapter(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PeftModel:
+    """A frozen model, in the dtype it computes in or in 4 bits a weight, with an adapter in fp32."""
+    from mftctl.masking.checkpoints.adapters import load_adapter
+    from mftctl.masking.checkpoints.quantization import load_quantized
+    from mftctl.training.updates.lora import add_adapter
+
+    dtype, device = lora_base_dtype(options), best_device()
+    quantize = options.quantize is not None
+    if is_adapter(checkpoint):
+        with gpu_failures("loading the model"):
+            adapted = load_adapter(checkpoint, dtype=dtype, trainable=True, quantize=quantize, device=device)
+            return adapted.to(device)
+    if quantize:
+        with gpu_failures("loading the model"):
+            return add_adapter(load_quantized(checkpoint, device), options, base=source.model, seed=seed)
+    return add_adapter(load_model(checkpoint, dtype=dtype), options, base=source.model, seed=seed)
+
+
+def _trainer(
+    model: PreTrainedModel | PeftModel, inputs: TrainingInputs, recipe: Recipe, run: Run, listener: Listener
+) -> UpdateTrainer:
+    options = recipe.fft
+    arguments = training_arguments(
+        run.training.checkpoints,
+        options,
+        steps=total_steps(len(inputs.train), options, world_size()),
+        learning_rate=options.learning_rate,
+        seed=recipe.seed,
+        bf16=uses_bf16(options.precision) and not options.low_memory,  # whose weights are in bf16 already
+    )
+    arguments.load_best_model_at_end = options.keep == "best"
+    arguments.optim = optimizer_name(options, arguments.device)
+    trainer = UpdateTrainer(model, arguments, inputs.train, inputs.validation, inputs.tokenizer, listener)
+    trainer.step_size = step_size(options)
+    if options.low_memory:
+        trainer.optimizer_cls_and_kwargs = low_memory_optimizer(arguments)
+    if options.method in ("gmt", "random"):
+        trainer.rule = UpdateRule(
+            options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
+        )
+    if options.exclude:
+        trainer.exclude = options.exclude
+        listener.note(excluded_text(cast("PreTrainedModel", model), options.exclude))
+    if model.device.type == "meta":
+        trainer.rows = StoredWeights(inputs.checkpoint, cast("PreTrainedModel", model)).rows
+    trainer.exact_norm = trainer.rule is not None  # so that the choice does not hang on rounding
+    return trainer
+
+
+def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: FftOptions) -> PreTrainedModel | PeftModel:
+    """What is written: of LoRA the adapter alone, unless the merged model is wanted; weights in the dtype wanted."""
+    dtype = _DTYPES.get(options.save_dtype) or stored_dtype(checkpoint)
+    if options.method == "lora":
+        if not options.merge:
+            return model
+        from mftctl.training.updates.lora import merge_adapter
+
+        model = merge_adapter(cast("PeftModel", model), dtype)
+    whole = cast("PreTrainedModel", model)
+    if options.low_memory:
+        whole.to("cpu")  # type: ignore[arg-type] # a GPU that held the training may have no room for wider weights
+    whole.to(dtype)  # type: ignore[arg-type]
+    return whole
+
+
+def _lora_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -> dict[str, str]:
+    """What LoRA writes beside its weights: a card, and with an adapter how its base was quantised."""
+    from mftctl.masking.checkpoints.quantization import QUANTIZATION, QUANTIZED_FILE, has_quantized_base
+    from mftctl.training.tuned_card import write_lora_card
+
+    checkpoint = inputs.checkpoint
+    quantized = options.quantize is not None or (is_adapter(checkpoint) and has_quantized_base(checkpoint))
+    held = "nf4 with double quantisation, computing in bf16" if quantized else str(lora_base_dtype(options))[6:]
+    card = write_lora_card(
+        cast("LoraConfig", model.peft_config["default"]),
+        merged=options.merge,
+        held=held,
+        quantized=quantized,
+        template=inputs.template_text(),
+    )
+    return {"README.md": card, **({QUANTIZED_FILE: QUANTIZATION} if quantized and not options.merge else {})}
+
+
+@dataclass(frozen=True, slots=True)
+class GoesWith:
+    """What is written beside weights and tokenizer.
+
+    Attributes:
+        beside: Text files by name, in place of those of the same name that the libraries write.
+        origin: How the model was made.
+        checkpoint: The one that it was made from.
+        stop_ids: Tokens that end an answer.
+    """
+
+    beside: Mapping[str, str]
+    origin: ModelOrigin
+    checkpoint: Path
+    stop_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """Where a model went.
+
+    Attributes:
+        folder: Its folder.
+        refused: Why it is not at the run's output; None if it is, or there is none.
+    """
+
+    folder: Path
+    refused: str | None = None
+
+
+def _save(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run,
+    goes_with: GoesWith,
+    *,
+    may_replace: bool,
+) -> _Saved:
+    """Writes the model to the run's output, or to the run folder where something else is there by now."""
+    refused = None
+    if run.record.output is not None:
+        output = Path(run.record.output)
+        try:
+            save_model(model, tokenizer, output, goes_with, replace=may_replace)
+        except OutputError as error:
+            refused = str(error)
+        else:
+            return _Saved(output)
+    save_model(model, tokenizer, run.folder / "model", goes_with, replace=True)
+    return _Saved(run.folder / "model", refused)
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    goes_with: GoesWith,
+    *,
+    replace: bool = False,
+) -> None:
+    """Writes a checkpoint with its tokenizer, whole or not at all.
+
+    Args:
+        model: What is written.
+        tokenizer: Goes beside it.
+        folder: New or empty, unless a model of mftctl is to be replaced.
+        goes_with: What else is written.
+        replace: Whether it is.
+
+    Raises:
+        OutputError: There is something that is not to be replaced.
+        StorageError: It cannot be written.
+    """
+    try:
+        with (
+            known_failures(folder),
+            atomic_folder(folder, permit_folder(Kind.MODEL, replace=replace)) as temporary,
+        ):
+            with quiet_transformers():
+                model.save_pretrained(str(temporary))
+            tokenizer.save_pretrained(temporary)
+            if isinstance(model, PreTrainedModel):
+                parts = parts_left_out(goes_with.checkpoint, model)
+                if parts:
+                    carry_over(goes_with.checkpoint, temporary, parts)
+                name_stops(temporary, goes_with.stop_ids)
+            for name, text in goes_with.beside.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            write_marker(temporary, Kind.MODEL, goes_with.origin.as_document())
+    except SafetensorError as error:  # which says of a full disk what it says of all else
+        raise StorageError(
+            "The model could not be written.", path=folder, actual=str(error), hint="free some space"
+        ) from error

@@ -1,0 +1,375 @@
+"""The `report --surface` workflow: the loss in the plane through FFT, continued FFT and MFT, point by point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.data.batching import pad_token_id
+from mftctl.data.encoding import Encoded, EncodedRecords, Encoder
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.sources import data_digest, load_examples
+from mftctl.data.splits import sample_count, sample_fraction
+from mftctl.errors import ConfigError, DataError, Interrupted
+from mftctl.evaluation.losses import mean_loss, sample_losses
+from mftctl.experiments.deciding_keys import OF_THE_MACHINE, to_document
+from mftctl.experiments.fingerprints import file_digest, model_fingerprint
+from mftctl.experiments.model_source import source_of_run
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.record_encoding import encode_part, require_records, tell_issues
+from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_device import device_for
+from mftctl.experiments.run_folder import Run, create_run, list_runs
+from mftctl.masking.checkpoints.apply_in_memory import apply_mask
+from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
+from mftctl.masking.checkpoints.load import load_model, load_tokenizer
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.checkpoints.remote_code import trusting_code
+from mftctl.masking.checkpoints.tensors import tensor_index
+from mftctl.masking.dtypes import TORCH_DTYPES
+from mftctl.masking.mask import open_mask
+from mftctl.progress import Listener, Progress
+from mftctl.runtime.devices import find_device
+from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
+from mftctl.training.inputs import split_examples
+from mftctl.training.stopping import StopRequest, stop_on_signal
+from mftctl.workflows.loss_surface.corners import Corners, find_corners, state_of
+from mftctl.workflows.loss_surface.plane import PlanePoint, WeightPlane, Weights
+
+COMMAND = "surface"
+POINTS = 11
+RECORDS = 100
+_FEWEST_POINTS = 4
+_MARGIN = 1 / 3
+"""On each side, as a share of the extent of the three models, which with 11 points puts FFT on a point of the grid."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """One measurement: a corner under its own weights, or a point of the grid.
+
+    Attributes:
+        step: Its number, from 1, the same in every run of this grid.
+        point: Where.
+        corner: 0, 1 or 2, None for a point of the grid.
+        name: What the log calls it: `mark`, or `column` and `row`.
+    """
+
+    step: int
+    point: PlanePoint
+    corner: int | None
+    name: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """The records that are measured on.
+
+    Attributes:
+        encoder: Of the tokenizer of FFT's model.
+        train: A seeded choice of those that FFT trained on.
+        test: The first ones, as `eval --limit` takes them.
+    """
+
+    encoder: Encoder
+    train: EncodedRecords
+    test: EncodedRecords
+
+
+def measure_surface(
+    root: Path, listener: Listener, *, points: int = POINTS, records: int = RECORDS, device: str = "auto"
+) -> Run:
+    """The finished run of a loss surface: the one there is, else one taken up where it was stopped, else a new one.
+
+    Its `metrics.jsonl` has a line for each of the three models (`mark`) and each point of the grid (`column`, `row`):
+    `x` and `y`, the distances from FFT along the two axes of `WeightPlane`, and the losses per answer token of the
+    weights in fp32, `train_loss` and `test_loss`, null where the model gives no number there.
+
+    Held in memory are the model, 4 bytes a weight, and the three models as they are stored, of which what two have in
+    common counts once.
+
+    Args:
+        root: The runs folder.
+        listener: Hears progress.
+        points: Of the grid, a side.
+        records: To measure on, of the training data and of the test data each.
+        device: To compute on, as a recipe names it.
+
+    Raises:
+        ConfigError: A number is out of range.
+        RunError: A run is missing that the plane goes through; it names the command that makes it.
+        Interrupted: The user stopped it; every point measured is kept.
+        MftError: Anything else known that can go wrong.
+
+    Source: MFT, figures 6 and 10.
+    """
+    _check("--surface-points", points, _FEWEST_POINTS)
+    _check("--surface-records", records, 1)
+    corners = find_corners(root, listener)
+    with trusting_code(corners.recipe.trust_remote_code):
+        return _surface(root, corners, listener, points, records, device)
+
+
+def _surface(root: Path, corners: Corners, listener: Listener, points: int, records: int, device: str) -> Run:
+    """The same, once the corners are known."""
+    checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
+    tokenizer = load_tokenizer(checkpoint)
+    for model in dict.fromkeys(source_of_run(run).model for run in corners.runs()):
+        check = check_checkpoint(resolve_checkpoint(model), tokenizer)
+        tell_remarks(check, listener)
+    encoder = Encoder(tokenizer, learn=corners.recipe.learn, now=corners.fft.started)
+    parts = _Parts(
+        encoder,
+        _training_records(corners, encoder, records, listener),
+        _test_records(corners.recipe, encoder, records, listener),
+    )
+    measured = (*parts.train.records, *parts.test.records)
+    check_lengths(check, [len(record.input_ids) for record in measured], checkpoint)
+    find_device(device)
+    run = _open_run(root, corners, parts, points, records, listener)
+    if run.record.status != "finished":
+        with recorded(run):
+            with device_for(run, listener, less_memory=["--surface-records below " + str(records)], device=device):
+                run.finish(_measure(run, corners, parts, points, listener))
+    return run
+
+
+def _check(option: str, value: int, fewest: int) -> None:
+    if value < fewest:
+        raise ConfigError("The loss surface is too small.", key=option, expected=f"at least {fewest}", actual=value)
+
+
+def _training_records(corners: Corners, encoder: Encoder, count: int, listener: Listener) -> EncodedRecords:
+    """A seeded choice of the records that FFT was trained on.
+
+    Raises:
+        DataError: The data is not what it was then.
+    """
+    recipe, inputs = corners.recipe, corners.fft.record.inputs
+    read = split_examples(recipe)
+    train = read.train
+    if recipe.fft.data_fraction < 1:
+        train = sample_fraction(train, recipe.fft.data_fraction, recipe.seed)
+    length, issues = recipe.fft.max_length_tokens, RecordIssues()
+    if data_digest(train) != inputs["digests"]["train"]:  # which does not have those that were left out
+        train = encode_part(train, encoder, length, issues, listener).examples
+    if data_digest(train) != inputs["digests"]["train"]:
+        raise DataError(
+            f"The training data is no longer what {corners.fft.name} was trained on.",
+            path=", ".join(source.path for source in recipe.data),
+            expected=f"{inputs['train_records']} records with SHA-256 {inputs['digests']['train']}",
+            actual=f"{len(train)} records with SHA-256 {data_digest(train)}",
+            hint="put the data back, or train all three anew on what it is now",
+        )
+    chosen = encode_part(sample_count(train, count, recipe.seed), encoder, length, issues, listener)
+    require_records("Training data", chosen, issues, length)
+    return chosen
+
+
+def _test_records(recipe: Recipe, encoder: Encoder, count: int, listener: Listener) -> EncodedRecords:
+    length, issues = recipe.eval.max_length_tokens, RecordIssues()
+    examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues)[:count]
+    used = encode_part(examples, encoder, length, issues, listener)
+    issues.settle(recipe.bad_records)
+    tell_issues("Test data", issues, length, listener)
+    require_records("Test data", used, issues, length)
+    return used
+
+
+def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records: int, listener: Listener) -> Run:
+    """The newest run with just these inputs, finished or taken up again, or else a new one."""
+    config = _without_machine(to_document(corners.recipe))
+    inputs = {
+        **source_of_run(corners.fft).as_inputs(),
+        "points": points,
+        "records": records,
+        "train_records": len(parts.train.records),
+        "test_records": len(parts.test.records),
+        "corners": [_identity(run) for run in corners.runs()],
+        "digests": {"train": data_digest(parts.train.examples), "test": data_digest(parts.test.examples)},
+    }
+    same = [
+        run
+        for run in list_runs(root)[0]
+        if run.record.command == COMMAND
+        and (_without_machine(run.record.config), run.record.inputs) == (config, inputs)
+    ]
+    for run in same:
+        if run.record.status == "finished":
+            listener.note(f"Measured already: {run.folder}")
+            return run
+    if same:
+        same[-1].go_on()
+        listener.note(f"Resuming: {same[-1].folder}")
+        return same[-1]
+    run = create_run(root, COMMAND, config, inputs=inputs)
+    listener.note(f"Run: {run.folder}")
+    return run
+
+
+def _without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration but for where FFT was trained, which is another matter."""
+    return {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What tells whether a corner is the same as before."""
+    source = source_of_run(run)
+    return {
+        "state": state_of(run),
+        "run": run.name,
+        "model": source.model,
+        "mask": source.mask,
+        "fingerprint": model_fingerprint(source.model),
+        "mask_digest": None if source.mask is None else file_digest(source.mask),
+    }
+
+
+def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: Listener) -> dict[str, Any]:
+    """The result, once all places are measured."""
+    restart_peak_memory()
+    checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
+    pad = pad_token_id(parts.encoder.tokenizer)
+    encoded = {"train_loss": parts.train.records, "test_loss": parts.test.records}
+    model = load_model(checkpoint, dtype=torch.float32)
+    plane = WeightPlane(model, _weights(corners))
+    names = [state_of(corner) for corner in corners.runs()]
+    listener.note("; ".join(map(_place_text, names, plane.corners)) + ": distances in the space of the weights")
+    places = list(_places(plane, names, points))
+    log = run.training
+    log.rewind(len(places))  # a kill may have left half a line
+    done = {line["step"] for line in log.metrics()}
+    with stop_on_signal(listener) as stop:
+        for place in places:
+            if place.step in done:
+                continue
+            _set(plane, place)
+            listen = _Listening(stop, listener, run.folder, len(done), len(places))
+            log.log({"step": place.step, **place.name, **asdict(place.point), **_losses(model, encoded, pad, listen)})
+            done.add(place.step)
+    return _result(log.metrics(), encoded)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """Tells how far the measuring has come, in records, and gives up the point at hand when the user wants to stop."""
+
+    stop: StopRequest
+    listener: Listener
+    folder: Path
+    places_done: int
+    places: int
+
+    def hear(self, records_done: int, records: int) -> None:
+        """Takes what is done of the records of one place.
+
+        Raises:
+            Interrupted: The user wants to stop.
+        """
+        if self.stop.requested:
+            raise Interrupted(
+                f"Stopped after {self.places_done} of {self.places} points.",
+                path=self.folder,
+                hint="the same command goes on from there",
+            )
+        done = self.places_done * records + records_done
+        self.listener.progress(Progress("measuring the surface", done, self.places * records))
+
+
+def _weights(corners: Corners) -> tuple[Weights, Weights, Weights]:
+    """The parameters of the three models as they are stored; equal ones are held once."""
+    fft = _stored(corners.fft)
+    continued, mft = (
+        {name: fft[name] if _equal(tensor, fft.get(name)) else tensor for name, tensor in _stored(run).items()}
+        for run in (corners.continued, corners.mft)
+    )
+    return fft, continued, mft
+
+
+def _stored(run: Run) -> dict[str, torch.Tensor]:
+    """The parameters of what a run made, tied ones once, in the one dtype of its checkpoint, or in fp32."""
+    source = source_of_run(run)
+    checkpoint = resolve_checkpoint(source.model)
+    dtypes = {stored.dtype for stored in tensor_index(checkpoint).values()}
+    only = TORCH_DTYPES.get(dtypes.pop()) if len(dtypes) == 1 else None
+    model = load_model(checkpoint, dtype=only or torch.float32)
+    if source.mask is not None:
+        with open_mask(Path(source.mask)) as mask:
+            apply_mask(model, mask)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _equal(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other)
+
+
+def _places(plane: WeightPlane, names: Sequence[str], points: int) -> Iterator[_Place]:
+    """The three models, then the grid, every eighth row and column before every fourth, and so on."""
+    for number, (name, corner) in enumerate(zip(names, plane.corners, strict=True)):
+        yield _Place(number + 1, corner, number, {"mark": name})
+    xs = _axis([corner.x for corner in plane.corners], points)
+    ys = _axis([corner.y for corner in plane.corners], points)
+    cells = [(column, row) for row in range(points) for column in range(points)]
+    cells.sort(key=lambda cell: -min(map(_level, cell)))
+    for step, (column, row) in enumerate(cells, start=len(names) + 1):
+        yield _Place(step, PlanePoint(xs[column], ys[row]), None, {"column": column, "row": row})
+
+
+def _level(index: int) -> int:
+    """The largest power of two that divides an index, at most 8."""
+    return next(power for power in (8, 4, 2, 1) if index % power == 0)
+
+
+def _axis(values: Sequence[float], points: int) -> list[float]:
+    low, high = min(values), max(values)
+    margin = _MARGIN * (high - low)
+    width = high - low + 2 * margin
+    return [low - margin + width * index / (points - 1) for index in range(points)]
+
+
+def _set(plane: WeightPlane, place: _Place) -> None:
+    if place.corner is None:
+        plane.set_point(place.point)
+    else:
+        plane.set_corner(place.corner)
+
+
+def _losses(
+    model: PreTrainedModel, encoded: dict[str, list[Encoded]], pad: int, listen: _Listening
+) -> dict[str, float | None]:
+    records = sum(map(len, encoded.values()))
+    losses: dict[str, float | None] = {}
+    before = 0
+    for name, part in encoded.items():
+        hear = partial(_hear_part, listen, before, records)
+        loss = mean_loss(sample_losses(model, part, pad_token_id=pad, on_progress=hear))
+        losses[name] = loss if math.isfinite(loss) else None
+        before += len(part)
+    return losses
+
+
+def _hear_part(listen: _Listening, before: int, records: int, done: int, _: int) -> None:
+    listen.hear(before + done, records)
+
+
+def _place_text(name: str, point: PlanePoint) -> str:
+    return f"{name} ({point.x:.4g}, {point.y:.4g})"
+
+
+def _result(lines: Sequence[dict[str, Any]], encoded: dict[str, list[Encoded]]) -> dict[str, Any]:
+    grid = {name: [line for line in lines if "mark" not in line and line[name] is not None] for name in encoded}
+    return {
+        "marks": [line for line in lines if "mark" in line],
+        "lowest": {name: min(grid[name], key=itemgetter(name), default=None) for name in encoded},
+        "train_answer_tokens": sum(record.answer_tokens for record in encoded["train_loss"]),
+        "test_answer_tokens": sum(record.answer_tokens for record in encoded["test_loss"]),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }

@@ -1,0 +1,1 @@
+"""Masks in the file formats of other tools."""

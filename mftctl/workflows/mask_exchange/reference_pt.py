@@ -1,0 +1,152 @@
+"""Masks pickled by `torch.save`, as the reference implementation of Mask Fine-Tuning writes them."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import torch
+
+from mftctl.errors import MaskFormatError, MaskMismatchError
+from mftctl.masking.mask import Mask
+from mftctl.masking.mask_file.codecs import Packed, pack
+from mftctl.masking.mask_file.document import shown
+from mftctl.runtime.torch_failures import failure_of_writing
+from mftctl.text import first_line
+
+_DTYPES: Final = (torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_EXPORT_HINT: Final = 'in the reference implementation, save it with: torch.save(masks, "masks.pt")'
+# What torch.load raises for files that are damaged, hostile or of another purpose.
+_LOAD_ERRORS: Final = (
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    OSError,
+    AssertionError,
+    struct.error,
+)
+
+
+class TorchMasks:
+    """The masks in a `.pt` file, loaded without running any code in it and mapped into memory where possible.
+
+    Args:
+        file: A file from anyone.
+
+    Raises:
+        MaskFormatError: It is damaged, holds more than plain tensors, or is no dict of tensors by name.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        loaded = _load(file)
+        if not isinstance(loaded, dict) or not loaded or not all(isinstance(name, str) for name in loaded):
+            raise MaskFormatError(
+                "The pickle holds no masks",
+                path=file,
+                expected="a dict from a module's name to its mask, with at least one",
+                actual=shown(type(loaded).__name__ if not isinstance(loaded, dict) else [*loaded][:3]),
+                hint=_EXPORT_HINT,
+            )
+        self._tensors: dict[str, object] = loaded
+
+    def names(self) -> list[str]:
+        """The names in the file, in its order."""
+        return list(self._tensors)
+
+    def packed(self, name: str, shape: tuple[int, ...]) -> Packed:
+        """The bits of one mask, as `codecs.pack` gives them.
+
+        Args:
+            name: One of `names()`.
+            shape: The shape of the weight it masks.
+
+        Raises:
+            MaskFormatError: It is no tensor of a floating-point dtype or bool, or a value is neither 0 nor 1.
+            MaskMismatchError: It has another shape.
+        """
+        tensor = self._tensors[name]
+        if not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
+            raise MaskFormatError(
+                "An entry of the pickle is not a mask",
+                path=self._file,
+                key=shown(name),
+                expected="a tensor of bool, or of floats that are 0 or 1",
+                actual=_kind_of(tensor),
+                hint=_EXPORT_HINT,
+            )
+        if tuple(tensor.shape) != shape:
+            raise MaskMismatchError(
+                "A mask does not have the shape of the base's weight",
+                path=self._file,
+                key=shown(name),
+                expected=shape,
+                actual=tuple(tensor.shape),
+                hint="give the base that the mask was learned on with -m",
+            )
+        other = tensor[(tensor != 0) & (tensor != 1)]
+        if other.numel():
+            raise MaskFormatError(
+                "A mask has values other than 0 and 1",
+                path=self._file,
+                key=shown(name),
+                expected="0 (removed) and 1 (keep)",
+                actual=f"{other.numel()} others, such as {float(other.reshape(-1)[0]):g}",
+                hint=f"scores are no mask; {_EXPORT_HINT}",
+            )
+        return pack(tensor != 0)
+
+
+def write_torch(mask: Mask, stream: BinaryIO) -> None:
+    """Writes float32 masks under the names of their modules; 4 bytes a weight, all of them in memory.
+
+    Args:
+        mask: The mask.
+        stream: An empty binary file.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    masks = {name.removesuffix(".weight"): mask[name].float() for name in mask.names()}
+    try:
+        torch.save(masks, stream)
+    except RuntimeError as error:
+        failure = failure_of_writing(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _kind_of(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}, {value.layout}, on {value.device}"
+    return type(value).__name__
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    is_dense = tensor.layout == torch.strided and not tensor.is_nested  # a nested tensor has no shape, and says strided
+    return is_dense and tensor.device.type == "cpu" and tensor.dtype in _DTYPES
+
+
+def _load(file: Path) -> object:
+    try:
+        # torch's warnings ask for bug reports about files that it then refuses anyway.
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except _LOAD_ERRORS as error:
+        raise MaskFormatError(
+            "The pickle is damaged, or holds more than tensors, which could run code",
+            path=file,
+            expected="a dict of tensors written by torch.save",
+            actual=shown(first_line(error)),
+            hint="copy the file again; if it holds other objects, save the dict of tensors alone",
+        ) from error

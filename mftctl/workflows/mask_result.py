@@ -1,0 +1,109 @@
+"""From kept entries to a mask file, and its summary for the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.errors import OutputError
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.run_folder import Run
+from mftctl.masking.checkpoints.apply_in_memory import target_names
+from mftctl.masking.checkpoints.tensors import tensor_digest, tensor_index
+from mftctl.masking.mask import Mask, mask_permit, save_mask
+from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord
+from mftctl.masking.targets import MaskTarget, format_layers
+from mftctl.runtime.processes import is_first
+
+
+def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> dict[str, Any]:
+    """Where a mask was written, in the run folder and where the user wants it, and what it removes.
+
+    Args:
+        mask: The mask.
+        run: With an output or without.
+        may_replace: Whether a mask file at the output is replaced.
+    """
+    path = run.folder / "mask.bits"
+    output, refused = run.record.output, None
+    if is_first():
+        save_mask(mask, path)
+        if output is not None:
+            try:
+                save_mask(mask, Path(output), permit=mask_permit(replace=may_replace))
+            except OutputError as error:
+                output, refused = None, str(error)
+    return {
+        "mask": str(path.resolve()),
+        "output": output,
+        **({} if refused is None else {"output_refused": refused}),
+        "tensors": len(mask),
+        "weights": mask.weights,
+        "removed": mask.removed,
+        "ratio": mask.ratio,
+    }
+
+
+def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
+    """The share removed in each masked decoder layer, by its index: with a threshold it is an outcome."""
+    removed: dict[int, int] = {}
+    weights: dict[int, int] = {}
+    for target in targets:
+        bits = keep[target.name]
+        removed[target.layer] = removed.get(target.layer, 0) + bits.numel() - int(bits.sum())
+        weights[target.layer] = weights.get(target.layer, 0) + bits.numel()
+    return {str(layer): removed[layer] / weights[layer] for layer in sorted(weights)}
+
+
+def build_mask(
+    keep: Mapping[str, torch.Tensor],
+    targets: Sequence[MaskTarget],
+    model: PreTrainedModel,
+    base: Path,
+    metadata: MaskMetadata,
+) -> Mask:
+    """The mask of some projections under the names, shapes and digests of the base checkpoint's tensors.
+
+    Args:
+        keep: Bool keep mask by target name.
+        targets: From `find_targets` on the model without masks.
+        model: The model in memory.
+        base: Its checkpoint folder.
+        metadata: What the mask file says about its origin.
+
+    Raises:
+        MaskMismatchError: A parameter is not in the checkpoint.
+        MaskingError: A weight is stored as several tensors.
+    """
+    index = tensor_index(base)
+    names = target_names(targets, model, index)
+    tensors, records = {}, {}
+    for target, bits in keep.items():
+        name = names[target]
+        stored = index[name]
+        tensors[name] = bits
+        removed = bits.numel() - int(bits.sum())
+        records[name] = TensorRecord(stored.shape, removed, tensor_digest(stored), stored.dtype)
+    return Mask(tensors, records, metadata)
+
+
+def mask_metadata(recipe: Recipe, source: Source, run: Run, layers: list[int]) -> MaskMetadata:
+    """The metadata of a mask: its base, its method and the run that made it."""
+    options = recipe.mask_train
+    ratio = options.effective_ratio
+    return MaskMetadata(
+        kind="weight",
+        base_model=source.model,
+        base_revision=recipe.revision,
+        method=options.method,
+        ratio=None if isinstance(ratio, dict) else ratio,
+        threshold=options.effective_threshold,
+        layers=format_layers(layers),
+        seed=recipe.seed,
+        run_id=run.name,
+    )

@@ -1,0 +1,214 @@
+"""The `mask-train` workflow: finds which weights of a frozen model to remove, and keeps the best mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mftctl.data.encoding import Encoded
+from mftctl.errors import ConfigError
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import DEFAULT_RATIO, MaskTrainOptions, Recipe
+from mftctl.experiments.run_device import device_for
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import mask_state
+from mftctl.masking.checkpoints.apply_in_memory import target_names
+from mftctl.masking.checkpoints.delta_mask import drop_mask
+from mftctl.masking.checkpoints.load import load_to_share
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.checkpoints.outlines import StoredWeights
+from mftctl.masking.checkpoints.tensors import tensor_index
+from mftctl.masking.targets import decoder_layers, find_targets, format_layers, parse_layers
+from mftctl.progress import Listener, Progress
+from mftctl.runtime.devices import best_device, find_device
+from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
+from mftctl.runtime.process_group import shares_weights
+from mftctl.training.flops import flops_per_token
+from mftctl.training.held_out import compare, confirm, split_validation_records, validation_loss
+from mftctl.training.inputs import TrainingInputs
+from mftctl.training.interim_evaluation import interim_evaluation, measurements
+from mftctl.training.learn_mask import find_mask
+from mftctl.training.mask_search import LearnedMask, MaskSearch, frozen_dtype, load_frozen_model, prepare_mask_training
+from mftctl.training.prefix_cache import (
+    batches_come_again,
+    figures,
+    hidden_states,
+    reusing_prefix,
+    token_batches_change,
+)
+from mftctl.workflows.mask_result import build_mask, keep_mask, layer_ratios, mask_metadata
+from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
+
+
+def mask_train(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
+) -> dict[str, Any]:
+    """The result of finding a mask: where its file is, what it removes, and its losses per answer token.
+
+    Args:
+        recipe: With the `mask_train` section, the data and the seed.
+        source: The fine-tuned model.
+        run: Open run; gets metrics, checkpoints and the mask, which also goes to the run's output if it has one.
+        listener: Hears progress.
+        resume: Go on from the newest checkpoint of the run.
+        may_replace: Whether a mask file at the run's output is replaced.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+
+    Source: MFT, section 2, equations 2 to 5; local masks of section 3.2, global ones of section 3.3.
+    """
+    options = recipe.mask_train
+    if options.method == "drop":
+        find_device(recipe.device)
+        with device_for(run, listener, less_memory=[], device="cpu"):  # it compares files
+            restart_peak_memory()
+            return _drop(recipe, source, run, listener, may_replace=may_replace)
+    with training_on_device("mask-train", recipe, options, run, listener) as room:
+        return _search(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
+
+
+def _search(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
+) -> dict[str, Any]:
+    """The result of the methods that measure masks on the model."""
+    options = recipe.mask_train
+    inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    interim = interim_evaluation(recipe, options, inputs, source, run, listener)
+    room.require(inputs, split_validation_records(inputs.validation, options)[0])
+    model, weights = _model_to_mask(inputs, options, listener)
+    layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
+    targets = find_targets(model, layers, options.target, options.projections)
+    flops = flops_per_token(model, targets)
+    target_names(targets, model, tensor_index(inputs.checkpoint))  # what cannot be written is said before the training
+    deciding, confirming = split_validation_records(inputs.validation, options)
+    inputs = replace(inputs, validation=deciding)
+    come_again = batches_come_again(len(inputs.train), options)
+    if min(layers) > 0 and not come_again and token_batches_change(len(inputs.train), options):
+        listener.note(
+            "Hidden states are reused in validation alone: with --batch-tokens each epoch has other micro-batches."
+        )
+    with (
+        hidden_states(options, run.folder) as states,
+        # Processes that share weights must pass the same layers, and each has seen other batches.
+        reusing_prefix(model, 0 if shares_weights() else min(layers), states, listener.warn, in_training=come_again),
+    ):
+        search = MaskSearch(
+            model,
+            targets,
+            options,
+            inputs,
+            run.training,
+            listener,
+            unmasked_loss=None if weights is not None else validation_loss(model, inputs, listener),
+            fft_learning_rate=run.record.inputs["fft_learning_rate"],
+            seed=recipe.seed,
+            resume=resume,
+            interim=interim,
+            weights=weights,
+            confirming=[] if weights is None else confirming,
+        )
+        if options.method == "learned":
+            listener.note(f"Learning rate of the scores: {search.start.learning_rate_text(targets)}")
+        found = find_mask(search)
+        search = _with_whole_model(search, layers)
+        confirmation = _confirmation(search, found, confirming)
+        reuse = figures(states)
+    metadata = mask_metadata(recipe, source, run, layers)
+    mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata)
+    return {
+        "state": mask_state(options),
+        "model": source.model,
+        **keep_mask(mask, run, may_replace=may_replace),
+        "layers": format_layers(layers),
+        "layer_ratios": layer_ratios(found.keep, targets),
+        **found.figures(),
+        "kept": options.effective_keep if options.method == "learned" else None,
+        "start_std": search.start.std if (options.method, options.effective_start) == ("learned", "normal") else None,
+        "flops_per_token": flops,
+        "confirmation": confirmation,
+        "prefix_reuse": reuse,
+        "evaluations": measurements(run.training),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
+    """The search with a model that this process has all of; after a training that shared its weights, a new one."""
+    if not shares_weights() or search.weights is not None:
+        return search
+    options = search.options
+    model = load_frozen_model(search.inputs, options)
+    return replace(search, model=model, targets=find_targets(model, layers, options.target, options.projections))
+
+
+def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:
+    """What records that took no part in choosing the mask say of it; None where there is nothing to confirm."""
+    if found.best_loss >= found.unmasked_loss:
+        which = "The last mask was not" if search.options.effective_keep == "last" else "No mask was"
+        search.listener.warn(
+            f"{which} better than no mask on the validation data. Use the model without it, "
+            "or try other layers (mftctl probe), a smaller ratio or more data."
+        )
+        return None
+    if found.confirming is not None:
+        return compare(*found.confirming, search.listener)
+    return confirm(search, found.keep, confirming) if confirming else None
+
+
+def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> dict[str, Any]:
+    """The result of going back to the weights before fine-tuning where the method says so; no model is loaded.
+
+    Raises:
+        ConfigError: The model before fine-tuning is not known.
+
+    Source: GMT, section 4, "Analysis of Drop Strategy".
+    """
+    options = recipe.mask_train
+    base = options.base or (source.origin if source.origin != source.model else None) or None
+    if base is None:
+        raise ConfigError(
+            "drop needs the model before fine-tuning.",
+            key="mask_train.base",
+            expected="a checkpoint folder or a hub id",
+            actual=f"none given, and no run in the runs folder made {source.model}",
+            hint="--base MODEL",
+        )
+    run.update(inputs=source.as_inputs())
+    mask = drop_mask(
+        resolve_checkpoint(base),
+        resolve_checkpoint(source.model, recipe.revision),
+        options.ratio if isinstance(options.ratio, float) else DEFAULT_RATIO,
+        options.strategy,
+        base_model=base,
+        base_revision=None,
+        tuned_model=source.model,
+        tuned_revision=recipe.revision,
+        seed=recipe.seed,
+        run_id=run.name,
+        on_progress=lambda done, total: listener.progress(Progress("comparing", done, total)),
+    )
+    return {
+        "state": mask_state(options),
+        "model": source.model,
+        "base": base,
+        **keep_mask(mask, run, may_replace=may_replace),
+        "layers": "all",
+        "layer_ratios": {},
+        "steps": 0,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _model_to_mask(
+    inputs: TrainingInputs, options: MaskTrainOptions, listener: Listener
+) -> tuple[PreTrainedModel, StoredWeights | None]:
+    """The frozen model; where processes share its weights during the training, without values, and these apart."""
+    if not shares_weights() or options.method != "learned":
+        return load_frozen_model(inputs, options), None
+    model = load_to_share(inputs.checkpoint, dtype=frozen_dtype(options), note=listener.note)
+    if model.device.type != "meta":
+        return model.to(best_device()), None  # type: ignore[arg-type]
+    return model, StoredWeights(inputs.checkpoint, model)

@@ -1,0 +1,95 @@
+"""The work of a command, in its own process or in several that it starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.run_folder import Run
+from mftctl.masking.checkpoints.remote_code import trusting_code
+from mftctl.progress import Listener
+from mftctl.workflows.multi_process.process_count import Launch, Shard
+
+
+def work(
+    recipe: Recipe,
+    source: Source,
+    run: Run,
+    listener: Listener,
+    launch: Launch,
+    *,
+    resume: bool = False,
+    may_replace: bool = False,
+) -> dict[str, Any]:
+    """The result of a run's command.
+
+    Args:
+        recipe: Settled.
+        source: What it works on.
+        run: Open; its record names the command.
+        listener: Hears progress.
+        launch: With how many processes.
+        resume: Whether to go on from what the run has kept.
+        may_replace: Whether a result at the run's output is replaced.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    launch = launch_of(run.record.command, recipe, launch)
+    run.resumed_with = launch.words
+    if launch.processes == 1:
+        return work_here(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+    from mftctl.workflows.multi_process.launcher import work_together
+
+    return work_together(recipe, source, run, listener, launch, resume=resume, may_replace=may_replace)
+
+
+def launch_of(command: str, recipe: Recipe, launch: Launch) -> Launch:
+    """The launch of one command of an experiment: one process where there is nothing to share out.
+
+    Args:
+        command: Of mftctl.
+        recipe: Of the command.
+        launch: Of the experiment.
+    """
+    drops = command == "mask-train" and recipe.mask_train.method == "drop"
+    scores_alone = command == "eval" and recipe.eval.predictions is not None
+    if command == "apply" or drops or scores_alone:
+        return Launch()
+    return replace(launch, shard=Shard.DDP) if command == "eval" else launch
+
+
+def work_here(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+) -> dict[str, Any]:
+    """The result of a run's command, of which this process does all or its part.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+    """
+    with trusting_code(recipe.trust_remote_code):
+        match run.record.command:
+            case "fft":
+                from mftctl.workflows.fft import fine_tune
+
+                return fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+            case "probe":
+                from mftctl.workflows.probe import probe
+
+                return probe(recipe, source, run, listener, resume=resume)
+            case "mask-train":
+                from mftctl.workflows.mask_train import mask_train
+
+                return mask_train(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+            case "apply":
+                from mftctl.workflows.apply import apply
+
+                return apply(source, run, listener)
+            case "eval":
+                from mftctl.workflows.eval import evaluate
+
+                return evaluate(recipe, source, run, listener)
+            case other:
+                raise ValueError(f"{other} is not done in a run")

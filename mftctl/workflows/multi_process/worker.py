@@ -1,0 +1,71 @@
+"""One of several processes that work for a command.
+
+It reads what to do from stdin, says through what was its stdout how far it is, and ends at once when the command is
+gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from mftctl.errors import Interrupted, MftError
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_folder import load_run
+from mftctl.files.atomic import known_failures
+from mftctl.runtime.process_group import join, leave
+from mftctl.runtime.processes import is_first
+from mftctl.runtime.signals import end_as_on_interrupt
+from mftctl.workflows.multi_process.dispatch import work_here
+from mftctl.workflows.multi_process.messages import Order, Speaker
+
+
+def main() -> int:
+    """Works; the exit code."""
+    speaker = Speaker(_keep_stdout_apart(), tells=is_first())
+    order = Order(**json.loads(sys.stdin.buffer.readline()))
+    threading.Thread(target=_end_with_the_command, daemon=True).start()
+    end_as_on_interrupt()
+    try:
+        with known_failures(Path(order.folder)):
+            speaker.result(_work(order, speaker))
+    except MftError as error:
+        speaker.error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        stopped = Interrupted("Stopped.")
+        speaker.error(stopped)
+        return stopped.exit_code
+    finally:
+        leave()
+    return 0
+
+
+def _work(order: Order, speaker: Speaker) -> dict[str, Any]:
+    run = load_run(Path(order.folder))
+    run.resumed_with = tuple(order.resumed_with)
+    recipe = parse_recipe(order.recipe)
+    source = Source(**{**order.source, "parents": tuple(order.source["parents"])})
+    join()
+    return work_here(recipe, source, run, speaker, resume=order.resume, may_replace=order.may_replace)
+
+
+def _keep_stdout_apart() -> int:
+    """A descriptor of the pipe to the command; what libraries print goes with the messages to stderr."""
+    pipe = os.dup(1)
+    os.set_inheritable(pipe, False)
+    os.dup2(2, 1)
+    return pipe
+
+
+def _end_with_the_command() -> None:
+    """Ends this process, as a kill would, when the command's end of stdin is closed."""
+    while os.read(0, 1):  # not through sys.stdin, whose lock would be held when Python ends
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,102 @@
+"""The largest batches of a training, of its validation and of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mftctl.data.encoding import Encoded
+from mftctl.evaluation.inference import length_batches
+from mftctl.experiments.recipe import TrainingOptions
+from mftctl.training.schedule import micro_batch_records, records_per_step
+
+VALIDATION_TOKENS = 4096
+"""A batch of `sample_losses`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The largest batches of a training and of its validation.
+
+    Attributes:
+        records: Records of a training batch.
+        length_tokens: Of its longest record.
+        padded: Whether its records differ in length, so that attention needs a mask tensor.
+        validation_records: Records of a validation batch.
+        validation_tokens: Of its longest record.
+        scored_tokens: Positions of a validation batch whose logits are computed.
+        answer_tokens: The most of a training batch: logits are computed for these only.
+    """
+
+    records: int
+    length_tokens: int
+    padded: bool
+    validation_records: int
+    validation_tokens: int
+    scored_tokens: int
+    answer_tokens: int
+
+
+def largest_batches(
+    train: Sequence[Encoded], validation: Sequence[Encoded], batch_size: int, batch_tokens: int | None = None
+) -> Batches:
+    """The batches that need most memory: the trainer puts records of similar length together.
+
+    Args:
+        train: Training records, at least one.
+        validation: Validation records, at least one.
+        batch_size: Records of a training batch.
+        batch_tokens: Padded tokens of a training batch, which then decide in the place of `batch_size`.
+    """
+    lengths = sorted((len(record.input_ids) for record in train), reverse=True)
+    answers = sorted((record.answer_tokens for record in train), reverse=True)
+    if batch_tokens is not None:
+        batches = length_batches(lengths, batch_tokens)
+        largest = max(batches, key=lambda batch: len(batch) * lengths[batch[0]])
+        lengths = [lengths[index] for index in largest]
+        answers = answers[: max(map(len, batches))]
+        answer_tokens = min(sum(answers), max(batch_tokens, lengths[0]))
+    else:
+        lengths = lengths[:batch_size]
+        answer_tokens = sum(answers[:batch_size])
+    sizes = [len(record.input_ids) for record in validation]
+    groups = length_batches(sizes, VALIDATION_TOKENS)
+    scored = {len(group) * _scored_tokens([validation[index] for index in group]) for group in groups}
+    widest = max(groups, key=lambda group: len(group) * sizes[group[0]])
+    return Batches(
+        records=len(lengths),
+        length_tokens=lengths[0],
+        padded=lengths[0] != lengths[-1],
+        validation_records=len(widest),
+        validation_tokens=sizes[widest[0]],
+        scored_tokens=min(sizes[widest[0]], -(-max(scored) // len(widest))),
+        answer_tokens=answer_tokens,
+    )
+
+
+def assumed_batches(batch_size: int, max_length_tokens: int) -> Batches:
+    """The largest batches there can be, for data whose token counts are not known."""
+    records = max(1, VALIDATION_TOKENS // max_length_tokens)
+    answer_tokens = batch_size * (max_length_tokens - 1)
+    return Batches(batch_size, max_length_tokens, True, records, max_length_tokens, max_length_tokens, answer_tokens)
+
+
+def batches_of(options: TrainingOptions, train: Sequence[Encoded], validation: Sequence[Encoded]) -> Batches:
+    """The largest batches of a training.
+
+    Args:
+        options: Of the training.
+        train: Training records; none where their tokens are not known.
+        validation: Validation records; none where their tokens are not known.
+    """
+    if not train or not validation:
+        return assumed_batches(micro_batch_records(options, options.max_length_tokens), options.max_length_tokens)
+    at_once = micro_batch_records(options, max(len(record.input_ids) for record in train))
+    # A step of few records is one forward pass, whatever tokens there is room for.
+    whole = options.batch_tokens is None or at_once == records_per_step(options)
+    return largest_batches(train, validation, at_once, None if whole else options.batch_tokens)
+
+
+def _scored_tokens(records: Sequence[Encoded]) -> int:
+    """Positions at which some record of a batch has an answer token."""
+    return len({index for record in records for index, label in enumerate(record.labels[1:]) if label >= 0})

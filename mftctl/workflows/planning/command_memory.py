@@ -1,0 +1,157 @@
+"""The memory of one command with whatever options, each estimate made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedConfig
+
+from mftctl.data.encoding import Encoded
+from mftctl.errors import MftError
+from mftctl.experiments.recipe import FftOptions, MaskTrainOptions, Recipe
+from mftctl.masking.targets import layer_groups, parse_layers
+from mftctl.workflows.planning.batches import Batches, batches_of
+from mftctl.workflows.planning.evaluation_memory import (
+    BENCHMARK_ANSWER_TOKENS,
+    BENCHMARK_PROMPT_TOKENS,
+    Generation,
+    estimate_evaluation,
+)
+from mftctl.workflows.planning.memory import MemoryEstimate, estimate_memory, least_memory
+from mftctl.workflows.planning.planned_device import PlannedDevice
+from mftctl.workflows.planning.room import SPARE_SHARE, Smaller, smallest_options
+from mftctl.workflows.planning.training_setup import TrainingPlan, plan_fast_probe, plan_fine_tuning, plan_mask_training
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What an evaluation measures on data files.
+
+    Attributes:
+        batches: With those whose losses are measured, as a validation's; None for none.
+        generation: The longest problem; None where no record has a prompt.
+    """
+
+    batches: Batches | None = None
+    generation: Generation | None = None
+
+
+@dataclass(slots=True)
+class CommandMemory:
+    """What a command takes on a device.
+
+    Attributes:
+        command: `fft`, `probe`, `mask-train` or `eval`.
+        config: Of the model.
+        layer_count: Its decoder layers.
+        device: What it runs on.
+        train: Training records; none where their tokens are not known.
+        validation: Validation records; none where their tokens are not known.
+        seed: Decides what HFT freezes.
+        layers: Those that a probe may choose; None where the recipe says which.
+        asked: Of an evaluation.
+        process_bytes: Bytes that the process takes without any model; counted on a CPU only.
+        known: Estimates made before, which several of these may share.
+    """
+
+    command: str
+    config: PreTrainedConfig
+    layer_count: int
+    device: PlannedDevice
+    train: Sequence[Encoded] = ()
+    validation: Sequence[Encoded] = ()
+    seed: int = 0
+    layers: Sequence[int] | None = None
+    asked: Asked = field(default_factory=Asked)
+    process_bytes: int = 0
+    known: dict[Hashable, MemoryEstimate] = field(default_factory=dict)
+
+    def estimate(self, recipe: Recipe) -> MemoryEstimate:
+        """The memory with a recipe's options.
+
+        Raises:
+            MftError: The options do not fit the model, or its architecture cannot be run without data.
+        """
+        if self.command == "eval":
+            return self._evaluation(recipe)
+        plan, batches = self.plan(recipe), self.batches(recipe)
+        return self._once(
+            (plan, batches),
+            lambda: estimate_memory(self.config, plan, batches, process_bytes=self.process_bytes),
+        )
+
+    def plan(self, recipe: Recipe) -> TrainingPlan:
+        """How the command trains."""
+        if self.command == "fft":
+            return plan_fine_tuning(recipe.fft, self.seed, self.device)
+        layers = self.masked_layers(recipe)
+        if self.command == "probe" and recipe.probe.fast:
+            return plan_fast_probe(recipe.mask_train, layers, self.device)
+        return plan_mask_training(recipe.mask_train, layers, self.device)
+
+    def batches(self, recipe: Recipe) -> Batches:
+        """The largest batches of the training, or of the evaluation."""
+        return batches_of(self._options(recipe), self.train, self.validation)
+
+    def masked_layers(self, recipe: Recipe) -> list[int]:
+        """The most layers that carry a mask at once; of `probe --fast` all whose gradients are taken."""
+        if self.command == "probe":
+            wanted = parse_layers(recipe.probe.layers or "all", self.layer_count)
+            groups = layer_groups(self.layer_count, recipe.probe_groups, wanted)
+            return sorted({layer for group in groups for layer in group}) if recipe.probe.fast else max(groups, key=len)
+        if self.layers is not None:
+            return list(self.layers)
+        return parse_layers(recipe.mask_train.layers or "all", self.layer_count)
+
+    def fits(self, recipe: Recipe, free_bytes: int) -> bool:
+        """Whether it does, with something to spare."""
+        most = (1 - SPARE_SHARE) * free_bytes
+        if self.command != "eval" and least_memory(self.config, self.plan(recipe)) > most:
+            return False
+        return self.estimate(recipe).peak_bytes <= most
+
+    def smaller(self, recipe: Recipe, free_bytes: int) -> Smaller | None:
+        """The smallest set of options with which it fits; None if there is none.
+
+        Args:
+            recipe: As it is.
+            free_bytes: What is there.
+        """
+
+        def fits(changed: Recipe) -> bool:
+            try:
+                return self.fits(changed, free_bytes)
+            except MftError:  # what does not go with this model is no way out
+                return False
+
+        has_say = self.command == "mask-train" and self.layers is None
+        layers = self.masked_layers(recipe) if has_say else ()
+        return smallest_options(self.command, recipe, fits=fits, estimate=self.estimate, layers=layers)
+
+    def generation(self, recipe: Recipe) -> Generation | None:
+        """The longest problem that an evaluation answers."""
+        options = recipe.eval
+        found = [self.asked.generation] if self.asked.generation is not None and options.generate else []
+        if options.tasks:
+            together = options.batch_size if isinstance(options.batch_size, int) else 1
+            answer = options.max_new_tokens or BENCHMARK_ANSWER_TOKENS
+            found.append(Generation(BENCHMARK_PROMPT_TOKENS, answer, together))
+        return max(found, key=lambda one: one.records * (one.prompt_tokens + one.new_tokens), default=None)
+
+    def _evaluation(self, recipe: Recipe) -> MemoryEstimate:
+        generation, batches = self.generation(recipe), self.asked.batches
+        return self._once(
+            ("eval", generation, batches, self.device.is_gpu),
+            lambda: estimate_evaluation(
+                self.config, self.device, batches, generation, process_bytes=self.process_bytes
+            ),
+        )
+
+    def _once(self, key: Hashable, make: Callable[[], MemoryEstimate]) -> MemoryEstimate:
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
+
+    def _options(self, recipe: Recipe) -> FftOptions | MaskTrainOptions:
+        return recipe.fft if self.command == "fft" else recipe.mask_train

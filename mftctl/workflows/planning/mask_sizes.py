@@ -1,0 +1,98 @@
+"""How large a mask will be: its tensors, what it removes, and the size of its file."""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.masking.mask_file.codecs import packed_size_bytes
+from mftctl.masking.selection import removed_count
+from mftctl.masking.targets import MaskTarget
+
+_BLOCK_BYTES = 32_767  # zlib ends a block when its symbol buffer is full, at memory level 9
+_BLOCK_HEADER_BITS = 550
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedTensor:
+    """A projection that will carry a mask.
+
+    Attributes:
+        name: Its weight's name in the model; of fused experts the name in the checkpoint.
+        shape: Of the weight.
+        weights: Its entries.
+        removed: Entries that the mask removes; None where a threshold decides.
+        packed_bytes: Size of its bits.
+        deflate_bytes: Expected size in the mask file; None where a threshold decides.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    weights: int
+    removed: int | None
+    packed_bytes: int
+    deflate_bytes: int | None
+
+
+def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[MaskedTensor]:
+    """The tensors that a mask covers, with their counts.
+
+    Args:
+        targets: From `find_targets`, of a model with or without weights.
+        options: Ratio, threshold or neither.
+
+    Raises:
+        MaskingError: A ratio is out of range.
+    """
+    found = []
+    for target in targets:
+        weight, ratio = target.weight, options.ratio_of(target.projection)
+        removed = None if ratio is None else removed_count(weight.numel(), ratio)
+        found.append(
+            MaskedTensor(
+                target.weight_name,
+                tuple(weight.shape),
+                weight.numel(),
+                removed,
+                packed_size_bytes(weight.numel()),
+                None if removed is None else deflate_size_bytes(weight.numel(), removed),
+            )
+        )
+    return found
+
+
+@functools.cache
+def deflate_size_bytes(weights: int, removed: int) -> int:
+    """The expected size of a payload of codec `deflate`, for a mask whose removed entries lie at random.
+
+    A byte holds 8 entries, of which k are removed with the binomial probability. Huffman codes give each of the 256
+    bytes a whole number of bits, and one symbol more ends a block.
+
+    Args:
+        weights: Entries of the tensor.
+        removed: Entries that the mask removes.
+    """
+    size_bytes = packed_size_bytes(weights)
+    share = removed / weights
+    chances = [share ** (8 - byte.bit_count()) * (1 - share) ** byte.bit_count() for byte in range(256)]
+    block_bytes = min(size_bytes, _BLOCK_BYTES)
+    # A byte that is not expected once in a block has no code in most blocks.
+    likely = [chance for chance in chances if chance * block_bytes >= 0.5] + [1 / block_bytes]
+    bits = size_bytes * _huffman_bits(likely) + math.ceil(size_bytes / block_bytes) * _BLOCK_HEADER_BITS
+    return min(math.ceil(bits / 8), size_bytes + 5 * math.ceil(size_bytes / block_bytes))
+
+
+def _huffman_bits(chances: Sequence[float]) -> float:
+    """The mean length of the best prefix code of symbols with these chances: the sum over all merges."""
+    heap = list(chances)
+    heapq.heapify(heap)
+    bits = 0.0
+    while len(heap) > 1:
+        merged = heapq.heappop(heap) + heapq.heappop(heap)
+        bits += merged
+        heapq.heappush(heap, merged)
+    return bits

@@ -1,0 +1,176 @@
+"""Room on a GPU: asked for before weights are loaded, and what to change where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from mftctl.data.encoding import Encoded
+from mftctl.errors import DeviceMemoryError, ModelError
+from mftctl.experiments.recipe import MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.experiments.run_device import device_for
+from mftctl.experiments.run_folder import Run
+from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
+from mftctl.masking.checkpoints.meta_models import count_layers, read_config
+from mftctl.progress import Listener
+from mftctl.runtime.peak_memory import restart_peak_memory
+from mftctl.runtime.processes import spreads_parameters
+from mftctl.runtime.torch_failures import gpu_failures
+from mftctl.training.inputs import TrainingInputs
+from mftctl.workflows.planning.command_memory import CommandMemory
+from mftctl.workflows.planning.less_memory import probing_with_less_memory, training_with_less_memory
+from mftctl.workflows.planning.memory import MemoryEstimate
+from mftctl.workflows.planning.planned_device import PlannedDevice, this_device
+from mftctl.workflows.planning.room import STOPPING_SHARE, Smaller, Verdict, judge
+
+
+class RoomOnGpu:
+    """The memory of a command that is about to train, against what is free.
+
+    Args:
+        command: `fft`, `probe` or `mask-train`.
+        recipe: Of the command.
+        listener: Is told where there is hardly room.
+    """
+
+    def __init__(self, command: str, recipe: Recipe, listener: Listener) -> None:
+        self._command = command
+        self._recipe = recipe
+        self._listener = listener
+        self._memory: CommandMemory | None = None
+        self._estimate: MemoryEstimate | None = None
+        self._free_bytes = 0
+
+    def require(self, inputs: TrainingInputs, validation: Sequence[Encoded] | None = None) -> None:
+        """Nothing, if the training may fit what is free of the GPU; on a CPU, and where parameters are spread, always.
+
+        To be called before weights are loaded.
+
+        Args:
+            inputs: Of the training.
+            validation: The records that validate it, if not those of the inputs.
+
+        Raises:
+            DeviceMemoryError: It cannot fit, and the recipe does not say to go on.
+        """
+        device = this_device()
+        if not device.is_gpu or device.free_bytes is None or spreads_parameters():
+            return
+        self._free_bytes = device.free_bytes
+        try:
+            self._memory = self._planned(inputs, device, inputs.validation if validation is None else validation)
+            self._estimate = self._memory.estimate(self._recipe)
+        except ModelError as error:  # an architecture that does not run without data
+            self._memory = None
+            self._listener.note(f"The memory of this {self._command} was not estimated: {error.actual}")
+            return
+        needed = self._estimate.peak_bytes
+        verdict = judge(needed, self._free_bytes)
+        if verdict is Verdict.NO and self._recipe.check_memory:
+            raise DeviceMemoryError(
+                f"The GPU has no room for this {self._command}, by the estimate.",
+                expected=f"{_gb(needed)} free",
+                actual=_gb(self._free_bytes),
+                hint=f"{self._advice(self._free_bytes)}; --no-check-memory goes on all the same",
+            )
+        if verdict is not Verdict.FITS:
+            self._listener.note(
+                f"Memory: {_gb(needed)} by the estimate, {_gb(self._free_bytes)} free on the GPU. "
+                "If it does not do, the message says with which options it would."
+            )
+
+    def hint(self) -> str | None:
+        """What to change after the GPU ran out of memory; None where nothing is known of it."""
+        if self._memory is None or self._estimate is None:
+            return None
+        # Whatever the estimate was, it was too low by as much as is called possible.
+        return self._advice(int(min(self._free_bytes, self._estimate.peak_bytes) * STOPPING_SHARE))
+
+    def _planned(self, inputs: TrainingInputs, device: PlannedDevice, validation: Sequence[Encoded]) -> CommandMemory:
+        folder = inputs.checkpoint
+        if is_adapter(folder):
+            from mftctl.masking.checkpoints.locate import adapter_base
+
+            folder = resolve_checkpoint(adapter_base(folder))
+        config = read_config(str(folder))
+        return CommandMemory(
+            self._command,
+            config,
+            count_layers(config),
+            device,
+            train=inputs.train,
+            validation=validation,
+            seed=self._recipe.seed,
+        )
+
+    def _advice(self, free_bytes: int) -> str:
+        found = None if self._memory is None else self._memory.smaller(self._recipe, free_bytes)
+        return _options_text(found)
+
+
+@contextmanager
+def room_on_gpu(command: str, recipe: Recipe, listener: Listener) -> Iterator[RoomOnGpu]:
+    """Inside it, a lack of memory on the GPU is told with the smallest set of options that needs less.
+
+    Args:
+        command: `fft`, `probe` or `mask-train`.
+        recipe: Of the command.
+        listener: Is told where there is hardly room.
+
+    Raises:
+        DeviceMemoryError: There is no room.
+    """
+    room = RoomOnGpu(command, recipe, listener)
+    try:
+        with gpu_failures(f"working on {command}"):
+            yield room
+    except DeviceMemoryError as error:
+        error.hint = error.hint or room.hint()
+        raise
+
+
+@contextmanager
+def training_on_device(
+    command: str, recipe: Recipe, options: TrainingOptions, run: Run, listener: Listener
+) -> Iterator[RoomOnGpu]:
+    """Inside it, a command trains on the recipe's device, and its peak of memory begins anew.
+
+    Args:
+        command: `fft`, `probe` or `mask-train`.
+        recipe: Of the command.
+        options: The section of the recipe that it trains with.
+        run: Of the command.
+        listener: Is told what there is to know of the device and its memory.
+
+    Raises:
+        ConfigError: As `device_for`.
+        DeviceMemoryError: There is no room.
+    """
+    if command == "probe" and isinstance(options, MaskTrainOptions):
+        less_memory = probing_with_less_memory(options)
+    else:
+        less_memory = training_with_less_memory(options)
+    with (
+        device_for(
+            run,
+            listener,
+            less_memory=less_memory,
+            deterministic=options.deterministic,
+            device=recipe.device,
+            attention=recipe.attention,
+            precision=options.precision,
+        ),
+        room_on_gpu(command, recipe, listener) as room,
+    ):
+        restart_peak_memory()
+        yield room
+
+
+def _options_text(found: Smaller | None) -> str:
+    if found is None:
+        return "a smaller model or a larger GPU, since no set of options is enough"
+    return f"{found.flags} (needs {_gb(found.needed_bytes)})"
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB"

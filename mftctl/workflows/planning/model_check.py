@@ -1,0 +1,167 @@
+"""What can be said of a model without its weights: its configuration, its tokenizer, its projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from mftctl.data.quickstart import built_in
+from mftctl.data.template_choice import choose_template
+from mftctl.errors import ConfigError
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.record_encoding import template_choice
+from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, learned_positions
+from mftctl.masking.checkpoints.load import checked_tokenizer, load_tokenizer
+from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
+from mftctl.masking.checkpoints.meta_models import build_skeleton, read_config
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
+from mftctl.workflows.planning.problem_list import Findings, describe
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedModel:
+    """A model known by its configuration.
+
+    Attributes:
+        name: As in the recipe.
+        config: Its configuration.
+        tokenizer: Its tokenizer; None where there is none to load.
+        parameters: Its number of parameters.
+        layer_count: Its number of decoder layers.
+        projections: All attention and MLP projections, without data.
+        check: What is to be known of its checkpoint.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    parameters: int
+    layer_count: int
+    projections: list[MaskTarget]
+    check: CheckpointCheck
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain data."""
+        tokenizer = self.tokenizer
+        return {
+            "name": self.name,
+            "model_type": self.config.model_type,
+            "parameters": self.parameters,
+            "layers": self.layer_count,
+            "projections": len(self.projections),
+            "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
+            "chat_template": None if tokenizer is None else bool(tokenizer.chat_template),
+        }
+
+
+def check_model(recipe: Recipe, findings: Findings) -> CheckedModel | None:
+    """The recipe's model, or None where even its shapes cannot be known.
+
+    Args:
+        recipe: Names the model and its revision.
+        findings: Gets what is wrong with its files, its tokenizer and its family.
+    """
+    if recipe.model is None:
+        findings.problem("model: the recipe names none (try: --set model=DIR)")
+        return None
+    checked = None
+    with findings.collecting("model"):
+        name = _base_of(recipe.model)
+        config = read_config(name, recipe.revision)
+        _check_family(recipe, config, findings)
+        tokenizer = _find_tokenizer(name, recipe.revision, findings)
+        check = _check_weights(name, tokenizer, findings)
+        tokenizer = _with_template(tokenizer, recipe, findings)
+        model = build_skeleton(config, torch.float32)
+        if check is None:
+            _check_vocabulary(config, tokenizer, findings)
+            check = CheckpointCheck((), learned_positions(model))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        layer_count = len(decoder_layers(model)[1])
+        checked = CheckedModel(recipe.model, config, tokenizer, parameters, layer_count, find_targets(model), check)
+    return checked
+
+
+def _base_of(model: str) -> str:
+    """The model itself, or the base of a LoRA adapter, whose shapes it has."""
+    folder = Path(model).expanduser()
+    if not is_adapter(folder):
+        return model
+    from mftctl.masking.checkpoints.locate import adapter_base
+
+    return adapter_base(folder)
+
+
+def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: Findings) -> None:
+    if recipe.model_type is not None and recipe.model_type != config.model_type:
+        findings.problem(
+            f"model_type: the recipe is for another model family (expected: {recipe.model_type}; "
+            f"got: {config.model_type})"
+        )
+
+
+def _check_weights(model: str, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> CheckpointCheck | None:
+    """What is to be known of a checkpoint; None where there are no weights, or something is wrong with them."""
+    folder = _local_folder(model)
+    check = None
+    if folder is None:
+        findings.skip("model: the weights were not looked for; the first command downloads them")
+    elif not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
+        findings.skip(f"model: the weights, since {folder} holds none; all figures follow from config.json")
+    else:
+        check = CheckpointCheck()
+        with findings.collecting("model"):
+            check = check_checkpoint(resolve_checkpoint(model), tokenizer)
+            for remark in check.remarks:
+                findings.warn(f"model: {remark}")
+    return check
+
+
+def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> PreTrainedTokenizerBase | None:
+    folder = _local_folder(model)
+    if folder is None:
+        return checked_tokenizer(model, model, revision=revision)
+    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return load_tokenizer(folder)
+    findings.skip(
+        f"model: chat template, labels and token counts, since {folder} holds no tokenizer; every batch is taken to "
+        "have max_length_tokens"
+    )
+    return None
+
+
+def _with_template(
+    tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, findings: Findings
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer with the chat template that the recipe wants; None where there is none such."""
+    if tokenizer is None:
+        return None
+    try:
+        choose_template(tokenizer, template_choice(recipe))
+    except ConfigError as error:
+        findings.problem(f"chat_template: {describe(error)}")
+        return None
+    return tokenizer
+
+
+def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> None:
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
+        findings.problem(
+            f"model: the tokenizer has more tokens than the model (expected: at most {vocabulary:,}; "
+            f"got: {len(tokenizer):,})"
+        )
+
+
+def _local_folder(model: str) -> Path | None:
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    return built_in.model_path() if model == built_in.NAME else None

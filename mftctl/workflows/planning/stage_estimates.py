@@ -1,0 +1,296 @@
+"""Steps, tokens, masks and memory of each training stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from mftctl.data.examples import Example
+from mftctl.data.seen_records import records_to_learn_from
+from mftctl.data.sources import record_digest
+from mftctl.data.splits import sample_fraction
+from mftctl.errors import ConfigError
+from mftctl.evaluation.generation import default_max_new_tokens
+from mftctl.experiments.jobs import Task
+from mftctl.experiments.recipe import FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
+from mftctl.training.schedule import records_per_step, total_steps
+from mftctl.workflows.planning.batches import assumed_batches, largest_batches
+from mftctl.workflows.planning.command_memory import Asked, CommandMemory
+from mftctl.workflows.planning.evaluation_memory import BENCHMARK_PROMPT_TOKENS, Generation
+from mftctl.workflows.planning.mask_sizes import masked_tensors
+from mftctl.workflows.planning.memory import MemoryEstimate
+from mftctl.workflows.planning.model_check import CheckedModel
+from mftctl.workflows.planning.planned_device import PlannedDevice
+from mftctl.workflows.planning.problem_list import Findings
+from mftctl.workflows.planning.room import Verdict, judge
+from mftctl.workflows.planning.training_data import DataCheck
+
+TRAINING_COMMANDS = ("fft", "probe", "mask-train")
+
+
+class StageFigures:
+    """The figures of a recipe's stages; estimates that several stages share are made once.
+
+    Args:
+        model: The recipe's model; None leaves its figures out.
+        data: The recipe's data.
+        findings: Gets what does not fit the model.
+        process_bytes: What the process takes without any model.
+        device: What the stages run on.
+        staged: Whether they are stages of an experiment, which takes no options of single commands.
+
+    Attributes:
+        masks: What is masked, by the stage's name.
+        memory: The estimate of each training stage.
+    """
+
+    def __init__(
+        self,
+        model: CheckedModel | None,
+        data: DataCheck,
+        findings: Findings,
+        process_bytes: int,
+        device: PlannedDevice,
+        *,
+        staged: bool = False,
+    ) -> None:
+        self.masks: dict[str, dict[str, Any]] = {}
+        self.memory: list[dict[str, Any]] = []
+        self._model = model
+        self._data = data
+        self._findings = findings
+        self._process_bytes = process_bytes
+        self._device = device
+        self._staged = staged
+        self._known: dict[Hashable, MemoryEstimate] = {}
+
+    def row(self, task: Task) -> dict[str, Any]:
+        """Method, layers, records, steps and tokens of a training stage; its masks and its memory go to the attributes.
+
+        Raises:
+            MftError: The stage does not fit the model.
+        """
+        method = task.recipe.fft.method if task.command == "fft" else task.recipe.mask_train.method
+        row: dict[str, Any] = {"method": method}
+        if method == "drop" and task.command == "mask-train":
+            _check_drop(task)
+            if self._model is not None:
+                self._note_mask(task, self._model.projections, "all")
+            return row
+        if not task.recipe.data:
+            raise ConfigError("Training needs data.", key="data", expected="a file or a hub id", actual="none given")
+        self._check_length(training_options(task))
+        row |= self._steps(task)
+        if self._model is None:
+            return row
+        groups = None
+        if task.command != "fft":
+            groups = self._groups(task, self._model)
+            row["layers"] = _layers_text(task, groups)
+        if groups is not None and not _is_fast(task):
+            layers = max(groups, key=len)
+            options = task.recipe.mask_train
+            masked = [target for target in self._model.projections if target.layer in layers]
+            self._note_mask(task, _chosen(masked, options), row["layers"])
+        self._note_training_memory(task, self._model, groups)
+        return row
+
+    def evaluation(self, task: Task) -> None:
+        """Notes the memory of an evaluation.
+
+        Raises:
+            MftError: The model cannot be run without data.
+        """
+        recipe = task.recipe
+        if self._model is None or recipe.eval.engine != "hf" or recipe.eval.predictions is not None:
+            return
+        memory = self._command_memory(task, self._model)
+        memory.asked = self._asked(recipe)
+        generation, batches = memory.generation(recipe), memory.asked.batches
+        if recipe.eval.tasks:
+            self._findings.skip(
+                f"{task.name}: the length of benchmark prompts, taken to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
+            )
+        largest = {"records": 1, "length_tokens": 0} if batches is None else asdict(batches)
+        if generation is not None:
+            tokens = generation.prompt_tokens + generation.new_tokens
+            largest |= {"records": generation.records, "length_tokens": tokens}
+        self._note_memory(task, memory, largest)
+
+    def _asked(self, recipe: Recipe) -> Asked:
+        """What an evaluation measures on the test data."""
+        examples = self._data.parts(recipe).test[: recipe.eval.limit]
+        if not examples:
+            return Asked()
+        options = recipe.eval
+        found = self._data.longest_question(recipe)
+        if found is None:
+            tokens = options.max_length_tokens
+            return Asked(assumed_batches(1, tokens), Generation(tokens, tokens))
+        encoded, prompt_tokens = found
+        batches = largest_batches(encoded, encoded, 1)
+        if prompt_tokens == 0:
+            return Asked(batches)
+        limit = None
+        if self._model is not None:
+            limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        room = default_max_new_tokens(encoded, longest_prompt_tokens=prompt_tokens, limit_tokens=limit)
+        return Asked(batches, Generation(prompt_tokens, room))
+
+    def _steps(self, task: Task) -> dict[str, Any]:
+        options = training_options(task)
+        train = self._learned_from(task)
+        share = task.recipe.probe.data_fraction if task.command == "probe" else options.data_fraction
+        records = max(1, int(len(train) * share + 0.5)) if share < 1 else len(train)
+        if records == 0:
+            return {}
+        runs = 1
+        if task.command == "probe" and self._model is not None:
+            runs = len(self._groups(task, self._model))
+        learns = task.command == "fft" or (task.recipe.mask_train.method == "learned" and not _is_fast(task))
+        steps = total_steps(records, options) * runs if learns else 0
+        step_records = min(records_per_step(options), records)
+        figures = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
+        tokens = self._data.tokens(task.recipe, options.max_length_tokens)
+        if tokens is None:
+            return figures
+        mean_tokens = sum(len(record.input_ids) for record in tokens.train) / len(tokens.train)
+        total = steps * step_records if options.max_steps else math.ceil(options.epochs * records) * runs * bool(steps)
+        return {
+            **figures,
+            "tokens_per_step": round(mean_tokens * step_records),
+            "tokens": round(mean_tokens * total),
+        }
+
+    def _learned_from(self, task: Task) -> Sequence[Example]:
+        """The records that a stage may learn from; those that fine-tuning before it sees may be none for a mask."""
+        train = self._data.parts(task.recipe).train
+        learn_from = task.recipe.mask_train.effective_learn_from
+        if task.command == "fft" or learn_from == "all":
+            return train
+        seen: set[str] = set()
+        before = task.after
+        while before is not None:
+            if before.command == "fft":
+                known, share = self._data.parts(before.recipe).train, before.recipe.fft.data_fraction
+                seen.update(map(record_digest, sample_fraction(known, share, before.seed) if known else []))
+            before = before.after
+        return records_to_learn_from(train, frozenset(seen), learn_from)
+
+    def _groups(self, task: Task, model: CheckedModel) -> list[list[int]]:
+        """The layers that may carry a mask: one choice, or all that a probe tries."""
+        count = model.layer_count
+        probe = task if task.command == "probe" else task.layers_from
+        if probe is None:
+            return [parse_layers(task.recipe.mask_train.layers or "all", count)]
+        wanted = parse_layers(probe.recipe.probe.layers or "all", count)
+        return layer_groups(count, probe.recipe.probe_groups, wanted)
+
+    def _note_mask(self, task: Task, targets: Sequence[MaskTarget], layers: str) -> None:
+        tensors = masked_tensors(targets, task.recipe.mask_train)
+        counted = [tensor.removed for tensor in tensors if tensor.removed is not None]
+        sizes = [tensor.deflate_bytes for tensor in tensors if tensor.deflate_bytes is not None]
+        whole = len(counted) == len(tensors)
+        self.masks[task.name] = {
+            "layers": layers,
+            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in tensors],
+            "weights": sum(tensor.weights for tensor in tensors),
+            "removed": sum(counted) if whole else None,
+            "packed_bytes": sum(tensor.packed_bytes for tensor in tensors),
+            "deflate_bytes": sum(sizes) if whole else None,
+        }
+
+    def _note_training_memory(self, task: Task, model: CheckedModel, groups: Sequence[Sequence[int]] | None) -> None:
+        memory = self._command_memory(task, model)
+        if task.command == "mask-train" and task.layers_from is not None and groups is not None:
+            memory.layers = max(groups, key=len)
+        tokens = self._data.tokens(task.recipe, training_options(task).max_length_tokens)
+        if tokens is not None:
+            memory.train, memory.validation = tokens.train, tokens.validation
+        self._note_memory(task, memory, asdict(memory.batches(task.recipe)))
+
+    def _command_memory(self, task: Task, model: CheckedModel) -> CommandMemory:
+        return CommandMemory(
+            task.command,
+            model.config,
+            model.layer_count,
+            self._device,
+            seed=task.seed,
+            process_bytes=self._process_bytes,
+            known=self._known,
+        )
+
+    def _note_memory(self, task: Task, memory: CommandMemory, largest: Mapping[str, Any]) -> None:
+        """Puts an estimate beside what is there, and says where it does not fit with which options it would."""
+        found = memory.estimate(task.recipe)
+        row = {"stage": task.name, **largest, **asdict(found)}
+        free = self._device.free_bytes
+        if free is not None:
+            verdict = judge(found.peak_bytes, free)
+            smaller = None if verdict is Verdict.FITS else memory.smaller(task.recipe, free)
+            options = None if smaller is None else smaller.sets if self._staged else smaller.flags
+            row |= {"free_bytes": free, "fits": verdict.value, "options": options}
+            if verdict is not Verdict.FITS:
+                tell = self._findings.problem if verdict is Verdict.NO else self._findings.warn
+                tell(f"{task.name}: {_room_text(found.peak_bytes, free, verdict, options)}")
+        self.memory.append(row)
+
+    def _check_length(self, options: TrainingOptions) -> None:
+        if self._model is None:
+            return
+        known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        if known is not None and options.max_length_tokens > known:
+            self._findings.warn(
+                "max_length_tokens: longer than what the model was made for "
+                f"(expected: at most {known}; got: {options.max_length_tokens})"
+            )
+
+
+def _is_fast(task: Task) -> bool:
+    """Whether a probe takes gradients and trains nothing."""
+    return task.command == "probe" and task.recipe.probe.fast
+
+
+def training_options(task: Task) -> FftOptions | MaskTrainOptions:
+    """The section that a training stage trains with."""
+    if task.command == "fft":
+        return task.recipe.fft
+    options = task.recipe.mask_train
+    if task.command == "probe" and task.recipe.probe.epochs is not None:
+        return options.model_copy(update={"epochs": task.recipe.probe.epochs})
+    return options
+
+
+def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[MaskTarget]:
+    """Those of the target and, with a ratio by projection, of its names; the plan checks that all names are there."""
+    return [
+        target
+        for target in targets
+        if options.target in (target.part, "both")
+        and (options.projections is None or target.projection in options.projections)
+    ]
+
+
+def _layers_text(task: Task, groups: Sequence[Sequence[int]]) -> str:
+    if len(groups) == 1:
+        return format_layers(groups[0])
+    return f"{len(groups)} groups" if task.command == "probe" else f"{len(max(groups, key=len))} of a probe"
+
+
+def _check_drop(task: Task) -> None:
+    if task.recipe.mask_train.base is None and task.after is None:
+        raise ConfigError(
+            "drop needs the model before fine-tuning.",
+            key="mask_train.base",
+            expected="a checkpoint folder or a hub id, or a stage that comes after an fft stage",
+            actual="none given",
+        )
+
+
+def _room_text(needed_bytes: int, free_bytes: int, verdict: Verdict, options: str | None) -> str:
+    short = "does not fit" if verdict is Verdict.NO else "hardly fits"
+    advice = f"with room to spare: {options}" if options else "no set of options is enough"
+    return f"{short} the device (needs {needed_bytes / 1e9:.1f} GB; free: {free_bytes / 1e9:.1f} GB; {advice})"

@@ -1,0 +1,221 @@
+"""How a recipe's sections train a model, as far as memory depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+from mftctl.experiments.recipe import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.masking.device_selection import selection_workspace_bytes
+from mftctl.masking.layers import attach_masks, keep_no_products, masked_layers
+from mftctl.masking.rule import Indicator
+from mftctl.masking.selection import Cut, rank
+from mftctl.masking.targets import MaskTarget, find_targets
+from mftctl.training.schedule import accumulates
+from mftctl.training.updates.hft import freeze_half
+from mftctl.workflows.planning.entry_costs import Optimizer
+from mftctl.workflows.planning.planned_device import PlannedDevice, this_device
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """What decides the memory of a training besides the model and its batches.
+
+    Attributes:
+        prepare: Makes the parameters trainable that the method trains, with adapters or masks in place.
+        trained: What that depends on; plans are equal where it and the settings below are.
+        weights_dtype: Of the weights in memory.
+        autocast: Whether forward passes compute in bf16 on fp32 weights.
+        gradient_checkpointing: Whether activations are computed twice instead of kept.
+        accumulates: Whether gradients are kept while further batches are computed.
+        optimizer: What keeps moments.
+        selects_entries: Whether a step chooses the entries that it updates.
+        holds_entries: Whether a step leaves all others exactly as they are.
+        on_gpu: Whether it runs on a GPU.
+        decays: Whether weights decay.
+        quantized: Whether the linear projections of the base are in 4 bits.
+        adds_up: Whether gradients are added up in fp32 and nothing is trained, as `probe --fast` does.
+    """
+
+    prepare: Callable[[PreTrainedModel], None] = field(compare=False)
+    trained: tuple[Hashable, ...]
+    weights_dtype: torch.dtype
+    autocast: bool
+    gradient_checkpointing: bool
+    accumulates: bool
+    optimizer: Optimizer = "adamw"
+    selects_entries: bool = False
+    holds_entries: bool = False
+    on_gpu: bool = False
+    decays: bool = False
+    quantized: bool = False
+    adds_up: bool = False
+
+
+def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | None = None) -> TrainingPlan:
+    """The plan of the `fft` command.
+
+    Args:
+        options: The recipe's `fft` section.
+        seed: Decides what HFT freezes.
+        device: By default this machine's.
+    """
+    device = device or this_device()
+
+    def prepare(model: PreTrainedModel) -> None:
+        if options.method == "hft":
+            freeze_half(model, seed)
+        elif options.method == "lora":
+            from mftctl.training.updates.lora import add_adapter
+
+            add_adapter(model, options, base=model.config.model_type, seed=seed)
+
+    bf16, is_lora = device.uses_bf16(options.precision), options.method == "lora"
+    # In bf16 are all weights under low memory, and LoRA's base where it computes in bf16, unless it is quantised.
+    narrow = options.low_memory or (is_lora and bf16 and options.quantize is None)
+    selects = options.method in ("gmt", "random")
+    return TrainingPlan(
+        prepare,
+        (options.method, options.lora_rank, options.lora_dropout, seed if options.method == "hft" else None),
+        torch.bfloat16 if narrow else torch.float32,
+        bf16 and not options.low_memory,
+        *_repeats(options),
+        optimizer="stochastic_adamw" if options.low_memory and options.optimizer == "adamw" else options.optimizer,
+        selects_entries=selects,
+        holds_entries=selects and options.unselected == "unchanged",
+        on_gpu=device.is_gpu,
+        decays=options.weight_decay > 0,
+        quantized=options.quantize is not None,
+    )
+
+
+def plan_mask_training(
+    options: MaskTrainOptions, layers: Sequence[int], device: PlannedDevice | None = None
+) -> TrainingPlan:
+    """The plan of the `mask-train` command for the methods that measure on the model.
+
+    Args:
+        options: The recipe's `mask_train` section.
+        layers: Decoder layers that carry the mask.
+        device: By default this machine's.
+    """
+    device = device or this_device()
+    on_gpu = device.is_gpu
+
+    def prepare(model: PreTrainedModel) -> None:
+        dtype = torch.bfloat16 if options.low_memory else torch.float32
+        targets = find_targets(model, layers, options.target, options.projections)
+        attach_without_data(model, targets, dtype, _indicator(options), on_gpu=on_gpu)
+        if options.low_memory:
+            keep_no_products(model)
+        if options.method != "learned":
+            model.requires_grad_(False)
+
+    return TrainingPlan(
+        prepare,
+        (
+            options.method == "learned",
+            tuple(layers),
+            options.target,
+            tuple(options.projections or ()),
+            _indicator(options),
+        ),
+        torch.bfloat16 if device.uses_bf16(options.precision) else torch.float32,
+        False,
+        *_repeats(options),
+        optimizer="stochastic_adamw" if options.low_memory else "adamw",
+        on_gpu=on_gpu,
+        decays=options.weight_decay > 0,
+    )
+
+
+def plan_fast_probe(
+    options: MaskTrainOptions, layers: Sequence[int], device: PlannedDevice | None = None
+) -> TrainingPlan:
+    """The plan of `probe --fast`.
+
+    Args:
+        options: The recipe's `mask_train` section.
+        layers: All decoder layers of which gradients are taken.
+        device: By default this machine's.
+    """
+    device = device or this_device()
+
+    def prepare(model: PreTrainedModel) -> None:
+        targets = find_targets(model, layers, options.target, options.projections)
+        model.requires_grad_(False)
+        for target in targets:
+            target.module.get_parameter(target.parameter).requires_grad_(True)
+
+    return TrainingPlan(
+        prepare,
+        ("fast", tuple(layers), options.target, tuple(options.projections or ())),
+        torch.bfloat16 if device.uses_bf16(options.precision) else torch.float32,
+        False,
+        options.gradient_checkpointing,
+        False,
+        on_gpu=device.is_gpu,
+        adds_up=True,
+    )
+
+
+def attach_without_data(
+    model: PreTrainedModel,
+    targets: Sequence[MaskTarget],
+    dtype: torch.dtype = torch.float32,
+    indicator: Indicator | None = None,
+    *,
+    on_gpu: bool = False,
+) -> None:
+    """Puts masks on a model without data, whose scores cannot be compared."""
+    indicator = indicator or Indicator()
+    scores = {target.name: torch.empty(target.weight.shape, dtype=dtype) for target in targets}
+    attach_masks(model, targets, scores, indicator)
+    kind = _OnGpu if on_gpu else _OnCpu
+    for _, module in masked_layers(model):
+        module.indicator = kind(indicator.ratio, indicator.threshold, indicator.ranking)
+
+
+class _OnCpu(Indicator):
+    """Allocates what the choice of a mask allocates, and compares nothing."""
+
+    __slots__ = ()
+
+    def cut(self, scores: torch.Tensor) -> Cut | None:
+        if self.ratio is not None:
+            self._look(rank(scores, self.ranking))
+        return None
+
+    def keep(self, scores: torch.Tensor, cut: Cut | None = None) -> torch.Tensor:
+        ranked = scores if self.ratio is None else rank(scores, self.ranking)
+        if self.ratio is not None and cut is None:
+            self._look(ranked)
+        return torch.empty_like(ranked, dtype=torch.bool)
+
+    def _look(self, ranked: torch.Tensor) -> None:
+        """What a search for the values at the cut takes meanwhile: numpy has a copy in fp32."""
+        torch.empty_like(ranked, dtype=torch.float32)
+
+
+class _OnGpu(_OnCpu):
+    """The same on a GPU."""
+
+    __slots__ = ()
+
+    def _look(self, ranked: torch.Tensor) -> None:
+        entries = ranked.numel()
+        torch.empty(selection_workspace_bytes(entries, entries, ranked.element_size()), dtype=torch.uint8)
+
+
+def _indicator(options: MaskTrainOptions) -> Indicator:
+    """The rule of all targets, as far as memory depends on it."""
+    if options.effective_threshold is not None:
+        return Indicator(None, options.effective_threshold, options.effective_ranking)
+    return Indicator(ranking=options.effective_ranking)
+
+
+def _repeats(options: TrainingOptions) -> tuple[bool, bool]:
+    return options.gradient_checkpointing, accumulates(options)

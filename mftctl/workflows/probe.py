@@ -1,0 +1,232 @@
+"""The `probe` workflow: which group of decoder layers gains most from a mask."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from mftctl.experiments.model_source import Source
+from mftctl.experiments.recipe import MaskTrainOptions, Recipe
+from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.files.atomic import write_text
+from mftctl.files.regular import read_regular
+from mftctl.masking.targets import (
+    MaskTarget,
+    decoder_layers,
+    find_targets,
+    format_layers,
+    layer_groups,
+    parse_layers,
+)
+from mftctl.progress import Listener
+from mftctl.runtime.peak_memory import peak_memory_bytes
+from mftctl.runtime.process_group import forget_plan, shares_weights, wait_for_all
+from mftctl.runtime.processes import is_first
+from mftctl.training.held_out import masked, split_validation_records, validation_loss
+from mftctl.training.inputs import TrainingInputs
+from mftctl.training.learn_mask import find_mask
+from mftctl.training.mask_search import LearnedMask, MaskSearch, load_frozen_model, prepare_mask_training
+from mftctl.training.prefix_cache import HiddenStates, figures, hidden_states, reusing_prefix
+from mftctl.workflows.fast_probe import agreement_with_training, promised_changes
+from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
+from mftctl.workflows.probe_scores import ProbeScorer
+
+
+def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
+    """The result of probing: every group's losses and score, best first, and the recommended layers.
+
+    Args:
+        recipe: With the `probe` and `mask_train` sections, the data and the seed.
+        source: The fine-tuned model.
+        run: Open run; gets one file a finished group, metrics, checkpoints and the result.
+        listener: Hears progress.
+        resume: Take finished groups as they are, and go on with the one that was interrupted.
+
+    Raises:
+        MftError: Anything known that can go wrong.
+
+    Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data). Each group keeps its mask
+    with the lowest loss, whatever ranks the groups.
+    """
+    options = recipe.mask_train
+    with training_on_device("probe", recipe, options, run, listener) as room:
+        if recipe.probe.fast:
+            return _estimate(recipe, source, run, listener, room)
+        return _train_groups(recipe, source, run, listener, room, resume=resume)
+
+
+def _train_groups(
+    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
+) -> dict[str, Any]:
+    """The result of training a mask of each group."""
+    options = _options(recipe)
+    inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    scorer = None if recipe.probe.by == "loss" else ProbeScorer(recipe, inputs, run, listener)
+    inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
+    room.require(inputs)
+    probed = _ProbedModel(recipe, options, inputs, run, listener, scorer)
+    # From below upwards, so that each group enters the model where the one before it did, or above.
+    groups = sorted(_groups(recipe, probed.model), key=min)
+    results = []
+    with hidden_states(options, run.folder) as states:
+        for number, group in enumerate(groups, start=1):
+            layers = format_layers(group)
+            folder = run.folder / "groups" / layers
+            stored = folder / "outcome.json"
+            done = " (done already)" if stored.exists() else ""
+            listener.note(f"Group {number} of {len(groups)}: layers {layers}{done}")
+            if not stored.exists():
+                outcome = probed.outcome(group, TrainingFolder(folder, run.resume_command), states, resume=resume)
+                if is_first():
+                    write_text(stored, json.dumps(outcome, indent=2) + "\n")
+            if is_first():  # also those that a kill left of a finished group
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+            wait_for_all()
+            results.append(json.loads(read_regular(stored)))
+        reuse = figures(states)
+    ranked = sorted(results, key=lambda item: (item.get("score_rank", 0.0), item["best_loss"]))
+    return {
+        "groups": ranked,
+        "recommended_layers": ranked[0]["layers"],
+        "by": recipe.probe.by,
+        "unmasked_loss": probed.unmasked_loss,
+        **({} if probed.unmasked is None else {"unmasked_score": asdict(probed.unmasked)}),
+        "prefix_reuse": reuse,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+class _ProbedModel:
+    """The model of a probe, which learns and loses the mask of one group after the other.
+
+    Attributes:
+        model: Without a mask; after a group was trained under DeepSpeed or FSDP, a part of it.
+        unmasked_loss: On the validation records that decide.
+        unmasked: Its score; None where the loss ranks the groups.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        options: MaskTrainOptions,
+        inputs: TrainingInputs,
+        run: Run,
+        listener: Listener,
+        scorer: ProbeScorer | None,
+    ) -> None:
+        self._options, self._inputs, self._run, self._listener = options, inputs, run, listener
+        self._seed = recipe.seed
+        self._scorer = scorer
+        self.model = load_frozen_model(inputs, options)
+        self._is_whole = True
+        self.unmasked_loss = validation_loss(self.model, inputs, listener)
+        self.unmasked = None if scorer is None else scorer.unmasked(self.model)
+
+    def outcome(
+        self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool
+    ) -> dict[str, Any]:
+        """What the mask of a group comes to.
+
+        Args:
+            group: Its layers.
+            folder: Gets metrics, checkpoints and samples.
+            states: What is kept of the layers below.
+            resume: Go on from the newest checkpoint of the group.
+        """
+        self._make_whole()
+        self._is_whole = not shares_weights()
+        forget_plan()
+        search = MaskSearch(
+            self.model,
+            self._targets(group),
+            self._options,
+            self._inputs,
+            folder,
+            self._listener,
+            unmasked_loss=self.unmasked_loss,
+            fft_learning_rate=self._run.record.inputs["fft_learning_rate"],
+            seed=self._seed,
+            resume=resume,
+        )
+        lowest = 0 if shares_weights() else min(group)
+        with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):
+            found = find_mask(search)
+        return _outcome(group, found) | self._score(group, found, folder.folder)
+
+    def _score(self, group: list[int], found: LearnedMask, folder: Path) -> dict[str, Any]:
+        """What the scorer says of a mask; nothing where the loss ranks the groups."""
+        if self._scorer is None or self.unmasked is None:
+            return {}
+        self._make_whole()
+        with masked(self._targets(group), found.keep):
+            score = self._scorer.score(self.model, folder)
+        return {
+            "score": score.value,
+            "score_standard_error": score.standard_error,
+            "score_change": score.value - self.unmasked.value,
+            "score_rank": score.rank,
+        }
+
+    def _targets(self, group: list[int]) -> list[MaskTarget]:
+        return find_targets(self.model, group, self._options.target, self._options.projections)
+
+    def _make_whole(self) -> None:
+        if not self._is_whole:  # DeepSpeed or FSDP has left this process a part of it
+            self.model, self._is_whole = load_frozen_model(self._inputs, self._options), True
+
+
+def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu) -> dict[str, Any]:
+    """The result of `--fast`: what a mask of each group promises, the best first among groups of one size."""
+    options = _options(recipe)
+    inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    room.require(inputs)
+    model = load_frozen_model(inputs, options)
+    groups = _groups(recipe, model)
+    changes = promised_changes(
+        model,
+        groups,
+        options,
+        inputs,
+        listener,
+        fft_learning_rate=run.record.inputs["fft_learning_rate"],
+        seed=recipe.seed,
+    )
+    sizes = {format_layers(group): len(group) for group in groups}
+    ranked = sorted(changes, key=lambda layers: (list(sizes.values()).index(sizes[layers]), changes[layers]))
+    return {
+        "fast": True,
+        "groups": [{"layers": layers, "size": sizes[layers], "change": changes[layers]} for layers in ranked],
+        "recommended_layers": ranked[0],
+        "agreement": agreement_with_training(run.folder.parent, source.model, changes),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _options(recipe: Recipe) -> MaskTrainOptions:
+    changes: dict[str, Any] = {"keep": "best"}  # what a group promises is its best mask
+    if recipe.probe.epochs is not None:
+        changes["epochs"] = recipe.probe.epochs
+    return recipe.mask_train.model_copy(update=changes)
+
+
+def _groups(recipe: Recipe, model: PreTrainedModel) -> list[list[int]]:
+    layer_count = len(decoder_layers(model)[1])
+    wanted = parse_layers(recipe.probe.layers or "all", layer_count)
+    return layer_groups(layer_count, recipe.probe_groups, wanted)
+
+
+def _outcome(group: list[int], found: LearnedMask) -> dict[str, Any]:
+    return {
+        "layers": format_layers(group),
+        "size": len(group),
+        "start_loss": found.start_loss,
+        "best_loss": found.best_loss,
+        "change": found.best_loss - found.unmasked_loss,
+        "best_step": found.best_step,
+        "steps": found.steps,
+    }

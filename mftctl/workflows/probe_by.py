@@ -1,0 +1,38 @@
+"""Which words `probe --by` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mftctl.errors import ConfigError, EvaluationError
+from mftctl.evaluation.benchmarks.catalog import GROUPS
+from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task
+from mftctl.experiments.recipe import Recipe
+
+EXACT_MATCH = "exact_match"
+_WITHOUT_A_SCORE = ("alpaca_eval",)
+"""Benchmarks whose answers only a judge scores, which costs money."""
+
+
+def check_by(recipe: Recipe) -> None:
+    """Nothing, if a probe can rank groups by what its recipe says.
+
+    Raises:
+        ConfigError: It is several benchmarks, or one that gives no score by itself.
+        EvaluationError: There is no such benchmark, or its local file is missing.
+    """
+    by = recipe.probe.by
+    if by in ("loss", EXACT_MATCH):
+        return
+    if by in GROUPS or by in _WITHOUT_A_SCORE:
+        raise ConfigError(
+            "A probe ranks layers by one benchmark with a score of its own.",
+            key="probe.by",
+            expected="loss, exact_match or such a benchmark",
+            actual=by,
+            hint=f"one of {', '.join(GROUPS[by])}" if by in GROUPS else None,
+        )
+    check_task(by)
+    file = recipe.eval.task_data.get(by)
+    if file is not None and not Path(file).exists():
+        raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"task_data.{by}")

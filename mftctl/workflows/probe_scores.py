@@ -1,0 +1,166 @@
+"""What `probe --by` ranks groups of layers by besides the loss: exact match of answers, or the score of a benchmark."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mftctl.data.encoding import EncodedRecords
+from mftctl.data.record_issues import RecordIssues
+from mftctl.errors import ConfigError
+from mftctl.evaluation.suite import MeasuredRecords, Measures, measure, prepare_measures, with_fixed_clock
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.record_encoding import load_encoder
+from mftctl.experiments.run_folder import Run
+from mftctl.files.atomic import write_text
+from mftctl.files.regular import read_regular
+from mftctl.progress import Listener
+from mftctl.runtime.processes import is_first
+from mftctl.training.held_out import split_validation_records
+from mftctl.training.inputs import TrainingInputs
+from mftctl.workflows.probe_by import EXACT_MATCH, check_by
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A figure of a model, under a mask or without one.
+
+    Attributes:
+        metric: Its name, such as `exact_match` or `exact_match,strict-match`.
+        value: The figure.
+        standard_error: Over samples; None where there is none.
+        samples: How many records or problems it is of.
+        higher_is_better: Whether that is so.
+    """
+
+    metric: str
+    value: float
+    standard_error: float | None
+    samples: int
+    higher_is_better: bool = True
+
+    @property
+    def rank(self) -> float:
+        """The lower, the better."""
+        return -self.value if self.higher_is_better else self.value
+
+
+class ProbeScorer:
+    """Scores the model of a probe, under the mask of each group and without one, always on the same samples.
+
+    Args:
+        recipe: Its `probe.by` says by what; with the `eval` section.
+        inputs: Of the probe, with all of its validation records.
+        run: Gets the samples of each score.
+        listener: Hears progress, and is warned where the benchmark's own problems choose the layers.
+
+    Raises:
+        MftError: A task, a file or the sandbox is not what it should be, or records have no questions.
+
+    Source: MFT, figures 3 and 7, which show benchmark scores.
+    """
+
+    def __init__(self, recipe: Recipe, inputs: TrainingInputs, run: Run, listener: Listener) -> None:
+        self.by = recipe.probe.by
+        self._run = run
+        self._listener = listener
+        encoder = load_encoder(inputs.checkpoint, recipe, run.started)
+        self._tokenizer = with_fixed_clock(encoder)
+        self._test: MeasuredRecords | None = None
+        if self.by == EXACT_MATCH:
+            self._recipe = recipe.model_copy(
+                update={
+                    "test_data": recipe.val_data or recipe.data,
+                    "eval": recipe.eval.model_copy(update={"generate": True, "tasks": ()}),
+                }
+            )
+            self._measures = Measures([], RecordIssues(), [])
+            self._test = MeasuredRecords(encoder, _questions(recipe, inputs))
+            return
+        check_by(recipe)
+        self._recipe = _of_task(recipe)
+        if not self._recipe.eval.task_data:
+            listener.warn(
+                f"The layers are chosen by {self.by}'s own problems, on which the model then does better than on "
+                f"others; other problems choose them with --task-data {self.by}=FILE."
+            )
+        self._measures = prepare_measures(self._recipe, listener)
+
+    def unmasked(self, model: PreTrainedModel) -> Score:
+        """The score without a mask, measured once, also where the run is resumed."""
+        path = self._run.folder / "unmasked.json"
+        if not path.exists():
+            score = self.score(model, self._run.folder / "unmasked")
+            if is_first():
+                write_text(path, json.dumps(asdict(score), indent=2) + "\n")
+            return score
+        return Score(**json.loads(read_regular(path)))
+
+    def score(self, model: PreTrainedModel, folder: Path) -> Score:
+        """The score of a model as it is: the first metric that a benchmark reports.
+
+        Args:
+            model: Computes with its mask, or has none.
+            folder: Gets the samples.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        [found] = measure(
+            self._measures,
+            self._recipe,
+            (model, self._tokenizer),
+            folder,
+            self._listener,
+            test=self._test,
+            model_name=str(self._recipe.model),
+        )
+        wanted = [metric for metric in found["metrics"] if self._test is None or metric["name"] == EXACT_MATCH]
+        first = wanted[0]
+        return Score(
+            first["name"], first["value"], first["standard_error"], first["samples"], self._is_better_higher(first)
+        )
+
+    def _is_better_higher(self, metric: dict[str, Any]) -> bool:
+        directions: dict[str, bool] = {}
+        for benchmark in self._measures.benchmarks:
+            directions |= benchmark.task.higher_is_better()
+        return directions.get(str(metric["name"]).partition(",")[0], True)
+
+
+def _of_task(recipe: Recipe) -> Recipe:
+    """The recipe that measures that benchmark and nothing else."""
+    by = recipe.probe.by
+    file = recipe.eval.task_data.get(by)
+    changes = {
+        "test_data": [],
+        "eval.tasks": [by],
+        "eval.task_data": {} if file is None else {by: file},
+        "eval.predictions": None,
+        "eval.engine": "hf",
+    }
+    return with_changes(recipe, changes)
+
+
+def _questions(recipe: Recipe, inputs: TrainingInputs) -> EncodedRecords:
+    """The validation records that decide, which answers are generated for.
+
+    Raises:
+        ConfigError: None of them has a question.
+    """
+    options, limit = recipe.mask_train, recipe.eval.limit
+    records = split_validation_records(inputs.validation, options)[0][:limit]
+    examples = split_validation_records(inputs.validation_examples, options)[0][:limit]
+    if not any(example.prompt for example in examples):
+        raise ConfigError(
+            "Exact match needs questions to answer.",
+            key="probe.by",
+            expected="validation records with a question and an answer",
+            actual=f"{len(examples)} records of plain text",
+            hint="--by loss",
+        )
+    return EncodedRecords(records, examples)

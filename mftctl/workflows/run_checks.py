@@ -1,0 +1,117 @@
+"""What can be known to fail in an experiment before its first training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mftctl.errors import ConfigError, MftError, ModelError
+from mftctl.evaluation.suite import check_measures
+from mftctl.experiments.jobs import Task
+from mftctl.files.json_files import read_json_object
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.targets import layer_groups, parse_layers
+from mftctl.runtime.devices import best_device, find_device
+from mftctl.training.updates.optimizers import check_memory_options
+from mftctl.workflows.probe_by import check_by
+
+_LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
+
+
+def check_tasks(tasks: Iterable[Task]) -> None:
+    """Nothing, if every task has what it needs and fits the model.
+
+    Args:
+        tasks: The tasks that are to be worked on.
+
+    Raises:
+        ConfigError: With one line for each problem; or the device is not there.
+        ModelError: The model is not there.
+    """
+    problems: dict[str, None] = {}
+    for task in tasks:
+        find_device(task.recipe.device)
+        for problem in _problems(task):
+            problems[f"{task.name}: {problem}"] = None
+    if problems:
+        raise ConfigError("The experiment cannot be run to its end.", problems=list(problems))
+
+
+def _problems(task: Task) -> Iterator[str]:
+    recipe = task.recipe
+    config = _model_config(recipe.model or "", recipe.revision)
+    if recipe.model_type is not None and config.get("model_type") != recipe.model_type:
+        yield f"the recipe is for models of type {recipe.model_type}, and {recipe.model} is {config.get('model_type')}"
+    drops = task.command == "mask-train" and recipe.mask_train.method == "drop"
+    if task.command in ("fft", "probe", "mask-train") and not drops and not recipe.data:
+        yield "there is no training data (key data)"
+    if drops and recipe.mask_train.base is None and task.after is None:
+        yield "drop needs the model before fine-tuning: after a fft stage, or with mask_train.base"
+    if task.command == "fft":
+        problem = _message(lambda: check_memory_options(recipe.fft, best_device()))
+        if problem is not None:
+            yield problem
+    if task.command in ("probe", "mask-train", "apply") and _is_adapter(task.after):
+        yield f"a mask needs a whole model, and {task.after.name if task.after else ''} writes an adapter (fft.merge)"
+    checks = {"eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
+    if task.command in checks:
+        problem = checks[task.command](task, _layer_count(config))
+        if problem is not None:
+            yield problem
+
+
+def _is_adapter(task: Task | None) -> bool:
+    """Whether a task writes a LoRA adapter."""
+    if task is None or task.command != "fft":
+        return False
+    return task.recipe.fft.method == "lora" and not task.recipe.fft.merge
+
+
+def _eval_problem(task: Task, layer_count: int | None) -> str | None:
+    return _message(lambda: check_measures(task.recipe))
+
+
+def _probe_problem(task: Task, layer_count: int | None) -> str | None:
+    recipe = task.recipe
+    problem = _message(lambda: check_by(recipe))
+    if problem is not None or layer_count is None:
+        return problem
+    return _message(
+        lambda: layer_groups(layer_count, recipe.probe_groups, parse_layers(recipe.probe.layers or "all", layer_count))
+    )
+
+
+def _mask_problem(task: Task, layer_count: int | None) -> str | None:
+    options = task.recipe.mask_train
+    if layer_count is None or task.layers_from is not None or options.layers is None:
+        return None
+    layers = options.layers
+    return _message(lambda: parse_layers(layers, layer_count))
+
+
+def _message(check: Any) -> str | None:
+    """What a check has to say, on one line."""
+    try:
+        check()
+    except MftError as error:
+        got = "" if error.actual is None else f" Expected {error.expected}, got {error.actual}."
+        return f"{error.message}{got}"
+    return None
+
+
+def _model_config(model: str, revision: str | None) -> dict[str, Any]:
+    path = Path(resolve_checkpoint(model, revision, adapters=True)) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise ModelError("The model's configuration cannot be read.", path=path, actual=error) from error
+
+
+def _layer_count(config: dict[str, Any]) -> int | None:
+    """The decoder layers that a configuration states; None where it states them under another name."""
+    texts = [text for text in (config, config.get("text_config")) if isinstance(text, dict)]
+    stated = (text[key] for text in texts for key in _LAYER_COUNT_KEYS if key in text)
+    return next((count for count in stated if isinstance(count, int)), None)

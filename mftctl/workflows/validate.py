@@ -1,0 +1,166 @@
+"""The `validate` workflow: everything about a recipe that can be checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mftctl.data.encoding import Encoded
+from mftctl.errors import ConfigError
+from mftctl.evaluation.benchmarks.catalog import expand_groups
+from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task
+from mftctl.evaluation.benchmarks.problems import read_problems
+from mftctl.experiments.jobs import Task, spell_out
+from mftctl.experiments.recipe import Command, Recipe
+from mftctl.masking.checkpoints.check import check_lengths
+from mftctl.masking.checkpoints.remote_code import trusting_code
+from mftctl.workflows.planning.memory import resident_bytes
+from mftctl.workflows.planning.model_check import CheckedModel, check_model
+from mftctl.workflows.planning.planned_device import PlannedDevice, asked_device, parse_memory
+from mftctl.workflows.planning.problem_list import Findings
+from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageFigures, training_options
+from mftctl.workflows.planning.training_data import DataCheck, Tokens, token_counts, trained_segments
+from mftctl.workflows.probe_by import check_by
+
+SAMPLES = 2
+_WITHOUT_STAGES: tuple[Command, ...] = ("fft", "mask-train")
+
+
+def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = None) -> dict[str, Any]:
+    """The result of checking a recipe, as plain data: nothing is trained, and no weights are read.
+
+    Its keys: `recipe`; `problems`, `warnings` and `not_checked`, one text each; `model`; `data` (records and tokens of
+    each part); `samples` (records with their `segments`); `masks` (tensors and counts by stage); `stages` (steps and
+    tokens); `device` and `memory` (bytes on it by stage, and with which options a stage that does not fit would).
+    Several seeds repeat the same stages, so that one is shown.
+
+    Args:
+        recipe: Read and complete.
+        name: Its name or path, for the record.
+        device_memory: All that the device has, such as `80GB`; by default what is free of this machine's GPU.
+
+    Raises:
+        ConfigError: That is no size.
+    """
+    device = asked_device(recipe.device, None if device_memory is None else parse_memory(device_memory))
+    with trusting_code(recipe.trust_remote_code):
+        return _checked(recipe, name, device)
+
+
+def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[str, Any]:
+    """The same for a device."""
+    findings = Findings()
+    model = check_model(recipe, findings)
+    data = DataCheck(None if model is None else model.tokenizer, findings)
+    tasks = _tasks(recipe, findings)
+    parts = data.parts(recipe)
+    length = _first_length(recipe, tasks)
+    tokens = data.tokens(recipe, length)
+    _check_positions(tokens, model, findings)
+    figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
+    stages = [_stage(task, figures, findings) for task in tasks]
+    _check_benchmarks(recipe, findings)
+    counts: dict[str, dict[str, Any]] = {
+        "train": {"records": len(parts.train)},
+        "validation": {"records": len(parts.validation)},
+        "test": {"records": len(parts.test)},
+    }
+    if tokens is not None:
+        counts["train"] |= token_counts(tokens.train)
+        counts["validation"] |= token_counts(tokens.validation)
+    return {
+        "recipe": name,
+        "problems": findings.problems,
+        "warnings": findings.warnings,
+        "not_checked": findings.not_checked,
+        "model": {} if model is None else model.summary(),
+        "data": counts,
+        "samples": _samples(data.train(recipe, length), model),
+        "seeds": len(recipe.seeds) or 1,
+        "stages": stages,
+        "masks": figures.masks,
+        "device": {"kind": device.kind, "free_bytes": device.free_bytes},
+        "memory": figures.memory,
+    }
+
+
+def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings: Findings) -> None:
+    """Every record fits the positions that the model has learned, if it has."""
+    if tokens is None or model is None:
+        return
+    with findings.collecting("data"):
+        records = (*tokens.train, *tokens.validation)
+        check_lengths(model.check, [len(record.input_ids) for record in records], Path(model.name))
+
+
+def _tasks(recipe: Recipe, findings: Findings) -> list[Task]:
+    """What the recipe asks for with its first seed; without stages, `fft` and `mask-train` as configured."""
+    if not recipe.stages:
+        return [Task(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
+    tasks: list[Task] = []
+    with findings.collecting("stages"):
+        tasks = spell_out(recipe)
+    return [task for task in tasks if task.seed == tasks[0].seed]
+
+
+def _first_length(recipe: Recipe, tasks: Sequence[Task]) -> int:
+    """The length at which the first training cuts its records."""
+    lengths = [training_options(task).max_length_tokens for task in tasks if task.command in TRAINING_COMMANDS]
+    return lengths[0] if lengths else recipe.fft.max_length_tokens
+
+
+def _stage(task: Task, figures: StageFigures, findings: Findings) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": task.name, "command": task.command}
+    if task.command in ("apply", "eval") and task.after is not None:
+        row["of"] = task.after.name
+    with findings.collecting(task.name):
+        if task.command in TRAINING_COMMANDS:
+            row |= figures.row(task)
+            if task.command == "probe":
+                check_by(task.recipe)
+        elif task.command == "eval":
+            _check_measures(task.recipe)
+            figures.evaluation(task)
+            _check_benchmarks(task.recipe, findings)
+    return row
+
+
+def _check_measures(recipe: Recipe) -> None:
+    if not recipe.test_data and not recipe.eval.tasks:
+        raise ConfigError(
+            "eval needs something to measure.",
+            key="test_data or eval.tasks",
+            expected="a data file or a benchmark",
+            actual="neither",
+        )
+
+
+def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
+    """Every benchmark is known, and every local file of one exists, parses and belongs to a task that is run."""
+    tasks = expand_groups(recipe.eval.tasks)
+    for task in tasks:
+        with findings.collecting("eval.tasks"):
+            check_task(task, recipe.eval.prompts)
+    for task, file in recipe.eval.task_data.items():
+        if task not in (*tasks, recipe.probe.by):
+            known = ", ".join(tasks) or "none given"
+            findings.problem(f"eval.task_data.{task}: a file for a benchmark that is not run (expected: {known})")
+        with findings.collecting(f"eval.task_data.{task}"):
+            read_problems(Path(file), task)
+
+
+def _samples(train: Sequence[Encoded], model: CheckedModel | None) -> list[dict[str, Any]]:
+    """The first training records as they are trained on."""
+    if model is None or model.tokenizer is None:
+        return []
+    return [
+        {
+            "where": record.where,
+            "tokens": len(record.input_ids),
+            "answer_tokens": record.answer_tokens,
+            "segments": [asdict(segment) for segment in trained_segments(record, model.tokenizer)],
+        }
+        for record in train[:SAMPLES]
+    ]

@@ -1,0 +1,100 @@
+"""Which records a mask is learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mftctl.data.examples import Example, Message
+from mftctl.data.seen_records import records_to_learn_from, save_seen, seen_records
+from mftctl.data.sources import record_digest
+from mftctl.errors import DataError
+from mftctl.experiments.model_source import source_of_run
+from mftctl.experiments.run_folder import create_run
+from mftctl.progress import Silence
+from mftctl.workflows.fft import fine_tune
+from mftctl.workflows.mask_train import mask_train
+from mftctl.workflows.probe import probe
+from mftctl.workflows.validate import validate
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run, write_additions
+
+
+def example(number: int) -> Example:
+    return Example("chat", (Message("user", f"{number}?"), Message("assistant", "1")), f"train.jsonl:{number}")
+
+
+EXAMPLES = [example(number) for number in range(100)]
+
+
+@given(st.sets(st.integers(0, 99)))
+def test_unseen_records_are_all_but_the_seen_in_their_order(seen: set[int]) -> None:
+    digests = frozenset(record_digest(EXAMPLES[number]) for number in seen)
+    unseen = [item for number, item in enumerate(EXAMPLES) if number not in seen]
+    assert records_to_learn_from(EXAMPLES, digests, "all") == EXAMPLES
+    assert records_to_learn_from(EXAMPLES, digests, "auto") == (unseen if len(unseen) >= 64 else EXAMPLES)
+    if unseen:
+        assert records_to_learn_from(EXAMPLES, digests, "unseen") == unseen
+
+
+def test_where_nothing_is_unseen_that_is_said() -> None:
+    with pytest.raises(DataError) as caught:
+        records_to_learn_from(EXAMPLES[:3], frozenset(map(record_digest, EXAMPLES)), "unseen")
+    assert caught.value.actual == "3 records, all of them seen"
+    assert caught.value.hint == "other --data, or --learn-from all"
+
+
+def test_a_digest_is_of_the_content_alone() -> None:
+    moved = Example("chat", EXAMPLES[0].messages, "elsewhere.jsonl:7")
+    assert record_digest(moved) == record_digest(EXAMPLES[0]) != record_digest(EXAMPLES[1])
+    assert len(record_digest(moved)) == 16
+
+
+def test_the_seen_of_several_runs_are_joined(tmp_path: Path) -> None:
+    for name, part in (("001-fft", EXAMPLES[:2]), ("002-fft", EXAMPLES[1:4])):
+        (tmp_path / name).mkdir()
+        save_seen(tmp_path / name, map(record_digest, part))
+    (tmp_path / "003-apply").mkdir()
+    found = seen_records(tmp_path, ["001-fft", "002-fft", "003-apply", "gone"])
+    assert found == frozenset(map(record_digest, EXAMPLES[:4]))
+
+
+def test_a_mask_is_learned_from_what_fine_tuning_held_back(workspace: Path, tmp_path: Path) -> None:
+    """Of 160 records fine-tuning sees half: the mask, and the probe, get the others; the paper's gets all."""
+    data = str(write_additions(tmp_path / "more.jsonl", 160, seed=5))
+    changes = {"data": [data], "fft__data_fraction": 0.5, "fft__max_steps": 2, "mask_train__max_steps": 2}
+    recipe = make_recipe(workspace, **changes, mask_train__preset="default")
+    run, source = open_run(tmp_path / "runs", "fft", recipe)
+    run.finish(fine_tune(recipe, source, run, Silence()))
+    tuned = source_of_run(run)
+    seen = seen_records(tmp_path / "runs", tuned.parents)
+
+    masking = create_run(tmp_path / "runs", "mask-train", {}, inputs=tuned.as_inputs())
+    listener = Interrupter(-1)
+    mask_train(recipe, tuned, masking, listener)
+    left = masking.record.inputs["train_records"]
+    assert left >= 64
+    assert left + run.record.inputs["train_records"] <= 160  # a few additions come twice, and those were seen
+    assert any(f"Training records: {left}; {160 - left} that fine-tuning has seen" in note for note in listener.notes)
+    assert masking.record.inputs["fft_learning_rate"] == recipe.fft.learning_rate
+    assert any("4 times that of fine-tuning (0.003)" in note for note in listener.notes)
+    assert len(seen) <= 80
+
+    probing = create_run(tmp_path / "runs", "probe", {}, inputs=tuned.as_inputs())
+    probe(recipe, tuned, probing, Silence())
+    assert probing.record.inputs["train_records"] == int(left * 0.5 + 0.5)
+
+    stages = {name: {"command": name, "after": "fft"} for name in ("probe", "mask-train")}
+    planned = validate(
+        make_recipe(workspace, **changes, mask_train__preset="default", stages={"fft": {"command": "fft"}, **stages}),
+        None,
+    )
+    records = {row["stage"]: row["records"] for row in planned["stages"]}
+    assert records == {"fft": 80, "probe": int(left * 0.5 + 0.5), "mask-train": left}
+
+    whole = create_run(tmp_path / "runs", "mask-train", {}, inputs=tuned.as_inputs())
+    paper = make_recipe(workspace, **changes)
+    mask_train(paper, tuned, whole, Silence())
+    assert whole.record.inputs["train_records"] == 160

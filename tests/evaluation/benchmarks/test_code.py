@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+import pytest
+
+from mftctl.evaluation.benchmarks.code import checks, code_config, entry_point, pass_at_k, program, reference
+from mftctl.evaluation.benchmarks.trials import Trial
+from mftctl.evaluation.sandbox.find import find_sandbox
+from mftctl.evaluation.sandbox.judge import judge_programs
+from mftctl.evaluation.sandbox.program import Program
+
+FUNCTION = {
+    "prompt": 'import math\n\n\ndef twice(x):\n    """Twice x."""\n',
+    "entry_point": "twice",
+    "test": "def check(f):\n    assert f(2) == 4",
+}
+
+
+@pytest.mark.parametrize("samples", [1, 2, 5])
+def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples: int) -> None:
+    for correct in range(samples + 1):
+        for k in range(1, samples + 1):
+            draws = list(combinations([True] * correct + [False] * (samples - correct), k))
+            assert math.isclose(pass_at_k(samples, correct, k), sum(map(any, draws)) / len(draws))
+
+
+def test_a_completion_follows_its_prompt() -> None:
+    assert program(FUNCTION, "    return 2 * x\n") == FUNCTION["prompt"] + "    return 2 * x\n"
+
+
+def test_a_whole_function_follows_only_the_imports() -> None:
+    code = "def twice(x):\n    return 2 * x"
+    assert program(FUNCTION, f"Here it is:\n```python\n{code}\n```\nDone.") == f"import math\n\n\n{code}"
+
+
+def test_a_fenced_completion_follows_the_prompt() -> None:
+    assert program(FUNCTION, "```\n    return 2 * x\n```") == FUNCTION["prompt"] + "    return 2 * x"
+
+
+def test_a_block_that_does_not_end_is_taken_to_the_end() -> None:
+    assert program({}, "```py\nx = 1\ny = 2") == "x = 1\ny = 2"
+
+
+def test_a_problem_without_a_function_to_complete_takes_the_output_alone() -> None:
+    assert program({"test_list": []}, "x = 1") == "x = 1"
+
+
+def test_the_tests_of_each_kind_of_problem() -> None:
+    assert checks(FUNCTION).endswith("\n\ncheck(twice)\n")
+    assert (
+        checks({"test_list": ["assert a", "assert b"], "test_setup_code": "import re"})
+        == "import re\nassert a\nassert b"
+    )
+    assert checks({"test_list": ["assert a"], "test": "assert a and b"}) == "assert a and b"
+
+
+HELPED = {
+    "prompt": "from __future__ import annotations\nimport math\n\n\ndef shifted(s):\n    return s[1:] + s[:1]\n\n\n"
+    '@staticmethod\ndef back(s):\n    """The text before it was shifted."""\n',
+    "entry_point": "back",
+    "test": "def check(f):\n    assert f(shifted('abc')) == 'abc' and math.pi",
+}
+
+
+def test_a_helper_of_the_prompt_is_the_tests_own() -> None:
+    """HumanEval/32, 38 and 50: with the answer's, `shifted = str` would pass."""
+    test = checks(HELPED)
+    program = "import math\ndef back(s):\n    return s\nshifted = str\n"
+    right = "import math\ndef back(s):\n    return s[-1:] + s[:-1]\n"
+    verdicts = judge_programs(find_sandbox(), [Program(code, test, "back") for code in (program, right)])
+    assert [verdict.outcome for verdict in verdicts] == ["failed", "passed"]
+
+
+@pytest.mark.parametrize("prompt", ["def other(x):\n", "no Python", "x = '\0'\ndef twice(x):\n", "def twice(x):\n"])
+def test_a_prompt_without_helpers_adds_nothing(prompt: str) -> None:
+    assert checks({**FUNCTION, "prompt": prompt}) == f"{FUNCTION['test']}\n\ncheck(twice)\n"
+
+
+def test_all_answers_are_judged_at_once_and_scored_by_problem() -> None:
+    judged: list[list[Trial]] = []
+
+    def judge(trials: Sequence[Trial]) -> list[bool]:
+        judged.append(list(trials))
+        return ["good" in trial.code for trial in trials]
+
+    config = code_config({"generation_kwargs": {"until": []}}, judge, samples=2, temperature=0.8)
+    (component,) = config["filter_list"][0]["filter"]
+    problems = [{"test_list": ["assert 1"], "code": ""}, {"test_list": ["assert 2"], "code": ""}]
+    verdicts = component["filter_fn"]([["good", "bad"], ["bad", "bad"]], problems)
+    assert verdicts == [["passed", "failed"], ["failed", "failed"]]
+    assert [trial.test for trial in judged[0]] == ["\nassert 1", "\nassert 1", "\nassert 2", "\nassert 2"]
+    assert config["process_results"](problems[0], verdicts[:1]) == {"pass@1": 0.5}
+    assert config["generation_kwargs"] == {"until": [], "do_sample": True, "temperature": 0.8}
+    assert config["repeats"] == 2
+
+
+def test_what_was_written_before_is_not_cut_and_generation_is() -> None:
+    plain = {"generation_kwargs": {"until": ["\ndef"]}}
+    config = code_config(plain, lambda trials: [], samples=1, temperature=0.0)
+    assert config["generation_kwargs"]["until"] == ["\ndef"]
+    config = code_config(plain, lambda trials: [], samples=1, temperature=0.0, written=True)
+    assert config["generation_kwargs"]["until"] == []
+
+
+def test_the_rest_of_a_function_ends_at_a_stop_string_also_where_it_was_written_before() -> None:
+    seen: list[Trial] = []
+
+    def judge(trials: Sequence[Trial]) -> list[bool]:
+        seen.extend(trials)
+        return [True]
+
+    config = code_config({"generation_kwargs": {"until": ["\ndef"]}}, judge, samples=1, temperature=0.0, written=True)
+    written = "    return 2 * x\n\ndef twice(x):\n    return 3 * x\n"
+    config["filter_list"][0]["filter"][0]["filter_fn"]([[written]], [FUNCTION])
+    assert seen[0].code == FUNCTION["prompt"] + "    return 2 * x\n"
+
+
+def test_a_problem_is_solved_by_its_own_solution() -> None:
+    assert reference({**FUNCTION, "canonical_solution": "    return 2 * x"}) == f"{FUNCTION['prompt']}    return 2 * x"
+    assert reference({"code": "def f(): ...", "test_list": []}) == "def f(): ..."
+    assert reference(FUNCTION) == ""
+
+
+def test_ten_samples_give_pass_at_ten() -> None:
+    config = code_config({"generation_kwargs": {}}, lambda pairs: [], samples=10, temperature=0.8)
+    assert [entry["metric"] for entry in config["metric_list"]] == ["pass@1", "pass@10"]
+
+
+def test_the_function_under_test_is_the_last_defined_one_that_the_tests_name() -> None:
+    code = "def helper(x):\n    pass\n\ndef sum(a, b):\n    def inner():\n        pass\n"
+    assert entry_point({"test_list": ["assert sum(1, 2) == 3"], "code": code}) == "sum"
+    assert entry_point({"test_list": ["assert other(1)"], "code": code}) == ""
+    assert entry_point(FUNCTION) == "twice"

@@ -1,0 +1,106 @@
+"""The eval workflow: what it writes, and that a mask in memory equals an applied one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mftctl.errors import ConfigError, EvaluationError
+from mftctl.experiments.model_source import Source
+from mftctl.progress import Silence
+from mftctl.workflows.apply import apply
+from mftctl.workflows.eval import evaluate
+from mftctl.workflows.mask_train import mask_train
+from tests.workflow_fixtures import make_recipe, open_run
+
+
+def test_writes_a_sample_file_that_gives_the_metrics(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace)
+    run, source = open_run(tmp_path, "eval", recipe)
+    result = evaluate(recipe, source, run, Silence())
+    (dataset,) = result["datasets"]
+    rows = [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
+    metrics = {metric["name"]: metric for metric in dataset["metrics"]}
+    assert dataset["name"] == "test.jsonl"
+    assert len(rows) == metrics["loss"]["samples"] == 16
+    tokens = sum(row["weights"]["loss"] for row in rows)
+    assert metrics["loss"]["value"] == pytest.approx(sum(row["scores"]["loss"] for row in rows) / tokens)
+    assert metrics["exact_match"]["value"] == sum(row["scores"]["exact_match"] for row in rows) / 16
+    assert [row["id"] for row in rows] == [str(number) for number in range(16)]
+    assert rows[0]["where"].endswith("test.jsonl:1")
+    assert result["state"] == "pre-trained"
+
+
+def test_limit_and_no_generation(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, eval__limit=5, eval__generate=False)
+    run, source = open_run(tmp_path, "eval", recipe)
+    (dataset,) = evaluate(recipe, source, run, Silence())["datasets"]
+    assert [(metric["name"], metric["samples"]) for metric in dataset["metrics"]] == [("loss", 5)]
+
+
+def test_a_mask_in_memory_equals_the_applied_checkpoint(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, mask_train__method="random", mask_train__ratio=0.4)
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    masked = replace(source, mask=mask_train(recipe, source, run, Silence())["mask"], state="random mask")
+    apply_run, _ = open_run(tmp_path, "apply", recipe)
+    applied = Source(apply(masked, apply_run, Silence())["model"])
+    losses = []
+    for item in (source, masked, applied):
+        eval_run, _ = open_run(tmp_path, "eval", recipe)
+        (dataset,) = evaluate(recipe, item, eval_run, Silence())["datasets"]
+        losses.append(dataset["metrics"][0]["value"])
+    assert losses[1] == losses[2] != losses[0]
+
+
+def test_gsm8k_from_a_local_file(workspace: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text(
+        "".join(json.dumps({"question": f"{n}+1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(3))
+    )
+    recipe = make_recipe(
+        workspace, test_data=[], eval__tasks=["gsm8k_0shot"], eval__task_data={"gsm8k_0shot": str(problems)}
+    )
+    run, source = open_run(tmp_path, "eval", recipe)
+    (dataset,) = evaluate(recipe, source, run, Silence())["datasets"]
+    rows = [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
+    assert dataset["name"] == "gsm8k_0shot"
+    assert {metric["name"] for metric in dataset["metrics"]} == {
+        "exact_match,strict-match",
+        "exact_match,marked-match",
+        "exact_match,flexible-extract",
+    }
+    assert [row["id"] for row in rows] == ["0", "1", "2"]
+    assert all(set(row["scores"]) == {metric["name"] for metric in dataset["metrics"]} for row in rows)
+
+
+def test_nothing_to_measure(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, test_data=[])
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(ConfigError, match="something to measure"):
+        evaluate(recipe, source, run, Silence())
+
+
+def test_an_unknown_benchmark(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, eval__tasks=["gsm9k"])
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(EvaluationError, match="no benchmark named") as caught:
+        evaluate(recipe, source, run, Silence())
+    assert "gsm8k" in str(caught.value.hint)
+
+
+def test_a_benchmark_file_for_no_task(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, eval__task_data={"gsm8k": "x.jsonl"})
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(ConfigError, match="not run"):
+        evaluate(recipe, source, run, Silence())
+
+
+def test_a_benchmark_file_that_is_missing(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, eval__tasks=["gsm8k"], eval__task_data={"gsm8k": "missing.jsonl"})
+    run, source = open_run(tmp_path, "eval", recipe)
+    with pytest.raises(EvaluationError, match="does not exist") as caught:
+        evaluate(recipe, source, run, Silence())
+    assert caught.value.path == "missing.jsonl"

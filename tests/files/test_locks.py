@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mftctl.files.locks import is_locked, locked_folder, try_lock
+
+
+def test_only_one_holds_a_lock(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = try_lock(path, create=True)
+    assert lock is not None
+    assert try_lock(path) is None
+    assert is_locked(path)
+    lock.release()
+    lock.release()
+    assert not is_locked(path)
+
+
+def test_a_process_that_ends_gives_its_lock_back(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    code = "import sys, pathlib; from mftctl.files.locks import try_lock; "
+    code += "lock = try_lock(pathlib.Path(sys.argv[1]), create=True); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert is_locked(path)
+        process.kill()
+    assert not is_locked(path)
+
+
+def test_a_missing_file_is_not_locked(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError):
+        try_lock(tmp_path / "missing")
+
+
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("target")
+    with pytest.raises(OSError, match="symbolic links"):
+        try_lock(tmp_path / "link", create=True)
+
+
+def test_a_lock_on_a_file_that_was_removed_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    lock = try_lock(path, create=True)
+    assert lock is not None
+    assert lock.is_on(path)
+    path.unlink()
+    assert not lock.is_on(path)
+    path.touch()
+    assert not lock.is_on(path)
+    lock.release()
+
+
+def test_a_folder_is_locked_for_the_time_of_the_block(tmp_path: Path) -> None:
+    code = "import sys, pathlib; from mftctl.files.locks import locked_folder\n"
+    code += "with locked_folder(pathlib.Path(sys.argv[1])):\n    pathlib.Path(sys.argv[1], 'in').touch()"
+    with locked_folder(tmp_path):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)])
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1.5)
+        assert list(tmp_path.iterdir()) == []
+    assert process.wait(timeout=20) == 0
+    assert list(tmp_path.iterdir()) == [tmp_path / "in"]

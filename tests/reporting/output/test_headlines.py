@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import dataclasses
+
+from mftctl.reporting.output.headlines import Headline, headlines
+from mftctl.reporting.paired_change import Change
+from mftctl.reporting.state_tables import MetricTable, Row
+
+BETTER = Change(-0.02, -0.03, -0.01, "better")
+
+
+def make_row(state: str, value: float, change: Change | None, run: str = "004-eval") -> Row:
+    return Row(state, value, None, None, 1_500, (0,), state == "FFT", change, (run,))
+
+
+def make_table(*rows: Row, origin: str = "models/base", metric: str = "loss") -> MetricTable:
+    return MetricTable(origin, "test.jsonl", metric, "FFT", rows)
+
+
+def test_the_best_learned_mask_is_told_with_its_interval() -> None:
+    rows = (
+        make_row("FFT", 0.5, None),
+        make_row("MFT, paper", 0.49, BETTER, "005-eval"),
+        make_row("MFT", 0.48, BETTER),
+        make_row("L1 mask", 0.4, BETTER),
+    )
+    assert headlines([make_table(*rows)]) == [
+        Headline(
+            "MFT changes loss on test.jsonl by -0.0200 [-0.0300, -0.0100] against FFT: better (1,500 samples).",
+            "better",
+            ("004-eval",),
+        )
+    ]
+    [higher] = headlines([make_table(*rows, metric="exact_match")])
+    assert higher.runs == ("005-eval",)
+
+
+def test_seeds_and_models_are_named_where_there_are_several() -> None:
+    row = dataclasses.replace(make_row("MFT", 0.48, BETTER), seeds=(0, 1, 2))
+    one, other = headlines([make_table(row), make_table(row, origin="models/other")])
+    assert "test.jsonl of base by" in one.text
+    assert "test.jsonl of other by" in other.text
+    assert one.text.endswith("(1,500 samples, 3 seeds).")
+
+
+def test_without_a_learned_mask_there_is_nothing_to_tell() -> None:
+    assert headlines([make_table(make_row("FFT", 0.5, None), make_row("random mask", 0.6, BETTER))]) == []
+    assert headlines([make_table(make_row("MFT", 0.5, None))]) == []

@@ -1,0 +1,306 @@
+"""Two processes on one machine, over gloo, against one: the same results, written once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mftctl.cli.session import Session
+from mftctl.data.batching import LengthGroupedSampler, ProcessBatches, ProcessRecords
+from mftctl.data.encoding import Encoded
+from mftctl.errors import ConfigError
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.progress import Silence
+from mftctl.runtime.process_group import share_of
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mftctl")
+TRAINING = ("--max-steps", "12", "--eval-steps", "4", "--batch-size", "4")
+MASK = ("--layers", "1-2", "--preset", "paper")
+GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
+FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--exclude", "embeddings", "--max-steps", "4", "--eval-steps", "2")
+FEW += ("--batch-size", "4")
+FULL = ("fft", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is an extra, which the dev extra has")
+
+
+def start(folder: Path, launcher: tuple[str, ...], *arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", *launcher, *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def run(folder: Path, launcher: tuple[str, ...], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a launch."""
+    process = start(folder, launcher, *arguments)
+    output, errors = process.communicate(timeout=120)
+    return process.returncode, output, errors
+
+
+def several(*commands: tuple[object, ...]) -> tuple[str, ...]:
+    """The arguments of `tests.several_commands`."""
+    return ("tests.several_commands", *(shlex.join(map(str, command)) for command in commands))
+
+
+def accelerate(recipe: str) -> tuple[str, ...]:
+    """The launcher of a recipe, which takes a module and its arguments."""
+    file = ROOT / "recipes" / "accelerate" / f"{recipe}.yaml"
+    return ("accelerate.commands.launch", "--config_file", str(file), "-m")
+
+
+def data(workspace: Path, model: Path | None = None) -> tuple[object, ...]:
+    return ("-m", model or workspace / "tiny", "-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
+
+
+def weights(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    """The weights that a fine-tuning wrote."""
+    return load_file(folder / "runs" / f"{number:03d}-fft" / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def half(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model in bf16."""
+    folder = tmp_path_factory.mktemp("half") / "tiny"
+    shutil.copytree(workspace / "tiny", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of the same records a step: a mask, models by GMT, and one by plain fine-tuning."""
+    folder = tmp_path_factory.mktemp("one")
+    accumulated = ("--grad-accum", 2)
+    commands = several(
+        ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, *accumulated),
+        (*GMT, *data(workspace), *TRAINING, *accumulated),
+        (*FEW, *data(workspace), *accumulated),
+        (*FULL, *data(workspace, half), *accumulated),
+    )
+    code, _, errors = run(folder, commands)
+    assert code == 0, errors
+    return folder
+
+
+def figures(trained: Run) -> list[dict[str, float]]:
+    """What a training says of each step, without the time it took."""
+    names = ("step", "loss", "grad_norm", "learning_rate", "num_input_tokens_seen", "eval_loss", "removed", "restored")
+    return [{name: line[name] for name in names if name in line} for line in trained.training.metrics()]
+
+
+def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
+    one: Path, workspace: Path, tmp_path: Path
+) -> None:
+    arguments = ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, "--json")
+    code, output, errors = run(tmp_path, (*accelerate("ddp"), "mftctl"), *arguments)
+    assert code == 0, errors
+    assert json.loads(output)["steps"] == 12
+    assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+    (mine,) = list_runs(tmp_path / "runs")[0]
+    assert (mine.record.status, mine.record.processes) == ("finished", 2)
+    for found, expected in zip(figures(mine), figures(list_runs(one / "runs")[0][0]), strict=True):
+        assert found == pytest.approx(expected)
+        assert found.get("eval_loss") == expected.get("eval_loss")
+    assert errors.count("Run: runs/001-mask-train") == 1
+
+
+def test_gmt_selects_the_same_entries(one: Path, workspace: Path, tmp_path: Path) -> None:
+    code, _, errors = run(tmp_path, TORCHRUN, *GMT, *data(workspace), *TRAINING)
+    assert code == 0, errors
+    found = weights(tmp_path, 1)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in weights(one, 2).items())
+
+
+def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_mask(
+    one: Path, workspace: Path, tmp_path: Path
+) -> None:
+    kill_second(tmp_path, TORCHRUN, workspace)
+    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume", "--yes")
+    assert code == 0, errors
+    assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+
+
+def test_a_slow_save_by_one_process_ends_nothing(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The group is made with the time limit that was asked for; saving takes longer than a later, shorter one."""
+    monkeypatch.setenv("MFTCTL_DDP_TIMEOUT", "345")
+    launcher = (*TORCHRUN[:-1], "tests.slow_saving")
+    few = ("--max-steps", "2", "--eval-steps", "1", "--batch-size", "4")
+    code, _, errors = run(tmp_path, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *few)
+    assert code == 0, errors
+    assert (tmp_path / "mask.bits").is_file()
+
+
+def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> None:
+    """Starts to learn a mask, kills the second process at the first checkpoint and waits for the end of the others."""
+    process = start(folder, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING)
+    checkpoint = folder / "runs" / "001-mask-train" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(next(second_process(process.pid)), signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "rank      : 1" in errors
+    assert "Signal 9 (SIGKILL)" in errors
+
+
+@pytest.fixture(scope="module")
+def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is left of a training whose second process was killed: under ZeRO-3, if DeepSpeed is there."""
+    folder = tmp_path_factory.mktemp("killed")
+    kill_second(folder, (*accelerate("zero3" if HAS_DEEPSPEED else "ddp"), "mftctl"), workspace)
+    return folder
+
+
+@needs_deepspeed
+def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed / "runs", tmp_path / "runs")
+    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume", "--yes")
+    assert code == 0, errors
+    assert (tmp_path / "runs" / "001-mask-train" / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed), "fsdp2"],
+)
+def test_spread_parameters_give_what_one_process_gives(
+    one: Path, killed: Path, half: Path, workspace: Path, tmp_path: Path, recipe: str
+) -> None:
+    shutil.copytree(killed / "runs", tmp_path / "killed")
+    commands = several(
+        ("mask-train", "--resume", "--yes", "--runs", "killed"),
+        ("mask-train", *MASK, "-o", "whole.bits", *data(workspace), *TRAINING, "--json"),
+        (*FEW, *data(workspace)),
+        # The same records a step in other forward passes, and the loss of some 20 answer tokens at a time.
+        ("CHUNK_LOGITS=2000", *FULL, *data(workspace, half), "--batch-tokens", 60),
+    )
+    code, output, errors = run(tmp_path, accelerate(recipe), *commands)
+    assert code == 0, errors
+    for mask in ("whole.bits", "killed/001-mask-train/mask.bits"):
+        assert (tmp_path / mask).read_bytes() == (one / "mask.bits").read_bytes()
+    assert json.loads(output[output.index("{") : output.rindex("}") + 1])["steps"] == 12
+    mine, expected = list_runs(tmp_path / "runs")[0][0], list_runs(one / "runs")[0][0]
+    assert mine.record.processes == 2
+    for found, line in zip(figures(mine), figures(expected), strict=True):
+        assert found == pytest.approx(line)
+
+    before, entries, alone = load_file(workspace / "tiny" / "model.safetensors"), weights(tmp_path, 2), weights(one, 3)
+    for name, value in alone.items():
+        assert torch.equal(entries[name] != before[name], value != before[name])
+        assert torch.allclose(entries[name], value, rtol=0, atol=0 if recipe == "zero2" else 1e-6)
+
+    full, alone = weights(tmp_path, 3), weights(one, 4)
+    assert full.keys() == alone.keys()
+    for name, value in alone.items():
+        assert full[name].dtype == torch.bfloat16
+        assert torch.allclose(full[name].float(), value.float(), rtol=0.01, atol=1e-4)
+    assert json.loads((tmp_path / "runs" / "003-fft" / "model" / "config.json").read_text()) == json.loads(
+        (one / "runs" / "004-fft" / "model" / "config.json").read_text()
+    )
+
+
+def second_process(launcher: int) -> Iterator[int]:
+    """The process of rank 1 among the launcher's children."""
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            yield int(child)
+
+
+def test_bad_input_is_told_once(workspace: Path, tmp_path: Path) -> None:
+    arguments = ("mask-train", "-m", workspace / "tiny", "-d", "missing.jsonl")
+    code, output, errors = run(tmp_path, TORCHRUN, *arguments)
+    assert code != 0
+    assert errors.count("The data file does not exist") == 1
+    assert output == ""
+
+
+def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
+    command = [sys.executable, "-m", "mftctl", "report"]
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert "report is a command for one process" in found.stderr
+
+
+@pytest.mark.parametrize(("records", "world_size"), [(16, 2), (13, 2), (9, 4), (3, 4), (1, 3)])
+def test_processes_take_the_micro_batches_of_one(records: int, world_size: int) -> None:
+    order = LengthGroupedSampler([1 + index % 5 for index in range(records)], 2, seed=0)
+    alone = list(order)
+    shares = [list(ProcessBatches(order, 2, rank, world_size)) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {len(ProcessBatches(order, 2, 0, world_size))}
+    taken = [batch for turn in zip(*shares, strict=True) for batch in turn]
+    assert [index for batch in taken for index in batch if index >= 0] == alone
+
+
+@given(items=st.integers(1, 20), world_size=st.integers(1, 5))
+def test_shares_are_equally_long_and_leave_nothing_out(items: int, world_size: int) -> None:
+    shares = []
+    for rank in range(world_size):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("WORLD_SIZE", str(world_size))
+            patch.setenv("RANK", str(rank))
+            shares.append(share_of(range(items)))
+    assert len({len(share) for share in shares}) == 1
+    assert {item for share in shares for item in share} == set(range(items))
+    assert sum(map(len, shares)) < items + world_size
+
+
+def test_what_fills_up_has_nothing_to_learn() -> None:
+    first, second = Encoded([1, 2, 3], [-100, 2, 3], "a:1"), Encoded([4, 5], [-100, 5], "a:2")
+    records = ProcessRecords([first, second])
+    assert records[1] == second
+    assert records[-1] == Encoded([1, 2, 3], [-100, -100, -100], "a:1")
+    assert len(records) == 2
+
+
+@pytest.mark.parametrize(("processes", "accumulation", "now", "expected"), [(2, 1, 1, 2), (1, 4, 2, 2), (2, 3, 2, 3)])
+def test_a_resumed_run_keeps_the_records_of_a_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int, expected: int
+) -> None:
+    recipe = resumed(tmp_path, monkeypatch, processes, accumulation, now)
+    assert recipe.mask_train.grad_accum_steps == expected
+
+
+def test_a_resumed_run_whose_step_cannot_be_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="keeps the records of a step") as caught:
+        resumed(tmp_path, monkeypatch, 2, 1, 3)
+    assert caught.value.actual == 3
+
+
+def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int) -> Recipe:
+    """The recipe of a run that was started with some processes and goes on with others."""
+    from mftctl.cli import session
+    from mftctl.experiments.deciding_keys import to_document
+    from mftctl.experiments.run_folder import create_run
+
+    recipe = Recipe.model_validate({"mask_train": {"grad_accum_steps": accumulation}})
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    started = create_run(folder, "mask-train", to_document(recipe))
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setattr(session, "world_size", lambda: now)
+    return Session("mask-train", Silence(), folder)._for_as_many_records(recipe, started)  # type: ignore[arg-type]

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+
+from mftctl.errors import ConfigError
+from mftctl.experiments.recipe import FftOptions
+from mftctl.progress import Silence
+from mftctl.training.schedule import (
+    accumulates,
+    accumulation,
+    announce_step,
+    micro_batch_records,
+    records_per_step,
+    total_steps,
+)
+
+
+@pytest.mark.parametrize(
+    ("records", "options", "world_size", "expected"),
+    [
+        (100, {"batch_size": 8}, 1, 13),
+        (100, {"batch_size": 8, "epochs": 3}, 1, 39),
+        (100, {"batch_size": 8, "epochs": 0.5}, 1, 7),
+        (100, {"batch_size": 8, "grad_accum_steps": 4}, 1, 4),
+        (100, {"batch_size": 8}, 2, 7),
+        (100, {"batch_size": 8, "epochs": 3, "max_steps": 5}, 1, 5),
+        (3, {"batch_size": 8}, 1, 1),
+        (100, {"batch_size": 8, "global_batch_size": 32}, 1, 4),
+        (100, {"batch_size": 8, "global_batch_size": 32}, 4, 4),
+        (100, {"batch_size": 8, "global_batch_size": 30, "batch_tokens": 99}, 4, 4),
+        (100, {"batch_size": 8, "grad_accum_steps": 2, "batch_tokens": 99}, 2, 4),
+    ],
+)
+def test_total_steps(records: int, options: dict[str, float], world_size: int, expected: int) -> None:
+    assert total_steps(records, FftOptions(**options), world_size) == expected
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, 4), (2, 2), (4, 1)])
+def test_accumulation_follows_from_the_global_batch(world_size: int, expected: int) -> None:
+    options = FftOptions(batch_size=8, global_batch_size=32)
+    assert accumulation(options, world_size) == expected
+    assert records_per_step(options, world_size) == 32
+
+
+def test_a_global_batch_that_the_processes_cannot_share_out() -> None:
+    with pytest.raises(ConfigError, match="cannot be shared out") as caught:
+        announce_step(FftOptions(batch_size=8, global_batch_size=32), 3, Silence())
+    assert (caught.value.key, caught.value.actual) == ("global_batch_size", 32)
+
+
+def test_a_token_budget_needs_no_multiple() -> None:
+    options = FftOptions(batch_size=8, global_batch_size=30, batch_tokens=100)
+    announce_step(options, 4, Silence())
+    assert records_per_step(options, 4) == 30
+    assert [micro_batch_records(options, length) for length in (1, 30, 101)] == [30, 3, 1]
+    assert micro_batch_records(FftOptions(batch_size=8), 101) == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, False),
+        ({"grad_accum_steps": 2}, True),
+        ({"batch_size": 8, "global_batch_size": 8}, False),
+        ({"batch_size": 8, "global_batch_size": 16}, True),
+        ({"batch_size": 1, "batch_tokens": 10}, False),
+        ({"batch_size": 2, "batch_tokens": 10}, True),
+    ],
+)
+def test_whether_gradients_add_up(options: dict[str, int], expected: bool) -> None:
+    assert accumulates(FftOptions.model_validate(options)) is expected
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "expected"),
+    [
+        ({"batch_size": 4, "grad_accum_steps": 2}, 8, ["Records an optimizer step: 64 (4 a forward pass, 2 "]),
+        ({"batch_size": 4, "grad_accum_steps": 2}, 1, []),
+        ({"batch_size": 4, "global_batch_size": 32}, 8, []),
+    ],
+)
+def test_the_records_of_a_step_are_told_where_they_depend_on_the_processes(
+    options: dict[str, int], world_size: int, expected: list[str]
+) -> None:
+    notes = Notes()
+    announce_step(FftOptions.model_validate(options), world_size, notes)
+    assert [note[: len(expected[0])] for note in notes.notes] == expected
+
+
+class Notes(Silence):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

@@ -1,0 +1,72 @@
+"""Measures the peak memory of trainings, one after the other in a process of its own; the script of the test beside it.
+
+The process is to be started with MALLOC_MMAP_THRESHOLD_=131072: then glibc gives every large tensor back to the system,
+so that one training leaves nothing to the next, and what is measured is what was asked for.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mftctl.experiments.recipe import Recipe
+from mftctl.progress import Silence
+from mftctl.runtime.process_group import import_deepspeed
+from mftctl.workflows import fft, mask_train
+from mftctl.workflows.planning.memory import resident_bytes
+from tests.conftest import build_llama, build_tokenizer
+from tests.workflow_fixtures import make_recipe, open_run
+
+
+@dataclass(frozen=True)
+class Case:
+    """A training whose memory is measured: 2 optimizer steps and the validations around them."""
+
+    command: str
+    model: dict[str, int]
+    records: int
+    record_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def make_case(folder: Path, case: Case) -> Recipe:
+    """The recipe of a case, with its model and its data in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    import_deepspeed()  # as saving a model does wherever it is installed, with its log on stdout
+    build_llama(**case.model).save_pretrained(folder / "tiny")
+    build_tokenizer().save_pretrained(folder / "tiny")
+    half = case.record_tokens // 2
+    records = [{"question": "q" * (half - 4 - number % 3), "answer": "a" * half} for number in range(2 * case.records)]
+    for name in ("train", "val", "test"):
+        text = "".join(json.dumps(record) + "\n" for record in records[: None if name == "train" else 4])
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    section = "fft" if case.command == "fft" else "mask_train"
+    options = {"max_steps": 2, "eval_steps": 2, "batch_size": case.records, **case.options}
+    changes = {f"{section}__{key}": value for key, value in options.items()}
+    return make_recipe(folder, mask_train__layers="0-1", **changes)
+
+
+def measure(case: Case, folder: Path) -> dict[str, int]:
+    """The bytes resident before a training and at its peak."""
+    recipe = make_case(folder, case)
+    run, source = open_run(folder / "runs", case.command, recipe)
+    gc.collect()
+    before = resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    train = fft.fine_tune if case.command == "fft" else mask_train.mask_train
+    train(recipe, source, run, Silence())
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return {"process_bytes": before, "peak_bytes": int(peak.split()[1]) * 1024}
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        measure(Case("fft", {}, 2, 20), Path(place) / "first")  # loads what the libraries load late
+        cases = [Case(**case) for case in json.loads(sys.argv[1])]
+        found = [measure(case, Path(place) / str(number)) for number, case in enumerate(cases)]
+        sys.stdout.write(json.dumps(found))

@@ -1,0 +1,45 @@
+"""A stop before weights are loaded where a GPU has no room, and the way to go on all the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from mftctl.errors import DeviceMemoryError
+from mftctl.progress import Silence
+from mftctl.training.inputs import prepare_training
+from mftctl.workflows.planning.memory_check import room_on_gpu
+from tests.gpu_emulation.emulated_gpu import emulated_gpu
+from tests.workflow_fixtures import make_recipe
+
+
+def test_no_room_is_one_error_before_anything_is_loaded(workspace: Path) -> None:
+    recipe = make_recipe(workspace)
+    inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)
+    with (
+        emulated_gpu(),
+        mock.patch("torch.cuda.mem_get_info", return_value=(100_000, 100_000)),
+        room_on_gpu("fft", recipe, Silence()) as room,
+    ):
+        with pytest.raises(DeviceMemoryError, match="no room for this fft") as caught:
+            room.require(inputs)
+        assert "--no-check-memory" in str(caught.value.hint)
+        room_on = make_recipe(workspace, check_memory=False)
+        with room_on_gpu("fft", room_on, Silence()) as regardless:
+            regardless.require(inputs)
+
+
+def test_a_lack_of_memory_is_told_with_options(workspace: Path) -> None:
+    recipe = make_recipe(workspace)
+    inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)
+
+    def run_out() -> None:
+        with emulated_gpu(), room_on_gpu("fft", recipe, Silence()) as room:
+            room.require(inputs)
+            raise DeviceMemoryError("The GPU ran out of memory.")
+
+    with pytest.raises(DeviceMemoryError) as caught:
+        run_out()
+    assert "--batch-size" in str(caught.value.hint)

@@ -1,0 +1,111 @@
+"""What is found before the first training of an experiment starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mftctl.errors import ConfigError, ModelError
+from mftctl.experiments.jobs import spell_out
+from mftctl.experiments.run_folder import list_runs
+from mftctl.progress import Silence
+from mftctl.workflows.run import plan_experiment, run_experiment
+from mftctl.workflows.run_checks import check_tasks
+from tests.workflow_fixtures import make_recipe
+
+FFT: dict[str, Any] = {"command": "fft"}
+
+
+def problems_of(workspace: Path, stages: dict[str, Any], **changes: Any) -> tuple[str, ...]:
+    with pytest.raises(ConfigError, match="cannot be run to its end") as caught:
+        check_tasks(spell_out(make_recipe(workspace, stages=stages, **changes)))
+    return caught.value.problems
+
+
+def test_a_sound_experiment_passes(workspace: Path) -> None:
+    stages = {
+        "fft": FFT,
+        "probe": {"command": "probe", "after": "fft"},
+        "mft": {"command": "mask-train", "after": "fft", "layers_from": "probe", "set": {"mask_train.layers": "0-99"}},
+        "drop": {"command": "mask-train", "after": "fft", "set": {"mask_train.method": "drop"}},
+        "results": {"command": "eval", "of": ["fft", "mft"]},
+    }
+    check_tasks(spell_out(make_recipe(workspace, stages=stages)))
+
+
+def test_layers_beyond_the_model(workspace: Path) -> None:
+    stages = {"fft": FFT, "mft": {"command": "mask-train", "after": "fft", "set": {"mask_train.layers": "2-4"}}}
+    assert problems_of(workspace, stages) == (
+        "mft: The model does not have that many layers. Expected layers 0 to 3, got 2-4.",
+    )
+
+
+def test_groups_larger_than_the_model(workspace: Path) -> None:
+    stages = {"fft": FFT, "probe": {"command": "probe", "after": "fft", "set": {"probe.groups": [2, 5]}}}
+    assert problems_of(workspace, stages) == (
+        "probe: A group cannot have that many layers. Expected 1 to 4, or all, got 5.",
+    )
+
+
+def test_a_recipe_for_another_model_family(workspace: Path) -> None:
+    assert problems_of(workspace, {"fft": FFT}, model_type="mistral") == (
+        f"fft: the recipe is for models of type mistral, and {workspace / 'tiny'} is llama",
+    )
+
+
+def test_a_drop_without_its_base(workspace: Path) -> None:
+    stages = {"drop": {"command": "mask-train", "set": {"mask_train.method": "drop"}}}
+    (problem,) = problems_of(workspace, stages)
+    assert "needs the model before fine-tuning" in problem
+
+
+def test_a_mask_on_an_adapter(workspace: Path) -> None:
+    lora = {"command": "fft", "set": {"fft.method": "lora"}}
+    mask = {"command": "mask-train", "after": "lora", "set": {"mask_train.layers": "all"}}
+    assert problems_of(workspace, {"lora": lora, "mft": mask}) == (
+        "mft: a mask needs a whole model, and lora writes an adapter (fft.merge)",
+    )
+    merged = {"command": "fft", "set": {"fft.method": "lora", "fft.merge": True}}
+    check_tasks(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
+
+
+def test_no_training_data(workspace: Path) -> None:
+    assert problems_of(workspace, {"fft": FFT}, data=[]) == ("fft: there is no training data (key data)",)
+
+
+def test_nothing_to_measure(workspace: Path) -> None:
+    (problem,) = problems_of(workspace, {"pretrained": {"command": "eval"}}, test_data=[])
+    assert "eval needs something to measure" in problem
+
+
+def test_all_problems_are_listed_at_once(workspace: Path) -> None:
+    stages = {
+        "fft": FFT,
+        "far": {"command": "mask-train", "after": "fft", "set": {"mask_train.layers": "9"}},
+        "odd": {"command": "mask-train", "after": "fft", "set": {"mask_train.layers": "7-4"}},
+    }
+    assert [problem.split(":")[0] for problem in problems_of(workspace, stages)] == ["far", "odd"]
+
+
+def test_a_model_that_is_not_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = make_recipe(workspace, stages={"fft": FFT}, model="./nowhere/at all")
+    with pytest.raises(ModelError, match="no such model"):
+        check_tasks(spell_out(recipe))
+
+
+def test_a_configuration_that_is_no_json(workspace: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="configuration cannot be read"):
+        check_tasks(spell_out(make_recipe(workspace, stages={"fft": FFT}, model=str(tmp_path))))
+
+
+def test_nothing_is_run_before_a_problem_is_told(workspace: Path, tmp_path: Path) -> None:
+    stages = {"fft": FFT, "mft": {"command": "mask-train", "after": "fft", "set": {"mask_train.layers": "9"}}}
+    plan = plan_experiment(make_recipe(workspace, stages=stages), "test", tmp_path)
+    with pytest.raises(ConfigError):
+        run_experiment(plan, "test", tmp_path, Silence())
+    assert list_runs(tmp_path)[0] == []

@@ -1,0 +1,251 @@
+"""The `validate` workflow: what it says of sound recipes, and all that it finds wrong at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.training.inputs import prepare_training
+from mftctl.training.schedule import total_steps
+from mftctl.workflows.validate import validate
+from tests.conftest import build_llama
+from tests.workflow_fixtures import make_recipe
+
+
+def _one(texts: list[str], part: str) -> str:
+    found = [text for text in texts if part in text]
+    assert len(found) == 1, texts
+    return found[0]
+
+
+def test_a_sound_recipe(workspace: Path) -> None:
+    recipe = make_recipe(workspace, fft__max_steps=None, fft__epochs=1.5, fft__grad_accum_steps=5)
+    found = validate(recipe, "mine")
+    assert json.loads(json.dumps(found)) == found
+    assert (found["problems"], found["not_checked"], found["recipe"]) == ([], [], "mine")
+    assert found["data"]["train"]["records"] == 48
+    assert found["data"]["test"] == {"records": 16}
+    fft, mask = found["stages"]
+    assert (fft["stage"], mask["stage"]) == ("fft", "mask-train")
+    inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)
+    assert fft["steps"] == total_steps(48, recipe.fft)
+    tokens = sum(len(record.input_ids) for record in inputs.train)
+    assert (fft["tokens_per_step"], fft["tokens"]) == (round(tokens * 20 / 48), round(tokens * 1.5))
+    assert (mask["steps"], mask["layers"]) == (12, "1-2")
+    assert [row["stage"] for row in found["memory"]] == ["fft", "mask-train"]
+
+
+def test_samples_are_the_first_training_records(workspace: Path) -> None:
+    samples = validate(make_recipe(workspace, stages=_EVAL_ONLY), None)["samples"]
+    assert [Path(sample["where"]).name for sample in samples] == ["train.jsonl:1", "train.jsonl:2"]
+    prompt, answer = samples[0]["segments"]
+    assert prompt["text"].startswith("<|user|>")
+    assert prompt["text"].endswith("<|assistant|>")
+    assert answer["text"].endswith("<|end|>")
+    assert (prompt["is_answer"], answer["is_answer"]) == (False, True)
+
+
+def test_masks_by_stage(workspace: Path) -> None:
+    recipe = make_recipe(workspace, mask_train__ratio=0.25, stages={"mft": {"command": "mask-train"}})
+    masks = validate(recipe, None)["masks"]["mft"]
+    assert len(masks["tensors"]) == 14
+    assert masks["removed"] == masks["weights"] // 4
+    assert masks["packed_bytes"] == masks["weights"] // 8
+
+
+_EVAL_ONLY = {"scores": {"command": "eval"}}
+
+
+def _staged(workspace: Path, **stages: Any) -> Recipe:
+    return make_recipe(workspace, stages=stages)
+
+
+def test_stages_with_their_own_settings(workspace: Path) -> None:
+    recipe = _staged(
+        workspace,
+        before={"command": "eval"},
+        fft={"command": "fft", "sweep": {"fft.data_fraction": [0.5, 1.0]}, "set": {"fft.max_steps": None}},
+        probe={"command": "probe", "after": "fft"},
+        mft={"command": "mask-train", "after": "fft", "layers_from": "probe", "set": {"mask_train.method": "random"}},
+        scores={"command": "eval", "of": ["mft"]},
+    )
+    found = validate(recipe, None)
+    assert found["problems"] == []
+    rows = {row["stage"]: row for row in found["stages"]}
+    assert [rows[f"fft[data_fraction={share}]"]["steps"] for share in ("0.5", "1.0")] == [6, 12]
+    probe = rows["probe[data_fraction=1.0]"]
+    assert (probe["records"], probe["trainings"], probe["steps"]) == (24, 2, 24)
+    assert rows["mft[data_fraction=1.0]"]["steps"] == 0
+    assert rows["scores[data_fraction=1.0]"]["of"] == "mft[data_fraction=1.0]"
+
+
+def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question": "1?"}\n', encoding="utf-8")
+    recipe = make_recipe(
+        workspace,
+        data=[str(workspace / "train.jsonl"), str(tmp_path / "missing.jsonl"), str(broken)],
+        model_type="mistral",
+        mask_train__layers="2-9",
+        fft__max_length_tokens=8,
+        eval={"tasks": ["gsm9k"], "task_data": {"mmlu": str(tmp_path / "mmlu.jsonl")}},
+    )
+    found = validate(recipe, None)
+    problems = found["problems"]
+    assert "does not exist" in _one(problems, "missing.jsonl")
+    assert "no known format" in _one(problems, "broken.jsonl")
+    assert "expected: mistral; got: llama" in _one(problems, "model_type")
+    assert "layers 0 to 3" in _one(problems, "that many layers")
+    assert "gsm8k" in _one(problems, "benchmark named")
+    assert "not run" in _one(problems, "eval.task_data.mmlu: a file")
+    assert "mmlu.jsonl" in _one(problems, "cannot be read")
+    assert "data: no record can be used at --max-length 8" in problems
+    assert "48 of 48 records are left out" in next(text for text in found["warnings"] if text.startswith("data: "))
+
+
+def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
+    recipe = _staged(
+        workspace,
+        mft={"command": "mask-train", "sweep": {"mask_train.layers": ["0-1", "3-4"]}},
+        drop={"command": "mask-train", "set": {"mask_train.method": "drop"}},
+        named={"command": "mask-train", "set": {"mask_train.ratio": {"c_attn": 0.1}}},
+    )
+    problems = validate(recipe, None)["problems"]
+    assert len(problems) == 3
+    assert "got: 3-4" in _one(problems, "mft[layers=3-4]")
+    assert "before fine-tuning" in _one(problems, "drop:")
+    assert "c_attn" in _one(problems, "named:")
+
+
+def test_what_a_probe_is_to_rank_by(workspace: Path) -> None:
+    recipe = _staged(
+        workspace,
+        known={"command": "probe", "set": {"probe.by": "gsm8k"}},
+        unknown={"command": "probe", "set": {"probe.by": "gsm9k"}},
+        several={"command": "probe", "set": {"probe.by": "coding"}},
+    )
+    problems = validate(recipe, None)["problems"]
+    assert len(problems) == 2
+    assert "gsm8k" in _one(problems, "unknown:")
+    assert "humaneval" in _one(problems, "several:")
+
+
+def test_a_file_for_the_problems_that_a_probe_ranks_by(workspace: Path, tmp_path: Path) -> None:
+    problems = tmp_path / "gsm8k.jsonl"
+    problems.write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
+    recipe = make_recipe(workspace, probe__by="gsm8k", eval__task_data={"gsm8k": str(problems)})
+    assert validate(recipe, None)["problems"] == []
+    problems.write_text('{"question": "1+1?"}\n', encoding="utf-8")
+    assert "answer" in _one(validate(recipe, None)["problems"], "eval.task_data.gsm8k")
+
+
+def test_stages_in_a_circle(workspace: Path) -> None:
+    recipe = _staged(workspace, a={"command": "fft", "after": "b"}, b={"command": "fft", "after": "a"})
+    assert "circle" in _one(validate(recipe, None)["problems"], "stages")
+
+
+def test_nothing_given() -> None:
+    problems = validate(parse_recipe({}), None)["problems"]
+    assert "names none" in _one(problems, "model:")
+    assert "needs data" in _one(problems, "fft:")
+
+
+def test_an_eval_stage_with_nothing_to_measure(workspace: Path) -> None:
+    recipe = make_recipe(workspace, test_data=[], stages=_EVAL_ONLY)
+    assert "something to measure" in _one(validate(recipe, None)["problems"], "scores")
+
+
+def test_a_model_that_is_not_there(workspace: Path) -> None:
+    problems = validate(make_recipe(workspace, model="nobody/nothing"), None)["problems"]
+    assert "configuration cannot be read" in _one(problems, "model:")
+
+
+def test_questions_of_the_test_data_in_the_training_data(workspace: Path) -> None:
+    recipe = make_recipe(workspace, test_data=[str(workspace / "train.jsonl") + "=5"], stages=_EVAL_ONLY)
+    assert "5 of 5 records" in _one(validate(recipe, None)["warnings"], "test_data")
+
+
+def test_longer_than_the_model_was_made_for(workspace: Path) -> None:
+    warnings = validate(make_recipe(workspace, fft__max_length_tokens=513, stages={"fft": {"command": "fft"}}), None)[
+        "warnings"
+    ]
+    assert "at most 512; got: 513" in _one(
+        warnings, "max_length_tokens: longer than what the model was made for (expected: at most 512; got: 513)"
+    )
+
+
+def test_a_tokenizer_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
+    build_llama(vocab_size=50).save_pretrained(folder)
+    problems = validate(make_recipe(workspace, model=str(folder), stages=_EVAL_ONLY), None)["problems"]
+    assert "at most 50; got: 102" in _one(problems, "more tokens than the model")
+
+
+def test_a_shard_that_is_missing(workspace: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    assert "no complete safetensors" in _one(
+        validate(make_recipe(workspace, model=str(folder), stages=_EVAL_ONLY), None)["problems"], "model:"
+    )
+
+
+_LARGE_PARAMETERS = 68_976_648_192
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A folder with nothing but the configuration of a model of 70 billion parameters."""
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=32_000,
+        hidden_size=8192,
+        intermediate_size=28_672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=4096,
+    ).save_pretrained(tmp_path / "large")
+    return tmp_path / "large"
+
+
+def test_a_table_of_seventy_billion_parameters_without_weights(workspace: Path, large: Path) -> None:
+    training = {"batch_size": 1, "grad_accum_steps": 8, "gradient_checkpointing": True, "precision": "bf16"}
+    recipe = make_recipe(
+        workspace,
+        model=str(large),
+        stages={
+            "lora": {"command": "fft", "set": {"fft.method": "lora"}},
+            "fft": {"command": "fft"},
+            "l1": {"command": "mask-train", "set": {"mask_train.method": "magnitude"}},
+            "mft": {"command": "mask-train"},
+        },
+        mask_train__layers="4-7",
+        **{f"{section}__{key}": value for section in ("fft", "mask_train") for key, value in training.items()},
+    )
+    start = time.process_time()
+    found = validate(recipe, None)
+    assert time.process_time() - start < 40
+    assert found["problems"] == []
+    assert "weights" in _one(found["not_checked"], "holds none")
+    assert "chat template" in _one(found["not_checked"], "no tokenizer")
+    assert found["model"]["parameters"] == _LARGE_PARAMETERS
+    assert found["model"]["chat_template"] is None
+    lora, fft, l1, mft = found["memory"]
+    assert {memory["length_tokens"] for memory in found["memory"]} == {1024}
+    assert fft["weights_bytes"] == pytest.approx(4 * _LARGE_PARAMETERS, rel=1e-6)
+    assert mft["weights_bytes"] == pytest.approx(2 * _LARGE_PARAMETERS, rel=1e-6)
+    assert fft["gradients_bytes"] == 4 * _LARGE_PARAMETERS
+    # Inputs of 80 layers of 1024 tokens and 8192 numbers of 2 bytes are kept.
+    assert fft["activations_bytes"] > 80 * 1024 * 8192 * 2
+    assert lora["gradients_bytes"] < 0.01 * fft["gradients_bytes"]
+    assert (l1["gradients_bytes"], l1["optimizer_bytes"]) == (0, 0)
+    assert mft["scores_bytes"] == 4 * found["masks"]["mft"]["weights"]
+    assert found["stages"][-1]["steps"] == 12
