@@ -12,7 +12,7 @@ import torch
 from mftctl.masking.checkpoints.delta_mask import drop_mask
 from mftctl.masking.mask import Mask, load_mask, save_mask
 from tests.cli.running import CommandLine
-from tests.masking.checkpoints import learn_mask, projections, write_tuned
+from tests.masking.built_checkpoints import learn_mask, projections, write_tuned
 from tests.masking.mask_files import plain_read, same
 
 

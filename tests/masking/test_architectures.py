@@ -17,7 +17,7 @@ from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import find_targets
 from mftctl.workflows.mask_result import build_mask
 from tests.masking.architectures import ARCHITECTURES, build
-from tests.masking.checkpoints import stored_tensors
+from tests.masking.built_checkpoints import stored_tensors
 from tests.masking.mask_files import METADATA
 
 IDS = torch.randint(6, 102, (3, 11), generator=torch.Generator().manual_seed(0))

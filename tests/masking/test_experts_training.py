@@ -30,7 +30,7 @@ from mftctl.workflows.probe import probe
 from mftctl.workflows.validate import validate
 from tests.conftest import build_tokenizer
 from tests.masking.architectures import EXPERTS, build
-from tests.masking.checkpoints import stored_tensors, write_tuned
+from tests.masking.built_checkpoints import stored_tensors, write_tuned
 from tests.workflow_fixtures import Interrupter, make_recipe, make_workspace, open_run
 from tests.workflows.test_mask_train import learn
 

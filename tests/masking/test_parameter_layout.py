@@ -13,7 +13,7 @@ from transformers.core_model_loading import Concatenate, Interleave, MergeModule
 from mftctl.errors import MaskingError
 from mftctl.masking.parameter_layout import StoredPart, stored_parts
 from tests.masking.architectures import ARCHITECTURES, EXPERTS, build
-from tests.masking.checkpoints import stored_tensors
+from tests.masking.built_checkpoints import stored_tensors
 
 
 def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:

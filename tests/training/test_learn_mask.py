@@ -16,9 +16,9 @@ from mftctl.masking.checkpoints.tensors import read_tensor, tensor_index
 from mftctl.masking.mask import Mask, load_mask
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence
+from mftctl.training import loop
 from mftctl.training.held_out import split_validation_records
 from mftctl.training.inputs import prepare_training
-from mftctl.training import loop
 from mftctl.workflows.mask_train import mask_train
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 from tests.workflows.test_mask_train import CONFIRMING, learn, validation_loss

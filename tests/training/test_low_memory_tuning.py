@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from mftctl.training.loop.updates import optimizers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.optim import Optimizer
@@ -19,6 +18,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence
 from mftctl.training.loop import SftTrainer
+from mftctl.training.updates import optimizers
 from mftctl.training.updates.masked_optimizer import MaskedOptimizer
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW
 from mftctl.workflows.fft import fine_tune

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mftctl import prefix_reuse
+from mftctl.training import prefix_cache
 from mftctl.experiments.recipe import MaskTrainOptions
 from mftctl.training.prefix_cache import hidden_states
 
@@ -16,8 +16,8 @@ GB = 10**9
 
 @pytest.fixture(autouse=True)
 def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix_reuse, "available_bytes", lambda: 64 * GB)
-    monkeypatch.setattr(prefix_reuse.shutil, "disk_usage", lambda _: SimpleNamespace(free=400 * GB))
+    monkeypatch.setattr(prefix_cache, "available_bytes", lambda: 64 * GB)
+    monkeypatch.setattr(prefix_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=400 * GB))
 
 
 @pytest.mark.parametrize("on_this_machine", [1, 8])

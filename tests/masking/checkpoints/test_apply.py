@@ -22,7 +22,7 @@ from mftctl.masking.checkpoints.apply_in_memory import apply_mask
 from mftctl.masking.checkpoints.tensors import INDEX_FILE
 from mftctl.masking.mask import Mask, load_mask, save_mask
 from tests.conftest import build_llama
-from tests.masking.checkpoints import learn_mask, projections, raw_tensors, stored_tensors, write_tuned
+from tests.masking.built_checkpoints import learn_mask, projections, raw_tensors, stored_tensors, write_tuned
 
 INPUT_IDS = torch.arange(6, 30).reshape(2, 12)
 

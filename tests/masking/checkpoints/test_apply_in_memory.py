@@ -20,7 +20,7 @@ from mftctl.masking.mask import Mask
 from mftctl.masking.targets import find_targets
 from tests.conftest import build_llama
 from tests.masking.architectures import ARCHITECTURES, EXPERTS, SIZES, build
-from tests.masking.checkpoints import learn_mask, projections, stored_tensors, write_checkpoint
+from tests.masking.built_checkpoints import learn_mask, projections, stored_tensors, write_checkpoint
 
 
 class Tensors(torch.nn.Module):

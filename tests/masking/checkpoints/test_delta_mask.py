@@ -21,7 +21,7 @@ from mftctl.masking.checkpoints.delta_mask import Strategy, drop_mask
 from mftctl.masking.checkpoints.tensors import StoredTensor, read_tensor
 from mftctl.masking.mask import Mask, load_mask, save_mask
 from tests.conftest import build_llama
-from tests.masking.checkpoints import digest_of, stored_tensors, write_checkpoint, write_tuned
+from tests.masking.built_checkpoints import digest_of, stored_tensors, write_checkpoint, write_tuned
 
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 

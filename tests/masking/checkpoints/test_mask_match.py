@@ -7,7 +7,7 @@ import torch
 
 from mftctl.errors import MaskMismatchError
 from mftctl.masking.checkpoints.mask_match import Role, label_of, masked_tensors
-from tests.masking.checkpoints import learn_mask, write_checkpoint
+from tests.masking.built_checkpoints import learn_mask, write_checkpoint
 
 WEIGHT = torch.randn(4, 6)
 DELTA = learn_mask({"w": WEIGHT}, tuned={"w": WEIGHT + 1})

@@ -17,7 +17,7 @@ from mftctl.masking.checkpoints import masked_shards
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.tensors import CHUNK_BYTES
 from mftctl.masking.mask import Mask, open_mask
-from tests.masking.checkpoints import learn_mask, raw_tensors, stored_tensors, write_checkpoint, write_tuned
+from tests.masking.built_checkpoints import learn_mask, raw_tensors, stored_tensors, write_checkpoint, write_tuned
 from tests.masking.mask_files import plain_document, plain_file
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]

@@ -8,7 +8,7 @@ import torch
 from mftctl.errors import MaskMismatchError
 from mftctl.masking.checkpoints.pairing import counterpart, pair_tensors
 from mftctl.masking.checkpoints.tensors import tensor_index
-from tests.masking.checkpoints import write_checkpoint
+from tests.masking.built_checkpoints import write_checkpoint
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Tensors = dict[str, torch.Tensor]

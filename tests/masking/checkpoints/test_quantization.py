@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from mftctl.training.loop.updates import optimizers
 from peft import PeftModel
 from safetensors import safe_open
 
@@ -27,6 +26,7 @@ from mftctl.masking.checkpoints.quantization import (
 from mftctl.progress import Silence
 from mftctl.training.flops import flops_per_token
 from mftctl.training.loop import SftTrainer
+from mftctl.training.updates import optimizers
 from mftctl.workflows.fft import fine_tune
 from tests.conftest import build_llama
 from tests.masking.architectures import build

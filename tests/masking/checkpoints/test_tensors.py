@@ -13,7 +13,7 @@ from mftctl.errors import ModelError
 from mftctl.masking.checkpoints import tensors
 from mftctl.masking.checkpoints.tensors import INDEX_FILE, read_tensor, tensor_digest, tensor_index
 from tests.conftest import build_llama
-from tests.masking.checkpoints import raw_tensors, stored_tensors
+from tests.masking.built_checkpoints import raw_tensors, stored_tensors
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mftctl.training.loop.updates import kth_largest
 
 from mftctl.masking.selection import removed_count
+from mftctl.training.updates import kth_largest
 from mftctl.training.updates.gradient_selection import keep_largest
 from mftctl.training.updates.kth_largest import Reader, keep_by_bracket, keep_by_digits
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mftctl.training.loop.updates import stochastic_adamw
 
+from mftctl.training.updates import stochastic_adamw
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW, round_stochastically, step_workspace_bytes
 from mftctl.workflows.planning.allocation_meter import AllocationMeter, add_up
 from tests.gpu_emulation.emulated_gpu import emulated_gpu

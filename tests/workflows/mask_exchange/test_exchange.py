@@ -20,7 +20,7 @@ from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.mask import Mask, load_mask, save_mask
 from mftctl.workflows.mask_exchange import exchange
 from mftctl.workflows.mask_exchange.exchange import export_mask, import_mask
-from tests.masking.checkpoints import digest_of, learn_mask, projections, stored_tensors, write_checkpoint
+from tests.masking.built_checkpoints import digest_of, learn_mask, projections, stored_tensors, write_checkpoint
 from tests.masking.mask_files import DELTA_METADATA, small_mask
 
 SUFFIXES = [".pt", ".npz"]

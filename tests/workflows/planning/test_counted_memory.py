@@ -16,9 +16,9 @@ import torch
 from mftctl.experiments.recipe import Recipe
 from mftctl.masking.checkpoints.meta_models import count_layers, read_config
 from mftctl.progress import Silence
+from mftctl.training import learn_mask
 from mftctl.training.held_out import split_validation_records
 from mftctl.training.inputs import prepare_training
-from mftctl.training import learn_mask
 from mftctl.workflows import fft
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.mask_train import mask_train
