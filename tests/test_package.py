@@ -6,11 +6,13 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError
 from pathlib import Path
 
 import pytest
 
 import mftctl
+from scripts.import_levels import LEVELS, imports_upwards, levels, module_imports
 
 PACKAGE = Path(mftctl.__file__).parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
@@ -89,20 +91,29 @@ def test_click_is_never_imported() -> None:
     assert importers("click", "typer._click") == set()
 
 
-@pytest.mark.parametrize(
-    ("part", "forbidden"),
-    [
-        ("masking/", ("data", "evaluation", "reporting", "cli", "training", "mask_training", "fine_tuning", "probing")),
-        ("masking/", ("preparation", "protocol", "evaluating", "applying", "runs", "lineage", "config", "progress")),
-        ("data/", ("masking", "evaluation", "reporting", "cli", "training", "mask_training", "fine_tuning", "runs")),
-        ("evaluation/", ("masking", "reporting", "cli", "training", "mask_training", "fine_tuning", "runs")),
-        ("reporting/", ("data", "cli", "training", "mask_training", "fine_tuning", "evaluating")),
-    ],
-)
-def test_lower_parts_know_nothing_of_the_higher_ones(part: str, forbidden: tuple[str, ...]) -> None:
-    inside = {file for file in MODULES if file.startswith(part)}
-    assert len(inside) > 1
-    assert inside & importers(*(f"mftctl.{name}" for name in forbidden)) == set()
+def test_imports_point_down_and_never_in_a_circle() -> None:
+    imports = module_imports()
+    assert {part for parts in LEVELS for part in parts} | {"__init__", "__main__", "py"} >= {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert imports_upwards(imports) == []
+    assert len(levels(imports)) > len(LEVELS)
+
+
+def test_an_import_upwards_and_a_circle_are_found(tmp_path: Path) -> None:
+    for name, text in (("errors.py", "import mftctl.text"), ("text.py", "def f():\n    from mftctl import errors")):
+        (tmp_path / "mftctl").mkdir(exist_ok=True)
+        (tmp_path / "mftctl" / name).write_text(text)
+    found = module_imports(tmp_path / "mftctl")
+    assert imports_upwards(found) == [("mftctl.errors", "mftctl.text"), ("mftctl.text", "mftctl.errors")]
+    with pytest.raises(CycleError):
+        levels(found)
+
+
+def test_the_engine_knows_of_data_only_the_built_in_model() -> None:
+    inside = {file for file in importers("mftctl.data") if file.startswith("masking/")}
+    built_in = {file for file in importers("mftctl.data.quickstart.built_in") if file.startswith("masking/")}
+    assert inside == built_in != set()
 
 
 def test_only_the_command_line_imports_the_command_line() -> None:
