@@ -54,6 +54,20 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
+def data_files(path: Path) -> list[Path]:
+    """The file itself, or the data files of a folder and its subfolders in the order of their names.
+
+    Raises:
+        DataError: The folder holds no data file.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(tuple(_READERS)))
+    if not found:
+        raise DataError("The folder has no data files.", path=path, expected=f"files that end in {', '.join(_READERS)}")
+    return found
+
+
 def _json_lines(path: Path) -> Iterator[Record]:
     return _parse_lines(_read_text(path), path)
 
@@ -226,5 +240,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".json.gz": _json,
     ".json.zst": _json,
     ".csv": _csv,
+    ".csv.gz": _csv,
+    ".csv.zst": _csv,
     ".parquet": _parquet,
 }

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
+from mftctl.data.files import Record
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.benchmarks.catalog import completion_form
 from mftctl.evaluation.benchmarks.evalplus import humaneval_plus_problem, is_release_record, mbpp_plus_problem
-from mftctl.evaluation.benchmarks.problem_files import Located
 
 _MMLU_CHOICES = ("choice0", "choice1", "choice2", "choice3")
 
 
-def from_published_layout(found: Iterable[Located], task: str) -> Iterable[Located]:
+def from_published_layout(found: Iterable[Record], task: str) -> Iterable[Record]:
     """The records with the fields that the benchmark's prompt is made from; those of other tasks as they are.
 
     Args:
@@ -35,7 +35,7 @@ def from_published_layout(found: Iterable[Located], task: str) -> Iterable[Locat
         "mmlu": _mmlu,
         "bbh": _bbh,
     }.get(completion_form(task))
-    return found if convert is None else ((where, convert(record, where)) for where, record in found)
+    return found if convert is None else (Record(where, convert(record, where)) for where, record in found)
 
 
 def _math(record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _bbh_examples() -> dict[str, str]:
     }
 
 
-def _with_example_passages(found: Iterable[Located]) -> Iterator[Located]:
+def _with_example_passages(found: Iterable[Record]) -> Iterator[Record]:
     """Each question of TyDiQA's gold passages with a solved example of the same language.
 
     The example is the first record of the language whose passage is another one.
@@ -124,7 +124,7 @@ def _with_example_passages(found: Iterable[Located]) -> Iterator[Located]:
             )
         shown = (example["answers"] or [""])[0]
         text = f"Passage: {example['context']}\nQuestion: {example['question']}\nAnswer: {shown}\n\n"
-        yield where, {**row, "example": text}
+        yield Record(where, {**row, "example": text})
 
 
 def _tydiqa(record: Mapping[str, Any]) -> dict[str, Any]:

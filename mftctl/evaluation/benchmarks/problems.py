@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mftctl.data.files import Record, data_files, read_records
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.benchmarks.problem_fields import check_problem, decided_by
-from mftctl.evaluation.benchmarks.problem_files import read_records
 from mftctl.evaluation.benchmarks.problem_layouts import from_published_layout
 
 
@@ -63,7 +63,22 @@ def read_problems(path: Path, task: str) -> Problems:
     Raises:
         EvaluationError: The file is missing, empty or in another form, or a record lacks a field; names the line.
     """
-    return _problems(read_records(path), task, source=str(path))
+    return _problems(read_problem_records(path), task, source=str(path))
+
+
+def read_problem_records(path: Path) -> Iterator[Record]:
+    """The records of a file, or of all data files of a folder, each with `file`: the file's name without its ending.
+
+    Args:
+        path: As `mftctl.data.files.read_records` takes it, or a folder of such files.
+
+    Raises:
+        DataError: A file is missing, empty or in another form; names the line.
+    """
+    for file in data_files(path):
+        name = Path(file.stem).stem if file.suffix.lower() in (".gz", ".zst") else file.stem
+        for where, fields in read_records(file):
+            yield Record(where, {"file": name, **fields})
 
 
 def fetch_problems(config: Mapping[str, Any], task: str) -> Problems:
@@ -84,9 +99,7 @@ def fetch_problems(config: Mapping[str, Any], task: str) -> Problems:
     return _problems((row for each in parts for row in _rows(name, each, split, files, source)), task, source)
 
 
-def _rows(
-    name: str, part: str | None, split: str, files: dict[str, str] | None, source: str
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(name: str, part: str | None, split: str, files: dict[str, str] | None, source: str) -> Iterator[Record]:
     import datasets
 
     try:
@@ -99,10 +112,10 @@ def _rows(
             hint="give a local file: --task-data NAME=FILE",
         ) from error
     for number, row in enumerate(rows):
-        yield f"{source}#{number}", {"file": part, **row}
+        yield Record(f"{source}#{number}", {"file": part, **row})
 
 
-def _problems(found: Iterable[tuple[str, dict[str, Any]]], task: str, source: str) -> Problems:
+def _problems(found: Iterable[Record], task: str, source: str) -> Problems:
     kept = tuple(_checked(from_published_layout(found, task), task))
     if not kept:
         raise EvaluationError("The data file has no problems.", path=source, expected="one JSON record a line")
@@ -113,7 +126,7 @@ def _problems(found: Iterable[tuple[str, dict[str, Any]]], task: str, source: st
     return Problems(kept, source, digest.hexdigest())
 
 
-def _checked(found: Iterable[tuple[str, dict[str, Any]]], task: str) -> Iterator[dict[str, Any]]:
+def _checked(found: Iterable[Record], task: str) -> Iterator[dict[str, Any]]:
     for where, record in found:
         if not is_whole(json.dumps(record, ensure_ascii=False, default=str)):
             raise EvaluationError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.benchmarks.problem_files import read_records
+from mftctl.evaluation.benchmarks.problems import read_problem_records
 
 _NAMES = ("task_id", "key", "id")
 """What a problem may call itself, as in the samples of an evaluation."""
@@ -32,7 +32,7 @@ def read_predictions(path: Path, problems: Sequence[Mapping[str, Any]], *, limit
     asked = problems[:limit]
     places = {name: place for place, problem in enumerate(asked) for name in _names(problem, place)}
     outputs: list[list[str]] = [[] for _ in asked]
-    for where, record in read_records(path):
+    for where, record in read_problem_records(path):
         name = next((str(record[field]) for field in _NAMES if field in record), None)
         if name not in places:
             raise EvaluationError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.errors import EvaluationError
+from mftctl.errors import DataError, EvaluationError
 from mftctl.evaluation.benchmarks.problems import fetch_problems, read_problems
 
 GSM8K = {"dataset_path": "openai/gsm8k", "dataset_name": "main", "test_split": "test"}
@@ -81,34 +81,34 @@ def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, record: object, ke
     assert caught.value.key == key
 
 
-@pytest.mark.parametrize(("line", "message"), [("{", "not JSON"), ("[1]", "not a JSON object")])
+@pytest.mark.parametrize(("line", "message"), [("{", "malformed"), ("[1]", "malformed")])
 def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "p.jsonl", json.dumps(RECORDS[0]), "", line)
-    with pytest.raises(EvaluationError, match=message) as caught:
+    with pytest.raises(DataError, match=message) as caught:
         read_problems(path, "gsm8k")
     assert caught.value.path == f"{path}:3"
 
 
 def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="no problems"):
+    with pytest.raises(DataError, match="no records"):
         read_problems(write(tmp_path / "p.jsonl", ""), "gsm8k")
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot be read"):
         read_problems(tmp_path / "none.jsonl", "gsm8k")
 
 
 def test_a_binary_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(EvaluationError, match="cannot be read"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         read_problems(tmp_path / "p.jsonl", "gsm8k")
 
 
 @pytest.mark.parametrize("content", [b"not gzip at all", gzip.compress(b'{"question"' * 99, mtime=0)[:-12]])
 def test_a_broken_gzip_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.jsonl.gz").write_bytes(content)
-    with pytest.raises(EvaluationError):
+    with pytest.raises(DataError, match="no complete gzip file"):
         read_problems(tmp_path / "p.jsonl.gz", "gsm8k")
 
 
