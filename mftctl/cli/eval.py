@@ -199,13 +199,13 @@ def _evaluate_once(session: Session, source: Source, *, resume: bool, again: boo
         recipe = session.with_answer("test_data", "Data to measure on", "--data (or --tasks)", source)
     for run in list_runs(session.root)[0]:
         if not again and _measured(run, recipe, source):
-            session.output.note(f"{source.state}: measured already by {run.name}")
+            session.console.note(f"{source.state}: measured already by {run.name}")
             return run
-    session.output.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
+    session.console.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
     use_device(recipe, session.launch)
     run = (_interrupted(session, recipe, source) if resume else None) or session.create(recipe, source)
     with recorded(run):
-        run.finish(work(recipe, source, run, session.output, session.launch))
+        run.finish(work(recipe, source, run, session.console, session.launch))
     return run
 
 
@@ -214,7 +214,7 @@ def _interrupted(session: Session, recipe: Recipe, source: Source) -> Run | None
     for run in reversed(list_runs(session.root)[0]):
         if run.record.status in ("running", "interrupted") and _is_same(run, recipe, source):
             run.go_on()
-            session.output.note(f"Resuming: {run.folder}")
+            session.console.note(f"Resuming: {run.folder}")
             return run
     return None
 

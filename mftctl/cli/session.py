@@ -7,27 +7,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mftctl.cli.measuring_options import check_measuring, check_scoring
 from mftctl.cli.output import Output
+from mftctl.cli.resumption import check_settings_kept, source_of_resumed, take_up, with_same_step_records
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
-from mftctl.errors import ConfigError, RunError, StorageError
+from mftctl.errors import StorageError
 from mftctl.experiments.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE, to_document
 from mftctl.experiments.model_source import Source, model_for_training, recommended_layers
 from mftctl.experiments.outputs import Input, check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.recipe_files import load_recipe, with_changes
+from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.run_folder import Run, create_run, load_run, newest_run
 from mftctl.files.atomic import Permit
 from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size
 from mftctl.workflows.multi_process.dispatch import launch_of
 from mftctl.workflows.multi_process.process_count import Launch, require_devices
-from mftctl.workflows.probe_by import check_by
 
 MakePermit = Callable[[bool], Permit]
 """The permit for a kind of result, with the user's agreement to replace one or without."""
-
-_OPEN_TO_RESUMED = ("device", "attention", "check_memory")
-"""Keys that decide where something is computed and whether to try, and no result."""
 
 
 class Session:
@@ -36,7 +34,7 @@ class Session:
     Attributes:
         command: Name of the command.
         root: The runs folder.
-        output: The console.
+        console: Where it reports and asks.
         replaces: Whether the user agreed that an existing result is replaced, with `--yes` or when asked.
         launch: With how many processes the work is done.
     """
@@ -44,7 +42,7 @@ class Session:
     def __init__(
         self,
         command: str,
-        output: Output,
+        console: Output,
         root: Path,
         *,
         recipe: str | None = None,
@@ -54,7 +52,7 @@ class Session:
         launch: Launch | None = None,
     ) -> None:
         self.command = command
-        self.output = output
+        self.console = console
         self.root = root
         self.replaces = yes
         self.launch = launch or Launch()
@@ -86,15 +84,15 @@ class Session:
             RunError: Nothing to resume.
         """
         if resume:
-            return self._resumed(permit)
+            return self._resume(permit)
         settled = self.settle()
         source = model_for_training(settled.model, self.root, self.command)
         if settled.model is None:
-            self.output.note(f"Model: {source.model} ({source.state}{_made_by(source)})")
+            self.console.note(f"Model: {source.model} ({source.state}{_made_by(source)})")
         self._options["model"] = source.model
         recipe = self.settle(source)
-        self._check_measuring(recipe)
-        self._check_scoring(recipe)
+        check_measuring(self.command, recipe, self._options)
+        check_scoring(self.command, recipe, self._options)
         drops = self.command == "mask-train" and recipe.mask_train.method == "drop"
         if not recipe.data and not drops:
             recipe = self.with_answer("data", "Training data (file or hub id)", "--data", source)
@@ -120,7 +118,7 @@ class Session:
             )
         )
         run = load_run(Path(made))
-        self.output.note(f"Run: {run.folder}")
+        self.console.note(f"Run: {run.folder}")
         return run
 
     def with_answer(self, key: str, question: str, option: str, source: Source) -> Recipe:
@@ -129,7 +127,7 @@ class Session:
         Raises:
             ConfigError: Nobody is there to answer; names the option.
         """
-        self._options[key] = [self.output.ask(question, option)]
+        self._options[key] = [self.console.ask(question, option)]
         return self.settle(source)
 
     def settle_output(self, output: Path, inputs: Iterable[Input], permit: MakePermit) -> Path:
@@ -150,7 +148,7 @@ class Session:
         permit(True)(path)
         is_empty = path.is_dir() and not any(path.iterdir())
         if not self.replaces and not is_empty:
-            self.replaces = self.output.confirm_replacing(str(output))
+            self.replaces = self.console.confirm_replacing(str(output))
             permit(self.replaces)(path)
         return path
 
@@ -178,111 +176,36 @@ class Session:
                 hint="copy it from the run folder, where it is whole",
             )
 
-    def _check_measuring(self, recipe: Recipe) -> None:
-        """Nothing, if benchmarks that were asked for are measured at some step."""
-        section = recipe.fft if self.command == "fft" else recipe.mask_train
-        if "eval.tasks" in self._options and section.eval_every is None:
-            raise ConfigError(
-                "Benchmarks are measured while training only where it is said how often.",
-                key="--eval-every",
-                expected="a number of steps",
-                actual=f"none given, and --tasks {','.join(self._options['eval.tasks'])}",
-                hint=f"mftctl {self.command} --eval-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
-            )
-
-    def _check_scoring(self, recipe: Recipe) -> None:
-        """Nothing, if what a probe is told of problems is of those that it scores."""
-        if self.command != "probe":
-            return
-        check_by(recipe)
-        files, by = self._options.get("eval.task_data", {}), recipe.probe.by
-        unused = [f"--task-data {task}={file}" for task, file in files.items() if task != by]
-        unused += ["--limit"] if "eval.limit" in self._options and by == "loss" else []
-        if unused:
-            raise ConfigError(
-                "A probe scores no problems but those it ranks groups by.",
-                key="--by",
-                expected="the benchmark that the file is of, or for --limit exact_match or a benchmark",
-                actual=f"{by}, and {' '.join(unused)}",
-                hint=f"mftctl probe --by {next(iter(files), 'exact_match')} ...",
-            )
-
     def _with_layers(self, source: Source) -> Recipe:
         """The recipe with the layers that a probe of this model recommends, or all."""
         found = recommended_layers(self.root, source)
         if found is None:
-            self.output.note("Layers: all, since no probe of this model says which gain most (mftctl probe)")
+            self.console.note("Layers: all, since no probe of this model says which gain most (mftctl probe)")
         else:
-            self.output.note(f"Layers: {found[0]}, recommended by {found[1]}")
+            self.console.note(f"Layers: {found[0]}, recommended by {found[1]}")
         self._options["mask_train.layers"] = "all" if found is None else found[0]
         return self.settle(source)
 
-    def _resumed(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
-        changes = [key for key in self._options if key not in _OPEN_TO_RESUMED]
-        if changes or self._sets or self._recipe_name:
-            raise ConfigError(
-                "A resumed run keeps its settings, but for the device, its attention and the memory check.",
-                actual=", ".join([*changes, *self._sets, *filter(None, [self._recipe_name])]),
-                hint=f"mftctl {self.command} --resume without them, or a new run without --resume",
-            )
-
-        def take_up() -> str:
-            found = newest_run(self.root, self.command, unfinished=True)
-            if found is None:
-                raise RunError(f"There is no stopped {self.command} run to resume.", path=self.root)
-            if found.record.output is not None and permit is not None:
-                recipe = load_recipe(base=found.record.config)
-                inputs = inputs_of(recipe, models=(found.record.inputs["model"], found.record.inputs["origin"]))
-                self.settle_output(Path(found.record.output), inputs, permit)
-            found.go_on()
-            return str(found.folder)
-
+    def _resume(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
+        check_settings_kept(self.command, [*self._options, *self._sets, *filter(None, [self._recipe_name])])
         # Processes find each other on the device, so that each looks for itself where the run was.
         stopped = newest_run(self.root, self.command, unfinished=True)
         if stopped is not None:
             use_device(load_recipe(base=stopped.record.config, options=self._options), self.launch)
-        run = load_run(Path(from_first(take_up)))
-        self.output.note(f"Resuming: {run.folder}")
-        inputs = run.record.inputs
-        source = Source(
-            inputs["model"],
-            inputs["mask"],
-            inputs["state"],
-            tuple(inputs["parents"]),
-            inputs["origin"],
-            run.record.config,
-        )
+        run = take_up(self.command, self.root, lambda found: self._settle_resumed_output(found, permit))
+        self.console.note(f"Resuming: {run.folder}")
         recipe = load_recipe(base=run.record.config, options=self._options)
-        return run, self._for_as_many_records(recipe, run), source
+        return run, with_same_step_records(recipe, run, self._processes(recipe)), source_of_resumed(run)
+
+    def _settle_resumed_output(self, run: Run, permit: MakePermit | None) -> None:
+        if run.record.output is not None and permit is not None:
+            recipe = load_recipe(base=run.record.config)
+            inputs = inputs_of(recipe, models=(run.record.inputs["model"], run.record.inputs["origin"]))
+            self.settle_output(Path(run.record.output), inputs, permit)
 
     def _processes(self, recipe: Recipe) -> int:
         """How many work on a run, started by this command or beside it."""
         return max(world_size(), launch_of(self.command, recipe, self.launch).processes)
-
-    def _for_as_many_records(self, recipe: Recipe, run: Run) -> Recipe:
-        """The recipe whose optimizer steps, with the processes there are now, have the records they began with.
-
-        Raises:
-            ConfigError: With so many processes no accumulation gives that.
-        """
-        section = "fft" if self.command == "fft" else "mask_train"
-        options = recipe.fft if self.command == "fft" else recipe.mask_train
-        processes = self._processes(recipe)
-        if run.record.processes == processes or options.global_batch_size is not None:
-            return recipe
-        steps = (options.grad_accum_steps or 1) * run.record.processes
-        if options.batch_tokens is not None:  # which shares out any number of records
-            records = steps * options.batch_size
-            return with_changes(recipe, {f"{section}.grad_accum_steps": None, f"{section}.global_batch_size": records})
-        if steps % processes:
-            raise ConfigError(
-                "A resumed run keeps the records of a step, and they cannot be shared out so.",
-                key="WORLD_SIZE" if world_size() > 1 else "--processes",
-                expected=f"a number of processes that divides {steps} micro-batches a step",
-                actual=processes,
-                hint="next time --global-batch-size with --batch-tokens, whose runs go on with any number of processes",
-            )
-        return with_changes(recipe, {f"{section}.grad_accum_steps": steps // processes})
 
 
 def use_device(recipe: Recipe, launch: Launch) -> None:

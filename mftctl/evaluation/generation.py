@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.decoding import decode_behind
@@ -83,13 +83,16 @@ def generate_answers(
     _check_context(model, examples, prompts, max_new_tokens)
     stops = answer_stops(model, tokenizer)
     answers: dict[int, str] = {}
-    greedy = _greedy(model, stops, pad_token_id(tokenizer), max_new_tokens)
-    with evaluation_mode(model), greedy, gpu_failures("generating answers"):
+    pad_id = pad_token_id(tokenizer)
+    settings = generation_settings(model, stops, pad_id, max_new_tokens)
+    with evaluation_mode(model), settings, gpu_failures("generating answers"):
         own = own_part(range(len(prompts)))
         batches = (room or answer_room(model)).answered(
             [len(prompts[index]) for index in own],
             max_new_tokens,
-            lambda places: _continue(model, tokenizer, [prompts[own[place]] for place in places], stops),
+            lambda places: continue_prompts(
+                model, tokenizer, [prompts[own[place]] for place in places], pad_id=pad_id, stop_texts=stops.texts
+            ),
         )
         for places, written in batches:
             for place, token_ids in zip(places, written, strict=True):
@@ -117,8 +120,17 @@ def _check_context(
 
 
 @contextmanager
-def _greedy(model: PreTrainedModel, stops: AnswerStops, pad_id: int, max_new_tokens: int) -> Iterator[None]:
-    """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's."""
+def generation_settings(
+    model: PreTrainedModel, stops: AnswerStops, pad_id: int | None, max_new_tokens: int
+) -> Iterator[None]:
+    """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's.
+
+    Args:
+        model: Gets its own settings back afterwards.
+        stops: Of which the tokens end an answer.
+        pad_id: Stands after the end of an answer that ended before others of its batch.
+        max_new_tokens: Where an answer that has not ended is cut.
+    """
     own = model.generation_config
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False,
@@ -132,15 +144,27 @@ def _greedy(model: PreTrainedModel, stops: AnswerStops, pad_id: int, max_new_tok
         model.generation_config = own
 
 
-def _continue(
+def continue_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    stops: AnswerStops,
+    *,
+    pad_id: int,
+    stop_texts: Sequence[str],
+    logits_processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[int]]:
-    """The new token ids of each prompt, padding after the end included."""
+    """The new token ids of each prompt, padding after the end included.
+
+    Args:
+        model: Under `generation_settings`.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, without padding.
+        pad_id: Stands before shorter prompts.
+        stop_texts: Texts that end an answer.
+        logits_processors: Draw the tokens of samples.
+    """
     width = max(len(prompt) for prompt in prompts)
-    input_ids = torch.full((len(prompts), width), model.generation_config.pad_token_id, dtype=torch.long)
+    input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
     for row, prompt in enumerate(prompts):
         input_ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
@@ -148,7 +172,8 @@ def _continue(
     output = model.generate(  # type: ignore[operator]  # comes from a mixin of the concrete class
         input_ids=input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
-        stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops.texts, width)] if stops.texts else []),
+        stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop_texts, width)] if stop_texts else []),
+        logits_processor=LogitsProcessorList(logits_processors),
     )
     new_ids: list[list[int]] = output[:, width:].tolist()
     return new_ids

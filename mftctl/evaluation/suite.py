@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from mftctl.data.examples import Example
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.sources import DataSource, data_digest, load_examples
 from mftctl.data.template_limits import limited
-from mftctl.errors import ConfigError, EvaluationError
+from mftctl.errors import ConfigError, EvaluationError, MftError
 from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks.catalog import expand_groups
 from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task
@@ -80,7 +81,7 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
     Raises:
         MftError: A task, a file or the sandbox is not what it should be.
     """
-    check_measures(recipe)
+    check_suite(recipe)
     options = recipe.eval
     tasks = expand_groups(options.tasks)
     benchmarks = []
@@ -181,39 +182,51 @@ def measure(
     return datasets
 
 
-def check_measures(recipe: Recipe) -> None:
-    """Nothing, if the recipe says what to measure and on what.
+def check_suite(recipe: Recipe) -> None:
+    """Checks that a recipe names something to measure, and that each benchmark and each file of it is there.
 
     Raises:
-        ConfigError: There is nothing to measure, or a benchmark file that no task reads.
-        EvaluationError: A benchmark is unknown, or its local file is missing.
+        MftError: The first problem of `suite_problems`.
     """
+    for problem in suite_problems(recipe):
+        raise problem
+
+
+def suite_problems(recipe: Recipe) -> Iterator[MftError]:
+    """Every problem of what a recipe asks to measure: unknown benchmarks, files that are missing or belong to none."""
     options = recipe.eval
     if not recipe.test_data and not options.tasks:
-        raise ConfigError(
+        yield ConfigError(
             "eval needs something to measure.",
-            key="--data or --tasks",
+            key="--data or --tasks; in a recipe test_data or eval.tasks",
             expected="a data file or a benchmark",
             actual="neither",
             hint="mftctl eval MODEL --data FILE, or --tasks gsm8k",
         )
     tasks = expand_groups(options.tasks)
-    if options.engine == "vllm":
-        _check_vllm(recipe)
-    for task in tasks:
-        check_task(task, options.prompts)
-    for task, file in options.task_data.items():
-        if task not in (*tasks, recipe.probe.by):
-            raise ConfigError(
-                "A benchmark file is given for a task that is not run.",
-                key=f"task_data.{task}",
-                expected=f"one of the tasks: {', '.join(tasks) or 'none given'}",
-                actual=task,
-            )
-        if not Path(file).exists():
-            raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"task_data.{task}")
+    checks: list[Callable[[], None]] = [partial(_check_vllm, recipe)] if options.engine == "vllm" else []
+    checks += [partial(check_task, task, options.prompts) for task in tasks]
+    checks += [partial(_check_task_data, task, file, recipe) for task, file in options.task_data.items()]
     if options.predictions is not None:
-        _check_predictions(options.predictions, tasks)
+        checks.append(partial(_check_predictions, options.predictions, tasks))
+    for check in checks:
+        try:
+            check()
+        except MftError as error:
+            yield error
+
+
+def _check_task_data(task: str, file: str, recipe: Recipe) -> None:
+    tasks = expand_groups(recipe.eval.tasks)
+    if task not in (*tasks, recipe.probe.by):
+        raise ConfigError(
+            "A benchmark file is given for a task that is not run.",
+            key=f"eval.task_data.{task}",
+            expected=f"one of the tasks: {', '.join(tasks) or 'none given'}",
+            actual=task,
+        )
+    if not Path(file).exists():
+        raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"eval.task_data.{task}")
 
 
 def _check_vllm(recipe: Recipe) -> None:

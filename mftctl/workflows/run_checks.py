@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import ConfigError, MftError, ModelError
-from mftctl.evaluation.suite import check_measures
+from mftctl.evaluation.suite import check_suite
 from mftctl.experiments.jobs import Task
 from mftctl.files.json_files import read_json_object
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
@@ -69,7 +69,7 @@ def _is_adapter(task: Task | None) -> bool:
 
 
 def _eval_problem(task: Task, layer_count: int | None) -> str | None:
-    return _message(lambda: check_measures(task.recipe))
+    return _message(lambda: check_suite(task.recipe))
 
 
 def _probe_problem(task: Task, layer_count: int | None) -> str | None:

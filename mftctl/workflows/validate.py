@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.data.encoding import Encoded
-from mftctl.errors import ConfigError
-from mftctl.evaluation.benchmarks.catalog import expand_groups
-from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task
 from mftctl.evaluation.benchmarks.problems import read_problems
+from mftctl.evaluation.suite import suite_problems
 from mftctl.experiments.jobs import Task, spell_out
 from mftctl.experiments.recipe import Command, Recipe
 from mftctl.masking.checkpoints.check import check_lengths
@@ -19,7 +17,7 @@ from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.workflows.planning.memory import resident_bytes
 from mftctl.workflows.planning.model_check import CheckedModel, check_model
 from mftctl.workflows.planning.planned_device import PlannedDevice, asked_device, parse_memory
-from mftctl.workflows.planning.problem_list import Findings
+from mftctl.workflows.planning.problem_list import Findings, describe
 from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageFigures, training_options
 from mftctl.workflows.planning.training_data import DataCheck, Tokens, token_counts, trained_segments
 from mftctl.workflows.probe_by import check_by
@@ -61,7 +59,8 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[st
     _check_positions(tokens, model, findings)
     figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
     stages = [_stage(task, figures, findings) for task in tasks]
-    _check_benchmarks(recipe, findings)
+    if recipe.eval.tasks or recipe.eval.task_data:
+        _check_suite(recipe, findings, "eval")
     counts: dict[str, dict[str, Any]] = {
         "train": {"records": len(parts.train)},
         "validation": {"records": len(parts.validation)},
@@ -121,34 +120,19 @@ def _stage(task: Task, figures: StageFigures, findings: Findings) -> dict[str, A
             if task.command == "probe":
                 check_by(task.recipe)
         elif task.command == "eval":
-            _check_measures(task.recipe)
+            _check_suite(task.recipe, findings, task.name)
             figures.evaluation(task)
-            _check_benchmarks(task.recipe, findings)
     return row
 
 
-def _check_measures(recipe: Recipe) -> None:
-    if not recipe.test_data and not recipe.eval.tasks:
-        raise ConfigError(
-            "eval needs something to measure.",
-            key="test_data or eval.tasks",
-            expected="a data file or a benchmark",
-            actual="neither",
-        )
-
-
-def _check_benchmarks(recipe: Recipe, findings: Findings) -> None:
-    """Every benchmark is known, and every local file of one exists, parses and belongs to a task that is run."""
-    tasks = expand_groups(recipe.eval.tasks)
-    for task in tasks:
-        with findings.collecting("eval.tasks"):
-            check_task(task, recipe.eval.prompts)
+def _check_suite(recipe: Recipe, findings: Findings, where: str) -> None:
+    """Reports what is wrong with what a recipe measures, and reads each local file of a benchmark."""
+    for problem in suite_problems(recipe):
+        findings.problem(f"{where}: {describe(problem)}")
     for task, file in recipe.eval.task_data.items():
-        if task not in (*tasks, recipe.probe.by):
-            known = ", ".join(tasks) or "none given"
-            findings.problem(f"eval.task_data.{task}: a file for a benchmark that is not run (expected: {known})")
-        with findings.collecting(f"eval.task_data.{task}"):
-            read_problems(Path(file), task)
+        if Path(file).exists():
+            with findings.collecting(f"eval.task_data.{task}"):
+                read_problems(Path(file), task)
 
 
 def _samples(train: Sequence[Encoded], model: CheckedModel | None) -> list[dict[str, Any]]:

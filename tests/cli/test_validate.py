@@ -12,6 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from mftctl.cli import validate as command
+from mftctl.cli import validate_view
 from mftctl.errors import ConfigError
 from mftctl.experiments.deciding_keys import to_document
 from tests.workflow_fixtures import make_recipe
@@ -84,6 +85,6 @@ def test_colours_instead_of_marks_on_a_terminal() -> None:
     }
     console = Console(force_terminal=True, color_system="standard", no_color=False, width=80)
     with console.capture() as capture:
-        console.print(command._sample(sample, marked=False))
+        console.print(validate_view._sample(sample, marked=False))
     assert "\x1b[2m1 + [b]1\x1b[0m\x1b[32m2\x1b[0m" in capture.get()
-    assert "»2«" in command._sample(sample, marked=True).plain
+    assert "»2«" in validate_view._sample(sample, marked=True).plain

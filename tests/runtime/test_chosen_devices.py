@@ -14,7 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mftctl.errors import ConfigError, DeviceMemoryError, MftError
-from mftctl.evaluation.suite import check_measures
+from mftctl.evaluation.suite import check_suite
+from mftctl.experiments import run_device
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.jobs import Task
 from mftctl.experiments.model_source import source_of_run
@@ -24,7 +25,6 @@ from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.progress import Silence
-from mftctl.runtime import devices
 from mftctl.runtime.devices import best_device, counts_memory, device_names, find_device, has_bf16, visible_alone
 from mftctl.runtime.torch_failures import gpu_failures, is_out_of_memory
 from mftctl.training.loop import SftTrainer
@@ -57,7 +57,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose accelerator is MPS."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    monkeypatch.setattr(devices, "_told_untested", set())
+    monkeypatch.setattr(run_device, "_told_untested", set())
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ def test_vllm_computes_on_what_it_was_built_for(changes: dict[str, str], monkeyp
     monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: object())
     recipe = parse_recipe({"eval": {"engine": "vllm", "tasks": ["gsm8k"]}, **changes})
     with pytest.raises(ConfigError, match="vLLM computes on what it was built for"):
-        check_measures(recipe)
+        check_suite(recipe)
 
 
 @pytest.mark.parametrize("command", ["fft", "eval"])

@@ -212,7 +212,7 @@ def test_an_operation_that_is_not_deterministic_is_named() -> None:
         ("probe", "mftctl.training.loop.SftTrainer.training_step", "training"),
         ("eval", "transformers.PreTrainedModel.to", "loading the model"),
         ("eval", "mftctl.evaluation.losses._batch_losses", "measuring losses"),
-        ("eval", "mftctl.evaluation.generation._continue", "generating answers"),
+        ("eval", "mftctl.evaluation.generation.continue_prompts", "generating answers"),
     ],
 )
 def test_without_room_on_the_gpu(

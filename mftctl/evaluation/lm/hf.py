@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from mftctl.data.decoding import decode_behind
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import OnShortage, answer_room
-from mftctl.evaluation.answer_stops import AnswerStops, answer_stops
+from mftctl.evaluation.answer_stops import answer_stops
+from mftctl.evaluation.generation import continue_prompts, generation_settings
 from mftctl.evaluation.lm.base import Asked, KeptAnswers
 from mftctl.evaluation.lm.output_cache import OutputCache
 from mftctl.evaluation.lm.sampling import SeededSampling
-from mftctl.evaluation.lm.stop_strings import StopStrings, cut_at
+from mftctl.evaluation.lm.stop_strings import cut_at
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -78,26 +77,20 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
 
     def _generate(self, asked: Asked, places: Sequence[int]) -> list[str]:
         prompts, setting = [asked.prompts[place] for place in places], asked.setting
-        width = max(len(prompt) for prompt in prompts)
-        pad = self.tokenizer.pad_token_id
-        input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        pad_id = self.tokenizer.pad_token_id
         drawing = []
         if setting["temperature"]:
             seeds, new = [asked.seeds[place] for place in places], setting["max_new_tokens"]
+            width = max(len(prompt) for prompt in prompts)
             sampling = SeededSampling(seeds, temperature=setting["temperature"], width_tokens=width, new_tokens=new)
             drawing.append(sampling)
         until = [*setting["until"], *self._stops.texts]
-        with _generation_settings(self.model, self._stops, self.tokenizer.pad_token_id, setting):
-            output = self.model.generate(
-                input_ids=input_ids.to(self.device),
-                attention_mask=mask.to(self.device),
-                stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, until, width)]),
-                logits_processor=LogitsProcessorList(drawing),
+        with generation_settings(self.model, self._stops, pad_id, setting["max_new_tokens"]):
+            new_ids = continue_prompts(
+                self.model, self.tokenizer, prompts, pad_id=pad_id, stop_texts=until, logits_processors=drawing
             )
-        new = output[:, width:].tolist()
-        self.generated_tokens += sum(_written(row, pad) for row in new)
-        return [cut_at(self._text(prompt, row), until) for prompt, row in zip(prompts, new, strict=True)]
+        self.generated_tokens += sum(_written(row, pad_id) for row in new_ids)
+        return [cut_at(self._text(prompt, row), until) for prompt, row in zip(prompts, new_ids, strict=True)]
 
     def _text(self, prompt: Sequence[int], token_ids: Sequence[int]) -> str:
         return decode_behind(self.tokenizer, prompt, self._stops.before(token_ids), skip_special_tokens=True)
@@ -144,21 +137,3 @@ def _numbered_generators(device: torch.device) -> list[torch.device]:
 def _written(token_ids: list[int], pad: int) -> int:
     """The number of tokens without the padding of a row that ended before others of its batch."""
     return next((place + 1 for place in reversed(range(len(token_ids))) if token_ids[place] != pad), 0)
-
-
-@contextmanager
-def _generation_settings(
-    model: PreTrainedModel, stops: AnswerStops, pad_token_id: int | None, setting: Mapping[str, Any]
-) -> Iterator[None]:
-    """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=setting["max_new_tokens"],
-        eos_token_id=sorted(stops.token_ids) or None,
-        pad_token_id=pad_token_id,
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
