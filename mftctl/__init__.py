@@ -20,7 +20,7 @@ _HOMES = {
     "Mask": "mftctl.masking.mask",
     "load_mask": "mftctl.masking.mask",
     "save_mask": "mftctl.masking.mask",
-    "apply_mask": "mftctl.masking.checkpoints.apply",
+    "apply_mask": "mftctl.masking.checkpoints.apply_in_memory",
 }
 
 

@@ -24,24 +24,6 @@ from mftctl.masking.targets import MaskTarget
 DEFAULT_START_STD = 0.02
 """Of models whose configuration has no `initializer_range`."""
 
-__all__ = [
-    "DEFAULT_START_STD",
-    "Indicator",
-    "MaskedExperts",
-    "MaskedLinear",
-    "MaskedPart",
-    "ScoreStart",
-    "attach_masks",
-    "detach_masks",
-    "initial_scores",
-    "kaiming_bound",
-    "keep_no_products",
-    "masked_layers",
-    "masked_products",
-    "share_weights",
-    "unmasked",
-]
-
 
 class MaskedLinear(nn.Module):
     """A frozen linear projection whose weights pass a mask that follows from trainable scores.

@@ -92,8 +92,6 @@ from mftctl.masking.mask_file.container import write_container
 from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord, build_document
 from mftctl.masking.mask_file.reader import StoredBits, readable, require_count, require_same_names
 
-__all__ = ["Mask", "MaskMetadata", "TensorRecord", "load_mask", "mask_permit", "open_mask", "save_mask"]
-
 
 class Mask:
     """Which weights of a model stay: one bool tensor a parameter, True = keep, held as packed bits.

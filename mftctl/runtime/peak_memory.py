@@ -12,8 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mftctl.runtime.devices import best_device as best_device
-from mftctl.runtime.devices import counts_memory
+from mftctl.runtime.devices import best_device, counts_memory
 from mftctl.runtime.memory import _MMAP_MAX, _TRIM_THRESHOLD
 
 

@@ -8,9 +8,6 @@ import torch
 from torch.nn import functional as F
 
 from mftctl.data.examples import IGNORED_LABEL
-from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
-
-__all__ = ["answer_loss", "answer_positions", "logits_only_at", "record_shares"]
 
 
 def answer_loss(

@@ -35,8 +35,7 @@ from mftctl.experiments.recipe import TrainingOptions
 from mftctl.experiments.run_folder import TrainingFolder
 from mftctl.files.regular import read_regular
 from mftctl.progress import Listener, Progress
-from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention
-from mftctl.runtime.devices import uses_bf16 as uses_bf16
+from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention, uses_bf16
 from mftctl.runtime.peak_memory import keep_freed_memory
 from mftctl.runtime.process_group import wait_for_all
 from mftctl.runtime.processes import is_first, timeout_seconds, world_size

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import TrainingOptions
 from mftctl.progress import Listener
-from mftctl.runtime.devices import uses_bf16 as uses_bf16
 
 if TYPE_CHECKING:
     pass

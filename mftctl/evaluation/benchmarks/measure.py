@@ -18,7 +18,6 @@ from mftctl.evaluation.benchmarks.catalog import BENCHMARKS, instruct_form
 from mftctl.evaluation.benchmarks.code import code_config, sandboxed_judge
 from mftctl.evaluation.benchmarks.lm_eval_tasks import is_maths, task_config
 from mftctl.evaluation.benchmarks.local_task import build_task, quiet_libraries
-from mftctl.evaluation.benchmarks.nltk_data import check_sentence_data
 from mftctl.evaluation.benchmarks.olmes import begins_texts, mean_of_subjects, require_subjects
 from mftctl.evaluation.benchmarks.problems import Problems, emptied, fetch_problems, read_problems
 from mftctl.evaluation.benchmarks.result import BenchmarkResult, BenchmarkSample
@@ -48,8 +47,10 @@ if TYPE_CHECKING:
 
     from mftctl.evaluation.lm.vllm import VllmAnswers
 
+
 Loaded = Union[tuple["PreTrainedModel", "PreTrainedTokenizerBase"], "VllmAnswers"]
 """A model with its tokenizer, or one that vLLM runs."""
+
 
 _MOST_NAMED = 5
 
@@ -304,3 +305,24 @@ def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
     elif sample.outputs:
         row["outputs"] = list(sample.outputs)
     return {**row, "answers": dict(sample.answers), "scores": dict(sample.scores), "weights": dict(sample.weights)}
+
+
+def check_sentence_data() -> None:
+    """Nothing, if NLTK's sentence data is there; also makes langdetect, which draws at random, repeatable.
+
+    Raises:
+        EvaluationError: It is not.
+    """
+    import langdetect
+    import nltk
+
+    langdetect.DetectorFactory.seed = 0
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as error:
+        raise EvaluationError(
+            "IFEval counts sentences with data of NLTK that is not on this machine.",
+            expected="tokenizers/punkt_tab in a folder that NLTK searches",
+            actual="none",
+            hint="python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that has it",
+        ) from error

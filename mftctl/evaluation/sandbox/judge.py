@@ -1,4 +1,9 @@
-"""Programs to verdicts: two processes each, watched from outside, many programs at once."""
+"""Programs to verdicts: two processes each, watched from outside, many programs at once.
+
+Each program gets two processes: the candidate runs the model's code and only answers calls, the judge runs the test
+and reports to mftctl. The candidate sees neither the test nor the way to report, so that it can pass only by
+answering right.
+"""
 
 from __future__ import annotations
 

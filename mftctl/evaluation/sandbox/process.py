@@ -10,9 +10,12 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 _TAIL_BYTES = 2000
+
+
 _KILLED_FIRST = ("/bin/sh", "-c", 'echo 1000 >/proc/self/oom_score_adj; exec "$@"', "sh")
 """Where memory runs out, a program is to end, not mftctl; nobody but root can take it back."""
 
@@ -87,3 +90,27 @@ class SandboxedProcess:
         self._process.wait()
         os.close(self.output_fd)
         self.gate.close()
+
+
+_ENTRY_BYTES = 4096  # what an empty file costs, so that many of them count too
+
+
+def used_bytes(folder: Path, enough_bytes: int) -> int:
+    """About how many bytes the folder holds, counted no further than to `enough_bytes`.
+
+    What vanishes or cannot be read while it is counted is not counted; links are not followed.
+    """
+    total = 0
+    waiting = [str(folder)]
+    while waiting and total < enough_bytes:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    total += _ENTRY_BYTES + entry.stat(follow_symlinks=False).st_blocks * 512
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(entry.path)
+                    if total >= enough_bytes:
+                        break
+        except OSError:
+            continue
+    return total

@@ -18,9 +18,8 @@ from typing import Any
 from mftctl.errors import SandboxError
 from mftctl.evaluation.sandbox.gatekeeper import Gatekeeper, open_memory, receive_listener
 from mftctl.evaluation.sandbox.kinds import Sandbox
-from mftctl.evaluation.sandbox.process import SandboxedProcess
+from mftctl.evaluation.sandbox.process import SandboxedProcess, used_bytes
 from mftctl.evaluation.sandbox.program import Limits, Outcome, Program, Verdict
-from mftctl.evaluation.sandbox.scratch_folder import used_bytes
 from mftctl.evaluation.sandbox.visible_paths import VisiblePaths
 from mftctl.files.temporary import CONTENT, SANDBOX_PREFIX, temporary_folder
 

@@ -14,33 +14,15 @@ from pathlib import Path
 from mftctl.errors import MaskMismatchError, ModelError
 from mftctl.files.atomic import atomic_folder
 from mftctl.files.ownership import Kind, permit_folder, write_marker
-from mftctl.masking.checkpoints.apply_in_memory import apply_mask, checkpoint_names, target_names
 from mftctl.masking.checkpoints.companions import CARD_FILE, copy_companions
-from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.mask_match import masked_tensors
 from mftctl.masking.checkpoints.masked_shards import with_base_values, without_removed, write_shards
 from mftctl.masking.checkpoints.model_card import write_model_card
 from mftctl.masking.checkpoints.tensors import (
     WEIGHTS_FILE,
-    StoredTensor,
-    read_tensor,
-    tensor_digest,
     tensor_index,
 )
 from mftctl.masking.mask import Mask
-
-__all__ = [
-    "ApplyResult",
-    "StoredTensor",
-    "apply_mask",
-    "apply_to_checkpoint",
-    "checkpoint_names",
-    "read_tensor",
-    "resolve_checkpoint",
-    "target_names",
-    "tensor_digest",
-    "tensor_index",
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,7 @@ from mftctl.masking.checkpoints.load_weights import attention_settings, load_wei
 from mftctl.masking.checkpoints.locate import is_adapter
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_code
-from mftctl.runtime.devices import best_device as best_device
-from mftctl.runtime.devices import has_bf16, record_attention
+from mftctl.runtime.devices import best_device, has_bf16, record_attention
 from mftctl.runtime.torch_failures import gpu_failures
 
 

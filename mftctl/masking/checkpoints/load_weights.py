@@ -26,7 +26,6 @@ from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_
 from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.runtime.devices import attention_in_use
-from mftctl.runtime.devices import best_device as best_device
 
 _MOST_NAMED = 3
 _MOST_LAYERS = 2_000
