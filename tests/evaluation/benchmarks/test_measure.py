@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mftctl.errors import ConfigError, EvaluationError, MftError
-from mftctl.evaluation.benchmarks import measure
+from mftctl.evaluation.benchmarks import alpaca_judge, measure
 from mftctl.evaluation.lm.hf import ModelAnswers
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.run_folder import Run
@@ -260,8 +260,8 @@ def test_alpaca_eval_with_a_judge_has_its_win_rate(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares = [0.25, None, 0.75]
-    monkeypatch.setattr(measure, "what_is_missing", list)
-    monkeypatch.setattr(measure, "win_shares", lambda answers, references, cache: shares[: len(answers)])
+    monkeypatch.setattr(alpaca_judge, "what_is_missing", list)
+    monkeypatch.setattr(alpaca_judge, "win_shares", lambda answers, references, cache: shares[: len(answers)])
     run, dataset, warnings = judge_alpaca(workspace, tmp_path, ["a", "b", "c"])
     win_rate = dataset["metrics"][0]
     assert (win_rate["name"], win_rate["value"], win_rate["samples"]) == ("win_rate,judge", 0.5, 2)
@@ -316,12 +316,12 @@ def test_olmes_with_what_it_has_not(workspace: Path, tmp_path: Path, changes: di
 def test_a_win_rate_controlled_for_length_comes_first_or_is_missed_aloud(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "what_is_missing", list)
-    monkeypatch.setattr(measure, "win_shares", lambda answers, references, cache: [0.25, 0.75])
+    monkeypatch.setattr(alpaca_judge, "what_is_missing", list)
+    monkeypatch.setattr(alpaca_judge, "win_shares", lambda answers, references, cache: [0.25, 0.75])
     _, dataset, warnings = judge_alpaca(workspace, tmp_path, ["a", "b"], prompts="olmes")
     assert [metric["name"] for metric in dataset["metrics"]] == ["win_rate,judge", "characters,none"]
     assert "Only AlpacaEval's own instructions" in warnings[0]
-    monkeypatch.setattr(measure, "length_controlled", lambda *given: [0.5, 0.75])
+    monkeypatch.setattr(alpaca_judge, "length_controlled", lambda *given: [0.5, 0.75])
     _, dataset, warnings = judge_alpaca(workspace, tmp_path / "again", ["a", "b"], prompts="olmes")
     first = dataset["metrics"][0]
     assert (first["name"], first["value"], warnings) == ("length_controlled_win_rate,judge", 0.625, [])
