@@ -1,6 +1,6 @@
 """Make a fine-tuned language model better by learning which weights to remove.
 
-The names below are loaded at first use, so that importing mftctl loads no torch.
+The names below are loaded on first use, so that importing mftctl does not load torch.
 """
 
 from __future__ import annotations

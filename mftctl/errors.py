@@ -1,18 +1,18 @@
-"""Every failure mftctl knows by name.
+"""The known failures of mftctl.
 
 MftError
 ├── ConfigError          a recipe, an option or their combination (exit code 2)
-│   └── OutputError          an output that is an input, or would replace what is the user's
+│   └── OutputError          an output that is also an input, or would replace files of the user
 ├── DataError            a data file or one of its records
-│   └── ChangedDataError     data that is not what a run began with
-├── ModelError           a checkpoint or a tokenizer that cannot be used
+│   └── ChangedDataError     data that has changed since the run started
+├── ModelError           an unusable checkpoint or tokenizer
 ├── MaskingError         layers, targets or scores that cannot be masked
 ├── MaskFileError        a mask file
-│   ├── MaskFormatError      it is damaged or not a mask file at all
-│   └── MaskMismatchError    it is sound, but belongs to another model
-├── TrainingError        a training that cannot start or go on
-│   └── LostProcessError     one of several processes is gone
-├── DeviceMemoryError    a GPU without room
+│   ├── MaskFormatError      damaged, or not a mask file at all
+│   └── MaskMismatchError    valid, but for a different model
+├── TrainingError        training that cannot start or continue
+│   └── LostProcessError     one of several processes was lost
+├── DeviceMemoryError    not enough GPU memory
 ├── EvaluationError      a benchmark or a comparison
 │   └── SandboxError         model-written code that cannot be run safely
 ├── RunError             a run folder
@@ -31,12 +31,12 @@ class MftError(Exception):
     """A known failure: what, where, expected, got, what to do.
 
     Attributes:
-        message: What went wrong, one sentence without the details below.
-        path: The file or folder concerned, with `:line` where that is known.
+        message: What went wrong, in one sentence without the details below.
+        path: The file or folder concerned, with `:line` if known.
         key: The recipe key, option, tensor or record field concerned.
-        expected: What would have been right.
+        expected: What would have been valid.
         actual: What was found.
-        hint: The next thing to do or to type.
+        hint: What to do or type next.
     """
 
     exit_code = 1
@@ -75,12 +75,12 @@ class MftError(Exception):
 
 
 def _continued(value: object) -> str:
-    """A value whose further lines stand apart from the fields, lest a name with a line end pass for one."""
+    """Indents continuation lines of a value, so that a name with a line break cannot imitate a field."""
     return str(value).replace("\n", "\n    ")
 
 
 def _rebuild(kind: type[MftError], fields: dict[str, object]) -> MftError:
-    """The same error in another process: keyword-only arguments do not survive pickling by themselves."""
+    """Rebuilds an error in another process, as pickling does not preserve keyword-only arguments."""
     error = kind.__new__(kind)
     error.__dict__.update(fields)
     error.args = (fields["message"],)
@@ -88,7 +88,7 @@ def _rebuild(kind: type[MftError], fields: dict[str, object]) -> MftError:
 
 
 class ConfigError(MftError):
-    """A recipe or a set of options that does not fit, with every problem found."""
+    """An invalid recipe or set of options, with every problem found."""
 
     exit_code = 2
 
@@ -101,15 +101,15 @@ class ConfigError(MftError):
 
 
 class OutputError(ConfigError):
-    """An output that is an input, or would replace what mftctl did not make or the user did not agree to replace."""
+    """An output that is also an input, was not made by mftctl, or may not be replaced without consent."""
 
 
 class DataError(MftError):
-    """A data file, or one record of it, that cannot be used."""
+    """A data file, or one of its records, that cannot be used."""
 
 
 class ChangedDataError(DataError):
-    """The data of a run that goes on is not what it began with; with that put back, it can go on."""
+    """The data of a resumed run has changed; the run can resume once the original data is restored."""
 
 
 class ModelError(MftError):
@@ -125,23 +125,23 @@ class MaskFileError(MftError):
 
 
 class MaskFormatError(MaskFileError):
-    """A mask file that is damaged, of an unknown version, or no mask file at all."""
+    """A mask file that is damaged, of an unknown version, or not a mask file at all."""
 
 
 class MaskMismatchError(MaskFileError):
-    """A sound mask file that was learned on another model."""
+    """A valid mask file that was learned on a different model."""
 
 
 class TrainingError(MftError):
-    """A training that cannot start or cannot go on."""
+    """Training that cannot start or continue."""
 
 
 class LostProcessError(TrainingError):
-    """One of several processes is gone, and the others cannot go on; what was saved before is sound."""
+    """One of several processes was lost and the others cannot continue; earlier saved state is valid."""
 
 
 class DeviceMemoryError(MftError):
-    """A GPU without room for what was asked of it."""
+    """A GPU without enough memory for the requested work."""
 
 
 class EvaluationError(MftError):
@@ -149,7 +149,7 @@ class EvaluationError(MftError):
 
 
 class SandboxError(EvaluationError):
-    """Model-written code that cannot be run because nothing here would confine it."""
+    """Model-written code that cannot be run because no sandbox is available."""
 
 
 class RunError(MftError):
@@ -157,10 +157,10 @@ class RunError(MftError):
 
 
 class StorageError(MftError):
-    """A file that cannot be written: no room, no permission, a broken disk."""
+    """A file that cannot be written: disk full, no permission, or a broken disk."""
 
 
-class Interrupted(MftError):  # noqa: N818 - a request by the user, not an error of theirs
+class Interrupted(MftError):  # noqa: N818 - a request by the user, not an error
     """The user stopped the command; its state is saved."""
 
     exit_code = 130

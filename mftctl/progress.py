@@ -1,4 +1,4 @@
-"""How workflows tell what they are doing, without knowing who listens."""
+"""Progress reports from workflows to any listener."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """The state of a piece of work.
+    """The progress of a task.
 
     Attributes:
-        task: What is going on, such as `training` or `validating`.
+        task: The activity, such as `training` or `validating`.
         done: Steps done.
-        total: Steps in all.
-        loss: The latest training loss per answer token, where there is one.
-        tokens_per_second: Speed since the work began, where tokens are counted.
+        total: Total number of steps.
+        loss: The latest training loss per answer token, if any.
+        tokens_per_second: Speed since the task started, if tokens are counted.
     """
 
     task: str
@@ -26,26 +26,26 @@ class Progress:
 
 
 class Listener(Protocol):
-    """Whoever shows progress and messages: the console of a command, or nobody in a test."""
+    """Receives progress and messages: the console of a command, or nothing in a test."""
 
     def progress(self, state: Progress) -> None:
-        """Shows how far a piece of work has come."""
+        """Shows the progress of a task."""
 
     def note(self, text: str) -> None:
-        """Says something worth knowing, such as which run is used."""
+        """Shows an informational message, such as the run that is used."""
 
     def warn(self, text: str) -> None:
-        """Says something the user should look at."""
+        """Shows a warning."""
 
 
 class Silence:
-    """A listener that hears nothing."""
+    """A listener that discards everything."""
 
     def progress(self, state: Progress) -> None:
-        """Shows nothing."""
+        """Does nothing."""
 
     def note(self, text: str) -> None:
-        """Says nothing."""
+        """Does nothing."""
 
     def warn(self, text: str) -> None:
-        """Says nothing."""
+        """Does nothing."""

@@ -1,4 +1,4 @@
-"""Text from outside, made fit to be shown: what a terminal or a page would obey is spelled out."""
+"""External text made safe to show: characters that a terminal or a page would interpret are escaped."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from pathlib import Path
 _OBEYED = re.compile(
     "["
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 without tab and line feed, DEL, C1 with U+0085
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # of writing in two directions
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidirectional controls
     "\u2028\u2029"  # line and paragraph separators
-    "\ufff9-\ufffb\U000e0000-\U000e007f"  # annotations and tags, which no one sees
-    "\ud800-\udfff"  # halves of pairs, which no encoding holds
+    "\ufff9-\ufffb\U000e0000-\U000e007f"  # annotations and tags, which are invisible
+    "\ud800-\udfff"  # lone surrogates, which cannot be encoded
     "]"
 )
 _BETWEEN_LINES = re.compile(r"[\t\n]+")
 
 
 def visible(text: str) -> str:
-    r"""The text with every control character as an escape, such as `\x1b`; tabs and line feeds stay.
+    r"""Returns the text with control characters as escapes, such as `\x1b`; tabs and line feeds stay.
 
     Args:
-        text: Of any origin.
+        text: Any text.
     """
     return _OBEYED.sub(_escape, text)
 
 
 def visible_line(text: str) -> str:
-    r"""The same in one line, for names and cells: a space in place of tabs and line feeds.
+    r"""Returns the text in one line, for names and cells: like `visible`, with spaces for tabs and line feeds.
 
     Args:
-        text: Of any origin.
+        text: Any text.
     """
     return visible(_BETWEEN_LINES.sub(" ", text))
 
@@ -48,9 +48,9 @@ _ENTITIES = {"<": "&lt;", ">": "&gt;"}
 _MARKUP = (
     r"[<>\\`~$|]"
     r"|&(?=[#A-Za-z])"
-    r"|\](?=[(\[:])"  # what makes a link or a footnote of the brackets before it
-    r"|\*(?!(?<=\d\*)\))"  # but that of a number, which marks a change
-    r"|(?<![^\W_])_|_(?![^\W_])"  # within a word it is none
+    r"|\](?=[(\[:])"  # turns the brackets before it into a link or a footnote
+    r"|\*(?!(?<=\d\*)\))"  # except after a number, where it marks a change
+    r"|(?<![^\W_])_|_(?![^\W_])"  # inside a word it is not markup
     r"|(?<!\S)#"
 )
 _IN_TEXT, _IN_BRACKETS = re.compile(_MARKUP), re.compile(rf"{_MARKUP}|[\[\]]")
@@ -58,19 +58,19 @@ _BLOCK = re.compile(r"(?=[-+=\[]|\d{1,9}[.)](?:\s|$))")
 
 
 def markdown_text(text: str) -> str:
-    """A text amid a line or in the cell of a table.
+    """Escapes a text inside a line or a table cell.
 
     Args:
-        text: Of any origin.
+        text: Any text.
     """
     return _IN_TEXT.sub(_escape_markdown, visible_line(text))
 
 
 def markdown_item(text: str) -> str:
-    """A text that begins a line, or the line of an item: nothing at its start makes a list, a heading or a box of it.
+    """Escapes a text at the start of a line or item, so that it does not become a list, a heading or a checkbox.
 
     Args:
-        text: Of any origin.
+        text: Any text.
     """
     line = markdown_text(text).lstrip()
     if not _BLOCK.match(line):
@@ -81,19 +81,19 @@ def markdown_item(text: str) -> str:
 
 
 def markdown_label(text: str) -> str:
-    """A text within the brackets of a link or a picture.
+    """Escapes a text inside the brackets of a link or a picture.
 
     Args:
-        text: Of any origin.
+        text: Any text.
     """
     return _IN_BRACKETS.sub(_escape_markdown, visible_line(text))
 
 
 def markdown_code(text: str) -> str:
-    r"""A text as code amid a line; a line feed is `\n`.
+    r"""Formats a text as inline code; a line feed becomes `\n`.
 
     Args:
-        text: Of any origin.
+        text: Any text.
     """
     line = visible_line(text.replace("\n", "\\n"))
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
@@ -111,18 +111,18 @@ _MOST_CHARACTERS = 300
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, not too long; the name of its class where it has no text."""
+    """Returns the first line of an exception's text, shortened; the name of its class if it has no text."""
     lines = str(error).strip().splitlines()
     line = lines[0] if lines else type(error).__name__
     return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}…"
 
 
 def command_line(*words: str | Path, runs: Path | None = None) -> str:
-    """A command quoted for the shell, with the runs folder where it is not the one that is used without being named.
+    """Returns a command quoted for the shell, with the runs folder if it is not the default.
 
     Args:
-        words: Of the command line; a path that begins with a dash is told from an option.
-        runs: The runs folder that the command works in; None for a command that uses none.
+        words: The words of the command; paths that begin with a dash are kept distinct from options.
+        runs: The runs folder of the command; None for a command that uses none.
     """
     texts = [_told_from_option(word) if isinstance(word, Path) else word for word in words]
     if runs is not None and runs.absolute() != Path(os.environ.get("MFTCTL_RUNS") or "runs").absolute():

@@ -1,9 +1,9 @@
-"""Makes the built-in quickstart: word problems, tokenizer and a tiny pre-trained Llama.
+"""Builds the quickstart model and data: word problems, tokenizer and a tiny pre-trained Llama.
 
     python scripts/build_quickstart.py [--output mftctl/quickstart]
 
-Writes `data/{train,validation,test}.jsonl` and `model/` below the output folder. The data are the same on every
-machine; the checkpoint depends on the floating-point order of the machine's matrix products. Run time: about 6 minutes
+Writes `data/{train,validation,test}.jsonl` and `model/` to the output folder. The data are the same on every machine;
+the checkpoint depends on the order of floating-point operations in the machine's matrix products. Takes about 6 minutes
 on 2 cores.
 """
 
@@ -89,7 +89,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, corpus: list[Problem]) -> list[tuple[list[int], int]]:
-    """Token ids of each problem and the number of them that are its prompt."""
+    """Token IDs of each problem and the number of prompt tokens."""
     prompts = [f"<|user|>{problem.question}<|end|><|assistant|>" for problem in corpus]
     answers = [f"{problem.answer}<|end|>" for problem in corpus]
     pairs = zip(tokenizer(prompts)["input_ids"], tokenizer(answers)["input_ids"], strict=True)
@@ -97,7 +97,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, corpus: list[Problem]) -> list[tu
 
 
 def batches(encoded: list[tuple[list[int], int]], pad: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of (input_ids, labels) in random order, of problems of similar length; the prompt carries no loss."""
+    """Batches of (input_ids, labels) of problems of similar length, in random order; the prompt has no loss."""
     rng = random.Random(SEED)
     order = sorted(range(len(encoded)), key=lambda index: (len(encoded[index][0]), rng.random()))
     groups = [order[start : start + BATCH_PROBLEMS] for start in range(0, len(order), BATCH_PROBLEMS)]
@@ -126,7 +126,7 @@ def pretrain(model: LlamaForCausalLM, steps: list[tuple[torch.Tensor, torch.Tens
         scale = min(1.0, (step + 1) / warmup_steps) * 0.5 * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * scale
-        # Rows are padded on the right, where a causal model's real tokens never look.
+        # Rows are right-padded, and in a causal model real tokens never attend to the padding.
         loss = model(input_ids=input_ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,7 +141,7 @@ def pretrain(model: LlamaForCausalLM, steps: list[tuple[torch.Tensor, torch.Tens
 
 
 def main() -> None:
-    """Builds everything below the output folder."""
+    """Builds everything in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "mftctl" / "quickstart")
     output: Path = parser.parse_args().output

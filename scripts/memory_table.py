@@ -1,8 +1,8 @@
-"""Writes docs/memory.md: which command fits which GPU, by the planning code itself.
+"""Writes docs/memory.md: the GPU memory that each command needs, computed by the planning code.
 
     python scripts/memory_table.py
 
-Needs no GPU and no weights; takes some minutes.
+Needs no GPU and no weights; takes a few minutes.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ question of {LENGTH_TOKENS:,} tokens with as many. Of the memory named, 0.5 GB a
 
 
 def models() -> dict[str, LlamaConfig]:
-    """The models of the table by their size."""
+    """The table's models by size."""
     shapes = {
         "1B": (2048, 8192, 16, 32, 8, 64, 128_256, True),
         "3B": (3072, 8192, 28, 24, 8, 128, 128_256, True),
@@ -75,12 +75,12 @@ def models() -> dict[str, LlamaConfig]:
 
 
 def row(config: LlamaConfig, label: str, known: dict[Hashable, MemoryEstimate]) -> list[str]:
-    """What the table says of a command of a model: what it needs, and what to do on each GPU.
+    """Table cells for a command and model: the memory needed, and the options to use on each GPU.
 
     Args:
-        config: Of the model.
-        label: Of the command, in `COMMANDS`.
-        known: Estimates made before.
+        config: Model configuration.
+        label: Label of the command in `COMMANDS`.
+        known: Estimates made earlier.
     """
     command, document = COMMANDS[label]
     recipe = parse_recipe(document)
@@ -102,10 +102,10 @@ def _cell(memory: CommandMemory, recipe: Recipe, free_bytes: int) -> str:
 
 
 def lines(names: Iterator[str] | list[str]) -> list[str]:
-    """The lines of the table of some models.
+    """The table lines for the given models.
 
     Args:
-        names: Of the models.
+        names: Names of the models.
     """
     head = ["model", "command", "as it is", *(f"{size} GB" for size in SIZES_GB)]
     written = [_line(head), _line(["---"] * len(head))]

@@ -1,9 +1,9 @@
-"""Synthetic arithmetic word problems in two wordings, with a chain of thought that ends like GSM8K's.
+"""Synthetic arithmetic word problems in two wordings, with a chain of thought that ends as in GSM8K.
 
-A problem is a start, a few events that each change a running number, and an ending. `broad` problems (plain arithmetic
-and simple stories) are what the built-in checkpoint is pre-trained on; `market` problems use other verbs, number words,
-longer chains and sentences that do not matter, and are what it is fine-tuned on. Nothing here depends on anything but
-the standard library, and the same seed always gives the same problems.
+A problem consists of a start, a few events that each change a running number, and an ending. The built-in checkpoint is
+pre-trained on `broad` problems (plain arithmetic and simple stories) and fine-tuned on `market` problems (different
+verbs, number words, longer chains and irrelevant sentences). Only the standard library is used, and the same seed
+always gives the same problems.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "plums", "roses", 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question and its answer, a line of arithmetic per step and `#### <number>` at the end."""
+    """A question and its answer, with one line of arithmetic per step and `#### <number>` at the end."""
 
     question: str
     answer: str
 
     @property
     def key(self) -> str:
-        """The question in lower case with single spaces, to compare questions by."""
+        """The question in lower case with single spaces, for comparing questions."""
         return " ".join(self.question.lower().split())
 
 
@@ -62,9 +62,9 @@ class Event:
     """A change of the running number.
 
     Attributes:
-        operator: What is done with the running number and the operand.
-        texts: Ways to say it, with `{who}`, `{n}` (the operand) and `{items}`.
-        operand: The operand where the words fix it ("half of"), otherwise drawn at random.
+        operator: Operation on the running number and the operand.
+        texts: Alternative wordings, with `{who}`, `{n}` (the operand) and `{items}`.
+        operand: The operand if the wording fixes it ("half of"); otherwise it is drawn at random.
     """
 
     operator: Operator
@@ -74,15 +74,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """The sentences that problems of one domain are made of.
+    """The sentences used in problems of one domain.
 
     Attributes:
         starts: Openings that state the first number as `{a}`.
         products: Openings that state the first number as a product of `{a}` and `{b}`.
-        events: What can happen next.
-        asides: Sentences with a number `{n}` that does not matter.
-        questions: Closing questions for the running number.
-        comparisons: Closing questions with somebody who has `{n}` more (`+`) or fewer (`-`), for the sum of both.
+        events: Possible events.
+        asides: Sentences with an irrelevant number `{n}`.
+        questions: Closing questions about the running number.
+        comparisons: Closing questions about the sum with someone who has `{n}` more (`+`) or fewer (`-`).
     """
 
     starts: tuple[str, ...]
@@ -160,7 +160,7 @@ _APPLY: dict[Operator, Callable[[int, int], int]] = {
 
 
 def _operand(rng: random.Random, operator: Operator, value: int, fixed: int | None) -> int | None:
-    """An operand that keeps the result whole and within 1 to LARGEST, or None where there is none."""
+    """An operand that keeps the result whole and between 1 and LARGEST, or None if there is none."""
     if operator == "+":
         candidates = range(2, min(60, LARGEST - value) + 1)
     elif operator == "-":
@@ -183,7 +183,7 @@ class _Chain:
         self.lines: list[str] = []
 
     def step(self, left: int, operator: Operator, right: int) -> int:
-        """The result of one step, after writing its line (sums and products in either order where `swap` is set)."""
+        """Writes the line of one step (sums and products in random order with `swap`) and returns its result."""
         result = _APPLY[operator](left, right)
         if self._swap and operator in "+*" and self._rng.random() < 0.5:
             left, right = right, left
@@ -196,7 +196,7 @@ class _Chain:
 
 
 def _plain(rng: random.Random) -> Problem | None:
-    """One to two steps of plain arithmetic, or None where the numbers do not fit."""
+    """A problem with one or two steps of plain arithmetic, or None if the numbers do not fit."""
     chain = _Chain(rng, swap=False)
     value = rng.randint(2, LARGEST - 30)
     text = str(value)
@@ -211,7 +211,7 @@ def _plain(rng: random.Random) -> Problem | None:
 
 
 def _story(rng: random.Random, wording: Wording, *, events: int, swap: bool) -> Problem | None:
-    """A problem of `events` events, or None where the numbers do not fit."""
+    """A problem with `events` events, or None if the numbers do not fit."""
     chain = _Chain(rng, swap=swap)
     who, other = rng.sample(NAMES, 2)
     names = {"who": who, "other": other, "items": rng.choice(ITEMS)}
@@ -253,7 +253,7 @@ def _draw(rng: random.Random, domain: Domain) -> Problem | None:
 
 
 def problems(domain: Domain, *, seed: int, taken: set[str]) -> Iterator[Problem]:
-    """Endless problems of one domain whose questions are not in `taken`; each question given is added to it."""
+    """Yields endless problems of one domain with questions not in `taken`, and adds each question to it."""
     rng = random.Random(f"{domain} {seed}")
     while True:
         problem = _draw(rng, domain)
@@ -272,5 +272,5 @@ def quickstart_data() -> tuple[dict[str, list[Problem]], list[Problem]]:
 
 
 def json_lines(part: list[Problem]) -> str:
-    """One JSON record (`question`, `answer`) a line."""
+    """One JSON record (`question`, `answer`) per line."""
     return "".join(json.dumps({"question": problem.question, "answer": problem.answer}) + "\n" for problem in part)

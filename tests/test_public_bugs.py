@@ -158,7 +158,7 @@ def test_02_content_as_parts(bench: Bench) -> None:
     record = {"messages": [turn("user", parts), turn("assistant", [{"type": "text", "text": "Blue"}])]}
     assert bench.shown(record) == ["<s><|user|>Name a colour.</s><|assistant|>»Blue</s>«"]
     image = {"messages": [turn("user", [{"type": "image", "url": "a.png"}]), turn("assistant", "Blue")]}
-    with pytest.raises(DataError, match="no text") as caught:
+    with pytest.raises(DataError, match="not text") as caught:
         bench.shown(image)
     assert caught.value.actual == "image"
 
@@ -216,7 +216,7 @@ def test_11_thinking_reaches_the_template(bench: Bench) -> None:
         (text,) = bench.shown({"messages": [turn("user", "1+1?"), turn("assistant", "2", **{field: "Add."})]})
         assert text.rstrip().endswith("»<think>\nAdd.\n</think>\n\n2<|im_end|>«")
     bench.model(PLAIN)
-    with pytest.raises(DataError, match="leaves out the thinking"):
+    with pytest.raises(DataError, match="drops the thinking"):
         bench.shown({"messages": [turn("user", "1+1?"), turn("assistant", "2", thinking="Add.")]})
 
 
@@ -251,7 +251,7 @@ def test_18_bad_records_are_counted_and_can_be_left_out(bench: Bench) -> None:
     assert any(note.startswith("Training data: 3 of 4 records") for note in bench.listener.notes)
     found = bench.checked(data, bad_records="skip")
     assert found["problems"] == []
-    assert any("3 of 4 records cannot be used and are left out" in text for text in found["warnings"])
+    assert any("3 of 4 records skipped as unusable" in text for text in found["warnings"])
 
 
 def test_22_token_ids(bench: Bench) -> None:
@@ -333,7 +333,7 @@ def test_71_cut_answers_are_counted(bench: Bench) -> None:
     data = bench.data(*({"question": f"{number}?", "answer": "word " * 40} for number in range(8)))
     inputs = bench.inputs(data, 64)
     assert inputs.issues["Training data"] == {"cut": 8}
-    assert any("8 of 8 answers (100.0%) are cut at --max-length 64" in note for note in bench.listener.notes)
+    assert any("8 of 8 answers (100.0%) truncated at --max-length 64" in note for note in bench.listener.notes)
     assert any("does not learn to stop" in warning for warning in bench.listener.warnings)
     warnings = bench.checked(data, fft={"max_length_tokens": 64})["warnings"]
     assert any("8 of 8 answers" in text for text in warnings)
@@ -347,7 +347,7 @@ def test_an_overlong_prompt_is_left_out_with_a_count(bench: Bench) -> None:
     data = bench.data({"question": "q" * 100, "answer": "a"}, {"question": "q", "answer": "a"})
     inputs = bench.inputs(data, 64)
     assert len(inputs.train) == len(inputs.records) == 1
-    assert any("1 of 2 records are left out: their prompt alone" in note for note in bench.listener.notes)
+    assert any("1 of 2 records skipped: the prompt alone" in note for note in bench.listener.notes)
     with pytest.raises(DataError, match="no record can be used"):
         bench.inputs(bench.data({"question": "q" * 100, "answer": "a"}), 64)
 
@@ -363,7 +363,7 @@ def test_77_data_changed_before_a_resumption(workspace: Path, tmp_path: Path) ->
     lines = data.read_text(encoding="utf-8").splitlines()
     data.write_text("\n".join(['{"question": "1+1?", "answer": "3"}', *lines[1:]]) + "\n", encoding="utf-8")
     again = load_run(run.folder)
-    with pytest.raises(DataError, match="no longer what this run began with") as caught:
+    with pytest.raises(DataError, match="changed since this run began") as caught:
         fine_tune(recipe, source, again, Silence(), resume=True)
     assert (caught.value.key, str(caught.value.expected)) == ("train", f"SHA-256 {before['train']}")
     assert load_run(run.folder).record.inputs["digests"] == before

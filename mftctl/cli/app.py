@@ -24,18 +24,18 @@ from mftctl.text import visible_line
 HELP = """
 Make a fine-tuned language model better by learning which weights to remove.
 
-The path through it: fft, probe, mask-train, apply, eval, report. In an empty folder each of them works without any
-option, on a small built-in model and its data. All of it in one go: `mftctl run quickstart`.
+The workflow: fft, probe, mask-train, apply, eval, report. In an empty folder, each of them works without any options,
+on a small built-in model and its data. To run the whole workflow at once: `mftctl run quickstart`.
 """
 
 
 class Listed(NamedTuple):
-    """A command as the root's help lists it; its module is imported when it is called.
+    """A command as listed in the top-level help; its module is imported when the command is called.
 
     Attributes:
-        home: Module in `mftctl.cli` and the name in it.
-        panel: The group it is listed in.
-        summary: First line of its help.
+        home: Module in `mftctl.cli` and the function in it.
+        panel: The help panel it is listed in.
+        summary: The first line of its help.
     """
 
     home: str
@@ -44,42 +44,42 @@ class Listed(NamedTuple):
 
 
 _TOGETHER = ("fft", "probe", "mask-train")
-"""Commands that can be started as several processes, by accelerate launch or torchrun."""
+"""Commands that accelerate launch or torchrun can start as several processes."""
 
 _STARTS_THEM = ("eval", "run")
-"""Those of the others that start several processes themselves."""
+"""The other commands that can start several processes themselves."""
 
-_PATH = "The path"
-_MORE = "More"
+_PATH = "Workflow"
+_MORE = "Other commands"
 COMMANDS = {
-    "fft": Listed("fft.fft", _PATH, "Fine-tune a model up to its best validation point."),
-    "probe": Listed("probe.probe", _PATH, "Find the layers that gain most from a mask."),
+    "fft": Listed("fft.fft", _PATH, "Fine-tune a model and keep its best checkpoint."),
+    "probe": Listed("probe.probe", _PATH, "Find the layers that benefit most from a mask."),
     "mask-train": Listed("mask_train.mask_train", _PATH, "Learn which weights of a fine-tuned model to remove."),
     "apply": Listed(
-        "apply.apply", _PATH, "Write a model and its mask as a normal checkpoint, which every server loads."
+        "apply.apply", _PATH, "Apply a mask to a model and write an ordinary checkpoint that any server can load."
     ),
-    "eval": Listed("eval.evaluate", _PATH, "Measure loss and exact match on a data file, or a benchmark score."),
-    "report": Listed("report.report", _PATH, "Compare all evaluated states: did it help, and is that more than noise?"),
-    "run": Listed("run.run", _MORE, "Run a whole experiment from a recipe, and report it."),
+    "eval": Listed("eval.evaluate", _PATH, "Measure loss and exact match on a data file, or run benchmarks."),
+    "report": Listed("report.report", _PATH, "Compare all evaluated models: did the mask help, and beyond noise?"),
+    "run": Listed("run.run", _MORE, "Run a whole experiment from a recipe and write its report."),
     "validate": Listed(
         "validate.validate",
         _MORE,
-        "Check all of a recipe that can be checked before training: files, labels, masks, memory, steps.",
+        "Check everything in a recipe that can be checked before training: files, labels, masks, memory, steps.",
     ),
-    "mask": Listed("mask.mask_app", _MORE, "Look into mask files, compare them, take them in and give them out."),
-    "env": Listed("env.env", _MORE, "Show versions, processors and memory, for a bug report."),
+    "mask": Listed("mask.mask_app", _MORE, "Inspect, compare, import and export mask files."),
+    "env": Listed("env.env", _MORE, "Show versions and hardware for a bug report."),
 }
 _UsageError: Any = typer.BadParameter.__bases__[0]
-"""Whatever is wrong with a command line; Typer has no name of its own for it."""
+"""Base class of all command-line usage errors, for which Typer has no public name."""
 
 
 class _Root(TyperGroup):
-    """The group of all commands; imports none but the one that is called."""
+    """The group of all commands; imports only the one that is called."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # Typer would end the program itself
+        except KeyboardInterrupt:  # Typer would exit by itself
             raise Interrupted("Stopped.") from None
         except _UsageError as error:
             error.message = visible_line(error.message)
@@ -102,17 +102,17 @@ class _Root(TyperGroup):
 
 
 def load_command(name: str) -> Any:
-    """The command of that name, with its module imported.
+    """Returns the command with this name, after importing its module.
 
     Raises:
-        ConfigError: Several processes were started for a command that one does, or the environment has names or
-            numbers that it cannot work with.
+        ConfigError: Several processes were started for a single-process command, or the environment contains names or
+            numbers that the command cannot work with.
     """
     check_environment(sys.argv[1:])
     if world_size() > 1 and name not in _TOGETHER:
         option = " --processes N" if name in _STARTS_THEM else ""
         raise ConfigError(
-            f"{name} is a command for one process.",
+            f"{name} runs as a single process.",
             key="WORLD_SIZE",
             expected=f"1, or one of {', '.join(_TOGETHER)}",
             actual=world_size(),
@@ -128,7 +128,7 @@ def load_command(name: str) -> Any:
 
 
 def build_app() -> typer.Typer:
-    """The Typer application, which knows all commands by name and summary."""
+    """Returns the Typer application with all commands registered by name and summary."""
     app = typer.Typer(
         name="mftctl",
         cls=_Root,
@@ -145,12 +145,12 @@ def build_app() -> typer.Typer:
 
 
 def _not_loaded() -> None:
-    """Stands for a command in the list."""
+    """Placeholder for a command whose module is not imported yet."""
 
 
 def main() -> None:
-    """Runs the command line; known failures end with their message and exit code, unknown ones with a traceback."""
-    # The libraries' own bars and advice would drown the progress shown here.
+    """Runs the command line; known failures end with a message and an exit code, unknown ones with a traceback."""
+    # The libraries' own progress bars and advice would drown out the progress shown here.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -195,7 +195,7 @@ def _show_version(wanted: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
     pass

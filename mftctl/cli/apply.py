@@ -22,15 +22,17 @@ from mftctl.files.ownership import Kind, permit_folder
 def apply(
     base: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder or hub id.", show_default="of the newest mask-train run"),
+        typer.Argument(help="Checkpoint folder or hub id.", show_default="from the latest mask-train run"),
     ] = None,
-    mask: Annotated[Path | None, typer.Argument(help="Mask file.", show_default="of the newest mask-train run")] = None,
+    mask: Annotated[
+        Path | None, typer.Argument(help="Mask file.", show_default="from the latest mask-train run")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Folder of the new checkpoint.",
+            help="Folder for the new checkpoint.",
             show_default="model/ in the run folder",
             rich_help_panel=opt.INPUT,
         ),
@@ -39,8 +41,8 @@ def apply(
         str | None,
         typer.Option(
             "--tuned",
-            help="The fine-tuned checkpoint, for the mask of a drop.",
-            show_default="the one that the mask names",
+            help="The fine-tuned checkpoint, for a delta mask (mask-train --method drop).",
+            show_default="the one named in the mask file",
             rich_help_panel=opt.INPUT,
         ),
     ] = None,
@@ -48,9 +50,9 @@ def apply(
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Write a model and its mask as a normal checkpoint, which every server loads.
+    """Apply a mask to a model and write an ordinary checkpoint that any server can load.
 
-    Streams the weights, so that memory does not grow with the model. Refuses a base that the mask was not learned on.
+    Streams the weights, so memory use does not grow with the model. Refuses a model that the mask was not learned on.
     """
     with Output(as_json=as_json) as console:
         source = _source(base, mask, tuned, runs)
@@ -77,10 +79,10 @@ def apply(
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:
-    """Writes what was applied."""
+    """Prints the result of applying a mask."""
     rows = [
         ("model", result["model"]),
-        ("removed", f"{result['removed']:,} weights of {result['tensors_masked']} tensors"),
+        ("removed", f"{result['removed']:,} weights in {result['tensors_masked']} tensors"),
         ("written", f"{result['bytes_written'] / 1e6:,.1f} MB"),
     ]
     console.result({"run": str(run.folder), **result}, pairs_table(f"Applied in {run.record.seconds:.1f} s", rows))
@@ -90,11 +92,16 @@ def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) 
     if base is not None and mask is not None:
         return source_of_mask(_masked_model(base, mask, tuned), str(mask), runs)
     if base is not None:
-        raise ConfigError("apply takes a base and a mask.", key="MASK", actual="a base alone", hint="BASE MASK -o OUT")
+        raise ConfigError(
+            "apply needs a mask as well as a base model.",
+            key="MASK",
+            actual="only a base model",
+            hint="BASE MASK -o OUT",
+        )
     newest = newest_source(runs, "mask-train")
     if newest is None:
         raise ConfigError(
-            "apply needs a base and a mask.",
+            "apply needs a base model and a mask.",
             expected="mftctl apply BASE MASK -o OUT",
             actual=f"none given, and no finished mask-train run in {runs}",
             hint="mftctl mask-train",
@@ -112,10 +119,10 @@ def _masked_model(base: str, mask: Path, tuned: str | None) -> str:
         return tuned or metadata.tuned_model or base
     if tuned is not None:
         raise ConfigError(
-            "Only the mask of a drop is applied to a tuned model.",
+            "--tuned applies only to delta masks (mask-train --method drop).",
             key="--tuned",
             expected="a delta mask",
             actual=f"{mask}, a {metadata.kind} mask",
-            hint="leave --tuned out",
+            hint="omit --tuned",
         )
     return base

@@ -1,4 +1,4 @@
-"""How two runs side by side look on the console."""
+"""Console view of two runs side by side."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from mftctl.reporting.two_runs import Difference, MaskOverlap, PairedMetric, Run
 
 _COLOURS = {"better": "green", "worse": "red"}
 _CURVES = ("evaluations.", "flips.rounds.")
-"""Results with a value for each of many steps, which the figures of a report show better."""
+"""Results with one value per step, better shown by the figures of a report."""
 _DIGEST_CHARACTERS = 64
 _DIGEST_SHOWN = 12
 
 
 def show_comparison(console: Output, root: Path, one: str, other: str) -> None:
-    """Writes the comparison of two runs, as tables or as one JSON document.
+    """Prints the comparison of two runs, as tables or as one JSON document.
 
     Args:
-        console: Where to.
+        console: The output.
         root: The runs folder.
-        one: Folder, number or name of the run that differences are against.
-        other: Folder, number or name of the run compared with it.
+        one: Folder, number or name of the baseline run.
+        other: Folder, number or name of the run compared with the baseline.
 
     Raises:
-        RunError: One of them is not there or cannot be read.
+        RunError: One of the runs does not exist or cannot be read.
     """
     first, second = find_run(root, one), find_run(root, other)
     found = compare_two(first, second)
@@ -50,14 +50,14 @@ def _views(found: RunComparison, first: Run, second: Run) -> list[RenderableType
         views.append(_table(title, found, differences) if differences else f"{title}: no difference")
     if found.metrics:
         views.append(_metrics(found))
-    # The metrics of an evaluation stand in the table above, with their intervals.
+    # The table above has the metrics of an evaluation, with their intervals.
     told = {f"datasets.{item.dataset}.metrics.{item.metric}." for item in found.metrics}
     results = [item for item in found.results if not item.key.startswith((*told, *_CURVES))]
     views.append(_table("Results", found, results, change=True) if results else "Results: no difference")
     for prefix in _CURVES:
         values = sum(item.key.startswith(prefix) for item in found.results)
         if values:
-            views.append(f"{prefix.rstrip('.')}: {values} values differ, step by step (--json lists them)")
+            views.append(f"{prefix.rstrip('.')}: {values} values per step differ (--json lists them)")
     if found.mask is not None:
         views.append(_mask(found, found.mask))
     return views
@@ -113,7 +113,7 @@ def _verdict(item: PairedMetric) -> str:
 
 def _mask(found: RunComparison, overlap: MaskOverlap) -> Table:
     rows = [
-        ("weights that both cover", f"{overlap.weights:,}"),
+        ("weights covered by both", f"{overlap.weights:,}"),
         (f"removed by {found.one}", f"{overlap.removed_one:,}"),
         (f"removed by {found.other}", f"{overlap.removed_other:,}"),
         ("removed by both", f"{overlap.removed_both:,}"),
@@ -121,12 +121,12 @@ def _mask(found: RunComparison, overlap: MaskOverlap) -> Table:
     ]
     for name, only in ((found.one, overlap.only_one), (found.other, overlap.only_other)):
         if only:
-            rows.append((f"only in {name}", f"{len(only)} tensors, such as {only[0]}"))
+            rows.append((f"only in {name}", f"{len(only)} tensors, for example {only[0]}"))
     return pairs_table("Masks", rows)
 
 
 def _text(value: Any) -> str:
-    """A value as it is read best: short digests, separated thousands, four digits after the point."""
+    """Returns a readable value: short digests, thousands separators, four decimals."""
     if value is None:
         return "–"
     if isinstance(value, list):

@@ -9,7 +9,7 @@ from mftctl.cli.output import Output, pairs_table
 
 
 def env(as_json: opt.AsJson = False) -> None:
-    """Show versions, processors and memory, for a bug report."""
+    """Show versions and hardware for a bug report."""
     import os
     from importlib.metadata import version
 

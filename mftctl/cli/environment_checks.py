@@ -1,4 +1,4 @@
-"""What the environment of a command may be: numbers of processes, a width, names that can be recorded."""
+"""Checks of a command's environment: process numbers, terminal size, names that can be recorded."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from mftctl.files.names import is_recordable, shown_name
 from mftctl.runtime.processes import world_size
 
 _SIZES = {"COLUMNS": (20, 9_999), "LINES": (5, 9_999)}
-"""Within these a width or height is believed: outside, a table is empty, or as large as the memory."""
+"""Plausible widths and heights; anything else would give empty tables or fill the memory."""
 
 _PROCESS_NUMBERS = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
-"""What torchrun and `accelerate launch` tell a process, with the smallest number each can be."""
+"""Variables set by torchrun and `accelerate launch`, with the smallest valid value of each."""
 
 _RUNS = "MFTCTL_RUNS"
 
 
 def settle_environment() -> None:
-    """Takes away what only says how to show things, and says it wrong."""
+    """Removes invalid display settings from the environment."""
     for name, (least, most) in _SIZES.items():
         text = os.environ.get(name)
         if text is not None and not (text.isascii() and text.isdecimal() and least <= int(text[:9]) <= most):
             del os.environ[name]
-    # Figures are drawn into files alone; a backend that is not there would end the report.
+    # Figures are only drawn into files; a missing interactive backend would end the report.
     os.environ["MPLBACKEND"] = "agg"
 
 
 def check_environment(arguments: Sequence[str]) -> None:
-    """Nothing, if a command can work here.
+    """Checks that a command can run in this environment.
 
     Args:
-        arguments: Of the command line, without the program.
+        arguments: The command-line arguments, without the program name.
 
     Raises:
-        ConfigError: A variable of several processes is no such number, or a name cannot be recorded.
+        ConfigError: A process variable is not a valid number, or a name cannot be recorded.
     """
     for name, least in _PROCESS_NUMBERS.items():
         _check_number(name, least)
     if int(os.environ.get("RANK", "0")) >= world_size():
-        actual = os.environ.pop("RANK")  # else the error would be kept for another process to tell
+        actual = os.environ.pop("RANK")  # otherwise the error would be left for another process to report
         raise ConfigError(
-            "The number of this process is not one of those there are.",
+            "The rank of this process is out of range.",
             key="RANK",
             expected=f"less than WORLD_SIZE, {world_size()}",
             actual=actual,
@@ -55,9 +55,9 @@ def _check_number(name: str, least: int) -> None:
     text = os.environ.get(name)
     if text is None or (text.isascii() and text.isdecimal() and int(text) >= least):
         return
-    del os.environ[name]  # telling the error asks for these numbers
+    del os.environ[name]  # reporting the error reads these variables
     raise ConfigError(
-        "The environment does not say which of how many processes this is.",
+        "An environment variable for multi-process training is not valid.",
         key=name,
         expected=f"a whole number, at least {least}",
         actual=repr(text),
@@ -66,9 +66,9 @@ def _check_number(name: str, least: int) -> None:
 
 
 def _check_names(arguments: Sequence[str]) -> None:
-    """Nothing, if what names files here is UTF-8: a record of anything else could not be read again."""
+    """Checks that all names of files here are UTF-8; a record of any other name could not be read back."""
     try:
-        folder = os.getcwd()  # noqa: PTH109 - Path.cwd() is the same call, and a name is all that is wanted
+        folder = os.getcwd()  # noqa: PTH109 - Path.cwd() is the same call, and a name is all that is needed
     except FileNotFoundError as error:
         raise ConfigError("The current folder was deleted.", hint="cd to another folder") from error
     places = {"the current folder": folder, _RUNS: os.environ.get(_RUNS, "")}
@@ -76,7 +76,7 @@ def _check_names(arguments: Sequence[str]) -> None:
     for place, text in places.items():
         if not is_recordable(text):
             raise ConfigError(
-                "A name is not UTF-8, so that no record of it could be read again.",
+                "A name is not valid UTF-8, so a record of it could not be read back.",
                 key=place,
                 actual=shown_name(text),
                 hint="rename it",

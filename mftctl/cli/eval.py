@@ -30,13 +30,15 @@ def evaluate(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="Checkpoint folder or hub id.", show_default="the newest run's, with its base"
+            metavar="MODEL",
+            help="Checkpoint folder or hub id.",
+            show_default="the latest run's, and the models it was made from",
         ),
     ] = None,
     model_option: Annotated[str | None, typer.Option("--model", "-m", hidden=True)] = None,
     mask: Annotated[
         Path | None,
-        typer.Option("--mask", help="Evaluate the model under this mask.", rich_help_panel=opt.INPUT),
+        typer.Option("--mask", help="Evaluate the model with this mask applied.", rich_help_panel=opt.INPUT),
     ] = None,
     test_data: Annotated[
         list[str] | None,
@@ -49,13 +51,16 @@ def evaluate(
         typer.Option(
             "--chat-template",
             metavar="[FILE|NAME]",
-            help="Put benchmark prompts through a chat template: the tokenizer's own, or the Jinja file or template "
-            "named, which test data goes through as well.",
+            help="Apply a chat template to benchmark prompts: the tokenizer's own, or the given Jinja file or named "
+            "template, which is also applied to test data.",
             rich_help_panel=opt.RECORDS,
         ),
     ] = None,
     no_chat_template: Annotated[
-        bool, typer.Option("--no-chat-template", help="Ask benchmarks as they are.", rich_help_panel=opt.RECORDS)
+        bool,
+        typer.Option(
+            "--no-chat-template", help="Do not apply a chat template to benchmark prompts.", rich_help_panel=opt.RECORDS
+        ),
     ] = False,
     template_args: opt.TemplateArgs = None,
     merge_system: opt.MergeSystem = None,
@@ -105,7 +110,7 @@ def evaluate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the outputs of an interrupted evaluation of the same.")
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure also what has been measured already.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also repeat measurements that already exist.")] = False,
     processes: opt.Processes = None,
     shard: opt.ShardOption = None,
     runs: opt.Runs = Path("runs"),
@@ -115,9 +120,9 @@ def evaluate(
     trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Measure loss and exact match on a data file, or a benchmark score.
+    """Measure loss and exact match on a data file, or run benchmarks.
 
-    Without a model: measures the newest result and what it was made from, as far as that has not been done.
+    Without a model, measures the latest result and the models it was made from, skipping what was measured before.
     """
     launch = settle_launch("eval", processes, shard)
     with Output(as_json=as_json) as console:
@@ -131,18 +136,18 @@ def evaluate(
 
 
 def _with_template(chosen: dict[str, Any], *, without: bool) -> dict[str, Any]:
-    """The keys with what `--chat-template` means: that benchmarks go through one, and which if it has a value.
+    """Resolves `--chat-template` to keys: benchmark prompts use a template, and which one if a value is given.
 
     Raises:
-        ConfigError: They are to go through one and not to.
+        ConfigError: A template is both requested and ruled out.
     """
     named = chosen.get("chat_template")
     if without and named is not None:
         raise ConfigError(
-            "Benchmarks go through a chat template or not.",
+            "--chat-template and --no-chat-template are mutually exclusive.",
             key="--no-chat-template",
-            actual="--chat-template beside it",
-            hint="--no-chat-template --set chat_template=... gives test data one alone",
+            actual="both options",
+            hint="--no-chat-template --set chat_template=... to apply a template to test data only",
         )
     rest = {key: value for key, value in chosen.items() if key != "chat_template" or value != OWN}
     if named is not None or without:
@@ -151,7 +156,7 @@ def _with_template(chosen: dict[str, Any], *, without: bool) -> dict[str, Any]:
 
 
 def show(console: Output, runs: list[Run]) -> None:
-    """Writes the figures of one or several evaluations."""
+    """Prints the results of one or more evaluations."""
     table = Table(title="Evaluation", title_justify="left")
     for name in ("model", "data", "metric"):
         table.add_column(name, overflow="fold")
@@ -171,7 +176,7 @@ def show(console: Output, runs: list[Run]) -> None:
                 )
             if tokens := dataset.get("generated_tokens"):
                 seconds = dataset["seconds"]
-                speed = f"{tokens:,} tokens in {seconds:.0f} s, {tokens / max(seconds, 1e-9):.0f} a second"
+                speed = f"{tokens:,} tokens in {seconds:.0f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s"
                 console.note(f"{dataset['name']}: {speed}, scoring included")
     results: list[dict[str, Any]] = [{"run": str(run.folder), **run.record.result} for run in runs]
     console.result(results[0] if len(results) == 1 else {"evaluations": results}, table)
@@ -186,14 +191,14 @@ def _sources(model: str | None, mask: Path | None, session: Session) -> list[Sou
             "eval needs a model.",
             key="MODEL",
             expected="a checkpoint folder or a hub id",
-            actual="a mask alone" if mask else f"none given, and no finished run in {session.root}",
+            actual="only a mask" if mask else f"none given, and no finished run in {session.root}",
             hint="mftctl eval MODEL --data FILE",
         )
     return ancestry(session.root, newest)
 
 
 def _evaluate_once(session: Session, source: Source, *, resume: bool, again: bool) -> Run:
-    """A finished evaluation: one of an earlier command where it measured the same, unless `again`; else a new one."""
+    """Returns a finished evaluation: an earlier identical one unless `again`, otherwise a new one."""
     recipe = session.settle(source)
     if not recipe.test_data and not recipe.eval.tasks:
         recipe = session.with_answer("test_data", "Data to measure on", "--data (or --tasks)", source)
@@ -210,7 +215,7 @@ def _evaluate_once(session: Session, source: Source, *, resume: bool, again: boo
 
 
 def _interrupted(session: Session, recipe: Recipe, source: Source) -> Run | None:
-    """The newest evaluation of the same that was stopped or killed; None if there is none."""
+    """Returns the latest stopped or killed evaluation of the same model and data, or None."""
     for run in reversed(list_runs(session.root)[0]):
         if run.record.status in ("running", "interrupted") and _is_same(run, recipe, source):
             run.go_on()
@@ -220,15 +225,15 @@ def _interrupted(session: Session, recipe: Recipe, source: Source) -> Run | None
 
 
 def _measured(run: Run, recipe: Recipe, source: Source) -> bool:
-    # Only what lies in a run folder is sure not to have changed since.
+    # Only files in a run folder are certain not to have changed since.
     return run.record.status == "finished" and bool(source.parents) and _is_same(run, recipe, source)
 
 
 def _is_same(run: Run, recipe: Recipe, source: Source) -> bool:
-    """Whether a run is an evaluation of the same model on the same, with the same settings."""
+    """Checks whether a run evaluates the same model on the same data with the same settings."""
     record = run.record
     if recipe.chat_template is not None and Path(recipe.chat_template).exists():
-        return False  # a file may have changed since
+        return False  # the file may have changed since
     return (
         record.command == "eval"
         and (record.inputs.get("model"), record.inputs.get("mask")) == (source.model, source.mask)

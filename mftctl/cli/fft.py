@@ -27,7 +27,7 @@ def fft(
         typer.Option(
             "--output",
             "-o",
-            help="Folder of the fine-tuned model.",
+            help="Folder for the fine-tuned model.",
             show_default="model/ in the run folder",
             rich_help_panel=opt.INPUT,
         ),
@@ -85,11 +85,11 @@ def fft(
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Fine-tune a model up to its best validation point.
+    """Fine-tune a model and keep its best checkpoint.
 
-    All weights, or those that a method chooses: the ones with the largest gradients (Gradient-Mask Tuning), random
-    ones, half of the parameters, or a low-rank adapter. The loss is on the answer tokens only. Started from a
-    fine-tuned model this is continued fine-tuning.
+    Trains all weights, or those selected by a method: the weights with the largest gradients (Gradient-Mask Tuning),
+    random weights, half of the parameters, or a low-rank adapter. The loss covers answer tokens only. Starting from a
+    fine-tuned model continues its fine-tuning.
     """
     launch = settle_launch("fft", processes, shard)
     with Output(as_json=as_json) as console:
@@ -107,16 +107,16 @@ def fft(
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:
-    """Writes the result of a fine-tuning."""
+    """Prints the result of fine-tuning."""
     console.result(
         {"run": str(run.folder), **result},
         pairs_table(
             f"{result['state']} in {run.record.seconds:.0f} s",
             [
                 ("validation loss", f"{result['start_loss']:.4f} at the start"),
-                ("", f"{result['best_loss']:.4f} at the best step, {result['best_step']} of {result['steps']}"),
+                ("", f"{result['best_loss']:.4f} at the best step ({result['best_step']} of {result['steps']})"),
                 ("", f"{result['last_loss']:.4f} at the last step"),
-                ("model", f"{result['model']} (the {result['kept']} state)"),
+                ("model", f"{result['model']} ({result['kept']} checkpoint)"),
                 ("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB"),
             ],
         ),

@@ -20,7 +20,7 @@ mask_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Look into mask files, compare them, take them in and give them out.",
+    help="Inspect, compare, import and export mask files.",
 )
 
 MaskFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)]
@@ -28,14 +28,14 @@ MaskFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)
 
 @mask_app.command()
 def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
-    """Show what a mask removes, and where it comes from."""
+    """Show what a mask removes and how it was made."""
     from dataclasses import asdict
 
     from mftctl.masking.mask import open_mask
 
     with open_mask(file) as mask:
         for name in mask.names():
-            mask.packed(name)  # which checks it
+            mask.packed(name)  # also checks it
     tensors = {name: asdict(mask.records[name]) for name in mask.names()}
     document = {
         "file": str(file),
@@ -44,7 +44,7 @@ def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
         "weights": mask.weights,
         "removed": mask.removed,
         **asdict(mask.metadata),
-        "ratio": mask.ratio,  # of what is removed, whatever was asked for
+        "ratio": mask.ratio,  # the actual ratio, whatever was requested
         "tensors": tensors,
     }
     rows = [(name, _text(value)) for name, value in document.items() if name != "tensors" and value is not None]
@@ -61,7 +61,7 @@ def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
 
 @mask_app.command()
 def diff(first: MaskFile, second: MaskFile, as_json: opt.AsJson = False) -> None:
-    """Compare two masks: what both remove, and how much of that chance would give."""
+    """Compare two masks: their overlap, and the overlap expected by chance."""
     from dataclasses import asdict
 
     from mftctl.masking.mask import open_mask
@@ -74,7 +74,7 @@ def diff(first: MaskFile, second: MaskFile, as_json: opt.AsJson = False) -> None
         name: {**asdict(overlap), "jaccard": overlap.jaccard, "expected_jaccard": overlap.expected_jaccard}
         for name, overlap in rows
     }
-    table = Table(title=f"{escape(str(first))} against {escape(str(second))}", title_justify="left")
+    table = Table(title=f"{escape(str(first))} vs {escape(str(second))}", title_justify="left")
     table.add_column("tensor", overflow="fold")
     for column in ("first", "second", "both", "Jaccard", "by chance"):
         table.add_column(column, justify="right")
@@ -96,14 +96,14 @@ def diff(first: MaskFile, second: MaskFile, as_json: opt.AsJson = False) -> None
 def import_(
     file: Annotated[
         Path,
-        typer.Argument(help="masks.pt of the reference implementation, or an .npz of MaskLLM.", show_default=False),
+        typer.Argument(help="masks.pt from the reference implementation, or a MaskLLM .npz file.", show_default=False),
     ],
     model: Annotated[
         str,
         typer.Option(
             "--model",
             "-m",
-            help="The model that the mask was learned on: a folder or a hub id.",
+            help="The model the mask was learned on: a folder or a hub id.",
             rich_help_panel=opt.INPUT,
         ),
     ],
@@ -113,13 +113,13 @@ def import_(
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Make a mask file from another implementation's masks.
+    """Convert masks from another implementation to a mask file.
 
-    Runs no code that the file may hold. The file does not say which model it belongs to: it is tied to the one given.
+    Never runs code contained in the file. Such files do not name their model, so the mask is tied to the given one.
     """
     with Output(as_json=as_json) as console:
         session = Session("mask", console, Path("runs"), yes=yes)
-        inputs = [Input(file, "the file that is imported"), Input(Path(model), "the model")]
+        inputs = [Input(file, "the imported file"), Input(Path(model), "the model")]
         target = session.settle_output(output, inputs, mask_file_permit)
 
         from mftctl.masking.checkpoints.locate import resolve_checkpoint
@@ -138,7 +138,7 @@ def import_(
         }
         rows = [
             ("mask", str(output)),
-            ("removed", f"{mask.removed:,} of {mask.weights:,} weights of {len(mask)} tensors ({mask.ratio:.2%})"),
+            ("removed", f"{mask.removed:,} of {mask.weights:,} weights in {len(mask)} tensors ({mask.ratio:.2%})"),
         ]
         console.result(document, pairs_table("Imported", rows))
         console.next_command("mftctl", "apply", _place(model), output, "-o", "OUT")
@@ -152,8 +152,8 @@ def export(
         typer.Option(
             "--output",
             "-o",
-            help="FILE.pt for the reference implementation (32 bits a weight), FILE.npz for MaskLLM (1 bit), FILE.bits "
-            "for a mask file in the codec of --codec.",
+            help="FILE.pt for the reference implementation (32 bits per weight), FILE.npz for MaskLLM (1 bit), or "
+            "FILE.bits for a mask file encoded with --codec.",
             rich_help_panel=opt.INPUT,
         ),
     ],
@@ -161,8 +161,8 @@ def export(
         Literal["packed", "deflate", "ans"] | None,
         typer.Option(
             "--codec",
-            help="How FILE.bits holds the bits: as they are, 2 % above their entropy at a ratio of 0.1, or at their "
-            "entropy (needs the extra ans, for reading too).",
+            help="Encoding of FILE.bits. packed: 1 bit per weight; deflate: 2 % above the entropy at a ratio of 0.1; "
+            "ans: at the entropy (needs the ans extra, also for reading).",
             show_default="deflate",
             rich_help_panel=opt.INPUT,
         ),
@@ -170,23 +170,23 @@ def export(
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Write a mask for another implementation, or as a mask file in another codec."""
+    """Export a mask for another implementation, or as a mask file with another codec."""
     with Output(as_json=as_json) as console:
         is_mask_file = output.suffix == ".bits"
         if codec is not None and not is_mask_file:
             raise ConfigError(
-                "Only a mask file has a codec.",
+                "--codec applies only to mask files.",
                 key="--codec",
                 expected="an output FILE.bits",
                 actual=str(output),
-                hint="leave --codec out, or give a name such as small.bits with -o",
+                hint="omit --codec, or give a name such as small.bits with -o",
             )
         from mftctl.masking.mask import load_mask, save_mask
         from mftctl.workflows.mask_exchange.exchange import export_mask, export_permit
 
         session = Session("mask", console, Path("runs"), yes=yes)
         make_permit = mask_file_permit if is_mask_file else export_permit
-        target = session.settle_output(output, [Input(mask, "the mask that is exported")], make_permit)
+        target = session.settle_output(output, [Input(mask, "the exported mask")], make_permit)
         exported, permit = load_mask(mask), make_permit(session.replaces)
         if is_mask_file:
             save_mask(exported, target, codec or "deflate", permit=permit)
@@ -203,7 +203,7 @@ def export(
 
 
 def _place(model: str) -> Path | str:
-    """A model that lies in a folder as a path, so that a dash before its name makes no option of it."""
+    """Returns a model folder as a path, so that a leading dash does not make it an option."""
     return Path(model) if Path(model).exists() else model
 
 

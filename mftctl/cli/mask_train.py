@@ -23,7 +23,9 @@ def mask_train(
     data: opt.Data = None,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", help="The mask file; the run folder has it too.", rich_help_panel=opt.INPUT),
+        typer.Option(
+            "--output", "-o", help="The mask file; a copy is kept in the run folder.", rich_help_panel=opt.INPUT
+        ),
     ] = Path("mask.bits"),
     val_data: opt.ValData = None,
     val_fraction: opt.ValFraction = None,
@@ -38,7 +40,7 @@ def mask_train(
     unit: Annotated[str | None, opt.setting(MaskTrainOptions, "unit", "--unit", panel=opt.MASKING)] = None,
     layers: Annotated[
         str | None,
-        opt.setting(MaskTrainOptions, "layers", "--layers", panel=opt.MASKING, default="the probe's, else all"),
+        opt.setting(MaskTrainOptions, "layers", "--layers", panel=opt.MASKING, default="the probe's, otherwise all"),
     ] = None,
     target: opt.Target = None,
     preset: opt.Preset = None,
@@ -93,9 +95,9 @@ def mask_train(
 ) -> None:
     """Learn which weights of a fine-tuned model to remove.
 
-    The model is frozen; every weight of the chosen layers gets a score, and the scores are trained. Half of the
-    validation data decides which mask is the best, no mask at all included; the other half confirms it. The mask goes
-    to a small file apart from the model.
+    The model is frozen; each weight of the selected layers gets a score, and the scores are trained. Half of the
+    validation data selects the best mask, or none if none helps; the other half confirms the choice. The mask is
+    written to a small file separate from the model.
     """
     launch = settle_launch("mask-train", processes, shard)
     with Output(as_json=as_json) as console:
@@ -111,21 +113,21 @@ def mask_train(
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:
-    """Writes the result of learning a mask."""
+    """Prints the result of mask training."""
     rows = [("layers", result["layers"]), ("removed", f"{result['removed']:,} of {result['weights']:,} weights")]
     if len(set(result["layer_ratios"].values())) > 1:
         rows += [("", f"{100 * ratio:.2g} % of layer {layer}") for layer, ratio in result["layer_ratios"].items()]
     if "unmasked_loss" in result:
         rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
         if result["steps"]:
-            step = f"the {result['kept']}, of step {result['best_step']} of {result['steps']}"
-            rows += [("", f"{result['start_loss']:.4f} with the starting mask")]
+            step = f"the {result['kept']} mask, step {result['best_step']} of {result['steps']}"
+            rows += [("", f"{result['start_loss']:.4f} with the initial mask")]
             rows += [("", f"{result['best_loss']:.4f} with {step}")]
         else:
             rows += [("", f"{result['best_loss']:.4f} with the mask")]
     if found := result.get("confirmation"):
         change = f"{found['change']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-        rows += [("other records", f"{change} {'confirms it' if found['confirmed'] else 'does not confirm it'}")]
+        rows += [("confirmation", f"{change} {'confirmed' if found['confirmed'] else 'not confirmed'}")]
     rows += [("mask", result["output"] or result["mask"])]
     rows += [("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB")]
     title = f"{result['state']} in {run.record.seconds:.0f} s"

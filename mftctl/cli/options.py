@@ -1,6 +1,6 @@
-"""Options that several commands share, with help and defaults taken from the recipe's own fields.
+"""Options shared by several commands, with help and defaults taken from the recipe fields.
 
-A command's parameter that sets a recipe field bears the field's name; `given` collects them all.
+A command parameter that sets a recipe field has the name of that field; `given` collects them all.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ INPUT = "Input and output"
 TRAINING = "Training"
 MASKING = "Mask"
 METHOD = "Method"
-INTERIM = "Evaluation on the way"
+INTERIM = "Evaluation during training"
 SCORE = "Score"
 RECORDS = "Records and chat template"
 GENERAL = "General"
 
 _LISTED_CHARACTERS = 24
-"""Longer lists of choices would squeeze the help beside them, which names the choices as well."""
+"""Longer lists of choices would squeeze the help column, which names the choices anyway."""
 
 
 def setting(
@@ -40,16 +40,16 @@ def setting(
     parser: Callable[[str], Any] | None = None,
     metavar: str | None = None,
 ) -> Any:
-    """The Typer option of a recipe field, with its description and default.
+    """Returns the Typer option for a recipe field, with its description and default.
 
     Args:
-        owner: The part of the recipe that has the field.
+        owner: The recipe section that has the field.
         field: Name of the field.
         flags: Spellings on the command line.
-        panel: The group it is shown in.
-        default: What to show as the default where the field's own says too little.
-        parser: Makes the value of the text, where a plain type does not.
-        metavar: What the help calls the value; by default its choices or its type.
+        panel: The help panel it is shown in.
+        default: The default to show where that of the field is not informative.
+        parser: Converts the text to a value where a plain type does not suffice.
+        metavar: Placeholder for the value in the help; by default its choices or its type.
     """
     info: FieldInfo = owner.model_fields[field]
     choices = [choice for part in (info.annotation, *get_args(info.annotation)) for choice in _literals(part)]
@@ -76,24 +76,24 @@ def _literals(annotation: Any) -> tuple[str, ...]:
 
 
 def group_sizes(text: str) -> list[int | str]:
-    """The sizes in `4` or `4,8,16,all`.
+    """Parses group sizes such as `4` or `4,8,16,all`.
 
     Raises:
-        ConfigError: Something else.
+        ConfigError: The text has another form.
     """
     try:
         return [size if size == "all" else int(size) for size in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            "Group sizes are numbers, or all.", key="--groups", expected="4 or 4,8,all", actual=text
+            "Group sizes are whole numbers or 'all'.", key="--groups", expected="4 or 4,8,all", actual=text
         ) from error
 
 
 def ratios(text: str) -> float | dict[str, float]:
-    """The ratio in `0.1`, or those by projection in `q_proj=0.05,down_proj=0.1`.
+    """Parses a ratio such as `0.1`, or one per projection as in `q_proj=0.05,down_proj=0.1`.
 
     Raises:
-        ConfigError: Something else.
+        ConfigError: The text has another form.
     """
     try:
         if "=" not in text:
@@ -102,7 +102,7 @@ def ratios(text: str) -> float | dict[str, float]:
         return {name.strip(): float(value) for name, _, value in parts}
     except ValueError as error:
         raise ConfigError(
-            "A ratio is a share, or one for each projection.",
+            "--ratio takes one share, or one per projection.",
             key="--ratio",
             expected="0.1 or q_proj=0.05,down_proj=0.1",
             actual=text,
@@ -110,41 +110,43 @@ def ratios(text: str) -> float | dict[str, float]:
 
 
 def names(text: str) -> list[str]:
-    """The names in `gsm8k,math`."""
+    """Splits comma-separated names such as `gsm8k,math`."""
     return text.split(",")
 
 
 def files_by_task(pairs: list[str]) -> dict[str, str]:
-    """The files in `gsm8k=test.jsonl`, one an option.
+    """Returns files by task from texts such as `gsm8k=test.jsonl`, one per option.
 
     Raises:
-        ConfigError: A file has no task.
+        ConfigError: A file has no task name.
     """
     files = {}
     for pair in pairs:
         task, separator, file = pair.partition("=")
         if not separator:
-            raise ConfigError("A benchmark file needs its task.", key="--task-data", expected="NAME=PATH", actual=pair)
+            raise ConfigError(
+                "A benchmark file needs the name of its task.", key="--task-data", expected="NAME=PATH", actual=pair
+            )
         files[task] = file
     return files
 
 
 def template_variables(pairs: list[str]) -> dict[str, bool | int | float | str]:
-    """The variables in `enable_thinking=false`, one an option; values are what they are in YAML.
+    """Returns template variables from texts such as `enable_thinking=false`, one per option; values are read as YAML.
 
     Raises:
-        ConfigError: One has no name, or its value is no scalar.
+        ConfigError: A variable has no name, or its value is not a scalar.
     """
     values = {}
     for pair in pairs:
         name, separator, text = pair.partition("=")
         try:
             value = (parse_yaml(text, "The value") if text else "") if separator and name else None
-        except ConfigError:  # such as {{, which is text
+        except ConfigError:  # for example {{, which is plain text
             value = text
         if not isinstance(value, bool | int | float | str):
             raise ConfigError(
-                "A variable of the chat template is a name and a value.",
+                "A chat template variable needs a name and a value.",
                 key="--template-arg",
                 expected="NAME=VALUE, such as enable_thinking=false",
                 actual=pair,
@@ -154,7 +156,7 @@ def template_variables(pairs: list[str]) -> dict[str, bool | int | float | str]:
 
 
 def number_or_word(text: str) -> float | str:
-    """A number where the text is one; anything else is for the recipe's check to judge."""
+    """Returns a number if the text is one; other text is left for the recipe to validate."""
     try:
         return float(text)
     except ValueError:
@@ -162,15 +164,15 @@ def number_or_word(text: str) -> float | str:
 
 
 def whole_number_or_word(text: str) -> int | str:
-    """A whole number where the text is one; anything else is for the recipe's check to judge."""
+    """Returns a whole number if the text is one; other text is left for the recipe to validate."""
     return int(text) if text.isdecimal() else text
 
 
 Model = Annotated[
     str | None,
-    setting(Recipe, "model", "--model", "-m", panel=INPUT, default="the newest suitable run's"),
+    setting(Recipe, "model", "--model", "-m", panel=INPUT, default="the latest suitable run's"),
 ]
-Data = Annotated[list[str] | None, setting(Recipe, "data", "--data", "-d", panel=INPUT, default="the run's own")]
+Data = Annotated[list[str] | None, setting(Recipe, "data", "--data", "-d", panel=INPUT, default="the source run's")]
 ValData = Annotated[list[str] | None, setting(Recipe, "val_data", "--val-data", panel=INPUT)]
 ValFraction = Annotated[float | None, setting(Recipe, "val_fraction", "--val-fraction", panel=INPUT)]
 ChatTemplate = Annotated[
@@ -186,14 +188,14 @@ LearnAnswers = Annotated[str | None, setting(Recipe, "learn", "--learn", panel=R
 BadRecords = Annotated[str | None, setting(Recipe, "bad_records", "--bad-records", panel=RECORDS)]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="Recipe file, or the name of a built-in one.", rich_help_panel=INPUT),
+    typer.Option("--recipe", "-r", help="Recipe file, or the name of a built-in recipe.", rich_help_panel=INPUT),
 ]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="a.b=VALUE", help="Set any recipe key; repeatable.", rich_help_panel=INPUT),
 ]
 Runs = Annotated[
-    Path, typer.Option("--runs", help="Folder of all runs.", rich_help_panel=GENERAL, envvar="MFTCTL_RUNS")
+    Path, typer.Option("--runs", help="Folder that contains all runs.", rich_help_panel=GENERAL, envvar="MFTCTL_RUNS")
 ]
 Seed = Annotated[int | None, setting(Recipe, "seed", "--seed", panel=GENERAL)]
 Device = Annotated[str | None, setting(Recipe, "device", "--device", panel=GENERAL)]
@@ -207,7 +209,7 @@ Yes = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume", help="Go on with the newest run that was stopped or killed.", rich_help_panel=GENERAL),
+    typer.Option("--resume", help="Resume the latest run that was stopped or killed.", rich_help_panel=GENERAL),
 ]
 
 Processes = Annotated[
@@ -215,7 +217,7 @@ Processes = Annotated[
     typer.Option(
         "--processes",
         min=1,
-        help="Processes of this machine that share the work, each with a GPU of its own where there are any.",
+        help="Number of processes on this machine that share the work, one per GPU if there are GPUs.",
         show_default="1",
         rich_help_panel=GENERAL,
     ),
@@ -224,7 +226,7 @@ ShardOption = Annotated[
     Shard | None,
     typer.Option(
         "--shard",
-        help="What they spread while they train: records only (ddp), or parts of the model and its training too.",
+        help="What the processes split during training: only the records (ddp), or the model and its state too.",
         show_default="ddp",
         rich_help_panel=GENERAL,
     ),
@@ -255,7 +257,7 @@ LowMemory = Annotated[
 FftLowMemory = Annotated[bool | None, setting(FftOptions, "low_memory", "--low-memory/--no-low-memory", panel=TRAINING)]
 PrefixCache = Annotated[
     float | None,
-    setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="as there is room"),
+    setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="by free memory"),
 ]
 Deterministic = Annotated[
     bool | None,
@@ -281,19 +283,19 @@ Target = Annotated[str | None, setting(MaskTrainOptions, "target", "--target", p
 
 
 def given(context: typer.Context, *sections: str) -> dict[str, Any]:
-    """The recipe keys that options were given for, with their values.
+    """Returns the recipe keys set by options, with their values.
 
-    A command's parameter is named as the recipe field it sets: of the first section that has one, else of the recipe.
+    A command parameter has the name of the field it sets: in the first section with such a field, else in the recipe.
 
     Args:
-        context: Of the command.
+        context: The context of the command.
         sections: Names of the recipe's sections that the command has options for.
     """
     keys = {name: name for name in Recipe.model_fields}
     for section in reversed(sections):
         fields = Recipe.model_fields[section].annotation.model_fields  # type: ignore[union-attr]
         keys |= {name: f"{section}.{name}" for name in fields}
-    keys["chat_template"] = "chat_template"  # the section eval has a switch of that name
+    keys["chat_template"] = "chat_template"  # the eval section has a switch of the same name
     values = {name: value for name, value in context.params.items() if name in keys and value not in (None, [], ())}
     if "task_data" in values:
         values["task_data"] = files_by_task(values["task_data"])

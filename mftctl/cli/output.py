@@ -1,4 +1,4 @@
-"""The one place that writes: results to stdout, everything else to stderr."""
+"""The only place that writes to the terminal: results to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ from mftctl.runtime.processes import is_first, world_size
 from mftctl.text import command_line, visible, visible_line
 
 _TOO_SHORT = ("validating", "comparing", "reporting", "drawing")
-"""Tasks whose tenths are not worth a line each."""
+"""Tasks too short for one line per tenth."""
 
 _FULL_COLUMNS = 80
-"""A result is laid out for a narrower console only if nothing in it is cut off."""
+"""Results use a narrower layout only if nothing would be cut off."""
 
 
 class Output:
-    """A command's console: live progress on a terminal, a line now and then elsewhere.
+    """A command's console: live progress on a terminal, occasional lines elsewhere.
 
     Attributes:
-        as_json: Whether the result is wanted as one JSON document.
+        as_json: Whether to print the result as one JSON document.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self._speaks = is_first()
-        # Without emoji, lest a name such as `a:key:b` be shown as another.
+        # Without emoji, so that a name such as `a:key:b` is shown unchanged.
         self._results = PlainTextConsole(soft_wrap=False, quiet=not self._speaks, emoji=False)
         self._messages = PlainTextConsole(stderr=True, file=unfiltered_messages(), quiet=not self._speaks, emoji=False)
         self._bars = Progress(
@@ -69,17 +69,17 @@ class Output:
 
     @property
     def interactive(self) -> bool:
-        """Whether somebody is there to answer a question."""
+        """True if a user can answer questions."""
         alone = world_size() == 1
         return alone and sys.stdin.isatty() and self._messages.is_terminal and not self.as_json
 
     @property
     def is_live(self) -> bool:
-        """Whether a view can be kept on the screen, and results go to that terminal too."""
+        """True if a live view can be shown on the terminal that results go to as well."""
         return self._live.is_started and self._results.is_terminal and not self.as_json
 
     def progress(self, state: State) -> None:
-        """Shows how far a piece of work has come."""
+        """Shows the progress of a task."""
         details = "" if state.loss is None else f"loss {state.loss:.4f}"
         if state.tokens_per_second is not None:
             details += f"  {state.tokens_per_second:,.0f} tokens/s"
@@ -94,7 +94,7 @@ class Output:
             self._bars.remove_task(self._tasks.pop(state.task))
 
     def pin(self, view: RenderableType | None) -> None:
-        """Keeps a view above the live bars, in place of the one before; None takes it away."""
+        """Pins a view above the live bars, replacing the previous one; None removes it."""
         self._pinned = view
         if self._live.is_started:
             self._live.refresh()
@@ -103,15 +103,15 @@ class Output:
         return Group(self._pinned, self._bars) if self._pinned is not None else self._bars
 
     def note(self, text: str) -> None:
-        """Says something worth knowing."""
+        """Prints an informational message."""
         self._messages.print(escape(text), style="dim", highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Says something the user should look at."""
+        """Prints a warning."""
         self._messages.print(f"[yellow]Warning:[/] {escape(text)}", highlight=False, soft_wrap=True)
 
     def error(self, error: MftError) -> None:
-        """Shows a known failure."""
+        """Prints a known failure."""
         head, *details = str(error).split("\n")
         self._messages.print(f"[red]Error:[/] {escape(head)}", highlight=False, soft_wrap=True)
         for line in details:
@@ -121,14 +121,14 @@ class Output:
         """Shows what to type next, quoted for the shell.
 
         Args:
-            words: Of the command line; a path that begins with a dash is told from an option.
-            runs: The runs folder that the command goes on in; None for a command that uses none.
+            words: The words of the command line; paths that begin with a dash are kept distinct from options.
+            runs: The runs folder for the command; None for a command that uses none.
         """
         text = command_line(*words, runs=runs)
         self._messages.print(f"Next: [bold]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     def result(self, document: Mapping[str, Any], *views: RenderableType) -> None:
-        """Writes the result to stdout: the document as JSON if that was asked for, else its views."""
+        """Writes the result to stdout: the document as JSON if requested, otherwise its views."""
         if self.as_json:
             self.text(json_text(document))
             return
@@ -138,43 +138,43 @@ class Output:
             self._results.print(view, crop=False)
 
     def _least_columns(self, view: RenderableType) -> int:
-        """The width, up to the full one, in which no word and no number of a view is cut off."""
+        """Returns the smallest width, up to the full one, that cuts off no word or number of a view."""
         options = self._results.options.update(max_width=_FULL_COLUMNS)
         return Measurement.get(self._results, options, view).minimum
 
     def text(self, text: str) -> None:
-        """Writes text to stdout, with nothing in it that a terminal would obey."""
+        """Writes text to stdout, with control characters escaped."""
         if self._speaks:
             sys.stdout.write(visible(text))
             sys.stdout.flush()
 
     def ask(self, question: str, option: str) -> str:
-        """The answer to a question on a terminal.
+        """Asks a question on the terminal and returns the answer.
 
         Raises:
-            ConfigError: Nobody is there to answer; names the option that would have said it.
+            ConfigError: No user can answer; names the option that sets the value.
         """
         if not self.interactive:
             raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}")
         with self._without_bars():
             try:
                 return str(typer.prompt(visible_line(question), err=True))
-            except OSError as error:  # the terminal has gone while it was asked
+            except OSError as error:  # the terminal closed during the question
                 raise ConfigError(f"{question} is missing.", key=option, hint=f"give {option}") from error
 
     def confirm_replacing(self, what: str) -> bool:
-        """Whether the user agrees to replace an existing result; False where nobody is there to ask."""
+        """Asks whether to replace an existing result; returns False if no user can answer."""
         if not self.interactive:
             return False
         with self._without_bars():
             try:
                 return typer.confirm(f"Replace {visible_line(what)}?", err=True)
-            except OSError:  # the terminal has gone while it was asked
+            except OSError:  # the terminal closed during the question
                 return False
 
     @contextmanager
     def _without_bars(self) -> Iterator[None]:
-        """Live bars would overwrite a question."""
+        """Stops the live bars, which would overwrite a question."""
         self._live.stop()
         try:
             yield
@@ -189,7 +189,7 @@ class Output:
 
 
 def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
-    """Two columns without lines, names left and values beside them."""
+    """Returns a table of two columns without lines, names on the left and values on the right."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")

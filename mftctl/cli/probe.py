@@ -74,14 +74,14 @@ def probe(
     trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Find the layers that gain most from a mask.
+    """Find the layers that benefit most from a mask.
 
-    Learns a mask for each group of consecutive layers, and for all layers at once, on a part of the data, all else
-    fixed, and ranks them by validation loss, or with --by by the answers under each mask. The next mask-train takes the
-    best.
+    Learns a mask for each group of consecutive layers, and for all layers at once, on part of the data with everything
+    else fixed, and ranks the groups by validation loss or, with --by, by the answers under each mask. The next
+    mask-train uses the best group.
 
-    With --fast nothing is trained: one pass of gradients tells what removing weights of each group promises. That
-    ranks groups of one size; it cannot tell how many layers to take, nor whether a mask helps at all.
+    With --fast nothing is trained: one gradient pass predicts the effect of removing weights from each group. This
+    ranks groups of equal size; it does not show how many layers to mask, or whether a mask helps at all.
     """
     launch = settle_launch("probe", processes, shard)
     with Output(as_json=as_json) as console:
@@ -96,19 +96,19 @@ def probe(
 
 
 def show(console: Output, run: Run, result: dict[str, Any]) -> None:
-    """Writes the ranking of a probe."""
+    """Prints the ranking of a probe."""
     table = _promises(run, result) if result.get("fast") else _trainings(run, result)
     console.result({"run": str(run.folder), **result}, table)
     console.note(f"Recommended: layers {result['recommended_layers']}")
     if not _gains(result):
         console.warn(
-            "No group is better than no mask here. More records (--data-fraction), or more answers (--limit), tell "
+            "No group beat the unmasked model. Use more records (--data-fraction) or more answers (--limit) to tell "
             "groups apart."
         )
 
 
 def _gains(result: dict[str, Any]) -> bool:
-    """Whether the group that is recommended is better than no mask."""
+    """Checks whether the recommended group beats the unmasked model."""
     score, group = result.get("unmasked_score"), result["groups"][0]
     if score is None:
         return bool(group["change"] < 0)
@@ -117,10 +117,10 @@ def _gains(result: dict[str, Any]) -> bool:
 
 def _trainings(run: Run, result: dict[str, Any]) -> Table:
     score = result.get("unmasked_score")
-    title = f"Validation loss {result['unmasked_loss']:.4f} without a mask; with one ({run.record.seconds:.0f} s)"
+    title = f"Validation loss by masked group; unmasked {result['unmasked_loss']:.4f} ({run.record.seconds:.0f} s)"
     if score is not None:
         figure = f"{score['value']:.4f}{_error(score['standard_error'])} of {score['samples']}"
-        title = f"{_score_name(result)} {figure} and loss {result['unmasked_loss']:.4f} without a mask; with one"
+        title = f"{_score_name(result)} and loss by masked group; unmasked {figure} and {result['unmasked_loss']:.4f}"
         title += f" ({run.record.seconds:.0f} s)"
     table = Table(title=title, title_justify="left", min_width=min(len(title), 76))
     columns = ("start", "best", "change") if score is None else ("score", "change", "loss", "change")
@@ -137,7 +137,7 @@ def _trainings(run: Run, result: dict[str, Any]) -> Table:
 
 
 def _score_name(result: dict[str, Any]) -> str:
-    """What a probe ranks by, such as `gsm8k exact_match,strict-match`."""
+    """Returns the name of the score a probe ranks by, such as `gsm8k exact_match,strict-match`."""
     by, metric = str(result["by"]), str(result["unmasked_score"]["metric"])
     return metric if by == metric else f"{by} {metric}"
 
@@ -147,14 +147,14 @@ def _error(standard_error: float | None) -> str:
 
 
 def _promises(run: Run, result: dict[str, Any]) -> Table:
-    title = f"Change of the training loss that a mask promises, to first order ({run.record.seconds:.0f} s)"
+    title = f"Predicted change of the training loss with a mask, to first order ({run.record.seconds:.0f} s)"
     caption = None
     if (found := result["agreement"]) is not None:
         measured = f"{found['rank_correlation']:+.2f} over {found['groups']} groups"
         caption = f"Rank correlation with the trained {escape(found['run'])}: {measured}"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", min_width=len(title))
     table.add_column("layers")
-    table.add_column("promised", justify="right")
+    table.add_column("predicted", justify="right")
     for group in result["groups"]:
         table.add_row(escape(group["layers"]), f"{group['change']:+.4f}", style=_style(group, result))
     return table

@@ -32,33 +32,31 @@ def report(
     output: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Folder of index.html, its tables and its figures.", rich_help_panel=opt.INPUT
+            "--output", "-o", help="Folder for index.html, its tables and figures.", rich_help_panel=opt.INPUT
         ),
     ] = Path("report"),
     each_seed: Annotated[
-        bool, typer.Option("--each-seed", help="Show each seed of a mean in a line of its own.")
+        bool, typer.Option("--each-seed", help="Show each seed on its own line instead of means.")
     ] = False,
-    watch: Annotated[
-        bool, typer.Option("--watch", help="Follow the runs that are worked on, until Ctrl-C; writes no files.")
-    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Watch running runs until Ctrl-C; writes no files.")] = False,
     surface: Annotated[
         bool,
         typer.Option(
             "--surface",
-            help="First measure the loss around FFT, continued FFT and MFT, on training and test records; a run that "
-            "was stopped is taken up again.",
+            help="First measure the loss around FFT, continued FFT and MFT, on training and test records; resumes a "
+            "stopped measurement.",
             rich_help_panel=_SURFACE,
         ),
     ] = False,
     surface_points: Annotated[
         int | None,
-        typer.Option("--surface-points", help="Points a side of the grid; 11 by default.", rich_help_panel=_SURFACE),
+        typer.Option("--surface-points", help="Grid points per side; 11 by default.", rich_help_panel=_SURFACE),
     ] = None,
     surface_records: Annotated[
         int | None,
         typer.Option(
             "--surface-records",
-            help="Records to measure on, of each of the two; 100 by default.",
+            help="Training records and test records to measure on, each; 100 by default.",
             rich_help_panel=_SURFACE,
         ),
     ] = None,
@@ -66,10 +64,10 @@ def report(
     runs: opt.Runs = Path("runs"),
     as_json: opt.AsJson = False,
 ) -> None:
-    """Compare all evaluated states: did it help, and is that more than noise?
+    """Compare all evaluated models: did the mask help, and beyond noise?
 
-    Reads the run folders only. Each change is against the fine-tuned model, paired by test sample. Writes a page to
-    read (index.html), Markdown, JSON, tables for LaTeX and CSV, and figures as SVG and PNG.
+    Reads only the run folders. Changes are relative to the fine-tuned model, paired by test sample. Writes a web page
+    (index.html), Markdown, JSON, tables as LaTeX and CSV, and figures as SVG and PNG.
     """
     sizes = {"points": surface_points, "records": surface_records}
     chosen_sizes = {name: value for name, value in sizes.items() if value is not None}
@@ -94,31 +92,33 @@ def report(
 
 
 def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool, device: str | None) -> None:
-    """Nothing, if what was asked for goes together.
+    """Checks that the given options can be combined.
 
     Raises:
-        ConfigError: It does not.
+        ConfigError: They cannot.
     """
     if len(pair) not in (0, 2):
         raise ConfigError(
-            "A comparison is of two runs.",
+            "A comparison needs exactly two runs.",
             key="RUN_A RUN_B",
-            expected="two, or none for the report of all runs",
+            expected="two runs, or none for the report of all runs",
             actual=" ".join(pair),
         )
     asked = {"RUN_A RUN_B": bool(pair), "--watch": watch, "--surface": surface}
     given = [name for name, is_given in asked.items() if is_given]
     if len(given) > 1:
-        raise ConfigError("These do not go together.", expected=f"one of {', '.join(asked)}", actual=", ".join(given))
+        raise ConfigError(
+            "These options are mutually exclusive.", expected=f"one of {', '.join(asked)}", actual=", ".join(given)
+        )
     if has_sizes and not surface:
         raise ConfigError(
-            "The size of a loss surface is given, and none is asked for.",
+            "The size options of a loss surface need --surface.",
             key="--surface-points, --surface-records",
             hint="add --surface",
         )
     if device is not None and not surface:
         raise ConfigError(
-            "A device is given, and nothing is to be computed on it.",
+            "--device applies only with --surface.",
             key="--device",
             actual=device,
             hint="add --surface",
@@ -126,10 +126,10 @@ def _check_together(pair: list[str], watch: bool, surface: bool, has_sizes: bool
 
 
 def settle_report_folder(folder: Path, runs: Path, inputs: Sequence[Input] = ()) -> Path:
-    """Where a report goes: the folder as given, or without its links and dots where it has some.
+    """Returns the report folder as given, or with links and dots resolved if it has any.
 
     Raises:
-        OutputError: It would touch what is the user's.
+        OutputError: It would overwrite files of the user.
     """
     from mftctl.reporting.output.write import require_report_folder
 

@@ -32,8 +32,8 @@ def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) 
     _tell(console, made)
     kinds = [file.parent.name for file in files]
     console.note(
-        f"Written: {files[0]} (to read), report.md, report.json, {kinds.count('tables')} files of tables,"
-        f" {kinds.count('figures')} of figures"
+        f"Written: {files[0]}, report.md, report.json, {kinds.count('tables')} table files,"
+        f" {kinds.count('figures')} figure files"
     )
     console.next_command(*shlex.split(made.advice.command), runs=runs)
 
@@ -58,21 +58,23 @@ def _tell(console: Output, made: Report) -> None:
     for headline in headlines(made.tables):
         console.note(headline.text)
     if not made.tables:
-        console.warn("No finished evaluation, so nothing is compared yet: mftctl eval")
+        console.warn("No finished evaluation to compare yet; run mftctl eval")
     flagged = sum(len(row.flags) for table in made.tables for row in table.rows)
     if flagged:
-        console.warn(f"{flagged} times a state was made in another way than its comparison; the report says how")
+        console.warn(
+            f"{flagged} result{'' if flagged == 1 else 's'} not comparable with the baseline; the report has details"
+        )
     for line in made.unfinished:
         console.note(visible_line(f"Not finished: {line}"))
     for problem in made.problems[:_MOST_TOLD]:
         console.warn(visible_line(problem))
     if len(made.problems) > _MOST_TOLD:
-        console.warn(f"{len(made.problems) - _MOST_TOLD} more like these are in the report")
+        console.warn(f"{len(made.problems) - _MOST_TOLD} more warnings are in the report")
     console.note(made.advice.reason)
 
 
 def table_view(table: TextTable) -> Table:
-    """A table of the report for the terminal."""
+    """Returns a report table for the terminal."""
     view = Table(title=escape(table.title), title_justify="left", min_width=len(table.title))
     for column, is_numeric in zip(table.columns, table.is_numeric, strict=True):
         view.add_column(escape(column), justify="right" if is_numeric else "left", overflow="fold")

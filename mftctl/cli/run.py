@@ -21,7 +21,7 @@ from mftctl.workflows.run import Planned, plan_experiment, run_experiment
 
 def run(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in one, such as quickstart.")],
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in recipe, such as quickstart.")],
     sets: opt.Sets = None,
     model: opt.Model = None,
     data: opt.Data = None,
@@ -31,11 +31,11 @@ def run(
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of the report.", rich_help_panel=opt.INPUT)
+        Path, typer.Option("--output", "-o", help="Folder for the report.", rich_help_panel=opt.INPUT)
     ] = Path("report"),
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Show what would be done, and why, and stop.", rich_help_panel=opt.GENERAL),
+        typer.Option("--dry-run", help="Show what would be run and why, then exit.", rich_help_panel=opt.GENERAL),
     ] = False,
     processes: opt.Processes = None,
     shard: opt.ShardOption = None,
@@ -45,10 +45,10 @@ def run(
     attention: opt.Attention = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Run a whole experiment from a recipe, and report it.
+    """Run a whole experiment from a recipe and write its report.
 
-    Finished stages are recognised by what decides their result, and skipped: the same command goes on after an
-    interruption, and a changed recipe runs only what the change touches.
+    Finished stages are recognised by the settings that determine their result, and skipped: after an interruption the
+    same command resumes, and after a change to the recipe only the affected stages run again.
     """
     launch = settle_launch("run", processes, shard)
     with Output(as_json=as_json) as console:

@@ -1,4 +1,4 @@
-"""How an experiment stands, as a tree: each stage below the one it builds on."""
+"""The state of an experiment as a tree: each stage below the one it builds on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MARKS = {
 
 
 def experiment_tree(name: str, plan: Sequence[Planned]) -> Tree:
-    """All seeds of an experiment with their tasks."""
+    """Returns a tree of all seeds of an experiment with their tasks."""
     done = sum(planned.state == "done" for planned in plan)
     tree = Tree(f"[bold]{escape(name)}[/]  {done} of {len(plan)} done", guide_style="dim")
     for seed in dict.fromkeys(planned.task.seed for planned in plan):
@@ -31,7 +31,7 @@ def experiment_tree(name: str, plan: Sequence[Planned]) -> Tree:
 
 
 def running_tree(name: str, plan: Sequence[Planned]) -> Tree:
-    """The seed that is worked on, with its tasks, and one line for each of the others."""
+    """Returns a tree of the running seed with its tasks, and one line for each other seed."""
     done = sum(planned.state == "done" for planned in plan)
     tree = Tree(f"[bold]{escape(name)}[/]  {done} of {len(plan)} done", guide_style="dim")
     by_seed: dict[int, list[Planned]] = {}
@@ -61,7 +61,7 @@ def _line(planned: Planned) -> str:
     if planned.state == "done" and planned.run is not None:
         details.append(f"{planned.run.name}, {planned.run.record.seconds:.0f} s")
     elif planned.state == "resumed" and planned.run is not None:
-        details.append(f"{planned.run.record.status} before, goes on in {planned.run.name}")
+        details.append(f"{planned.run.record.status} before, resumes in {planned.run.name}")
     elif planned.state == "elsewhere" and planned.run is not None:
         details.append(f"{planned.run.name}, by {planned.run.record.worker}")
     elif planned.why:

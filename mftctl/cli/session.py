@@ -1,4 +1,4 @@
-"""What every command does around its workflow: find the input, settle the recipe, keep a run."""
+"""The frame of every command's workflow: find the input, resolve the recipe, record a run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mftctl.workflows.multi_process.dispatch import launch_of
 from mftctl.workflows.multi_process.process_count import Launch, require_devices
 
 MakePermit = Callable[[bool], Permit]
-"""The permit for a kind of result, with the user's agreement to replace one or without."""
+"""Makes the permit for a kind of result, with or without the user's consent to replace an existing one."""
 
 
 class Session:
@@ -61,7 +61,7 @@ class Session:
         self._options = dict(options or {})
 
     def settle(self, source: Source | None = None) -> Recipe:
-        """The recipe in force: options over `--set` over the recipe over what the source's run was made with."""
+        """Returns the resolved recipe: options over `--set` over the recipe over the source run's configuration."""
         name, base = self._recipe_name, None
         if name is None and source is not None:
             base = _inherited(source)
@@ -71,17 +71,17 @@ class Session:
     def open_training(
         self, *, resume: bool, output: Path | None = None, permit: MakePermit | None = None
     ) -> tuple[Run, Recipe, Source]:
-        """A run to train in, new or resumed, with its recipe and its source.
+        """Returns a training run, new or resumed, with its recipe and its source.
 
         Args:
-            resume: Go on with the newest unfinished run of this command, as it was configured.
-            output: Where the result is wanted besides the run folder.
-            permit: For that kind of result; None where there is no output.
+            resume: Resume the latest unfinished run of this command, with its own configuration.
+            output: Where to write the result in addition to the run folder.
+            permit: The permit for that kind of result; None without an output.
 
         Raises:
-            ConfigError: Options that do not fit, or given together with a resumption.
-            OutputError: The output is in the way of something that is not to be replaced.
-            RunError: Nothing to resume.
+            ConfigError: Options are invalid, or given together with `resume`.
+            OutputError: The output would replace something that must be kept.
+            RunError: There is no run to resume.
         """
         if resume:
             return self._resume(permit)
@@ -103,7 +103,7 @@ class Session:
         return self.create(recipe, source, output=output), recipe, source
 
     def create(self, recipe: Recipe, source: Source, *, output: Path | None = None) -> Run:
-        """A new run of this command, in all processes that work on it."""
+        """Creates a run of this command and returns it in all processes that work on it."""
         made = from_first(
             lambda: str(
                 create_run(
@@ -122,25 +122,25 @@ class Session:
         return run
 
     def with_answer(self, key: str, question: str, option: str, source: Source) -> Recipe:
-        """The recipe with a missing value asked for on a terminal.
+        """Asks for a missing value on the terminal and returns the recipe with it.
 
         Raises:
-            ConfigError: Nobody is there to answer; names the option.
+            ConfigError: No user can answer; names the option.
         """
         self._options[key] = [self.console.ask(question, option)]
         return self.settle(source)
 
     def settle_output(self, output: Path, inputs: Iterable[Input], permit: MakePermit) -> Path:
-        """The output's path without links, if a result can go there; asks before one is replaced.
+        """Returns the output path with links resolved, if it can be written; asks before replacing a result.
 
         Args:
-            output: As given.
-            inputs: What the command reads.
-            permit: For the kind of result.
+            output: The path as given.
+            inputs: The files that the command reads.
+            permit: The permit for the kind of result.
 
         Raises:
-            OutputError: It would replace what is the user's, or a result without their agreement.
-            StorageError: Its folder is read-only.
+            OutputError: It would replace a file of the user, or a result without their consent.
+            StorageError: The folder is read-only.
         """
         path = check_output(output, inputs, self.root)
         if not os.path.lexists(path):
@@ -162,22 +162,22 @@ class Session:
         return Path(from_first(lambda: str(self.settle_output(output, inputs, permit))))
 
     def end(self, result: Mapping[str, Any]) -> None:
-        """Nothing, if the result is where it was wanted.
+        """Checks that the result was written to the requested output.
 
         Raises:
-            StorageError: It is in the run folder alone, since something else is at the output by now.
+            StorageError: The result is only in the run folder, as something else has appeared at the output meanwhile.
         """
         refused = result.get("output_refused")
         if refused is not None:
             raise StorageError(
-                "The result is not at the output, where something else is by now.",
+                "The result was not written to the output, where another file has appeared meanwhile.",
                 path=result.get("mask") or result["model"],
                 actual=refused,
-                hint="copy it from the run folder, where it is whole",
+                hint="copy it from the run folder, where it is complete",
             )
 
     def _with_layers(self, source: Source) -> Recipe:
-        """The recipe with the layers that a probe of this model recommends, or all."""
+        """Returns the recipe with the layers recommended by a probe of this model, or all layers."""
         found = recommended_layers(self.root, source)
         if found is None:
             self.console.note("Layers: all, since no probe of this model says which gain most (mftctl probe)")
@@ -204,15 +204,15 @@ class Session:
             self.settle_output(Path(run.record.output), inputs, permit)
 
     def _processes(self, recipe: Recipe) -> int:
-        """How many work on a run, started by this command or beside it."""
+        """Returns the number of processes that work on a run, started by this command or by a launcher."""
         return max(world_size(), launch_of(self.command, recipe, self.launch).processes)
 
 
 def use_device(recipe: Recipe, launch: Launch) -> None:
-    """Makes the recipe's device that on which the processes of this command find each other.
+    """Connects the processes of this command on the recipe's device, before anything of a run is created.
 
     Raises:
-        ConfigError: It is not there, or not for each process, before anything of a run is.
+        ConfigError: The device is not available, or not for each process.
     """
     from mftctl.runtime.devices import find_device, join_on, require_attention
 
@@ -222,7 +222,7 @@ def use_device(recipe: Recipe, launch: Launch) -> None:
 
 
 def _inherited(source: Source) -> dict[str, Any] | None:
-    """The configuration of the run that made a model, but for where it computed and what it wrote into the model."""
+    """Returns the configuration of the run that made a model, without machine settings and keys stored in the model."""
     if source.config is None:
         return None
     has_template = bool(source.parents) and source.parents[-1].endswith("-fft")
@@ -231,7 +231,7 @@ def _inherited(source: Source) -> dict[str, Any] | None:
 
 
 def _made_by(source: Source) -> str:
-    return f", made by {source.parents[-1]}" if source.parents else ", built in"
+    return f", from {source.parents[-1]}" if source.parents else ", built in"
 
 
 def mask_file_permit(agreed: bool) -> Permit:

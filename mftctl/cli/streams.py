@@ -1,4 +1,4 @@
-"""Standard streams that take any text, and whose reader may go away."""
+"""Standard streams that accept any text and survive the loss of their reader."""
 
 from __future__ import annotations
 
@@ -40,26 +40,26 @@ _PLAIN = {
     "○": "o",
     "’": "'",
 }
-"""How symbols that mftctl and Rich print are spelled where the encoding has none of them."""
+"""ASCII spellings of symbols that mftctl and Rich print, for encodings without them."""
 
 _SPELLING = "mftctl.spelling"
 _GONE = frozenset({errno.EIO, errno.ENXIO, errno.ENODEV})
-"""What the system says of a terminal that was hung up."""
+"""System errors for a terminal that was hung up."""
 
 
 def prepare_streams() -> None:
-    """Makes standard output and standard error fit to be written to, whatever they are.
+    """Makes standard output and standard error safe to write to, whatever they are.
 
-    What the encoding cannot express is spelled in plain letters or escaped, and so are control characters in messages
-    of any library. Of messages nothing is worth ending the work: what cannot be written to standard error is dropped,
-    and so is a result where its terminal is gone. Streams that were closed at the start are opened on nothing, lest
-    the next file take their place.
+    Characters that the encoding lacks are spelled in ASCII or escaped, as are control characters in messages of any
+    library. No message is worth ending the work for: what cannot be written to standard error is dropped, and so is a
+    result whose terminal is gone. Streams that were closed at the start are opened on the null device, so that the
+    next file opened does not take their place.
     """
     codecs.register_error(_SPELLING, _spell)
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w" if number else "r", encoding="utf-8"))
-    # Compared, since a test or another program that calls mftctl may have put streams of its own in place.
+    # Compared because a test or another program that calls mftctl may have installed its own streams.
     if sys.stderr is sys.__stderr__ and isinstance(sys.stderr, io.TextIOWrapper):
         behind = _forgiving(sys.stderr, None)
         sys.stderr = _VisibleText(_writer(sys.stderr, None), encoding=sys.stderr.encoding, line_buffering=True)
@@ -72,7 +72,7 @@ def prepare_streams() -> None:
 
 
 def _spell(error: UnicodeError) -> tuple[str, int]:
-    """A replacement for what cannot be encoded, and where to go on."""
+    """Returns a replacement for text that cannot be encoded, and the position to continue at."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -81,9 +81,9 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def unfiltered_messages() -> TextIO | None:
-    """The stream behind standard error that takes controls too, for a console that writes its own; None without one.
+    """Returns the stream behind standard error that accepts control characters, for a console; None without one.
 
-    Rich looks for it itself, but not behind the stream that it puts in place of standard error while bars are live.
+    Rich finds it by itself, except behind the stream that it substitutes for standard error while bars are live.
     """
     stream: Any = sys.stderr
     while (behind := getattr(stream, "rich_proxied_file", None)) is not None:
@@ -92,7 +92,7 @@ def unfiltered_messages() -> TextIO | None:
 
 
 def _forgiving(stream: io.TextIOWrapper, dropped: frozenset[int] | None) -> io.TextIOWrapper:
-    """The same stream, whose writing no longer fails with some errors."""
+    """Returns the same stream, with some write errors ignored."""
     return io.TextIOWrapper(_writer(stream, dropped), encoding=stream.encoding, line_buffering=True)
 
 
@@ -101,26 +101,26 @@ def _writer(stream: io.TextIOWrapper, dropped: frozenset[int] | None) -> io.Buff
 
 
 class _VisibleText(io.TextIOWrapper):
-    """Standard error with control characters spelled out: in warnings, logs and tracebacks of any library.
+    """Standard error with control characters escaped, in warnings, logs and tracebacks of any library.
 
-    Rich, which has controls of its own to write, looks for the stream behind a stream under this name.
+    Rich, which writes control characters itself, finds the underlying stream under the attribute name below.
     """
 
     rich_proxied_file: io.TextIOWrapper
 
     def write(self, text: str) -> int:
-        """The number of characters taken."""
-        # A progress bar goes back to the start of its line before each of its states.
+        """Writes text and returns the number of characters accepted."""
+        # A progress bar returns to the start of its line before each update.
         super().write(f"\r{visible(text[1:])}" if text.startswith("\r") else visible(text))
         return len(text)
 
 
 class ForgivingWriter(io.RawIOBase):
-    """Writes to a descriptor; waits where it takes nothing just now, and drops what it will never take.
+    """Writes to a descriptor; waits while it is not ready, and drops what it will never accept.
 
     Args:
-        descriptor: Stays open when this is closed.
-        dropped: The errors after which what was to be written is dropped; None for all.
+        descriptor: The descriptor, which stays open when this object is closed.
+        dropped: Errors on which the data is dropped; None for all errors.
     """
 
     def __init__(self, descriptor: int, dropped: frozenset[int] | None) -> None:
@@ -128,19 +128,19 @@ class ForgivingWriter(io.RawIOBase):
         self._dropped = dropped
 
     def writable(self) -> bool:
-        """True."""
+        """Returns True."""
         return True
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """Returns the descriptor."""
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Whether it is a terminal that is still there."""
+        """Returns True for a terminal that is still open."""
         return os.isatty(self._descriptor)
 
     def write(self, data: ReadableBuffer) -> int:
-        """The number of bytes that were taken or dropped."""
+        """Writes data and returns the number of bytes written or dropped."""
         while True:
             try:
                 return os.write(self._descriptor, data)
@@ -153,14 +153,14 @@ class ForgivingWriter(io.RawIOBase):
 
 
 class PlainTextConsole(Console):
-    """Rich's console, with control characters of texts as escapes, and without links."""
+    """Rich's console, with control characters in text escaped, and without links."""
 
     def render_str(self, text: str, **settings: Any) -> Text:
-        """A text as it is laid out: escaped before its width is taken."""
+        """Returns the text for layout, escaped before its width is measured."""
         return super().render_str(visible(text), **settings)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What is written of anything, whoever made it."""
+        """Yields the segments of any renderable, with control characters escaped."""
         for segment in super().render(renderable, options):
             text, style, control = segment
             if control:

@@ -1,4 +1,4 @@
-"""`--chat-template` of `eval`, whose value may be left out."""
+"""The `--chat-template` option of `eval`, whose value is optional."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 
 OPTION = "--chat-template"
 OWN = ""
-"""The value that stands for the tokenizer's own template."""
+"""The value that selects the tokenizer's own template."""
 
 _TEMPLATE_ENDS = (".jinja", ".jinja2", ".j2")
 
 
 def with_value(words: Sequence[str]) -> list[str]:
-    """The words of a command line, with `--chat-template=` where it has no value.
+    """Returns the words of a command line, with `--chat-template=` where the option has no value.
 
-    A word behind it is its value unless it is an option or a model: a folder, `quickstart`, or a hub id of owner and
-    name.
+    The next word is its value unless it is an option or a model: a folder, `quickstart`, or a hub id of the form
+    owner/name.
 
     Args:
-        words: What follows the command's name.
+        words: The words after the command name.
     """
     found: list[str] = []
     for index, word in enumerate(words):

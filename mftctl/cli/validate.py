@@ -19,7 +19,7 @@ def validate(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            help="Recipe file, or the name of a built-in one, such as quickstart; without it the options alone are "
+            help="Recipe file, or the name of a built-in recipe, such as quickstart; by default only the options are "
             "checked.",
             show_default=False,
         ),
@@ -41,17 +41,17 @@ def validate(
         typer.Option(
             "--device-memory",
             metavar="SIZE",
-            help="Memory of the GPU that is asked about, such as 80GB.",
-            show_default="what is free here",
+            help="Memory of the GPU to check for, such as 80GB.",
+            show_default="free memory of this machine",
             rich_help_panel=opt.GENERAL,
         ),
     ] = None,
     trust_remote_code: opt.TrustRemoteCode = None,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Check all of a recipe that can be checked before training: files, labels, masks, memory, steps.
+    """Check everything in a recipe that can be checked before training: files, labels, masks, memory, steps.
 
-    Needs no weights: a folder with config.json alone will do. Ends with exit code 2 if anything is wrong.
+    Needs no weights: a folder with just config.json is enough. Exits with code 2 if there are problems.
     """
     with Output(as_json=as_json) as console:
         settled = load_recipe(recipe, sets=sets or (), options=opt.given(context))

@@ -44,24 +44,24 @@ def _overview(result: Mapping[str, Any]) -> Table:
     if model := result["model"]:
         sizes = f"{model['parameters']:,} parameters, {model['layers']} layers"
         rows.append(("model", f"{model['name']}: {model['model_type']}, {sizes}"))
-        template = {True: "the tokenizer's", False: "none; question and answer are joined", None: "unknown"}
+        template = {True: "the tokenizer's", False: "none; question and answer are concatenated", None: "unknown"}
         rows.append(("chat template", template[model["chat_template"]]))
     rows += [(name, _part(counts)) for name, counts in result["data"].items()]
     return pairs_table("Recipe", rows)
 
 
 def _part(counts: Mapping[str, int]) -> str:
-    text = f"{counts['records']:,} records"
+    text = f"{counts['records']:,} record{'' if counts['records'] == 1 else 's'}"
     if counts.get("tokenized_records"):
         text += (
-            f", {counts['tokens']:,} tokens, {counts['answer_tokens']:,} of them learned, "
-            f"the longest record has {counts['longest_tokens']:,}"
+            f", {counts['tokens']:,} tokens, {counts['answer_tokens']:,} of them in answers, "
+            f"longest record {counts['longest_tokens']:,}"
         )
     return text
 
 
 def _sample(sample: Mapping[str, Any], *, marked: bool) -> Text:
-    """A record with the learned text in green, or between marks where there are no colours."""
+    """Returns a record with the learned text in green, or between marks without colour support."""
     head = f"{sample['where']}: {sample['answer_tokens']} of {sample['tokens']} tokens are learned, "
     text = Text(head + ("those between » and «" if marked else "in green") + "\n", style="bold")
     for segment in sample["segments"]:
@@ -87,9 +87,9 @@ def _stages(stages: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _mask(names: str, mask: Mapping[str, Any]) -> Table:
-    """What a mask removes, by projection, and its size."""
+    """Returns a table of the weights a mask removes by projection, and its size."""
     written = mask["deflate_bytes"]
-    size = f"{mask['packed_bytes']:,} bytes of bits" + (f", about {written:,} in the mask file" if written else "")
+    size = f"{mask['packed_bytes']:,} bytes packed" + (f", about {written:,} in the mask file" if written else "")
     view = Table(
         title=Text(f"Mask of {names}; layers: {mask['layers']}"),
         title_justify="left",
@@ -114,13 +114,13 @@ def _mask(names: str, mask: Mapping[str, Any]) -> Table:
 
 
 def _memory(estimates: Sequence[Mapping[str, Any]]) -> Table:
-    """A column for each estimate, headed by the stages that have it."""
+    """Returns a table with one column per estimate, headed by the stages it applies to."""
     pairs = [(item["stage"], {key: value for key, value in item.items() if key != "stage"}) for item in estimates]
     columns = _alike(pairs)
     unit, name = _unit(max(item["peak_bytes"] for item in estimates))
     free = estimates[0].get("free_bytes")
-    title = f"Memory of one device, {name}; with DDP the same on each"
-    caption = "What an allocator loses by fragmentation comes on top."
+    title = f"Memory per device in {name} (the same on each device with DDP)"
+    caption = "Fragmentation in the allocator needs additional memory."
     view = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
     view.add_column("")
     for names, _ in columns:
@@ -141,7 +141,7 @@ def _unit(size_bytes: int) -> tuple[float, str]:
 
 
 def _alike(items: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """Equal values once, with the names of all that have them."""
+    """Groups equal values, each with the names of all items that have it."""
     found: list[tuple[list[str], Mapping[str, Any]]] = []
     for name, value in items:
         same = next((names for names, known in found if known == value), None)
@@ -153,7 +153,7 @@ def _alike(items: Any) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def _count(number: int | None) -> str:
-    return "an outcome" if number is None else f"{number:,}"
+    return "learned" if number is None else f"{number:,}"
 
 
 _FITS = {"fits": "yes", "closely": "closely", "no": "no"}

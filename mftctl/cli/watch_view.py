@@ -1,4 +1,4 @@
-"""Running experiments as they are watched: a live view on a terminal, a line at each change elsewhere."""
+"""Live view of running experiments on a terminal, or one line per change elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mftctl.text import visible_line
 INTERVAL_SECONDS = 2.0
 _NEWEST = 5
 _QUIET_SECONDS = 300
-"""A running run that has written nothing for so long may hang, or be long at a benchmark."""
+"""A run that has written nothing for this long may hang, or be working on a long benchmark."""
 _TENTHS = 10
 _MARKS = {
     "running": "[cyan]▸[/]",
@@ -34,12 +34,12 @@ _MARKS = {
 
 
 def watch(console: Output, root: Path, *, interval_seconds: float = INTERVAL_SECONDS) -> None:
-    """Follows the runs of a folder until Ctrl-C, also where none is running (any more).
+    """Watches the runs in a folder until Ctrl-C, even while none is running.
 
     Args:
-        console: Where to; off a terminal a line for each change, and with `--json` a JSON object for each.
-        root: The runs folder, which may be made later.
-        interval_seconds: Between two looks.
+        console: The output; off a terminal one line per change, with `--json` one JSON object per change.
+        root: The runs folder, which may not exist yet.
+        interval_seconds: Time between updates.
     """
     following = Following(root)
     told: dict[str, tuple[object, ...]] = {}
@@ -66,14 +66,14 @@ def watch(console: Output, root: Path, *, interval_seconds: float = INTERVAL_SEC
 def view(
     progress: Sequence[RunProgress], unreadable: Sequence[str], root: Path, now: float, *, watching: bool = True
 ) -> RenderableType:
-    """Running runs in full, the newest few of the others, and how many there are of each status.
+    """Returns running runs in full, the latest few of the others, and the number of runs of each status.
 
     Args:
-        progress: Of all runs.
-        unreadable: Names of the folders that could not be read.
+        progress: Progress of all runs.
+        unreadable: Names of folders that could not be read.
         root: The runs folder.
         now: Seconds since 1970.
-        watching: Whether there will be a next view, to be ended with Ctrl-C.
+        watching: Whether the view will be updated until Ctrl-C.
     """
     running = [item for item in progress if item.status == "running"]
     others = sorted((item for item in progress if item.status != "running"), key=lambda item: item.written)
@@ -82,7 +82,7 @@ def view(
         parts.append(_newest(others[-_NEWEST:]))
     footer = _counts(progress, unreadable)
     if watching:
-        footer = f"{footer} {'Ctrl-C ends the watching.' if running else _nothing_runs(root)}"
+        footer = f"{footer} {'Press Ctrl-C to stop watching.' if running else _nothing_runs(root)}"
     return Group(*parts, Text(footer, style="dim"))
 
 
@@ -99,7 +99,7 @@ def _in_full(item: RunProgress, now: float) -> Iterator[RenderableType]:
     else:
         yield Text(f"    {_times(item)}")
     if now - item.written > _QUIET_SECONDS:
-        yield Text(f"    nothing written for {_duration(now - item.written)}", style="yellow")
+        yield Text(f"    no output for {_duration(now - item.written)}", style="yellow")
     yield Text()
 
 
@@ -116,18 +116,18 @@ def _newest(items: Sequence[RunProgress]) -> Table:
 def _counts(progress: Sequence[RunProgress], unreadable: Sequence[str]) -> str:
     found = Counter[str](item.status for item in progress)
     if unreadable:
-        found["not readable"] = len(unreadable)
+        found["unreadable"] = len(unreadable)
     runs = len(progress) + len(unreadable)
     told = ", ".join(f"{count:,} {name}" for name, count in found.items())
     return f"{runs:,} run{'' if runs == 1 else 's'}: {told}." if runs else "No runs."
 
 
 def _nothing_runs(root: Path) -> str:
-    return f"Nothing runs in {root}; watching for the next run until Ctrl-C."
+    return f"No runs in progress in {root}; waiting for the next run until Ctrl-C."
 
 
 def _tell_changes(console: Output, progress: Sequence[RunProgress], told: dict[str, tuple[object, ...]]) -> None:
-    """A line for each run that runs, or has just ended: at its start and end, each validation, each tenth of it."""
+    """Prints one line per active run at its start, its end, each validation and each tenth of its steps."""
     first = not told
     for item in progress:
         tenth = None if not item.steps or item.step is None else _TENTHS * item.step // item.steps

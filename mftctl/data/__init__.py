@@ -1,1 +1,1 @@
-"""From files of any known format to token ids with masked labels."""
+"""Reads data files of all supported formats into token ids with masked labels."""

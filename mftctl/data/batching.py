@@ -15,22 +15,22 @@ from mftctl.data.examples import IGNORED_LABEL
 from mftctl.errors import DataError
 
 _MEGA_BATCH = 50
-"""How many batches are sorted by length together: enough for little padding, few enough to stay random."""
+"""Number of batches sorted by length together: enough to keep padding low, few enough to stay random."""
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Indices so that every run of `batch_size` of them is a batch of similar lengths.
+    """Yields indices such that every `batch_size` consecutive ones form a batch of similar lengths.
 
-    The order follows from the seed and the epoch alone. The batch with the longest record comes first, so that a lack
-    of memory shows at once; a batch that is not full comes last.
+    The order depends only on the seed and the epoch. The batch with the longest record comes first, so that running
+    out of memory shows at once; an incomplete batch comes last.
 
     Args:
         lengths: The length of each record in tokens.
-        batch_size: How many records make a batch, at least 1.
-        seed: Decides the order together with the epoch.
+        batch_size: Records per batch, at least 1.
+        seed: Determines the order together with the epoch.
 
     Attributes:
-        same_batches: Whether all epochs have the batches of the first, in another order.
+        same_batches: Whether all epochs reuse the batches of the first, in a different order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
@@ -41,7 +41,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.same_batches = False
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the given epoch for the next iteration."""
+        """Sets the epoch that determines the order of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -58,11 +58,11 @@ class LengthGroupedSampler(Sampler[int]):
         return (index for batch in [*batches, *last] for index in batch)
 
     def _batches(self, generator: random.Random) -> list[list[int]]:
-        """All batches, each from its longest record to its shortest; only the last may be short."""
+        """All batches, each sorted from longest to shortest; only the last may be incomplete."""
         order = list(range(len(self.lengths)))
         generator.shuffle(order)
         mega = _MEGA_BATCH * self.batch_size
-        # A rest too small for a full batch joins the mega-batch before it: the longest record must not be in it.
+        # A remainder smaller than a batch joins the last mega-batch, so that it cannot hold the longest record.
         starts = range(0, max(len(order) - self.batch_size + 1, 1), mega)
         ends = [*starts[1:], len(order)]
         batches = []
@@ -73,15 +73,15 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class ProcessBatches(Sampler[list[int]]):
-    """The micro-batches of one of several processes: as one process would take them in turn.
+    """The micro-batches of one process, dealt out in the order a single process would take them.
 
-    Every process has as many. Where the last ones run out, a process gets the first record of the batch before, marked
-    by a negative number, whose labels count for nothing.
+    Every process gets the same number. If there are too few at the end, a process repeats the first record of an
+    earlier batch, marked by a negative number, with its labels ignored.
 
     Args:
-        order: The records of an epoch in their order.
-        batch_size: Records of a micro-batch.
-        rank: The process.
+        order: The records of an epoch in order.
+        batch_size: Records per micro-batch.
+        rank: Rank of the process.
         world_size: Number of processes.
     """
 
@@ -103,7 +103,7 @@ class ProcessBatches(Sampler[list[int]]):
 
 
 class ProcessRecords(Dataset[Encoded]):
-    """Records as `ProcessBatches` names them: `-1 - index` is the record without anything to learn."""
+    """Records by the indices of `ProcessBatches`; `-1 - index` is the record with all labels ignored."""
 
     def __init__(self, records: Sequence[Encoded]) -> None:
         self.records = records
@@ -120,10 +120,10 @@ class ProcessRecords(Dataset[Encoded]):
 
 @dataclass(frozen=True, slots=True)
 class PaddingCollator:
-    """Encoded examples as one batch of tensors, padded on the right.
+    """Collates encoded examples into a batch of tensors, padded on the right.
 
     Attributes:
-        pad_token_id: Fills `input_ids`; the attention mask is 0 and the label -100 there.
+        pad_token_id: Pads `input_ids`; padded positions have attention mask 0 and label -100.
     """
 
     pad_token_id: int
@@ -143,10 +143,10 @@ class PaddingCollator:
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token to pad with: the padding token, or else the end-of-sequence token.
+    """The padding token, or the end-of-sequence token if there is none.
 
     Raises:
-        DataError: the tokenizer has neither.
+        DataError: The tokenizer has neither.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:

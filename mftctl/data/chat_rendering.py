@@ -1,4 +1,4 @@
-"""Conversations through a chat template, and where in the text the answers are."""
+"""Renders conversations with a chat template and locates the answers in the text."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from mftctl.errors import DataError
 from mftctl.text import first_line
 
 _MARK = "mftctlMark7041"
-"""Stands in for an answer to see where a template puts it; a word, so that no template changes it."""
+"""Placeholder for an answer, to see where a template puts it; a single word, so that no template changes it."""
 
 _ASKED = "mftctlAsked7041"
-"""The same for a question."""
+"""Placeholder for a question."""
 
 _SENTENCE_WORDS = 3
-"""Fewer stand for a role, and not for a prompt."""
+"""Fewer words are taken for a role name, not a system prompt."""
 
 _THOUGHT_END = "</think>"
 _GENERATION = re.compile(r"\{%-?\s*generation\b")
@@ -35,12 +35,12 @@ _OTHER_TEMPLATE = "choose another template with --chat-template, or remove the r
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One assistant's turn in the text of a conversation.
+    """One assistant turn in the text of a conversation.
 
     Attributes:
-        start: Of what is learned, in characters.
-        end: Behind the answer and its stop.
-        is_learned: Whether it is learned.
+        start: Start of the span to train on, in characters.
+        end: End of the answer with its stop.
+        is_learned: Whether the answer is trained on.
         has_stop: Whether the text ends the turn.
     """
 
@@ -55,11 +55,11 @@ class Conversation:
     """A conversation as the model sees it.
 
     Attributes:
-        text: All of it.
-        answers: In order; without an opening one, which answers nothing.
-        cuts_thinking: Whether the template leaves out what the assistant thought in some turn.
-        is_last_only: Whether earlier answers are not to be found in the text.
-        has_tools_as_text: Whether functions or calls are written as JSON, since the template has no place for them.
+        text: The whole text.
+        answers: The answers in order, without an opening assistant turn that answers nothing.
+        cuts_thinking: Whether the template drops the assistant's thinking in some turn.
+        is_last_only: Whether some earlier answers cannot be located in the text.
+        has_tools_as_text: Whether functions or calls are written as JSON because the template has no field for them.
     """
 
     text: str
@@ -70,11 +70,11 @@ class Conversation:
 
 
 class ChatRenderer:
-    """The chat template of a tokenizer.
+    """Renders conversations with the chat template of a tokenizer.
 
     Args:
         tokenizer: With a chat template.
-        now: What the template takes for the present.
+        now: The current time as the template sees it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, now: datetime) -> None:
@@ -84,7 +84,7 @@ class ChatRenderer:
 
     @cached_property
     def turn_end(self) -> TurnEnd:
-        """How the template ends an assistant's turn."""
+        """The end of an assistant turn in the template."""
         question, answer = Message("user", _ASKED), Message("assistant", _MARK)
         for turns in ((question, answer, question, answer), (question, answer)):
             try:
@@ -100,7 +100,7 @@ class ChatRenderer:
 
     @cached_property
     def stop(self) -> str:
-        """The text at which an answer is over: what ends the last turn, else what begins the next; else empty."""
+        """The text that ends an answer: the end of the last turn, else the start of the next; else empty."""
         question, answer = Message("user", _ASKED), Message("assistant", _MARK)
         turns = (question, answer, question, answer)
         try:
@@ -112,13 +112,13 @@ class ChatRenderer:
         return next(filter(None, found), self.turn_end.marker)
 
     def _opening(self, text: str) -> str | None:
-        """The special token with which the template opens a turn: the first that is no begin of a sequence."""
+        """The special token that opens a turn: the first one that is not the begin-of-sequence token."""
         known = [token for token in self._specials if token != self._tokenizer.bos_token and token in text]
         return min(known, key=text.index, default=None)
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template reads a turn's content as a list of parts alone, as of vision-language models."""
+        """Whether the template accepts a turn's content only as a list of parts, as vision-language models do."""
         found = []
         for content in (_MARK, [{"type": "text", "text": _MARK}]):
             try:
@@ -131,7 +131,7 @@ class ChatRenderer:
 
     @cached_property
     def added_system(self) -> str:
-        """The system prompt that the template adds by itself; empty if it adds none."""
+        """The system prompt that the template adds by default; empty if it adds none."""
         asked, told = Message("user", _MARK), Message("system", _MARK)
         try:
             alone = self._text(Example("chat", (asked,), ""), (asked,))
@@ -147,14 +147,14 @@ class ChatRenderer:
         return text.strip() if len(text.split()) >= _SENTENCE_WORDS else ""
 
     def render(self, example: Example) -> Conversation:
-        """The conversation, with every assistant's turn found in it.
+        """The rendered conversation, with every assistant turn located in it.
 
         Args:
             example: With messages.
 
         Raises:
-            DataError: The template fails on it, leaves out a question or an answer, or the last answer is not to be
-                found.
+            DataError: The template fails on the example or drops a question or an answer, or the last answer cannot be
+                located.
         """
         whole = self._checked(example)
         return self._found(example, whole)
@@ -177,7 +177,7 @@ class ChatRenderer:
     def _with_ends(
         self, example: Example, whole: str, turns: Sequence[int], spans: Sequence[tuple[int, int]]
     ) -> tuple[Answer, ...]:
-        """The answers with the stop behind each."""
+        """The answers, each with its stop."""
         answers = []
         starts = [start for start, _ in spans[1:]] + [len(whole)]
         for index, (start, end), following in zip(turns, spans, starts, strict=True):
@@ -187,12 +187,12 @@ class ChatRenderer:
         return tuple(answers)
 
     def _generated(self, example: Example) -> list[tuple[int, int]]:
-        """What the template itself marks as generated, as spans of characters."""
+        """The character spans that the template itself marks as generated."""
         _, spans = self._rendered(self._turns(example, example.messages), self._variables(example), marked=True)
         return [(start, end) for start, end in spans[0] if end > start]
 
     def _span(self, example: Example, whole: str, index: int) -> tuple[int, int] | None:
-        """Where one answer stands; None if it is not to be found."""
+        """The span of one answer; None if it cannot be located."""
         message = example.messages[index]
         span = self._marked_span(example, whole, index) or self._prefix_span(example, whole, index)
         if span is None or not _holds(whole[span[0] : span[1]], _said(message)):
@@ -204,7 +204,7 @@ class ChatRenderer:
         return start, end
 
     def _marked_span(self, example: Example, whole: str, index: int) -> tuple[int, int] | None:
-        """What changes in the text when another answer takes the place of this one."""
+        """The span that changes when the answer is replaced by the placeholder."""
         marked = replace(example.messages[index], content=_MARK, tool_calls=())
         try:
             other = self._text(example, (*example.messages[:index], marked, *example.messages[index + 1 :]))
@@ -219,7 +219,7 @@ class ChatRenderer:
         return (start, len(whole) - same) if same < len(rest) else None
 
     def _prefix_span(self, example: Example, whole: str, index: int) -> tuple[int, int] | None:
-        """What the conversation through this turn has more than the conversation before it."""
+        """The span that this turn adds to the conversation before it."""
         try:
             before, through = self._prompt(example, index), self._text(example, example.messages[: index + 1])
         except DataError:
@@ -230,19 +230,19 @@ class ChatRenderer:
         return len(before), len(before) + len(answer.removesuffix(self.turn_end.marker))
 
     def _prompt(self, example: Example, index: int) -> str:
-        """What the model is given to write the turn of this index."""
+        """The prompt from which the model generates the turn at this index."""
         return self._text(example, example.messages[:index], add_generation_prompt=True)
 
     def _checked(self, example: Example) -> str:
-        """The whole text, in which all that was asked and said is found again."""
+        """The whole text, checked to contain the text of every turn."""
         whole = self._text(example, example.messages)
         for index, message in enumerate(example.messages):
             if message.role != "tool" and not _holds(whole, _said(message)):
                 raise DataError(
-                    "The chat template leaves out a text of the record.",
+                    "The chat template drops text of the record.",
                     path=example.where,
                     key=f"messages[{index}]",
-                    expected=f"the text of the {message.role} turn in what the template writes",
+                    expected=f"the text of the {message.role} turn in the template's output",
                     actual=_shortened(_said(message)),
                     hint="--merge-system" if message.role == "system" else _OTHER_TEMPLATE,
                 )
@@ -254,7 +254,7 @@ class ChatRenderer:
         for function in json.loads(example.tools or "[]"):
             name = function.get("function", function).get("name")
             if name is not None and str(name) not in whole:
-                raise _not_rendered(example, 0, f"the function {name} of the field tools")
+                raise _not_rendered(example, 0, f"the function {name} in the field tools")
         return whole
 
     def _text(self, example: Example, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -262,17 +262,17 @@ class ChatRenderer:
             return self._applied(example, messages, add_generation_prompt)
         except TEMPLATE_FAILURES as error:
             if any(message.tool_calls for message in messages) and not self._arguments_are_text:
-                self._arguments_are_text = True  # some templates join them to other text
+                self._arguments_are_text = True  # some templates concatenate them with other text
                 try:
                     return self._applied(example, messages, add_generation_prompt)
                 except TEMPLATE_FAILURES:
                     self._arguments_are_text = False
             raise DataError(
-                "The chat template of the tokenizer fails on this record.",
+                "The tokenizer's chat template fails on this record.",
                 path=example.where,
-                expected="roles in an order that the template takes",
+                expected="roles in an order that the template accepts",
                 actual=f"{', '.join(message.role for message in messages)}: {first_line(error)}",
-                hint="--merge-system, if it takes no system turn; --chat-template chooses another template",
+                hint="--merge-system if it accepts no system turn, or --chat-template to choose another template",
             ) from error
 
     def _applied(self, example: Example, messages: Sequence[Message], add_generation_prompt: bool) -> str:
@@ -282,7 +282,7 @@ class ChatRenderer:
     def _rendered(
         self, turns: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, marked: bool = False
     ) -> tuple[str, list[list[tuple[int, int]]]]:
-        """The text of the turns, and where the template marks what is generated, if that is asked for."""
+        """The text of the turns and, on request, the spans that the template marks as generated."""
         named = {**self._tokenizer.special_tokens_map, **variables}
         return render_template(turns, self._template, marked=marked, **named)
 
@@ -292,7 +292,7 @@ class ChatRenderer:
         return {**variables, "tools": tools}
 
     def _turns(self, example: Example, messages: Sequence[Message]) -> list[Mapping[str, Any]]:
-        """The turns as templates read them; the functions go into the system turn where there is no other place."""
+        """The turns as template input; without a `tools` variable, the functions go into the system turn."""
         spoken = list(messages)
         if example.tools and not self._knows("tools"):
             system = spoken.pop(0) if spoken and spoken[0].role == "system" else Message("system", "")
@@ -311,7 +311,7 @@ class ChatRenderer:
         return any(message.tool_calls for message in example.messages) and not self._knows("tool_calls")
 
     def _turn(self, message: Message) -> Mapping[str, Any]:
-        """A turn as templates read it."""
+        """A turn as template input."""
         role, content = message.role, message.content
         if role == "developer" and not self._knows("developer"):
             role = "system"
@@ -351,7 +351,7 @@ def _call_text(call: ToolCall) -> str:
 
 
 def _said(message: Message) -> str:
-    """What the turn says, without what was thought before."""
+    """The text of the turn without its thinking."""
     said = message.content.rpartition(_THOUGHT_END)[2] if message.role == "assistant" else message.content
     return said.strip()
 
@@ -362,7 +362,7 @@ def _keeps_thinking(message: Message, whole: str) -> bool:
 
 
 def _holds(whole: str, text: str) -> bool:
-    """Whether a text stands in another, however a template changes white space."""
+    """Whether `whole` contains a text, ignoring changes in white space."""
     return text in whole or "".join(text.split()) in "".join(whole.split())
 
 
@@ -373,19 +373,19 @@ def _shortened(text: str) -> str:
 
 def _not_rendered(example: Example, index: int, what: str) -> DataError:
     return DataError(
-        f"The chat template leaves out {what}.",
+        f"The chat template drops {what}.",
         path=example.where,
         key=f"messages[{index}]",
-        expected="a template that writes it",
+        expected="a template that renders it",
         hint="choose another template with --chat-template, or remove it from the record",
     )
 
 
 def _not_found(example: Example, index: int) -> DataError:
     return DataError(
-        "The last answer cannot be found in what the chat template writes.",
+        "The last answer cannot be located in the chat template's output.",
         path=example.where,
         key=f"messages[{index}]",
-        expected="a template that writes each answer once",
+        expected="a template that renders each answer once",
         hint="choose another template with --chat-template",
     )

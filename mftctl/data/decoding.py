@@ -1,4 +1,4 @@
-"""Text out of token ids that stand behind others."""
+"""Decoding of token ids that follow other token ids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 _CONTEXT_TOKENS = 8
-"""Enough for the characters that tokens make together; more would be decoded for nothing."""
+"""Enough for characters that span several tokens; decoding more would be wasted work."""
 
 
 def decode_behind(
@@ -17,21 +17,21 @@ def decode_behind(
     *,
     skip_special_tokens: bool = False,
 ) -> str:
-    """The text that the ids add to those before them.
+    """The text that the ids add to the ids before them.
 
-    By themselves, tokenizers of the Llama 2 family decode them without their first space.
+    Decoded alone, they lose their leading space with tokenizers of the Llama 2 family.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: The model's tokenizer.
         before: The ids of the prompt.
         token_ids: The ids of the answer.
-        skip_special_tokens: Whether special tokens are left out.
+        skip_special_tokens: Whether to omit special tokens.
     """
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
-    if skip_special_tokens:  # of the answer alone: one at the end of the prompt keeps the space behind it
+    if skip_special_tokens:  # in the answer only: one at the end of the prompt preserves the space after it
         special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
         special |= set(tokenizer.all_special_ids)
         token_ids = [token for token in token_ids if token not in special]

@@ -1,7 +1,7 @@
-"""Token ids with labels on the answers alone.
+"""Tokenises examples, with labels on the answers only.
 
-Each stretch of text between two answer boundaries is tokenised by itself, so no token spans the end of a prompt and the
-beginning of its answer, and the prompt's ids are the ones the model sees when it is asked to generate.
+Each span of text between two answer boundaries is tokenised separately, so no token spans the end of a prompt and the
+start of its answer, and the prompt's ids are the ones the model sees during generation.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from mftctl.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as a model takes it.
+    """One tokenised example.
 
     Attributes:
         input_ids: The token ids.
-        labels: The token ids of the answers, and -100 everywhere else; as many as `input_ids`.
-        where: Where the record came from.
-        is_cut: Whether its end was cut off.
+        labels: The token ids of the answers and -100 elsewhere; as many as `input_ids`.
+        where: Origin of the record.
+        is_cut: Whether the example was truncated.
     """
 
     input_ids: list[int]
@@ -39,7 +39,7 @@ class Encoded:
 
     @property
     def answer_tokens(self) -> int:
-        """How many tokens are learned."""
+        """Number of tokens trained on."""
         return sum(label != IGNORED_LABEL for label in self.labels)
 
 
@@ -49,7 +49,7 @@ _KNOWN_TEXTS = 1024
 
 
 class _Piece(NamedTuple):
-    """The tokens of one stretch of an example, and whether they are learned."""
+    """The tokens of one span of an example, and whether they are trained on."""
 
     input_ids: list[int]
     is_answer: bool
@@ -59,14 +59,14 @@ class Encoder:
     """Turns examples into token ids.
 
     Args:
-        tokenizer: Its chat template renders the examples where it has one.
-        learn: Whether all answers of a conversation are learned, or the last one alone.
-        now: What a chat template takes for the present; by default what the clock says now.
+        tokenizer: Its chat template, if it has one, renders the examples.
+        learn: Whether to train on all answers of a conversation or only on the last.
+        now: The current time as the chat template sees it; by default, the system time.
 
     Attributes:
         tokenizer: The tokenizer.
-        now: What the template takes for the present.
-        renderer: Makes the text.
+        now: The current time as the template sees it.
+        renderer: Renders the text.
     """
 
     def __init__(
@@ -77,16 +77,16 @@ class Encoder:
         self.renderer = Renderer(tokenizer, learn, self.now)
 
     def encode(self, example: Example, max_length_tokens: int, issues: RecordIssues | None = None) -> Encoded:
-        """The front of the example's tokens, with labels on every answer and its end-of-turn marker.
+        """The example's tokens up to the maximum length, with labels on every answer and its end-of-turn marker.
 
         Args:
-            example: What to encode.
-            max_length_tokens: What is longer is cut off at the end.
-            issues: Gets what is to be said of the record.
+            example: The example to encode.
+            max_length_tokens: Longer examples are truncated at the end.
+            issues: Collects problems with the record.
 
         Raises:
-            DataError: The chat template cannot render the example, or the record has no token to learn.
-            PromptTooLongError: The prompt leaves no token to learn within the length.
+            DataError: The chat template cannot render the example, or the record has no token to train on.
+            PromptTooLongError: The prompt leaves no token to train on within the maximum length.
         """
         if example.token_ids is not None:
             return self._given(example, example.token_ids, max_length_tokens)
@@ -102,10 +102,10 @@ class Encoder:
         return _cut(input_ids, labels, example.where, max_length_tokens, _prompt_tokens(pieces))
 
     def prompt(self, example: Example) -> list[int]:
-        """The ids to generate the last answer from: what `encode` puts before that answer's first label.
+        """The prompt ids for generating the last answer: those that `encode` puts before that answer's first label.
 
         Raises:
-            DataError: the chat template cannot render the example.
+            DataError: The chat template cannot render the example.
         """
         *before, last = example.messages
         asked = replace(example, messages=(*before, replace(last, is_learned=True)))
@@ -114,22 +114,22 @@ class Encoder:
         return [token for piece in pieces[:last_answer] for token in piece.input_ids]
 
     def _given(self, example: Example, ids: TokenIds, max_length_tokens: int) -> Encoded:
-        """The record that is tokenised already."""
+        """The encoded form of a pre-tokenised record."""
         unknown = next((token for token in ids.input_ids if not 0 <= token < len(self.tokenizer)), None)
         if unknown is not None:
             raise DataError(
-                "The tokenizer has no such token.",
+                "A token id is not in the tokenizer's vocabulary.",
                 path=example.where,
                 key="input_ids",
                 expected=f"ids from 0 to {len(self.tokenizer) - 1}",
                 actual=unknown,
-                hint="use the tokenizer that made the record",
+                hint="use the tokenizer that produced the record",
             )
         prompt_tokens = sum(1 for _ in takewhile(lambda label: label == IGNORED_LABEL, ids.labels))
         return _cut(list(ids.input_ids), list(ids.labels), example.where, max_length_tokens, prompt_tokens)
 
     def _pieces(self, rendered: Rendered) -> list[_Piece]:
-        """The tokens of the whole example, cut as `render` cuts its text."""
+        """The tokens of the whole example, split as `render` splits its text."""
         bos = self._default_bos if rendered.add_bos and not self._begins_with_bos(rendered) else []
         pieces = [_Piece(bos, is_answer=False)] if bos else []
         for index, segment in enumerate(rendered.segments):
@@ -141,22 +141,22 @@ class Encoder:
         return pieces
 
     def _begins_with_bos(self, rendered: Rendered) -> bool:
-        """Whether the text brings its begin-of-sequence token itself."""
+        """Whether the text includes its own begin-of-sequence token."""
         bos = self.tokenizer.bos_token
         return bool(bos) and rendered.segments[0].text.startswith(bos)
 
     def _ids(self, text: str) -> list[int]:
-        # verbose=False: the warning about the model's own maximum says nothing about --max-length.
+        # verbose=False: the warning about the model's own maximum length does not concern --max-length.
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     def _continuation_ids(self, text: str) -> list[int]:
-        """The ids of text that goes on after other text.
+        """The ids of text that continues other text.
 
-        Tokenizers of the Llama 2 family put a space in front of what they take for the start of a text. A line end in
-        front takes that space and is dropped again, unless it merges with the text, which theirs never does.
+        Tokenizers of the Llama 2 family prepend a space to what they take for the start of a text. A prepended newline
+        takes that space and is dropped again, unless it merges with the text, which theirs never does.
         """
-        if len(text) <= _SHORT_CHARACTERS:  # what templates write between turns, the same in every record
+        if len(text) <= _SHORT_CHARACTERS:  # template text between turns, the same in every record
             return list(self._known_continuation(text))
         return self._new_continuation(text)
 
@@ -175,23 +175,23 @@ class Encoder:
 
     @cached_property
     def _default_bos(self) -> list[int]:
-        """The begin-of-sequence token where the tokenizer adds it by itself, otherwise nothing."""
+        """The begin-of-sequence token if the tokenizer adds it by default, otherwise nothing."""
         ids: list[int] = self.tokenizer("\n", verbose=False)["input_ids"]
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
 class PromptTooLongError(DataError):
-    """The prompt of a record leaves no token to learn within the length allowed."""
+    """The prompt of a record leaves no token to train on within the maximum length."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedRecords:
-    """The records that can be used.
+    """The usable records.
 
     Attributes:
-        records: Encoded.
-        examples: Those that they were made of, in the same order.
+        records: The encoded records.
+        examples: Their examples, in the same order.
     """
 
     records: list[Encoded]
@@ -206,14 +206,14 @@ def encode_all(
     *,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedRecords:
-    """Every example that can be encoded, in order.
+    """Encodes all examples that can be encoded, in order.
 
     Args:
-        examples: What to encode.
-        encoder: Of the model's tokenizer.
-        max_length_tokens: What is longer is cut off at the end.
-        issues: Gets what is wrong with records, and what is to be said of them.
-        on_progress: Told the records done and all records, now and then.
+        examples: The examples to encode.
+        encoder: Encoder for the model's tokenizer.
+        max_length_tokens: Longer examples are truncated at the end.
+        issues: Collects problems with the records.
+        on_progress: Called at intervals with the number of records done and the total.
     """
     records: list[Encoded] = []
     used: list[Example] = []
@@ -236,26 +236,26 @@ def encode_all(
 
 
 def _cut(input_ids: list[int], labels: list[int], where: str, max_length_tokens: int, prompt_tokens: int) -> Encoded:
-    """The front of the tokens.
+    """The tokens, truncated to the maximum length.
 
     Raises:
-        DataError: Nothing in it is learned.
+        DataError: No token is left to train on.
     """
     is_cut = len(input_ids) > max_length_tokens
     encoded = Encoded(input_ids[:max_length_tokens], labels[:max_length_tokens], where, is_cut)
-    # Nothing comes before the first token, so no model learns to predict it.
+    # Nothing precedes the first token, so no model learns to predict it.
     if all(label == IGNORED_LABEL for label in encoded.labels[1:]):
         kind = PromptTooLongError if is_cut else DataError
         raise kind(
-            "No token of the answer is left to learn.",
+            "The answer has no token left to train on.",
             path=where,
             expected=f"an answer that begins within {max_length_tokens} tokens",
-            actual=f"a prompt of {prompt_tokens} tokens, {len(input_ids)} in all",
+            actual=f"a prompt of {prompt_tokens} tokens, {len(input_ids)} tokens in total",
             hint="raise --max-length, or remove the record",
         )
     return encoded
 
 
 def _prompt_tokens(pieces: Sequence[_Piece]) -> int:
-    """How many tokens come before the first answer."""
+    """Number of tokens before the first answer."""
     return sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))

@@ -1,4 +1,4 @@
-"""The one form every training record is brought into."""
+"""The common form of all training and evaluation records."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 IGNORED_LABEL = -100
-"""The label that the loss of every transformers model leaves out."""
+"""The label that the loss of every transformers model ignores."""
 
 Kind = Literal["chat", "completion", "text", "tokens"]
 Learn = Literal["all", "last"]
-"""Which answers of a conversation."""
+"""Answers of a conversation to train on."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call of a function by the assistant.
+    """One function call by the assistant.
 
     Attributes:
-        name: Of the function.
+        name: Name of the function.
         arguments: JSON text.
-        id: What the tool's answer refers to; None if the record has none.
+        id: The id that the tool's answer refers to; None if the record has none.
     """
 
     name: str
@@ -35,12 +35,12 @@ class Message:
 
     Attributes:
         role: `system`, `developer`, `user`, `assistant` or `tool`.
-        content: The text of the turn; empty only where the assistant calls a tool and says nothing.
-        thinking: What the assistant thought before it answered.
-        tool_calls: The assistant's.
-        name: Who speaks, or which function answers.
+        content: The text of the turn; empty only if the assistant calls a tool without any text.
+        thinking: The assistant's thinking before its answer.
+        tool_calls: The assistant's tool calls.
+        name: Name of the speaker, or of the function that answers.
         tool_call_id: The call that a tool answers.
-        is_learned: Whether an assistant's turn is to be learned.
+        is_learned: Whether to train on an assistant turn.
     """
 
     role: str
@@ -54,11 +54,11 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class TokenIds:
-    """A record that is tokenised already.
+    """A pre-tokenised record.
 
     Attributes:
         input_ids: The token ids.
-        labels: As many; -100 where nothing is learned.
+        labels: One label per token; -100 for tokens that are not trained on.
     """
 
     input_ids: tuple[int, ...]
@@ -70,15 +70,15 @@ class Example:
     """One training or evaluation record.
 
     Attributes:
-        kind: `chat` (rendered with the chat template), `completion` (rendered with it where there is one, otherwise
-            prompt and completion are joined as they are), `text` (plain text, every token is a label) or `tokens`
-            (tokenised already, without messages).
+        kind: `chat` (rendered with the chat template), `completion` (rendered with the template if there is one,
+            otherwise prompt and completion are concatenated), `text` (plain text, every token is a label) or `tokens`
+            (pre-tokenised, without messages).
         messages: The turns; the last is the assistant's answer. A `text` record is a single assistant turn.
-        where: Where the record came from, such as `train.jsonl:17`.
-        has_turns: Whether the record is a list of turns, whose roles only a chat template can tell apart.
+        where: Origin of the record, such as `train.jsonl:17`.
+        has_turns: Whether the record is a list of turns, which needs a chat template to mark the roles.
         tools: JSON text of the list of functions that the assistant may call; empty if there are none.
-        template_args: JSON text of the variables that the record gives the chat template; empty if there are none.
-        token_ids: Of a `tokens` record.
+        template_args: JSON text of the record's chat-template variables; empty if there are none.
+        token_ids: The tokens of a `tokens` record.
     """
 
     kind: Kind
@@ -96,11 +96,11 @@ class Example:
 
     @property
     def answer(self) -> str:
-        """The text of the last turn, the assistant's; empty of a `tokens` record."""
+        """The text of the last turn, the assistant's; empty for a `tokens` record."""
         return self.messages[-1].content if self.messages else ""
 
     def canonical(self) -> bytes:
-        """What makes two records the same, wherever they come from, as JSON."""
+        """Canonical JSON of the content; equal records give equal bytes, whatever their origin."""
         document: list[Any] = [self.kind, [_canonical(message) for message in self.messages]]
         if self.tools or self.template_args or self.token_ids is not None:
             ids = None if self.token_ids is None else [self.token_ids.input_ids, self.token_ids.labels]

@@ -1,8 +1,8 @@
-"""Records out of local files, each with the place it came from.
+"""Reads records from local files, each with its location.
 
 JSON and CSV are read with the standard library, not with `datasets`: its JSON reader turns texts that look like dates
-into dates and texts beside a number into quoted JSON, its CSV reader turns `007` into 7, and neither keeps the line
-numbers that errors name.
+into dates and texts next to a number into quoted JSON, its CSV reader turns `007` into 7, and neither keeps the line
+numbers that errors report.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from mftctl.data.hub import read_parquet
 from mftctl.errors import DataError
 
 _MOST_CHARACTERS = 2**31 - 1
-"""Of a CSV cell: what a C long holds everywhere. The csv module would stop at 131,072."""
+"""Limit of a CSV cell: what a C long holds on every platform. The csv module's default is 131,072."""
 
 
 class Record(NamedTuple):
-    """One record as it stands in its file.
+    """One record as stored in its file.
 
     Attributes:
-        where: The file and, where lines are known, the line: `train.jsonl:17`, otherwise `train.parquet, record 17`.
+        where: The file and, if known, the line: `train.jsonl:17`, otherwise `train.parquet, record 17`.
         fields: The values by field name.
     """
 
@@ -37,20 +37,20 @@ class Record(NamedTuple):
 
 
 def read_records(path: Path) -> list[Record]:
-    """Every record of a local file in file order, at least one.
+    """All records of a local file in file order, at least one.
 
     Raises:
-        DataError: the file's type is not known, it cannot be read or parsed, or it holds no record.
+        DataError: The file type is unknown, the file cannot be read or parsed, or it contains no records.
     """
     reader = next((read for suffix, read in _READERS.items() if path.name.lower().endswith(suffix)), None)
     if reader is None:
-        raise DataError("The type of the data file is not known.", path=path, expected=", ".join(_READERS))
+        raise DataError("The data file has an unknown type.", path=path, expected=", ".join(_READERS))
     try:
         records = list(reader(path))
     except OSError as error:
         raise DataError("The data file cannot be read.", path=path, actual=str(error)) from error
     if not records:
-        raise DataError("The data file holds no records.", path=path, expected="at least one record", actual="none")
+        raise DataError("The data file contains no records.", path=path, expected="at least one record", actual="none")
     return records
 
 
@@ -73,7 +73,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """The records of a JSON list, of one JSON object, or of JSON lines."""
+    """The records of a JSON list, a JSON object or JSON lines."""
     text = _read_text(path)
     if text.lstrip().startswith("["):
         values = _parse(text, path, first_line=1)
@@ -87,17 +87,17 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _one_object(text: str) -> dict[str, Any] | None:
-    """The object that is all of the text; None where something else is."""
+    """The single JSON object that makes up the text; None for anything else."""
     start = len(text) - len(text.lstrip())
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):  # to be told with its line
+    except (ValueError, RecursionError):  # reported later, with its line
         return None
     return value if isinstance(value, dict) and not text[end:].strip() else None
 
 
 def _records_of(document: dict[str, Any]) -> list[Any]:
-    """The records in one object: itself, its only list of objects, or its columns."""
+    """The records in an object: the object itself, its only list of objects, or its columns."""
     if is_record(document) and not _is_columns(document):
         return [document]
     lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
@@ -109,7 +109,7 @@ def _records_of(document: dict[str, Any]) -> list[Any]:
 
 
 def _is_columns(document: dict[str, Any]) -> bool:
-    """Whether every field is a list of as many values, none of which is a turn or a token."""
+    """Whether all fields are lists of equal length whose values are neither turns nor tokens."""
     columns = list(document.values())
     if not columns or not all(isinstance(column, list) for column in columns):
         return False
@@ -122,7 +122,7 @@ def _is_columns(document: dict[str, Any]) -> bool:
 
 
 def _parse_lines(text: str, path: Path) -> Iterator[Record]:
-    # Not splitlines(): a JSON text may hold U+2028 and other characters that splitlines() takes for line ends.
+    # Not splitlines(): a JSON string may contain U+2028 and other characters that splitlines() takes for line ends.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield _record(_parse(line, path, first_line=number), f"{path}:{number}")
@@ -135,7 +135,7 @@ def _parse(text: str, path: Path, first_line: int) -> Any:
     except json.JSONDecodeError as error:
         place = f"{path}:{first_line + error.lineno - 1}"
         raise _malformed(place, f"{error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or nested too deeply
+    except (ValueError, RecursionError) as error:  # a number with too many digits, or too deeply nested
         raise _malformed(f"{path}:{first_line}", str(error)) from error
 
 
@@ -151,12 +151,12 @@ def _malformed(where: str, actual: str) -> DataError:
         path=where,
         expected="a JSON object of named fields",
         actual=actual,
-        hint="a .jsonl file holds one record a line, a .json file that or a list of records",
+        hint="a .jsonl file has one record per line; a .json file may also be a list of records",
     )
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    """The rows under the header; an empty cell is None."""
+    """The rows below the header; an empty cell is None."""
     csv.field_size_limit(_MOST_CHARACTERS)
     rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
@@ -174,9 +174,9 @@ def _require_names_once(header: list[str], path: Path) -> None:
     twice = sorted({name for name in header if header.count(name) > 1})
     if twice:
         raise DataError(
-            "Two columns have one name.",
+            "Two columns have the same name.",
             path=f"{path}:1",
-            expected="a name of its own for each column",
+            expected="a unique name for each column",
             actual=", ".join(map(repr, twice)),
             hint="rename or remove one of them",
         )
@@ -185,11 +185,11 @@ def _require_names_once(header: list[str], path: Path) -> None:
 def _csv_fields(header: list[str], row: list[str], where: str) -> dict[str, str | None]:
     if len(row) != len(header):
         raise DataError(
-            "A row does not have one cell for each column of the header.",
+            "A row has a different number of cells than the header.",
             path=where,
-            expected=f"{len(header)} cells",
-            actual=f"{len(row)} cells",
-            hint="put a cell that holds a comma or a line end into double quotes",
+            expected=len(header),
+            actual=len(row),
+            hint="put cells that contain a comma or a line break in double quotes",
         )
     return {name: cell or None for name, cell in zip(header, row, strict=True)}
 
@@ -200,7 +200,7 @@ def _parquet(path: Path) -> Iterator[Record]:
 
 
 def _read_text(path: Path) -> str:
-    """The file's text, unpacked where its name ends in .gz or .zst."""
+    """The file's text, decompressed if its name ends in .gz or .zst."""
     content = path.read_bytes()
     if path.name.lower().endswith(".zst"):
         content = _unpacked_zstd(content, path)
@@ -208,11 +208,11 @@ def _read_text(path: Path) -> str:
         try:
             content = gzip.decompress(content)
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError("The data file is no complete gzip file.", path=path, actual=str(error)) from error
+            raise DataError("The data file is not a complete gzip file.", path=path, actual=str(error)) from error
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # Counted in error.object: decoding drops a byte order mark before it counts positions.
+        # Counted in error.object: decoding drops a byte order mark before counting positions.
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(
             "The data file is not UTF-8 text.",
@@ -223,13 +223,13 @@ def _read_text(path: Path) -> str:
 
 
 def _unpacked_zstd(content: bytes, path: Path) -> bytes:
-    import pyarrow  # which datasets brings
+    import pyarrow  # a dependency of datasets
 
     try:
         with pyarrow.input_stream(pyarrow.BufferReader(content), compression="zstd") as stream:
             return bytes(stream.read())
     except OSError as error:
-        raise DataError("The data file is no complete zstd file.", path=path, actual=str(error)) from error
+        raise DataError("The data file is not a complete zstd file.", path=path, actual=str(error)) from error
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {

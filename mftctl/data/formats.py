@@ -1,4 +1,4 @@
-"""Which record formats are known, and how each becomes an `Example`."""
+"""The supported record formats and their conversion to `Example`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class _Format:
     """A record format.
 
     Attributes:
-        keys: Fields that a record of it has.
-        build: Makes the example.
-        optional: Fields that it uses if they are there.
+        keys: Required fields.
+        build: Builds the example.
+        optional: Fields used if present.
     """
 
     keys: tuple[str, ...]
@@ -35,16 +35,16 @@ class _Format:
 
 
 def to_example(record: Mapping[str, Any], where: str) -> Example:
-    """The record as an `Example`; the first known format whose fields are all there decides.
+    """The record as an `Example`, by the first format whose required fields are all present.
 
-    A field that is None counts as absent; fields without a use are told by `unused_fields`.
+    A field that is None counts as absent; `unused_fields` lists the fields that are ignored.
 
     Args:
         record: One record of a data file.
-        where: Where it came from, such as `train.jsonl:17`; errors and the example carry it.
+        where: Its origin, such as `train.jsonl:17`, kept in errors and in the example.
 
     Raises:
-        DataError: no known format fits, a field has the wrong type, or there is no answer to learn.
+        DataError: No format matches, a field has the wrong type, or there is no answer to train on.
     """
     fields = _present(record)
     _refuse_preferences(fields, where)
@@ -52,22 +52,22 @@ def to_example(record: Mapping[str, Any], where: str) -> Example:
     found = _format_of(fields)
     if found is None:
         raise DataError(
-            "The record has no known format.",
+            "The record has an unknown format.",
             path=where,
             expected=" | ".join("+".join(known.keys) for known in _FORMATS),
             actual=f"the fields {', '.join(map(str, fields))}" if fields else "no field with a value",
-            hint="rename the fields to one of the formats",
+            hint="rename the fields to match one of the formats",
         )
     return found.build(fields, where)
 
 
 def is_record(fields: Mapping[str, Any]) -> bool:
-    """Whether a known format has these fields."""
+    """Whether the fields match a known format."""
     return _format_of(_present(fields)) is not None
 
 
 def unused_fields(record: Mapping[str, Any]) -> set[str]:
-    """The fields of a record that `to_example` has no use for, such as `id`, or `messages.id` of its turns."""
+    """The fields of a record that `to_example` ignores, such as `id`, or `messages.id` of its turns."""
     fields = _present(record)
     found = _format_of(fields)
     if found is None:
@@ -88,37 +88,37 @@ def _format_of(fields: Fields) -> _Format | None:
 
 
 def _refuse_preferences(fields: Fields, where: str) -> None:
-    """Records of which one answer is better than another would be learned as if each were right."""
+    """Rejects preference data, whose rejected answers would be trained on as if they were right."""
     keys = [key for key in _PREFERENCES if key in fields]
     if "prompt" in fields and "completion" in fields and isinstance(fields.get("label"), bool):
         keys = ["label"]
     if keys:
         raise DataError(
-            "The record says which answer is preferred; mftctl learns answers that are right.",
+            "The record is preference data; mftctl trains on single correct answers.",
             path=where,
             key=keys[0],
             expected="records of questions and answers",
             actual=f"the field{'s' if len(keys) > 1 else ''} {' and '.join(keys)} (for DPO, KTO and the like)",
-            hint="to learn the preferred answers, write records with prompt and completion",
+            hint="to train on the preferred answers, write records with prompt and completion",
         )
 
 
 def _refuse_media(fields: Fields, where: str) -> None:
-    """What is asked about a picture cannot be learned from the question alone."""
+    """Rejects records with media: a question about an image cannot be learned from its text."""
     key = next((key for key in _MEDIA if fields.get(key)), None)
     if key is not None:
         raise DataError(
-            "The record has more than text.",
+            "The record contains media.",
             path=where,
             key=key,
             expected="no images, videos or audio",
             actual=type(fields[key]).__name__,
-            hint="mftctl trains language models on text; remove the record, or the field if its text stands alone",
+            hint="mftctl trains language models on text; remove the record, or the field if the text works without it",
         )
 
 
 def _conversation(key: str) -> _Build:
-    """The builder for a list of turns under `key`."""
+    """The builder for a list of turns in the field `key`."""
 
     def build(fields: Fields, where: str) -> Example:
         messages = _with_system(_messages(fields[key], where, key), fields, where)
@@ -128,7 +128,7 @@ def _conversation(key: str) -> _Build:
 
 
 def _chat(messages: tuple[Message, ...], fields: Fields, where: str, key: str) -> Example:
-    """A conversation that ends with an answer to something."""
+    """A conversation, checked to end with an answer to a previous turn."""
     if not messages or messages[-1].role != "assistant":
         raise DataError(
             "The conversation does not end with an answer.",
@@ -140,7 +140,7 @@ def _chat(messages: tuple[Message, ...], fields: Fields, where: str, key: str) -
         )
     if len(messages) == 1:
         raise DataError(
-            "The conversation has an answer and no question.",
+            "The conversation has an answer but no question.",
             path=where,
             key=key,
             expected="a turn before the answer",
@@ -148,7 +148,7 @@ def _chat(messages: tuple[Message, ...], fields: Fields, where: str, key: str) -
         )
     if not any(message.is_learned for message in messages[1:] if message.role == "assistant"):
         raise DataError(
-            "No turn of the conversation is to be learned.", path=where, key=key, expected="an answer with weight 1"
+            "The conversation has no turn to train on.", path=where, key=key, expected="an answer with weight 1"
         )
     tools = next((functions(fields[name], where, name) for name in _FUNCTIONS if name in fields), "")
     args = fields.get("chat_template_kwargs") or {}
@@ -171,7 +171,7 @@ def _messages(turns: object, where: str, key: str) -> tuple[Message, ...]:
 
 
 def _with_system(messages: tuple[Message, ...], fields: Fields, where: str) -> tuple[Message, ...]:
-    """The turns behind the record's system prompt, unless they begin with one."""
+    """The turns, preceded by the record's system prompt unless they begin with one."""
     key = next((name for name in _SYSTEM if name in fields), None)
     if key is None or (messages and messages[0].role in ("system", "developer")):
         return messages
@@ -180,7 +180,7 @@ def _with_system(messages: tuple[Message, ...], fields: Fields, where: str) -> t
 
 
 def _prompt_completion(fields: Fields, where: str) -> Example:
-    """A prompt and its completion as texts, or both as turns (TRL), of which those of the completion are learned."""
+    """A prompt and its completion as texts, or both as turns (TRL), training only on the completion's turns."""
     if not isinstance(fields["prompt"], list):
         pair = _pair("prompt", "completion", "completion")(fields, where)
         called = any(fields.get(name) for name in (*_FUNCTIONS, "chat_template_kwargs"))
@@ -223,20 +223,20 @@ def _alpaca(fields: Fields, where: str) -> Example:
 
 
 def _dolly(fields: Fields, where: str) -> Example:
-    """An instruction and the text that it is about (Dolly)."""
+    """An instruction with its context (Dolly)."""
     prompt, answer = _instruction(fields, "context", where), _answer(fields, "response", where)
     messages = _with_system((Message("user", prompt), Message("assistant", answer)), fields, where)
     return Example("chat", messages, where, has_turns=len(messages) > 2)
 
 
 def _instruction(fields: Fields, context_key: str, where: str) -> str:
-    """An instruction, and behind a blank line what it is about, if anything."""
+    """An instruction and, after a blank line, its context, if any."""
     parts = (text(fields, "instruction", where), text(fields, context_key, where, default=""))
     return "\n\n".join(part for part in parts if part.strip())
 
 
 def _history(pairs: object, where: str) -> tuple[Message, ...]:
-    """Alpaca's earlier questions and answers as turns."""
+    """The earlier questions and answers of an Alpaca record as turns."""
     if not isinstance(pairs, list):
         raise wrong_type(where, "history", "a list of pairs of a question and an answer", pairs)
     messages: list[Message] = []
@@ -251,7 +251,7 @@ def _history(pairs: object, where: str) -> tuple[Message, ...]:
 
 
 def _mbpp(text_key: str) -> _Build:
-    """The builder for a problem of MBPP: the prompt of the benchmark `mbpp`, and the code with plain line ends."""
+    """The builder for an MBPP problem: the prompt of the benchmark `mbpp`, and the code with Unix line ends."""
 
     def build(fields: Fields, where: str) -> Example:
         tests = _texts(fields["test_list"], where, "test_list")
@@ -273,13 +273,13 @@ def _plain_text(fields: Fields, where: str) -> Example:
 
 
 def _token_ids(fields: Fields, where: str) -> Example:
-    """Token ids as they are, without the padding that an attention mask leaves out."""
+    """Token ids as given, without the padding that an attention mask excludes."""
     input_ids = _integers(fields["input_ids"], where, "input_ids")
     given = {key: _integers(fields[key], where, key) for key in _LABELS if key in fields}
     for key, values in given.items():
         if len(values) != len(input_ids):
             raise DataError(
-                "A list has another length than input_ids.",
+                "A list differs in length from input_ids.",
                 path=where,
                 key=key,
                 expected=str(len(input_ids)),
@@ -293,10 +293,10 @@ def _token_ids(fields: Fields, where: str) -> Example:
     for index, (token, label) in enumerate(zip(input_ids, labels, strict=True)):
         if label not in (IGNORED_LABEL, token):
             raise DataError(
-                "A label is another token than the one at its place.",
+                "A label differs from the token at its position.",
                 path=where,
                 key=f"labels[{index}]",
-                expected=f"{token} or {IGNORED_LABEL}; models shift labels themselves",
+                expected=f"{token} or {IGNORED_LABEL} (models shift the labels themselves)",
                 actual=str(label),
             )
     kept = [(token, label) for token, label, on in zip(input_ids, labels, attended, strict=True) if on]
@@ -306,12 +306,12 @@ def _token_ids(fields: Fields, where: str) -> Example:
 
 def _integers(value: object, where: str, key: str) -> list[int]:
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-        raise wrong_type(where, key, "a list of whole numbers", value)
+        raise wrong_type(where, key, "a list of integers", value)
     return value
 
 
 def _answer(fields: Fields, field: str, where: str, key: str | None = None) -> str:
-    """The text under `field`, which must hold something to learn."""
+    """The text in `field`, which must contain more than white space."""
     content = text(fields, field, where, key)
     if not content.strip():
         raise empty_answer(where, key or field, content)

@@ -1,4 +1,4 @@
-"""Records through the `datasets` library: Parquet files and data sets of the Hugging Face hub."""
+"""Reads records with the `datasets` library: Parquet files and datasets from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from mftctl.errors import DataError
 
 
 def read_parquet(path: Path) -> list[dict[str, Any]]:
-    """The rows of a Parquet file, streamed so that nothing of it is copied into a cache.
+    """The rows of a Parquet file, streamed so that nothing is copied into a cache.
 
     Raises:
-        DataError: it is no sound Parquet file.
+        DataError: It is not a valid Parquet file.
     """
     from datasets import load_dataset
 
     with _quiet():
         try:
-            # data_files is a glob pattern, and a file name may hold brackets.
+            # data_files is a glob pattern, and a file name may contain brackets.
             pattern = glob.escape(str(path.resolve()))
             return list(load_dataset("parquet", data_files=pattern, split="train", streaming=True))
         except ValueError as error:  # pyarrow's errors are ValueErrors
-            raise DataError("The data file is no sound Parquet file.", path=path, actual=str(error)) from error
+            raise DataError("The data file is not a valid Parquet file.", path=path, actual=str(error)) from error
 
 
 def read_hub(identifier: str, configuration: str | None, split: str) -> list[dict[str, Any]]:
-    """The rows of one split of a hub data set, kept in the cache of `datasets`.
+    """The rows of one split of a hub dataset, kept in the cache of `datasets`.
 
     Args:
         identifier: `name` or `owner/name`.
-        configuration: The data set's configuration, such as `main`; None for its only one.
+        configuration: The dataset's configuration, such as `main`; None for its only one.
         split: The split, such as `train`.
 
     Raises:
-        DataError: the data set cannot be had: not found, no network, no such configuration or split.
+        DataError: The dataset, configuration or split does not exist, or the network is down.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
@@ -49,17 +49,17 @@ def read_hub(identifier: str, configuration: str | None, split: str) -> list[dic
             return list(load_dataset(identifier, configuration, split=split))
         except (DatasetsError, EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
             raise DataError(
-                "The data is neither an existing file nor a hub data set that can be reached.",
+                "The data is neither an existing file nor a reachable hub dataset.",
                 path=identifier if configuration is None else f"{identifier}:{configuration}",
-                expected=f"a local file, or a data set with the split {split}",
+                expected=f"a local file, or a dataset with the split {split}",
                 actual=str(error),
-                hint="check the path; for a hub data set also its configuration (owner/name:config) and the network",
+                hint="check the path; for a hub dataset, also its configuration (owner/name:config) and the network",
             ) from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside it, `datasets` and `huggingface_hub` show no progress bars and log nothing below critical."""
+    """Silences the progress bars and logs of `datasets` and `huggingface_hub` while the context is open."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars

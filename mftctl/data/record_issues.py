@@ -1,4 +1,4 @@
-"""What is wrong with the records of a data set, counted and told once."""
+"""Problems with the records of a dataset, counted and reported once."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ _MOST_NAMED = 3
 
 
 class RecordIssues:
-    """Collects what reading and encoding find in single records.
+    """Collects problems with single records, found while reading and encoding them.
 
     Attributes:
         refused: Why records cannot be used, one error each, in the order found.
-        records: Records looked at.
-        tokenised: Records of which tokens were to be made.
-        used: Records that were.
-        ignored: How many records have each field that is not used.
-        overlong: Records left out, since their prompt alone is longer than allowed.
-        cut: Records whose end was cut off.
-        without_thinking: Records of which the chat template leaves out what was thought.
-        last_only: Conversations of which earlier answers are not learned, since the chat template changes them.
-        tools_as_text: Conversations of which functions or calls are written as JSON text.
-        open_turns: Conversations in which an answer is learned without anything that ends it.
+        records: Records read.
+        tokenised: Records passed to the tokenizer.
+        used: Records tokenised successfully.
+        ignored: Number of records that have each ignored field.
+        overlong: Records skipped because their prompt alone exceeds the maximum length.
+        cut: Truncated records.
+        without_thinking: Records whose thinking the chat template drops.
+        last_only: Conversations whose earlier answers are not trained on because the chat template changes them.
+        tools_as_text: Conversations whose functions or calls are written as JSON text.
+        open_turns: Conversations with an answer that is trained on without an end-of-turn marker.
     """
 
     def __init__(self) -> None:
@@ -43,19 +43,19 @@ class RecordIssues:
         self.open_turns = 0
 
     def settle(self, bad_records: BadRecords) -> None:
-        """Nothing, if every record can be used or those that cannot may be left out.
+        """Checks that all records can be used, or that bad ones may be skipped.
 
         Args:
-            bad_records: `skip` leaves them out.
+            bad_records: `skip` skips bad records.
 
         Raises:
-            DataError: Some cannot be used; the first few are named.
+            DataError: Some records cannot be used; the message names the first few.
         """
         if not self.refused or bad_records == "skip":
             return
         first = self.refused[0]
         if len(self.refused) == 1:
-            leave_out = "--bad-records skip leaves it out"
+            leave_out = "to skip it, pass --bad-records skip"
             first.hint = f"{first.hint}; {leave_out}" if first.hint else leave_out
             raise first
         named = [_described(error) for error in self.refused[:_MOST_NAMED]]
@@ -65,27 +65,27 @@ class RecordIssues:
             path=first.path,
             expected="records of a known format that the model can learn from",
             actual="; ".join([*named, *([f"and {more:,} more"] if more else [])]),
-            hint=f"{self._remedy()}, or leave them out with --bad-records skip",
+            hint=f"{self._remedy()}, or skip them with --bad-records skip",
         )
 
     def _remedy(self) -> str:
-        """What all of the records need, if they need the same."""
+        """The hint that applies to all bad records, if it is the same."""
         hints = {error.hint for error in self.refused}
         hint = hints.pop() if len(hints) == 1 else None
-        return "mend them" if hint is None else hint
+        return "fix them" if hint is None else hint
 
     @property
     def _looked_at(self) -> int:
-        """The records that what is said of tokens is a part of."""
+        """The total that counts of tokenised records refer to."""
         return self.tokenised or self.records
 
     @property
     def learns_no_end(self) -> bool:
-        """Whether no record is left whole, so that no model learns of them where to stop."""
+        """Whether every record is truncated, so that the model cannot learn where to stop."""
         return self.cut > 0 and self.cut >= self.used
 
     def counts(self) -> dict[str, int]:
-        """What was found and how often, without what was not, for a record."""
+        """The nonzero counts of each problem, for the run record."""
         found = {
             "refused": len(self.refused),
             "overlong": self.overlong,
@@ -98,35 +98,35 @@ class RecordIssues:
         return {name: count for name, count in found.items() if count}
 
     def lines(self, max_length_tokens: int) -> list[str]:
-        """What a user should know, a line each; none if there is nothing."""
+        """Messages for the user, one line per kind of problem; empty if there are none."""
         lines = []
         if self.refused:
             named = "; ".join(_described(error) for error in self.refused[:_MOST_NAMED])
-            lines.append(f"{len(self.refused):,} of {self.records:,} records cannot be used and are left out: {named}")
+            lines.append(f"{len(self.refused):,} of {self.records:,} records skipped as unusable: {named}")
         if self.overlong:
             lines.append(
-                f"{self.overlong:,} of {self._looked_at:,} records are left out: their prompt alone is longer than "
+                f"{self.overlong:,} of {self._looked_at:,} records skipped: the prompt alone is longer than "
                 f"--max-length {max_length_tokens}"
             )
         if self.cut:
             lines.append(
-                f"{self.cut:,} of {self._looked_at:,} answers ({self.cut / self._looked_at:.1%}) are cut at "
-                f"--max-length {max_length_tokens}: the end of these is not learned"
+                f"{self.cut:,} of {self._looked_at:,} answers ({self.cut / self._looked_at:.1%}) truncated at "
+                f"--max-length {max_length_tokens}: the end is not trained on"
             )
         if self.ignored:
-            lines.append(f"ignored: {', '.join(sorted(self.ignored))}")
+            lines.append(f"ignored fields: {', '.join(sorted(self.ignored))}")
         for count, noun, words in (
-            (self.without_thinking, "record", "the chat template leaves out the thinking before answers"),
-            (self.last_only, "conversation", "answers are not learned that the chat template changes later on"),
+            (self.without_thinking, "record", "the chat template drops the thinking before answers"),
+            (self.last_only, "conversation", "answers that the chat template changes later are not trained on"),
             (
                 self.tools_as_text,
                 "conversation",
-                "tools are written as JSON text: the chat template has no place for them",
+                "tools are written as JSON text: the chat template does not support them",
             ),
             (
                 self.open_turns,
                 "conversation",
-                "the chat template ends earlier answers with nothing: their end is not learned",
+                "the chat template does not end earlier answers: their end is not trained on",
             ),
         ):
             if count:

@@ -1,4 +1,4 @@
-"""The text of an example, cut where the answers start and end."""
+"""Renders examples to text, split where answers start and end."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mftctl.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of text.
+    """A span of text.
 
     Attributes:
-        text: The stretch, not empty.
-        is_answer: Whether it is learned: an answer with its end-of-turn marker.
+        text: The text, not empty.
+        is_answer: Whether it is trained on: an answer with its end-of-turn marker.
     """
 
     text: str
@@ -29,16 +29,16 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """What an example looks like to the model.
+    """An example as the model sees it.
 
     Attributes:
         segments: The text in order.
-        add_bos: Whether a begin-of-sequence token goes in front if the tokenizer adds one by default.
-        add_eos: Whether an end-of-sequence token has to end the last answer.
-        cuts_thinking: Whether the chat template leaves out what was thought before an answer.
-        is_last_only: Whether earlier answers are not learned, since they are not to be found in the text.
-        has_open_turn: Whether an earlier answer is learned without anything that ends it.
-        has_tools_as_text: Whether functions or calls are written as JSON, since the template has no place for them.
+        add_bos: Whether to prepend a begin-of-sequence token if the tokenizer adds one by default.
+        add_eos: Whether to end the last answer with an end-of-sequence token.
+        cuts_thinking: Whether the chat template drops the thinking before an answer.
+        is_last_only: Whether earlier answers are not trained on because they cannot be located in the text.
+        has_open_turn: Whether an earlier answer is trained on without an end-of-turn marker.
+        has_tools_as_text: Whether functions or calls are written as JSON because the template has no field for them.
     """
 
     segments: tuple[Segment, ...]
@@ -51,12 +51,12 @@ class Rendered:
 
 
 class Renderer:
-    """Brings examples into the form that a model sees.
+    """Renders examples to the text that a model sees.
 
     Args:
-        tokenizer: Its chat template renders the examples where it has one.
-        learn: Whether all answers of a conversation are learned, or the last one alone.
-        now: What a chat template takes for the present.
+        tokenizer: Its chat template, if it has one, renders the examples.
+        learn: Whether to train on all answers of a conversation or only on the last.
+        now: The current time as the chat template sees it.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, learn: Learn, now: datetime) -> None:
@@ -70,14 +70,14 @@ class Renderer:
         return ChatRenderer(self.tokenizer, self._now) if self.tokenizer.chat_template else None
 
     def render(self, example: Example) -> Rendered:
-        """The example through the tokenizer's chat template, or as plain text where it has none.
+        """The example rendered with the tokenizer's chat template, or as plain text without one.
 
         Args:
-            example: What to render; a `text` example never goes through the template.
+            example: The example to render; a `text` example never goes through the template.
 
         Raises:
-            DataError: There is no template for a list of turns, it fails on them, leaves out a text, or the last answer
-                is not to be found in what it writes.
+            DataError: There is no template for a list of turns, or it fails on them, drops text, or its output does not
+                contain the last answer.
         """
         if example.kind == "text":
             return Rendered((Segment(example.answer, is_answer=True),), add_bos=True, add_eos=True)
@@ -85,12 +85,12 @@ class Renderer:
             return self._chat(self.chat.render(example))
         if example.has_turns:
             raise DataError(
-                "The model has no chat template, without which turns cannot be told apart.",
+                "The model has no chat template to render turns with.",
                 path=example.where,
                 expected="a model whose tokenizer has a chat template",
                 actual=f"a conversation of {', '.join(message.role for message in example.messages)}",
                 hint="--chat-template tulu (or chatml, llama3, zephyr, alpaca), --chat-template FILE.jinja, or records "
-                "of prompt and completion",
+                "with prompt and completion",
             )
         prompt = "\n\n".join(message.content for message in example.prompt)
         separator = "\n" if example.kind == "chat" else ""
@@ -98,7 +98,7 @@ class Renderer:
         return Rendered(segments, add_bos=True, add_eos=True)
 
     def _chat(self, conversation: Conversation) -> Rendered:
-        """The text of a conversation, cut at its answers."""
+        """The text of a conversation, split at its answers."""
         text, answers = conversation.text, conversation.answers
         pieces: list[tuple[str, bool]] = []
         position = 0
@@ -107,7 +107,7 @@ class Renderer:
             pieces += [(text[position : answer.start], False), (text[answer.start : answer.end], is_learned)]
             position = answer.end
         rest = text[position:]
-        # Only an added token can end an answer behind which the template writes nothing.
+        # If the template writes nothing after an answer, only an added token can end it.
         add_eos = not answers[-1].has_stop and not rest.strip()
         if not add_eos:
             pieces.append((rest, False))

@@ -1,4 +1,4 @@
-"""The data a command is given: files, hub data sets and the built-in problems, mixed in given amounts."""
+"""The data of a command: files, hub datasets and the built-in problems, mixed in given amounts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mftctl.data.trees import conversations, is_message
 from mftctl.errors import DataError
 
 _HUB_ID = re.compile(r"(?P<identifier>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?", re.ASCII)
-# `owner/data-v1.5` is a name with a version, `data.jsonl` a file.
+# `owner/data-v1.5` is a name with a version, `data.jsonl` is a file.
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
 
 _BUILT_IN: dict[str, built_in.Split] = {
@@ -37,8 +37,8 @@ class DataSource:
     Attributes:
         path: A local file, a hub id (`owner/name` or `owner/name:config`), or `quickstart` with or without
             `/train`, `/validation` or `/test`.
-        count: How many records to take; all where None.
-        split: The split of a hub data set; `train` where None.
+        count: Number of records to take; None for all.
+        split: The split of a hub dataset; None for `train`.
     """
 
     path: str
@@ -47,31 +47,31 @@ class DataSource:
 
     @classmethod
     def parse(cls, text: str) -> DataSource:
-        """The source of an option such as `math.jsonl` or `math.jsonl=10000`.
+        """Parses an option value such as `math.jsonl` or `math.jsonl=10000`.
 
         Raises:
-            DataError: no path is given.
+            DataError: The path is missing.
         """
-        if text and Path(text).exists():  # its name may hold a =
+        if text and Path(text).exists():  # its name may contain =
             return cls(text)
         path, separator, digits = text.rpartition("=")
         counted = bool(separator) and digits.isascii() and digits.isdigit() and int(digits) > 0
         source = cls(path, int(digits)) if counted else cls(text)
         if not source.path:
-            raise DataError("The data has no path.", expected="PATH or PATH=COUNT", actual=repr(text))
+            raise DataError("The data source has no path.", expected="PATH or PATH=COUNT", actual=repr(text))
         return source
 
 
 def load_examples(sources: Sequence[DataSource], *, seed: int = 0, issues: RecordIssues | None = None) -> list[Example]:
-    """The examples of all sources, one source after the other, each in its own order.
+    """The examples of all sources, one source after another, each in its own order.
 
     Args:
         sources: The parts of the mixture.
-        seed: Decides which records are taken where a source has more than its count.
-        issues: Gets what is wrong with single records; without it that is an error.
+        seed: Determines which records are taken if a source has more than its count.
+        issues: Collects problems with single records; without it, they are errors.
 
     Raises:
-        DataError: a source cannot be read, or has fewer records than its count.
+        DataError: A source cannot be read, or has fewer records than its count.
     """
     found = RecordIssues() if issues is None else issues
     examples = [example for source in sources for example in _load_source(source, seed, found)]
@@ -81,7 +81,7 @@ def load_examples(sources: Sequence[DataSource], *, seed: int = 0, issues: Recor
 
 
 def data_digest(examples: Iterable[Example]) -> str:
-    """The SHA-256 of kinds, roles and contents in hex: equal for equal data, wherever it was read from."""
+    """The SHA-256 of kinds, roles and contents in hex: equal for equal data, whatever its source."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(example.canonical() + b"\n")
@@ -98,7 +98,7 @@ def _load_source(source: DataSource, seed: int, issues: RecordIssues) -> list[Ex
     if is_message(records[0]):
         records = conversations(records)
         if not records:
-            raise DataError("The trees of messages hold no answer.", path=source.path)
+            raise DataError("The message trees contain no answer.", path=source.path)
     examples = []
     issues.records += len(records)
     for record in records:
@@ -111,23 +111,23 @@ def _load_source(source: DataSource, seed: int, issues: RecordIssues) -> list[Ex
         return examples
     if source.count > len(examples):
         raise DataError(
-            "The data has fewer records than asked for.",
+            "The data has fewer records than requested.",
             path=source.path,
-            expected=f"{source.count} records",
-            actual=f"{len(examples)} records",
-            hint="ask for fewer, or leave the count out to take all",
+            expected=source.count,
+            actual=len(examples),
+            hint="request fewer, or omit the count to take all",
         )
     return sample_count(examples, source.count, seed)
 
 
 def _read(source: DataSource) -> list[Record]:
-    """The records of a built-in part, a local file or a hub data set, in this order of preference."""
+    """The records of a built-in split, a local file or a hub dataset, in this order of preference."""
     if source.path in _BUILT_IN:
         _refuse_split(source)
         return read_records(built_in.data_path(_BUILT_IN[source.path]))
     path = Path(source.path)
     if path.is_dir():
-        raise DataError("The data is a folder.", path=path, expected="a file", hint="name one of the files in it")
+        raise DataError("The data path is a folder.", path=path, expected="a file", hint="name one of its files")
     if path.exists():
         _refuse_split(source)
         return read_records(path)
@@ -143,14 +143,14 @@ def _read_hub(identifier: str, configuration: str | None, split: str) -> list[Re
     rows = read_hub(identifier, configuration, split)
     name = identifier if configuration is None else f"{identifier}:{configuration}"
     if not rows:
-        raise DataError("The hub data set holds no records.", path=name, key=split)
+        raise DataError("The hub dataset is empty.", path=name, key=split)
     return [Record(f"{name}/{split}, record {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _refuse_split(source: DataSource) -> None:
     if source.split is not None:
         raise DataError(
-            "Only hub data sets have splits.",
+            "Only hub datasets have splits.",
             path=source.path,
             key=source.split,
             hint=f"name the file of that part, or {built_in.NAME}/{source.split} for the built-in data",

@@ -1,4 +1,4 @@
-"""Which chat template a model is trained and asked with."""
+"""Selects the chat template for training and evaluation."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ TemplateValue = bool | int | float | str
 _VARIABLE = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 _ASSIGNMENT = re.compile(r"\{%- set (?P<name>[A-Za-z_]\w*) = (?:true|false|[-\d.eE+]+|\"(?:[^\"\\]|\\.)*\") -%\}")
-"""What `_assignment` writes."""
+"""The output of `_assignment`."""
 
-# In the template itself, so that the model written has it as well.
+# Part of the template itself, so that it is saved with the model.
 _MERGED_SYSTEM = (
     "{%- if messages | length > 1 and messages[0]['role'] == 'system' -%}"
     "{%- set messages = [{'role': messages[1]['role'], "
@@ -36,12 +36,12 @@ _MERGED_SYSTEM = (
 
 @dataclass(frozen=True, slots=True)
 class TemplateChoice:
-    """What a user says of the chat template.
+    """The user's chat-template options.
 
     Attributes:
         source: A Jinja file, one of the tokenizer's named templates or one of `BUILT_IN`; None for the tokenizer's own.
-        variables: Set in the template, such as `enable_thinking`.
-        merge_system: Whether the system prompt goes into the first question.
+        variables: Variables to set in the template, such as `enable_thinking`.
+        merge_system: Whether to merge the system prompt into the first question.
     """
 
     source: str | None = None
@@ -50,20 +50,20 @@ class TemplateChoice:
 
 
 def choose_template(tokenizer: PreTrainedTokenizerBase, choice: TemplateChoice) -> None:
-    """Gives the tokenizer the chat template chosen, which is written with it.
+    """Sets the tokenizer's chat template, which is saved with it.
 
     Args:
-        tokenizer: Of the model.
-        choice: What the user wants.
+        tokenizer: The model's tokenizer.
+        choice: The user's options.
 
     Raises:
-        ConfigError: There is no such template, it is no template, or the tokenizer has several and none is chosen.
+        ConfigError: The template does not exist or is invalid, or the tokenizer has several and none is selected.
     """
     template = _source(tokenizer, choice.source)
     if template is None:
         if choice.variables or choice.merge_system:
             raise ConfigError(
-                "The model has no chat template that this could change.",
+                "The model has no chat template to modify.",
                 key="--merge-system" if choice.merge_system else "--template-arg",
                 expected="a chat template",
                 hint=f"--chat-template FILE, or one of {', '.join(BUILT_IN)}",
@@ -78,7 +78,7 @@ def choose_template(tokenizer: PreTrainedTokenizerBase, choice: TemplateChoice) 
 
 
 def _without_earlier(template: str, choice: TemplateChoice) -> str:
-    """A template of a model that an earlier choice is written into, without what is chosen anew."""
+    """The template without the parts of an earlier choice that the new choice replaces."""
     kept = ""
     while (earlier := _ASSIGNMENT.match(template)) is not None:
         if earlier["name"] not in choice.variables:
@@ -96,10 +96,10 @@ def _source(tokenizer: PreTrainedTokenizerBase, source: str | None) -> str | Non
     if source is None:
         if named and "default" not in named:
             raise ConfigError(
-                "The tokenizer has several chat templates, and none is its default.",
+                "The tokenizer has several chat templates but no default.",
                 key="--chat-template",
                 expected=", ".join(sorted(named)),
-                actual="none chosen",
+                actual="none selected",
                 hint=f"--chat-template {sorted(named)[0]}",
             )
         return named["default"] if named else own
@@ -111,7 +111,7 @@ def _source(tokenizer: PreTrainedTokenizerBase, source: str | None) -> str | Non
         return read_regular(Path(source)).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            "There is no such chat template.",
+            "The chat template does not exist or cannot be read.",
             key="--chat-template",
             expected=f"a Jinja file, or one of {', '.join([*sorted(named), *BUILT_IN])}",
             actual=f"{source} ({error})",
@@ -121,9 +121,9 @@ def _source(tokenizer: PreTrainedTokenizerBase, source: str | None) -> str | Non
 def _assignment(name: str, value: TemplateValue) -> str:
     if not _VARIABLE.fullmatch(name):
         raise ConfigError(
-            "A variable of the chat template has no name.", key="--template-arg", expected="NAME=VALUE", actual=name
+            "A chat-template variable has an invalid name.", key="--template-arg", expected="NAME=VALUE", actual=name
         )
-    literal = json.dumps(value)  # which Jinja reads as well
+    literal = json.dumps(value)  # also a Jinja literal
     return f"{{%- set {name} = {literal} -%}}"
 
 
@@ -132,11 +132,11 @@ def _check(template: str, source: str | None) -> None:
         render_template([{"role": "user", "content": "A"}], template)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(
-            "The chat template is no Jinja template.",
+            "The chat template is not valid Jinja.",
             key="--chat-template",
             path=source,
             expected="a Jinja template",
             actual=f"line {error.lineno}: {error.message}",
         ) from error
-    except TEMPLATE_FAILURES:  # such as of the roles, to be told with a record
+    except TEMPLATE_FAILURES:  # for example because of the roles; reported later, with a record
         return

@@ -1,4 +1,4 @@
-"""What a chat template takes for the present, which is fixed, so that a run can be repeated."""
+"""Fixes the current time in chat templates, so that runs are reproducible."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _DIRECTIVES: Final = "aAbBcdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"
 
 
 def at(template: str, now: datetime) -> str:
-    """The template with `strftime_now` telling one moment, and not the present; others as they are.
+    """The template with `strftime_now` returning a fixed time; templates without it are unchanged.
 
     Args:
-        template: A chat template of transformers, which takes data but no functions from outside.
-        now: The moment.
+        template: A transformers chat template, which accepts data from outside but no functions.
+        now: The fixed time.
     """
     if _FUNCTION not in template:
         return template

@@ -1,4 +1,4 @@
-"""Bounds on what a chat template may take: it is a program, written by whoever made the model."""
+"""Resource limits for chat templates, which are programs written by the model's author."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ TEMPLATE_FAILURES: Final = (
     RuntimeError,
     SyntaxError,
 )
-"""What the code of a template raises."""
+"""Exceptions that template code raises."""
 
 _MEMORY_FILE = Path("/proc/self/statm")
 _AGAIN_SECONDS = 1.0
-"""Until the next alarm, where the first was raised in a place that exceptions do not leave, such as a destructor."""
+"""Time to the next alarm, in case the first is raised where exceptions are swallowed, such as in a destructor."""
 
 
 class _TimeUp(BaseException):
-    """The time is up."""
+    """The time limit is exceeded."""
 
 
 def render_template(
     turns: Sequence[Mapping[str, Any]], template: str, *, marked: bool = False, **variables: Any
 ) -> tuple[str, list[list[tuple[int, int]]]]:
-    """The text that a chat template makes of a conversation, and where it marks what is generated if that is wanted.
+    """The rendered conversation and, on request, the spans that the template marks as generated.
 
     Args:
         turns: The conversation.
         template: The chat template.
-        marked: Whether the places are wanted.
-        variables: What else the template reads.
+        marked: Whether to return the spans.
+        variables: Further variables for the template.
 
     Raises:
-        ModelError: It takes too long, or too much memory, or its text is too long.
+        ModelError: The template exceeds the limit on time, memory or output length.
         Exception: One of `TEMPLATE_FAILURES`.
     """
     with template_limits():
@@ -72,10 +72,10 @@ def render_template(
 
 
 def limited(render: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that renders a chat template, within the bounds.
+    """Wraps a function that renders a chat template, so that it runs within the limits.
 
     Args:
-        render: Such as a tokenizer's `apply_chat_template`. What the template raises becomes a `DataError`.
+        render: A function such as a tokenizer's `apply_chat_template`. Template errors become a `DataError`.
     """
 
     def rendered(*args: Any, **options: Any) -> Any:
@@ -84,11 +84,11 @@ def limited(render: Callable[..., Any]) -> Callable[..., Any]:
                 return render(*args, **options)
         except TEMPLATE_FAILURES as error:
             raise DataError(
-                "The chat template of the tokenizer fails on a prompt.",
+                "The tokenizer's chat template fails on a prompt.",
                 key="chat_template",
-                expected="roles in an order that the template takes",
+                expected="roles in an order that the template accepts",
                 actual=first_line(error),
-                hint="leave --chat-template out, or choose another template",
+                hint="omit --chat-template, or choose another template",
             ) from error
 
     return rendered
@@ -96,13 +96,13 @@ def limited(render: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def template_limits() -> Iterator[None]:
-    """Inside it, a chat template that takes too long or too much memory ends with an error.
+    """Stops chat templates that take too long or too much memory while the context is open.
 
-    The time is that of the processor, and is watched in the main thread alone; memory is address space, which Linux
-    counts. Other threads have the same room, so that nothing large is to be done by them meanwhile.
+    The time limit is CPU time and applies only in the main thread; the memory limit is address space and applies only
+    on Linux. It is shared by all threads, so none of them should allocate much meanwhile.
 
     Raises:
-        ModelError: The time is up, or there is no more memory.
+        ModelError: The limit on time or memory is exceeded.
     """
     try:
         with _limited_time(), _limited_memory():
@@ -110,7 +110,7 @@ def template_limits() -> Iterator[None]:
     except _TimeUp as error:
         raise _exceeded(f"more than {MOST_SECONDS:g} s") from error
     except MemoryError as error:
-        raise _exceeded("more memory than that") from error
+        raise _exceeded("more memory than allowed") from error
 
 
 @contextmanager
@@ -148,9 +148,9 @@ def _limited_memory() -> Iterator[None]:
 
 def _exceeded(what: str) -> ModelError:
     return ModelError(
-        "The chat template of the model takes more than a template may.",
+        "The model's chat template exceeds the resource limits.",
         key="chat_template",
         expected=f"at most {MOST_SECONDS:g} s, {MOST_BYTES >> 20} MiB and {MOST_CHARACTERS:,} characters",
         actual=what,
-        hint="choose another template with --chat-template; do not trust a model with such a one",
+        hint="choose another template with --chat-template; do not trust this model",
     )

@@ -1,4 +1,4 @@
-"""Trees of messages, as OpenAssistant distributes them: one record a message, one conversation a tree."""
+"""Message trees in OpenAssistant's format: one record per message, one conversation per tree."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 def is_message(record: Record) -> bool:
-    """Whether a record is one message of a tree."""
+    """Whether a record is a message of a tree."""
     return all(field in record.fields for field in _FIELDS)
 
 
 def conversations(records: Sequence[Record]) -> list[Record]:
-    """One conversation for each tree that has an answer: at every turn the reply that people ranked best.
+    """One conversation per tree that has an answer, following the best-ranked reply at every turn.
 
     Args:
-        records: All messages of all trees, with `message_id`, `parent_id` (None at a root), `text`, `role`
-            (prompter or assistant) and, where people ranked the replies to a message, `rank` (0 is the best).
+        records: All messages of all trees, with `message_id`, `parent_id` (None for a root), `text`, `role`
+            (prompter or assistant) and, if people ranked the replies to a message, `rank` (0 is the best).
 
     Returns:
-        Records with `messages`, in the order of the roots, each at the place of its root. A last question without an
-        answer is left out.
+        Records with `messages`, in the order of the roots, each located at its root. A final question without an
+        answer is dropped.
     """
     replies: dict[str, list[Record]] = {}
     for record in records:
@@ -45,7 +45,7 @@ def _best_path(root: Record, replies: dict[str, list[Record]]) -> Iterable[Recor
     message: Record | None = root
     while message is not None:
         yield message
-        # A reply is below its message only, so that each message is taken at most once.
+        # A reply belongs to one message only, so each message is taken at most once.
         answers = replies.pop(str(message.fields["message_id"]), [])
         message = min(answers, key=_rank, default=None)
 

@@ -1,4 +1,4 @@
-"""What a chat template writes behind an assistant's turn, by which a model knows to stop."""
+"""The text that a chat template writes after an assistant turn, which tells the model to stop."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """How a template ends an assistant's turn.
+    """The end of an assistant turn in a template.
 
     Attributes:
-        marker: What follows each answer, such as `<|im_end|>`; empty where no text follows all of them.
+        marker: The text that follows each answer, such as `<|im_end|>`; empty if no text follows all of them.
     """
 
     marker: str
 
     def after(self, answer: str, tail: str, specials: Sequence[str]) -> str:
-        """The part of the text behind an answer that is learned with it.
+        """The part of the text after an answer that is trained on with it.
 
         Args:
-            answer: Which may bring its end itself.
-            tail: The text behind the answer, to the next answer or to the end.
-            specials: The special tokens of the tokenizer. Where a template has no marker of its own, the first of them
-                is the stop: the next role's token, as of GLM.
+            answer: The answer, which may include its own end.
+            tail: The text after the answer, up to the next answer or the end.
+            specials: The special tokens of the tokenizer. If a template has no marker of its own, the first of them is
+                the stop: the next role's token, as with GLM.
         """
         if self.marker and tail.startswith(self.marker):
             return self.marker
@@ -32,25 +32,25 @@ class TurnEnd:
         return tail[: tail.index(first) + len(first)] if first else ""
 
     def ends(self, answer: str, specials: Sequence[str]) -> bool:
-        """Whether the answer brings its end itself."""
+        """Whether the answer includes its own end."""
         ends = (*specials, self.marker) if self.marker else tuple(specials)
         return answer.rstrip().endswith(ends)
 
 
 def common_start(one: str, other: str) -> str:
-    """The text that both begin with."""
+    """The longest common prefix of both texts."""
     length = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
     return one[: min(len(one), len(other)) if length is None else length]
 
 
 def turn_end(between: str | None, last: str, specials: Sequence[str], *, opening: str | None = None) -> TurnEnd:
-    """The end of a turn, from what a template writes behind two answers of one conversation.
+    """The end of a turn, derived from what a template writes after two answers of one conversation.
 
     Args:
-        between: What stands between an answer and the next one; None where only one could be rendered.
-        last: What stands behind the last answer.
-        specials: The special tokens of the tokenizer, which are never cut.
-        opening: The one that begins a turn, which no longer belongs to the end of the one before.
+        between: The text between an answer and the next one; None if only one could be rendered.
+        last: The text after the last answer.
+        specials: The special tokens of the tokenizer, which are never split.
+        opening: The special token that opens a turn, which is not part of the end of the turn before.
     """
     ends = [text.partition(opening)[0] if opening else text for text in (between or last, last)]
     pieces = [_split(text, specials) for text in ends]
@@ -65,7 +65,7 @@ def turn_end(between: str | None, last: str, specials: Sequence[str], *, opening
 
 
 def _split(text: str, specials: Sequence[str]) -> list[str]:
-    """The text cut before and behind each special token."""
+    """The text split before and after each special token."""
     if not specials:
         return [text] if text else []
     pattern = "|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True))
@@ -73,6 +73,6 @@ def _split(text: str, specials: Sequence[str]) -> list[str]:
 
 
 def _first_special(tail: str, specials: Sequence[str]) -> str | None:
-    """The special token that the text begins with, apart from white space."""
+    """The special token that the text begins with, ignoring white space."""
     stripped = tail.lstrip()
     return max((token for token in specials if stripped.startswith(token)), key=len, default=None)

@@ -1,4 +1,4 @@
-"""One turn of a conversation as the record formats in use write it."""
+"""Parses a conversation turn in any of the common record formats."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ Fields = Mapping[str, Any]
 
 
 def to_message(turn: object, where: str, key: str) -> Message:
-    """One turn of a record.
+    """Parses one turn of a record.
 
     Args:
         turn: With role and content, or from and value.
-        where: The record, for errors.
-        key: The turn in it, such as `messages[1]`.
+        where: Location of the record, for errors.
+        key: Location of the turn within it, such as `messages[1]`.
 
     Raises:
-        DataError: The role is not known, a field has the wrong type, or the assistant says nothing.
+        DataError: The role is unknown, a field has the wrong type, or the assistant turn is empty.
     """
     if not isinstance(turn, Mapping):
         raise wrong_type(where, key, "a turn with role and content (or from and value)", turn)
@@ -51,7 +51,7 @@ def to_message(turn: object, where: str, key: str) -> Message:
     name = spoken.lower() if isinstance(spoken, str) else ""
     if name not in _ROLES:
         raise DataError(
-            "The role of a turn is not known.",
+            "A turn has an unknown role.",
             path=where,
             key=f"{key}.{role_key}",
             expected=", ".join(_ROLES),
@@ -73,17 +73,17 @@ def to_message(turn: object, where: str, key: str) -> Message:
 
 
 def unused_keys(turn: object) -> set[str]:
-    """The fields of a turn that `to_message` has no use for."""
+    """The fields of a turn that `to_message` ignores."""
     if not isinstance(turn, Mapping):
         return set()
     return {str(key) for key, value in turn.items() if key not in _KNOWN and value is not None}
 
 
 def text(fields: Fields, field: str, where: str, key: str | None = None, *, default: str | None = None) -> str:
-    """The text under `field`, which an error calls `key`; `default` where there is none.
+    """The text in `field`, which errors call `key`; `default` if it is missing.
 
     Raises:
-        DataError: It is no text, or no tokenizer can read it.
+        DataError: The value is not text, or cannot be tokenised.
     """
     value = fields.get(field)
     if value is None and default is not None:
@@ -94,7 +94,7 @@ def text(fields: Fields, field: str, where: str, key: str | None = None, *, defa
         value.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            "The text holds half of a surrogate pair, which no tokenizer can read.",
+            "The text contains a lone surrogate, which cannot be tokenised.",
             path=where,
             key=key or field,
             actual=f"U+{ord(value[error.start]):04X} at character {error.start}",
@@ -103,7 +103,7 @@ def text(fields: Fields, field: str, where: str, key: str | None = None, *, defa
 
 
 def wrong_type(where: str, key: str, expected: str, value: object) -> DataError:
-    """The error of a field that is something else than expected."""
+    """The error for a field whose type differs from the expected one."""
     return DataError(
         "A field has the wrong type.",
         path=where,
@@ -114,7 +114,7 @@ def wrong_type(where: str, key: str, expected: str, value: object) -> DataError:
 
 
 def empty_answer(where: str, key: str, content: str) -> DataError:
-    """The error of an answer in which there is nothing to learn."""
+    """The error for an answer that contains only white space."""
     return DataError(
         "The answer is empty.",
         path=where,
@@ -126,11 +126,11 @@ def empty_answer(where: str, key: str, content: str) -> DataError:
 
 
 def functions(value: object, where: str, key: str) -> str:
-    """The functions that a record lets the assistant call, as JSON text; empty if there are none.
+    """The functions that the assistant may call in a record, as JSON text; empty if there are none.
 
     Args:
-        value: A list of objects, or JSON text of one.
-        where: The record, for errors.
+        value: A list of objects, or its JSON text.
+        where: Location of the record, for errors.
         key: The field, for errors.
     """
     listed = _parsed(value, where, key) if isinstance(value, str) and value.strip() else value
@@ -148,18 +148,18 @@ def json_text(value: object, where: str, key: str) -> str:
     """A value of a record as JSON text.
 
     Raises:
-        DataError: No tokenizer can read a text in it.
+        DataError: It contains text that cannot be tokenised.
     """
     return text({key: json.dumps(value, ensure_ascii=False)}, key, where)
 
 
 def _present(turn: Fields, keys: tuple[str, ...]) -> str:
-    """The first of the keys that has a value, or the last of all."""
+    """The first key that has a value, or else the last key."""
     return next((key for key in keys if turn.get(key) is not None), keys[-1])
 
 
 def _content(turn: Fields, content_key: str, where: str, key: str) -> str:
-    """The text of a turn; of a list of parts the texts joined."""
+    """The text of a turn; the parts of a list are joined."""
     value = turn.get(content_key)
     if value is None and (turn.get("tool_calls") or turn.get("function_call")):
         return ""
@@ -175,7 +175,7 @@ def _part(part: object, where: str, key: str) -> str:
         raise wrong_type(where, key, "a part with type and text", part)
     if part.get("type", "text") != "text":
         raise DataError(
-            "A part of the content is no text.",
+            "A content part is not text.",
             path=where,
             key=f"{key}.type",
             expected="text",
@@ -186,7 +186,7 @@ def _part(part: object, where: str, key: str) -> str:
 
 
 def _calls(turn: Fields, where: str, key: str) -> tuple[ToolCall, ...]:
-    """The tool calls of a turn, also that of the older `function_call`."""
+    """The tool calls of a turn, including the older `function_call`."""
     calls = turn.get("tool_calls") or []
     if not isinstance(calls, list):
         raise wrong_type(where, f"{key}.tool_calls", "a list of calls", calls)
@@ -197,7 +197,7 @@ def _calls(turn: Fields, where: str, key: str) -> tuple[ToolCall, ...]:
 
 
 def _call(call: object, where: str, key: str) -> ToolCall:
-    """A call as OpenAI writes it, or the function of one alone; its arguments are JSON text or an object."""
+    """A call in OpenAI's format, or only its function; the arguments are JSON text or an object."""
     if not isinstance(call, Mapping):
         raise wrong_type(where, key, "a call with function.name and function.arguments", call)
     function = call.get("function", call)
@@ -211,7 +211,7 @@ def _call(call: object, where: str, key: str) -> ToolCall:
 
 
 def _shared_call(content: str, where: str, key: str) -> ToolCall:
-    """The call in a `function_call` turn of ShareGPT, whose text is its JSON."""
+    """The call in a ShareGPT `function_call` turn, whose text is JSON."""
     return _call(_parsed(content, where, key), where, key)
 
 
@@ -219,7 +219,7 @@ def _parsed(value: str, where: str, key: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError("A field is no JSON text.", path=where, key=key, expected="JSON", actual=str(error)) from error
+        raise DataError("A field is not JSON.", path=where, key=key, expected="JSON", actual=str(error)) from error
 
 
 def _name(turn: Fields, field: str, where: str, key: str) -> str | None:
@@ -228,11 +228,11 @@ def _name(turn: Fields, field: str, where: str, key: str) -> str | None:
 
 
 def _is_learned(turn: Fields, where: str, key: str) -> bool:
-    """Whether all of a turn's switches are on: `weight` 0 or 1, the others true or false."""
+    """Whether all training switches of a turn are on: `weight` 0 or 1, the others true or false."""
     switches = [(name, turn[name]) for name in _LEARNED_KEYS if turn.get(name) is not None]
     for name, value in switches:
-        if value not in (0, 1):  # which True and False are, too
+        if value not in (0, 1):  # includes True and False
             raise DataError(
-                "A turn is learned or not.", path=where, key=f"{key}.{name}", expected="0 or 1", actual=repr(value)
+                "A turn's weight is invalid.", path=where, key=f"{key}.{name}", expected="0 or 1", actual=repr(value)
             )
     return all(value == 1 for _, value in switches)

@@ -1,1 +1,1 @@
-"""Losses, answers, benchmarks and the statistics that compare them."""
+"""Losses, generated answers, benchmarks and statistics for comparing them."""

@@ -1,4 +1,4 @@
-"""How many prompts are answered together: as many as the free memory takes, and fewer where it does not."""
+"""Batch sizes for generation: as large as free memory allows, and smaller after running out of memory."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def cache_bytes(config: PreTrainedConfig, tokens: int, value_bytes: int) -> int:
-    """The bytes of keys and values of one sequence.
+    """The size in bytes of the keys and values of one sequence.
 
-    Layers that look back over a window keep no more than it holds; layers that keep a state of fixed size, as linear
-    attention does, count as if they kept every token.
+    Layers with sliding-window attention keep at most one window; layers with a state of fixed size, such as linear
+    attention, count as if they kept every token.
 
     Args:
-        config: The model's.
+        config: The model's configuration.
         tokens: Length of the sequence.
-        value_bytes: Of a number, such as 2 in bf16.
+        value_bytes: Bytes per value, such as 2 for bf16.
     """
     text = config.get_text_config(decoder=True)
     width = _values_a_token(text)
@@ -34,47 +34,47 @@ def cache_bytes(config: PreTrainedConfig, tokens: int, value_bytes: int) -> int:
 
 
 def _windows(text: PreTrainedConfig) -> Sequence[int | None]:
-    """How far each layer that keeps something looks back; None without a limit."""
+    """The attention window of each layer with a cache; None without a limit."""
     layers: Sequence[Any] = DynamicCache(config=text).layers or [None] * int(text.num_hidden_layers)
     return [getattr(layer, "sliding_window", None) for layer in layers if type(layer).__name__ != "DummyLayer"]
 
 
 def _values_a_token(text: Any) -> int:
-    """Keys and values of one token in one layer."""
+    """Number of key and value entries per token and layer."""
     heads = int(text.num_attention_heads)
     own = getattr(text, "head_dim", None) or int(text.hidden_size) // heads
     latent = getattr(text, "kv_lora_rank", None)
-    if latent is not None:  # DeepSeek's attention keeps what its keys and values are made of
+    if latent is not None:  # DeepSeek's attention caches the latents of its keys and values
         return int(latent) + int(text.qk_rope_head_dim)
     return 2 * (getattr(text, "num_key_value_heads", None) or heads) * int(own)
 
 
 T = TypeVar("T")
 OnShortage = Callable[[int], None]
-"""Told the tokens of a batch from now on, where there was no room for more."""
+"""Called with the new maximum of tokens per batch after running out of memory."""
 
 CPU_TOKENS = 16_384
-"""Larger batches make a CPU no faster."""
+"""Larger batches are no faster on a CPU."""
 
 GPU_TOKENS = 524_288
-"""Answers are kept, and progress is shown, after each batch."""
+"""Answers are stored and progress is reported after each batch."""
 
 _TOGETHER_TOKENS = 131_072
-"""On GPUs that hold a part of the weights each: all must form the same batches, whatever is free on one of them."""
+"""For sharded weights: all GPUs must form the same batches, whatever their free memory."""
 
 _SHARE = 0.7
-"""Of the free memory: a cache that grows token by token leaves gaps."""
+"""Usable share of the free memory: a cache that grows token by token fragments it."""
 
 
 class AnswerRoom:
-    """The size of batches.
+    """Determines batch sizes.
 
     Args:
-        bytes_of: The memory that one sequence takes, by the tokens of its prompt and of its answer.
-        most_tokens: Of a batch: prompts with their padding, and answers.
-        most_bytes: Of a batch; None for no limit.
-        can_shrink: Whether a batch that finds no memory is tried again in halves.
-        on_shortage: Told of that.
+        bytes_of: Memory of one sequence, as a function of prompt and answer tokens.
+        most_tokens: Maximum tokens per batch: padded prompts and answers.
+        most_bytes: Maximum bytes per batch; None for no limit.
+        can_shrink: Whether to retry with half the batch after running out of memory.
+        on_shortage: Called when a batch shrinks.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class AnswerRoom:
         self._on_shortage = on_shortage
 
     def rows(self, prompt_tokens: int, new_tokens: int) -> int:
-        """How many prompts, padded to this length, are answered together; at least one."""
+        """Number of prompts per batch at this padded length; at least one."""
         found = self._most_tokens // (prompt_tokens + new_tokens)
         if self._most_bytes is not None:
             found = min(found, self._most_bytes // self._bytes_of(prompt_tokens, new_tokens))
@@ -102,18 +102,18 @@ class AnswerRoom:
     def answered(
         self, prompt_tokens: Sequence[int], new_tokens: int, answer: Callable[[list[int]], list[T]]
     ) -> Iterator[tuple[list[int], list[T]]]:
-        """Batches with their answers, the longest prompts first, so that running out of memory shows at once.
+        """Generates answers in batches, longest prompts first, so that running out of memory shows at once.
 
         Args:
             prompt_tokens: The length of each prompt.
-            new_tokens: The most tokens of an answer.
-            answer: The answers to the prompts with these numbers, in their order. They do not depend on the batch.
+            new_tokens: Maximum tokens per answer.
+            answer: Returns the answers to the prompts with the given indices, in order, independent of the batch.
 
         Yields:
-            Numbers of prompts, and their answers; every prompt once.
+            Indices of prompts and their answers; every prompt once.
 
         Raises:
-            torch.OutOfMemoryError: A single prompt finds no room.
+            torch.OutOfMemoryError: There is not enough memory for a single prompt.
         """
         waiting = sorted(range(len(prompt_tokens)), key=lambda index: -prompt_tokens[index])
         while waiting:
@@ -127,13 +127,13 @@ class AnswerRoom:
             waiting = waiting[len(batch) :]
 
     def _attempt(self, answer: Callable[[list[int]], list[T]], batch: list[int]) -> list[T] | None:
-        """The answers; None where there was no room for so many."""
+        """The answers; None if the batch ran out of memory."""
         try:
             return answer(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1 or not self._can_shrink:
                 raise
-        # Only here, after the error with its traceback has gone, is what the failed attempt held free.
+        # Only here, once the error and its traceback are gone, can the memory of the failed attempt be freed.
         free_unreachable()
         return None
 
@@ -146,21 +146,21 @@ class AnswerRoom:
 
 
 def smaller_batches(name: str, tokens: int) -> str:
-    """What a user is told of a shortage.
+    """The message for the user when batches shrink.
 
     Args:
-        name: Of what is measured.
-        tokens: Of a batch from now on.
+        name: Name of the dataset or benchmark.
+        tokens: New maximum of tokens per batch.
     """
-    return f"{name}: the GPU ran out of memory; batches of at most {tokens:,} tokens from here on."
+    return f"{name}: the GPU ran out of memory; continuing with batches of at most {tokens:,} tokens."
 
 
 def answer_room(model: PreTrainedModel, on_shortage: OnShortage | None = None) -> AnswerRoom:
-    """The room beside a model that is on its device.
+    """Batch sizes for a model that is already on its device.
 
     Args:
         model: A causal language model.
-        on_shortage: Told where there turns out to be less.
+        on_shortage: Called if batches must shrink for lack of memory.
     """
     needs = row_bytes(model)
     if world_size() > 1 and shares_weights():
@@ -175,9 +175,9 @@ def answer_room(model: PreTrainedModel, on_shortage: OnShortage | None = None) -
 
 
 def row_bytes(model: PreTrainedModel) -> Callable[[int, int], int]:
-    """What one prompt and its answer take beside the weights, as a function of the tokens of both.
+    """The memory for one prompt and its answer in addition to the weights, as a function of their tokens.
 
-    The cache of all tokens, what a layer computes of the prompt, and the logits of one token.
+    It covers the KV cache of all tokens, one layer's activations for the prompt, and the logits of one token.
 
     Args:
         model: A causal language model.
@@ -190,7 +190,7 @@ def row_bytes(model: PreTrainedModel) -> Callable[[int, int], int]:
     between = (getattr(text, "moe_intermediate_size", None) or 0) * experts
     between = max(between, getattr(text, "intermediate_size", None) or 4 * hidden)
     layer_bytes = (4 * hidden + 3 * between) * value_bytes
-    # Eager attention holds scores and their softmax in fp32; other kernels hold the mask alone.
+    # Eager attention holds scores and their softmax in fp32; other kernels hold only the mask.
     eager = getattr(config, "_attn_implementation", None) == "eager"
     pair_bytes = heads * (value_bytes + 4) if eager else 4
     logits_bytes = int(text.vocab_size) * (value_bytes + 8)

@@ -1,4 +1,4 @@
-"""What ends an answer: tokens, and for templates that mark the end of a turn by plain text that text."""
+"""Stops of an answer: end tokens, and plain text for templates that end a turn with it."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ _GENERATION_FILE = "generation_config.json"
 
 @dataclass(frozen=True, slots=True)
 class AnswerStops:
-    """What ends an answer.
+    """The tokens and texts that end an answer.
 
     Attributes:
-        token_ids: The tokens that do.
-        texts: Texts that do, where a turn is not ended by one token.
+        token_ids: End tokens.
+        texts: End texts, if a turn does not end with a single token.
     """
 
     token_ids: frozenset[int]
     texts: tuple[str, ...] = ()
 
     def before(self, token_ids: Sequence[int]) -> list[int]:
-        """The tokens in front of the first that ends an answer, which need not be a special one."""
+        """The tokens before the first end token, which need not be a special token."""
         end = next((place for place, token in enumerate(token_ids) if token in self.token_ids), len(token_ids))
         return list(token_ids[:end])
 
 
 def answer_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> AnswerStops:
-    """What ends an answer of a model: what its settings and its tokenizer name, and what ends a turn in its template.
+    """The stops of a model's answers: from its generation settings, its tokenizer and its chat template.
 
     Args:
         model: With generation settings.
-        tokenizer: The model's, with the chat template in use.
+        tokenizer: The model's tokenizer, with the chat template in use.
     """
     turn = turn_stops(tokenizer)
     named = [*_as_list(model.generation_config.eos_token_id), tokenizer.eos_token_id]
@@ -49,7 +49,7 @@ def answer_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def turn_stops(tokenizer: PreTrainedTokenizerBase) -> AnswerStops:
-    """What ends an assistant's turn in the chat template; nothing without one."""
+    """The stops of an assistant turn in the chat template; none without a template."""
     if not isinstance(tokenizer.chat_template, str) or not tokenizer.chat_template:
         return AnswerStops(frozenset())
     stop = ChatRenderer(tokenizer, datetime.now(UTC)).stop
@@ -60,7 +60,7 @@ def turn_stops(tokenizer: PreTrainedTokenizerBase) -> AnswerStops:
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> int | None:
-    """The special token that a stop ends in, or else its first one; None where it is plain text."""
+    """The special token at the end of a stop, or else its first one; None if the stop is plain text."""
     if not stop:
         return None
     ids: list[int] = tokenizer(stop, add_special_tokens=False, verbose=False)["input_ids"]
@@ -70,11 +70,11 @@ def stop_token(tokenizer: PreTrainedTokenizerBase, stop: str) -> int | None:
 
 
 def name_stops(folder: Path, token_ids: Sequence[int]) -> None:
-    """Has the generation settings of a checkpoint name tokens that end an answer, beside those that they name.
+    """Adds end tokens to the generation settings of a checkpoint.
 
     Args:
         folder: The checkpoint.
-        token_ids: The tokens.
+        token_ids: The end tokens.
     """
     path = folder / _GENERATION_FILE
     settings: dict[str, Any] = json.loads(read_regular(path)) if path.is_file() else {}

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """What a model made of one record.
+    """The result of a model on one record.
 
     Attributes:
-        where: Where the record came from, such as `test.jsonl:17`.
+        where: Origin of the record, such as `test.jsonl:17`.
         nll: Sum of the negative log-likelihoods of the answer's tokens, in nats.
         answer_tokens: Number of tokens in that sum.
         reference: The record's answer.
-        prediction: The generated answer; None where none was asked for or the record has no prompt.
+        prediction: The generated answer; None if none was requested or the record has no prompt.
         correct: Whether the prediction matches; None without a prediction.
     """
 
@@ -50,11 +50,11 @@ class DataFileResult:
     Attributes:
         loss: Negative log-likelihood per answer token, in nats.
         loss_standard_error: By the delta method over records; None with a single record.
-        answer_tokens: Number of tokens the loss is over.
-        exact_match: Share of correct predictions; None where nothing was generated.
+        answer_tokens: Number of tokens that the loss covers.
+        exact_match: Share of correct predictions; None if nothing was generated.
         exact_match_standard_error: Binomial; None with fewer than two predictions.
         predictions: Number of generated answers.
-        max_new_tokens: Where an unfinished answer was cut; None where nothing was generated.
+        max_new_tokens: Maximum tokens per answer; None if nothing was generated.
         rows: The records in file order.
     """
 
@@ -78,16 +78,16 @@ def evaluate_examples(
     on_progress: OnProgress | None = None,
     on_shortage: OnShortage | None = None,
 ) -> DataFileResult:
-    """The model's loss on every record, and exact match on those with a prompt; all processes share the work.
+    """The model's loss on every record and exact match on those with a prompt; all processes share the work.
 
     Args:
         model: A causal language model.
-        encoder: Of its tokenizer.
-        records: Encoded by it, cut for the loss as in training; prompts to answer are never cut.
-        batch_tokens: Most tokens of a batch with its padding, for the loss.
-        generate: Whether answers are generated, which takes most of the time.
-        on_progress: Told the steps done; each loss and each generated answer is one.
-        on_shortage: Told where answers find less room than expected.
+        encoder: Encoder for its tokenizer.
+        records: Records encoded with it, truncated as in training for the loss; prompts are never truncated.
+        batch_tokens: Maximum tokens per batch for the loss, including padding.
+        generate: Whether to generate answers, which takes most of the time.
+        on_progress: Called with the steps done and the total; each loss and each generated answer is a step.
+        on_shortage: Called if batches must shrink for lack of memory.
 
     Raises:
         EvaluationError: There are no records, or a prompt does not fit the model's context.
@@ -165,7 +165,7 @@ def _room_for_answers(
 
 
 def _shifted(on_progress: OnProgress | None, done_before: int, steps: int) -> OnProgress | None:
-    """Progress of a part told as progress of the whole."""
+    """Reports the progress of a part as progress of the whole."""
     if on_progress is None:
         return None
     return lambda done, _: on_progress(done_before + done, steps)

@@ -1,21 +1,21 @@
-"""When a generated answer counts as the reference answer."""
+"""Comparison of generated answers with reference answers."""
 
 from __future__ import annotations
 
 import re
 
 MARKER = "####"
-"""What GSM8K puts before the final answer."""
+"""The marker before the final answer in GSM8K."""
 
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))", re.ASCII)
 _NUMBER = re.compile(r"([+-]?)(\d*)(?:\.(\d*))?(%?)", re.ASCII)
 
 
 def final_answer(text: str) -> str:
-    """The final answer in one spelling: `#### $1,200.00.` gives `1200`.
+    """The final answer in canonical form: `#### $1,200.00.` gives `1200`.
 
-    It is the first line after the last `####`, or of the whole text where there is none, without `$`, commas between
-    thousands and full stops at the end. A number loses its plus sign and its needless zeros; `%` stays.
+    It is the first line after the last `####`, or of the whole text if there is no marker, without `$`, thousands
+    separators and final full stops. A number loses its plus sign and redundant zeros; `%` is kept.
 
     Args:
         text: A reference or generated answer.
@@ -29,12 +29,12 @@ def final_answer(text: str) -> str:
 def exact_match(prediction: str, reference: str) -> bool:
     """Whether the prediction is right.
 
-    Where the reference has a `####`, the final answers are compared, and a prediction without the marker is wrong.
-    Otherwise the whole texts are, up to white space.
+    If the reference contains `####`, the final answers are compared, and a prediction without the marker is wrong.
+    Otherwise the whole texts are compared, ignoring white space.
 
     Args:
         prediction: The generated text.
-        reference: The text it should be.
+        reference: The reference text.
     """
     if MARKER in reference:
         return MARKER in prediction and final_answer(prediction) == final_answer(reference)
@@ -42,9 +42,9 @@ def exact_match(prediction: str, reference: str) -> bool:
 
 
 def _canonical_number(text: str) -> str:
-    """A decimal number without needless characters; any other text as it is.
+    """A decimal number without redundant characters; any other text unchanged.
 
-    Worked on the digits, as a float or a `Decimal` would round a long number.
+    Operates on the digits, because a float or a `Decimal` would round a long number.
     """
     match = _NUMBER.fullmatch(text)
     if match is None or not (match[2] or match[3]):

@@ -1,4 +1,4 @@
-"""Greedy answers of a model, many prompts at a time."""
+"""Greedy generation of answers in batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def context_tokens(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model was built for, in tokens; None where it names no limit."""
+    """The model's context length in tokens; None if its configuration sets no limit."""
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     return None if limit is None else int(limit)
 
@@ -35,7 +35,7 @@ def context_tokens(model: PreTrainedModel) -> int | None:
 def default_max_new_tokens(
     encoded: Sequence[Encoded], *, longest_prompt_tokens: int = 0, limit_tokens: int | None = None
 ) -> int:
-    """Room for an answer: the longest reference times 1.5 plus 16, less where the longest prompt leaves less.
+    """Default maximum tokens per answer: 1.5 times the longest reference plus 16, or what the longest prompt leaves.
 
     Args:
         encoded: The reference answers.
@@ -43,7 +43,7 @@ def default_max_new_tokens(
         limit_tokens: The model's context length.
 
     Returns:
-        At least 1, even where the prompt leaves no room: then `generate_answers` names the example.
+        At least 1, even if the prompt fills the context; `generate_answers` then reports the example.
     """
     longest_answer = max((sample.answer_tokens for sample in encoded), default=0)
     wanted = longest_answer * 3 // 2 + 16
@@ -59,21 +59,21 @@ def generate_answers(
     room: AnswerRoom | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[str]:
-    """The model's most likely continuation of each prompt, without special tokens, in the order given.
+    """Generates a greedy answer to each prompt, without special tokens, in the given order.
 
-    Several processes share out the prompts.
+    In multi-process runs, the processes share the prompts.
 
-    An answer ends at what ends a turn in the chat template, and at what the tokenizer and the model's generation
-    settings name as the end of a text. Nothing else is taken from these settings: penalties and sampling that a
-    checkpoint asks for would make its score depend on more than its weights.
+    An answer ends at the chat template's end of turn and at the end tokens of the tokenizer and the model's generation
+    settings. Nothing else is taken from these settings: a checkpoint's own penalties and sampling would make its score
+    depend on more than its weights.
 
     Args:
         model: A causal language model.
-        encoder: Of its tokenizer.
-        examples: Each with a prompt; their answers are not looked at.
-        max_new_tokens: Where an answer that has not ended is cut.
-        room: How many are answered together; as many as the free memory takes by default. The answers are the same.
-        on_progress: Told after each batch.
+        encoder: Encoder for its tokenizer.
+        examples: Each with a prompt; their answers are ignored.
+        max_new_tokens: Maximum tokens per answer.
+        room: Batch sizes; by default, as large as free memory allows. They do not affect the answers.
+        on_progress: Called after each batch.
 
     Raises:
         EvaluationError: A prompt and its answer do not fit the model's context.
@@ -106,16 +106,16 @@ def generate_answers(
 def _check_context(
     model: PreTrainedModel, examples: Sequence[Example], prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    """Refuses the first prompt that leaves no room for its answer."""
+    """Raises an error for the first prompt whose answer does not fit the context."""
     limit = context_tokens(model)
     for example, prompt in zip(examples, prompts, strict=True):
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise EvaluationError(
-                "A prompt and its answer are longer than the model's context.",
+                "A prompt and its answer exceed the model's context.",
                 path=example.where,
                 expected=f"at most {limit} tokens",
-                actual=f"{len(prompt)} tokens of prompt and up to {max_new_tokens} of answer",
-                hint="allow fewer new tokens, or leave this record out",
+                actual=f"prompt tokens: {len(prompt)}, new tokens: up to {max_new_tokens}",
+                hint="allow fewer new tokens, or remove this record",
             )
 
 
@@ -182,6 +182,6 @@ def continue_prompts(
 def _text(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], token_ids: Sequence[int], stops: AnswerStops
 ) -> str:
-    """The answer up to what ends it."""
+    """The text of the answer up to its end."""
     text = decode_behind(tokenizer, prompt, stops.before(token_ids), skip_special_tokens=True)
     return cut_at(text, stops.texts)

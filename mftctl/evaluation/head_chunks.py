@@ -1,9 +1,9 @@
-"""The losses of chosen positions without the logits of all of them: the output head runs over a chunk at a time.
+"""Losses at selected positions without holding all their logits: the output head runs on one chunk at a time.
 
-At a vocabulary of 128,256 the logits of 4,096 positions take 2.1 GB in fp32, and a backward pass several times that.
-What a model does to its logits, such as a soft cap or a scale, is in its own code between the head and the output. It
-is therefore the model's own forward pass that is run for a chunk: with a decoder that gives what it gave before, and a
-head that is fed the chunk.
+With a vocabulary of 128,256, the logits of 4,096 positions take 2.1 GB in fp32, and a backward pass several times that.
+Some models transform their logits, for example with a soft cap or a scale, in their own code after the head. Therefore
+each chunk runs the model's own forward pass, with a decoder that returns its earlier output and a head that is fed the
+chunk.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**27
-"""The most logits of a chunk: 512 MiB in fp32. Smaller ones cost more: each adds up a gradient of the whole head."""
+"""Maximum logits per chunk: 512 MiB in fp32. Smaller chunks cost more: each adds up a gradient of the whole head."""
 
 _SHOWN = 16
-"""Positions whose logits are in the output where there are several chunks."""
+"""Positions whose logits are part of the output if there are several chunks."""
 
 _gives_same: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-"""Whether a chunk has the logits that the model itself gives, for those models that were asked."""
+"""For each model checked so far, whether a chunk gives the same logits as the model itself."""
 
 OnRefusal = Callable[[str], None]
 
 
 def positions_at_once(model: nn.Module) -> int:
-    """The positions of a chunk.
+    """Number of positions per chunk.
 
     Args:
         model: A causal language model.
@@ -50,38 +50,39 @@ def positions_at_once(model: nn.Module) -> int:
 
 
 def chunk_count(model: nn.Module, positions: int) -> int:
-    """The chunks that positions make, at least one.
+    """Number of chunks for the given positions, at least one.
 
-    Where processes share the weights of the head, each pass through it gathers them: all take as many then.
+    If the processes shard the weights of the head, each pass through it gathers them, so all processes use the same
+    number of chunks.
 
     Args:
         model: A causal language model.
-        positions: How many there are in this process.
+        positions: Number of positions in this process.
     """
     count = max(-(-positions // positions_at_once(model)), 1)
     return largest(count) if _shares_head(model) else count
 
 
 def _shares_head(model: nn.Module) -> bool:
-    """Whether DeepSpeed's ZeRO-3 spreads the head over the processes; FSDP gathers it once for all passes."""
+    """Whether DeepSpeed ZeRO-3 shards the head over the processes; FSDP gathers it once for all passes."""
     head = output_head(model)
     return head is not None and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits of hidden states; None where it is none of its own."""
+    """The module that maps hidden states to logits; None if the model has no separate one."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return head if isinstance(head, nn.Module) else None
 
 
 def answer_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where an answer token is predicted, and which one it is.
+    """The positions that predict an answer token, and these tokens.
 
     Args:
-        labels: `(records, length)`, -100 where there is no answer token.
+        labels: `(records, length)`, -100 except at answer tokens.
 
     Returns:
-        Positions in the flattened batch, int64 `(answer tokens,)`, each the one before its token; and the tokens.
+        Positions in the flattened batch, int64 `(answer tokens,)`, each one before its token; and the tokens.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).flatten()
     positions = (targets != IGNORED_LABEL).nonzero().squeeze(1)
@@ -95,17 +96,17 @@ def logits_only_at(
     tokens: torch.Tensor | None = None,
     on_refusal: OnRefusal | None = None,
 ) -> Iterator[None]:
-    """Inside it, the output head gets the hidden states of some positions only: prompts and padding need no logits.
+    """Restricts the output head to selected positions while the context is open: prompts and padding need no logits.
 
-    With a large vocabulary and small layers the head is a good part of a training step, and its logits of the memory.
-    What a model does to its logits, such as a soft cap, it still does.
+    With a large vocabulary and small layers, the head takes much of the time of a training step, and its logits much of
+    the memory. Transformations of the logits, such as a soft cap, are preserved.
 
     Args:
-        model: A causal language model. One whose head is not a module of its own computes all logits.
+        model: A causal language model. Without a separate head module, it computes all logits.
         positions: Int64, in the flattened batch.
-        tokens: What is predicted there. With them, an output that would have the logits of more than a chunk has those
-            of the first positions, and as `loss` the negative log-likelihoods of the other tokens, one each.
-        on_refusal: Is told why a model computes the logits of all positions at once; by default a warning.
+        tokens: The tokens predicted there. If given and their logits exceed one chunk, the output contains the logits
+            of the first positions only, and its `loss` the negative log-likelihood of each other token.
+        on_refusal: Called with the reason if a model computes all logits at once; by default, issues a warning.
     """
     head = output_head(model)
     if head is None:
@@ -126,7 +127,7 @@ def logits_only_at(
 
 
 class _ChunkedForward:
-    """The forward pass of a model, and then of its head for each chunk of the positions that are left."""
+    """Runs the forward pass of a model, then its head on each chunk of the remaining positions."""
 
     def __init__(
         self,
@@ -174,7 +175,7 @@ class _ChunkedForward:
     def _losses(
         self, run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        """The negative log-likelihood of each token; the logits of a chunk are computed anew for the backward pass."""
+        """The negative log-likelihood of each token; the logits of a chunk are recomputed for the backward pass."""
 
         def losses(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(run(states).float(), expected, reduction="none")
@@ -185,7 +186,7 @@ class _ChunkedForward:
     def _head_run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], decoded: Any
     ) -> Callable[[torch.Tensor], torch.Tensor]:
-        """What gives the logits of some hidden states, now and in a backward pass."""
+        """A function that maps hidden states to logits, now and in a backward pass."""
         model, head, forward = self._model, self._head, self._forward
         make, others = type(decoded), {name: value for name, value in decoded.items() if name != "last_hidden_state"}
 
@@ -201,7 +202,7 @@ class _ChunkedForward:
 
     @torch.no_grad()
     def _gives_same(self, run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, output: Any) -> bool:
-        """Whether a chunk has the logits of the model itself; asked once a model."""
+        """Whether a chunk gives the same logits as the model itself; checked once per model."""
         known = _gives_same.get(self._model)
         if known is None:
             if isinstance(hidden, FakeTensor):
@@ -218,7 +219,7 @@ class _ChunkedForward:
 
 
 def _chunkable(model: nn.Module, head: nn.Module, on_refusal: OnRefusal) -> PreTrainedModel | None:
-    """The part of a model that owns the head and a decoder apart from it; None where there is none."""
+    """The part of a model that owns the head and a separate decoder; None if there is none."""
     from transformers import PreTrainedModel
 
     found = (
@@ -235,8 +236,8 @@ def _chunkable(model: nn.Module, head: nn.Module, on_refusal: OnRefusal) -> PreT
 
 def _refusal(model: nn.Module) -> str:
     return (
-        f"{type(model).__name__} computes the logits of all answer tokens at once, since a chunk of them does not have "
-        "the logits that the model itself gives. The results are the same; it needs more memory."
+        f"{type(model).__name__} computes the logits of all answer tokens at once, because computing them in chunks "
+        "would change them. The results are the same, but more memory is needed."
     )
 
 
@@ -246,7 +247,7 @@ def _warn(text: str) -> None:
 
 @contextmanager
 def _feeding(head: nn.Module, choose: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside it, the head gets other hidden states, `(positions, hidden)`, than its model gives it."""
+    """Replaces the head's input by other hidden states, `(positions, hidden)`, while the context is open."""
 
     def replace(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (choose(inputs[0]).unsqueeze(0), *inputs[1:])
@@ -260,7 +261,7 @@ def _feeding(head: nn.Module, choose: Callable[[torch.Tensor], torch.Tensor]) ->
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside it, a module is the same to all that hook into it, and computes something else."""
+    """Replaces a module's computation while the context is open; hooks on the module still run."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

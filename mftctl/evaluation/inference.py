@@ -1,4 +1,4 @@
-"""How a model is run over many samples: without gradients, in evaluation mode, in batches of similar length."""
+"""Inference over many samples: without gradients, in evaluation mode, in batches of similar length."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ if TYPE_CHECKING:
     from torch import nn
 
 OnProgress = Callable[[int, int], None]
-"""Called with the number of samples done and the number of all samples."""
+"""Called with the number of samples done and the total."""
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode and no gradients; afterwards each module is in the mode it was in.
+    """Puts every module in evaluation mode and disables gradients; restores each module's mode on exit.
 
     Args:
         model: Any torch module.
     """
-    # Plain no_grad: tensors made under torch.inference_mode could not be used in a later training step, and masked
-    # layers keep their product.
+    # Plain no_grad: tensors created under torch.inference_mode could not be used in a later training step, and masked
+    # layers cache their product.
     import torch
 
     modes = [(module, module.training) for module in model.modules()]
@@ -39,7 +39,7 @@ def length_batches(lengths_tokens: Sequence[int], budget_tokens: int) -> list[li
 
     Args:
         lengths_tokens: The length of each sample.
-        budget_tokens: Most tokens of a batch with its padding. A longer sample gets a batch of its own.
+        budget_tokens: Maximum tokens per batch, including padding. A longer sample gets its own batch.
 
     Returns:
         Every index once. Samples of equal length keep their order.

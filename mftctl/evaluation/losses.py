@@ -1,4 +1,4 @@
-"""How surprised a model is by each reference answer."""
+"""The loss of a model on each reference answer."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SampleLoss:
-    """The loss of one sample before division.
+    """The summed loss of one sample.
 
     Attributes:
         nll: Sum of the negative log-likelihoods of the answer's tokens, in nats.
-        answer_tokens: Number of tokens in that sum. The first token of a text is never among them: nothing comes
-            before it to predict it from.
+        answer_tokens: Number of tokens in that sum. The first token of a text never counts: nothing precedes it to
+            predict it from.
     """
 
     nll: float
@@ -49,7 +49,7 @@ def mean_loss(losses: Sequence[SampleLoss]) -> float:
         raise EvaluationError(
             "There is no answer token to compute a loss on.",
             expected="at least one sample with an answer",
-            actual=f"{len(losses)} samples with 0 answer tokens",
+            actual=f"samples: {len(losses)}, answer tokens: 0",
         )
     return math.fsum(loss.nll for loss in losses) / answer_tokens
 
@@ -63,19 +63,19 @@ def sample_losses(
     on_progress: OnProgress | None = None,
     together: bool = False,
 ) -> list[SampleLoss]:
-    """The loss of each sample, in the order given.
+    """The loss of each sample, in the given order.
 
-    Logits are computed only where some sample of the batch has an answer, through the model's own `logits_to_keep`:
-    unlike a call of decoder and output head apart, this keeps what a model does to its logits (soft caps, scales).
-    Where they are many, they are computed a chunk at a time.
+    Logits are computed only at positions where some sample of the batch has an answer, through the model's own
+    `logits_to_keep`: unlike separate calls of decoder and output head, this preserves the model's transformations of
+    the logits (soft caps, scales). Large numbers of logits are computed in chunks.
 
     Args:
         model: A causal language model on any device, in any float dtype.
-        encoded: Token ids and labels; -100 marks what is not scored. All answers of a conversation are.
-        pad_token_id: Fills up the right end of shorter samples.
-        batch_tokens: Most tokens of a batch with its padding.
-        on_progress: Told after each batch.
-        together: Whether all processes do this at once and share out the batches, which stay the same.
+        encoded: Token ids and labels; -100 marks unscored tokens. All answers of a conversation are scored.
+        pad_token_id: Pads shorter samples on the right.
+        batch_tokens: Maximum tokens per batch, including padding.
+        on_progress: Called after each batch.
+        together: Whether all processes call this together and share the batches, which stay the same.
     """
     from mftctl.data.batching import PaddingCollator
     from mftctl.runtime.torch_failures import gpu_failures
@@ -101,7 +101,7 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
     Args:
         model: In evaluation mode.
         batch: `input_ids`, `attention_mask` and `labels`, each `(samples, tokens)`.
-        keeps_some: Whether the model computes logits for chosen positions only.
+        keeps_some: Whether the model can compute logits at selected positions only.
     """
     import torch.nn.functional as F
 
@@ -125,14 +125,14 @@ def _batch_losses(model: PreTrainedModel, batch: dict[str, Tensor], *, keeps_som
         logits = logits[:, positions]
     losses = []
     for row, target in zip(logits, targets, strict=True):
-        # One sample at a time, so that only its logits are held in fp32.
+        # One sample at a time, so that only one sample's logits are held in fp32.
         nll = F.cross_entropy(row.float(), target, ignore_index=IGNORED_LABEL, reduction="none")
         losses.append(SampleLoss(nll=exact_sum(nll), answer_tokens=int((target != IGNORED_LABEL).sum())))
     return losses
 
 
 def _losses_in_chunks(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[SampleLoss]:
-    """The losses of a batch whose logits are too many to be held at once."""
+    """The losses of a batch with too many logits to hold at once."""
     import torch
     import torch.nn.functional as F
 
@@ -157,7 +157,7 @@ def _losses_in_chunks(model: PreTrainedModel, batch: dict[str, Tensor]) -> list[
 
 
 def exact_sum(values: torch.Tensor) -> float:
-    """The sum in fp64, which the GPU of a Mac leaves to its CPU."""
+    """Returns the sum in fp64, computed on the CPU on a Mac, whose GPU has no fp64."""
     import torch
 
     return float((values.cpu() if values.device.type == "mps" else values).sum(dtype=torch.float64))

@@ -1,7 +1,7 @@
-"""How sure a figure is, and whether a difference is more than noise.
+"""Standard errors, confidence intervals and significance tests.
 
-All intervals are over the samples of the test set: they say what another test set of the same kind would show, given
-the models compared. Several seeds of a method are averaged per sample before that.
+All intervals are over the samples of the test set: they describe what another test set of the same kind would show for
+the same models. Several seeds of a method are averaged per sample first.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
     from mftctl.evaluation.losses import SampleLoss
 
-# Resamples are drawn in blocks of this many numbers (32 MiB an array), however many samples there are.
+# Resamples are drawn in blocks of this many numbers (32 MiB per array), whatever the number of samples.
 _BLOCK_NUMBERS = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and the interval around it.
+    """An estimate with its confidence interval.
 
     Attributes:
-        estimate: The figure itself.
+        estimate: The estimate itself.
         low: Lower end.
         high: Upper end.
-        confidence: Share of such intervals that hold the true figure, such as 0.95.
+        confidence: Share of such intervals that contain the true value, such as 0.95.
     """
 
     estimate: float
@@ -43,7 +43,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the figure is more than noise: zero lies outside."""
+        """Whether the estimate is more than noise: zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
@@ -64,7 +64,7 @@ def standard_error_of_loss(losses: Sequence[SampleLoss]) -> float:
 def standard_error_of_ratio(sums: Sequence[float], weights: Sequence[float]) -> float:
     """Standard error of `sum(sums) / sum(weights)` over samples, by the delta method.
 
-    With weights of 1 it is that of a mean, as lm-eval computes it.
+    With weights of 1, it equals the standard error of the mean as lm-eval computes it.
 
     Args:
         sums: Per sample, at least two.
@@ -119,7 +119,7 @@ def paired_difference(
     """
     if differences.shape != weights.shape or differences.ndim != 1:
         raise EvaluationError(
-            "Differences and weights do not belong to the same samples.",
+            "Differences and weights do not cover the same samples.",
             expected=f"weights of shape {differences.shape}",
             actual=weights.shape,
         )
@@ -136,44 +136,45 @@ def paired_difference(
         confidence_level=confidence,
         rng=np.random.default_rng(seed),
     )
-    low, high = sorted(bootstrap.confidence_interval)  # resamples all alike may come out the other way by rounding
+    low, high = sorted(bootstrap.confidence_interval)  # rounding may swap the ends if all resamples are equal
     return Interval(float(_ratio_of_sums(differences, weights)), float(low), float(high), confidence)
 
 
 def paired_difference_over_seeds(
     before: NDArray[np.float64], after: NDArray[np.float64], weights: NDArray[np.float64], *, seed: int = 0
 ) -> Interval:
-    """What a method adds to its baseline, averaged over training seeds sample by sample, with its 95 % interval.
+    """The gain of a method over its baseline, averaged over training seeds per sample, with its 95 % interval.
 
     Args:
         before: Scores of the baselines, `(training seeds, samples)`; sums of token losses for a loss.
-        after: Scores of the method on the same samples, of the same shape.
-        weights: Of the scores, of the same shape and equal for every training seed: answer tokens for a loss, else 1.
-        seed: Of the resampling.
+        after: Scores of the method on the same samples, in the same shape.
+        weights: Weights of the scores, in the same shape and equal for all training seeds: answer tokens for a loss,
+            otherwise 1.
+        seed: Seed of the resampling.
 
     Raises:
-        EvaluationError: The weights differ between training seeds, or as `paired_difference`.
+        EvaluationError: The weights differ between training seeds, or an error of `paired_difference`.
     """
     unlike = (weights != weights[0]).any(axis=0)
     if unlike.any():
         raise EvaluationError(
             "The runs were not evaluated on the same answers.",
             key=f"sample {int(unlike.argmax())}",
-            expected="as many answer tokens in every run",
+            expected="the same number of answer tokens in every run",
             actual=", ".join(f"{weight:g}" for weight in weights[:, unlike.argmax()]),
-            hint="evaluate all on the same file, with the same tokenizer and maximum length",
+            hint="evaluate all runs on the same file, with the same tokenizer and maximum length",
         )
     return paired_difference((after - before).mean(axis=0), weights[0], seed=seed)
 
 
 def sign_flips(differences: Sequence[int]) -> float:
-    """The p-value of the exact test by sign flips: is the sum further from 0 than fair coins would bring it?
+    """The two-sided p-value of the exact sign-flip test on the sum of the differences.
 
-    Two-sided. If a method changes nothing, a sample's answers are as likely to have come out the other way round. Of
-    differences of -1, 0 and 1 it is McNemar's exact test; summed over training seeds they need not be.
+    If a method changes nothing, each sample's difference is as likely to have the opposite sign. For differences of -1,
+    0 and 1 this is McNemar's exact test; differences summed over training seeds may be larger.
 
     Args:
-        differences: Of each sample, new minus old.
+        differences: One per sample, new minus old.
     """
     sizes = [abs(difference) for difference in differences if difference]
     chances: NDArray[np.float64] = np.ones(1)  # of each sum, from the lowest to the highest, in steps of 1
@@ -187,10 +188,10 @@ def sign_flips(differences: Sequence[int]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values corrected for their number by Holm's step-down method, in the order given.
+    """The p-values corrected for multiple testing with Holm's step-down method, in the given order.
 
     Args:
-        p_values: One a test, between 0 and 1.
+        p_values: One per test, between 0 and 1.
     """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     corrected, largest = [0.0] * len(p_values), 0.0
@@ -209,16 +210,14 @@ def _ratio_of_sums(
 
 def _check_samples(samples: int) -> None:
     if samples < 2:
-        raise EvaluationError(
-            "One sample says nothing about the spread.", expected="at least 2 samples", actual=samples
-        )
+        raise EvaluationError("A standard error needs several samples.", expected="at least 2 samples", actual=samples)
 
 
 def _check_weights(weights: NDArray[np.float64]) -> None:
-    # A resample may hold any sample alone, so none may have a weight of zero.
+    # A resample may consist of any single sample, so none may have a weight of zero.
     if not np.all(weights > 0):
         raise EvaluationError(
-            "A sample without answer tokens cannot be weighed.",
+            "A sample without answer tokens cannot be weighted.",
             key=f"sample {int(np.argmax(weights <= 0))}",
             expected="a weight above 0",
         )

@@ -1,4 +1,4 @@
-"""The `eval` workflow: loss and exact match on a data file, and benchmarks, for one model."""
+"""The `eval` workflow: loss and exact match on a data file, and benchmark scores, of one model."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """What is measured, read and checked.
+    """Test data and benchmarks, read and checked.
 
     Attributes:
-        examples: The records of the test data.
-        issues: What is wrong with records that were read.
-        benchmarks: The benchmarks, ready to be asked.
+        examples: The test records.
+        issues: Problems found while reading the records.
+        benchmarks: The prepared benchmarks.
     """
 
     examples: list[Example]
@@ -60,11 +60,11 @@ class Measures:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRecords:
-    """The test data as a model takes it.
+    """The test data, tokenised for a model.
 
     Attributes:
-        encoder: Of the model's tokenizer.
-        records: Those that can be used; none where no data is measured on.
+        encoder: Encoder for the model's tokenizer.
+        records: The usable records; empty without test data.
     """
 
     encoder: Encoder
@@ -72,14 +72,17 @@ class MeasuredRecords:
 
 
 def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
-    """The test data and benchmarks of a recipe; whatever is wrong with them is found here, before any model is loaded.
+    """Reads and checks the test data and benchmarks of a recipe, before any model is loaded.
 
     Args:
         recipe: With the `eval` section and `test_data`.
-        listener: Hears how far the running of model-written code has come.
+        listener: Receives progress updates while model-written code runs.
 
     Raises:
-        MftError: A task, a file or the sandbox is not what it should be.
+        ConfigError: The options conflict, or there is nothing to measure.
+        DataError: The test data cannot be read.
+        EvaluationError: A benchmark is unknown, or its data is missing or malformed.
+        SandboxError: Model-written code cannot be confined on this machine.
     """
     check_suite(recipe)
     options = recipe.eval
@@ -88,7 +91,7 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
     if tasks:
         from mftctl.evaluation.benchmarks.measure import prepare_benchmark  # lm-eval takes seconds to import
 
-        with first_before_others():  # which find in the cache what it has fetched
+        with first_before_others():  # the others find its downloads in the cache
             benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
     with_model = options.predictions is None
     issues = RecordIssues()
@@ -97,16 +100,16 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
 
 
 def encode_test_data(measures: Measures, recipe: Recipe, encoder: Encoder, listener: Listener) -> MeasuredRecords:
-    """The test data as a model takes it; whatever is wrong with it is said here.
+    """Tokenises the test data and reports problems with it.
 
     Args:
-        measures: Of the recipe.
+        measures: The recipe's test data and benchmarks.
         recipe: With the `eval` section.
-        encoder: Of the model's tokenizer.
-        listener: Is told what is to be known of records.
+        encoder: Encoder for the model's tokenizer.
+        listener: Receives warnings about the records.
 
     Raises:
-        DataError: Records cannot be used.
+        DataError: Some records cannot be used.
     """
     length, issues = recipe.eval.max_length_tokens, measures.issues
     used = encode_part(measures.examples, encoder, length, issues, listener)
@@ -121,7 +124,7 @@ def encode_test_data(measures: Measures, recipe: Recipe, encoder: Encoder, liste
 
 
 def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:
-    """The encoder's tokenizer for benchmarks, whose chat template takes the run's start for the present."""
+    """The encoder's tokenizer for benchmarks; its chat template uses the start of the run as the current time."""
     tokenizer = encoder.tokenizer
     if not tokenizer.chat_template:
         return tokenizer
@@ -142,23 +145,26 @@ def measure(
     model_name: str,
     run: Run | None = None,
 ) -> list[dict[str, Any]]:
-    """Each data set with its metrics, their standard errors and its sample file.
+    """Returns each dataset with its metrics, standard errors and sample file.
 
-    Several processes share out records and problems; all of them have the same result, and the first one writes.
+    In multi-process runs the processes share the records and problems, all return the same result, and the first one
+    writes the files.
 
     Args:
-        measures: Of the recipe.
+        measures: The recipe's test data and benchmarks.
         recipe: With the `eval` section and `test_data`.
-        loaded: Model and tokenizer, or what vLLM runs; None where outputs written before are scored.
-        folder: Gets the samples.
-        listener: Hears progress.
-        test: The test data as the model takes it; None where outputs written before are scored.
-        model_name: What the model is called where outputs are written for a judge.
-        run: Keeps the outputs of benchmarks, so that an interrupted evaluation goes on. Without one, while a model is
-            trained, nothing is kept and no judge asked.
+        loaded: Model and tokenizer, or the vLLM engine; None when existing predictions are scored.
+        folder: Receives the samples.
+        listener: Receives progress updates.
+        test: The tokenised test data; None when existing predictions are scored.
+        model_name: Name of the model in the files written for a judge.
+        run: Stores benchmark outputs, so that an interrupted evaluation can be resumed. Without one (during training),
+            no outputs are stored and no judge is called.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        EvaluationError: A prompt does not fit the model's context, or a judge or chat template is missing.
+        DataError: The chat template fails on a prompt.
+        SandboxError: A sandboxed process could not be started.
     """
     datasets = []
     if test is not None and test.records.records and isinstance(loaded, tuple):
@@ -242,36 +248,36 @@ def _check_vllm(recipe: Recipe) -> None:
             "vLLM is not installed.",
             key="eval.engine",
             actual="vllm",
-            hint="pip install 'mftctl[vllm]', or --engine hf",
+            hint="pip install 'mftctl[vllm]', or use --engine hf",
         )
     if recipe.device in ("cpu", "mps", "xpu") or recipe.attention != "auto":
         raise ConfigError(
-            "vLLM computes on what it was built for, with attention that it chooses itself.",
+            "vLLM chooses its device and attention kernel itself.",
             key="eval.engine",
-            expected="the device auto, cuda or cuda:N, and the attention auto",
+            expected="device auto, cuda or cuda:N, and attention auto",
             actual=f"{recipe.device}, {recipe.attention}",
-            hint="leave --device and --attention out, or --engine hf",
+            hint="omit --device and --attention, or use --engine hf",
         )
     if recipe.test_data:
         raise ConfigError(
-            "vLLM answers benchmarks; the loss on a data file is measured with transformers.",
+            "vLLM runs benchmarks only; the loss on a data file is computed with transformers.",
             key="eval.engine",
-            actual=f"vllm, and the data {recipe.test_data[0].path}",
-            hint="two commands: one with --data, one with --tasks and --engine vllm",
+            actual=f"vllm with the data {recipe.test_data[0].path}",
+            hint="run two commands: one with --data, one with --tasks and --engine vllm",
         )
 
 
 def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:
     if len(tasks) != 1:
         raise ConfigError(
-            "A file of predictions is for one benchmark.",
+            "A predictions file covers exactly one benchmark.",
             key="predictions",
             expected="one task",
             actual=", ".join(tasks) or "none",
             hint="--tasks humaneval",
         )
     if not Path(predictions).is_file():
-        raise EvaluationError("The file of predictions does not exist.", path=predictions, key="predictions")
+        raise EvaluationError("The predictions file does not exist.", path=predictions, key="predictions")
 
 
 def _data_file(
@@ -329,5 +335,5 @@ def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _data_name(sources: Iterable[DataSource]) -> str:
-    """The file names without their folders; built-in splits and hub ids as they are."""
+    """The file names without their folders; built-in splits and hub ids unchanged."""
     return " + ".join(Path(source.path).name if Path(source.path).is_file() else source.path for source in sources)

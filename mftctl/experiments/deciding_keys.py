@@ -1,4 +1,4 @@
-"""Recipes as plain data: all of one, and the part on which a result depends."""
+"""Recipes as plain data: the whole recipe, and the part that determines a result."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 from mftctl.experiments.recipe import Recipe
 
 OF_THE_MACHINE = ("device", "attention", "trust_remote_code")
-"""Keys that say where and by what kernels to compute, and what is trusted, which another command need not share."""
+"""Keys for device, kernels and trust, which later commands need not share."""
 
 _WITHOUT_EFFECT = {
     "fft": {"batch_tokens"},
     "mask_train": {"batch_tokens", "prefix_cache_gb"},
     "eval": {"tensor_parallel", "gpu_memory_share", "max_model_length_tokens"},
 }
-"""Keys that decide where and how fast something is computed, and not what."""
+"""Keys that affect where and how fast something is computed, but not its result."""
 
 _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data", "seed")
 IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
-"""Keys that fine-tuning writes into the tokenizer of its model, which has no need of them then."""
+"""Keys that fine-tuning saves in the tokenizer of its model, so that later commands do not need them."""
 
 _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
-"""Keys that came later: at their defaults they are left out, so that earlier runs are still recognised."""
+"""Keys added later: omitted at their defaults, so that earlier runs are still recognised."""
 
 _OF_SECTIONS = {
     "fft": ("exclude",),
@@ -32,7 +32,7 @@ _OF_SECTIONS = {
 """The same within sections."""
 
 _NOT_OF_A_SCORE = {"tasks", "task_data", "predictions", "engine", "save_samples", "max_length_tokens", "generate"}
-"""Keys of `eval` that change nothing in the score that a probe ranks by; of the local files one does."""
+"""Keys of `eval` that do not affect the score a probe ranks by; one of the local files does."""
 
 _RATE = {"fft": {"method", "learning_rate"}}
 _SECTIONS: dict[str, dict[str, Any]] = {
@@ -44,16 +44,16 @@ _SECTIONS: dict[str, dict[str, Any]] = {
 
 
 def to_document(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without its stages as plain data that reads back as the same recipe: the `config` of a run."""
+    """Returns a recipe without its stages as plain data that reads back as the same recipe, the `config` of a run."""
     return recipe.model_dump(mode="json", exclude={"stages", "seeds"}, exclude_none=True)
 
 
 def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
-    """The part of a recipe on which a command's result depends, as plain data."""
+    """Returns the part of a recipe that determines a command's result, as plain data."""
     sections = dict(_SECTIONS.get(command, {}))
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
     if training is not None and training.eval_every is not None:
-        sections["eval"] = True  # a part of the result is then what was measured on the way
+        sections["eval"] = True  # the result then includes what was measured during training
     changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
     keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)
@@ -71,7 +71,7 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
 
 
 def _of_score(recipe: Recipe) -> dict[str, Any]:
-    """What of the section `eval` decides the score that a probe ranks by."""
+    """Returns the keys of section `eval` that determine the score a probe ranks by."""
     by = recipe.probe.by
     keys = recipe.eval.model_dump(mode="json", exclude=_NOT_OF_A_SCORE | _WITHOUT_EFFECT["eval"])
     file = recipe.eval.task_data.get(by)
@@ -79,7 +79,7 @@ def _of_score(recipe: Recipe) -> dict[str, Any]:
 
 
 def _spell_step(section: dict[str, Any]) -> None:
-    """Has a step of so many records said in one way: as accumulation in one process, where that is possible."""
+    """Normalises the size of a step, as accumulation in one process where possible."""
     stated = section.pop("global_batch_size")
     if stated is None:
         section["grad_accum_steps"] = section["grad_accum_steps"] or 1

@@ -1,4 +1,4 @@
-"""A run that is named by its folder, its number or its name."""
+"""Finds a run by folder, number or name."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mftctl.errors import RunError
 from mftctl.experiments.run_folder import Run, load_run, run_folders
 
 _NAMED = 3
-"""So many of the nearest names are listed where none fits."""
+"""Number of similar names to suggest if none matches."""
 
 
 def find_run(root: Path, text: str) -> Run:
-    """The run of the runs folder with this name or number, or the one in this folder.
+    """Returns the run with this name or number in the runs folder, or the run in this folder.
 
     Args:
         root: The runs folder.
         text: `005-mask-train`, `5` or `005`; or the path of a run folder.
 
     Raises:
-        RunError: There is none, or there are several, or it cannot be read.
+        RunError: No run or several runs match, or the run cannot be read.
     """
     folders = {folder.name: folder for folder in run_folders(root)}
     if text in folders:
@@ -37,7 +37,7 @@ def find_run(root: Path, text: str) -> Run:
     raise RunError(
         "There is no such run.",
         path=root,
-        expected="a run folder, its number or its name",
+        expected="the folder, number or name of a run",
         actual=text,
         hint=_nearest(text, list(folders)),
     )
@@ -48,7 +48,7 @@ def _nearest(text: str, names: list[str]) -> str:
         near = sorted(names, key=lambda name: abs(_number(name) - int(text)))[:_NAMED]
     else:
         near = difflib.get_close_matches(Path(text).name, names, n=_NAMED, cutoff=0.3)
-    return " or ".join(near or names[-_NAMED:]) or "--runs DIR; there are no runs in this one"
+    return " or ".join(near or names[-_NAMED:]) or "--runs DIR; this folder has no runs"
 
 
 def _number(name: str) -> int:

@@ -1,4 +1,4 @@
-"""What identifies an input of an experiment, or the code it is made with, so that a change is noticed."""
+"""Digests of experiment inputs and of mftctl's code, to detect changes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _SAMPLE_BYTES = 1 << 20
 
 
 def digest_of(document: Any) -> str:
-    """SHA-256 of plain data, in hex."""
+    """Returns the SHA-256 of plain data in hex."""
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def file_digest(path: str) -> str | None:
-    """SHA-256 of a local file, or of all files in a folder; None for built-in data and hub ids, told by their names."""
+    """Returns the SHA-256 of a file or of all files in a folder; None for built-in data and hub ids."""
     file = Path(path)
     if file.is_dir():
         inside = sorted(entry for entry in file.rglob("*") if entry.is_file())
@@ -32,10 +32,10 @@ def file_digest(path: str) -> str | None:
 
 
 def model_fingerprint(model: str) -> str | None:
-    """A digest of a local checkpoint; None for the built-in model and hub ids, which their names identify.
+    """Returns a digest of a local checkpoint; None for the built-in model and hub ids, identified by their names.
 
-    Of each weight file it reads the size and 16 samples of 1 MiB, spread evenly: training changes all of a tensor, and
-    reading a large model whole would take minutes each time an experiment is planned.
+    It covers the size and 16 evenly spaced samples of 1 MiB of each weight file: training changes whole tensors, and
+    reading all of a large model would take minutes each time an experiment is planned.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -54,9 +54,9 @@ def model_fingerprint(model: str) -> str | None:
 
 @cache
 def source_digest() -> str:
-    """The first 12 hex digits of the SHA-256 of mftctl's own Python files, their names and contents.
+    """Returns the first 12 hex digits of the SHA-256 of mftctl's own Python files, names and contents.
 
-    The version says what was released; this tells a checkout with a change in it from one without.
+    The version identifies a release; this distinguishes a checkout with changes from one without.
     """
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""From the stages of a recipe to the pieces of work in their order: sweeps and seeds spelled out."""
+"""Expands the stages of a recipe over sweeps and seeds into ordered tasks."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Variant = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """One piece of work of an experiment: one stage with one seed and one choice of swept values.
+    """One task of an experiment: one stage with one seed and one choice of swept values.
 
     Attributes:
-        name: The stage's name, with the swept values if there are any: `mft[ratio=0.02]`.
-        label: What the run is called in a report: the name, or that of the task it evaluates.
-        command: What is done.
+        name: The name of the stage, with swept values if there are any: `mft[ratio=0.02]`.
+        label: The name of the run in a report: the task name, or that of the task it evaluates.
+        command: The command.
         seed: The seed.
-        recipe: Settled for this task, but for the model and the layers that other tasks decide.
+        recipe: Resolved for this task, except for the model and layers determined by other tasks.
         after: The task whose model is the input; None for the recipe's model.
-        layers_from: The probe task that chooses the layers.
+        layers_from: The probe task that selects the layers.
         variant: The swept keys and values.
     """
 
@@ -44,10 +44,10 @@ class Task:
 
 
 def spell_out(recipe: Recipe) -> list[Task]:
-    """All tasks of a recipe, each after those it needs, seed by seed.
+    """Returns all tasks of a recipe, each after those it needs, seed by seed.
 
     Raises:
-        ConfigError: A stage needs one that is not there, stages need each other in a circle, or there are too many.
+        ConfigError: A stage needs a missing one, stages need each other in a cycle, or there are too many tasks.
     """
     order = stage_order(recipe.stages)
     _require_few(recipe, order)
@@ -61,7 +61,7 @@ def spell_out(recipe: Recipe) -> list[Task]:
 
 
 def _require_few(recipe: Recipe, order: Sequence[str]) -> None:
-    """Nothing, if swept values that stages inherit from each other do not multiply to too many tasks."""
+    """Checks that swept values inherited between stages do not multiply to too many tasks."""
     tasks, seeds = 0, max(1, len(recipe.seeds))
     made: dict[str, list[Variant]] = {}
     for name in order:
@@ -89,10 +89,10 @@ def _choices(stage: Stage) -> list[Variant]:
 
 
 def stage_order(stages: Mapping[str, Stage]) -> list[str]:
-    """The names of the stages, each after those it needs, otherwise as in the recipe.
+    """Returns the names of the stages, each after those it needs, otherwise in the order of the recipe.
 
     Raises:
-        ConfigError: A stage needs one that is not there, or stages need each other in a circle.
+        ConfigError: A stage needs a missing one, or stages need each other in a cycle.
     """
     for name, stage in stages.items():
         for other in stage.needs():
@@ -109,7 +109,7 @@ def stage_order(stages: Mapping[str, Stage]) -> list[str]:
         sorter.prepare()
     except CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
-        raise ConfigError("Stages need each other in a circle.", key="stages", actual=circle) from error
+        raise ConfigError("Stages depend on each other in a cycle.", key="stages", actual=circle) from error
     order, position = [], {name: number for number, name in enumerate(stages)}
     ready: list[str] = []
     while sorter.is_active():
@@ -120,7 +120,7 @@ def stage_order(stages: Mapping[str, Stage]) -> list[str]:
 
 
 def _tasks_of(recipe: Recipe, name: str, seed: int, made: Mapping[str, Sequence[Task]]) -> Iterator[Task]:
-    """The tasks of one stage: for each input, each probe of the same variant and each choice of swept values."""
+    """Yields the tasks of one stage, for each input, each probe of the same variant and each choice of swept values."""
     stage, bare = recipe.stages[name], recipe.model_copy(update={"stages": {}})
     inputs: list[Task | None] = [task for other in stage.of for task in made[other]]
     if not stage.of:

@@ -1,4 +1,4 @@
-"""Where a model comes from, as its own folder tells: the runs folder that made it may be elsewhere."""
+"""The origin of a model as recorded in its own folder, independent of the runs folder."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Final
 from mftctl.files.ownership import MARKER, read_origin
 
 _TRACES: Final = (MARKER, "adapter_config.json", "trainer_state.json", "training_args.bin", "optimizer.pt")
-"""Files that a training leaves, and no pre-trained model has."""
+"""Files left by training that no pre-trained model has."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelOrigin:
-    """How a model was made, in its folder's `mftctl.json`.
+    """How a model was made, as stored in its folder's `mftctl.json`.
 
     Attributes:
-        state: What it is in the words of the papers, such as FFT.
+        state: Its state in the terms of the papers, such as FFT.
         base: The model that it was made from: an absolute path, a hub id or `quickstart`.
-        origin: The model that the first training on the way here started from, likewise.
-        digest: Of the base, as `model_fingerprint` has it; empty for a hub id or the built-in model.
+        origin: The model that the first training started from, in the same form.
+        digest: The `model_fingerprint` of the base; empty for a hub id or the built-in model.
     """
 
     state: str
@@ -30,17 +30,17 @@ class ModelOrigin:
     digest: str
 
     def as_document(self) -> dict[str, str]:
-        """The same as plain data."""
+        """Returns the origin as plain data."""
         return asdict(self)
 
 
 def origin_of(state: str, base: str, origin: str) -> ModelOrigin:
-    """The origin of a model that is about to be written.
+    """Returns the origin of a model that is about to be written.
 
     Args:
-        state: What it is.
+        state: Its state.
         base: The model that it is made from.
-        origin: The model that all began with; the base itself where empty.
+        origin: The model that the first training started from; empty for the base itself.
     """
     from mftctl.experiments.fingerprints import model_fingerprint
 
@@ -48,7 +48,7 @@ def origin_of(state: str, base: str, origin: str) -> ModelOrigin:
 
 
 def told_origin(folder: Path) -> ModelOrigin | None:
-    """What a folder tells of its model; None if nothing."""
+    """Returns the origin recorded in a model folder, or None."""
     found: Mapping[str, object] = read_origin(folder) or {}
     texts = {key: value for key, value in found.items() if isinstance(value, str)}
     try:
@@ -58,7 +58,7 @@ def told_origin(folder: Path) -> ModelOrigin | None:
 
 
 def was_trained(folder: Path) -> bool:
-    """Whether something in a folder shows that its model was trained, by whatever tool."""
+    """Checks whether files in a folder show that its model was trained, by any tool."""
     return any((folder / name).is_file() for name in _TRACES)
 
 

@@ -1,4 +1,4 @@
-"""What a command works on: given, or found in the newest suitable run."""
+"""The source model of a command: given, or found in the latest suitable run."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mftctl.experiments.state_names import PRE_TRAINED, UNKNOWN
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model, possibly under a mask, and where it comes from.
+    """A model, optionally with a mask, and its origin.
 
     Attributes:
         model: Checkpoint folder, hub id or `quickstart`.
-        mask: Mask file to be applied to it, or None.
-        state: What it is in the words of the papers: pre-trained, FFT, continued FFT, random mask, MFT, ...
+        mask: Mask file to apply to it, or None.
+        state: Its state in the terms of the papers: pre-trained, FFT, continued FFT, random mask, MFT, ...
         parents: Names of the runs that made it, oldest first.
-        origin: The model that the first of these runs started from; `model` itself without one.
-        base: The model that this one was made from, where its own folder tells and no run.
-        config: The configuration of the newest of these runs, which later commands go on with; None without one.
+        origin: The model that the first of these runs started from; `model` itself without runs.
+        base: The model that this one was made from, if known only from its own folder.
+        config: The configuration of the latest of these runs, which later commands inherit; None without runs.
     """
 
     model: str
@@ -38,7 +38,7 @@ class Source:
     base: str = ""
 
     def as_inputs(self) -> dict[str, Any]:
-        """The record of this source in another run's `inputs`."""
+        """Returns the record of this source for the `inputs` of a run."""
         return {
             "model": self.model,
             "mask": self.mask,
@@ -50,10 +50,10 @@ class Source:
 
 
 def source_of_run(run: Run) -> Source:
-    """What a finished `fft`, `mask-train` or `apply` run has made.
+    """Returns the result of a finished `fft`, `mask-train` or `apply` run as a source.
 
     Raises:
-        RunError: Its record lacks something.
+        RunError: The record of the run is incomplete.
     """
     inputs, result = run.record.inputs, run.record.result
     try:
@@ -67,13 +67,13 @@ def source_of_run(run: Run) -> Source:
         )
     except KeyError as error:
         path = run.folder / "run.json"
-        raise RunError("The record of this run is not complete.", path=path, key=str(error.args[0])) from error
+        raise RunError("The record of this run is incomplete.", path=path, key=str(error.args[0])) from error
 
 
 def source_of_model(model: str, root: Path) -> Source:
-    """A model given by name: a run's own if its folder was made by one, else what its folder tells.
+    """Returns the source for a model: from the run that made its folder, otherwise from the folder's own marker.
 
-    A folder that tells nothing holds a pre-trained model, unless something in it shows that it was trained.
+    A folder without a marker contains a pre-trained model, unless other files in it show that it was trained.
 
     Args:
         model: Checkpoint folder, hub id or `quickstart`.
@@ -82,7 +82,7 @@ def source_of_model(model: str, root: Path) -> Source:
     path = Path(model)
     if path.is_dir():
         for run in reversed(list_runs(root)[0]):
-            # The result of mask-train names a model too: the one it left as it is.
+            # The result of mask-train also names a model: the one it left unchanged.
             made = run.record.result.get("model") if run.record.command in ("fft", "apply") else None
             if made is not None and Path(made).resolve() == path.resolve():
                 return source_of_run(run)
@@ -95,7 +95,7 @@ def source_of_model(model: str, root: Path) -> Source:
 
 
 def source_of_mask(model: str, mask: str, root: Path) -> Source:
-    """A model under a mask file: the state of the `mask-train` run that wrote it, else simply `masked`."""
+    """Returns the source for a model with a mask file, in the state of its `mask-train` run, or just `masked`."""
     base = source_of_model(model, root)
     for run in reversed(list_runs(root)[0]):
         made = run.record.result
@@ -106,19 +106,19 @@ def source_of_mask(model: str, mask: str, root: Path) -> Source:
 
 
 def newest_source(root: Path, *commands: str) -> Source | None:
-    """What the newest finished run of one of these commands has made; None if there is none."""
+    """Returns the result of the latest finished run of these commands; None if there is none."""
     run = newest_run(root, *commands)
     return None if run is None else source_of_run(run)
 
 
 def model_for_training(model: str | None, root: Path, command: str) -> Source:
-    """The model to fine-tune, probe or mask.
+    """Returns the model to fine-tune, probe or mask.
 
-    Without a name: the newest fine-tuned model of the runs folder, or, for `fft` in a folder without one, the
-    built-in model.
+    Without a name, the latest fine-tuned model in the runs folder or, for `fft` in a folder without one, the built-in
+    model.
 
     Raises:
-        ConfigError: No name, and nothing to fall back on.
+        ConfigError: No model was given, and none was found.
     """
     if model is not None:
         return source_of_model(model, root)
@@ -137,7 +137,7 @@ def model_for_training(model: str | None, root: Path, command: str) -> Source:
 
 
 def recommended_layers(root: Path, source: Source) -> tuple[str, str] | None:
-    """The layers that the newest probe of this very model recommends, and the name of that run; None without one."""
+    """Returns the layers recommended by the latest probe of this model, and the name of that run; None without one."""
     for run in reversed(list_runs(root)[0]):
         record = run.record
         if record.command == "probe" and record.status == "finished" and record.inputs.get("model") == source.model:
@@ -148,22 +148,22 @@ def recommended_layers(root: Path, source: Source) -> tuple[str, str] | None:
 
 
 def fft_learning_rate(source: Source, recipe: Recipe) -> float:
-    """The learning rate that a model was fine-tuned with: of the run that made it, else of the recipe.
+    """Returns the learning rate of a model's fine-tuning: from the run that made it, otherwise from the recipe.
 
-    That of an adapter says nothing of the model's own weights: then it is the default of fine-tuning.
+    The rate of an adapter does not apply to the model's own weights; the default of fine-tuning is used instead.
     """
     options = recipe.fft if source.config is None else FftOptions.model_validate(source.config.get("fft", {}))
     return FftOptions().learning_rate if options.method == "lora" else options.learning_rate
 
 
 def ancestry(root: Path, source: Source) -> list[Source]:
-    """The states a source went through, the pre-trained model first and the source itself last.
+    """Returns the states a source went through, from the pre-trained model to the source itself.
 
-    A state that was reached twice, such as by `mask-train` and then `apply`, is its newest.
+    Of a state reached twice, such as by `mask-train` and then `apply`, only the latest is kept.
 
     Args:
         root: The runs folder.
-        source: With the runs that made it.
+        source: The source, with the runs that made it.
 
     Raises:
         RunError: One of these runs cannot be read.
@@ -172,7 +172,7 @@ def ancestry(root: Path, source: Source) -> list[Source]:
         return [source]
     made = [source_of_run(load_run(root / name)) for name in source.parents]
     first = made[0].config or {}
-    template = {key: first[key] for key in IN_THE_MODEL if key in first}  # which the model of others has
+    template = {key: first[key] for key in IN_THE_MODEL if key in first}  # later states have it in their model
     newest: dict[str, Source] = {}
     for step in (Source(source.origin, config={**(source.config or {}), **template}), *made):
         newest.pop(step.state, None)

@@ -1,4 +1,4 @@
-"""Where a result may go: never over an input, the runs folder, the current folder or a repository."""
+"""Checks of output paths: never over an input, the runs folder, the current folder or a repository."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ADAPTER_FILE = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """Something that a command reads, or works in, and that its output must not touch.
+    """A path that a command reads or works in, which its output must not touch.
 
     Attributes:
-        path: A file or folder; may be missing, such as a hub id that looks like a path.
-        what: What it is called in a message, such as "the data".
+        path: A file or folder, possibly missing, such as a hub id that looks like a path.
+        what: Its description in messages, such as "the data".
     """
 
     path: Path
@@ -32,19 +32,19 @@ class Input:
 
 
 def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name: str | None = None) -> list[Input]:
-    """Everything local that a command with this recipe reads.
+    """Returns all local inputs of a command with this recipe.
 
     Args:
-        recipe: Settled.
-        models: Models and masks beside the recipe's own; None is left out.
-        recipe_name: The recipe's name or path.
+        recipe: The resolved recipe.
+        models: Models and masks in addition to those of the recipe; None is skipped.
+        recipe_name: The name or path of the recipe.
     """
     options = recipe.eval
     data = [source.path for source in (*recipe.data, *recipe.val_data, *recipe.test_data)]
     named = [
         *((path, "the data") for path in data),
         *((path, "a benchmark's data") for path in options.task_data.values()),
-        *((path, "a model or mask that is read") for path in (recipe.model, recipe.mask_train.base, *models)),
+        *((path, "an input model or mask") for path in (recipe.model, recipe.mask_train.base, *models)),
         (options.predictions, "the predictions"),
         (recipe.chat_template, "the chat template"),
     ]
@@ -56,43 +56,43 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
 
 
 def _adapter_base(folder: Path) -> Iterator[Path]:
-    """The model that a LoRA adapter belongs to, as its configuration names it."""
+    """Yields the base model named in a LoRA adapter's configuration."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         base = Path(read_json_object(folder / _ADAPTER_FILE)["base_model_name_or_path"])
-        os.path.lexists(base)  # which refuses what no file can be called
+        os.path.lexists(base)  # rejects invalid file names
         yield base
 
 
 def check_output(output: Path, inputs: Iterable[Input], runs: Path) -> Path:
-    """The output's path without links, if a result can be put there and nothing of the user's is in danger.
+    """Returns the output path with links resolved, if a result can be written there safely.
 
-    What stands at the path itself is for the permit to judge.
+    Existing content at the path itself is left for the permit to check.
 
     Args:
-        output: As given.
-        inputs: What the command reads.
+        output: The path as given.
+        inputs: The inputs of the command.
         runs: The runs folder.
 
     Raises:
-        OutputError: It is, holds or lies in something it must not touch.
-        StorageError: Its folder is read-only, or its name too long.
+        OutputError: The output is, contains or is inside something it must not touch.
+        StorageError: Its folder is read-only, or its name is too long.
     """
     try:
         resolved = output.expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # a circle of links
-        raise OutputError("The output is a link that leads nowhere.", path=output, hint="another --output") from error
+    except (OSError, RuntimeError) as error:  # circular links
+        raise OutputError("The output is a broken or circular link.", path=output, hint="another --output") from error
     require_short(resolved)
     for place in (Input(Path.cwd(), "the current folder"), Input(runs, "the runs folder")):
         if _is_within(place.path.resolve(), resolved):
-            raise _refusal(resolved, place, "is or holds")
+            raise _refusal(resolved, place, "is or contains")
     for item in (*inputs, Input(runs, "the runs folder")):
         path = item.path.resolve()
         if _is_within(path, resolved):
-            raise _refusal(resolved, item, "is or holds")
+            raise _refusal(resolved, item, "is or contains")
         if _is_within(resolved, path):
-            raise _refusal(resolved, item, "lies in")
+            raise _refusal(resolved, item, "is inside")
     if os.path.lexists(resolved / ".git"):
-        raise _refusal(resolved, Input(resolved / ".git", "a repository"), "is or holds")
+        raise _refusal(resolved, Input(resolved / ".git", "a repository"), "is or contains")
     _require_folders_above(resolved)
     require_writable(resolved)
     return resolved
@@ -100,7 +100,7 @@ def check_output(output: Path, inputs: Iterable[Input], runs: Path) -> Path:
 
 def _refusal(output: Path, item: Input, relation: str) -> OutputError:
     return OutputError(
-        f"The output {relation} {item.what}, which is never replaced.",
+        f"The output {relation} {item.what}, which must not be replaced.",
         path=output,
         actual=item.path,
         hint="another --output",
@@ -108,7 +108,7 @@ def _refusal(output: Path, item: Input, relation: str) -> OutputError:
 
 
 def _is_within(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or file, or lies in it, by name or by what the system says it is."""
+    """Checks whether a path is, or is inside, a folder or file, by name or by inode."""
     if path.is_relative_to(folder):
         return True
     wanted = _identity(folder)
@@ -116,7 +116,7 @@ def _is_within(path: Path, folder: Path) -> bool:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode; None for what is not there."""
+    """Returns device and inode; None for a missing path."""
     try:
         status = path.stat()
     except OSError:
@@ -128,5 +128,7 @@ def _require_folders_above(path: Path) -> None:
     for place in path.parents:
         if os.path.lexists(place):
             if not place.is_dir():
-                raise OutputError("The output would lie in a file.", path=path, actual=place, hint="another --output")
+                raise OutputError(
+                    "A parent folder of the output is a file.", path=path, actual=place, hint="another --output"
+                )
             return

@@ -1,4 +1,4 @@
-"""Finds, reads and completes recipes; every problem is named with its key and the nearest known key."""
+"""Finds, reads and completes recipes; problems are reported with their key and the nearest known key."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _INSTALLED = Path(__file__).parents[1] / "recipes"
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
 MAX_EXTENDED: Final = 64
 MAX_TASKS: Final = 1_000
-"""Stages with their seeds and swept values spelled out."""
+"""Maximum number of stages, expanded over seeds and swept values."""
 _MOST_PROBLEMS: Final = 20
 _LONGEST_PROBLEM: Final = 400
 
 
 def built_in_names() -> list[str]:
-    """Names of the recipes that travel in the package.
+    """Returns the names of the recipes in the package.
 
-    Files whose name begins with `_` are parts of others; those in `accelerate` are for `accelerate launch`.
+    Files whose names begin with `_` are parts of others; those in `accelerate` are for `accelerate launch`.
     """
     return sorted(
         path.relative_to(BUILT_IN_FOLDER).with_suffix("").as_posix()
@@ -38,10 +38,10 @@ def built_in_names() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe that is named by path or, for a built-in one, by name.
+    """Returns the file of a recipe given by path or, for a built-in recipe, by name.
 
     Raises:
-        ConfigError: There is no such file and no such built-in recipe.
+        ConfigError: Neither such a file nor such a built-in recipe exists.
     """
     path = Path(name)
     if _is_file(path):
@@ -49,7 +49,7 @@ def find_recipe(name: str) -> Path:
     if name in built_in_names():
         return BUILT_IN_FOLDER / f"{name}.yaml"
     raise ConfigError(
-        "There is no such recipe.",
+        "The recipe does not exist.",
         path=_cut(name),
         expected=f"a YAML file, or one of the built-in recipes: {', '.join(built_in_names())}",
         hint=nearest(name, built_in_names()),
@@ -57,10 +57,10 @@ def find_recipe(name: str) -> Path:
 
 
 def files_of_recipe(name: str) -> list[Path]:
-    """The file of a recipe, named by path or by its built-in name, and those of the recipes that it extends.
+    """Returns the file of a recipe, given by path or built-in name, and of all recipes that it extends.
 
     Raises:
-        ConfigError: One of them is missing or cannot be read.
+        ConfigError: A file is missing or cannot be read.
     """
     files: list[Path] = []
     waiting = [find_recipe(name)]
@@ -73,18 +73,18 @@ def files_of_recipe(name: str) -> list[Path]:
 
 
 def _extended_names(path: Path, document: dict[str, Any]) -> list[str]:
-    """The recipes that a document extends; the key is taken out of it."""
+    """Removes the `extends` key from a document and returns the recipes that it names."""
     extended = document.pop("extends", [])
     names = [extended] if isinstance(extended, str) else extended
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(
-            "extends names recipes.", path=path, key="extends", expected="a name or a list", actual=_cut(names)
+            "extends must name recipes.", path=path, key="extends", expected="a name or a list", actual=_cut(names)
         )
     return names
 
 
 def _extended(path: Path, name: str) -> Path:
-    """The file of a recipe that another extends: beside it, else as on the command line."""
+    """Returns the file of an extended recipe: in the same folder, otherwise found as on the command line."""
     beside = path.parent / name
     return beside if _is_file(beside) else find_recipe(name)
 
@@ -92,23 +92,23 @@ def _extended(path: Path, name: str) -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name longer than one can be
+    except OSError:  # the name is too long
         return False
 
 
 class _Family:
-    """A recipe and those that it extends, each read once, however many of the others name it."""
+    """A recipe and those that it extends; each is read only once."""
 
     def __init__(self) -> None:
         self._merged: dict[Path, dict[str, Any]] = {}
         self._names = self._values = 0
 
     def merged(self, path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
-        """The mapping in a recipe file, over those of the recipes that it extends."""
+        """Returns the mapping of a recipe file, merged over those of the recipes that it extends."""
         place = path.resolve()
         if place in chain:
             circle = " -> ".join(item.name for item in (*chain, path))
-            raise ConfigError("Recipes extend each other in a circle.", path=path, key="extends", actual=_cut(circle))
+            raise ConfigError("Recipes extend each other in a cycle.", path=path, key="extends", actual=_cut(circle))
         if place not in self._merged:
             document = read_yaml(path)
             names = _extended_names(path, document)
@@ -116,10 +116,10 @@ class _Family:
             self._values += _count_values(document)
             if self._names > MAX_EXTENDED or self._values > MAX_VALUES:
                 raise ConfigError(
-                    "A recipe with those that it extends is larger than they may be.",
+                    "The recipe and those that it extends are too large.",
                     path=path,
                     key="extends",
-                    expected=f"at most {MAX_EXTENDED} names of recipes and {MAX_VALUES:,} keys and values in all",
+                    expected=f"at most {MAX_EXTENDED} recipe names and {MAX_VALUES:,} keys and values in total",
                     actual=f"{self._names} names and {self._values:,} keys and values up to this file",
                 )
             merged: dict[str, Any] = {}
@@ -136,7 +136,7 @@ def _count_values(value: object) -> int:
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings merged key by key, `above` over `below`; null takes a whole mapping away, such as a stage."""
+    """Merges mappings key by key, `above` over `below`; null removes a whole mapping, such as a stage."""
     merged = dict(below)
     for key, value in above.items():
         if isinstance(merged.get(key), dict) and value is None:
@@ -156,17 +156,17 @@ def load_recipe(
     options: Mapping[str, Any] | None = None,
     stages: bool = True,
 ) -> Recipe:
-    """The recipe with all its defaults.
+    """Loads a recipe with all defaults.
 
     Args:
         name: Path or built-in name; None starts from `base`.
-        base: The configuration of an earlier run to go on with.
+        base: The configuration of an earlier run to start from.
         sets: `a.b=value` assignments; the value is YAML.
-        options: Dotted keys and values from command-line options, which win over all else.
-        stages: Whether the stages are wanted: a single command leaves them out, since its options need not fit them.
+        options: Dotted keys and values from command-line options, which take precedence.
+        stages: Whether to keep the stages; a single command drops them, as its options need not fit them.
 
     Raises:
-        ConfigError: Any problem of the file, the assignments or their values; all of them are listed.
+        ConfigError: The file, the assignments or their values have problems, which are all listed.
     """
     path = None if name is None else find_recipe(name)
     document = deepcopy(dict(base or {})) if path is None else _Family().merged(path)
@@ -178,10 +178,10 @@ def load_recipe(
 
 
 def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
-    """The recipe with some dotted keys changed.
+    """Returns the recipe with some dotted keys changed.
 
     Raises:
-        ConfigError: A key is unknown or a value does not fit.
+        ConfigError: A key is unknown or a value is not valid.
     """
     document = recipe.model_dump(mode="json", exclude_unset=True)
     assign(document, list(changes.items()))
@@ -189,13 +189,13 @@ def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 
 def assign(document: dict[str, Any], changes: Sequence[tuple[str, object]]) -> None:
-    """Sets dotted keys in nested mappings, made where they are missing.
+    """Sets dotted keys in nested mappings, which are created if missing.
 
-    A mask has one indicator, so that a ratio takes the place of a threshold that stood there before, and the other way
-    round; likewise a step has one size. Both among the changes stay, for the recipe's check to refuse.
+    A mask uses either a ratio or a threshold, so setting one removes an earlier value of the other; likewise for the
+    size of a step. If the changes contain both, they stay for the recipe's validation to reject.
 
     Raises:
-        ConfigError: A part of a key is no mapping.
+        ConfigError: A part of a key is not a mapping.
     """
     for key, value in changes:
         replaced = _IN_PLACE_OF.get(key.rpartition(".")[2])
@@ -214,30 +214,30 @@ _IN_PLACE_OF = {
 
 
 def _open_section(document: dict[str, Any], key: str) -> dict[str, Any]:
-    """The mapping that holds the last part of a dotted key, copied: YAML aliases share theirs."""
+    """Returns the mapping for the last part of a dotted key, copied because YAML aliases share mappings."""
     place = document
     for parent in key.split(".")[:-1]:
         inner = place.get(parent, {})
         if not isinstance(inner, dict):
-            raise ConfigError("This key has no parts.", key=key, actual=f"{parent} is a value")
+            raise ConfigError("This key has no subkeys.", key=key, actual=f"{parent} is a value")
         place[parent] = dict(inner)
         place = place[parent]
     return place
 
 
 def _parse_assignment(text: str) -> tuple[str, object]:
-    """Key and value of `a.b=value`."""
+    """Splits `a.b=value` into key and value."""
     key, separator, value = text.partition("=")
     if not separator or not key.strip():
-        raise ConfigError("--set takes a key and a value.", expected="--set a.b=value", actual=text)
+        raise ConfigError("--set needs a key and a value.", expected="--set a.b=value", actual=text)
     return key.strip(), parse_yaml(value, "The value of --set", key=key.strip())
 
 
 def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recipe:
-    """The checked recipe of a document.
+    """Validates a document and returns it as a recipe.
 
     Raises:
-        ConfigError: With one line for each problem.
+        ConfigError: The document is not valid; has one line per problem.
     """
     try:
         recipe = Recipe.model_validate(document)
@@ -255,14 +255,14 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
 def _not_fitting(problems: Sequence[str], more: int, path: Path | None) -> ConfigError:
     told = [_cut(problem, _LONGEST_PROBLEM) for problem in problems]
     return ConfigError(
-        "The configuration does not fit.",
+        "The configuration is not valid.",
         path=path,
         problems=[*told, *([f"and {more:,} more"] if more > 0 else [])],
     )
 
 
 def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
-    """Nothing, if the swept values of each stage give no more tasks than an experiment may have."""
+    """Checks that the swept values of all stages do not give too many tasks."""
     seeds = max(1, len(recipe.seeds))
     tasks = sum(seeds * math.prod(map(len, stage.sweep.values())) for stage in recipe.stages.values())
     if tasks > MAX_TASKS:
@@ -270,30 +270,30 @@ def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
 
 
 def too_many_tasks(tasks: int, path: Path | None = None) -> ConfigError:
-    """The error of an experiment that would never end.
+    """Returns the error for an experiment with too many tasks.
 
     Args:
-        tasks: How many there are at least.
+        tasks: A lower bound for their number.
         path: The recipe.
     """
     return ConfigError(
-        "The recipe has more tasks than an experiment may have.",
+        "The recipe has too many tasks.",
         path=path,
         key="stages",
-        expected=f"at most {MAX_TASKS:,} stages, with seeds and swept values spelled out",
+        expected=f"at most {MAX_TASKS:,} stages, counting all seeds and swept values",
         actual=f"{tasks:,}" if tasks < 10**15 else "more than can be counted",
-        hint="sweep fewer values, or share them out over several recipes",
+        hint="sweep fewer values, or divide them among several recipes",
     )
 
 
 def _cut(value: object, most: int = 200) -> str:
-    """A value as text, short enough for a message."""
+    """Returns a value as text, shortened for a message."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _stage_problems(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
-    """What is wrong with the keys that a stage changes: found now, not after the stages before it have been trained."""
+    """Returns problems of the keys changed by a stage, before any earlier stage is trained."""
     found = [f"set.{problem}" for problem in _change_problems(recipe, stage.set)]
     for key, values in stage.sweep.items():
         for value in values:
@@ -311,9 +311,9 @@ def _change_problems(recipe: Recipe, changes: Mapping[str, Any]) -> tuple[str, .
 
 
 def _describe_all(problems: Sequence[Any]) -> list[str]:
-    """One line for each place that does not fit.
+    """Returns one line per invalid place.
 
-    A key of several types is refused once for each: of these, those stay that are about the type given, if any is.
+    A key with several types gives one error per type; those about the given type are kept, if there are any.
     """
     places: dict[tuple[str, ...], list[Any]] = {}
     for problem in problems:
@@ -331,7 +331,7 @@ _OTHER_TYPE = {"float_type", "int_type", "dict_type", "literal_error"}
 
 
 def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """A place of the recipe without the type that pydantic names after a key of several types."""
+    """Returns a place in the recipe without the type name that pydantic adds for a key with several types."""
     for number, part in enumerate(location):
         field = model.model_fields.get(part)
         if field is None:
@@ -348,7 +348,7 @@ def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]
 
 
 def _several_types(annotation: Any) -> list[Any]:
-    """The types of a union, None left out; empty for anything else."""
+    """Returns the types of a union without None; empty for anything else."""
     parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
     return [item for item in parts if item is not type(None)]
 
@@ -369,7 +369,7 @@ def _lowered(sentence: str) -> str:
 
 
 def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """The keys allowed at a place of the recipe; none where the place takes free keys."""
+    """Returns the keys allowed at a place in the recipe; none where any key is allowed."""
     for part in location:
         field = model.model_fields.get(part)
         if field is None:
@@ -383,13 +383,13 @@ def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:
-    """A question that names the known word nearest to one that is not known; None where none is near."""
+    """Returns a question with the closest known word; None if no word is close."""
     matches = difflib.get_close_matches(name, known, n=1)
     return f"did you mean {matches[0]}?" if matches else None
 
 
 def _nearest_anywhere(name: str) -> str | None:
-    """The nearest key of the top or of any section, with its section."""
+    """Returns a question with the closest top-level key or section key; None if no key is close."""
     dotted = {
         key: f"{section}.{key}"
         for section, field in Recipe.model_fields.items()

@@ -1,4 +1,4 @@
-"""The encoder that a recipe asks for, and what its users are told of records."""
+"""The encoder for a recipe, and the notes and warnings about its records."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from mftctl.masking.checkpoints.load import load_tokenizer
 from mftctl.progress import Listener, Progress
 
 _FEW_RECORDS = 1_000
-"""Tokenised before anybody wonders."""
+"""Fewer records are tokenised too quickly to need progress updates."""
 
 
 def template_choice(recipe: Recipe) -> TemplateChoice:
-    """What a recipe says of the chat template."""
+    """The recipe's choice of chat template."""
     return TemplateChoice(recipe.chat_template, recipe.template_args, recipe.merge_system)
 
 
 def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) -> Encoder:
-    """The encoder of a checkpoint's tokenizer, which has the recipe's chat template.
+    """The encoder for a checkpoint's tokenizer with the recipe's chat template.
 
     Args:
-        checkpoint: With a tokenizer.
-        recipe: Says which template, and which answers are learned.
-        now: What a chat template takes for the present; by default what the clock says.
+        checkpoint: Contains a tokenizer.
+        recipe: Names the template and the answers to learn from.
+        now: The current time as seen by a chat template; by default the clock's.
 
     Raises:
         ModelError: The tokenizer cannot be loaded.
-        ConfigError: There is no such template, or it has to be chosen.
+        ConfigError: The template does not exist, or one must be chosen.
     """
     tokenizer = load_tokenizer(checkpoint)
     choose_template(tokenizer, template_choice(recipe))
@@ -44,7 +44,7 @@ def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) 
 
 
 def template_record(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
-    """What a run records of the chat template: how it was chosen, its SHA-256, and the time that it may ask for."""
+    """The chat template's entry in a run's record: how it was chosen, its SHA-256, and the time it may use."""
     template = encoder.tokenizer.chat_template
     if not template:
         return {"source": None}
@@ -64,10 +64,10 @@ def encode_part(
 
     Args:
         examples: What to encode.
-        encoder: Of the model's tokenizer.
-        max_length_tokens: What is longer is cut off at the end.
-        issues: Gets what is wrong with records, and what is to be said of them.
-        listener: Hears how far it has come.
+        encoder: Encoder of the model's tokenizer.
+        max_length_tokens: Longer examples are truncated at the end.
+        issues: Collects issues with records and remarks on them.
+        listener: Receives progress updates.
     """
     return encode_all(examples, encoder, max_length_tokens, issues, on_progress=_telling(listener, len(examples)))
 
@@ -79,13 +79,13 @@ def _telling(listener: Listener, records: int) -> Callable[[int, int], None] | N
 
 
 def tell_issues(name: str, issues: RecordIssues, max_length_tokens: int, listener: Listener) -> None:
-    """Says what is to be known of a part of the data, once.
+    """Shows the notes and warnings about a part of the data, once.
 
     Args:
-        name: Of the part, such as `Training data`.
-        issues: Of its records.
-        max_length_tokens: At which they were cut.
-        listener: Is told.
+        name: Name of the part, such as `Training data`.
+        issues: Issues with its records.
+        max_length_tokens: Length at which they were truncated.
+        listener: Receives the notes and warnings.
     """
     for line in issues.lines(max_length_tokens):
         listener.note(f"{name}: {line}")
@@ -94,15 +94,14 @@ def tell_issues(name: str, issues: RecordIssues, max_length_tokens: int, listene
 
 
 def no_end_text(max_length_tokens: int) -> str:
-    """The warning where every answer is cut."""
+    """The warning shown if every answer is truncated."""
     return (
-        "the end of every answer is cut off, so that the model does not learn to stop; raise --max-length "
-        f"(now {max_length_tokens})"
+        f"every answer is truncated, so the model does not learn to stop; raise --max-length (now {max_length_tokens})"
     )
 
 
 def added_system_text(encoder: Encoder, examples: Iterable[Example]) -> str | None:
-    """What to say of a system prompt that the chat template adds to some example by itself; None if it adds none."""
+    """The note on a system prompt that the chat template itself adds to some example; None if it adds none."""
     chat = encoder.renderer.chat
     if chat is None or not chat.added_system:
         return None
@@ -113,16 +112,16 @@ def added_system_text(encoder: Encoder, examples: Iterable[Example]) -> str | No
 
 
 def require_records(name: str, used: EncodedRecords, issues: RecordIssues, max_length_tokens: int) -> None:
-    """Nothing, if there is a record that can be used.
+    """Checks that at least one record can be used.
 
     Args:
-        name: Of the part, such as `Training data`.
-        used: What was encoded.
+        name: Name of the part, such as `Training data`.
+        used: The encoded records.
         issues: Why records were left out.
-        max_length_tokens: At which they were cut.
+        max_length_tokens: Length at which they were truncated.
 
     Raises:
-        DataError: There is none.
+        DataError: No record can be used.
     """
     if not used.records:
         raise DataError(

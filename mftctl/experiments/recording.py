@@ -1,4 +1,4 @@
-"""How a run's record says that its command ended, whatever ended it."""
+"""Recording how a command ended in the record of its run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mftctl.files.atomic import is_failure_of_storage, known_failures
 
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
-    """Keeps a failure of the block in the run's record; the exception goes on.
+    """Records a failure of the block in the run's record; the exception propagates.
 
-    A run that failed for want of storage, or of one of its processes, can be resumed from what it saved before.
+    A run that failed because of storage, or of a lost process, can be resumed from its last saved state.
 
     Raises:
-        Interrupted: Ctrl-C, or a signal that counts as it.
+        Interrupted: Ctrl-C, or a signal treated like it.
         StorageError: A file could not be written.
     """
     try:
@@ -31,30 +31,30 @@ def recorded(run: Run) -> Iterator[None]:
         run.update(status="interrupted")
         raise Interrupted("Stopped.", path=run.folder, hint=how_to_go_on(run)) from None
     except MftError as error:
-        with suppress(OSError):  # without room for the record it says what that of a killed run says
+        with suppress(OSError):  # if the record cannot be written it stays like that of a killed run
             can_go_on = isinstance(error, (LostProcessError, ChangedDataError)) or is_failure_of_storage(error)
             run.update(status="interrupted" if can_go_on else "failed", error=str(error))
         raise
     finally:
-        if run.record.status == "running":  # an error that mftctl does not know
+        if run.record.status == "running":  # an error unknown to mftctl
             with suppress(OSError):
                 run.update(status="interrupted", error=f"{sys.exc_info()[0]}: {sys.exc_info()[1]}")
 
 
 def how_to_go_on(run: Run) -> str:
-    """What to do after a command was stopped outside of its steps."""
+    """Returns how to continue after a command was stopped outside of its steps."""
     record = run.record
     if record.stage is not None:
-        return "the same mftctl run goes on with it"
+        return "the same mftctl run command resumes it"
     if record.command == "eval":
-        return "the same command with --resume goes on with the outputs of benchmarks that were kept"
+        return "the same command with --resume continues from the saved benchmark outputs"
     if record.command in ("fft", "probe", "mask-train"):
-        return f"{run.resume_command} takes it up again"
-    return "the same command once more; nothing was written but its run folder"
+        return f"{run.resume_command} resumes it"
+    return "the same command again; only its run folder was written"
 
 
 def end_open_runs() -> None:
-    """Has no record say that this process works on it; for a command that ends outside of its work."""
+    """Marks all open runs as interrupted, for a command that ends outside of its work."""
     for run in list(OPEN_RUNS.values()):
         if (run.folder / "run.json").is_file():
             with suppress(OSError):

@@ -1,7 +1,7 @@
-"""What the parts of a run's record are, as far as anything reads them: types and bounds, checked once on reading.
+"""Types and bounds of those parts of a run's record that are used, checked once on reading.
 
-A key that is missing is no fault here: runs of earlier versions, and those that are not finished, lack some. Whoever
-needs it says so. Keys that nothing reads may hold anything.
+Missing keys are not errors here: runs of earlier versions, and unfinished ones, lack some. Code that needs a key
+reports it. Unused keys may hold anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mftctl.experiments.run_record import RunRecord
 
 _LARGEST = 1e100
-"""Of any number: its square is one too, and so is whatever is computed or drawn from it."""
+"""Limit for any number, so that its square and other derived values stay finite."""
 _LARGEST_COUNT = 2**63 - 1
 _LONGEST_PLACE = 4096
 _LONGEST_FAULT = 300
@@ -29,18 +29,18 @@ _LONGEST_FAULT = 300
 
 def _bounded(number: float) -> float:
     if math.isfinite(number) and abs(number) > _LARGEST:
-        raise ValueError(f"a number beyond {_LARGEST:g}")
+        raise ValueError(f"a number larger than {_LARGEST:g}")
     return number
 
 
 def _place(text: str) -> str:
     if "\0" in text or any(len(part.encode("utf-8", "replace")) > 255 for part in text.split("/")):
-        raise ValueError("no name that a file system holds")
+        raise ValueError("not a valid file name")
     return text
 
 
 Measured = Annotated[float, AfterValidator(_bounded)]
-"""A number, or NaN or infinity, which a training gives that diverged."""
+"""A number, or NaN or infinity from diverged training."""
 Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_bounded)]
 Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
 Several = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
@@ -213,54 +213,54 @@ class _Sample(_Part):
 
 
 def check_contents(record: RunRecord) -> None:
-    """Nothing, if each part of a record that anything reads is of its type and within its bounds.
+    """Checks types and bounds of all used parts of a record.
 
     Raises:
-        pydantic.ValidationError: One is not.
+        pydantic.ValidationError: A part is not valid.
     """
     _Record.model_validate({name: getattr(record, name) for name in _Record.model_fields})
 
 
 def metrics_line(text: bytes) -> dict[str, Any]:
-    """A line of a `metrics.jsonl`.
+    """Parses a line of a `metrics.jsonl`.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The line is not valid.
     """
     return _line(text, _MetricsLine)
 
 
 def metrics_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `metrics.jsonl`, but not one that a kill has cut short.
+    """Returns the lines of a `metrics.jsonl`, without one truncated by a kill.
 
     Raises:
-        RunError: The file cannot be read, or a line of it is none.
+        RunError: The file cannot be read, or a line is not valid.
     """
     return _lines(path, _MetricsLine, "metrics", is_growing=True)
 
 
 def sample_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of an evaluation's file of samples.
+    """Returns the lines of an evaluation's samples file.
 
     Raises:
-        RunError: The file cannot be read, or a line of it is none.
+        RunError: The file cannot be read, or a line is not valid.
     """
     return _lines(path, _Sample, "samples")
 
 
 def first_fault(error: Exception) -> str:
-    """What is wrong with a record or a file, in a line.
+    """Describes the first fault of a record or a file in one line.
 
     Args:
-        error: That came of reading it.
+        error: The error raised on reading it.
     """
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, fault["loc"]))
-        said = fault["msg"].partition(" or instance of ")[0]  # which names a class of this module
+        said = fault["msg"].partition(" or instance of ")[0]  # names a class of this module
         text = f"{place}: {said}" if place else said
     elif isinstance(error, KeyError):
-        text = f"it has no {error.args[0]}"
+        text = f"{error.args[0]} is missing"
     else:
         text = error.message if isinstance(error, MftError) else str(error).partition("\n")[0]
     line = visible_line(text)
@@ -268,11 +268,11 @@ def first_fault(error: Exception) -> str:
 
 
 def told(error: Exception, otherwise: str) -> str:
-    """A line for a list of problems: one and the same for each that could not go on for the same fault of a file.
+    """Returns one line for a list of problems, the same for all problems caused by the same file.
 
     Args:
-        error: That came of reading it.
-        otherwise: What could not be done, where the error does not say where the fault is.
+        error: The error raised on reading it.
+        otherwise: What could not be done, if the error does not name a file.
     """
     if isinstance(error, RunError) and error.path is not None:
         return f"{visible_line(error.path)}: {first_fault(error)}"
@@ -282,7 +282,7 @@ def told(error: Exception, otherwise: str) -> str:
 def _lines(path: Path, kind: type[_Part], what: str, *, is_growing: bool = False) -> list[dict[str, Any]]:
     place = f"{path.parent.name}/{path.name}"
     try:
-        # Only \n ends a line: a text may hold every other character that is taken for a line's end elsewhere.
+        # Only \n ends a line; a text may contain any other line separator.
         *lines, rest = read_regular(path).split(b"\n")
     except OSError as error:
         raise RunError(f"The {what} in {place} cannot be read.", path=path, actual=repr(error)) from error

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
-"""With one of these, and no other, cuBLAS adds up in the same order each time."""
+"""The only values with which cuBLAS adds up in a fixed order."""
 
 _TOGETHER = ("fft", "probe", "mask-train", "eval", "run")
 _TESTED = ("cpu", "cuda")
@@ -40,23 +40,23 @@ def device_for(
     attention: Attention = "auto",
     precision: Precision = "fp32",
 ) -> Iterator[None]:
-    """Inside it, a command computes alike whichever it is, which its run records, and says so where there is no room.
+    """Context in which a command computes with fixed numerics, recorded in its run, and reports missing memory.
 
-    fp32 is fp32, and not TF32. Of several GPUs one is used, unless several processes were started.
+    fp32 means fp32, not TF32. Only one of several GPUs is used unless several processes were started.
 
     Args:
-        run: Of the command.
-        listener: Is told of GPUs that are not used, and of a device on which nothing was tested.
-        less_memory: Options with which it needs less memory than with those it has.
-        deterministic: Whether the same command gives the same bits each time on a GPU.
-        device: From the recipe.
-        attention: From the recipe.
-        precision: Of forward passes; those of an evaluation are in the dtype of the weights.
+        run: The run of the command.
+        listener: Receives messages about unused GPUs and untested devices.
+        less_memory: Options that reduce memory use compared with the current ones.
+        deterministic: Whether results must be bit-identical each time on a GPU.
+        device: The device from the recipe.
+        attention: The attention from the recipe.
+        precision: The precision of forward passes; evaluations use the dtype of the weights.
 
     Raises:
-        ConfigError: The device is not there, cannot compute the attention asked for, or something in the environment
-            is not deterministic.
-        DeviceMemoryError: The GPU has no room for it.
+        ConfigError: The device is not available, does not support the requested attention, or the environment is not
+            deterministic.
+        DeviceMemoryError: The GPU does not have enough memory.
     """
     found = find_device(device)
     require_attention(attention, found)
@@ -74,7 +74,7 @@ def device_for(
 
 @contextmanager
 def _working(command: str, less_memory: Sequence[str], *, deterministic: bool) -> Iterator[None]:
-    """The work itself, after which nothing is deterministic any more."""
+    """Context for the work itself; ends determinism afterwards."""
     _compute_deterministically(deterministic)
     try:
         with gpu_failures(f"working on {command}"):
@@ -97,29 +97,29 @@ def _tell(device: torch.device, command: str, listener: Listener) -> None:
 
 
 def _one_of(count: int, command: str) -> str:
-    text = f"{count} GPUs are visible, and one process uses the first alone."
+    text = f"{count} GPUs are visible, but a single process uses only the first."
     if command not in _TOGETHER:
         return text
-    return f"{text} On all of them: mftctl {command} --processes {count} ..."
+    return f"{text} To use all: mftctl {command} --processes {count} ..."
 
 
 def _require_deterministic_environment() -> None:
     workspace = os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
     if workspace not in _WORKSPACES:
         raise ConfigError(
-            "cuBLAS is set to add up in no fixed order.",
+            "cuBLAS is configured to add up in varying order.",
             key=_WORKSPACE,
             expected=" or ".join(_WORKSPACES),
             actual=workspace,
-            hint=f"unset {_WORKSPACE}, or leave --deterministic out",
+            hint=f"unset {_WORKSPACE}, or omit --deterministic",
         )
     if world_size() > 1:
         raise ConfigError(
-            "Several processes on GPUs add up gradients in no fixed order.",
+            "Multi-GPU training adds up gradients in varying order.",
             key="deterministic",
             expected="one process",
             actual=f"{world_size()} processes",
-            hint="mftctl without accelerate launch or torchrun, or leave --deterministic out",
+            hint="mftctl without accelerate launch or torchrun, or omit --deterministic",
         )
 
 
@@ -127,7 +127,7 @@ def _compute_deterministically(wanted: bool) -> None:
     torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.deterministic = wanted
-    # Of torch's kernels for attention this one alone has a backward pass that does not heed the switch above.
+    # Among torch's attention kernels, only this one has a backward pass that ignores the switch above.
     torch.backends.cuda.enable_cudnn_sdp(not wanted)
 
 

@@ -1,7 +1,7 @@
-"""Run folders: what was done, with what, and what came out of it.
+"""Run folders: the record of a command, with its inputs and its result.
 
-`runs/<number>-<command>/` holds `run.json` (the record, written whole or not at all), `config.yaml` (the resolved
-configuration, readable as a recipe), `metrics.jsonl`, `checkpoints/` and the command's outputs.
+`runs/<number>-<command>/` contains `run.json` (the record, written atomically), `config.yaml` (the resolved
+configuration, usable as a recipe), `metrics.jsonl`, `checkpoints/` and the outputs of the command.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ if TYPE_CHECKING:
 _PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval")
 _NUMBERED = re.compile(r"\d+-")
 SOURCE = "mftctl source"
-"""Name among the versions of the digest of mftctl's own code."""
+"""Key of the digest of mftctl's own code among the versions."""
 
 OPEN_RUNS: dict[Path, Run] = {}
-"""The runs that this process works on."""
+"""The runs this process is working on."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingFolder:
-    """Where one training keeps its state: `checkpoints/` and `metrics.jsonl`.
+    """The folder with the state of one training: `checkpoints/` and `metrics.jsonl`.
 
     Attributes:
-        folder: A run folder, or the part of it that belongs to one of several trainings.
-        resume_command: What to type to resume it.
+        folder: A run folder, or the part of it for one of several trainings.
+        resume_command: The command that resumes it.
     """
 
     folder: Path
@@ -60,7 +60,7 @@ class TrainingFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where training states go."""
+        """The folder for training states."""
         return self.folder / "checkpoints"
 
     def log(self, metrics: Mapping[str, Any]) -> None:
@@ -72,7 +72,7 @@ class TrainingFolder:
             stream.write(json.dumps(metrics) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; none before the first, and not one that a kill has cut short.
+        """Returns the lines of `metrics.jsonl`, without one truncated by a kill; none before the first is written.
 
         Raises:
             RunError: The file is damaged.
@@ -85,7 +85,7 @@ class TrainingFolder:
         return metrics_lines(path)
 
     def rewind(self, step: int) -> None:
-        """Drops what was logged after `step`, since a resumed training will do these steps again."""
+        """Drops log lines after `step`, as resumed training repeats these steps."""
         if not is_first():
             return
         kept = [line for line in self.metrics() if line["step"] <= step]
@@ -97,8 +97,8 @@ class Run:
 
     Attributes:
         folder: The folder.
-        record: What `run.json` says.
-        resumed_with: The options that a command which resumes it is given, such as `--processes 2`.
+        record: The contents of `run.json`.
+        resumed_with: The options for a command that resumes it, such as `--processes 2`.
     """
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
@@ -114,16 +114,16 @@ class Run:
 
     @property
     def started(self) -> datetime:
-        """When it was begun, which no resumption changes: what chat templates take for the present.
+        """The time of the first start, unchanged when resumed; the current date for chat templates.
 
         Raises:
-            RunError: The record has no time there.
+            RunError: The record has no valid time.
         """
         try:
             return datetime.fromisoformat(self.record.started)
         except ValueError as error:
             raise RunError(
-                "The record of this run does not say when it was begun.",
+                "The record of this run has no valid start time.",
                 path=self.folder / "run.json",
                 key="started",
                 actual=self.record.started,
@@ -131,23 +131,23 @@ class Run:
 
     @property
     def is_worked_on(self) -> bool:
-        """Whether another process of this machine works on it now; of other machines that cannot be known."""
+        """True if another process of this machine is working on it; unknown for other machines."""
         host, _, process = (self.record.worker or "").rpartition(":")
         if self.record.status != "running" or host != platform.node() or not process.isdecimal():
             return False
         return int(process) != os.getpid() and is_alive(int(process))
 
     def go_on(self) -> None:
-        """Takes up a run that was stopped, killed or failed.
+        """Resumes a run that was stopped, killed or failed.
 
         Raises:
-            RunError: Another process works on it.
+            RunError: Another process is working on it.
         """
         self.record = load_run(self.folder).record
         self._clock_start_seconds = time.monotonic()
         if self.is_worked_on:
             raise RunError(
-                "Another process works on this run.",
+                "Another process is working on this run.",
                 path=self.folder,
                 actual=f"process {self.record.worker}",
                 hint="wait for it, or stop it first",
@@ -155,17 +155,17 @@ class Run:
         self.update(status="running", worker=_worker(), versions=_then(self.record.versions, _versions()))
 
     def look_again(self) -> None:
-        """Takes over what processes that worked for this one have put into the record."""
+        """Reloads the record after worker processes have updated it."""
         self.record = replace(load_run(self.folder).record, seconds=self.record.seconds)
 
     @property
     def training(self) -> TrainingFolder:
-        """Where this run's training keeps its state."""
+        """The folder with the state of this run's training."""
         return TrainingFolder(self.folder, self.resume_command)
 
     @property
     def resume_command(self) -> str:
-        """What to type to resume it, if it is the newest of its command."""
+        """The command that resumes it, if it is the latest run of its command."""
         words = (self.record.command, "--resume", *self.resumed_with)
         return command_line("mftctl", *words, runs=self.folder.parent)
 
@@ -183,7 +183,7 @@ class Run:
             write_text(self.folder / "run.json", _to_json(self.record))
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Stores the result; from now on other commands build on this run, and nothing goes on from its checkpoints."""
+        """Stores the result; other commands can build on the run from now on, and its checkpoints are removed."""
         self.update(status="finished", result=dict(result), error=None)
         if is_first():
             shutil.rmtree(self.training.checkpoints, ignore_errors=True)
@@ -202,23 +202,23 @@ def create_run(
     decides: Mapping[str, Any] | None = None,
     processes: int | None = None,
 ) -> Run:
-    """A new run folder with the next free number.
+    """Creates a run folder with the next free number.
 
     Args:
-        root: The runs folder, made where it is missing.
+        root: The runs folder, created if missing.
         command: The mftctl command.
         config: The resolved configuration, as plain data.
-        recipe: Name or path of the recipe.
-        inputs: What the command works on.
-        output: Where the user wants the result besides the run folder.
-        stage: Name of the experiment's stage.
-        digest: Digest of everything that decides the result.
-        decides: What that digest is of.
-        processes: How many will work on it; None for those that there are.
+        recipe: The name or path of the recipe.
+        inputs: The inputs of the command.
+        output: Where the user wants the result in addition to the run folder.
+        stage: The stage name in the experiment.
+        digest: Digest of everything that determines the result.
+        decides: The content of that digest.
+        processes: The number of processes that will work on it; None for the current number.
 
     Raises:
-        RunError: The folder cannot be made.
-        ConfigError: A path, or a text of the configuration, is not UTF-8.
+        RunError: The folder cannot be created.
+        ConfigError: A path, or a text in the configuration, is not UTF-8.
     """
     record = RunRecord(
         command=command,
@@ -257,7 +257,7 @@ def _to_json(record: RunRecord) -> str:
 
 
 def _then(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
-    """The versions of a run that goes on: `A, then B` where it goes on with another."""
+    """Returns the versions of a resumed run: `A, then B` where a version has changed."""
     found = dict(before)
     for name, newest in now.items():
         earlier = before.get(name, "not recorded")
@@ -274,10 +274,10 @@ def _worker() -> str:
 
 
 def load_run(folder: Path) -> Run:
-    """The run in a folder.
+    """Returns the run in a folder.
 
     Raises:
-        RunError: The folder has no readable `run.json`, or what is in it is of another type than it should be.
+        RunError: The folder has no readable `run.json`, or its contents have the wrong types.
     """
     path = folder / "run.json"
     if not is_recordable(folder.name):
@@ -296,7 +296,7 @@ def load_run(folder: Path) -> Run:
     try:
         check_contents(record)
     except ValueError as error:
-        raise RunError(f"This run's record is not sound: {first_fault(error)}.", path=path) from error
+        raise RunError(f"The record of this run is not valid: {first_fault(error)}.", path=path) from error
     return Run(folder, record)
 
 
@@ -308,7 +308,7 @@ def _record_reader() -> TypeAdapter[RunRecord]:
 
 
 def run_folders(root: Path) -> list[Path]:
-    """The run folders below `root`, whatever is in them, oldest first; none where there is no such folder."""
+    """Returns the run folders below `root`, oldest first, regardless of their contents; none if `root` is missing."""
     try:
         with os.scandir(root) as entries:
             names = [entry.name for entry in entries if _NUMBERED.match(entry.name) and entry.is_dir()]
@@ -318,7 +318,7 @@ def run_folders(root: Path) -> list[Path]:
 
 
 def list_runs(root: Path) -> tuple[list[Run], list[RunError]]:
-    """All runs below `root`, oldest first, and an error for each folder that cannot be read."""
+    """Returns all runs below `root`, oldest first, and an error for each unreadable folder."""
     runs, errors = [], []
     for folder in run_folders(root):
         try:
@@ -329,9 +329,9 @@ def list_runs(root: Path) -> tuple[list[Run], list[RunError]]:
 
 
 def newest_run(root: Path, *commands: str, unfinished: bool = False) -> Run | None:
-    """The newest finished run of one of these commands, or the newest that was stopped or killed; None if none is.
+    """Returns the latest finished run of these commands, or the latest stopped or killed one if `unfinished`, or None.
 
-    A damaged run folder is passed over: an older one may be sound.
+    Damaged run folders are skipped, as an older one may be valid.
     """
     wanted = ("running", "interrupted") if unfinished else ("finished",)
     for run in reversed(list_runs(root)[0]):
@@ -341,7 +341,7 @@ def newest_run(root: Path, *commands: str, unfinished: bool = False) -> Run | No
 
 
 def _new_folder(root: Path, record: RunRecord) -> Path:
-    """A folder with record and configuration under the next free number; there is none without them at any time."""
+    """Creates a folder with the next free number; it never exists without its record and configuration."""
     root.mkdir(parents=True, exist_ok=True)
     _tidy_up(root)
     with temporary_folder(root) as parent:
@@ -358,11 +358,11 @@ def _new_folder(root: Path, record: RunRecord) -> Path:
             except OSError as error:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
-                number += 1  # another process took it a moment ago
+                number += 1  # another process has just taken it
 
 
 def _tidy_up(root: Path) -> None:
-    """Removes what killed commands left in a runs folder: half of a result, or checkpoints of a finished training."""
+    """Removes leftovers of killed commands from a runs folder: partial results, or checkpoints of finished training."""
     remove_leftovers(root)
     for run in list_runs(root)[0]:
         remove_leftovers(run.folder)

@@ -17,23 +17,23 @@ class RunRecord:
 
     Attributes:
         command: The mftctl command.
-        status: `finished` only where the result is complete.
-        started: UTC time of the first start, ISO 8601.
+        status: `finished` only if the result is complete.
+        started: The UTC time of the first start, ISO 8601.
         config: The resolved configuration, as in `config.yaml`.
-        recipe: Name or path of the recipe that was used, None without one.
-        inputs: What the command worked on: model, mask, digests, the runs they came from.
-        output: Where the user wants the result besides the run folder, None for nowhere else.
-        result: The command's result; empty until it is finished.
-        seconds: Working time, over all resumptions.
-        versions: Versions of Python and the packages that decide figures, and a digest of mftctl's own code.
-        stage: Name of the stage of an experiment, None for a command on its own.
-        digest: Digest of everything that decides the result, to recognise finished stages; None outside `run`.
-        decides: What that digest is of, to say what has changed; empty outside `run`.
-        worker: Host and process id of the command that works on it, or worked on it last.
-        processes: How many it was started with.
-        error: The message a failed run ended with.
-        device: What it computes on: `name`, whether fp32 is `tf32`, whether it is `deterministic`, and the kernels of
-            `attention` that its model has.
+        recipe: The name or path of the recipe, None without one.
+        inputs: The inputs of the command: model, mask, digests, the runs they came from.
+        output: Where the user wants the result in addition to the run folder, or None.
+        result: The result of the command; empty until it is finished.
+        seconds: The working time, including resumed parts.
+        versions: Versions of Python and of packages that affect results, and a digest of mftctl's own code.
+        stage: The stage name in an experiment, None for a single command.
+        digest: Digest of everything that determines the result, to recognise finished stages; None outside `run`.
+        decides: The content of that digest, to report what has changed; empty outside `run`.
+        worker: Host and process id of the command that works on the run or did so last.
+        processes: The number of processes it was started with.
+        error: The error message of a failed run.
+        device: The device it computes on: `name`, whether fp32 is `tf32`, whether it is `deterministic`, and the
+            `attention` kernels of its model.
     """
 
     command: str

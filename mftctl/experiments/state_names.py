@@ -22,7 +22,7 @@ def fine_tuned_state(source_state: str, options: FftOptions) -> str:
 
 
 def mask_state(options: MaskTrainOptions) -> str:
-    """What a mask makes of a model, in the words of the papers; with a preset `MFT, paper` or `MFT, reference`."""
+    """Returns the state of a masked model as named in the papers; with a preset `MFT, paper` or `MFT, reference`."""
     if options.method == "drop":
         return f"{options.strategy} drop"
     if options.method == "learned":

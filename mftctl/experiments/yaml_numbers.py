@@ -1,4 +1,4 @@
-"""What counts as a number in the YAML that mftctl reads and writes: `1e-4` does, as in YAML 1.2."""
+"""Number syntax in the YAML that mftctl reads and writes: `1e-4` is a number, as in YAML 1.2."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIRST = list("-+.0123456789")
 
 
 class NumberLoader(yaml.SafeLoader):
-    """Reads `1e-4` as a number, as everyone who writes a learning rate expects."""
+    """Reads `1e-4` as a number, as expected for a learning rate."""
 
 
 class NumberDumper(yaml.SafeDumper):

@@ -1,4 +1,4 @@
-"""Results that are either the old one or the new one, never half of one."""
+"""Atomic replacement of results: the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mftctl.errors import StorageError
 from mftctl.files.temporary import CONTENT, REPLACED, remove_leftovers, temporary_folder
 
 Permit = Callable[[Path], None]
-"""Raises where what stands at a path may not be replaced; called at the moment of replacing."""
+"""Raises if the content at a path may not be replaced; called at the moment of replacement."""
 
 _CURRENT_FOLDER, _NO_REPLACE, _EXCHANGE = -100, 1, 2
 """AT_FDCWD, RENAME_NOREPLACE and RENAME_EXCHANGE of Linux."""
@@ -24,11 +24,11 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def atomic_file(path: Path, permit: Permit | None = None) -> Iterator[Path]:
-    """A temporary file to write to; it takes the place of `path` when the block ends well.
+    """Yields a temporary file that replaces `path` when the block succeeds.
 
     Args:
-        path: The file to create or replace. Missing parent folders are made.
-        permit: Asked before something at `path` is replaced; None replaces any file.
+        path: The file to create or replace. Missing parent folders are created.
+        permit: Called before an existing `path` is replaced; None replaces any file.
 
     Yields:
         A path on the same file system.
@@ -47,21 +47,21 @@ def atomic_file(path: Path, permit: Permit | None = None) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path, permit: Permit) -> Iterator[Path]:
-    """A temporary folder to fill; it becomes `path` when the block ends well.
+    """Yields a temporary folder that becomes `path` when the block succeeds.
 
-    An existing `path` changes places with it in one step and is removed afterwards, the new one being on the disk by
-    then. Where the file system cannot do that (NFS) it is set aside first; after a kill in between, the next command
-    that writes there puts it back.
+    An existing `path` is exchanged with it in one step and removed afterwards, once the new one is on disk. On file
+    systems without this operation (NFS) it is moved aside first; if the process is killed in between, the next command
+    that writes there restores it.
 
     Args:
-        path: The folder to create or replace. Missing parent folders are made.
-        permit: Asked before something at `path` is replaced.
+        path: The folder to create or replace. Missing parent folders are created.
+        permit: Called before an existing `path` is replaced.
 
     Yields:
         An empty folder on the same file system.
 
     Raises:
-        StorageError: The old folder changed while it was being replaced; it is as it was.
+        StorageError: The old folder changed during its replacement; it is left unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
@@ -74,7 +74,7 @@ def atomic_folder(path: Path, permit: Permit) -> Iterator[Path]:
 
 
 def _place(temporary: Path, path: Path, permit: Permit | None, replace: Callable[[Path], object]) -> None:
-    """Moves what was made to its place; something may appear there at any moment."""
+    """Moves the new content into place, even if something appears there meanwhile."""
     if permit is None:
         temporary.replace(path)
         return
@@ -87,23 +87,23 @@ def _place(temporary: Path, path: Path, permit: Permit | None, replace: Callable
 
 
 def _move_if_free(temporary: Path, path: Path) -> bool:
-    """Whether it could be moved to where nothing was."""
+    """Moves the content if its place is free; returns whether it was."""
     try:
         if _rename(temporary, path, _NO_REPLACE):
             return True
     except FileExistsError:
         return False
-    if os.path.lexists(path):  # a file system that cannot do it in one step
+    if os.path.lexists(path):  # a file system without an atomic operation for this
         return False
     temporary.replace(path)
     return True
 
 
 def _replace_folder(folder: Path, path: Path) -> None:
-    """Puts the content of a temporary folder in the place of `path`, which then goes with that folder.
+    """Replaces `path` by the content of a temporary folder, with which the old content is removed.
 
     Raises:
-        StorageError: The old one changed meanwhile; it is put back.
+        StorageError: The old content changed meanwhile; it is restored.
     """
     content, replaced = folder / CONTENT, folder / REPLACED
     before = _listing(path)
@@ -124,31 +124,31 @@ def _replace_folder(folder: Path, path: Path) -> None:
         path.replace(content)
         replaced.replace(path)
     raise StorageError(
-        "The old result changed while it was being replaced.",
+        "The old result changed during its replacement.",
         path=path,
-        hint="another --output; this one was left as it is",
+        hint="another --output; this one was left unchanged",
     )
 
 
 def _listing(path: Path) -> dict[str, tuple[int, int, int]]:
-    """Inode, size and time of change of a file, or of all that is in a folder; empty where there is nothing."""
+    """Returns inode, size and modification time of a file, or of everything in a folder; empty if there is nothing."""
     found = {}
     for item in (path, *sorted(path.rglob("*"))):
         with suppress(FileNotFoundError):
             status = item.lstat()
             size_bytes = 0 if item.is_dir() else status.st_size
-            # Renaming a folder is a change of the folder itself.
+            # Renaming a folder changes the folder itself.
             change_ns = 0 if item == path else status.st_mtime_ns
             found[str(item.relative_to(path))] = (status.st_ino, size_bytes, change_ns)
     return found
 
 
 def _rename(one: Path, other: Path, flag: int) -> bool:
-    """Whether the file system renamed in one step, so that both are exchanged or nothing is replaced.
+    """Renames in one step, exchanging both paths or replacing nothing; returns False if not supported.
 
     Raises:
-        FileExistsError: There is something at `other`, and nothing is to be replaced.
-        OSError: It failed for another reason.
+        FileExistsError: Something exists at `other`, and nothing may be replaced.
+        OSError: Renaming failed for another reason.
     """
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
@@ -169,12 +169,12 @@ def _write_through(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces the text of `path` whole or not at all."""
+    """Replaces the text of `path` completely or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-# The umask can only be read by setting it: a second thread in between would read 0 and leave it there.
+# The umask can only be read by setting it; a second thread in between would read 0 and restore that.
 _UMASK_LOCK = threading.Lock()
 
 
@@ -187,27 +187,27 @@ def _umask() -> int:
 
 _HINTS = {
     errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space, or ask for more",
-    errno.EFBIG: "a larger limit (ulimit -f), or another file system",
-    errno.EROFS: "a folder that can be written",
-    errno.EACCES: "a folder that you may write to",
-    errno.EPERM: "a folder that you may write to",
+    errno.EDQUOT: "free some space, or request a larger quota",
+    errno.EFBIG: "a higher limit (ulimit -f), or another file system",
+    errno.EROFS: "a writable folder",
+    errno.EACCES: "a folder that you can write to",
+    errno.EPERM: "a folder that you can write to",
     errno.EIO: "another disk",
     errno.ENAMETOOLONG: "a shorter name",
-    errno.ENXIO: "a file in its place, or nothing",
-    errno.ELOOP: "a file or folder in place of links that lead in a circle",
+    errno.ENXIO: "replace it by a regular file, or remove it",
+    errno.ELOOP: "remove the circular symbolic links",
 }
 
 
 @contextmanager
 def known_failures(path: Path | None = None) -> Iterator[None]:
-    """Turns what the system says where a file cannot be written into a known failure.
+    """Turns system errors about unwritable files into known failures.
 
     Args:
-        path: Where to, if the system does not say.
+        path: The path to report if the system error has none.
 
     Raises:
-        StorageError: No room, no permission, a limit, a broken disk, or a name that no file can have.
+        StorageError: Disk full, no permission, a limit, a broken disk, or an invalid file name.
     """
     try:
         yield
@@ -223,16 +223,16 @@ def known_failures(path: Path | None = None) -> Iterator[None]:
 
 
 def is_failure_of_storage(error: BaseException) -> bool:
-    """Whether an error, or the one it comes from, is one of storage: what was saved before is sound."""
+    """Checks whether an error or its cause is a storage failure, after which earlier saved state is valid."""
     cause = error.__cause__
     return isinstance(error, StorageError) or (isinstance(cause, OSError) and cause.errno in _HINTS)
 
 
 def require_writable(path: Path) -> None:
-    """Nothing, if a result can be put at `path`.
+    """Checks that a result can be written at `path`.
 
     Raises:
-        StorageError: Its folder, or the one that would hold the missing ones, cannot be written.
+        StorageError: Its folder, or the closest existing parent, is not writable.
     """
     folder = path.absolute().parent
     while not folder.exists():
@@ -241,14 +241,14 @@ def require_writable(path: Path) -> None:
         raise StorageError(
             "The result cannot be written there.",
             path=folder,
-            expected="a folder that can be written",
-            actual="a folder that is read-only",
+            expected="a writable folder",
+            actual="a read-only folder",
             hint="another --output",
         )
 
 
 def is_alive(process: int) -> bool:
-    """Whether a process of this machine runs, by its id; one that ended and was not waited for does not."""
+    """Checks whether a process of this machine is running, by its id; zombies do not count."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""Reading JSON from files of anyone."""
+"""Reading JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from mftctl.files.regular import read_regular
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        OSError: It cannot be read, or is no file.
-        ValueError: It is not JSON, nested too deeply, or no object.
+        OSError: The file cannot be read, or is not a regular file.
+        ValueError: The content is not JSON, nested too deeply, or not an object.
     """
     try:
         found = json.loads(read_regular(path))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if not isinstance(found, dict):
-        raise ValueError(f"no JSON object, but a {type(found).__name__}")
+        raise ValueError(f"expected a JSON object, got {type(found).__name__}")
     return found
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """The rows as JSON lines in readable text; half of a surrogate pair, which UTF-8 has not, is escaped.
+    """Returns rows as readable JSON lines; lone surrogates, which UTF-8 cannot encode, are escaped.
 
     Args:
-        rows: In order.
+        rows: The rows in order.
     """
     return "".join(f"{readable_json(row)}\n" for row in rows)
 
 
 def readable_json(value: Any, indent: int | None = None) -> str:
-    """A value as JSON that can be read and written.
+    """Returns a value as readable JSON that can be encoded as UTF-8.
 
     Args:
         value: Plain data.
-        indent: Spaces a level; None for one line.
+        indent: Spaces per level; None for one line.
     """
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     try:
@@ -52,15 +52,15 @@ def readable_json(value: Any, indent: int | None = None) -> str:
 
 
 def json_text(document: Any, *, indent: int | None = 2) -> str:
-    """Plain data as JSON in ASCII, with `null` where there is no number.
+    """Returns plain data as ASCII JSON, with `null` for NaN and infinity.
 
     Args:
         document: Mappings, lists, texts, numbers and None.
-        indent: Of each level; None for a single line.
+        indent: Spaces per level; None for a single line.
     """
     try:
         return json.dumps(document, indent=indent, allow_nan=False) + "\n"
-    except ValueError:  # as rare as a training that diverges
+    except ValueError:  # rare, as when training diverges
         return json.dumps(_with_nulls(document), indent=indent, allow_nan=False) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Locks on files, which the kernel takes back from a process however it ends."""
+"""File locks, which the kernel releases however a process ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FileLock:
         self._descriptor: int | None = descriptor
 
     def is_on(self, path: Path) -> bool:
-        """Whether the file that is locked is still the one at a path, and not one that was removed meanwhile."""
+        """Checks that the locked file is still the one at a path and was not removed meanwhile."""
         try:
             there = path.lstat()
         except FileNotFoundError:
@@ -28,7 +28,7 @@ class FileLock:
         return self._descriptor is not None and os.path.samestat(os.fstat(self._descriptor), there)
 
     def release(self) -> None:
-        """Gives the lock up; nothing if that has been done."""
+        """Releases the lock, if it is still held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -38,16 +38,16 @@ class FileLock:
 
 
 def try_lock(path: Path, *, create: bool = False) -> FileLock | None:
-    """The lock on a file; None where another process, or another part of this one, holds it.
+    """Locks a file; returns None if another process, or another part of this one, holds the lock.
 
     On a file system without locks every call succeeds.
 
     Args:
         path: A regular file.
-        create: Whether a missing file is made.
+        create: Whether to create a missing file.
 
     Raises:
-        OSError: The file is missing, is no regular file, or cannot be opened.
+        OSError: The file is missing, is not a regular file, or cannot be opened.
     """
     descriptor = os.open(path, _OPEN | (os.O_CREAT if create else 0), 0o666)
     try:
@@ -63,7 +63,7 @@ def try_lock(path: Path, *, create: bool = False) -> FileLock | None:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock on a file; False for a file that is missing or cannot be opened."""
+    """Checks whether the lock on a file is held; False for a file that is missing or cannot be opened."""
     with suppress(OSError):
         lock = try_lock(path)
         if lock is None:
@@ -74,9 +74,9 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """For the time of the block no other process is in a block with the same folder.
+    """Excludes other processes from blocks with the same folder.
 
-    On a file system that does not lock folders (NFS) the block runs all the same.
+    On a file system that cannot lock folders (NFS), the block runs without a lock.
 
     Args:
         folder: An existing folder.

@@ -1,4 +1,4 @@
-"""Names of files and folders that a file system can hold and a record can repeat."""
+"""Checks that file names fit the file system and can be recorded."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from mftctl.errors import ConfigError, StorageError
 
 _LONGEST_NAME_BYTES, _LONGEST_PATH_BYTES = 255, 4096
-"""Of a file or folder, where the file system does not say."""
+"""Limits for names and paths, if the file system does not report any."""
 
 _FIRST_SURROGATE, _LAST_SURROGATE, _BYTE_AS_SURROGATE = "\ud800", "\udfff", 0xDC00
-"""Python keeps a byte of a name that is not UTF-8 as 0xDC00 plus the byte."""
+"""Python stores a non-UTF-8 byte of a name as 0xDC00 plus the byte."""
 
 _INSIDE_BYTES = 256
-"""Of a path, left for names within a folder, and beside a file while it is written."""
+"""Bytes of a path reserved for names in a folder, and for temporary files."""
 
 
 def shown_name(name: Path | str) -> str:
-    """The name as text, with bytes that are not UTF-8 escaped."""
+    """Returns the name as text, with non-UTF-8 bytes escaped."""
     return "".join(map(_shown, str(name)))
 
 
@@ -32,19 +32,19 @@ def _shown(character: str) -> str:
 
 
 def is_recordable(text: str) -> bool:
-    """Whether a text can be written as UTF-8; a name of a file that is not UTF-8 cannot."""
+    """Checks whether a text can be encoded as UTF-8, unlike file names that are not UTF-8."""
     return text.isascii() or not any(_FIRST_SURROGATE <= character <= _LAST_SURROGATE for character in text)
 
 
 def require_recordable(places: Iterable[object], document: object = None) -> None:
-    """Nothing, if all of it can be written into a record and read again.
+    """Checks that all names and texts can be written to a record and read back.
 
     Args:
-        places: Files, folders and hub ids, and None for none; also what they stand for where they are links.
+        places: Files, folders and hub ids, or None; link targets are checked as well.
         document: Plain data.
 
     Raises:
-        ConfigError: A name or a text of the document is not UTF-8.
+        ConfigError: A name, or a text in the document, is not UTF-8.
     """
     for place in places:
         for text in () if place is None else (str(place), os.path.realpath(str(place))):
@@ -56,7 +56,7 @@ def require_recordable(places: Iterable[object], document: object = None) -> Non
 def _require_recordable(text: str) -> None:
     if not is_recordable(text):
         raise ConfigError(
-            "A name is not UTF-8, so that no record of it could be read again.",
+            "A name is not valid UTF-8, so a record of it could not be read back.",
             actual=shown_name(text),
             hint="rename it",
         )
@@ -74,13 +74,13 @@ def _texts(document: object) -> Iterator[str]:
 
 
 def require_short(path: Path) -> None:
-    """Nothing, if the file system can hold a file or folder of this name, and the folders above it that are missing.
+    """Checks that the file system accepts the names of a path and of its missing parent folders.
 
     Args:
-        path: Of a result.
+        path: The path of a result.
 
     Raises:
-        StorageError: A name is too long, or all of them together are.
+        StorageError: A name or the whole path is too long.
     """
     folder, missing = path.absolute(), []
     while not _exists(folder):
@@ -96,7 +96,7 @@ def _require_length(text: str, most_bytes: int) -> None:
     length = len(os.fsencode(text))
     if length > most_bytes:
         raise StorageError(
-            "The result cannot have such a long name.",
+            "The name of the result is too long.",
             path=text,
             expected=f"at most {most_bytes} bytes",
             actual=f"{length}",

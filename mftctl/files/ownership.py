@@ -1,7 +1,7 @@
-"""What mftctl made: folders that say so in a marker file, and when one may be replaced.
+"""Result folders of mftctl: their marker file, and when one may be replaced.
 
-Every folder of results has `mftctl.json`, which lists its files with their digests. A folder is mftctl's own as long as
-it holds these files, unchanged, and nothing else.
+Every result folder has `mftctl.json`, which lists its files with their digests. A folder belongs to mftctl as long as
+it contains these files, unchanged, and nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Kind(StrEnum):
-    """What a folder of results holds."""
+    """Kinds of result folders."""
 
     MODEL = "model"
     REPORT = "report"
@@ -39,9 +39,9 @@ class _Marker:
 
     Attributes:
         purpose: Always `_PURPOSE`.
-        kind: What the folder holds.
-        files: The digests that each file may have, by its path in the folder; a report that is being written has two.
-        origin: Of a model: how it was made.
+        kind: The kind of result in the folder.
+        files: The valid digests of each file, by its path in the folder; two while a report is being written.
+        origin: For a model, how it was made.
     """
 
     purpose: str
@@ -51,12 +51,12 @@ class _Marker:
 
 
 def write_marker(folder: Path, kind: Kind, origin: Mapping[str, str] | None = None) -> None:
-    """Writes the marker of a folder, with all that is in it.
+    """Writes the marker of a folder, listing all files in it.
 
     Args:
-        folder: Complete otherwise.
-        kind: What it holds.
-        origin: Of a model: how it was made, as `ModelOrigin` has it.
+        folder: The folder, otherwise complete.
+        kind: The kind of result in it.
+        origin: For a model, how it was made, with the fields of `ModelOrigin`.
     """
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     with ThreadPoolExecutor(_hashing_threads()) as pool:
@@ -67,27 +67,27 @@ def write_marker(folder: Path, kind: Kind, origin: Mapping[str, str] | None = No
 
 
 def read_origin(folder: Path) -> Mapping[str, str] | None:
-    """How the model in a folder was made; None where the folder does not tell."""
+    """Returns how the model in a folder was made; None if its marker does not state it."""
     marker = _read_marker(folder)
     return marker.origin if marker is not None and marker.kind == Kind.MODEL and marker.origin else None
 
 
 def permit_folder(kind: Kind, *, replace: bool) -> Permit:
-    """What lets a folder be replaced that mftctl made, if the user agreed, or one that is empty.
+    """Returns a permit to replace an empty folder or, if the user agreed, one made by mftctl.
 
     Args:
-        kind: What it must hold.
+        kind: The kind of result that the folder must contain.
         replace: Whether the user agreed, with `--yes` or when asked.
     """
     return partial(_require_own_folder, kind=kind, replace=replace)
 
 
 def permit_file(what: str, is_own: Callable[[Path], bool], *, replace: bool) -> Permit:
-    """What lets a file be replaced that mftctl could have made, if the user agreed.
+    """Returns a permit to replace a file that mftctl could have made, if the user agreed.
 
     Args:
-        what: What it must be, such as "a mask file".
-        is_own: Whether a regular file is one.
+        what: The required kind of file, such as "a mask file".
+        is_own: Checks whether a regular file is of this kind.
         replace: Whether the user agreed, with `--yes` or when asked.
     """
     return partial(_require_own_file, what=what, is_own=is_own, replace=replace)
@@ -96,7 +96,7 @@ def permit_file(what: str, is_own: Callable[[Path], bool], *, replace: bool) -> 
 def _require_own_folder(folder: Path, *, kind: Kind, replace: bool) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise OutputError(
-            "A folder is to be written, and there is a file.",
+            "The output must be a folder, but a file exists there.",
             path=folder,
             expected="a new folder",
             hint="another --output",
@@ -107,11 +107,11 @@ def _require_own_folder(folder: Path, *, kind: Kind, replace: bool) -> None:
     if found:
         more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
         raise OutputError(
-            "The output folder holds files that mftctl did not write, and they would be lost.",
+            "The output folder contains files not written by mftctl, which would be lost.",
             path=folder,
-            expected=f"a new folder, or a {kind} of mftctl, which {MARKER} in it describes",
+            expected=f"a new folder, or a {kind} written by mftctl, described by its {MARKER}",
             actual=", ".join(found[:_MOST_NAMED]) + more,
-            hint="another --output, or move these files away",
+            hint="another --output, or move these files elsewhere",
         )
     _require_consent(folder, replace)
 
@@ -120,11 +120,11 @@ def _require_own_file(path: Path, *, what: str, is_own: Callable[[Path], bool], 
     status = path.lstat()
     if stat.S_ISDIR(status.st_mode):
         raise OutputError(
-            "A file is to be written, and there is a folder.", path=path, expected=what, hint="another --output"
+            "The output must be a file, but a folder exists there.", path=path, expected=what, hint="another --output"
         )
     if not stat.S_ISREG(status.st_mode) or not is_own(path):
         raise OutputError(
-            f"There is a file already, and it is not {what}, so it is not replaced.",
+            f"The output exists and is not {what}, so it is not replaced.",
             path=path,
             expected=f"a new name, or {what}",
             hint="another --output",
@@ -134,15 +134,15 @@ def _require_own_file(path: Path, *, what: str, is_own: Callable[[Path], bool], 
 
 def _require_consent(path: Path, replace: bool) -> None:
     if not replace:
-        raise OutputError("There is a result already.", path=path, hint="another --output, or --yes to replace it")
+        raise OutputError("A result already exists.", path=path, hint="another --output, or --yes to replace it")
 
 
 def strangers(folder: Path, kind: Kind) -> list[str]:
-    """What is in a folder beside the unchanged files of a result of mftctl, as short texts; empty if it is one.
+    """Lists the content of a folder other than unchanged files of an mftctl result, as short texts.
 
     Args:
-        folder: With or without a marker.
-        kind: What the result must be.
+        folder: A folder with or without a marker.
+        kind: The required kind of result.
     """
     marker = _read_marker(folder)
     if marker is None:
@@ -161,30 +161,30 @@ def strangers(folder: Path, kind: Kind) -> list[str]:
             found.append(name)
     with ThreadPoolExecutor(_hashing_threads()) as pool:
         unchanged = pool.map(lambda name: digest(folder / name) in marker.files[name], files)
-        found += [f"{name} (changed since)" for name, same in zip(files, unchanged, strict=True) if not same]
+        found += [f"{name} (modified)" for name, same in zip(files, unchanged, strict=True) if not same]
     return found
 
 
 def write_listed(folder: Path, contents: Mapping[str, bytes], kind: Kind) -> None:
-    """Writes files into a folder that may hold the user's own beside them, and removes those written before.
+    """Writes files into a folder that may also contain files of the user, and removes those written before.
 
-    Only files that the marker lists, unchanged since, are replaced or removed. A kill at any moment leaves a folder
-    that can be written to again.
+    Only unchanged files listed in the marker are replaced or removed. A kill at any moment leaves a folder that can be
+    written to again.
 
     Args:
-        folder: Made where it is missing.
-        contents: Bytes by path in the folder.
-        kind: What the files are.
+        folder: The folder, created if missing.
+        contents: File contents by path in the folder.
+        kind: The kind of result.
 
     Raises:
-        OutputError: A file of the user's is in the way; nothing was written.
+        OutputError: A file of the user would be replaced; nothing was written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked_folder(folder):
         before = _own_files(folder, kind)
         require_free(folder, list(contents), kind)
         after = {name: [_digest_of(content)] for name, content in contents.items()}
-        # While it is written each file is the old one or the new one.
+        # During writing, each file is either the old one or the new one.
         either = {name: before.get(name, []) + after.get(name, []) for name in before | after}
         write_text(folder / MARKER, _to_json(_Marker(_PURPOSE, kind, either)))
         for name, content in contents.items():
@@ -196,7 +196,7 @@ def write_listed(folder: Path, contents: Mapping[str, bytes], kind: Kind) -> Non
 
 
 def _remove_unchanged(path: Path, digests: list[str], top: Path) -> None:
-    """Removes a file that mftctl wrote, and its folder where nothing else is in it."""
+    """Removes a file written by mftctl, and its folder if that is empty then."""
     if _is_unchanged(path, digests):
         path.unlink()
         if path.parent != top and not any(path.parent.iterdir()):
@@ -204,15 +204,15 @@ def _remove_unchanged(path: Path, digests: list[str], top: Path) -> None:
 
 
 def require_free(folder: Path, names: list[str], kind: Kind) -> None:
-    """Nothing, if files can be written into a folder: none of the user's is in the way.
+    """Checks that writing files into a folder would not replace files of the user.
 
     Args:
-        folder: May be missing.
+        folder: The folder, which may be missing.
         names: Paths in the folder.
-        kind: What the files are.
+        kind: The kind of result.
 
     Raises:
-        OutputError: A file of the user's is in the way.
+        OutputError: A file of the user would be replaced.
     """
     own = _own_files(folder, kind) if folder.is_dir() else {}
     taken = [
@@ -226,10 +226,10 @@ def require_free(folder: Path, names: list[str], kind: Kind) -> None:
     if taken:
         more = f" and {len(taken) - _MOST_NAMED} more" if len(taken) > _MOST_NAMED else ""
         raise OutputError(
-            f"Files that no {kind} of mftctl wrote, or that were changed since, would be replaced.",
+            f"Files that are not from an mftctl {kind}, or were modified since, would be replaced.",
             path=folder,
             actual=", ".join(taken[:_MOST_NAMED]) + more,
-            hint="another --output, or move these files away",
+            hint="another --output, or move these files elsewhere",
         )
 
 
@@ -247,7 +247,7 @@ def _is_real_folder(path: Path) -> bool:
 
 
 def digest(path: Path) -> str:
-    """The XXH3 digest of a file, 128 bits in hex: tells what was changed, ten times as fast as SHA-256."""
+    """Returns the 128-bit XXH3 digest of a file in hex, which detects changes ten times faster than SHA-256."""
     import xxhash
 
     found = xxhash.xxh3_128()
@@ -265,7 +265,7 @@ def _digest_of(content: bytes) -> str:
 
 
 def _read_marker(folder: Path) -> _Marker | None:
-    """The marker of a folder; None where there is none, or something else under its name."""
+    """Returns the marker of a folder; None if there is none, or it is not valid."""
     path = folder / MARKER
     if path.is_symlink() or not path.is_file():
         return None

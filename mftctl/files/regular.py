@@ -1,4 +1,4 @@
-"""Reading files that may have been replaced by something that is no file, which would block or never end."""
+"""Reading files that may have been replaced by something that blocks or never ends, such as a FIFO."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _KINDS = {
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """The file, open for reading bytes.
+    """Opens a regular file for reading bytes, without blocking.
 
     Raises:
-        OSError: It cannot be opened, or is a FIFO, a socket, a device or a folder; nothing waits for its other end.
+        OSError: It cannot be opened, or is a FIFO, a socket, a device or a folder.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
         kind = _KINDS.get(stat.S_IFMT(mode), "something else")
-        raise OSError(errno.ENXIO, f"{kind} in the place of a file", str(path))
+        raise OSError(errno.ENXIO, f"{kind} instead of a file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
 def read_regular(path: Path) -> bytes:
-    """All bytes of a file.
+    """Reads all bytes of a regular file.
 
     Raises:
-        OSError: As `open_regular`.
+        OSError: As for `open_regular`.
     """
     with open_regular(path) as stream:
         return stream.read()

@@ -1,8 +1,8 @@
-"""Temporary folders for what is not finished yet, and what becomes of those that a killed process left behind.
+"""Temporary folders for unfinished work, and removal of those left behind by killed processes.
 
-Each holds `journal.json`, which names the process, its host and its start, and is locked while that process lives.
-A leftover is recognised by this journal and by nothing but the expected names beside it: whatever else is in a folder,
-it is the user's and stays.
+Each contains `journal.json`, which names the process, its host and its start, and is locked while that process lives.
+A leftover is recognised by this journal, with only the expected names next to it: a folder with anything else belongs
+to the user and stays.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mftctl.files.locks import FileLock, try_lock
 PREFIX = ".mftctl-tmp-"
 SANDBOX_PREFIX = "mftctl-sandbox-"
 CONTENT = "content"
-"""What is being made: a file or a folder."""
+"""The new file or folder."""
 REPLACED = "replaced"
-"""What is set aside while another takes its place; it is put back if its place is empty."""
+"""The old content while it is being replaced; restored if its place is empty."""
 _JOURNAL = "journal.json"
 _PREFIXES = (PREFIX, SANDBOX_PREFIX)
 _PURPOSE = "temporary folder of mftctl"
@@ -35,14 +35,14 @@ _MOST_JOURNAL_BYTES = 65536
 
 @dataclass(frozen=True, slots=True)
 class _Journal:
-    """Who made a temporary folder, and for what.
+    """Owner and purpose of a temporary folder.
 
     Attributes:
         purpose: Always `_PURPOSE`.
-        host: Name of the machine.
-        process: Process id there.
-        started: UTC time at which that process began, ISO 8601.
-        target: The name that the content gets beside the temporary folder; empty where it gets none.
+        host: The name of the machine.
+        process: The process id on that machine.
+        started: The UTC start time of that process, ISO 8601.
+        target: The final name of the content next to the temporary folder; may be empty.
     """
 
     purpose: str
@@ -54,12 +54,12 @@ class _Journal:
 
 @contextmanager
 def temporary_folder(parent: Path, *, target: str = "", prefix: str = PREFIX) -> Iterator[Path]:
-    """A folder with a journal, in which `CONTENT` can be made; it is removed with all that is in it.
+    """Yields a folder with a journal, in which `CONTENT` can be created; removed with everything in it afterwards.
 
     Args:
-        parent: Where; must exist.
-        target: The name that the content gets in `parent`.
-        prefix: How its name begins: `PREFIX` or `SANDBOX_PREFIX`.
+        parent: An existing folder to create it in.
+        target: The final name of the content in `parent`.
+        prefix: The prefix of its name: `PREFIX` or `SANDBOX_PREFIX`.
     """
     folder, lock = _make(parent, prefix)
     try:
@@ -72,11 +72,11 @@ def temporary_folder(parent: Path, *, target: str = "", prefix: str = PREFIX) ->
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Removes the temporary folders whose process of this machine has ended, and puts back what they had set aside."""
+    """Removes temporary folders of ended processes on this machine, and restores content they had moved aside."""
     with os.scandir(parent) as entries:
         found = [Path(entry.path) for entry in entries if entry.name.startswith(_PREFIXES) and _is_folder(entry)]
     for folder in found:
-        with suppress(OSError, ValueError):  # of another user, removed by another process, or no name of a file
+        with suppress(OSError, ValueError):  # of another user, removed by another process, or an invalid name
             _remove_if_left(folder)
 
 
@@ -85,10 +85,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _make(parent: Path, prefix: str) -> tuple[Path, FileLock]:
-    """A folder of a new name, and the lock on its journal, which is still empty."""
+    """Creates a folder with a new name; returns it with the lock on its still empty journal."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
-        # Until it is locked, another process may take the folder for a leftover and remove it.
+        # Until it is locked, another process may mistake the folder for a leftover and remove it.
         with suppress(FileNotFoundError):
             lock = try_lock(folder / _JOURNAL, create=True)
             if lock is not None and lock.is_on(folder / _JOURNAL):
@@ -118,20 +118,20 @@ def _remove_if_left(folder: Path) -> None:
 
 
 def _read_journal(path: Path) -> _Journal | None:
-    """The journal; None for anything else."""
+    """Returns the journal; None for anything else."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size > _MOST_JOURNAL_BYTES:
         return None
     try:
         journal = _Journal(**json.loads(path.read_bytes()))
     except (ValueError, TypeError):
         return None
-    # A path would put something elsewhere.
+    # A path would place the content elsewhere.
     is_name = isinstance(journal.target, str) and journal.target in ("", Path(journal.target).name)
     return journal if journal.purpose == _PURPOSE and is_name else None
 
 
 def _is_cut_short(path: Path, names: set[str]) -> bool:
-    """Whether a folder has nothing but a journal that is empty, or of this host and cut short, as after a kill."""
+    """Checks whether a folder has only a journal that is empty, or of this host and truncated, as after a kill."""
     if names != {_JOURNAL} or path.is_symlink() or not path.is_file():
         return False
     start = json.dumps({"purpose": _PURPOSE, "host": platform.node()})[:-1].encode()
@@ -140,7 +140,7 @@ def _is_cut_short(path: Path, names: set[str]) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a temporary folder; its journal last, so that a kill leaves something that can be recognised."""
+    """Removes a temporary folder, its journal last, so that a killed removal leaves a recognisable folder."""
     for name in (CONTENT, REPLACED):
         path = folder / name
         with suppress(OSError):
@@ -150,15 +150,15 @@ def _remove(folder: Path) -> None:
                 path.unlink(missing_ok=True)
     if {path.name for path in folder.iterdir()} <= {_JOURNAL}:
         (folder / _JOURNAL).unlink(missing_ok=True)
-        with suppress(FileNotFoundError):  # another process took the empty folder for a leftover
+        with suppress(FileNotFoundError):  # another process mistook the empty folder for a leftover
             folder.rmdir()
 
 
 def remove_folder(folder: Path) -> None:
-    """Removes a folder and all that is in it; no process may work in it any more.
+    """Removes a folder and everything in it; no process may still be using it.
 
-    It goes down and up again one folder at a time, so that neither depth nor the length of paths matters; links are
-    removed, never followed.
+    Descends and ascends one folder at a time, so that neither depth nor path length matters; links are removed, never
+    followed.
     """
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
     current = os.open(folder, flags)
@@ -183,7 +183,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _remove_files(folder: int) -> list[str]:
-    """Removes all but the folders in a folder; returns their names, each now open to its owner."""
+    """Removes all files in a folder; returns the names of its subfolders, made accessible to their owner."""
     folders = []
     for name in os.listdir(folder):
         if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):

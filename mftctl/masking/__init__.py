@@ -1,1 +1,1 @@
-"""The masking engine: selection, masked layers, mask files, streaming apply."""
+"""The masking engine: selection, masked layers, mask files, streaming application."""

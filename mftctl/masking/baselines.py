@@ -1,4 +1,4 @@
-"""Masks that need no training: random entries, the smallest weights, and the rows with the smallest weights."""
+"""Masks without training: random entries, the smallest weights, and the rows with the smallest weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mftctl.masking.targets import MaskTarget
 def random_mask(target: MaskTarget, ratio: float, seed: int) -> torch.Tensor:
     """The keep mask that removes exactly the ratio's share of a target's weights, uniformly at random.
 
-    With the same seed it is independent of the scores that a training starts from, which are drawn otherwise.
+    It is independent of the initial scores of a training with the same seed, which come from a different random stream.
 
     Args:
-        target: The projection to be masked.
+        target: The projection to mask.
         ratio: Share to remove, in [0, 1).
-        seed: With the target's name it decides the entries.
+        seed: Together with the target's name, decides the entries.
 
     Returns:
         Bool tensor of the weight's shape.
@@ -32,36 +32,36 @@ def random_mask(target: MaskTarget, ratio: float, seed: int) -> torch.Tensor:
 
 
 def magnitude_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
-    """The keep mask that removes the ratio's share of the smallest absolute weights of a target.
+    """The keep mask that removes the ratio's share of a target's weights, smallest absolute values first.
 
     Args:
-        target: The projection to be masked.
+        target: The projection to mask.
         ratio: Share to remove, in [0, 1).
 
     Returns:
         Bool tensor of the weight's shape.
 
-    Source: MFT, section 3.1, baseline 6 (L1 mask), as the authors' implementation has it since its commit 43d5384.
+    Source: MFT, section 3.1, baseline 6 (L1 mask), as in the authors' implementation since its commit 43d5384.
     """
     return keep_highest(target.weight.detach().abs(), ratio)
 
 
 def row_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
-    """The keep mask that removes the ratio's share of a target's outputs: those whose weights are smallest on average.
+    """The keep mask that removes the ratio's share of a target's outputs, smallest mean absolute weight first.
 
-    A removed output has no weight left; its bias, where it has one, stays. Exactly `removed_count(outputs, ratio)`
-    outputs go, of equal ones the first. Means are taken in fp64 and compared in fp32, where the order of a sum does not
-    show, so that every machine finds the same rows.
+    A removed output has no weights left; its bias, if any, stays. Exactly `removed_count(outputs, ratio)` outputs are
+    removed, in order of index among equal ones. Means are computed in fp64 and compared in fp32, which hides
+    differences from the order of summation, so every machine selects the same rows.
 
     Args:
-        target: The projection to be masked; of a `Conv1D` an output is a column, of fused experts a row of the stored
-            tensor, or a column where they are stored transposed.
+        target: The projection to mask. An output is a row of the weight: a column of a `Conv1D`; for fused experts, a
+            row of the stored tensor, or a column if they are stored transposed.
         ratio: Share to remove, in [0, 1).
 
     Returns:
         Bool tensor of the weight's shape.
 
-    Source: MFT, section 3.1, baseline 6 (L1 mask), as the authors' implementation had it when the paper came out
+    Source: MFT, section 3.1, baseline 6 (L1 mask), as in the authors' implementation when the paper was published
         (commit d1d7a72).
     """
     weight = target.weight.detach()

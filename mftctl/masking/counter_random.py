@@ -1,6 +1,6 @@
-"""Random bits by number: entry i of a stream is a function of the stream's key and of i, the same on every device.
+"""Counter-based random bits: entry i of a stream depends only on the stream's key and i, on every device.
 
-Whoever needs entries 7 to 9 computes these three; nothing is drawn before, and chunks of any size give the same bits.
+Entries 7 to 9 can be computed without drawing earlier ones, and chunks of any size give the same bits.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ _GAMMA = 0x9E3779B97F4A7C15
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _SHIFTS = (30, 27, 31)
 _CACHED_ENTRIES = 1 << 14
-"""What numpy works on at a time, so that it stays in a core's cache."""
+"""Entries per chunk in numpy, so that a chunk stays in a core's cache."""
 
 
 def stream_key(*names: object) -> int:
-    """The key, 64 bits, of the stream that some numbers or words name; streams of other names are unrelated."""
+    """The 64-bit key of the stream with these names (numbers or words); differently named streams are unrelated."""
     return int.from_bytes(hashlib.sha256(":".join(map(str, names)).encode()).digest()[:8], "little")
 
 
 def random_bits(key: int, start: int, stop: int, step: int = 1, *, device: torch.device) -> torch.Tensor:
-    """64 random bits of each of the entries `start`, `start + step` and so on before `stop`, int64 and flat.
+    """64 random bits for each of the entries `start`, `start + step` and so on before `stop`, int64 and flat.
 
     Args:
-        key: Of the stream, from `stream_key`.
+        key: The stream's key, from `stream_key`.
         start: The first entry, at least 0.
-        stop: The first that is not wanted.
-        step: From one entry to the next, at least 1.
-        device: Where they are computed; in integers, so that the bits are the same everywhere.
+        stop: The end, excluded.
+        step: The distance between entries, at least 1.
+        device: The device to compute on; integer arithmetic gives the same bits everywhere.
 
     Source: SplitMix64, the generator of Steele, Lea and Flood, "Fast splittable pseudorandom number generators"
-        (OOPSLA 2014), figure 16, with the constants of Stafford's variant 13; its state after i steps is a multiple of
-        its increment, so that entry i needs no other.
+        (OOPSLA 2014), figure 16, with the constants of Stafford's variant 13. Its state after i steps is a multiple of
+            its increment, so entry i can be computed directly.
     """
     if device.type == "cpu":
         found = torch.empty(len(range(start, stop, step)), dtype=torch.int64)
@@ -50,12 +50,12 @@ def random_bits(key: int, start: int, stop: int, step: int = 1, *, device: torch
 
 
 def _signed(value: int) -> int:
-    """The number below 2^63 that has the low 64 bits of a value."""
+    """The signed 64-bit integer with the low 64 bits of a value."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _shifted(bits: torch.Tensor, shift: int) -> torch.Tensor:
-    """The bits moved right, with zeros coming in: int64 itself brings in copies of its sign."""
+    """Logical right shift; int64 itself shifts arithmetically."""
     return (bits >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
@@ -65,7 +65,7 @@ def _multiples() -> npt.NDArray[np.uint64]:
 
 
 def _fill_by_numpy(found: npt.NDArray[np.uint64], key: int, start: int, step: int) -> None:
-    """The same as torch's, in half the time on a CPU."""
+    """Computes the same bits as with torch, in half the time on a CPU."""
     scratch = np.empty(min(_CACHED_ENTRIES, found.size), dtype=np.uint64)
     for first in range(0, found.size, _CACHED_ENTRIES):
         bits = found[first : first + _CACHED_ENTRIES]

@@ -1,11 +1,11 @@
-"""Exact selection among the numbers of tensors on an accelerator: a sample says where the cut lies, one pass finds it.
+"""Exact selection on an accelerator: a sample brackets the threshold, and one pass over the numbers finds it.
 
-Comparisons, whole sums and sorts of few entries only, all of which are the same at each run; torch's own `kthvalue`
-works with one block of threads a tensor, and its histograms are refused where determinism is asked for.
+It uses only comparisons, integer sums and sorts of a few entries, all of which are deterministic. torch's own
+`kthvalue` uses one thread block per tensor, and its histograms are refused in deterministic mode.
 
-What it costs, in bytes of memory traffic an fp32 entry: 30 by the sample, with one wait of the host for the device a
-tensor of up to 2^26 entries, and one at the end. Where very many entries are equal, as in the gradients of embeddings,
-two more passes count them. What neither tells, one selection in 2,000, counting finds bit by bit, each bit a pass.
+Cost in bytes of memory traffic per fp32 entry: 30 with the sample, with one host synchronisation per tensor of up to
+2^26 entries, and one at the end. If very many entries are equal, as in the gradients of embeddings, two more passes
+count them. If both fail, in one selection of 2,000, counting finds the threshold bit by bit, with one pass per bit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PART_ENTRIES = 1 << 26
-"""What a pass works on at a time, so that its memory is bounded."""
+"""Entries per chunk of a pass, which bounds its memory."""
 _SORT_ALL = 1 << 17
 _STRIDE = 31
 _MOST_SAMPLES = 1 << 20
@@ -26,18 +26,18 @@ _DEVIATIONS = 3.5
 """Half the width of the bracket, in standard deviations of a sample's rank."""
 _INSIDE_SHARE = 12
 _MOST_INSIDE = 1 << 25
-"""Entries inside the bracket that are noted at most, and the part of all entries, one in 12."""
+"""Maximum number of entries recorded inside the bracket, and as a share of all entries, one in 12."""
 _WIDTH = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """Numbers to be ranked, of which those of a part are in memory at a time.
+    """Numbers to rank, read into memory one part at a time.
 
     Attributes:
-        numel: How many.
-        read: Gives those from a first one to before another, every n-th, flat; the same at each call. Floating-point
-            numbers or integers.
+        numel: The number of entries.
+        read: Called with start, stop (excluded) and step; returns these entries, flat and the same on each call. They
+            are floating-point numbers or integers.
     """
 
     numel: int
@@ -46,11 +46,11 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where the entries that are left out end.
+    """The boundary of the entries that are left out.
 
     Attributes:
-        threshold: The highest value that is left out, or some of it; on the tensors' device, `(1,)`.
-        last_place: The place of the last entry equal to it that is left out, counted through all tensors; int64 `(1,)`.
+        threshold: The highest value that is left out, entirely or in part; on the tensors' device, `(1,)`.
+        last_place: Index of the last entry equal to it that is left out, counted across all tensors; int64 `(1,)`.
     """
 
     threshold: torch.Tensor
@@ -59,12 +59,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What was selected.
+    """The result of a selection.
 
     Attributes:
-        keep: Flat bool of each tensor, True where the entry is kept.
-        cut: What `keep_beyond` makes the same of.
-        holds_nan: Of each tensor, whether it holds something that is not a number; then the selection has no meaning.
+        keep: Flat bool mask for each tensor, True where the entry is kept.
+        cut: The boundary from which `keep_beyond` computes the same masks.
+        holds_nan: For each tensor, whether it contains NaN, which makes the selection meaningless.
     """
 
     keep: list[torch.Tensor]
@@ -73,11 +73,11 @@ class Selection:
 
 
 def leave_out_lowest(tensors: Sequence[Ranked], count: int) -> Selection:
-    """The selection without the `count` lowest numbers of all tensors, equal ones in order.
+    """The selection of all but the `count` lowest numbers of all tensors, ties in index order.
 
     Args:
-        tensors: Of one dtype, on one device.
-        count: From 1 to the number of all entries.
+        tensors: Tensors of one dtype on one device.
+        count: From 1 to the total number of entries.
     """
     if sum(tensor.numel for tensor in tensors) <= _SORT_ALL:
         return _by_sorting(tensors, count)
@@ -87,12 +87,12 @@ def leave_out_lowest(tensors: Sequence[Ranked], count: int) -> Selection:
 
 
 def keep_beyond(cut: Cut, tensor: Ranked, offset: int = 0) -> torch.Tensor:
-    """The flat keep mask of a tensor for a cut that is known, without waiting for the device.
+    """The flat keep mask of a tensor for a known cut, without waiting for the device.
 
     Args:
         cut: From `leave_out_lowest`.
-        tensor: One of those it was made of.
-        offset: Entries of the tensors before it.
+        tensor: One of the tensors that the cut was computed from.
+        offset: Total number of entries in the tensors before it.
     """
     masks = [_beyond(cut.threshold, cut.last_place - (offset + start), values) for start, values in _parts(tensor)]
     if len(masks) == 1:
@@ -101,7 +101,7 @@ def keep_beyond(cut: Cut, tensor: Ranked, offset: int = 0) -> torch.Tensor:
 
 
 def holding_nan(tensors: Sequence[Ranked]) -> list[bool]:
-    """Of each tensor, whether it holds something that is not a number; the host waits once for all of them."""
+    """For each tensor, True if it contains NaN; the host synchronises only once for all of them."""
     found = [[_is_nan(part) for _, part in _parts(tensor)] for tensor in tensors]
     flags = [flag for flags in found for flag in flags]
     values = iter(torch.stack(flags).tolist() if flags else [])
@@ -109,29 +109,29 @@ def holding_nan(tensors: Sequence[Ranked]) -> list[bool]:
 
 
 def selection_workspace_bytes(largest: int, total: int, item_bytes: int) -> int:
-    """The most that a selection holds on an accelerator besides what it is given and the masks that it gives.
+    """Peak memory of a selection on an accelerator in addition to its inputs and the resulting masks.
 
     Args:
-        largest: Entries of the largest tensor.
-        total: Entries of all tensors that are ranked together; of the largest where each is ranked alone.
-        item_bytes: Of a number.
+        largest: Number of entries of the largest tensor.
+        total: Number of entries of all tensors ranked together, or of the largest if each is ranked on its own.
+        item_bytes: Bytes per number.
     """
     part = min(largest, _PART_ENTRIES)
     inside = min(total // _INSIDE_SHARE, _MOST_INSIDE)
-    # A ranked copy and two masks; at worst place and value of each entry, or three kinds of keys.
+    # A ranked copy and two masks; in the worst case the index and value of each entry, or three sets of keys.
     passes = part * (item_bytes + 2 + max(8 + item_bytes, 3 * item_bytes))
-    # Places and values, put together and sorted, which takes keys and as much again for what is sorted.
+    # Indices and values, concatenated and sorted, which takes keys and as much again for the sorted result.
     return passes + inside * (4 * 8 + 5 * item_bytes) + 4 * (8 + item_bytes) * max(_MOST_SAMPLES, _SORT_ALL)
 
 
 def _parts(tensor: Ranked) -> Iterator[tuple[int, torch.Tensor]]:
-    """The numbers of a tensor, a part at a time, with the place of its first."""
+    """Yields a tensor's numbers part by part, with the index of each part's first entry."""
     for start in range(0, tensor.numel, _PART_ENTRIES):
         yield start, tensor.read(start, min(start + _PART_ENTRIES, tensor.numel), 1)
 
 
 def _all_parts(tensors: Sequence[Ranked]) -> Iterator[tuple[int, torch.Tensor]]:
-    """The same of several tensors, with places counted through all of them."""
+    """Yields the numbers of several tensors part by part, with indices counted across all of them."""
     offset = 0
     for tensor in tensors:
         yield from ((offset + start, part) for start, part in _parts(tensor))
@@ -139,7 +139,7 @@ def _all_parts(tensors: Sequence[Ranked]) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def _keys(values: torch.Tensor) -> torch.Tensor:
-    """Integers in the order of the values, equal for equal ones (zeros of both signs), NaN beyond infinity."""
+    """Integer keys in the order of the values, equal for equal values (including signed zeros); NaN sorts last."""
     if not values.is_floating_point():
         return values
     bits = values.view(_INTEGERS[values.element_size()])
@@ -148,8 +148,8 @@ def _keys(values: torch.Tensor) -> torch.Tensor:
 
 
 def _is_nan(values: torch.Tensor) -> torch.Tensor:
-    """Whether one of the values, at least one, is not a number, as int64 without dimensions."""
-    return values.max().isnan().long()  # a maximum with NaN is NaN
+    """1 if any of the values (at least one) is NaN, otherwise 0, as a scalar int64."""
+    return values.max().isnan().long()  # the maximum of values with NaN is NaN
 
 
 def _by_sorting(tensors: Sequence[Ranked], count: int) -> Selection:
@@ -163,7 +163,7 @@ def _by_sorting(tensors: Sequence[Ranked], count: int) -> Selection:
 
 
 def _by_scan(tensors: Sequence[Ranked], count: int, low: torch.Tensor, high: torch.Tensor) -> Selection | None:
-    """The selection, from two values that should enclose the threshold; None if they do not, or too much with it."""
+    """The selection from two values that should bracket the threshold; None if they do not, or bracket too much."""
     keeps, places, values, above, nan = [], [], [], [], []
     size, offset = sum(tensor.numel for tensor in tensors), 0
     room = min(size // _INSIDE_SHARE, _MOST_INSIDE)
@@ -194,7 +194,7 @@ def _by_scan(tensors: Sequence[Ranked], count: int, low: torch.Tensor, high: tor
 
 
 def _clear(keeps: Sequence[torch.Tensor], tensors: Sequence[Ranked], places: torch.Tensor) -> None:
-    """Sets the masks to False at places that are counted through all of them."""
+    """Sets the masks to False at indices counted across all of them."""
     if len(keeps) == 1:
         keeps[0].index_fill_(0, places, False)
         return
@@ -229,14 +229,14 @@ def _one(like: torch.Tensor, value: float) -> torch.Tensor:
 
 
 def _sample(tensor: Ranked, stride: int) -> torch.Tensor:
-    """Every n-th number, n near the stride and without a divisor that a row's length has too."""
+    """Every n-th number, with n near the stride and coprime to the row length."""
     while tensor.numel and math.gcd(stride, tensor.numel) > 1:
         stride += 1
     return tensor.read(0, tensor.numel, stride)
 
 
 def _by_ties(tensors: Sequence[Ranked], count: int, values: Sequence[torch.Tensor]) -> Selection | None:
-    """The selection, if one of some values is the threshold, as where very many entries are equal."""
+    """The selection if one of the given values is the threshold, as happens when very many entries are equal."""
     for value in values:
         both = [torch.stack([(part < value).sum(), (part <= value).sum()]) for _, part in _all_parts(tensors)]
         lower, reached = torch.stack(both).sum(0).tolist()
@@ -246,7 +246,7 @@ def _by_ties(tensors: Sequence[Ranked], count: int, values: Sequence[torch.Tenso
 
 
 def _by_counting(tensors: Sequence[Ranked], count: int) -> Selection:
-    """The selection, from the threshold's bits one by one: how many numbers are lower tells whether a bit is set."""
+    """The selection by finding the threshold bit by bit; the count of lower numbers decides each bit."""
     first = _keys(next(tensor for tensor in tensors if tensor.numel).read(0, 1, 1))
     bits = 8 * first.element_size()
     known = torch.full_like(first, torch.iinfo(first.dtype).min)
@@ -257,7 +257,7 @@ def _by_counting(tensors: Sequence[Ranked], count: int) -> Selection:
 
 
 def _selection(tensors: Sequence[Ranked], cut: Cut) -> Selection:
-    """The selection of a cut that is known."""
+    """The selection for a known cut."""
     keeps, offset = [], 0
     for tensor in tensors:
         keeps.append(keep_beyond(cut, tensor, offset))
@@ -266,7 +266,7 @@ def _selection(tensors: Sequence[Ranked], cut: Cut) -> Selection:
 
 
 def _cut_at(tensors: Sequence[Ranked], threshold: torch.Tensor, ties: int) -> Cut:
-    """The cut behind the first so many of the numbers with a key; so many there are at least."""
+    """The cut after the first `ties` numbers equal to the threshold, of which there are at least that many."""
     for offset, values in _all_parts(tensors):
         places = (_keys(values) == threshold).nonzero().squeeze(1)
         if places.numel() >= ties:
@@ -277,18 +277,18 @@ def _cut_at(tensors: Sequence[Ranked], threshold: torch.Tensor, ties: int) -> Cu
 
 
 def _lower(tensors: Sequence[Ranked], candidate: torch.Tensor) -> torch.Tensor:
-    """How many numbers of all tensors have a lower key."""
+    """The count of numbers in all tensors with a lower key."""
     counts = [(_keys(values) < candidate).sum() for _, values in _all_parts(tensors)]
     return counts[0] if len(counts) == 1 else torch.stack(counts).sum()
 
 
 def _beyond(threshold: torch.Tensor, last_place: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """What is above the threshold, or equal to it behind a place; flat."""
+    """True where an entry is above the threshold, or equal to it and after a given index; flat."""
     whole = values.numel() // _WIDTH * _WIDTH
     if whole and whole < values.numel():
         tail = _beyond(threshold, last_place - whole, values[whole:])
         return torch.cat([_beyond(threshold, last_place, values[:whole]), tail])
-    # Rows and columns, so that no place of an entry is ever in memory.
+    # Compares rows and columns, so that entry indices never need memory.
     rows = values.view(-1, _WIDTH if whole else values.numel())
     row, column = (torch.arange(size, out=values.new_empty(size, dtype=torch.int64)) for size in rows.shape)
     last_row = last_place.div(rows.shape[1], rounding_mode="floor")

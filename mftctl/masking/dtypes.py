@@ -1,4 +1,4 @@
-"""The floating-point types that can be masked: zero bits are +0.0 in every one of them."""
+"""The floating-point types that can be masked; all-zero bits mean +0.0 in each of them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
-"""safetensors name -> torch dtype. F8_E8M0 is missing on purpose: it has no zero."""
+"""safetensors name -> torch dtype. F8_E8M0 is excluded on purpose, since it has no zero."""
 
 INTEGER_VIEWS: Final[dict[int, torch.dtype]] = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Bytes per weight -> the integer dtype of the same size, for work on the bare bits."""
+"""Bytes per weight -> integer dtype of the same size, for operations on the raw bits."""
 
 
 def item_bytes(dtype: str) -> int:
-    """The bytes of one weight of a maskable safetensors dtype."""
+    """The bytes per weight of a maskable safetensors dtype."""
     return TORCH_DTYPES[dtype].itemsize
 
 
@@ -34,11 +34,11 @@ def unsigned_view(dtype: str) -> np.dtype[np.unsignedinteger]:
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's own memory as integers of the same shape: zero bits are +0.0 in every maskable dtype."""
+    """The tensor's own memory as integers of the same shape; 0 means +0.0 in every maskable dtype."""
     return tensor.detach().view(INTEGER_VIEWS[tensor.element_size()])
 
 
 def can_hold(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every value of the floating-point dtype `narrow` is exactly a value of `wide`."""
+    """True if `wide` represents every value of the floating-point dtype `narrow` exactly."""
     outer, inner = torch.finfo(wide), torch.finfo(narrow)
     return outer.eps <= inner.eps and outer.max >= inner.max and outer.smallest_normal <= inner.smallest_normal

@@ -1,4 +1,4 @@
-"""Experts that are fused in one module, with scores for each tensor that a checkpoint stores of them."""
+"""Fused experts with scores for each of their tensors as stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mftctl.masking.targets import MaskTarget
 
 
 class MaskedPart(nn.Module):
-    """The scores of one stored tensor within a fused parameter, such as the gate projection of one expert.
+    """Scores for one stored tensor within a fused parameter, such as the gate projection of one expert.
 
     Attributes:
         target: What is masked.
-        scores: Trainable, fp32 unless given otherwise, of the stored tensor's shape.
+        scores: Trainable scores of the stored tensor's shape, in fp32 unless given in another dtype.
         indicator: The rule from scores to mask.
     """
 
@@ -36,7 +36,7 @@ class MaskedPart(nn.Module):
         return self.target.weight
 
     def keep(self) -> torch.Tensor:
-        """The present keep mask, bool, of the weight's shape."""
+        """The current bool keep mask, of the weight's shape."""
         return self.indicator.keep(whole(self.scores))
 
     def extra_repr(self) -> str:
@@ -45,18 +45,18 @@ class MaskedPart(nn.Module):
 
 
 class MaskedExperts(nn.Module):
-    """The frozen experts of a layer, fused in parameters `(experts, ...)` whose stored tensors pass a mask each.
+    """The frozen experts of a layer, fused in parameters `(experts, ...)`, with a mask for each stored tensor.
 
-    Computes what the experts compute, by whatever kernel they are set to, with W * M in the place of W. The products
-    are computed when some of the scores have changed, once an optimizer step, and not at every forward.
+    Computes the experts' output with their configured kernel, with W * M in place of W. The products are recomputed
+    only when scores have changed, that is once per optimizer step rather than in every forward pass.
 
     Attributes:
-        experts: The original module; its parameters stay untouched.
-        parts: The scores of each stored tensor that is masked.
+        experts: The original module; its parameters are not modified.
+        parts: The scores of each masked stored tensor.
 
     Args:
         experts: Any module.
-        parts: At least one, each of a parameter that the module itself holds.
+        parts: At least one part, each belonging to one of the module's own parameters.
 
     Source: MFT, equations 4 and 5.
     """
@@ -76,10 +76,10 @@ class MaskedExperts(nn.Module):
 
     @torch.no_grad()
     def product(self, parameter: str) -> torch.Tensor:
-        """W * M of a fused parameter, of its shape and dtype, computed anew only if some scores have changed.
+        """W * M of a fused parameter, of its shape and dtype, recomputed only if scores have changed.
 
         Args:
-            parameter: Its name in the original module.
+            parameter: The parameter's name in the original module.
         """
         weight, parts = self.experts.get_parameter(parameter), self._parts[parameter]
         state = scores_state(part.scores for part in parts)
@@ -92,16 +92,16 @@ class MaskedExperts(nn.Module):
         return product
 
     def products(self) -> list[torch.Tensor]:
-        """W * M of every parameter with a mask."""
+        """W * M of every masked parameter."""
         return [self.product(parameter) for parameter in self._parts]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the original module gives for these arguments, with masked weights."""
+        """The original module's output for these arguments, with masked weights."""
         products = {parameter: self._differentiable(parameter) for parameter in self._parts}
         return functional_call(self.experts, products, args, kwargs)
 
     def _differentiable(self, parameter: str) -> torch.Tensor:
-        """The product of a parameter, whose gradient goes to the scores."""
+        """The product of a parameter; its gradient flows to the scores."""
         product: torch.Tensor = _StraightThroughProduct.apply(  # type: ignore[no-untyped-call]
             self.product(parameter),
             self.experts.get_parameter(parameter),
@@ -112,7 +112,7 @@ class MaskedExperts(nn.Module):
 
 
 class _StraightThroughProduct(torch.autograd.Function):
-    """W * M of a fused parameter, whose gradient for the scores takes the indicator as the identity.
+    """W * M of a fused parameter, with a straight-through gradient for the scores.
 
     dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked, for each part.
 

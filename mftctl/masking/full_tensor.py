@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a part, as whole tensors."""
+"""Whole tensors of parameters that are sharded across processes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 
 @torch.no_grad()
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter's values, without gradient: itself, or under ZeRO-3 and FSDP2 a tensor gathered from all processes.
+    """A parameter's values without gradient: the parameter itself, or gathered from all processes (ZeRO-3, FSDP2).
 
-    To be called in all processes at once.
+    Must be called in all processes at once.
 
     Args:
-        parameter: Of any kind.
+        parameter: Any parameter, sharded or not.
     """
     if getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel():
         import deepspeed
@@ -32,7 +32,7 @@ def whole_shape(parameter: torch.Tensor) -> torch.Size:
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of a tensor: a view of its part under FSDP2, else the tensor."""
+    """This process's part of a tensor: a view of its shard under FSDP2, otherwise the tensor itself."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

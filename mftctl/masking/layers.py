@@ -1,4 +1,4 @@
-"""Linear layers with a score for each weight, trained through the mask that the scores select."""
+"""Linear layers with a score per weight, trained through the mask that the scores select."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget
 
 DEFAULT_START_STD = 0.02
-"""Of models whose configuration has no `initializer_range`."""
+"""Used for models whose configuration has no `initializer_range`."""
 
 
 class MaskedLinear(nn.Module):
-    """A frozen linear projection whose weights pass a mask that follows from trainable scores.
+    """A frozen linear projection whose weights are masked according to trainable scores.
 
-    Computes `x @ (W * M)^T + b`. The mask and the masked weight are computed when the scores have changed, once an
-    optimizer step, and not at every forward.
+    Computes `x @ (W * M)^T + b`. The mask and the masked weight are recomputed only when the scores have changed, that
+    is once per optimizer step rather than in every forward pass.
 
     Attributes:
         weight: The frozen weight: `(out_features, in_features)`, or `(in_features, out_features)` of a Conv1D.
         bias: The frozen bias `(out_features,)`, or None.
-        scores: Trainable, fp32 unless given otherwise, of the weight's shape.
+        scores: Trainable scores of the weight's shape, in fp32 unless given in another dtype.
         indicator: The rule from scores to mask.
         passes_all: Whether it computes as if there were no mask; see `unmasked`.
-        keeps_product: Whether the masked weight is kept from pass to pass. Otherwise it is made anew in each, from the
-            threshold that was found when the scores changed: to save memory, or since each process holds a part.
+        keeps_product: Whether the masked weight is cached between passes. Otherwise each pass recomputes it from the
+            threshold found when the scores changed, to save memory or because each process holds only a shard.
 
     Source: MFT, equations 4 and 5.
     """
@@ -52,7 +52,7 @@ class MaskedLinear(nn.Module):
         self.keeps_product = True
         self.passes_all = False
         self.transposed = isinstance(linear, Conv1D)
-        self._linear = (linear,)  # in a tuple, so that it is no submodule and its weight is not listed twice
+        self._linear = (linear,)  # in a tuple, so that it is not a submodule and its weight is not listed twice
         self._scores_state: tuple[int, ...] | None = None
         self._masked_weight: torch.Tensor = torch.empty(0)
         self._cut: Cut | None = None
@@ -67,7 +67,7 @@ class MaskedLinear(nn.Module):
 
     @torch.no_grad()
     def masked_weight(self) -> torch.Tensor:
-        """W * M of the weight's shape and dtype, computed anew only if the scores have changed."""
+        """W * M of the weight's shape and dtype, recomputed only if the scores have changed."""
         if self.passes_all:
             return self.weight
         state = scores_state([self.scores])
@@ -80,7 +80,7 @@ class MaskedLinear(nn.Module):
         return self._masked_weight
 
     def _product(self, keep: torch.Tensor) -> torch.Tensor:
-        # On the bare bits: +0.0 for any weight that is removed, and on a CPU 8 times as fast as masked_fill.
+        # On the raw bits: gives +0.0 for every removed weight, and on a CPU is 8 times as fast as masked_fill.
         return (bits(self.weight) * keep).view(self.weight.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class MaskedLinear(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`x @ (W * M)^T + b`, whose gradient for the scores takes the indicator as the identity.
+    """`x @ (W * M)^T + b` with a straight-through gradient for the scores.
 
     dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked.
 
@@ -122,7 +122,7 @@ class _StraightThrough(torch.autograd.Function):
         uses_magnitude: bool,
         make_again: Callable[[], torch.Tensor] | None,
     ) -> torch.Tensor:
-        # Under autocast the surrounding layers speak the lower precision; a custom function must follow by itself.
+        # Under autocast the surrounding layers use the lower precision; a custom function must cast by itself.
         compute_dtype = (
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
         )
@@ -131,7 +131,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.make_again = make_again
         ctx.transposed = transposed
         ctx.uses_magnitude = uses_magnitude
-        # The bias belongs into the same kernel: added afterwards it gives other roundings than the unmasked layer's.
+        # The bias belongs in the same kernel; added afterwards, it would round differently from the unmasked layer.
         bias = bias if bias is None else bias.to(compute_dtype)
         if not transposed:
             return F.linear(x, masked_weight, bias)
@@ -171,19 +171,19 @@ def initial_scores(
     seed: int = 0,
     weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The scores a target starts from, fp32, of its weight's shape and on its device.
+    """The initial scores of a target, fp32, of its weight's shape and on its device.
 
     Args:
-        target: The projection to be masked.
+        target: The projection to mask.
         start: `normal`: N(0, std); `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
-            `magnitude`: the size of the weight.
-        std: The standard deviation of the normal start.
-        constant: The value of the constant start.
-        seed: With the target's name it decides the values, whatever other targets there are.
-        weight: The values of the target's weight, where it has none itself.
+            `magnitude`: the absolute value of the weight.
+        std: Standard deviation of the normal start.
+        constant: Value of the constant start.
+        seed: Together with the target's name, decides the values, independently of other targets.
+        weight: Values of the target's weight, if the target itself has none.
 
-    Source: the authors' implementation of MFT. Its layers ask for Kaiming-uniform (a = sqrt(5)); loading a checkpoint
-        then draws every score from N(0, initializer_range) instead, in bf16 where this draws in fp32.
+    Source: the authors' implementation of MFT. Its layers request Kaiming-uniform (a = sqrt(5)), but loading a
+        checkpoint then draws all scores from N(0, initializer_range) instead, in bf16; this draws in fp32.
     """
     weight = target.weight if weight is None else weight
     if start == "magnitude":
@@ -212,13 +212,13 @@ def attach_masks(
     scores: Mapping[str, torch.Tensor],
     indicator: Indicator | Mapping[str, Indicator],
 ) -> None:
-    """Freezes the model and puts a `MaskedLinear` or `MaskedExperts` in the place of every target.
+    """Freezes the model and replaces every target with a `MaskedLinear` or `MaskedExperts`.
 
     Args:
-        model: Changed in place; afterwards only scores are trainable.
+        model: Modified in place; afterwards only scores are trainable.
         targets: From `find_targets` on this model.
         scores: One tensor per target name, of its weight's shape.
-        indicator: The rule from scores to mask, of all targets or one per target name.
+        indicator: The rule from scores to mask, one for all targets or one per target name.
     """
     model.requires_grad_(False)
     experts: dict[str, list[MaskedPart]] = {}
@@ -233,14 +233,14 @@ def attach_masks(
 
 
 def detach_masks(model: nn.Module) -> None:
-    """Puts the original modules back; weights were never touched."""
+    """Restores the original modules; their weights were never modified."""
     for name, module in list(model.named_modules()):
         if isinstance(module, MaskedLinear | MaskedExperts):
             _replace(model, name, module.original())
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear | MaskedPart]]:
-    """Target name of everything that has scores, and the module that holds them, in model order."""
+    """Yields the target name and module of everything that has scores, in model order."""
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear):
             yield name, module
@@ -249,18 +249,18 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLinear | Masked
 
 
 def share_weights(model: nn.Module) -> None:
-    """Keeps no product of a whole weight and its mask, for a model of which each process holds a part.
+    """Disables cached masked weights, for a model sharded across processes.
 
     Args:
-        model: With masks attached.
+        model: A model with masks attached.
 
     Raises:
-        TrainingError: A mask lies on experts that are fused in one module.
+        TrainingError: Fused experts are masked.
     """
     for name, module in model.named_modules():
         if isinstance(module, MaskedExperts):
             raise TrainingError(
-                "Fused experts cannot be masked while their weights are spread over processes.",
+                "Fused experts cannot be masked while their weights are sharded across processes.",
                 key=name,
                 expected="whole weights in each process",
                 actual=type(module.experts).__name__,
@@ -270,10 +270,10 @@ def share_weights(model: nn.Module) -> None:
 
 
 def keep_no_products(model: nn.Module) -> None:
-    """Lets masked weights be made anew in each pass, forward and backward; those of fused experts are still kept.
+    """Recomputes masked weights in each forward and backward pass; those of fused experts are still cached.
 
     Args:
-        model: With masks attached.
+        model: A model with masks attached.
     """
     for module in model.modules():
         if isinstance(module, MaskedLinear):
@@ -282,10 +282,10 @@ def keep_no_products(model: nn.Module) -> None:
 
 @contextmanager
 def unmasked(model: nn.Module) -> Iterator[None]:
-    """Inside it, a masked model computes as it does without masks; not for gradients.
+    """Context in which a masked model computes as if it had no masks; not for computing gradients.
 
     Args:
-        model: With masks attached, none of them on fused experts.
+        model: A model with masks attached, none of them on fused experts.
     """
     layers = [module for module in model.modules() if isinstance(module, MaskedLinear)]
     try:
@@ -298,7 +298,7 @@ def unmasked(model: nn.Module) -> Iterator[None]:
 
 
 def masked_products(model: nn.Module) -> list[torch.Tensor]:
-    """The weights that a masked model keeps and computes with in the place of its own, as the scores now are."""
+    """The cached weights that a masked model computes with in place of its own, for the current scores."""
     products = []
     for module in model.modules():
         if isinstance(module, MaskedLinear) and module.keeps_product:

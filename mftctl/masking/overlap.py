@@ -1,4 +1,4 @@
-"""How much two masks agree."""
+"""Agreement between masks."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Overlap:
 
     Attributes:
         weights: The weights that both masks cover.
-        removed_a: Those removed by the first mask.
-        removed_b: Those removed by the second mask.
-        removed_both: Those removed by both.
-        expected_both: Those that two independent random masks with the same counts in each tensor remove both, on
-            average.
+        removed_a: The weights removed by the first mask.
+        removed_b: The weights removed by the second mask.
+        removed_both: The weights removed by both.
+        expected_both: The expected number removed by both, for two independent random masks with the same counts in
+            each tensor.
     """
 
     weights: int
@@ -33,12 +33,12 @@ class Overlap:
 
     @property
     def jaccard(self) -> float:
-        """Removed by both over removed by either, 0 to 1; 1 where neither mask removes anything."""
+        """Number removed by both over number removed by either, 0 to 1; 1 if neither mask removes anything."""
         return _jaccard(self.removed_a, self.removed_b, self.removed_both)
 
     @property
     def expected_jaccard(self) -> float:
-        """The same ratio with the expected count in place of the actual one: what chance alone gives."""
+        """The Jaccard index expected by chance, from the expected count."""
         return _jaccard(self.removed_a, self.removed_b, self.expected_both)
 
 
@@ -47,8 +47,8 @@ class MaskDifference:
     """The comparison of two masks.
 
     Attributes:
-        tensors: The overlap in each tensor that both cover, names in ascending order.
-        total: The sum over those tensors.
+        tensors: The overlap in each tensor covered by both, in ascending order of name.
+        total: The sum over these tensors.
         only_a: Names of the tensors that only the first mask covers.
         only_b: Names of the tensors that only the second mask covers.
     """
@@ -63,7 +63,7 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
     """The overlap of two masks, tensor by tensor and in total.
 
     Raises:
-        MaskMismatchError: They are of different kinds, have no tensor in common, or one with another shape in each.
+        MaskMismatchError: The masks differ in kind, have no tensor in common, or disagree on the shape of a tensor.
     """
     _require_same_kind(a, b)
     common = [name for name in a.names() if name in b]
@@ -86,14 +86,14 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
 
 
 def pairwise_overlaps(masks: Sequence[Mask]) -> dict[tuple[int, int], Overlap]:
-    """The overlap of each two masks over the tensors that both cover, by their places, the lower one first.
+    """The overlap of each pair of masks over the tensors covered by both, keyed by their indices, lower index first.
 
-    A pair without a tensor in common is not in it. The bits of one tensor of each mask are in memory at a time, so that
-    open files do (`open_mask`), and each is decoded once.
+    Pairs without a common tensor are left out. Only one tensor of each mask is in memory at a time, so open files
+    (`open_mask`) suffice, and each is decoded once.
 
     Raises:
-        MaskMismatchError: Two are of different kinds, or give a tensor different shapes.
-        MaskFormatError: A mask is in an open file, and its bits break a rule of the format.
+        MaskMismatchError: Two masks differ in kind or disagree on the shape of a tensor.
+        MaskFormatError: A mask is in an open file, and its bits violate the format.
     """
     for mask in masks[1:]:
         _require_same_kind(masks[0], mask)
@@ -109,11 +109,11 @@ def pairwise_overlaps(masks: Sequence[Mask]) -> dict[tuple[int, int], Overlap]:
 def _require_same_kind(a: Mask, b: Mask) -> None:
     if a.metadata.kind != b.metadata.kind:
         raise MaskMismatchError(
-            "The two masks are of different kinds: one removes weights, the other resets them to the base's",
+            "The two masks differ in kind: one removes weights, the other resets them to the base's values",
             key="kind",
             expected=a.metadata.kind,
             actual=b.metadata.kind,
-            hint="compare masks of the same kind (mftctl mask info FILE shows it)",
+            hint="compare masks of the same kind (shown by mftctl mask info FILE)",
         )
 
 
@@ -121,7 +121,7 @@ def _overlap(name: str, records: tuple[TensorRecord, TensorRecord], bits: tuple[
     first, second = records
     if first.shape != second.shape:
         raise MaskMismatchError(
-            "The two masks give this tensor different shapes",
+            "The two masks have different shapes for this tensor",
             key=name,
             expected=first.shape,
             actual=second.shape,

@@ -1,7 +1,7 @@
-"""Which tensor of a checkpoint holds which part of a parameter in memory.
+"""Maps the tensors of a checkpoint to parts of parameters in memory.
 
-transformers keeps the experts of a layer in one parameter and writes one tensor for each expert and projection; it
-renames others. It alone knows how: it is asked to write small stand-ins whose values tell where they come from.
+transformers fuses the experts of a layer into one parameter in memory but writes one tensor per expert and projection;
+it also renames others. To learn this layout, it is made to write small stand-ins whose values identify their origin.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROWS: Final = 12
-"""Rows of a stand-in: 2, 3, 4 or 6 stored tensors share them evenly."""
+"""Rows of a stand-in, divisible evenly among 2, 3, 4 or 6 stored tensors."""
 
 _COLUMNS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
 class StoredPart:
-    """A tensor of a checkpoint, as a part of a parameter in memory.
+    """A checkpoint tensor as part of a parameter in memory.
 
     Attributes:
         name: Its name in the checkpoint.
         parameter: The parameter's name in the model.
-        index: Selects it from the parameter, such as `(expert, slice of rows)`; empty for all of it.
+        index: Selects the part from the parameter, such as `(expert, slice of rows)`; empty for the whole parameter.
     """
 
     name: str
@@ -43,21 +43,21 @@ class StoredPart:
     index: tuple[int | slice, ...] = ()
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor of the parameter's shape, as a view."""
+        """A view of this part of a tensor of the parameter's shape."""
         return tensor[self.index]
 
 
 def stored_parts(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> dict[str, list[StoredPart]]:
-    """The checkpoint's tensors in each parameter, in its order.
+    """The checkpoint tensors in each parameter, in order.
 
     Args:
-        model: As it was loaded, or new; anything but a transformers model is stored as it is.
+        model: Loaded or new; a model that is not from transformers is stored as is.
         parameters: Some of its parameters, by name.
 
     Raises:
-        MaskingError: A parameter is not stored by whole experts or rows.
+        MaskingError: A parameter is not stored as whole experts or rows.
     """
-    from transformers import PreTrainedModel  # slow to import, and not needed where names are those on disk
+    from transformers import PreTrainedModel  # slow to import, and not needed if names match those on disk
 
     if not isinstance(model, PreTrainedModel) or not parameters:
         return {name: [StoredPart(name, name)] for name in parameters}
@@ -80,14 +80,14 @@ def stored_parts(model: nn.Module, parameters: Mapping[str, torch.Tensor]) -> di
 
 
 def _write(model: PreTrainedModel, stand_ins: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What transformers would write for these parameters, by checkpoint name."""
+    """The tensors that transformers would write for these parameters, by checkpoint name."""
     from transformers.core_model_loading import revert_weight_conversion
 
     try:
         written: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(stand_ins))
     except (RuntimeError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise MaskingError(
-            "How transformers stores the parameters of this model cannot be found out.",
+            "Cannot determine how transformers stores the parameters of this model.",
             key=type(model).__name__,
             expected="tensors that hold whole experts or rows of a parameter",
             actual=first_line(error),
@@ -97,7 +97,7 @@ def _write(model: PreTrainedModel, stand_ins: Mapping[str, torch.Tensor]) -> dic
 
 
 def _stand_ins(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A small tensor for each parameter, with as many experts; no number comes twice in any of them."""
+    """A small tensor for each parameter, with the same number of experts; all values differ across all of them."""
     stand_ins = {}
     start = 0
     for name, parameter in parameters.items():
@@ -108,12 +108,12 @@ def _stand_ins(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def _index(stand_in: torch.Tensor, values: torch.Tensor, shape: torch.Size) -> tuple[int | slice, ...] | None:
-    """What selects `values` from a parameter, by what selects it from its stand-in; None if nothing does.
+    """The index that selects `values` from a parameter, derived from its stand-in; None if there is none.
 
     Args:
-        stand_in: Of the parameter.
-        values: A tensor that was written.
-        shape: The parameter's.
+        stand_in: The parameter's stand-in.
+        values: A written tensor.
+        shape: The parameter's shape.
     """
     if torch.equal(values, stand_in):
         return ()
@@ -135,9 +135,9 @@ def _index(stand_in: torch.Tensor, values: torch.Tensor, shape: torch.Size) -> t
 
 def _unknown_layout(name: str, parameter: torch.Tensor, stored: str) -> MaskingError:
     return MaskingError(
-        "A parameter is stored in a form that no mask can follow.",
+        "A parameter is stored in a form that masks do not support.",
         key=name,
-        expected="tensors that hold whole experts or rows of it",
+        expected="tensors that hold whole experts or rows of the parameter",
         actual=f"{tuple(parameter.shape)} in memory, {stored} on disk",
         hint="leave it out: --target attn, or --target mlp",
     )

@@ -1,4 +1,4 @@
-"""The rule from scores to a mask, and when a mask is out of date."""
+"""The rule from scores to a mask, and the detection of outdated masks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Indicator:
     """The rule that turns scores into a mask: a ratio per tensor, or one threshold.
 
     Attributes:
-        ratio: Share removed of each tensor, lowest ranked first; None if a threshold decides.
-        threshold: Entries with a lower score are removed; None if a ratio decides. Always on signed scores.
-        ranking: What a ratio ranks: |score| (`magnitude`) or the score (`signed`).
+        ratio: Share removed from each tensor, lowest ranked first; None if a threshold is used.
+        threshold: Entries with a lower (signed) score are removed; None if a ratio is used.
+        ranking: The value ranked with a ratio: |score| (`magnitude`) or the score (`signed`).
     """
 
     ratio: float | None = 0.1
@@ -34,26 +34,26 @@ class Indicator:
 
     @property
     def uses_magnitude(self) -> bool:
-        """Whether |score| decides, so that the gradient carries the sign of the score."""
+        """True if |score| is ranked, so that the gradient carries the sign of the score."""
         return self.threshold is None and self.ranking == "magnitude"
 
     def cut(self, scores: torch.Tensor) -> Cut | None:
-        """What a ratio has to select by in these scores, for `keep`; None where there is nothing to look for.
+        """The cut of a ratio in these scores, for `keep`; None if none is needed.
 
         Raises:
-            MaskingError: A score is not a number.
+            MaskingError: A score is NaN.
         """
         return None if self.ratio is None else ratio_cut(scores, self.ratio, self.ranking)
 
     def keep(self, scores: torch.Tensor, cut: Cut | None = None) -> torch.Tensor:
-        """The bool keep mask of `scores`, of the same shape.
+        """The bool keep mask for `scores`, of the same shape.
 
         Args:
             scores: Any shape.
-            cut: From `cut` of the same scores, where it is known.
+            cut: From `cut` of the same scores, if known.
 
         Raises:
-            MaskingError: A score is not a number.
+            MaskingError: A score is NaN.
         """
         if self.ratio is None:
             return keep_above(scores, self.threshold or 0.0)
@@ -61,7 +61,7 @@ class Indicator:
 
 
 class _StepCounter:
-    """Counts the steps of all optimizers of this process."""
+    """Counts the steps of all optimizers in this process."""
 
     def __init__(self) -> None:
         self.steps = 0
@@ -77,6 +77,6 @@ def _step_counter() -> _StepCounter:
 
 
 def scores_state(scores: Iterable[torch.Tensor]) -> tuple[int, ...]:
-    """A value that is another one once an optimizer, or anything else, has changed some of the scores."""
-    # An in-place update raises the version counter of a tensor; fused optimizers alone leave it as it is.
+    """A value that changes whenever an optimizer or anything else has changed the scores."""
+    # An in-place update increments a tensor's version counter, except in fused optimizers.
     return (_step_counter().steps, *(values._version for values in scores))

@@ -1,4 +1,4 @@
-"""Which entries of a tensor are removed: exact counts, deterministic ties, no sorting."""
+"""Selection of the entries to remove from a tensor: exact counts, deterministic ties, no sorting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def removed_count(numel: int, ratio: float) -> int:
     """The number of entries that `ratio` removes from a tensor of `numel` entries: floor(ratio * numel + 0.5).
 
     Args:
-        numel: Entries of the tensor, at least 0.
+        numel: Number of entries of the tensor, at least 0.
         ratio: Share to remove, in [0, 1).
 
     Raises:
@@ -30,14 +30,14 @@ def removed_count(numel: int, ratio: float) -> int:
 
 
 def check_ratio(ratio: float) -> None:
-    """Nothing, if `ratio` is a share that leaves something to keep.
+    """Checks that `ratio` leaves something to keep.
 
     Raises:
         MaskingError: The ratio is not in [0, 1).
     """
     if not 0.0 <= ratio < 1.0:
         raise MaskingError(
-            "The ratio is the share of weights that is removed.",
+            "The ratio is the share of weights to remove.",
             key="ratio",
             expected="a number from 0 up to, but not including, 1",
             actual=ratio,
@@ -46,20 +46,20 @@ def check_ratio(ratio: float) -> None:
 
 
 def rank(scores: torch.Tensor, ranking: Ranking) -> torch.Tensor:
-    """The values by which entries are ranked: |score| (`magnitude`) or the score itself (`signed`).
+    """The values to rank entries by: |score| (`magnitude`) or the score itself (`signed`).
 
-    Source: MFT, section 2; ranking by |score| is what the authors' implementation does for the ratio indicator.
+    Source: MFT, section 2; the authors' implementation ranks by |score| for the ratio indicator.
     """
     return scores.abs() if ranking == "magnitude" else scores
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a ratio has found to select by, from which a keep mask follows in one pass.
+    """The cut found for a ratio, from which a keep mask follows in one pass.
 
     Attributes:
-        threshold: The highest value that is removed, or some of it, without dimensions.
-        on_device: The same with the place of the last such entry that is removed, where an accelerator found it.
+        threshold: The highest value that is removed, entirely or in part; a scalar.
+        on_device: The cut with the index of the last removed entry of that value, if an accelerator found it.
     """
 
     threshold: torch.Tensor
@@ -68,15 +68,15 @@ class Cut:
 
 @torch.no_grad()
 def ratio_cut(scores: torch.Tensor, ratio: float, ranking: Ranking = "signed") -> Cut | None:
-    """What `keep_highest` removes by; None if it removes nothing.
+    """The cut for `keep_highest`; None if it removes nothing.
 
     Args:
         scores: Any shape, floating point.
         ratio: Share to remove, in [0, 1).
-        ranking: What is ranked.
+        ranking: The value to rank by.
 
     Raises:
-        MaskingError: The ratio is out of range, or a score is not a number.
+        MaskingError: The ratio is out of range, or a score is NaN.
     """
     count = removed_count(scores.numel(), ratio)
     if scores.device.type != "cpu":
@@ -96,14 +96,14 @@ def keep_highest(
 ) -> torch.Tensor:
     """The keep mask that removes exactly `removed_count(numel, ratio)` of the lowest values.
 
-    Among equal values the lowest flat index is removed first, so the mask depends on the values alone: not on the
+    Among equal values the lowest flat index is removed first, so the mask depends only on the values, not on the
     device, the number of processes or the selection algorithm.
 
     Args:
         scores: Any shape, floating point, finite.
         ratio: Share to remove, in [0, 1).
-        cut: From `ratio_cut` of the same scores, ratio and ranking, where it is known.
-        ranking: What is ranked.
+        cut: From `ratio_cut` of the same scores, ratio and ranking, if known.
+        ranking: The value to rank by.
 
     Returns:
         Bool tensor of the same shape and device, True where the entry is kept.
@@ -147,14 +147,14 @@ def keep_above(values: torch.Tensor, threshold: float) -> torch.Tensor:
 
 
 def _refuse_nan(values: torch.Tensor) -> None:
-    # A sum of numbers is one, or infinite; it takes a tenth of the time of looking at each.
+    # A sum without NaN inputs is finite or infinite; summing takes a tenth of the time of checking each value.
     if not torch.isfinite(values.sum()) and torch.isnan(values).any():
         raise _nan(values)
 
 
 def _nan(values: torch.Tensor) -> MaskingError:
     return MaskingError(
-        "Scores must be numbers: NaN cannot be ranked.",
+        "Scores must not contain NaN, which cannot be ranked.",
         expected="finite scores",
         actual=f"{int(torch.isnan(values).sum())} NaN of {values.numel()}",
         hint="lower the learning rate",
@@ -167,7 +167,7 @@ def _ranked(scores: torch.Tensor, ranking: Ranking) -> Ranked:
 
 
 def _select(scores: torch.Tensor, count: int, ranking: Ranking) -> device_selection.Selection:
-    """The selection without the `count` lowest, on an accelerator.
+    """The selection of all but the `count` lowest, on an accelerator.
 
     Raises:
         MaskingError: A score is not a number.
@@ -182,6 +182,6 @@ def _kth_lowest(flat: torch.Tensor, k: int) -> torch.Tensor:
     """The k-th lowest value (k from 1) on a CPU, where numpy's selection is vectorised."""
     import numpy as np
 
-    # bfloat16 has no numpy type; every bfloat16 and float16 value is exact in float32.
+    # numpy has no bfloat16; every bfloat16 and float16 value is exact in float32.
     wide = flat if flat.dtype == torch.float64 else flat.float()
     return torch.from_numpy(np.partition(wide.numpy(), k - 1)[k - 1 : k]).to(flat.dtype)[0]

@@ -1,4 +1,4 @@
-"""Which modules of a decoder can carry a mask, and which of them a command asks for."""
+"""Modules of a decoder that can carry a mask, and the choice of those that a command masks."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _FUSED_DIMENSIONS = 3
 
 @dataclass(frozen=True, slots=True)
 class MaskTarget:
-    """One projection of a decoder layer: a module of its own, or one stored tensor of experts that are fused.
+    """One projection of a decoder layer: a separate module, or one stored tensor of fused experts.
 
     Attributes:
-        name: The module's path in the model, such as `model.layers.4.mlp.up_proj`; of experts the name of the stored
+        name: The module's path in the model, such as `model.layers.4.mlp.up_proj`; for experts, the name of the stored
             tensor without `.weight`, such as `model.layers.4.mlp.experts.7.up_proj`.
         layer: Index of its decoder layer.
         part: `attn` or `mlp`.
-        module: The `nn.Linear` or `Conv1D` itself, or the module that holds the experts.
-        fused: Which part of which parameter it is, for experts; None for a module of its own.
+        module: The `nn.Linear` or `Conv1D` itself, or the module that contains the experts.
+        fused: For experts, the part of a parameter that it is; None for a separate module.
     """
 
     name: str
@@ -61,34 +61,34 @@ class MaskTarget:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight as it is stored: the parameter, or a view of a part of it."""
+        """The weight as stored: the parameter, or a view of a part of it."""
         return self.part_of(self.module.get_parameter(self.parameter))
 
     @property
     def weight_name(self) -> str:
-        """The weight's name: in memory that of the parameter, of experts the stored tensor's."""
+        """The name of the parameter in memory, or for experts the name of the stored tensor."""
         return f"{self.name}.weight" if self.fused is None else self.fused.name
 
     @property
     def inputs_dim(self) -> int:
-        """The dimension of the weight, -1 or -2, along which the inputs of one output lie."""
+        """The input dimension of the weight, -1 or -2."""
         transposed = isinstance(self.module, Conv1D) or bool(getattr(self.module, "is_transposed", False))
         return -2 if transposed else -1
 
     @property
     def fan_in(self) -> int:
-        """The number of inputs that each output is made of."""
+        """The number of inputs per output."""
         return self.weight.shape[self.inputs_dim]
 
     def part_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This projection's part of a tensor of the parameter's shape, as a view."""
+        """A view of this projection's part of a tensor of the parameter's shape."""
         return tensor if self.fused is None else self.fused.of(tensor)
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The path and the list of the model's decoder layers.
 
-    The decoder is the longest `nn.ModuleList` whose entries are all of one class and hold linear projections.
+    The decoder is the longest `nn.ModuleList` whose entries all have the same class and contain linear projections.
 
     Raises:
         MaskingError: The model has no such list.
@@ -117,18 +117,18 @@ def find_targets(
 ) -> list[MaskTarget]:
     """The projections of the chosen layers, in model order.
 
-    Embeddings, norms, the output head and the routers of experts are never among them. Of fused experts each stored
-    tensor is one.
+    Embeddings, norms, the output head and expert routers are never included. With fused experts, each stored tensor is
+    one projection.
 
     Args:
         model: A decoder-only model.
-        layers: Indices of decoder layers; None takes all.
+        layers: Indices of decoder layers; None selects all.
         target: `attn`, `mlp` or `both`.
-        projections: Only projections of these names, such as `q_proj`; None takes all.
+        projections: Only projections with these names, such as `q_proj`; None selects all.
 
     Raises:
-        MaskingError: The model has no decoder layers, nothing matches, a projection of that name is not there, or
-            experts are fused in a form that no mask can follow.
+        MaskingError: The model has no decoder layers, nothing matches, a projection name does not exist, or experts are
+            fused in an unsupported form.
 
     Source: MFT, section 3.1 (attention and MLP projections).
     """
@@ -155,7 +155,7 @@ def find_targets(
     for name in projections:
         if name not in known:
             raise MaskingError(
-                "The chosen layers have no projection of that name.",
+                "The chosen layers have no projection with that name.",
                 key="ratio",
                 expected=", ".join(sorted(known)),
                 actual=name,
@@ -164,14 +164,14 @@ def find_targets(
 
 
 def parse_layers(text: str, layer_count: int) -> list[int]:
-    """The sorted layer indices that a choice such as `4-7`, `0,3,8-11` or `all` names.
+    """The sorted layer indices of a choice such as `4-7`, `0,3,8-11` or `all`.
 
     Args:
-        text: The choice, both ends of a range included.
+        text: The choice; ranges include both ends.
         layer_count: Number of decoder layers of the model.
 
     Raises:
-        MaskingError: The text is no such choice, or names a layer that the model does not have.
+        MaskingError: The text is not a valid choice, or names a layer that the model does not have.
     """
     if text.strip() == "all":
         return list(range(layer_count))
@@ -195,7 +195,7 @@ def parse_layers(text: str, layer_count: int) -> list[int]:
 
 
 def format_layers(layers: Sequence[int]) -> str:
-    """The shortest choice that `parse_layers` reads back, such as `0,3,8-11`."""
+    """The shortest choice that `parse_layers` parses to these layers, such as `0,3,8-11`."""
     ranges: list[list[int]] = []
     for layer in sorted(set(layers)):
         if ranges and layer == ranges[-1][1] + 1:
@@ -208,17 +208,17 @@ def format_layers(layers: Sequence[int]) -> str:
 def layer_groups(
     layer_count: int, sizes: Sequence[int | Literal["all"]], layers: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Consecutive groups of decoder layers of each size, in order; the last of a size may be smaller.
+    """Consecutive groups of decoder layers for each size, in order; the last group of a size may be smaller.
 
     Args:
         layer_count: Number of decoder layers.
-        sizes: Layers a group, at least 1, or `all`. A group that two sizes have in common comes once.
-        layers: Only these layers are grouped; None takes all.
+        sizes: Layers per group, at least 1, or `all`. A group that occurs for two sizes is included once.
+        layers: Only these layers are grouped; None selects all.
 
     Raises:
         MaskingError: A size is not between 1 and the number of layers.
 
-    Source: MFT, section 3.2 (groups of 4, also 8, and 16 in the appendix). All layers beside them is ours.
+    Source: MFT, section 3.2 (groups of 4, also 8, and 16 in the appendix). The group of all layers is ours.
     """
     wanted = list(range(layer_count)) if layers is None else sorted(set(layers))
     groups: list[list[int]] = []
@@ -237,10 +237,10 @@ def layer_groups(
 
 
 def linear_projections(model: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
-    """Path and module of the attention and MLP projections that are modules of their own, of all layers.
+    """Path and module of all attention and MLP projections that are separate modules.
 
     Raises:
-        MaskingError: The model has no decoder layers, or none of these in them.
+        MaskingError: The model has no decoder layers, or they contain no such projections.
     """
     prefix, decoder = decoder_layers(model)
     found = [
@@ -264,7 +264,7 @@ def _no_projection(decoder: nn.ModuleList, wanted: str) -> MaskingError:
 
 
 def _projections(layer: nn.Module) -> Iterator[tuple[str, Literal["attn", "mlp"], nn.Module]]:
-    """Path in the layer, part and module of its linear projections, and of the modules that hold fused experts."""
+    """Yields path, part and module of a layer's linear projections and of its modules with fused experts."""
     modules = dict(layer.named_modules())
     for name, module in modules.items():
         part = _part(name)
@@ -278,21 +278,21 @@ def _projections(layer: nn.Module) -> Iterator[tuple[str, Literal["attn", "mlp"]
 
 
 def _expert_parts(model: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> dict[str, list[StoredPart]]:
-    """The stored tensors of each module that holds fused experts, by its path.
+    """The stored tensors of each module with fused experts, by the module's path.
 
     Raises:
-        MaskingError: A parameter is not one of three dimensions, or no mask can follow how it is stored.
+        MaskingError: A parameter does not have three dimensions, or its storage layout is not supported.
     """
     parameters = {}
     for name, module in modules:
         for key, parameter in _fused(module, among_experts=True).items():
             if parameter.dim() != _FUSED_DIMENSIONS:
                 raise MaskingError(
-                    "Experts are fused in a form that no mask can follow.",
+                    "Experts are fused in a form that masks do not support.",
                     key=f"{name}.{key}",
-                    expected="parameters of three dimensions, the first of them the experts",
+                    expected="parameters with three dimensions, the first of which is the expert",
                     actual=f"{tuple(parameter.shape)} in {type(module).__name__}",
-                    hint="mask the attention alone (--target attn)",
+                    hint="mask only the attention (--target attn)",
                 )
             parameters[f"{name}.{key}"] = parameter
     found: dict[str, list[StoredPart]] = {}
@@ -305,8 +305,8 @@ def _fused(module: nn.Module, *, among_experts: bool) -> dict[str, nn.Parameter]
     """The parameters of a module that look like fused experts.
 
     Args:
-        module: No linear projection; its own parameters count, and not those of its children.
-        among_experts: Whether its path says experts, so that two dimensions are enough; a router has two as well.
+        module: Not a linear projection; only its own parameters count, not those of its children.
+        among_experts: Whether its path contains `experts`, so that two dimensions suffice; a router has two as well.
     """
     if isinstance(module, _ConvNd):
         return {}
@@ -320,7 +320,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _part(name: str) -> Literal["attn", "mlp"] | None:
-    """Whether a module's path inside its layer says attention or MLP; None for anything else."""
+    """`attn` or `mlp`, according to a module's path in its layer; None for anything else."""
     if _ATTENTION.search(name):
         return "attn"
     return "mlp" if _MLP.search(name) else None

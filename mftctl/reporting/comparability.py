@@ -1,6 +1,6 @@
-"""Where a comparison is not like with like: other code, other data or other settings than those of its baseline.
+"""Flags states whose code, data or settings are not comparable with their baseline.
 
-What methods are compared by (learning rate, method, ratio, layers, epochs, ...) is no difference to be told here.
+Settings that methods are compared by (learning rate, method, ratio, layers, epochs, ...) are not flagged.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SECTIONS: dict[str, tuple[str, type[BaseModel]]] = {
 _DATA = ("data", "val_data", "val_fraction")
 _EQUAL_IN_TRAINING = ("max_length_tokens", "precision")
 _NOT_MEASURING = ("tasks", "task_data", "predictions", "save_samples", "unsafe_code")
-"""Keys of the `eval` section that change no figure, or that the data measured on tells better."""
+"""Keys of the `eval` section that do not affect results, or that the evaluation data already covers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """An evaluation and the runs that made what it measures, oldest first; those that are gone by name."""
+    """An evaluation and the runs that made what it measures, oldest first; missing runs by name."""
 
     run: Run
     makers: tuple[Run, ...]
@@ -45,11 +45,11 @@ class _Measured:
 
     @property
     def seed(self) -> int:
-        """Of what was measured, which may differ from that of the measuring."""
+        """The seed of the evaluated model, which may differ from that of the evaluation."""
         return int((self.trainings or (self.run,))[-1].record.config.get("seed", 0))
 
     def fine_tuning(self, before: Run | None = None) -> Run | None:
-        """The last run that trained weights, if there is one."""
+        """The last run that trained weights, if any."""
         found = None
         for run in self.makers:
             if run is before:
@@ -59,11 +59,11 @@ class _Measured:
 
 
 def flags(item_runs: Sequence[Run], baseline_runs: Sequence[Run], by_name: Mapping[str, Run]) -> tuple[str, ...]:
-    """One line for each way in which a measured state is not like its baseline, or its seeds not like each other.
+    """One line per difference between a state and its baseline, or between the seeds of a state.
 
     Args:
-        item_runs: The evaluations of the state, one a seed.
-        baseline_runs: Those of the state it is compared with; the same for the baseline's own row.
+        item_runs: Evaluations of the state, one per seed.
+        baseline_runs: Evaluations of its baseline; the same runs for the baseline's own row.
         by_name: All runs of the runs folder.
     """
     item, baseline = ([_measured(run, by_name) for run in runs] for runs in (item_runs, baseline_runs))
@@ -87,10 +87,10 @@ def _measured(run: Run, by_name: Mapping[str, Run]) -> _Measured:
 
 
 def _pairs(item: Sequence[_Measured], baseline: Sequence[_Measured]) -> Iterator[tuple[_Measured, _Measured]]:
-    """Each evaluation with those of the baseline that it belongs to.
+    """Pairs each evaluation with its baseline evaluations.
 
-    That is the model it was made from; for what was trained in another way, the one of its seed, and of its data if
-    there is one.
+    The baseline is the model that a state was made from, or otherwise the baseline model with the same seed and, if
+    there is one, the same data.
     """
     for one in item:
         own = [other for other in baseline if other.parents and other.parents == one.parents[: len(other.parents)]]
@@ -100,10 +100,10 @@ def _pairs(item: Sequence[_Measured], baseline: Sequence[_Measured]) -> Iterator
 
 
 def _unlike_seeds(item: Sequence[_Measured]) -> Iterator[str]:
-    """Anything that differs between the seeds averaged in one row."""
+    """Differences between the seeds averaged in one row."""
     chains = {" → ".join(name.partition("-")[2] for name in one.parents) for one in item}
     if len(chains) > 1:
-        yield f"Seeds were made in different ways: {_listed(chains)}"
+        yield f"Seeds were produced by different commands: {_listed(chains)}"
         return
     aspects = [_aspects(one) for one in item]
     for name in dict.fromkeys(name for found in aspects for name in found):
@@ -113,7 +113,7 @@ def _unlike_seeds(item: Sequence[_Measured]) -> Iterator[str]:
 
 
 def _aspects(measured: _Measured) -> dict[str, str]:
-    """Everything that the seeds of a row are to have in common, by name: settings, data, versions."""
+    """Everything that must be the same for all seeds of a row, by name: settings, data, versions."""
     found: dict[str, str] = {}
     commands: list[str] = []
     for run in (*measured.trainings, measured.run):
@@ -134,18 +134,18 @@ def _aspects(measured: _Measured) -> dict[str, str]:
 
 
 def _unlike_pairs(pairs: Sequence[tuple[_Measured, _Measured]], baseline: Sequence[_Measured]) -> Iterator[str]:
-    """Seeds compared with other seeds, and a baseline averaged over more of them, where both have been trained."""
+    """Seeds compared with a different seed, and baselines averaged over additional seeds, if both were trained."""
     trained = [(one, other) for one, other in pairs if one.parents and other.parents]
     for one, other in trained:
         if one.seed != other.seed:
             yield f"Seed {one.seed} is compared with seed {other.seed} of the baseline"
     more = {other.seed for other in baseline} - {other.seed for _, other in trained}
     if trained and more:
-        yield f"The baseline is averaged over more seeds: {', '.join(map(str, sorted(more)))}"
+        yield f"The baseline is averaged over additional seeds: {', '.join(map(str, sorted(more)))}"
 
 
 def _other_code(one: _Measured, other: _Measured) -> Iterator[str]:
-    """Other versions; that of mftctl itself is told by the digest of its source."""
+    """Different versions; for mftctl itself, the digest of its source decides."""
     roles: list[tuple[str, Sequence[Run], Sequence[Run]]] = [
         ("Measured", (one.run,), (other.run,)),
         ("Made", _own(one, other), other.makers),
@@ -167,7 +167,7 @@ def _versions(runs: Iterable[Run]) -> dict[str, set[str]]:
 
 
 def _code_not_recorded(pairs: Sequence[tuple[_Measured, _Measured]]) -> Iterator[str]:
-    """The runs of earlier versions, where they are compared with runs that say with which code they were made."""
+    """Runs without a record of their code that are compared with runs that have one."""
     found: dict[str, None] = {}
     for one, other in pairs:
         for mine, theirs in (((one.run,), (other.run,)), (_own(one, other), other.makers)):
@@ -175,32 +175,32 @@ def _code_not_recorded(pairs: Sequence[tuple[_Measured, _Measured]]) -> Iterator
             if mine and theirs and len(silent) < len(mine) + len(theirs):
                 found |= dict.fromkeys(silent)
     if found:
-        yield f"Code not recorded: {', '.join(found)}"
+        yield f"Code version not recorded: {', '.join(found)}"
 
 
 def _other_data(one: _Measured, other: _Measured) -> Iterator[str]:
     digests = _digests_by_name(other.run)
     for name, digest in _digests_by_name(one.run).items():
         if digests.get(name, digest) != digest:
-            yield f"Measured on another {name} than the baseline"
+            yield f"Measured on a {name} that differs from the baseline's"
     for run in _own_trainings(one, other):
         is_mask = run.record.command == "mask-train"
         reference = one.fine_tuning(before=run) if is_mask else other.fine_tuning()
         if reference is None:
             continue
-        what, whose = ("Mask learned from", "its fine-tuning") if is_mask else ("Trained on", "the baseline")
+        what, whose = ("Mask learned from", "its fine-tuning's") if is_mask else ("Trained on", "the baseline's")
         difference = _difference_of_data(run, reference, "train", "data")
         if difference:
-            yield f"{what} other records than {whose}: {difference}"
+            yield f"{what} records that differ from {whose}: {difference}"
         difference = _difference_of_data(run, reference, "validation", "val_data")
         if difference:
-            yield f"Validated on other records than {whose}: {difference}"
+            yield f"Validated on records that differ from {whose}: {difference}"
 
 
 def _difference_of_data(run: Run, reference: Run, part: str, key: str) -> str:
-    """The sources of both, with the records taken; empty where the data is the same.
+    """The sources and record counts of both runs; empty if the data is the same.
 
-    Digests tell it; where a record has none, the configured sources do.
+    Data is compared by digest, or by configured source if a run has no digest.
     """
     digests = [(item.record.inputs.get("digests") or {}).get(part) for item in (run, reference)]
     texts = [_sources(item, key) for item in (run, reference)]
@@ -209,7 +209,7 @@ def _difference_of_data(run: Run, reference: Run, part: str, key: str) -> str:
     counts = [item.record.inputs.get(f"{part}_records", "some") for item in (run, reference)]
     if texts[0] == texts[1]:
         return f"{counts[0]} and {counts[1]} of {texts[0]}"
-    return f"{counts[0]} of {texts[0]}, not {counts[1]} of {texts[1]}"
+    return f"{counts[0]} of {texts[0]} instead of {counts[1]} of {texts[1]}"
 
 
 def _other_settings(one: _Measured, other: _Measured) -> Iterator[str]:
@@ -227,7 +227,7 @@ def _other_settings(one: _Measured, other: _Measured) -> Iterator[str]:
 
 
 def _to_be_equal(run: Run, reference: Run) -> dict[str, tuple[object, object]]:
-    """The settings of two trainings that are no part of a method."""
+    """Settings of two training runs that must be equal because they are not part of a method."""
     mine, theirs = _settings(run), _settings(reference)
     keys = {f"{_SECTIONS[run.record.command][0]}.{key}": key for key in _EQUAL_IN_TRAINING}
     found: dict[str, tuple[object, object]] = {name: (mine[key], theirs[key]) for name, key in keys.items()}
@@ -245,22 +245,22 @@ def _records_a_step(run: Run) -> int:
 def _gone(pairs: Sequence[tuple[_Measured, _Measured]]) -> Iterator[str]:
     gone = dict.fromkeys(name for one, other in pairs for name in one.gone if name not in other.parents)
     if gone:
-        yield f"Not checked, since its folder is gone: {', '.join(gone)}"
+        yield f"Not checked because the run folder is missing: {', '.join(gone)}"
 
 
 def _own(one: _Measured, other: _Measured) -> list[Run]:
-    """The runs that made the one and not the other."""
+    """Runs that made the first model but not the second."""
     return [run for run in one.makers if run.name not in other.parents]
 
 
 def _own_trainings(one: _Measured, other: _Measured) -> list[Run]:
-    """Those of them that learned something from data."""
+    """The runs of `_own` that learned from data."""
     own = [run for run in _own(one, other) if run in one.trainings]
     return [run for run in own if run.record.command == "fft" or _settings(run)["method"] == "learned"]
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """The section of a run's configuration that its command reads, with the defaults of keys that it lacks."""
+    """The configuration section that the run's command reads, with defaults for missing keys."""
     section, _ = _SECTIONS[run.record.command]
     return {**_defaults(run.record.command), **(run.record.config.get(section) or {})}
 
@@ -278,7 +278,7 @@ def _digests_by_name(run: Run) -> dict[str, str]:
 
 
 def _sources(run: Run, key: str) -> str:
-    """The configured data, as one types it."""
+    """The configured data in command-line form."""
     value = run.record.config.get(key)
     if not isinstance(value, list):
         return _text(value)

@@ -1,4 +1,4 @@
-"""What each method's training costs: speed, operations, memory."""
+"""Training cost of each method: speed, operations, memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ TRAINING = ("fft", "mask-train")
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """The trainings of one state, averaged over seeds.
+    """Training cost of one state, averaged over seeds.
 
     Attributes:
         origin: The pre-trained model.
-        state: In the words of the comparison.
-        samples_per_second: Records trained on, without validations and checkpoints.
-        tokens_per_second: The same of tokens, padding left out.
-        flops: Floating-point operations of all steps, as `flops_per_token` counts them; None in older records.
-        peak_memory_bytes: The most of any seed: of the GPU, on a CPU of the whole process.
-        tokens: Trained on.
-        seconds: Of the whole command.
-        processes: It was trained with.
+        state: Name of the state, as in the comparison.
+        samples_per_second: Training records per second, without validation and checkpoints.
+        tokens_per_second: Training tokens per second, without padding.
+        flops: Floating-point operations of all steps, as counted by `flops_per_token`; None for older records.
+        peak_memory_bytes: Highest peak of any seed: of the GPU, or of the whole process on a CPU.
+        tokens: Number of training tokens.
+        seconds: Duration of the whole command.
+        processes: Number of training processes.
         runs: Names of the training runs.
     """
 
@@ -45,13 +45,13 @@ class Efficiency:
 
 
 def efficiencies(runs: Sequence[Run], problems: list[str]) -> list[Efficiency]:
-    """One entry for each state that was trained by steps, in the order of the papers' tables.
+    """One entry per state that was trained in steps, in the order of the papers' tables.
 
-    The newest training of each stage and seed counts. Speeds are those of the steps after the first, which prepares.
+    Uses the latest training of each stage and seed. Speeds exclude the first step, which includes warm-up work.
 
     Args:
-        runs: Of a runs folder, oldest first.
-        problems: Gets a line for each training that cannot be used.
+        runs: The runs of a runs folder, oldest first.
+        problems: Receives one line per training that cannot be used.
 
     Source: GMT, table 3.
     """
@@ -73,7 +73,7 @@ def efficiencies(runs: Sequence[Run], problems: list[str]) -> list[Efficiency]:
 
 
 def _measured(runs: Sequence[Run], problems: list[str]) -> list[tuple[Run, dict[str, float]]]:
-    """The trainings whose steps were timed, each with its rates."""
+    """Training runs with timed steps, each with its rates."""
     found = []
     for run in runs:
         try:
@@ -88,7 +88,7 @@ def _measured(runs: Sequence[Run], problems: list[str]) -> list[tuple[Run, dict[
 
 
 def _rates(run: Run) -> dict[str, float]:
-    """Samples and tokens a second over the steps but the first; empty where steps were not timed."""
+    """Samples and tokens per second over all steps but the first; empty if steps were not timed."""
     lines = [line for line in run.training.metrics() if "step_seconds" in line]
     seconds = sum(float(line["step_seconds"]) for line in lines[1:])
     if seconds <= 0:

@@ -1,4 +1,4 @@
-"""What evaluation runs have measured, and which of it belongs together."""
+"""The results of evaluation runs, and which of them to compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mftctl.reporting.paired_change import Samples, read_samples
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One metric of one evaluation run, with the runs that made the state, from first to last, as far as known."""
+    """One metric of one evaluation run, with the known runs that made the state, first to last."""
 
     run: Run
     dataset: dict[str, Any]
@@ -27,28 +27,28 @@ class Measurement:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What two measurements in one table have in common: model, data and metric."""
+        """Model, data and metric, which are the same throughout a table."""
         return (self.inputs["origin"], f"{self.dataset['name']}:{self.dataset['digest']}", self.metric["name"])
 
     @property
     def is_number(self) -> bool:
-        """Whether the value and its error are numbers, and not what a model gives that diverged."""
+        """Whether the value and its error are finite; a diverged model gives other values."""
         error = self.metric["standard_error"]
         return math.isfinite(self.metric["value"]) and (error is None or math.isfinite(error))
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What was measured, and where it comes from."""
+        """The recorded inputs: the evaluated model and its origin."""
         return self.run.record.inputs
 
     @property
     def state(self) -> str:
-        """What was measured, in the words of the papers."""
+        """The evaluated state, as named in the papers."""
         return str(self.run.record.result["state"])
 
     @property
     def seed(self) -> int:
-        """The evaluation's."""
+        """Seed of the evaluation."""
         return int(self.run.record.config.get("seed", 0))
 
     @property
@@ -58,7 +58,7 @@ class Measurement:
 
     @property
     def maker(self) -> tuple[str, str]:
-        """What tells two states of the same name apart: recipe and stage, else the run that made the state."""
+        """Distinguishes states of the same name: recipe and stage, or else the run that made the state."""
         makers = [name for name in self.inputs["parents"] if not name.endswith("-apply")]
         record = next((run.record for run in self.made_by if makers and run.name == makers[-1]), self.run.record)
         if self.state == PRE_TRAINED:
@@ -67,12 +67,12 @@ class Measurement:
 
     @property
     def first_state(self) -> str | None:
-        """The state that the first run on the way here made of the pre-trained model; None where it is not known."""
+        """State of the model that the first run in the lineage produced; None if unknown."""
         first = [run for run in self.made_by if run.name in self.inputs["parents"][:1]]
         return str(first[0].record.result.get("state")) if first else None
 
     def samples(self) -> Samples:
-        """Score and weight of each sample, by its id."""
+        """Score and weight of each sample, by ID."""
         return read_samples(self.run.folder / self.dataset["samples"], self.metric["name"])
 
 
@@ -80,7 +80,7 @@ def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
     """All metrics of a finished evaluation.
 
     Raises:
-        RunError: Its record lacks something that a comparison needs.
+        RunError: The record lacks a value that the comparison needs.
     """
     record = run.record
     try:
@@ -93,22 +93,20 @@ def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
             _ = item.metric["value"], item.metric["standard_error"], item.metric["samples"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = run.folder / "run.json"
-        raise RunError(
-            "The record of this evaluation is not complete.", path=path, actual=first_fault(error)
-        ) from error
+        raise RunError("The record of this evaluation is incomplete.", path=path, actual=first_fault(error)) from error
     return found
 
 
 def belong_together(base: Measurement, item: Measurement) -> bool:
-    """Whether a state is to be compared with this baseline.
+    """Whether a state is compared with this baseline.
 
-    What was made of a fine-tuned model belongs to that very model; a pre-trained model to all made of it; and what was
-    tuned in another way, such as GMT, to the baseline of the same pre-trained model, training data and seed.
+    A state made from a fine-tuned model is compared with that model, any state with its pre-trained model, and a model
+    tuned by a different method, such as GMT, with the baseline of the same pre-trained model, training data and seed.
     """
     same_origin = bool(base.inputs["origin"] == item.inputs["origin"])
     if PRE_TRAINED in (base.state, item.state):
         return same_origin
-    if not item.inputs["parents"]:  # which a folder tells that another runs folder has
+    if not item.inputs["parents"]:  # as for a model folder from a different runs folder
         base_model = item.inputs.get("base")
         return base_model is not None and base_model == str(Path(base.inputs["model"]).resolve())
     if item.first_state in (None, FFT):

@@ -1,4 +1,4 @@
-"""Names for the files of a report: short, and each only once."""
+"""Short, unique file names for a report."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import hashlib
 import re
 
 _LONGEST = 60
-"""Two of them with words around them, and a temporary name beside that, are a name that every file system holds."""
+"""Short enough that two slugs plus other words and a temporary suffix form a valid name on any file system."""
 
 _DIGEST_DIGITS = 8
 
 
 def slug(text: str) -> str:
-    """A text as part of a file name: lower-case letters, digits and hyphens; `x` where nothing is left.
+    """Converts a text for use in a file name: lower-case letters, digits and hyphens; `x` if nothing is left.
 
-    A long one is cut, with a digest of the whole behind it.
+    A long text is cut and a digest of the whole text appended.
     """
     whole = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "x"
     if len(whole) <= _LONGEST:
@@ -24,11 +24,11 @@ def slug(text: str) -> str:
 
 
 def own_name(name: str, taken: set[str]) -> str:
-    """The name, with a number behind it if it came before: `probe`, `probe-2`.
+    """The name, with a number appended if it is already taken: `probe`, `probe-2`.
 
     Args:
-        name: As wished.
-        taken: The names so far; gets the new one.
+        name: The preferred name.
+        taken: The names in use; the new name is added.
     """
     own, number = name, 1
     while own in taken:

@@ -1,4 +1,4 @@
-"""The best next step after what has been measured."""
+"""Recommends the next command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LEARNED = ("MFT", "masked")
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """A command and why.
+    """A recommended command and the reason for it.
 
     Attributes:
-        command: To type next.
+        command: The command to type next.
         reason: One sentence.
     """
 
@@ -27,17 +27,17 @@ class Advice:
 
 
 def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
-    """What tells most next: what is missing, then what the figures leave open, then what to do with a good mask.
+    """Returns the most useful next step: measure what is missing, settle what is open, then use a good mask.
 
     Args:
-        tables: Of the comparison.
-        runs: Of the runs folder, oldest first.
+        tables: The comparison tables.
+        runs: The runs of the runs folder, oldest first.
     """
     made = {run.record.command for run in runs if run.record.status == "finished"}
     states = {row.state.split(" (")[0] for table in tables for row in table.rows}
     masks = [(table, row) for table in tables for row in table.rows if row.state.startswith(LEARNED)]
     if "fft" not in made and "mask-train" not in made:
-        return Advice("mftctl fft", "There is no fine-tuned model yet to learn a mask for.")
+        return Advice("mftctl fft", "There is no fine-tuned model to learn a mask for yet.")
     if "mask-train" not in made:
         return Advice("mftctl mask-train", "No mask has been learned yet.")
     if not masks:
@@ -53,18 +53,18 @@ def _after_a_mask(
     verdicts = {row.change.verdict for _, row in masks if row.change is not None}
     seeds = max(len(row.seeds) for _, row in masks)
     if "worse" in verdicts and "better" not in verdicts:
-        return Advice("mftctl probe", "The mask made it worse: a part of the layers may gain where all together lose.")
+        return Advice("mftctl probe", "The mask made the model worse. Masking only some of the layers may still help.")
     if "better" not in verdicts:
-        return Advice("mftctl eval", "The change is within noise: more test records (no --limit) would tell more.")
+        return Advice("mftctl eval", "The change is within noise. More test records (no --limit) narrow the interval.")
     if seeds < 3:
         recipe = next((run.record.recipe for run in reversed(runs) if run.record.recipe), None)
         if recipe is not None:
             return Advice(
                 f'mftctl run {shlex.quote(recipe)} --set "seeds=[0,1,2]"',
-                f"The mask helps with {'one seed' if seeds == 1 else 'two seeds'}; three tell more.",
+                f"The mask helps with {'one seed' if seeds == 1 else 'two seeds'}. Three give stronger evidence.",
             )
     if not any(table.is_benchmark for table in tables):
         return Advice(
-            "mftctl eval --tasks gsm8k", "The mask helps on its own data; a benchmark tells what it does elsewhere."
+            "mftctl eval --tasks gsm8k", "The mask helps on its own data. A benchmark shows its effect on other data."
         )
-    return Advice("mftctl apply", "The mask helps: apply writes the checkpoint that every server loads.")
+    return Advice("mftctl apply", "The mask helps. apply writes a standard checkpoint that any server loads.")

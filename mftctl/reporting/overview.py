@@ -1,4 +1,4 @@
-"""All states of a model on all that was measured, side by side: how a method fares outside the domain it was for."""
+"""All states of a model on all data, side by side: how a method does outside the domain it was trained for."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mftctl.reporting.state_tables import MetricTable
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One figure that all states are compared in.
+    """One metric on which all states are compared.
 
     Attributes:
-        domain: What it is about, such as `math`; None for a data file and for other tasks of lm-eval.
+        domain: Subject area, such as `math`; None for a data file and for other lm-eval tasks.
         dataset: The benchmark, or the data file.
         metric: The metric's name.
     """
@@ -27,12 +27,12 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What one state has there.
+    """The result of one state in one column.
 
     Attributes:
         value: The metric, averaged over seeds.
-        change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
-        spread: Standard deviation over seeds; None with a single one.
+        change: Change against the baseline; None for the baseline itself or if the samples differ.
+        spread: Standard deviation over seeds; None with a single seed.
         runs: Names of the evaluation runs.
     """
 
@@ -48,8 +48,8 @@ class Overview:
 
     Attributes:
         origin: The pre-trained model.
-        columns: Domain by domain.
-        rows: Each state with a cell a column, None where it was not measured.
+        columns: The columns, ordered by domain.
+        rows: One row per state with one cell per column; None if not measured.
     """
 
     origin: str
@@ -58,12 +58,12 @@ class Overview:
 
 
 def overviews(tables: Sequence[MetricTable]) -> list[Overview]:
-    """One overview for each model of which more than one figure is known.
+    """One overview per model with more than one metric.
 
-    A benchmark has a single column, its first metric; a data file has all of its metrics.
+    A benchmark has a single column, for its first metric; a data file has a column per metric.
 
     Args:
-        tables: Of a comparison.
+        tables: The comparison tables.
 
     Source: MFT, tables 5 and 6.
     """
@@ -80,7 +80,7 @@ def overviews(tables: Sequence[MetricTable]) -> list[Overview]:
 
 
 def _headline(candidates: Sequence[MetricTable]) -> MetricTable:
-    """The first metric, where it was measured on the most samples."""
+    """The table of the first metric that was measured on the most samples."""
     metric = candidates[0].metric
     return max((table for table in candidates if table.metric == metric), key=lambda table: table.rows[0].samples)
 

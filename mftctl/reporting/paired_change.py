@@ -1,4 +1,4 @@
-"""What changed between two measurements of the same samples, and whether that is more than noise."""
+"""The paired change between two evaluations of the same samples, and whether it is beyond noise."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 LOWER_IS_BETTER = ("loss",)
 
 Samples = dict[str, tuple[float, float]]
-"""Score and weight of each sample, by its id."""
+"""Score and weight of each sample, by ID."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Change:
         value: New minus baseline.
         low: Lower end of the 95 % interval.
         high: Upper end of the 95 % interval.
-        verdict: `better`, `worse`, or `within noise` where the interval holds 0.
-        p_value: Of the exact test by sign flips, which for a single seed is McNemar's, for scores of 0 and 1; None for
-            others.
-        corrected_p_value: The same, corrected for the number of the state's benchmarks by Holm's method.
+        verdict: `better`, `worse`, or `within noise` if the interval includes 0.
+        p_value: p-value of the exact sign-flip test (McNemar's for a single seed) for scores of 0 and 1; None for
+            other scores.
+        corrected_p_value: The p-value corrected by Holm's method for the number of the state's benchmarks.
     """
 
     value: float
@@ -43,14 +43,14 @@ class Change:
 
 
 def read_samples(path: Path, metric: str) -> Samples:
-    """Score and weight of each sample of an evaluation, by its id.
+    """Reads the score and weight of each sample of an evaluation, by ID.
 
     Args:
-        path: The evaluation's file of samples.
+        path: The evaluation's samples file.
         metric: The metric's name; samples without it are left out.
 
     Raises:
-        RunError: The file cannot be read, a score is no number, or no sample counts.
+        RunError: The file cannot be read, a score is not a number, or no sample has any weight.
     """
     from mftctl.experiments.run_contents import sample_lines
 
@@ -64,19 +64,19 @@ def read_samples(path: Path, metric: str) -> Samples:
         raise RunError(f"The samples in {place} have no weight.", path=path, key=metric)
     endless = next((name for name, (score, _) in found.items() if not math.isfinite(score)), None)
     if endless is not None:
-        raise RunError(f"The {metric} of a sample in {place} is no number.", path=path, key=endless)
+        raise RunError(f"The {metric} of a sample in {place} is not a number.", path=path, key=endless)
     return found
 
 
 def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Change:
-    """What changed between two measurements of the same samples, averaged over seeds, with interval and verdict.
+    """The change between two evaluations of the same samples, averaged over seeds, with interval and verdict.
 
     Args:
-        pairs: The samples before and after, a pair a seed.
-        metric: The metric's name, which says which way is better.
+        pairs: The samples before and after, one pair per seed.
+        metric: The metric's name, which determines whether lower or higher is better.
 
     Raises:
-        EvaluationError: They were not measured on the same samples, or on too few.
+        EvaluationError: The samples differ or are too few.
     """
     import numpy as np
 
@@ -86,7 +86,7 @@ def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Chan
     if any(set(samples) != set(ids) for pair in pairs for samples in pair):
         raise EvaluationError("not measured on the same samples as its baseline")
     if not ids:
-        raise EvaluationError("measured on no sample at all")
+        raise EvaluationError("no samples were measured")
     before, after = (np.array([[pair[side][key] for key in ids] for pair in pairs]) for side in (0, 1))
     interval = paired_difference_over_seeds(before[..., 0], after[..., 0], after[..., 1])
     verdict = "within noise"
@@ -96,7 +96,7 @@ def paired_change(pairs: Sequence[tuple[Samples, Samples]], metric: str) -> Chan
 
 
 def _p_value(before: NDArray[np.float64], after: NDArray[np.float64]) -> float | None:
-    """Of the exact test by sign flips, where all scores are 0 or 1: summed over seeds, differences stay whole."""
+    """p-value of the exact sign-flip test; None unless all scores are 0 or 1, so that sums over seeds are whole."""
     from mftctl.evaluation.statistics import sign_flips
 
     if not set(before.flat) | set(after.flat) <= {0.0, 1.0}:

@@ -1,4 +1,4 @@
-"""Everything a report says, made from the run folders."""
+"""Builds the content of a report from the run folders."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _LINE_END = "\n"
 
 @dataclass(frozen=True, slots=True)
 class RunSource:
-    """A run that numbers of the report come from.
+    """A run that numbers in the report come from.
 
     Attributes:
-        name: The run's.
-        folder: Where it is.
-        made: What it made or measured, in a few words.
+        name: Name of the run.
+        folder: Folder of the run.
+        made: Short description of its result.
         started: UTC time, ISO 8601.
         seconds: Working time.
-        seed: Its seed.
-        versions: Of the code that made it.
-        reproduction: The command that makes it again.
+        seed: The seed.
+        versions: Versions of the code that made it.
+        reproduction: The command that reproduces it.
     """
 
     name: str
@@ -56,18 +56,18 @@ class RunSource:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What the run folders tell.
+    """The content of a report.
 
     Attributes:
         root: The runs folder.
-        tables: One a model, data set and metric.
-        overviews: Methods by benchmarks.
-        efficiency: What trainings cost.
-        figures: Those there is data for.
+        tables: One table per model, data set and metric.
+        overviews: Methods by benchmark.
+        efficiency: Training costs.
+        figures: The figures that have data.
         sources: The runs that all numbers come from, oldest first.
-        unfinished: A line for each of the newest runs that have not ended well, and how to go on.
-        problems: A line for each run that could not be used.
-        advice: The best next step.
+        unfinished: One line per recent run that is unfinished or failed, with the command to resume it.
+        problems: One line per run that could not be used.
+        advice: The recommended next step.
     """
 
     root: Path
@@ -82,14 +82,14 @@ class Report:
 
 
 def make_report(root: Path, listener: Listener) -> Report:
-    """The report of a runs folder.
+    """Returns the report of a runs folder.
 
     Args:
         root: The runs folder.
-        listener: Hears progress.
+        listener: Receives progress updates.
 
     Raises:
-        RunError: There is no run, or none that tells anything yet.
+        RunError: There are no runs, or none with results yet.
     """
     runs, errors = list_runs(root)
     problems = [told(error, str(error.path)) for error in errors]
@@ -111,9 +111,10 @@ def make_report(root: Path, listener: Listener) -> Report:
     unfinished = _unfinished(runs)
     if not tables and not efficiency and not figures:
         raise RunError(
-            "There is nothing to report: no finished run that trained or measured anything.",
+            "There is nothing to report: no finished run has trained or measured anything.",
             path=root,
-            actual="; ".join([*problems, *unfinished]) or ("no runs" if not runs else f"{len(runs)} other runs"),
+            actual="; ".join([*problems, *unfinished])
+            or ("no runs" if not runs else f"runs without results: {len(runs)}"),
             hint="mftctl eval" if runs else "mftctl fft, or --runs DIR",
         )
     named = [name for table in tables for row in table.rows for name in row.runs]
@@ -134,7 +135,7 @@ def make_report(root: Path, listener: Listener) -> Report:
 
 
 def _with_flags(table: MetricTable, by_name: dict[str, Run]) -> MetricTable:
-    """The table whose rows say how they were made in another way than the baseline's."""
+    """The table with flags on rows that are not comparable with the baseline."""
     baseline = [by_name[name] for row in table.rows if row.is_baseline for name in row.runs]
 
     def flagged(row: Row) -> Row:
@@ -144,7 +145,7 @@ def _with_flags(table: MetricTable, by_name: dict[str, Run]) -> MetricTable:
 
 
 def _with_makers(names: Sequence[str], runs: Sequence[Run], by_name: dict[str, Run]) -> list[Run]:
-    """The runs of these names and those that made what they worked on, oldest first."""
+    """The named runs and the runs that made their inputs, oldest first."""
     wanted = set(names)
     for name in names:
         if name in by_name:
@@ -158,7 +159,7 @@ def _source(run: Run, problems: list[str]) -> RunSource:
         command = reproduction(run)
     except RunError as error:
         problems.append(told(error, run.name))
-        command = f"# not known: {error.message}"
+        command = f"# unknown: {error.message}"
     state = record.result.get("state") or record.inputs.get("state") or record.command
     made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")
     return RunSource(
@@ -174,12 +175,12 @@ def _source(run: Run, problems: list[str]) -> RunSource:
 
 
 def _unfinished(runs: Sequence[Run]) -> tuple[str, ...]:
-    """A line for each of the newest unfinished runs, and one that counts the rest."""
+    """One line per recent unfinished run, and one that counts the rest."""
     found = [run for run in runs if run.record.status != "finished" and not run.is_worked_on]
     lines = [f"{run.name}: {_ending(run)}" for run in reversed(found[-_MOST_LISTED:])]
     older = Counter(_status(run) for run in found[:-_MOST_LISTED])
     if older:
-        lines.append(f"and older ones: {', '.join(f'{count} {status}' for status, count in sorted(older.items()))}")
+        lines.append(f"older runs: {', '.join(f'{count} {status}' for status, count in sorted(older.items()))}")
     working = [run.name for run in runs if run.is_worked_on]
     return (*lines, *(f"{name}: running now" for name in working))
 
@@ -190,7 +191,7 @@ def _status(run: Run) -> str:
 
 def _ending(run: Run) -> str:
     if run.record.status == "failed":
-        return f"failed: {(run.record.error or 'for a reason that is not recorded').partition(_LINE_END)[0]}"
+        return f"failed: {(run.record.error or 'the reason was not recorded').partition(_LINE_END)[0]}"
     if run.record.command in ("fft", "probe", "mask-train", "eval"):
-        return f"{_status(run)}; {run.resume_command} goes on with the newest of its kind"
+        return f"{_status(run)}; {run.resume_command} resumes the latest run of this command"
     return _status(run)

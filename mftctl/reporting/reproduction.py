@@ -1,4 +1,4 @@
-"""How a run can be made again, from what its record says."""
+"""Builds the command that reproduces a run from its record."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from mftctl.errors import RunError
 from mftctl.experiments.run_folder import Run
 
 _DROP = " drop"
-"""How the name of a state ends that a drop has made."""
+"""Suffix of the names of states made by a drop."""
 
 
 def reproduction(run: Run) -> str:
-    """The shell command that makes a run again, in a new folder beside it, from its own configuration.
+    """Returns the shell command that repeats a run from its own configuration, in a new run folder.
 
-    Paths are as the record has them, so that those that are relative hold in the folder that mftctl was called in. A
-    result that was wanted elsewhere goes there again; one that is still there is replaced only where the user agrees.
+    Paths are as recorded, so relative paths are relative to the folder that mftctl was called in. A result outside the
+    run folder is written to the same place again; an existing one is replaced only with the user's consent.
 
     Args:
-        run: Of any command that keeps a run.
+        run: A run of any command.
 
     Raises:
-        RunError: Its record lacks what the command needs.
+        RunError: The record lacks a value that the command needs.
     """
     record = run.record
     if record.command == "surface":
@@ -38,7 +38,7 @@ def _configured(run: Run) -> list[str]:
 
 
 def _mask_train(run: Run) -> list[str]:
-    # The mask always goes somewhere besides the run folder: by default each to the same file, where one may be.
+    # The mask is always written outside the run folder too; the default file is shared and may already exist.
     elsewhere = [] if run.record.output else ["-o", f"{run.name}.bits"]
     return [*_configured(run), *elsewhere]
 
@@ -47,7 +47,7 @@ def _apply(run: Run) -> list[str]:
     record = run.record
     model, mask = _input(run, "model"), _input(run, "mask")
     base = record.result.get("base")
-    if base is None:  # the record of a run of an earlier version, or of one that is not finished
+    if base is None:  # an unfinished run, or one of an earlier version
         base = _input(run, "origin") if _input(run, "state").endswith(_DROP) else model
     tuned = [] if base == model else ["--tuned", model]
     return [str(base), mask, *tuned, *_output(run)]
@@ -56,13 +56,13 @@ def _apply(run: Run) -> list[str]:
 def _eval(run: Run) -> list[str]:
     inputs, config = run.record.inputs, ["--recipe", str(run.folder / "config.yaml")]
     if run.record.config.get("eval", {}).get("predictions") is not None:
-        return config  # it names the outputs that were scored; there is no model
+        return config  # the configuration names the scored outputs; there is no model
     mask = ["--mask", str(inputs["mask"])] if inputs.get("mask") else []
     return [_input(run, "model"), *mask, *config, "--again"]
 
 
 def _surface(run: Run) -> list[str]:
-    # Measured already where its folder is still there: with that away, the same models are found and measured.
+    # If the run folder exists, the surface is already measured; without it, the same models are found and measured.
     sizes = ["--surface-points", _input(run, "points"), "--surface-records", _input(run, "records")]
     return ["report", "--surface", *sizes]
 
@@ -72,10 +72,10 @@ def _output(run: Run) -> list[str]:
 
 
 def _input(run: Run, name: str) -> str:
-    """What the record says of an input.
+    """Returns an input from the record.
 
     Raises:
-        RunError: It says nothing of it.
+        RunError: The record does not have it.
     """
     value = run.record.inputs.get(name)
     if value is None:

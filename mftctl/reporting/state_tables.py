@@ -1,4 +1,4 @@
-"""The comparison that a report shows: every evaluated state against the fine-tuned model it came from."""
+"""Compares every evaluated state with the fine-tuned model it came from."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class SeedResult:
     """One evaluation run of a state.
 
     Attributes:
-        seed: Its seed.
-        value: The metric.
-        change: Against the baseline it belongs to; None for the baseline itself, or where there is none.
-        run: The evaluation run's name.
+        seed: The seed.
+        value: The metric's value.
+        change: Change against its baseline; None for the baseline itself or if there is none.
+        run: Name of the evaluation run.
     """
 
     seed: int
@@ -35,20 +35,20 @@ class SeedResult:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One state under one metric.
+    """One state's result for one metric.
 
     Attributes:
-        state: In the words of the papers.
+        state: Name of the state, as in the papers.
         value: The metric, averaged over seeds.
-        spread: Standard deviation over seeds; None with a single one.
-        standard_error: Of a single seed's value, averaged; None where a run has none.
-        samples: Records or problems measured.
+        spread: Standard deviation over seeds; None with a single seed.
+        standard_error: Standard error of a single seed's value, averaged over seeds; None if no run reports one.
+        samples: Number of records or problems measured.
         seeds: The seeds averaged over.
-        is_baseline: Whether the changes of the other states are against this one.
-        change: Against the baseline; None for the baseline itself, or where it was not measured on the same samples.
+        is_baseline: Whether this is the baseline for the other states.
+        change: Change against the baseline; None for the baseline itself or if the samples differ.
         runs: Names of the evaluation runs.
-        by_seed: Each of these runs by itself.
-        flags: How it was made in another way than its comparison; what the methods compared differ in is none.
+        by_seed: The result of each run.
+        flags: Differences from the baseline that affect comparability, other than those that define the method.
     """
 
     state: str
@@ -66,15 +66,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class MetricTable:
-    """All states of one model under one metric of one data set.
+    """All states of one model for one metric on one data set.
 
     Attributes:
         origin: The pre-trained model.
-        dataset: The data measured on.
+        dataset: The evaluation data.
         metric: The metric's name.
-        baseline: The state that changes are against.
-        rows: In the order of the papers' tables.
-        is_benchmark: Whether the data is a benchmark's, and not a file of records.
+        baseline: The state that changes are measured against.
+        rows: The states, in the order of the papers' tables.
+        is_benchmark: Whether the data is a benchmark rather than a file of records.
     """
 
     origin: str
@@ -86,12 +86,12 @@ class MetricTable:
 
 
 def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) -> list[MetricTable]:
-    """One table for each model, data set and metric; none without a finished evaluation.
+    """One table per model, data set and metric; empty without a finished evaluation.
 
     Args:
-        runs: Of a runs folder, oldest first.
-        problems: Gets a line for each run that cannot be used.
-        listener: Hears progress.
+        runs: The runs of a runs folder, oldest first.
+        problems: Receives one line per run that cannot be used.
+        listener: Receives progress updates.
     """
     by_name = {run.name: run for run in runs}
     groups: dict[tuple[str, str, str], list[Measurement]] = {}
@@ -104,7 +104,7 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
                     groups.setdefault(item.key, []).append(item)
                 else:
                     name = item.dataset["name"]
-                    problems.append(f"{run.name}: its {item.metric['name']} on {name} is no number, and in no table")
+                    problems.append(f"{run.name}: left out, since the {item.metric['name']} on {name} is not a number")
         except RunError as error:
             problems.append(told(error, run.name))
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -129,7 +129,7 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
 
 
 def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]:
-    """Every p-value corrected for all that its state has, as a state is tried on every benchmark."""
+    """The tables with p-values corrected for the number of tests per state (one for each benchmark)."""
     from mftctl.evaluation.statistics import holm
 
     found: dict[tuple[str, str], list[float]] = {}
@@ -148,7 +148,7 @@ def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]
 
 
 def _newest(measurements: Sequence[Measurement]) -> list[Measurement]:
-    """Of several measurements of one state and seed the last."""
+    """The latest measurement of each state and seed."""
     return list({(item.state, item.maker, item.seed): item for item in measurements}.values())
 
 
@@ -167,7 +167,7 @@ def _table(
     domains = list(dict.fromkeys(item.trained_on for item in measurements))
 
     def order(group: Sequence[Measurement]) -> tuple[int, int, tuple[str, str]]:
-        """As in the papers: the pre-trained model, then by what was trained on, and by method."""
+        """Sort key as in the papers: the pre-trained model, then by training data and method."""
         first = group[0]
         place = STATE_ORDER.index(first.state) if first.state in STATE_ORDER else len(STATE_ORDER)
         return (0 if first.state == PRE_TRAINED else 1 + domains.index(first.trained_on), place, first.maker)
@@ -190,7 +190,7 @@ def _table(
 
 
 def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
-    """The state, with as much of its maker as tells it from others of the same state."""
+    """The state, with its recipe and stage if needed to distinguish it from others of the same state."""
     recipe, stage = maker
     if len(makers) == 1:
         return state
@@ -200,13 +200,13 @@ def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, 
 
 
 def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | None], *, is_baseline: bool) -> Row:
-    """One line of a table.
+    """One row of a table.
 
     Args:
         label: Name of the state.
-        group: Its evaluations, seed by seed.
-        changes: Of all together, then of each if there are several.
-        is_baseline: Whether the others are compared with it.
+        group: Its evaluations, one per seed.
+        changes: The overall change, then that of each seed if there are several.
+        is_baseline: Whether this is the baseline.
     """
     values = [item.metric["value"] for item in group]
     errors = [item.metric["standard_error"] for item in group if item.metric["standard_error"] is not None]
@@ -227,7 +227,7 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
 
 
 def _change(group: Sequence[Measurement], others: Iterable[Measurement], metric: str, baseline: str) -> Change | None:
-    """The change of a state, each run paired by sample with its own baseline, then averaged over seeds."""
+    """The change of a state: each run is paired by sample with its own baseline, then averaged over seeds."""
     candidates = [item for item in others if item.state == baseline]
     pairs = [(base, item) for item in group for base in candidates if belong_together(base, item)]
     if not pairs:

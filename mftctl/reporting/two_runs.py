@@ -1,4 +1,4 @@
-"""Two runs side by side: what was done differently, and what came out differently."""
+"""Compares two runs: differences in what they did and in their results."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from mftctl.experiments.run_folder import Run
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
 
 _LABELS = ("name", "dataset", "layers", "step")
-"""Keys that tell the entries of a list apart, such as a data set's name or a group's layers."""
+"""Keys that identify the entries of a list, such as a data set's name or a group's layers."""
 
 _LONG_NUMBER = 20
-"""Digits of what is no number of a layer or a step."""
+"""Digits beyond those of a layer or step number."""
 
 _PLACES = ("model", "mask", "output")
-"""Results that are paths, which differ between any two runs."""
+"""Results that are paths and so differ between any two runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A value that two runs do not share.
+    """A value that differs between two runs.
 
     Attributes:
-        key: Dotted.
-        one: Of the first run; None where it has none.
-        other: Of the second run; None where it has none.
-        change: The second minus the first, of numbers; None for others.
+        key: Dotted key.
+        one: Value of the first run; None if it has none.
+        other: Value of the second run; None if it has none.
+        change: Second value minus first; None unless both are numbers.
     """
 
     key: str
@@ -45,10 +45,10 @@ class PairedMetric:
     Attributes:
         dataset: The data file or benchmark.
         metric: The metric's name.
-        one: Its value in the first run.
-        other: Its value in the second run.
-        samples: Records or problems measured.
-        change: The second against the first, paired by sample.
+        one: Value in the first run.
+        other: Value in the second run.
+        samples: Number of records or problems measured.
+        change: Change from the first to the second, paired by sample.
     """
 
     dataset: str
@@ -61,15 +61,15 @@ class PairedMetric:
 
 @dataclass(frozen=True, slots=True)
 class MaskOverlap:
-    """How much two masks agree, over all tensors that both cover.
+    """Overlap of two masks over all tensors that both cover.
 
     Attributes:
-        weights: That both cover.
-        removed_one: Of these, removed by the first.
-        removed_other: Removed by the second.
-        removed_both: Removed by both.
-        jaccard: Removed by both over removed by either.
-        expected_jaccard: What chance would give.
+        weights: Number of weights that both cover.
+        removed_one: Number of these that the first mask removes.
+        removed_other: Number of these that the second mask removes.
+        removed_both: Number of these that both remove.
+        jaccard: Weights removed by both over weights removed by either.
+        expected_jaccard: The value expected by chance.
         only_one: Tensors that only the first mask covers.
         only_other: Tensors that only the second mask covers.
     """
@@ -89,15 +89,15 @@ class RunComparison:
     """The comparison of two runs.
 
     Attributes:
-        one: Name of the first run; its folder where the names are the same.
-        other: The same of the second run.
-        settings: What the resolved configurations do not share, and the number of processes.
-        inputs: What they worked on: models, masks, digests of the data, contents of the files.
-        versions: Of the code.
-        results: Everything measured or counted that is not the same.
-        metrics: For two evaluations, what both measured on the same data.
-        mask: For two masks.
-        problems: A line for each part that could not be compared.
+        one: Name of the first run, or its folder if both have the same name.
+        other: Name or folder of the second run.
+        settings: Differences in the resolved configuration and the number of processes.
+        inputs: Differences in models, masks, data digests and file contents.
+        versions: Differences in code versions.
+        results: Differences in measured or counted results.
+        metrics: Metrics that both evaluations measured on the same data.
+        mask: Overlap of the two masks, if both runs have one.
+        problems: One line per part that could not be compared.
     """
 
     one: str
@@ -112,11 +112,11 @@ class RunComparison:
 
 
 def compare_two(one: Run, other: Run) -> RunComparison:
-    """The comparison of two runs, of the same command or of two, finished or not.
+    """Compares two runs of the same or different commands, finished or not.
 
     Args:
-        one: The run that differences are against.
-        other: The run compared with it.
+        one: The reference run.
+        other: The run to compare with it.
     """
     same_name = one.name == other.name and one.folder != other.folder
     names = [str(run.folder) if same_name else run.name for run in (one, other)]
@@ -152,7 +152,7 @@ def _results(run: Run) -> dict[str, Any]:
 
 
 def _differences(one: object, other: object, key: str = "") -> Iterator[Difference]:
-    """The values that nested data does not share, by dotted key; an entry of a list by what names it."""
+    """The differences between two nested values, by dotted key; list entries are matched by label."""
     one, other = _opened(one), _opened(other)
     if isinstance(one, Mapping | None) and isinstance(other, Mapping | None):
         first, second = one or {}, other or {}
@@ -163,14 +163,14 @@ def _differences(one: object, other: object, key: str = "") -> Iterator[Differen
 
 
 def _opened(value: object) -> object:
-    """A list of mappings as one mapping; nothing in place of an empty list or mapping; anything else as it is."""
+    """Converts a list of mappings to one mapping and an empty container to None; other values are unchanged."""
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         value = _by_label(value)
     return None if value == {} else value
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """As they come, but numbers, such as those of layers, by their size."""
+    """The names in their original order, but numbers (such as layers) in ascending order."""
     found = list(names)
     return sorted(found, key=int) if all(name.isdecimal() and len(name) < _LONG_NUMBER for name in found) else found
 
@@ -195,7 +195,7 @@ def _change(one: object, other: object) -> float | None:
 
 
 def _paired(one: Run, other: Run, problems: list[str]) -> tuple[PairedMetric, ...]:
-    """What two evaluations measured on the same data, its p-values corrected for their number."""
+    """Metrics that two evaluations measured on the same data, with p-values corrected for their number."""
     if {one.record.command, other.record.command} != {"eval"}:
         return ()
     found: list[PairedMetric] = []
@@ -204,18 +204,18 @@ def _paired(one: Run, other: Run, problems: list[str]) -> tuple[PairedMetric, ..
         for mine in one.record.result.get("datasets", ()):
             data = theirs.get(mine["name"])
             if data is not None and data["digest"] != mine["digest"]:
-                problems.append(f"{mine['name']}: the data measured on is not the same")
+                problems.append(f"{mine['name']}: not evaluated on the same data")
             elif data is not None:
                 found += _paired_metrics((one, mine), (other, data), problems)
     except (KeyError, TypeError, AttributeError) as error:
-        problems.append(f"the record of an evaluation is not complete: {first_fault(error)}")
+        problems.append(f"the record of an evaluation is incomplete: {first_fault(error)}")
     return _with_corrected_p_values(found)
 
 
 def _paired_metrics(
     one: tuple[Run, Mapping[str, Any]], other: tuple[Run, Mapping[str, Any]], problems: list[str]
 ) -> Iterator[PairedMetric]:
-    """The metrics that both runs have of a data set."""
+    """The metrics of a data set that both runs have."""
     dataset = one[1]["name"]
     values = {metric["name"]: metric["value"] for metric in other[1]["metrics"]}
     for metric in one[1]["metrics"]:
@@ -245,7 +245,7 @@ def _with_corrected_p_values(metrics: Sequence[PairedMetric]) -> tuple[PairedMet
 
 
 def _overlap(one: Run, other: Run, problems: list[str]) -> MaskOverlap | None:
-    """How much the masks of two runs agree; None where one of them has none."""
+    """Overlap of the masks of two runs; None if either has no mask."""
     if any(run.record.command != "mask-train" or run.record.status != "finished" for run in (one, other)):
         return None
     from mftctl.masking.mask import open_mask

@@ -1,6 +1,6 @@
-"""How far the runs of a runs folder have come, read while others write it.
+"""Progress of the runs in a runs folder, read while other processes write it.
 
-Thousands of finished runs cost one look at the time of their record each; of a metrics file each line is read once.
+A finished run costs one `stat` of its record per refresh, and each line of a metrics file is read only once.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ _SECTIONS = {"fft": "fft", "mask-train": "mask_train", "probe": "mask_train"}
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far one run has come.
+    """Progress of one run.
 
     Attributes:
         run: The run's name.
         command: The mftctl command.
-        stage: Name of the experiment's stage, None for a command on its own.
-        seed: Of the configuration.
-        status: As in the record, but `killed` where it says `running` and the process is gone from this machine; of
-            other machines that cannot be known.
-        part: Of a probe, the layers whose mask is learned now.
-        step: Optimizer steps done; None where nothing is trained, or not yet.
-        steps: Of how many; None where that is not known.
-        train_loss: Of the last step, per answer token.
-        validation_loss: The last one.
-        best_validation_loss: The lowest so far.
-        tokens_per_second: Speed of the training.
+        stage: Name of the experiment's stage; None for a stand-alone command.
+        seed: The configured seed.
+        status: The recorded status, but `killed` if it is `running` and the process no longer exists on this machine
+            (unknown for other machines).
+        part: Layers whose mask a probe is learning now.
+        step: Optimizer steps done; None if nothing is trained or training has not started.
+        steps: Planned optimizer steps; None if unknown.
+        train_loss: Loss of the last step, per answer token.
+        validation_loss: The last validation loss.
+        best_validation_loss: The lowest validation loss so far.
+        tokens_per_second: Training speed.
         seconds: Working time so far, over all resumptions.
-        seconds_left: Estimated from the steps so far; None where steps or their number are not known.
-        written: When its record or metrics were last written, seconds since 1970.
-        error: First line of the message that a failed run ended with.
+        seconds_left: Estimate from the steps so far; None if the steps done or planned are unknown.
+        written: Time of the last write to its record or metrics, in seconds since 1970.
+        error: First line of the error message of a failed run.
     """
 
     run: str
@@ -71,11 +71,11 @@ class RunProgress:
 
 
 class Following:
-    """Looks at a runs folder again and again.
+    """Watches a runs folder.
 
     Attributes:
-        root: The runs folder, which may be made later.
-        unreadable: Names of the folders whose record could not be read the last time.
+        root: The runs folder, which may not exist yet.
+        unreadable: Names of the folders whose record could not be read at the last refresh.
     """
 
     def __init__(self, root: Path) -> None:
@@ -84,7 +84,7 @@ class Following:
         self._known: dict[str, _Followed] = {}
 
     def refresh(self) -> list[RunProgress]:
-        """How far each run has come by now, oldest first."""
+        """Returns the current progress of each run, oldest first."""
         known: dict[str, _Followed] = {}
         found, unreadable = [], []
         for folder in run_folders(self.root):
@@ -105,13 +105,13 @@ class Following:
 
 
 def follow(root: Path) -> list[RunProgress]:
-    """How far each run of a runs folder has come, oldest first, seen once."""
+    """Returns the progress of each run in a runs folder once, oldest first."""
     return Following(root).refresh()
 
 
 @dataclass(frozen=True, slots=True)
 class _Stamp:
-    """Tells a record from the one that takes its place."""
+    """Identifies one version of a record file."""
 
     inode: int
     size_bytes: int
@@ -119,12 +119,12 @@ class _Stamp:
 
 
 def _stamp(path: Path) -> _Stamp:
-    found = os.stat(path)  # noqa: PTH116 - thousands of them at each refresh
+    found = os.stat(path)  # noqa: PTH116 - called thousands of times per refresh
     return _Stamp(found.st_ino, found.st_size, found.st_mtime)
 
 
 class _Followed:
-    """A run as its record was when it was last read, and its metrics as far as they have been read."""
+    """A run with its record and metrics as last read."""
 
     def __init__(self, run: Run, stamp: _Stamp, metrics: dict[Path, _Metrics]) -> None:
         self.stamp = stamp
@@ -133,7 +133,7 @@ class _Followed:
         self._settled = None if run.record.status == "running" else _settled(run, stamp.written)
 
     def progress(self) -> RunProgress:
-        """How far it has come by now."""
+        """The current progress."""
         return self._settled or self._working()
 
     def _working(self) -> RunProgress:
@@ -169,7 +169,7 @@ class _Followed:
 
 
 def _settled(run: Run, written: float) -> RunProgress:
-    """Of a run that nothing works on, from its record alone."""
+    """Progress of a run that is not being worked on, from its record alone."""
     record = run.record
     result = record.result
     return RunProgress(
@@ -193,7 +193,7 @@ def _settled(run: Run, written: float) -> RunProgress:
 
 
 class _Metrics:
-    """What the lines of a growing `metrics.jsonl` say; each is read once, until the file is another one."""
+    """Reads a growing `metrics.jsonl`, each line once, and restarts when the file is replaced."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -212,12 +212,12 @@ class _Metrics:
         self._first: tuple[int, float] | None = None
 
     def refresh(self) -> None:
-        """Takes in what has been written since; a line that is not whole yet waits for the next time."""
+        """Reads the lines added since the last call; an incomplete last line is left for the next one."""
         try:
             with open_regular(self._path) as stream:
                 found = os.fstat(stream.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset_bytes:
-                    self._start_again(found.st_ino)  # a resumed training has dropped the steps that it does again
+                    self._start_again(found.st_ino)  # a resumed training dropped the steps that it repeats
                 self.written = found.st_mtime
                 stream.seek(self._offset_bytes)
                 for line in stream:
@@ -232,7 +232,7 @@ class _Metrics:
         try:
             line = metrics_line(text)
         except ValueError:
-            return  # half of a line that a kill left, with the next one behind it
+            return  # a line cut off by a kill, joined with the next one
         self.step = line["step"]
         if "eval_loss" in line:
             loss = self.validation_loss = float(line["eval_loss"])
@@ -244,7 +244,7 @@ class _Metrics:
             self._take_time(self.step, line.get("train_runtime"))
 
     def _take_time(self, step: int, seconds: float | None) -> None:
-        """The seconds of a step, over those since the training was begun or resumed."""
+        """Updates the seconds per step since training was started or resumed."""
         if seconds is None:
             return
         if self._first is None or seconds < self._first[1]:
@@ -255,11 +255,11 @@ class _Metrics:
 
 
 def _training_folder(run: Run) -> tuple[str | None, Path]:
-    """Where a run trains now; for a probe, the layers and the folder of the group that has no outcome yet."""
+    """The folder a run is training in; for a probe, also the layers of the group without an outcome yet."""
     if run.record.command == "probe":
         groups = run.folder / "groups"
         try:
-            names = os.listdir(groups)  # noqa: PTH208 - the names are all that is wanted
+            names = os.listdir(groups)  # noqa: PTH208 - only the names are needed
         except OSError:
             names = []
         for name in names:
@@ -269,7 +269,7 @@ def _training_folder(run: Run) -> tuple[str | None, Path]:
 
 
 def _planned_steps(record: RunRecord) -> int | None:
-    """The steps of a training; None where nothing is trained, or the records are not counted yet."""
+    """The planned training steps; None if nothing is trained or the records are not counted yet."""
     section, records = _SECTIONS.get(record.command), record.inputs.get("train_records")
     if section is None or records is None:
         return None
@@ -281,11 +281,11 @@ def _planned_steps(record: RunRecord) -> int | None:
     known = {key: value for key, value in config.items() if key in TrainingOptions.model_fields}
     try:
         return total_steps(int(records), TrainingOptions.model_validate(known), record.processes)
-    except ValidationError:  # of another version
+    except ValidationError:  # written by a different version
         return None
 
 
 def _is_gone(record: RunRecord) -> bool:
-    """Whether the process that worked on a run ran on this machine and has ended."""
+    """Whether the run's process was on this machine and has ended."""
     host, _, process = (record.worker or "").rpartition(":")
     return host == platform.node() and process.isdecimal() and not is_alive(int(process))

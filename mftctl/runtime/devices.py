@@ -1,4 +1,4 @@
-"""What a command computes on: which device, how exactly, and what is said where there is no room on it."""
+"""The device a command computes on, its numerics, and the errors for missing memory."""
 
 from __future__ import annotations
 
@@ -45,33 +45,33 @@ _in_use: Use | None = None
 
 
 def best_device() -> torch.device:
-    """The device in use: that of the command at work, else the accelerator there is, else the CPU."""
+    """Returns the device in use: that of the running command, else an available accelerator, else the CPU."""
     return _automatic() if _in_use is None else _in_use.device
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a recipe names, if it is there.
+    """Returns the device named in a recipe, if available.
 
     Args:
         name: `auto`, `cpu`, `cuda`, `cuda:N`, `mps` or `xpu`.
 
     Raises:
-        ConfigError: It is not there, or not for one of several processes.
+        ConfigError: The device is not available, or not for one of several processes.
     """
     if name == "auto":
         return _automatic()
     if ":" in name and is_launched():
         raise ConfigError(
-            "Each of the processes that a launcher starts takes its own GPU.",
+            "Each process started by a launcher uses its own GPU.",
             key="device",
             expected="auto, cuda or cpu",
             actual=name,
-            hint=f"leave --device out; CUDA_VISIBLE_DEVICES={name.partition(':')[2]} says which GPUs there are",
+            hint=f"omit --device; CUDA_VISIBLE_DEVICES={name.partition(':')[2]} selects the GPUs",
         )
     there = _devices_there()
     if name not in there:
         raise ConfigError(
-            "The device asked for is not there.",
+            "The requested device is not available.",
             key="device",
             expected=", ".join(["auto", *there]),
             actual=name,
@@ -81,13 +81,13 @@ def find_device(name: str) -> torch.device:
 
 
 def join_on(name: str) -> None:
-    """Lets the processes that a launcher started find each other on a device, before any of them works.
+    """Connects the processes started by a launcher on a device, before any of them starts work.
 
     Args:
-        name: As in a recipe.
+        name: The device name as in a recipe.
 
     Raises:
-        ConfigError: It is not there, or not for one of several processes.
+        ConfigError: The device is not available, or not for one of several processes.
     """
     global _in_use
     device = find_device(name)
@@ -96,14 +96,14 @@ def join_on(name: str) -> None:
 
 
 def numbered(device: torch.device) -> torch.device:
-    """The device with its index, the current one where it has none; the CPU as it is."""
+    """Returns the device with its index, by default the current one; the CPU unchanged."""
     if device.type in ("cpu", "mps") or device.index is not None:
         return device
     return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 def device_names() -> list[str]:
-    """The names of the accelerators there are."""
+    """Returns the names of the available accelerators."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return []
@@ -111,12 +111,12 @@ def device_names() -> list[str]:
 
 
 def counts_memory(device: torch.device) -> bool:
-    """Whether a device has memory of its own, of which torch tells what was held at most."""
+    """Checks whether a device has its own memory, whose peak use torch reports."""
     return device.type not in ("cpu", "mps")
 
 
 def has_bf16() -> bool:
-    """Whether the device in use is a GPU that computes in bf16 itself; others emulate it, more slowly than fp32."""
+    """Checks whether the device in use is a GPU with native bf16; others emulate it, slower than fp32."""
     kind = best_device().type
     if kind == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -124,17 +124,17 @@ def has_bf16() -> bool:
 
 
 def uses_bf16(precision: Precision) -> bool:
-    """Whether to compute in bf16: where asked for, and by `auto` on a GPU that has it."""
+    """Checks whether to compute in bf16: if requested, or for `auto` on a GPU that supports it."""
     return has_bf16() if precision == "auto" else precision == "bf16"
 
 
 def free_memory_bytes(device: torch.device) -> int:
-    """The memory that a process can still take: of a GPU what is free, and what torch holds of it without using it.
+    """Returns the memory still available to a process; on a GPU, free memory plus what torch has cached unused.
 
     Args:
-        device: Where.
+        device: The device.
     """
-    if device.type in ("cpu", "mps"):  # which share their memory
+    if device.type in ("cpu", "mps"):  # which share memory
         return available_bytes()
     of_device: Any = torch.cuda if device.type == "cuda" else torch.accelerator
     free = torch.cuda.mem_get_info if device.type == "cuda" else torch.accelerator.get_memory_info
@@ -143,10 +143,10 @@ def free_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def visible_alone(device: torch.device) -> Iterator[None]:
-    """Inside it, processes that are started see no other GPU than this one.
+    """Context in which started processes see only this GPU.
 
     Args:
-        device: A GPU by its number; any other changes nothing.
+        device: A GPU by its number; other devices change nothing.
     """
     before = os.environ.get(_VISIBLE)
     if device.index is not None:
@@ -160,23 +160,23 @@ def visible_alone(device: torch.device) -> Iterator[None]:
 
 
 def attention_in_use(dtype: torch.dtype) -> Attention:
-    """The attention asked for, if weights of a dtype can be computed with it.
+    """Returns the requested attention, if it supports weights of this dtype.
 
     Args:
-        dtype: Of the weights; under autocast they are computed in bf16 whatever it is.
+        dtype: The dtype of the weights; under autocast they are always computed in bf16.
 
     Raises:
-        ConfigError: It is for bf16 and fp16 alone.
+        ConfigError: The attention supports only bf16 and fp16.
     """
     if _in_use is None:
         return "auto"
     if _in_use.attention == _FLASH and dtype == torch.float32 and not uses_bf16(_in_use.precision):
         raise ConfigError(
-            "Flash attention computes in bf16 and fp16 alone.",
+            "Flash attention supports only bf16 and fp16.",
             key="attention",
-            expected="sdpa or eager in fp32",
+            expected="sdpa or eager with fp32",
             actual=_in_use.attention,
-            hint="--attention sdpa, or where there is a choice --precision bf16",
+            hint="--attention sdpa, or --precision bf16 where available",
         )
     return _in_use.attention
 
@@ -189,38 +189,38 @@ def record_attention(model: Any) -> None:
 
 
 def require_deterministic_attention(model: Any) -> None:
-    """Nothing, if the model's attention gives the same bits each time, or nobody asked for that.
+    """Checks that the model's attention is deterministic, if that was requested.
 
     Raises:
-        TrainingError: It is computed by something else than torch.
+        TrainingError: The attention is not computed by torch.
     """
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if torch.are_deterministic_algorithms_enabled() and attention not in _DETERMINISTIC_ATTENTION:
         raise TrainingError(
-            "The attention of this model is not known to give the same bits each time.",
+            "The attention of this model is not known to be deterministic.",
             key="deterministic",
             expected=" or ".join(_DETERMINISTIC_ATTENTION),
             actual=attention,
-            hint="leave --deterministic out",
+            hint="omit --deterministic",
         )
 
 
 def _automatic() -> torch.device:
-    """The accelerator of torch, else the CPU."""
+    """Returns the accelerator found by torch, otherwise the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    # Processes on a Mac have no way to tell each other what is on its GPU.
+    # Processes on a Mac have no way to exchange what is on its GPU.
     alone = found is not None and found.type == "mps" and is_launched()
     return torch.device("cpu") if found is None or on_cpu or alone else found
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, alone or as one of several."""
+    """Checks whether a launcher started this process, alone or as one of several."""
     return world_size() > 1 or "LOCAL_RANK" in os.environ
 
 
 def _devices_there() -> list[str]:
-    """All that can be asked for."""
+    """Returns the names of all available devices."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None or (found.type == "mps" and is_launched()):
         return ["cpu"]
@@ -236,26 +236,26 @@ def _why_not_there(name: str) -> str | None:
 
 
 def require_attention(attention: Attention, device: torch.device) -> None:
-    """Nothing, if a device can compute that attention.
+    """Checks that a device supports this attention.
 
     Raises:
-        ConfigError: Flash attention is not installed, or not for this device.
+        ConfigError: Flash attention is not installed, or does not support this device.
     """
     if attention != _FLASH:
         return
     if device.type != "cuda":
         raise ConfigError(
-            "Flash attention computes on a CUDA GPU.",
+            "Flash attention needs a CUDA GPU.",
             key="attention",
             expected=f"auto, sdpa or eager on {device.type}",
             actual=attention,
-            hint="leave --attention out",
+            hint="omit --attention",
         )
     try:
         importlib.import_module("flash_attn")
-    except ImportError as error:  # also where it was built for another torch
+    except ImportError as error:  # also if it was built for a different torch
         raise ConfigError(
-            "flash-attn is not installed, or not for this torch.",
+            "flash-attn is not installed, or was built for a different torch.",
             key="attention",
             actual=error,
             hint="pip install 'mftctl[flash-attn]' --no-build-isolation, or --attention sdpa",
@@ -286,7 +286,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _product(device: torch.device) -> str:
-    """What the maker calls a device; nothing where torch does not tell."""
+    """Returns the product name of a device; empty if torch does not provide it."""
     if device.type == "cpu":
         return ""
     name_of = getattr(torch.get_device_module(device.type), "get_device_name", None)

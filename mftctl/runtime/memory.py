@@ -1,6 +1,6 @@
-"""How much memory this process may still take of its machine: what the host has free, within the limits of its cgroups.
+"""Memory still available to this process: the host's free memory, within the limits of its cgroups.
 
-In a container psutil tells the host's memory, of which the container may use a part only.
+In a container, psutil reports the memory of the host, of which the container may use only a part.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 
 _NO_LIMIT_BYTES = 1 << 60
-"""Version 1 of cgroups writes a number above this where there is no limit."""
+"""Cgroups v1 writes a number above this if there is no limit."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Files:
-    """What a version of cgroups calls the files of a group."""
+    """File names of a group in one version of cgroups."""
 
     folder: str
     controller: str
@@ -34,33 +34,33 @@ _VERSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class _Limit:
-    """A cgroup's limit, and what of it is still free."""
+    """A cgroup's limit and the memory still available within it."""
 
     total_bytes: int
     available_bytes: int
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """The memory that can be taken without swapping, and without being killed for it.
+    """Returns the memory that can be allocated without swapping or being killed.
 
     Args:
-        root: Where the file system begins.
+        root: The root of the file system.
     """
     limits = [limit.available_bytes for limit in _limits(root)]
     return max(0, min([int(psutil.virtual_memory().available), *limits]))
 
 
 def total_bytes(root: Path = Path("/")) -> int:
-    """The memory that this process and those beside it may hold in all.
+    """Returns the total memory that all processes here may hold.
 
     Args:
-        root: Where the file system begins.
+        root: The root of the file system.
     """
     return min([int(psutil.virtual_memory().total), *(limit.total_bytes for limit in _limits(root))])
 
 
 def _limits(root: Path) -> Iterator[_Limit]:
-    """The limits of the groups that this process is in, of its own and of those above."""
+    """Yields the limits of this process's group and its parent groups."""
     for files in _VERSIONS:
         top = root / files.folder
         own = top / _group(root, files.controller)
@@ -70,9 +70,9 @@ def _limits(root: Path) -> Iterator[_Limit]:
 
 
 def _group(root: Path, controller: str) -> str:
-    """The path of this process's group below the controller's folder.
+    """Returns the path of this process's group below the controller's folder.
 
-    Inside a container that may be the path on the host, where there is none here: the folder itself is then the group.
+    In a container this may be a path on the host that does not exist here; the folder itself is then the group.
     """
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -82,11 +82,11 @@ def _group(root: Path, controller: str) -> str:
 
 
 def _limit(folder: Path, files: _Files) -> _Limit | None:
-    """The limit of one group; None where it has none."""
+    """Returns the limit of one group, or None."""
     limit, usage = (next(iter(_lines(folder / name)), "max") for name in (files.limit, files.usage))
     if not (limit.isdigit() and usage.isdigit()) or int(limit) > _NO_LIMIT_BYTES:
         return None
-    # What was read from files counts as used, and goes as soon as there is need.
+    # File cache counts as used, but is freed on demand.
     stored = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat") if " " in line)
     used = max(0, int(usage) - int(stored.get(files.reclaimable, 0)))
     return _Limit(int(limit), int(limit) - used)
@@ -95,7 +95,7 @@ def _limit(folder: Path, files: _Files) -> _Limit | None:
 def _lines(path: Path) -> list[str]:
     try:
         return path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError):  # another system, or a group that is not to be seen from here
+    except (OSError, UnicodeDecodeError):  # another system, or a group not visible from here
         return []
 
 

@@ -17,7 +17,7 @@ from mftctl.runtime.memory import _MMAP_MAX, _TRIM_THRESHOLD
 
 
 def give_back_freed_memory() -> None:
-    """Returns to the system what an earlier piece of work has freed; without glibc nothing happens."""
+    """Returns freed memory to the system; does nothing without glibc."""
     if platform.system() == "Linux":
         library = ctypes.CDLL(None)
         if hasattr(library, "malloc_trim"):
@@ -25,11 +25,11 @@ def give_back_freed_memory() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Whether this process now keeps freed blocks for the next step, instead of giving them back to the system.
+    """Keeps freed blocks for the next step instead of returning them to the system; returns whether that worked.
 
-    Each training step allocates the same large blocks. glibc hands them back after each and asks for them anew, page by
-    page, which costs time on a CPU; kept, they cost memory between the steps. What the user set in the environment
-    (`MALLOC_...`, or `glibc.malloc` in `GLIBC_TUNABLES`) stays, and other C libraries are left alone.
+    Each training step allocates the same large blocks. glibc returns them after each step and requests them again page
+    by page, which costs time on a CPU; kept, they cost memory between steps. Settings in the environment (`MALLOC_...`,
+    or `glibc.malloc` in `GLIBC_TUNABLES`) take precedence, and other C libraries are left alone.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ)
     if platform.system() != "Linux" or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
@@ -37,28 +37,28 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     if not hasattr(library, "gnu_get_libc_version"):
         return False
-    # Not by a threshold for mmap: mallopt takes none above 32 MB, and activations are larger.
+    # Not through the mmap threshold: mallopt accepts none above 32 MB, and activations are larger.
     return bool(library.mallopt(_MMAP_MAX, 0)) and bool(library.mallopt(_TRIM_THRESHOLD, -1))
 
 
 def free_unreachable() -> None:
-    """Frees what only refers to itself, as a trainer does that has done its work, also the GPU memory of it."""
+    """Frees unreachable reference cycles, such as a finished trainer, including their GPU memory."""
     gc.collect()
     if best_device().type != "cpu":
         torch.accelerator.empty_cache()
 
 
 def restart_peak_memory() -> None:
-    """Lets `peak_memory_bytes` begin anew, without what was freed before; on other systems than Linux it goes on."""
+    """Resets `peak_memory_bytes` to what is held now; has no effect on CPU memory outside Linux."""
     if counts_memory(best_device()):
         torch.accelerator.reset_peak_memory_stats(best_device())
     give_back_freed_memory()
-    with suppress(OSError):  # where the kernel has no such file, or a container forbids it
+    with suppress(OSError):  # the kernel may lack the file, or a container may forbid it
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held since `restart_peak_memory`: of the GPU in use if it has its own, else of the machine."""
+    """Peak memory since `restart_peak_memory`: of the GPU in use if it has its own memory, otherwise of the process."""
     if counts_memory(best_device()):
         return torch.accelerator.max_memory_allocated(best_device())
     import resource

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 _COMPILED_ON_CPU = "deepspeed_shm_comm"
-"""An operator for inference, for which DeepSpeed would call a compiler for a minute on a machine without a GPU."""
+"""An inference operator that DeepSpeed would compile for a minute on a machine without a GPU."""
 
 
 @functools.cache
 def import_deepspeed() -> None:
     """Imports DeepSpeed if it is installed; accelerate does so whenever a model is trained.
 
-    Its log goes to the stream that is stdout at that moment. Below errors it tells nothing that a user could act on.
+    Its log goes to the stream that is stdout at that moment. Only its errors are useful to a user.
     """
     if importlib.util.find_spec("deepspeed") is None:
         return
@@ -51,9 +51,7 @@ def import_deepspeed() -> None:
 
     if best_device().type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings(
-        "ignore", message="`torch.distributed", category=FutureWarning
-    )  # DeepSpeed asks by old names
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)  # DeepSpeed uses old names
     with contextlib.redirect_stdout(sys.stderr):
         import deepspeed
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -63,14 +61,14 @@ def import_deepspeed() -> None:
 
 T = TypeVar("T")
 SUPERVISED = "MFTCTL_SUPERVISED"
-"""Set where the process that started this one ends it when another is lost."""
+"""Set if the parent process ends this one when another is lost."""
 
 _LONGEST_NAP_SECONDS = 0.05
 _meetings = count()
 
 
 def shares_weights() -> bool:
-    """Whether it also holds a part of the frozen weights only: with ZeRO-3 or FSDP."""
+    """Checks whether the frozen weights are sharded as well, with ZeRO-3 or FSDP."""
     if not under_deepspeed():
         return spreads_parameters()
     from accelerate.utils import DeepSpeedPlugin
@@ -80,13 +78,13 @@ def shares_weights() -> bool:
 
 
 def from_first(make: Callable[[], str]) -> str:
-    """What the first process makes, in every process, however long it takes.
+    """Returns in every process what the first process makes, however long that takes.
 
     Args:
         make: Called in the first process only.
 
     Raises:
-        LostProcessError: The first process failed, where it raises its own error, or is gone.
+        LostProcessError: The first process failed (and raised its own error there), or was lost.
     """
     if world_size() == 1:
         return make()
@@ -106,14 +104,14 @@ def from_first(make: Callable[[], str]) -> str:
 
 
 def share_of(items: Sequence[T]) -> list[T]:
-    """This process's share of what all processes do; each has as many items, for which some are taken twice."""
+    """Returns this process's share of items; all shares have equal length, so some items may appear twice."""
     shares = [items[index :: world_size()] for index in range(world_size())]
     mine = list(shares[rank()])
     return mine if len(mine) == len(shares[0]) else [*mine, items[0]]
 
 
 def merged(found: dict[int, T]) -> dict[int, T]:
-    """What all processes found, in each of them; to be called in all of them at once."""
+    """Merges the results of all processes in each of them; a collective call."""
     if world_size() == 1:
         return found
     parts = [pickle.loads(part) for part in _meet(pickle.dumps(found))]
@@ -121,7 +119,7 @@ def merged(found: dict[int, T]) -> dict[int, T]:
 
 
 def add_up(tensors: Iterable[Tensor]) -> None:
-    """Replaces each tensor by its sum over all processes; to be called in all of them at once."""
+    """Replaces each tensor by its sum over all processes; a collective call."""
     if world_size() == 1:
         return
     import torch.distributed
@@ -132,30 +130,30 @@ def add_up(tensors: Iterable[Tensor]) -> None:
 
 
 def divides_work() -> bool:
-    """Whether each of several processes has the whole model, so that it can work on what is its own alone."""
+    """Checks whether each of several processes has the whole model and can work independently."""
     return world_size() > 1 and not shares_weights()
 
 
 def parts() -> int:
-    """How many parts the work has that is divided between the processes."""
+    """Returns the number of parts that work is divided into."""
     return world_size() if divides_work() else 1
 
 
 def own_part(items: Sequence[T]) -> list[T]:
-    """What this process does, of what is done once by one of all; everything where work is not divided."""
+    """Returns the items this process works on; all items if work is not divided."""
     return list(items[rank() :: world_size()] if divides_work() else items)
 
 
 def put_together(found: dict[int, T]) -> dict[int, T]:
-    """What all processes made of their own parts, in each of them; to be called in all of them at once."""
+    """Merges the results of all parts in each process; a collective call."""
     return merged(found) if divides_work() else found
 
 
 def wait_for_all() -> None:
-    """Returns when every process has come here, however long one of them takes.
+    """Waits until every process has called this, however long one of them takes.
 
     Raises:
-        LostProcessError: Another process is gone.
+        LostProcessError: Another process was lost.
     """
     if world_size() > 1:
         _meet(b"")
@@ -163,7 +161,7 @@ def wait_for_all() -> None:
 
 @contextmanager
 def first_before_others() -> Iterator[None]:
-    """Does a block in the first process, then in the others: for what one leaves for all, such as downloads."""
+    """Runs a block in the first process, then in the others, for work that one does for all, such as downloads."""
     if not is_first():
         wait_for_all()
     yield
@@ -172,13 +170,13 @@ def first_before_others() -> Iterator[None]:
 
 
 def join() -> None:
-    """Makes the group of all processes, and gives this one its GPU."""
+    """Creates the group of all processes and assigns this one its GPU."""
     if world_size() > 1:
         _join()
 
 
 def forget_plan() -> None:
-    """Lets the next trainer configure DeepSpeed or FSDP anew; accelerate keeps what the first one did."""
+    """Lets the next trainer reconfigure DeepSpeed or FSDP; accelerate would keep the first configuration."""
     if spreads_parameters():
         from accelerate.state import AcceleratorState
 
@@ -187,7 +185,7 @@ def forget_plan() -> None:
 
 
 def leave() -> None:
-    """Takes this process out of the group, if it is in one: at its end, the group's threads would abort it."""
+    """Removes this process from its group, if any, as the group's threads would abort it on exit."""
     if "torch" in sys.modules and world_size() > 1:
         import torch.distributed
 
@@ -196,12 +194,12 @@ def leave() -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in some process; to be asked in all of them at the same step."""
+    """Checks whether the flag is set in any process; a collective call."""
     return bool(largest(flag))
 
 
 def largest(number: int) -> int:
-    """The largest number that a process has; to be asked in all of them at the same step."""
+    """Returns the largest number over all processes; a collective call."""
     if world_size() == 1:
         return number
     import torch
@@ -212,24 +210,24 @@ def largest(number: int) -> int:
 
 
 def _join() -> PartialState:
-    """The group of all processes; made when it is first needed."""
+    """Returns the group of all processes, created on first use."""
     from accelerate import PartialState
 
     from mftctl.runtime.devices import best_device
 
     import_deepspeed()
-    # The group is made here, before any TrainingArguments, whose ddp_timeout would come too late.
+    # The group is created here, before any TrainingArguments, whose ddp_timeout would come too late.
     return PartialState(cpu=best_device().type == "cpu", timeout=timedelta(seconds=timeout_seconds()))
 
 
 def _meet(brought: bytes) -> list[bytes]:
-    """What every process brings, in their order and in all of them.
+    """Returns the contributions of all processes by rank, in all of them.
 
-    This goes through the store of the group and not over its collective operations: those have a time limit, after
-    which NCCL ends the process, and one that writes a checkpoint lets others wait longer than that.
+    This uses the store of the group instead of its collective operations: those have a timeout, after which NCCL ends
+    the process, and writing a checkpoint can keep the others waiting longer than that.
 
     Raises:
-        LostProcessError: Another process is gone, as far as nobody else notices that.
+        LostProcessError: Another process was lost, unless the parent detects that.
     """
     import torch.distributed
     from torch.distributed.distributed_c10d import _get_default_store
@@ -237,12 +235,12 @@ def _meet(brought: bytes) -> list[bytes]:
     _join()
     store, number = _get_default_store(), next(_meetings)
     try:
-        store.set(_key(number, rank()), b"." + brought)  # type: ignore[arg-type]  # it takes bytes, but not none
+        store.set(_key(number, rank()), b"." + brought)  # type: ignore[arg-type]  # it takes non-empty bytes
         found = [_take(store, _key(number, each)) for each in range(world_size())]
-        if number:  # all have come here, so that all have read what was brought before
+        if number:  # all have arrived here, so all have read the previous contributions
             store.delete_key(_key(number - 1, rank()))
     except torch.distributed.DistError as error:
-        raise LostProcessError("The processes lost each other.", actual=first_line(error)) from error
+        raise LostProcessError("The processes lost their connection.", actual=first_line(error)) from error
     return found
 
 
@@ -251,15 +249,15 @@ def _key(meeting: int, process: int) -> str:
 
 
 def _take(store: Store, key: str) -> bytes:
-    """What is under a key of the store, as soon as it is there."""
+    """Returns the value of a key in the store, as soon as it exists."""
     end_seconds = None if _is_supervised() else time.monotonic() + timeout_seconds()
     nap_seconds = 0.001
     while not store.check([key]):
         if end_seconds is not None and time.monotonic() > end_seconds:
             raise LostProcessError(
-                "Another process did not come in time.",
+                "Another process did not respond in time.",
                 expected=f"within {timeout_seconds()} s",
-                hint=f"{TIMEOUT}=SECONDS for a longer time",
+                hint=f"{TIMEOUT}=SECONDS to wait longer",
             )
         time.sleep(nap_seconds)
         nap_seconds = min(2 * nap_seconds, _LONGEST_NAP_SECONDS)
@@ -267,5 +265,5 @@ def _take(store: Store, key: str) -> bytes:
 
 
 def _is_supervised() -> bool:
-    """Whether whoever started the processes ends all of them when one is lost: mftctl, torchrun or accelerate."""
+    """Checks whether the parent (mftctl, torchrun or accelerate) ends all processes when one is lost."""
     return SUPERVISED in os.environ or "TORCHELASTIC_RUN_ID" in os.environ

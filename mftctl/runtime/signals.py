@@ -1,4 +1,4 @@
-"""What ends a command from outside: a closed terminal and a request to terminate count as Ctrl-C."""
+"""Signals that end a command: hang-up and termination are handled like Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import threading
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that end a command beside Ctrl-C."""
+"""Signals other than Ctrl-C that end a command."""
 
 
 def end_as_on_interrupt() -> None:
-    """From here on SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once; further ones are passed over.
+    """Makes SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread, once; further signals are ignored.
 
-    A signal that is ignored stays ignored, such as SIGHUP under nohup.
+    An ignored signal stays ignored, such as SIGHUP under nohup.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -23,7 +23,7 @@ def end_as_on_interrupt() -> None:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         nonlocal received
-        if os.getpid() != process:  # a forked child ends as it would without this
+        if os.getpid() != process:  # a forked child ends as it would without this handler
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not received:
@@ -36,5 +36,5 @@ def end_as_on_interrupt() -> None:
 
 
 def is_heeded(number: int) -> bool:
-    """Whether a signal is not ignored by whoever started this process."""
+    """Checks that the parent process did not set a signal to be ignored."""
     return signal.getsignal(number) != signal.SIG_IGN

@@ -1,4 +1,4 @@
-"""What a GPU cannot do, as known failures."""
+"""GPU errors as known failures."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _HELD = re.compile(r"MPS allocated: ([\d.]+ \w+), .*max allowed: ([\d.]+ \w+)")
 
 @contextmanager
 def gpu_failures(doing: str) -> Iterator[None]:
-    """Turns what a GPU cannot do into a known failure; the innermost block names what was being done.
+    """Turns GPU errors into known failures; the innermost block names the activity.
 
     Args:
-        doing: Such as `training`.
+        doing: The activity, such as `training`.
 
     Raises:
-        DeviceMemoryError: There is no room.
-        TrainingError: Something has no deterministic implementation, and one was asked for.
+        DeviceMemoryError: The GPU ran out of memory.
+        TrainingError: An operation has no deterministic implementation, but one was requested.
     """
     try:
         yield
@@ -41,48 +41,48 @@ def gpu_failures(doing: str) -> Iterator[None]:
         raise TrainingError(
             "An operation of this model has no deterministic implementation.",
             key="deterministic",
-            expected="operations that give the same bits each time",
+            expected="deterministic operations",
             actual=operation[1],
-            hint="leave --deterministic out",
+            hint="omit --deterministic",
         ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch says that a device has no room; on a Mac it has no class of its own."""
+    """Checks whether a torch error means that a device ran out of memory; on a Mac it has no separate class."""
     return isinstance(error, torch.OutOfMemoryError) or str(error).startswith(_MPS_OUT_OF_MEMORY)
 
 
 def _shortage(message: str) -> str:
-    """What was asked for and what was free, from what torch says."""
+    """Returns the requested and the free memory from torch's message."""
     asked, free, held = _ASKED.search(message), _FREE.search(message), _HELD.search(message)
     if asked is not None and free is not None:
-        return f"{asked[1]} asked for, {free[2]} of {free[1]} free"
+        return f"{asked[1]} requested, {free[2]} of {free[1]} free"
     if asked is not None and held is not None:
-        return f"{asked[1]} asked for, {held[1]} of {held[2]} held"
+        return f"{asked[1]} requested, {held[1]} of {held[2]} in use"
     return message.splitlines()[0]
 
 
 _OF_TORCH = ("inline_container", "iostream error", "PytorchStreamWriter")
-"""In the messages of torch's writer, which tell a place in its source and no reason."""
+"""Found in messages of torch's file writer, which name a source location instead of a reason."""
 
 
 def failure_of_writing(error: BaseException) -> OSError | None:
-    """The system's error that one of torch comes from; None where torch has not kept it."""
+    """Returns the system error that caused a torch error; None if torch did not keep it."""
     return next((cause for cause in _causes(error) if isinstance(cause, OSError)), None)
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a file could not be written, in a line."""
+    """Returns the reason why a file could not be written, in one line."""
     found = failure_of_writing(error)
     if found is not None:
         return found.strerror or str(found)
     if any(words in str(error) for words in _OF_TORCH):
-        return "no room, a limit, or a broken disk: torch could not write a file to its end"
+        return "disk full, file size limit or broken disk: torch could not finish writing a file"
     return str(error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those it was raised from or after."""
+    """Yields an error and its causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

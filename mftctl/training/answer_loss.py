@@ -1,4 +1,4 @@
-"""The training loss over answer tokens, with logits computed only where there is one."""
+"""The training loss over answer tokens, with logits computed only where an answer token is predicted."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ def answer_loss(
     """The loss summed over a micro-batch's answer tokens, divided by the answer tokens of the whole optimizer step.
 
     Args:
-        outputs: Of the model, with logits `(1, positions, vocabulary)`, or of all positions, or with those of the
-            first ones and the losses of the others, as `logits_only_at` has it.
+        outputs: The model's output: logits `(1, positions, vocabulary)`, the logits of all positions, or the logits
+            of the first positions and the losses of the others, as in `logits_only_at`.
         positions: From `answer_positions`.
         tokens: From `answer_positions`.
-        answer_tokens: Of all micro-batches (and processes) of the step; records, where each counts alike.
-        shares: From `record_shares`, for a mean over records; None counts every token alike.
+        answer_tokens: Answer tokens in all micro-batches (and processes) of the step; the number of records where
+            every record has equal weight.
+        shares: From `record_shares`, for a mean over records; with None, every token has equal weight.
     """
     logits, others = outputs.logits, getattr(outputs, "loss", None)
     if others is not None:
         chosen, tokens = logits[0], tokens[: logits.shape[1]]
     else:
-        # A record's last position predicts nothing, so that logits of all positions are always more.
+        # The last position of a record predicts nothing, so there are always more logits when all positions are given.
         chosen = logits[0] if logits.shape[:2] == (1, len(positions)) else logits.flatten(0, 1)[positions]
     if shares is None:
         total: torch.Tensor = F.cross_entropy(chosen.float(), tokens, reduction="sum")
@@ -44,7 +45,7 @@ def answer_loss(
 
 
 def record_shares(labels: torch.Tensor) -> torch.Tensor:
-    """What each answer token counts in the mean of its record, fp32 `(answer tokens,)`, as `answer_positions` has them.
+    """The weight of each answer token in the mean of its record, fp32 `(answer tokens,)`, as in `answer_positions`.
 
     Args:
         labels: `(records, length)`, -100 where there is no answer token.

@@ -1,4 +1,4 @@
-"""What a training step computes, by count of its matrix products."""
+"""Counts the floating-point operations of a training step's matrix products."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mftctl.masking.targets import MaskTarget, decoder_layers
 
 
 def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
-    """Floating-point operations of a forward and a backward pass, a token, of the products with weights alone.
+    """Floating-point operations per token of a forward and a backward pass, counting only products with weights.
 
-    A weight costs 2 for the output, 2 for the gradient of its input if anything that is trained lies in its decoder
-    layer or below, and 2 for its own gradient if it is trained. Of experts those count that a token passes. Products
-    within attention, norms and the optimizer are left out, as is what reuse and logits only at answers save.
+    A weight costs 2 for the output, 2 for the gradient of its input if its decoder layer or one below contains anything
+    trained, and 2 for its own gradient if it is trained. Only experts that a token is routed to count. Products within
+    attention, norms, the optimizer, and the savings from reuse and from logits only at answers are left out.
 
     Args:
-        model: On one process, whole, before masks are attached.
-        masked: What a mask is learned for, while the weights themselves are frozen.
+        model: The whole model in one process, before masks are attached.
+        masked: Targets that a mask is learned for, while the weights themselves are frozen.
     """
     prefix, decoder = decoder_layers(model)
     scored = {id(target.module.get_parameter(target.parameter)) for target in masked}
@@ -38,7 +38,7 @@ def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """Name and weight of everything a hidden state is multiplied with, and whether it holds several experts."""
+    """Yields name and weight of every matrix that hidden states are multiplied by, and whether it holds experts."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module.weight, False
@@ -49,7 +49,7 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
 
 
 def _weight_count(weight: torch.Tensor) -> int:
-    """The weights in a parameter; of 4 bits each, two share an entry."""
+    """The number of weights in a parameter; two 4-bit weights share an entry."""
     quantization = getattr(weight, "quant_state", None)
     return weight.numel() if quantization is None else math.prod(quantization.shape)
 
@@ -64,7 +64,7 @@ def _trains_embeddings(model: nn.Module) -> bool:
 
 
 def _active_share(model: nn.Module) -> float:
-    """The share of the experts that a token passes; 1 for a model without."""
+    """The share of experts that a token is routed to; 1 for a model without experts."""
     config = getattr(model, "config", None)
     chosen = getattr(config, "num_experts_per_tok", None)
     experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)

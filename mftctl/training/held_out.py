@@ -1,4 +1,4 @@
-"""What validation data says of a mask: some records decide which is the best, the others whether it is any good."""
+"""Validation of masks: some records select the best mask, the others confirm that it helps."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _FEWEST_CONFIRMING = 4
 
 
 def split_validation_records(validation: list[_T], options: MaskTrainOptions) -> tuple[list[_T], list[_T]]:
-    """The validation records that decide which mask is the best, and those that only confirm it.
+    """Splits the validation records into those that select the best mask and those that only confirm it.
 
-    The best of many masks owes part of its lead to chance: records that took no part in the choice tell how much of it
-    is real. A mask that nothing was chosen for is measured on all; so is one with too few records for two parts.
+    The best of many masks owes part of its lead to chance; records not used in the selection show how much of it is
+    real. A mask obtained without selection is evaluated on all records, as is one with too few records to split.
 
     Args:
-        validation: In the order of the data.
-        options: Method of the mask.
+        validation: Records in the order of the data.
+        options: Options of the mask training, including its method.
     """
     if options.method != "learned" or len(validation) < 2 * _FEWEST_CONFIRMING:
         return validation, []
@@ -42,12 +42,12 @@ def split_validation_records(validation: list[_T], options: MaskTrainOptions) ->
 
 
 def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> dict[str, Any]:
-    """What a mask changes on records that took no part in choosing it, with the paired 95 % interval.
+    """The change in loss on records not used to select a mask, with its paired 95 % interval.
 
     Args:
-        search: What it was found by; says by warning if the interval holds 0.
+        search: The search that found the mask; its listener is warned if the interval contains 0.
         keep: The mask.
-        records: At least two.
+        records: At least two records.
     """
     inputs = replace(search.inputs, validation=records)
     before = validation_losses(search.model, inputs, search.listener)
@@ -57,12 +57,12 @@ def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[
 
 
 def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener: Listener) -> dict[str, Any]:
-    """What the losses of the same records without a mask and with it say, with the paired 95 % interval.
+    """Compares the losses of the same records without and with a mask, with the paired 95 % interval.
 
     Args:
-        before: At least two.
-        after: With the mask.
-        listener: Is warned if the interval holds 0.
+        before: Losses without the mask, at least two.
+        after: Losses with the mask.
+        listener: Warned if the interval contains 0.
     """
     change = paired_difference(
         np.array([mine.nll - its.nll for mine, its in zip(after, before, strict=True)]),
@@ -71,7 +71,7 @@ def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener:
     confirmed = change.high < 0
     if not confirmed:
         listener.warn(
-            f"The {len(before)} validation records that took no part in choosing the mask do not confirm it: "
+            f"The {len(before)} validation records not used to select the mask do not confirm it: "
             f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
         )
     return {
@@ -87,12 +87,12 @@ def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener:
 
 @contextmanager
 def masked(targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Inside it, what a mask removes is +0.0 in the weights themselves; afterwards they are bit for bit as before.
+    """Context in which removed weights are +0.0 in the model itself; afterwards all are restored bit for bit.
 
-    Held meanwhile, on the weights' device: the mask, a byte a weight, and the values removed.
+    Meanwhile the mask (one byte per weight) and the removed values are held on the weights' device.
 
     Args:
-        targets: From `find_targets` on a model without masks, which computes with the mask.
+        targets: From `find_targets` on a model without masks; the model then computes with the mask.
         keep: Bool keep mask by target name, on any device.
     """
     removed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -109,12 +109,12 @@ def masked(targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> I
 
 
 def validation_loss(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> float:
-    """The loss per answer token on the validation data, of the model as it is."""
+    """The model's current loss per answer token on the validation data."""
     return mean_loss(validation_losses(model, inputs, listener))
 
 
 def validation_losses(model: PreTrainedModel, inputs: TrainingInputs, listener: Listener) -> list[SampleLoss]:
-    """The loss of each validation record, of the model as it is."""
+    """The model's current loss on each validation record."""
     return sample_losses(
         model,
         inputs.validation,

@@ -1,4 +1,4 @@
-"""Training data ready for the model: read, split, encoded and checked before anything heavy is loaded."""
+"""Prepares training data: reads, splits, encodes and checks it before the model is loaded."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from mftctl.progress import Listener, Silence
 
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
-    """What a training needs besides the model's weights.
+    """The inputs of a training other than the model's weights.
 
     Attributes:
         checkpoint: Folder of the model to start from.
-        tokenizer: The model's, with the chat template that the recipe wants.
+        tokenizer: The model's tokenizer, with the recipe's chat template.
         train: Encoded training records.
         validation: Encoded validation records.
         digests: SHA-256 of the examples of both parts.
         records: The digest of each training record.
-        left_out: Training records that were not to be learned from.
-        template: What is to be recorded of the chat template.
-        issues: How many records of each part were refused, cut and the like.
-        check: What is to be known of the checkpoint.
-        validation_examples: What all of the validation records were made of.
+        left_out: Number of training records excluded from learning.
+        template: The chat template's entry in the run's record.
+        issues: Number of records in each part that were refused, truncated and so on.
+        check: Facts about the checkpoint.
+        validation_examples: The examples behind the validation records.
     """
 
     checkpoint: Path
@@ -62,7 +62,7 @@ class TrainingInputs:
     validation_examples: list[Example] = field(default_factory=list)
 
     def template_text(self) -> str:
-        """The chat template in the words of a model card."""
+        """The chat template as described in a model card."""
         source = self.template.get("source")
         if source is None:
             return "none"
@@ -71,7 +71,7 @@ class TrainingInputs:
         return ", ".join([str(source), *args, *merged])
 
     def summary(self) -> dict[str, Any]:
-        """Counts for the run's record."""
+        """Counts and digests for the run's record."""
         return {
             "train_records": len(self.train),
             "validation_records": len(self.validation),
@@ -85,13 +85,13 @@ class TrainingInputs:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The records of a recipe as they are read.
+    """The records of a recipe as read.
 
     Attributes:
         train: Training records.
         validation: Validation records.
-        train_issues: What is wrong with the records that the training part was read from.
-        validation_issues: The same of the validation part; of data that was split, it is the same.
+        train_issues: Issues with the records that the training part was read from.
+        validation_issues: Issues with those of the validation part; the same object if the data was split.
     """
 
     train: Sequence[Example]
@@ -100,7 +100,7 @@ class Parts:
     validation_issues: RecordIssues
 
     def named_issues(self) -> dict[str, RecordIssues]:
-        """The issues by the name of the part that they are of."""
+        """The issues by the name of their part."""
         if self.train_issues is self.validation_issues:
             return {"Data": self.train_issues}
         return {"Training data": self.train_issues, "Validation data": self.validation_issues}
@@ -123,19 +123,19 @@ def prepare_training(
     Args:
         recipe: Names the data, the split, the chat template and the seed.
         model: Checkpoint folder, hub id or `quickstart`.
-        max_length_tokens: Longer records are cut at the end.
-        data_fraction: Share of the training records to use, of those to learn from.
+        max_length_tokens: Longer records are truncated at the end.
+        data_fraction: Share of the records to learn from that is used.
         adapters: Whether the model may be a LoRA adapter.
         seen: Digests of the records that the model was fine-tuned on.
-        learn_from: What that is good for, as `records_to_learn_from` has it.
-        now: What a chat template takes for the present; by default what the clock says.
-        listener: Is told what is to be known of records.
+        learn_from: How to treat those records; see `records_to_learn_from`.
+        now: The current time as seen by a chat template; by default the clock's.
+        listener: Receives notes and warnings about the records.
 
     Raises:
-        ConfigError: The recipe names no data, or there is no such chat template.
+        ConfigError: The recipe names no data, or the chat template does not exist.
         DataError: A file or a record cannot be used.
-        ModelError: The checkpoint is not what its configuration says, its tokenizer cannot be loaded, or a record is
-            longer than the positions that it has learned.
+        ModelError: The checkpoint does not match its configuration, its tokenizer cannot be loaded, or a record is
+            longer than its learned positions.
     """
     if not recipe.data:
         raise ConfigError("Training needs data.", key="--data", expected="a file or a hub id", actual="none given")
@@ -178,7 +178,7 @@ def _settle(
     max_length_tokens: int,
     listener: Listener,
 ) -> None:
-    """Refuses records that cannot be used, or says that they are left out."""
+    """Refuses unusable records, or reports that they are left out."""
     for name, issues in parts.named_issues().items():
         issues.settle(recipe.bad_records)
         tell_issues(name, issues, max_length_tokens, listener)
@@ -187,10 +187,10 @@ def _settle(
 
 
 def split_examples(recipe: Recipe) -> Parts:
-    """The training and the validation records of a recipe; those that cannot be read are with the issues.
+    """The training and validation records of a recipe; unreadable records are listed in the issues.
 
     Raises:
-        DataError: A file cannot be used, or too few records to split.
+        DataError: A file cannot be used, or there are too few records to split.
     """
     issues = RecordIssues()
     train = load_examples(recipe.data, seed=recipe.seed, issues=issues)
@@ -201,29 +201,29 @@ def split_examples(recipe: Recipe) -> Parts:
     try:
         kept, held_out = split_validation(train, recipe.val_fraction, recipe.seed)
     except DataError:
-        issues.settle(recipe.bad_records)  # which is why there are so few
+        issues.settle(recipe.bad_records)  # they explain why there are so few
         raise
     return Parts(kept, held_out, issues, issues)
 
 
 def require_same_data(before: Mapping[str, Any], inputs: TrainingInputs) -> None:
-    """Nothing, if a run that goes on has the data and the chat template that it began with.
+    """Checks that a resumed run has the same data and chat template as when it began.
 
     Args:
-        before: The inputs in the run's record; of a run that begins they say nothing of data.
-        inputs: What there is now.
+        before: The inputs in the run's record; a new run has no data entries yet.
+        inputs: The current inputs.
 
     Raises:
-        ChangedDataError: They have changed.
+        ChangedDataError: The data or the template has changed.
     """
     began = {**before.get("digests", {}), "chat template": before.get("chat_template", {}).get("digest")}
     now = {**inputs.digests, "chat template": inputs.template.get("digest")}
     changed = [name for name, digest in began.items() if digest is not None and digest != now[name]]
     if changed:
         raise ChangedDataError(
-            "The data is no longer what this run began with.",
+            "The data has changed since this run began.",
             key=", ".join(changed),
             expected=", ".join(f"SHA-256 {began[name]}" for name in changed),
             actual=", ".join(str(now[name]) for name in changed),
-            hint="put it back, or start a new run without --resume",
+            hint="restore the data, or start a new run without --resume",
         )

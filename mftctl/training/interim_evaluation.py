@@ -1,4 +1,4 @@
-"""Benchmarks and test data measured on a model while it is trained: scores against steps."""
+"""Benchmarks and test data evaluated on a model during training."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from mftctl.training.stopping import StopRequest
 
 
 class InterimEvaluation(TrainerCallback):
-    """Measures every so many steps, at the start and at the end, always on the same first problems and records.
+    """Evaluates every N steps, at the start and at the end, always on the same first problems and records.
 
-    Each measurement is a line of `metrics.jsonl` with `step`, `dataset`, `digest` and `metrics`; its samples go to
+    Each evaluation adds a line to `metrics.jsonl` with `step`, `dataset`, `digest` and `metrics`; its samples go to
     `evaluations/step-<step>/`.
 
     Args:
-        recipe: With the `eval` section and `test_data`.
-        options: Of the training: how often, and on how much.
-        encoder: Of the model's tokenizer.
-        model_name: What the model is called where outputs are written for a judge.
-        folder: Of the training.
-        listener: Hears progress.
+        recipe: Provides the `eval` section and `test_data`.
+        options: Training options: how often to evaluate, and on how many samples.
+        encoder: Encoder of the model's tokenizer.
+        model_name: Name of the model in outputs written for a judge.
+        folder: The training's folder.
+        listener: Receives progress updates.
 
     Raises:
-        MftError: There is nothing to measure, or a task, a file or the sandbox is not what it should be.
+        MftError: There is nothing to evaluate, or a task, a file or the sandbox cannot be used.
 
     Source: MFT, figure 2.
     """
@@ -63,35 +63,35 @@ class InterimEvaluation(TrainerCallback):
 
     @property
     def test_lengths(self) -> list[int]:
-        """Of the test data's records, in tokens."""
+        """The lengths of the test records in tokens."""
         return [len(record.input_ids) for record in self._test.records.records]
 
     def watch(self, stop: StopRequest) -> None:
-        """Gives up a measurement, which can take long, as soon as the user wants to stop.
+        """Aborts an evaluation, which can take long, as soon as the user asks to stop.
 
-        Several processes, which share it out, finish it: a signal comes to each of them at another time.
+        Several processes that share an evaluation finish it, since the signal reaches each at a different time.
 
         Args:
-            stop: Set when that is so.
+            stop: Set when the user asks to stop.
         """
         self._patient.stop = stop if world_size() == 1 else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures what is due and was not measured before a stop."""
+        """Runs an evaluation that is due and was not completed before a stop."""
         if self._is_due(state) and not self._has_measured(state.global_step):
             try:
                 self._measure(state.global_step, kwargs["model"])
             except _StopWanted as error:
                 raise Interrupted(
-                    f"Stopped at step {state.global_step} of {state.max_steps}, before the next.",
+                    f"Stopped at step {state.global_step} of {state.max_steps}, before the next step.",
                     path=self._folder.folder,
                     hint=self._folder.resume_command,
                 ) from error
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measures where it is time."""
+        """Evaluates if an evaluation is due."""
         if self._is_due(state) and not self._patient.is_stopped:
             try:
                 self._measure(state.global_step, kwargs["model"])
@@ -99,7 +99,7 @@ class InterimEvaluation(TrainerCallback):
                 control.should_save = control.should_training_stop = True
 
     def _has_measured(self, step: int) -> bool:
-        """Whether a step was measured before a stop; the same in all processes, of which one may be ahead and write."""
+        """True if a step was evaluated before a stop; the same in all processes, as one may be ahead and writing."""
         measured = from_first(lambda: str(any(line["step"] == step for line in measurements(self._folder))))
         return measured == str(True)
 
@@ -129,18 +129,18 @@ class InterimEvaluation(TrainerCallback):
 def interim_evaluation(
     recipe: Recipe, options: TrainingOptions, inputs: TrainingInputs, source: Source, run: Run, listener: Listener
 ) -> InterimEvaluation | None:
-    """What a training measures on the way; None where nothing is wanted.
+    """The evaluation during a training; None if none is requested.
 
     Args:
-        recipe: With the `eval` section and `test_data`.
-        options: Of the training.
-        inputs: Of the training.
-        source: The model that is trained.
-        run: Of the training.
-        listener: Hears progress.
+        recipe: Provides the `eval` section and `test_data`.
+        options: Options of the training.
+        inputs: Inputs of the training.
+        source: The model being trained.
+        run: The training's run.
+        listener: Receives progress updates.
 
     Raises:
-        MftError: There is nothing to measure, or a task, a file or the sandbox is not what it should be.
+        MftError: There is nothing to evaluate, or a task, a file or the sandbox cannot be used.
     """
     if options.eval_every is None:
         return None
@@ -151,20 +151,20 @@ def interim_evaluation(
 
 
 def measurements(folder: TrainingFolder) -> list[dict[str, Any]]:
-    """What was measured during a training: `step`, `dataset`, `digest` and `metrics` of each.
+    """The evaluations during a training: `step`, `dataset`, `digest` and `metrics` of each.
 
     Args:
-        folder: Of the training.
+        folder: The training's folder.
     """
     return [line for line in folder.metrics() if "dataset" in line]
 
 
 class _StopWanted(Exception):  # noqa: N818 - a request by the user, not an error of theirs
-    """The user wants to stop; never leaves this module."""
+    """The user asked to stop; never leaves this module."""
 
 
 class _Patient:
-    """A listener that passes everything on, and ends the work when a stop is wanted."""
+    """A listener that forwards everything and aborts the work when a stop is requested."""
 
     def __init__(self, listener: Listener) -> None:
         self.stop: StopRequest | None = None
@@ -172,19 +172,19 @@ class _Patient:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the user wants to stop."""
+        """True if the user asked to stop."""
         return self.stop is not None and self.stop.requested
 
     def progress(self, state: Progress) -> None:
-        """Shows how far a piece of work has come."""
+        """Forwards a progress update."""
         if self.is_stopped:
             raise _StopWanted
         self._listener.progress(state)
 
     def note(self, text: str) -> None:
-        """Passes on."""
+        """Forwards the text."""
         self._listener.note(text)
 
     def warn(self, text: str) -> None:
-        """Passes on."""
+        """Forwards the text."""
         self._listener.warn(text)

@@ -1,4 +1,4 @@
-"""Trains the scores of a frozen model, and keeps the best mask that they select."""
+"""Trains the scores of a frozen model and keeps the best mask that they select."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ _SMALL_EPSILON = 1e-20
 
 
 def learn_mask(search: MaskSearch) -> LearnedMask:
-    """The best mask of a training of scores, the starting mask among the candidates; or the last one.
+    """Trains scores and returns the best mask, with the initial mask among the candidates, or the last one.
 
     Args:
-        search: With options for the method `learned`.
+        search: Has options for the method `learned`.
 
     Raises:
         Interrupted: The user stopped it; the state is saved.
-        MftError: Anything known that can go wrong.
+        TrainingError: The loss is no longer finite, or another process was lost.
+        DeviceMemoryError: The GPU runs out of memory.
+        StorageError: A checkpoint cannot be written.
 
     Source: MFT, section 2, equations 2 to 5.
     """
@@ -51,12 +53,12 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         return _train(search)
     finally:
         detach_masks(search.model)
-        # A trainer is a knot of references: without this its scores and moments stay in memory for some time.
+        # A trainer contains reference cycles; without this, its scores and moments would stay in memory for some time.
         free_unreachable()
 
 
 def _train(search: MaskSearch) -> LearnedMask:
-    """The same, with the scores still on the model."""
+    """Trains with the scores attached to the model; `learn_mask` detaches them."""
     model, options = search.model, search.options
     attach_masks(model, search.targets, _start_scores(search), search.indicators)
     if options.low_memory:
@@ -82,7 +84,7 @@ def _train(search: MaskSearch) -> LearnedMask:
     unmasked_loss = mean_loss(trainer.unmasked_losses) if search.unmasked_loss is None else search.unmasked_loss
     confirming = None
     if search.confirming and best_loss < unmasked_loss:
-        if best_step == 0:  # what is in place is the last state
+        if best_step == 0:  # the model holds the last state
             for name in trainer.masked():
                 trainer.load_scores({name: _start_rows(search)(f"{name}.scores", 0, None)})
         confirming = trainer.losses(search.confirming, masked=False), trainer.losses(search.confirming, masked=True)
@@ -107,7 +109,7 @@ def _train(search: MaskSearch) -> LearnedMask:
 
 
 def _trainer(search: MaskSearch) -> MaskTrainer:
-    """The trainer of the scores that the model carries, with a learning rate for each tensor."""
+    """The trainer of the model's scores, with a learning rate for each tensor."""
     options, inputs = search.options, search.inputs
     start = search.start
     rates = {target.name: start.learning_rate(target) for target in search.targets}
@@ -126,22 +128,22 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
     trainer.rows = None if search.weights is None else _start_rows(search)
-    # The gradient of a score has the weight as a factor: the usual epsilon would hold back the smallest weights, which
-    # cost least to remove.
+    # The gradient of a score is proportional to the weight, so the usual epsilon would hold back the scores of the
+    # smallest weights, which cost least to remove.
     trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
     return trainer
 
 
 def summarise_flips(metrics: Sequence[Mapping[str, Any]], changed: int) -> dict[str, Any]:
-    """Why a training came out as it did: what was turned in each round, promised and measured.
+    """Summary of mask flips: entries flipped per round, and expected and measured changes of the loss.
 
-    Its keys: `rounds`, the lines of the metrics that tell of one; `turned`, how often an entry was turned in all;
-    `undone_share`, the share of that which came to nothing, taken back by validation or turned again later; `promised`
-    and `measured`, by how much the loss should have fallen and fell, over all rounds.
+    Keys: `rounds`, the metrics lines with flips; `turned`, the total number of flips; `undone_share`, the share of
+    flips that were reverted, by validation or by a later flip; `promised` and `measured`, the expected and the actual
+    reduction of the loss over all rounds.
 
     Args:
-        metrics: Of the training.
-        changed: Entries that at its end are not as they were at its start.
+        metrics: Metrics of the training.
+        changed: Number of entries that differ between start and end.
     """
     rounds = [{key: value for key, value in line.items() if key != "epoch"} for line in metrics if "promised" in line]
     turned = sum(line["removed"] + line["restored"] for line in rounds)
@@ -163,7 +165,7 @@ def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
 
 
 def _start_rows(search: MaskSearch) -> Rows:
-    """The values of a masked model that comes without: those of its weights, and the initial scores."""
+    """The values of a masked model that was built without them: its weights and the initial scores."""
     weights, options = cast("StoredWeights", search.weights), search.options
     scored = {f"{target.name}.scores": target for target in search.targets}
 
@@ -179,17 +181,19 @@ def _start_rows(search: MaskSearch) -> Rows:
 
 
 def find_mask(search: MaskSearch) -> LearnedMask:
-    """The mask that the options ask for, measured against the unmasked model.
+    """The mask that the options ask for, compared with the unmasked model.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        TrainingError: The loss is no longer finite.
+        DeviceMemoryError: The GPU runs out of memory.
+        Interrupted: The user stopped the run; its state is saved.
     """
     if search.options.method == "learned":
         return learn_mask(search)
     keep = {target.name: _baseline(target, search) for target in search.targets}
     with masked(search.targets, keep):
         loss = validation_loss(search.model, search.inputs, search.listener)
-    unmasked_loss = cast("float", search.unmasked_loss)  # such a model has its values
+    unmasked_loss = cast("float", search.unmasked_loss)  # None only for a model without values
     return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, unmasked_loss, loss, loss)
 
 

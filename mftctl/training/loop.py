@@ -1,4 +1,4 @@
-"""The training loop that `fft` and `mask-train` share: `transformers.Trainer`, told to be exact and quiet."""
+"""The training loop shared by `fft` and `mask-train`: `transformers.Trainer`, configured to be exact and quiet."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ if TYPE_CHECKING:
 
 VALIDATIONS = 10
 _FAILED_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
-"""What torch says where a file could not be written; a GPU or another process fails with RuntimeErrors as well."""
+"""torch's messages for failed file writes; failures of a GPU or another process are RuntimeErrors as well."""
 
 _LOST = re.compile("gloo/transport|Connection closed by peer|Connection reset by peer")
-"""What gloo says, in an error of no class of its own, where another process is gone or does not come."""
+"""gloo's messages, in a generic error class, if another process is lost or does not respond."""
 
 _KNOWN = inspect.signature(TrainingArguments).parameters
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
-"""What transformers calls it; the versions that vLLM asks for have the older name."""
+"""The name in transformers; the versions that vLLM requires use the older name."""
 
 
 def lora_base_dtype(options: TrainingOptions) -> torch.dtype:
-    """What LoRA holds its base in: bf16 where it computes in bf16, since weights that are only read lose no steps."""
+    """The dtype of a LoRA base: bf16 if it computes in bf16, since frozen weights lose no updates to rounding."""
     return torch.bfloat16 if uses_bf16(options.precision) else torch.float32
 
 
@@ -74,8 +74,8 @@ def training_arguments(
     """The arguments of the `transformers.Trainer`.
 
     Args:
-        folder: Where checkpoints go.
-        options: From the recipe.
+        folder: Folder for checkpoints.
+        options: Options from the recipe.
         steps: Optimizer steps in all.
         learning_rate: Peak of the linear schedule.
         seed: Decides dropout; the order of the data has its own generator.
@@ -90,7 +90,7 @@ def training_arguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
-        # With a token budget the Trainer takes a step for one batch.
+        # With a token budget, the Trainer treats a step as one batch.
         gradient_accumulation_steps=1 if options.batch_tokens else accumulation(options, world_size()),
         learning_rate=learning_rate,
         lr_scheduler_type=options.schedule,
@@ -125,7 +125,7 @@ def training_arguments(
 
 
 class _Arguments(TrainingArguments):
-    """Those of a Trainer on the device in use; by itself it takes the first GPU, or all of them in DataParallel."""
+    """Arguments for a Trainer on the device in use; by default it takes the first GPU, or all with DataParallel."""
 
     @cached_property
     def _setup_devices(self) -> torch.device:
@@ -147,7 +147,7 @@ def step_size(options: TrainingOptions) -> StepSize | None:
 
 
 class SftTrainer(StepTrainer):
-    """A Trainer for answer tokens: exact token-mean losses, an order that depends on the seed alone, no printing.
+    """A Trainer for answer tokens: exact token-mean losses, a record order that depends only on the seed, no printing.
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
@@ -187,7 +187,7 @@ class SftTrainer(StepTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a micro-batch, whose gradient is averaged over processes afterwards."""
+        """The loss of a micro-batch; its gradient is averaged over processes afterwards."""
         labels = inputs.pop("labels")
         positions, tokens = answer_positions(labels)
         shares = record_shares(labels) if self.averages_records else None
@@ -197,7 +197,7 @@ class SftTrainer(StepTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # torch and safetensors have errors of their own where there is no room.
+        # torch and safetensors raise errors of their own if the disk is full.
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -209,14 +209,14 @@ class SftTrainer(StepTrainer):
                 f"The checkpoint of step {self.state.global_step} could not be written.",
                 path=folder,
                 actual=reason_of(error),
-                hint="free some space, then go on with --resume",
+                hint="free some space, then continue with --resume",
             ) from error
-        wait_for_all()  # or those that have nothing to write would wait in the next step, for no longer than it allows
+        wait_for_all()  # otherwise processes with nothing to write could time out in the next step
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The validation loss per answer token over the whole validation set, weighted by tokens and not by batches."""
+        """The validation loss per answer token over the whole validation set, weighted by tokens, not by batches."""
         model = self.accelerator.unwrap_model(self.model)
         losses = sample_losses(
             model,
@@ -228,7 +228,7 @@ class SftTrainer(StepTrainer):
         return self._record(mean_loss(losses), metric_key_prefix)
 
     def _record(self, loss: float, metric_key_prefix: str) -> dict[str, float]:
-        """A validation loss as metrics, after the log and the callbacks have heard of it."""
+        """Passes a validation loss to the log and the callbacks, and returns it as metrics."""
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self.start_loss is None:
             self.start_loss = loss
@@ -246,21 +246,21 @@ def train(
     resume: bool,
     interim: InterimEvaluation | None = None,
 ) -> None:
-    """Trains to the end and leaves the best state loaded in the trainer's model.
+    """Trains to the end and loads the best state into the trainer's model.
 
     Args:
         trainer: Ready to train.
-        folder: Gets the metrics; its newest whole checkpoint is where a resumed training goes on.
-        stop: Set when the user wants to stop.
-        patience: Validations without a new best after which training ends; None trains to the end.
-        resume: Whether to go on from a checkpoint.
-        interim: What is measured on the way.
+        folder: Receives the metrics; a resumed training continues from its latest complete checkpoint.
+        stop: Set when the user asks to stop.
+        patience: Number of validations without improvement after which training stops early; None trains to the end.
+        resume: Whether to resume from a checkpoint.
+        interim: Evaluation during training.
 
     Raises:
         Interrupted: The user stopped it; the state is saved.
-        TrainingError: The loss is not a number.
-        LostProcessError: Another process is gone.
-        DeviceMemoryError: The GPU has no room.
+        TrainingError: The loss is no longer finite.
+        LostProcessError: Another process was lost.
+        DeviceMemoryError: The GPU runs out of memory.
     """
     if trainer.args.device.type == "cpu":
         keep_freed_memory()
@@ -288,7 +288,7 @@ def train(
     except EndedBefore:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
-    wait_for_all()  # the first may now remove what all have read
+    wait_for_all()  # the first process may now remove what all have read
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(
             f"Stopped after step {trainer.state.global_step} of {trainer.state.max_steps}; the state is saved.",
@@ -299,10 +299,10 @@ def train(
 
 @contextmanager
 def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
-    """Turns what torch says where another process is gone, or does not come, into a known failure.
+    """Turns torch's errors for a lost or unresponsive process into a known failure.
 
     Raises:
-        LostProcessError: That is so.
+        LostProcessError: Another process was lost or did not respond.
     """
     try:
         yield
@@ -310,15 +310,15 @@ def _lost_processes(folder: TrainingFolder) -> Iterator[None]:
         if not isinstance(error, torch.distributed.DistError) and not _LOST.search(str(error)):
             raise
         raise LostProcessError(
-            "The processes lost each other.",
+            "The connection to another process was lost.",
             path=folder.folder,
             actual=first_line(error),
-            hint=f"what the process says that failed first; then {folder.resume_command}",
+            hint=f"look up the error of the process that failed first, then run {folder.resume_command}",
         ) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; None if there is none.
+    """The latest complete checkpoint; None if there is none.
 
     The trainer's state is the last file of a checkpoint to be written.
     """
@@ -332,7 +332,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def _remove_after(folder: Path, step: int) -> None:
-    """Removes what a kill left of the checkpoints after `step`, which the training writes again."""
+    """Removes checkpoints after `step` left by a killed process; training writes them again."""
     for path in folder.glob("checkpoint-*"):
         if _step(path) > step:
             shutil.rmtree(path)
@@ -343,7 +343,7 @@ def _step(checkpoint: Path) -> int:
 
 
 class _EpochOrder(TrainerCallback):
-    """Gives each epoch its own order, also in a resumed training."""
+    """Gives each epoch its own record order, also in a resumed training."""
 
     def __init__(self, sampler: LengthGroupedSampler) -> None:
         self._sampler = sampler

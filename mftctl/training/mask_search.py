@@ -30,22 +30,22 @@ from mftctl.training.score_start import ScoreStart, score_start
 
 @dataclass(frozen=True, slots=True)
 class MaskSearch:
-    """What a search for a mask works on.
+    """The inputs of a search for a mask.
 
     Attributes:
-        model: Unmasked; left unmasked, its weights untouched.
+        model: The unmasked model; left unmasked, with its weights unchanged.
         targets: The projections that carry the mask.
         options: Method, ratio and training options.
         inputs: Encoded data.
-        folder: Gets metrics and checkpoints.
-        listener: Hears progress.
-        unmasked_loss: Validation loss of the unmasked model; None for a model that comes without values.
-        fft_learning_rate: That the model was fine-tuned with.
+        folder: Receives metrics and checkpoints.
+        listener: Receives progress updates.
+        unmasked_loss: Validation loss of the unmasked model; None for a model without values.
+        fft_learning_rate: Learning rate that the model was fine-tuned with.
         seed: Decides the random start and the order of the data.
-        resume: Go on from the newest checkpoint of the folder.
-        interim: What is measured on the way.
-        weights: The values of a model that comes without.
-        confirming: Records that confirm the mask of such a model, which has its values during the training only.
+        resume: Resume from the latest checkpoint in the folder.
+        interim: Evaluation during training.
+        weights: The values of a model that was built without them.
+        confirming: Records that confirm the mask of such a model, which has its values only during training.
     """
 
     model: PreTrainedModel
@@ -64,7 +64,7 @@ class MaskSearch:
 
     @property
     def start(self) -> ScoreStart:
-        """Where the scores start, and how fast they move."""
+        """The initial scores and their learning rates."""
         return score_start(
             self.options,
             self.model,
@@ -75,7 +75,7 @@ class MaskSearch:
 
     @property
     def indicators(self) -> dict[str, Indicator]:
-        """The rule from scores to mask of each target."""
+        """The rule from scores to mask for each target."""
         options = self.options
         return {
             target.name: Indicator(
@@ -87,19 +87,19 @@ class MaskSearch:
 
 @dataclass(frozen=True, slots=True)
 class LearnedMask:
-    """A mask in memory, and what validation says of it.
+    """A mask in memory and its validation results.
 
     Attributes:
         keep: Bool keep mask of each target, by module name, on the CPU.
         unmasked_loss: Validation loss per answer token without a mask.
-        start_loss: The same with the mask of the initial scores.
-        best_loss: The same with this mask, which is the best one unless the last was to be kept.
-        best_step: The optimizer step it was found at; 0 is the start.
+        start_loss: Validation loss with the mask of the initial scores.
+        best_loss: Validation loss with this mask, which is the best one unless the last was to be kept.
+        best_step: The optimizer step at which it was found; 0 is the start.
         steps: Optimizer steps taken.
         tokens: Tokens trained on.
-        learning_rate: The peak learning rate; the largest where it differs between tensors. None without one.
+        learning_rate: The peak learning rate, the largest if it differs between tensors; None without training.
         flips: From `summarise_flips`; None without training.
-        confirming: The losses of confirming records without the mask and with it; None where they were not measured.
+        confirming: The losses of the confirming records without and with the mask; None if not measured.
     """
 
     keep: dict[str, torch.Tensor]
@@ -114,7 +114,7 @@ class LearnedMask:
     confirming: tuple[list[SampleLoss], list[SampleLoss]] | None = None
 
     def figures(self) -> dict[str, Any]:
-        """The losses and the training, for a run's result."""
+        """Losses and training statistics for a run's result."""
         return {
             "unmasked_loss": self.unmasked_loss,
             "start_loss": self.start_loss,
@@ -131,19 +131,21 @@ class LearnedMask:
 def prepare_mask_training(
     recipe: Recipe, source: Source, run: Run, listener: Listener, data_fraction: float
 ) -> TrainingInputs:
-    """The data to learn a mask from: by default the records that the model was not fine-tuned on, as it says.
+    """The data to learn a mask from: by default, records that the model was not fine-tuned on.
 
-    The run notes it, and the learning rate that the model was fine-tuned with.
+    The data and the learning rate that the model was fine-tuned with are recorded in the run.
 
     Args:
-        recipe: With the `mask_train` section, the data and the seed.
+        recipe: Provides the `mask_train` section, the data and the seed.
         source: The fine-tuned model.
-        run: Open run, beside those that made the model.
-        listener: Is told what is left out.
+        run: Open run, in the same runs folder as the runs that produced the model.
+        listener: Receives a note on the records left out.
         data_fraction: Share of the records to learn from.
 
     Raises:
-        MftError: The data cannot be used.
+        ConfigError: The recipe names no data.
+        DataError: The data cannot be used, or has changed since the run began.
+        ModelError: The model does not match its configuration.
     """
     options = recipe.mask_train
     if options.method == "learned":
@@ -161,10 +163,10 @@ def prepare_mask_training(
     require_same_data(run.record.inputs, inputs)
     if inputs.left_out:
         listener.note(
-            f"Training records: {len(inputs.train)}; {inputs.left_out} that fine-tuning has seen are left out "
-            "(--learn-from all takes them in)"
+            f"Training records: {len(inputs.train)}; left out because fine-tuning used them: {inputs.left_out} "
+            "(--learn-from all includes them)"
         )
-    # A resumed run goes on with the rate it began with, whatever its source can still tell.
+    # A resumed run continues with its original rate, even if its source no longer records it.
     rate = run.record.inputs.get("fft_learning_rate") or fft_learning_rate(source, recipe)
     run.update(inputs={**source.as_inputs(), **inputs.summary(), "fft_learning_rate": rate})
     return inputs

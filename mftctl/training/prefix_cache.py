@@ -1,4 +1,4 @@
-"""The decoder layers below the first masked one, which always give the same: computed once for each batch."""
+"""Caches the output of the decoder layers below the first masked one, which is constant for each batch."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ class _Stored:
     dtype: torch.dtype
     size_bytes: int
     offset_bytes: int | None
-    """Where in the file; None for memory."""
+    """Offset in the file; None if in memory."""
 
 
 class HiddenStates:
-    """The hidden states that enter some decoder layer, for as many batches as there is room for.
+    """Hidden states that enter a decoder layer, for as many batches as fit within the limits.
 
-    The file has no name: it is gone with the process, however that ends.
+    The file is unnamed, so it disappears with the process, however that ends.
 
     Args:
-        folder: Gets the file.
-        memory_bytes: Most bytes in memory.
-        file_bytes: Most bytes in the file.
+        folder: Folder for the file.
+        memory_bytes: Maximum bytes in memory.
+        file_bytes: Maximum bytes in the file.
 
     Attributes:
-        reused: How often hidden states were found.
+        reused: Number of cache hits.
     """
 
     def __init__(self, folder: Path, memory_bytes: int, file_bytes: int) -> None:
@@ -74,15 +74,15 @@ class HiddenStates:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes kept, in memory and in the file."""
+        """Bytes cached, in memory and in the file."""
         return sum(stored.size_bytes for stored in self._stored.values())
 
     def get(self, batch: bytes, deepest: int) -> tuple[int, torch.Tensor] | None:
-        """The layer that a batch's hidden states enter, and they, on the CPU; None where there are none of use.
+        """A batch's cached hidden states on the CPU and the layer they enter; None if there are none of use.
 
         Args:
-            batch: What `put` was given.
-            deepest: The layer at which they are of no more use if they are beyond it.
+            batch: The key given to `put`.
+            deepest: Hidden states that enter a layer above this one are of no use.
         """
         stored = self._stored.get(batch)
         if stored is None or stored.layer > deepest:
@@ -91,12 +91,12 @@ class HiddenStates:
         return stored.layer, self._tensors[batch] if stored.offset_bytes is None else self._read(stored)
 
     def put(self, batch: bytes, layer: int, hidden_states: torch.Tensor) -> bool:
-        """Keeps a batch's hidden states in the place of those it had; False where there is no room.
+        """Caches a batch's hidden states, replacing earlier ones; returns False if the limits are reached.
 
         Args:
-            batch: Names the batch.
+            batch: The key of the batch.
             layer: Index of the decoder layer that they enter.
-            hidden_states: `(records, tokens, hidden)` on any device, not to be changed afterwards.
+            hidden_states: `(records, tokens, hidden)` on any device; must not be changed afterwards.
 
         Raises:
             OSError: The file cannot be written.
@@ -129,7 +129,7 @@ class HiddenStates:
         return torch.from_numpy(np.array(mapped)).view(stored.dtype).view(stored.shape)
 
     def _write(self, hidden_states: torch.Tensor, offset_bytes: int) -> None:
-        # Not through the map: on a full disk that is a signal that ends the process, and here an error.
+        # Not through the memory map, where a full disk raises a fatal signal; here it raises an error.
         file = self._opened()
         file.seek(offset_bytes)
         file.write(hidden_states.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -143,7 +143,7 @@ class HiddenStates:
 
 _INPUTS = ("input_ids", "attention_mask")
 _FOLLOWED = {*_INPUTS, "use_cache", "logits_to_keep"}
-"""What a call may name for its hidden states to follow from the inputs alone."""
+"""Arguments with which a call's hidden states depend only on the inputs."""
 
 
 @contextmanager
@@ -155,17 +155,17 @@ def reusing_prefix(
     *,
     in_training: bool,
 ) -> Iterator[None]:
-    """Inside it, a batch that was seen before enters the model at the deepest frozen layer known of it.
+    """Context in which a batch seen before enters the model at its deepest cached frozen layer.
 
-    The first batch is computed both ways, in training and in evaluation: where the logits differ by a bit, as with
-    dropout, hidden states are not reused there.
+    The first batch is computed both ways, in training and in evaluation; if the logits are not bit-identical, as with
+    dropout, hidden states are not reused in that mode.
 
     Args:
         model: A causal language model whose weights below the first masked layer do not change.
-        first_masked: Index of the decoder layer above those.
-        states: Kept from one call to the next, as long as the frozen weights are the same ones.
-        on_refusal: Is told why nothing is reused.
-        in_training: Whether training batches come again; those of an evaluation always do.
+        first_masked: Index of the first masked decoder layer.
+        states: Cache kept between calls as long as the frozen weights stay the same.
+        on_refusal: Called with the reason if nothing is reused.
+        in_training: Whether training batches repeat; evaluation batches always do.
     """
     if first_masked == 0:
         yield
@@ -185,9 +185,9 @@ def reusing_prefix(
 
 
 class _Prefix:
-    """What the hooks of a model and the stand-ins of its frozen layers know of the batch that passes.
+    """State shared by a model's hooks and its frozen layers' stand-ins during a forward pass.
 
-    The layers stay the modules they are, since models ask them for more than their output.
+    The layer modules stay in place, since models read more from them than their output.
     """
 
     def __init__(
@@ -218,21 +218,21 @@ class _Prefix:
                 layer.forward = forward
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Looks the batch up."""
+        """Looks up the batch in the cache."""
         if self._checking:
             return
         self._forget()
         if not self._reuses[model.training] or not _follows_from_inputs(args, kwargs):
             return
         self._batch = _name(model.training, kwargs)
-        # The first batch goes all the way, so that it has its right output whatever the check says.
+        # The first batch runs through all layers, so that its output is right whatever the check finds.
         found = self._states.get(self._batch, len(self._layers)) if self._checked[model.training] else None
         if found is not None:
             self._start, hidden_states = found
             self._entering = hidden_states.to(kwargs["input_ids"].device)
 
     def after(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Keeps what entered the first masked layer, and checks it the first time."""
+        """Caches the input of the first masked layer, and checks it the first time."""
         if self._checking:
             return
         batch, leaving = self._batch, self._leaving
@@ -240,7 +240,7 @@ class _Prefix:
             if self._checked[model.training] or self._check(model, kwargs, leaving, output):
                 self._keep(model, batch, leaving)
             else:
-                self._stop(model, "from stored ones the model gives other logits, as it does with dropout")
+                self._stop(model, "the model's logits differ when computed from stored ones, as with dropout")
         self._forget()
 
     def _stand_in(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -259,7 +259,7 @@ class _Prefix:
 
     @torch.no_grad()
     def _check(self, model: nn.Module, kwargs: dict[str, Any], leaving: Any, output: Any) -> bool:
-        """Whether a batch that went all the way has the same logits when it enters at the first masked layer."""
+        """True if a fully computed batch gives the same logits when it enters at the first masked layer."""
         if not isinstance(leaving, torch.Tensor):
             return False
         self._start, self._entering = len(self._layers), leaving
@@ -284,7 +284,7 @@ class _Prefix:
     def _stop(self, model: nn.Module, why: str) -> None:
         self._reuses[model.training] = False
         place = "training" if model.training else "validation"
-        self._refuse(f"Hidden states are not reused in {place}: {why}. The results are the same, the time is not.")
+        self._refuse(f"Hidden states are not reused in {place}: {why}. Results are the same, but it takes longer.")
 
     def _forget(self) -> None:
         self._batch, self._start, self._entering, self._leaving = None, 0, None, None
@@ -295,7 +295,7 @@ def _follows_from_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _name(training: bool, kwargs: dict[str, Any]) -> bytes:
-    """A digest of the batch, the same whenever it comes."""
+    """A digest that identifies the batch."""
     digest = hashlib.blake2b(bytes([training]), digest_size=16)
     for name in _INPUTS:
         if kwargs.get(name) is not None:
@@ -306,15 +306,15 @@ def _name(training: bool, kwargs: dict[str, Any]) -> bytes:
 
 
 _SHARE = 4
-"""A quarter of what is free on a machine, for all its processes: the training itself needs the rest."""
+"""A quarter of a machine's free memory, for all its processes; training needs the rest."""
 
 
 def hidden_states(options: MaskTrainOptions, folder: Path) -> HiddenStates:
-    """An empty cache with the room that the options and the machine give this process.
+    """An empty cache within the limits that the options and the machine set for this process.
 
     Args:
-        options: With the limit, of a machine.
-        folder: Of the run; gets the file.
+        options: Options with the limit per machine.
+        folder: The run's folder, which holds the cache file.
     """
     processes = local_world_size()
     memory_bytes = available_bytes() // _SHARE // processes
@@ -327,17 +327,17 @@ def hidden_states(options: MaskTrainOptions, folder: Path) -> HiddenStates:
 
 
 def batches_come_again(records: int, options: MaskTrainOptions) -> bool:
-    """Whether a training takes a micro-batch a second time."""
+    """True if training sees the same micro-batch more than once."""
     steps = total_steps(records, options, world_size())
     if options.batch_tokens is not None:
-        # The steps of each epoch have other records, and these go together by length; all of them in one do again.
+        # Steps differ between epochs, and so do micro-batches, grouped by length, unless one step has all records.
         return steps > 1 and records <= records_per_step(options, world_size())
     batches = math.ceil(records / options.batch_size)
     return steps * accumulation(options, world_size()) * world_size() > batches
 
 
 def token_batches_change(records: int, options: MaskTrainOptions) -> bool:
-    """Whether only a token budget keeps a training from taking a micro-batch a second time, and it would pay."""
+    """True if only a token budget prevents micro-batches from repeating, and reusing hidden states would pay off."""
     if options.batch_tokens is None or options.prefix_cache_gb == 0 or options.method != "learned":
         return False
     processes = world_size()
@@ -345,5 +345,5 @@ def token_batches_change(records: int, options: MaskTrainOptions) -> bool:
 
 
 def figures(states: HiddenStates) -> dict[str, Any]:
-    """What was kept and how often it was used, for a run's result."""
+    """Size and use of the cache, for a run's result."""
     return {"batches": len(states), "size_bytes": states.size_bytes, "reused": states.reused}

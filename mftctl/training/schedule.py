@@ -1,4 +1,4 @@
-"""How many records an optimizer step takes, in how many forward passes, and how many steps a training takes."""
+"""Records per optimizer step, forward passes per step, and steps per training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> int:
-    """The optimizer steps that a training takes.
+    """The number of optimizer steps of a training.
 
     Args:
         records: Training records.
@@ -27,10 +27,10 @@ def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> 
 
 
 def records_per_step(options: TrainingOptions, world_size: int = 1) -> int:
-    """The records of an optimizer step over all processes; the last step of an epoch can have fewer.
+    """The number of records per optimizer step over all processes; the last step of an epoch may have fewer.
 
     Args:
-        options: With the global batch size, or with batch size and accumulation.
+        options: Specify the global batch size, or batch size and accumulation.
         world_size: Number of processes.
     """
     if options.global_batch_size is not None:
@@ -39,37 +39,37 @@ def records_per_step(options: TrainingOptions, world_size: int = 1) -> int:
 
 
 def accumulation(options: TrainingOptions, world_size: int = 1) -> int:
-    """The forward passes of `batch_size` records that a step takes in each process.
+    """The number of forward passes of `batch_size` records per step and process.
 
-    With `batch_tokens` their number varies, and no batch size has to divide anything.
+    With `batch_tokens` the number varies, and the batch size need not divide anything.
 
     Args:
-        options: With the global batch size, or with the accumulation itself.
+        options: Specify the global batch size, or the accumulation itself.
         world_size: Number of processes.
 
     Raises:
-        ConfigError: The global batch cannot be shared out so.
+        ConfigError: The global batch cannot be divided evenly.
     """
     if options.global_batch_size is None:
         return options.grad_accum_steps or 1
     at_once = options.batch_size * world_size
     if options.global_batch_size % at_once:
         raise ConfigError(
-            "The global batch size cannot be shared out.",
+            "The global batch size cannot be divided evenly.",
             key="global_batch_size",
-            expected=f"a multiple of {options.batch_size} records a forward pass in {world_size} processes",
+            expected=f"a multiple of {options.batch_size} records per forward pass in {world_size} processes",
             actual=options.global_batch_size,
-            hint="another --batch-size or number of processes, or --batch-tokens, which needs no multiple",
+            hint="change --batch-size or the number of processes, or use --batch-tokens, which needs no multiple",
         )
     return options.global_batch_size // at_once
 
 
 def micro_batch_records(options: TrainingOptions, longest_tokens: int) -> int:
-    """The most records that a forward pass takes together with the longest record.
+    """The maximum number of records in a forward pass that contains the longest record.
 
     Args:
-        options: With the size of a forward pass in records or in tokens.
-        longest_tokens: Length of the longest record, as it is cut.
+        options: Specify the size of a forward pass in records or in tokens.
+        longest_tokens: Length of the longest record after truncation.
     """
     if options.batch_tokens is None:
         return options.batch_size
@@ -77,10 +77,10 @@ def micro_batch_records(options: TrainingOptions, longest_tokens: int) -> int:
 
 
 def smaller_batch_sizes(options: TrainingOptions) -> list[int]:
-    """Records a forward pass, each at most half of the one before, that share out a step of as many records as now.
+    """Smaller batch sizes, each at most half of the previous one, that keep the number of records per step.
 
     Args:
-        options: With the batch size.
+        options: Specify the current batch size.
     """
     step, found = records_per_step(options), []
     size = options.batch_size
@@ -91,35 +91,35 @@ def smaller_batch_sizes(options: TrainingOptions) -> list[int]:
 
 
 def accumulates(options: TrainingOptions) -> bool:
-    """Whether a step in one process takes more than one forward pass, as far as the options tell."""
+    """True if, according to the options, a step in one process takes more than one forward pass."""
     if options.batch_tokens is not None:
         return records_per_step(options) > 1
     return records_per_step(options) > options.batch_size
 
 
 def announce_step(options: TrainingOptions, world_size: int, listener: Listener) -> None:
-    """Says how many records a step has, where that follows from the number of processes and no recipe states it.
+    """Reports the records per step if the number depends on the number of processes and no recipe states it.
 
     Raises:
-        ConfigError: The global batch cannot be shared out.
+        ConfigError: The global batch cannot be divided evenly.
     """
     if options.batch_tokens is None:
         accumulation(options, world_size)
     if world_size > 1 and options.global_batch_size is None:
         listener.note(
-            f"Records an optimizer step: {records_per_step(options, world_size)} ({options.batch_size} a forward pass, "
-            f"{options.grad_accum_steps or 1} accumulated, {world_size} processes); "
-            "--global-batch-size makes it the same for any number of processes"
+            f"Records per optimizer step: {records_per_step(options, world_size)} "
+            f"({options.batch_size} per forward pass, {options.grad_accum_steps or 1} accumulated, "
+            f"{world_size} processes); set --global-batch-size to keep it the same for any number of processes"
         )
 
 
 def warmup_steps(steps: int, options: TrainingOptions) -> int:
-    """The steps in which the learning rate rises; never all of them, since the first of them has a rate of 0."""
+    """The number of warm-up steps; fewer than all steps, since the first has a learning rate of 0."""
     return min(math.ceil(steps * options.warmup_ratio), steps - 1)
 
 
 def schedule_factors(steps: int, options: TrainingOptions) -> list[float]:
-    """The share of the peak learning rate at each step: a linear rise, then a fall to 0 after the last step."""
+    """The share of the peak learning rate at each step: a linear rise, then a decay to 0 after the last step."""
     rising = warmup_steps(steps, options)
     fallen = [(step - rising) / (steps - rising) for step in range(rising, steps)]
     if options.schedule == "cosine":

@@ -1,4 +1,4 @@
-"""Where the scores of a mask training start, and how fast they move."""
+"""Initial values and learning rates of the scores in mask training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mftctl.masking.targets import MaskTarget
 from mftctl.training.schedule import schedule_factors
 
 _RATE_FACTOR = 4.0
-"""Only weights that reach 0 take a step: scores bear a larger rate than weights do (README, "What we found")."""
+"""Only scores that reach the threshold change the mask, so scores tolerate a larger rate than weights (README)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,10 @@ class ScoreStart:
     """The start and the learning rate of the scores.
 
     Attributes:
-        options: Of the mask training.
-        std: The standard deviation of the normal start.
+        options: Options of the mask training.
+        std: Standard deviation of the normal start.
         seed: Decides random starts.
-        fft_learning_rate: That the model was fine-tuned with.
+        fft_learning_rate: Learning rate that the model was fine-tuned with.
         steps: Optimizer steps of the training.
     """
 
@@ -41,7 +41,7 @@ class ScoreStart:
 
         Args:
             target: The projection.
-            weight: The values of its weight, where it has none itself.
+            weight: Values of its weight, if the target itself has none.
         """
         options = self.options
         return initial_scores(
@@ -57,7 +57,7 @@ class ScoreStart:
         """The peak learning rate of a target's scores.
 
         Raises:
-            ConfigError: `auto` has nothing to scale to.
+            ConfigError: `auto` has no distance to scale to.
         """
         options = self.options
         if options.learning_rate != "auto":
@@ -67,7 +67,7 @@ class ScoreStart:
         scale = self._scale(target)
         if scale == 0.0:
             raise ConfigError(
-                "learning_rate auto cannot scale to scores that start on the threshold.",
+                "learning_rate: auto needs scores that start away from the threshold.",
                 key="mask_train.learning_rate",
                 expected="a number, or a start_value other than the threshold",
                 actual=options.start_value,
@@ -75,17 +75,17 @@ class ScoreStart:
         return auto_learning_rate(options.travel, scale, schedule_factors(self.steps, options))
 
     def learning_rate_text(self, targets: Sequence[MaskTarget]) -> str:
-        """The learning rate of some targets' scores, and where it comes from."""
+        """The learning rate of the targets' scores and how it was chosen."""
         highest = max(self.learning_rate(target) for target in targets)
         if self.options.learning_rate != "auto":
             return f"{highest:.3g}"
         if self.options.effective_start == "magnitude":
             return f"{highest:.3g}, {_RATE_FACTOR:g} times that of fine-tuning ({self.fft_learning_rate:.3g})"
-        start = f"N(0, {self.std:g})" if self.options.effective_start == "normal" else "how they start"
+        start = f"N(0, {self.std:g})" if self.options.effective_start == "normal" else "the initial scores"
         return f"up to {highest:.3g}, scaled to {start}"
 
     def _scale(self, target: MaskTarget) -> float:
-        """The distance that the travel of `auto` is counted in."""
+        """The unit of distance for `auto`."""
         match self.options.effective_start:
             case "normal":
                 return self.std
@@ -101,10 +101,10 @@ def score_start(
     """The start and the learning rate of the scores on a model.
 
     Args:
-        options: Of the mask training.
-        model: Its configuration gives the standard deviation of the normal start where the options do not.
+        options: Options of the mask training.
+        model: Its configuration provides the standard deviation of the normal start if the options do not.
         seed: Decides random starts.
-        fft_learning_rate: That the model was fine-tuned with.
+        fft_learning_rate: Learning rate that the model was fine-tuned with.
         steps: Optimizer steps of the training.
     """
     text_config = model.config.get_text_config()
@@ -113,13 +113,13 @@ def score_start(
 
 
 def auto_learning_rate(travel: float, scale: float, factors: Sequence[float]) -> float:
-    """The peak learning rate with which Adam, moving a score by one learning rate a step, goes `travel` scales in all.
+    """The peak learning rate at which Adam, moving a score by one learning rate per step, travels `travel` scales.
 
     Args:
-        travel: Distance in units of `scale`.
-        scale: Typical size of the scores at the start.
+        travel: Total distance in units of `scale`.
+        scale: Typical magnitude of the initial scores.
         factors: The schedule: each step's share of the peak learning rate.
 
-    Source: ours; what matters is how far a score can move in all, against how widely the scores start.
+    Source: ours; what matters is how far a score can move in total relative to the spread of the initial scores.
     """
     return travel * scale / sum(factors)

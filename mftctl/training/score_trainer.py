@@ -1,4 +1,4 @@
-"""The trainer of scores: AdamW, and at each validation what has been turned since the last one."""
+"""The trainer of scores: AdamW, and a count of flipped mask entries at each validation."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _COUNTED = "counted."
 
 
 class MaskTrainer(SftTrainer):
-    """Trains scores with AdamW: a learning rate that fits each tensor, checkpoints without the frozen weights.
+    """Trains scores with AdamW, with a learning rate per tensor and checkpoints without the frozen weights.
 
     The mask of the initial scores is among the candidates for the best one.
 
     Attributes:
         learning_rates: The peak learning rate of each masked module, by its name.
-        epsilon: AdamW's.
-        known_start_loss: The validation loss of the initial scores; None where it is to be measured.
-        low_memory: Whether scores, in bf16, are trained with moments in bf16 and no masked weight is kept.
+        epsilon: Epsilon of AdamW.
+        known_start_loss: The validation loss of the initial scores; None if it has yet to be measured.
+        low_memory: Whether scores and moments are kept in bf16 and no masked weights are cached.
         counted: The mask of each module at the last validation, as packed bits.
-        start_masks: The masks of the initial scores; of a model that comes without values, known once it is trained.
-        unmasked_losses: Of the validation records, of such a model.
+        start_masks: The masks of the initial scores; for a model without values, known once training has begun.
+        unmasked_losses: Unmasked losses of the validation records, for such a model.
     """
 
     start_masks: dict[str, Packed]
@@ -52,10 +52,10 @@ class MaskTrainer(SftTrainer):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.sampler.same_batches = True  # so that what frozen layers make of a batch holds for all epochs
+        self.sampler.same_batches = True  # so that the output of frozen layers for a batch is valid in all epochs
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over the scores, one parameter group for each learning rate."""
+        """AdamW over the scores, with one parameter group per learning rate."""
         if self.optimizer is None:
             groups: dict[float, list[torch.nn.Parameter]] = {}
             for name, module in self.masked().items():
@@ -66,21 +66,21 @@ class MaskTrainer(SftTrainer):
                 self._require_whole()
                 self.optimizer = StochasticAdamW(rated, seed=self.args.seed, **settings)
             else:
-                # On a GPU torch would otherwise make copies of all scores in a step.
+                # On a GPU, torch would otherwise copy all scores in each step.
                 self.optimizer = torch.optim.AdamW(rated, fused=self.args.device.type == "cuda", **settings)
         return self.optimizer
 
     def _require_whole(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ConfigError(
-                "Scores in bf16 are trained where each process has all of them.",
+                "Training scores in bf16 requires all scores in each process.",
                 key="mask_train.low_memory",
                 expected="one process, or recipes/accelerate/ddp.yaml",
-                actual="ZeRO or FSDP, which spread them over the processes themselves",
+                actual="ZeRO or FSDP, which shard the scores",
             )
 
     def after_spreading(self) -> None:
-        """Makes do without whole weights; measures what a model that came without values had to leave for now."""
+        """Disables caches that need whole weights; runs evaluations that had to wait for the model's values."""
         model = self.accelerator.unwrap_model(self.model)
         if self.partitions is not None and self.partitions.shares_weights:
             share_weights(model)
@@ -94,7 +94,7 @@ class MaskTrainer(SftTrainer):
             self.known_start_loss = mean_loss(self.unmasked_losses) if all(kept) else None
 
     def losses(self, records: Sequence[Encoded], *, masked: bool) -> list[SampleLoss]:
-        """The loss of each record with the present masks or without any; to be called in all processes at once."""
+        """The loss of each record with the current masks or without any; must be called in all processes at once."""
         model = self.accelerator.unwrap_model(self.model)
         with nullcontext() if masked else unmasked(model):
             return sample_losses(
@@ -108,7 +108,7 @@ class MaskTrainer(SftTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The validation loss per answer token; what has been turned since the last one goes to the metrics."""
+        """The validation loss per answer token; also logs the mask entries flipped since the last validation."""
         if self.start_loss is None:
             self.counted = self.packed_masks()
             return self._evaluate_start(metric_key_prefix)
@@ -119,7 +119,7 @@ class MaskTrainer(SftTrainer):
         return metrics
 
     def _evaluate_start(self, metric_key_prefix: str) -> dict[str, float]:
-        """The validation loss of the initial scores, which later masks have to beat; not measured where it is known."""
+        """The validation loss of the initial scores, which later masks have to beat; not measured again if known."""
         if self.known_start_loss is None:
             metrics = super().evaluate(metric_key_prefix=metric_key_prefix)
         else:
@@ -128,19 +128,19 @@ class MaskTrainer(SftTrainer):
         return metrics
 
     def kept(self, keep: Literal["best", "last"]) -> tuple[float | None, int | None]:
-        """The validation loss of the mask to keep, and its optimizer step; None where nothing was measured."""
+        """The validation loss and optimizer step of the mask to keep; None if there was no validation."""
         if keep == "best":
             return self.state.best_metric, self.state.best_global_step
         measured = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
         return (measured[-1] if measured else None), self.state.global_step
 
     def masked(self) -> dict[str, MaskedLinear | MaskedPart]:
-        """The modules with scores by the name of their target, in model order."""
+        """The modules with scores, by the name of their target, in model order."""
         model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
         return dict(masked_layers(model))
 
     def load_scores(self, scores: Mapping[str, torch.Tensor]) -> None:
-        """Puts scores back in place, of all modules or some."""
+        """Loads the scores of all modules or some."""
         modules = self.masked()
         for name, values in scores.items():
             if self.partitions is not None:
@@ -150,17 +150,17 @@ class MaskTrainer(SftTrainer):
                     modules[name].scores.copy_(values)
 
     def masks(self) -> dict[str, torch.Tensor]:
-        """The present keep mask of each masked module, bool, by its name."""
+        """The current bool keep mask of each masked module, by its name."""
         return {name: module.keep() for name, module in self.masked().items()}
 
     def packed_masks(self) -> dict[str, Packed]:
-        """The same as packed bits, an eighth of a byte a weight, with one whole mask in memory at a time."""
+        """The current masks as packed bits (one bit per weight), with one unpacked mask in memory at a time."""
         return {name: pack(module.keep()) for name, module in self.masked().items()}
 
     def _count_flips(self) -> dict[str, float]:
-        """What was turned since flips were last counted, and by how much that should lower the loss.
+        """The entries flipped since the last count, and the expected reduction of the loss.
 
-        The estimate is of first order, from Adam's running mean of the gradients.
+        The estimate is first-order, from Adam's running mean of the gradients.
         """
         before, self.counted = self.counted, self.packed_masks()
         removed = restored = 0
@@ -177,14 +177,14 @@ class MaskTrainer(SftTrainer):
         return {"removed": removed, "restored": restored, "promised": promised}
 
     def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
-        """Adam's running mean of the gradients of some scores."""
+        """Adam's running mean of the gradients of a score tensor."""
         if self.partitions is not None:
             return self.partitions.state(scores, "exp_avg")
         mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
         return mean
 
     def _whole(self, name: str, packed: Packed) -> torch.Tensor:
-        """Packed bits of a module's weights as a bool tensor of their shape and on their device."""
+        """A module's packed mask as a bool tensor of the weight's shape and on its device."""
         shape, device = whole_shape(self.masked()[name].scores), self.args.device
         return torch.from_numpy(unpack(packed, shape.numel())).view(shape).to(device)
 
@@ -195,11 +195,11 @@ class MaskTrainer(SftTrainer):
             values = whole(module.scores)
             if self.args.should_save:
                 scores[name] = values.cpu().contiguous()
-            del values  # or two whole tensors would be there at a time
+            del values  # otherwise two whole tensors would be in memory at once
         if not self.args.should_save:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        # The masks at the last validation as well, since a checkpoint may lie between two.
+        # Includes the masks at the last validation, since a checkpoint may fall between two validations.
         counted = {_COUNTED + name: torch.from_numpy(packed.copy()) for name, packed in self.counted.items()}
         save_file({**scores, **counted}, folder / _SCORES_FILE)
 
@@ -213,6 +213,6 @@ class MaskTrainer(SftTrainer):
             self._load_scores(file)
 
     def _load_scores(self, file: Any) -> None:
-        """Puts the scores of an open file in place, one tensor at a time."""
+        """Loads the scores in an open file, one tensor at a time."""
         for name in self.masked():
             self.load_scores({name: file.get_tensor(name)})

@@ -1,4 +1,4 @@
-"""The part of the trainer that takes an optimizer step in as many forward passes as its tokens need."""
+"""The part of the trainer that splits an optimizer step into forward passes by token count."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from mftctl.training.token_batches import MICRO_BATCHES, StepBatches, StepCollat
 
 
 class StepTrainer(PartitionedTrainer):
-    """A Trainer whose steps can have micro-batches of a token budget instead of a fixed number of them.
+    """A Trainer whose steps can use micro-batches with a token budget instead of a fixed number of micro-batches.
 
-    The Trainer itself, which knows fixed accumulation alone, then takes a whole step for one batch.
+    The Trainer itself supports only fixed accumulation, so it treats a whole step as one batch.
 
     Attributes:
         sampler: The order of the records.
-        step_size: Of a step with a token budget; None where the batch size and the accumulation of the arguments hold.
-        averages_records: Whether the loss of a step is the mean over its records, each the mean of its answer tokens,
-            instead of the mean over all their answer tokens.
+        step_size: The step size with a token budget; None if the arguments' batch size and accumulation apply.
+        averages_records: Whether the loss of a step is the mean over its records of each record's mean over answer
+            tokens, instead of the mean over all answer tokens.
     """
 
     sampler: LengthGroupedSampler
@@ -35,13 +35,13 @@ class StepTrainer(PartitionedTrainer):
     averages_records = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches that are, over all processes, those that one process would take in turn; or whole steps."""
+        """Micro-batches that over all processes equal those of a single process, or whole steps with a token budget."""
         records = cast("list[Encoded]", self.train_dataset)
         pin_memory = self.args.dataloader_pin_memory
         if self.step_size is not None:
             steps = StepBatches(self.sampler, self.step_size, rank(), world_size())
             collate = StepCollator(cast("PaddingCollator", self.data_collator))
-            # torch's annotations know no batch whose items are lists of indices.
+            # torch's annotations do not cover batches whose items are lists of indices.
             return DataLoader(
                 cast("Any", StepRecords(records)),
                 batch_sampler=cast("Any", steps),
@@ -56,7 +56,7 @@ class StepTrainer(PartitionedTrainer):
         )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """The loss of a micro-batch, or of a step, after its backward passes."""
+        """Runs the backward passes of a micro-batch or a step and returns its loss."""
         if MICRO_BATCHES not in inputs:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_batches = inputs[MICRO_BATCHES]
@@ -71,7 +71,7 @@ class StepTrainer(PartitionedTrainer):
         return torch.stack(losses).sum()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The Trainer's figure, over all micro-batches."""
+        """The Trainer's estimate, summed over all micro-batches."""
         return sum(super(StepTrainer, self).floating_point_ops(batch) for batch in inputs.get(MICRO_BATCHES, [inputs]))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -81,7 +81,7 @@ class StepTrainer(PartitionedTrainer):
         return super()._get_num_items_in_batch(flat, device)
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        # Counted at once: the Trainer waits for the device here.
+        # Counted in one go, since the Trainer synchronises with the device here.
         if MICRO_BATCHES in inputs:
             masks = [batch["attention_mask"].flatten() for batch in inputs[MICRO_BATCHES]]
             inputs = {"input_ids": None, "attention_mask": torch.cat(masks)}
@@ -89,6 +89,6 @@ class StepTrainer(PartitionedTrainer):
 
 
 def _one_for_each(labels: torch.Tensor) -> torch.Tensor:
-    """Labels `(records, 2)` with one answer token for each record that has some, so that records are counted."""
+    """Labels `(records, 2)` with one answer token per record that has any, so that records are counted."""
     answers = labels[:, 1:].ne(IGNORED_LABEL).any(dim=1, keepdim=True)
     return F.pad(torch.where(answers, 0, IGNORED_LABEL), (1, 0), value=IGNORED_LABEL)

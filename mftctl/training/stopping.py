@@ -1,4 +1,4 @@
-"""How a training ends before its last step: on request, or since nothing is left to do."""
+"""Ends a training before its last step, on request or because nothing is left to do."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mftctl.runtime.signals import ENDING, is_heeded
 
 
 class StopRequest:
-    """Whether the user asked for an end."""
+    """Records that the user asked to stop."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -30,13 +30,13 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
-    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request; a second Ctrl-C ends the program at once.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop request; a second Ctrl-C ends the program at once.
 
     Args:
-        listener: Is told that the step is finished and saved first.
+        listener: Receives a note that the current step is finished and saved first.
 
     Yields:
-        The request.
+        The stop request.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -45,7 +45,7 @@ def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
 
     def remember(number: int, frame: object) -> None:
         if stop.requested:
-            if number in ENDING:  # torchrun passes an interruption on as one; a terminal closes once
+            if number in ENDING:  # torchrun forwards interrupts as SIGTERM; a terminal closes once
                 return
             raise KeyboardInterrupt
         stop.requested = True
@@ -60,12 +60,12 @@ def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-class EndedBefore(Exception):  # noqa: N818 - no error
-    """A training was killed between its last checkpoint and its end; never leaves `train`."""
+class EndedBefore(Exception):  # noqa: N818 - not an error
+    """A training was killed after its last checkpoint but before it finished; never leaves `train`."""
 
 
 class NoStepTooMany(TrainerCallback):
-    """Ends a resumed training that has nothing left to do, where the Trainer would take one more step."""
+    """Ends a resumed training that has nothing left to do; the Trainer would take one more step."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -73,7 +73,7 @@ class NoStepTooMany(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Raises `EndedBefore` where all steps are taken, or patience had run out."""
+        """Raises `EndedBefore` if all steps were taken or early stopping had ended the training."""
         out_of_patience = any(
             callback.early_stopping_patience_counter >= callback.early_stopping_patience
             for callback in self._trainer.callback_handler.callbacks

@@ -1,4 +1,4 @@
-"""The records of an optimizer step in forward passes of like length, each of at most so many tokens."""
+"""Splits the records of an optimizer step into forward passes of similar length with a token limit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class StepSize:
     """The size of an optimizer step and of its forward passes.
 
     Attributes:
-        records: Of a step, over all processes.
-        batch_tokens: Most tokens of a forward pass with its padding.
+        records: Records per step, over all processes.
+        batch_tokens: Maximum tokens per forward pass, padding included.
     """
 
     records: int
@@ -31,15 +31,15 @@ class StepSize:
 
 
 def packed(order: Sequence[int], lengths_tokens: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Runs of records, as many together as fit, but for a pass more where that saves padding worth it.
+    """Groups of records, as large as fit, with an extra pass where the padding it saves is worth it.
 
-    Fewest passes alone would pad a third of the tokens of short records. A pass, which reads and casts all weights,
-    is taken to cost as much as a sixteenth of its tokens.
+    Minimising passes alone would pad a third of the tokens of short records. The fixed cost of a pass, which reads and
+    casts all weights, is assumed to equal a sixteenth of the token limit.
 
     Args:
-        order: Records, the longest first.
-        lengths_tokens: The length of every record there is.
-        batch_tokens: Most tokens of a run with its padding. A longer record goes alone.
+        order: Records, longest first.
+        lengths_tokens: Lengths of all records.
+        batch_tokens: Maximum tokens of a group, padding included. A longer record is on its own.
     """
     pass_tokens = batch_tokens / _PASSES
     costs = [0.0] + [float("inf")] * len(order)
@@ -62,15 +62,15 @@ def packed(order: Sequence[int], lengths_tokens: Sequence[int], batch_tokens: in
 def shared_out(
     indices: Sequence[int], lengths_tokens: Sequence[int], batch_tokens: int, world_size: int
 ) -> list[list[list[int]]]:
-    """The micro-batches of each process, equally many; together they hold every record once.
+    """The micro-batches of each process, equal in number; together they contain every record once.
 
-    They follow from the records and not from their order, so that the same records give the same micro-batches. Where
-    one is missing, a process gets a record marked by a negative number, as in `ProcessRecords`.
+    They depend on the records and not on their order, so the same records always give the same micro-batches. To fill
+    a gap, a process gets a record marked by a negative number, as in `ProcessRecords`.
 
     Args:
         indices: The records of a step, at least one.
-        lengths_tokens: The length of every record there is.
-        batch_tokens: Most tokens of a micro-batch with its padding. A longer record goes alone.
+        lengths_tokens: Lengths of all records.
+        batch_tokens: Maximum tokens of a micro-batch, padding included. A longer record is on its own.
         world_size: Number of processes.
     """
     order = sorted(indices, key=lambda index: (-lengths_tokens[index], index))
@@ -83,19 +83,19 @@ def shared_out(
         else:
             half = (len(batch) + 1) // 2
             batches[most : most + 1] = [batch[:half], batch[half:]]
-    # Side by side go passes of like size, or processes would wait for each other.
+    # Processes run passes of similar size at the same time; otherwise they would wait for each other.
     batches.sort(key=lambda batch: -len(batch) * lengths_tokens[batch[0] if batch[0] >= 0 else -1 - batch[0]])
     return [batches[rank::world_size] for rank in range(world_size)]
 
 
 class StepBatches(Sampler[list[list[int]]]):
-    """The micro-batches of one process, a list for each optimizer step.
+    """The micro-batches of one process, one list per optimizer step.
 
-    A step has the records that it would have with a fixed number of records a forward pass.
+    A step has the same records as with a fixed number of records per forward pass.
 
     Args:
-        order: The records of an epoch in their order.
-        size: Of a step and its forward passes.
+        order: The order of the records in an epoch.
+        size: The size of a step and of its forward passes.
         rank: The process.
         world_size: Number of processes.
     """
@@ -117,7 +117,7 @@ class StepBatches(Sampler[list[list[int]]]):
 
 
 class StepRecords(Dataset[list[Encoded]]):
-    """Micro-batches of records as `StepBatches` names them."""
+    """Micro-batches of records, indexed by `StepBatches`."""
 
     def __init__(self, records: Sequence[Encoded]) -> None:
         self._records = ProcessRecords(records)
@@ -131,10 +131,10 @@ class StepRecords(Dataset[list[Encoded]]):
 
 @dataclass(frozen=True, slots=True)
 class StepCollator:
-    """The micro-batches of a step, each as one batch of tensors."""
+    """Collates each micro-batch of a step into one batch of tensors."""
 
     collate: PaddingCollator
 
     def __call__(self, step: Sequence[Sequence[Encoded]]) -> dict[str, list[dict[str, torch.Tensor]]]:
-        """The step under one key, which is what the Trainer takes for a batch."""
+        """The micro-batches under one key, which the Trainer treats as one batch."""
         return {MICRO_BATCHES: [self.collate(records) for records in step]}

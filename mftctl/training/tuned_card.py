@@ -1,4 +1,4 @@
-"""The README.md of a LoRA adapter, or of the model it was merged into."""
+"""The README.md of a LoRA adapter or of a merged model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mftctl.text import markdown_code, markdown_text
 
 
 def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: bool, template: str) -> str:
-    """The text of the card: YAML front matter with `base_model`, then what was trained on what, as Markdown.
+    """The card's text: YAML front matter with `base_model`, then a Markdown summary of the training.
 
     Args:
-        adapter: With the name of its base.
-        merged: Whether it is in the model's weights by now.
-        held: How the base was held in memory while the adapter was trained.
-        quantized: Whether that was in fewer bits than it is stored in, from which it was dequantised.
+        adapter: The adapter's configuration, including the name of its base.
+        merged: Whether the adapter has been merged into the model's weights.
+        held: How the base was stored in memory during training.
+        quantized: Whether the base was quantised during training.
         template: The chat template of its records.
     """
     base = str(adapter.base_model_name_or_path)
@@ -27,7 +27,7 @@ def write_lora_card(adapter: LoraConfig, *, merged: bool, held: str, quantized: 
     rows = [
         ("Rank", adapter.r),
         ("Alpha", adapter.lora_alpha),
-        ("Base while training", held),
+        ("Base during training", held),
         ("Chat template", markdown_text(template)),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -44,8 +44,8 @@ def _adapter_summary(base: str, quantized: bool) -> str:
     if not quantized:
         return text
     return (
-        f"{text} It was trained on that model in nf4, as `quantized_base.json` says. On the model at full precision it "
-        "is not quite the one that was trained: mftctl dequantises the nf4 weights before it measures or merges it."
+        f"{text} It was trained on that model in nf4, as recorded in `quantized_base.json`. With the model at full "
+        "precision its results differ slightly; mftctl dequantises the nf4 weights before it evaluates or merges it."
     )
 
 
@@ -54,19 +54,19 @@ def _merged_summary(base: str, quantized: bool) -> str:
     if not quantized:
         return text
     return (
-        f"{text} Merging dequantised the model: the weights of its linear layers are those that nf4 stands for, plus "
-        f"the adapter, which is the model that was trained. They are not those of {markdown_code(base)} plus the "
-        "adapter. Embeddings, norms and the output head are those of the base."
+        f"{text} Merging dequantised the model, so the weights of its linear layers are the dequantised nf4 weights "
+        f"plus the adapter, exactly as trained. They differ from those of {markdown_code(base)} plus the adapter. "
+        "Embeddings, norms and the output head are those of the base."
     )
 
 
 def write_tuned_card(state: str, *, base: str, template: str) -> str:
-    """The text of the card: YAML front matter with `base_model`, then what was done to it, as Markdown.
+    """The card's text: YAML front matter with `base_model`, then a Markdown summary of the fine-tuning.
 
     Args:
-        state: What fine-tuning made of the model, such as `FFT` or `continued GMT`.
-        base: Name or folder of the model that it started from.
-        template: The chat template of its records, which is in the tokenizer.
+        state: The state of the model after fine-tuning, such as `FFT` or `continued GMT`.
+        base: Name or folder of the model that fine-tuning started from.
+        template: The chat template of its records, which is stored in the tokenizer.
     """
     front_matter = ModelCardData(base_model=base, library_name="transformers", tags=["fine-tuned", "mftctl"]).to_yaml()
     return (

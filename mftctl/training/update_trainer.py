@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 
 class UpdateTrainer(SftTrainer):
-    """Trains weights: all that are trainable, or at each step those that a rule chooses.
+    """Trains all trainable weights, or those that a rule selects at each step.
 
     Attributes:
-        rule: Chooses the entries; None updates all.
-        exclude: What the rule leaves out.
+        rule: Selects the entries to update; None updates all.
+        exclude: Parameters that the rule does not apply to.
     """
 
     rule: UpdateRule | None = None
@@ -40,7 +40,7 @@ class UpdateTrainer(SftTrainer):
         return model if is_first() else None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, behind the rule if there is one."""
+        """The Trainer's optimizer, wrapped by the rule if there is one."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         if self.rule is not None and self._choosing is None:
             self._choosing = MaskedOptimizer(optimizer, self.rule, self._excluded())
@@ -48,17 +48,17 @@ class UpdateTrainer(SftTrainer):
         return self._choosing or optimizer
 
     def before_step(self) -> None:
-        """Chooses the entries under DeepSpeed, and clips the gradient that will be used."""
+        """Selects the entries under DeepSpeed and clips the gradient that will be used."""
         self._choose()
         super().before_step()
 
     def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
-        """The optimizer's state, with what a masked one adds to it."""
+        """The optimizer's state, including what a masked optimizer adds to it."""
         steps = {} if self._choosing is None else {STEPS_KEY: self.state.global_step}
         return {**super().optimizer_state(partitions), **steps}
 
     def _excluded(self) -> Collection[torch.nn.Parameter]:
-        """The parameters that the rule leaves out, as they are now: DeepSpeed and FSDP replace them."""
+        """The current parameters that the rule does not apply to; DeepSpeed and FSDP replace parameters."""
         return excluded_parameters(self.accelerator.unwrap_model(self.model), self.exclude) if self.exclude else ()
 
     def _choose(self) -> None:
@@ -69,7 +69,7 @@ class UpdateTrainer(SftTrainer):
             self._choosing.select()
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        # The norm is that of the gradient which will be used.
+        # The norm of the gradient that will be used.
         if not self.is_deepspeed_enabled:
             self._choose()
         return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
@@ -99,5 +99,5 @@ class UpdateTrainer(SftTrainer):
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The parameters of a checkpoint as the model names them."""
+    """The parameters of a checkpoint under the model's own names."""
     return dict(load_model(folder, dtype=torch.float32, device=torch.device("cpu")).named_parameters())

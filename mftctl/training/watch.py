@@ -1,4 +1,4 @@
-"""What is told and kept of a training while it runs."""
+"""Progress and metrics of a running training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mftctl.training.stopping import StopRequest
 
 
 class TrainingWatch(TrainerCallback):
-    """Shows progress, keeps the metrics, and stops on request or when the loss is lost."""
+    """Shows progress, logs the metrics, and stops on request or when the loss is no longer finite."""
 
     def __init__(self, listener: Listener, folder: TrainingFolder, stop: StopRequest) -> None:
         self._listener = listener
@@ -31,7 +31,7 @@ class TrainingWatch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remembers where a resumed training begins."""
+        """Remembers the step at which a resumed training starts."""
         self._start_tokens = int(state.num_input_tokens_seen)
 
     def on_step_begin(
@@ -43,12 +43,12 @@ class TrainingWatch(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Keeps a line of metrics.
+        """Logs a line of metrics.
 
         Raises:
-            TrainingError: The loss is not a number.
+            TrainingError: The loss is no longer finite.
         """
-        if "train_loss" in (logs or {}):  # the Trainer's summary is of the steps since it was resumed
+        if "train_loss" in (logs or {}):  # the Trainer's summary covers only the steps since it was resumed
             return
         loss = (logs or {}).get("loss")
         timing = {} if loss is None else {"step_seconds": round(self._step_seconds, 6)}
@@ -57,25 +57,25 @@ class TrainingWatch(TrainerCallback):
             return
         if not math.isfinite(loss):
             raise TrainingError(
-                f"The training loss is no longer a number at step {state.global_step}.",
+                f"The training loss is no longer finite at step {state.global_step}.",
                 path=self._folder.folder,
                 expected="a finite loss",
                 actual=loss,
-                hint="a lower --lr",
+                hint="use a lower --lr",
             )
         self._loss = loss
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Tells the progress, and lets a training stop."""
+        """Reports progress and stops the training on request."""
         self._step_seconds = time.monotonic() - self._step_start_seconds  # without the validations between steps
         self._training_seconds += self._step_seconds
         speed = (int(state.num_input_tokens_seen) - self._start_tokens) / max(self._training_seconds, 1e-9)
         self._listener.progress(Progress("training", state.global_step, state.max_steps, self._loss, speed))
-        # One answer for all processes, whatever signal comes to one of them after the question.
+        # One answer for all processes, even if a signal reaches one of them in the meantime.
         stop = any_process(self._stop.requested)
         self._stop.requested |= stop
         if state.global_step >= state.max_steps:
-            control.should_evaluate = True  # the last state is a candidate too, whatever the interval
+            control.should_evaluate = True  # the last state is a candidate too, regardless of the interval
         elif stop:
             control.should_save = True
             control.should_training_stop = True

@@ -1,4 +1,4 @@
-"""The `apply` workflow: writes base and mask as one normal checkpoint."""
+"""The `apply` workflow: writes a base model and its mask as one ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ from mftctl.progress import Listener, Progress
 def apply(
     source: Source, run: Run, listener: Listener, *, base: str | None = None, replace: bool = False
 ) -> dict[str, Any]:
-    """The result of applying a mask: the folder of the new checkpoint and what was removed.
+    """Applies a mask and returns the folder of the new checkpoint and a summary of what was removed.
 
     Args:
-        source: The model and its mask; for a delta mask the tuned model, whose base the mask names.
-        run: Open run; gets the checkpoint as `model/` unless the run has an output elsewhere.
-        listener: Hears progress.
-        base: For a delta mask: the model before fine-tuning; by default the one that the mask names.
-        replace: Whether a model of mftctl at the run's output is replaced.
+        source: The model and its mask; for a delta mask the tuned model (the mask names its base).
+        run: Open run; the checkpoint is written to its `model/` unless the run has another output path.
+        listener: Receives progress updates.
+        base: For a delta mask, the model before fine-tuning; by default the one named in the mask.
+        replace: Whether to replace a model that mftctl wrote at the run's output path.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        ConfigError: No mask is given.
+        MaskFormatError: The mask file is damaged or not a mask file.
+        MaskMismatchError: The mask was not made for this model.
+        ModelError: A checkpoint cannot be read.
+        OutputError: The output path holds something that may not be replaced.
     """
     if source.mask is None:
         raise ConfigError("apply needs a mask.", key="MASK", expected="a mask file", actual="none")
@@ -46,14 +50,14 @@ def apply(
             mask_path=path,
             base_model=base_model,
             on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
-            # What is in the run's own folder can only be its own.
+            # Anything in the run's own folder was written by the run itself.
             replace=replace or run.record.output is None,
             origin=origin_of(source.state, source.model, source.origin).as_document(),
         )
     if done.left_out:
         listener.warn(
-            f"Not copied: {', '.join(done.left_out)}. They are links to files outside the model's folder; "
-            "copy them yourself if they belong to it."
+            f"Not copied, because they link to files outside the model's folder: {', '.join(done.left_out)}. "
+            "Copy them yourself if the model needs them."
         )
     return {
         "state": source.state,

@@ -36,19 +36,25 @@ if TYPE_CHECKING:
 
 
 def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
-    """The result of evaluating one model: each data set with its metrics, their standard errors and sample files.
+    """Evaluates one model; returns each dataset with its metrics, standard errors and sample file.
 
-    Every sample goes to a `.jsonl` file in the run folder as `id` (its number), `reference`, `output`, `scores` and
-    `weights` (a metric is the sum of its scores over the sum of its weights; a weight not given is 1).
+    Every sample is written to a `.jsonl` file in the run folder with `id` (its number), `reference`, `output`, `scores`
+    and `weights`. A metric is the sum of its scores over the sum of its weights; weights default to 1.
 
     Args:
         recipe: With the `eval` section and `test_data`.
-        source: The model, possibly under a mask.
-        run: Open run; gets the samples and the result.
-        listener: Hears progress.
+        source: The model, optionally with a mask.
+        run: Open run; receives the samples and the result.
+        listener: Receives progress updates.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        ConfigError: The options conflict, or there is nothing to measure.
+        DataError: The test data cannot be read or used.
+        DeviceMemoryError: The GPU runs out of memory.
+        EvaluationError: A benchmark or its data is missing, or a prompt does not fit the model's context.
+        MaskFileError: The mask is damaged or does not match the model.
+        ModelError: The checkpoint cannot be loaded.
+        SandboxError: Model-written code cannot be confined on this machine.
     """
     measures = prepare_measures(recipe, listener)
     run.update(inputs=source.as_inputs())
@@ -85,14 +91,14 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
 def _load(
     checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, encoder: Encoder, listener: Listener
 ) -> Loaded:
-    """The model, under its mask if it has one, and the tokenizer that benchmarks use."""
+    """The model with its mask applied, if it has one, and the tokenizer for benchmarks."""
     tokenizer = with_fixed_clock(encoder)
     if recipe.eval.engine == "vllm":
         return _load_for_vllm(checkpoint, source, recipe, measures, tokenizer)
     dtype = evaluation_dtype(checkpoint)
     spread = gpu_map(checkpoint, dtype)
     if spread is not None:
-        listener.note(f"The model is too large for one GPU: its layers lie on {len(set(spread.values()))} of them.")
+        listener.note(f"The model is too large for one GPU; its layers are on {len(set(spread.values()))} GPUs.")
     with nullcontext() if source.mask is None else open_mask(Path(source.mask)) as mask:
         model = load_model(checkpoint, dtype=dtype, device_map=spread)
         if mask is not None:
@@ -104,17 +110,18 @@ def _load(
 def _load_for_vllm(
     checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, tokenizer: PreTrainedTokenizerBase
 ) -> VllmAnswers:
-    """The checkpoint in vLLM's own processes.
+    """Starts vLLM on the checkpoint, in vLLM's own processes.
 
     Raises:
-        ConfigError: What vLLM cannot run.
+        ConfigError: The model is a mask or adapter that has not been merged.
+        EvaluationError: vLLM does not start.
     """
     apart = source.mask or (str(checkpoint) if is_adapter(checkpoint) else None)
     if apart is not None:
         raise ConfigError(
-            "vLLM runs whole checkpoints.",
+            "vLLM needs a complete checkpoint.",
             key="eval.engine",
-            expected="a checkpoint with its mask applied, or its adapter merged",
+            expected="a checkpoint with its mask applied or its adapter merged",
             actual=apart,
             hint="mftctl apply MODEL MASK, or fft --method lora --merge; then mftctl eval OUT --engine vllm",
         )

@@ -1,4 +1,4 @@
-"""`mftctl probe --fast`: what a mask of each group promises, from one pass of gradients and no training."""
+"""`mftctl probe --fast`: the expected gain of a mask for each group, from one gradient pass without training."""
 
 from __future__ import annotations
 
@@ -45,30 +45,30 @@ def promised_changes(
     fft_learning_rate: float,
     seed: int,
 ) -> dict[str, float]:
-    """By how much, to first order, the mask of each group would change the loss per answer token.
+    """First-order estimate of how much a mask of each group would change the loss per answer token.
 
-    To remove a weight w changes the loss by -w * dL/dw. With a threshold, a mask is taken to remove every weight that
-    lowers the loss so and whose score can fall below the threshold: Adam moves it by about one learning rate a step.
-    With a ratio, it is taken to remove those weights of each tensor that lower the loss most; what a random start
-    costs is left out.
+    Removing a weight w changes the loss by -w * dL/dw. With a threshold, a mask is assumed to remove every weight whose
+    removal lowers the loss and whose score can fall below the threshold; Adam moves a score by about one learning rate
+    per step. With a ratio, it is assumed to remove the weights of each tensor whose removal lowers the loss most; the
+    cost of a random start is not counted.
 
     Args:
-        model: Frozen, without masks; left as it was.
+        model: Frozen and without masks; it is left unchanged.
         groups: Decoder layers of each group.
-        options: Of the training that this takes the place of.
-        inputs: Data.
-        listener: Hears progress.
-        fft_learning_rate: That the model was fine-tuned with.
+        options: Options of the training that this estimate replaces.
+        inputs: The data.
+        listener: Receives progress updates.
+        fft_learning_rate: Learning rate that the model was fine-tuned with.
         seed: Decides random starts.
 
     Returns:
-        The change of each group by its layers, such as `4-7`; below 0 is better.
+        The change of each group, keyed by its layers, such as `4-7`; negative is better.
 
     Source: ours; the gradient is that of MFT, equation 5, at a mask that removes nothing.
     """
     layers = sorted({layer for group in groups for layer in group})
     targets = find_targets(model, layers, options.target, options.projections)
-    with gpu_failures("taking gradients"):
+    with gpu_failures("computing gradients"):
         gradients = _mean_gradients(model, targets, options, inputs, listener)
     steps = total_steps(len(inputs.train), options)
     start = score_start(options, model, seed=seed, fft_learning_rate=fft_learning_rate, steps=steps)
@@ -81,7 +81,7 @@ def promised_changes(
 
 
 def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -> dict[str, Any] | None:
-    """How alike the newest trained probe of the same model ranks the same groups; None without one.
+    """Agreement with the ranking of the same groups by the latest trained probe of the same model; None without one.
 
     Args:
         root: The runs folder.
@@ -89,7 +89,7 @@ def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -
         changes: From `promised_changes`.
 
     Returns:
-        `run`, its name; `groups`, how many both have; `rank_correlation`, Spearman's.
+        `run`: its name; `groups`: the number of groups in both; `rank_correlation`: Spearman's.
     """
     for run in reversed(list_runs(root)[0]):
         record = run.record
@@ -112,12 +112,12 @@ def _mean_gradients(
     inputs: TrainingInputs,
     listener: Listener,
 ) -> dict[Parameter, torch.Tensor]:
-    """The gradient of the loss per answer token over all training records, fp32, of each parameter with a target.
+    """The fp32 gradient of the loss per answer token over all training records, for each parameter with a target.
 
-    Several processes share out the batches.
+    Several processes share the batches.
     """
     collate = PaddingCollator(pad_token_id(inputs.tokenizer))
-    records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # a lack of memory shows at once
+    records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # so running out of memory shows at once
     answer_tokens = sum(record.answer_tokens for record in records)
     checkpointed = list(decoder_layers(model)[1]) if options.gradient_checkpointing else []
     parameters = [_parameter(target) for target in targets]
@@ -131,13 +131,13 @@ def _mean_gradients(
                 outputs = model(**batch, use_cache=False)
             answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
             done += len(batch_records)
-            listener.progress(Progress("taking gradients", min(done * world_size(), len(records)), len(records)))
+            listener.progress(Progress("computing gradients", min(done * world_size(), len(records)), len(records)))
     add_up(gradients.values())
     return gradients
 
 
 def _batches(records: Sequence[Encoded], options: MaskTrainOptions) -> list[Sequence[Encoded]]:
-    """Records, the longest first, as many together as a forward pass takes."""
+    """Batches of records, longest first, each as large as a forward pass takes."""
     if options.batch_tokens is None:
         return [records[start : start + options.batch_size] for start in range(0, len(records), options.batch_size)]
     lengths = [len(record.input_ids) for record in records]
@@ -147,9 +147,9 @@ def _batches(records: Sequence[Encoded], options: MaskTrainOptions) -> list[Sequ
 
 @contextmanager
 def _checkpointing(layers: Sequence[Module]) -> Iterator[None]:
-    """Inside it, layers keep their input alone for the backward pass, and compute all else again in it.
+    """Context in which layers keep only their input for the backward pass and recompute everything else.
 
-    Models do so themselves in training mode only, in which they may have dropout.
+    Models do this themselves only in training mode, which may enable dropout.
     """
     forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
     try:
@@ -166,11 +166,11 @@ def _checkpointing(layers: Sequence[Module]) -> Iterator[None]:
 
 @contextmanager
 def _accumulating(model: PreTrainedModel, parameters: Sequence[Parameter]) -> Iterator[dict[Parameter, torch.Tensor]]:
-    """Inside it, what backward passes give for some parameters is added up in fp32, and held nowhere else.
+    """Context in which the gradients of some parameters are accumulated in fp32 and stored nowhere else.
 
     Args:
-        model: Its other parameters need no gradients meanwhile.
-        parameters: Those of interest; several parts of one may be named.
+        model: Its other parameters require no gradients in the meantime.
+        parameters: The parameters of interest; one may be listed several times, once for each of its parts.
     """
     sums = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
 
@@ -195,13 +195,13 @@ def _accumulating(model: PreTrainedModel, parameters: Sequence[Parameter]) -> It
 
 
 def _promised_gain(target: MaskTarget, gains: torch.Tensor, start: ScoreStart, reach: float) -> float:
-    """What the removal of the weights that a mask is taken to remove lowers the loss by.
+    """The amount by which removing the weights that a mask is assumed to remove lowers the loss.
 
     Args:
         target: The projection.
-        gains: What the removal of each of its weights lowers the loss by.
-        start: Of the scores.
-        reach: How far a score can move.
+        gains: The amount by which removing each of its weights lowers the loss.
+        start: How the scores are initialised.
+        reach: The distance that a score can move.
     """
     options = start.options
     threshold = options.effective_threshold

@@ -1,4 +1,4 @@
-"""The `fft` workflow: supervised fine-tuning, of all weights or of those a method chooses, up to the best point."""
+"""The `fft` workflow: supervised fine-tuning of all weights, or of those a method selects, up to the best step."""
 
 from __future__ import annotations
 
@@ -60,18 +60,23 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def fine_tune(
     recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
 ) -> dict[str, Any]:
-    """The result of fine-tuning: where the model is, and its losses per answer token.
+    """Fine-tunes a model and returns its folder and its losses per answer token.
 
     Args:
-        recipe: With the `fft` section, the data and the seed.
+        recipe: Provides the `fft` section, the data and the seed.
         source: The model to start from.
-        run: Open run; gets metrics and checkpoints, and the model unless the run has an output elsewhere.
-        listener: Hears progress.
-        resume: Go on from the newest checkpoint of the run.
-        may_replace: Whether a model of mftctl at the run's output is replaced.
+        run: Open run; receives metrics and checkpoints, and the model unless the run has another output path.
+        listener: Receives progress updates.
+        resume: Resume from the latest checkpoint of the run.
+        may_replace: Whether to replace a model that mftctl wrote at the run's output path.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        ConfigError: The options are inconsistent, or the recipe names no data.
+        DataError: A data file or record cannot be used.
+        ModelError: The model cannot be loaded.
+        TrainingError: The loss is no longer finite.
+        DeviceMemoryError: The GPU runs out of memory.
+        Interrupted: The user stopped the run; its state is saved.
 
     Source: MFT, section 2, equation 1; GMT, section 2 and algorithm 1. The loss is the mean over all answer tokens of
     an optimizer step.
@@ -84,7 +89,7 @@ def fine_tune(
 def _fine_tune(
     recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
-    """The same, on a device that is ready."""
+    """Runs `fine_tune` on a device that is ready."""
     options = recipe.fft
     announce_step(options, world_size(), listener)
     check_memory_options(options, best_device())
@@ -151,18 +156,18 @@ def _fine_tune(
 def _trainable_model(
     checkpoint: Path, source: Source, options: FftOptions, seed: int, listener: Listener
 ) -> PreTrainedModel | PeftModel:
-    """The model with those parameters trainable that the method trains."""
+    """The model with the parameters that the method trains set to trainable."""
     if options.method == "lora":
         if spreads_parameters():
             raise ConfigError(
-                "LoRA trains so few weights that there is next to nothing to spread over the processes.",
+                "LoRA trains too few weights to be worth sharding across processes.",
                 key="fft.method",
-                expected="another method under DeepSpeed and FSDP",
+                expected="a method other than lora under DeepSpeed or FSDP",
                 actual="lora",
                 hint="recipes/accelerate/ddp.yaml",
             )
         return _with_adapter(checkpoint, source, options, seed)
-    # Updates are smaller than what bf16 can hold: weights stay in fp32, or are rounded by chance.
+    # Updates are too small for bf16, so weights stay in fp32 or are stochastically rounded.
     dtype = torch.bfloat16 if options.low_memory else torch.float32
     if shares_weights():
         model = load_to_share(checkpoint, dtype=dtype, note=listener.note)
@@ -218,12 +223,12 @@ def _trainer(
         listener.note(excluded_text(cast("PreTrainedModel", model), options.exclude))
     if model.device.type == "meta":
         trainer.rows = StoredWeights(inputs.checkpoint, cast("PreTrainedModel", model)).rows
-    trainer.exact_norm = trainer.rule is not None  # so that the choice does not hang on rounding
+    trainer.exact_norm = trainer.rule is not None  # so that the selection does not depend on rounding
     return trainer
 
 
 def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: FftOptions) -> PreTrainedModel | PeftModel:
-    """What is written: of LoRA the adapter alone, unless the merged model is wanted; weights in the dtype wanted."""
+    """The model to write, in the requested dtype; for LoRA only the adapter, unless the merged model is requested."""
     dtype = _DTYPES.get(options.save_dtype) or stored_dtype(checkpoint)
     if options.method == "lora":
         if not options.merge:
@@ -233,7 +238,7 @@ def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: Fft
         model = merge_adapter(cast("PeftModel", model), dtype)
     whole = cast("PreTrainedModel", model)
     if options.low_memory:
-        whole.to("cpu")  # type: ignore[arg-type] # a GPU that held the training may have no room for wider weights
+        whole.to("cpu")  # type: ignore[arg-type] # the GPU that held the training may lack memory for wider weights
     whole.to(dtype)  # type: ignore[arg-type]
     return whole
 
@@ -258,12 +263,12 @@ def _lora_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -
 
 @dataclass(frozen=True, slots=True)
 class GoesWith:
-    """What is written beside weights and tokenizer.
+    """Files and settings written along with weights and tokenizer.
 
     Attributes:
-        beside: Text files by name, in place of those of the same name that the libraries write.
-        origin: How the model was made.
-        checkpoint: The one that it was made from.
+        beside: Text files by name; they replace files of the same name written by libraries.
+        origin: How the model was produced.
+        checkpoint: The checkpoint it was produced from.
         stop_ids: Tokens that end an answer.
     """
 
@@ -275,11 +280,11 @@ class GoesWith:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """Where a model went.
+    """Where a model was saved.
 
     Attributes:
         folder: Its folder.
-        refused: Why it is not at the run's output; None if it is, or there is none.
+        refused: Why it is not at the run's output path; None if it is, or if no path was given.
     """
 
     folder: Path
@@ -294,7 +299,7 @@ def _save(
     *,
     may_replace: bool,
 ) -> _Saved:
-    """Writes the model to the run's output, or to the run folder where something else is there by now."""
+    """Writes the model to the run's output path, or to the run folder if that path has since been taken."""
     refused = None
     if run.record.output is not None:
         output = Path(run.record.output)
@@ -319,15 +324,15 @@ def save_model(
     """Writes a checkpoint with its tokenizer, whole or not at all.
 
     Args:
-        model: What is written.
-        tokenizer: Goes beside it.
-        folder: New or empty, unless a model of mftctl is to be replaced.
-        goes_with: What else is written.
-        replace: Whether it is.
+        model: The model to write.
+        tokenizer: Its tokenizer.
+        folder: New or empty, unless a model written by mftctl is to be replaced.
+        goes_with: What else to write.
+        replace: Whether to replace such a model.
 
     Raises:
-        OutputError: There is something that is not to be replaced.
-        StorageError: It cannot be written.
+        OutputError: The folder holds something that may not be replaced.
+        StorageError: The model cannot be written.
     """
     try:
         with (
@@ -345,7 +350,7 @@ def save_model(
             for name, text in goes_with.beside.items():
                 (temporary / name).write_text(text, encoding="utf-8")
             write_marker(temporary, Kind.MODEL, goes_with.origin.as_document())
-    except SafetensorError as error:  # which says of a full disk what it says of all else
+    except SafetensorError as error:  # raised for a full disk as for any other failure
         raise StorageError(
             "The model could not be written.", path=folder, actual=str(error), hint="free some space"
         ) from error

@@ -22,12 +22,12 @@ from mftctl.runtime.processes import is_first
 
 
 def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> dict[str, Any]:
-    """Where a mask was written, in the run folder and where the user wants it, and what it removes.
+    """Writes a mask to the run folder and the output path; returns both paths and a summary of what it removes.
 
     Args:
         mask: The mask.
-        run: With an output or without.
-        may_replace: Whether a mask file at the output is replaced.
+        run: Open run, with or without an output path.
+        may_replace: Whether to replace a mask file at the output path.
     """
     path = run.folder / "mask.bits"
     output, refused = run.record.output, None
@@ -50,7 +50,7 @@ def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> dict[str, Any]:
 
 
 def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
-    """The share removed in each masked decoder layer, by its index: with a threshold it is an outcome."""
+    """The share removed in each masked decoder layer, by its index; with a threshold it is an outcome."""
     removed: dict[int, int] = {}
     weights: dict[int, int] = {}
     for target in targets:
@@ -74,7 +74,7 @@ def build_mask(
         targets: From `find_targets` on the model without masks.
         model: The model in memory.
         base: Its checkpoint folder.
-        metadata: What the mask file says about its origin.
+        metadata: The origin stated in the mask file.
 
     Raises:
         MaskMismatchError: A parameter is not in the checkpoint.

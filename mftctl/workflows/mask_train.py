@@ -1,4 +1,4 @@
-"""The `mask-train` workflow: finds which weights of a frozen model to remove, and keeps the best mask."""
+"""The `mask-train` workflow: finds which weights of a frozen model to remove and keeps the best mask."""
 
 from __future__ import annotations
 
@@ -45,25 +45,31 @@ from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 def mask_train(
     recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
 ) -> dict[str, Any]:
-    """The result of finding a mask: where its file is, what it removes, and its losses per answer token.
+    """Finds a mask and returns its file, a summary of what it removes, and its losses per answer token.
 
     Args:
-        recipe: With the `mask_train` section, the data and the seed.
+        recipe: Provides the `mask_train` section, the data and the seed.
         source: The fine-tuned model.
-        run: Open run; gets metrics, checkpoints and the mask, which also goes to the run's output if it has one.
-        listener: Hears progress.
-        resume: Go on from the newest checkpoint of the run.
-        may_replace: Whether a mask file at the run's output is replaced.
+        run: Open run; receives metrics, checkpoints and the mask, which is also copied to the run's output path.
+        listener: Receives progress updates.
+        resume: Resume from the latest checkpoint of the run.
+        may_replace: Whether to replace a mask file at the run's output path.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        ConfigError: The options are inconsistent, or the recipe names no data.
+        DataError: A data file or record cannot be used.
+        ModelError: The model cannot be loaded.
+        MaskingError: The chosen layers or projections cannot be masked.
+        TrainingError: The loss is no longer finite.
+        DeviceMemoryError: The GPU runs out of memory.
+        Interrupted: The user stopped the run; its state is saved.
 
     Source: MFT, section 2, equations 2 to 5; local masks of section 3.2, global ones of section 3.3.
     """
     options = recipe.mask_train
     if options.method == "drop":
         find_device(recipe.device)
-        with device_for(run, listener, less_memory=[], device="cpu"):  # it compares files
+        with device_for(run, listener, less_memory=[], device="cpu"):  # only compares files
             restart_peak_memory()
             return _drop(recipe, source, run, listener, may_replace=may_replace)
     with training_on_device("mask-train", recipe, options, run, listener) as room:
@@ -73,7 +79,7 @@ def mask_train(
 def _search(
     recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
-    """The result of the methods that measure masks on the model."""
+    """Runs the methods that evaluate masks on the model and returns the result."""
     options = recipe.mask_train
     inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
@@ -82,17 +88,17 @@ def _search(
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
     targets = find_targets(model, layers, options.target, options.projections)
     flops = flops_per_token(model, targets)
-    target_names(targets, model, tensor_index(inputs.checkpoint))  # what cannot be written is said before the training
+    target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
     deciding, confirming = split_validation_records(inputs.validation, options)
     inputs = replace(inputs, validation=deciding)
     come_again = batches_come_again(len(inputs.train), options)
     if min(layers) > 0 and not come_again and token_batches_change(len(inputs.train), options):
         listener.note(
-            "Hidden states are reused in validation alone: with --batch-tokens each epoch has other micro-batches."
+            "Hidden states are reused only in validation: with --batch-tokens, micro-batches differ between epochs."
         )
     with (
         hidden_states(options, run.folder) as states,
-        # Processes that share weights must pass the same layers, and each has seen other batches.
+        # Processes that share weights must run the same layers, but each has seen different batches.
         reusing_prefix(model, 0 if shares_weights() else min(layers), states, listener.warn, in_training=come_again),
     ):
         search = MaskSearch(
@@ -136,7 +142,7 @@ def _search(
 
 
 def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
-    """The search with a model that this process has all of; after a training that shared its weights, a new one."""
+    """The search with a model held whole in this process; loaded again after a training that sharded its weights."""
     if not shares_weights() or search.weights is not None:
         return search
     options = search.options
@@ -145,11 +151,11 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
 
 
 def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:
-    """What records that took no part in choosing the mask say of it; None where there is nothing to confirm."""
+    """The mask's effect on records not used to choose it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
-        which = "The last mask was not" if search.options.effective_keep == "last" else "No mask was"
+        which = "The last mask did not beat" if search.options.effective_keep == "last" else "No mask beat"
         search.listener.warn(
-            f"{which} better than no mask on the validation data. Use the model without it, "
+            f"{which} the unmasked model on the validation data. Use the model without a mask, "
             "or try other layers (mftctl probe), a smaller ratio or more data."
         )
         return None
@@ -159,10 +165,10 @@ def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encod
 
 
 def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> dict[str, Any]:
-    """The result of going back to the weights before fine-tuning where the method says so; no model is loaded.
+    """Resets part of the weights to their values before fine-tuning; no model is loaded.
 
     Raises:
-        ConfigError: The model before fine-tuning is not known.
+        ConfigError: The model before fine-tuning is unknown.
 
     Source: GMT, section 4, "Analysis of Drop Strategy".
     """
@@ -170,10 +176,10 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_r
     base = options.base or (source.origin if source.origin != source.model else None) or None
     if base is None:
         raise ConfigError(
-            "drop needs the model before fine-tuning.",
+            "The drop method needs the model before fine-tuning.",
             key="mask_train.base",
             expected="a checkpoint folder or a hub id",
-            actual=f"none given, and no run in the runs folder made {source.model}",
+            actual=f"none given, and no run in the runs folder produced {source.model}",
             hint="--base MODEL",
         )
     run.update(inputs=source.as_inputs())
@@ -205,7 +211,7 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_r
 def _model_to_mask(
     inputs: TrainingInputs, options: MaskTrainOptions, listener: Listener
 ) -> tuple[PreTrainedModel, StoredWeights | None]:
-    """The frozen model; where processes share its weights during the training, without values, and these apart."""
+    """The frozen model; where processes share its weights in training, without values, which come separately."""
     if not shares_weights() or options.method != "learned":
         return load_frozen_model(inputs, options), None
     model = load_to_share(inputs.checkpoint, dtype=frozen_dtype(options), note=listener.note)

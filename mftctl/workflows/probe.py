@@ -1,4 +1,4 @@
-"""The `probe` workflow: which group of decoder layers gains most from a mask."""
+"""The `probe` workflow: finds the group of decoder layers that gains most from a mask."""
 
 from __future__ import annotations
 
@@ -38,17 +38,23 @@ from mftctl.workflows.probe_scores import ProbeScorer
 
 
 def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
-    """The result of probing: every group's losses and score, best first, and the recommended layers.
+    """Probes groups of layers; returns every group's losses and score, best first, and the recommended layers.
 
     Args:
-        recipe: With the `probe` and `mask_train` sections, the data and the seed.
+        recipe: Provides the `probe` and `mask_train` sections, the data and the seed.
         source: The fine-tuned model.
-        run: Open run; gets one file a finished group, metrics, checkpoints and the result.
-        listener: Hears progress.
-        resume: Take finished groups as they are, and go on with the one that was interrupted.
+        run: Open run; receives one file per finished group, metrics, checkpoints and the result.
+        listener: Receives progress updates.
+        resume: Keep finished groups and continue with the one that was interrupted.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        ConfigError: The options are inconsistent, or the recipe names no data.
+        DataError: A data file or record cannot be used.
+        ModelError: The model cannot be loaded.
+        MaskingError: The chosen layers or projections cannot be masked.
+        TrainingError: The loss is no longer finite.
+        DeviceMemoryError: The GPU runs out of memory.
+        Interrupted: The user stopped the run; its state is saved.
 
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data). Each group keeps its mask
     with the lowest loss, whatever ranks the groups.
@@ -63,14 +69,14 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
 def _train_groups(
     recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
 ) -> dict[str, Any]:
-    """The result of training a mask of each group."""
+    """Trains a mask for each group and returns the result."""
     options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     scorer = None if recipe.probe.by == "loss" else ProbeScorer(recipe, inputs, run, listener)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     room.require(inputs)
     probed = _ProbedModel(recipe, options, inputs, run, listener, scorer)
-    # From below upwards, so that each group enters the model where the one before it did, or above.
+    # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
     groups = sorted(_groups(recipe, probed.model), key=min)
     results = []
     with hidden_states(options, run.folder) as states:
@@ -78,13 +84,13 @@ def _train_groups(
             layers = format_layers(group)
             folder = run.folder / "groups" / layers
             stored = folder / "outcome.json"
-            done = " (done already)" if stored.exists() else ""
+            done = " (already done)" if stored.exists() else ""
             listener.note(f"Group {number} of {len(groups)}: layers {layers}{done}")
             if not stored.exists():
                 outcome = probed.outcome(group, TrainingFolder(folder, run.resume_command), states, resume=resume)
                 if is_first():
                     write_text(stored, json.dumps(outcome, indent=2) + "\n")
-            if is_first():  # also those that a kill left of a finished group
+            if is_first():  # including those of a finished group that a killed process left behind
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             wait_for_all()
             results.append(json.loads(read_regular(stored)))
@@ -102,12 +108,12 @@ def _train_groups(
 
 
 class _ProbedModel:
-    """The model of a probe, which learns and loses the mask of one group after the other.
+    """The model of a probe, which is trained with the mask of one group after another.
 
     Attributes:
-        model: Without a mask; after a group was trained under DeepSpeed or FSDP, a part of it.
-        unmasked_loss: On the validation records that decide.
-        unmasked: Its score; None where the loss ranks the groups.
+        model: The model without a mask; only a shard of it after a group was trained under DeepSpeed or FSDP.
+        unmasked_loss: Its loss on the deciding validation records.
+        unmasked: Its score; None if groups are ranked by loss.
     """
 
     def __init__(
@@ -130,13 +136,13 @@ class _ProbedModel:
     def outcome(
         self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool
     ) -> dict[str, Any]:
-        """What the mask of a group comes to.
+        """Trains the mask of a group and returns its result.
 
         Args:
             group: Its layers.
-            folder: Gets metrics, checkpoints and samples.
-            states: What is kept of the layers below.
-            resume: Go on from the newest checkpoint of the group.
+            folder: Receives metrics, checkpoints and samples.
+            states: Cached hidden states of the layers below.
+            resume: Resume from the latest checkpoint of the group.
         """
         self._make_whole()
         self._is_whole = not shares_weights()
@@ -159,7 +165,7 @@ class _ProbedModel:
         return _outcome(group, found) | self._score(group, found, folder.folder)
 
     def _score(self, group: list[int], found: LearnedMask, folder: Path) -> dict[str, Any]:
-        """What the scorer says of a mask; nothing where the loss ranks the groups."""
+        """The score of a mask; empty if groups are ranked by loss."""
         if self._scorer is None or self.unmasked is None:
             return {}
         self._make_whole()
@@ -176,12 +182,12 @@ class _ProbedModel:
         return find_targets(self.model, group, self._options.target, self._options.projections)
 
     def _make_whole(self) -> None:
-        if not self._is_whole:  # DeepSpeed or FSDP has left this process a part of it
+        if not self._is_whole:  # DeepSpeed or FSDP left this process only a shard
             self.model, self._is_whole = load_frozen_model(self._inputs, self._options), True
 
 
 def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu) -> dict[str, Any]:
-    """The result of `--fast`: what a mask of each group promises, the best first among groups of one size."""
+    """The result of `--fast`: the expected gain of a mask for each group, best first among groups of the same size."""
     options = _options(recipe)
     inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     room.require(inputs)
@@ -208,7 +214,7 @@ def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room
 
 
 def _options(recipe: Recipe) -> MaskTrainOptions:
-    changes: dict[str, Any] = {"keep": "best"}  # what a group promises is its best mask
+    changes: dict[str, Any] = {"keep": "best"}  # groups are compared by their best mask
     if recipe.probe.epochs is not None:
         changes["epochs"] = recipe.probe.epochs
     return recipe.mask_train.model_copy(update=changes)

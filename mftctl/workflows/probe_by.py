@@ -1,4 +1,4 @@
-"""Which words `probe --by` takes."""
+"""Check of the value of `probe --by`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from mftctl.experiments.recipe import Recipe
 
 EXACT_MATCH = "exact_match"
 _WITHOUT_A_SCORE = ("alpaca_eval",)
-"""Benchmarks whose answers only a judge scores, which costs money."""
+"""Benchmarks scored only by a judge model, which costs money."""
 
 
 def check_by(recipe: Recipe) -> None:
-    """Nothing, if a probe can rank groups by what its recipe says.
+    """Checks that a probe can rank groups by the criterion in its recipe.
 
     Raises:
-        ConfigError: It is several benchmarks, or one that gives no score by itself.
-        EvaluationError: There is no such benchmark, or its local file is missing.
+        ConfigError: The criterion is a group of benchmarks, or a benchmark without its own score.
+        EvaluationError: The benchmark is unknown, or its local file is missing.
     """
     by = recipe.probe.by
     if by in ("loss", EXACT_MATCH):
         return
     if by in GROUPS or by in _WITHOUT_A_SCORE:
         raise ConfigError(
-            "A probe ranks layers by one benchmark with a score of its own.",
+            "A probe needs a single benchmark with its own score.",
             key="probe.by",
             expected="loss, exact_match or such a benchmark",
             actual=by,

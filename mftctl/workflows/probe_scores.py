@@ -1,4 +1,4 @@
-"""What `probe --by` ranks groups of layers by besides the loss: exact match of answers, or the score of a benchmark."""
+"""Scores other than the loss by which `probe --by` ranks groups of layers: exact match or a benchmark score."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A figure of a model, under a mask or without one.
+    """A score of a model, with or without a mask.
 
     Attributes:
         metric: Its name, such as `exact_match` or `exact_match,strict-match`.
-        value: The figure.
-        standard_error: Over samples; None where there is none.
-        samples: How many records or problems it is of.
-        higher_is_better: Whether that is so.
+        value: The score.
+        standard_error: Its standard error over samples; None if there is none.
+        samples: The number of records or problems.
+        higher_is_better: Whether a higher score is better.
     """
 
     metric: str
@@ -47,21 +47,21 @@ class Score:
 
     @property
     def rank(self) -> float:
-        """The lower, the better."""
+        """Sort key; lower is better."""
         return -self.value if self.higher_is_better else self.value
 
 
 class ProbeScorer:
-    """Scores the model of a probe, under the mask of each group and without one, always on the same samples.
+    """Scores a probe's model with the mask of each group and without one, always on the same samples.
 
     Args:
-        recipe: Its `probe.by` says by what; with the `eval` section.
-        inputs: Of the probe, with all of its validation records.
-        run: Gets the samples of each score.
-        listener: Hears progress, and is warned where the benchmark's own problems choose the layers.
+        recipe: Provides `probe.by`, which names the score, and the `eval` section.
+        inputs: Inputs of the probe, with all of its validation records.
+        run: Receives the samples of each score.
+        listener: Receives progress updates, and a warning if the benchmark's own problems choose the layers.
 
     Raises:
-        MftError: A task, a file or the sandbox is not what it should be, or records have no questions.
+        MftError: A task, a file or the sandbox cannot be used, or the records have no questions.
 
     Source: MFT, figures 3 and 7, which show benchmark scores.
     """
@@ -87,13 +87,13 @@ class ProbeScorer:
         self._recipe = _of_task(recipe)
         if not self._recipe.eval.task_data:
             listener.warn(
-                f"The layers are chosen by {self.by}'s own problems, on which the model then does better than on "
-                f"others; other problems choose them with --task-data {self.by}=FILE."
+                f"The layers are chosen on the problems of {self.by} itself, so later scores on them are biased; "
+                f"to choose them on different problems: --task-data {self.by}=FILE."
             )
         self._measures = prepare_measures(self._recipe, listener)
 
     def unmasked(self, model: PreTrainedModel) -> Score:
-        """The score without a mask, measured once, also where the run is resumed."""
+        """The score without a mask, measured once even if the run is resumed."""
         path = self._run.folder / "unmasked.json"
         if not path.exists():
             score = self.score(model, self._run.folder / "unmasked")
@@ -103,11 +103,11 @@ class ProbeScorer:
         return Score(**json.loads(read_regular(path)))
 
     def score(self, model: PreTrainedModel, folder: Path) -> Score:
-        """The score of a model as it is: the first metric that a benchmark reports.
+        """The model's current score: the first metric that a benchmark reports.
 
         Args:
-            model: Computes with its mask, or has none.
-            folder: Gets the samples.
+            model: The model, with or without a mask.
+            folder: Receives the samples.
         """
         folder.mkdir(parents=True, exist_ok=True)
         [found] = measure(
@@ -133,7 +133,7 @@ class ProbeScorer:
 
 
 def _of_task(recipe: Recipe) -> Recipe:
-    """The recipe that measures that benchmark and nothing else."""
+    """The recipe that evaluates only that benchmark."""
     by = recipe.probe.by
     file = recipe.eval.task_data.get(by)
     changes = {
@@ -147,7 +147,7 @@ def _of_task(recipe: Recipe) -> Recipe:
 
 
 def _questions(recipe: Recipe, inputs: TrainingInputs) -> EncodedRecords:
-    """The validation records that decide, which answers are generated for.
+    """The deciding validation records, for which answers are generated.
 
     Raises:
         ConfigError: None of them has a question.

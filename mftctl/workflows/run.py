@@ -1,4 +1,4 @@
-"""The `run` workflow: a whole experiment from one recipe, task by task; what was finished before is taken as it is."""
+"""The `run` workflow: a whole experiment from one recipe, task by task; finished tasks are reused."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from mftctl.workflows.multi_process.process_count import Launch
 State = Literal["done", "resumed", "new", "changed", "running", "failed", "elsewhere"]
 
 _LOOK_AGAIN_SECONDS = 1.0
-"""How often another process's task is looked at while there is nothing else to do."""
+"""Time between checks of another process's task while there is nothing else to do."""
 
 _MODEL_MAKERS = ("fft", "apply")
 
 
 @dataclass
 class Planned:
-    """A task of an experiment, and how it stands.
+    """A task of an experiment and its state.
 
     Attributes:
         task: The task.
-        decides: Everything that decides its result, as plain data.
+        decides: Everything that determines its result, as plain data.
         digest: Digest of that, by which a finished run is recognised.
-        state: `done`, `resumed` (stopped, killed or failed before), `new`, `changed`, and, while it is worked on,
-            `running` or `failed`; `elsewhere` while another process works on it.
-        why: What has changed since the last run of this task; empty unless the state is `changed`.
-        run: Its run: finished, or to be resumed; None before it has one.
-        recipe: Its recipe with what earlier tasks decided; the task's own before it is worked on.
-        source: What it works on, known once it is worked on.
-        resumes: Whether its work goes on from what its run has kept.
-        launch: With how many processes it is worked on.
+        state: `done`, `resumed` (stopped, killed or failed before), `new`, `changed`, and, once started, `running` or
+            `failed`; `elsewhere` while another process works on it.
+        why: The changes since the last run of this task; empty unless the state is `changed`.
+        run: Its run, finished or to be resumed; None if there is none yet.
+        recipe: Its recipe with values from earlier tasks, set when it starts.
+        source: Its source model, set when it starts.
+        resumes: Whether its run is resumed from saved state.
+        launch: The number of processes that work on it.
     """
 
     task: Task
@@ -62,24 +62,24 @@ class Planned:
 
 
 def plan_experiment(recipe: Recipe, name: str, root: Path, launch: Launch | None = None) -> list[Planned]:
-    """All tasks in their order, with what is to be done for each.
+    """Returns all tasks in order, each with its state.
 
-    A finished task is recognised by a digest of everything that decides its result: its part of the recipe, the seed,
-    the model, the training and test files, and the tasks it builds on.
+    A finished task is recognised by a digest of everything that determines its result: its part of the recipe, the
+    seed, the model, the training and test files, and the tasks it builds on.
 
     Args:
-        recipe: With `stages`.
-        name: The recipe's name or path.
+        recipe: A recipe with `stages`.
+        name: The name or path of the recipe.
         root: The runs folder.
-        launch: With how many processes each task is worked on; one by default.
+        launch: The number of processes for each task; one by default.
 
     Raises:
-        ConfigError: The recipe has no stages or no model, or its stages do not fit together.
+        ConfigError: The recipe has no stages or no model, or its stages are inconsistent.
     """
     if not recipe.stages:
         raise ConfigError("This recipe has no stages to run.", path=name, key="stages", hint="use it with -r instead")
     if recipe.model is None:
-        raise ConfigError("This recipe names no model.", path=name, key="model", hint="--set model=DIR")
+        raise ConfigError("This recipe does not name a model.", path=name, key="model", hint="--set model=DIR")
     runs = [run for run in list_runs(root)[0] if run.record.digest is not None]
     fingerprint = model_fingerprint(recipe.model)
     files: dict[str, str | None] = {}
@@ -101,18 +101,18 @@ def run_experiment(
     listener: Listener,
     on_change: Callable[[Planned], None] = lambda planned: None,
 ) -> list[Run]:
-    """The runs of all tasks, finished.
+    """Runs all tasks that are not done and returns the finished runs of all tasks.
 
     Args:
-        plan: From `plan_experiment`; its states follow the work.
-        name: The recipe's name or path, for the records.
+        plan: From `plan_experiment`; its states are updated.
+        name: The name or path of the recipe, for the records.
         root: The runs folder.
-        listener: Hears progress.
+        listener: Receives progress updates.
         on_change: Called whenever the state of a task changes.
 
     Raises:
-        ConfigError: A task cannot work out, found before the first starts.
-        MftError: Anything known that can go wrong in a task.
+        ConfigError: A task would fail, found before the first one starts.
+        MftError: A task failed, with the error of its command.
     """
     from mftctl.workflows.run_checks import check_tasks
 
@@ -121,9 +121,9 @@ def run_experiment(
     by_task = {id(planned.task): planned for planned in plan}
     for planned in plan:
         if planned.state == "done" and planned.run is not None:
-            listener.note(f"{_head(planned)}: done by {planned.run.name}")
+            listener.note(f"{_head(planned)}: already done in {planned.run.name}")
         if planned.state == "elsewhere":
-            planned.state = "new"  # it is looked at again, and told, when its turn comes
+            planned.state = "new"  # checked again, and reported, when its turn comes
     while left := [planned for planned in plan if planned.state != "done"]:
         ready = [planned for planned in left if all(by_task[id(task)].state == "done" for task in _needs(planned.task))]
         mine = next((planned for planned in ready if _claim(planned, by_task, name, root, listener)), None)
@@ -145,9 +145,9 @@ def _needs(task: Task) -> list[Task]:
 
 
 def _claim(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Path, listener: Listener) -> bool:
-    """Whether a task is now this process's to do; its state says otherwise whether it is done or done elsewhere.
+    """Claims a task for this process; if that fails, its state is set to done or elsewhere.
 
-    Another `run` in the same runs folder does no task that this one has, nor the other way round.
+    Two `run` commands in the same runs folder never work on the same task.
     """
     if planned.state == "elsewhere" and planned.run is not None and load_run(planned.run.folder).is_worked_on:
         return False
@@ -158,12 +158,12 @@ def _claim(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pa
         if found is not None:
             planned.state, planned.run, planned.why = found
         if planned.state == "done" and planned.run is not None:
-            listener.note(f"{_head(planned)}: done by {planned.run.name}, by another process")
+            listener.note(f"{_head(planned)}: done in {planned.run.name} by another process")
             return False
         if planned.state == "elsewhere" and planned.run is not None:
             if before != "elsewhere":
                 worker = planned.run.record.worker
-                listener.note(f"{_head(planned)}: {planned.run.name} is being worked on by {worker}; waiting for it")
+                listener.note(f"{_head(planned)}: waiting for {planned.run.name}, in progress in {worker}")
             return False
         listener.note(f"{_head(planned)}: {planned.state}" + (f" ({planned.why})" if planned.why else ""))
         planned.resumes = planned.state == "resumed"
@@ -173,7 +173,7 @@ def _claim(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pa
 
 
 def _of_digest(same: Sequence[Run]) -> tuple[State, Run | None, str] | None:
-    """How a task stands by the runs that have its digest, its run, and what is to be said; None without any."""
+    """Returns the state of a task from the runs with its digest, its run, and an explanation; None without runs."""
     if not same:
         return None
     complete = next((run for run in same if _is_complete(run)), None)
@@ -185,7 +185,7 @@ def _of_digest(same: Sequence[Run]) -> tuple[State, Run | None, str] | None:
     unfinished = [run for run in same if run.record.status != "finished"]
     if unfinished:
         return "resumed", unfinished[-1], ""
-    return "changed", None, f"the output of {same[-1].name} is gone"
+    return "changed", None, f"the output of {same[-1].name} is missing"
 
 
 def _decides(
@@ -203,7 +203,7 @@ def _decides(
     before = plan[id(task.after)].digest if task.after else None
     if before is not None:
         del keys["model"]
-        if task.command != "fft":  # the rate of fine-tuning is then that of the stage before
+        if task.command != "fft":  # the fine-tuning rate is then that of the previous stage
             keys.pop("fft", None)
     return {
         "command": task.command,
@@ -233,14 +233,14 @@ def _recognise(task: Task, decides: dict[str, Any], name: str, runs: Sequence[Ru
 
 
 def _has_steps_that_follow_them(task: Task) -> bool:
-    """Whether more processes make larger steps of a task: where the batch is that of a process, and not of all."""
+    """Checks whether the step size of a task grows with the processes, as its batch size is per process."""
     options = {"fft": task.recipe.fft, "probe": task.recipe.mask_train, "mask-train": task.recipe.mask_train}
     section = options.get(task.command)
     return section is not None and getattr(section, "global_batch_size", None) is None
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The keys that differ, with short values: `mask_train.ratio 0.1 -> 0.2`."""
+    """Returns the keys that differ, with short values: `mask_train.ratio 0.1 -> 0.2`."""
     old, new = _flat(before), _flat(after)
     parts = []
     for key in dict.fromkeys([*old, *new]):
@@ -263,7 +263,7 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _open(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Path) -> None:
-    """Gives a task its run: a new one, or that which was stopped."""
+    """Gives a task its run, a new or a stopped one."""
     task = planned.task
     planned.source, changes = Source(str(task.recipe.model)), {}
     if task.after is not None:
@@ -290,9 +290,9 @@ def _open(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pat
 
 
 def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned], None]) -> None:
-    """Does a task that was claimed."""
+    """Runs a claimed task."""
     run = _finished(planned)
-    gc.collect()  # the model of the task before, which a trainer and its callbacks hold in a circle
+    gc.collect()  # frees the previous model, held in a reference cycle of a trainer and its callbacks
     try:
         with recorded(run):
             run.finish(work(planned.recipe, planned.source, run, listener, planned.launch, resume=planned.resumes))
@@ -303,12 +303,14 @@ def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned]
 
 def _finished(planned: Planned) -> Run:
     if planned.run is None:
-        raise RunError("A stage is missing.", key=planned.task.name, hint="run the experiment from its start")
+        raise RunError(
+            "The run of a stage is missing.", key=planned.task.name, hint="run the experiment from its start"
+        )
     return planned.run
 
 
 def _is_complete(run: Run) -> bool:
-    """Whether a run is finished and what it made is still there."""
+    """Checks that a run is finished and its outputs still exist."""
     result = run.record.result
     if run.record.status != "finished":
         return False

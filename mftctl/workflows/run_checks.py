@@ -1,4 +1,4 @@
-"""What can be known to fail in an experiment before its first training starts."""
+"""Checks of an experiment before its first training starts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
 def check_tasks(tasks: Iterable[Task]) -> None:
-    """Nothing, if every task has what it needs and fits the model.
+    """Checks that every task has its inputs and fits the model.
 
     Args:
-        tasks: The tasks that are to be worked on.
+        tasks: The tasks that will run.
 
     Raises:
-        ConfigError: With one line for each problem; or the device is not there.
-        ModelError: The model is not there.
+        ConfigError: Tasks have problems, with one line each, or the device is not available.
+        ModelError: The model is missing.
     """
     problems: dict[str, None] = {}
     for task in tasks:
@@ -35,25 +35,25 @@ def check_tasks(tasks: Iterable[Task]) -> None:
         for problem in _problems(task):
             problems[f"{task.name}: {problem}"] = None
     if problems:
-        raise ConfigError("The experiment cannot be run to its end.", problems=list(problems))
+        raise ConfigError("The experiment cannot be completed.", problems=list(problems))
 
 
 def _problems(task: Task) -> Iterator[str]:
     recipe = task.recipe
     config = _model_config(recipe.model or "", recipe.revision)
     if recipe.model_type is not None and config.get("model_type") != recipe.model_type:
-        yield f"the recipe is for models of type {recipe.model_type}, and {recipe.model} is {config.get('model_type')}"
+        yield f"the recipe is for models of type {recipe.model_type}, but {recipe.model} is {config.get('model_type')}"
     drops = task.command == "mask-train" and recipe.mask_train.method == "drop"
     if task.command in ("fft", "probe", "mask-train") and not drops and not recipe.data:
         yield "there is no training data (key data)"
     if drops and recipe.mask_train.base is None and task.after is None:
-        yield "drop needs the model before fine-tuning: after a fft stage, or with mask_train.base"
+        yield "drop needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
     if task.command == "fft":
         problem = _message(lambda: check_memory_options(recipe.fft, best_device()))
         if problem is not None:
             yield problem
     if task.command in ("probe", "mask-train", "apply") and _is_adapter(task.after):
-        yield f"a mask needs a whole model, and {task.after.name if task.after else ''} writes an adapter (fft.merge)"
+        yield f"a mask needs a full model, but {task.after.name if task.after else ''} writes an adapter (fft.merge)"
     checks = {"eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
     if task.command in checks:
         problem = checks[task.command](task, _layer_count(config))
@@ -62,7 +62,7 @@ def _problems(task: Task) -> Iterator[str]:
 
 
 def _is_adapter(task: Task | None) -> bool:
-    """Whether a task writes a LoRA adapter."""
+    """Checks whether a task writes a LoRA adapter."""
     if task is None or task.command != "fft":
         return False
     return task.recipe.fft.method == "lora" and not task.recipe.fft.merge
@@ -91,7 +91,7 @@ def _mask_problem(task: Task, layer_count: int | None) -> str | None:
 
 
 def _message(check: Any) -> str | None:
-    """What a check has to say, on one line."""
+    """Runs a check and returns its error message on one line, or None."""
     try:
         check()
     except MftError as error:
@@ -111,7 +111,7 @@ def _model_config(model: str, revision: str | None) -> dict[str, Any]:
 
 
 def _layer_count(config: dict[str, Any]) -> int | None:
-    """The decoder layers that a configuration states; None where it states them under another name."""
+    """Returns the number of decoder layers in a configuration; None if it has none under a known name."""
     texts = [text for text in (config, config.get("text_config")) if isinstance(text, dict)]
     stated = (text[key] for text in texts for key in _LAYER_COUNT_KEYS if key in text)
     return next((count for count in stated if isinstance(count, int)), None)

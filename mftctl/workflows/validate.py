@@ -1,4 +1,4 @@
-"""The `validate` workflow: everything about a recipe that can be checked before anything is trained."""
+"""The `validate` workflow: all checks of a recipe that are possible before training."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _WITHOUT_STAGES: tuple[Command, ...] = ("fft", "mask-train")
 
 
 def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = None) -> dict[str, Any]:
-    """The result of checking a recipe, as plain data: nothing is trained, and no weights are read.
+    """Checks a recipe and returns the result as plain data, without training or reading weights.
 
-    Its keys: `recipe`; `problems`, `warnings` and `not_checked`, one text each; `model`; `data` (records and tokens of
+    Keys: `recipe`; `problems`, `warnings` and `not_checked`, one text each; `model`; `data` (records and tokens of
     each part); `samples` (records with their `segments`); `masks` (tensors and counts by stage); `stages` (steps and
-    tokens); `device` and `memory` (bytes on it by stage, and with which options a stage that does not fit would).
-    Several seeds repeat the same stages, so that one is shown.
+    tokens); `device` and `memory` (bytes on it by stage, and options with which a stage that does not fit would fit).
+    Seeds repeat the same stages, so only one is shown.
 
     Args:
-        recipe: Read and complete.
+        recipe: The complete recipe.
         name: Its name or path, for the record.
-        device_memory: All that the device has, such as `80GB`; by default what is free of this machine's GPU.
+        device_memory: Total memory of the device, such as `80GB`; by default the free memory of this machine's GPU.
 
     Raises:
-        ConfigError: That is no size.
+        ConfigError: `device_memory` is not a size.
     """
     device = asked_device(recipe.device, None if device_memory is None else parse_memory(device_memory))
     with trusting_code(recipe.trust_remote_code):
@@ -48,7 +48,7 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
 
 
 def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[str, Any]:
-    """The same for a device."""
+    """Checks a recipe for a device."""
     findings = Findings()
     model = check_model(recipe, findings)
     data = DataCheck(None if model is None else model.tokenizer, findings)
@@ -86,7 +86,7 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[st
 
 
 def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings: Findings) -> None:
-    """Every record fits the positions that the model has learned, if it has."""
+    """Checks that every record fits the learned positions of the model, if it has any."""
     if tokens is None or model is None:
         return
     with findings.collecting("data"):
@@ -95,7 +95,7 @@ def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings
 
 
 def _tasks(recipe: Recipe, findings: Findings) -> list[Task]:
-    """What the recipe asks for with its first seed; without stages, `fft` and `mask-train` as configured."""
+    """Returns the tasks for the first seed; without stages, `fft` and `mask-train` as configured."""
     if not recipe.stages:
         return [Task(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
     tasks: list[Task] = []
@@ -105,7 +105,7 @@ def _tasks(recipe: Recipe, findings: Findings) -> list[Task]:
 
 
 def _first_length(recipe: Recipe, tasks: Sequence[Task]) -> int:
-    """The length at which the first training cuts its records."""
+    """Returns the length at which the first training truncates records."""
     lengths = [training_options(task).max_length_tokens for task in tasks if task.command in TRAINING_COMMANDS]
     return lengths[0] if lengths else recipe.fft.max_length_tokens
 
@@ -136,7 +136,7 @@ def _check_suite(recipe: Recipe, findings: Findings, where: str) -> None:
 
 
 def _samples(train: Sequence[Encoded], model: CheckedModel | None) -> list[dict[str, Any]]:
-    """The first training records as they are trained on."""
+    """Returns the first training records in the form used for training."""
     if model is None or model.tokenizer is None:
         return []
     return [

@@ -1,1 +1,1 @@
-"""What only a real GPU can show, in a few minutes: `python scripts/gpu_check`, or `--rehearse` without one."""
+"""Checks that need a real GPU, in a few minutes: `python scripts/gpu_check`, or `--rehearse` without a GPU."""

@@ -1,4 +1,4 @@
-"""Checks on a GPU what nothing else can show; prints a line of JSON after each finding, and a table at the end.
+"""Runs the checks that need a GPU; prints each finding as a line of JSON, and a table at the end.
 
 python scripts/gpu_check --output $OUT            # 8 minutes on one GPU of 80 GB
 python scripts/gpu_check --rehearse               # small, on an emulated GPU
@@ -17,11 +17,11 @@ from datetime import date
 from pathlib import Path
 
 REHEARSAL_PATIENCE = 4
-"""A rehearsal may run beside other work on two cores, and its times mean nothing."""
+"""A rehearsal may share two cores with other work, so its times are not meaningful."""
 
 ROOT = Path(__file__).resolve().parents[2]
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # read at import
-sys.path.insert(0, str(ROOT))  # a folder that is run has itself there, and neither the project nor its tests
+sys.path.insert(0, str(ROOT))  # running a folder puts only that folder on the path, not the project or its tests
 
 from scripts.gpu_check.findings import Check, Figure, Finding, to_line
 from scripts.gpu_check.isolated import End, Step, run_isolated
@@ -30,7 +30,7 @@ from scripts.gpu_check.table import markdown
 
 
 def all_steps() -> list[Step]:
-    """In the order in which they run: what is quick and says most comes first."""
+    """The steps in the order in which they run: quick and informative steps first."""
     from scripts.gpu_check.generation import generation
     from scripts.gpu_check.kernels import kernels
     from scripts.gpu_check.masks import equal_masks
@@ -56,18 +56,20 @@ def all_steps() -> list[Step]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The number of steps that did not end well, or of checks that do not hold.
+    """Runs the checks and returns the number of failed steps and checks.
 
     Args:
-        arguments: Of the command line.
+        arguments: Command-line arguments.
     """
     parser = argparse.ArgumentParser(
         prog="gpu_check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--rehearse", action="store_true", help="small, on an emulated GPU")
-    parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="folder for the lines and the table")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="names of steps")
-    parser.add_argument("--seconds", type=float, default=480, help="of all steps together")
+    parser.add_argument(
+        "--output", type=Path, default=os.environ.get("OUT"), help="folder for the JSON lines and the table"
+    )
+    parser.add_argument("--only", type=lambda text: text.split(","), help="comma-separated names of the steps to run")
+    parser.add_argument("--seconds", type=float, default=480, help="time limit for all steps together")
     options = parser.parse_args(arguments)
     steps = [step for step in all_steps() if options.only is None or step.name in options.only]
     report = Report(options.output and Path(options.output))
@@ -87,13 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class Report:
-    """Lines of JSON on stdout and in a file, as they come.
+    """Writes findings as lines of JSON to stdout and to a file as they arrive.
 
     Args:
-        folder: Gets `gpu_check.jsonl` and `gpu_check.md`; None for stdout alone.
+        folder: Folder for `gpu_check.jsonl` and `gpu_check.md`; None for stdout only.
 
     Attributes:
-        faults: Steps that did not end well, and checks that do not hold.
+        faults: Number of failed steps and checks.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -107,12 +109,12 @@ class Report:
             (folder / "gpu_check.jsonl").write_text("", encoding="utf-8")
 
     def begin(self, step: Step) -> None:
-        """What comes now is of this step."""
+        """Starts a step; the following findings belong to it."""
         self._step = step.name
         self._findings[step.name] = []
 
     def add(self, finding: Finding) -> None:
-        """Writes a line."""
+        """Writes the line of a finding."""
         self._findings[self._step].append(finding)
         self.faults += isinstance(finding, Check) and not finding.holds
         self._write(to_line(self._step, finding))
@@ -126,13 +128,13 @@ class Report:
         )
 
     def write_table(self, *, rehearsal: bool) -> None:
-        """Prints the table, and keeps it.
+        """Prints the table and writes it to the folder.
 
         Args:
-            rehearsal: Whether the figures mean nothing.
+            rehearsal: Whether this is a rehearsal, with values that are not meaningful.
         """
         gpu = next((item.value for item in self._findings.get("versions", []) if isinstance(item, Figure)), "GPU")
-        title = f"{gpu}, {date.today().isoformat()}" + (", a rehearsal: the figures mean nothing" if rehearsal else "")
+        title = f"{gpu}, {date.today().isoformat()}" + (" (rehearsal: values are not meaningful)" if rehearsal else "")
         text = markdown(title, self._findings, self._ends)
         print(text, flush=True)
         if self._folder is not None:

@@ -1,4 +1,4 @@
-"""What `mftctl validate` says of a training's memory beforehand."""
+"""Memory estimates of `mftctl validate` for a training run."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def estimated_peak_gb(
     inputs: TrainingInputs,
     layers: Sequence[int] = (),
 ) -> float:
-    """The peak on the GPU, in GB, without the CUDA context.
+    """The estimated peak on the GPU, in GB, without the CUDA context.
 
     Args:
-        shape: Of the model.
-        options: Of the training.
-        inputs: Its data.
-        layers: That carry a mask.
+        shape: Shape of the model.
+        options: Training options.
+        inputs: Training data.
+        layers: Masked layers.
     """
     if isinstance(options, MaskTrainOptions):
         plan = plan_mask_training(options, layers)

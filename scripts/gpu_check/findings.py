@@ -1,4 +1,4 @@
-"""What a step tells: figures, beside what was expected of them, and checks that hold or do not."""
+"""The findings of a step: measured values with their estimates, and checks that pass or fail."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Something measured.
+    """A measured value.
 
     Attributes:
-        what: Its name.
-        value: A number, or a text.
-        unit: Of the number.
-        estimate: What `mftctl validate` says of it beforehand, in the same unit; None where it says nothing.
+        what: Name of the value.
+        value: A number or a text.
+        unit: Unit of the number.
+        estimate: Estimate by `mftctl validate` in the same unit; None if it has none.
     """
 
     what: str
@@ -25,12 +25,12 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """Something that must hold.
+    """A condition that must hold.
 
     Attributes:
-        what: A sentence.
-        holds: Whether it does.
-        detail: What was found.
+        what: The condition.
+        holds: Whether it holds.
+        detail: The result found.
     """
 
     what: str
@@ -45,7 +45,7 @@ def to_line(step: str, finding: Finding) -> dict[str, Any]:
     """A finding as plain data for a line of JSON.
 
     Args:
-        step: Its step.
+        step: Name of the step.
         finding: The finding.
     """
     return {"step": step, "kind": "figure" if isinstance(finding, Figure) else "check", **asdict(finding)}

@@ -1,4 +1,4 @@
-"""Answers of the large model at two sizes of a batch, and at the one that the free memory gives."""
+"""Generates answers with the large model at two batch sizes, and at the size that the free memory allows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from scripts.gpu_check.scale import Scale
 
 
 def generation(scale: Scale) -> Iterator[Figure]:
-    """Tokens a second and the peak, beside what the room was made for."""
+    """Tokens per second, and the peak memory with the estimate for the batch size."""
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     model = random_model(scale.large, dtype, emulated=scale.rehearses)
     model.generation_config.eos_token_id = None
@@ -29,8 +29,8 @@ def generation(scale: Scale) -> Iterator[Figure]:
     questions = _questions(scale.prompts)
     longest = max(len(tokenizer(_text(question))["input_ids"]) for question in questions) + 16
     needs = row_bytes(model)
-    rooms = {f"{tokens:,} tokens a batch": AnswerRoom(needs, most_tokens=tokens) for tokens in scale.budgets}
-    rooms["as the free memory gives"] = answer_room(model)
+    rooms = {f"{tokens:,} tokens per batch": AnswerRoom(needs, most_tokens=tokens) for tokens in scale.budgets}
+    rooms["batch size by free memory"] = answer_room(model)
     found: list[list[str]] = []
     for name, room in rooms.items():
         rows = min(scale.prompts, room.rows(longest, scale.new_tokens))
@@ -43,7 +43,7 @@ def generation(scale: Scale) -> Iterator[Figure]:
         peak = (torch.cuda.max_memory_allocated() - before) / GB
         yield Figure(f"{name}: peak above the weights", peak, "GB", rows * needs(longest, scale.new_tokens) / GB)
     equal = sum(len(set(answers)) == 1 for answers in zip(*found, strict=True))
-    yield Figure("answers equal at all budgets", f"{equal} of {scale.prompts}")
+    yield Figure("answers equal at all batch sizes", f"{equal} of {scale.prompts}")
 
 
 def _questions(count: int) -> list[Example]:

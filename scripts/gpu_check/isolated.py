@@ -1,4 +1,4 @@
-"""Runs a step in a process of its own: its failure, its time limit and its memory end with it."""
+"""Runs a step in a separate process, so that its failure, time limit and memory do not affect other steps."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Work = Callable[[Scale], Iterator[Finding]]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A part of the check.
+    """One step of the check.
 
     Attributes:
-        name: As `--only` takes it.
-        work: Yields findings one by one, so that a stop loses none.
-        seconds: It is stopped after so many.
-        on_cpu: Whether the GPU is hidden from it.
+        name: Name for `--only`.
+        work: Yields findings one by one, so that none are lost if it is stopped.
+        seconds: Time limit.
+        on_cpu: Whether the GPU is hidden from the step.
     """
 
     name: str
@@ -38,12 +38,12 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """How a step ended.
+    """The outcome of a step.
 
     Attributes:
         status: `done`, `failed` or `stopped`.
-        seconds: It took.
-        error: What it failed with.
+        seconds: Duration.
+        error: The error message, if it failed.
     """
 
     status: str
@@ -52,15 +52,15 @@ class End:
 
 
 def run_isolated(step: Step, scale: Scale, seconds: float, tell: Callable[[Finding], None]) -> End:
-    """Runs a step to its end, its failure or its limit.
+    """Runs a step until it ends, fails or reaches its time limit.
 
     Args:
         step: The step.
-        scale: Its sizes.
-        seconds: Its limit.
-        tell: Gets each finding as it comes.
+        scale: Sizes for the step.
+        seconds: Time limit.
+        tell: Receives each finding as it arrives.
     """
-    # A process that was forked could not use CUDA; without CUDA, forking saves seconds of imports.
+    # A forked process cannot use CUDA; without CUDA, forking saves seconds of imports.
     context: Any = multiprocessing.get_context("fork" if scale.rehearses else "spawn")
     receiving, sending = context.Pipe(duplex=False)
     start_seconds = time.monotonic()
@@ -70,7 +70,7 @@ def run_isolated(step: Step, scale: Scale, seconds: float, tell: Callable[[Findi
     status, error = "stopped", f"no end within {seconds:.0f} s"
     with contextlib.suppress(EOFError):
         while receiving.poll(max(0.0, start_seconds + seconds - time.monotonic())):
-            status, error = "failed", "the process died"  # unless it says otherwise
+            status, error = "failed", "the process died"  # unless it reports a different outcome
             message = receiving.recv()
             if isinstance(message, End):
                 status, error = message.status, message.error
@@ -87,8 +87,8 @@ def run_isolated(step: Step, scale: Scale, seconds: float, tell: Callable[[Findi
 
 
 def _work(step: Step, scale: Scale, sending: Connection) -> None:
-    """In the new process."""
-    warnings.simplefilter("ignore")  # stdout is for findings, and stderr for what ends the check
+    """Runs in the new process."""
+    warnings.simplefilter("ignore")  # stdout is for findings, stderr for fatal errors
     if step.on_cpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
@@ -96,7 +96,7 @@ def _work(step: Step, scale: Scale, sending: Connection) -> None:
             for finding in step.work(scale):
                 sending.send(finding)
         sending.send(End("done", 0.0))
-    except Exception:  # whatever it is, it is one line of the report, and the next step goes on
+    except Exception:  # any error becomes one line of the report, and the next step runs
         sending.send(End("failed", 0.0, traceback.format_exc()))
 
 

@@ -1,4 +1,4 @@
-"""What selection and the optimizers take, alone."""
+"""Time and memory of selection and optimizer kernels in isolation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripts.gpu_check.scale import Scale
 
 
 def kernels(scale: Scale) -> Iterator[Figure]:
-    """Milliseconds and temporary memory."""
+    """Milliseconds and temporary memory of each kernel."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     for entries in scale.entries:
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Masks that a CPU and a GPU select from the same numbers: they must be identical."""
+"""Checks that a CPU and a GPU select identical masks from the same values."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _RATIO = 0.1
 
 
 def equal_masks(scale: Scale) -> Iterator[Check]:
-    """Scores and gradients with ties and zeros of both signs, in fp32 and bf16, by every rule."""
+    """Every rule, on scores and gradients with ties and zeros of both signs, in fp32 and bf16."""
     for entries in scale.entries:
         for name, values in _numbers(entries).items():
             on_gpu = values.to(DEVICE)
@@ -42,7 +42,7 @@ def _scores(name: str, values: torch.Tensor, on_gpu: torch.Tensor, ranking: Lite
 
 
 def _numbers(entries: int) -> dict[str, torch.Tensor]:
-    """Normal numbers, and such that many are equal, a third of them zeros of both signs."""
+    """Normal values, and values with many ties, of which a third are zeros of both signs."""
     generator = torch.Generator().manual_seed(entries)
     normal = torch.randn(entries, generator=generator)
     tied = (normal * 4).round() / 4

@@ -1,4 +1,4 @@
-"""Milliseconds and peaks on the device."""
+"""Measures time and peak memory on the device."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DEVICE = torch.device("cuda")
 
 
 def milliseconds(work: Callable[[], object], repetitions: int = 5) -> float:
-    """The median time of some work on the GPU, after one run that warms up.
+    """The median time of work on the GPU, after one warm-up run.
 
     Args:
-        work: What is timed.
-        repetitions: How often.
+        work: The work to time.
+        repetitions: Number of timed runs.
     """
     work()
     found = []
@@ -31,10 +31,10 @@ def milliseconds(work: Callable[[], object], repetitions: int = 5) -> float:
 
 
 def peak_gb_above(work: Callable[[], object]) -> float:
-    """The most memory that some work holds on top of what is held before, in GB.
+    """Peak additional memory used by work, in GB.
 
     Args:
-        work: What is measured.
+        work: The work to measure.
     """
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""The project's own tests of what touches a device, on this machine."""
+"""Runs the project's device-related tests on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def project_tests(scale: Scale) -> Iterator[Finding]:
-    """pytest, with as many processes as there are cores."""
+    """Runs pytest with one process per core."""
     workers = "0" if scale.rehearses else str(min(os.cpu_count() or 1, 14))
     command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", *scale.tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

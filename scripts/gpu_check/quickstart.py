@@ -1,4 +1,4 @@
-"""The built-in model from fine-tuning to its mask: on the CPU first, whose losses the GPU's are compared with."""
+"""Takes the built-in model from fine-tuning to its mask, first on the CPU, then on the GPU, and compares the losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LOSSES = Path(tempfile.gettempdir()) / "mftctl-gpu-check-cpu-losses.json"
 
 
 def quickstart_on_the_cpu(scale: Scale) -> Iterator[Finding]:
-    """Keeps the losses for the GPU."""
+    """Stores the CPU losses for comparison with the GPU."""
     with tempfile.TemporaryDirectory() as folder:
         losses = [_losses(run) for run in _both_commands(Path(folder), _recipe(scale))]
     _LOSSES.write_text(json.dumps(losses), encoding="utf-8")
@@ -36,7 +36,7 @@ def quickstart_on_the_cpu(scale: Scale) -> Iterator[Finding]:
 
 
 def quickstart_on_the_gpu(scale: Scale) -> Iterator[Finding]:
-    """Losses, the mask, and the same bits again, also after a stop."""
+    """Checks losses, the mask, and bit-identical results on a repeated and a resumed run."""
     with tempfile.TemporaryDirectory() as folder:
         tuned, masked = _both_commands(Path(folder) / "plain", _recipe(scale))
         expected = json.loads(_LOSSES.read_text(encoding="utf-8"))
@@ -46,7 +46,7 @@ def quickstart_on_the_gpu(scale: Scale) -> Iterator[Finding]:
             command = run.record.command
             yield Check(f"{command}: losses within {_TOLERANCE} of the CPU's", apart <= _TOLERANCE, f"{apart:.2e}")
         yield Check("mask-train writes a mask", Path(masked.record.result["mask"]).is_file())
-        yield Figure("mask-train: change of the loss", masked.record.result["best_loss"] - _unmasked(masked))
+        yield Figure("mask-train: change in loss", masked.record.result["best_loss"] - _unmasked(masked))
         yield from _repeated(Path(folder), scale)
 
 
@@ -107,7 +107,7 @@ def _unmasked(run: Run) -> float:
 
 
 def _bits(run: Run) -> str:
-    """A digest of what a run wrote: weights, or a mask, whose file names its run, by its losses and size beside it."""
+    """A digest of a run's output: the weights, or a mask's bits and losses (its file also holds the run's name)."""
     result = run.record.result
     if run.record.command == "fft":
         return hashlib.sha256((Path(result["model"]) / "model.safetensors").read_bytes()).hexdigest()
@@ -118,13 +118,13 @@ def _bits(run: Run) -> str:
 
 
 class _Interrupter(Silence):
-    """Presses Ctrl-C at a step."""
+    """Raises SIGINT at a given step."""
 
     def __init__(self, step: int) -> None:
         self._step = step
 
     def progress(self, state: Progress) -> None:
-        """Counts steps of training."""
+        """Counts training steps."""
         if state.task == "training" and state.done == self._step:
             self._step = -1
             signal.raise_signal(signal.SIGINT)

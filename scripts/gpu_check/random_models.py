@@ -1,4 +1,4 @@
-"""Models of a real one's shape with random weights, and data for them: nothing is downloaded or written."""
+"""Models with real shapes and random weights, and data for them; nothing is downloaded or written."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def random_model(shape: Shape, dtype: torch.dtype, *, emulated: bool) -> PreTrai
     """A Llama on the GPU, in evaluation mode.
 
     Args:
-        shape: Its shape.
-        dtype: Of its weights.
-        emulated: Whether the GPU is emulated, and random numbers come from the CPU.
+        shape: Shape of the model.
+        dtype: Dtype of the weights.
+        emulated: Whether the GPU is emulated, so that random numbers come from the CPU.
     """
     torch.manual_seed(0)
     config = LlamaConfig(**shape.settings())
@@ -45,8 +45,8 @@ def random_inputs(scale: Scale, shape: Shape, accumulation: int) -> TrainingInpu
 
     Args:
         scale: Counts and lengths.
-        shape: Has the vocabulary.
-        accumulation: Forward passes of a step.
+        shape: Shape of the model, for its vocabulary size.
+        accumulation: Forward passes per step.
     """
     checkpoint = resolve_checkpoint("quickstart")
     generator = torch.Generator().manual_seed(0)
@@ -62,12 +62,12 @@ def random_inputs(scale: Scale, shape: Shape, accumulation: int) -> TrainingInpu
 
 
 def _nothing(*_: Any) -> None:
-    """In place of what is left out."""
+    """A no-op that replaces skipped work."""
 
 
 @contextmanager
 def in_place_of_checkpoints(shape: Shape, *, emulated: bool) -> Iterator[None]:
-    """Inside it, fine-tuning loads a random model, and trainings write no checkpoints, which would take minutes."""
+    """Context in which fine-tuning loads a random model and no checkpoints are written, which would take minutes."""
 
     def load(folder: Any, *, dtype: torch.dtype, device: Any = None, **_: Any) -> PreTrainedModel:
         return random_model(shape, dtype, emulated=emulated)

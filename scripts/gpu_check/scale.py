@@ -1,4 +1,4 @@
-"""How large everything is: as on a GPU of 80 GB, or as in a rehearsal on two CPU cores."""
+"""Sizes of the steps for an 80 GB GPU and for a rehearsal on two CPU cores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GPU_TESTS = (
     "tests/workflows/test_fft.py",
     "tests/training/updates/test_update_methods.py",
 )
-"""Masking, selection, tuning, mask training and fine-tuning."""
+"""Tests of masking, selection, tuning, mask training and fine-tuning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +44,20 @@ class Scale:
     """Sizes of all steps.
 
     Attributes:
-        rehearses: Whether there is no GPU: what would run on one runs on an emulated one.
-        small: The model that is fine-tuned.
-        large: The model that is masked, and fine-tuned with little memory.
-        masked_layers: The layers of the large model that carry a mask.
+        rehearses: Whether this is a rehearsal, which emulates the GPU.
+        small: Model to fine-tune.
+        large: Model to mask, and to fine-tune with low memory.
+        masked_layers: Masked layers of the large model.
         entries: Sizes of the tensors whose masks are compared.
-        records: Of a step.
-        length_tokens: Of a record.
-        steps: Optimizer steps of each training; the first warms up.
-        quickstart_steps: The same of the quickstart.
-        quickstart_records: Of its steps; its validation has as many.
-        prompts: Answered at each budget.
-        new_tokens: Of each answer.
-        budgets: Most tokens of a batch.
-        tests: Test files that run.
+        records: Records per step.
+        length_tokens: Tokens per record.
+        steps: Optimizer steps of each training run, including one warm-up step.
+        quickstart_steps: Optimizer steps of the quickstart.
+        quickstart_records: Records per quickstart step, and number of its validation records.
+        prompts: Prompts answered at each batch size.
+        new_tokens: Tokens per answer.
+        budgets: Maximum tokens per batch.
+        tests: Test files to run.
     """
 
     rehearses: bool
@@ -92,7 +92,7 @@ ON_A_GPU = Scale(
     budgets=(4096, 131_072),
     tests=GPU_TESTS,
 )
-"""Shapes of Llama 3.2 3B and Llama 3.1 8B; the entries are those of their projections."""
+"""Shapes of Llama 3.2 3B and Llama 3.1 8B; entries are the sizes of their projections."""
 
 REHEARSAL = Scale(
     rehearses=True,

@@ -1,4 +1,4 @@
-"""Tokens a second of a mask step beside a fine-tuning step of plain transformers, on the same model and data."""
+"""Compares tokens per second of a mask step and a plain transformers fine-tuning step on the same model and data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from scripts.gpu_check.training_steps import mask_training
 
 
 def mask_beside_fine_tuning(scale: Scale) -> Iterator[Finding]:
-    """The small model; plain transformers with autocast, fused AdamW and the model's own loss."""
+    """Uses the small model; plain transformers runs with autocast, fused AdamW and the model's own loss."""
     yield from mask_training(scale, scale.small, "mask step, small model", {"layers": scale.masked_layers})
     model = random_model(scale.small, torch.float32, emulated=scale.rehearses).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})

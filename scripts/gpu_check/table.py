@@ -1,4 +1,4 @@
-"""The findings as a table for the documentation."""
+"""Formats the findings as a table for the documentation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from scripts.gpu_check.isolated import End
 
 
 def markdown(title: str, findings: Mapping[str, Sequence[Finding]], ends: Mapping[str, End]) -> str:
-    """A section for each step.
+    """Returns the table, with one section per step.
 
     Args:
         title: Date and hardware.
-        findings: Of each step.
-        ends: Of each step.
+        findings: Findings of each step.
+        ends: Outcome of each step.
     """
     parts = [f"## {title}"]
     for step, found in findings.items():

@@ -1,4 +1,4 @@
-"""Steps of mask training and fine-tuning on random models: seconds, and the peak beside the estimate."""
+"""Measures mask-training and fine-tuning steps on random models: time, and peak memory with its estimate."""
 
 from __future__ import annotations
 
@@ -48,30 +48,30 @@ TUNINGS: dict[str, dict[str, Any]] = {
 
 
 def mask_steps(scale: Scale) -> Iterator[Finding]:
-    """Masks of the large model, trained and confirmed."""
+    """Trains and confirms masks of the large model."""
     for name, changes in MASKS.items():
         yield from mask_training(scale, scale.large, f"mask-train, {name}", changes)
 
 
 def tuning_steps(scale: Scale) -> Iterator[Finding]:
-    """Fine-tuning of the small model."""
+    """Fine-tunes the small model."""
     for name, changes in TUNINGS.items():
         yield from fine_tuning_steps(scale, scale.small, f"fft, {name}", changes)
 
 
 def low_memory_tuning(scale: Scale) -> Iterator[Finding]:
-    """Fine-tuning of all weights of the large model in 8 bytes a weight."""
+    """Fine-tunes all weights of the large model at 8 bytes per weight."""
     yield from fine_tuning_steps(scale, scale.large, "fft --low-memory", {"low_memory": True})
 
 
 def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]) -> Iterator[Finding]:
-    """A training of masks to its confirmation.
+    """Trains masks and confirms the result.
 
     Args:
         scale: Sizes.
-        shape: Of the model.
-        name: Of the training.
-        changes: Keys of the section `mask_train`.
+        shape: Shape of the model.
+        name: Name of the training run.
+        changes: Keys of the `mask_train` section.
     """
     recipe = _recipe(scale, "mask_train", {"layers": scale.masked_layers, "learning_rate": 1e-3, **changes})
     options = recipe.mask_train
@@ -79,7 +79,7 @@ def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]
     layers = parse_layers(options.layers or "all", shape.num_hidden_layers)
     estimate = estimated_peak_gb(shape, options, inputs, layers)
     with _run("mask-train", recipe) as run, in_place_of_checkpoints(shape, emulated=scale.rehearses):
-        free_unreachable()  # of the training before
+        free_unreachable()  # memory of the previous training run
         restart_peak_memory()
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
         model = random_model(shape, dtype, emulated=scale.rehearses)
@@ -94,25 +94,25 @@ def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]
             yield from _speed(name, run, scale)
             yield Figure(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
             confirmation = confirm(search, found.keep, confirming)
-        yield Figure(f"{name}: change of the loss that confirm finds", confirmation["change"])
+        yield Figure(f"{name}: change in loss at confirmation", confirmation["change"])
         yield Check(f"{name}: the mask is measured", math.isfinite(confirmation["change"]))
 
 
 def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]) -> Iterator[Finding]:
-    """Optimizer steps of a fine-tuning, as the command `fft` makes them.
+    """Runs fine-tuning steps as the `fft` command does.
 
     Args:
         scale: Sizes.
-        shape: Of the model.
-        name: Of the training.
-        changes: Keys of the section `fft`.
+        shape: Shape of the model.
+        name: Name of the training run.
+        changes: Keys of the `fft` section.
     """
     recipe = _recipe(scale, "fft", {"gradient_checkpointing": True, "keep": "last", **changes})
     options = recipe.fft
     inputs = random_inputs(scale, shape, _ACCUMULATION)
     estimate = estimated_peak_gb(shape, options, inputs)
     with _run("fft", recipe) as run, in_place_of_checkpoints(shape, emulated=scale.rehearses):
-        free_unreachable()  # of the training before
+        free_unreachable()  # memory of the previous training run
         restart_peak_memory()
         with device_for(run, Silence(), less_memory=[]):
             model = fft._trainable_model(inputs.checkpoint, Source("quickstart"), options, recipe.seed, Silence())
@@ -124,7 +124,7 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
 
 
 def step_seconds(run: Run) -> float:
-    """The median time of a step but the first."""
+    """The median time of all steps but the first."""
     found = [line["step_seconds"] for line in run.training.metrics() if "step_seconds" in line]
     return float(median(found[1:] or found))
 

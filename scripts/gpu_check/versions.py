@@ -1,4 +1,4 @@
-"""What the check runs on."""
+"""Reports the hardware and software versions of the check."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def versions(scale: Scale) -> Iterator[Figure]:
-    """The GPU, Python and the libraries."""
+    """The GPU, Python and library versions."""
     properties = torch.cuda.get_device_properties(0)
     yield Figure("GPU", properties.name)
     yield Figure("memory", properties.total_memory / GB, "GB")

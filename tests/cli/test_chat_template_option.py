@@ -81,7 +81,7 @@ def test_commands_keep_the_template_and_eval_takes_that_of_the_model(mftctl: Com
 def test_with_one_and_without_one(mftctl: CommandLine) -> None:
     outcome = mftctl("eval", "quickstart", "--chat-template", "--no-chat-template", "--tasks", "gsm8k")
     assert outcome.code == 2
-    assert "go through a chat template or not" in outcome.stderr
+    assert "--no-chat-template are mutually exclusive" in outcome.stderr
 
 
 def test_records_are_judged_before_a_model_is_loaded(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_records_are_judged_before_a_model_is_loaded(mftctl: CommandLine, monkey
     assert "The answer is empty" in refused.stderr
     done = mftctl(*asked, "--bad-records", "skip", "--json")
     assert done.code == 0, done.stderr
-    assert "1 of 3 records cannot be used and are left out" in done.stderr
-    assert "1 of 2 records are left out: their prompt alone" in done.stderr
+    assert "1 of 3 records skipped as unusable" in done.stderr
+    assert "1 of 2 records skipped: the prompt alone" in done.stderr
     (dataset,) = json.loads(done.stdout)["datasets"]
     assert dataset["metrics"][0]["samples"] == 1

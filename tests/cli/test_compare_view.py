@@ -51,7 +51,7 @@ def test_values_of_many_steps_are_counted(tmp_path: Path, capsys: pytest.Capture
         record = {"command": "fft", "status": "finished", "started": "", "config": {}, "result": result}
         (folder / "run.json").write_text(json.dumps(record))
     text = shown(tmp_path, "1", "2", capsys)
-    assert "evaluations: 4 values differ, step by step (--json lists them)" in text
+    assert "evaluations: 4 values per step differ (--json lists them)" in text
     assert "evaluations.d" not in text
     assert "│ best_loss" in text
     assert len(json.loads(shown(tmp_path, "1", "2", capsys, as_json=True))["results"]) == 5
@@ -86,7 +86,7 @@ def test_masks_have_their_overlap_and_the_next_command(tmp_path: Path, capsys: p
         show_comparison(console, tmp_path, "1", "2")
     captured = capsys.readouterr()
     assert "Jaccard                    0.5000; by chance 0.0714" in captured.out
-    assert "only in 002-mask-train     1 tensors, such as other.weight" in captured.out
+    assert "only in 002-mask-train     1 tensors, for example other.weight" in captured.out
     assert "Next: mftctl mask diff" in captured.err
 
 

@@ -90,7 +90,7 @@ def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: Comm
     old = output.stat().st_ino
     refused = mftctl("mask", command, *inputs, "-o", output)
     assert refused.code == 2
-    assert "There is a result already" in refused.stderr
+    assert "A result already exists" in refused.stderr
     assert (refused.stdout, output.stat().st_ino) == ("", old)
     assert mftctl("mask", command, *inputs, "-o", output, "--yes").code == 0
     assert output.stat().st_ino != old
@@ -104,18 +104,18 @@ def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: Comm
     ("arguments", "code", "message"),
     [
         (["import", "missing.pt", "-m", "MODEL"], 1, "cannot be read"),
-        (["import", "learned.bits", "-m", "MODEL"], 1, "no kind that can be imported"),
+        (["import", "learned.bits", "-m", "MODEL"], 1, "not in a format that can be imported"),
         (["import", "scores.pt", "-m", "MODEL"], 1, "values other than 0 and 1"),
         (["import", "other.npz", "-m", "MODEL"], 1, "a weight that the base does not have"),
         (["import", "other.npz"], 2, "Missing option"),
         (["import", "other.npz", "-m", "./nowhere"], 1, "There is no such model"),
         (["export", "learned.bits"], 2, "Missing option"),
         (["export", "learned.bits", "-o", "masks.txt"], 1, "names no format"),
-        (["export", "learned.bits", "-o", "masks.npz", "--codec", "ans"], 2, "Only a mask file has a codec"),
+        (["export", "learned.bits", "-o", "masks.npz", "--codec", "ans"], 2, "--codec applies only to mask files"),
         (["export", "learned.bits", "-o", "small.bits", "--codec", "zip"], 2, "zip"),
         (["export", "delta.bits", "-o", "masks.npz"], 1, "delta mask cannot be exported"),
         (["export", "missing.bits", "-o", "masks.npz"], 1, "missing.bits"),
-        (["diff", "learned.bits", "delta.bits"], 1, "different kinds"),
+        (["diff", "learned.bits", "delta.bits"], 1, "differ in kind"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -61,14 +61,14 @@ def test_5_tuned_is_for_drops_alone(here: CommandLine, workspace: Path) -> None:
     here("mask-train", "-m", model, "--method", "random", "-o", "random.bits")
     outcome = here("apply", model, "random.bits", "-o", "wrong", "--tuned", model)
     assert outcome.code == 2
-    assert "Only the mask of a drop" in outcome.stderr
+    assert "--tuned applies only to delta masks" in outcome.stderr
     assert not (here.folder / "wrong").exists()
 
 
 def test_6_drop_without_its_base(here: CommandLine, workspace: Path) -> None:
     outcome = here("mask-train", "-m", workspace / "tiny", "--method", "drop", "-o", "no.bits")
     assert outcome.code == 2
-    assert "drop needs the model before fine-tuning" in outcome.stderr
+    assert "drop method needs the model before fine-tuning" in outcome.stderr
     assert "--base MODEL" in outcome.stderr
 
 

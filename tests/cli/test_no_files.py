@@ -29,4 +29,4 @@ def test_a_mask_that_is_a_fifo(mftctl: CommandLine, tiny_checkpoint: Path) -> No
     for arguments in (["info", "mask.bits"], ["import", "mask.bits", "-m", str(tiny_checkpoint), "-o", "x.bits"]):
         outcome = mftctl("mask", *arguments)
         assert outcome.code == 1
-        assert "a FIFO in the place of a file" in outcome.stderr
+        assert "a FIFO instead of a file" in outcome.stderr

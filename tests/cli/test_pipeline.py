@@ -61,13 +61,13 @@ def test_5_eval_measures_the_result_and_what_it_came_from(here: CommandLine, wor
     states = [item["state"] for item in json.loads(outcome.stdout)["evaluations"]]
     assert states == ["pre-trained", "FFT", "MFT"]
     again = here("eval", "-d", workspace / "test.jsonl")
-    assert "FFT: measured already by 006-eval" in again.stderr
+    assert "FFT: already measured by 006-eval" in again.stderr
 
 
 def test_5_eval_measures_again_where_it_is_asked_to(here: CommandLine, workspace: Path) -> None:
     model = here.folder / "runs" / "001-fft" / "model"
     outcome = here("eval", model, "-d", workspace / "test.jsonl", "--again", "--json")
-    assert "measured already" not in outcome.stderr
+    assert "already measured" not in outcome.stderr
     document = json.loads(outcome.stdout)
     assert Path(document["run"]).name > "006-eval"
     first = load_run(here.folder / "runs" / "006-eval").record.result
@@ -109,7 +109,7 @@ def test_7_a_result_is_replaced_only_with_yes(here: CommandLine) -> None:
     before = (here.folder / "mask.bits").read_bytes()
     refused = here("mask-train", "--method", "random")
     assert refused.code == 2
-    assert "There is a result already" in refused.stderr
+    assert "A result already exists" in refused.stderr
     assert (here.folder / "mask.bits").read_bytes() == before
     assert here("mask-train", "--method", "random", "--yes").code == 0
     assert (here.folder / "mask.bits").read_bytes() != before

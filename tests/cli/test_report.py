@@ -24,7 +24,7 @@ def test_the_terminal_shows_the_main_table_and_what_it_comes_to(mftctl: CommandL
         "MFT changes loss on test.jsonl by -0.0609 [-0.0720, -0.0495] against FFT: better (60 samples, 2 seeds)."
         in messages
     )
-    assert "Written: here/index.html (to read), report.md, report.json, 8 files of tables, 2 of figures" in messages
+    assert "Written: here/index.html, report.md, report.json, 8 table files, 2 figure files" in messages
     assert "Next: mftctl eval --tasks gsm8k" in messages
     assert (mftctl.folder / "here" / "index.html").is_file()
 
@@ -40,7 +40,7 @@ def test_without_evaluations_the_cost_is_the_main_table(mftctl: CommandLine) -> 
     outcome = mftctl("report")
     assert outcome.code == 0
     assert "What training costs" in outcome.stdout
-    assert "No finished evaluation, so nothing is compared yet: mftctl eval" in words(outcome.stderr)
+    assert "No finished evaluation to compare yet; run mftctl eval" in words(outcome.stderr)
 
 
 def test_of_many_problems_the_first_are_told_and_the_rest_counted(mftctl: CommandLine) -> None:
@@ -54,7 +54,7 @@ def test_of_many_problems_the_first_are_told_and_the_rest_counted(mftctl: Comman
     damaged = [problem for problem in document["problems"] if "not a readable run folder" in problem]
     assert len(damaged) == 15
     assert outcome.stderr.count("Warning:") == 11
-    assert f"{len(document['problems']) - 10} more like these are in the report" in words(outcome.stderr)
+    assert f"{len(document['problems']) - 10} more warnings are in the report" in words(outcome.stderr)
 
 
 def test_a_folder_that_cannot_be_written_is_said_before_any_work(mftctl: CommandLine, tmp_path: Path) -> None:
@@ -62,6 +62,6 @@ def test_a_folder_that_cannot_be_written_is_said_before_any_work(mftctl: Command
     (tmp_path / "file").write_text("", encoding="utf-8")
     outcome = mftctl("report", "-o", tmp_path / "file" / "report")
     assert outcome.code == 2
-    assert "would lie in a file" in outcome.stderr
+    assert "A parent folder of the output is a file" in outcome.stderr
     assert "Traceback" not in outcome.stderr
     assert outcome.stdout == ""

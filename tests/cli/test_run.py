@@ -95,7 +95,7 @@ def test_a_problem_is_told_before_anything_is_run(mftctl: CommandLine, recipe: P
 def test_a_circle_of_stages_is_one_clear_error(mftctl: CommandLine, recipe: Path) -> None:
     outcome = mftctl("run", "recipe.yaml", "--set", "stages.fft.after=results", "--set", "stages.results.of=[fft]")
     assert outcome.code == 2
-    assert "Stages need each other in a circle." in outcome.stderr
+    assert "Stages depend on each other in a cycle." in outcome.stderr
     assert "fft" in outcome.stderr
 
 
@@ -152,7 +152,7 @@ def test_what_another_process_leaves_unfinished_is_taken_up(mftctl: CommandLine,
         time.sleep(0.05)
     second = subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert second.stderr is not None
-    while "waiting for it" not in (line := second.stderr.readline()):
+    while "waiting for " not in (line := second.stderr.readline()):
         assert line
     first.kill()
     first.communicate()

@@ -50,5 +50,5 @@ def test_a_result_is_replaced_only_after_asking(workspace: Path, tmp_path: Path)
     old = (tmp_path / "mask.bits").stat().st_ino
     code, shown = type_into(command, tmp_path, "Replace mask.bits?", "n")
     assert code == 2
-    assert "There is a result already" in shown
+    assert "A result already exists" in shown
     assert (tmp_path / "mask.bits").stat().st_ino == old

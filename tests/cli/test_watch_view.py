@@ -64,11 +64,11 @@ def test_running_run_is_shown_in_full() -> None:
     assert "▸ 020-fft (gmt[ratio=0.2], seed 1)" in text
     assert "120/320  2:05 so far, about 1:02:05 left" in text
     assert "loss 0.5123, validation 0.6443, best 0.6432, 2,310 tokens/s" in text
-    assert "1 run: 1 running. Ctrl-C ends the watching." in text
+    assert "1 run: 1 running. Press Ctrl-C to stop watching." in text
 
 
 def test_run_that_has_written_nothing_for_long_says_so() -> None:
-    quiet = "nothing written for"
+    quiet = "no output for"
     assert quiet not in rendered(RUNNING, now=1300.0)
     assert f"{quiet} 5:01" in rendered(RUNNING, now=1301.0)
 
@@ -80,11 +80,11 @@ def test_newest_of_the_others_are_shown_and_the_rest_are_counted() -> None:
     text = rendered(*others, RUNNING, unreadable=("x",))
     assert re.findall(r"\d{3}-fft", text) == ["020-fft", "006-fft", "007-fft", "008-fft", "002-fft", "003-fft"]
     assert "It broke [badly]." in text
-    assert "11 runs: 7 finished, 1 failed, 1 killed, 1 running, 1 not readable." in " ".join(text.split())
+    assert "11 runs: 7 finished, 1 failed, 1 killed, 1 running, 1 unreadable." in " ".join(text.split())
 
 
 def test_where_nothing_runs_the_view_says_that_it_goes_on_watching() -> None:
-    goes_on = "Nothing runs in runs; watching for the next run until Ctrl-C."
+    goes_on = "No runs in progress in runs; waiting for the next run until Ctrl-C."
     assert goes_on in " ".join(rendered(replace(RUNNING, status="finished")).split())
     assert goes_on in " ".join(rendered().split())
     assert goes_on not in rendered(watching=False)
@@ -131,8 +131,11 @@ def test_each_change_is_a_line(
         "002-fft (stage, seed 3): running, step 4/40, loss 0.2500, validation 0.5000, best 0.5000, 100 tokens/s",
         "002-fft (stage, seed 3): failed, It broke.",
     ]
-    assert captured.err.split() == (
-        f"Nothing runs in {tmp_path}; watching for the next run until Ctrl-C. 2 runs: 1 finished, 1 failed.".split()
+    assert (
+        captured.err.split()
+        == (
+            f"No runs in progress in {tmp_path}; waiting for the next run until Ctrl-C. 2 runs: 1 finished, 1 failed."
+        ).split()
     )
 
 
@@ -155,7 +158,7 @@ def test_ctrl_c_ends_it_without_a_failure(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert process.stdout is not None
-        assert "Nothing runs" in process.stderr.readline()
+        assert "No runs in progress" in process.stderr.readline()
         create_run(tmp_path / "runs", "fft", {})
         assert process.stdout.readline().startswith("001-fft (seed 0): running")  # at once, not when a buffer is full
         process.send_signal(signal.SIGINT)
@@ -171,8 +174,8 @@ def test_on_a_terminal_the_view_is_live_and_its_last_state_stays(tmp_path: Path)
         os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(tmp_path)])
     shown, deadline_seconds = "", time.monotonic() + 120
     actions = {
-        "Ctrl-C ends the watching.": lambda: run.finish({}),
-        "Nothing runs in": lambda: os.write(terminal, b"\x03"),
+        "Press Ctrl-C to stop watching.": lambda: run.finish({}),
+        "No runs in progress in": lambda: os.write(terminal, b"\x03"),
     }
     while time.monotonic() < deadline_seconds:
         if not select.select([terminal], [], [], 1)[0]:

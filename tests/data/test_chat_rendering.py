@@ -68,7 +68,7 @@ def test_answers_with_their_stop(family: str, shape: str) -> None:
     template, marker = families.FAMILIES[family]
     messages = SHAPES[shape]
     if family == "gemma 2" and messages[0].role == "system":
-        with pytest.raises(DataError, match="template of the tokenizer fails") as caught:
+        with pytest.raises(DataError, match="tokenizer's chat template fails") as caught:
             rendered(template, *messages)
         assert "--merge-system" in str(caught.value.hint)
         return
@@ -118,19 +118,19 @@ def test_thinking_cut_from_an_earlier_turn_is_told() -> None:
 
 
 def test_thinking_that_the_template_leaves_out_of_the_last_answer() -> None:
-    with pytest.raises(DataError, match="leaves out the thinking") as caught:
+    with pytest.raises(DataError, match="drops the thinking") as caught:
         rendered(families.CHATML, ONE, Message("assistant", "uno", thinking="Hmm."))
     assert caught.value.key == "messages[1]"
 
 
 def test_question_that_the_template_leaves_out() -> None:
-    with pytest.raises(DataError, match="leaves out a text") as caught:
+    with pytest.raises(DataError, match="drops text") as caught:
         rendered("{{ messages[-1].content }}", ONE, UNO)
     assert (caught.value.path, caught.value.key, caught.value.actual) == ("data:1", "messages[0]", "'One?'")
 
 
 def test_answer_that_the_template_writes_twice() -> None:
-    with pytest.raises(DataError, match="cannot be found") as caught:
+    with pytest.raises(DataError, match="cannot be located") as caught:
         rendered("{%- for m in messages -%}{{ m.content ~ m.content }}{%- endfor -%}{{ messages | length }}", ONE, UNO)
     assert caught.value.key == "messages[1]"
 

@@ -275,7 +275,7 @@ def test_truncation_keeps_the_front(max_length_tokens: int) -> None:
     whole = encode(record, CHARACTERS, 1000)
     prompt_tokens = len(encode_prompt(record, CHARACTERS))
     if max_length_tokens <= prompt_tokens:
-        with pytest.raises(PromptTooLongError, match="left to learn"):
+        with pytest.raises(PromptTooLongError, match="left to train on"):
             encode(record, CHARACTERS, max_length_tokens)
         return
     cut = encode(record, CHARACTERS, max_length_tokens)
@@ -288,12 +288,12 @@ def test_answer_cut_away_names_place_numbers_and_option() -> None:
         encode(example("x" * 50, "4"), CHARACTERS, 20)
     assert caught.value.path == "data:1"
     assert "20 tokens" in str(caught.value.expected)
-    assert caught.value.actual == "a prompt of 53 tokens, 55 in all"
+    assert caught.value.actual == "a prompt of 53 tokens, 55 tokens in total"
     assert "--max-length" in str(caught.value.hint)
 
 
 def test_single_first_token_is_nothing_to_learn() -> None:
-    with pytest.raises(DataError, match="left to learn"):
+    with pytest.raises(DataError, match="left to train on"):
         encode(example("the cat", kind="text"), CHARACTERS, 1)
 
 
@@ -301,14 +301,14 @@ def test_template_that_leaves_out_a_question() -> None:
     tokenizer = build_tokenizer(
         chat_template="{% for message in messages %}{{ message.content if loop.last else '-' }}<|end|>{% endfor %}"
     )
-    with pytest.raises(DataError, match="leaves out a text") as caught:
+    with pytest.raises(DataError, match="drops text") as caught:
         encode(example("a", "b"), tokenizer, 100)
     assert (caught.value.path, caught.value.key, caught.value.actual) == ("data:1", "messages[0]", "'a'")
 
 
 def test_template_that_refuses_the_roles() -> None:
     tokenizer = build_tokenizer(chat_template="{{ raise_exception('no system role') }}")
-    with pytest.raises(DataError, match="template of the tokenizer fails") as caught:
+    with pytest.raises(DataError, match="tokenizer's chat template fails") as caught:
         encode_prompt(example("a", "b", system="S"), tokenizer)
     assert caught.value.path == "data:1"
     assert caught.value.actual == "system, user, assistant: no system role"
@@ -370,7 +370,7 @@ def test_token_ids_are_taken_as_they_are() -> None:
 
 def test_token_id_that_the_tokenizer_lacks() -> None:
     record = Example("tokens", (), "data:1", token_ids=TokenIds((1, 10**6), (1, 10**6)))
-    with pytest.raises(DataError, match="no such token") as caught:
+    with pytest.raises(DataError, match="not in the tokenizer's vocabulary") as caught:
         encode(record, CHARACTERS, 100)
     assert caught.value.actual == 10**6
 

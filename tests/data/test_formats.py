@@ -59,7 +59,7 @@ def test_dolly_context_follows_the_instruction_after_a_blank_line() -> None:
 
 @pytest.mark.parametrize("key", ["images", "video", "audios"])
 def test_records_of_more_than_text_are_refused(key: str) -> None:
-    with pytest.raises(DataError, match="more than text") as caught:
+    with pytest.raises(DataError, match="contains media") as caught:
         to_example({"question": "What is this?", "answer": "A cat.", key: ["cat.png"]}, WHERE)
     assert caught.value.key == key
     assert to_example({"question": "2+2?", "answer": "4", key: []}, WHERE).messages == QUESTION_ANSWER
@@ -125,7 +125,7 @@ def test_unknown_format_names_place_fields_and_formats() -> None:
 
 
 def test_record_of_nulls_has_no_format() -> None:
-    with pytest.raises(DataError, match="no known format") as caught:
+    with pytest.raises(DataError, match="unknown format") as caught:
         to_example({"text": None}, WHERE)
     assert caught.value.actual == "no field with a value"
 
@@ -170,7 +170,7 @@ def test_empty_answer_names_place_and_key(record: dict[str, Any], key: str) -> N
 
 @pytest.mark.parametrize("role", ["narrator", None, 3])
 def test_unknown_role(role: object) -> None:
-    with pytest.raises(DataError, match="role of a turn") as caught:
+    with pytest.raises(DataError, match="unknown role") as caught:
         to_example({"messages": [{"role": role, "content": "a"}]}, WHERE)
     assert caught.value.path == WHERE
 
@@ -251,13 +251,13 @@ def test_tools_and_template_variables_of_a_conversation() -> None:
     ],
 )
 def test_preferences_are_refused(record: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="preferred"):
+    with pytest.raises(DataError, match="preference data"):
         to_example(record, WHERE)
 
 
 def test_conversation_of_which_nothing_is_learned() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
-    with pytest.raises(DataError, match="No turn"):
+    with pytest.raises(DataError, match="no turn to train on"):
         to_example({"messages": turns}, WHERE)
 
 
@@ -270,13 +270,13 @@ def test_token_ids_with_labels_or_masks() -> None:
 
 
 def test_labels_of_another_length() -> None:
-    with pytest.raises(DataError, match="another length") as caught:
+    with pytest.raises(DataError, match="differs in length") as caught:
         to_example({"input_ids": [1, 2], "labels": [1]}, WHERE)
     assert (caught.value.key, caught.value.expected, caught.value.actual) == ("labels", "2", "1")
 
 
 def test_labels_that_are_shifted_already() -> None:
-    with pytest.raises(DataError, match="another token") as caught:
+    with pytest.raises(DataError, match="differs from the token") as caught:
         to_example({"input_ids": [1, 2], "labels": [2, -100]}, WHERE)
     assert caught.value.key == "labels[0]"
 

@@ -24,7 +24,7 @@ def test_nothing_is_wrong() -> None:
 def test_one_record_is_its_own_error() -> None:
     with pytest.raises(DataError, match="It is bad") as caught:
         issues_of(1).settle("error")
-    assert caught.value.hint == "mend it; --bad-records skip leaves it out"
+    assert caught.value.hint == "mend it; to skip it, pass --bad-records skip"
 
 
 def test_several_records_are_counted_and_the_first_named() -> None:
@@ -34,33 +34,31 @@ def test_several_records_are_counted_and_the_first_named() -> None:
     assert caught.value.actual == "; ".join([*named, "and 2 more"])
 
 
-@pytest.mark.parametrize(("hints", "remedy"), [(["do this", "do this"], "do this"), (["do this", None], "mend them")])
+@pytest.mark.parametrize(("hints", "remedy"), [(["do this", "do this"], "do this"), (["do this", None], "fix them")])
 def test_a_remedy_that_all_need_is_named(hints: list[str | None], remedy: str) -> None:
     issues = issues_of(2)
     for error, hint in zip(issues.refused, hints, strict=True):
         error.hint = hint
     with pytest.raises(DataError) as caught:
         issues.settle("error")
-    assert caught.value.hint == f"{remedy}, or leave them out with --bad-records skip"
+    assert caught.value.hint == f"{remedy}, or skip them with --bad-records skip"
 
 
 def test_records_left_out_are_told() -> None:
     issues = issues_of(2)
     issues.settle("skip")
-    assert issues.lines(100)[0].startswith(
-        "2 of 10 records cannot be used and are left out: d:0: k: It is bad (x); d:1"
-    )
+    assert issues.lines(100)[0].startswith("2 of 10 records skipped as unusable: d:0: k: It is bad (x); d:1")
 
 
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ("overlong", "their prompt alone is longer than --max-length 64"),
-        ("cut", "3 of 10 answers (30.0%) are cut at --max-length 64"),
-        ("without_thinking", "leaves out the thinking"),
-        ("last_only", "answers are not learned that the chat template changes later on"),
+        ("overlong", "the prompt alone is longer than --max-length 64"),
+        ("cut", "3 of 10 answers (30.0%) truncated at --max-length 64"),
+        ("without_thinking", "drops the thinking"),
+        ("last_only", "answers that the chat template changes later are not trained on"),
         ("tools_as_text", "JSON text"),
-        ("open_turns", "ends earlier answers with nothing"),
+        ("open_turns", "does not end earlier answers"),
     ],
 )
 def test_each_count_is_told(field: str, words: str) -> None:
@@ -73,7 +71,7 @@ def test_each_count_is_told(field: str, words: str) -> None:
 def test_ignored_fields_are_named_once() -> None:
     issues = issues_of(0)
     issues.ignored.update(["source", "id", "id"])
-    assert issues.lines(64) == ["ignored: id, source"]
+    assert issues.lines(64) == ["ignored fields: id, source"]
 
 
 def test_that_no_end_is_learned_is_said_of_the_records_used_alone() -> None:

@@ -42,8 +42,8 @@ def test_unseen_records_are_all_but_the_seen_in_their_order(seen: set[int]) -> N
 def test_where_nothing_is_unseen_that_is_said() -> None:
     with pytest.raises(DataError) as caught:
         records_to_learn_from(EXAMPLES[:3], frozenset(map(record_digest, EXAMPLES)), "unseen")
-    assert caught.value.actual == "3 records, all of them seen"
-    assert caught.value.hint == "other --data, or --learn-from all"
+    assert caught.value.actual == "3 training records, all used in fine-tuning"
+    assert caught.value.hint == "give different data with --data, or use --learn-from all"
 
 
 def test_a_digest_is_of_the_content_alone() -> None:
@@ -77,7 +77,10 @@ def test_a_mask_is_learned_from_what_fine_tuning_held_back(workspace: Path, tmp_
     left = masking.record.inputs["train_records"]
     assert left >= 64
     assert left + run.record.inputs["train_records"] <= 160  # a few additions come twice, and those were seen
-    assert any(f"Training records: {left}; {160 - left} that fine-tuning has seen" in note for note in listener.notes)
+    assert any(
+        f"Training records: {left}; left out because fine-tuning used them: {160 - left} " in note
+        for note in listener.notes
+    )
     assert masking.record.inputs["fft_learning_rate"] == recipe.fft.learning_rate
     assert any("4 times that of fine-tuning (0.003)" in note for note in listener.notes)
     assert len(seen) <= 80

@@ -77,14 +77,14 @@ def test_named_templates_without_a_default() -> None:
 
 
 def test_no_such_template() -> None:
-    with pytest.raises(ConfigError, match="no such chat template") as caught:
+    with pytest.raises(ConfigError, match="does not exist") as caught:
         choose_template(tokenizer_with({"rag": CHATML}), TemplateChoice("toolu"))
     assert "rag, chatml, tulu" in str(caught.value.expected)
 
 
 def test_file_that_is_no_template(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ messages")
-    with pytest.raises(ConfigError, match="no Jinja template") as caught:
+    with pytest.raises(ConfigError, match="not valid Jinja") as caught:
         choose_template(tokenizer_with(None), TemplateChoice(str(tmp_path / "own.jinja")))
     assert str(caught.value.actual).startswith("line 1: ")
 
@@ -105,12 +105,12 @@ def test_system_prompt_goes_into_the_first_question() -> None:
 
 @pytest.mark.parametrize("choice", [TemplateChoice(merge_system=True), TemplateChoice(variables={"a": 1})])
 def test_nothing_to_change(choice: TemplateChoice) -> None:
-    with pytest.raises(ConfigError, match="no chat template that this could change"):
+    with pytest.raises(ConfigError, match="no chat template to modify"):
         choose_template(tokenizer_with(None), choice)
 
 
 def test_variable_without_a_name() -> None:
-    with pytest.raises(ConfigError, match="no name"):
+    with pytest.raises(ConfigError, match="invalid name"):
         choose_template(tokenizer_with(CHATML), TemplateChoice(variables={"a b": 1}))
 
 

@@ -82,7 +82,7 @@ def test_turn_that_cannot_be_used(turn: dict[str, Any], key: str | None, actual:
 
 
 def test_function_call_that_is_no_json() -> None:
-    with pytest.raises(DataError, match="no JSON text") as caught:
+    with pytest.raises(DataError, match="not JSON") as caught:
         to_message({"from": "function_call", "value": "f(1)"}, "d:1", "k")
     assert caught.value.key == "k.value"
 

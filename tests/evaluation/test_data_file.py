@@ -99,6 +99,6 @@ def test_a_record_of_token_ids_has_a_loss_and_no_answer() -> None:
 def test_a_prompt_without_room_for_an_answer_is_named() -> None:
     examples = [question(1, "#### 18"), Example("chat", (Message("user", "x" * 40), Message("assistant", "y")), "d:2")]
     model = build_llama(layers=1, max_position_embeddings=42)
-    with pytest.raises(EvaluationError, match="longer than the model's context") as caught:
+    with pytest.raises(EvaluationError, match="exceed the model's context") as caught:
         evaluate_examples(model, Encoder(build_tokenizer()), encode_records(examples, build_tokenizer(), 60))
     assert caught.value.path == "d:2"

@@ -134,7 +134,7 @@ def test_a_prompt_that_does_not_fit_is_named_before_any_generation(monkeypatch: 
     model, examples = build_llama(layers=1, max_position_embeddings=40), questions(8)
     monkeypatch.setattr(model, "generate", lambda **_: pytest.fail("generated"))
     first_long = next(example for example in examples if len(Encoder(build_tokenizer()).prompt(example)) > 20)
-    with pytest.raises(EvaluationError, match="longer than the model's context") as caught:
+    with pytest.raises(EvaluationError, match="exceed the model's context") as caught:
         generate_answers(model, Encoder(build_tokenizer()), examples, max_new_tokens=20)
     assert caught.value.path == first_long.where
     assert "40" in str(caught.value.expected)

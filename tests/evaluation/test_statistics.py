@@ -187,7 +187,7 @@ def test_one_sample_is_an_error() -> None:
         lambda: standard_error_of_share([True]),
         lambda: standard_error_of_loss([SampleLoss(1.0, 2)]),
     ):
-        with pytest.raises(EvaluationError, match="One sample"):
+        with pytest.raises(EvaluationError, match="several samples"):
             call()
 
 
@@ -204,7 +204,7 @@ def test_seeds_with_different_answers_are_an_error() -> None:
 
 
 def test_a_sample_without_weight_is_an_error() -> None:
-    with pytest.raises(EvaluationError, match="cannot be weighed") as caught:
+    with pytest.raises(EvaluationError, match="cannot be weighted") as caught:
         paired_difference(np.array([0.0, 1.0]), np.array([1.0, 0.0]))
     assert caught.value.key == "sample 1"
 

@@ -79,7 +79,7 @@ def test_gsm8k_from_a_local_file(workspace: Path, tmp_path: Path, tmp_path_facto
 def test_nothing_to_measure(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, test_data=[])
     run, source = open_run(tmp_path, "eval", recipe)
-    with pytest.raises(ConfigError, match="something to measure"):
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
         evaluate(recipe, source, run, Silence())
 
 

@@ -99,8 +99,8 @@ def test_data_is_a_text_a_mapping_or_a_list_of_either(value: object, expected: t
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("", "The data has no path"),
-        ("=10", "The data has no path"),
+        ("", "The data source has no path"),
+        ("=10", "The data source has no path"),
         ({"path": "a", "coutn": 3}, "coutn: Extra inputs are not permitted"),
         ({"path": 3}, "path: Input should be a valid string"),
         ({"path": ""}, "path: String should have at least 1 character"),
@@ -214,7 +214,7 @@ def test_the_reference_keeps_the_last_mask_and_averages_records(preset: str, kee
 
 
 def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
-    with pytest.raises(ValidationError, match="olmes is for benchmarks"):
+    with pytest.raises(ValidationError, match="olmes applies only to benchmarks"):
         EvalOptions(prompts="olmes")
     assert EvalOptions(prompts="olmes", tasks=("gsm8k",)).prompts == "olmes"
 
@@ -222,10 +222,10 @@ def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
 @pytest.mark.parametrize(
     ("document", "problem"),
     [
-        ({"travel": 3.2}, "travel is for the start normal, kaiming, constant; the start is magnitude"),
-        ({"start_std": 0.1}, "start_std is for the start normal; the start is magnitude"),
-        ({"start_value": 0.1}, "start_value is for the start constant; the start is magnitude"),
-        ({"start_value": 0.1, "preset": "paper"}, "start_value is for the start constant; the start is normal"),
+        ({"travel": 3.2}, "travel applies only to start normal, kaiming, constant; the start is magnitude"),
+        ({"start_std": 0.1}, "start_std applies only to start normal; the start is magnitude"),
+        ({"start_value": 0.1}, "start_value applies only to start constant; the start is magnitude"),
+        ({"start_value": 0.1, "preset": "paper"}, "start_value applies only to start constant; the start is normal"),
     ],
 )
 def test_a_key_of_another_start_is_refused(document: dict[str, Any], problem: str) -> None:
@@ -240,7 +240,7 @@ def test_ratio_and_threshold_together_are_refused() -> None:
 
 @pytest.mark.parametrize("method", ["random", "magnitude"])
 def test_threshold_without_learned_scores_is_refused(method: str) -> None:
-    with pytest.raises(ValidationError, match=f"the {method} mask takes a ratio"):
+    with pytest.raises(ValidationError, match=f"the method {method} takes a ratio"):
         MaskTrainOptions.model_validate({"method": method, "threshold": 0.0})
 
 
@@ -251,7 +251,7 @@ def test_two_sizes_of_a_step_are_refused(section: type[FftOptions | MaskTrainOpt
 
 
 def test_a_global_batch_that_is_no_multiple_is_refused() -> None:
-    with pytest.raises(ValidationError, match="12 is none of 8"):
+    with pytest.raises(ValidationError, match="12 is not a multiple of 8"):
         FftOptions(batch_size=8, global_batch_size=12)
     assert FftOptions(batch_size=8, global_batch_size=12, batch_tokens=100).global_batch_size == 12
 

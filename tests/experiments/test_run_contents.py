@@ -79,7 +79,7 @@ def test_a_part_of_another_type_is_one_line_and_hides_no_other(run: Path, path: 
     other = create_run(run.parent, "fft", {})
     other.finish({"state": "FFT"})
     change(run, *path, value=value)
-    with pytest.raises(RunError, match=r"not sound: |not a readable run folder") as caught:
+    with pytest.raises(RunError, match=r"is not valid: |not a readable run folder") as caught:
         load_run(run)
     assert "\n" not in caught.value.message
     runs, errors = list_runs(run.parent)
@@ -128,7 +128,7 @@ def test_a_damaged_sample_is_named_by_its_line(tmp_path: Path, line: str) -> Non
 def test_a_score_that_is_no_number_is_told(tmp_path: Path, score: str) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(f'{{"id": "0", "scores": {{"loss": {score}, "exact_match": 1}}}}\n', encoding="utf-8")
-    with pytest.raises(RunError, match=r"loss of a sample .* is no number"):
+    with pytest.raises(RunError, match=r"loss of a sample .* is not a number"):
         read_samples(path, "loss")
     assert read_samples(path, "exact_match") == {"0": (1, 1.0)}
 
@@ -148,7 +148,7 @@ def test_a_damaged_line_of_metrics_is_named_and_one_that_a_kill_cut_short_is_lef
 
 
 def test_a_fault_is_told_in_a_line() -> None:
-    assert first_fault(KeyError("a\nb")) == "it has no a b"
+    assert first_fault(KeyError("a\nb")) == "a b is missing"
     assert first_fault(ValueError("one\ntwo")) == "one"
     assert first_fault(RunError("said", path="x")) == "said"
 
@@ -159,7 +159,7 @@ def test_a_run_whose_record_lacks_what_it_made_is_told_by_name(tmp_path: Path, k
     run.finish({name: "x" for name in ("state", "model") if name != key})
     if key == "model":
         change(run.folder, "inputs", value={"parents": [], "origin": "m"})
-    with pytest.raises(RunError, match="not complete"):
+    with pytest.raises(RunError, match="incomplete"):
         source_of_run(load_run(run.folder))
     assert source_of_model("elsewhere", tmp_path).model == "elsewhere"
 

@@ -334,7 +334,7 @@ def test_a_run_of_a_living_process_is_not_taken_up(tmp_path: Path) -> None:
         run = create_run(tmp_path, "fft", {})
         run.update(worker=f"{platform.node()}:{other.pid}")
         assert load_run(run.folder).is_worked_on
-        with pytest.raises(RunError, match="Another process works on this run") as caught:
+        with pytest.raises(RunError, match="Another process is working on this run") as caught:
             load_run(run.folder).go_on()
         assert str(other.pid) in str(caught.value.actual)
         run.update(status="interrupted")
@@ -379,9 +379,9 @@ def test_a_run_that_goes_on_with_other_code_says_so(tmp_path: Path, monkeypatch:
 
 
 def test_a_run_that_could_not_be_read_again_is_not_made(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="not valid UTF-8"):
         create_run(tmp_path / "runs", "fft", {}, inputs={"model": os.fsdecode(b"model-\xff")})
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="not valid UTF-8"):
         create_run(tmp_path / "runs", "fft", {"revision": "\ud800"})
     assert not (tmp_path / "runs").exists()
 

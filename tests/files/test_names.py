@@ -27,7 +27,7 @@ def test_bytes_are_shown_escaped() -> None:
 
 @pytest.mark.parametrize("document", [BAD, {BAD: 1}, {"a": [1, {"b": (BAD,)}]}, "\ud800"])
 def test_a_text_that_no_record_could_hold(document: object) -> None:
-    with pytest.raises(ConfigError, match="not UTF-8"):
+    with pytest.raises(ConfigError, match="not valid UTF-8"):
         require_recordable([], document)
 
 
@@ -35,7 +35,7 @@ def test_a_link_to_a_folder_that_no_record_could_hold(tmp_path: Path) -> None:
     (tmp_path / BAD).mkdir()
     (tmp_path / "link").symlink_to(BAD)
     require_recordable([tmp_path, None, "owner/name"])
-    with pytest.raises(ConfigError, match="not UTF-8") as caught:
+    with pytest.raises(ConfigError, match="not valid UTF-8") as caught:
         require_recordable([tmp_path / "link" / "model"])
     assert str(caught.value.actual).endswith(r"a-\xff/model")
 
@@ -52,7 +52,7 @@ def test_the_longest_names_are_those_of_the_file_system(tmp_path: Path) -> None:
     (tmp_path / ("ü" * 127)).mkdir()
     require_short(tmp_path / ("ü" * 127) / ("a" * 255))
     for path in (tmp_path / ("a" * 256), tmp_path / ("ü" * 128), tmp_path / ("a" * 256) / "model"):
-        with pytest.raises(StorageError, match="such a long name") as caught:
+        with pytest.raises(StorageError, match="name of the result is too long") as caught:
             require_short(path)
         assert caught.value.expected == "at most 255 bytes"
         assert caught.value.actual == "256"
@@ -61,6 +61,6 @@ def test_the_longest_names_are_those_of_the_file_system(tmp_path: Path) -> None:
 
 def test_a_path_that_leaves_no_room_for_its_files(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["b" * 250] * 16)
-    with pytest.raises(StorageError, match="such a long name"):
+    with pytest.raises(StorageError, match="name of the result is too long"):
         require_short(deep)
     require_short(tmp_path.joinpath(*["b" * 250] * 14))

@@ -55,7 +55,7 @@ def test_what_is_not_listed_is_a_stranger(tmp_path: Path, name: str, found: str)
 def test_changed_file_is_a_stranger(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     (model / "weights").write_bytes(b"\x00\x01" * 2_999_999 + b"\x00\x02")
-    assert strangers(model, Kind.MODEL) == ["weights (changed since)"]
+    assert strangers(model, Kind.MODEL) == ["weights (modified)"]
 
 
 def test_link_in_the_place_of_a_listed_file_is_a_stranger(tmp_path: Path) -> None:
@@ -80,14 +80,14 @@ def test_marker_that_is_none_makes_everything_a_stranger(tmp_path: Path, text: s
 
 def test_result_of_another_kind_is_not_replaced(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
-    with pytest.raises(OutputError, match="did not write"):
+    with pytest.raises(OutputError, match="not written by mftctl"):
         permit_folder(Kind.REPORT, replace=True)(model)
 
 
 def test_own_folder_is_replaced_only_with_consent(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     permit_folder(Kind.MODEL, replace=True)(model)
-    with pytest.raises(OutputError, match="a result already"):
+    with pytest.raises(OutputError, match="result already exists"):
         permit_folder(Kind.MODEL, replace=False)(model)
 
 
@@ -97,7 +97,7 @@ def test_empty_folder_needs_no_consent(tmp_path: Path) -> None:
 
 def test_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     permit = permit_file("a mask file", lambda path: True, replace=True)
-    with pytest.raises(OutputError, match="there is a folder"):
+    with pytest.raises(OutputError, match="a folder exists there"):
         permit(tmp_path)
 
 
@@ -117,7 +117,7 @@ def test_folder_that_appears_while_the_new_one_is_made_is_refused(tmp_path: Path
             path.mkdir()
             (path / "thesis.txt").write_text("mine")
 
-    with pytest.raises(OutputError, match="did not write"):
+    with pytest.raises(OutputError, match="not written by mftctl"):
         write()
     assert [item.name for item in tmp_path.rglob("*")] == ["model", "thesis.txt"]
 
@@ -130,7 +130,7 @@ def test_folder_that_changes_amid_the_exchange_is_put_back(tmp_path: Path, monke
         with atomic_folder(path, permit_folder(Kind.MODEL, replace=True)) as temporary:
             (temporary / "weights").write_text("new")
 
-    with pytest.raises(StorageError, match="changed while"):
+    with pytest.raises(StorageError, match="changed during its replacement"):
         write()
     assert (path / "thesis.txt").read_text() == "mine"
     assert (path / "sub" / "template").exists()
@@ -162,7 +162,7 @@ def test_file_that_was_changed_since_is_neither_replaced_nor_removed(tmp_path: P
     write_listed(tmp_path, {"index.html": b"2"}, Kind.REPORT)
     assert (tmp_path / "old.csv").read_text() == "mine"
     (tmp_path / "index.html").write_text("mine")
-    with pytest.raises(OutputError, match="changed since"):
+    with pytest.raises(OutputError, match="were modified since"):
         write_listed(tmp_path, {"index.html": b"3"}, Kind.REPORT)
 
 

@@ -144,7 +144,7 @@ def test_what_is_no_number_is_told_of_its_tensor(way: str) -> None:
 def test_scores_that_are_not_numbers() -> None:
     with emulated_gpu():
         for values, ratio in (([1.0, float("nan")] * 30, 0.5), ([1.0, float("nan")], 0.0)):
-            with pytest.raises(MaskingError, match="NaN cannot be ranked") as caught:
+            with pytest.raises(MaskingError, match="NaN, which cannot be ranked") as caught:
                 keep_highest(torch.tensor(values).cuda(), ratio)
             assert caught.value.actual == f"{len(values) // 2} NaN of {len(values)}"
 

@@ -112,7 +112,7 @@ def test_mask_of_another_shape_than_its_record_is_refused() -> None:
 
 def test_mask_with_another_count_than_its_record_is_refused() -> None:
     record = TensorRecord((2,), 1, "0" * 64, "F32")
-    with pytest.raises(MaskFormatError, match="as many weights") as caught:
+    with pytest.raises(MaskFormatError, match="number of weights that the mask removes") as caught:
         Mask({"w": torch.ones(2, dtype=torch.bool)}, {"w": record}, METADATA)
     assert (caught.value.expected, caught.value.actual) == (1, 0)
 
@@ -126,7 +126,7 @@ def test_mask_without_its_record_is_refused() -> None:
 
 
 def test_mask_without_a_tensor_is_refused() -> None:
-    with pytest.raises(MaskFormatError, match="breaks a rule"):
+    with pytest.raises(MaskFormatError, match="violates the format"):
         Mask({}, {}, METADATA)
 
 
@@ -135,7 +135,7 @@ def test_mask_without_a_tensor_is_refused() -> None:
 )
 def test_record_that_no_file_can_hold_is_refused(field: str, value: object) -> None:
     record = replace(TensorRecord((2,), 0, "0" * 64, "F32"), **{field: value})
-    with pytest.raises(MaskFormatError, match="breaks a rule"):
+    with pytest.raises(MaskFormatError, match="violates the format"):
         Mask({"w": torch.ones(2, dtype=torch.bool)}, {"w": record}, METADATA)
 
 
@@ -144,7 +144,7 @@ def test_record_that_no_file_can_hold_is_refused(field: str, value: object) -> N
     [("ratio", 1.5), ("ratio", float("nan")), ("threshold", float("inf")), ("seed", 2**64), ("method", "")],
 )
 def test_metadata_that_no_file_can_hold_is_refused(field: str, value: object) -> None:
-    with pytest.raises(MaskFormatError, match="breaks a rule"):
+    with pytest.raises(MaskFormatError, match="violates the format"):
         build_mask(replace(METADATA, **{field: value}), w=torch.ones(2, dtype=torch.bool))
 
 
@@ -184,7 +184,7 @@ def test_packed_bits_with_padding_are_refused() -> None:
 def test_packed_bits_with_another_count_than_their_record_are_refused() -> None:
     packed, records = packed_parts()
     packed["odd.weight"][0] ^= 1
-    with pytest.raises(MaskFormatError, match="as many weights"):
+    with pytest.raises(MaskFormatError, match="number of weights that the mask removes"):
         Mask.from_packed(packed, records, METADATA)
 
 
@@ -210,7 +210,7 @@ def test_delta_mask_without_its_tuned_model_or_a_weight_mask_with_one_is_refused
     metadata: MaskMetadata, record: dict[str, str]
 ) -> None:
     records = {"w": replace(TensorRecord((2,), 0, "0" * 64, "F32"), **record)}
-    with pytest.raises(MaskFormatError, match="breaks a rule"):
+    with pytest.raises(MaskFormatError, match="violates the format"):
         Mask({"w": torch.ones(2, dtype=torch.bool)}, records, metadata)
 
 
@@ -316,7 +316,7 @@ def test_path_that_cannot_be_written_is_a_mask_file_error(tmp_path: Path) -> Non
 
 
 def test_unknown_codec_for_writing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MaskFormatError, match="breaks a rule"):
+    with pytest.raises(MaskFormatError, match="violates the format"):
         save_mask(small_mask(), tmp_path / "mask.bits", "zip")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
@@ -382,7 +382,7 @@ def test_name_only_among_the_payloads_is_refused(tmp_path: Path) -> None:
 def test_wrong_count_is_refused(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     document["tensors"]["odd.weight"]["removed"] = 4
-    error = refuse(tmp_path, plain_file(document, payloads), "as many weights")
+    error = refuse(tmp_path, plain_file(document, payloads), "number of weights that the mask removes")
     assert (error.key, error.expected, error.actual) == ("odd.weight", 4, 3)
 
 
@@ -395,7 +395,7 @@ def test_padding_bits_that_are_not_zero_are_refused(tmp_path: Path) -> None:
 def test_packed_payload_of_a_wrong_size_is_refused(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     payloads["odd.weight"] += b"\0"
-    assert refuse(tmp_path, plain_file(document, payloads), "does not fit its shape").key == "odd.weight"
+    assert refuse(tmp_path, plain_file(document, payloads), "does not match its shape").key == "odd.weight"
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -404,7 +404,7 @@ def test_huge_claimed_shape_is_refused_without_allocation(codec: Codec, tmp_path
     document["tensors"]["odd.weight"].update(shape=[2**24, 2**24], codec=codec)
     content = plain_file(document, payloads)
     tracemalloc.start()
-    error = refuse(tmp_path, content, "for its shape|fit its shape|can hold")
+    error = refuse(tmp_path, content, "for its shape|match its shape|can hold")
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
     assert error.key == "odd.weight"
@@ -425,7 +425,7 @@ def test_bytes_after_a_deflate_stream_are_refused(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     document["tensors"]["odd.weight"]["codec"] = "deflate"
     payloads["odd.weight"] = plain_deflate(payloads["odd.weight"]) + b"\0"
-    refuse(tmp_path, plain_file(document, payloads), "DEFLATE stream of this tensor does not fit")
+    refuse(tmp_path, plain_file(document, payloads), "DEFLATE stream of this tensor does not match")
 
 
 @pytest.mark.parametrize("golden", GOLDENS)

@@ -65,7 +65,7 @@ def test_masks_without_a_common_tensor_are_refused() -> None:
 
 def test_masks_of_different_kinds_are_refused() -> None:
     keep = torch.ones(4, dtype=torch.bool)
-    with pytest.raises(MaskMismatchError, match="different kinds") as caught:
+    with pytest.raises(MaskMismatchError, match="differ in kind") as caught:
         diff(build_mask(w=keep), build_mask(DELTA_METADATA, w=keep))
     assert (caught.value.expected, caught.value.actual) == ("weight", "delta")
 
@@ -95,7 +95,7 @@ def test_pairwise_overlaps_are_those_of_each_two() -> None:
 
 def test_pairwise_overlaps_refuse_other_kinds_and_shapes() -> None:
     keep = torch.ones(4, dtype=torch.bool)
-    with pytest.raises(MaskMismatchError, match="different kinds"):
+    with pytest.raises(MaskMismatchError, match="differ in kind"):
         pairwise_overlaps([build_mask(w=keep), build_mask(DELTA_METADATA, w=keep)])
     with pytest.raises(MaskMismatchError, match="different shapes"):
         pairwise_overlaps([build_mask(w=keep), build_mask(w=keep.reshape(2, 2))])

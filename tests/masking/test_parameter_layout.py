@@ -98,7 +98,7 @@ def test_experts_with_three_tensors_each() -> None:
 )
 def test_rows_that_are_no_rows_on_disk_are_refused(operations: list[object]) -> None:
     model = stored_as(build("llama"), WeightConverter("stored", "weight", operations=operations))
-    with pytest.raises(MaskingError, match="no mask can follow") as caught:
+    with pytest.raises(MaskingError, match="masks do not support") as caught:
         stored_parts(model, {"weight": torch.zeros(24, 8)})
     assert caught.value.key == "weight"
     assert "stored on disk" in str(caught.value.actual)
@@ -106,19 +106,19 @@ def test_rows_that_are_no_rows_on_disk_are_refused(operations: list[object]) -> 
 
 def test_rows_that_cannot_be_shared_evenly_are_refused() -> None:
     model = stored_as(build("llama"), WeightConverter(["a", "b"], "weight", operations=[Concatenate(dim=0)]))
-    with pytest.raises(MaskingError, match="no mask can follow"):
+    with pytest.raises(MaskingError, match="masks do not support"):
         stored_parts(model, {"weight": torch.zeros(7, 8)})
 
 
 def test_a_parameter_that_is_not_written_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.core_model_loading.revert_weight_conversion", lambda model, state: {})
-    with pytest.raises(MaskingError, match="no mask can follow") as caught:
+    with pytest.raises(MaskingError, match="masks do not support") as caught:
         stored_parts(build("llama"), {"weight": torch.zeros(7, 8)})
     assert caught.value.actual == "(7, 8) in memory, nothing on disk"
 
 
 def test_a_conversion_that_fails_on_a_stand_in_is_refused() -> None:
     converter = WeightConverter("stored", "weight", operations=[Transpose(0, 3)])
-    with pytest.raises(MaskingError, match="cannot be found out") as caught:
+    with pytest.raises(MaskingError, match="Cannot determine") as caught:
         stored_parts(stored_as(build("llama"), converter), {"weight": torch.zeros(24, 8)})
     assert caught.value.key == "LlamaForCausalLM"

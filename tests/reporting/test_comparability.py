@@ -151,19 +151,24 @@ CASES: list[tuple[str, str, Any, dict[str, str]]] = [
         9,
         {"gmt": "Measured with eval.max_new_tokens 9, the baseline with none"},
     ),
-    ("eval-of-gmt", "result.datasets.0.digest", "e", {"gmt": "Measured on another test.jsonl than the baseline"}),
+    (
+        "eval-of-gmt",
+        "result.datasets.0.digest",
+        "e",
+        {"gmt": "Measured on a test.jsonl that differs from the baseline's"},
+    ),
     (
         "gmt",
         "inputs.digests.train",
         "other",
-        {"gmt": "Trained on other records than the baseline: 500 and 500 of train.jsonl=500"},
+        {"gmt": "Trained on records that differ from the baseline's: 500 and 500 of train.jsonl=500"},
     ),
     (
         "mask",
         "inputs.digests.train",
         "other",
         {
-            state: "Mask learned from other records than its fine-tuning: 500 and 500 of train.jsonl=500"
+            state: "Mask learned from records that differ from its fine-tuning's: 500 and 500 of train.jsonl=500"
             for state in ("mft", "applied")
         },
     ),
@@ -171,7 +176,7 @@ CASES: list[tuple[str, str, Any, dict[str, str]]] = [
         "gmt",
         "inputs.digests.validation",
         "other",
-        {"gmt": "Validated on other records than the baseline: 40 and 40 of none"},
+        {"gmt": "Validated on records that differ from the baseline's: 40 and 40 of none"},
     ),
     (
         "gmt",
@@ -200,7 +205,7 @@ def test_one_change_makes_one_flag_where_it_belongs_and_none_elsewhere(
     records.of_seeds(name, key, value)
     for state in PARENTS:
         found = records.flags(state, seeds=(0,) if key == "config.seed" else (0, 1))
-        more = tuple(flag for flag in found if flag.startswith("The baseline is averaged over more seeds"))
+        more = tuple(flag for flag in found if flag.startswith("The baseline is averaged over additional seeds"))
         wanted = [expected[state]] if state in expected else []
         assert [flag for flag in found if flag not in more] == wanted, state
 
@@ -212,7 +217,8 @@ def test_other_sources_are_named_with_the_records_taken_of_them() -> None:
     records.of_seeds("mask", "inputs.digests.train", "other")
     records.of_seeds("mask", "inputs.train_records", 99)
     assert records.flags("mft") == (
-        "Mask learned from other records than its fine-tuning: 99 of a b.jsonl + c.jsonl=3, not 500 of train.jsonl=500",
+        "Mask learned from records that differ from its fine-tuning's: "
+        "99 of a b.jsonl + c.jsonl=3 instead of 500 of train.jsonl=500",
     )
 
 
@@ -222,7 +228,7 @@ def test_without_digests_the_sources_tell() -> None:
     assert records.flags("gmt") == ()
     records.of_seeds("gmt", "config.data", ["train.jsonl"])
     assert records.flags("gmt") == (
-        "Trained on other records than the baseline: 500 of train.jsonl, not 500 of train.jsonl=500",
+        "Trained on records that differ from the baseline's: 500 of train.jsonl instead of 500 of train.jsonl=500",
     )
 
 
@@ -281,7 +287,9 @@ def test_file_that_changed_between_seeds_is_a_flag() -> None:
 def test_seeds_made_in_different_ways_are_one_flag() -> None:
     records = experiment()
     records["eval-of-mft-1"] = records["eval-of-applied-1"]
-    assert records.flags("mft") == ("Seeds were made in different ways: fft → mask-train and fft → mask-train → apply",)
+    assert records.flags("mft") == (
+        "Seeds were produced by different commands: fft → mask-train and fft → mask-train → apply",
+    )
 
 
 def test_continued_fine_tuning_is_told_from_the_first() -> None:
@@ -298,8 +306,8 @@ def test_continued_fine_tuning_is_told_from_the_first() -> None:
 
 def test_baseline_of_more_seeds_is_a_flag() -> None:
     records = experiment()
-    assert records.flags("mft", seeds=(1,)) == ("The baseline is averaged over more seeds: 0",)
-    assert records.flags("gmt", seeds=(0,)) == ("The baseline is averaged over more seeds: 1",)
+    assert records.flags("mft", seeds=(1,)) == ("The baseline is averaged over additional seeds: 0",)
+    assert records.flags("gmt", seeds=(0,)) == ("The baseline is averaged over additional seeds: 1",)
     assert records.flags("pre", seeds=(0,)) == ()
 
 
@@ -327,21 +335,27 @@ def test_code_that_no_run_tells_is_no_flag() -> None:
 def test_code_that_one_side_does_not_tell_is_one_flag() -> None:
     records = experiment()
     forget(records, lambda name: name.startswith(("mask", "eval-of-mft")))
-    assert records.flags("mft") == ("Code not recorded: 0eval-of-fft-eval, 0fft-fft, 1eval-of-fft-eval, 1fft-fft",)
+    assert records.flags("mft") == (
+        "Code version not recorded: 0eval-of-fft-eval, 0fft-fft, 1eval-of-fft-eval, 1fft-fft",
+    )
     assert records.flags("fft") == ()
     records = experiment()
     forget(records, lambda name: not name.startswith("mask"))
-    assert records.flags("mft") == ("Code not recorded: 0mask-mask-train, 1mask-mask-train",)
+    assert records.flags("mft") == ("Code version not recorded: 0mask-mask-train, 1mask-mask-train",)
 
 
 def test_run_that_is_gone_is_a_flag_of_what_it_made_alone() -> None:
     records = experiment()
     for seed in (0, 1):
         del records[f"mask-{seed}"]
-    assert records.flags("mft") == ("Not checked, since its folder is gone: 0mask-mask-train, 1mask-mask-train",)
+    assert records.flags("mft") == (
+        "Not checked because the run folder is missing: 0mask-mask-train, 1mask-mask-train",
+    )
     for seed in (0, 1):
         del records[f"fft-{seed}"]
-    assert records.flags("mft") == ("Not checked, since its folder is gone: 0mask-mask-train, 1mask-mask-train",)
+    assert records.flags("mft") == (
+        "Not checked because the run folder is missing: 0mask-mask-train, 1mask-mask-train",
+    )
     assert records.flags("gmt") == ()
 
 

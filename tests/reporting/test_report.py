@@ -75,8 +75,8 @@ def test_half_finished_runs_are_listed_with_how_to_go_on(tmp_path: Path) -> None
     change_record(mine, worker=f"{platform.node()}:{os.getppid()}")
     assert make_report(tmp_path, Silence()).unfinished == (
         "032-fft: failed: The loss is no number.",
-        f"031-mask-train: killed; mftctl mask-train --resume --runs {tmp_path} goes on with the newest of its kind",
-        f"030-fft: interrupted; mftctl fft --resume --runs {tmp_path} goes on with the newest of its kind",
+        f"031-mask-train: killed; mftctl mask-train --resume --runs {tmp_path} resumes the latest run of this command",
+        f"030-fft: interrupted; mftctl fft --resume --runs {tmp_path} resumes the latest run of this command",
         "033-apply: running now",
     )
 
@@ -88,7 +88,7 @@ def test_of_many_unfinished_runs_the_newest_are_listed_and_the_rest_counted(tmp_
     lines = make_report(tmp_path, Silence()).unfinished
     assert len(lines) == 11
     assert lines[0].startswith("129-fft: interrupted")
-    assert lines[-1] == "and older ones: 10 interrupted, 10 killed"
+    assert lines[-1] == "older runs: 10 interrupted, 10 killed"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"command": "eval"}', "null", "\x00"])

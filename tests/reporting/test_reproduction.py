@@ -86,7 +86,7 @@ def test_4_a_mask_that_is_there_is_not_replaced(here: CommandLine) -> None:
     before = (here.folder / "mask.bits").read_bytes()
     outcome = here(*shlex.split(reproduction(run))[1:])
     assert outcome.code == 2
-    assert "There is a result already" in outcome.stderr
+    assert "A result already exists" in outcome.stderr
     assert (here.folder / "mask.bits").read_bytes() == before
 
 

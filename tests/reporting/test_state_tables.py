@@ -209,7 +209,7 @@ def test_single_sample_is_not_compared(tmp_path: Path) -> None:
     write_evaluation(tmp_path, 4, "MFT", ["001-fft", "002-mask-train"], FFT[:1])
     tables, problems = compare_runs(tmp_path)
     assert row_of(tables[0], "MFT").change is None
-    assert problems == ["MFT: One sample says nothing about the spread."] * 2
+    assert problems == ["MFT: A standard error needs several samples."] * 2
 
 
 def test_state_without_its_own_baseline_is_not_compared(tmp_path: Path) -> None:

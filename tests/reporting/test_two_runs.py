@@ -189,7 +189,7 @@ def test_p_values_are_corrected_for_the_number_of_benchmarks(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("kind", "problems"),
     [
-        ("other data", ("test.jsonl: the data measured on is not the same",)),
+        ("other data", ("test.jsonl: not evaluated on the same data",)),
         (
             "fewer samples",
             tuple(f"test.jsonl, {name}: not measured on the same samples as its baseline" for name in BOTH),
@@ -198,7 +198,7 @@ def test_p_values_are_corrected_for_the_number_of_benchmarks(tmp_path: Path) -> 
             "no samples",
             tuple(f"test.jsonl, {name}: The samples in 002-eval/samples.jsonl cannot be read." for name in BOTH),
         ),
-        ("no digest", ("the record of an evaluation is not complete: it has no digest",)),
+        ("no digest", ("the record of an evaluation is incomplete: it has no digest",)),
         ("no data in common", ()),
     ],
 )
@@ -264,7 +264,7 @@ def test_masks_of_different_kinds_are_a_problem(tmp_path: Path) -> None:
     one, other = masked(tmp_path / "1", a=keep), masked(tmp_path / "2", a=keep)
     save_mask(build_mask(DELTA_METADATA, a=keep), other.folder / "mask.bits")
     assert DELTA_METADATA.kind != METADATA.kind
-    assert "different kinds" in compare_two(one, other).problems[0]
+    assert "differ in kind" in compare_two(one, other).problems[0]
 
 
 def test_mask_and_fine_tuning_have_no_overlap(tmp_path: Path) -> None:

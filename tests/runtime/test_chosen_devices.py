@@ -145,14 +145,14 @@ def test_a_baseline_of_files_is_found_on_the_cpu_and_says_so(workspace: Path, tm
 )
 def test_a_device_that_is_not_there(workspace: Path, tmp_path: Path, count: int, name: str, expected: str) -> None:
     for command in WORK:
-        with emulated_gpu(count=count), pytest.raises(ConfigError, match="not there") as caught:
+        with emulated_gpu(count=count), pytest.raises(ConfigError, match="not available") as caught:
             work(command, tmp_path, workspace, device=name)
         assert (caught.value.key, caught.value.expected, caught.value.actual) == ("device", expected, name)
 
 
 def test_on_a_machine_without_a_gpu(workspace: Path) -> None:
     for name in ("cuda", "cuda:0"):
-        with pytest.raises(ConfigError, match="not there") as caught:
+        with pytest.raises(ConfigError, match="not available") as caught:
             find_device(name)
         assert caught.value.expected == "auto, cpu"
         if torch.version.cuda is None:
@@ -163,14 +163,14 @@ def test_on_a_machine_without_a_gpu(workspace: Path) -> None:
 
 def test_an_experiment_says_so_before_its_first_stage(workspace: Path) -> None:
     recipe = make_recipe(workspace, device="cuda:3")
-    with pytest.raises(ConfigError, match="not there"):
+    with pytest.raises(ConfigError, match="not available"):
         check_tasks([Task("fft", "fft", "fft", 0, recipe)])
 
 
 def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     with emulated_gpu(count=2):
-        with pytest.raises(ConfigError, match="takes its own GPU") as caught:
+        with pytest.raises(ConfigError, match="uses its own GPU") as caught:
             find_device("cuda:1")
         assert "CUDA_VISIBLE_DEVICES=1" in str(caught.value.hint)
         assert find_device("cuda") == find_device("auto") == torch.device("cuda")
@@ -192,11 +192,11 @@ def test_what_is_not_tested_says_so_once(workspace: Path, tmp_path: Path, monkey
             assert best_device() == torch.device("mps")
             assert not has_bf16()
             assert not counts_memory(best_device())
-    assert listener.notes == ["mftctl is not tested on mps; what was is --device cpu, and GPUs of CUDA."]
+    assert listener.notes == ["mftctl is not tested on mps, only on CUDA GPUs and with --device cpu."]
     assert run.record.device["name"] == "mps"
     monkeypatch.setenv("LOCAL_RANK", "0")  # processes find each other on its CPU alone
     assert find_device("auto").type == "cpu"
-    with pytest.raises(ConfigError, match="not there"):
+    with pytest.raises(ConfigError, match="not available"):
         find_device("mps")
 
 
@@ -208,7 +208,7 @@ def test_a_mac_without_room() -> None:
     assert is_out_of_memory(RuntimeError(text))
     with pytest.raises(DeviceMemoryError, match="while training") as caught, gpu_failures("training"):
         raise RuntimeError(text)
-    assert caught.value.actual == "512.00 MB asked for, 17.90 GB of 18.13 GB held"
+    assert caught.value.actual == "512.00 MB requested, 17.90 GB of 18.13 GB in use"
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "cuda:-1", "cuda:1234"])
@@ -240,8 +240,8 @@ def test_a_process_that_is_started_sees_one_gpu(before: str | None, monkeypatch:
 def test_vllm_computes_on_what_it_was_built_for(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: object())
     recipe = parse_recipe({"eval": {"engine": "vllm", "tasks": ["gsm8k"]}, **changes})
-    with pytest.raises(ConfigError, match="vLLM computes on what it was built for"):
-        check_suite(recipe)
+    with pytest.raises(ConfigError, match="vLLM chooses its device"):
+        check_measures(recipe)
 
 
 @pytest.mark.parametrize("command", ["fft", "eval"])
@@ -287,7 +287,7 @@ def test_flash_attention_that_is_not_installed(
 def test_flash_attention_is_not_for_fp32(
     workspace: Path, tmp_path: Path, command: str, changes: dict[str, str]
 ) -> None:
-    with emulated_gpu(), pytest.raises(ConfigError, match="bf16 and fp16 alone"):
+    with emulated_gpu(), pytest.raises(ConfigError, match="only bf16 and fp16"):
         work(command, tmp_path, workspace, attention=FLASH, **changes)
 
 

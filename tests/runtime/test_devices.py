@@ -69,7 +69,7 @@ def test_of_two_gpus_one_is_used_and_it_is_said_once(workspace: Path, tmp_path: 
         result = work(recipe, source, run, listener)
     said = [note for note in listener.notes if "GPUs are visible" in note]
     assert said == [
-        f"2 GPUs are visible, and one process uses the first alone. On all of them: mftctl {command} --processes 2 ..."
+        f"2 GPUs are visible, but a single process uses only the first. To use all: mftctl {command} --processes 2 ..."
     ]
     alone = work(recipe, source, opened(tmp_path, workspace, command)[1], Silence())
     assert result["best_loss"] == pytest.approx(alone["best_loss"], abs=1e-5)
@@ -80,8 +80,8 @@ def test_of_two_gpus_eval_uses_one(workspace: Path, tmp_path: Path) -> None:
     recipe, run, source = opened(tmp_path, workspace, "eval", eval__limit=2)
     with emulated_gpu(count=2):
         evaluate(recipe, source, run, listener)
-    alone = "2 GPUs are visible, and one process uses the first alone."
-    assert f"{alone} On all of them: mftctl eval --processes 2 ..." in listener.notes
+    alone = "2 GPUs are visible, but a single process uses only the first."
+    assert f"{alone} To use all: mftctl eval --processes 2 ..." in listener.notes
 
 
 def test_bf16_only_where_the_hardware_has_it(workspace: Path, tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_a_setting_of_cublas_that_is_not_deterministic(
 ) -> None:
     monkeypatch.setenv(WORKSPACE, ":0:0")
     recipe, run, source = opened(tmp_path, workspace, fft__deterministic=True)
-    with emulated_gpu(), pytest.raises(ConfigError, match="no fixed order") as caught:
+    with emulated_gpu(), pytest.raises(ConfigError, match="varying order") as caught:
         fine_tune(recipe, source, run, Silence())
     assert (caught.value.key, caught.value.actual) == (WORKSPACE, ":0:0")
 
@@ -174,7 +174,7 @@ def test_several_processes_are_not_deterministic(
 ) -> None:
     _, run, _ = opened(tmp_path, workspace)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with emulated_gpu(), pytest.raises(ConfigError, match="Several processes") as caught:
+    with emulated_gpu(), pytest.raises(ConfigError, match="Multi-GPU training") as caught:
         with device_for(run, Silence(), less_memory=[], deterministic=True):
             pass
     assert caught.value.actual == "2 processes"
@@ -224,7 +224,7 @@ def test_without_room_on_the_gpu(
     with pytest.raises(DeviceMemoryError) as caught, recorded(run):
         work(recipe, source, run, Silence())
     assert caught.value.message == f"The GPU ran out of memory while {doing}."
-    assert caught.value.actual == "2.50 GiB asked for, 1.25 GiB of 79.15 GiB free"
+    assert caught.value.actual == "2.50 GiB requested, 1.25 GiB of 79.15 GiB free"
     hint = str(caught.value.hint)
     assert hint.startswith("options that need less memory: ")
     longest = "mask_train.max_length_tokens" if command == "probe" else "--max-length"
@@ -239,7 +239,7 @@ def test_without_room_on_the_gpu(
     ("error", "expected", "message"),
     [
         (torch.OutOfMemoryError(OUT_OF_MEMORY), DeviceMemoryError, "out of memory while training"),
-        (torch.distributed.DistBackendError(NCCL), TrainingError, "lost each other"),
+        (torch.distributed.DistBackendError(NCCL), TrainingError, "lost their connection"),
     ],
     ids=["memory", "NCCL"],
 )

@@ -50,7 +50,7 @@ def test_where_torch_keeps_no_reason_none_of_its_source_is_told(tmp_path: Path) 
             print(reason_of(error))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "no room, a limit, or a broken disk: torch could not write a file to its end\n"
+    assert done.stdout == "disk full, file size limit or broken disk: torch could not finish writing a file\n"
 
 
 def test_another_error_is_told_as_it_is() -> None:

@@ -137,7 +137,7 @@ def test_a_stop_during_a_measurement_is_resumed_to_the_same_figures(
 def test_nothing_to_measure(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__eval_every=5, test_data=[])
     run, source = open_run(tmp_path, "fft", recipe)
-    with pytest.raises(ConfigError, match="needs something to measure"):
+    with pytest.raises(ConfigError, match="nothing to evaluate"):
         fine_tune(recipe, source, run, Silence())
 
 

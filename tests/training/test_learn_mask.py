@@ -117,7 +117,7 @@ def test_without_a_gain_the_mask_removes_nothing(workspace: Path, tmp_path: Path
     assert (result["removed"], result["best_step"], result["helps"], result["confirmation"]) == (0, 0, False, None)
     assert result["best_loss"] == result["unmasked_loss"]
     assert result["flips"]["turned"] > 0
-    assert any("No mask was better" in note for note in listener.notes)
+    assert any("No mask beat" in note for note in listener.notes)
 
 
 @pytest.mark.usefixtures("ever_worse")

@@ -164,13 +164,13 @@ def test_parameters_have_noise_of_their_own_also_when_stepped_one_at_a_time() ->
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"low_memory": True, "method": "lora"}, "fft.low_memory is for weights that are trained; lora freezes them"),
-        ({"low_memory": True, "optimizer": "sgd"}, "fft.low_memory has an optimizer of its own, adamw"),
+        ({"low_memory": True, "method": "lora"}, "fft.low_memory applies only to trained weights; lora freezes them"),
+        ({"low_memory": True, "optimizer": "sgd"}, "fft.low_memory needs the optimizer adamw"),
         ({"low_memory": True, "optimizer": "adamw_8bit"}, "the optimizer is adamw_8bit"),
-        ({"low_memory": True, "precision": "fp32"}, "fft.low_memory computes in bf16; the precision is fp32"),
-        ({"optimizer": "adamw_8bit", "method": "gmt"}, "keeps one scale for 256 moments"),
-        ({"optimizer": "paged_adamw_8bit", "method": "random"}, "keeps one scale for 256 moments"),
-        ({"quantize": "nf4"}, "fft.quantize is for the method lora; the method is full"),
+        ({"low_memory": True, "precision": "fp32"}, "fft.low_memory needs bf16; the precision is fp32"),
+        ({"optimizer": "adamw_8bit", "method": "gmt"}, "keeps one scale per 256 moments"),
+        ({"optimizer": "paged_adamw_8bit", "method": "random"}, "keeps one scale per 256 moments"),
+        ({"quantize": "nf4"}, "fft.quantize applies only to the method lora; the method is full"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
@@ -192,7 +192,7 @@ def test_moments_of_8_bits_learn_the_same(workspace: Path, tmp_path: Path, optim
 def test_pages_need_a_gpu(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, data=[str(tmp_path / "missing.jsonl")], fft__optimizer="paged_adamw_8bit")
     run, source = open_run(tmp_path, "fft", recipe)
-    with pytest.raises(ConfigError, match="Pages of moments go between a GPU") as caught:
+    with pytest.raises(ConfigError, match="moves moments between GPU and main memory") as caught:
         fine_tune(recipe, source, run, Silence())  # before the data, which is not there, is read
     assert (caught.value.key, caught.value.expected) == ("fft.optimizer", "adamw_8bit, or a GPU")
     optimizers.check_memory_options(recipe.fft, torch.device("cuda"))
@@ -212,7 +212,7 @@ def test_without_bitsandbytes(
         fine_tune(recipe, source, run, Silence())
     assert (caught.value.key, caught.value.hint) == (key, 'pip install "mftctl[bitsandbytes]"')
     experiment = make_recipe(workspace, stages={"fft": {"command": "fft"}}, **changes)
-    with pytest.raises(ConfigError, match="cannot be run to its end") as caught:
+    with pytest.raises(ConfigError, match="cannot be completed") as caught:
         check_tasks(spell_out(experiment))
     assert "needs bitsandbytes" in caught.value.problems[0]
 

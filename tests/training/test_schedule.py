@@ -43,7 +43,7 @@ def test_accumulation_follows_from_the_global_batch(world_size: int, expected: i
 
 
 def test_a_global_batch_that_the_processes_cannot_share_out() -> None:
-    with pytest.raises(ConfigError, match="cannot be shared out") as caught:
+    with pytest.raises(ConfigError, match="cannot be divided evenly") as caught:
         announce_step(FftOptions(batch_size=8, global_batch_size=32), 3, Silence())
     assert (caught.value.key, caught.value.actual) == ("global_batch_size", 32)
 
@@ -74,7 +74,7 @@ def test_whether_gradients_add_up(options: dict[str, int], expected: bool) -> No
 @pytest.mark.parametrize(
     ("options", "world_size", "expected"),
     [
-        ({"batch_size": 4, "grad_accum_steps": 2}, 8, ["Records an optimizer step: 64 (4 a forward pass, 2 "]),
+        ({"batch_size": 4, "grad_accum_steps": 2}, 8, ["Records per optimizer step: 64 (4 per forward pass, 2 "]),
         ({"batch_size": 4, "grad_accum_steps": 2}, 1, []),
         ({"batch_size": 4, "global_batch_size": 32}, 8, []),
     ],

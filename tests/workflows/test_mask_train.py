@@ -174,7 +174,7 @@ def test_low_memory_is_not_for_scores_that_are_spread(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MaskTrainer, "_require_whole", spread(MaskTrainer._require_whole))
-    with pytest.raises(ConfigError, match="Scores in bf16 are trained where each process has all of them") as caught:
+    with pytest.raises(ConfigError, match="Training scores in bf16 requires all scores in each process") as caught:
         learn(workspace, tmp_path, mask_train__low_memory=True)
     assert caught.value.key == "mask_train.low_memory"
 
@@ -282,7 +282,7 @@ def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     run, source = open_run(tmp_path, "mask-train", recipe)
     listener = Interrupter(-1)
     result = mask_train(recipe, source, run, listener)
-    said = any("No mask was better" in note for note in listener.notes)
+    said = any("No mask beat" in note for note in listener.notes)
     assert said is not result["helps"]
 
 
@@ -324,7 +324,7 @@ def test_layers_beyond_the_model(workspace: Path, tmp_path: Path) -> None:
 
 
 def test_auto_cannot_scale_to_nothing(workspace: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot scale") as caught:
+    with pytest.raises(ConfigError, match="start away from the threshold") as caught:
         learn(
             workspace,
             tmp_path,

@@ -229,12 +229,12 @@ def test_says_that_test_problems_choose(
     run, source = open_run(tmp_path, "probe", recipe)
     listener = Interrupter(-1)
     probe(recipe, source, run, listener)
-    assert any(f"chosen by {TASK}'s own problems" in note for note in listener.notes)
+    assert any(f"chosen on the problems of {TASK} itself" in note for note in listener.notes)
 
 
 @pytest.mark.parametrize(
     ("by", "text"),
-    [("coding", "humaneval, humaneval_plus"), ("group:math", "gsm8k, math"), ("alpaca_eval", "score of its own")],
+    [("coding", "humaneval, humaneval_plus"), ("group:math", "gsm8k, math"), ("alpaca_eval", "its own score")],
 )
 def test_what_cannot_rank_groups(by: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
@@ -249,7 +249,7 @@ def test_a_missing_file_of_problems(workspace: Path) -> None:
 def test_nothing_is_scored_where_nothing_is_trained() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_recipe({"probe": {"fast": True, "by": "gsm8k"}})
-    assert caught.value.problems == ("probe: probe.fast promises a loss, without any mask to score by gsm8k",)
+    assert caught.value.problems == ("probe: probe.fast predicts a loss and makes no mask to score by gsm8k",)
 
 
 def test_texts_without_questions_have_no_exact_match(workspace: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_recipe_without_stages(own_workspace: Path, tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_a_model(own_workspace: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="names no model"):
+    with pytest.raises(ConfigError, match="does not name a model"):
         run_all(experiment(own_workspace, model=None), tmp_path)
 
 

@@ -19,7 +19,7 @@ FFT: dict[str, Any] = {"command": "fft"}
 
 
 def problems_of(workspace: Path, stages: dict[str, Any], **changes: Any) -> tuple[str, ...]:
-    with pytest.raises(ConfigError, match="cannot be run to its end") as caught:
+    with pytest.raises(ConfigError, match="cannot be completed") as caught:
         check_tasks(spell_out(make_recipe(workspace, stages=stages, **changes)))
     return caught.value.problems
 
@@ -65,7 +65,7 @@ def test_a_mask_on_an_adapter(workspace: Path) -> None:
     lora = {"command": "fft", "set": {"fft.method": "lora"}}
     mask = {"command": "mask-train", "after": "lora", "set": {"mask_train.layers": "all"}}
     assert problems_of(workspace, {"lora": lora, "mft": mask}) == (
-        "mft: a mask needs a whole model, and lora writes an adapter (fft.merge)",
+        "mft: a mask needs a full model, but lora writes an adapter (fft.merge)",
     )
     merged = {"command": "fft", "set": {"fft.method": "lora", "fft.merge": True}}
     check_tasks(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
@@ -77,7 +77,7 @@ def test_no_training_data(workspace: Path) -> None:
 
 def test_nothing_to_measure(workspace: Path) -> None:
     (problem,) = problems_of(workspace, {"pretrained": {"command": "eval"}}, test_data=[])
-    assert "eval needs something to measure" in problem
+    assert "There is nothing to evaluate" in problem
 
 
 def test_all_problems_are_listed_at_once(workspace: Path) -> None:

@@ -101,14 +101,14 @@ def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> No
     found = validate(recipe, None)
     problems = found["problems"]
     assert "does not exist" in _one(problems, "missing.jsonl")
-    assert "no known format" in _one(problems, "broken.jsonl")
+    assert "unknown format" in _one(problems, "broken.jsonl")
     assert "expected: mistral; got: llama" in _one(problems, "model_type")
     assert "layers 0 to 3" in _one(problems, "that many layers")
     assert "gsm8k" in _one(problems, "benchmark named")
     assert "not run" in _one(problems, "eval.task_data.mmlu: a file")
     assert "mmlu.jsonl" in _one(problems, "cannot be read")
     assert "data: no record can be used at --max-length 8" in problems
-    assert "48 of 48 records are left out" in next(text for text in found["warnings"] if text.startswith("data: "))
+    assert "48 of 48 records skipped" in next(text for text in found["warnings"] if text.startswith("data: "))
 
 
 def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
@@ -149,18 +149,18 @@ def test_a_file_for_the_problems_that_a_probe_ranks_by(workspace: Path, tmp_path
 
 def test_stages_in_a_circle(workspace: Path) -> None:
     recipe = _staged(workspace, a={"command": "fft", "after": "b"}, b={"command": "fft", "after": "a"})
-    assert "circle" in _one(validate(recipe, None)["problems"], "stages")
+    assert "cycle" in _one(validate(recipe, None)["problems"], "stages")
 
 
 def test_nothing_given() -> None:
     problems = validate(parse_recipe({}), None)["problems"]
-    assert "names none" in _one(problems, "model:")
+    assert "names no model" in _one(problems, "model:")
     assert "needs data" in _one(problems, "fft:")
 
 
 def test_an_eval_stage_with_nothing_to_measure(workspace: Path) -> None:
     recipe = make_recipe(workspace, test_data=[], stages=_EVAL_ONLY)
-    assert "something to measure" in _one(validate(recipe, None)["problems"], "scores")
+    assert "nothing to evaluate" in _one(validate(recipe, None)["problems"], "scores")
 
 
 def test_a_model_that_is_not_there(workspace: Path) -> None:
@@ -178,7 +178,7 @@ def test_longer_than_the_model_was_made_for(workspace: Path) -> None:
         "warnings"
     ]
     assert "at most 512; got: 513" in _one(
-        warnings, "max_length_tokens: longer than what the model was made for (expected: at most 512; got: 513)"
+        warnings, "max_length_tokens: exceeds the model's context length (expected: at most 512; got: 513)"
     )
 
 
@@ -192,7 +192,7 @@ def test_a_tokenizer_larger_than_the_model(workspace: Path, tmp_path: Path) -> N
 def test_a_shard_that_is_missing(workspace: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
     (folder / "model.safetensors").write_bytes(b"cut off")
-    assert "no complete safetensors" in _one(
+    assert "not a complete safetensors" in _one(
         validate(make_recipe(workspace, model=str(folder), stages=_EVAL_ONLY), None)["problems"], "model:"
     )
 
@@ -234,7 +234,7 @@ def test_a_table_of_seventy_billion_parameters_without_weights(workspace: Path, 
     found = validate(recipe, None)
     assert time.process_time() - start < 40
     assert found["problems"] == []
-    assert "weights" in _one(found["not_checked"], "holds none")
+    assert "weights" in _one(found["not_checked"], "has none")
     assert "chat template" in _one(found["not_checked"], "no tokenizer")
     assert found["model"]["parameters"] == _LARGE_PARAMETERS
     assert found["model"]["chat_template"] is None

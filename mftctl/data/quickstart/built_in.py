@@ -1,4 +1,4 @@
-"""The built-in model and data, small enough to travel in the wheel (made by `scripts/build_quickstart.py`)."""
+"""The built-in model and data, small enough to ship in the wheel (built by `scripts/build_quickstart.py`)."""
 
 from __future__ import annotations
 
@@ -16,5 +16,5 @@ def model_path() -> Path:
 
 
 def data_path(split: Split) -> Path:
-    """The file of one split of the built-in word problems, one JSON record (`question`, `answer`) a line."""
+    """The file of one split of the built-in word problems, one JSON record (`question`, `answer`) per line."""
     return Path(__file__).parent / "data" / f"{split}.jsonl"

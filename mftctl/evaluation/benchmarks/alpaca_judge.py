@@ -1,4 +1,4 @@
-"""AlpacaEval's judge: its own package, asking a language model behind an API which of two answers is better."""
+"""AlpacaEval's judge, run through its own package: an API model decides which of two answers is better."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     pass
 
 ALPACA_EVAL_DIGEST = "9dd037be93e841b1d825c39268507adc4bbb3f150cb582d855309a67ce551ddc"
-"""Of AlpacaEval's own 805 instructions in their own order, as `Problems.digest` has it."""
+"""`Problems.digest` of AlpacaEval's own 805 instructions in their original order."""
 
 _KEYS = ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH")
 
@@ -36,9 +36,9 @@ class Answer:
     """An answer in AlpacaEval's format.
 
     Attributes:
-        instruction: What was asked.
-        output: What was answered.
-        generator: Who answered.
+        instruction: The instruction.
+        output: The answer.
+        generator: Name of the model that wrote the answer.
         dataset: The part of AlpacaEval that the instruction comes from.
     """
 
@@ -49,24 +49,24 @@ class Answer:
 
 
 def what_is_missing() -> list[str]:
-    """What the judge needs and does not find on this machine; empty where it can be asked."""
+    """What the judge needs but this machine lacks; empty if the judge is available."""
     missing = [] if find_spec("alpaca_eval") else ["the package alpaca_eval (pip install 'mftctl[alpaca-eval]')"]
     return missing if any(os.environ.get(name) for name in _KEYS) else [*missing, f"an API key ({_KEYS[0]})"]
 
 
 def win_shares(answers: Sequence[Answer], references: Sequence[Answer], cache: Path) -> list[float | None]:
-    """How surely the judge prefers each answer to its reference, from 0 to 1; None where it gave no verdict.
+    """The judge's preference for each answer over its reference, from 0 to 1; None if it gave no verdict.
 
     Args:
-        answers: Of the model.
-        references: To the same instructions, in the same order.
-        cache: A file that keeps every verdict, so that none is paid for twice.
+        answers: The model's answers.
+        references: Reference answers to the same instructions, in the same order.
+        cache: A file that stores every verdict, so that none is paid for twice.
 
     Raises:
-        EvaluationError: The API refuses or cannot be reached; verdicts given before are kept.
+        EvaluationError: The API rejects the request or cannot be reached; earlier verdicts are kept.
 
-    Source: AlpacaEval 2.0's annotator, `weighted_alpaca_eval_gpt4_turbo`: the probability of the token that stands for
-    the answer. The win rate of these is the plain one; `length_controlled` has the other.
+    Source: AlpacaEval 2.0's annotator, `weighted_alpaca_eval_gpt4_turbo`: the probability of the token that represents
+    the answer. Their mean is the plain win rate; for the length-controlled one, see `length_controlled`.
     """
     with _quiet():
         import openai
@@ -81,14 +81,14 @@ def win_shares(answers: Sequence[Answer], references: Sequence[Answer], cache: P
             )
         except openai.OpenAIError as error:
             raise EvaluationError(
-                "AlpacaEval's judge could not be asked.",
+                "The call to AlpacaEval's judge failed.",
                 path=cache,
-                expected="an answer of the API",
+                expected="a response from the API",
                 actual=str(error).partition("\n")[0],
-                hint="mend that, then mftctl eval --resume; the outputs and the verdicts so far are kept",
+                hint="fix the cause, then run mftctl eval --resume; outputs and verdicts so far are kept",
             ) from error
     by_answer = {(verdict["instruction"], verdict["output_2"]): verdict["preference"] for verdict in found}
-    # A preference is 1 for the reference and 2 for the answer, or between.
+    # A preference lies between 1 (the reference) and 2 (the answer).
     preferences = [by_answer.get((answer.instruction, answer.output)) for answer in answers]
     return [None if preference is None or preference != preference else preference - 1 for preference in preferences]
 
@@ -96,28 +96,28 @@ def win_shares(answers: Sequence[Answer], references: Sequence[Answer], cache: P
 def length_controlled(
     answers: Sequence[Answer], references: Sequence[Answer], shares: Sequence[float | None], digest: str
 ) -> list[float]:
-    """How surely the judge would prefer each answer if it were as long as its reference, from 0 to 1.
+    """The judge's predicted preference for each answer at equal length with its reference, from 0 to 1.
 
-    The package fits a model of the verdicts with the lengths and the difficulty of each instruction, which it fetches
-    from the hub, and predicts them for equal lengths.
+    The package fits a model of the verdicts to the lengths and the difficulty of each instruction, which it downloads
+    from the hub, and predicts the verdicts for equal lengths.
 
     Args:
-        answers: Of the model.
-        references: To the same instructions, in the same order.
+        answers: The model's answers.
+        references: Reference answers to the same instructions, in the same order.
         shares: The judge's verdicts.
-        digest: Of the problems of which these are the first or all.
+        digest: Digest of all problems, even if only the first ones were run.
 
     Raises:
-        EvaluationError: The instructions are not AlpacaEval's, or the package cannot do it here.
+        EvaluationError: The instructions are not AlpacaEval's, or the package or its data is not available.
 
     Source: Dubois et al. (2024), "Length-controlled AlpacaEval"; `alpaca_eval` itself, model and data.
     """
     if digest != ALPACA_EVAL_DIGEST:
         raise EvaluationError(
-            "Only AlpacaEval's own instructions have a win rate controlled for length.",
+            "A length-controlled win rate exists only for AlpacaEval's own instructions.",
             key="task_data.alpaca_eval",
-            expected="its 805 instructions in their order",
-            hint="leave --task-data out, or give a copy of alpaca_eval_gpt4_baseline.json",
+            expected="its 805 instructions in their original order",
+            hint="omit --task-data, or pass a copy of alpaca_eval_gpt4_baseline.json",
         )
     with _quiet():
         import pandas as pd
@@ -139,7 +139,7 @@ def length_controlled(
             get_length_controlled_winrate(verdicts, save_weights_dir=None, is_warn_extreme_changes=False)
         except (ImportError, OSError) as error:
             raise EvaluationError(
-                "AlpacaEval's package cannot control its win rate for length here.",
+                "AlpacaEval's package cannot compute the length-controlled win rate.",
                 expected="its file df_gamed.csv from the hub, or from the hub's cache",
                 actual=str(error).partition("\n")[0],
             ) from error
@@ -148,7 +148,7 @@ def length_controlled(
 
 
 def entry(answer: Answer) -> dict[str, str]:
-    """The answer as AlpacaEval's files have it."""
+    """The answer as an entry of AlpacaEval's files."""
     return {
         "dataset": answer.dataset,
         "instruction": answer.instruction,
@@ -159,7 +159,7 @@ def entry(answer: Answer) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the package's progress bars, its logging on the root logger, and the warnings of its age."""
+    """Silences the package's progress bars, its logging on the root logger and its deprecation warnings."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -179,7 +179,7 @@ def judged_once(
     *,
     for_length: bool,
 ) -> dict[str, list[float | None]]:
-    """AlpacaEval's verdicts in all processes, of which the first asks."""
+    """AlpacaEval's verdicts, requested by the first process and shared with the others."""
     verdicts: dict[str, list[float | None]] = json.loads(
         from_first(lambda: json.dumps(_judged(found, problems, model_name, folder, listener, for_length=for_length)))
     )
@@ -195,7 +195,7 @@ def _judged(
     *,
     for_length: bool,
 ) -> dict[str, list[float | None]]:
-    """The verdicts where its judge can be asked, else none, after the answers are kept in its format."""
+    """The verdicts, or none if the judge is not available; the answers are written in AlpacaEval's format first."""
     asked = [problems.records[sample.doc_id] for sample in found.samples]
     answers = [
         Answer(record["instruction"], sample.outputs[0], model_name, record.get("dataset", "alpaca_eval"))
@@ -205,10 +205,10 @@ def _judged(
     write_text(path, readable_json([entry(answer) for answer in answers], indent=1) + "\n")
     missing = what_is_missing()
     if not all(record.get("output") for record in asked):
-        missing.append("the reference's answers (the field output of the data)")
+        missing.append("the reference answers (the field output of the data)")
     if missing:
         listener.warn(
-            f"AlpacaEval's win rate needs {' and '.join(missing)}. The answers are in {path}; to have them judged "
+            f"AlpacaEval's win rate needs {' and '.join(missing)}. The answers are in {path}; to judge them "
             f"later: mftctl eval --tasks alpaca_eval --predictions {folder / 'alpaca_eval.jsonl'}"
         )
         return {}
@@ -218,7 +218,7 @@ def _judged(
     shares = win_shares(answers, references, folder / "alpaca_eval_verdicts.json")
     unjudged = shares.count(None)
     if unjudged:
-        listener.warn(f"AlpacaEval's judge gave no verdict on {unjudged} of {len(shares)} answers; they are left out.")
+        listener.warn(f"AlpacaEval's judge gave no verdict on {unjudged} of {len(shares)} answers; these are excluded.")
     verdicts: dict[str, list[float | None]] = {"win_rate": list(shares)}
     if for_length:
         try:

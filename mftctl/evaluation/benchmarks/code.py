@@ -1,4 +1,4 @@
-"""Benchmarks whose answers are programs: what is run of an answer, and how often it has to be right."""
+"""Code benchmarks: extraction of the program from an answer, its tests, and pass@k."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     pass
 
 FILTER = "tests"
-"""How a score on tests is named, in the place of lm-eval's filter."""
+"""Name of a score from tests, in place of an lm-eval filter."""
 
 Judge = Callable[[Sequence[Trial]], Sequence[bool]]
-"""Says of each answer whether it passes."""
+"""Decides for each answer whether it passes."""
 
 _COMPUTED = re.compile(r"^    assertion\((\w+)\(\*inp\), ref_func\(\*inp\), (.+)\)$", re.MULTILINE)
-"""How a published test of MBPP+ compares with a solution of its own, where the results would fill the file."""
+"""The line with which MBPP+ tests compare against their own solution if the expected results are too large to list."""
 
 _ONLY_WHAT_CAN_CROSS = r"""    exp = ref_func(*copy.deepcopy(inp))
     if can_cross(exp):
@@ -42,15 +42,15 @@ def code_config(
     written: bool = False,
     continues: bool = False,
 ) -> dict[str, Any]:
-    """A code task that runs what is written, all answers at once, and reports pass@1 and, with 10 samples, pass@10.
+    """The configuration of a code task that runs all answers at once and reports pass@k, such as pass@1.
 
     Args:
-        config: Of the task, for lm-eval.
+        config: The lm-eval configuration of the task.
         judge: Runs the programs.
-        samples: Answers a problem.
-        temperature: Of sampling; 0 for greedy answers.
-        written: Whether the answers were written before: they may be whole programs, which nothing is to cut.
-        continues: Whether an answer stands behind the prompt whatever it looks like, as in OLMES.
+        samples: Answers per problem.
+        temperature: Sampling temperature; 0 for greedy decoding.
+        written: Whether existing predictions are scored: they may be whole programs and must not be cut.
+        continues: Whether to append every answer to the prompt as is, as in OLMES.
     """
     tries = [k for k in (1, 10, 100) if k <= samples]
     ends = list(config["generation_kwargs"].get("until") or [])
@@ -85,12 +85,12 @@ def code_config(
 
 
 def program(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ()) -> str:
-    """The program that an output stands for: a whole one, or the rest of the function that the prompt begins.
+    """Extracts the program from an output: a whole program, or the body of the function in the prompt.
 
     Args:
-        problem: With `prompt` and `entry_point` where a function is to be completed.
-        output: What the model wrote.
-        ends: What ends the rest of a function.
+        problem: With `prompt` and `entry_point` if the task is to complete a function.
+        output: The model's output.
+        ends: Strings that end a function body.
     """
     named = "entry_point" in problem or "code" in problem
     function = Function(entry_point(problem) if named else "", str(problem.get("prompt", "")))
@@ -98,14 +98,14 @@ def program(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ()) -
 
 
 def continued(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ()) -> str:
-    """The output behind the function's start, up to what ends it.
+    """The start of the function followed by the output, up to its end.
 
-    A whole function is one more definition there, and the one that counts; words around it are an error of syntax.
+    A whole function redefines the one in the prompt and takes precedence; prose around it is a syntax error.
 
     Args:
         problem: With its `prompt`.
-        output: What the model wrote.
-        ends: What ends it.
+        output: The model's output.
+        ends: Strings that end a function body.
 
     Source: OLMES, `oe_eval/tasks/oe_eval_tasks/codex_humaneval.py`.
     """
@@ -113,11 +113,11 @@ def continued(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ())
 
 
 def checks(problem: Mapping[str, Any]) -> str:
-    """The source of a problem's tests; what fails raises.
+    """The source of a problem's tests; a failing test raises.
 
     Args:
-        problem: Of HumanEval, with `prompt`, `test` and `entry_point`; of MBPP, with `test_list`; of MBPP+, with
-            `test`. One of EvalPlus's release files has `reference`, with which its results are compared.
+        problem: A HumanEval problem with `prompt`, `test` and `entry_point`, an MBPP problem with `test_list`, or an
+            MBPP+ problem with `test`. Problems from EvalPlus release files have a `reference` to compare results with.
     """
     if "test" not in problem:
         return "\n".join([problem.get("test_setup_code") or "", *problem["test_list"]])
@@ -128,9 +128,9 @@ def checks(problem: Mapping[str, Any]) -> str:
 
 
 def _helpers(problem: Mapping[str, Any]) -> str:
-    """What the prompt defines in front of the function, for the test's own use.
+    """The definitions before the function in the prompt, for the test's own use.
 
-    HumanEval/32, 38 and 50 test with functions of the prompt: taken from the answer, they would find anything right.
+    HumanEval/32, 38 and 50 test with functions from the prompt; taken from the answer, they could accept any result.
     """
     try:
         tree = ast.parse(f"{problem['prompt']}\n    pass\n")
@@ -146,10 +146,10 @@ def _helpers(problem: Mapping[str, Any]) -> str:
 
 
 def reference(problem: Mapping[str, Any]) -> str:
-    """A program that solves the problem, or nothing where none is known.
+    """The reference program of a problem; empty if there is none.
 
     Args:
-        problem: With `canonical_solution`, the function's rest, or the solution `code`.
+        problem: With `canonical_solution`, the function body, or the solution `code`.
     """
     if "prompt" in problem:
         rest = problem.get("canonical_solution")
@@ -158,10 +158,10 @@ def reference(problem: Mapping[str, Any]) -> str:
 
 
 def entry_point(problem: Mapping[str, Any]) -> str:
-    """The name of the function under test, of those in the reference solution the last that the tests name.
+    """The name of the function under test; without `entry_point`, the last solution function that the tests mention.
 
     Args:
-        problem: With `entry_point`, or with the solution `code`.
+        problem: With `entry_point` or the solution `code`.
     """
     if "entry_point" in problem:
         return str(problem["entry_point"])
@@ -171,12 +171,12 @@ def entry_point(problem: Mapping[str, Any]) -> str:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that one of k samples is right, without bias: `1 - C(n - c, k) / C(n, k)`.
+    """The unbiased estimate of the probability that one of k samples is correct: `1 - C(n - c, k) / C(n, k)`.
 
     Args:
         samples: Number of samples n, at least k.
-        correct: Those that pass, c.
-        k: Number drawn.
+        correct: Number of samples that pass, c.
+        k: Number of samples drawn.
 
     Source: Chen et al. (2021), "Evaluating large language models trained on code", equation 1.
     """
@@ -196,13 +196,13 @@ def sandboxed_judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[
     """
     from mftctl.evaluation.sandbox.find import find_sandbox
 
-    # Found before the first answer is generated: without one the task refuses to run.
+    # Looked for before the first answer is generated: without a sandbox the task refuses to run.
     sandbox = find_sandbox(unsafe=unsafe)
     (listener.note if sandbox.kind == "bubblewrap" else listener.warn)(f"{task}: {sandbox.line}")
 
     def judge(trials: Sequence[Trial]) -> list[bool]:
         def run_all() -> str:
-            """Runs them on all cores, and so in one process for all."""
+            """Runs the trials on all cores, so a single process runs them for all."""
             verdicts = run_trials(
                 sandbox,
                 trials,

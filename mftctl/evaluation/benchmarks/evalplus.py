@@ -1,7 +1,7 @@
-"""EvalPlus's own release files of HumanEval+ and MBPP+, which hold inputs and a solution in place of tests.
+"""EvalPlus's own release files of HumanEval+ and MBPP+, which contain inputs and a solution in place of tests.
 
-Source: github.com/evalplus/evalplus, releases of `humanevalplus_release` and `mbppplus_release`. What is expected is
-what the canonical solution gives; a few functions with more than one right result have rules of their own.
+Source: github.com/evalplus/evalplus, releases of `humanevalplus_release` and `mbppplus_release`. The canonical solution
+provides the expected results; a few functions with more than one right result have their own rules.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _RULES = {
         ),
     },
 }
-"""What counts in place of the canonical result, by function, where EvalPlus has a rule too."""
+"""Comparison rules in place of equality with the canonical result, for the functions for which EvalPlus has one too."""
 
 Arguments = Sequence[Any]
 
 
 def is_release_record(record: Mapping[str, Any]) -> bool:
-    """Whether a record is of a release file.
+    """Whether a record comes from a release file.
 
     Args:
-        record: Of HumanEval+ or MBPP+.
+        record: A HumanEval+ or MBPP+ record.
     """
     return "plus_input" in record
 
@@ -55,11 +55,11 @@ def humaneval_plus_problem(record: Mapping[str, Any], where: str) -> dict[str, A
     """The problem of a release record, with a test on all its inputs.
 
     Args:
-        record: Of `HumanEvalPlus.jsonl.gz`, `HumanEvalPlus-Mini.jsonl.gz` and the like.
-        where: Its place, for the error.
+        record: A record of `HumanEvalPlus.jsonl.gz`, `HumanEvalPlus-Mini.jsonl.gz` and the like.
+        where: Its location, for the error.
 
     Raises:
-        EvaluationError: A field is missing or holds something else.
+        EvaluationError: A field is missing or invalid.
     """
     _check(record, where)
     reference = f"{record['prompt']}{record['canonical_solution']}"
@@ -72,11 +72,11 @@ def mbpp_plus_problem(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The problem of a release record, with a test on all its inputs.
 
     Args:
-        record: Of `MbppPlus.jsonl.gz`, `MbppPlus-NoExtreme.jsonl.gz` and the like.
-        where: Its place, for the error.
+        record: A record of `MbppPlus.jsonl.gz`, `MbppPlus-NoExtreme.jsonl.gz` and the like.
+        where: Its location, for the error.
 
     Raises:
-        EvaluationError: A field is missing or holds something else.
+        EvaluationError: A field is missing or invalid.
     """
     _check(record, where)
     name, reference = str(record["entry_point"]), str(record["canonical_solution"])
@@ -85,7 +85,7 @@ def mbpp_plus_problem(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         inputs = [shape(arguments) for arguments in chain(record["base_input"], record["plus_input"])]
     except (TypeError, ValueError, AttributeError, IndexError) as error:
         raise EvaluationError(
-            "An input is not of the kind that this problem has.", path=where, key="plus_input", actual=str(error)
+            "An input has the wrong type for this problem.", path=where, key="plus_input", actual=str(error)
         ) from error
     text, shown = _text_and_assertions(str(record["prompt"]))
     return {
@@ -106,28 +106,28 @@ def comparison_source() -> str:
 
 def _check(record: Mapping[str, Any], where: str) -> None:
     kinds: dict[str, tuple[type | tuple[type, ...], str]] = {
-        "task_id": (str, "a text"),
-        "prompt": (str, "a text"),
+        "task_id": (str, "text"),
+        "prompt": (str, "text"),
         "entry_point": (str, "the name of a function"),
-        "canonical_solution": (str, "the rest of the function"),
+        "canonical_solution": (str, "the source of the solution"),
         "base_input": (list, "a list of lists of arguments"),
         "plus_input": (list, "a list of lists of arguments"),
         "atol": ((int, float), "a number"),
     }
     for field, (kind, expected) in kinds.items():
         value = record.get(field)
-        # A problem of MBPP+ without further inputs has an empty object.
+        # An MBPP+ problem without additional inputs has an empty object.
         lists = value == {} or (isinstance(value, list) and all(isinstance(each, list) for each in value))
         if not (lists if field.endswith("_input") else isinstance(value, kind)):
             raise EvaluationError(
-                "A record of an EvalPlus release lacks a field.",
+                "A record of an EvalPlus release lacks a required field, or its value is invalid.",
                 path=where,
                 key=field,
                 expected=expected,
                 actual=type(value).__name__ if field in record else f"only the fields {sorted(set(record) - {'file'})}",
             )
     if not record["base_input"] and not record["plus_input"]:
-        raise EvaluationError("A problem has no inputs to be tested on.", path=where, key="base_input")
+        raise EvaluationError("A problem has no test inputs.", path=where, key="base_input")
 
 
 def _comparison(
@@ -140,7 +140,7 @@ def _comparison(
 
 
 def _text_and_assertions(prompt: str) -> tuple[str, list[str]]:
-    """The sentence and the examples of a prompt, which is a docstring."""
+    """The description and the assertions of a prompt, which is a docstring."""
     body = prompt.strip().strip("\"'").strip()
     text, _, shown = body.partition("\nassert ")
     return text.strip(), _statements(f"assert {shown}") if shown else []
@@ -156,7 +156,7 @@ def _statements(source: str) -> list[str]:
 
 
 def _tuples(value: Any, depth: int) -> Any:
-    """The value with lists at a depth made tuples: 0 is the value itself, 1 its items."""
+    """The value with lists at a given depth converted to tuples: 0 is the value itself, 1 its items."""
     if depth == 0:
         return tuple(value) if isinstance(value, list) else value
     return [_tuples(item, depth - 1) for item in value] if isinstance(value, list) else value
@@ -171,12 +171,12 @@ def _all_tuples(arguments: Arguments) -> Arguments:
 
 
 def _each(depth: int) -> Callable[[Arguments], Arguments]:
-    """Every argument with its lists at a depth made tuples."""
+    """Converts the lists at a given depth of every argument to tuples."""
     return lambda arguments: [_tuples(argument, depth) for argument in arguments]
 
 
 def _one(place: int, depth: int) -> Callable[[Arguments], Arguments]:
-    """One argument with its lists at a depth made tuples."""
+    """Converts the lists at a given depth of one argument to tuples."""
     return lambda arguments: [
         _tuples(argument, depth) if n == place else argument for n, argument in enumerate(arguments)
     ]
@@ -219,7 +219,7 @@ _SHAPES: tuple[tuple[_Numbers, Callable[[Arguments], Arguments]], ...] = (
     ((252,), _complex),
     ((722,), _dict_of_tuples),
 )
-"""JSON has no tuples, sets and complex numbers: what the inputs of each such problem of MBPP are, by its number."""
+"""Input conversions by MBPP problem number, since JSON has no tuples, sets or complex numbers."""
 
 
 def _shape(task_id: str) -> Callable[[Arguments], Arguments]:

@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def check_task(name: str, prompts: Prompts = "lm-eval") -> None:
-    """Nothing, if there is such a benchmark, or such a task of lm-eval, whose names take seconds to read.
+    """Checks that a benchmark or lm-eval task exists; reading lm-eval's task names takes seconds.
 
     Args:
-        name: As given to `--tasks`.
-        prompts: As given to `--prompts`.
+        name: A value of `--tasks`.
+        prompts: The value of `--prompts`.
 
     Raises:
-        EvaluationError: There is none; names the nearest. Or there is, and not in that form.
+        EvaluationError: There is no such benchmark (the hint names the closest matches), or it does not have that form.
     """
     if name not in BENCHMARKS:
         other_config(name)
@@ -60,7 +60,7 @@ _MATHS_METRICS = [{"metric": name, "aggregation": "mean", "higher_is_better": Tr
 
 
 def benchmark_config(name: str) -> dict[str, Any]:
-    """lm-eval's configuration of one of our benchmarks.
+    """The lm-eval configuration of one of our benchmarks.
 
     Args:
         name: One of `BENCHMARKS`.
@@ -79,16 +79,16 @@ def is_maths(name: str) -> bool:
     """Whether the answers of a benchmark are formulas.
 
     Args:
-        name: Of a benchmark, or of a task of lm-eval.
+        name: A benchmark or lm-eval task.
     """
     return _SCORED_BY.get(name) is maths_scores
 
 
 def olmes_config(name: str) -> dict[str, Any]:
-    """lm-eval's configuration of one of our benchmarks in the form that OLMES gives it.
+    """The lm-eval configuration of one of our benchmarks in its OLMES form.
 
     Args:
-        name: A benchmark that has one.
+        name: A benchmark with an OLMES form.
     """
     config = _own_config(TASKS_FOLDER / "olmes" / f"{name}.yaml")
     if name == "gsm8k":
@@ -101,37 +101,37 @@ def olmes_config(name: str) -> dict[str, Any]:
 
 
 def _own_config(file: Path) -> dict[str, Any]:
-    """A file's `base` names a task of lm-eval, by its folder, that the rest of the file changes."""
+    """The configuration in a file; its `base` names an lm-eval task, with its folder, that the file modifies."""
     own: dict[str, Any] = load_yaml(file)
     base = own.pop("base", None)
     return own if base is None else _task_config(*base.rsplit("/", 1)) | own
 
 
 def _task_config(folder: str, task: str) -> dict[str, Any]:
-    """Only that folder is indexed: reading all of lm-eval's task files takes seconds."""
+    """The configuration of an lm-eval task; only its folder is indexed, because reading all tasks takes seconds."""
     manager = TaskManager(include_path=_LM_EVAL_TASKS / folder, include_defaults=False)
     config: dict[str, Any] = load_yaml(manager.task_index[task].yaml_path)
     return config
 
 
 def folder_configs(folder: str) -> list[dict[str, Any]]:
-    """The configurations of all single tasks in a folder of lm-eval's.
+    """The configurations of all single tasks in an lm-eval folder.
 
     Args:
-        folder: Below lm-eval's `tasks`.
+        folder: Folder below lm-eval's `tasks`.
     """
     manager = TaskManager(include_path=_LM_EVAL_TASKS / folder, include_defaults=False)
     return [copy.deepcopy(manager.task_index[name].cfg) for name in manager.all_subtasks]
 
 
 def other_config(name: str) -> dict[str, Any]:
-    """The configuration of a single task of lm-eval's own.
+    """The configuration of a single lm-eval task.
 
     Args:
-        name: Its name there.
+        name: Its name in lm-eval.
 
     Raises:
-        EvaluationError: There is none of that name, or it is a group; names the nearest.
+        EvaluationError: There is no such task, or it is a group; the hint names the closest matches.
     """
     manager = _all_of_lm_eval()
     entry = manager.task_index.get(name)
@@ -147,14 +147,14 @@ def _all_of_lm_eval() -> TaskManager:
 
 
 def task_config(name: str, prompts: Prompts = "lm-eval") -> dict[str, Any]:
-    """lm-eval's configuration of one of our benchmarks, or of a task of its own.
+    """The lm-eval configuration of one of our benchmarks or of an lm-eval task.
 
     Args:
         name: The benchmark or task.
         prompts: The form of the benchmark.
 
     Raises:
-        EvaluationError: There is none of that name, or it has not that form.
+        EvaluationError: There is no such benchmark, or it does not have that form.
     """
     check_prompts(name, prompts)
     if prompts == "olmes":

@@ -1,7 +1,7 @@
-"""lm-eval as an engine: its tasks and ours, on records already in memory, and nothing on the user's screen.
+"""lm-eval as the benchmark engine: its tasks and ours, on records in memory, without console output.
 
-Of lm-eval 0.4.13 this uses the task files, `ConfigurableTask`, `HFLM` and `evaluate`. `simple_evaluate` would add a
-report on the machine by running git and pip, and set the global random seeds.
+Uses the task files, `ConfigurableTask`, `HFLM` and `evaluate` of lm-eval 0.4.13. `simple_evaluate` would also report on
+the machine by running git and pip, and set the global random seeds.
 """
 
 from __future__ import annotations
@@ -25,47 +25,47 @@ _OTHER_SPLITS = ("training_split", "validation_split", "fewshot_split")
 
 
 class LocalTask(ConfigurableTask):  # type: ignore[misc]  # lm-eval is not typed
-    """A task of lm-eval on records already in memory."""
+    """An lm-eval task on records in memory."""
 
     def __init__(self, config: Mapping[str, Any], problems: Problems) -> None:
         examples = config.get("fewshot_config") or {}
         if config.get("num_fewshot") and not examples.get("samples"):
             raise EvaluationError(
-                "The task takes the solved examples of its prompt from the hub's data.",
+                "The task takes its few-shot examples from the hub dataset.",
                 key=f"task_data.{config['task']}",
-                expected="a task without examples, or with examples of its own",
-                actual=f"{config['num_fewshot']} examples of another part of the data",
-                hint="leave --task-data out",
+                expected="a task without few-shot examples, or with built-in ones",
+                actual=f"few-shot examples from another split: {config['num_fewshot']}",
+                hint="omit --task-data",
             )
         records = Dataset.from_list(list(problems.records))
-        # From memory: `dataset_path: json` would leave a copy in the user's cache and read the file a second time.
+        # From memory: `dataset_path: json` would leave a copy in the user's cache and read the file again.
         own = {"custom_dataset": lambda **_: {"test": records}, "test_split": "test"}
         super().__init__(config={**config, **own, **dict.fromkeys(_OTHER_SPLITS)})
 
     def build_all_requests(self, **options: Any) -> None:
-        """Builds the prompts without lm-eval's progress bar, which has no switch."""
+        """Builds the prompts without lm-eval's progress bar, which cannot be switched off."""
         with contextlib.redirect_stderr(io.StringIO()):
             super().build_all_requests(**options)
 
 
 def build_task(config: Mapping[str, Any], problems: Problems, *, is_local: bool) -> ConfigurableTask:
-    """The task that asks the problems.
+    """Builds the lm-eval task for the problems.
 
     Args:
-        config: Of the task.
-        problems: What is asked.
-        is_local: Whether they come from a file, or are a benchmark's of ours; otherwise lm-eval loads them once more,
-            with the other parts of the data that the task may take examples from.
+        config: Configuration of the task.
+        problems: The problems.
+        is_local: Whether the problems come from a file or belong to one of our benchmarks; otherwise lm-eval loads them
+            again, with the other splits from which the task may take few-shot examples.
 
     Raises:
-        EvaluationError: A task needs examples that the file does not have.
+        EvaluationError: The task needs few-shot examples that the file lacks.
     """
     return LocalTask(config, problems) if is_local else ConfigurableTask(config=dict(config))
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Lets lm-eval and transformers log errors only, then puts their levels back."""
+    """Limits lm-eval and transformers to logging errors; restores their log levels on exit."""
     harness = logging.getLogger("lm_eval")
     harness_level = harness.level
     transformers_level = transformers_logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""One benchmark of the `eval` workflow: its data, its outputs, its scores, and the samples for the run folder."""
+"""One benchmark of the `eval` workflow: data, outputs, scores, and samples for the run folder."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 Loaded = Union[tuple["PreTrainedModel", "PreTrainedTokenizerBase"], "VllmAnswers"]
-"""A model with its tokenizer, or one that vLLM runs."""
+"""A model with its tokenizer, or a vLLM engine."""
 
 
 _MOST_NAMED = 5
@@ -57,12 +57,12 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True, slots=True)
 class PreparedBenchmark:
-    """A benchmark whose problems have been read and whose judge is ready.
+    """A benchmark with its problems read and its judge ready.
 
     Attributes:
-        task: As lm-eval asks it.
-        problems: What it asks.
-        written: Outputs written before, in place of a model's; None where a model answers.
+        task: The lm-eval task.
+        problems: The benchmark's problems.
+        written: Existing predictions to score; None if a model generates the outputs.
     """
 
     task: ConfigurableTask
@@ -71,20 +71,21 @@ class PreparedBenchmark:
 
     @property
     def name(self) -> str:
-        """The name given to `--tasks`."""
+        """The name in `--tasks`."""
         return str(self.task.config.task)
 
 
 def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> PreparedBenchmark:
-    """A benchmark with everything read and found that it needs, before any answer.
+    """Reads and checks everything a benchmark needs, before any output is generated.
 
     Args:
-        task: A benchmark, or a task of lm-eval.
-        options: With its local file, predictions and samples.
-        listener: Hears how far the running of model-written code has come.
+        task: A benchmark, or an lm-eval task.
+        options: With its local file, predictions and number of samples.
+        listener: Receives progress updates while model-written code runs.
 
     Raises:
-        MftError: A file, a task or the sandbox is not what it should be.
+        EvaluationError: The task is unknown, or its data or predictions are missing or malformed.
+        SandboxError: Model-written code cannot be confined on this machine.
     """
     if task == "ifeval":
         check_sentence_data()
@@ -109,7 +110,7 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
         )
     elif samples > 1:
         raise EvaluationError(
-            "Several samples are for the tasks that run code.",
+            "Only tasks that run code support several samples per problem.",
             key="samples",
             expected="1",
             actual=f"{samples} ({task})",
@@ -120,11 +121,11 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
 
 
 def _written(path: Path, problems: Problems, limit: int | None, listener: Listener) -> list[list[str]]:
-    """The predictions, of which one that is no text fails its problem alone."""
+    """The predictions; one that is not valid text counts as empty and fails only its own problem."""
     written, broken = emptied(read_predictions(path, problems.records, limit=limit))
     if broken:
         listener.warn(
-            "Predictions with half of a surrogate pair, which is no text, count as empty: those of "
+            "Predictions containing a lone surrogate are not valid text and count as empty: those for "
             f"{_some_of([problem_name(problems.records[place], place) for place in broken])}."
         )
     return written
@@ -136,7 +137,7 @@ def _some_of(names: Sequence[str]) -> str:
 
 
 def _asked(task: str, options: EvalOptions) -> dict[str, Any]:
-    """The configuration under which the task is asked: a chat model is not left to complete a text, but asked."""
+    """The task's configuration; with a chat template, its instruct form instead of text completion."""
     form = instruct_form(task) if options.chat_template and options.predictions is None else task
     return {**task_config(form, options.prompts), "task": task}
 
@@ -152,30 +153,37 @@ def measure_benchmark(
     cache: OutputCache | None = None,
     ask_judge: bool = True,
 ) -> dict[str, Any]:
-    """The figures of one benchmark, with everything needed to repeat them.
+    """The scores of one benchmark, with everything needed to reproduce them.
 
     Args:
-        benchmark: Ready to be asked.
+        benchmark: The prepared benchmark.
         recipe: With the `eval` section.
-        loaded: Model and tokenizer; None where outputs written before are scored.
-        folder: Gets the samples.
-        listener: Hears progress.
-        model_name: What the model is called where outputs are written for a judge.
-        cache: Keeps each output as soon as it is there; by default they are lost with the process.
-        ask_judge: Whether AlpacaEval's judge, which costs money, is asked where it can be.
+        loaded: Model and tokenizer, or the vLLM engine; None when existing predictions are scored.
+        folder: Receives the samples.
+        listener: Receives progress updates.
+        model_name: Name of the model in the files written for a judge.
+        cache: Stores each output as it is generated; by default, outputs are lost with the process.
+        ask_judge: Whether to call AlpacaEval's judge, which costs money, if it is available.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        DataError: The chat template fails on a prompt.
+        EvaluationError: A prompt does not fit the model's context, or there is no chat template to apply.
+        SandboxError: A sandboxed process could not be started.
     """
     start_seconds = time.monotonic()
     found, generated_tokens = _answered(benchmark, recipe, loaded, listener, cache or OutputCache())
     seconds = time.monotonic() - start_seconds
     if is_maths(benchmark.name):
         _tell_too_long(
-            found, listener, is_too_long, f"{MOST_ANSWER_CHARACTERS} characters are not compared as formulas"
+            found, listener, is_too_long, f"answers longer than {MOST_ANSWER_CHARACTERS} characters are not compared"
         )
     if benchmark.name == "ifeval":
-        _tell_too_long(found, listener, has_long_line, f"{MOST_LINE_CHARACTERS} characters in a line count as wrong")
+        _tell_too_long(
+            found,
+            listener,
+            has_long_line,
+            f"answers with a line longer than {MOST_LINE_CHARACTERS} characters count as wrong",
+        )
     olmes = recipe.eval.prompts == "olmes"
     if benchmark.name == "math" and olmes:
         subjects = [benchmark.problems.records[sample.doc_id]["type"] for sample in found.samples]
@@ -192,15 +200,15 @@ def _tell_too_long(found: BenchmarkResult, listener: Listener, is_long: Callable
     long = [sample for sample in found.samples if any(map(is_long, sample.outputs))]
     if long:
         names = _some_of([sample.name or str(sample.doc_id) for sample in long])
-        listener.warn(f"{found.name}: answers of more than {which}: those of {names}.")
+        listener.warn(f"{found.name}: {which}: those to {names}.")
 
 
 def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:
-    """The outputs of one benchmark in a run folder, as far as its model under its mask has written them.
+    """The outputs of one benchmark that the run's model and mask have already generated.
 
     Args:
-        benchmark: Named in the file.
-        run: An evaluation.
+        benchmark: Gives the file its name.
+        run: The evaluation run.
     """
     inputs = run.record.inputs
     written_by = [model_fingerprint(inputs["model"]), inputs["mask"] and file_digest(inputs["mask"])]
@@ -217,9 +225,7 @@ def _answered(
         return run_benchmark(answers, task, problems, **{**common, "chat_template": False}), 0
     tokenizer = loaded[1] if isinstance(loaded, tuple) else loaded.tokenizer
     if options.chat_template and tokenizer.chat_template is None:
-        raise EvaluationError(
-            "The tokenizer has no chat template.", key="chat_template", hint="leave --chat-template out"
-        )
+        raise EvaluationError("The tokenizer has no chat template.", key="chat_template", hint="omit --chat-template")
     kept: dict[str, Any] = {
         "cache": cache,
         "max_new_tokens": options.max_new_tokens,
@@ -308,10 +314,10 @@ def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
 
 
 def check_sentence_data() -> None:
-    """Nothing, if NLTK's sentence data is there; also makes langdetect, which draws at random, repeatable.
+    """Checks that NLTK's sentence data is installed, and seeds langdetect, which is otherwise not deterministic.
 
     Raises:
-        EvaluationError: It is not.
+        EvaluationError: The data is missing.
     """
     import langdetect
     import nltk
@@ -321,8 +327,8 @@ def check_sentence_data() -> None:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError as error:
         raise EvaluationError(
-            "IFEval counts sentences with data of NLTK that is not on this machine.",
+            "IFEval needs NLTK's sentence data, which is not installed.",
             expected="tokenizers/punkt_tab in a folder that NLTK searches",
             actual="none",
-            hint="python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that has it",
+            hint="python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that contains it",
         ) from error

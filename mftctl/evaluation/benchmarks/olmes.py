@@ -1,16 +1,16 @@
-"""What OLMES, the harness of MFT's paper, counts as a right answer, and how it averages.
+"""Scoring and averaging as in OLMES, the evaluation harness of the MFT paper.
 
-Source: allenai/olmes as the reference implementation carries it (Ming-K9/MFT, `olmes/`), and the commands of its
-`bash/evaluation`: task defaults, no chat template. Nothing of its code is here.
+Source: allenai/olmes as vendored by the reference implementation (Ming-K9/MFT, `olmes/`), and the commands in its
+`bash/evaluation`: task defaults, no chat template. None of its code is copied here.
 
 Deviations:
-    Prompts are never cut, and the context is the model's. OLMES takes 2,048 tokens where nothing else is asked for, as
-    in those commands: prompts of GSM8K and MATH above 1,536 and 1,024 tokens lose their beginning, and an answer of
-    AlpacaEval ends where it fills the rest.
-    An answer of AlpacaEval has the room behind the longest prompt, so that it does not depend on its batch.
-    Programs run in the sandbox under its limits, which follow the reference solution; there for 3 seconds, 20 of
+    Prompts are never truncated, and the context length is the model's. OLMES uses 2,048 tokens by default, as in those
+    commands: prompts of GSM8K and MATH above 1,536 and 1,024 tokens lose their beginning, and an AlpacaEval answer ends
+    when it fills the rest.
+    An AlpacaEval answer may use what the longest prompt leaves of the context, so it does not depend on its batch.
+    Programs run in the sandbox under limits derived from the reference solution; OLMES allows 3 seconds, and 20 for
     HumanEval+.
-    The comparisons of maths answers and the checks of instructions are those of the lm-eval installed; there of 0.4.3.
+    Maths answers are compared and instructions checked by the installed lm-eval; OLMES uses version 0.4.3.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from mftctl.experiments.recipe import Prompts
 
 _COMMA = re.compile(r"(\d),(\d)")
-"""Between digits, of which each is looked at once: 1,2,3 keeps its second comma."""
+"""A comma between digits; each digit matches once, so 1,2,3 keeps its second comma."""
 
 _NUMBER = re.compile(r"[+-]?\d*\.\d+|\d+")
-"""A whole number loses its sign, in the answer and in the reference alike."""
+"""An integer loses its sign, both in the answer and in the reference."""
 
 _INVALID = "[invalidanswer]"
-"""lm-eval's word for an output without Minerva's sentence."""
+"""lm-eval's marker for an output without Minerva's sentence."""
 
 
 def begins_texts(prompts: Prompts) -> bool | None:
-    """Whether a prompt begins with the tokenizer's token for that; None for what the tokenizer does by itself.
+    """Whether prompts start with a begin-of-sequence token; None for the tokenizer's default.
 
     Args:
-        prompts: As given to `--prompts`.
+        prompts: The value of `--prompts`.
 
     Source: `oe_eval/default_configs.py` (`add_bos_token`) and `oe_eval/models/eleuther_vllm_causallms.py`.
     """
@@ -52,11 +52,11 @@ def begins_texts(prompts: Prompts) -> bool | None:
 
 
 def last_numbers(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The last number of each output, in the reference's spelling if it is right; the output where it has none.
+    """The last number of each output, in the reference's spelling if right; the output itself if it has no number.
 
     Args:
-        outputs: Of each problem, of which the first counts.
-        problems: Of GSM8K, with their `answer`.
+        outputs: Outputs of each problem; the first one counts.
+        problems: GSM8K problems, with their `answer`.
 
     Source: `oe_eval/tasks/oe_eval_tasks/gsm8k.py`. Digits are compared, not values: 18.00 is not 18.
     """
@@ -74,17 +74,18 @@ def _last_number(text: str) -> str:
 
 
 def olmes_maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
-    """Whether the answer is right: `flexible` in the likeliest places, `strict` in Minerva's sentence alone.
+    """Scores a maths answer: `flexible` in the likeliest places, `strict` only in Minerva's sentence.
 
-    Flexible comes first, and so stands for the benchmark. It takes the answer of that sentence and of the last box;
-    without both, what stands between the last two dollar signs; without these, the whole output. It is right if it
-    equals the reference by Minerva's comparison or by that of MATH's authors, and wrong if it is too long to compare.
+    Flexible comes first, so it is the benchmark's main metric. It takes the answers in that sentence and in the last
+    box; without either, the text between the last two dollar signs; without these, the whole output. An answer is right
+    if it equals the reference by Minerva's comparison or by that of MATH's authors, and wrong if it is too long to
+    compare.
 
     Args:
         problem: With its `solution`.
-        outputs: The one answer.
+        outputs: The single answer.
 
-    Source: `oe_eval/tasks/oe_eval_tasks/minerva_math.py`; the comparisons are lm-eval's functions, as there.
+    Source: `oe_eval/tasks/oe_eval_tasks/minerva_math.py`; the comparisons are lm-eval's functions, as in OLMES.
     """
     from lm_eval.tasks.hendrycks_math import utils as hendrycks
     from lm_eval.tasks.minerva_math import utils as minerva
@@ -100,17 +101,17 @@ def olmes_maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> di
 
 
 def _likely_answers(output: str, named: str) -> list[str]:
-    in_box = boxed(output) if "\\boxed" in output else None  # an answer's \fbox is none
+    in_box = boxed(output) if "\\boxed" in output else None  # an \fbox in an answer does not count
     given = [answer for answer in (None if named == _INVALID else named, in_box) if answer is not None]
     return given or [output.split("$")[-2] if output.count("$") > 1 else output]
 
 
 def olmes_instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-    """Whether each instruction was kept, as lm-eval's checker has it; by instruction and loose comes first.
+    """Whether each instruction was followed, by lm-eval's checker; the loose instruction-level metric comes first.
 
     Args:
-        problem: Of IFEval.
-        outputs: The one answer.
+        problem: An IFEval problem.
+        outputs: The single answer.
 
     Source: `oe_eval/tasks/oe_eval_tasks/ifeval.py` (`primary_metric`).
     """
@@ -119,14 +120,14 @@ def olmes_instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str])
 
 
 def require_subjects(records: Sequence[Mapping[str, Any]], source: str) -> None:
-    """Nothing, if every problem says of what subject it is.
+    """Checks that every problem states its subject.
 
     Args:
-        records: Problems of MATH.
-        source: Where they come from, for the error.
+        records: MATH problems.
+        source: Their origin, for the error.
 
     Raises:
-        EvaluationError: One does not; names its number.
+        EvaluationError: A problem has no subject; the error names its number.
     """
     for number, record in enumerate(records):
         if not isinstance(record.get("type"), str):
@@ -136,18 +137,18 @@ def require_subjects(records: Sequence[Mapping[str, Any]], source: str) -> None:
                 key="type",
                 expected="a subject, such as Algebra",
                 actual=record.get("type"),
-                hint="--prompts lm-eval takes the mean over the problems",
+                hint="use --prompts lm-eval, which takes the mean over all problems",
             )
 
 
 def mean_of_subjects(result: BenchmarkResult, subjects: Sequence[str]) -> BenchmarkResult:
-    """The result with every subject counting as much as any other, however many problems it has.
+    """The result with all subjects weighted equally, whatever their number of problems.
 
-    A problem of one subject among many weighs less: its score and its weight are both scaled by that.
+    The score and the weight of each problem are scaled accordingly.
 
     Args:
-        result: Of a run, with one score of each kind a problem.
-        subjects: Of each sample.
+        result: Result of a run, with one score per metric and problem.
+        subjects: Subject of each sample.
 
     Source: Ming-K9/MFT, `scripts/get_math_score.py`.
     """

@@ -1,6 +1,6 @@
-"""Compares a function's results with those of the reference solution; runs in the sandbox, in front of a test.
+"""Compares a function's results with those of the reference solution; prepended to tests in the sandbox.
 
-Nothing of mftctl is there, so that this module imports the standard library alone.
+mftctl is not available there, so this module imports only the standard library.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from typing import Any
 
 inf, nan = math.inf, math.nan
-"""As the inputs of a test are written."""
+"""Names used in the inputs of a test."""
 
 _MOST_BYTES = 30 * 2**20
-"""About what the sandbox passes on of one result."""
+"""Approximate limit of the sandbox for one result."""
 
 _LEAST_TOLERANCE = 1e-6
 _RELATIVE_TOLERANCE = 1e-7
@@ -31,21 +31,21 @@ def check_outputs(
     tolerance: float,
     rule: str,
 ) -> None:
-    """Nothing, if the function gives on every input what the reference solution gives.
+    """Checks that the function returns the same as the reference solution on every input.
 
-    Deviation: an input whose right result is too large for the sandbox is left out (one of MBPP+'s 40,000, the
+    Deviation: an input whose expected result is too large for the sandbox is skipped (one of MBPP+'s 40,000, the
     largest of problem 255, with 128 million items).
 
     Args:
-        function: Under test.
+        function: The function under test.
         reference: Source of the reference solution.
-        name: Of the function in it.
+        name: Name of the function in it.
         inputs: Arguments of each call.
         tolerance: Absolute, of floats; 0 for that of all benchmarks.
         rule: What counts instead of being equal, from `mftctl.evaluation.benchmarks.evalplus`; empty for nothing.
 
     Raises:
-        AssertionError: A result is another one.
+        AssertionError: A result differs.
     """
     defined: dict[str, Any] = {"__name__": "reference"}
     exec(compile(reference, "<reference>", "exec", dont_inherit=True), defined)
@@ -80,10 +80,10 @@ def _fits(
 
 
 def can_cross(value: Any) -> bool:
-    """Whether a result is small enough to come from the process that runs the answer.
+    """Whether a result is small enough to be sent by the process that runs the answer.
 
     Args:
-        value: What is expected.
+        value: The expected result.
     """
     size, waiting = 0, [value]
     while waiting and size <= _MOST_BYTES:
@@ -101,12 +101,12 @@ def can_cross(value: Any) -> bool:
 
 
 def same(found: Any, expected: Any, tolerance: float) -> bool:
-    """Whether a result is right: equal, or near where floats are expected.
+    """Whether a result is right: equal, or close if floats are expected.
 
     Args:
-        found: What the function gave.
-        expected: What the reference solution gave.
-        tolerance: Absolute, of floats; 0 allows 1e-6 to a float or a list of floats, and nothing to all else.
+        found: Result of the function.
+        expected: Result of the reference solution.
+        tolerance: Absolute tolerance for floats; 0 allows 1e-6 for a float or a list of floats, and none otherwise.
     """
     if found == expected:
         return True
@@ -134,17 +134,17 @@ def _near(found: Any, expected: Any, tolerance: float) -> bool:
 
 
 def upright_pyramid_surface(edge: float, height: float) -> int:
-    """The surface of a square pyramid whose height is that of its apex above the base, not of its sides.
+    """The surface of a square pyramid, where the height is that of the apex above the base, not of the sides.
 
     Args:
-        edge: Of the base.
-        height: Of the apex.
+        edge: Edge of the base.
+        height: Height of the apex.
     """
     return round(edge**2 + 2 * edge * math.hypot(edge / 2, height))
 
 
 def padded_digit_distance(first: int, second: int) -> int:
-    """The sum of the differences between digits of the same place, where a missing one is 0.
+    """The sum of the differences between digits at the same position; missing digits are 0.
 
     Args:
         first: One number.

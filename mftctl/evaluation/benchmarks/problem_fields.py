@@ -1,4 +1,4 @@
-"""What each benchmark needs of a record, and the error where a record lacks it."""
+"""The fields that each benchmark requires of a record, and their checks."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, str) for item in value)
 
 
-TEXT: _Check = ("a text that is not empty", _is_text)
-ANY_TEXT: _Check = ("a text", lambda value: isinstance(value, str))
+TEXT: _Check = ("non-empty text", _is_text)
+ANY_TEXT: _Check = ("text", lambda value: isinstance(value, str))
 TEXTS: _Check = ("a list of texts", _is_texts)
 FOUR_TEXTS: _Check = ("four texts", lambda value: _is_texts(value) and len(value) == 4)
 LETTER: _Check = ("0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3)
@@ -35,7 +35,7 @@ KWARGS: _Check = (
     lambda value: isinstance(value, list) and all(isinstance(v, dict) for v in value),
 )
 CHOICES: _Check = (
-    "choices and as many labels of 0 and 1, one of each at least",
+    "choices and the same number of labels, 0 or 1, with at least one of each",
     lambda value: (
         isinstance(value, dict)
         and _is_texts(value.get("choices"))
@@ -72,28 +72,28 @@ _MORE = {
     "alpaca_eval": ("dataset", "output", "generator"),
     "tydiqa": ("id", "language"),
 }
-"""Fields that are kept where they are there."""
+"""Optional fields, kept if present."""
 
 
 def decided_by(task: str) -> tuple[str, ...]:
-    """The fields on which a score depends; empty for a task that is not ours.
+    """The fields on which a score depends; empty for lm-eval tasks.
 
     Args:
-        task: The benchmark's name.
+        task: Name of the benchmark.
     """
     return tuple(_FIELDS.get(completion_form(task), ()))
 
 
 def check_problem(record: Mapping[str, Any], task: str, where: str) -> dict[str, Any]:
-    """The record with what the benchmark needs, and nothing else; all of it for a task that is not ours.
+    """The record reduced to the fields that the benchmark uses; all fields for lm-eval tasks.
 
     Args:
         record: One problem.
-        task: The benchmark's name.
-        where: Its place, for the error.
+        task: Name of the benchmark.
+        where: Location of the record, for the error.
 
     Raises:
-        EvaluationError: A field is missing or holds something else; names it and the place.
+        EvaluationError: A field is missing or invalid; the error names the field and the location.
     """
     task = completion_form(task)
     if task not in _FIELDS:
@@ -101,7 +101,7 @@ def check_problem(record: Mapping[str, Any], task: str, where: str) -> dict[str,
     for field, (expected, fits) in _FIELDS[task].items():
         if field not in record or not fits(record[field]):
             raise EvaluationError(
-                "A record lacks a field that the benchmark needs.",
+                "A record lacks a required field, or its value is invalid.",
                 path=where,
                 key=field,
                 expected=expected,

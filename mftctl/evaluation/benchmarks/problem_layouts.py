@@ -1,4 +1,4 @@
-"""The layouts in which a benchmark's data is published, brought to the one that its prompt is made from."""
+"""Converts the published layouts of benchmark data to the layout that the prompts use."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def from_published_layout(found: Iterable[Record], task: str) -> Iterable[Record
     """The records with the fields that the benchmark's prompt is made from; those of other tasks as they are.
 
     Args:
-        found: Records as published, each with its place.
-        task: The benchmark's name.
+        found: Records as published, each with its location.
+        task: Name of the benchmark.
 
     Raises:
-        EvaluationError: A record's language or task of BIG-Bench Hard is not known, or it has no example.
+        EvaluationError: A record's BIG-Bench Hard task is unknown, or there is no few-shot example in its language.
     """
     if task == "tydiqa":
         return _with_example_passages(found)
@@ -44,7 +44,7 @@ def _math(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _humaneval_plus(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A release file may have HumanEval's few tests as `test`, and the others only as inputs."""
+    """Converts EvalPlus release records, whose `test` may contain only HumanEval's few tests."""
     return humaneval_plus_problem(record, where) if is_release_record(record) else dict(record)
 
 
@@ -58,7 +58,7 @@ def _mbpp_plus(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _mmlu(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The hub has `subject` and `choices`; the original CSV files name the subject and have a column a choice."""
+    """The hub has `subject` and `choices`; the original CSV files have the subject as name and a column per choice."""
     if not set(_MMLU_CHOICES) <= set(record):
         return dict(record)
     answer = record.get("answer")
@@ -71,12 +71,12 @@ def _mmlu(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _bbh(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The task is the file's name; its solved examples come with lm-eval."""
+    """The task is the file's name; its few-shot examples come with lm-eval."""
     subtask = record.get("subtask", record.get("file"))
     examples = _bbh_examples().get(str(subtask))
     if examples is None:
         raise EvaluationError(
-            "This is no task of BIG-Bench Hard.",
+            "The record is not from a BIG-Bench Hard task.",
             path=where,
             key="subtask",
             expected=f"one of {', '.join(sorted(_bbh_examples()))}",
@@ -103,9 +103,9 @@ def _bbh_examples() -> dict[str, str]:
 def _with_example_passages(found: Iterable[Record]) -> Iterator[Record]:
     """Each question of TyDiQA's gold passages with a solved example of the same language.
 
-    The example is the first record of the language whose passage is another one.
+    The example is the first record in the language with a different passage.
 
-    Deviation: the example comes from the same file, as a data file is one part of the data.
+    Deviation: the example comes from the same file, because a data file is a single split.
     """
     rows = [(where, _tydiqa(record)) for where, record in found]
     by_language: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -116,10 +116,10 @@ def _with_example_passages(found: Iterable[Record]) -> Iterator[Record]:
         example = next(others, None)
         if example is None:
             raise EvaluationError(
-                "A question has no solved example in its language.",
+                "A question has no few-shot example in its language.",
                 path=where,
                 key="id",
-                expected="another passage in the same language",
+                expected="a second passage in the same language",
                 actual=f"one passage in {row['language']}",
             )
         shown = (example["answers"] or [""])[0]
@@ -128,7 +128,7 @@ def _with_example_passages(found: Iterable[Record]) -> Iterator[Record]:
 
 
 def _tydiqa(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The language is what the record's id begins with, such as `finnish-12-0`."""
+    """The language is the first part of the record's id, such as `finnish-12-0`."""
     answers = record.get("answers")
     return {
         **record,

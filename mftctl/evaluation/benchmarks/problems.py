@@ -1,4 +1,4 @@
-"""A benchmark's problems, from a local file or folder or from the hub."""
+"""Loads a benchmark's problems from a local file or folder or from the hub."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mftctl.evaluation.benchmarks.problem_layouts import from_published_layout
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text can be written.
+    """Whether a text can be encoded as UTF-8.
 
     Args:
-        text: Any.
+        text: Any text.
     """
     try:
         text.encode()
@@ -29,10 +29,10 @@ def is_whole(text: str) -> bool:
 
 
 def emptied(outputs: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[int]]:
-    """The outputs with an empty one in the place of each that cannot be written, and the problems of these.
+    """The outputs, with unencodable ones replaced by empty texts, and the indices of their problems.
 
     Args:
-        outputs: Of each problem.
+        outputs: Outputs of each problem.
     """
     whole = [[text if is_whole(text) else "" for text in texts] for texts in outputs]
     return whole, [place for place, texts in enumerate(outputs) if whole[place] != list(texts)]
@@ -40,12 +40,12 @@ def emptied(outputs: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[int
 
 @dataclass(frozen=True, slots=True)
 class Problems:
-    """The records a benchmark is scored on.
+    """The problems of a benchmark.
 
     Attributes:
-        records: With the fields that the benchmark needs.
-        source: The file, or the hub's data set, they came from.
-        digest: SHA-256 of the records (not of the file), so that the hub's and a local copy's are the same.
+        records: The problems, with the fields that the benchmark uses.
+        source: The file or hub dataset they came from.
+        digest: SHA-256 of the records (not of the file), so that the hub dataset and a local copy have the same digest.
     """
 
     records: tuple[dict[str, Any], ...]
@@ -54,14 +54,14 @@ class Problems:
 
 
 def read_problems(path: Path, task: str) -> Problems:
-    """The problems of a local file, or of a folder of files.
+    """The problems in a local file or a folder of files.
 
     Args:
-        path: JSON lines, also compressed (`.gz`), JSON, CSV, or a folder of these.
-        task: The benchmark, or a task of lm-eval, whose fields nothing is known of.
+        path: JSON lines, JSON or CSV, optionally compressed (`.gz`), or a folder of such files.
+        task: The benchmark, or an lm-eval task, whose fields are not checked.
 
     Raises:
-        EvaluationError: The file is missing, empty or in another form, or a record lacks a field; names the line.
+        EvaluationError: The file is missing, empty or malformed, or a record lacks a field; the error names the line.
     """
     return _problems(read_problem_records(path), task, source=str(path))
 
@@ -82,14 +82,14 @@ def read_problem_records(path: Path) -> Iterator[Record]:
 
 
 def fetch_problems(config: Mapping[str, Any], task: str) -> Problems:
-    """The problems of a data set on the hub, or of its local cache.
+    """The problems of a hub dataset or of its local cache.
 
     Args:
-        config: Of lm-eval's task, with the data set's name and split.
+        config: Configuration of the lm-eval task, with the dataset's name and split.
         task: The benchmark.
 
     Raises:
-        EvaluationError: It is not in the cache and the hub cannot be reached.
+        EvaluationError: The dataset is not in the cache and cannot be downloaded.
     """
     name, part, split = config["dataset_path"], config.get("dataset_name"), config["test_split"]
     files = (config.get("dataset_kwargs") or {}).get("data_files")
@@ -106,10 +106,10 @@ def _rows(name: str, part: str | None, split: str, files: dict[str, str] | None,
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, part, data_files=files, split=split)
     except (OSError, ValueError) as error:
         raise EvaluationError(
-            "The benchmark's data cannot be fetched.",
+            "The benchmark's data cannot be downloaded.",
             path=source,
             actual=str(error).partition("\n")[0],
-            hint="give a local file: --task-data NAME=FILE",
+            hint="provide a local file: --task-data NAME=FILE",
         ) from error
     for number, row in enumerate(rows):
         yield Record(f"{source}#{number}", {"file": part, **row})
@@ -118,7 +118,7 @@ def _rows(name: str, part: str | None, split: str, files: dict[str, str] | None,
 def _problems(found: Iterable[Record], task: str, source: str) -> Problems:
     kept = tuple(_checked(from_published_layout(found, task), task))
     if not kept:
-        raise EvaluationError("The data file has no problems.", path=source, expected="one JSON record a line")
+        raise EvaluationError("The data file has no problems.", path=source, expected="one JSON record per line")
     digest = hashlib.sha256()
     for record in kept:
         deciding = [record.get(field) for field in decided_by(task) or sorted(record)]
@@ -130,8 +130,8 @@ def _checked(found: Iterable[Record], task: str) -> Iterator[dict[str, Any]]:
     for where, record in found:
         if not is_whole(json.dumps(record, ensure_ascii=False, default=str)):
             raise EvaluationError(
-                "A problem holds half of a surrogate pair, which is no text.",
+                "A problem contains a lone surrogate, which is not valid text.",
                 path=where,
-                expected="text that UTF-8 can hold",
+                expected="text that can be encoded as UTF-8",
             )
         yield check_problem(record, task, where)

@@ -1,4 +1,4 @@
-"""How long the prompts of benchmarks are with their answers, before anything answers them."""
+"""Lengths of benchmark prompts and their answers, computed before generation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DEFAULT_NEW_TOKENS = 256
-"""lm-eval's, for tasks that name no number."""
+"""lm-eval's default for tasks that set no limit."""
 
 
 def longest_request(
@@ -27,15 +27,15 @@ def longest_request(
     seed: int,
     max_new_tokens: int | None,
 ) -> int:
-    """The most tokens of a prompt with room for its answer.
+    """The maximum number of tokens of a prompt and its answer.
 
     Args:
-        tasks: As `run_benchmark` gets them.
-        tokenizer: The model's.
-        limit: Only the first problems; None for all.
-        chat_template: Whether prompts go through the tokenizer's chat template.
-        seed: For tasks that draw the examples in their prompt.
-        max_new_tokens: Most tokens of an answer; the task's where None.
+        tasks: Tasks, as passed to `run_benchmark`.
+        tokenizer: The model's tokenizer.
+        limit: Number of problems to run, from the first; None for all.
+        chat_template: Whether to apply the tokenizer's chat template to prompts.
+        seed: Seed for tasks that draw few-shot examples at random.
+        max_new_tokens: Maximum tokens per answer; None for the task's limit.
     """
 
     def templated(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One figure of a benchmark.
+    """One score of a benchmark.
 
     Attributes:
         metric: Name of the metric, such as `exact_match`.
-        filter: How the answer was taken from the output, such as `strict-match`; `none` for the whole output.
+        filter: How the answer is taken from the output, such as `strict-match`; `none` for the whole output.
         value: Sum of the samples' scores over the sum of their weights.
-        standard_error: Over samples; None with a single one, or where lm-eval has a figure for all of them only.
+        standard_error: Over samples; None with a single sample, or if lm-eval reports only a total.
         samples: Number of problems.
     """
 
@@ -30,23 +30,23 @@ class Score:
 
     @property
     def name(self) -> str:
-        """Metric and filter, as lm-eval joins them."""
+        """Metric and filter, joined as in lm-eval."""
         return f"{self.metric},{self.filter}"
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkSample:
-    """One problem.
+    """One problem with its outputs and scores.
 
     Attributes:
         doc_id: The problem's position in the data, from 0.
-        name: The problem's own name, such as `HumanEval/0`; None where it has none.
-        prompt: What the model was given, with the template applied; of several requests the first.
-        target: The right answer.
-        outputs: What was written, up to the stop string: one, or several samples; empty where nothing is written.
-        answers: What each filter took from it.
+        name: The problem's own name, such as `HumanEval/0`; None if it has none.
+        prompt: The model's input, with the template applied; the first one if there are several requests.
+        target: The reference answer.
+        outputs: Generated texts up to the stop string: one, or several samples; empty if nothing is generated.
+        answers: The answer that each filter took from the output.
         scores: The sum of each metric, by `metric,filter`.
-        weights: Of what a score is a sum, where that is not one: the instructions of a prompt.
+        weights: Number of items that a score sums up, such as the instructions of a prompt, if it is not 1.
     """
 
     doc_id: int
@@ -61,17 +61,17 @@ class BenchmarkSample:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkResult:
-    """One benchmark's figures with everything needed to repeat them.
+    """The scores of one benchmark with everything needed to reproduce them.
 
     Attributes:
-        name: The name given to `--tasks`.
+        name: The name in `--tasks`.
         task_version: lm-eval's or our version of the task.
-        lm_eval_version: The engine's.
-        shots: Number of solved examples in the prompt.
-        chat_template: Whether the prompt went through the tokenizer's chat template.
-        data: The file or the hub's data set.
-        data_digest: SHA-256 of all its records, also where `limit` takes the first ones only.
-        scores: Every metric under every filter.
+        lm_eval_version: Version of lm-eval.
+        shots: Number of few-shot examples in the prompt.
+        chat_template: Whether the tokenizer's chat template was applied.
+        data: The file or hub dataset.
+        data_digest: SHA-256 of all its records, even if `limit` selects only the first ones.
+        scores: Every metric with every filter.
         samples: Every problem.
     """
 

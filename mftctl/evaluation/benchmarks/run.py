@@ -1,4 +1,4 @@
-"""One run of one benchmark: outputs of a model, or of a file, and what they score."""
+"""One run of one benchmark: outputs from a model or a file, and their scores."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ if TYPE_CHECKING:
 def run_benchmark(
     answers: LM, task: ConfigurableTask, problems: Problems, *, limit: int | None, chat_template: bool, seed: int
 ) -> BenchmarkResult:
-    """The scores of outputs on one benchmark.
+    """Runs one benchmark and returns its scores.
 
     Args:
-        answers: Where the outputs come from.
-        task: As lm-eval builds it.
-        problems: What it asks.
-        limit: Only the first problems; None for all.
-        chat_template: Whether prompts go through the tokenizer's chat template, solved examples as turns.
-        seed: For tasks that draw the examples in their prompt.
+        answers: Source of the outputs.
+        task: The lm-eval task.
+        problems: The benchmark's problems.
+        limit: Number of problems to run, from the first; None for all.
+        chat_template: Whether to apply the tokenizer's chat template, with few-shot examples as turns.
+        seed: Seed for tasks that draw few-shot examples at random.
 
     Raises:
-        EvaluationError: A prompt does not fit the model's context, before the first answer.
+        EvaluationError: A prompt does not fit the model's context; raised before the first answer.
     """
     name = task.config.task  # task_name would draw from the global random state
     with local_task.quiet_libraries():
@@ -65,13 +65,13 @@ def run_benchmark(
 def with_scores(
     result: BenchmarkResult, metric: str, filter_name: str, values: Sequence[float | None]
 ) -> BenchmarkResult:
-    """The result with one more score of each problem.
+    """The result with one more score per problem.
 
     Args:
-        result: Of a run.
+        result: Result of a run.
         metric: Name of the metric.
-        filter_name: How it was found.
-        values: One a problem; None where there is none.
+        filter_name: Name in place of an lm-eval filter, such as `judge`.
+        values: One per problem; None for problems without a score.
     """
     key = f"{metric},{filter_name}"
     samples = tuple(
@@ -87,7 +87,7 @@ def with_scores(
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> tuple[BenchmarkSample, ...]:
-    """lm-eval has a row a problem and filter."""
+    """Groups lm-eval's rows, one per problem and filter, by problem."""
     by_problem: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_problem.setdefault(int(row["doc_id"]), []).append(row)
@@ -117,7 +117,7 @@ def _sample(doc_id: int, rows: Sequence[Mapping[str, Any]]) -> BenchmarkSample:
 
 
 def _sum_and_weight(value: Any) -> tuple[float, float] | None:
-    """A number counts once, a list of them as often as it is long; for other values lm-eval's figure stands alone."""
+    """Sum and weight of a value: a number has weight 1, a list its length; None for values that lm-eval aggregates."""
     if isinstance(value, list) and value and all(isinstance(item, (bool, int, float)) for item in value):
         return float(sum(value)), float(len(value))
     try:

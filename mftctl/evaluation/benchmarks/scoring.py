@@ -1,6 +1,6 @@
-"""Scores of single answers, for the benchmarks that lm-eval's own metrics do not fit.
+"""Scores of single answers, for benchmarks that need other metrics than lm-eval's.
 
-Each takes a problem and what was taken from the model's output, as lm-eval's `process_results` does.
+Each function takes a problem and the filtered outputs, as lm-eval's `process_results` does.
 """
 
 from __future__ import annotations
@@ -13,35 +13,36 @@ from typing import Any, TypeGuard
 from mftctl.evaluation.exact_match import MARKER, final_answer
 
 _INVALID = "[invalid]"
-"""lm-eval's word for an output without an answer."""
+"""lm-eval's marker for an output without an answer."""
 
 _MARKED = re.compile(rf"{MARKER}[^\S\n]*([+\-\N{{MINUS SIGN}}]?\$?[+\-\N{{MINUS SIGN}}]?\d[\d,]*(?:\.\d+)?%?)")
 
 MOST_ANSWER_CHARACTERS = 500
-"""Of a formula: none of MATH's has half as many, and the time that comparing takes grows with their square."""
+"""Limit of a formula: none in MATH is half as long, and the time to compare formulas grows quadratically."""
 
 MOST_LINE_CHARACTERS = 10_000
-"""Of an answer to IFEval, whose longest texts have about as many in all."""
+"""Limit of a line in an IFEval answer; the longest answers have about as many characters in total."""
 
 _SUM = re.compile(r"(?:[^\sA-Za-z\\=] ?)+")
-"""What has no word, command or equals sign in it."""
+"""An expression without words, commands or equals signs."""
 
 _LANGUAGE_CODES = {"english": "en", "arabic": "ar"}
-"""Where articles are left out before answers are compared, as in lm-eval."""
+"""Languages whose articles are removed before answers are compared, as in lm-eval."""
 
 
 def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
-    """Whether the answer is right: `strict` in the form asked for, `flexible` in any that says what is meant.
+    """Scores a maths answer: `strict` in the requested form, `flexible` in any equivalent form.
 
-    Strict is Minerva's: the text after "Final Answer: The final answer is", or the last box, equal after
-    normalisation. Flexible is also right where math-verify calls both equal. An answer of more than
+    Strict follows Minerva: the text after "Final Answer: The final answer is", or the last box, equals the reference
+    after normalisation. Flexible also accepts what math-verify finds equal. An answer of more than
     `MOST_ANSWER_CHARACTERS` is wrong.
 
     Args:
         problem: With its `solution`.
-        outputs: The one answer.
+        outputs: The single answer.
 
-    Source: MFT, section 3.1 (MATH). lm-eval's `minerva_math`, functions and all; the box is ours, as it reads none.
+    Source: MFT, section 3.1 (MATH). lm-eval's `minerva_math` and its functions, which ignore boxes; reading them is
+    our addition.
     """
     from lm_eval.tasks.minerva_math import utils as minerva
 
@@ -55,10 +56,10 @@ def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str
 
 
 def is_too_long(output: str) -> bool:
-    """Whether an answer, or a sum on the way to it, is longer than anything that is compared.
+    """Whether an answer, or a sum in its derivation, is too long to be compared.
 
     Args:
-        output: Of a problem whose answer is a formula.
+        output: The output for a problem whose answer is a formula.
     """
     from lm_eval.tasks.minerva_math import utils as minerva
 
@@ -68,16 +69,16 @@ def is_too_long(output: str) -> bool:
 
 
 def is_short(text: str | None) -> TypeGuard[str]:
-    """Whether there is an answer, and it is short enough to be compared.
+    """Whether there is an answer that is short enough to be compared.
 
     Args:
-        text: From an output.
+        text: The answer taken from an output, if any.
     """
     return text is not None and len(text) <= MOST_ANSWER_CHARACTERS
 
 
 def boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{}` or `\fbox{}`; None without one, or with one that cannot be read.
+    r"""The content of the last `\boxed{}` or `\fbox{}`; None if there is none or it cannot be parsed.
 
     Args:
         text: A solution.
@@ -95,12 +96,12 @@ def _verified(gold: str, output: str) -> bool:
 
 
 def marked_answers(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The answer after `####` of each output, as GSM8K's own solutions end, in the reference's spelling if it is right.
+    """The answer after `####` in each output, as in GSM8K's own solutions, in the reference's spelling if right.
 
-    It is strict, as lm-eval's `gsm8k` is, which its `gsm8k_cot` is not: that wants "The answer is".
+    The match is strict, as in lm-eval's `gsm8k`; its `gsm8k_cot` expects "The answer is" instead.
 
     Args:
-        outputs: Of each problem, of which the first counts.
+        outputs: Outputs of each problem; the first one counts.
         problems: With their `answer`.
     """
     return [
@@ -117,11 +118,11 @@ def _marked_answer(output: str, gold: str) -> str:
 
 
 def passage_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
-    """F1 over words and exact match, the best over the right answers.
+    """Word-level F1 and exact match, the best over the reference answers.
 
     Args:
         problem: With `answers` and `language`.
-        outputs: The one answer.
+        outputs: The single answer.
 
     Source: GMT, section 4.1 (TyDiQA, F1); lm-eval's `tydiqa`, normalisation by language.
     """
@@ -133,14 +134,14 @@ def passage_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[s
 
 
 def instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-    """Whether each instruction was kept, strict and loose: of the prompt a number, of its instructions a list.
+    """Whether each instruction was followed, strict and loose: a number per prompt, a list per instruction.
 
     Args:
         problem: With `key`, `prompt`, `instruction_id_list` and `kwargs`.
-        outputs: The one answer.
+        outputs: The single answer.
 
-    Source: MFT, section 3.1 (IFEval); lm-eval's checker. Where an instruction lacks a detail or has one it cannot use
-    (two of the 541 problems count a letter that is none), it draws one at random; here always the same.
+    Source: MFT, section 3.1 (IFEval); lm-eval's checker. If an instruction lacks an argument or has an unusable one
+    (two of the 541 problems count a letter that is not one), the checker draws one at random; here with a fixed seed.
     """
     from lm_eval.tasks.ifeval import utils as ifeval
 
@@ -155,19 +156,19 @@ def instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> di
 
 
 def has_long_line(output: str) -> bool:
-    """Whether a line is longer than lm-eval's checkers of instructions can look through: time grows with its square.
+    """Whether a line is too long for lm-eval's instruction checkers, whose time grows quadratically.
 
     Args:
-        output: Of a problem of IFEval, which then keeps no instruction.
+        output: An IFEval output; with such a line, it counts as following no instruction.
     """
     return any(len(line) > MOST_LINE_CHARACTERS for line in output.split("\n"))
 
 
 def length_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, float]:
-    """The length of an answer in characters: what can be said of AlpacaEval without its judge.
+    """The length of an answer in characters, the only AlpacaEval metric available without its judge.
 
     Args:
-        problem: Not looked at.
-        outputs: The one answer.
+        problem: Ignored.
+        outputs: The single answer.
     """
     return {"characters": float(len(outputs[0]))}

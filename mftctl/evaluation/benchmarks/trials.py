@@ -1,4 +1,4 @@
-"""Runs answers on their tests, each with the time and memory that its problem's own solution needs."""
+"""Runs answers on their tests, with time and memory limits derived from the reference solutions."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mftctl.evaluation.sandbox.kinds import Sandbox
 from mftctl.evaluation.sandbox.program import Limits, Program, Verdict
 
 _MULTIPLE = 4
-"""An answer may take so many times what the reference solution takes."""
+"""An answer may take this many times the time of the reference solution."""
 
 _MOST = Limits(cpu_seconds=300, wall_seconds=1800.0, memory_bytes=2**32)
-"""For a reference solution itself."""
+"""Limits for a reference solution itself."""
 
 _CLOCK = """
 
@@ -33,13 +33,13 @@ _USED = re.compile(r"SystemExit: used (\d+\.\d+) (\d+\.\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """An answer to be tried.
+    """An answer to test.
 
     Attributes:
-        code: The program that the answer stands for.
+        code: The program extracted from the answer.
         test: Source of the problem's test.
         entry_point: The function under test.
-        reference: A program known to pass, from which its limits follow; empty where the problem has none.
+        reference: A program known to pass, which determines the limits; empty if the problem has none.
     """
 
     code: str
@@ -49,7 +49,7 @@ class Trial:
 
     @property
     def program(self) -> Program:
-        """The answer, as the sandbox takes it."""
+        """The answer as a sandbox program."""
         return Program(self.code, self.test, self.entry_point)
 
 
@@ -63,16 +63,16 @@ def run_trials(
     limits: Limits = Limits(),  # noqa: B008 - frozen
     on_progress: OnProgress | None = None,
 ) -> list[Verdict]:
-    """A verdict on each answer.
+    """Runs all answers and returns a verdict on each.
 
-    All run within `limits` first. Those that ran out of time or memory are run again if the problem's reference
-    solution, run at the same time on the same machine, shows that it takes more, or that the machine is slow.
+    All answers run within `limits` first. Those that run out of time or memory are rerun if the problem's reference
+    solution, run at the same time on the same machine, shows that it needs more or that the machine is slow.
 
     Args:
-        sandbox: Where they run.
+        sandbox: The sandbox.
         trials: The answers.
-        limits: The least that each may use.
-        on_progress: Told how many of how many have run.
+        limits: The minimum limits of each answer.
+        on_progress: Called with the number of answers done and the total.
 
     Raises:
         SandboxError: A process could not be started.
@@ -99,7 +99,7 @@ def _ran_short(verdict: Verdict) -> bool:
 
 
 def _lacked_memory(verdict: Verdict) -> bool:
-    # In the process that runs the answer it is an exception like any.
+    # In the process that runs the answer, it is an ordinary exception.
     return verdict.outcome == "out of memory" or "MemoryError" in verdict.detail
 
 
@@ -115,10 +115,10 @@ def _problem(trial: Trial) -> Program:
 
 
 def _wider_limits(sandbox: Sandbox, trials: Sequence[Trial], limits: Limits) -> dict[Program, Limits]:
-    """The limits of each problem, from one run of its reference solution; none where that fails too."""
+    """The limits of each problem, from one run of its reference solution; omitted if that fails too."""
     waiting = list(dict.fromkeys(_problem(trial) for trial in trials))
     found: dict[Program, Limits] = {}
-    # What a process used of memory cannot be told from what mftctl uses: whether it is enough is tried.
+    # A program's memory use cannot be separated from mftctl's own, so the limits are tried in turn.
     for memory in (limits.memory_bytes, max(limits.memory_bytes, _MOST.memory_bytes)):
         if not waiting:
             break
@@ -137,7 +137,7 @@ def _wider_limits(sandbox: Sandbox, trials: Sequence[Trial], limits: Limits) -> 
 
 
 def _limits_for(cpu_seconds: float, wall_seconds: float, limits: Limits) -> Limits:
-    """The limits raised to a multiple of what was used, in steps of two, so that problems have the same."""
+    """The limits raised to a multiple of the measured use, by powers of two, so that many problems share them."""
     cpu = limits.cpu_seconds * _steps(_MULTIPLE * cpu_seconds / limits.cpu_seconds)
     patience = limits.wall_seconds / limits.cpu_seconds
     wall = max(cpu * patience, limits.wall_seconds * _steps(_MULTIPLE * wall_seconds / limits.wall_seconds))

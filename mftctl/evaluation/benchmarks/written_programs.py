@@ -1,4 +1,4 @@
-"""The program that an answer stands for: a function's rest, a whole function, in a fence, with words around it.
+"""Extracts the program from an answer: a function body, a whole function, fenced code, code surrounded by prose.
 
 Several readings of an answer are tried in turn; the first that compiles and gives the function a body counts.
 """
@@ -19,16 +19,16 @@ _THOUGHTS_END = "</think>"
 _FENCE = re.compile(r"^(?P<before>[^`~\n]*?)(?P<fence>`{3,}|~{3,})[^`~\n]*$")
 _MOST_READINGS = 600
 _MOST_BLOCKS = 40
-"""Each is compiled; an answer that makes sense has far fewer."""
+"""Each block is compiled; a sensible answer has far fewer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """What an answer is to define.
+    """The function that an answer should define.
 
     Attributes:
-        name: Of the function; empty where any definition will do.
-        prompt: The function's start, with what stands before it, where it was given; empty otherwise.
+        name: Name of the function; empty if any definition will do.
+        prompt: The start of the function and the code before it, if given; empty otherwise.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Function:
 
     @property
     def before(self) -> str:
-        """Imports and other functions of the prompt, in front of the function itself."""
+        """Imports and other functions of the prompt, before the function itself."""
         start = _definition(self.name).search(self.prompt)
         return "" if start is None else self.prompt[: start.start()]
 
@@ -48,15 +48,15 @@ class _Reading:
 
 
 def written_program(output: str, function: Function, ends: Sequence[str] = ()) -> str:
-    """The program that an output stands for, without its thoughts, the words around it and tests of its own.
+    """Extracts the program from an output, without thinking, surrounding prose and the model's own tests.
 
     Args:
-        output: What the model wrote.
-        function: What it was asked for.
-        ends: What ends the rest of a function; whole functions need none.
+        output: The model's output.
+        function: The requested function.
+        ends: Strings that end a function body; whole functions need none.
 
     Returns:
-        A program that compiles, if there is such a reading; otherwise the output behind the prompt.
+        A program that compiles, if there is such a reading; otherwise the prompt followed by the output.
     """
     text = output.replace("\r\n", "\n").replace("\r", "\n").rpartition(_THOUGHTS_END)[2]
     stub: str | None = None
@@ -90,7 +90,7 @@ def _readings(text: str, function: Function, ends: Sequence[str]) -> Iterator[_R
 
 
 def _fenced(text: str) -> tuple[list[str], str]:
-    """The contents of the fenced blocks, the last perhaps without its end, and what stands before the first."""
+    """The contents of the fenced blocks, of which the last may be unclosed, and the text before the first."""
     blocks: list[str] = []
     head: list[str] = []
     block: list[str] | None = None
@@ -108,14 +108,14 @@ def _fenced(text: str) -> tuple[list[str], str]:
             blocks.append("\n".join([*block, last] if last.strip() else block))
             block = None
         else:
-            # A fence in a list is indented with its content.
+            # A fence within a list is indented together with its content.
             block.append(line[indent:] if not line[:indent].strip() else line)
     blocks = blocks if block is None else [*blocks, "\n".join(block)]
     return blocks[:_MOST_BLOCKS], "\n".join(head)
 
 
 def _with_helpers(blocks: Sequence[str], place: int, name: str) -> str:
-    """A block with those others that hold definitions alone: an answer may come in pieces."""
+    """A block with the other blocks that contain only definitions: an answer may come in several pieces."""
     seen = _bound(_parsed(blocks[place]))
     before: list[str] = []
     after: list[str] = []
@@ -135,14 +135,14 @@ def _only_defines(tree: ast.Module) -> bool:
 
 
 def _whole_programs(text: str, function: Function) -> Iterator[_Reading | None]:
-    """The text, or the longest part of it that is a program, as far as it defines the function."""
+    """Readings of the text, or of the longest part of it that is a program, that define the function."""
     for code in _programs_in(text, function.name):
         for source in dict.fromkeys((function.before + code, code)):
             yield _reading(source, function.name)
 
 
 def _programs_in(text: str, name: str) -> Iterator[str]:
-    """Parts of a text that are programs and define the function, those that begin first and end last in front."""
+    """Parts of a text that are programs and define the function, earliest start and latest end first."""
     if not text.strip():
         return
     tree = _parsed(text)
@@ -168,7 +168,7 @@ def _programs_in(text: str, name: str) -> Iterator[str]:
 
 
 def _indented_program(lines: Sequence[str], name: str) -> Iterator[str]:
-    """Code that Markdown marks by its indentation."""
+    """Code blocks that Markdown marks by indentation."""
     found = next((n for n, line in enumerate(lines) if _definition(name).match(line.lstrip())), None)
     if found is None:
         return
@@ -185,7 +185,7 @@ def _indented_program(lines: Sequence[str], name: str) -> Iterator[str]:
 
 
 def _completions(text: str, function: Function, ends: Sequence[str]) -> Iterator[_Reading | None]:
-    """The prompt with the text up to what ends it, or with the longest part of the text that goes with it."""
+    """The prompt with the text up to its end, or with the longest part of the text that compiles with it."""
     yield _completed(_up_to(text, ends), function)
     yield _completed(text, function)
     lines = text.split("\n")
@@ -195,7 +195,7 @@ def _completions(text: str, function: Function, ends: Sequence[str]) -> Iterator
 
 
 def _up_to(text: str, ends: Sequence[str]) -> str:
-    """The text up to the first end, which a comment at the margin is not where the function goes on after it."""
+    """The text up to the first end; an unindented comment is not an end if the function continues after it."""
     start = 0
     while True:
         place = start + len(cut_at(text[start:], ends))
@@ -214,7 +214,7 @@ def _completed(text: str, function: Function) -> _Reading | None:
 
 
 def _reading(source: str, name: str) -> _Reading | None:
-    """The source, without its tests of itself, if it compiles."""
+    """The source without its own tests, if it compiles."""
     tree = _parsed(source)
     if tree is None or not _compiles(tree):
         return None
@@ -222,7 +222,7 @@ def _reading(source: str, name: str) -> _Reading | None:
 
 
 def _parsed(source: str) -> ast.Module | None:
-    # Foreign code may be nested deeper than the compiler can go; what it warns of is the code's own matter.
+    # Generated code may be nested too deeply for the compiler; its warnings are of no interest here.
     try:
         with warnings.catch_warnings(action="ignore"):
             return ast.parse(source)
@@ -240,7 +240,7 @@ def _compiles(tree: ast.Module) -> bool:
 
 
 def _definition(name: str) -> re.Pattern[str]:
-    """A line that begins the function, or any function or class."""
+    """Matches a line that starts the function, or any function or class if there is no name."""
     if not name:
         return re.compile(r"^(?:async\s+)?(?:def|class)\s+\w", re.MULTILINE)
     return re.compile(rf"^(?:(?:async\s+)?(?:def|class)\s+{re.escape(name)}\b|{re.escape(name)}\s*=)", re.MULTILINE)
@@ -251,7 +251,7 @@ def _defines(tree: ast.Module, name: str) -> bool:
 
 
 def _bound(tree: ast.AST | None) -> set[str]:
-    """The names that a program defines, not those that are local to its functions and classes."""
+    """The names that a program defines, excluding those local to its functions and classes."""
     names: set[str] = set()
     for node in () if tree is None else ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -266,7 +266,7 @@ def _bound(tree: ast.AST | None) -> set[str]:
 
 
 def _is_stub(tree: ast.Module, name: str) -> bool:
-    """Whether the function is announced only: a docstring, `...`, `pass` or `raise NotImplementedError`."""
+    """Whether the function is only a stub: a docstring, `...`, `pass` or `raise NotImplementedError`."""
     found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     body = next((node.body for node in reversed(found) if node.name == name), None)
     return body is not None and all(_says_nothing(statement) for statement in body)
@@ -281,7 +281,7 @@ def _says_nothing(statement: ast.stmt) -> bool:
 
 
 def _without_own_tests(source: str, tree: ast.Module) -> str:
-    """The source without what shows or tries the function, and without words that happen to be Python."""
+    """The source without statements that demonstrate or test the function, and without prose that parses as Python."""
     dropped: set[int] = set()
     kept: set[int] = set()
     for statement in tree.body:
@@ -300,4 +300,4 @@ def _shows_or_tries(statement: ast.stmt) -> bool:
     value = statement.value
     if isinstance(value, ast.Call):
         return isinstance(value.func, ast.Name) and value.func.id == "print"
-    return not isinstance(value, ast.Constant | ast.ListComp | ast.SetComp | ast.DictComp)  # which are run for effect
+    return not isinstance(value, ast.Constant | ast.ListComp | ast.SetComp | ast.DictComp)  # for effect

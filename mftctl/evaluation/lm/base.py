@@ -1,4 +1,4 @@
-"""What all models that answer have in common: contexts are checked first, and outputs are kept as they come."""
+"""Common base of the model classes: checks context lengths first and stores outputs as they are generated."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """Requests of like settings.
+    """Requests with the same settings.
 
     Attributes:
-        prompts: Token ids of each.
+        prompts: Token ids of each prompt.
         setting: `max_new_tokens`, `until` and `temperature`.
-        seeds: Of each sample.
+        seeds: Seed of each sample.
     """
 
     prompts: Sequence[list[int]]
@@ -41,17 +41,17 @@ _HONOURED = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 
 class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
-    """Stands before a model class of lm-eval, which tokenizes, compares likelihoods and knows the context.
+    """Mixin for an lm-eval model class, which tokenises, computes likelihoods and provides the context length.
 
-    A prompt that is too long is an error instead of cut at its beginning.
+    A prompt that is too long is an error; it is not truncated from the left.
 
     Attributes:
-        generated_tokens: Written since `keep_outputs`, without padding.
-        tokenizer: The model's.
+        generated_tokens: Tokens generated since `keep_outputs`, without padding.
+        tokenizer: The model's tokenizer.
     """
 
     generated_tokens: int
-    _context_hint = "choose a task with fewer examples in its prompt, or a model with a longer context"
+    _context_hint = "choose a task with fewer few-shot examples, or a model with a longer context"
     tokenizer: PreTrainedTokenizerBase
     _seed: int
     _cache: OutputCache
@@ -59,12 +59,12 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     _on_progress: OnProgress | None
 
     def keep_outputs(self, cache: OutputCache, *, max_new_tokens: int | None, on_progress: OnProgress | None) -> None:
-        """Keeps what is written from now on.
+        """Stores all further outputs in a cache.
 
         Args:
-            cache: Where; what it has is not written again.
-            max_new_tokens: Most tokens of an answer; the task's where None.
-            on_progress: Told the answers written and all of them.
+            cache: The cache; outputs it contains are not generated again.
+            max_new_tokens: Maximum tokens per answer; None for the task's limit.
+            on_progress: Called with the number of answers done and the total.
         """
         self.generated_tokens = 0
         self._cache = cache
@@ -72,7 +72,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         self._on_progress = on_progress
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The generated texts up to the first stop string, in the order of the requests.
+        """Generates texts up to the first stop string, in the order of the requests.
 
         Several processes share out the requests; what is drawn for each stays the same.
 
@@ -100,7 +100,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         return [self._cache[key] for key in keys]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding would write it.
+        """The log-likelihood of each continuation, and whether greedy decoding would generate it.
 
         Raises:
             EvaluationError: A prompt and its continuation do not fit the model's context.
@@ -114,7 +114,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], *arguments: Any, **options: Any
     ) -> list[tuple[float, bool]]:
-        """What lm-eval asks of the model for every likelihood; several processes share out its batches."""
+        """lm-eval's hook for all likelihoods; in multi-process runs, the processes share its batches."""
         if not divides_work():
             alone: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
             return alone
@@ -126,19 +126,19 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
 
     @abstractmethod
     def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
-        """The texts up to the first stop string, batch by batch: each with the places of its prompts in `asked`."""
+        """Texts up to the first stop string, batch by batch, each with the indices of its prompts in `asked`."""
 
     def _settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Room, stop strings and temperature of a request.
+        """Maximum tokens, stop strings and temperature of a request.
 
         Raises:
-            EvaluationError: The task samples in a way that is not known here.
+            EvaluationError: The task uses unsupported sampling settings.
         """
         known = normalize_gen_kwargs(dict(options), self.max_gen_toks)
         others = sorted(set(known) - _HONOURED)
         if known.get("do_sample") and others:
             raise EvaluationError(
-                "The task samples its answers with settings that are not known here.",
+                "The task uses unsupported sampling settings.",
                 key="tasks",
                 expected=", ".join(sorted(_HONOURED)),
                 actual=", ".join(others),
@@ -152,7 +152,7 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         }
 
     def _fill_context(self, prompt_tokens: Sequence[int], settings: Sequence[dict[str, Any]]) -> None:
-        """Gives answers that may take what the context leaves the room behind the longest prompt, at most."""
+        """Limits answers that may fill the context to what the longest prompt leaves of it."""
         filling = [place for place, setting in enumerate(settings) if setting.pop("fills_context", False)]
         room = self.max_length - max((prompt_tokens[place] for place in filling), default=0)
         for place in filling:
@@ -162,16 +162,16 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         if prompt_tokens + answer_tokens > self.max_length:
             shorter = "; or lower --max-new-tokens" if prompt_tokens < self.max_length else ""
             raise EvaluationError(
-                "A prompt and its answer are longer than the model's context.",
+                "A prompt and its answer exceed the model's context.",
                 key=f"problem {request.doc_id}",
                 expected=f"at most {self.max_length} tokens",
-                actual=f"{prompt_tokens} tokens of prompt and up to {answer_tokens} of answer",
+                actual=f"prompt tokens: {prompt_tokens}, new tokens: up to {answer_tokens}",
                 hint=f"{self._context_hint}{shorter}",
             )
 
 
 def alike(waiting: Sequence[int], settings: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """The requests by their settings, in the order they came."""
+    """The requests grouped by settings, in their original order."""
     groups: dict[str, list[int]] = {}
     for index in waiting:
         groups.setdefault(repr(settings[index]), []).append(index)
@@ -179,13 +179,13 @@ def alike(waiting: Sequence[int], settings: Sequence[dict[str, Any]]) -> list[li
 
 
 def likelihood_batches(texts: Sequence[tuple[list[int], list[int]]], batch_size: int) -> list[list[int]]:
-    """The texts, by their number, in the batches that lm-eval makes of them: so they can be shared out, and stay these.
+    """The text indices in lm-eval's own batches, so that processes can share the batches without changing them.
 
-    It computes once what differs in the last token alone, and takes the longest first.
+    lm-eval computes texts that differ only in the last token once, and takes the longest first.
 
     Args:
         texts: Tokens of each prompt and its continuation.
-        batch_size: Different texts of a batch.
+        batch_size: Distinct texts per batch.
     """
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, continuation) in enumerate(texts):

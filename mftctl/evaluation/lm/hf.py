@@ -1,4 +1,4 @@
-"""Where the outputs that lm-eval scores come from: a model, or a file of outputs written before."""
+"""Sources of the outputs that lm-eval scores: a model, or a file of existing predictions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIKELIHOOD_BATCH = 8
 
 
 class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not typed
-    """lm-eval's model class with our generation: batches by length, stop strings, outputs that survive a crash."""
+    """lm-eval's model class with our generation: batches by length, stop strings, crash-safe outputs."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         has_turns: bool = False,
         add_bos_token: bool | None = None,
     ) -> None:
-        # A copy, because lm-eval gives a tokenizer without padding token one.
+        # A copy, because lm-eval adds a padding token to a tokenizer without one.
         super().__init__(
             pretrained=model,
             tokenizer=copy.deepcopy(tokenizer),
@@ -57,13 +57,13 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
         self._chosen_batch_size = batch_size
         self._seed = seed
         self._room = answer_room(model, on_shortage)
-        # What ends a turn in plain text may stand in any other answer.
+        # Plain text that ends a turn may occur within any other answer.
         stops = answer_stops(model, tokenizer)
         self._stops = stops if has_turns else replace(stops, texts=())
         self.keep_outputs(cache, max_new_tokens=max_new_tokens, on_progress=on_progress)
 
     def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:
-        """The longest prompts first."""
+        """Generates the answers batch by batch, longest prompts first."""
         lengths = [len(prompt) for prompt in asked.prompts]
         if self._chosen_batch_size is None:
             yield from self._room.answered(
@@ -97,7 +97,7 @@ class ModelAnswers(KeptAnswers, HFLM):  # type: ignore[misc]  # lm-eval is not t
 
 
 class WrittenAnswers(LM):  # type: ignore[misc]  # lm-eval is not typed
-    """Outputs that were written before, in the place of a model."""
+    """Existing predictions in place of a model."""
 
     def __init__(self, outputs: Sequence[Sequence[str]]) -> None:
         super().__init__()
@@ -115,25 +115,25 @@ class WrittenAnswers(LM):  # type: ignore[misc]  # lm-eval is not typed
         return texts
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Never: probabilities are no outputs.
+        """Not supported: predictions carry no probabilities.
 
         Raises:
             EvaluationError: Always.
         """
         raise EvaluationError(
-            "This task compares probabilities, which only a model has.",
+            "This task compares probabilities, so it cannot score predictions.",
             key="predictions",
-            expected="a task whose answers are written",
+            expected="a task with generated answers",
         )
 
     loglikelihood_rolling = loglikelihood
 
 
 def _numbered_generators(device: torch.device) -> list[torch.device]:
-    """The device itself if it is one of several, each with a generator; that of the CPU is kept in any case."""
+    """The device if it has a random generator per device; the CPU's generator is preserved in any case."""
     return [device] if device.type in ("cuda", "xpu") else []
 
 
 def _written(token_ids: list[int], pad: int) -> int:
-    """The number of tokens without the padding of a row that ended before others of its batch."""
+    """Number of tokens, without the padding of a row that ended before others in its batch."""
     return next((place + 1 for place in reversed(range(len(token_ids))) if token_ids[place] != pad), 0)

@@ -1,4 +1,4 @@
-"""Outputs kept as soon as they are generated, so that an interrupted evaluation goes on where it was."""
+"""Stores outputs as they are generated, so that an interrupted evaluation can be resumed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mftctl.files.regular import read_regular
 
 
 class OutputCache:
-    """Outputs by what they are of: the prompt, the settings, and which of several samples.
+    """Outputs keyed by prompt, settings and sample number.
 
     Args:
-        path: A file of JSON lines that grows with each batch; None keeps nothing beyond the process.
-        written_by: What tells the model from others, so that outputs of another are not taken for its own.
+        path: A JSON lines file that grows with each batch; None keeps the outputs in memory only.
+        written_by: Identifies the model, so that another model's outputs are not used.
     """
 
     def __init__(self, path: Path | None = None, written_by: str = "") -> None:
@@ -29,10 +29,10 @@ class OutputCache:
             self._outputs = dict(_complete_lines(path))
 
     def keys(self, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
-        """The key of each request: equal requests are numbered, as each is a sample of its own.
+        """The key of each request; equal requests are numbered, because each is a separate sample.
 
         Args:
-            requests: Prompt and settings of each.
+            requests: Prompt and settings of each request.
         """
         seen: Counter[str] = Counter()
         keys = []
@@ -43,22 +43,22 @@ class OutputCache:
         return keys
 
     def add(self, outputs: Mapping[str, str]) -> None:
-        """Keeps a batch of outputs.
+        """Stores a batch of outputs.
 
         Args:
-            outputs: Each under its key.
+            outputs: Outputs by key.
         """
         self.take(outputs)
         if self._path is not None:
-            # In one piece, since other processes write to the same file.
+            # In a single write, because other processes write to the same file.
             with self._path.open("ab", buffering=0) as file:
                 file.write("".join(f"{json.dumps(pair)}\n" for pair in outputs.items()).encode())
 
     def take(self, outputs: Mapping[str, str]) -> None:
-        """Takes over outputs that another process keeps.
+        """Adds outputs that another process has stored.
 
         Args:
-            outputs: Each under its key.
+            outputs: Outputs by key.
         """
         self._outputs.update(outputs)
 
@@ -70,7 +70,7 @@ class OutputCache:
 
 
 def _complete_lines(path: Path) -> list[tuple[str, str]]:
-    """All pairs; what a kill left of a last line is cut off.
+    """All pairs in the file; an incomplete last line, left by a killed process, is removed.
 
     Raises:
         EvaluationError: Another line is damaged.
@@ -85,7 +85,7 @@ def _complete_lines(path: Path) -> list[tuple[str, str]]:
         raise EvaluationError(
             "The outputs of an interrupted evaluation are damaged.",
             path=path,
-            expected="one pair of key and output a line",
+            expected="one pair of key and output per line",
             actual=str(error),
-            hint="start the evaluation anew, without --resume",
+            hint="restart the evaluation without --resume",
         ) from error

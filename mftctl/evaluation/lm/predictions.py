@@ -1,4 +1,4 @@
-"""Outputs that were written before, by mftctl or anything else, to be scored without a model."""
+"""Reads existing predictions, from mftctl or another tool, to score them without a model."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from mftctl.errors import EvaluationError
 from mftctl.evaluation.benchmarks.problems import read_problem_records
 
 _NAMES = ("task_id", "key", "id")
-"""What a problem may call itself, as in the samples of an evaluation."""
+"""Fields that may identify a problem, as in the samples of an evaluation."""
 _OUTPUTS = ("output", "completion", "response", "solution")
 
 
 def read_predictions(path: Path, problems: Sequence[Mapping[str, Any]], *, limit: int | None) -> list[list[str]]:
-    """The outputs of each problem, in the order of the problems; as many for one as for the other.
+    """The outputs of each problem, in the order of the problems; the same number for each.
 
-    A record names its problem by `task_id`, `key` or `id` (its own, or else its position from 0), and has its text in
-    `output`, `completion`, `response` or `solution`, or several in `outputs`. Records of one problem are its samples.
+    A record identifies its problem by `task_id`, `key` or `id` (the problem's own, or else its position from 0). Its
+    text is in `output`, `completion`, `response` or `solution`, or several texts are in `outputs`. Records of the same
+    problem are its samples.
 
     Args:
-        path: JSON lines: the samples of an evaluation, or a file of another tool.
-        problems: What was asked.
-        limit: Only the first problems; None for all.
+        path: JSON lines: the samples of an evaluation, or a file from another tool.
+        problems: The benchmark's problems.
+        limit: Number of problems, from the first; None for all.
 
     Raises:
-        EvaluationError: A record has no name or no output, or names a problem that there is not, or problems are
-            missing or have more outputs than others.
+        EvaluationError: A record has no identifier or no output, or identifies an unknown problem, or problems are
+            missing or differ in their number of outputs.
     """
     asked = problems[:limit]
     places = {name: place for place, problem in enumerate(asked) for name in _names(problem, place)}
@@ -36,7 +37,7 @@ def read_predictions(path: Path, problems: Sequence[Mapping[str, Any]], *, limit
         name = next((str(record[field]) for field in _NAMES if field in record), None)
         if name not in places:
             raise EvaluationError(
-                "A prediction names no problem of the benchmark.",
+                "A prediction does not match any problem of the benchmark.",
                 path=where,
                 key=" or ".join(_NAMES),
                 expected=f"one of {len(asked)} problems, such as {next(iter(places), '0')}",
@@ -48,10 +49,10 @@ def read_predictions(path: Path, problems: Sequence[Mapping[str, Any]], *, limit
 
 
 def problem_name(problem: Mapping[str, Any], place: int) -> str:
-    """What a problem is called: by itself, or its position.
+    """The name of a problem: its own, or else its position.
 
     Args:
-        problem: Of a benchmark.
+        problem: A benchmark problem.
         place: Its position, from 0.
     """
     return _names(problem, place)[0]
@@ -79,10 +80,10 @@ def _check_numbers(outputs: Sequence[Sequence[str]], asked: Sequence[Mapping[str
     for place, written in enumerate(outputs):
         if len(written) != len(outputs[0]) or not written:
             raise EvaluationError(
-                "The predictions miss or repeat problems.",
+                "The number of predictions differs between problems.",
                 path=path,
                 key=f"problem {problem_name(asked[place], place)}",
-                expected=f"{max(len(outputs[0]), 1)} for each problem",
+                expected=f"{max(len(outputs[0]), 1)} per problem",
                 actual=len(written),
-                hint="the same --limit as when they were written" if not written else None,
+                hint="use the --limit that the predictions were generated with" if not written else None,
             )

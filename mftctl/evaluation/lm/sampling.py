@@ -1,4 +1,4 @@
-"""Samples that depend on their prompt and the seed, and not on what is answered beside them."""
+"""Seeded sampling that depends only on the prompt and the seed, not on the batch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SEED_BYTES = 6
-"""As every generator of random numbers takes."""
+"""Small enough for every random number generator."""
 
 
 def sample_seeds(seed: int, requests: Sequence[tuple[str, Mapping[str, Any]]]) -> list[int]:
-    """The seed of each request: equal requests are numbered, as each is a sample of its own.
+    """The seed of each request; equal requests are numbered, because each is a separate sample.
 
     Args:
-        seed: Of the evaluation.
-        requests: Prompt and settings of each.
+        seed: Seed of the evaluation.
+        requests: Prompt and settings of each request.
     """
     seen: Counter[str] = Counter()
     seeds = []
@@ -36,16 +36,16 @@ def sample_seeds(seed: int, requests: Sequence[tuple[str, Mapping[str, Any]]]) -
 
 
 class SeededSampling(LogitsProcessor):
-    """Draws the next token of each row by one random number of the row's own, and leaves that token alone.
+    """Samples the next token of each row with the row's own random numbers and masks out all other tokens.
 
-    Greedy decoding then writes a sample. The number for each place is known from the start, so that neither the other
-    rows of a batch nor their number changes what a row gets.
+    Greedy decoding then yields a sample. The random number for each position is fixed from the start, so the result of
+    a row depends neither on the other rows of the batch nor on their number.
 
     Args:
-        seeds: One a row.
-        temperature: Logits are divided by it.
+        seeds: One per row.
+        temperature: Divides the logits.
         width_tokens: Length of the padded prompts.
-        new_tokens: The most tokens of an answer.
+        new_tokens: Maximum tokens per answer.
     """
 
     def __init__(self, seeds: Sequence[int], *, temperature: float, width_tokens: int, new_tokens: int) -> None:
@@ -56,7 +56,7 @@ class SeededSampling(LogitsProcessor):
         )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores that leave one token of each row, `(rows, vocabulary)`."""
+        """Scores that keep one token per row, `(rows, vocabulary)`."""
         place = min(input_ids.shape[1] - self._width, self._drawn.shape[1] - 1)
         summed = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
         drawn = self._drawn[:, place, None].to(summed.device) * summed[:, -1:]

@@ -1,4 +1,4 @@
-"""Where an answer ends: a generation stops at a stop string, and the text is cut in front of it."""
+"""Stop strings: generation stops at one, and the text is cut before it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class StopStrings(StoppingCriteria):
-    """Says of each row whether a stop string has come up; looks only at the rows and tokens where one can be new."""
+    """Stops each row at its first stop string; checks only the rows and tokens where one can be new."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, strings: Sequence[str], width_tokens: int) -> None:
         self._tokenizer = tokenizer
         self._strings = tuple(strings)
         self._width = width_tokens
         self._done: Tensor | None = None
-        # A token is at least a byte or joins with the one before, so that this many hold any stop string and what a
-        # token may have in front of it.
+        # A token is at least one byte or merges with the one before, so this many tokens contain any stop string and
+        # whatever a token may have before it.
         self._look_back = max((len(string.encode()) for string in strings), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Of each row, whether it is done, `(rows,)` bool."""
+        """Whether each row is done, `(rows,)` bool."""
         if self._done is None:
             self._done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         rows = (~self._done).nonzero().flatten().tolist()
@@ -39,10 +39,10 @@ class StopStrings(StoppingCriteria):
 
 
 def cut_at(text: str, strings: Sequence[str]) -> str:
-    """The text up to the first of the strings.
+    """The text up to the first stop string.
 
     Args:
-        text: What was generated.
-        strings: Stop strings; empty ones are left out.
+        text: The generated text.
+        strings: Stop strings; empty ones are ignored.
     """
     return text[: min((text.find(string) for string in strings if string and string in text), default=len(text))]

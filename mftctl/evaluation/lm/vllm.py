@@ -1,4 +1,4 @@
-"""Answers of a model that vLLM runs: many prompts at once, on a GPU, or on a CPU by a build of vLLM for it."""
+"""Answers generated with vLLM: many prompts at once, on a GPU, or on a CPU with vLLM's CPU build."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from mftctl.masking.checkpoints.load_weights import read_configuration
 from mftctl.masking.checkpoints.remote_code import trusts_code
 
 _BATCH = 256
-"""vLLM schedules requests by itself; outputs are kept after so many."""
+"""Requests between saves of the outputs; vLLM schedules requests itself."""
 
 _SPARE = 16
-"""Tokens: vLLM writes at least one, and its tokenizer may begin a prompt with another."""
+"""Tokens to spare: vLLM generates at least one, and its tokenizer may prepend another to a prompt."""
 
 
 class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not typed
-    """lm-eval's vLLM class with outputs that survive a crash.
+    """lm-eval's vLLM class with crash-safe outputs.
 
     Args:
-        checkpoint: Folder of the model; vLLM knows nothing of masks.
-        dtype: To compute in, by its name; `auto` is the checkpoint's.
-        seed: Of sampling.
-        options: GPUs, their memory, and the longest sequence.
-        needed_tokens: The longest sequence that will come; more would take memory for nothing.
+        checkpoint: Folder of the model; vLLM does not support masks.
+        dtype: Name of the compute dtype; `auto` is the checkpoint's.
+        seed: Seed for sampling.
+        options: GPUs, their memory, and the maximum sequence length.
+        needed_tokens: Longest sequence to expect; reserving more would waste memory.
 
     Raises:
         EvaluationError: vLLM does not start.
     """
 
-    _context_hint = "choose a task with fewer examples in its prompt, or raise --max-model-length"
+    _context_hint = "choose a task with fewer few-shot examples, or raise --max-model-length"
 
     def __init__(self, checkpoint: Path, *, dtype: str, seed: int, options: EvalOptions, needed_tokens: int) -> None:
         length = options.max_model_length_tokens or _length(checkpoint, needed_tokens)
@@ -62,7 +62,7 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
                 "vLLM does not start.",
                 path=checkpoint,
                 actual=str(error).strip(),
-                hint="--gpu-memory-share, --max-model-length or --tensor-parallel; VLLM_LOGGING_LEVEL=INFO tells more",
+                hint="--gpu-memory-share, --max-model-length or --tensor-parallel; VLLM_LOGGING_LEVEL=INFO shows more",
             ) from error
         self._seed = seed
 
@@ -93,7 +93,7 @@ class VllmAnswers(KeptAnswers, VLLM):  # type: ignore[misc]  # lm-eval is not ty
 
 
 def _length(checkpoint: Path, needed_tokens: int) -> int | None:
-    """The longest sequence that vLLM makes room for; None for the model's own, which it is never to pass."""
+    """The maximum sequence length for vLLM; None for the model's own, which must not be exceeded."""
     config = read_configuration(checkpoint).get_text_config(decoder=True)
     own = getattr(config, "max_position_embeddings", None)
     wanted = needed_tokens + _SPARE

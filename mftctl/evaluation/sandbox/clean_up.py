@@ -1,4 +1,4 @@
-"""What removes the working folders of programs when mftctl is killed while they run: a process of its own."""
+"""A separate process that removes the programs' working folders if mftctl is killed while they run."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from mftctl.files.temporary import remove_leftovers
 _DONE = b"done"
 _PASSES = 8
 _PAUSE_SECONDS = 0.25
-"""Between passes: the killed programs may still be writing in the first."""
+"""Pause between passes: during the first, the killed programs may still be writing."""
 
 
 @contextmanager
 def cleaned_up_after() -> Iterator[None]:
-    """For the time of the block a process stands by that removes what is left of it after a SIGKILL.
+    """Keeps a process on standby while the context is open, to remove leftovers after a SIGKILL.
 
-    It also removes what earlier commands left that were killed together with theirs.
+    It also removes leftovers of earlier commands that were killed together with their standby process.
     """
     folder = tempfile.gettempdir()
     with suppress(OSError):
         remove_leftovers(Path(folder))
-    # In a session of its own: a Ctrl-C in the terminal is not for it.
+    # In its own session, so that a Ctrl-C in the terminal does not reach it.
     with subprocess.Popen(
         [sys.executable, "-P", "-m", __name__, folder],
         stdin=subprocess.PIPE,
@@ -43,10 +43,10 @@ def cleaned_up_after() -> Iterator[None]:
 
 
 def main(folder: Path) -> None:
-    """Waits for the end of the process that started this one, and cleans up if it was killed.
+    """Waits for the parent process to end, and cleans up if it was killed.
 
     Args:
-        folder: Where working folders lie.
+        folder: The folder that contains the working folders.
     """
     if sys.stdin.buffer.read() == _DONE:
         return

@@ -1,4 +1,4 @@
-"""Which sandbox holds on this machine: found out by trying to break out of each."""
+"""Finds a sandbox that works on this machine, by trying to break out of each candidate."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _HINT = "install bubblewrap, or pass --unsafe-code to run model-written code wit
 
 
 def find_sandbox(*, unsafe: bool = False) -> Sandbox:
-    """The best sandbox that was seen to hold on this machine; found out once per process.
+    """The best sandbox that works on this machine; checked once per process.
 
     Args:
         unsafe: Whether code may run with the user's own rights, limited but not confined.
 
     Returns:
-        One of the kind `bubblewrap` or `landlock`; of the kind `none` only if `unsafe`.
+        A sandbox of kind `bubblewrap` or `landlock`; of kind `none` only if `unsafe`.
 
     Raises:
-        SandboxError: None holds and `unsafe` is false; it tells what was tried and why each failed. Or this is not
-            Linux, whose ways of watching a process even unconfined code needs.
+        SandboxError: No sandbox works and `unsafe` is false; the error states what was tried and why it failed. Or
+            this is not Linux, which is needed to supervise even unconfined code.
     """
     if sys.platform != "linux":
-        raise SandboxError("Model-written code is run on Linux only.", expected="linux", actual=sys.platform)
+        raise SandboxError("Model-written code can be run on Linux only.", expected="linux", actual=sys.platform)
     return Sandbox("none", find_installation()) if unsafe else _holding_sandbox()
 
 
@@ -46,7 +46,7 @@ def _holding_sandbox() -> Sandbox:
         leak = why_it_leaks(sandbox)
         if leak is None:
             return replace(sandbox, passed_over="; ".join(failures)) if failures else sandbox
-        failures.append(f"{sandbox.kind} does not hold here ({leak})")
+        failures.append(f"{sandbox.kind} does not work here ({leak})")
     raise SandboxError(
         "Model-written code cannot be confined on this machine.",
         expected="bubblewrap, or Landlock with seccomp (Linux on x86_64 or aarch64)",
@@ -70,5 +70,5 @@ def why_it_leaks(sandbox: Sandbox) -> str | None:
             return str(error.actual)
         leaks = [] if verdict.passed else [f"{verdict.outcome}: {verdict.detail}"]
         if target.read_text(encoding="utf-8") != "untouched" or len(list(Path(folder).iterdir())) != 2:
-            leaks.append("a file outside was written")
+            leaks.append("a file outside the sandbox was written")
     return "; ".join(leaks) or None

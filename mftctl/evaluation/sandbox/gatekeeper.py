@@ -1,4 +1,4 @@
-"""Answers the system calls that the kernel holds until mftctl has looked at them: what is made, and what paths name."""
+"""Answers system calls that the kernel suspends until mftctl has checked them: file creation and path look-ups."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _ANSWER = struct.Struct("=QqiI")
 _MOST_PATH_BYTES = 4096
 _CURRENT_FOLDER = -100
 _NOT_FOLLOWED = {"newfstatat": 3, "statx": 2, "faccessat2": 3}
-"""Where the flags stand that say so."""
+"""Position of the flags argument that may forbid following links."""
 _AT_SYMLINK_NOFOLLOW = 0x100
 _FOLLOWING = ("openat", "open", "stat", "newfstatat", "statx", "access", "faccessat", "faccessat2", "chdir")
 _NAMES = {number_of(name, platform.machine()): name for name in PATHS}
 
 
 def receive_listener(gate: socket.socket) -> int | None:
-    """Where the calls of the process behind a gate arrive; None if it ended before it said so.
+    """Receives the file descriptor on which a process's calls arrive; None if the process ended before sending it.
 
     Args:
-        gate: This end of the socket that the process was given.
+        gate: This end of the process's socket.
     """
     _, fds, _, _ = socket.recv_fds(gate, 1, 1)
     return fds[0] if fds else None
@@ -43,15 +43,15 @@ def receive_listener(gate: socket.socket) -> int | None:
 
 @dataclass(slots=True)
 class Gatekeeper:
-    """Answers the calls of one process, which runs a single thread and so cannot change what is looked at meanwhile.
+    """Answers the calls of one process, which is single-threaded and so cannot change a path while it is checked.
 
     Attributes:
-        listener: Where they arrive.
-        pid: Of the process.
-        memory: From `open_memory`; read only where paths are looked at.
-        most_made: How often it may make a file or folder.
-        visible: What of this machine it may name; None where a name space of its own leaves nothing else to name.
-        made: How often it has.
+        listener: File descriptor on which the calls arrive.
+        pid: Process id.
+        memory: From `open_memory`; read only if paths are checked.
+        most_made: Number of files and folders that the process may create.
+        visible: The paths that the process may use; None if its own mount namespace already hides all others.
+        made: Number of files and folders it has tried to create.
     """
 
     listener: int
@@ -63,11 +63,11 @@ class Gatekeeper:
 
     @property
     def too_much_made(self) -> bool:
-        """Whether it made, or asked to make, more files and folders than it may."""
+        """Whether it created, or tried to create, more files and folders than allowed."""
         return self.made > self.most_made
 
     def answer(self) -> bool:
-        """Answers the calls that wait; False when there will be none any more."""
+        """Answers all pending calls; False once no more can arrive."""
         poll = select.poll()
         poll.register(self.listener, select.POLLIN)
         while found := poll.poll(0):
@@ -76,7 +76,7 @@ class Gatekeeper:
             notice = bytearray(_NOTICE.size)
             try:
                 _control(self.listener, _RECEIVE, notice)
-            except FileNotFoundError:  # a signal took the process out of the call, or ended it
+            except FileNotFoundError:  # a signal interrupted the call or killed the process
                 continue
             number, _, _, call, _, _, *arguments = _NOTICE.unpack(notice)
             code = self._refusal(_NAMES.get(call, ""), arguments)
@@ -86,7 +86,7 @@ class Gatekeeper:
         return True
 
     def _refusal(self, name: str, arguments: list[int]) -> int:
-        """The error that a call gets; 0 if it may go on."""
+        """The error code for a call; 0 if it may continue."""
         if name in MAKING or (name in OPENING and arguments[OPENING[name]] & MAKING_FLAGS):
             self.made += 1
             if self.too_much_made:
@@ -108,19 +108,19 @@ class Gatekeeper:
         path, end, _ = content.partition(b"\0")
         if not end:
             return errno.ENAMETOOLONG
-        if not path:  # what an open file is asked for
+        if not path:  # the call refers to an open file
             return 0
         if not path.startswith(b"/"):
             fd = (start & 0xFFFFFFFF) - (1 << 32 if start & 1 << 31 else 0)
             where = "cwd" if fd == _CURRENT_FOLDER else f"fd/{fd}"
             try:
                 path = bytes(Path(f"/proc/{self.pid}/{where}").readlink()) + b"/" + path
-            except OSError:  # no such file, or a folder whose path is too long
+            except OSError:  # no such file, or the folder's path is too long
                 return errno.ENOENT
         return 0 if visible.shows(os.fsdecode(path), follows=follows) else errno.ENOENT
 
     def _text_at(self, address: int) -> bytes | None:
-        """What lies in the memory of the process; None where there is none."""
+        """The bytes at an address in the memory of the process; None if it is not mapped."""
         try:
             return os.pread(self.memory, _MOST_PATH_BYTES, address)
         except (OSError, OverflowError):
@@ -128,13 +128,13 @@ class Gatekeeper:
 
 
 def open_memory(pid: int) -> int:
-    """A file in which the memory of a process can be read; -1 if it has ended.
+    """Opens the memory of a process for reading; returns -1 if it has ended.
 
     Args:
-        pid: Of a process started from here.
+        pid: Id of a child process.
 
     Raises:
-        SandboxError: This machine lets nobody read it.
+        SandboxError: This machine does not permit it.
     """
     try:
         return os.open(f"/proc/{pid}/mem", os.O_RDONLY | os.O_CLOEXEC)
@@ -142,14 +142,14 @@ def open_memory(pid: int) -> int:
         return -1
     except OSError as error:
         raise SandboxError(
-            "Memory of a sandboxed process cannot be read, so that its paths cannot be looked at.",
+            "The memory of a sandboxed process cannot be read, so its file accesses cannot be checked.",
             actual=str(error),
             hint="install bubblewrap, or set kernel.yama.ptrace_scope to 1 or 0",
         ) from error
 
 
 def _follows(name: str, arguments: list[int]) -> bool:
-    """Whether a call looks at what a link leads to, not at the link."""
+    """Whether a call follows symbolic links."""
     if name in OPENING:
         return not arguments[OPENING[name]] & os.O_NOFOLLOW
     if name in _NOT_FOLLOWED:

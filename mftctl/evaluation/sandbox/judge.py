@@ -1,9 +1,4 @@
-"""Programs to verdicts: two processes each, watched from outside, many programs at once.
-
-Each program gets two processes: the candidate runs the model's code and only answers calls, the judge runs the test
-and reports to mftctl. The candidate sees neither the test nor the way to report, so that it can pass only by
-answering right.
-"""
+"""Judges programs in parallel, each in two supervised processes."""
 
 from __future__ import annotations
 
@@ -27,24 +22,24 @@ def judge_programs(
     workers: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Verdict]:
-    """Judges programs, many at once.
+    """Judges programs in parallel.
 
     Args:
-        sandbox: Where they run, from `find_sandbox`.
-        programs: What to judge.
-        limits: What each may use.
-        workers: How many at once; as many as this process has processors if not given.
-        on_progress: Told, in the calling thread, how many of how many are judged.
+        sandbox: The sandbox, from `find_sandbox`.
+        programs: The programs to judge.
+        limits: Limits of each program.
+        workers: Number of programs in parallel; by default, the number of CPUs available to this process.
+        on_progress: Called in the calling thread with the number of programs judged and the total.
 
     Returns:
-        A verdict for each program, in the order given.
+        A verdict for each program, in the given order.
 
     Raises:
         SandboxError: A process could not be started, or `workers` is below 1.
     """
     count = len(os.sched_getaffinity(0)) if workers is None else workers
     if count < 1:
-        raise SandboxError("At least one program must run at a time.", key="workers", actual=workers)
+        raise SandboxError("The number of workers must be at least 1.", key="workers", actual=workers)
     stopped = threading.Event()
     with cleaned_up_after(), ThreadPoolExecutor(count, thread_name_prefix="sandbox") as pool:
         futures = [pool.submit(judge_program, sandbox, program, limits, stopped) for program in programs]
@@ -53,7 +48,7 @@ def judge_programs(
                 future.result()
                 if on_progress is not None:
                     on_progress(done, len(programs))
-        # Whatever ends the caller, an interruption included, is to end the running programs first.
+        # Any exception, including an interruption, must stop the running programs first.
         except BaseException:
             stopped.set()
             pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""The kinds of sandbox, and how each starts a process."""
+"""The kinds of sandbox and the command that starts a process in each."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from mftctl.evaluation.sandbox.python_files import Installation
 Kind = Literal["bubblewrap", "landlock", "none"]
 BOOTSTRAP = Path(__file__).with_name("child").resolve() / "bootstrap.py"
 _HIDING_BYTES = "4096"
-_INNER_FOLDER = "/mftctl-sandbox"  # nothing that is bound may lie in it
+_INNER_FOLDER = "/mftctl-sandbox"  # must not contain any bound path
 # No site-packages, no environment variables, no user folder, no bytecode written.
 _PYTHON_OPTIONS = ("-I", "-S", "-B", "-X", "utf8")
 
 
 @dataclass(frozen=True, slots=True)
 class Sandbox:
-    """A way to run foreign code on this machine; `find_sandbox` gives one that holds.
+    """A way to run untrusted code on this machine; `find_sandbox` returns one that works.
 
     Attributes:
-        kind: `bubblewrap` and `landlock` confine, each with a filter of system calls; `none` only limits.
-        installation: What the code may read.
+        kind: `bubblewrap` and `landlock` confine code, each with a system call filter; `none` only limits resources.
+        installation: The files that the code may read.
         bubblewrap: Path of the program `bwrap`, for that kind.
-        passed_over: Why no better kind is used; empty where there is none.
+        passed_over: Why no better kind is used; empty if this is the best kind.
     """
 
     kind: Kind
@@ -39,19 +39,19 @@ class Sandbox:
 
     @property
     def line(self) -> str:
-        """What to say of it to whoever has foreign code run."""
+        """The message about the sandbox for the user."""
         if self.kind == "bubblewrap":
             return "Model-written code runs under bubblewrap."
         if self.kind == "landlock":
             return (
-                f"Model-written code runs under Landlock and seccomp, since {self.passed_over}. It sees no file or "
-                "process of this machine, but its host name, load and process numbers; bubblewrap keeps it further "
-                "apart: install it (apt install bubblewrap, dnf install bubblewrap)."
+                f"Model-written code runs under Landlock and seccomp because {self.passed_over}. It cannot see files "
+                "or processes of this machine, only its host name, load and process ids. For stronger isolation, "
+                "install bubblewrap (apt install bubblewrap, or dnf install bubblewrap)."
             )
-        return "Model-written code runs with your own rights: it can read, change and send all that you can."
+        return "Model-written code runs with your own rights: it can read, change and send everything that you can."
 
     def command(self, limits: Limits) -> list[str]:
-        """The command line of a process, which reads what to do from standard input."""
+        """The command line of a process, which reads its order from standard input."""
         options = list(_PYTHON_OPTIONS)
         python = [str(self.installation.executable), *options, str(BOOTSTRAP)]
         if self.bubblewrap is None:
@@ -59,10 +59,10 @@ class Sandbox:
         return [self.bubblewrap, *self._bubblewrap_options(limits), "--", *python]
 
     def order(self, folder: Path) -> dict[str, Any]:
-        """What the process must know of its sandbox.
+        """The part of a process's order that describes its sandbox.
 
         Args:
-            folder: The working folder on this machine, which bubblewrap replaces by one of its own.
+            folder: The working folder on this machine; bubblewrap replaces it with its own.
         """
         rules = None
         if self.kind == "landlock":
@@ -70,16 +70,16 @@ class Sandbox:
         return {
             "confined": self.kind != "none",
             "landlock": rules,
-            # bubblewrap ends what runs in it by itself.
+            # bubblewrap itself ends the processes it runs.
             "parent": None if self.kind == "bubblewrap" else os.getpid(),
             "folder": _INNER_FOLDER if self.kind == "bubblewrap" else str(folder),
             "packages": {name: str(path) for name, path in self.installation.packages.items()},
         }
 
     def _readable(self) -> list[str]:
-        """Every entry of the library and the system's folders but the hidden ones.
+        """All entries of the library and the system folders except the hidden ones.
 
-        A rule of Landlock has no exceptions.
+        They are listed one by one because a Landlock rule has no exceptions.
         """
         installation = self.installation
         library = installation.library
@@ -109,7 +109,7 @@ class Sandbox:
             BOOTSTRAP.parent,
         )
         for path in bound:
-            # What lies in a hidden folder must be bound after the folder was hidden.
+            # Paths within a hidden folder must be bound after the folder is hidden.
             options += ["--ro-bind", str(path), str(path)]
             if path == installation.library:
                 for hidden in (*installation.hidden_beside, *installation.hidden):
@@ -123,7 +123,7 @@ class Sandbox:
 
 
 def candidates(installation: Installation) -> list[Sandbox]:
-    """The sandboxes that may hold on this machine, the best first."""
+    """The sandboxes that may work on this machine, best first."""
     program = shutil.which("bwrap")
     found = [] if program is None else [Sandbox("bubblewrap", installation, program)]
     return [*found, Sandbox("landlock", installation, passed_over="bubblewrap is not installed")]

@@ -1,4 +1,4 @@
-"""One sandboxed process: its start, its output, its end."""
+"""One sandboxed process: start, output and end."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _TAIL_BYTES = 2000
 
 
 _KILLED_FIRST = ("/bin/sh", "-c", 'echo 1000 >/proc/self/oom_score_adj; exec "$@"', "sh")
-"""Where memory runs out, a program is to end, not mftctl; nobody but root can take it back."""
+"""Makes the program, not mftctl, the first to be killed when memory runs out; only root can undo this."""
 
 
 class SandboxedProcess:
-    """A process in a session of its own.
+    """A process in its own session.
 
     Attributes:
-        output_fd: Where its standard output and standard error arrive.
-        output_bytes: How much of them was read so far.
-        tail: The last part of them.
-        gate: Where it says what it has to ask for.
+        output_fd: Read end of its standard output and standard error.
+        output_bytes: Number of output bytes read so far.
+        tail: The last part of the output.
+        gate: Socket over which it sends its system call listener.
     """
 
     def __init__(self, command: Sequence[str], order: dict[str, Any], fds: Sequence[int]) -> None:
@@ -49,7 +49,7 @@ class SandboxedProcess:
                     pass_fds=[*fds, other_gate.fileno()],
                     start_new_session=True,
                 )
-        except BaseException:  # nothing was started: the pipe is not to stay open, whatever the reason
+        except BaseException:  # nothing was started: whatever the reason, the pipe must be closed
             os.close(self.output_fd)
             self.gate.close()
             raise
@@ -59,20 +59,20 @@ class SandboxedProcess:
 
     @property
     def pid(self) -> int:
-        """Number of the process, and of its group."""
+        """Id of the process and of its group."""
         return self._process.pid
 
     def read_output(self) -> bool:
-        """Reads what has arrived; False at the end."""
+        """Reads the available output; False at the end."""
         piece = os.read(self.output_fd, 65536)
         self.output_bytes += len(piece)
         self.tail = (self.tail + piece)[-_TAIL_BYTES:]
         return bool(piece)
 
     def how_it_ended(self, wait_seconds: float) -> tuple[int, int] | None:
-        """Its exit status and the signal that killed it, 0 for none; None if it still runs after a while.
+        """Its exit status and the signal that killed it, 0 for none; None if it is still running after the wait.
 
-        The process stays a zombie, so that its group's number cannot become that of another.
+        The process remains a zombie, so that its group id cannot be reused.
         """
         deadline = time.monotonic() + wait_seconds
         while True:
@@ -85,20 +85,20 @@ class SandboxedProcess:
             time.sleep(0.005)
 
     def kill(self) -> None:
-        """Ends its whole group at once and waits for it."""
+        """Kills its whole process group and waits for it."""
         os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         os.close(self.output_fd)
         self.gate.close()
 
 
-_ENTRY_BYTES = 4096  # what an empty file costs, so that many of them count too
+_ENTRY_BYTES = 4096  # charged per file, so that many empty files count too
 
 
 def used_bytes(folder: Path, enough_bytes: int) -> int:
-    """About how many bytes the folder holds, counted no further than to `enough_bytes`.
+    """Approximate size of the folder in bytes; counting stops at `enough_bytes`.
 
-    What vanishes or cannot be read while it is counted is not counted; links are not followed.
+    Entries that vanish or cannot be read meanwhile are skipped; links are not followed.
     """
     total = 0
     waiting = [str(folder)]

@@ -1,4 +1,4 @@
-"""What is judged, and what comes of it."""
+"""Programs to judge and their verdicts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Program:
 
     Attributes:
         code: The model's code, which defines functions.
-        test: Source of the test, which fails by raising. Names that it neither defines nor finds among Python's
-            builtins are the code's.
-        entry_point: The function under test; needed only where it is called like a builtin, which is the test's own
-            otherwise (MBPP 126 asks for `sum`).
+        test: Source of the test, which fails by raising. Names that are neither defined in it nor Python builtins
+            refer to the code.
+        entry_point: The function under test; needed only if it has the name of a builtin, which otherwise takes
+            precedence (MBPP 126 asks for `sum`).
     """
 
     code: str
@@ -29,12 +29,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a program passes its test.
+    """The result of judging a program.
 
     Attributes:
-        passed: Whether the test ran to its end, with all that it asked of the program right.
-        outcome: What happened.
-        detail: Type and text of what went wrong, at most a few hundred printable characters; empty if it passed.
+        passed: Whether the test ran to its end and every check succeeded.
+        outcome: The outcome.
+        detail: Type and text of the failure, at most a few hundred printable characters; empty if it passed.
         seconds: Wall time from the start of its processes to the verdict.
     """
 
@@ -46,16 +46,16 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What each of a program's two processes may use; the wall time holds for both together.
+    """Limits of each of a program's two processes; the wall time applies to both together.
 
-    There is no limit on processes and threads: a confined process may start none.
+    There is no limit on processes and threads: a confined process may not start any.
 
     Attributes:
-        cpu_seconds: Processor time.
-        wall_seconds: Time from start to verdict, kept from outside.
-        memory_bytes: Address space, of which numpy alone takes about 200 MiB.
-        file_bytes: Largest file.
-        files: How often it may make a file or a folder, and so how many there can be, with and without a name.
+        cpu_seconds: CPU time.
+        wall_seconds: Time from start to verdict, enforced from outside.
+        memory_bytes: Address space; numpy alone takes about 200 MiB.
+        file_bytes: Size of the largest file.
+        files: Number of files and folders that may be created, named or unnamed.
         output_bytes: Standard output and standard error together.
         open_files: File descriptors.
     """
@@ -70,7 +70,7 @@ class Limits:
 
     @property
     def folder_bytes(self) -> int:
-        """The most that the files of a process hold in all."""
+        """Maximum total size of a process's files."""
         return self.files * self.file_bytes
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a bare Python needs to read, and nothing else of this machine."""
+"""The files that a bare Python needs to read, and nothing else on this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-# Tests of HumanEval+ and MBPP+ import numpy; other packages may hold the answers to a benchmark.
+# Tests of HumanEval+ and MBPP+ import numpy; other packages may contain the answers to a benchmark.
 PACKAGE = "numpy"
 _PYTHONS = ("python*", "pypy*", "site-packages", "dist-packages")
 SYSTEM_LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
@@ -24,11 +24,11 @@ class Installation:
     Attributes:
         executable: The interpreter itself, not a virtual environment's link to it.
         library: Folder of the standard library.
-        hidden: Folders within the library that hold installed packages.
-        hidden_beside: Folders of other installed packages and Pythons, among the system's libraries.
-        shared_objects: Files the interpreter is linked against that lie beside it.
-        packages: Name and folder of each package that foreign code may import.
-        package_libraries: Folders of shared objects that those packages load.
+        hidden: Folders within the library that contain installed packages.
+        hidden_beside: Folders of other packages and Python installations among the system libraries.
+        shared_objects: Shared libraries next to the interpreter that it is linked against.
+        packages: Name and folder of each package that untrusted code may import.
+        package_libraries: Folders of shared libraries that those packages load.
     """
 
     executable: Path
@@ -41,13 +41,13 @@ class Installation:
 
     @property
     def system_files(self) -> tuple[Path, ...]:
-        """Folders and files of the system's shared libraries, as far as they exist."""
+        """Existing folders and files of the system's shared libraries."""
         return tuple(path for path in map(Path, (*SYSTEM_LIBRARIES, *_LOADER_FILES)) if path.exists())
 
 
 @cache
 def find_installation() -> Installation:
-    """What the running interpreter consists of."""
+    """The installation of the running interpreter."""
     executable = Path(sys.executable).resolve()
     library = Path(sysconfig.get_path("stdlib")).resolve()
     beside = Path(sys.base_prefix).resolve() / "lib"
@@ -66,7 +66,7 @@ def find_installation() -> Installation:
 
 
 def _other_pythons(library: Path) -> Iterator[Path]:
-    """Where other packages lie, such as Debian's /usr/lib/python3/dist-packages."""
+    """Folders of other packages, such as Debian's /usr/lib/python3/dist-packages."""
     around = (library, *library.parents)
     for folder in sorted({Path(name).resolve() for name in SYSTEM_LIBRARIES if Path(name).is_dir()}):
         found = {path for pattern in _PYTHONS for path in folder.glob(pattern) if path.is_dir()}

@@ -1,4 +1,4 @@
-"""One program: its two processes, what they may not do for long, and what the judge reports."""
+"""Judges one program: supervises its two processes and reads the judge's report."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from mftctl.evaluation.sandbox.visible_paths import VisiblePaths
 from mftctl.files.temporary import CONTENT, SANDBOX_PREFIX, temporary_folder
 
 DETAIL_CHARACTERS = 500
-_TICK_SECONDS = 0.2  # how often the clock and the working folders are looked at
-_END_SECONDS = 1.0  # for a process that closed its pipes to come to its end
+_TICK_SECONDS = 0.2  # interval of checks of the clock and the working folders
+_END_SECONDS = 1.0  # grace period for a process that has closed its pipes
 _REPORT_BYTES = 65536
 
 
 def judge_program(sandbox: Sandbox, program: Program, limits: Limits, stopped: threading.Event) -> Verdict:
-    """The verdict on one program.
+    """Judges one program.
 
     Args:
-        sandbox: Where it runs.
-        program: What to judge.
-        limits: What it may use.
-        stopped: Set to end it early.
+        sandbox: The sandbox to run it in.
+        program: The program.
+        limits: Its limits.
+        stopped: Set to stop it early.
 
     Raises:
         SandboxError: Its processes could not be started, or it was stopped.
@@ -56,7 +56,7 @@ def judge_program(sandbox: Sandbox, program: Program, limits: Limits, stopped: t
 
 
 def printable(text: str) -> str:
-    """Foreign text that can do nothing to a terminal, cut to what a report holds."""
+    """Untrusted text without control characters, truncated to the length of a report."""
     plain = "".join(letter if letter.isprintable() else " " for letter in text[: 4 * DETAIL_CHARACTERS])
     return " ".join(plain.split())[:DETAIL_CHARACTERS]
 
@@ -69,7 +69,7 @@ def _working_folder() -> Iterator[Path]:
 
 
 class _Pipes(ExitStack):
-    """Pipes whose ends are closed here once, at the latest when this ends."""
+    """Pipes whose ends are closed in this process on exit."""
 
     def pipe(self) -> tuple[int, int]:
         ends = os.pipe()
@@ -80,7 +80,7 @@ class _Pipes(ExitStack):
 
 @contextmanager
 def _started(sandbox: Sandbox, program: Program, limits: Limits, folder: Path) -> Iterator[_Trial]:
-    """Both processes, killed at the end; the ends of their pipes are theirs alone, but for the report's."""
+    """Starts both processes and kills them on exit; this process keeps only the read end of the report pipe."""
     with ExitStack() as running:
         report_read, report_write = os.pipe()
         running.callback(os.close, report_read)
@@ -102,7 +102,7 @@ def _started(sandbox: Sandbox, program: Program, limits: Limits, folder: Path) -
                     "source": source,
                     "entry_point": program.entry_point,
                     "limits": asdict(limits),
-                    # The test is the benchmark's: it imports numpy, which takes a thousand questions.
+                    # The test comes from the benchmark and is trusted; importing numpy takes a thousand look-ups.
                     "asks_for_paths": sandbox.kind == "landlock" and role == "candidate",
                 }
                 process = SandboxedProcess(sandbox.command(limits), order, fds)
@@ -114,7 +114,7 @@ def _started(sandbox: Sandbox, program: Program, limits: Limits, folder: Path) -
 
 
 def _view(order: dict[str, Any]) -> VisiblePaths | None:
-    """What a process may name, where it is asked for paths."""
+    """The paths that a process may look up, if they are checked."""
     return VisiblePaths(**order["landlock"], working_folder=order["folder"]) if order["asks_for_paths"] else None
 
 
@@ -122,11 +122,11 @@ class _Trial:
     """A program being judged.
 
     Args:
-        candidate: Runs it.
-        judge: Runs the test.
-        report_fd: Where the judge reports.
-        views: What each of both may name of this machine, where that is asked.
-        polled: The working folder, where nothing else bounds it.
+        candidate: Process that runs the program.
+        judge: Process that runs the test.
+        report_fd: Read end of the judge's report pipe.
+        views: The paths that each process may look up; None if they are not checked.
+        polled: The working folder, if nothing else limits its size.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class _Trial:
         self._gatekeepers: list[Gatekeeper] = []
 
     def watch(self, limits: Limits, deadline: float, stopped: threading.Event) -> tuple[Outcome, str]:
-        """Waits for the report, no longer than is allowed, and answers what the processes ask meanwhile."""
+        """Waits for the report, up to the time limit, and answers the processes' system calls meanwhile."""
         with ExitStack() as listeners, selectors.DefaultSelector() as selector:
             selector.register(self._report_fd, selectors.EVENT_READ, self._read_report)
             for process, view in zip((self._candidate, self._judge), self._views, strict=True):
@@ -169,7 +169,7 @@ class _Trial:
         return self._reported(limits)
 
     def _too_much(self, limits: Limits) -> str | None:
-        """What was written or made too often or too much, if so."""
+        """The output or file limit that is exceeded, if any."""
         if self._candidate.output_bytes + self._judge.output_bytes > limits.output_bytes:
             return f"more than {limits.output_bytes} bytes"
         if any(gatekeeper.too_much_made for gatekeeper in self._gatekeepers):
@@ -188,7 +188,7 @@ class _Trial:
         selector: selectors.BaseSelector,
         listeners: ExitStack,
     ) -> bool:
-        """Answers what a process asks from here on; always False, as it says but once where it asks."""
+        """Starts answering a process's system calls; always False, because its listener arrives only once."""
         listener = receive_listener(process.gate)
         if listener is not None:
             listeners.callback(os.close, listener)
@@ -216,12 +216,12 @@ class _Trial:
 
 
 def _death(process: SandboxedProcess, limits: Limits, reason: str) -> tuple[Outcome, str]:
-    """How a process came to its end, told from outside."""
+    """The outcome of a process that ended, determined from outside."""
     ended = process.how_it_ended(_END_SECONDS)
     if ended is None:
         return "crashed", reason
     status, number = ended
-    if not number and status > 128:  # how bubblewrap tells of a signal
+    if not number and status > 128:  # bubblewrap reports a signal this way
         status, number = 0, status - 128
     if number == signal.SIGXCPU:
         return "timed out", f"more than {limits.cpu_seconds} seconds of processor time"

@@ -1,4 +1,4 @@
-"""What of this machine a process may ask about where Landlock confines it, which keeps contents alone to itself."""
+"""The paths that a process under Landlock may look up; Landlock itself protects only their contents."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from functools import lru_cache
 
 
 class VisiblePaths:
-    """Files and folders that a process may name; all else is not there for it.
+    """Files and folders that a process may look up; all others appear not to exist.
 
     Args:
-        readable: With all that they hold.
-        listable: By themselves.
-        working_folder: Where the process may make what it likes, but no links.
+        readable: Files and folders with all their contents.
+        listable: Folders without their contents.
+        working_folder: The folder in which the process may create anything except links.
     """
 
     def __init__(self, readable: Iterable[str], listable: Iterable[str], working_folder: str) -> None:
@@ -22,11 +22,11 @@ class VisiblePaths:
         self._working_folder = working_folder
 
     def shows(self, path: str, *, follows: bool) -> bool:
-        """Whether a path names something that may be seen.
+        """Whether a path is visible.
 
         Args:
-            path: From the root.
-            follows: Whether it is about what a link leads to.
+            path: Absolute path.
+            follows: Whether the call follows symbolic links.
         """
         parts = path.split("/")
         if ".." not in parts and self._is_in_working_folder(path):
@@ -55,5 +55,5 @@ class VisiblePaths:
 
 @lru_cache(4096)
 def _real(path: str) -> str:
-    """Where a path really lies: folders of this machine, which do not move while programs are judged."""
+    """The real path of a folder; cached because folders do not move while programs are judged."""
     return os.path.realpath(path)

@@ -31,19 +31,19 @@ def load_adapter(
     quantize: bool = False,
     device: torch.device | None = None,
 ) -> PeftModel:
-    """The adapter in a folder on its base model.
+    """Loads the adapter in a folder onto its base model.
 
     Args:
-        folder: With `adapter_config.json`. An adapter that was trained on a quantised base gets that base again,
-            dequantised unless it is wanted as it was.
-        dtype: Of the base's weights in memory; `auto` keeps the checkpoint's.
-        trainable: Whether the adapter is to be trained further.
-        quantize: Whether the base is held in 4 bits a weight.
-        device: Where a base is quantised; by default on the CPU.
+        folder: Contains `adapter_config.json`. An adapter trained on a quantised base is loaded onto that base again,
+            dequantised unless `quantize` is set.
+        dtype: Dtype of the base's weights in memory; `auto` keeps the checkpoint's.
+        trainable: Whether the adapter will be trained further.
+        quantize: Whether to keep the base in 4 bits per weight.
+        device: Device to quantise the base on; by default the CPU.
 
     Raises:
-        ConfigError: The base is a quantised one, and bitsandbytes is not installed.
-        ModelError: The base is not there, or peft cannot load the adapter.
+        ConfigError: The base is quantised, and bitsandbytes is not installed.
+        ModelError: The base cannot be found, or peft cannot load the adapter.
     """
     base = adapter_base(folder)
     _require_plain_adapter(folder)
@@ -60,9 +60,9 @@ def load_adapter(
             model_failures("The adapter cannot be loaded.", path=folder, key=base, let_pass=UserWarning),
             warnings.catch_warnings(),
         ):
-            # What peft does not find stays as new adapters are: without effect, or random.
+            # Weights that peft does not find keep their initial values: without effect, or random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            # peft would take the adapter to any GPU there is.
+            # By default, peft would move the adapter to any available GPU.
             return PeftModel.from_pretrained(
                 model, str(folder), is_trainable=trainable, torch_device=str(model.device if quantize else "cpu")
             )
@@ -70,18 +70,18 @@ def load_adapter(
         raise ModelError(
             "The adapter lacks weights.",
             path=folder,
-            expected="the weights of every layer that adapter_config.json names",
+            expected="the weights of every layer named in adapter_config.json",
             actual=str(error),
             hint="download or save the adapter again",
         ) from error
 
 
 def _require_plain_adapter(folder: Path) -> None:
-    """Nothing, if peft would read an adapter without a pickle, and without importing what its configuration names."""
+    """Checks that peft can load an adapter without a pickle and without imports that its configuration names."""
     settings = _adapter_settings(folder)
     if settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
         raise ModelError(
-            "The adapter is of a kind that mftctl does not read.",
+            "This type of adapter is not supported.",
             path=folder / ADAPTER_FILE,
             key="peft_type",
             expected="LORA, without Megatron",
@@ -90,7 +90,7 @@ def _require_plain_adapter(folder: Path) -> None:
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         pickled = (folder / WEIGHTS_NAME).is_file()
         raise ModelError(
-            "The adapter's weights are a pickle, which can run code when it is opened; mftctl reads safetensors."
+            "The adapter's weights are a pickle, which can run code when opened; mftctl only reads safetensors."
             if pickled
             else "The adapter has no weights.",
             path=folder,

@@ -1,7 +1,7 @@
-"""Masks and checkpoints: finding a base, and writing base + mask as a new checkpoint that any server loads.
+"""Masks and checkpoints: resolving a base, and writing base and mask as a new, ordinary checkpoint.
 
-The weight files are streamed, so that memory does not grow with the model. A tensor that is not the one in the mask's
-record discards the output, which appears under its name only when it is complete.
+The weight files are streamed, so memory use does not grow with the model. The output appears under its name only when
+complete, and is discarded if a tensor does not match the mask's record.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from mftctl.masking.mask import Mask
 
 @dataclass(frozen=True, slots=True)
 class ApplyResult:
-    """What `apply_to_checkpoint` wrote.
+    """Summary of what `apply_to_checkpoint` wrote.
 
     Attributes:
-        bytes_written: The size of all files in the new folder.
+        bytes_written: The total size of the files in the new folder.
         tensors_masked: The number of masked tensors.
-        removed: The number of weights set to zero, or reset to the base's values.
-        left_out: Links in the base's folder to files elsewhere, which were not copied.
+        removed: The number of weights set to zero or reset to the base's values.
+        left_out: Links in the base's folder to files outside it, which were not copied.
     """
 
     bytes_written: int
@@ -54,28 +54,28 @@ def apply_to_checkpoint(
     replace: bool = False,
     origin: Mapping[str, str] | None = None,
 ) -> ApplyResult:
-    """Writes a new checkpoint with the removed weights set to +0.0, or reset to the base's values for a delta mask.
+    """Writes a new checkpoint with removed weights set to +0.0, or reset to the base's values for a delta mask.
 
-    A weight mask gives the base without its removed weights; a delta mask gives the tuned checkpoint with them reset.
-    Every other byte of the weight files stays as it is. A model card is added.
+    A weight mask yields the base without its removed weights; a delta mask yields the tuned checkpoint with them reset.
+    All other bytes of the weight files are unchanged. A model card is added.
 
     Args:
         base: The base's folder.
-        mask: A mask that was made for this base, and for this tuned checkpoint if it is a delta mask.
-        output: The new folder; it appears only when it is complete. The top-level files that hold no weights, and the
-            chat templates, are copied from the base, or from the tuned checkpoint, but for links to files elsewhere.
+        mask: A mask made for this base, and for this tuned checkpoint if it is a delta mask.
+        output: The new folder; it appears only when complete. Chat templates and top-level files other than weights are
+            copied from the base or the tuned checkpoint, except links to files outside it.
         mask_path: The mask file, whose digest the model card states.
         base_model: Name of the base for the model card.
-        tuned: Folder of the tuned checkpoint, for a delta mask only; it may be sharded differently than the base.
-        on_progress: Called with the weight bytes written so far and in all.
-        replace: Whether a model of mftctl at `output` is replaced.
-        origin: How the new checkpoint was made, for its folder to tell.
+        tuned: Folder of the tuned checkpoint, for a delta mask only; it may be sharded differently from the base.
+        on_progress: Called with the weight bytes written so far and in total.
+        replace: Whether to replace a model at `output` that mftctl wrote.
+        origin: How the new checkpoint was produced; recorded in its folder.
 
     Raises:
-        MaskMismatchError: The mask was made for other tensors than these, needs a tuned checkpoint or has none. A base
-            to which the mask was applied already is refused too.
+        MaskMismatchError: The mask was made for different tensors or was already applied to the base, or a tuned
+            checkpoint is missing or was given for a weight mask.
         ModelError: An input cannot be read, or the output folder overlaps an input or cannot be written.
-        OutputError: There is something at `output` that is not to be replaced.
+        OutputError: `output` holds something that may not be replaced.
     """
     _require_tuned_for_delta(mask, tuned)
     base, output = base.resolve(), output.resolve()
@@ -99,7 +99,7 @@ def apply_to_checkpoint(
             bytes_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise ModelError(
-            "The masked checkpoint could not be written; nothing was left behind",
+            "The masked checkpoint could not be written; no partial output was left",
             path=output,
             actual=str(error),
             hint="free some space or give another folder with -o",
@@ -110,19 +110,19 @@ def apply_to_checkpoint(
 def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
     if mask.metadata.kind == "delta" and tuned is None:
         raise MaskMismatchError(
-            "A delta mask needs the tuned checkpoint beside the base",
+            "A delta mask needs the tuned checkpoint in addition to the base",
             key="tuned",
             expected=mask.metadata.tuned_label,
-            actual="the base alone",
+            actual="only the base",
             hint=f"give {mask.metadata.tuned_label} as the tuned checkpoint",
         )
     if mask.metadata.kind == "weight" and tuned is not None:
         raise MaskMismatchError(
-            "A weight mask is applied to its base alone, and a tuned checkpoint was given beside it",
+            "A weight mask applies to its base only, but a tuned checkpoint was given",
             path=tuned,
             key="tuned",
             expected="no tuned checkpoint",
-            hint=f"apply it to {mask.metadata.base_label} alone, or give a delta mask",
+            hint=f"apply it to {mask.metadata.base_label} only, or give a delta mask",
         )
 
 
@@ -130,14 +130,14 @@ def _require_apart(output: Path, folders: list[Path], mask_path: Path | None) ->
     for path in [*folders, *([] if mask_path is None else [mask_path.resolve()])]:
         if path.is_relative_to(output):
             raise ModelError(
-                "The output folder holds an input, which would be lost",
+                "The output folder contains an input, which would be lost",
                 path=output,
                 actual=str(path),
                 hint="give another folder with -o",
             )
         if output.is_relative_to(path):
             raise ModelError(
-                "The output folder lies inside an input's folder",
+                "The output folder is inside an input's folder",
                 path=output,
                 actual=str(path),
                 hint="give a folder outside it with -o",

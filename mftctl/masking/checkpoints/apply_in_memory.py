@@ -1,4 +1,4 @@
-"""Masks on a model that is loaded: parameter names, the check that it is the right one, and the removal."""
+"""Applies masks to a loaded model: parameter names, the check that it is the right model, and the removal."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def checkpoint_names(model_names: Iterable[str], index: Container[str], base_model_prefix: str) -> dict[str, str]:
-    """The name in the checkpoint of each parameter in memory.
+    """Maps each parameter in memory to its name in the checkpoint.
 
     Args:
         model_names: Names as in `model.named_parameters()`.
-        index: The names in the checkpoint.
-        base_model_prefix: The model's `base_model_prefix`, which one side may have and the other lack: GPT-2 files on
-            the hub say `h.0.attn.c_attn.weight` for `transformer.h.0.attn.c_attn.weight`.
+        index: The tensor names in the checkpoint.
+        base_model_prefix: The model's `base_model_prefix`, which may be present on only one side: GPT-2 files on the
+            hub have `h.0.attn.c_attn.weight` for `transformer.h.0.attn.c_attn.weight`.
 
     Raises:
         MaskMismatchError: A parameter is not in the checkpoint under either name.
@@ -38,12 +38,12 @@ def checkpoint_names(model_names: Iterable[str], index: Container[str], base_mod
 
 
 def target_names(targets: Sequence[MaskTarget], model: PreTrainedModel, index: Container[str]) -> dict[str, str]:
-    """The checkpoint's name for the weight of each target, by the target's name.
+    """Maps each target's name to its weight's name in the checkpoint.
 
     Args:
         targets: From `find_targets` on this model.
         model: Loaded from the checkpoint.
-        index: The names in the checkpoint.
+        index: The tensor names in the checkpoint.
 
     Raises:
         MaskMismatchError: A weight is not in the checkpoint.
@@ -55,7 +55,7 @@ def target_names(targets: Sequence[MaskTarget], model: PreTrainedModel, index: C
     for name, stored in parts.items():
         if len(stored) != 1:
             raise MaskingError(
-                "A projection is stored as several tensors, and only experts that are fused can be masked so.",
+                "A projection is stored as several tensors, which is supported only for fused experts.",
                 key=name,
                 expected="one tensor",
                 actual=", ".join(part.name for part in stored),
@@ -72,22 +72,22 @@ def target_names(targets: Sequence[MaskTarget], model: PreTrainedModel, index: C
 def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> None:
     """Sets the removed weights of a loaded model to +0.0, or to the base's values for a delta mask, in place.
 
-    Everything is checked before the first weight changes. Where a parameter's dtype holds every value of the
+    Everything is checked before the first weight changes. If a parameter's dtype can hold every value of the
     checkpoint's dtype, its values must be those that the mask was made for; in a narrower dtype, such as BF16 for a
-    checkpoint in F32, only its name and shape can be checked. A parameter whose removed weights are all zero already is
-    left as it is, so a second application of the same weight mask changes nothing; a second application of a delta
-    mask is refused.
+    checkpoint in F32, only its name and shape can be checked. A parameter whose removed weights are already all zero is
+    left unchanged, so applying the same weight mask twice has no further effect; applying a delta mask twice is
+    refused.
 
     Args:
         model: A transformers model, or any module with parameters under checkpoint names: the base for a weight mask,
-            the tuned model for a delta mask. Experts may be fused in memory and separate in the mask.
+            the tuned model for a delta mask. Experts may be fused in memory but separate in the mask.
         mask: The mask.
         base: Folder of the base, for a delta mask only. One of its tensors is in memory at a time.
 
     Raises:
-        MaskMismatchError: The model or the base is not the one the mask was made for, a delta mask has no base, or a
-            weight mask has one.
-        MaskingError: A masked tensor is not a parameter, and how the model stores its parameters cannot be found out.
+        MaskMismatchError: The model or the base is not the one the mask was made for, no base is given for a delta
+            mask, or one is given for a weight mask.
+        MaskingError: A masked tensor is not a parameter, and the model's storage layout cannot be determined.
         ModelError: The base cannot be read.
     """
     _require_base_for_delta(mask, base)
@@ -104,24 +104,24 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
 def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
     if mask.metadata.kind == "delta" and base is None:
         raise MaskMismatchError(
-            "A delta mask needs the base beside the tuned model",
+            "A delta mask needs the base in addition to the tuned model",
             key="base",
             expected=mask.metadata.base_label,
-            actual="the tuned model alone",
+            actual="only the tuned model",
             hint=f"give {mask.metadata.base_label} as the base",
         )
     if mask.metadata.kind == "weight" and base is not None:
         raise MaskMismatchError(
-            "A weight mask is applied to its model alone, and a base was given beside it",
+            "A weight mask applies to its model only, but a base was given",
             path=base,
             key="base",
             expected="no base",
-            hint="leave the base out, or give a delta mask",
+            hint="omit the base, or give a delta mask",
         )
 
 
 def _masked_parameters(model: torch.nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """The parameter for each name in a checkpoint, or a view of its part that is stored under the name."""
+    """The parameter for each checkpoint name, or a view of the part stored under that name."""
     prefix = getattr(model, "base_model_prefix", "")
     tensors: dict[str, torch.Tensor] = {
         name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -150,7 +150,7 @@ def _counterpart(name: str, names: Container[str], prefix: str) -> str:
         "A masked tensor is not in the model",
         key=name,
         expected=" or ".join(spellings(name, prefix)),
-        hint="use the mask with the model it was learned on (mftctl mask info FILE names it)",
+        hint="use the mask with the model it was learned on (shown by mftctl mask info FILE)",
     )
 
 
@@ -159,7 +159,7 @@ def _candidates(name: str, names: Container[str], prefix: str) -> list[str]:
 
 
 def spellings(name: str, prefix: str) -> list[str]:
-    """How a checkpoint may call a weight, with and without the model's `base_model_prefix`; as it is comes first."""
+    """Possible checkpoint names of a weight, with and without the model's `base_model_prefix`, unchanged name first."""
     if not prefix:
         return [name]
     return list(dict.fromkeys([name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]))
@@ -170,7 +170,7 @@ def _require_model(name: str, parameter: torch.Tensor, mask: Mask) -> None:
     metadata = mask.metadata
     if tuple(parameter.shape) != record.shape or not parameter.is_floating_point() or parameter.is_meta:
         raise MaskMismatchError(
-            "A masked tensor has another form in this model",
+            "A masked tensor has a different shape or dtype in this model",
             key=name,
             expected=f"{record.shape}, floating point",
             actual=f"{tuple(parameter.shape)}, {parameter.dtype} on {parameter.device}",
@@ -182,18 +182,18 @@ def _require_model(name: str, parameter: torch.Tensor, mask: Mask) -> None:
     if metadata.kind == "weight" and record.removed and not bits(parameter)[~mask[name].to(parameter.device)].any():
         return
     raise MaskMismatchError(
-        "The model is not the one this mask was made for: a tensor has other values",
+        "The model is not the one this mask was made for: the values of a tensor differ",
         key=name,
         expected=f"SHA-256 {sha256} as {record.dtype}",
-        actual="other values",
+        actual="different values",
         hint=f"load {metadata.tuned_label or metadata.base_label}; "
-        "a model that another mask was applied to is another model",
+        "a model that another mask was applied to is not the same model",
     )
 
 
 def _is_stored(parameter: torch.Tensor, stored_dtype: torch.dtype, sha256: str) -> bool:
     narrow = parameter.to(stored_dtype)
-    # Rounding could hide a small change, so the way back must give the parameter again.
+    # Rounding could hide a small change, so converting back must reproduce the parameter.
     if narrow.dtype != parameter.dtype and not torch.equal(narrow.to(parameter.dtype), parameter):
         return False
     stored = narrow.cpu().contiguous().view(torch.uint8).numpy()

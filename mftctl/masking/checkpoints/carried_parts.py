@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the language model, such as a vision tower, and how it comes into what is written."""
+"""Parts of a checkpoint other than the language model, such as a vision tower, and carrying them over on writing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mftctl.masking.parameter_layout import stored_parts
 _OTHER_PARTS: Final = ("vision_config", "audio_config", "video_config")
 _BESIDE: Final = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 _COMPUTED: Final = ("inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
-"""Ends of tensors that old checkpoints hold and models compute anew."""
+"""Suffixes of tensors that old checkpoints store and models recompute."""
 
 _SCALES: Final = ("_scale_inv", "_scale", "input_scale", "activation_scale")
 _OTHER_FILE: Final = "model-other-parts.safetensors"
@@ -29,20 +29,20 @@ _WHOLE_FILE: Final = "model-whole.safetensors"
 
 
 def parts_left_out(folder: Path, model: PreTrainedModel) -> dict[str, StoredTensor]:
-    """The tensors of a checkpoint that its language model does without, by name: a vision tower, further heads.
+    """The tensors of a checkpoint that its language model does not use, by name: a vision tower, extra heads.
 
     Args:
         folder: The checkpoint.
-        model: Loaded from it, or its shape alone.
+        model: Loaded from it, or without weights.
 
     Raises:
-        ModelError: They cannot be carried over into what is written.
+        ModelError: They cannot be carried over to the checkpoint that is written.
     """
     stored = tensor_index(folder)
     try:
         layout = stored_parts(model, dict(model.state_dict(keep_vars=True)))
     except MaskingError:
-        return {}  # a layout that cannot be followed, in which no other parts are known
+        return {}  # an unsupported layout, for which no other parts are known
     written = {part.name: part.parameter for parts in layout.values() for part in parts}
     read = {name for part in written for name in spellings(part, model.base_model_prefix)}
     is_quantised = "quantization_config" in json.loads(read_regular(folder / "config.json"))
@@ -54,28 +54,28 @@ def parts_left_out(folder: Path, model: PreTrainedModel) -> dict[str, StoredTens
     strange = next((name for name, own in written.items() if name not in stored and not _is_tied(own, model)), None)
     if eight_bits is not None or strange is not None:
         raise ModelError(
-            "Other parts of the model than its language model cannot be carried over.",
+            "Parts of the model other than its language model cannot be carried over.",
             path=folder,
             key=eight_bits or strange,
-            expected="a language model under the names that transformers gives it, and other parts in bf16, fp16 or "
+            expected="a language model under the parameter names of transformers, and other parts in bf16, fp16 or "
             "fp32",
             actual=f"{len(found)} tensors such as {next(iter(found))}",
-            hint="save the language model by itself, with AutoModelForCausalLM, and use that",
+            hint="save the language model on its own with AutoModelForCausalLM, and use that",
         )
     return found
 
 
 def is_composite(config: Mapping[str, Any]) -> bool:
-    """Whether a configuration describes a model for images or sounds."""
+    """True if a configuration describes a model with image, audio or video input."""
     return any(part in config for part in _OTHER_PARTS)
 
 
 def carry_over(source: Path, folder: Path, parts: Mapping[str, StoredTensor]) -> None:
-    """Adds other parts of a model to a checkpoint of its language model, with the configuration of the whole.
+    """Adds the other parts of a model to a checkpoint of its language model, with the configuration of the whole model.
 
     Args:
-        source: The checkpoint that they come from.
-        folder: The new one, as transformers has saved it.
+        source: The checkpoint that holds the parts.
+        folder: The new checkpoint, as saved by transformers.
         parts: From `parts_left_out`.
     """
     written = tensor_index(folder)
@@ -97,7 +97,7 @@ def carry_over(source: Path, folder: Path, parts: Mapping[str, StoredTensor]) ->
 
 
 def _write_whole(config: dict[str, Any], folder: Path) -> None:
-    """The configuration of the whole model, in the dtype of the language model that was written."""
+    """Writes the configuration of the whole model, in the dtype of the language model that was written."""
     written = json.loads(read_regular(folder / "config.json"))
     config.pop("quantization_config", None)
     for place in (config, config.get("text_config")):
@@ -108,7 +108,7 @@ def _write_whole(config: dict[str, Any], folder: Path) -> None:
 
 
 def _write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
-    """Writes tensors of other files into one, their bytes as they are; the widest numbers first, which aligns all."""
+    """Copies tensors of other files into one, byte for byte; the widest dtypes come first, which aligns all of them."""
     ordered = sorted(tensors, key=lambda tensor: (-tensor.length_bytes // max(1, math.prod(tensor.shape)), tensor.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -127,5 +127,5 @@ def _write_file(path: Path, tensors: Sequence[StoredTensor]) -> None:
 
 
 def _is_tied(name: str, model: PreTrainedModel) -> bool:
-    """Whether a parameter may be another one's, such as a head that the embeddings stand for."""
+    """True if a parameter may be tied to another one, such as an output head tied to the embeddings."""
     return any(re.search(pattern, name) for pattern in model._tied_weights_keys or ())

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what its configuration says, before any of its weights is read."""
+"""Checks a checkpoint against its configuration before any weights are read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _LEARNED_POSITIONS = ("wpe", "embed_positions", "position_embeddings", "wpe_embe
 
 @dataclass(frozen=True, slots=True)
 class CheckpointCheck:
-    """What is to be known of a checkpoint that can be used.
+    """Facts about a usable checkpoint.
 
     Attributes:
-        remarks: What a user should know, a sentence each.
-        max_positions: The longest sequence that has learned positions; None where positions are computed.
+        remarks: Remarks for the user, one sentence each.
+        max_positions: Number of learned positions; None where positions are computed.
     """
 
     remarks: tuple[str, ...] = ()
@@ -41,16 +41,16 @@ class CheckpointCheck:
 
 
 def check_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> CheckpointCheck:
-    """What is to be known of a checkpoint, from its files' headers alone.
+    """Checks a checkpoint, reading only the headers of its files, and returns facts about it.
 
     Args:
-        folder: With `config.json` and safetensors; of a LoRA adapter the base is checked.
-        tokenizer: The model's.
+        folder: Contains `config.json` and safetensors; for a LoRA adapter, its base is checked.
+        tokenizer: The model's tokenizer.
 
     Raises:
-        ModelError: A file is damaged or none, weights are quantised so that they cannot be trained, the code is not
-            trusted, tensors are missing, unexpected or of another shape, or the tokenizer has more tokens than the
-            model.
+        ModelError: A file is damaged or missing, the weights are in a quantised form that cannot be trained, the model
+            needs untrusted code, tensors are missing, unexpected or of the wrong shape, or the tokenizer has more
+            tokens than the model.
     """
     if is_adapter(folder):
         from mftctl.masking.checkpoints.locate import adapter_base
@@ -70,14 +70,14 @@ def check_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None = N
 
 
 def tell_remarks(check: CheckpointCheck, listener: Listener) -> None:
-    """Says what is to be known of a checkpoint, once.
+    """Shows the remarks on a checkpoint, once each.
 
     Args:
-        check: Of the checkpoint.
-        listener: Is told.
+        check: The checked checkpoint.
+        listener: Receives the remarks as warnings.
     """
     for remark in check.remarks:
-        listener.warn(f"The model: {remark}.")
+        listener.warn(f"Model: {remark}.")
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -95,38 +95,38 @@ def _check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
     method = str(quantization.get("quant_method", "unknown"))
     if method not in _TRAINABLE_QUANTIZATION:
         raise ModelError(
-            "The weights of the model are quantised, and can be neither fine-tuned nor masked.",
+            "The model's weights are quantised and can be neither fine-tuned nor masked.",
             path=folder,
             key="quantization_config.quant_method",
             expected="weights in bf16, fp16, fp32 or fp8",
             actual=method,
-            hint="use the model that it was made from; to fine-tune with 4-bit weights: "
+            hint="use the model before quantisation; to fine-tune with 4-bit weights, run "
             "fft --method lora --quantize nf4 on that model",
         )
 
 
 def _check_index(folder: Path) -> None:
-    """Nothing, if the index has the metadata that transformers reads beside the map."""
+    """Checks that the index has the metadata block that transformers reads in addition to the weight map."""
     path = folder / INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file() or not path.is_file():
         return
     try:
         index = json.loads(read_regular(path))
     except (OSError, ValueError, RecursionError):
-        return  # for tensor_index to tell
+        return  # tensor_index reports it
     if isinstance(index, dict) and "metadata" not in index:
         raise ModelError(
-            "The index of the checkpoint has no metadata, which transformers asks for.",
+            "The checkpoint's index has no metadata block, which transformers requires.",
             path=path,
             key="metadata",
-            expected='a block such as {"total_size": 1234} beside weight_map',
+            expected='a block such as {"total_size": 1234} next to weight_map',
             actual=f"the keys {', '.join(map(str, index))}",
             hint='add "metadata": {} to the index',
         )
 
 
 def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
-    """The model without its weights, for which every tensor was found.
+    """The model without its weights, after checking that every tensor is in the files.
 
     Raises:
         ModelError: transformers cannot load it, or tensors do not fit.
@@ -136,13 +136,13 @@ def _skeleton(folder: Path, config: Mapping[str, Any]) -> PreTrainedModel:
     except ModelError as error:
         if is_composite(config) and "AutoModelForCausalLM" in str(error.actual):
             raise ModelError(
-                "transformers has no language model by itself for this type of model.",
+                "transformers has no standalone language model for this model type.",
                 path=folder,
                 key="model_type",
                 expected="a causal language model",
                 actual=config.get("model_type"),
-                hint="save its language model by itself, as the causal language model of the same family, or use one "
-                "that is published",
+                hint="save its language model on its own as the causal language model of the same family, or use a "
+                "published one",
             ) from error
         raise
 
@@ -160,7 +160,7 @@ def _check_tokenizer(folder: Path, model: PreTrainedModel, tokenizer: PreTrained
 
 
 def _untied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> Iterator[str]:
-    """Whether there is a head of its own where the configuration shares it with the embeddings."""
+    """Yields a remark if the checkpoint stores a separate output head although the configuration ties it."""
     embeddings = next((name for name in stored if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
     head = next((name for name in stored if name.endswith("lm_head.weight")), None)
     text = config.get("text_config")
@@ -168,13 +168,13 @@ def _untied(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> It
     tied = config.get("tie_word_embeddings", inner)
     if tied and embeddings is not None and head is not None and not _same(stored[embeddings], stored[head]):
         yield (
-            f"tie_word_embeddings is set, but {head} differs from {embeddings}: the two are not tied, and "
+            f"tie_word_embeddings is set, but {head} differs from {embeddings}; they are treated as untied, and "
             "both are used and written"
         )
 
 
 def _same(one: StoredTensor, other: StoredTensor) -> bool:
-    """Whether two tensors hold the same values, read some rows at a time."""
+    """True if two tensors hold the same values; they are read a few rows at a time."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     with safe_open(one.path, framework="pt") as first, safe_open(other.path, framework="pt") as second:
@@ -184,17 +184,17 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _left_out(folder: Path, model: PreTrainedModel) -> Iterator[str]:
-    """What of a model for images or sounds the language model does without."""
+    """Yields a remark on the tensors of a multimodal model that its language model does not use."""
     parts = parts_left_out(folder, model)
     if parts:
         yield (
-            f"{len(parts)} tensors of other parts than the language model, such as {next(iter(parts))}, are not "
-            "trained; they are carried over unchanged into what is written"
+            f"{len(parts)} tensors outside the language model, such as {next(iter(parts))}, are not trained; "
+            "they are carried over unchanged to the checkpoint that is written"
         )
 
 
 def learned_positions(model: PreTrainedModel) -> int | None:
-    """The rows of a table of learned positions, if the model has one."""
+    """The number of learned positions, or None if positions are computed."""
     for name, parameter in model.named_parameters():
         if any(f".{part}." in f".{name}" for part in _LEARNED_POSITIONS):
             return min(
@@ -204,20 +204,20 @@ def learned_positions(model: PreTrainedModel) -> int | None:
 
 
 def check_lengths(check: CheckpointCheck, lengths: Sequence[int], folder: Path) -> None:
-    """Nothing, if every record fits the positions that the model has learned.
+    """Checks that every record fits within the model's learned positions.
 
     Args:
-        check: Of the model.
-        lengths: The records', in tokens.
-        folder: The model's, for the error.
+        check: The model's check.
+        lengths: The lengths of the records in tokens.
+        folder: The model's folder, for the error.
 
     Raises:
-        ModelError: One is longer.
+        ModelError: A record is longer.
     """
     longest = max(lengths, default=0)
     if check.max_positions is not None and longest > check.max_positions:
         raise ModelError(
-            "A record is longer than the positions that the model has learned.",
+            "A record is longer than the model's learned positions.",
             path=folder,
             expected=f"at most {check.max_positions:,} tokens",
             actual=f"{longest:,}",

@@ -1,4 +1,4 @@
-"""What lies beside a checkpoint's weights and goes with them: configuration, tokenizer, chat templates, licence."""
+"""The files that accompany a checkpoint's weights: configuration, tokenizer, chat templates, licence."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _WEIGHT_SUFFIXES: Final = frozenset(
 )
 _WEIGHT_INDEX_SUFFIX: Final = ".index.json"
 _NOT_COPIED: Final = (CARD_FILE, MARKER)
-"""Each checkpoint has its own."""
+"""Files that are specific to one checkpoint and are not copied."""
 
 
 def copy_companions(source: Path, folder: Path, *, sharded: bool) -> tuple[str, ...]:
-    """Copies the files beside the weights; returns the names of links to files elsewhere, which are left out.
+    """Copies the files that accompany the weights; returns the names of links to outside files, which are skipped.
 
     Args:
-        source: A checkpoint, without links in its path. In the hub's cache its files are links to blobs.
+        source: A checkpoint, with no links in its path. In the hub's cache, its files are links to blobs.
         folder: The new checkpoint.
-        sharded: Whether it has an index of shards.
+        sharded: Whether the new checkpoint has an index of shards.
 
     Raises:
         ModelError: The configuration itself is such a link.
@@ -42,11 +42,11 @@ def copy_companions(source: Path, folder: Path, *, sharded: bool) -> tuple[str, 
             left_out.append(name)
     if "config.json" in left_out:
         raise ModelError(
-            "The model's configuration is a link to a file outside its folder, which is not followed.",
+            "The model's configuration is a link to a file outside its folder; such links are not followed.",
             path=source / "config.json",
             expected="a file in the folder",
             actual=(source / "config.json").resolve(),
-            hint="put a copy in the place of the link",
+            hint="replace the link with a copy of the file",
         )
     return tuple(left_out)
 
@@ -61,13 +61,13 @@ def _companions(source: Path, *, sharded: bool) -> list[Path]:
 
 
 def _hub_blobs(source: Path) -> list[Path]:
-    """Where the files of a snapshot in the hub's cache lie: `models--A--B/blobs` for `models--A--B/snapshots/C`."""
+    """The folder with a hub snapshot's files: `models--A--B/blobs` for `models--A--B/snapshots/C`."""
     blobs = source.parent.parent / "blobs"
     return [blobs] if source.parent.name == "snapshots" and blobs.is_dir() else []
 
 
 def _is_of_weights(path: Path, *, sharded: bool) -> bool:
-    """Whether a file holds weights, or is an index of shards that the new folder does not have."""
+    """True if a file holds weights, or is an index of shards that the new folder does not have."""
     if path.name == INDEX_FILE:
         return not sharded
     return path.suffix in _WEIGHT_SUFFIXES or path.name.endswith(_WEIGHT_INDEX_SUFFIX)

@@ -1,4 +1,4 @@
-"""One-off drop: a delta mask that resets a share of what fine-tuning changed, without training."""
+"""One-off drop: a delta mask that resets a share of the fine-tuning changes, without training."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def drop_mask(
     run_id: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Mask:
-    """The delta mask that resets exactly the ratio's share of each floating-point tensor to the base's values.
+    """The delta mask that resets exactly the given share of each floating-point tensor to the base's values.
 
-    One tensor of each checkpoint is in memory at a time. Differences are taken in fp32, those of F64 tensors in fp64.
-    Equal differences are reset lowest flat index first. An output head that is tied to the embeddings is reset where
-    they are, also when the tuned checkpoint stores both.
+    One tensor of each checkpoint is in memory at a time. Differences are computed in fp32, or in fp64 for F64 tensors.
+    Equal differences are reset lowest flat index first. A tied output head is reset at the same entries as the
+    embeddings, even if the tuned checkpoint stores both.
 
     Args:
         base: Folder of the checkpoint before fine-tuning.
-        tuned: Folder of the checkpoint after it, with the same tensors; it may be sharded differently.
+        tuned: Folder of the checkpoint after fine-tuning, with the same tensors; it may be sharded differently.
         ratio: Share of the differences to reset, in [0, 1).
         strategy: `trivial` resets the smallest absolute differences first, `salient` the largest, `random` any.
         base_model: Name of the base for the mask file.
         base_revision: Its revision on the hub.
         tuned_model: Name of the tuned model for the mask file.
         tuned_revision: Its revision on the hub.
-        seed: With a tensor's name it decides its random entries.
-        run_id: The run that makes the mask.
-        on_progress: Called with the bytes of the tuned checkpoint seen so far and in all.
+        seed: Together with a tensor's name, decides its random entries.
+        run_id: The run that creates the mask.
+        on_progress: Called with the bytes of the tuned checkpoint processed so far and in total.
 
     Raises:
-        MaskingError: The ratio is out of range, or there is no such strategy.
-        MaskMismatchError: The two do not have the same tensors, or are the same checkpoint.
-        ModelError: One of them cannot be read, or a difference is not a number.
+        MaskingError: The ratio is out of range, or the strategy does not exist.
+        MaskMismatchError: The two checkpoints do not have the same tensors, or have the same weights.
+        ModelError: One of them cannot be read, or a difference is NaN.
 
     Source: GMT, section 4, "Analysis of Drop Strategy", and figure 3.
     """
@@ -91,13 +91,13 @@ def drop_mask(
 
 
 def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.Tensor:
-    """The absolute differences, negated where the largest are to go first."""
+    """The absolute differences, negated if the largest are to be reset first."""
     tuned = read_tensor(pair.tuned)
     wide = torch.float64 if tuned.dtype == torch.float64 else torch.float32
     sizes = (tuned.to(wide) - read_tensor(pair.base).to(wide)).abs_()
     if torch.isnan(sizes).any():
         raise ModelError(
-            "The difference between the base and the tuned checkpoint is not a number",
+            "The difference between the base and the tuned checkpoint is NaN",
             path=pair.tuned.path,
             key=pair.name,
             expected="finite weights in both",
@@ -108,7 +108,7 @@ def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.T
 
 
 def _random_values(pair: TensorPair, seed: int) -> torch.Tensor:
-    # The base's name is the embeddings' for a tied output head, so that the two copies get the same mask.
+    # For a tied output head, the base's name is that of the embeddings, so that both copies get the same mask.
     digest = hashlib.sha256(f"{seed}:{pair.base.name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     return torch.rand(pair.tuned.shape, generator=generator)
@@ -128,8 +128,8 @@ def _record(pair: TensorPair, ratio: float) -> TensorRecord:
 def _require_difference(records: dict[str, TensorRecord], base: Path, tuned: Path) -> None:
     if all(record.sha256 == record.tuned_sha256 for record in records.values()):
         raise MaskMismatchError(
-            "The base and the tuned checkpoint have the same weights: there is nothing to drop",
+            "The base and the tuned checkpoint have the same weights, so there is nothing to drop",
             path=tuned,
-            expected=f"other weights than in {base}",
+            expected=f"weights that differ from those in {base}",
             hint="give the checkpoint from before fine-tuning as the base",
         )

@@ -1,4 +1,4 @@
-"""Which GPU holds which layers of a model that is too large for one of them."""
+"""Assignment of layers to GPUs for a model that is too large for one of them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mftctl.runtime.devices import best_device
 from mftctl.runtime.processes import world_size
 
 _FOR_WEIGHTS = 0.9
-"""The share of a GPU's free memory that weights may take: a batch needs room as well."""
+"""The share of a GPU's free memory that weights may use, as batches need memory too."""
 
 
 def gpu_map(folder: Path, dtype: torch.dtype | str) -> dict[str, int] | None:
-    """The GPU of each part of a model, by its path; None where one device is enough, or is all that there is.
+    """Returns the GPU of each module of a model by path; None if one device suffices, or there is only one.
 
     Args:
         folder: The checkpoint.
-        dtype: Of the weights in memory; `auto` keeps the checkpoint's.
+        dtype: The dtype of the weights in memory; `auto` keeps the checkpoint's.
 
     Raises:
-        DeviceMemoryError: All GPUs together are too small.
+        DeviceMemoryError: All GPUs together have too little memory.
     """
     device = best_device()
     if device.type != "cuda" or device.index is not None or world_size() > 1 or is_adapter(folder):
@@ -42,15 +42,15 @@ def gpu_map(folder: Path, dtype: torch.dtype | str) -> dict[str, int] | None:
 
 
 def spread_over(folder: Path, dtype: torch.dtype | str, free_bytes: Mapping[int, int]) -> dict[str, int] | None:
-    """The same for GPUs that have so much memory free; None if the first has enough.
+    """Like `gpu_map`, for GPUs with the given free memory; None if the first has enough.
 
     Args:
         folder: The checkpoint.
-        dtype: Of the weights in memory; `auto` keeps the checkpoint's.
-        free_bytes: By the GPU's number.
+        dtype: The dtype of the weights in memory; `auto` keeps the checkpoint's.
+        free_bytes: Free memory by GPU number.
 
     Raises:
-        DeviceMemoryError: All GPUs together are too small.
+        DeviceMemoryError: All GPUs together have too little memory.
     """
     dtype = dtype if isinstance(dtype, torch.dtype) else stored_dtype(folder)
     needed = sum(math.prod(stored.shape) for stored in tensor_index(folder).values()) * dtype.itemsize
@@ -63,21 +63,21 @@ def spread_over(folder: Path, dtype: torch.dtype | str, free_bytes: Mapping[int,
     balanced = get_balanced_memory(model, dict(room), whole_layers, dtype=dtype)
     found = None
     for limits in (balanced, dict(room)):
-        # Buffers are asked for too, so that accelerate has nothing to warn of: what is off the GPUs is refused.
+        # Buffers are included so that accelerate does not warn; placements off the GPUs are refused anyway.
         places = infer_auto_device_map(model, limits, whole_layers, dtype=dtype, offload_buffers=True)
         found = found or _fitting(places)
     if found is None:
         raise DeviceMemoryError(
-            "The model is too large for the GPUs there are.",
+            "The model is too large for the available GPUs.",
             path=folder,
             expected=f"{needed / 1e9:.1f} GB of weights in whole layers",
             actual=", ".join(f"GPU {index}: {free / 1e9:.1f} GB free" for index, free in free_bytes.items()),
-            hint="more or larger GPUs; --device cpu is slow, and needs that much of the machine's memory",
+            hint="more or larger GPUs; --device cpu is slow and needs as much host memory",
         )
     return found
 
 
 def _fitting(places: Mapping[str, int | str]) -> dict[str, int] | None:
-    """The places, if all of them are GPUs."""
+    """Returns the placements if all of them are GPUs, otherwise None."""
     gpus = {name: place for name, place in places.items() if isinstance(place, int)}
     return gpus if len(gpus) == len(places) else None

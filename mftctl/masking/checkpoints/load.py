@@ -1,4 +1,4 @@
-"""Loads checkpoints and tokenizers, with one clear error where they do not fit."""
+"""Loads checkpoints and tokenizers, with one clear error where something does not match."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def load_model(
     """The causal language model in a checkpoint folder, in evaluation mode.
 
     Args:
-        folder: With `config.json` and safetensors, or with a LoRA adapter, which is merged in memory.
-        dtype: Of the weights in memory; `auto` keeps the checkpoint's.
-        device: Where it is wanted; by default on the one in use.
-        device_map: On which GPU each part of it is wanted instead, by its path; not for adapters.
+        folder: Contains `config.json` and safetensors, or a LoRA adapter, which is merged in memory.
+        dtype: Dtype of the weights in memory; `auto` keeps the checkpoint's.
+        device: Device to load onto; by default the device in use.
+        device_map: GPU of each part of the model, by its path, instead of one device; not for adapters.
 
     Raises:
-        ConfigError: The attention asked for does not go with the dtype.
-        ModelError: transformers cannot load it, or a tensor is not in its files.
+        ConfigError: The requested attention implementation does not support the dtype.
+        ModelError: transformers cannot load it, or a tensor is missing from its files.
     """
     device = device or best_device()
     with gpu_failures("loading the model"):
@@ -46,27 +46,27 @@ def load_model(
 
 
 def load_to_share(folder: Path, *, dtype: torch.dtype, note: Callable[[str], None]) -> PreTrainedModel:
-    """The model in a checkpoint folder, for processes that spread it: without values where they can be read by parts.
+    """The model in a checkpoint folder, for sharding: without values where its files can be read in parts.
 
     Args:
-        folder: With `config.json` and safetensors.
-        dtype: Of its parameters.
-        note: Is told why each process loads the whole model, where that is so.
+        folder: Contains `config.json` and safetensors.
+        dtype: Dtype of its parameters.
+        note: Receives the reason if each process has to load the whole model.
 
     Raises:
-        ModelError: transformers does not know the model, or a weight is missing in the files.
+        ModelError: transformers does not know the model, or a weight is missing from the files.
     """
     from mftctl.masking.checkpoints.outlines import build_outline
 
     try:
         return build_outline(folder, dtype)
     except MaskingError as error:
-        note(f"Each process loads the whole model into the machine's memory before it is shared out. {error}")
+        note(f"Each process loads the whole model into main memory before it is sharded. {error}")
         return load_model(folder, dtype=dtype, device=torch.device("cpu"))
 
 
 def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: Mapping[str, Any]) -> PreTrainedModel:
-    """The model; its weights go tensor by tensor to their places, so that the CPU never holds all of them for a GPU."""
+    """The model; its weights move tensor by tensor to their device, so the CPU never holds all of them for a GPU."""
     if is_adapter(folder):
         from mftctl.masking.checkpoints.adapters import load_adapter
 
@@ -82,22 +82,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a checkpoint folder.
 
     Raises:
-        ModelError: transformers cannot load it, or it needs code that is not trusted.
+        ModelError: transformers cannot load it, or it needs untrusted code.
     """
     require_trusted_code(folder)
     return checked_tokenizer(folder, folder, local_files_only=True)
 
 
 def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a hub model, whose chat templates are texts.
+    """The tokenizer of a folder or a hub model, after checking that its chat templates are strings.
 
     Args:
-        source: As `from_pretrained` takes it.
-        path: For the error.
-        options: For `from_pretrained`.
+        source: As accepted by `from_pretrained`.
+        path: Passed to the error.
+        options: Passed to `from_pretrained`.
 
     Raises:
-        ModelError: transformers cannot load it, or a chat template is none.
+        ModelError: transformers cannot load it, or a chat template is not a string.
     """
     with model_failures(
         "The tokenizer cannot be loaded.",
@@ -111,7 +111,7 @@ def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> P
     texts = list(template.values()) if isinstance(template, dict) else [template]
     if template is not None and not (texts and all(isinstance(text, str) for text in texts)):
         raise ModelError(
-            "The chat template of the tokenizer is no text.",
+            "The tokenizer's chat template is not text.",
             path=path,
             key="chat_template",
             expected="a Jinja template, or several by name",
@@ -121,7 +121,7 @@ def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> P
 
 
 def evaluation_dtype(folder: Path) -> torch.dtype | str:
-    """The checkpoint's own dtype on a GPU that computes in it; else fp32, which on a CPU is fastest.
+    """The checkpoint's own dtype on a GPU that supports it; otherwise fp32, which is fastest on a CPU.
 
     Args:
         folder: The checkpoint.

@@ -1,4 +1,4 @@
-"""Weights through transformers, of which none is ever left random."""
+"""Loads weights through transformers and makes sure that none is left randomly initialised."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _LONGEST_SHOWN = 200
 
 
 def read_configuration(folder: Path) -> PreTrainedConfig:
-    """The configuration in a checkpoint folder; one of weights in 8 bits asks for them in bf16.
+    """The configuration in a checkpoint folder; 8-bit weights are set to be loaded in bf16.
 
     Raises:
-        ModelError: It needs code that is not trusted, transformers cannot read it, or it asks for more layers than any
-            model has.
+        ModelError: It needs untrusted code, transformers cannot read it, or it specifies an implausible number of
+            layers.
     """
     require_trusted_code(folder)
     require_few_labels(folder)
@@ -50,21 +50,21 @@ def read_configuration(folder: Path) -> PreTrainedConfig:
     require_few_layers(config, folder)
     quantization = getattr(config, "quantization_config", None)
     if isinstance(quantization, dict) and quantization.get("quant_method") == "fp8":
-        # By itself transformers does so on a CPU alone: on a GPU the layers would stay in 8 bits and learn nothing.
+        # transformers does this by default only on a CPU; on a GPU the layers would stay in 8 bits and learn nothing.
         config.quantization_config = {**quantization, "dequantize": True}
     return config
 
 
 def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
-    """The causal language model in a checkpoint folder, each tensor of which was found in its files.
+    """The causal language model in a checkpoint folder, after checking that its files hold every tensor.
 
     Args:
-        folder: With `config.json` and safetensors.
-        options: For `from_pretrained`.
+        folder: Contains `config.json` and safetensors.
+        options: Passed to `from_pretrained`.
 
     Raises:
-        ModelError: transformers cannot load it, tensors are missing, unexpected or of another shape, or it needs code
-            that is not trusted.
+        ModelError: transformers cannot load it, tensors are missing, unexpected or of the wrong shape, or it needs
+            untrusted code.
     """
     config = read_configuration(folder)
     with quiet_transformers(), model_failures("The model cannot be loaded.", path=folder):
@@ -73,7 +73,7 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
             config=config,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # which the report then names
+            ignore_mismatched_sizes=True,  # the report then lists them
             trust_remote_code=trusts_code(),
             **options,
         )
@@ -84,64 +84,64 @@ def load_weights(folder: Path, **options: Any) -> PreTrainedModel:
         f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in report["mismatched_keys"]
     )
     if missing or unexpected or mismatched:
-        parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)]
+        parts = [("missing", missing), ("unexpected", unexpected), ("of the wrong shape", mismatched)]
         raise ModelError(
-            "The checkpoint does not hold the tensors of the model that its configuration describes.",
+            "The checkpoint's tensors do not match the model that its configuration describes.",
             path=folder,
-            expected="each tensor of the model once, and no others",
+            expected="every tensor of the model once, and no others",
             actual="; ".join(f"{len(names)} {word}: {listed(names)}" for word, names in parts if names),
-            hint="download or save the checkpoint again; a part of a larger model is to be saved by itself first",
+            hint="download or save the checkpoint again; save a part of a larger model on its own first",
         )
     _require_token_ids(model, folder)
     if getattr(config, "quantization_config", None):
-        # What was in 8 bits has come in the dtype of its scales, and all else in bf16.
+        # Tensors stored in 8 bits were loaded in the dtype of their scales, all others in bf16.
         dtype = options.get("dtype")
         with model_failures("The model cannot be loaded.", path=folder):
             model.to(dtype if isinstance(dtype, torch.dtype) else torch.bfloat16)  # type: ignore[arg-type]
-        # By these transformers would write codes and scales again, beside a configuration of a plain model.
+        # Otherwise transformers would write codes and scales again, with the configuration of an unquantised model.
         model._weight_conversions = None  # type: ignore[assignment]
     return model
 
 
 def _require_token_ids(model: PreTrainedModel, folder: Path) -> None:
-    """Nothing, if the tokens that begin, end and fill a text are named by their ids."""
+    """Checks that the BOS, EOS and padding tokens are given as token ids."""
     for settings in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(settings, name, None)
             tokens = value if isinstance(value, list) else [value]
             if not all(token is None or (type(token) is int and abs(token) < _MOST_TOKENS) for token in tokens):
                 raise ModelError(
-                    "The configuration names a token by something else than its id.",
+                    "The configuration gives a special token as something other than its id.",
                     path=folder,
                     key=name,
-                    expected="a number, or several",
+                    expected="a number or a list of numbers",
                     actual=repr(value)[:_LONGEST_SHOWN],
                 )
 
 
 def require_few_labels(folder: Path) -> None:
-    """Nothing, if the configuration in a folder has no number of labels that transformers would write out.
+    """Checks that a configuration does not specify so many labels that transformers would hang listing them.
 
     Raises:
-        ModelError: It has.
+        ModelError: It specifies too many labels.
     """
     try:
         labels = read_json_object(folder / "config.json").get("num_labels")
     except (OSError, ValueError):
-        return  # for transformers to tell
+        return  # transformers reports it
     if isinstance(labels, int) and labels > _MOST_LABELS:
         raise _unheard_of(folder, "num_labels", labels, _MOST_LABELS)
 
 
 def require_few_layers(config: PreTrainedConfig, folder: Path | str) -> None:
-    """Nothing, if a model of that many layers can be built in a time that ends.
+    """Checks that a model with that many layers can be built in reasonable time.
 
     Args:
-        config: Of a model.
-        folder: The model's, for the error.
+        config: The model's configuration.
+        folder: The model's folder, for the error.
 
     Raises:
-        ModelError: There are too many.
+        ModelError: There are too many layers or experts.
     """
     for name in ("num_hidden_layers", "num_local_experts", "num_experts", "n_routed_experts"):
         count = getattr(config.get_text_config(), name, None)
@@ -151,7 +151,7 @@ def require_few_layers(config: PreTrainedConfig, folder: Path | str) -> None:
 
 def _unheard_of(folder: Path | str, key: str, count: int, most: int) -> ModelError:
     return ModelError(
-        "The configuration asks for a model that nobody has.",
+        "The configuration describes an implausibly large model.",
         path=folder,
         key=key,
         expected=f"at most {most:,}",
@@ -160,14 +160,14 @@ def _unheard_of(folder: Path | str, key: str, count: int, most: int) -> ModelErr
 
 
 def listed(names: Collection[str]) -> str:
-    """The first few of some names."""
+    """The first few names, joined by commas."""
     shown = list(names)[:_MOST_NAMED]
     return ", ".join(shown) + (" …" if len(names) > len(shown) else "")
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Inside it, transformers writes no report of its own and shows no bar."""
+    """Context in which transformers prints no report of its own and shows no progress bar."""
     verbosity = transformers_logging.get_verbosity()
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
@@ -181,21 +181,21 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def attention_settings(folder: Path, dtype: torch.dtype | str) -> dict[str, str]:
-    """What `from_pretrained` is to be told of attention: nothing where transformers chooses.
+    """The attention arguments for `from_pretrained`; empty where transformers chooses.
 
     Args:
         folder: The checkpoint.
-        dtype: As it is loaded.
+        dtype: Dtype it is loaded in.
 
     Raises:
-        ConfigError: The attention asked for does not go with the dtype.
+        ConfigError: The requested attention implementation does not support the dtype.
     """
     attention = attention_in_use(dtype if isinstance(dtype, torch.dtype) else stored_dtype(folder))
     return {} if attention == "auto" else {"attn_implementation": attention}
 
 
 def whole_checkpoint(folder: Path) -> Path:
-    """A checkpoint folder, or that of an adapter's base."""
+    """The checkpoint folder itself, or that of an adapter's base."""
     if not is_adapter(folder):
         return folder
     from mftctl.masking.checkpoints.locate import adapter_base
@@ -204,7 +204,7 @@ def whole_checkpoint(folder: Path) -> Path:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of most weights of a checkpoint, or of an adapter's base; where it has 8 bits, bf16, as in memory."""
+    """The dtype of most weights of a checkpoint or of an adapter's base; bf16 for 8-bit weights, as in memory."""
     weights: dict[str, int] = {}
     for stored in tensor_index(whole_checkpoint(folder)).values():
         weights[stored.dtype] = weights.get(stored.dtype, 0) + math.prod(stored.shape)

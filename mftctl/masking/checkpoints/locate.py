@@ -1,4 +1,4 @@
-"""From the name of a model to a folder that holds it."""
+"""Resolves the name of a model to a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _CONVERT: Final = (
 
 
 def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: bool = False) -> Path:
-    """The folder of a checkpoint in safetensors form.
+    """The folder of a safetensors checkpoint.
 
     Args:
-        model: A local folder, the built-in name "quickstart", or a model on the Hugging Face hub, which is downloaded
-            where it is not in the local cache.
-        revision: Branch, tag or commit on the hub; it has no meaning for the other two.
-        adapters: Whether a local folder with a LoRA adapter will do as well.
+        model: A local folder, the built-in name "quickstart", or a model on the Hugging Face Hub, which is downloaded
+            unless it is in the local cache.
+        revision: Branch, tag or commit on the hub; ignored for the other two.
+        adapters: Whether a local folder with a LoRA adapter is accepted too.
 
     Raises:
         ModelError: It is none of the three, or its folder lacks `config.json` or safetensors weights.
@@ -40,7 +40,7 @@ def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: boo
     folder = Path(model).expanduser()
     try:
         is_folder, is_file = folder.is_dir(), folder.exists()
-    except OSError as error:  # a name longer than one can be
+    except OSError as error:  # the name is too long
         raise ModelError("There is no such model", key=model[:_LONGEST_SHOWN], actual=error.strerror) from error
     if is_folder:
         return folder if adapters and is_adapter(folder) else _checked(folder, model)
@@ -48,7 +48,7 @@ def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: boo
         return _checked(built_in.model_path(), model)
     if is_file:
         raise ModelError(
-            "A model is a folder, and this is a file",
+            "A model must be a folder, but this is a file",
             path=folder,
             expected="a folder with config.json and safetensors weights",
             hint="give the folder written by save_pretrained",
@@ -57,7 +57,7 @@ def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: boo
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a LoRA adapter and no whole model."""
+    """True if a folder holds a LoRA adapter and not a whole model."""
     return (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file()
 
 
@@ -68,7 +68,7 @@ def _download(model: str, revision: str | None) -> Path:
         )
     except (HFValidationError, OSError) as error:
         raise ModelError(
-            "There is no such model: no local folder, and nothing the hub could give",
+            "There is no such model, neither as a local folder nor on the hub",
             key=model if revision is None else f"{model}@{revision}",
             expected='a folder, "quickstart", or a hub model such as HuggingFaceTB/SmolLM2-135M-Instruct',
             actual=first_line(error),
@@ -80,16 +80,16 @@ def _download(model: str, revision: str | None) -> Path:
 def _checked(folder: Path, model: str) -> Path:
     if is_adapter(folder):
         raise ModelError(
-            "The folder holds a LoRA adapter, and a whole model is needed",
+            "The folder holds a LoRA adapter, but a whole model is needed",
             path=folder,
-            expected="config.json beside the weights",
+            expected="config.json next to the weights",
             hint="train it with --merge, or write the merged model with peft",
         )
     if not (folder / "config.json").is_file():
         raise ModelError(
-            "The folder is no checkpoint: it has no config.json",
+            "The folder is not a checkpoint: it has no config.json",
             path=folder,
-            expected="config.json beside the weights",
+            expected="config.json next to the weights",
             hint="give the folder written by save_pretrained",
         )
     if (folder / WEIGHTS_FILE).is_file() or (folder / INDEX_FILE).is_file():
@@ -97,7 +97,7 @@ def _checked(folder: Path, model: str) -> Path:
     pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(
-            "The checkpoint is a pickle, which can run code when it is opened; mftctl reads safetensors",
+            "The checkpoint is a pickle, which can run code when opened; mftctl only reads safetensors",
             path=pickles[0],
             expected=f"{WEIGHTS_FILE} or {INDEX_FILE}",
             hint=_CONVERT.format(model=model),
@@ -111,10 +111,10 @@ def _checked(folder: Path, model: str) -> Path:
 
 
 def adapter_base(folder: Path) -> str:
-    """The model that the adapter in a folder belongs to.
+    """The base model of the adapter in a folder.
 
     Raises:
-        ModelError: The adapter's configuration does not say.
+        ModelError: The adapter's configuration does not name it.
     """
     base = _adapter_settings(folder).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:

@@ -1,4 +1,4 @@
-"""Whether the tensors of a checkpoint are those that a mask was made for."""
+"""Checks that a checkpoint's tensors are those that a mask was made for."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Role = Literal["base", "tuned checkpoint"]
 
 
 def masked_tensors(mask: Mask, folder: Path, role: Role) -> dict[str, StoredTensor]:
-    """The stored tensor of each masked name, with the recorded dtype and shape; bytes are not looked at.
+    """The stored tensor for each masked name, after checking its dtype and shape, but not its bytes.
 
     Args:
         mask: The mask.
         folder: A checkpoint.
-        role: What it is to the mask. A base without an output head has its input embeddings in the head's place.
+        role: Its role for the mask. If a base has no output head, its input embeddings take the head's place.
 
     Raises:
-        MaskMismatchError: A tensor is missing or of another dtype or shape.
+        MaskMismatchError: A tensor is missing or has the wrong dtype or shape.
         ModelError: The checkpoint cannot be read.
     """
     index = tensor_index(folder)
@@ -32,23 +32,23 @@ def masked_tensors(mask: Mask, folder: Path, role: Role) -> dict[str, StoredTens
 
 
 def require_digest(actual: str, stored: StoredTensor, name: str, mask: Mask, role: Role) -> None:
-    """Nothing, if a tensor has the digest that a delta mask's record states.
+    """Checks that a tensor has the digest in a delta mask's record.
 
     Args:
         actual: Hex SHA-256 of its bytes.
-        stored: Where it is.
+        stored: The stored tensor.
         name: The masked name.
         mask: A mask of kind "delta".
-        role: Which of the two checkpoints it is part of.
+        role: The checkpoint that the tensor is part of.
 
     Raises:
-        MaskMismatchError: It has another.
+        MaskMismatchError: The digest differs.
     """
     record = mask.records[name]
     expected = record.sha256 if role == "base" else record.tuned_sha256
     if actual != expected:
         raise MaskMismatchError(
-            f"The {role} is not the one this delta mask was made for: a tensor has other bytes",
+            f"The {role} is not the one this delta mask was made for: the bytes of a tensor differ",
             path=stored.path,
             key=name,
             expected=f"SHA-256 {expected}",
@@ -58,7 +58,7 @@ def require_digest(actual: str, stored: StoredTensor, name: str, mask: Mask, rol
 
 
 def label_of(mask: Mask, role: Role) -> str:
-    """The model in that role, with its revision, as the mask names it."""
+    """The model in that role, with its revision, as named in the mask."""
     return mask.metadata.base_label if role == "base" else str(mask.metadata.tuned_label)
 
 
@@ -68,7 +68,7 @@ def _require_form(
     stored = counterpart(name, index) if mask.metadata.kind == "delta" and role == "base" else index.get(name)
     if stored is None or (stored.dtype, stored.shape) != (record.dtype, record.shape):
         raise MaskMismatchError(
-            f"The {role} has no such tensor" if stored is None else f"The {role}'s tensor has another form",
+            f"The {role} has no such tensor" if stored is None else f"The {role}'s tensor differs in dtype or shape",
             path=folder,
             key=name,
             expected=f"{record.dtype} {record.shape}",

@@ -1,7 +1,7 @@
-"""Copies the weight files of a checkpoint with some tensors masked on the way, several tensors at once.
+"""Copies the weight files of a checkpoint and masks some tensors, processing several tensors at once.
 
-Bytes outside the masked tensors are copied as they are, by the kernel where it can. The digest of each masked tensor is
-compared with the mask's record when its last piece has passed.
+Bytes outside the masked tensors are copied unchanged, by the kernel where possible. The digest of each masked tensor is
+compared with the mask's record after its last chunk.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from mftctl.masking.mask_file.codecs import Packed
 
 Advance = Callable[[int], None]
 MaskTensor = Callable[[StoredTensor, Path, Advance], None]
-"""Copies one masked tensor to its place in another file, telling the bytes it wrote."""
+"""Copies one masked tensor to its position in another file, reporting the bytes written."""
 
 _MOST_THREADS = 8
-_KERNEL_BYTES = 64 * 2**20  # small enough for progress to be seen
+_KERNEL_BYTES = 64 * 2**20  # small enough for visible progress
 _TOLD_BYTES = 4 * 2**20
 _NOT_BY_THE_KERNEL = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -50,14 +50,14 @@ def write_shards(
 
     Args:
         tensors: All tensors of the checkpoint.
-        mask: Names the tensors that are masked.
-        mask_tensor: How those are copied.
-        folder: Where to; without such files so far.
-        on_progress: Called with the bytes written so far and in all.
+        mask: Provides the names of the masked tensors.
+        mask_tensor: Copies a masked tensor.
+        folder: Destination folder, with no weight files yet.
+        on_progress: Called with the bytes written so far and in total.
 
     Raises:
-        MaskMismatchError: A masked tensor is not the one in the mask's record.
-        ModelError: A file became shorter meanwhile.
+        MaskMismatchError: A masked tensor does not match the mask's record.
+        ModelError: A file was truncated in the meantime.
     """
     shards: dict[Path, list[StoredTensor]] = {}
     for stored in tensors:
@@ -70,13 +70,13 @@ def write_shards(
         copies.append(partial(_copy_around, parts, path, target, advance))
         masked.append([partial(mask_tensor, stored, target, advance) for stored in parts])
     in_turn = [part for turn in zip_longest(*masked) for part in turn if part is not None]
-    # A wrong base shows in its first tensor. Copying comes next since it takes the longest without a break: the kernel
-    # lets one thread at a time write to a file.
+    # A wrong base shows in its first tensor. Copying comes next, since it takes longest: the kernel lets only one
+    # thread at a time write to a file.
     _run_together([*in_turn[:1], *copies, *in_turn[1:]])
 
 
 def _run_together(parts: list[Callable[[], None]]) -> None:
-    """Runs them in several threads. After a failure none is begun, and the first of the failed tells what it was."""
+    """Runs functions in several threads; after a failure, starts no more and raises the first error."""
     with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
         started = [pool.submit(part) for part in parts]
         try:
@@ -96,7 +96,7 @@ def _made_in_full_length(target: Path, size_bytes: int) -> Path:
 
 
 def _copy_around(masked: list[StoredTensor], path: Path, target: Path, advance: Advance) -> None:
-    """Copies a file's bytes before, between and after its masked tensors."""
+    """Copies the bytes of a file outside its masked tensors."""
     starts = [0, *(stored.offset_bytes + stored.length_bytes for stored in masked)]
     ends = [*(stored.offset_bytes for stored in masked), path.stat().st_size]
     for start, end in zip(starts, ends, strict=True):
@@ -104,7 +104,7 @@ def _copy_around(masked: list[StoredTensor], path: Path, target: Path, advance: 
 
 
 def _counter(total_bytes: int, on_progress: Callable[[int, int], None] | None) -> Advance:
-    """Adds up what the threads have written, and tells it from time to time, one thread at a time."""
+    """Sums the bytes written by all threads and reports them from time to time, from one thread at a time."""
     written_bytes, told_bytes, lock = 0, 0, threading.Lock()
 
     def advance(chunk_bytes: int) -> None:
@@ -120,7 +120,7 @@ def _counter(total_bytes: int, on_progress: Callable[[int, int], None] | None) -
 
 
 def without_removed(mask: Mask) -> MaskTensor:
-    """The copying that sets the removed weights of a weight mask to zero bits."""
+    """A copy function that sets the removed weights of a weight mask to zero bits."""
 
     def mask_tensor(stored: StoredTensor, target: Path, advance: Advance) -> None:
         digest = hashlib.sha256()
@@ -139,7 +139,7 @@ def without_removed(mask: Mask) -> MaskTensor:
 
 
 def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> MaskTensor:
-    """The copying of a tuned checkpoint that takes the removed weights of a delta mask from the base.
+    """A copy function for a tuned checkpoint that takes the removed weights of a delta mask from the base.
 
     Args:
         mask: A mask of kind "delta".
@@ -172,7 +172,7 @@ def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> MaskTensor
 
 
 def _copy(path: Path, target: Path, place: int, end: int, advance: Advance) -> None:
-    """Copies the bytes from `place` to `end`, within the kernel where the file systems can."""
+    """Copies the bytes from `place` to `end`, within the kernel if the file systems support it."""
     with _opened_at(place, path, target) as (reader, writer):
         while place < end and hasattr(os, "copy_file_range"):
             try:
@@ -196,7 +196,7 @@ def _copy(path: Path, target: Path, place: int, end: int, advance: Advance) -> N
 
 @contextmanager
 def _opened_at(place: int, path: Path, target: Path) -> Iterator[tuple[BufferedReader, BinaryIO]]:
-    """Both files at the same place; each piece of work has handles of its own, so that none moves another's."""
+    """Opens both files at the same position, with separate handles for each call so that none moves another's."""
     with path.open("rb") as reader, target.open("r+b") as writer:
         reader.seek(place)
         writer.seek(place)
@@ -205,21 +205,21 @@ def _opened_at(place: int, path: Path, target: Path) -> Iterator[tuple[BufferedR
 
 def _keep_bits(packed: Packed, first: int, count: int) -> npt.NDArray[np.uint8]:
     """The mask's values from weight `first` on: 1 = keep."""
-    # A full chunk holds a multiple of 8 weights, so each chunk starts at a whole byte of the mask.
+    # A full chunk holds a multiple of 8 weights, so each chunk starts on a byte boundary of the mask.
     return np.unpackbits(packed[first // 8 :], count=count, bitorder="little")
 
 
 def _require_learned_on(digest: str, stored: StoredTensor, mask: Mask) -> None:
-    """Nothing, if the base's tensor has the digest that a weight mask's record states."""
+    """Checks that the base's tensor has the digest in a weight mask's record."""
     record = mask.records[stored.name]
     if digest == record.sha256:
         return
     applied = bool(record.removed) and _is_applied(stored, mask.packed(stored.name))
     hint = f"apply it to {mask.metadata.base_label}"
     raise MaskMismatchError(
-        "The mask seems to be applied to this base already: every removed weight of a tensor is zero"
+        "The mask seems to be already applied to this base: every removed weight of a tensor is zero"
         if applied
-        else "The base is not the one this mask was learned on: a tensor has other bytes",
+        else "The base is not the one this mask was learned on: the bytes of a tensor differ",
         path=stored.path,
         key=stored.name,
         expected=f"SHA-256 {record.sha256}",
@@ -229,7 +229,7 @@ def _require_learned_on(digest: str, stored: StoredTensor, mask: Mask) -> None:
 
 
 def _is_applied(stored: StoredTensor, packed: Packed) -> bool:
-    """Whether all removed weights are zero bits."""
+    """True if all removed weights are zero bits."""
     first = 0
     with stored.path.open("rb") as reader:
         reader.seek(stored.offset_bytes)

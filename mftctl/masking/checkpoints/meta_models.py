@@ -1,4 +1,4 @@
-"""Models of the right shapes without any weights, from their configuration alone."""
+"""Builds models with the right shapes but no weights from their configuration."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from mftctl.masking.targets import decoder_layers
 
 
 def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model; of its files only `config.json` is needed.
+    """Reads a model's configuration; only its `config.json` is needed.
 
     Args:
-        model: Checkpoint folder, hub id or `quickstart`.
-        revision: Of a hub model.
+        model: Checkpoint folder, Hub ID or `quickstart`.
+        revision: Revision of a Hub model.
 
     Raises:
-        ModelError: There is no such model, the hub cannot be reached, or transformers does not know its architecture.
+        ModelError: The model does not exist, the Hub is unreachable, or transformers does not know the architecture.
     """
     folder = Path(model).expanduser()
     if not folder.is_dir() and model == built_in.NAME:
@@ -39,7 +39,7 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
     with model_failures(
         "The model's configuration cannot be read.",
         path=folder if folder.is_dir() else model,
-        expected='a folder with config.json, a hub model that can be reached, or "quickstart"',
+        expected='a folder with config.json, a reachable hub model, or "quickstart"',
         hint="check the path; config.json alone is enough for validate",
     ):
         config: PreTrainedConfig = (
@@ -52,14 +52,14 @@ def read_config(model: str, revision: str | None = None) -> PreTrainedConfig:
 
 
 def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a configuration on the meta device: shapes and dtypes alone.
+    """Builds the causal language model of a configuration on the meta device: shapes and dtypes only.
 
     Args:
-        config: The model keeps a copy of it.
-        dtype: Of its parameters.
+        config: Model configuration, which the model copies.
+        dtype: Dtype of the parameters.
 
     Raises:
-        ModelError: transformers has no causal language model for it.
+        ModelError: transformers has no causal language model for this configuration.
     """
     with (
         model_failures(
@@ -76,27 +76,27 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
 
 
 def count_layers(config: PreTrainedConfig) -> int:
-    """The decoder layers of a model.
+    """Returns the number of decoder layers of a model.
 
     Args:
-        config: Of the model.
+        config: Model configuration.
 
     Raises:
-        ModelError: transformers has no causal language model for it.
+        ModelError: transformers has no causal language model for this configuration.
     """
     return len(decoder_layers(build_skeleton(config, torch.float32))[1])
 
 
 @contextmanager
 def without_data(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside it, a model from the meta device runs as if on a device, and nothing takes memory or computes.
+    """Context in which a meta-device model runs as if on a device, without using memory or computing.
 
-    Unlike tensors of the meta device, fake tensors know the device they stand for, and so take the same kernels and
-    casts as real ones.
+    Unlike meta tensors, fake tensors know which device they represent, so they use the same kernels and casts as real
+    tensors.
 
     Args:
-        model: Changed in place: its parameters and buffers become fake tensors, shared ones stay shared.
-        device: What it is to run on; need not exist here.
+        model: The model, changed in place: its parameters and buffers become fake tensors; sharing is preserved.
+        device: The device to run on, which need not exist on this machine.
     """
     with FakeTensorMode(), device, _PlainGroupedProducts():
         made: dict[torch.Tensor, torch.Tensor] = {}
@@ -109,7 +109,7 @@ def without_data(model: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class _PlainGroupedProducts(TorchFunctionMode):
-    """Multiplies fused experts by transformers' own operator: torch's knows the shapes of its result in bf16 alone."""
+    """Multiplies fused experts with transformers' own operator; torch's infers result shapes only for bf16."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._grouped_mm:

@@ -16,10 +16,10 @@ _DROP_PAPER: Final = "one-off drop, as in section 4 of https://arxiv.org/abs/240
 
 
 def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> str:
-    """The text of the card: YAML front matter with `base_model`, then what was removed or reset, as Markdown.
+    """The card's text: YAML front matter with `base_model`, then a Markdown summary of what was removed or reset.
 
     Args:
-        mask: The mask that was applied. A delta mask names its tuned model itself.
+        mask: The applied mask. A delta mask itself names its tuned model.
         base_model: Name or folder of the base it was applied to.
         mask_path: The mask file, whose SHA-256 the card states.
     """
@@ -49,7 +49,7 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
 
 
 def _in_table(code: str) -> str:
-    """Code in a cell, where a bar ends the cell even within it."""
+    """Escapes vertical bars in code within a table cell, where they would end the cell."""
     return code.replace("|", "\\|")
 
 
@@ -58,12 +58,12 @@ def _summary(mask: Mask, base_model: str) -> str:
     if mask.metadata.tuned_model is None:
         return (
             f"This is {markdown_code(base_model)} with {share} set to zero ({mask.ratio:.2%}). "
-            "All other weights are those of the base, whose own card also holds for this model."
+            "All other weights are those of the base, whose model card also applies to this model."
         )
     return (
         f"This is {markdown_code(mask.metadata.tuned_model)} with {share} reset to the values of "
         f"{markdown_code(base_model)}, from which it was tuned ({mask.ratio:.2%}). All other weights are those of the "
-        "tuned model, whose own card also holds for this model."
+        "tuned model, whose model card also applies to this model."
     )
 
 
@@ -71,7 +71,7 @@ def _facts(mask: Mask) -> list[tuple[str, str]]:
     metadata = mask.metadata
     asked = {
         "Method": metadata.method,
-        "Ratio asked for": metadata.ratio,
+        "Requested ratio": metadata.ratio,
         "Threshold": metadata.threshold,
         "Layers": metadata.layers,
         "Seed": metadata.seed,

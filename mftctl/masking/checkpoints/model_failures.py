@@ -1,4 +1,4 @@
-"""What libraries raise while they read the files of a model, as one known failure."""
+"""Turns whatever libraries raise while reading a model's files into a `ModelError`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mftctl.errors import MftError, ModelError
 from mftctl.runtime.torch_failures import is_out_of_memory
 from mftctl.text import first_line
 
-_RUST_PANIC = "PanicException"  # of pyo3, which has no name that could be imported
+_RUST_PANIC = "PanicException"  # from pyo3; it cannot be imported
 
 
 @contextmanager
@@ -23,22 +23,22 @@ def model_failures(
     hint: str | None = None,
     let_pass: type[Exception] = MftError,
 ) -> Iterator[None]:
-    """Turns whatever a library raises over the files of a model into a `ModelError`; a lack of memory stays itself.
+    """Turns whatever a library raises while reading a model's files into a `ModelError`, except a `MemoryError`.
 
-    transformers, tokenizers and peft take the values of configurations on trust: one of another type, or out of
-    bounds, comes out of their depths as any exception at all, some as a plain `Exception`, some as the panic of a
-    library in Rust. So no list of classes would be complete, and inside there is to be nothing but their own calls.
+    transformers, tokenizers and peft do not validate configuration values: a value of the wrong type or out of range
+    can surface as any exception, sometimes a plain `Exception`, sometimes a panic in a Rust library. No list of
+    classes would be complete, so the context must contain nothing but calls into these libraries.
 
     Args:
-        message: What cannot be done, a sentence.
+        message: The failure as one sentence.
         path: The model.
-        key: For the error.
-        expected: For the error.
-        hint: For the error.
-        let_pass: What is raised as it is, beside known failures.
+        key: Passed to the error.
+        expected: Passed to the error.
+        hint: Passed to the error.
+        let_pass: An exception class to re-raise unchanged, in addition to known failures.
 
     Raises:
-        ModelError: Something else was raised.
+        ModelError: Anything else was raised.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def model_failures(
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what an exception says, with its class where that alone tells what it is."""
+    """The first line of an exception's message, with its class where the message alone is unclear."""
     line, name = first_line(error), type(error).__name__
     tells = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
     return line if tells or line == name else f"{name}: {line}"

@@ -1,4 +1,4 @@
-"""Models without their weights, for processes of which each then reads its part of them from the checkpoint's files."""
+"""Models without weights, for processes that each then read only their part from the checkpoint's files."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from mftctl.masking.parameter_layout import StoredPart, stored_parts
 from mftctl.runtime.devices import record_attention
 
 Rows = Callable[[str, int, int | None], torch.Tensor]
-"""Gives, on the CPU, the entries of a parameter's first dimension from one to before another one, or to the end."""
+"""Returns, on the CPU, a range of a parameter's first dimension, end excluded or None for all the rest."""
 
 
 def build_outline(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint with its buffers on the CPU, and parameters on the meta device for `StoredWeights`.
+    """The model of a checkpoint, with buffers on the CPU and parameters on the meta device, for `StoredWeights`.
 
     Args:
-        folder: With `config.json` and safetensors.
-        dtype: Of its parameters.
+        folder: Contains `config.json` and safetensors.
+        dtype: Dtype of its parameters.
 
     Raises:
         ModelError: transformers does not know the model, or a weight is missing in the files.
-        MaskingError: The files hold the weights in a form that cannot be read by parts.
+        MaskingError: The weights are stored in a form that cannot be read in parts.
     """
     config, settings = read_configuration(folder), attention_settings(folder, dtype)
     if getattr(config, "quantization_config", None):
-        raise MaskingError("Weights in 8 bits cannot be read by parts.", path=folder, expected="bf16, fp16 or fp32")
+        raise MaskingError("8-bit weights cannot be read in parts.", path=folder, expected="bf16, fp16 or fp32")
     with model_failures("The model cannot be loaded.", path=folder):
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -46,7 +46,7 @@ def build_outline(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     record_attention(model)
-    model.tie_weights()  # which the meta device undid
+    model.tie_weights()  # the meta device untied them
     _keep_in_fp32(model)
     weights = StoredWeights(folder, model)
     for name, buffer in model.state_dict(keep_vars=True).items():
@@ -57,15 +57,15 @@ def build_outline(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class StoredWeights:
-    """The values of a model's parameters and stored buffers, in a checkpoint's files.
+    """The values of a model's parameters and stored buffers in a checkpoint's files.
 
     Args:
-        folder: Of the checkpoint.
+        folder: The checkpoint.
         model: From `build_outline`; masks may be attached to it afterwards.
 
     Raises:
-        ModelError: A weight is missing, or has another shape.
-        MaskingError: The files hold a weight in a form that cannot be read by parts.
+        ModelError: A weight is missing or has the wrong shape.
+        MaskingError: A weight is stored in a form that cannot be read in parts.
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel) -> None:
@@ -82,7 +82,7 @@ class StoredWeights:
             found = [parts for name in names if (parts := _find(layout[name], index, model.base_model_prefix))]
             if not found:
                 raise ModelError(
-                    "The checkpoint lacks a weight of its model.", path=folder, key=names[0], actual="no such tensor"
+                    "The checkpoint lacks a weight of the model.", path=folder, key=names[0], actual="no such tensor"
                 )
             _require_alike(names, found)
             self._parts.update(dict.fromkeys(names, found[0]))
@@ -90,12 +90,12 @@ class StoredWeights:
             self._require_shapes(folder, name, parts)
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> torch.Tensor:
-        """Some entries of a weight's first dimension, or all of it, on the CPU and in the model's dtype.
+        """A range of a weight's first dimension, or all of it, on the CPU and in the model's dtype.
 
         Args:
-            name: As in the model's state.
-            first: The first of them.
-            last: The first one behind them.
+            name: Name in the model's state.
+            first: Start of the range.
+            last: End of the range, excluded.
         """
         shape, dtype, parts = self._shapes[name], self._dtypes[name], self._parts[name]
         if len(parts) == 1 and parts[0][0].index == ():
@@ -118,7 +118,7 @@ class StoredWeights:
         for part, stored in parts:
             if part.of(whole).shape != stored.shape:
                 raise ModelError(
-                    "A weight of the checkpoint has another shape than its model says.",
+                    "A weight in the checkpoint does not have the shape that the model expects.",
                     path=folder,
                     key=stored.name,
                     expected=tuple(part.of(whole).shape),
@@ -129,7 +129,7 @@ class StoredWeights:
 def _find(
     parts: list[StoredPart], index: Mapping[str, StoredTensor], prefix: str
 ) -> list[tuple[StoredPart, StoredTensor]] | None:
-    """Where the parts of a weight are; None if one of them is missing."""
+    """The stored tensors of a weight's parts; None if one of them is missing."""
     found = []
     for part in parts:
         name = next((name for name in spellings(part.name, prefix) if name in index), None)
@@ -140,11 +140,11 @@ def _find(
 
 
 def _require_alike(names: list[str], found: list[list[tuple[StoredPart, StoredTensor]]]) -> None:
-    """Nothing, if tied weights that are stored more than once are the same each time."""
+    """Checks that tied weights stored more than once are identical."""
     digests = {tuple(tensor_digest(stored) for _, stored in parts) for parts in found} if len(found) > 1 else set()
     if len(digests) > 1:
         raise MaskingError(
-            "Weights that the configuration ties are stored with different values.",
+            "Weights tied by the configuration are stored with different values.",
             key=", ".join(names),
             expected="the same bytes",
             actual=f"{len(digests)} different tensors",
@@ -161,7 +161,7 @@ def _read(stored: StoredTensor, first: int = 0, last: int | None = None) -> torc
 
 
 def _keep_in_fp32(model: PreTrainedModel) -> None:
-    """Gives those parameters fp32 that transformers keeps in it whatever the others have."""
+    """Converts the parameters that transformers always keeps in fp32 to fp32."""
     kept = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

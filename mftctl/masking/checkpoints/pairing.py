@@ -1,8 +1,8 @@
-"""Which tensor of a base belongs to which tensor of a checkpoint that was tuned from it.
+"""Matches the tensors of a base with those of a checkpoint tuned from it.
 
 Both have the same tensors under the same names, with two exceptions. A checkpoint whose output head is tied to its
-input embeddings may store the head or leave it out. And files of older transformers versions hold buffers that are
-computed when a model is built, and not learned.
+input embeddings may store the head or omit it. Files from older transformers versions contain buffers that are not
+learned but computed when a model is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.mask_file.document import MAX_DIMENSIONS
 
 HEAD: Final = "lm_head.weight"
-"""The output head, which many models tie to their input embeddings."""
+"""The output head, tied to the input embeddings in many models."""
 
 _EMBEDDINGS: Final = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")
 _COMPUTED: Final = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
@@ -31,7 +31,7 @@ class TensorPair:
 
     Attributes:
         name: Its name in the tuned checkpoint.
-        base: The base's tensor, of the same dtype and shape: its input embeddings for an output head that it ties.
+        base: The base's tensor, of the same dtype and shape; for a tied output head, its input embeddings.
         tuned: The tuned tensor.
     """
 
@@ -41,11 +41,11 @@ class TensorPair:
 
 
 def counterpart(name: str, index: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """The tensor that a checkpoint uses under this name, if it has one.
+    """The tensor that a checkpoint uses for this name, if it has one.
 
     Args:
         name: A tensor's name in another checkpoint of the same model.
-        index: The checkpoint's tensors. Where it stores no output head, its input embeddings stand for the head.
+        index: The checkpoint's tensors. If it stores no output head, its input embeddings are used as the head.
     """
     if name in index or name != HEAD:
         return index.get(name)
@@ -53,18 +53,18 @@ def counterpart(name: str, index: Mapping[str, StoredTensor]) -> StoredTensor | 
 
 
 def pair_tensors(base: Path, tuned: Path) -> list[TensorPair]:
-    """Every floating-point tensor of the tuned checkpoint with the base's, names in ascending order.
+    """Pairs every floating-point tensor of the tuned checkpoint with the base's, in ascending order of name.
 
-    Buffers that are computed when a model is built are left out. A tensor that no mask can describe, such as one of
-    integers, must be the same in both.
+    Buffers that are computed when a model is built are left out. A tensor that no mask can describe, such as an integer
+    tensor, must be the same in both.
 
     Args:
         base: The base's folder.
         tuned: The folder of the checkpoint tuned from it. The two may be sharded differently.
 
     Raises:
-        MaskMismatchError: A tensor is in one of them only, has another dtype or shape, or belongs to no floating-point
-            dtype and differs; or the base has an output head of its own and the tuned checkpoint ties its head.
+        MaskMismatchError: A tensor is in only one of them, differs in dtype or shape, or is not floating point and
+            differs; or the base has a separate output head and the tuned checkpoint ties its head.
         ModelError: One of them cannot be read.
     """
     base_index, tuned_index = tensor_index(base), tensor_index(tuned)
@@ -104,7 +104,7 @@ def _require_tied_head(
 ) -> None:
     if HEAD in base_index and HEAD not in tuned_index and not _is_tied(base_index):
         raise MaskMismatchError(
-            "The base has an output head of its own, and the tuned checkpoint ties its head to its embeddings",
+            "The base has a separate output head, but the tuned checkpoint ties its head to its embeddings",
             path=tuned,
             key=HEAD,
             expected=f"stored, as in the base {base}",
@@ -126,7 +126,7 @@ def _require_same_bytes(pair: TensorPair) -> None:
 
 
 def _is_tied(index: Mapping[str, StoredTensor]) -> bool:
-    """Whether the output head has the values of the input embeddings: it is not stored, or stored as their copy."""
+    """True if the output head equals the input embeddings: it is not stored, or stored as a copy of them."""
     embeddings, head = _embeddings(index), index.get(HEAD)
     if embeddings is None or head is None:
         return embeddings is not None

@@ -1,4 +1,4 @@
-"""A base model in 4 bits a weight under a LoRA adapter, as QLoRA has it, through bitsandbytes."""
+"""A base model in 4 bits per weight under a LoRA adapter, as in QLoRA, through bitsandbytes."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from mftctl.masking.checkpoints.load_weights import load_weights, read_configura
 from mftctl.masking.targets import decoder_layers
 
 QUANTIZED_FILE: Final = "quantized_base.json"
-"""Beside an adapter: how its base was quantised while the adapter was trained."""
+"""File next to an adapter that records how its base was quantised during training."""
 
 _NF4: Final = {"type": "nf4", "double_quantization": True, "dtype": "bfloat16"}
 QUANTIZATION: Final = json.dumps(_NF4, indent=2) + "\n"
 
 
 def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The causal language model of a checkpoint folder with its linear layers in nf4, frozen, and all else in fp32.
+    """The frozen causal language model in a checkpoint folder, with linear layers in nf4 and everything else in fp32.
 
     Args:
         folder: A whole checkpoint.
-        device: Where it goes; it cannot be moved afterwards.
+        device: Device to load onto; the model cannot be moved afterwards.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
-        ModelError: Some weights of the decoder are not those of linear layers.
+        ModelError: Some weights of the decoder do not belong to linear layers.
 
     Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3.
     """
@@ -47,7 +47,7 @@ def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
     )
     if getattr(read_configuration(folder), "quantization_config", None):
         raise ModelError(
-            "The weights are in 8 bits already, and not made for another quantisation.",
+            "The weights are already in 8 bits and cannot be quantised again.",
             path=folder,
             expected="a checkpoint in bf16, fp16 or fp32",
             hint="--method lora without --quantize",
@@ -60,11 +60,11 @@ def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedModel:
-    """The same model with plain linear layers that hold the values its 4 bits stand for.
+    """The same model with ordinary linear layers that hold the dequantised values.
 
     Args:
-        model: From `load_quantized`; changed in place.
-        dtype: Of all its weights afterwards; `auto` is bf16, in which they were dequantised while training.
+        model: From `load_quantized`; modified in place.
+        dtype: Dtype of all its weights afterwards; `auto` is bf16, the dtype they were dequantised to in training.
     """
     for name, module in list(model.named_modules()):
         if is_quantized(module):
@@ -74,11 +74,11 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | str) -> PreTrainedMo
 
 
 def merge_into_dequantized(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that was trained, without adapter or 4-bit weights, on the CPU: layer by layer, in fp32.
+    """Merges an adapter into its dequantised base, layer by layer in fp32; the result is on the CPU.
 
     Args:
-        model: With an adapter on a base from `load_quantized`; changed in place.
-        dtype: Of the merged weights.
+        model: An adapter on a base from `load_quantized`; modified in place.
+        dtype: Dtype of the merged weights.
     """
     for name, module in list(model.named_modules()):
         if is_quantized(module):
@@ -93,15 +93,15 @@ def merge_into_dequantized(model: PeftModel, dtype: torch.dtype) -> PreTrainedMo
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether a module is a linear layer of 4-bit weights."""
+    """True if a module is a linear layer with 4-bit weights."""
     return isinstance(module, nn.Linear) and getattr(module.weight, "quant_state", None) is not None
 
 
 def has_quantized_base(folder: Path) -> bool:
-    """Whether the adapter in a folder was trained on a quantised base.
+    """True if the adapter in a folder was trained on a quantised base.
 
     Raises:
-        ModelError: The folder says so in a way that is not ours.
+        ModelError: The record of the quantisation cannot be read or is not supported.
     """
     path = folder / QUANTIZED_FILE
     if not path.is_file():
@@ -109,24 +109,24 @@ def has_quantized_base(folder: Path) -> bool:
     try:
         found = read_json_object(path)
     except (OSError, ValueError) as error:
-        raise ModelError("How the adapter's base was quantised cannot be read.", path=path, actual=error) from error
+        raise ModelError("The quantisation of the adapter's base cannot be read.", path=path, actual=error) from error
     if found != _NF4:
-        raise ModelError("The adapter's base was quantised in another way.", path=path, expected=_NF4, actual=found)
+        raise ModelError("The adapter's base has an unsupported quantisation.", path=path, expected=_NF4, actual=found)
     return True
 
 
 def _indexed(device: torch.device) -> str:
-    """The device by its number, which accelerate compares."""
+    """The device with its index, as accelerate expects for comparison."""
     if device.type == "cpu" or device.index is not None:
         return str(device)
     return f"{device.type}:{torch.accelerator.current_device_index()}"
 
 
 def _require_linear_layers(model: PreTrainedModel, folder: Path) -> None:
-    """Nothing, if all matrices of the decoder are those of linear layers.
+    """Checks that all matrices of the decoder belong to linear layers.
 
-    What is not quantised would take 4 bytes a weight, and layers that a checkpoint stores transposed (GPT-2) would be
-    written back the other way round.
+    Unquantised matrices would take 4 bytes per weight, and layers that a checkpoint stores transposed (GPT-2) would be
+    written back untransposed.
     """
     for layer in decoder_layers(model)[1]:
         for name, module in layer.named_modules():
@@ -139,10 +139,10 @@ def _require_linear_layers(model: PreTrainedModel, folder: Path) -> None:
 
 def _not_linear(folder: Path, name: str, found: str) -> ModelError:
     return ModelError(
-        "Not all of this model can be held in 4 bits a weight.",
+        "This model cannot be stored entirely in 4 bits per weight.",
         path=folder,
         key=name,
-        expected="linear layers, each a module of its own",
+        expected="linear layers, each a separate module",
         actual=found,
         hint="--method lora without --quantize",
     )
@@ -164,26 +164,26 @@ def _plain(module: Any, weight: torch.Tensor) -> nn.Linear:
 
 
 def _forget_quantization(model: Any) -> None:
-    """Lets transformers take it for the plain model that it is, and save it as one."""
+    """Makes transformers treat and save the model as unquantised."""
     model.hf_quantizer.remove_quantization_config(model)
     model.is_loaded_in_4bit = False
 
 
 def require_bitsandbytes(key: str, wanted: str) -> None:
-    """Nothing, if bitsandbytes is installed.
+    """Checks that bitsandbytes is installed.
 
     Args:
-        key: The recipe key that asks for it.
-        wanted: Its value.
+        key: The recipe key that requires it.
+        wanted: The value of that key.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: bitsandbytes is not installed.
     """
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"{wanted} needs bitsandbytes.",
             key=key,
             expected="an environment with bitsandbytes 0.49 or later",
-            actual="it is not installed",
+            actual="not installed",
             hint='pip install "mftctl[bitsandbytes]"',
         )

@@ -1,4 +1,4 @@
-"""Code that a model brings itself: run only where the user said so, never asked about on the terminal."""
+"""Code that comes with a model: run only with explicit consent, never by asking on the terminal."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
 
 @contextmanager
 def trusting_code(trusted: bool) -> Iterator[None]:
-    """Inside it, the code of models is run or refused, as the recipe's `trust_remote_code` says.
+    """Context in which code of models is run or rejected, according to the recipe's `trust_remote_code`.
 
     Args:
-        trusted: Whether the user has said that it may be run.
+        trusted: Whether the user allows it to run.
     """
     token = _TRUSTED.set(trusted)
     try:
@@ -30,18 +30,18 @@ def trusting_code(trusted: bool) -> Iterator[None]:
 
 
 def trusts_code() -> bool:
-    """Whether the user has said that the code of models may be run."""
+    """Checks whether the user allows code of models to run."""
     return _TRUSTED.get()
 
 
 def require_trusted_code(folder: Path) -> None:
-    """Nothing, if a model or tokenizer can be loaded without code of its own, or its code is trusted.
+    """Checks that a model and its tokenizer load without their own code, or that code is trusted.
 
     Args:
-        folder: Of the model; files that are missing or damaged are for others to tell.
+        folder: The model folder; missing or damaged files are reported elsewhere.
 
     Raises:
-        ModelError: It brings code, which is not trusted.
+        ModelError: The model needs its own code, which is not trusted.
     """
     if trusts_code():
         return
@@ -54,12 +54,12 @@ def require_trusted_code(folder: Path) -> None:
         return
     files = sorted({f"{name.rpartition('--')[2].split('.')[0]}.py" for name in _names(code)})
     raise ModelError(
-        "The model brings code of its own, which loading it would run.",
+        "The model comes with its own code, which loading it would run.",
         path=folder,
         key="auto_map",
-        expected="a model that transformers knows",
+        expected="a model supported by transformers",
         actual=", ".join(files),
-        hint="read these files; if you trust them: --trust-remote-code",
+        hint="review these files; if you trust them, --trust-remote-code",
     )
 
 
@@ -73,7 +73,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _classes(config: Mapping[str, Any]) -> dict[str, Any]:
     code = config.get("auto_map")
-    if isinstance(code, list | tuple):  # as old tokenizers have it
+    if isinstance(code, list | tuple):  # format of old tokenizers
         return {"AutoTokenizer": code}
     return dict(code) if isinstance(code, Mapping) else {}
 
@@ -84,7 +84,7 @@ def _names(code: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
-    """Whether transformers has the model itself, so that it needs no code from the folder."""
+    """Checks whether transformers supports the model without code from its folder."""
     from transformers import CONFIG_MAPPING
 
     name = config.get("model_type")

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps its tensors: names, dtypes, shapes and bytes of one or several safetensors files."""
+"""Index of a checkpoint's tensors: names, dtypes, shapes and positions in one or several safetensors files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mftctl.errors import ModelError
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 CHUNK_BYTES: Final = 2**18
-"""Small enough to stay in a core's cache from reading over hashing and masking to writing."""
+"""Small enough to stay in a core's cache through reading, hashing, masking and writing."""
 
 _DOWNLOAD_HINT: Final = "download or save the checkpoint again (a git-lfs pointer is not the file itself)"
 
@@ -32,8 +32,8 @@ class StoredTensor:
         path: The safetensors file that holds it.
         dtype: Its safetensors dtype name, such as "BF16".
         shape: Its shape.
-        offset_bytes: Where its bytes start, from the start of the file.
-        length_bytes: How many they are.
+        offset_bytes: Offset of its bytes from the start of the file.
+        length_bytes: Length in bytes.
     """
 
     name: str
@@ -49,11 +49,11 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
 
     Args:
         folder: A folder with `model.safetensors`, or with `model.safetensors.index.json` and its shards. As in
-            transformers, the single file wins where there are both.
+            transformers, the single file takes precedence over an index.
 
     Raises:
         ModelError: There are no safetensors weights, a shard is missing or damaged, a tensor is not where the index
-            says, or two shards hold the same tensor.
+            places it, or two shards hold the same tensor.
     """
     if (folder / WEIGHTS_FILE).is_file():
         only = {stored.name: stored for stored in _read_layout(folder / WEIGHTS_FILE)}
@@ -76,7 +76,7 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
     for name, file_name in files.items():
         if name not in tensors or tensors[name].path.name != file_name:
             raise ModelError(
-                "The checkpoint has no such tensor where its index says",
+                "The checkpoint does not hold this tensor where its index places it",
                 path=folder / INDEX_FILE,
                 key=name,
                 expected=f"in {file_name}",
@@ -87,7 +87,7 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
 
 
 def tensor_digest(stored: StoredTensor) -> str:
-    """The hex SHA-256 of the tensor's bytes as stored, read in pieces."""
+    """The hex SHA-256 of the tensor's stored bytes, read in chunks."""
     digest = hashlib.sha256()
     with stored.path.open("rb") as stream:
         stream.seek(stored.offset_bytes)
@@ -97,17 +97,17 @@ def tensor_digest(stored: StoredTensor) -> str:
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """The tensor in memory, with its stored shape and dtype."""
+    """Loads the tensor with its stored shape and dtype."""
     with safe_open(stored.path, framework="pt") as reader:
         tensor: torch.Tensor = reader.get_tensor(stored.name)
     return tensor
 
 
 def read_chunks(stream: BufferedReader, length_bytes: int, path: Path) -> Iterator[memoryview]:
-    """The next `length_bytes` bytes in pieces of at most `CHUNK_BYTES`, each free to be changed until the next is read.
+    """Yields the next `length_bytes` bytes in chunks of at most `CHUNK_BYTES`, each writable, valid until the next.
 
     Raises:
-        ModelError: The file ends before.
+        ModelError: The file ends early.
     """
     buffer = memoryview(bytearray(min(CHUNK_BYTES, length_bytes)))
     for start in range(0, length_bytes, CHUNK_BYTES):
@@ -118,8 +118,8 @@ def read_chunks(stream: BufferedReader, length_bytes: int, path: Path) -> Iterat
 
 
 def truncated(path: Path) -> ModelError:
-    """The error of a file that ends too early."""
-    return ModelError("The checkpoint became shorter while it was read", path=path, hint=_DOWNLOAD_HINT)
+    """The error for a file that ends too early."""
+    return ModelError("The checkpoint was truncated while it was read", path=path, hint=_DOWNLOAD_HINT)
 
 
 def _read_layout(path: Path) -> list[StoredTensor]:
@@ -131,7 +131,7 @@ def _read_layout(path: Path) -> list[StoredTensor]:
             pass
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            "A weight file of the checkpoint is no complete safetensors file",
+            "A weight file of the checkpoint is not a complete safetensors file",
             path=path,
             actual=str(error),
             hint=_DOWNLOAD_HINT,
@@ -146,7 +146,7 @@ def _read_layout(path: Path) -> list[StoredTensor]:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except OSError:  # a name longer than one can be
+    except OSError:  # the name is too long
         return False
 
 

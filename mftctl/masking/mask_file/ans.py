@@ -1,8 +1,8 @@
-"""Packed mask bits through an entropy coder: asymmetric numeral systems, as the `constriction` package has them.
+"""Entropy coding of packed mask bits with asymmetric numeral systems (ANS), by the `constriction` package.
 
-The bytes of a packed mask are coded as symbols of one fixed model, in which every bit is zero with the share of zero
-bits of the whole tensor. The model is made of integers alone, so that a payload is the same on every machine; its
-layout is defined in `bits.py`.
+The bytes of a packed mask are coded as symbols of one fixed model, in which each bit is zero with a probability equal
+to the share of zero bits in the whole tensor. The model uses only integers, so a payload is the same on every machine;
+its layout is defined in `bits.py`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from mftctl.errors import MaskFileError, MaskFormatError
 
 WORD_BYTES: Final = 4
 MAX_BYTES_A_WORD: Final = 2**8
-"""Packed bytes for each word of a payload, at most: what bounds a reader's time and memory."""
+"""Maximum packed bytes per word of a payload; limits a reader's time and memory."""
 
 _BYTES_A_START_WORD: Final = 2**16
-_MINORITY_BITS_A_WORD: Final = 16  # each costs 2 bits or more
+_MINORITY_BITS_A_WORD: Final = 16  # each costs at least 2 bits
 
 _TOTAL: Final = 2**24
 _SYMBOLS: Final = 256
-_CHUNK_BYTES: Final = 2**18  # symbols are 4 bytes each to the coder
-_DAMAGE_HINT: Final = "copy the file again from where it was made; if it is broken there too, train the mask again"
+_CHUNK_BYTES: Final = 2**18  # the coder takes 4 bytes per symbol
+_DAMAGE_HINT: Final = "copy the file again from its source; if the source is damaged too, train the mask again"
 
 
 def encode_ans(packed: npt.NDArray[np.uint8], zeros: int) -> bytes:
-    """The payload that holds `packed`.
+    """Encodes `packed` as a payload.
 
     Args:
         packed: The bytes of a packed mask.
-        zeros: Their zero bits, padding included.
+        zeros: The number of zero bits, padding included.
 
     Raises:
-        MaskFileError: The package `constriction` is missing.
+        MaskFileError: The package `constriction` is not installed.
     """
     stream, model = _stream(), _model(len(packed), zeros)
     coder = stream.stack.AnsCoder(_start(len(packed), zeros))
@@ -47,27 +47,27 @@ def encode_ans(packed: npt.NDArray[np.uint8], zeros: int) -> bytes:
 
 
 def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: str) -> npt.NDArray[np.uint8]:
-    """The packed bytes in `payload`, `(size_bytes,)` and read-only.
+    """Decodes a payload to packed bytes, `(size_bytes,)` and read-only.
 
     Args:
         payload: Bytes from an untrusted file.
-        size_bytes: The packed size that the tensor's shape claims. It is allocated if it is at most 64 times the
-            payload, and refused otherwise.
-        zeros: The zero bits that the tensor's record claims, padding included; at most `8 * size_bytes`.
+        size_bytes: The packed size according to the tensor's shape. It is allocated if it is at most 64 times the
+            payload's size, and refused otherwise.
+        zeros: The number of zero bits according to the tensor's record, padding included; at most `8 * size_bytes`.
         path: The mask file, for the message.
         key: The tensor's name, for the message.
 
     Raises:
-        MaskFormatError: The payload is not that of so many bytes.
-        MaskFileError: The package `constriction` is missing.
+        MaskFormatError: The payload does not decode to that many bytes.
+        MaskFileError: The package `constriction` is not installed.
     """
     least_bytes = WORD_BYTES * max(_start_words(size_bytes, zeros), -(-size_bytes // MAX_BYTES_A_WORD))
     if len(payload) < least_bytes or len(payload) % WORD_BYTES or not any(payload[-WORD_BYTES:]):
         raise MaskFormatError(
-            "The payload of this tensor is no ANS stream for its shape",
+            "The payload of this tensor is not an ANS stream for its shape",
             path=path,
             key=key,
-            expected=f"words of {WORD_BYTES} bytes, {least_bytes} bytes or more, the last word not 0",
+            expected=f"words of {WORD_BYTES} bytes, at least {least_bytes} bytes, and a last word other than 0",
             actual=f"{len(payload)} bytes that end in 0x{payload[-WORD_BYTES:].hex()}",
             hint=_DAMAGE_HINT,
         )
@@ -80,11 +80,11 @@ def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: 
     rest = coder.get_compressed()
     if not np.array_equal(rest, _start(size_bytes, zeros)):
         raise MaskFormatError(
-            "The ANS stream of this tensor does not fit its shape and its number of removed weights",
+            "The ANS stream of this tensor does not match its shape and its number of removed weights",
             path=path,
             key=key,
             expected=f"the coder's starting words after {size_bytes} bytes",
-            actual=f"{len(rest)} other words",
+            actual=f"{len(rest)} different words",
             hint=_DAMAGE_HINT,
         )
     packed.flags.writeable = False
@@ -92,11 +92,11 @@ def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: 
 
 
 def frequencies(size_bytes: int, zeros: int) -> list[int]:
-    """How often of 2^24 times the model expects each byte: 256 positive integers in the order of the bytes.
+    """The model's frequency of each byte out of 2^24: 256 positive integers in the order of the bytes.
 
     Args:
         size_bytes: The packed size of a mask.
-        zeros: Its zero bits, padding included.
+        zeros: Its number of zero bits, padding included.
     """
     bits, free = 8 * size_bytes, _TOTAL - _SYMBOLS
     by_zeros = [1 + free * zeros**count * (bits - zeros) ** (8 - count) // bits**8 for count in range(9)]
@@ -106,7 +106,7 @@ def frequencies(size_bytes: int, zeros: int) -> list[int]:
 
 
 def _start_words(size_bytes: int, zeros: int) -> int:
-    """The words that the stack starts with: so many that the payload of a mask with next to no entropy has its size."""
+    """The number of starting words on the stack, so that even a mask with almost no entropy has the minimum size."""
     minority = min(zeros, 8 * size_bytes - zeros)
     lacking = -(-size_bytes // MAX_BYTES_A_WORD) - minority // _MINORITY_BITS_A_WORD
     return max(-(-size_bytes // _BYTES_A_START_WORD), lacking)
@@ -117,8 +117,8 @@ def _start(size_bytes: int, zeros: int) -> npt.NDArray[np.uint32]:
 
 
 def _model(size_bytes: int, zeros: int) -> Any:
-    # The coder gives each symbol 1 and shares out the rest by weight. These weights add up to the rest, so that the
-    # shares are the weights themselves, without rounding.
+    # The coder assigns 1 to each symbol and distributes the rest by weight. These weights add up to the rest, so
+    # that the shares equal the weights exactly.
     weights = np.array(frequencies(size_bytes, zeros), dtype=np.float64) - 1
     return _stream().model.Categorical(weights, lazy=False, perfect=False)
 

@@ -1,4 +1,4 @@
-"""Mask bits as bytes: packing in memory, and the codecs of a payload in the mask file.
+"""Packing of mask bits in memory, and the payload codecs of the mask file.
 
 A packed mask holds weight `i` of the row-major tensor in bit `i % 8` (0 = least significant) of byte `i // 8`; 1 means
 keep. The unused high bits of the last byte are zero.
@@ -21,21 +21,21 @@ Codec = Literal["packed", "deflate", "ans"]
 Packed = npt.NDArray[np.uint8]
 
 MAX_EXPANSION: Final = 8
-"""Packed bytes per byte of a Huffman-only DEFLATE stream, never reached: each byte costs a code of at least one bit,
-and each block a header and an end code besides."""
+"""Upper bound on packed bytes per byte of a Huffman-only DEFLATE stream; never reached, since each byte costs at least
+one bit and each block adds a header and an end code."""
 
 _RAW_DEFLATE: Final = -zlib.MAX_WBITS
-_MEMORY_LEVEL: Final = 9  # the longest blocks, so the fewest code tables: 0.4776 bits a weight at 10 %, not 0.4795
-_DAMAGE_HINT: Final = "copy the file again from where it was made; if it is broken there too, train the mask again"
+_MEMORY_LEVEL: Final = 9  # longest blocks, so fewest code tables: 0.4776 instead of 0.4795 bits per weight at 10 %
+_DAMAGE_HINT: Final = "copy the file again from its source; if the source is damaged too, train the mask again"
 
 
 def packed_size_bytes(weights: int) -> int:
-    """The bytes that the bits of `weights` weights take when packed."""
+    """The size in bytes of the packed mask of `weights` weights."""
     return (weights + 7) // 8
 
 
 def pack(keep: torch.Tensor) -> Packed:
-    """The bits of `keep`, row by row, `(ceil(numel / 8),)` and read-only.
+    """The packed bits of `keep` in row-major order, `(ceil(numel / 8),)` and read-only.
 
     Args:
         keep: A bool tensor of any shape on any device, True = keep.
@@ -58,10 +58,10 @@ def count_kept(packed: Packed) -> int:
 
 
 def encode(packed: Packed, codec: Codec) -> bytes:
-    """The payload that holds `packed`.
+    """Encodes `packed` as a payload.
 
     Raises:
-        MaskFileError: The codec is "ans", and the package `constriction` is missing.
+        MaskFileError: The codec is "ans", and the package `constriction` is not installed.
     """
     if codec == "packed":
         return packed.tobytes()
@@ -75,18 +75,18 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
     """The packed bits in `payload`, `(ceil(weights / 8),)` and read-only.
 
     Args:
-        payload: Bytes from an untrusted file. The packed size is allocated only where it is less than
-            `MAX_EXPANSION` times theirs ("deflate") or at most 64 times ("ans").
-        codec: The codec they claim to be in.
-        weights: The number of weights that the tensor's shape claims.
-        removed: How many of them its record claims to be removed, at most `weights`. Only "ans" needs it, and the
-            bits are not counted here.
+        payload: Bytes from an untrusted file. The packed size is allocated only if it is less than `MAX_EXPANSION`
+            times the payload's size ("deflate") or at most 64 times ("ans").
+        codec: The codec stated for the payload.
+        weights: The number of weights according to the tensor's shape.
+        removed: The number of removed weights according to the tensor's record, at most `weights`. Only "ans" needs it;
+            the bits are not counted here.
         path: The mask file, for the message.
         key: The tensor's name, for the message.
 
     Raises:
         MaskFormatError: The payload does not hold exactly that many bits, or its padding bits are not zero.
-        MaskFileError: The codec is "ans", and the package `constriction` is missing.
+        MaskFileError: The codec is "ans", and the package `constriction` is not installed.
     """
     size_bytes = packed_size_bytes(weights)
     packed: bytes | Packed
@@ -98,7 +98,7 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
         packed = decode_ans(payload, size_bytes, removed + -weights % 8, path=path, key=key)
     if len(packed) != size_bytes:
         raise MaskFormatError(
-            "The payload of this tensor does not fit its shape",
+            "The payload of this tensor does not match its shape",
             path=path,
             key=key,
             expected=f"{size_bytes} bytes for {weights} weights",
@@ -120,7 +120,7 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
 def _inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
     if size_bytes >= MAX_EXPANSION * len(payload):
         raise MaskFormatError(
-            "The shape of this tensor claims more weights than its payload can hold",
+            "The shape of this tensor implies more weights than its payload can hold",
             path=path,
             key=key,
             expected=f"less than {MAX_EXPANSION * len(payload)} packed bytes in a payload of {len(payload)} bytes",
@@ -132,7 +132,7 @@ def _inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
         packed = decompressor.decompress(payload, size_bytes + 1)
     except zlib.error as error:
         raise MaskFormatError(
-            "The payload of this tensor is no DEFLATE stream",
+            "The payload of this tensor is not a DEFLATE stream",
             path=path,
             key=key,
             actual=str(error),
@@ -142,9 +142,9 @@ def _inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
     if len(packed) == size_bytes and decompressor.eof and not rest_bytes:
         return packed
     found = f"{len(packed)} bytes" if len(packed) <= size_bytes else "more"
-    ending = "" if decompressor.eof else ", with no end of the stream"
+    ending = "" if decompressor.eof else ", without an end of stream"
     raise MaskFormatError(
-        "The DEFLATE stream of this tensor does not fit its shape",
+        "The DEFLATE stream of this tensor does not match its shape",
         path=path,
         key=key,
         expected=f"{size_bytes} bytes, then the end of the payload",

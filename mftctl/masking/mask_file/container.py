@@ -1,6 +1,6 @@
-"""The safetensors container of a mask file: a byte-for-byte defined writer and a reader that trusts nothing.
+"""The safetensors container of a mask file: a byte-exact writer and a reader for untrusted files.
 
-The safetensors library writes its metadata entries in a random order, so mask files are laid out here.
+The safetensors library writes metadata entries in random order, so mask files are laid out here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from mftctl.masking.mask_file.document import shown
 from mftctl.masking.mask_file.strict_json import parse_strict_json, write_compact_json
 
 MAX_HEADER_BYTES: Final = 100_000_000
-"""The same bound as in the safetensors library."""
+"""The same limit as in the safetensors library."""
 
 _LENGTH_BYTES: Final = 8
 _ALIGNMENT_BYTES: Final = 8
 _PICKLE_STARTS: Final = (b"PK\x03\x04", b"\x80")
-_DAMAGE_HINT: Final = "copy the file again from where it was made; if it is broken there too, train the mask again"
+_DAMAGE_HINT: Final = "copy the file again from its source; if the source is damaged too, train the mask again"
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Where a payload lies in the file, in bytes from its start."""
+    """The position of a payload in the file, in bytes from the start of the file."""
 
     offset_bytes: int
     length_bytes: int
@@ -37,12 +37,12 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class MaskContainer:
-    """The parts of a mask file whose layout is sound.
+    """The parts of a mask file with a valid layout.
 
     Attributes:
-        document: The JSON document, not looked at yet.
-        digest: The hex digest the file states, not compared yet.
-        payloads: Place of each payload by tensor name.
+        document: The JSON document, not yet checked.
+        digest: The hex digest stated in the file, not yet verified.
+        payloads: Position of each payload by tensor name.
     """
 
     document: bytes
@@ -51,14 +51,14 @@ class MaskContainer:
 
 
 class MaskDigest:
-    """The SHA-256 over a document and its payloads, each with its length before it."""
+    """The SHA-256 of a document and its payloads, each preceded by its length."""
 
     def __init__(self, document: bytes) -> None:
         self._sha256 = hashlib.sha256()
         self._add(document)
 
     def add_payload(self, name: str, payload: bytes) -> None:
-        """Takes in one payload. Names MUST come in ascending order."""
+        """Adds one payload. Names MUST come in ascending order."""
         self._add(name.encode("utf-8"))
         self._add(payload)
 
@@ -93,7 +93,7 @@ class _Header(BaseModel):
 
 
 def write_container(stream: BinaryIO, document: bytes, payloads: Mapping[str, bytes]) -> None:
-    """Writes a whole mask file; equal arguments give equal bytes.
+    """Writes a complete mask file; equal arguments give equal bytes.
 
     Args:
         stream: An empty binary file.
@@ -129,7 +129,7 @@ def write_container(stream: BinaryIO, document: bytes, payloads: Mapping[str, by
 
 
 def read_container(stream: BinaryIO, path: Path) -> MaskContainer:
-    """The layout of an untrusted mask file, which covers the file without a hole or an overlap.
+    """The layout of an untrusted mask file, which covers the file without holes or overlaps.
 
     Args:
         stream: The file, opened for reading in binary.
@@ -157,10 +157,10 @@ def _read_header(stream: BinaryIO, file_bytes: int, path: Path) -> bytes:
             "This is a pickle (a torch.save file), not a mask file",
             path=path,
             expected="a mask file written by mftctl",
-            hint="a pickle can run code when it is opened, so mftctl reads none; save the mask with mftctl.save_mask",
+            hint="a pickle can run code when opened, so mftctl reads none; save the mask with mftctl.save_mask",
         )
     raise MaskFormatError(
-        "The file is cut short or is no mask file" if file_bytes else "The file is empty",
+        "The file is truncated or is not a mask file" if file_bytes else "The file is empty",
         path=path,
         expected="a header length of 8 bytes, then that many bytes (at most 100,000,000)",
         actual=f"{file_bytes} bytes, header length {length_bytes}" if len(start) == 8 else f"{file_bytes} bytes",
@@ -179,7 +179,7 @@ def _parse_header(text: bytes, path: Path) -> _Header:
         ) from error
     if bare != compact or len(text) != len(bare) + -len(bare) % _ALIGNMENT_BYTES:
         raise MaskFormatError(
-            "The header is not in the one spelling the format allows",
+            "The header is not in the canonical form that the format requires",
             path=path,
             expected="compact JSON, padded with spaces to a multiple of 8 bytes",
             hint=_DAMAGE_HINT,
@@ -205,7 +205,7 @@ def _place_payloads(entries: Mapping[str, _Entry], start_bytes: int, file_bytes:
         first, last = entry.data_offsets
         if first != end_bytes or last <= first or entry.shape != [last - first]:
             raise MaskFormatError(
-                "The payload of this tensor does not lie where the one before it ends, or its size is wrong",
+                "The payload of this tensor does not start where the previous one ends, or has the wrong size",
                 path=path,
                 key=shown(name),
                 expected=f"from byte {end_bytes}, {shown(entry.shape)} bytes",

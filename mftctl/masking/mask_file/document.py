@@ -1,4 +1,4 @@
-"""What a mask file says about its masks: the JSON document, checked field by field."""
+"""The JSON document of a mask file, which describes its masks; checked field by field."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mftctl.masking.mask_file.strict_json import parse_strict_json, write_compac
 FORMAT_VERSION: Final = 1
 MAX_DIMENSIONS: Final = 8
 MAX_WEIGHTS: Final = 2**48
-"""The most weights of one tensor: far above any model, far below where sizes overflow."""
+"""Maximum weights per tensor: far above any model, far below integer overflow of sizes."""
 
 Kind = Literal["weight", "delta"]
 
@@ -27,7 +27,7 @@ _SHOWN_CHARACTERS: Final = 80
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """What a mask file states about one masked tensor.
+    """The record of one masked tensor in a mask file.
 
     Attributes:
         shape: The tensor's shape as stored in the checkpoint.
@@ -51,18 +51,18 @@ class TensorRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class MaskMetadata:
-    """Where a mask comes from.
+    """The origin of a mask.
 
     Attributes:
         kind: "weight": out = base * mask; "delta": out = base + mask * (tuned - base).
         base_model: Name or folder of the model the mask was learned on.
         base_revision: Its revision on the hub.
-        method: How the mask was chosen, such as "learned" or "random".
-        ratio: The share to remove that was asked for, 0 to 1, when a ratio selected.
-        threshold: The score below which weights were removed, when a threshold selected.
+        method: The method of selection, such as "learned" or "random".
+        ratio: The requested share to remove, 0 to 1, if a ratio was used.
+        threshold: The score below which weights were removed, if a threshold was used.
         layers: The masked layers, such as "4-7".
         seed: The seed of the run.
-        run_id: The run that made the mask.
+        run_id: The run that created the mask.
         tuned_model: Name or folder of the tuned model of a delta mask; None for a weight mask.
         tuned_revision: Its revision on the hub.
     """
@@ -81,12 +81,12 @@ class MaskMetadata:
 
     @property
     def base_label(self) -> str:
-        """The base and its revision as a message names them."""
+        """The base and its revision, for messages."""
         return _label(self.base_model, self.base_revision)
 
     @property
     def tuned_label(self) -> str | None:
-        """The tuned model of a delta mask and its revision as a message names them."""
+        """The tuned model of a delta mask and its revision, for messages."""
         return None if self.tuned_model is None else _label(self.tuned_model, self.tuned_revision)
 
 
@@ -110,7 +110,7 @@ def _encodable(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError("a text must not hold half of a surrogate pair, which is no character") from error
+        raise ValueError("a text must not contain unpaired surrogates, which are not characters") from error
     return text
 
 
@@ -148,7 +148,7 @@ class _Checkpoint(_Strict):
 class MaskDocument(_Strict):
     """The JSON document of a mask file, version 1.
 
-    Every key is required and no other is allowed; those of the tuned checkpoint are a delta mask's alone.
+    Every key is required and no others are allowed; keys for the tuned checkpoint occur only in delta masks.
     """
 
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
@@ -178,14 +178,14 @@ class MaskDocument(_Strict):
         return self
 
     def records(self) -> dict[str, TensorRecord]:
-        """The records by tensor name, names in ascending order."""
+        """The records by tensor name, in ascending order of name."""
         return {
             name: TensorRecord(tuple(entry.shape), entry.removed, entry.sha256, entry.dtype, entry.tuned_sha256)
             for name, entry in sorted(self.tensors.items())
         }
 
     def metadata(self) -> MaskMetadata:
-        """Where the mask comes from."""
+        """The origin of the mask."""
         return MaskMetadata(
             kind=self.kind,
             base_model=self.base.model,
@@ -206,10 +206,10 @@ class MaskDocument(_Strict):
 
 
 def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, codec: Codec) -> MaskDocument:
-    """The document that describes these masks.
+    """Builds the document that describes these masks.
 
     Raises:
-        MaskFormatError: A record or a metadata field has a value that the format does not allow.
+        MaskFormatError: The format does not allow a value in a record or a metadata field.
     """
     fields: dict[str, object] = {
         "format_version": FORMAT_VERSION,
@@ -230,10 +230,10 @@ def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, 
 
 
 def parse_document(text: bytes, path: Path) -> MaskDocument:
-    """The document of an untrusted mask file.
+    """Parses and checks the document of an untrusted mask file.
 
     Raises:
-        MaskFormatError: It is not JSON, of another version, or breaks a rule of the format.
+        MaskFormatError: It is not JSON, has an unknown version, or violates the format.
     """
     try:
         fields = parse_strict_json(text)
@@ -243,12 +243,12 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
             path=path,
             key="mftctl",
             actual=shown(error),
-            hint="copy the file again from where it was made",
+            hint="copy the file again from its source",
         ) from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version != FORMAT_VERSION:
         raise MaskFormatError(
-            "The mask file has a format version that this mftctl does not know",
+            "This version of mftctl does not support the mask file's format version",
             path=path,
             key="format_version",
             expected=FORMAT_VERSION,
@@ -259,7 +259,7 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
 
 
 def shown(value: object) -> str:
-    """A value from an untrusted file, short and printable enough for a message."""
+    """A value from an untrusted file, shortened and made printable for a message."""
     text = value if isinstance(value, str) else str(value) if isinstance(value, Exception) else repr(value)
     printable = "".join(character if character.isprintable() else "?" for character in text)
     return printable if len(printable) <= _SHOWN_CHARACTERS else f"{printable[:_SHOWN_CHARACTERS]}..."
@@ -284,10 +284,10 @@ def _validate(fields: Any, path: Path | None) -> MaskDocument:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise MaskFormatError(
-            "The document of the mask breaks a rule of the format",
+            "The mask's document violates the format",
             path=path,
             key=shown(".".join(map(str, first["loc"])) or "mftctl"),
             expected=first["msg"],
             actual=shown(first["input"]),
-            hint="copy the mask file again from where it was made, or train the mask again",
+            hint="copy the mask file again from its source, or train the mask again",
         ) from error

@@ -1,4 +1,4 @@
-"""The bits in a mask file: they stay there until they are asked for."""
+"""The bits of a mask file, read on demand."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mftctl.masking.mask_file.document import TensorRecord, parse_document, show
 
 
 class StoredBits(Mapping[str, Packed]):
-    """The packed bits by tensor name, read, decoded and checked whenever they are asked for, by any thread.
+    """The packed bits by tensor name, read, decoded and checked on each access, from any thread.
 
     Attributes:
-        records: What the file states about each tensor, names in ascending order.
-        metadata: Where the mask comes from.
+        records: The record of each tensor in the file, in ascending order of name.
+        metadata: The origin of the mask.
 
     Args:
-        stream: An untrusted mask file, opened for reading in binary, and open as long as bits are asked for. Its
-            layout, document, names and digest are checked here.
+        stream: An untrusted mask file, opened for reading in binary; it must stay open while bits are read. Its layout,
+            document, names and digest are checked here.
         path: The file, for the messages.
 
     Raises:
-        MaskFormatError: The file cannot be read, is damaged, of an unknown version or no mask file.
+        MaskFormatError: The file cannot be read, is damaged, has an unknown version or is not a mask file.
     """
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
@@ -46,12 +46,12 @@ class StoredBits(Mapping[str, Packed]):
             digest.add_payload(name, self._payload(name))
         if digest.hexdigest() != container.digest:
             raise MaskFormatError(
-                "The mask file is damaged: its contents do not have the digest it states",
+                "The mask file is damaged: its contents do not match its digest",
                 path=path,
                 key="sha256",
                 expected=container.digest,
                 actual=digest.hexdigest(),
-                hint="copy the file again from where it was made; if it is broken there too, train the mask again",
+                hint="copy the file again from its source; if the source is damaged too, train the mask again",
             )
 
     def __getitem__(self, name: str) -> Packed:
@@ -78,7 +78,7 @@ class StoredBits(Mapping[str, Packed]):
             state = self._file_state()
         if state != self._state or len(payload) != span.length_bytes:
             raise MaskFormatError(
-                "The mask file changed while it was read",
+                "The mask file changed while it was being read",
                 path=self._path,
                 key=name,
                 hint="wait until nothing writes to the file, then try again",
@@ -92,7 +92,7 @@ class StoredBits(Mapping[str, Packed]):
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Makes a mask format error of what the operating system says while a mask file is opened or read."""
+    """Turns operating system errors while opening or reading a mask file into a `MaskFormatError`."""
     try:
         yield
     except OSError as error:
@@ -105,15 +105,15 @@ def readable(path: Path) -> Iterator[None]:
 
 
 def require_same_names(recorded: set[str], masked: set[str], path: Path | None) -> None:
-    """Nothing, if the records and the masks have the same names.
+    """Checks that the records and the masks have the same names.
 
     Args:
         recorded: The names of the records.
         masked: The names of the masks.
-        path: The mask file, if it is one.
+        path: The mask file, if there is one.
 
     Raises:
-        MaskFormatError: They differ.
+        MaskFormatError: The names differ.
     """
     if recorded == masked:
         return
@@ -124,18 +124,18 @@ def require_same_names(recorded: set[str], masked: set[str], path: Path | None) 
         key=shown(name),
         expected="a mask and a record",
         actual="only a record" if name in recorded else "only a mask",
-        hint="train the mask again, or copy the mask file again from where it was made",
+        hint="train the mask again, or copy the mask file again from its source",
     )
 
 
 def require_count(name: str, packed: Packed, record: TensorRecord, path: Path | None) -> None:
-    """Nothing, if a mask removes as many weights as its record says.
+    """Checks that a mask removes as many weights as its record states.
 
     Args:
         name: The tensor's name.
-        packed: Its bits, padding zero.
-        record: What is stated about it.
-        path: The mask file, if it is one.
+        packed: Its packed bits, with zero padding.
+        record: Its record.
+        path: The mask file, if there is one.
 
     Raises:
         MaskFormatError: It removes more or fewer.
@@ -143,10 +143,10 @@ def require_count(name: str, packed: Packed, record: TensorRecord, path: Path | 
     removed = record.weights - count_kept(packed)
     if removed != record.removed:
         raise MaskFormatError(
-            "The mask does not remove as many weights as its record says",
+            "The number of weights that the mask removes does not match its record",
             path=path,
             key=name,
             expected=record.removed,
             actual=removed,
-            hint="train the mask again, or copy the mask file again from where it was made",
+            hint="train the mask again, or copy the mask file again from its source",
         )

@@ -1,4 +1,4 @@
-"""JSON as the mask file demands it: what a reader could understand in two ways is refused."""
+"""Strict JSON for the mask file: ambiguous input is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 def parse_strict_json(text: bytes) -> object:
-    """The value of one JSON text.
+    """Parses one JSON text.
 
     Args:
         text: UTF-8 without a byte order mark.
@@ -23,10 +23,10 @@ def parse_strict_json(text: bytes) -> object:
 
 
 def write_compact_json(value: object, *, sort_keys: bool) -> bytes:
-    """The shortest UTF-8 spelling of `value`: no optional white space, no optional escapes.
+    """The shortest UTF-8 encoding of `value`, without optional white space or optional escapes.
 
     Raises:
-        ValueError: A string holds half of a surrogate pair, which UTF-8 cannot express.
+        ValueError: A string contains an unpaired surrogate, which UTF-8 cannot encode.
     """
     return json.dumps(value, ensure_ascii=False, allow_nan=False, sort_keys=sort_keys, separators=(",", ":")).encode(
         "utf-8"

@@ -1,4 +1,4 @@
-"""How curves of training are drawn: bands over seeds, a star at the best FFT, and masks once more, closer."""
+"""Draws training curves: bands over seeds, a star at the best FFT, and an enlarged view of the masks."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ STAR: dict[str, Any] = {
     "linestyle": "none",
     "zorder": 5,
 }
-"""How the best of a figure is marked: arguments for `Axes.plot`."""
+"""Marker style for the best result of a figure: arguments for `Axes.plot`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SeedCurve:
-    """What is drawn of one run.
+    """The curve of one run.
 
     Attributes:
-        history: The run.
-        values: By step since the pre-trained model.
+        history: The run's history.
+        values: Values by step since the pre-trained model.
     """
 
     history: History
@@ -51,10 +51,10 @@ class Curve:
     """One method in a figure.
 
     Attributes:
-        label: In the legend.
-        state: For its style.
-        seeds: One each.
-        variants: How many there are of this state, of which this is one.
+        label: Label in the legend.
+        state: State that determines the style.
+        seeds: One curve per seed.
+        variants: Number of variants of this state, including this one.
     """
 
     label: str
@@ -64,27 +64,27 @@ class Curve:
 
     @property
     def is_level(self) -> bool:
-        """Whether it has no steps and holds for all."""
+        """Whether the method takes no steps and is drawn as a horizontal line."""
         return not self.seeds[0].history.is_trained
 
     @property
     def is_mask(self) -> bool:
-        """Whether it removes weights, rather than trains them."""
+        """Whether the method removes weights instead of training them."""
         return self.seeds[0].history.run.record.command == "mask-train"
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePicture:
-    """One figure before it is drawn.
+    """The content of one figure.
 
     Attributes:
-        name: Of the file.
-        title: Of the figure.
-        y_label: Of the axis.
-        lines: All of them.
-        star: Where the best FFT is, averaged over seeds; None where it was not measured.
-        lower_is_better: Whether the values fall where things get better.
-        captions: Sentences about what is drawn.
+        name: File name.
+        title: Title of the figure.
+        y_label: Label of the y-axis.
+        lines: All lines.
+        star: Position of the best FFT, averaged over seeds; None if it was not measured.
+        lower_is_better: Whether lower values are better.
+        captions: Sentences for the caption.
     """
 
     name: str
@@ -97,10 +97,10 @@ class CurvePicture:
 
 
 def curve_figure(picture: CurvePicture, origin: str) -> Figure:
-    """The figure of a picture.
+    """Returns the figure for a picture.
 
     Args:
-        picture: What to draw.
+        picture: The content to draw.
         origin: The pre-trained model, for the caption.
 
     Source: MFT, figure 2.
@@ -119,22 +119,22 @@ def curve_figure(picture: CurvePicture, origin: str) -> Figure:
 
 
 def _about(picture: CurvePicture) -> list[str]:
-    """What a reader must know of the lines."""
+    """Caption sentences that explain the lines."""
     lines = picture.lines
     sentences = []
     if picture.star is not None:
-        sentences.append("Star: the best FFT, where all that goes on from it begins.")
+        sentences.append("Star: the best FFT, the starting point of everything trained from it.")
     if any(line.is_level for line in lines):
-        sentences.append("A level line takes no steps.")
+        sentences.append("A horizontal line is a method that takes no steps.")
     if max(len(line.seeds) for line in lines) > 1:
         numbers = sorted({len(line.seeds) for line in lines})
         number = " to ".join(str(count) for count in dict.fromkeys((numbers[0], numbers[-1])))
-        sentences.append(f"Mean over {number} seeds, band from lowest to highest; thin: a single seed.")
+        sentences.append(f"Mean over {number} seeds; bands span lowest to highest; thin lines are single seeds.")
     else:
-        sentences.append("One seed each: what another seed would show is not known.")
+        sentences.append("One seed each, so the variation between seeds is unknown.")
     chosen = [f"{line.label} of {line.variants}" for line in lines if line.variants > 1]
     if chosen:
-        sentences.append(f"Of several variants that with most seeds, then the best loss: {', '.join(chosen)}.")
+        sentences.append(f"Of several variants, the one with the most seeds, then the best loss: {', '.join(chosen)}.")
     unfinished = [seed.history.run.name for line in lines for seed in line.seeds if not seed.history.is_finished]
     if unfinished:
         sentences.append(f"Not finished: {', '.join(unfinished)}.")
@@ -142,13 +142,13 @@ def _about(picture: CurvePicture) -> list[str]:
 
 
 def _about_outside(picture: CurvePicture, top: float | None) -> list[str]:
-    """What lies above the picture, with the lines of which nothing is in it."""
+    """Caption sentence about values above the plotted range, naming lines that lie entirely outside it."""
     values = [(line, value) for line in picture.lines for seed in line.seeds for value in seed.values.values()]
     if top is None or all(value <= top for _, value in values):
         return []
     inside = {line.label for line, value in values if value <= top}
     outside = [line.label for line in picture.lines if line.label not in inside]
-    return ["What is far worse lies above the picture" + (f", all of {', '.join(outside)}." if outside else ".")]
+    return ["Much worse values are cut off at the top" + (f", all of {', '.join(outside)}." if outside else ".")]
 
 
 def _points(picture: CurvePicture) -> list[dict[str, Any]]:
@@ -168,9 +168,9 @@ def _points(picture: CurvePicture) -> list[dict[str, Any]]:
 
 
 def _top(picture: CurvePicture) -> float | None:
-    """Where the picture ends above, for losses: the way down to the best of a fine-tuning is steep and says little.
+    """The upper limit of the y-axis for losses, which crops the steep initial descent of fine-tuning.
 
-    Nothing is lost of what comes after the last validation before that, unless it is worse than any start.
+    Everything after the last validation before the best one stays visible, unless it is worse than any start.
     """
     if not picture.lower_is_better:
         return None
@@ -205,7 +205,7 @@ def _draw(picture: CurvePicture, top: float | None, canvas: Canvas) -> None:
     if closer is not None:
         close[0].set_xlim(*closer[0])
         close[0].set_ylim(*closer[1])
-        close[0].set_xlabel("the same, closer")
+        close[0].set_xlabel("enlarged")
     only_masks = all(line.is_mask for line in picture.lines)
     whole.set_xlabel("optimizer step" if only_masks else "optimizer steps since the pre-trained model")
     whole.set_ylabel(picture.y_label)
@@ -213,7 +213,7 @@ def _draw(picture: CurvePicture, top: float | None, canvas: Canvas) -> None:
 
 
 def _closer(picture: CurvePicture, top: float | None) -> tuple[tuple[float, float], tuple[float, float]] | None:
-    """The part of the picture where masks are learned, as its limits; None where it is wide enough as it is."""
+    """Axis limits of the part where masks are learned; None if it is wide enough already."""
     masks = [line for line in picture.lines if line.is_mask and not line.is_level]
     if picture.star is None or not masks:
         return None
@@ -231,9 +231,9 @@ def _closer(picture: CurvePicture, top: float | None) -> tuple[tuple[float, floa
 
 
 def _draw_line(axes: Axes, line: Curve, last: float) -> None:
-    """The mean over seeds with its band as far as they were measured at the same steps, then each seed.
+    """Draws the mean over seeds and its band as far as their steps agree, then each seed.
 
-    A seed that is still being trained is not part of a mean of finished ones.
+    A seed that is still training is not part of the mean of finished seeds.
     """
     style = style_of(line.state).keywords()
     thin = {**style, "linewidth": 0.8, "markersize": 3.0}
@@ -265,7 +265,7 @@ def _draw_line(axes: Axes, line: Curve, last: float) -> None:
 
 
 def _shared_steps(own: Sequence[Mapping[int, float]]) -> list[int]:
-    """The steps, from the first on, at which all seeds were measured; none where the steps do not agree."""
+    """The initial steps at which all seeds were measured; empty if the steps do not agree."""
     shared = sorted(set.intersection(*(set(values) for values in own)))
     if not shared or (len(own) > 1 and len(shared) < 2):
         return []
@@ -278,7 +278,7 @@ def _every(steps: Sequence[int]) -> int:
 
 
 def _draw_level(axes: Axes, line: Curve, last: float) -> None:
-    """A line over the whole width, and where the seeds lie."""
+    """Draws a line over the whole width and the range of the seeds."""
     style = style_of(line.state).keywords()
     values = [value for seed in line.seeds for value in seed.values.values()]
     mean = fmean(values)

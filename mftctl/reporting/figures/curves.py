@@ -1,4 +1,4 @@
-"""Figures of training: validation loss and scores against the step, for all methods of one model."""
+"""Training figures: validation loss and scores by step, for all methods of one model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UPDATES = ("HFT", "random update", "GMT", "trivial drop", "salient drop", "rand
 
 @dataclass(frozen=True, slots=True)
 class _Method:
-    """The seeds of one method, oldest first, and how many variants of the same state there are."""
+    """The seeds of one method, oldest first, and the number of variants of its state."""
 
     label: str
     state: str
@@ -29,13 +29,13 @@ class _Method:
 
 
 def curve_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
-    """Validation loss, and each score measured on the way, against the step: a figure a model, data and metric.
+    """Validation loss and each score measured during training, by step: one figure per model, data and metric.
 
-    More than ten methods come as two figures: what updates a choice of weights has one of its own.
+    More than ten methods are split into two figures; selective updates get one of their own.
 
     Args:
-        runs: Oldest first.
-        problems: Gets a line for each run that cannot be used.
+        runs: The runs, oldest first.
+        problems: Receives one line per run that cannot be used.
 
     Source: MFT, figure 2.
     """
@@ -54,9 +54,9 @@ def curve_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
 
 
 def _methods(members: Sequence[History]) -> list[_Method]:
-    """One method a state, in the order of the papers: of several variants that without a sweep, with most seeds.
+    """One method per state, in the order of the papers: the unswept variant with the most seeds.
 
-    Where all are of a sweep, it is that with the best validation loss, as a user would choose it.
+    If all variants belong to a sweep, the one with the best validation loss is chosen, as a user would do.
     """
     variants: dict[str, dict[str, list[History]]] = {}
     for history in members:
@@ -84,7 +84,7 @@ def _methods(members: Sequence[History]) -> list[_Method]:
 
 
 def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | None:
-    """Validation loss against the step, as a difference to the best FFT where there is one."""
+    """Validation loss by step, as a difference from the best FFT if there is one."""
     has_fft = any(method.state == FFT for method in methods)
     only_masks = all(item.run.record.command == "mask-train" for method in methods for item in method.seeds)
     is_difference = has_fft or only_masks
@@ -96,8 +96,8 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
                 continue
             if is_difference and item.reference_loss is None:
                 problems.append(
-                    f"{item.run.folder}: not among the curves of the loss: "
-                    "what the best FFT has on its validation records is not known"
+                    f"{item.run.folder}: left out of the loss curves: "
+                    "the loss of the best FFT on its validation records is unknown"
                 )
                 continue
             base = (item.reference_loss or 0.0) if is_difference else 0.0
@@ -107,19 +107,19 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
         return None
     best = [item for item in _best_ffts(methods) if item.losses]
     star = (fmean(item.first_step + item.kept_step for item in best), 0.0) if best else None
-    against = "the best FFT" if has_fft else "the model without a mask"
+    against = "the best FFT" if has_fft else "the unmasked model"
     captions = ["Validation loss per answer token."]
     if is_difference:
         captions = [
-            f"Validation loss per answer token minus that of {against} on the same records, which for a learned mask "
-            "are one half of the validation data; below 0 is better."
+            f"Validation loss per answer token minus that of {against} on the same records (for a learned mask, "
+            "one half of the validation data); below 0 is better."
         ]
     if best:
-        captions.append(f"At the star it is {fmean(item.losses[item.kept_step] for item in best):.4f}.")
-    y_label = f"loss against {against}" if is_difference else "validation loss"
+        captions.append(f"The loss at the star is {fmean(item.losses[item.kept_step] for item in best):.4f}.")
+    y_label = f"loss relative to {against}" if is_difference else "validation loss"
     return CurvePicture(
         "loss-by-step",
-        f"Validation loss by step{', against ' + against if is_difference else ''}",
+        f"Validation loss by step{', relative to ' + against if is_difference else ''}",
         y_label,
         tuple(lines),
         star,
@@ -129,13 +129,13 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
 
 
 def _best_ffts(methods: Sequence[_Method]) -> list[History]:
-    """The FFT of each seed; what is not finished may still become better, and counts only where nothing else does."""
+    """The best FFT of each seed; unfinished runs count only if no run has finished."""
     found = [item for method in methods if method.state == FFT for item in method.seeds]
     return [item for item in found if item.is_finished] or found
 
 
 def _measures(methods: Sequence[_Method]) -> list[Measure]:
-    """What at least one training has measured more than once."""
+    """The metrics that at least one training has measured more than once."""
     found = [
         measure
         for method in methods
@@ -147,7 +147,7 @@ def _measures(methods: Sequence[_Method]) -> list[Measure]:
 
 
 def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
-    """One score against the step."""
+    """One score by step."""
     lines = []
     for method in methods:
         seeds = tuple(
@@ -159,12 +159,12 @@ def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
     stars = _measured_best(methods, measure)
     star = (fmean(step for step, _ in stars), fmean(value for _, value in stars)) if stars else None
     words = measure.metric.replace("_", " ")
-    captions = [f"{words.capitalize()} on the same {measure.samples} problems or records of {measure.dataset}."]
+    captions = [f"{words.capitalize()} on the same {measure.samples} samples of {measure.dataset}."]
     error = max(item.standard_errors.get(measure, 0.0) for method in methods for item in method.seeds)
     if error:
-        captions.append(f"A single point has a standard error of up to {error:.3f}: small steps are noise.")
+        captions.append(f"Each point has a standard error of up to {error:.3f}, so small differences are noise.")
     if star is None and any(method.state == FFT for method in methods):
-        captions.append("There is no star: the best FFT was not measured.")
+        captions.append("There is no star because the best FFT was not measured.")
     return CurvePicture(
         f"score-by-step-{slug(measure.dataset)}-{slug(measure.metric)}",
         f"{measure.dataset}: {words} by step",
@@ -177,7 +177,7 @@ def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
 
 
 def _measured_best(methods: Sequence[_Method], measure: Measure) -> list[tuple[int, float]]:
-    """Step and score of each seed's best FFT: measured at that step, or where training went on from it."""
+    """Step and score of each seed's best FFT, measured at that step or at the start of a training from it."""
     found = []
     histories = [item for method in methods for item in method.seeds]
     for best in _best_ffts(methods):
@@ -196,7 +196,7 @@ def _measured_best(methods: Sequence[_Method], measure: Measure) -> list[tuple[i
 
 
 def _in_parts(picture: CurvePicture) -> list[CurvePicture]:
-    """The picture, or, of too many lines, one of masks and one of chosen updates, both with FFT."""
+    """The picture, split into masks and selective updates (both with FFT) if it has too many lines."""
     if len(picture.lines) <= _MOST_LINES:
         return [picture]
     updates = tuple(line for line in picture.lines if line.state == FFT or _is_update(line.state))
@@ -205,7 +205,9 @@ def _in_parts(picture: CurvePicture) -> list[CurvePicture]:
         return [_cut(picture)]
     return [
         _cut(replace(picture, lines=others)),
-        _cut(replace(picture, name=f"{picture.name}-updates", title=f"{picture.title}: chosen updates", lines=updates)),
+        _cut(
+            replace(picture, name=f"{picture.name}-updates", title=f"{picture.title}: selective updates", lines=updates)
+        ),
     ]
 
 
@@ -214,9 +216,9 @@ def _is_update(state: str) -> bool:
 
 
 def _cut(picture: CurvePicture) -> CurvePicture:
-    """The picture with as many lines as can be told apart; the caption names the others."""
+    """The picture with as many lines as stay distinguishable; the caption names the rest."""
     left_out = [line.label for line in picture.lines[_MOST_LINES:]]
     if not left_out:
         return picture
-    captions = (*picture.captions, f"Not drawn, to keep it readable: {', '.join(left_out)}.")
+    captions = (*picture.captions, f"Omitted for readability: {', '.join(left_out)}.")
     return replace(picture, lines=picture.lines[:_MOST_LINES], captions=captions)

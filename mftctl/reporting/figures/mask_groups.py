@@ -1,4 +1,4 @@
-"""The masks that a report shows: the newest of each state and seed, together where they are of one architecture."""
+"""The masks that a report shows: the newest of each state and seed, grouped by architecture."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from mftctl.masking.mask_file.document import Kind, TensorRecord
 
 MAX_GROUPS: Final = 8
-"""More heat maps or lines in one figure cannot be told apart."""
+"""Maximum number of heat maps or lines in one figure."""
 
 _NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 
 @dataclass(frozen=True, slots=True)
 class ShownMask:
-    """A sound mask file of a finished `mask-train` run.
+    """A valid mask file of a finished `mask-train` run.
 
     Attributes:
         run: The run.
         path: The mask file.
-        state: What the mask makes of the model, in the words of the papers.
-        seed: The run's.
+        state: State of the masked model, as named in the papers.
+        seed: The run's seed.
         origin: The pre-trained model.
-        kind: `weight` (removed weights become 0) or `delta` (they go back to the values before fine-tuning).
-        records: What the file states of each tensor, names in ascending order.
+        kind: `weight` (removed weights become 0) or `delta` (they return to their values before fine-tuning).
+        records: The file's record of each tensor, sorted by name.
     """
 
     run: Run
@@ -47,7 +47,7 @@ class ShownMask:
 
     @property
     def made_as(self) -> tuple[str, ...]:
-        """The same for masks that differ in nothing but the seed."""
+        """Equal for masks that differ only in their seed."""
         record = self.run.record
         if record.stage is not None:
             return self.origin, self.state, record.recipe or "", record.stage
@@ -56,18 +56,18 @@ class ShownMask:
 
     @property
     def removed_share(self) -> float:
-        """Removed over all masked weights, 0 to 1."""
+        """Removed weights divided by masked weights, 0 to 1."""
         records = self.records.values()
         return sum(record.removed for record in records) / sum(record.weights for record in records)
 
 
 @dataclass(frozen=True, slots=True)
 class MaskGroup:
-    """Masks that differ in nothing but the seed.
+    """Masks that differ only in their seed.
 
     Attributes:
-        label: The state, with as much of recipe, stage or run as tells it from others of the same state.
-        masks: The newest of each seed, by seed.
+        label: The state, with recipe, stage or run if needed to distinguish it from others of the same state.
+        masks: The newest mask of each seed, by seed.
     """
 
     label: str
@@ -75,7 +75,7 @@ class MaskGroup:
 
     @property
     def state(self) -> str:
-        """What the masks make of a model, in the words of the papers."""
+        """State of the masked models, as named in the papers."""
         return self.masks[0].state
 
     @property
@@ -91,14 +91,14 @@ class MaskGroup:
 
 @dataclass(frozen=True, slots=True)
 class MaskFamily:
-    """Masks of one kind, of models whose tensors have the same shapes, so that they can be compared.
+    """Comparable masks: of one kind, for models with the same tensor shapes.
 
     Attributes:
-        kind: Of the masks.
-        origin: The pre-trained model of the first of them.
-        groups: In the order of the papers' tables.
-        older: How many masks are not shown since a newer one was made in the same way with the same seed.
-        more: How many other groups there are, with fewer seeds or older than those shown.
+        kind: Kind of the masks.
+        origin: Pre-trained model of the first mask.
+        groups: Mask groups in the order of the papers' tables.
+        older: Number of masks replaced by a newer one with the same settings and seed.
+        more: Number of groups left out because they have fewer seeds or are older.
     """
 
     kind: Kind
@@ -109,11 +109,11 @@ class MaskFamily:
 
 
 def mask_families(runs: Sequence[Run], problems: list[str]) -> list[MaskFamily]:
-    """The masks of finished `mask-train` runs, each file read once and checked, one in memory at a time.
+    """The masks of finished `mask-train` runs; each file is read and checked once, one at a time.
 
     Args:
-        runs: Oldest first.
-        problems: Gets a line for each mask that cannot be used.
+        runs: The runs, oldest first.
+        problems: Receives one line per mask that cannot be used.
     """
     found: list[tuple[dict[str, tuple[int, ...]], list[ShownMask]]] = []
     for run in runs:
@@ -137,27 +137,27 @@ def mask_families(runs: Sequence[Run], problems: list[str]) -> list[MaskFamily]:
 
 
 def _read_mask(run: Run) -> ShownMask:
-    """The mask of a finished run, its bits checked and not kept.
+    """The mask of a finished run; its bits are checked but not kept.
 
     Raises:
-        RunError: The record lacks something.
-        MaskFileError: The file is gone or damaged, or a package to read it is missing.
+        RunError: The record is incomplete.
+        MaskFileError: The file is missing or damaged, or a package to read it is missing.
     """
     from mftctl.masking.mask import open_mask
 
     record = run.record
     try:
-        # The run's own file first: a copied runs folder still names the one it was copied from.
+        # The run's own file first: the record in a copied runs folder still points to the original.
         path = run.folder / "mask.bits"
         path = path if path.is_file() else Path(record.result["mask"])
         state, seed, origin = str(record.result["state"]), int(record.config.get("seed", 0)), record.inputs["origin"]
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
-            "The record of this mask's run is not complete.", path=run.folder / "run.json", actual=first_fault(error)
+            "The run record of this mask is incomplete.", path=run.folder / "run.json", actual=first_fault(error)
         ) from error
     with open_mask(path) as mask:
         for name in mask.names():
-            mask.packed(name)  # which checks them against the record
+            mask.packed(name)  # checks the bits against the record
         return ShownMask(run, path, state, seed, str(origin), mask.metadata.kind, dict(mask.records))
 
 
@@ -191,7 +191,7 @@ def _place(state: str) -> int:
 
 
 def _labels(masks: Sequence[ShownMask]) -> list[str]:
-    """A name for each group, by one of its masks: as short as tells it from the others."""
+    """The shortest distinct label for each group, given one mask per group."""
     forms = []
     for mask in masks:
         record = mask.run.record

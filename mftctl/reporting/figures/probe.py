@@ -1,4 +1,4 @@
-"""Figures of probes: what a mask of each group of layers does to the loss or to a score, or promises to."""
+"""Probe figures: the measured or predicted effect of masking each group of layers on the loss or a score."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class _Group:
     """One group of layers, over seeds.
 
     Attributes:
-        layers: As the probe names it, such as `4-7`.
-        changes: Of what ranks the groups, measured or promised, one a seed.
-        loss_changes: Of the loss, beside a score; empty where the loss ranks the groups.
+        layers: Layer range as named by the probe, such as `4-7`.
+        changes: Measured or predicted change of the ranking metric, one per seed.
+        loss_changes: Change of the loss if a score ranks the groups; empty if the loss does.
     """
 
     layers: str
@@ -49,43 +49,43 @@ class _Group:
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """First and last layer of each stretch of consecutive layers.
+        """First and last layer of each run of consecutive layers.
 
         Raises:
-            ValueError: These are no layers.
+            ValueError: The text is not a list of layers.
         """
         found = []
         for part in self.layers.split(","):
             match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
             if match is None:
-                raise ValueError(f"{self.layers} are no layers")
+                raise ValueError(f"{self.layers} is not a list of layers")
             found.append((int(match[1]), int(match[2] or match[1])))
         return found
 
     @property
     def size(self) -> int:
-        """Its number of layers."""
+        """Number of layers."""
         return sum(last - first + 1 for first, last in self.ranges)
 
     @property
     def middle(self) -> float:
-        """Of all of its layers."""
+        """Mean layer index."""
         return (self.ranges[0][0] + self.ranges[-1][1]) / 2
 
     @property
     def change(self) -> float:
-        """The mean over seeds."""
+        """Mean change over seeds."""
         return fmean(self.changes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """Probes of one model with the same settings, with several seeds or sizes of groups.
+    """Probes of one model with the same settings, for several seeds or group sizes.
 
     Attributes:
-        runs: All of them.
-        sizes: By the name of each size of groups, its groups from below upwards.
-        unmasked: What ranks the groups, without a mask, averaged over seeds; 0 where changes are only promised.
+        runs: All probe runs.
+        sizes: The groups by name of their size, lowest layers first.
+        unmasked: The ranking metric without a mask, averaged over seeds; 0 for predicted changes.
         recommended: The layers that most runs recommend.
     """
 
@@ -101,18 +101,18 @@ class _Probe:
 
     @property
     def is_fast(self) -> bool:
-        """Whether nothing was trained."""
+        """Whether this is a fast probe, which trains nothing."""
         return bool(self.runs[0].record.result.get("fast"))
 
     @property
     def score(self) -> Mapping[str, Any] | None:
-        """Without a mask, of the first run; None where the loss ranks the groups."""
+        """The first run's score without a mask; None if the loss ranks the groups."""
         found: Mapping[str, Any] | None = self.runs[0].record.result.get("unmasked_score")
         return found
 
     @property
     def ranked_by(self) -> str:
-        """What ranks the groups, such as `validation loss` or `gsm8k exact_match,strict-match`."""
+        """The metric that ranks the groups, such as `validation loss` or `gsm8k exact_match,strict-match`."""
         if self.score is None:
             return "validation loss"
         by, metric = str(self.runs[0].record.result["by"]), str(self.score["metric"])
@@ -120,19 +120,19 @@ class _Probe:
 
     @property
     def unmasked_state(self) -> str:
-        """What carries the masks."""
+        """State of the model that the masks are applied to."""
         return str(self.runs[0].record.inputs["state"])
 
 
 def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
-    """Validation loss or score by group of layers, of trained probes; and by themselves what `probe --fast` promises.
+    """Validation loss or score by group of layers for trained probes, and separately the predictions of `probe --fast`.
 
-    Probes of the same model with the same settings, ranked by the same, share a figure, whatever their seeds and sizes
-    of groups.
+    Probes of the same model with the same settings and ranking metric share a figure, whatever their seeds and group
+    sizes.
 
     Args:
-        runs: Oldest first.
-        problems: Gets a line for each run that cannot be used.
+        runs: The runs, oldest first.
+        problems: Receives one line per run that cannot be used.
 
     Source: MFT, figures 3 and 7.
     """
@@ -166,7 +166,7 @@ def _model(run: Run) -> tuple[str, ...]:
 
 
 def _settings(run: Run) -> str:
-    """What two probes in one figure have in common."""
+    """The settings that all probes in one figure share."""
     record = run.record
     training = {key: value for key, value in record.config["mask_train"].items() if key not in _NO_PART}
     probing = {key: record.config["probe"].get(key) for key in ("data_fraction", "epochs")}
@@ -177,11 +177,11 @@ def _settings(run: Run) -> str:
 
 
 def _probe(runs: Sequence[Run]) -> _Probe:
-    """What several runs say of the same groups; where two of one seed do, the newest counts.
+    """Combines several runs over the same groups; the newest run per seed counts.
 
     Raises:
-        KeyError: A result lacks something.
-        ValueError: A group has no layers, or a loss or score is no number.
+        KeyError: A result is incomplete.
+        ValueError: A group has no layers, or a loss or score is not a number.
     """
     changes: dict[str, dict[int, float]] = {}
     loss_changes: dict[str, dict[int, float]] = {}
@@ -203,7 +203,7 @@ def _probe(runs: Sequence[Run]) -> _Probe:
         for found in (unmasked, *changes.values(), *loss_changes.values())
         for loss in found.values()
     ):
-        raise ValueError("a loss is no number")
+        raise ValueError("a loss is not a number")
     groups = [
         _Group(layers, tuple(found.values()), tuple(loss_changes.get(layers, {}).values()))
         for layers, found in changes.items()
@@ -214,13 +214,13 @@ def _probe(runs: Sequence[Run]) -> _Probe:
     recommended = Counter(str(run.record.result["recommended_layers"]) for run in reversed(runs))
     best = recommended.most_common(1)[0][0]
     if best not in changes:
-        raise ValueError(f"the layers {best} are recommended, and are none of the groups")
+        raise ValueError(f"the recommended layers {best} are not one of the groups")
     placed = {name: tuple(sorted(found, key=lambda group: group.middle)) for name, found in sizes.items()}
     return _Probe(tuple(runs), placed, fmean(unmasked.values()), best)
 
 
 def _size_name(run: Run, size: int) -> str:
-    """Of the size that a group belongs to, since the last of a size may be smaller."""
+    """The name of the group size that a group belongs to; the last group of a size may be smaller."""
     wanted = run.record.config["probe"].get("groups") or (4,)
     sizes = sorted(int(number) for number in wanted if number != "all")
     common = next((number for number in sizes if size <= number), None)
@@ -234,12 +234,12 @@ def _figure(probe: _Probe) -> Figure:
     seeds = len({_seed(run) for run in probe.runs})
     share = first.config["probe"].get("data_fraction", 1.0)
     ranked_by = probe.ranked_by[0].upper() + probe.ranked_by[1:] if probe.score is None else probe.ranked_by
-    what = "What a mask of each group promises" if probe.is_fast else f"{ranked_by} by group of layers"
-    captions = [f"{first.inputs['origin']}, {probe.unmasked_state}: masks from {share:.0%} of the training data."]
+    what = "Predicted loss change by group of layers" if probe.is_fast else f"{ranked_by} by group of layers"
+    captions = [f"{first.inputs['origin']}, {probe.unmasked_state}: masks based on {share:.0%} of the training data."]
     if probe.is_fast:
         captions.append(
-            "Nothing was trained: what a pass of gradients promises, to first order. It ranks groups of one size; "
-            "the change itself is far too good, and more layers always promise more."
+            "Nothing was trained: first-order predictions from one pass of gradients. They rank groups of one size; "
+            "the predicted change is far too optimistic and always grows with the number of layers."
         )
         captions += _agreement(probe.runs)
     elif probe.score is not None:
@@ -249,7 +249,7 @@ def _figure(probe: _Probe) -> Figure:
             f"Each group's mask with the lowest validation loss, scored on {probe.score['samples']} samples{within}."
         )
     else:
-        captions.append("Each group's best mask on the validation records that chose it: the best is partly luck.")
+        captions.append("Each group's mask was chosen on these validation records, so the best result is partly luck.")
     votes = sum(run.record.result["recommended_layers"] == probe.recommended for run in probe.runs)
     change = next(
         group.change for found in probe.sizes.values() for group in found if group.layers == probe.recommended
@@ -257,7 +257,9 @@ def _figure(probe: _Probe) -> Figure:
     captions.append(
         f"Star: layers {probe.recommended} ({change:+.4f}), recommended by {votes} of {len(probe.runs)} probes."
     )
-    captions.append(f"Mean over {seeds} seeds, bars from lowest to highest change." if seeds > 1 else "One seed.")
+    captions.append(
+        f"Mean over {seeds} seeds; bars span the lowest to the highest change." if seeds > 1 else "One seed."
+    )
     return Figure(
         name="probe-promised" if probe.is_fast else "probe",
         title=what,
@@ -284,7 +286,7 @@ def _figure(probe: _Probe) -> Figure:
 
 
 def _figures_without_mask(probe: _Probe) -> dict[str, Any]:
-    """What the data of a figure says of the model without a mask."""
+    """The unmasked model's values for the figure's data."""
     if probe.score is None:
         return {"unmasked_loss": None if probe.is_fast else probe.unmasked}
     losses = [float(run.record.result["unmasked_loss"]) for run in probe.runs]
@@ -310,13 +312,13 @@ def _draw(probe: _Probe, canvas: Canvas) -> None:
         _draw_size(axes, name, groups, number, base)
     axes.plot(probe.best.middle, base + probe.best.change, label="recommended", **STAR)
     axes.set_xlabel("decoder layer")
-    axes.set_ylabel("promised change of the loss" if probe.is_fast else probe.ranked_by)
+    axes.set_ylabel("predicted change in loss" if probe.is_fast else probe.ranked_by)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     put_legend(canvas, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
 
 
 def _draw_size(axes: Axes, name: str, groups: Sequence[_Group], number: int, base: float) -> None:
-    """Each group as a bar as long as its layers, with a marker in its middle."""
+    """Draws each group as a bar spanning its layers, with a marker in the middle."""
     style = numbered_style(number)
     heights = [base + group.change for group in groups]
     axes.plot([group.middle for group in groups], heights, label=name, **style.keywords())

@@ -1,4 +1,4 @@
-"""Figures of what masks remove: where, of which magnitude, and how far masks agree."""
+"""Figures of the weights that masks remove: location, magnitude, and overlap between masks."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from mftctl.reporting.figures.style import Figure
 
 
 def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
-    """Up to three figures for each kind of mask and shape of model; none without a finished `mask-train` run.
+    """Up to three figures per kind of mask and shape of model; none without a finished `mask-train` run.
 
-    `removed-by-layer`, unless the same is removed everywhere; `removed-by-magnitude`, where a model is still on disk;
-    and `mask-overlap`, where two masks have a tensor in common. Those of the second family of masks end in `-2`. None
-    of the papers has such figures.
+    The figures are `removed-by-layer`, unless the share is the same everywhere; `removed-by-magnitude`, if a model is
+    still on disk; and `mask-overlap`, if two masks share a tensor. Names for the second family of masks end in `-2`.
+    The papers have no such figures.
 
-    At most one tensor of a model and its bits in the masks compared are in memory; the weights are not copied.
+    At most one tensor of a model and its mask bits are in memory at a time; the weights are not copied.
 
     Args:
-        runs: Oldest first.
-        problems: Gets a line for each mask or model that cannot be used, and why.
+        runs: The runs, oldest first.
+        problems: Receives one line, with the reason, per mask or model that cannot be used.
     """
     families = mask_families(runs, problems)
     figures = []
@@ -59,7 +59,7 @@ def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What the figures of one family have in common, beside the model where there are several: words for its masks."""
+    """Wording shared by the figures of one mask family."""
 
     family: MaskFamily
     about: str
@@ -75,16 +75,16 @@ class _Names:
 
     @property
     def removed(self) -> str:
-        return "put back to their values before fine-tuning" if self.resets else "removed"
+        return "reset to their values before fine-tuning" if self.resets else "removed"
 
     def basis(self, runs: Iterable[Sequence[str]]) -> str:
-        """What a figure was made from, and which masks are left out; a space before it."""
+        """Caption sentences about the masks used and left out, with a leading space."""
         count = len(_unique(runs))
         text = f" From {count} mask{'s' * (count > 1)}."
         if self.family.older:
-            text += f" Of masks made in the same way with the same seed only the newest: {self.family.older} left out."
+            text += f" Older masks with the same settings and seed left out: {self.family.older}."
         if self.family.more:
-            text += f" {self.family.more} other ways to make masks, with fewer seeds or older, are left out."
+            text += f" Other groups of masks left out (fewer seeds or older): {self.family.more}."
         return text
 
 
@@ -93,16 +93,16 @@ def _layer_figure(groups: Sequence[LayerShares], names: _Names) -> Figure:
     rows = -(-len(groups) // columns)
     scale = "Each panel has its own scale" if shared_top(groups) is None else "All on one scale"
     caption = (
-        f"Share of the weights {names.removed} by the mask, by layer and projection"
+        f"Share of weights {names.removed} by the mask, by layer and projection"
         f"{_of_seeds([group.seeds for group in groups])}. {scale}, from 0. Hatched: not masked. Above each panel:"
-        " the share of all masked weights. A mask that takes its ratio of every tensor has one colour by design."
+        " the share of all masked weights. A mask that applies its ratio to every tensor has one colour by design."
         + (" Embeddings and norms are not shown." if names.resets else "")
-        + " It does not tell which of these weights matter."
+        + " The figure does not show which of these weights matter."
         + names.basis([group.runs for group in groups])
     )
     return Figure(
         name=f"removed-by-layer{names.ending}",
-        title=f"Where {'drops reset' if names.resets else 'masks remove'} weights{names.about}",
+        title=f"Weights {'reset by drops' if names.resets else 'removed by masks'}, by layer{names.about}",
         caption=caption,
         data=tuple(
             {
@@ -127,17 +127,17 @@ def _magnitude_figure(groups: Sequence[MagnitudeShares], names: _Names) -> Figur
     rows = -(-len(groups) // magnitude_columns(groups))
     sampled = any(group.is_sampled for group in groups)
     caption = (
-        f"Share of the weights {names.removed}, by rank of |w| within each tensor in {BINS} equal parts, the smallest"
-        f" first{_of_seeds([group.seeds for group in groups], band=True)}. Dotted: what a random"
-        " mask gives, the share above each panel. Each panel has its own scale, from 0."
-        + (f" Of larger tensors {MAX_SAMPLE:,} weights were drawn." if sampled else "")
-        + (" |w| is that of the fine-tuned model." if names.resets else "")
-        + " A mask that takes small weights need not have looked at their size."
+        f"Share of weights {names.removed}, by rank of |w| within each tensor in {BINS} equal bins, smallest first"
+        f"{_of_seeds([group.seeds for group in groups], band=True)}. Dotted: a random mask, which removes the"
+        " share above each panel from every bin. Each panel has its own scale, from 0."
+        + (f" Larger tensors were sampled ({MAX_SAMPLE:,} weights each)." if sampled else "")
+        + (" |w| is taken from the fine-tuned model." if names.resets else "")
+        + " A mask that removes small weights was not necessarily chosen by magnitude."
         + names.basis([group.runs for group in groups])
     )
     return Figure(
         name=f"removed-by-magnitude{names.ending}",
-        title=f"Do {'drops reset' if names.resets else 'masks remove'} small or large weights?{names.about}",
+        title=f"Weights {'reset by drops' if names.resets else 'removed by masks'}, by magnitude{names.about}",
         caption=caption,
         data=tuple(
             {
@@ -161,16 +161,16 @@ def _magnitude_figure(groups: Sequence[MagnitudeShares], names: _Names) -> Figur
 
 def _overlap_figure(overlaps: MaskOverlaps, names: _Names) -> Figure:
     caption = (
-        f"Below the diagonal: weights {names.removed} by both masks over those by either (Jaccard), in tensors that"
-        " both cover. Above: the same for random masks that take as many of each tensor. Empty: no tensor in common."
-        " More than chance says that two masks agree, not that they do for a good reason: masks that take the smallest"
-        " weights agree too."
-        + (f" {overlaps.left_out} masks of further seeds are left out." if overlaps.left_out else "")
+        f"Below the diagonal: weights {names.removed} by both masks over those by either (Jaccard index), in tensors"
+        " that both cover. Above: the same for random masks that remove as many weights from each tensor. Empty: no"
+        " tensor in common. Overlap above chance shows that two masks agree, not that they agree for a good reason:"
+        " masks that remove the smallest weights also agree."
+        + (f" Masks of further seeds left out: {overlaps.left_out}." if overlaps.left_out else "")
         + names.basis([overlaps.runs])
     )
     return Figure(
         name=f"mask-overlap{names.ending}",
-        title=f"How far {'drops' if names.resets else 'masks'} agree{names.about}",
+        title=f"Overlap between {'drops' if names.resets else 'masks'}{names.about}",
         caption=caption,
         data=tuple(
             {
@@ -191,7 +191,7 @@ def _overlap_figure(overlaps: MaskOverlaps, names: _Names) -> Figure:
 
 
 def _of_seeds(seeds: Sequence[Sequence[int]], *, band: bool = False) -> str:
-    """What is said of an average, if there is one."""
+    """Caption words about averaging; empty for single seeds."""
     if max(map(len, seeds)) == 1:
         return ""
     return ", averaged over seeds" + (" (band: lowest to highest)" if band else "")

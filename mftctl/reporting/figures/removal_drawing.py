@@ -1,4 +1,4 @@
-"""How the figures of what masks remove are drawn."""
+"""Draws the figures of the weights that masks remove."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.collections import QuadMesh
     from matplotlib.figure import Figure as Canvas
 
-_WIDE_LAYERS = 16  # more columns than that take the whole width, and leave no room for numbers
+_WIDE_LAYERS = 16  # more columns take the full width and leave no space for numbers
 _SMALL = 8.0
 _MAX_SCALE_FACTOR = 3.0
 
 
 def draw_layer_shares(canvas: Canvas, groups: Sequence[LayerShares]) -> None:
-    """One heat map a group, hatched where nothing is masked, on one scale from 0 where `shared_top` has one."""
+    """Draws one heat map per group, hatched where nothing is masked, on the scale of `shared_top` if there is one."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
@@ -55,13 +55,13 @@ def draw_layer_shares(canvas: Canvas, groups: Sequence[LayerShares]) -> None:
 
 
 def shared_top(groups: Sequence[LayerShares]) -> float | None:
-    """The end of one scale for all heat maps; None where their highest shares are too far apart for one."""
+    """Upper end of a shared scale for all heat maps; None if their maxima are too far apart."""
     tops = [_highest(group) for group in groups]
     return max(tops) if 0 < max(tops) <= _MAX_SCALE_FACTOR * min(tops) else None
 
 
 def layer_columns(groups: Sequence[LayerShares]) -> int:
-    """How many heat maps stand side by side."""
+    """Number of heat maps per row."""
     is_wide = len(groups[0].layers) > _WIDE_LAYERS
     return 1 if len(groups) == 1 or (is_wide and len(groups) <= 3) else 2
 
@@ -85,25 +85,25 @@ def _percent(value: float, _: float) -> str:
 
 
 def _percent_text(share: float) -> str:
-    """Two digits, or as many as are left of the point."""
+    """A percentage with up to two decimals, fewer for larger values."""
     percent = 100 * share
     return f"{percent:.{0 if percent >= 9.95 else 1 if percent >= 0.995 else 2}f}"
 
 
 def _ink_on(mesh: QuadMesh, value: float) -> str:
-    """White on the dark half of the colour map, black on the light one."""
+    """White on the dark half of the colour map, black on the light half."""
     import numpy as np
 
     return "white" if np.asarray(mesh.norm(np.array([value]))).item() < 0.5 else "black"
 
 
 def draw_magnitude_shares(canvas: Canvas, groups: Sequence[MagnitudeShares], done: str) -> None:
-    """One small chart a group: a line, a band from the lowest to the highest seed, and what chance gives.
+    """Draws one small chart per group: a line, a band from the lowest to the highest seed, and the chance level.
 
     Args:
-        canvas: Where to draw.
-        groups: At least one.
-        done: What the masks do to weights: `removed` or `reset`.
+        canvas: The canvas to draw on.
+        groups: One or more groups.
+        done: The effect of the masks on weights: `removed` or `reset`.
     """
     import numpy as np
 
@@ -122,22 +122,22 @@ def draw_magnitude_shares(canvas: Canvas, groups: Sequence[MagnitudeShares], don
         axes.tick_params(labelsize=_SMALL)
         _set_title(axes, group.label, len(group.seeds), group.flat, columns)
     canvas.axes[0].legend(loc="best")
-    canvas.supxlabel("weights from the smallest to the largest", fontsize=9)
+    canvas.supxlabel("weights, smallest to largest", fontsize=9)
     canvas.supylabel(f"share {done}", fontsize=9)
 
 
 def magnitude_columns(groups: Sequence[MagnitudeShares]) -> int:
-    """How many charts stand side by side."""
+    """Number of charts per row."""
     return 1 if len(groups) == 1 else 2
 
 
 def draw_overlaps(canvas: Canvas, overlaps: MaskOverlaps, done: str) -> None:
-    """A table with a number in each cell: measured below the diagonal, by chance above it.
+    """Draws a table with a number in each cell: measured overlap below the diagonal, chance level above it.
 
     Args:
-        canvas: Where to draw.
-        overlaps: Of at least two masks.
-        done: What the masks do to weights: `removed` or `reset`.
+        canvas: The canvas to draw on.
+        overlaps: Overlaps of at least two masks.
+        done: The effect of the masks on weights: `removed` or `reset`.
     """
     import numpy as np
     from matplotlib.colors import PowerNorm
@@ -149,7 +149,7 @@ def draw_overlaps(canvas: Canvas, overlaps: MaskOverlaps, done: str) -> None:
     axes = canvas.subplots()
     axes.grid(visible=False)
     edges = np.arange(count + 1) - 0.5
-    # By the square root, as one pair that agrees in full would leave all others the same dark colour.
+    # Square-root scale: one pair in full agreement would leave all other pairs the same dark colour.
     norm = PowerNorm(0.5, 0, float(np.nanmax(values)) or 1.0)
     cells = np.ma.masked_invalid(values)
     mesh = axes.pcolormesh(edges, edges, cells, cmap=COLOUR_MAP, norm=norm, edgecolors="white", linewidth=1)

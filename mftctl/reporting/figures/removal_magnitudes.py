@@ -1,4 +1,4 @@
-"""Whether masks remove small or large weights: the share removed by rank of magnitude."""
+"""The share of weights that masks remove, by rank of magnitude."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:
 
 BINS: Final = 20
 MAX_SAMPLE: Final = 2**17
-"""The most weights looked at in one tensor: 6,554 a bin, whose share has a standard error of 0.4 points at 10 %."""
+"""Maximum sample per tensor: 6,554 weights per bin, for a standard error of 0.4 percentage points at 10 %."""
 
-_PLACE_BITS: Final = 17  # of a place in the sample
+_PLACE_BITS: Final = 17  # bits of a position in the sample
 
 
 @dataclass(frozen=True, slots=True)
 class MagnitudeShares:
-    """The share that the masks of one group remove of each twentieth of the weights, by rank of magnitude.
+    """The share of weights removed by the masks of one group, in 20 bins by rank of magnitude.
 
     Attributes:
-        label: The group's.
-        state: What the masks make of a model, in the words of the papers.
-        runs: The names of the masks' runs.
-        seeds: Their seeds.
-        shares: 0 to 1, the smallest weights of each tensor first, averaged over the masks.
-        lowest: The lowest of a mask, for each twentieth.
-        highest: The highest.
-        flat: The share removed in all, averaged: what a random mask gives in every twentieth.
-        is_sampled: Whether a tensor was too large to look at all of its weights.
+        label: Label of the group.
+        state: State of the masked models, as named in the papers.
+        runs: Names of the masks' runs.
+        seeds: Seeds of the masks.
+        shares: Share per bin, 0 to 1, smallest weights of each tensor first, averaged over the masks.
+        lowest: Lowest share of any mask in each bin.
+        highest: Highest share of any mask in each bin.
+        flat: Overall share removed, averaged over the masks: the expected share of a random mask in every bin.
+        is_sampled: Whether any tensor was so large that only a sample of its weights was used.
     """
 
     label: str
@@ -56,14 +56,14 @@ class MagnitudeShares:
 
 
 def magnitude_shares(groups: Sequence[MaskGroup], problems: list[str]) -> list[MagnitudeShares]:
-    """The share removed by magnitude, for each group of which a mask's model is still on disk.
+    """The share removed by magnitude, for each group with a mask whose model is still on disk.
 
-    The weights are those that the mask is applied to: of a fine-tuned model, also where removed ones go back to the
-    values before. Each tensor of a model is read once for all its masks, and must have the digest in their records.
+    The weights are those of the model that the mask is applied to: the fine-tuned model, even if the mask resets them
+    to earlier values. Each tensor is read once for all masks and must match the digest in their records.
 
     Args:
         groups: The masks.
-        problems: Gets a line for each mask whose model is gone or another.
+        problems: Receives one line per mask whose model is missing or does not match.
     """
     import numpy as np
 
@@ -72,7 +72,7 @@ def magnitude_shares(groups: Sequence[MaskGroup], problems: list[str]) -> list[M
         folder = _model_folder(mask)
         if folder is None:
             model = mask.run.record.inputs.get("model")
-            problems.append(f"{mask.run.name}: not in the figure of magnitudes, as its model is not on disk: {model}")
+            problems.append(f"{mask.run.name}: left out of the magnitude figure; its model is not on disk: {model}")
         else:
             by_model.setdefault(folder, []).append(mask)
     found: dict[Path, NDArray[np.float64]] = {}
@@ -100,12 +100,12 @@ def magnitude_shares(groups: Sequence[MaskGroup], problems: list[str]) -> list[M
 
 
 def _model_folder(mask: ShownMask) -> Path | None:
-    """Where the model is that the mask is applied to; None where it is not on this disk."""
+    """The folder of the model that the mask is applied to; None if it is not on this disk."""
     model = str(mask.run.record.inputs.get("model"))
     path = Path(model)
-    # That of the same runs folder first: a copied one still names the place it was copied from.
+    # The same runs folder first: records in a copied runs folder still point to the original.
     for folder in (mask.run.folder.parent / path.parent.name / path.name, path):
-        with suppress(OSError):  # a name that is too long
+        with suppress(OSError):  # name too long
             if folder.is_dir():
                 return folder
     if model == QUICKSTART:
@@ -114,7 +114,7 @@ def _model_folder(mask: ShownMask) -> Path | None:
 
 
 def _downloaded(model: str, revision: str | None) -> Path | None:
-    """A model of the hub in the local cache; a report downloads nothing."""
+    """A Hub model in the local cache; a report downloads nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -125,7 +125,7 @@ def _downloaded(model: str, revision: str | None) -> Path | None:
 
 
 def _of_model(folder: Path, masks: Sequence[ShownMask], problems: list[str]) -> dict[Path, NDArray[np.float64]]:
-    """The share removed in each bin, by mask file, of the masks that belong to this model."""
+    """The share removed in each bin, by mask file, for the masks of this model."""
     import numpy as np
 
     from mftctl.masking.mask import open_mask
@@ -136,7 +136,7 @@ def _of_model(folder: Path, masks: Sequence[ShownMask], problems: list[str]) -> 
 
         def leave_out(mask: ShownMask, error: MaskFileError | ModelError | OSError) -> None:
             reason = str(error) if isinstance(error, OSError) else error.message
-            problems.append(f"{mask.run.name}: not in the figure of magnitudes: {reason} ({folder})")
+            problems.append(f"{mask.run.name}: left out of the magnitude figure: {reason} ({folder})")
             kept.pop(mask.path, None)
 
         for shown in masks:
@@ -168,8 +168,8 @@ def _stored(mask: Mask, folder: Path) -> dict[str, StoredTensor]:
     """The tensors that the mask is applied to.
 
     Raises:
-        MaskMismatchError: The model has not got them.
-        ModelError: It cannot be read.
+        MaskMismatchError: The model does not have these tensors.
+        ModelError: The model cannot be read.
     """
     from mftctl.masking.checkpoints.mask_match import masked_tensors
 
@@ -178,7 +178,7 @@ def _stored(mask: Mask, folder: Path) -> dict[str, StoredTensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor's digest, and which of its weights are looked at: flat positions in ascending order of magnitude."""
+    """A tensor's digest and the flat positions of its sampled weights, in ascending order of magnitude."""
 
     digest: str
     weights: int
@@ -186,7 +186,7 @@ class _Tensor:
 
     @classmethod
     def read(cls, stored: StoredTensor) -> _Tensor:
-        """Raises ModelError or OSError where the file cannot be read."""
+        """Reads a tensor; raises ModelError or OSError if the file cannot be read."""
         import numpy as np
 
         from mftctl.masking.checkpoints.tensors import tensor_digest
@@ -197,28 +197,28 @@ class _Tensor:
         weights = stored.length_bytes // item_bytes(stored.dtype)
         bits = np.memmap(stored.path, dtype=unsigned, mode="r", offset=stored.offset_bytes, shape=(weights,))
         positions = _sample(weights)
-        # Without its sign bit a number of any of these types is the larger the larger its bits are as an integer.
+        # Without the sign bit, numbers of any of these types are ordered like their bits read as integers.
         magnitudes = (bits[positions] & unsigned.type(2 ** (8 * unsigned.itemsize - 1) - 1)).astype(np.uint64)
         if unsigned.itemsize == 8:
-            magnitudes >>= _PLACE_BITS  # the last of 52 binary places, to make room
-        # One key of magnitude and place, as sorting whole numbers is 8 times as fast as a stable argsort.
+            magnitudes >>= _PLACE_BITS  # drops the lowest of 52 fraction bits to make space
+        # One integer key of magnitude and position: sorting integers is 8 times as fast as a stable argsort.
         keys = np.sort(magnitudes << _PLACE_BITS | np.arange(len(positions), dtype=np.uint64))
         return cls(digest, weights, positions[keys & np.uint64(2**_PLACE_BITS - 1)])
 
     def removed(self, mask: Mask, name: str) -> NDArray[np.float64]:
-        """How many weights the mask removes in each bin, `(BINS,)`, scaled up from the sample.
+        """Number of weights that the mask removes in each bin, `(BINS,)`, scaled up from the sample.
 
-        A weight on the border of two bins counts in each in part, so that all bins are of one size.
+        A weight on the border of two bins counts partly in each, so that all bins have the same size.
 
         Raises:
-            MaskMismatchError: The mask was made for a tensor with other bytes.
+            MaskMismatchError: The mask was made for a tensor with different bytes.
             MaskFormatError: The file changed since it was opened.
         """
         import numpy as np
 
         record = mask.records[name]
         if self.digest != (record.sha256 if mask.metadata.kind == "weight" else record.tuned_sha256):
-            raise MaskMismatchError("The weights are not those that the mask was made for", key=name)
+            raise MaskMismatchError("The weights are not the ones the mask was made for", key=name)
         packed = mask.packed(name)
         is_removed = (packed[self.positions >> 3] >> (self.positions & 7).astype(np.uint8)) & 1 == 0
         looked_at = len(self.positions)
@@ -229,13 +229,13 @@ class _Tensor:
         return counts
 
 
-@lru_cache(maxsize=8)  # a model has a few sizes of tensors, again and again
+@lru_cache(maxsize=8)  # a model has only a few distinct tensor sizes
 def _sample(weights: int) -> NDArray[np.int64]:
-    """Flat positions to look at, ascending: all, or one drawn from each of `MAX_SAMPLE` pieces, always the same."""
+    """Flat positions to sample, ascending: all, or one drawn from each of `MAX_SAMPLE` segments, always the same."""
     import numpy as np
 
     if weights <= MAX_SAMPLE:
         return np.arange(weights)
     borders = np.arange(MAX_SAMPLE + 1) * weights // MAX_SAMPLE
-    # Drawn, as equal steps could always meet the same columns of a matrix.
+    # Drawn at random, since equal strides could always hit the same columns of a matrix.
     return np.random.default_rng(0).integers(borders[:-1], borders[1:])

@@ -1,4 +1,4 @@
-"""Where masks remove, and how far they agree: the numbers, from the masks alone."""
+"""Shares removed by layer and overlap between masks, computed from the masks alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mftctl.masking.mask_file.document import TensorRecord
 
 MAX_MASKS: Final = 12
-"""Numbers in the cells of a larger table cannot be read."""
+"""Numbers in the cells of a larger table are unreadable."""
 
 _EVEN: Final = 0.01
 _LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.")
@@ -24,17 +24,17 @@ _KNOWN_ORDER: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_
 
 @dataclass(frozen=True, slots=True)
 class LayerShares:
-    """The share that the masks of one group remove of each projection of each layer.
+    """The share of weights removed by the masks of one group, by layer and projection.
 
     Attributes:
-        label: The group's.
-        runs: The names of the masks' runs.
-        seeds: Their seeds.
-        removed_share: Of all masked weights, 0 to 1, averaged over the masks.
-        projections: Names of the rows, in the order of the forward pass where it is known.
-        layers: The columns, without a gap.
-        shares: 0 to 1, rows of columns, averaged over the masks that cover the tensor; None where none does. Experts of
-            one layer count as one.
+        label: Label of the group.
+        runs: Names of the masks' runs.
+        seeds: Seeds of the masks.
+        removed_share: Share of all masked weights, 0 to 1, averaged over the masks.
+        projections: Row names, in the order of the forward pass if it is known.
+        layers: Layer numbers of the columns, without gaps.
+        shares: Rows of shares, 0 to 1, averaged over the masks that cover the tensor; None if none does. The experts
+            of a layer are combined.
     """
 
     label: str
@@ -47,26 +47,26 @@ class LayerShares:
 
     @property
     def covers_all(self) -> bool:
-        """Whether there is a share in every cell."""
+        """Whether every cell has a share."""
         return all(share is not None for row in self.shares for share in row)
 
     @property
     def is_even(self) -> bool:
-        """Whether the same is removed everywhere, but for rounding to whole weights."""
+        """Whether the share is the same everywhere, apart from rounding to whole weights."""
         known = [share for row in self.shares for share in row if share is not None]
         return max(known) - min(known) <= _EVEN * max(known)
 
 
 @dataclass(frozen=True, slots=True)
 class PairOverlap:
-    """How far two masks agree over the tensors that both cover.
+    """Overlap of two masks over the tensors that both cover.
 
     Attributes:
-        first: Place of one of them in the list of masks.
-        second: Place of the other, a higher one.
-        weights: The weights that both cover.
-        jaccard: Removed by both over removed by either, 0 to 1.
-        by_chance: What two random masks that remove as many weights of each tensor give.
+        first: Index of the first mask in the list of masks.
+        second: Index of the second mask, greater than `first`.
+        weights: Number of weights that both cover.
+        jaccard: Weights removed by both over weights removed by either, 0 to 1.
+        by_chance: The value expected of two random masks that remove as many weights from each tensor.
     """
 
     first: int
@@ -78,13 +78,13 @@ class PairOverlap:
 
 @dataclass(frozen=True, slots=True)
 class MaskOverlaps:
-    """How far masks agree, two by two.
+    """Pairwise overlaps of masks.
 
     Attributes:
-        labels: A name for each mask: its group's, and the seed where the group has several.
-        runs: The names of their runs.
-        pairs: Those that have a tensor in common.
-        left_out: How many masks of the groups are not in it.
+        labels: Label of each mask: that of its group, with the seed if the group has several.
+        runs: Names of the masks' runs.
+        pairs: Pairs of masks with a tensor in common.
+        left_out: Number of masks left out.
     """
 
     labels: tuple[str, ...]
@@ -94,9 +94,9 @@ class MaskOverlaps:
 
 
 def layer_shares(groups: Sequence[MaskGroup]) -> list[LayerShares]:
-    """The share removed by layer and projection; all with the same rows and columns, so that they line up.
+    """The share removed by layer and projection; all groups have the same rows and columns so that they line up.
 
-    Tensors outside the layers, and those of one dimension, are left out.
+    Tensors outside the layers and one-dimensional tensors are left out.
     """
     cells = [[_cells(mask.records) for mask in group.masks] for group in groups]
     keys = {key for group in cells for mask in group for key in mask}
@@ -122,10 +122,10 @@ def layer_shares(groups: Sequence[MaskGroup]) -> list[LayerShares]:
 
 
 def mask_overlaps(groups: Sequence[MaskGroup]) -> MaskOverlaps:
-    """How far the masks of these groups agree; of many, one seed after the other of all groups.
+    """Pairwise overlaps of the groups' masks; if there are too many, the first seeds of every group come first.
 
     Raises:
-        MaskFileError: A mask file changed since it was read.
+        MaskFileError: A mask file has changed since it was read.
     """
     from mftctl.masking.mask import open_mask
     from mftctl.masking.overlap import pairwise_overlaps
@@ -151,7 +151,7 @@ def mask_overlaps(groups: Sequence[MaskGroup]) -> MaskOverlaps:
 
 
 def _cells(records: Mapping[str, TensorRecord]) -> dict[tuple[tuple[str, ...], int], float]:
-    """The share removed by path without numbers, and layer."""
+    """The share removed by layer and by tensor path without numbers."""
     removed: dict[tuple[tuple[str, ...], int], int] = {}
     weights: dict[tuple[tuple[str, ...], int], int] = {}
     for name, record in records.items():
@@ -166,14 +166,14 @@ def _cells(records: Mapping[str, TensorRecord]) -> dict[tuple[tuple[str, ...], i
 
 
 def _row_order(path: tuple[str, ...]) -> tuple[bool, int, int, tuple[str, ...]]:
-    """Attention before the rest, and in either the order of the forward pass where it is known."""
+    """Sort key: attention first, then the order of the forward pass if it is known."""
     is_attention = any("attn" in part or "attention" in part for part in path)
     place = _KNOWN_ORDER.index(path[-1]) if path[-1] in _KNOWN_ORDER else len(_KNOWN_ORDER)
     return not is_attention, place, len(path), path
 
 
 def _short_names(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """The shortest ending of each path that no other has, such as `q`, or `mlp.c_proj` beside `attn.c_proj`."""
+    """The shortest unique suffix of each path, such as `q`, or `mlp.c_proj` if there is also `attn.c_proj`."""
     names = []
     for path in paths:
         lengths = range(1, len(path) + 1)

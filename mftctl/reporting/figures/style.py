@@ -1,4 +1,4 @@
-"""How every figure of a report looks: one style for each state, told apart by colour, line and marker; SVG and PNG."""
+"""Style and rendering of report figures: one style per state, distinct in colour, line and marker; SVG and PNG."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COLOUR_MAP = "cividis"
 _LONGEST_TEXT = 120
 
 
-# Okabe and Ito's colours without black and yellow, which are lost on a dark and on a light page.
+# Okabe and Ito's colours without black and yellow, which are invisible on dark and light pages.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _LINES: tuple[Any, ...] = ("-", "--", "-.", (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "d")
@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "legend.fontsize": 8.0,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a name may hold what would be a formula, whole or broken
+    "text.parse_math": False,  # a name may contain text that parses as a formula, valid or not
 }
 
 
@@ -56,14 +56,14 @@ class Figure:
     """One figure of a report.
 
     Attributes:
-        name: Its file's, without an ending: `loss-by-step`.
-        title: What it shows, in a few words.
-        caption: What is to be seen, what it was made from, and what it cannot tell.
-        data: The numbers drawn, a mapping a point, plain data for `report.json`.
+        name: File name without an extension, such as `loss-by-step`.
+        title: A short title.
+        caption: What the figure shows, its sources and its limits.
+        data: The plotted numbers, one mapping per point, as plain data for `report.json`.
         runs: Names of the runs it was made from.
-        draw: Draws it.
-        width_inches: Of the whole.
-        height_inches: Of the whole.
+        draw: Draws the figure on a canvas.
+        width_inches: Total width.
+        height_inches: Total height.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class LineStyle:
-    """How the line of a state is drawn; no two states share all three.
+    """Line style of a state; no two states share all three attributes.
 
     Attributes:
-        color: Of matplotlib.
-        linestyle: Of matplotlib.
-        marker: Of matplotlib.
+        color: A matplotlib colour.
+        linestyle: A matplotlib line style.
+        marker: A matplotlib marker.
     """
 
     color: str
@@ -96,10 +96,10 @@ class LineStyle:
 
 
 def style_of(state: str) -> LineStyle:
-    """The style of a state in every figure: FFT in ink, each other in its own way, also in grey.
+    """The style of a state in every figure: FFT in ink, the others distinguishable even in greyscale.
 
     Args:
-        state: In the words of a report, such as `MFT, paper` or `GMT (gmt[ratio=0.2])`.
+        state: Name in the report, such as `MFT, paper` or `GMT (gmt[ratio=0.2])`.
     """
     plain = state.split(" (")[0]
     if plain == "FFT":
@@ -108,17 +108,17 @@ def style_of(state: str) -> LineStyle:
 
 
 def numbered_style(number: int) -> LineStyle:
-    """The style of one of many lines that are no states, such as group sizes."""
+    """The style of a numbered line that is not a state, such as a group size."""
     return LineStyle(_COLOURS[number % len(_COLOURS)], _LINES[number % len(_LINES)], _MARKERS[number % len(_MARKERS)])
 
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A figure as drawn.
+    """A rendered figure.
 
     Attributes:
-        svg: With real text, on no background.
-        png: 200 dots an inch, on white.
+        svg: SVG with real text and a transparent background.
+        png: PNG at 200 dpi on white.
     """
 
     svg: str
@@ -126,10 +126,10 @@ class Drawing:
 
 
 def render(figure: Figure) -> Drawing:
-    """The figure in both forms; the same bytes for the same data."""
+    """The figure in both formats; equal data gives equal bytes."""
     svg, png = io.StringIO(), io.BytesIO()
     with warnings.catch_warnings(), _canvas(figure) as canvas:
-        # Of a name in a script that the font lacks, which SVG has as text, and of one that leaves no room.
+        # For names in a script that the font lacks (SVG keeps them as text), and names too long for the layout.
         warnings.filterwarnings("ignore", r"Glyph .* missing from|constrained_layout not applied|.*support .* natively")
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
         canvas.savefig(png, format="png", dpi=200, facecolor="white", metadata={"Software": None})
@@ -137,10 +137,10 @@ def render(figure: Figure) -> Drawing:
 
 
 def drawn_text(text: str) -> str:
-    """A text as it is drawn: in short, without control characters, and none that a legend would leave out.
+    """Shortens a text for drawing, removes control characters, and keeps legends from hiding it.
 
     Args:
-        text: Of any origin.
+        text: Any text, possibly untrusted.
     """
     line = _short(visible_line(text))
     return f" {line}" if line.startswith("_") else line
@@ -152,12 +152,12 @@ def _short(text: str) -> str:
 
 @contextmanager
 def _canvas(figure: Figure) -> Iterator[Canvas]:
-    """The figure on a canvas of its own: no window, and nothing left in matplotlib's state."""
+    """Draws the figure on its own canvas, without a window and without changing matplotlib's global state."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
     from matplotlib.text import Text
 
-    # With the name as salt, the ids of several figures in one page differ.
+    # With the name as salt, IDs are unique across the figures of a page.
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "svg.hashsalt": figure.name}):
         canvas = Canvas(figsize=(figure.width_inches, figure.height_inches), layout="constrained")
         figure.draw(canvas)
@@ -169,15 +169,15 @@ def _canvas(figure: Figure) -> Iterator[Canvas]:
 _ROW_INCHES = 0.18
 
 
-# Of labels in the legend's font, on a figure of the usual width.
+# For labels in the legend's font on a figure of the default width.
 _LONGEST = {3: 22, 2: 40}
 
 
 def legend_height_inches(labels: Sequence[str]) -> float:
-    """How much the legend adds to the height of a figure.
+    """The height that a legend adds to a figure.
 
     Args:
-        labels: Of the legend.
+        labels: The labels of the legend.
     """
     return _ROW_INCHES * -(-len(labels) // _columns(labels))
 
@@ -186,8 +186,8 @@ def put_legend(canvas: Canvas, handles: Mapping[str, Any]) -> None:
     """Puts the legend below all axes.
 
     Args:
-        canvas: With a constrained layout.
-        handles: What matplotlib drew, by label; none needs no legend.
+        canvas: A canvas with a constrained layout.
+        handles: Matplotlib artists by label; without any, no legend is drawn.
     """
     labels = list(handles)
     if not labels:
@@ -201,6 +201,6 @@ def _columns(labels: Sequence[str]) -> int:
 
 
 def with_own_names(figures: Iterable[Figure]) -> list[Figure]:
-    """The figures, each with a name that none before it has."""
+    """The figures with unique names."""
     taken: set[str] = set()
     return [replace(figure, name=own_name(figure.name, taken)) for figure in figures]

@@ -1,4 +1,4 @@
-"""The figure of a loss surface: contours on train and test records, with the three models that span the plane."""
+"""Loss surface figures: contours on train and test records, with the three models that span the plane."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _BANDS = 9
 
 @dataclass(frozen=True, slots=True)
 class SurfacePoint:
-    """The loss per answer token at one point of the plane, in nats; infinite where the model gives no number.
+    """The loss per answer token at one point of the plane, in nats; infinite if it is not a number.
 
     Attributes:
-        x: Distance from FFT towards continued FFT, in the norm of all weights together.
-        y: Distance from FFT at right angles to that, on the side of MFT.
-        train_loss: On training records.
-        test_loss: On test records.
-        mark: The state whose very weights these are; None for a point of the grid.
+        x: Distance from FFT towards continued FFT, in the norm over all weights.
+        y: Distance from FFT at right angles to x, on the side of MFT.
+        train_loss: Loss on training records.
+        test_loss: Loss on test records.
+        mark: State with exactly these weights; None for a grid point.
     """
 
     x: float
@@ -47,15 +47,15 @@ class SurfacePoint:
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """What a surface run has measured.
+    """The results of a surface run.
 
     Attributes:
-        run: Its name.
+        run: Name of the run.
         corners: Names of the three runs whose models span the plane, FFT first.
-        side: Points of the grid, a side.
-        records: Training and test records.
+        side: Number of grid points per side.
+        records: Number of training and test records.
         marks: The three models.
-        cells: The points of the grid, of which an unfinished run has a part.
+        cells: The measured grid points; an unfinished run has only some of them.
     """
 
     run: str
@@ -67,16 +67,16 @@ class Surface:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole grid is there."""
+        """Whether the whole grid has been measured."""
         return len(self.cells) == self.side**2
 
 
 def surface_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
-    """One figure for each three models whose surface was measured: the run with most points, the newest of several.
+    """One figure per measured triple of models, from the run with the most points (the newest of equals).
 
     Args:
-        runs: Oldest first.
-        problems: Gets a line for each surface run that cannot be used.
+        runs: The runs, oldest first.
+        problems: Receives one line per surface run that cannot be used.
 
     Source: MFT, figures 6 and 10.
     """
@@ -89,11 +89,11 @@ def surface_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
 
 
 def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
-    """What surface runs have measured, also those that were stopped once there is enough to draw.
+    """The results of surface runs, including unfinished runs with enough points to draw.
 
     Args:
-        runs: Oldest first.
-        problems: Gets a line for each surface run that cannot be used.
+        runs: The runs, oldest first.
+        problems: Receives one line per surface run that cannot be used.
     """
     found = []
     for run in runs:
@@ -113,20 +113,20 @@ def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
 
 
 def _problem(surface: Surface) -> str | None:
-    """Why a surface cannot be drawn; None if it can."""
+    """The reason why a surface cannot be drawn; None if it can."""
     if len(surface.marks) != len(surface.corners) or len(surface.cells) < _FEWEST_CELLS:
         return (
-            f"{len(surface.cells)} of {surface.side**2} points of the loss surface are measured, too few for a figure: "
-            "mftctl report --surface goes on with it"
+            f"{len(surface.cells)} of {surface.side**2} points of the loss surface are measured, too few for a figure; "
+            "mftctl report --surface continues it"
         )
     if len(surface.corners) != _CORNERS or not _spans_a_plane(surface.cells):
-        return "the points of its loss surface are in no plane"
+        return "the points of its loss surface do not span a plane"
     flat = [name.replace("_", " ") for name in _LOSSES if len(_levels(surface, name)) < 2]
-    return f"the {' and the '.join(flat)} is the same all over the plane" if flat else None
+    return f"constant over the whole plane: {' and '.join(flat)}" if flat else None
 
 
 def _spans_a_plane(cells: Sequence[SurfacePoint]) -> bool:
-    """Whether the points are not all on one line."""
+    """Whether the points do not all lie on one line."""
     import numpy as np
 
     places = np.array([[cell.x, cell.y] for cell in cells])
@@ -154,18 +154,18 @@ def _point(line: Mapping[str, Any]) -> SurfacePoint:
 
 def _figure(surface: Surface) -> Figure:
     train, test = surface.records
-    part = "" if surface.is_complete else f" So far {len(surface.cells)} of them are measured."
+    part = "" if surface.is_complete else f" {len(surface.cells)} of them are measured so far."
     return Figure(
         name=f"loss-surface-{surface.run}",
         title=f"Loss in the plane through {_names(surface)}",
         caption=(
             f"Loss per answer token, lower (darker) is better, on {train} training records of {surface.corners[0]} and "
-            f"on {test} test records, at {surface.side} × {surface.side} points.{part} The axes are distances in the "
-            "space of the weights: across from FFT to continued FFT, upwards what of the way to MFT is at right angles "
-            f"to that; each axis and each half has a scale of its own. Each colour covers 1/{_BANDS} of the grid, so "
-            "that the steps between lines differ. With their own weights the models have, on train and test: "
-            f"{'; '.join(map(_losses_text, surface.marks))}. These are two directions of very many: a plane cannot "
-            "tell whether a way outside it joins two models, nor how wide a valley is in other directions."
+            f"on {test} test records, at {surface.side} × {surface.side} points.{part} The axes are distances in "
+            "weight space: x from FFT to continued FFT, y the component towards MFT that is orthogonal to x. "
+            f"Each axis and each half has its own scale. Each colour covers 1/{_BANDS} of the grid, so "
+            "contour lines are not evenly spaced. Train and test loss of the models themselves: "
+            f"{'; '.join(map(_losses_text, surface.marks))}. The plane shows two of very many directions: it cannot "
+            "show whether a path outside it connects two models, or how wide a valley is in other directions."
         ),
         data=tuple(_row(point) for point in (*surface.marks, *surface.cells)),
         runs=(surface.run, *surface.corners),
@@ -212,14 +212,14 @@ def _draw_contours(axes: Axes, surface: Surface, name: str) -> None:
     losses, levels = _drawn_losses(surface, name), _levels(surface, name)
     bands = BoundaryNorm(levels, 256, extend="both")
     axes.tricontourf(across, upwards, losses, levels=levels, cmap=COLOUR_MAP, norm=bands, extend="both")
-    # White stands out on the dark bands, ink on the light ones.
+    # White is visible on the dark bands, ink on the light ones.
     colours = ["white" if number <= len(levels) / 2 else INK for number in range(len(levels))]
     lines = axes.tricontour(across, upwards, losses, levels=levels, colors=colours, linewidths=0.6)
     axes.clabel(lines, fmt="%.3g", fontsize=8)
 
 
 def _drawn_losses(surface: Surface, name: str) -> NDArray[np.float64]:
-    """The loss of each point of the grid, where there is no number the highest there is."""
+    """The loss at each grid point; the highest finite loss replaces values that are not finite."""
     import numpy as np
 
     losses = [getattr(cell, name) for cell in surface.cells]
@@ -228,7 +228,7 @@ def _drawn_losses(surface: Surface, name: str) -> NDArray[np.float64]:
 
 
 def _levels(surface: Surface, name: str) -> NDArray[np.float64]:
-    """Quantiles, so that each band has its share of the plane, and the valley as many as the walls."""
+    """Contour levels at quantiles, so that each band covers an equal share of the plane."""
     import numpy as np
 
     shares = np.linspace(0, 1, _BANDS + 1)[1:-1]
@@ -245,5 +245,5 @@ def _draw_mark(axes: Axes, point: SurfacePoint) -> None:
         textcoords="offset points",
         horizontalalignment="center",
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85},
-        zorder=5,  # above the numbers of the lines
+        zorder=5,  # above the contour labels
     )

@@ -1,4 +1,4 @@
-"""Figures of sweeps: each metric against the option that a recipe tries several values of."""
+"""Sweep figures: each metric by the option that a recipe varies."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
 
 @dataclass(frozen=True, slots=True)
 class _Option:
-    """What is swept.
+    """A swept option.
 
     Attributes:
-        name: Of the figure's file.
-        title: Of the figure.
-        label: Of the axis.
-        key: In the section of the recipe.
-        methods: Of `mask_train.method` or `fft.method`, which it is swept for.
+        name: File name of the figure.
+        title: Title of the figure.
+        label: Label of the axis.
+        key: Key in the recipe section.
+        methods: Values of `mask_train.method` or `fft.method` that the option applies to.
     """
 
     name: str
@@ -54,10 +54,10 @@ class _Option:
     methods: tuple[str, ...]
 
     def value(self, command: str, section: Mapping[str, Any]) -> float | None:
-        """The value in force; None where this option is not what decides.
+        """The effective value; None if this option has no effect.
 
         Raises:
-            ValueError: The section is none of this version.
+            ValueError: The section is not valid in this version.
         """
         if section.get("method") not in self.methods:
             return None
@@ -68,26 +68,26 @@ class _Option:
         return ratio if isinstance(ratio, float) else None
 
 
-# `random` is a mask in one section and an update in the other: the command tells them apart.
+# `random` is a mask in one section and an update in the other; the command distinguishes them.
 _OPTIONS = {
     "mask-train": (
         _Option("mask-ratio", "Mask ratio", "share removed", "ratio", ("learned", "random", "magnitude")),
-        _Option("data-share", "Share of the data", "share of the training data", "data_fraction", ("learned",)),
-        _Option("drop-rate", "One-off drop", "share of the changes undone", "ratio", ("drop",)),
+        _Option("data-share", "Data fraction", "share of the training data", "data_fraction", ("learned",)),
+        _Option("drop-rate", "Drop rate", "share of changes undone", "ratio", ("drop",)),
     ),
-    "fft": (_Option("update-ratio", "Update ratio", "share not updated at a step", "ratio", ("gmt", "random")),),
+    "fft": (_Option("update-ratio", "Update ratio", "share not updated per step", "ratio", ("gmt", "random")),),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class _Point:
-    """An evaluated state under one metric, with what made it.
+    """An evaluated state for one metric, with the settings that made it.
 
     Attributes:
-        row: Of the table.
-        state: Without what tells variants apart.
-        value: Of the swept option.
-        settings: By seed, everything else that decides.
+        row: The row of the table.
+        state: Name of the state without its variant.
+        value: Value of the swept option.
+        settings: All other relevant settings, by seed.
     """
 
     row: Row
@@ -98,7 +98,7 @@ class _Point:
 
 @dataclass(frozen=True, slots=True)
 class _SweptLine:
-    """States that differ in the swept option alone, by its value."""
+    """States that differ only in the swept option, by its value."""
 
     label: str
     style: LineStyle
@@ -114,10 +114,10 @@ class _Panel:
     baselines: tuple[Row, ...]
 
     def bar(self, row: Row) -> tuple[float, float, float]:
-        """Where a state stands, and the ends of its bar: the paired interval, else the spread over seeds.
+        """Position of a state and the ends of its bar: the paired interval, or else the spread over seeds.
 
-        A state of other seeds than the baseline stands at its change from the baseline's line, as that is against the
-        baseline of its own seeds.
+        If the seeds differ from the baseline's, the state is placed at the baseline's line plus its change, since the
+        change is measured against the baseline of its own seeds.
         """
         value = row.value
         if row.change is None:
@@ -129,12 +129,12 @@ class _Panel:
 
 
 def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run], problems: list[str]) -> list[Figure]:
-    """A figure for each swept option, model and data set, with a panel a metric.
+    """One figure per swept option, model and data set, with one panel per metric.
 
     Args:
-        tables: Of a comparison.
-        runs: Of the same folder, oldest first.
-        problems: Gets a line for each run that cannot be used.
+        tables: The comparison tables.
+        runs: The runs of the same folder, oldest first.
+        problems: Receives one line per run that cannot be used.
 
     Source: MFT, figures 4, 5, 8 and 9; GMT, figures 2 and 3.
     """
@@ -159,8 +159,8 @@ def _panel(
         try:
             point = _point(row, command, option, by_name)
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            reason = f"what made this state cannot be read: {first_fault(error)}"
-            problem = f"{', '.join(row.runs)}: in no figure of a sweep, {reason}"
+            reason = f"the run that made this state cannot be read: {first_fault(error)}"
+            problem = f"{', '.join(row.runs)}: left out of the sweep figures: {reason}"
             problems += [problem] * (problem not in problems)
             continue
         if point is not None:
@@ -171,11 +171,11 @@ def _panel(
 
 
 def _point(row: Row, command: str, option: _Option, by_name: Mapping[str, Run]) -> _Point | None:
-    """The row as a point of a sweep; None where it is none of this option.
+    """The row as a point of a sweep; None if it does not belong to this option.
 
     Raises:
-        KeyError: The run that made it is missing, or its record is not complete.
-        ValueError: Its options are none of this version.
+        KeyError: The run that made it is missing, or its record is incomplete.
+        ValueError: Its options are not valid in this version.
     """
     values, settings = set(), {}
     state = row.state
@@ -204,7 +204,7 @@ def _made_by(evaluation: Run) -> list[str]:
 
 
 def _lines(points: Sequence[_Point]) -> tuple[_SweptLine, ...]:
-    """Points in lines, each of at least two values; of a value that came twice, that of the most seeds."""
+    """Points grouped into lines of at least two values; of points with equal values, the one with the most seeds."""
     groups: list[list[_Point]] = []
     for point in points:
         for group in groups:
@@ -234,7 +234,7 @@ def _differ_in_the_option_alone(one: _Point, other: _Point) -> bool:
 
 
 def _label(line: Sequence[_Point], alike: Sequence[Sequence[_Point]]) -> str:
-    """The state, with the settings that tell it from other lines of the same state."""
+    """The state, with the settings that distinguish it from other lines of the same state."""
     state = line[0].state
     if len(alike) == 1:
         return state
@@ -246,7 +246,7 @@ def _label(line: Sequence[_Point], alike: Sequence[Sequence[_Point]]) -> str:
 
 
 def _is_baseline_of(row: Row, lines: Sequence[_SweptLine], by_name: Mapping[str, Run]) -> bool:
-    """Whether a baseline is one of those that the lines are compared with."""
+    """Whether the lines are compared with this baseline."""
     compared = [settings for line in lines for point in line.points for settings in point.settings.values()]
     made = [_made_by(by_name[name]) for name in row.runs if name in by_name]
     if any(settings["started from"] == names for settings in compared for names in made):
@@ -263,8 +263,8 @@ def _figure(option: _Option, origin: str, dataset: str, panels: Sequence[_Panel]
         f"{origin} on {dataset}, n = {' and '.join(map(str, samples))}.",
         _bar_caption([point.row for point in points]),
         _baseline_caption(panels),
-        f"Seeds a point: {' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))}.",
-        "All values were tried on the same test data: the best of them is partly luck.",
+        f"Seeds per point: {' to '.join(str(n) for n in dict.fromkeys((seeds[0], seeds[-1])))}.",
+        "All values were tested on the same data, so the best result is partly luck.",
     ]
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -286,20 +286,20 @@ def _bar_caption(rows: Sequence[Row]) -> str:
     parts = []
     if any(row.change is not None for row in rows):
         parts.append(
-            "the paired 95 % interval over test samples of the difference to the baseline; one that reaches its line "
-            "is within noise"
+            "paired 95 % interval over test samples of the difference from the baseline (within noise if it reaches "
+            "the baseline)"
         )
     if any(row.change is None and row.spread is not None for row in rows):
-        parts.append("without a baseline to pair with, the standard deviation over seeds")
-    return f"Bars: {'; '.join(parts)}." if parts else "No bars: a single seed, and no baseline to pair with."
+        parts.append("standard deviation over seeds if there is no baseline to pair with")
+    return f"Bars: {'; '.join(parts)}." if parts else "No bars: single seed and no baseline to pair with."
 
 
 def _baseline_caption(panels: Sequence[_Panel]) -> str:
     rows = [row for panel in panels for row in panel.baselines]
     if not rows:
         return "The baseline was not measured."
-    band = ", its band the standard deviation over seeds" if any(row.spread for row in rows) else ""
-    return f"Level line: {', '.join(dict.fromkeys(row.state for row in rows))}{band}."
+    band = "; band: standard deviation over seeds" if any(row.spread for row in rows) else ""
+    return f"Horizontal line: {', '.join(dict.fromkeys(row.state for row in rows))}{band}."
 
 
 def _numbers(option: _Option, panels: Sequence[_Panel]) -> list[dict[str, Any]]:
@@ -349,7 +349,7 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
         if row.spread:
             axes.axhspan(row.value - row.spread, row.value + row.spread, color=INK, alpha=0.1, linewidth=0)
     every = [point.value for line in panel.lines for point in line.points]
-    # Bars of several lines at the same value would hide each other.
+    # Bars of several lines at the same value would overlap.
     shift = 0.008 * (max(every) - min(every))
     for number, line in enumerate(panel.lines):
         aside = shift * (number - (len(panel.lines) - 1) / 2)
@@ -363,6 +363,6 @@ def _draw_panel(axes: Axes, panel: _Panel) -> None:
             elinewidth=0.9,
             **line.style.keywords(),
         )
-    # The interval of a change can reach further down than a score can.
+    # The interval of a change can extend below the lowest possible score.
     if axes.get_ylim()[0] < 0 <= min(point.row.value for line in panel.lines for point in line.points):
         axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""What was measured while models and masks were trained, placed so that several trainings can be compared."""
+"""Metrics recorded while models and masks were trained, aligned so that training runs can be compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DECIDES_NOTHING = ("prefix_cache_gb", "eval_every", "eval_limit")
 
 
 class Measure(NamedTuple):
-    """What a score is of: one metric of one data set, on so many samples."""
+    """One metric of one data set, on a given number of samples."""
 
     dataset: str
     digest: str
@@ -30,22 +30,22 @@ class Measure(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """One training, or one mask that was not trained.
+    """One training run, or one mask that was not trained.
 
     Attributes:
         run: The run.
-        state: What it makes of a model, in the words of a report.
-        seed: Its seed.
-        family: The pre-trained model, and the data that the first training on the way here was on, as JSON.
-        method: Recipe, stage and settings: what several seeds of one method have in common.
-        first_step: Optimizer steps behind the model it started from.
-        kept_step: The step of its own whose state was kept; so far the best, where it is not finished.
-        losses: Validation loss per answer token by its own step.
-        reference_loss: That of the best FFT, or without one of the unmasked model, on the same records; None where it
-            is not known.
-        scores: Of each measure, the value by its own step.
-        standard_errors: Of each measure, the largest over samples of one value.
-        is_trained: False for a mask that takes no steps, such as a random one.
+        state: State of the resulting model, as named in the report.
+        seed: The seed.
+        family: The pre-trained model and the data of the first training in the lineage, as JSON.
+        method: Recipe, stage and settings, which are the same for all seeds of a method.
+        first_step: Optimizer steps taken before this run, up to the model it started from.
+        kept_step: The run's step whose state was kept; the best so far if unfinished.
+        losses: Validation loss per answer token by the run's own step.
+        reference_loss: Loss of the best FFT, or of the unmasked model without one, on the same records; None if
+            unknown.
+        scores: Values by the run's own step, for each measure.
+        standard_errors: Largest standard error of a value, for each measure.
+        is_trained: False for a mask that takes no steps, such as a random mask.
     """
 
     run: Run
@@ -63,34 +63,34 @@ class History:
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is nothing to come."""
+        """Whether the run has finished."""
         return self.run.record.status == "finished"
 
     @property
     def stage(self) -> str:
-        """The stage of the experiment, else the run's name."""
+        """The stage of the experiment, or else the run's name."""
         return self.run.record.stage or self.run.name
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What one run says of itself.
+    """The metrics and settings of one run.
 
     Attributes:
         run: The run.
-        state: What it makes of a model.
-        losses: By step.
-        scores: By measure and step.
-        standard_errors: By measure, the largest.
+        state: State of the resulting model.
+        losses: Loss by step.
+        scores: Score by measure and step.
+        standard_errors: Largest standard error by measure.
         kept_step: The step whose state was kept.
-        parents: Of the model it started from.
-        before: The state of that model.
+        parents: Runs that made the model it started from.
+        before: State of that model.
         origin: The pre-trained model.
         validation: Digest of the validation records.
-        seed: Its seed.
+        seed: The seed.
         method: Recipe, stage and settings, as JSON.
-        unmasked_loss: Of a mask, the loss without it on the same records; None where it is not known yet.
-        data: What it was trained on, as JSON.
+        unmasked_loss: For a mask, the loss without it on the same records; None if not known yet.
+        data: Training data, as JSON.
     """
 
     run: Run
@@ -118,13 +118,13 @@ class _Measured:
 
 
 def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
-    """The history of each `fft` and `mask-train` run that has measured something.
+    """The history of each `fft` and `mask-train` run that has recorded metrics.
 
-    Of runs of the same method and seed, the newest finished one counts, else the newest.
+    Of runs with the same method and seed, the newest finished one counts, or else the newest.
 
     Args:
-        runs: Oldest first.
-        problems: Gets a line for each run that cannot be used.
+        runs: The runs, oldest first.
+        problems: Receives one line per run that cannot be used.
     """
     measured: dict[str, _Measured] = {}
     for run in runs:
@@ -132,7 +132,7 @@ def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
             try:
                 found = _measured(run)
             except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
-                problems.append(told(error, f"{run.folder}: what was measured during this training cannot be read"))
+                problems.append(told(error, f"{run.folder}: the metrics of this training cannot be read"))
                 continue
             if found is not None:
                 measured[run.name] = found
@@ -148,7 +148,7 @@ def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
 
 
 def _measured(run: Run) -> _Measured | None:
-    """What a run says of itself; None where it has measured nothing yet."""
+    """The metrics and settings of a run; None if it has recorded no metrics yet."""
     record = run.record
     lines = run.training.metrics()
     losses = {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
@@ -189,7 +189,7 @@ def _measured(run: Run) -> _Measured | None:
 
 
 def _finite(loss: float | None) -> float | None:
-    """A loss that there is; None for that of a model which diverged."""
+    """The loss if it is finite; None for a diverged model."""
     return None if loss is None or not math.isfinite(loss) else float(loss)
 
 
@@ -198,14 +198,14 @@ def _method(run: Run) -> str:
     section = {
         key: value
         for key, value in record.config.get(_SECTIONS[record.command], {}).items()
-        # The layers of a stage are those of its probe, which each seed has for itself.
+        # The layers of a stage come from its probe, which is separate for each seed.
         if key not in DECIDES_NOTHING and not (key == "layers" and record.stage)
     }
     return json.dumps([record.recipe, record.stage, section], sort_keys=True)
 
 
 def _expected_state(run: Run) -> str:
-    """What a training that is not finished will make of its model."""
+    """The state that an unfinished training will produce."""
     config, inputs = run.record.config, run.record.inputs
     if run.record.command == "fft":
         source = Source(str(inputs["model"]), state=str(inputs["state"]))
@@ -214,7 +214,7 @@ def _expected_state(run: Run) -> str:
 
 
 def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> None:
-    """Gives a state that was not measured on the way what an evaluation on the very same samples says of it."""
+    """Adds results of evaluations on the same samples for states that were not measured during training."""
     for run in runs:
         if run.record.command != "eval" or run.record.status != "finished":
             continue
@@ -222,7 +222,7 @@ def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> 
             evaluated = _evaluated(run)
             parents = [name for name in run.record.inputs["parents"] if not name.endswith("-apply")]
         except (KeyError, TypeError, ValueError, AttributeError):
-            continue  # the comparison, which needs all of them, says so
+            continue  # reported by the comparison, which needs all of them
         if parents and parents[-1] in measured:
             made = measured[parents[-1]]
             for measure, value in evaluated:
@@ -239,7 +239,7 @@ def _evaluated(run: Run) -> list[tuple[Measure, float]]:
 
 
 def _unmasked_losses(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
-    """The loss of unmasked models on the half of the validation records that decides which mask is the best."""
+    """The loss of unmasked models on the half of the validation records that selects the best mask."""
     found: dict[tuple[object, ...], float] = {}
     for run in runs:
         if run.record.command not in ("probe", "mask-train"):
@@ -249,7 +249,7 @@ def _unmasked_losses(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
                 loss = _finite(run.record.result["unmasked_loss"])
                 found |= {} if loss is None else {_validated_on(run.record.inputs): loss}
         except (KeyError, TypeError, ValueError, AttributeError):
-            continue  # not there yet, or damaged, which is said where the run itself is drawn
+            continue  # missing, or damaged, which is reported where the run itself is drawn
     return found
 
 
@@ -270,7 +270,7 @@ def _placed(
     record = item.run.record
     missing = [name for name in item.parents if name not in measured and not name.endswith("-apply")]
     if missing:
-        problems.append(f"{item.run.folder}: drawn from step 0, since {missing[0]}, which it started from, is missing")
+        problems.append(f"{item.run.folder}: drawn from step 0, since the run it started from is missing: {missing[0]}")
     first = measured.get(item.parents[0], item) if item.parents else item
     return History(
         run=item.run,
@@ -291,7 +291,7 @@ def _placed(
 def _reference_loss(
     item: _Measured, measured: Mapping[str, _Measured], unmasked: Mapping[tuple[object, ...], float]
 ) -> float | None:
-    """The loss of the best FFT on the records that a training was validated on."""
+    """The loss of the best FFT on the validation records of a training."""
     best = _best_fft(item, measured)
     if item.run.record.command == "fft":
         same_records = best is not None and best.validation == item.validation
@@ -305,12 +305,12 @@ def _reference_loss(
     masked_loss = masked[-1].kept_loss if masked else best.losses.get(0)
     if best.kept_loss is None or masked_loss is None:
         return None
-    # A mask is validated on a half of the records: what lies between two models on all of them is taken over.
+    # A mask is validated on half of the records, so the difference between the two models on all records is used.
     return float(without_mask + best.kept_loss - masked_loss)
 
 
 def _best_fft(item: _Measured, measured: Mapping[str, _Measured]) -> _Measured | None:
-    """The FFT that a training started from, else that of the same model, seed and validation records."""
+    """The FFT that a training started from, or else one of the same model, seed and validation records."""
     if item.is_fft:
         return item
     if item.parents and item.parents[0] in measured and measured[item.parents[0]].is_fft:

@@ -1,4 +1,4 @@
-"""What a report comes to, in a sentence a measurement."""
+"""The main results of a report, one sentence per metric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mftctl.reporting.state_tables import MetricTable, Row
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """What a learned mask did to one figure.
+    """The effect of a learned mask on one metric.
 
     Attributes:
         text: The sentence.
@@ -28,7 +28,7 @@ class Headline:
 
 
 def headlines(tables: Sequence[MetricTable]) -> list[Headline]:
-    """One for each table with a learned mask in it, of the mask that does best there."""
+    """One headline per table with a learned mask, about the best mask in it."""
     several = len({table.origin for table in tables}) > 1
     found = []
     for table in tables:
@@ -41,9 +41,9 @@ def headlines(tables: Sequence[MetricTable]) -> list[Headline]:
 
 def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
     if row.change is None:
-        raise ValueError(f"{row.state} has no change to tell of")
+        raise ValueError(f"{row.state} has no change to report")
     change = row.change
-    of = f" of {Path(table.origin).name}" if several_models else ""
+    of = f" for {Path(table.origin).name}" if several_models else ""
     seeds = f", {len(row.seeds)} seeds" if len(row.seeds) > 1 else ""
     text = (
         f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"

@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     from mftctl.reporting.report import Report
 
 NOTE = (
-    "The interval is the paired 95 % bootstrap interval over test samples. A change whose interval holds 0 is within"
-    " noise; * marks the others. ± is the standard deviation over seeds. p is that of McNemar's exact test, for scores"
-    " of 0 and 1 of one seed, and of its extension to sums over several; corrected by Holm's method for the number of"
-    " benchmarks."
+    "Intervals are paired 95 % bootstrap intervals over test samples. A change whose interval includes 0 is within"
+    " noise; * marks all other changes. ± is the standard deviation over seeds. For scores of 0 and 1, p comes from"
+    " McNemar's exact test with one seed and from its extension to sums with several; corrected values apply Holm's"
+    " method over the benchmarks."
 )
 EFFICIENCY_NOTE = (
-    "Speeds are those of the steps after the first, without validations and checkpoints; they compare where the machine"
-    " was as busy. FLOPs count the products with"
-    " weights: 2 a weight and token forward, 2 for the gradient of the input where anything below is trained, 2 for its"
-    " own where it is trained. Memory is the most that was held: of the GPU, on a CPU of the whole process."
+    "Speeds cover the steps after the first, without validation and checkpoints; compare them only between equally"
+    " loaded machines. FLOPs count matrix products with weights, per"
+    " weight and token: 2 in the forward pass, 2 for the gradient of the input if anything below is trained, and 2 for"
+    " the gradient of the weight if it is trained. Memory is the peak of the GPU, or of the whole process on a CPU."
 )
 
 
 def to_markdown(report: Report) -> str:
-    """The whole report; figures are those beside it."""
+    """The whole report, with links to the figures in the report folder."""
     parts = ["# mftctl report", "", f"Next: {markdown_code(report.advice.command)}. {report.advice.reason}", ""]
     for overview in report.overviews:
         parts += [*table_lines(overview_text(overview)), ""]
@@ -41,7 +41,7 @@ def to_markdown(report: Report) -> str:
         parts += [*table_lines(metric_text(table)), ""]
         flagged = [f"- {markdown_item(f'{states}: {flag}')}" for states, flag in flag_lines(table)]
         if flagged:
-            parts += ["Made in another way than its comparison:", "", *flagged, ""]
+            parts += ["Not comparable with its baseline:", "", *flagged, ""]
     if report.tables:
         parts += [NOTE, ""]
     if report.efficiency:
@@ -55,7 +55,7 @@ def to_markdown(report: Report) -> str:
 
 
 def table_lines(table: TextTable) -> list[str]:
-    """A heading and a table; numbers are followed by the runs they come from."""
+    """A heading and a table; the last column names the runs that the numbers come from."""
     names = [name for row in table.rows for cell in row for name in cell.runs]
     columns = (*table.columns, "runs") if names else table.columns
     lines = [f"## {markdown_text(table.title)}", "", f"| {' | '.join(map(markdown_text, columns))} |"]
@@ -73,7 +73,7 @@ def _cell(cell: TextCell) -> str:
 
 def _ending(report: Report) -> Iterator[str]:
     if report.sources:
-        yield from ("## Runs", "", "Each is made again by its command, where its inputs still are.", "")
+        yield from ("## Runs", "", "Each command reproduces its run if the inputs still exist.", "")
         for source in report.sources:
             about = markdown_item(f"{source.name}, {source.made}, seed {source.seed}")
             yield f"- {about}: {markdown_code(source.reproduction)}"

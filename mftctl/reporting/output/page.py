@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: no network, no script, no file beside it."""
+"""The report as one self-contained HTML file: no network access, no scripts, no other files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
 
 def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> str:
-    """The page.
+    """Returns the page as HTML.
 
     Args:
-        report: What it tells.
-        drawings: Of its figures, by name.
-        folder: Where it will be, from where run folders are linked.
+        report: The report to show.
+        drawings: The drawn figures by name.
+        folder: Folder of the page, which links to run folders are relative to.
     """
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -66,29 +66,29 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
 
 
 def _finished(value: Any) -> Any:
-    """A value as it stands on the page; a drawing is one already."""
+    """Renders a value for the page; a drawing is already safe markup."""
     return visible(value) if type(value) is str else value
 
 
 def anchor(runs: tuple[str, ...]) -> str:
-    """Where on the page the runs of a number are: at the one run, or at the list of several."""
+    """The page anchor for the runs of a number: a single run, or a list of several."""
     return f"run-{runs[0]}" if len(runs) == 1 else f"runs-{'-'.join(name.split('-')[0] for name in runs)}"
 
 
 def _groups(report: Report, tables: list[TextTable]) -> list[tuple[str, ...]]:
-    """The several runs that one number of the page is the mean of."""
+    """The groups of runs that a number on the page averages over."""
     found = [cell.runs for table in tables for row in table.rows for cell in row]
     found += [headline.runs for headline in headlines(report.tables)]
     return [runs for runs in dict.fromkeys(found) if len(runs) > 1]
 
 
 def _inline(figure: Figure, svg: str) -> str:
-    """The figure for the page: as wide as there is room, in the colour of the text, and named."""
+    """The figure for the page: full width, in the text colour, with an accessible name."""
     svg = svg[svg.index("<svg") :]
     head, body = svg.split(">", 1)
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
     label = html.escape(visible_line(figure.title))
-    # In the tags alone: a text may name a colour too.
+    # Only inside tags: text may name a colour too.
     return re.sub(
         "<[^>]*>", lambda tag: tag[0].replace(INK, "currentColor"), f'{head} role="img" aria-label="{label}">{body}'
     )

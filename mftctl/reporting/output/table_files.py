@@ -1,4 +1,4 @@
-"""The report's tables as files: LaTeX to be set, CSV to compute with."""
+"""The report's tables as LaTeX and CSV files."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from mftctl.reporting.report import Report
 
 _FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
-"""How a cell begins that a spreadsheet computes, also in their wide forms."""
+"""First characters of cells that a spreadsheet evaluates, including their full-width forms."""
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
 _ARGUMENT = re.compile(r"^(?=[\[*])", re.MULTILINE)
 _IN_LATEX = {"±": r"$\pm$", "×": r"$\times$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "−": "$-$"}
 
 
 def table_files(report: Report) -> dict[str, str]:
-    """The texts of `<name>.tex` and `<name>.csv` of every table, by name."""
+    """Contents of `<name>.tex` and `<name>.csv` for every table, by file name."""
     files: dict[str, str] = {}
     taken: set[str] = set()
     for text, rows in _tables(report):
-        name = own_name(text.name, taken)  # models or data may have the same name
+        name = own_name(text.name, taken)  # models or data sets may share a name
         files[f"{name}.tex"] = to_latex(text)
         files[f"{name}.csv"] = to_csv(rows)
     return files
@@ -45,7 +45,7 @@ def _tables(report: Report) -> Iterator[tuple[TextTable, list[dict[str, Any]]]]:
 
 
 def to_latex(table: TextTable) -> str:
-    """The table for the package booktabs, with the interval behind a change that has one in a cell of its own."""
+    """The table for the booktabs package; the interval of a change has its own cell."""
     from pandas import DataFrame
 
     rows = [[visible_line(f"{cell.text.strip()} {cell.detail}").strip() for cell in row] for row in table.rows]
@@ -55,12 +55,12 @@ def to_latex(table: TextTable) -> str:
     text: str = style.to_latex(hrules=True, column_format=columns)
     for character, command in _IN_LATEX.items():
         text = text.replace(character, command)
-    # What a row begins with is not to be an argument of the line end before it.
+    # The start of a row must not be read as an argument of the line break before it.
     return _ARGUMENT.sub("{}", text)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line a row under the names of its values, with full precision; several values in a cell behind `;`."""
+    """One line per row with a header, at full precision; several values in a cell are separated by `;`."""
     from pandas import DataFrame
 
     flat = [{key: _csv_cell(value) for key, value in row.items()} for row in rows]
@@ -69,7 +69,7 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    """A value as a spreadsheet shows it: what it would take for a formula has an apostrophe before it."""
+    """A value for a spreadsheet; an apostrophe precedes text that would be taken for a formula."""
     text = ";".join(value) if isinstance(value, tuple) else value
     if not isinstance(text, str):
         return text
@@ -78,7 +78,7 @@ def _csv_cell(value: Any) -> Any:
 
 
 def _metric_rows(table: MetricTable) -> Iterator[dict[str, Any]]:
-    """A line for each state, and one for each of its seeds where it has several."""
+    """One row per state, and one per seed if a state has several."""
     for row in table.rows:
         common = {"origin": table.origin, "dataset": table.dataset, "metric": table.metric, "state": row.state}
         yield {

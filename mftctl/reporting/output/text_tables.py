@@ -1,4 +1,4 @@
-"""The report's tables as text, the same on the terminal, in Markdown, in LaTeX and on the page."""
+"""The report's tables as text, shared by the terminal, Markdown, LaTeX and the page."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from mftctl.reporting.state_tables import MetricTable, Row
 
 @dataclass(frozen=True, slots=True)
 class TextCell:
-    """One cell.
+    """One table cell.
 
     Attributes:
-        text: What it says.
-        detail: What stands below it, smaller: an interval.
-        verdict: `better` or `worse` where it is about a change that is more than noise; empty otherwise.
-        runs: Names of the runs that a number comes from.
+        text: The main text.
+        detail: Smaller text below it, such as an interval.
+        verdict: `better` or `worse` for a change beyond noise; empty otherwise.
+        runs: Names of the runs that the number comes from.
     """
 
     text: str
@@ -35,11 +35,11 @@ class TextTable:
     """A table with its heading.
 
     Attributes:
-        name: Its files', without an ending: `loss-on-test`.
-        title: What it is about.
-        columns: The headings; the first is that of the row's name.
-        rows: As many cells as columns.
-        is_numeric: Whether a column holds numbers, a flag a column.
+        name: File name without an extension, such as `loss-on-test`.
+        title: The heading.
+        columns: Column headings; the first is for the row's name.
+        rows: Rows with one cell per column.
+        is_numeric: One flag per column: True if it holds numbers.
     """
 
     name: str
@@ -50,11 +50,11 @@ class TextTable:
 
 
 def metric_text(table: MetricTable, *, by_seed: bool = False) -> TextTable:
-    """All states under one metric, each with its change, interval and verdict.
+    """All states for one metric, each with its change, interval and verdict.
 
     Args:
-        table: Of the comparison.
-        by_seed: Whether each seed of several has a line of its own, below that of its state.
+        table: The comparison table.
+        by_seed: Whether to add one line per seed below a state with several seeds.
     """
     rows = []
     for row in table.rows:
@@ -83,7 +83,7 @@ def _metric_row(name: str, value: str, change: Change | None, row: Row, runs: tu
 
 
 def flag_lines(table: MetricTable) -> list[tuple[str, str]]:
-    """Each way in which states were not made like what they are compared with: these states, and the way."""
+    """Every difference from the baseline that affects comparability, as pairs of states and flag."""
     states: dict[str, list[str]] = {}
     for row in table.rows:
         for flag in row.flags:
@@ -92,7 +92,7 @@ def flag_lines(table: MetricTable) -> list[tuple[str, str]]:
 
 
 def overview_text(overview: Overview) -> TextTable:
-    """All states on all that was measured, with a mark where a change is more than noise."""
+    """All states on all data, with a mark on changes beyond noise."""
     rows = []
     for state, cells in overview.rows:
         rows.append((TextCell(state), *map(_overview_cell, cells)))
@@ -114,7 +114,7 @@ def _overview_cell(cell: Cell | None) -> TextCell:
 
 
 def efficiency_text(entries: Sequence[Efficiency]) -> TextTable:
-    """What each training costs; speeds beside that of the FFT of the same model."""
+    """The cost of each training, with its speed relative to FFT of the same model."""
     base = {item.origin: item.tokens_per_second for item in entries if item.state == "FFT"}
     origins = {item.origin for item in entries}
     rows = []
@@ -130,23 +130,23 @@ def efficiency_text(entries: Sequence[Efficiency]) -> TextTable:
             f"{item.seconds:,.0f}",
         )
         rows.append((TextCell(name), *(TextCell(number, runs=item.runs if number else ()) for number in numbers)))
-    columns = ("state", "samples/s", "tokens/s (× FFT)", "tokens", "FLOPs", "peak memory, GB", "seconds in all")
-    return TextTable("efficiency", "What training costs", columns, tuple(rows), (False, *(True,) * 6))
+    columns = ("state", "samples/s", "tokens/s (× FFT)", "tokens", "FLOPs", "peak memory, GB", "total seconds")
+    return TextTable("efficiency", "Training cost", columns, tuple(rows), (False, *(True,) * 6))
 
 
 def overview_title(overview: Overview) -> str:
-    """What an overview is of."""
+    """The heading of an overview."""
     return f"All states of {Path(overview.origin).name}"
 
 
 def column_text(column: Column) -> str:
-    """The heading of a column, with the domain where it has one."""
+    """The heading of a column, with the domain if it has one."""
     name = f"{column.dataset}, {column.metric}"
     return name if column.domain is None else f"{column.domain}: {name}"
 
 
 def cell_text(cell: Cell) -> str:
-    """The value, with its change against the baseline and a mark where that is more than noise."""
+    """The value, with its change against the baseline and a mark if the change is beyond noise."""
     value = f"{cell.value:.4f}" + ("" if cell.spread is None else f" ± {cell.spread:.4f}")
     return value if cell.change is None else f"{value} ({cell.change.value:+.4f}{'*' if _verdict(cell) else ''})"
 
@@ -158,18 +158,18 @@ def _verdict(cell: Cell) -> str:
 
 
 def title(table: MetricTable) -> str:
-    """What a table is about."""
+    """The heading of a metric table."""
     direction = "lower" if table.metric in LOWER_IS_BETTER else "higher"
     return f"{table.metric} on {table.dataset}, {direction} is better ({Path(table.origin).name})"
 
 
 def change_header(table: MetricTable) -> str:
-    """The heading of the column of changes."""
+    """The heading of the change column."""
     return f"change against {table.baseline} [95 %]"
 
 
 def value_text(row: Row) -> str:
-    """The value, with its spread over seeds where there are several."""
+    """The value, with its spread if there are several seeds."""
     return f"{row.value:.4f}" + ("" if row.spread is None else f" ± {row.spread:.4f}")
 
 

@@ -1,4 +1,4 @@
-"""The report's files: a page and Markdown to read, JSON and CSV to compute with, LaTeX and figures to publish."""
+"""Writes the report: HTML and Markdown for reading, JSON and CSV for analysis, LaTeX and figures for publication."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ _ALWAYS = ("index.html", "report.md", "report.json")
 
 
 def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]:
-    """The files written, `index.html` first; those of an earlier report are replaced, or removed if now without data.
+    """Writes the report's files and returns their paths, `index.html` first.
+
+    Files of an earlier report are replaced, or removed if there is no data for them any more.
 
     Args:
-        report: What it tells.
-        folder: Made where it is missing; files in it that no report wrote stay.
-        listener: Hears progress.
+        report: The report to write.
+        folder: Created if missing; files that were not written by a report are kept.
+        listener: Receives progress updates.
 
     Raises:
-        OutputError: A file of the user's is in the way; nothing was written.
+        OutputError: A user's file is in the way; nothing was written.
     """
     drawings = {}
     for done, figure in enumerate(report.figures):
@@ -51,14 +53,17 @@ def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]
 
 
 def require_report_folder(folder: Path) -> None:
-    """Nothing, if a report can be written into a folder.
+    """Checks that a report can be written to a folder.
 
     Raises:
-        OutputError: The folder is a file, or a file of the user's is in the way.
+        OutputError: The path is a file, or a user's file is in the way.
     """
     if os.path.lexists(folder) and not folder.is_dir():
         raise OutputError(
-            "The report is a folder, and there is a file.", path=folder, expected="a folder", hint="another --output"
+            "The report needs a folder, but this path is a file.",
+            path=folder,
+            expected="a folder",
+            hint="another --output",
         )
     require_free(folder, list(_ALWAYS), Kind.REPORT)
 

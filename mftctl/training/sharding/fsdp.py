@@ -1,4 +1,4 @@
-"""What torch's FSDP2 spreads over the processes, as whole tensors and back."""
+"""Conversion between parameters sharded by torch's FSDP2 and whole tensors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mftctl.training.updates.masked_optimizer import UpdateRule
 
 
 class FsdpPartitions:
-    """The parameters of a model under `fully_shard`, with their gradients and optimizer state.
+    """The parameters of a model sharded by `fully_shard`, with their gradients and optimizer state.
 
-    Every method is to be called in all processes at once.
+    Every method must be called in all processes at once.
 
     Attributes:
-        inner: The torch optimizer, over the parts of this process.
+        inner: The torch optimizer over this process's shards.
 
     Args:
-        optimizer: Whose parameters are `DTensor`s, as FSDP2 makes them.
+        optimizer: An optimizer with `DTensor` parameters, as created by FSDP2.
     """
 
     shares_weights = True
@@ -43,23 +43,23 @@ class FsdpPartitions:
         return whole(parameter)
 
     def put(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """Replaces a parameter by what each process has."""
+        """Replaces a parameter with the value given in each process."""
         with torch.no_grad():
             parameter.copy_(_part(value, parameter))
 
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """A whole tensor of the optimizer's state that has one number an entry, such as Adam's `exp_avg`."""
+        """A whole tensor of optimizer state with one number per entry, such as Adam's `exp_avg`."""
         return whole(self.inner.state[parameter][key])
 
     def select(
         self, rule: UpdateRule, step: int, excluded: Collection[torch.Tensor] = ()
     ) -> dict[torch.Tensor, torch.Tensor]:
-        """The entries of this process that a step updates, by parameter; all other gradients are set to zero.
+        """This process's entries that a step updates, by parameter; all other gradients are set to zero.
 
         Args:
-            rule: What is chosen.
-            step: Number of the step, from 0.
-            excluded: Parameters that are updated whole.
+            rule: Decides which entries are selected.
+            step: Step number, from 0.
+            excluded: Parameters whose entries are all updated.
 
         Raises:
             MaskingError: A gradient holds NaN.
@@ -84,7 +84,7 @@ class FsdpPartitions:
         return selected
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the optimizer would have with whole parameters, on the CPU; empty but in the first process."""
+        """The state the optimizer would have with whole parameters, on the CPU; empty except in the first process."""
         is_first = torch.distributed.get_rank() == 0
         stored = self.inner.state_dict()
         state: dict[int, dict[str, Any]] = {}
@@ -93,11 +93,11 @@ class FsdpPartitions:
                 gathered = whole(value) if isinstance(value, DTensor) else value
                 if is_first:
                     state.setdefault(index, {})[key] = gathered.cpu() if isinstance(value, DTensor) else gathered
-                del gathered  # or two whole tensors would be there at a time
+                del gathered  # otherwise two whole tensors would be in memory at once
         return {**stored, "state": state} if is_first else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a state that `state_dict` gave, or the optimizer in one process."""
+        """Loads a state from `state_dict`, or from an optimizer in a single process."""
         state = {}
         for index, parameter in enumerate(self.parameters()):
             values = state_dict["state"].get(index, {})
@@ -108,12 +108,12 @@ class FsdpPartitions:
 
 
 def shard_outline(accelerator: Any, model: torch.nn.Module, rows: Rows) -> None:
-    """Gives each process its part of a model's parameters, of which it reads no more than that.
+    """Gives each process its shard of a model's parameters; each reads only its own shard.
 
     Args:
-        accelerator: accelerate's, with the plan of FSDP2.
-        model: With its parameters on the meta device.
-        rows: The values of a parameter by its name in the model's state.
+        accelerator: An `Accelerator` with an FSDP2 plugin.
+        model: Has its parameters on the meta device.
+        rows: Returns the values of a parameter by its name in the model's state.
     """
     from accelerate.utils import fsdp2_prepare_model
 
@@ -125,14 +125,14 @@ def shard_outline(accelerator: Any, model: torch.nn.Module, rows: Rows) -> None:
         if isinstance(parameter, DTensor):
             if parameter not in made:
                 made[parameter] = _filled(parameter, functools.partial(rows, name), device)
-            state[name] = made[parameter]  # one object under all its names, so that tied weights stay tied
+            state[name] = made[parameter]  # the same object under all its names, so tied weights stay tied
     model.load_state_dict(state, strict=False, assign=True)
 
 
 def _filled(
     parameter: DTensor, rows: Callable[[int, int | None], torch.Tensor], device: torch.device
 ) -> torch.nn.Parameter:
-    """A parameter spread as another one is, with values."""
+    """A parameter sharded like another one, filled with values."""
     mesh, placements = parameter.device_mesh, parameter.placements
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
     within = tuple(slice(start, start + size) for start, size in zip(offset[1:], shape[1:], strict=True))
@@ -150,6 +150,6 @@ def _has_shape(value: Any, parameter: torch.Tensor) -> bool:
 
 
 def _part(value: torch.Tensor, like: Any) -> DTensor:
-    """A whole tensor that every process has, spread as another one is."""
+    """A whole tensor present in every process, sharded like another one."""
     value = value.detach().to(like.device)
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,4 +1,4 @@
-"""Selection of gradient entries where each process holds only a part of the gradients."""
+"""Selection of gradient entries if gradients are sharded across processes."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ def select_whole(
     device: torch.device,
     excluded: Collection[int] = (),
 ) -> None:
-    """Chooses the entries that one process would choose, from gradients that are put together for it.
+    """Selects the same entries as a single process would, from gathered gradients.
 
-    With the scope `tensor` one whole gradient is in memory at a time, with `global` all of them are.
+    With scope `tensor`, one whole gradient is in memory at a time; with `global`, all of them are.
 
     Args:
-        shapes: Of the gradients.
-        read: Gives a whole gradient by its index; called in the same order in every process.
-        rule: What is chosen.
-        step: Number of the step, from 0.
-        take: Gets the index of a gradient and its selection, bool and of its shape, True where the entry is updated.
-        device: Where random entries are drawn; they are the same ones everywhere.
-        excluded: Indices of gradients that are updated whole, and of which nothing is chosen.
+        shapes: The shapes of the gradients.
+        read: Returns a whole gradient by its index; called in the same order in every process.
+        rule: Decides which entries are selected.
+        step: Step number, from 0.
+        take: Receives the index of a gradient and its selection, a bool tensor of its shape, True where updated.
+        device: The device for drawing random entries, which are the same on every device.
+        excluded: Indices of gradients whose entries are all updated.
 
     Raises:
-        MaskingError: A gradient holds NaN.
+        MaskingError: A gradient contains NaN.
     """
     for index in excluded:
         take(index, torch.ones(shapes[index], dtype=torch.bool, device=device))
     indices = [index for index in range(len(shapes)) if index not in excluded]
     if rule.method == "random":
-        # Of which only the shapes are asked.
+        # Only their shapes are used.
         blank = [torch.zeros(1, device=device).expand(shapes[index]) for index in indices]
         masks = keep_random(blank, rule.ratio, rule.scope, seed=rule.seed, step=step)
     elif rule.scope == "global":

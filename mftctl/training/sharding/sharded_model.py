@@ -1,4 +1,4 @@
-"""A model whose trained parameters are spread over processes, as a whole."""
+"""A whole view of a model whose trained parameters are sharded across processes."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ from mftctl.training.updates.masked_optimizer import UpdateRule
 
 
 class Partitions(Protocol):
-    """What a training needs of DeepSpeed's ZeRO and of FSDP2; every method is called in all processes at once."""
+    """What training needs from DeepSpeed's ZeRO and FSDP2; every method must be called in all processes at once."""
 
     @property
     def shares_weights(self) -> bool:
-        """Whether weights, too, are spread, and not only the optimizer's state."""
+        """True if weights are sharded too, not only the optimizer's state."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The trained parameters in the optimizer's order."""
 
     def value(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The whole parameter, as the optimizer has it."""
+        """The whole parameter, as held by the optimizer."""
 
     def put(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """Replaces a parameter by what each process has, for the optimizer and for the model."""
+        """Replaces a parameter with the value given in each process, in the optimizer and in the model."""
 
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """A whole tensor of the optimizer's state that has one number an entry, such as Adam's `exp_avg`."""
+        """A whole tensor of optimizer state with one number per entry, such as Adam's `exp_avg`."""
 
     def select(
         self, rule: UpdateRule, step: int, excluded: Collection[torch.Tensor] = ()
     ) -> dict[torch.Tensor, torch.Tensor]:
-        """The entries of this process that a step updates, by what the optimizer updates; other gradients become 0."""
+        """This process's entries that a step updates, by optimizer tensor; other gradients become 0."""
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the torch optimizer would have with whole parameters; empty but in the first process."""
+        """The state the torch optimizer would have with whole parameters; empty except in the first process."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a state that `state_dict` gave, or the torch optimizer in one process."""
+        """Loads a state from `state_dict`, or from a torch optimizer in a single process."""
 
 
 def model_state(partitions: Partitions, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's state with whole tensors on the CPU, trained ones in fp32; empty but in the first process.
+    """The model's state with whole tensors on the CPU, trained ones in fp32; empty except in the first process.
 
     Args:
-        partitions: Of the model; called in all processes at once.
+        partitions: The model's partitions; must be called in all processes at once.
         model: The model.
     """
     trained = set(partitions.parameters())
@@ -64,12 +64,12 @@ def model_state(partitions: Partitions, model: torch.nn.Module) -> dict[str, tor
 
 
 def put_model(partitions: Partitions, model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
-    """Replaces the trained parameters of a model, in all processes, by what the first one has.
+    """Replaces the trained parameters of a model in all processes with those of the first process.
 
     Args:
-        partitions: Of the model; called in all processes at once.
+        partitions: The model's partitions; must be called in all processes at once.
         model: The model.
-        stored: Whole tensors by name; read in the first process only.
+        stored: Whole tensors by name; only read in the first process.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -84,7 +84,7 @@ def whole_model(partitions: Partitions, model: PreTrainedModel) -> PreTrainedMod
     """A copy of the model with whole parameters on the CPU, in the first process; None in the others.
 
     Args:
-        partitions: Of the model; called in all processes at once.
+        partitions: The model's partitions; must be called in all processes at once.
         model: The model.
     """
     state = model_state(partitions, model)

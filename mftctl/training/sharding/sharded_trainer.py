@@ -1,4 +1,4 @@
-"""The part of the trainer that knows of parameters spread over processes, by DeepSpeed's ZeRO or FSDP2."""
+"""The part of the trainer that handles parameters sharded by DeepSpeed's ZeRO or FSDP2."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mftctl.training.sharding.zero import SteppingEngine, ZeroPartitions, check_
 
 
 class PartitionedTrainer(Trainer):
-    """A Trainer whose checkpoints are those of one process, whole, however the parameters are spread.
+    """A Trainer whose checkpoints are whole, like those of a single process, however the parameters are sharded.
 
-    Subclasses write and read the trained parameters (`_save`, `_load_from_checkpoint`, `_load_best_model`).
+    Subclasses save and load the trained parameters (`_save`, `_load_from_checkpoint`, `_load_best_model`).
 
     Attributes:
-        partitions: What is spread; None where each process has all, and before the training.
-        exact_norm: Whether under DeepSpeed gradients are clipped by the norm that one process would compute, to the
-            bit, which costs a gathering of all gradients a step.
-        rows: Where the values of a model come from that has its parameters on the meta device; None for any other.
+        partitions: The sharded parameters; None where each process holds all of them, and before training.
+        exact_norm: Whether DeepSpeed clips gradients by exactly the norm that a single process would compute; this
+            gathers all gradients once per step.
+        rows: Source of the values for a model with parameters on the meta device; None for any other model.
     """
 
     partitions: Partitions | None = None
@@ -39,26 +39,26 @@ class PartitionedTrainer(Trainer):
         super().__init__(*arguments, **options)
 
     def before_step(self) -> None:
-        """Called by DeepSpeed's engine before its step, when all gradients are there."""
+        """Called by DeepSpeed's engine before its step, when all gradients are available."""
         if isinstance(self.partitions, ZeroPartitions) and self.exact_norm:
             model = cast("torch.nn.Module", self.model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self._grad_norm = self.partitions.clip(trained, self.args.max_grad_norm)
 
     def after_spreading(self) -> None:
-        """Called when `partitions` are there, before a checkpoint is loaded."""
+        """Called once `partitions` is set, before a checkpoint is loaded."""
 
     def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
-        """The optimizer's state for a checkpoint, in the first process; called in all processes at once."""
+        """The optimizer's state for a checkpoint, in the first process; must be called in all processes at once."""
         return partitions.state_dict()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes what is trained."""
+        """Writes the trained parameters."""
         if self.partitions is None:
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir)
-        # One process writes, and the Trainer goes on with a barrier, or a gathering, that has a time limit.
+        # One process writes, while the Trainer continues to a barrier or collective that has a timeout.
         wait_for_all()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
@@ -72,7 +72,7 @@ class PartitionedTrainer(Trainer):
             for group, parameters in zip(cast(Any, self.optimizer).param_groups, spread, strict=True):
                 group["params"] = parameters
         if self.is_deepspeed_enabled:
-            # Models that are loaded from now on are their process's own.
+            # Models loaded from now on are not sharded.
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
             self.partitions = ZeroPartitions(self.deepspeed)
             self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self.before_step)
@@ -85,9 +85,9 @@ class PartitionedTrainer(Trainer):
         return prepared
 
     def _spread(self, rows: Rows) -> list[list[torch.nn.Parameter]] | None:
-        """Spreads a model that has no values yet; for FSDP2 the optimizer's parameters by group, which are final then.
+        """Shards a model without values; for FSDP2, returns the optimizer's final parameters by group.
 
-        accelerate would look them up by addresses, and parts that are empty have none.
+        accelerate would look them up by address, which empty shards do not have.
         """
         model = cast("torch.nn.Module", self.model)
         if self.is_deepspeed_enabled:
@@ -99,13 +99,13 @@ class PartitionedTrainer(Trainer):
         return [list(group["params"]) for group in self.create_optimizer().param_groups]
 
     def _plan(self) -> None:
-        """Settles what DeepSpeed's configuration leaves open."""
+        """Sets what DeepSpeed's configuration leaves unset."""
         plugin = self.accelerator.state.deepspeed_plugin
         check_plan(plugin)
         config = plugin.hf_ds_config.config
         if self.exact_norm:
             config["gradient_clipping"] = 0.0
-        # By default every tensor of less than 100,000 entries stays whole; this follows the model's size.
+        # By default every tensor of fewer than 100,000 entries stays whole; "auto" scales this with the model.
         config["zero_optimization"].setdefault("stage3_param_persistence_threshold", "auto")
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -1,6 +1,6 @@
-"""What DeepSpeed's ZeRO stages 2 and 3 spread over the processes, as whole tensors and back.
+"""Conversion between parameters sharded by DeepSpeed's ZeRO stages 2 and 3 and whole tensors.
 
-The optimizer of each process works on flat tensors that hold its parts of the trained parameters one after the other.
+Each process's optimizer works on flat tensors that hold the process's parts of the trained parameters in sequence.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Fragment:
     Attributes:
         parameter: The model's parameter.
         flat: The flat fp32 tensor that the optimizer updates.
-        offset: Where the part begins in it.
-        start: Where the part begins in the flattened parameter.
-        numel: Its entries; 0 where another process has all of the parameter.
+        offset: Start of the part in the flat tensor.
+        start: Start of the part in the flattened parameter.
+        numel: Number of entries; 0 if the parameter is entirely in other processes.
     """
 
     parameter: torch.nn.Parameter
@@ -41,23 +41,23 @@ class Fragment:
     numel: int
 
     def within(self, flat: torch.Tensor) -> torch.Tensor:
-        """The part in a tensor of the flat tensor's shape, a view."""
+        """A view of this part within a tensor of the flat tensor's shape."""
         return flat.narrow(0, self.offset, self.numel)
 
     def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor of the parameter's shape, flat."""
+        """This part of a tensor of the parameter's shape, flattened."""
         return whole.reshape(-1).narrow(0, self.start, self.numel)
 
 
 class ZeroPartitions:
     """The trained parameters of a DeepSpeed engine, with their gradients and optimizer state.
 
-    Unless it says otherwise, a method is to be called in all processes at once.
+    Unless stated otherwise, a method must be called in all processes at once.
 
     Attributes:
         stage: 2 or 3.
-        inner: The torch optimizer, over flat tensors.
-        groups: The trained parameters of each of its groups, in the order in which it was given them.
+        inner: The torch optimizer over flat tensors.
+        groups: The trained parameters of each of its groups, in their original order.
 
     Args:
         engine: A `DeepSpeedEngine` with an optimizer.
@@ -77,7 +77,7 @@ class ZeroPartitions:
 
     @property
     def shares_weights(self) -> bool:
-        """Whether weights are spread as well."""
+        """True if weights are sharded as well."""
         return self.stage == 3
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -100,11 +100,11 @@ class ZeroPartitions:
         return Fragment(parameter, flat, offset, start, min(part, numel - start))
 
     def value(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The whole parameter in fp32, as the optimizer has it."""
+        """The whole parameter in fp32, as held by the optimizer."""
         return self._gather(parameter, lambda part: part.flat)
 
     def put(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """Replaces a parameter, for the optimizer and for the model."""
+        """Replaces a parameter in the optimizer and in the model."""
         part = self.fragment(parameter)
         with torch.no_grad():
             part.within(part.flat).copy_(part.of(value))
@@ -114,11 +114,11 @@ class ZeroPartitions:
                 parameter.ds_tensor.narrow(0, 0, part.numel).copy_(part.of(value))  # type: ignore[attr-defined]
 
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
-        """A whole tensor of the optimizer's state that has one number an entry, such as Adam's `exp_avg`."""
+        """A whole tensor of optimizer state with one number per entry, such as Adam's `exp_avg`."""
         return self._gather(parameter, lambda part: self.inner.state[part.flat][key])
 
     def gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """The whole gradient in fp32, reduced over the processes; between the last backward pass and the step."""
+        """The whole gradient in fp32, reduced over processes; available between the last backward pass and the step."""
         from deepspeed.utils import safe_get_full_grad
 
         gradient: torch.Tensor = safe_get_full_grad(parameter)
@@ -130,8 +130,8 @@ class ZeroPartitions:
         """Changes this process's part of a gradient; may be called in one process alone.
 
         Args:
-            parameter: Whose gradient.
-            change: Called with the part and its gradient, flat, to be changed in place.
+            parameter: The parameter whose gradient is changed.
+            change: Called with the part and its flat gradient, which it changes in place.
         """
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
@@ -146,13 +146,13 @@ class ZeroPartitions:
         safe_set_local_grad(parameter, gradient)
 
     def clip(self, parameters: list[torch.nn.Parameter], max_norm: float) -> float:
-        """The norm of all gradients, which are scaled down to `max_norm` where that is above 0.
+        """Scales gradients down to `max_norm` if that is above 0, and returns the norm before scaling.
 
-        Both are computed from whole gradients, so that they have the bits that they have in one process.
+        Both are computed from whole gradients, so they are bit-identical to those of a single process.
 
         Args:
             parameters: Those with gradients, in the model's order.
-            max_norm: Largest norm; 0 scales nothing.
+            max_norm: Maximum norm; 0 disables scaling.
         """
         norms = [torch.linalg.vector_norm(self.gradient(parameter)) for parameter in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -165,12 +165,12 @@ class ZeroPartitions:
     def select(
         self, rule: UpdateRule, step: int, excluded: Collection[torch.Tensor] = ()
     ) -> dict[torch.Tensor, torch.Tensor]:
-        """The entries of this process that a step updates, by flat tensor; all other gradients are set to zero.
+        """This process's entries that a step updates, by flat tensor; all other gradients are set to zero.
 
         Args:
-            rule: What is chosen, between the last backward pass of a step and the engine's step.
-            step: Number of the step, from 0.
-            excluded: Parameters that are updated whole.
+            rule: Decides which entries are selected, between the last backward pass of a step and the engine's step.
+            step: Step number, from 0.
+            excluded: Parameters whose entries are all updated.
 
         Raises:
             MaskingError: A gradient holds NaN.
@@ -204,16 +204,16 @@ class ZeroPartitions:
         return selected
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the torch optimizer would have with whole parameters; empty but in the first process."""
+        """The state the torch optimizer would have with whole parameters; empty except in the first process."""
         is_first = torch.distributed.get_rank() == 0
         state: dict[int, dict[str, Any]] = {}
         for index, parameter in enumerate(self.parameters()):
             for key, value in self.inner.state[self.fragment(parameter).flat].items():
-                # Adam counts the steps in a tensor, which parameters must not share.
+                # Adam counts steps in a tensor, which parameters must not share.
                 gathered = self.state(parameter, key) if _is_by_entry(value) else copy.deepcopy(value)
                 if is_first:
                     state.setdefault(index, {})[key] = gathered.cpu() if _is_by_entry(value) else gathered
-                del gathered  # or two whole tensors would be there at a time
+                del gathered  # otherwise two whole tensors would be in memory at once
         if not is_first:
             return {}
         groups, first = [], 0
@@ -223,7 +223,7 @@ class ZeroPartitions:
         return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes up a state that `state_dict` gave, or the torch optimizer in one process."""
+        """Loads a state from `state_dict`, or from a torch optimizer in a single process."""
         for index, parameter in enumerate(self.parameters()):
             part = self.fragment(parameter)
             mine = self.inner.state[part.flat]
@@ -235,33 +235,33 @@ class ZeroPartitions:
                     mine[key] = torch.zeros_like(part.flat)
                 part.within(mine[key]).copy_(part.of(value))
         for options, stored in zip(self.inner.param_groups, state_dict["param_groups"], strict=True):
-            # How a step is computed is this process's own: a fused one wants its counter on the GPU.
+            # The implementation of a step is specific to this process; a fused one needs its counter on the GPU.
             options.update({key: value for key, value in stored.items() if key not in ("params", "fused")})
 
     def _gather(self, parameter: torch.nn.Parameter, flat_of: Callable[[Fragment], torch.Tensor]) -> torch.Tensor:
-        """A tensor of the parameter's shape, of which each process has its part in a flat tensor."""
+        """A tensor of the parameter's shape, gathered from the parts in each process's flat tensor."""
         part = self.fragment(parameter)
         gathered = torch.zeros(whole_shape(parameter), dtype=part.flat.dtype, device=part.flat.device)
         if part.numel:
             part.of(gathered).copy_(part.within(flat_of(part)))
-        torch.distributed.all_reduce(gathered)  # what other processes have is 0 here
+        torch.distributed.all_reduce(gathered)  # the parts of other processes are 0 here
         return gathered
 
     @staticmethod
     def _is_whole(parameter: torch.nn.Parameter) -> bool:
-        """Whether a parameter under stage 3 is in memory just now, as small ones always are."""
+        """True if a stage 3 parameter is currently in memory as a whole, as small ones always are."""
         return parameter.data.numel() == parameter.ds_numel  # type: ignore[attr-defined,no-any-return]
 
 
 def partition_outline(model: torch.nn.Module, zero_config: dict[str, Any], rows: Rows) -> None:
-    """Gives each process its part of a model's parameters under stage 3, with one whole parameter in memory at a time.
+    """Gives each process its shard of a model's parameters under stage 3, one whole parameter in memory at a time.
 
-    The first process reads them.
+    The first process reads the values.
 
     Args:
-        model: With its parameters on the meta device.
-        zero_config: DeepSpeed's `zero_optimization`.
-        rows: The values of a parameter by its name in the model's state.
+        model: Has its parameters on the meta device.
+        zero_config: DeepSpeed's `zero_optimization` section.
+        rows: Returns the values of a parameter by its name in the model's state.
     """
     import deepspeed
 
@@ -297,11 +297,11 @@ def partition_outline(model: torch.nn.Module, zero_config: dict[str, Any], rows:
 
 
 class SteppingEngine:
-    """Does what accelerate's own wrapper of a DeepSpeed engine does, and something else before each step.
+    """Replaces accelerate's wrapper of a DeepSpeed engine and calls a function before each step.
 
     Args:
         engine: A `DeepSpeedEngine`.
-        before_step: Called when all gradients of a step are there.
+        before_step: Called when all gradients of a step are available.
     """
 
     def __init__(self, engine: Any, before_step: Callable[[], None]) -> None:
@@ -309,7 +309,7 @@ class SteppingEngine:
         self._before_step = before_step
 
     def backward(self, loss: torch.Tensor, sync_gradients: bool = True, **kwargs: Any) -> None:
-        """A backward pass, and after the last one of a step the step."""
+        """Runs a backward pass, and the step after its last backward pass."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss, **kwargs)
         if sync_gradients:
@@ -317,22 +317,22 @@ class SteppingEngine:
             self.engine.step()
 
     def get_global_grad_norm(self) -> float:
-        """The norm of the gradients as the engine measured it."""
+        """The norm of the gradients as computed by the engine."""
         return float(self.engine.get_global_grad_norm())
 
 
 def check_plan(plugin: Any) -> None:
-    """Nothing, if a DeepSpeed configuration is one that a training can keep its promises under.
+    """Checks that a DeepSpeed configuration supports exact training.
 
     Args:
         plugin: accelerate's `DeepSpeedPlugin`.
 
     Raises:
-        ConfigError: The ZeRO stage is another, or the loss is scaled for fp16.
+        ConfigError: The ZeRO stage is not 2 or 3, or the loss is scaled for fp16.
     """
     if plugin.zero_stage not in STAGES:
         raise ConfigError(
-            "Under DeepSpeed the optimizer's state must be partitioned.",
+            "DeepSpeed must shard the optimizer's state.",
             key="zero_stage",
             expected="2 or 3",
             actual=plugin.zero_stage,
@@ -340,7 +340,7 @@ def check_plan(plugin: Any) -> None:
         )
     if plugin.hf_ds_config.is_true("fp16.enabled"):
         raise ConfigError(
-            "A loss that is scaled for fp16 lets DeepSpeed skip steps.",
+            "With fp16 loss scaling, DeepSpeed may skip steps.",
             key="mixed_precision",
             expected="no, or bf16",
             actual="fp16",

@@ -1,1 +1,1 @@
-"""Which weights a training step changes, and how."""
+"""Weight updates: the entries that a step changes and the parameters that stay frozen."""

@@ -1,4 +1,4 @@
-"""Parameters of which no entries are chosen: each step updates them whole."""
+"""Parameters excluded from entry selection; each step updates all of their entries."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ Excluded = Literal["embeddings", "head"]
 
 
 def excluded_parameters(model: PreTrainedModel, parts: Collection[Excluded]) -> dict[nn.Parameter, str]:
-    """The parameters that a choice of entries leaves out, with their names, in model order.
+    """The parameters excluded from entry selection, with their names, in model order.
 
-    Where embeddings and head are one tensor, each of the two words names it.
+    If embeddings and head are tied, either part selects their shared tensor.
 
     Args:
-        model: With its parameters, whole or as processes share them.
-        parts: `embeddings`: all of its `nn.Embedding`s, of tokens and positions; `head`: what makes logits.
+        model: The model, with whole or sharded parameters.
+        parts: `embeddings`: all `nn.Embedding` modules, for tokens and positions; `head`: the output head.
 
-    Source: ours. GMT masks every gradient and names no exception.
+    Source: ours. GMT masks every gradient without exception.
     """
     found: set[nn.Parameter] = set()
     if "embeddings" in parts:
@@ -35,15 +35,15 @@ def excluded_parameters(model: PreTrainedModel, parts: Collection[Excluded]) -> 
 
 
 def excluded_text(model: PreTrainedModel, parts: Collection[Excluded]) -> str:
-    """What is left out, for a user: the share of the weights, and where one tensor is both embeddings and head.
+    """Message on the excluded parameters: their share of the weights, and whether embeddings and head are tied.
 
     Args:
-        model: With all of its parameters, or their outlines.
-        parts: As `excluded_parameters` takes them; at least one.
+        model: The model, with or without parameter values.
+        parts: As in `excluded_parameters`; at least one.
     """
     chosen = excluded_parameters(model, parts)
     share = sum(item.numel() for item in chosen) / sum(item.numel() for item in model.parameters())
-    text = f"Updated whole at each step: {', '.join(chosen.values()) or 'nothing'} ({share:.1%} of the weights)"
+    text = f"Fully updated at each step: {', '.join(chosen.values()) or 'nothing'} ({share:.1%} of the weights)"
     head = set(_head(model))
     tied = [name for item, name in excluded_parameters(model, ["embeddings"]).items() if item in head]
     return f"{text}; {tied[0]} is both embeddings and head (tied weights)" if tied else text

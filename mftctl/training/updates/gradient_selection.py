@@ -1,4 +1,4 @@
-"""Which entries of some gradients a step updates: the largest or random ones, in exact numbers, without a sort."""
+"""Selection of the gradient entries that a step updates: the largest or random ones, with exact counts, no sorting."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def keep_largest(gradients: Sequence[torch.Tensor], ratio: float, scope: Scope = "tensor") -> list[torch.Tensor]:
-    """The bool tensors that select all but the ratio's share of entries with the lowest |gradient|.
+    """Bool tensors that select all but the given share of entries with the lowest |gradient|.
 
-    Exactly `removed_count(numel, ratio)` entries are not selected: of each tensor, or of all tensors together. Among
-    equal magnitudes the lowest index is left out first, where `global` counts through all tensors in the given order.
+    Exactly `removed_count(numel, ratio)` entries are not selected, of each tensor or of all tensors together. Among
+    equal magnitudes the lowest index is left out first; `global` counts indices across all tensors in the given order.
 
     Args:
-        gradients: Any shapes, floating point, infinite values allowed; `global` ranks mixed dtypes by their exact
-            values.
+        gradients: Floating-point tensors of any shape, infinite values allowed; `global` ranks mixed dtypes by exact
+            value.
         ratio: Share of entries that are not updated, in [0, 1).
-        scope: Whether the share holds for each tensor or for all of them together.
+        scope: Whether the share applies to each tensor or to all of them together.
 
     Returns:
-        One bool tensor a gradient, of its shape and on its device, True where the entry is updated.
+        One bool tensor per gradient, of its shape and on its device, True where the entry is updated.
 
     Raises:
-        MaskingError: The ratio is out of range, or a gradient holds NaN.
+        MaskingError: The ratio is out of range, or a gradient contains NaN.
 
-    Source: GMT, section 2, equation 3. The paper leaves open over what its percentile goes, hence the scope; it would
-        select all ties, which is no exact count.
+    Source: GMT, section 2, equation 3. The paper does not state what its percentile is taken over, hence the scope; it
+        would select all ties, which gives no exact count.
     """
     check_ratio(ratio)
     selections = _select([_Numbers.tensor(gradient) for gradient in gradients], ratio, scope)
     for index, (gradient, selection) in enumerate(zip(gradients, selections, strict=True)):
         if selection.holds_nan:
             raise MaskingError(
-                "Gradients must be numbers: NaN cannot be ranked.",
+                "Gradients must not contain NaN, which cannot be ranked.",
                 key=f"gradients[{index}], shape {tuple(gradient.shape)}",
-                expected="numbers",
+                expected="gradients without NaN",
                 actual=f"{int(torch.isnan(gradient).sum())} NaN of {gradient.numel()}",
                 hint="lower the learning rate",
             )
@@ -62,17 +62,17 @@ def keep_largest(gradients: Sequence[torch.Tensor], ratio: float, scope: Scope =
 def keep_random(
     gradients: Sequence[torch.Tensor], ratio: float, scope: Scope = "tensor", *, seed: int, step: int
 ) -> list[torch.Tensor]:
-    """The bool tensors that select random entries, the same on every device and in every process.
+    """Bool tensors that select random entries, the same on every device and in every process.
 
     Args:
-        gradients: Tells shapes and devices; the values are not read.
-        ratio: Share of entries that are not updated, in [0, 1); the counts are exact, as those of `keep_largest`.
-        scope: Whether the share holds for each tensor or for all of them together.
-        seed: At least 0; with the step and a tensor's place in `gradients` it decides the entries.
-        step: At least 0.
+        gradients: Provide shapes and devices; their values are not read.
+        ratio: Share of entries that are not updated, in [0, 1); counts are exact, as in `keep_largest`.
+        scope: Whether the share applies to each tensor or to all of them together.
+        seed: At least 0; together with the step and a tensor's index in `gradients`, decides the entries.
+        step: Step number, at least 0.
 
     Returns:
-        One bool tensor a gradient, of its shape and on its device, True where the entry is updated.
+        One bool tensor per gradient, of its shape and on its device, True where the entry is updated.
 
     Raises:
         MaskingError: The ratio is out of range.
@@ -94,20 +94,20 @@ def keep_random(
 
 
 def _random_numbers(key: int, device: torch.device, start: int, stop: int, step: int) -> torch.Tensor:
-    """Uniform int32 numbers, of which the sign is to be ignored: the upper half of the random bits."""
+    """Uniform int32 numbers whose sign is to be ignored: the upper half of the random bits."""
     return random_bits(key, start, stop, step, device=device).view(torch.int32)[1::2]
 
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Numbers to be ranked by magnitude.
+    """Numbers to rank by magnitude.
 
     Attributes:
-        numel: How many.
-        read: Gives those from a first one to before another, every n-th, flat; the same at each call, so that few need
-            be in memory.
-        dtype: Floating point, or int32 of which the signs are to be ignored.
-        device: Where `read` puts them.
+        numel: The number of entries.
+        read: Called with start, stop (excluded) and step; returns these entries, flat and the same on each call, so
+            that few need to be in memory.
+        dtype: Floating point, or int32 with signs to be ignored.
+        device: The device of the tensors that `read` returns.
     """
 
     numel: int
@@ -121,7 +121,7 @@ class _Numbers:
         return cls(flat.numel(), lambda start, stop, step: flat[start:stop:step], values.dtype, values.device)
 
     def magnitudes(self, dtype: torch.dtype) -> Ranked:
-        """What is ranked, in another dtype."""
+        """The numbers to rank, converted to another dtype."""
         if not dtype.is_floating_point:
             highest = torch.iinfo(dtype).max
             return Ranked(self.numel, lambda start, stop, step: self.read(start, stop, step) & highest)
@@ -130,17 +130,17 @@ class _Numbers:
 
 @dataclass(frozen=True, slots=True)
 class _Selection:
-    """The flat keep mask of a tensor, and whether it holds NaN, which no mask can be made of."""
+    """The flat keep mask of a tensor, and whether it contains NaN, which makes the mask invalid."""
 
     keep: torch.Tensor
     holds_nan: bool
 
 
 def _select(tensors: Sequence[_Numbers], ratio: float, scope: Scope) -> list[_Selection]:
-    """The selection without the ratio's share of the lowest magnitudes, of each tensor or of all together."""
+    """The selection without the given share of the lowest magnitudes, of each tensor or of all together."""
     groups = [list(tensors)] if scope == "global" else [[one] for one in tensors]
     if any(one.device.type != "cpu" for one in tensors):
-        # On an accelerator one selection at a time: a second would need memory of its own and make nothing faster.
+        # On an accelerator, one selection at a time: running two at once would use more memory without being faster.
         return [found for group in groups for found in _select_on_device(group, ratio)]
     with _map_in_threads() as each:
         if scope == "global":
@@ -150,7 +150,7 @@ def _select(tensors: Sequence[_Numbers], ratio: float, scope: Scope) -> list[_Se
 
 @contextmanager
 def _map_in_threads() -> Iterator[Callable[..., Iterable[Any]]]:
-    """A `map` in as many threads as torch computes with: numpy computes with one."""
+    """A `map` with as many threads as torch uses, since numpy uses only one."""
     if torch.get_num_threads() == 1:
         yield map
         return
@@ -159,7 +159,7 @@ def _map_in_threads() -> Iterator[Callable[..., Iterable[Any]]]:
 
 
 def _select_on_device(tensors: Sequence[_Numbers], ratio: float) -> list[_Selection]:
-    """The selection without the lowest magnitudes of all tensors, equal ones in order, on an accelerator."""
+    """The selection without the lowest magnitudes of all tensors, ties in index order, on an accelerator."""
     count = removed_count(sum(one.numel for one in tensors), ratio)
     dtype = _common_dtype([one.dtype for one in tensors])
     ranked = [one.magnitudes(dtype) for one in tensors]
@@ -173,7 +173,7 @@ def _select_on_device(tensors: Sequence[_Numbers], ratio: float) -> list[_Select
 def _select_together(
     tensors: Sequence[_Numbers], ratio: float, each: Callable[..., Iterable[Any]] = map
 ) -> list[_Selection]:
-    """The same on a CPU."""
+    """The selection without the lowest magnitudes of all tensors, ties in index order, on a CPU."""
     sizes = [one.numel for one in tensors]
     count = removed_count(sum(sizes), ratio)
     dtype = _common_dtype([one.dtype for one in tensors])
@@ -184,7 +184,7 @@ def _select_together(
         return tensors[index].read(start, stop, step).to(dtype).view(int_dtype)
 
     def read_magnitudes(index: int) -> torch.Tensor:
-        # Floating-point numbers that are not negative have the order of their bit patterns, and NaN is above infinity.
+        # Non-negative floating-point numbers sort in the order of their bit patterns, with NaN above infinity.
         return read_bits(index, 0, sizes[index], 1) & torch.iinfo(int_dtype).max
 
     if count:
@@ -204,7 +204,7 @@ def _select_together(
 
 
 def _common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """A dtype that holds the exact values of all."""
+    """A dtype that represents all values exactly."""
     if len(set(dtypes)) == 1:
         return dtypes[0]
     return torch.float64 if torch.float64 in dtypes else torch.float32

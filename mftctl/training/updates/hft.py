@@ -18,21 +18,21 @@ def hft_frozen_names(model: nn.Module, seed: int) -> list[str]:
     """The names of the parameters that Half Fine-Tuning freezes, in model order.
 
     Within each decoder layer and each category (attention, MLP, norms), half of the parameter tensors are chosen at
-    random. Where their number is odd, half of it is rounded down and up in turn over the layers, beginning with down,
-    so that about half of each category is frozen. A bias follows the weight of its module.
+    random. If their number is odd, half of it is rounded down and up alternately over the layers, starting with down,
+    so that about half of each category is frozen. A bias is treated together with the weight of its module.
 
-    Embeddings, the final norm and the output head stay trainable: they belong to no layer. One choice holds for a whole
-    training; for another stage of training take another seed.
+    Embeddings, the final norm and the output head stay trainable, since they belong to no layer. One choice applies to
+    a whole training; use a different seed for a further training stage.
 
     Args:
-        model: A decoder-only model. A norm is a module whose class says so, also inside the attention; attention is
-            what lies beside the attention projections; everything else in a layer counts as MLP.
+        model: A decoder-only model. A norm is a module with `norm` in its class name, even inside attention; attention
+            is everything in the same submodule as the attention projections; everything else in a layer counts as MLP.
         seed: Decides the choice.
 
     Raises:
-        MaskingError: The model has no decoder layers, or one of them has no attention.
+        MaskingError: The model has no decoder layers, or a layer has no attention.
 
-    Source: HFT (Hui et al. 2024, arXiv 2404.18466), selection by category, as the GMT paper uses it (section 4.1,
+    Source: HFT (Hui et al. 2024, arXiv 2404.18466), selection by category, as used in the GMT paper (section 4.1,
         footnote 4).
     """
     prefix, decoder = decoder_layers(model)
@@ -51,14 +51,14 @@ def hft_frozen_names(model: nn.Module, seed: int) -> list[str]:
 
 
 def freeze_half(model: nn.Module, seed: int) -> list[str]:
-    """The names of the parameters that no longer require a gradient, half of those of every decoder layer.
+    """Freezes half of the parameters of every decoder layer and returns their names.
 
     Args:
-        model: Changed in place; other parameters are left as they are.
-        seed: Decides the choice, see `hft_frozen_names`.
+        model: Modified in place; other parameters are left unchanged.
+        seed: Decides the choice; see `hft_frozen_names`.
 
     Raises:
-        MaskingError: The model has no decoder layers, or one of them has no attention.
+        MaskingError: The model has no decoder layers, or a layer has no attention.
     """
     names = hft_frozen_names(model, seed)
     for name in names:
@@ -67,13 +67,13 @@ def freeze_half(model: nn.Module, seed: int) -> list[str]:
 
 
 def _attention_roots(model: nn.Module, prefix: str, index: int) -> set[str]:
-    """The children of a decoder layer that hold its attention projections, such as `self_attn`."""
+    """The children of a decoder layer that contain its attention projections, such as `self_attn`."""
     start = f"{prefix}.{index}."
     return {target.name.removeprefix(start).split(".")[0] for target in find_targets(model, [index], "attn")}
 
 
 def _units(layer: nn.Module, attention_roots: set[str]) -> dict[Category, dict[str, list[str]]]:
-    """The parameter names of a layer by category and by what is frozen as one: a weight with its bias."""
+    """The parameter names of a layer by category and by unit; a weight and its bias form one unit."""
     units: dict[Category, dict[str, list[str]]] = {"attn": {}, "mlp": {}, "norm": {}}
     for name, _ in layer.named_parameters():
         owner = layer.get_submodule(name.rpartition(".")[0])

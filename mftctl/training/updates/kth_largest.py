@@ -1,4 +1,4 @@
-"""Exact selection among very many numbers on a CPU: a sample says where the threshold lies, one pass finds it."""
+"""Exact selection among many numbers on a CPU: a sample brackets the threshold, and one pass finds it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ import torch
 
 Integers = npt.NDArray[Any]
 Reader = Callable[[int, int, int], Integers]
-"""Gives the entries of a flat array from a first one to before another, every n-th; the same at each call."""
+"""Called with start, stop (excluded) and step; returns these entries of a flat array, the same on each call."""
 
 _CHUNK_ENTRIES = 1 << 16
-"""What a pass works on at a time, so that it stays in a core's cache."""
+"""Entries per chunk of a pass, so that a chunk stays in a core's cache."""
 
 _SAMPLE_ALL = 1 << 12
 _STRIDE = 31
 _MOST_SAMPLES = 1 << 18
 _DEVIATIONS = 3.5
-"""Half the width of the bracket, in standard deviations of a sample's rank: one in 2,000 misses."""
+"""Half the width of the bracket, in standard deviations of a sample's rank; 1 bracket in 2,000 misses."""
 
 _MOST_INSIDE = 1 / 12
-"""Above this share, what is noted of the entries inside a bracket would take more memory than the mask."""
+"""Above this share, recording the entries inside a bracket would take more memory than the mask."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What was selected of one array.
+    """The selection of one array.
 
     Attributes:
         keep: Bool, of the array's shape, True where the entry is kept.
-        highest: The highest of the ranked integers; 0 of an empty array.
+        highest: The highest of the ranked integers; 0 for an empty array.
     """
 
     keep: npt.NDArray[np.bool_]
@@ -48,22 +48,22 @@ def keep_by_bracket(
     count: int,
     each: Callable[..., Iterable[Any]] = map,
 ) -> list[Kept] | None:
-    """The keep masks without the `count` lowest of the numbers of all arrays, equal ones in order; None if that failed.
+    """The keep masks without the `count` lowest numbers of all arrays, ties in index order; None if the bracket misses.
 
-    The numbers are read at random places, for two values that should enclose the threshold, and once from first to
-    last. The sample decides only whether there is a result: a threshold between the two is the exact one.
+    The numbers are sampled to find two values that should bracket the threshold, then read once from first to last. The
+    sample only decides whether there is a result; a threshold inside the bracket is exact.
 
     Args:
-        readers: Of each array, of signed integers of one type: the bit patterns of floating-point numbers. Signs are
-            ignored: magnitudes are ranked.
-        sizes: Of the arrays.
-        count: From 1 to the number of all entries.
-        each: How the work on the arrays is shared out, as by `map`.
+        readers: One per array. They return signed integers of one type, the bit patterns of floating-point numbers.
+            Signs are ignored; magnitudes are ranked.
+        sizes: Number of entries of each array.
+        count: From 1 to the total number of entries.
+        each: A function like `map` that distributes the work on the arrays.
     """
     low, high = _bracket(readers, sizes, count, each)
     scans: list[_Scan] = list(each(partial(_scan, low, high), readers, sizes))
     excess = count - (sum(sizes) - sum(scan.above_low for scan in scans))
-    if low == 0 and excess <= 0:  # only zeros are left out, the first of them
+    if low == 0 and excess <= 0:  # only the first zeros are left out
         for scan, size in zip(scans, sizes, strict=True):
             zeros = size - scan.above_low
             _keep_after(scan.keep, min(count, zeros))
@@ -75,12 +75,12 @@ def keep_by_bracket(
 
 @dataclass(frozen=True, slots=True)
 class _Scan:
-    """What one pass over an array found.
+    """The findings of one pass over an array.
 
     Attributes:
         keep: True above the bracket's lower end.
-        above_low: How many these are.
-        places: Of the entries inside the bracket, in order; None where they are too many.
+        above_low: The number of these entries.
+        places: Indices of the entries inside the bracket, in order; None if there are too many.
         values: Their ranked integers.
         highest: The highest of all ranked integers.
     """
@@ -93,7 +93,7 @@ class _Scan:
 
 
 def _magnitudes(bits: Integers, out: Integers | None = None) -> Integers:
-    # Floating-point numbers that are not negative have the order of their bit patterns.
+    # Non-negative floating-point numbers sort in the order of their bit patterns.
     return np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=out)
 
 
@@ -116,7 +116,7 @@ def _bracket(
 
 
 def _sample(stride: int, read: Reader, size: int) -> Integers:
-    """The magnitudes of every n-th entry, n near the stride and without a divisor that a row's length has too."""
+    """The magnitudes of every n-th entry, with n near the stride and coprime to the row length."""
     while size and math.gcd(stride, size) > 1:
         stride += 1
     return _magnitudes(read(0, size, stride))
@@ -145,7 +145,7 @@ def _scan(low: int, high: int, read: Reader, size: int) -> _Scan:
 
 
 def _leave_out(scans: Sequence[_Scan], count: int) -> bool:
-    """Takes the `count` lowest of the entries inside the bracket out of the masks, if all are known and enough."""
+    """Removes the `count` lowest entries inside the bracket from the masks; False if they are unknown or too few."""
     values = np.concatenate([scan.values for scan in scans])
     if count > values.size or any(scan.places is None for scan in scans):
         return False
@@ -161,7 +161,7 @@ def _leave_out(scans: Sequence[_Scan], count: int) -> bool:
 
 
 def _keep_after(keep: npt.NDArray[np.bool_], count: int) -> None:
-    """Sets the mask True behind the first `count` entries that are False."""
+    """Sets the mask to True after the first `count` entries that are False."""
     for start in range(0, keep.size, _CHUNK_ENTRIES):
         chunk = keep[start : start + _CHUNK_ENTRIES]
         left_out = chunk.size - int(np.count_nonzero(chunk))
@@ -176,17 +176,17 @@ _DIGIT_BITS = 16
 
 
 def keep_by_digits(readers: Sequence[Callable[[], torch.Tensor]], count: int) -> list[torch.Tensor]:
-    """The keep masks without the `count` lowest of the numbers of all tensors, equal ones in order.
+    """The keep masks without the `count` lowest numbers of all tensors, ties in index order.
 
-    Every tensor is read once for each 16 bits of its numbers, and once for the mask.
+    Every tensor is read once per 16 bits of its numbers, and once for the mask.
 
     Args:
-        readers: A function for each flat tensor of integers of one type, none negative, that gives the same tensor at
+        readers: One function per tensor, which returns the same flat tensor of non-negative integers of one type on
             each call.
-        count: From 1 to the number of all entries.
+        count: From 1 to the total number of entries.
 
     Returns:
-        One flat bool tensor for each, on its device, True where the entry is kept.
+        One flat bool tensor per tensor, on its device, True where the entry is kept.
     """
     threshold, ties_left = _kth_lowest(readers, count)
     masks = []
@@ -202,7 +202,7 @@ def keep_by_digits(readers: Sequence[Callable[[], torch.Tensor]], count: int) ->
 
 
 def _kth_lowest(readers: Sequence[Callable[[], torch.Tensor]], k: int) -> tuple[int, int]:
-    """The k-th lowest integer of all tensors (k from 1), and how many of the k lowest are equal to it."""
+    """The k-th lowest integer of all tensors (k from 1), and the number of the k lowest that equal it."""
     known = 0
     value_bits = readers[0]().dtype.itemsize * 8
     for shift in range(value_bits - _DIGIT_BITS, -1, -_DIGIT_BITS):

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) through peft: added, gone on with, and merged."""
+"""Low-rank adapters (LoRA) through peft: adding, loading and merging."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mftctl.masking.targets import linear_projections
 
 
 def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed: int) -> PeftModel:
-    """The model with a new adapter on every attention and MLP projection; only the adapter is trainable.
+    """Adds a new adapter to every attention and MLP projection; only the adapter is trainable.
 
-    Experts that are fused in one module get none.
+    Fused experts get no adapter.
 
     Args:
-        model: A whole model; changed in place.
+        model: A whole model; modified in place.
         options: Rank, scale and dropout.
-        base: The model's name or folder, which the adapter will name as its base.
-        seed: Decides the adapter's start.
+        base: The model's name or folder, recorded as the adapter's base.
+        seed: Decides the initial values of the adapter.
 
     Source: MFT, section 3.1, baseline 3 (LoRA).
     """
@@ -41,23 +41,23 @@ def add_adapter(model: PreTrainedModel, options: FftOptions, *, base: str, seed:
         fan_in_fan_out=isinstance(projections[0][1], Conv1D),
     )
     adapted = get_peft_model(model, config)
-    # peft names the folder that the weights were loaded from, which for a hub model is in the cache of this machine.
+    # peft records the folder that the weights were loaded from, which for a hub model is in this machine's cache.
     adapted.peft_config["default"].base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
     return adapted
 
 
 def merge_adapter(model: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The base with the adapter in its weights: the model that was trained.
+    """Merges the adapter into the weights of its base.
 
-    A quantised base is dequantised, since its 4 bits could not hold what the adapter adds.
+    A quantised base is dequantised, since 4 bits cannot represent the sum with the adapter.
 
     Args:
-        model: Changed in place.
-        dtype: That the merged weights will be written in; they are added up in one that holds it.
+        model: Modified in place.
+        dtype: Dtype in which the merged weights will be written; the sum is computed with at least that precision.
     """
     if any(map(is_quantized, model.modules())):
         return merge_into_dequantized(model, dtype)
     if dtype == torch.float32 and model.get_base_model().dtype != dtype:
-        model = model.to("cpu").float()  # a GPU that held the training may have no room for wider weights
+        model = model.to("cpu").float()  # the GPU that held the training may lack memory for wider weights
     merged: PreTrainedModel = model.merge_and_unload()
     return merged

@@ -1,4 +1,4 @@
-"""An optimizer around any other that updates chosen entries of the parameters and leaves all others as they are."""
+"""A wrapper for any optimizer that updates selected entries of the parameters and leaves all others unchanged."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_flat(tensor: torch.Tensor) -> bool:
-    """Whether all entries lie one after the other in memory of a CPU, each of the size of an integer type."""
+    """True if the entries are contiguous in CPU memory and as large as some integer type."""
     is_whole = local_part(tensor) is tensor
     return is_whole and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.element_size() in _INTEGERS
 
 
 def parts(numel: int, size: int) -> Iterator[slice]:
-    """Consecutive parts of a flat tensor, all of the same size but the last."""
+    """Consecutive slices of a flat tensor, all of the same size except the last."""
     for start in range(0, numel, size):
         yield slice(start, min(start + size, numel))
 
 
 def clear_unselected(tensor: torch.Tensor, selected: torch.Tensor) -> None:
-    """Sets every entry that is not selected to zero, infinity included.
+    """Sets every entry that is not selected to zero, including infinite ones.
 
     Args:
-        tensor: Floating point.
+        tensor: A floating-point tensor.
         selected: Bool, of its shape and on its device.
     """
     if not is_flat(tensor):
@@ -42,15 +42,15 @@ def clear_unselected(tensor: torch.Tensor, selected: torch.Tensor) -> None:
         return
     int_dtype = _INTEGERS[tensor.element_size()]
     bits, flat_selected = tensor.view(-1).view(int_dtype), selected.reshape(-1).view(torch.int8)
-    for part in parts(bits.numel(), torch.get_num_threads() << 16):  # what stays in the cores' caches
+    for part in parts(bits.numel(), torch.get_num_threads() << 16):  # fits in the cores' caches
         bits[part].bitwise_and_(flat_selected[part].neg().to(int_dtype))
 
 
 class HeldEntries:
-    """The entries of some tensors that are not selected, to be put back bit by bit.
+    """The unselected entries of some tensors, saved so that they can be restored bit by bit.
 
     Args:
-        tensors: Flat, of one size.
+        tensors: Flat tensors of the same size.
         selected: Bool, of that size.
     """
 
@@ -66,7 +66,7 @@ class HeldEntries:
             self._held = [tensor.clone() for tensor in tensors]
 
     def put_back(self) -> None:
-        """Gives the tensors their held entries again; the selected ones stay as they are now."""
+        """Restores the saved entries; the selected ones keep their current values."""
         for tensor, held in zip(self._tensors, self._held, strict=True):
             if self._are_few:
                 tensor.index_copy_(0, self._places, held)
@@ -75,25 +75,25 @@ class HeldEntries:
 
 
 STEPS_KEY = "masked_steps"
-"""Where the state of a masked optimizer has the number of steps taken."""
+"""Key of the number of steps taken in the state of a masked optimizer."""
 
 _BY_ENTRY = (Adagrad, Adam, AdamW, RMSprop, SGD)
-"""Optimizers whose step on an entry depends on that entry alone, with state that is changed in place."""
+"""Optimizers that update each entry independently of others, with state that is changed in place."""
 
 _PART_ENTRIES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class UpdateRule:
-    """Which entries an optimizer step updates, and what happens to the others.
+    """The rule for which entries an optimizer step updates and what happens to the others.
 
     Attributes:
-        method: `gmt`: those with the largest |gradient|; `random`: random ones, others at each step.
+        method: `gmt`: entries with the largest |gradient|; `random`: random entries, drawn again at each step.
         ratio: Share of entries that are not updated, in [0, 1).
-        scope: Whether the share holds for each tensor or for all parameters together.
-        unselected: `unchanged`: weights and optimizer state of other entries stay bit-identical; `momentum`: they get a
-            gradient of zero, so that momentum and weight decay still move them.
-        seed: Decides random entries, together with the number of the step; at least 0.
+        scope: Whether the share applies to each tensor or to all parameters together.
+        unselected: `unchanged`: weights and optimizer state of unselected entries stay bit-identical; `momentum`: their
+            gradient is set to zero, so that momentum and weight decay still move them.
+        seed: Together with the step number, decides random entries; at least 0.
 
     Raises:
         MaskingError: The ratio is not in [0, 1).
@@ -110,29 +110,29 @@ class UpdateRule:
 
 
 class MaskedOptimizer(Optimizer):
-    """A step of the inner optimizer for the entries that a rule selects anew at every step.
+    """Applies the inner optimizer only to the entries that a rule selects at each step.
 
-    The inner optimizer must treat each parameter by itself, as those of torch do. State without the shape of its
-    parameter (a step counter, Adafactor's factors) is not held back: it follows the masked gradient.
+    The inner optimizer must treat each parameter independently, as those of torch do. State without the shape of its
+    parameter (a step counter, Adafactor's factors) is not restored; it is updated from the masked gradient.
 
-    Gradients must be whole and already reduced over the processes, as they are with DDP. Where they are partitioned, as
-    with FSDP and ZeRO, `give` takes a selection that was made from those of all processes.
+    Gradients must be whole and already reduced over processes, as with DDP. If they are sharded, as with FSDP and ZeRO,
+    pass `give` a selection made from the gradients of all processes.
 
     Args:
         inner: The wrapped optimizer.
-        rule: Which entries are updated.
-        excluded: Parameters that are updated whole, and of which the rule chooses nothing: the ratio holds for all
-            others.
+        rule: The rule for which entries are updated.
+        excluded: Parameters whose entries are all updated; the rule and its ratio apply only to the others.
 
     Attributes:
         inner: The wrapped optimizer; it shares `param_groups` and `state` with this one.
-        rule: Which entries are updated.
-        selected: The selection for the step to come, a bool tensor by parameter; empty but between `select` and `step`.
-        updated_entries: Entries that the last selection updates.
-        total_entries: Entries of all parameters that had a gradient then.
+        rule: The rule for which entries are updated.
+        selected: The selection for the next step, a bool tensor per parameter; empty except between `select` and
+            `step`.
+        updated_entries: Number of entries that the last selection updates.
+        total_entries: Number of entries of all parameters that had a gradient at that point.
 
-    Source: GMT, section 2, equations 3 and 4, and algorithm 1. The paper's update is that of plain gradient descent;
-        `unchanged` keeps its meaning under optimizers with a state, `momentum` is their plain combination.
+    Source: GMT, section 2, equations 3 and 4, and algorithm 1. The paper's update is plain gradient descent;
+        `unchanged` preserves its meaning for optimizers with state, `momentum` is the direct combination.
     """
 
     def __init__(self, inner: Optimizer, rule: UpdateRule, excluded: Collection[torch.Tensor] = ()) -> None:
@@ -148,26 +148,26 @@ class MaskedOptimizer(Optimizer):
         self._share("defaults", "state", "param_groups")
 
     def _share(self, *names: str) -> None:
-        # As in unpickling: an optimizer around groups and state that exist, where Optimizer.__init__ makes new ones.
+        # As in unpickling: shares existing groups and state, where Optimizer.__init__ would create new ones.
         self.__setstate__({name: getattr(self.inner, name) for name in names})
 
     @torch.no_grad()
     def select(self) -> None:
-        """Chooses the entries to be updated and sets the gradient of all others to zero, once a step.
+        """Selects the entries to update and sets the gradient of all others to zero, once per step.
 
-        To be called after the last backward pass of a step, before gradients are clipped, so that their norm is that
-        of the masked gradient. Further calls before `step` change nothing.
+        Must be called after the last backward pass of a step and before gradients are clipped, so that their norm is
+        that of the masked gradient. Further calls before `step` have no effect.
 
         Raises:
-            MaskingError: A gradient holds NaN.
-            TrainingError: A gradient is sparse, or a process has only a part of it.
+            MaskingError: A gradient contains NaN.
+            TrainingError: A gradient is sparse or sharded.
         """
         if self._is_given:
             return
         with_gradients = [parameter for _, parameter in self._with_gradients()]
         parameters = [parameter for parameter in with_gradients if parameter not in self._excluded]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        # By identity, since a skipped step (mixed precision does that) leaves a selection for gradients of the past.
+        # Compared by identity, since a skipped step (as in mixed precision) leaves a selection for old gradients.
         if gradients and list(map(id, gradients)) == list(map(id, self._masked_gradients)):
             return
         for gradient in gradients:
@@ -187,33 +187,33 @@ class MaskedOptimizer(Optimizer):
         self.updated_entries = self.total_entries - sum(removed_count(size, rule.ratio) for size in ranked_together)
 
     def give(self, selected: Mapping[torch.Tensor, torch.Tensor]) -> None:
-        """Sets the selection for the step to come, where more is known than the gradients here; then at every step.
+        """Sets the selection for the next step, instead of `select`; if used, it must be called before every step.
 
         Args:
-            selected: By parameter a bool tensor, of the shape of what this process has of it; the gradients of all
-                other entries are zero already.
+            selected: A bool tensor per parameter, of the shape of this process's part; the gradients of all other
+                entries must already be zero.
         """
         self.selected, self._is_given = dict(selected), True
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Updates the selected entries, after selecting them if that was not done.
+        """Updates the selected entries, and selects them first if necessary.
 
         Args:
-            closure: Not supported: it would compute gradients after they were selected.
+            closure: Not supported, since it would compute gradients after the selection.
 
         Raises:
-            TrainingError: A closure is given, or a gradient is sparse or partitioned.
-            MaskingError: A gradient holds NaN.
+            TrainingError: A closure is given, or a gradient is sparse or sharded.
+            MaskingError: A gradient contains NaN.
         """
         if closure is not None:
             raise TrainingError(
-                "A masked optimizer takes no closure: it selects from gradients that are already there.",
+                "A masked optimizer takes no closure, because it selects from existing gradients.",
                 hint="call backward() before step()",
             )
         self.select()
         if self.rule.unselected == "momentum":
-            self.inner.param_groups = self.param_groups  # DeepSpeed gives a step one group at a time
+            self.inner.param_groups = self.param_groups  # DeepSpeed passes one group at a time to a step
             self.inner.step()
         else:
             for group, parameter in self._with_gradients():
@@ -229,12 +229,12 @@ class MaskedOptimizer(Optimizer):
         self._forget_selection()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Resets the gradients, and the selection that was made from them."""
+        """Resets the gradients and the selection made from them."""
         super().zero_grad(set_to_none)
         self._forget_selection()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters to the inner optimizer, and so to this one."""
+        """Adds a parameter group to the inner optimizer, and so to this one."""
         self.inner.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,10 +242,10 @@ class MaskedOptimizer(Optimizer):
         return {**self.inner.state_dict(), STEPS_KEY: self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a state that `state_dict` gave.
+        """Loads a state from `state_dict`.
 
         Raises:
-            TrainingError: It is the state of another optimizer.
+            TrainingError: It is not the state of a masked optimizer.
         """
         if STEPS_KEY not in state_dict:
             raise TrainingError(
@@ -276,18 +276,18 @@ class MaskedOptimizer(Optimizer):
                     yield group, parameter
 
     def _is_updated_in_parts(self, parameter: torch.Tensor) -> bool:
-        """Whether a step may treat the parameter as several small ones."""
+        """True if a step may process the parameter in several small parts."""
         entries = self._entry_state(parameter)
         return (
             type(self.inner) in _BY_ENTRY
             and parameter.numel() > 0
-            and len(entries) > 0  # the first step makes the state, for the whole parameter
+            and len(entries) > 0  # the first step creates the state for the whole parameter
             and parameter.grad is not None
             and all(is_flat(tensor) for tensor in (parameter, parameter.grad, *entries.values()))
         )
 
     def _update_in_parts(self, group: dict[str, Any], parameter: torch.Tensor, selected: torch.Tensor) -> None:
-        """What `_update` does, with a few megabytes of copies however large the parameter is."""
+        """Equivalent to `_update`, but copies only a few megabytes at a time, regardless of the parameter's size."""
         state = self.state[parameter]
         entries = {key: value.view(-1) for key, value in self._entry_state(parameter).items()}
         counters = {key: value for key, value in state.items() if key not in entries}
@@ -306,7 +306,7 @@ class MaskedOptimizer(Optimizer):
             state.update({key: stepped[key] for key in counters})
 
     def _update(self, group: dict[str, Any], parameter: torch.Tensor, selected: torch.Tensor) -> None:
-        """One step of the inner optimizer on a parameter, after which entries that are not selected are put back."""
+        """Runs one step of the inner optimizer on a parameter, then restores the entries that are not selected."""
         weight = parameter.clone()
         before = {key: value.clone() for key, value in self._entry_state(parameter).items()}
         self._step_alone(group, parameter)
@@ -318,7 +318,7 @@ class MaskedOptimizer(Optimizer):
             _put_back(value, before[key], selected)
 
     def _entry_state(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state tensors that hold one number for each entry of the parameter."""
+        """The state tensors with one number per entry of the parameter."""
         return {
             key: value
             for key, value in self.state.get(parameter, {}).items()
@@ -326,9 +326,9 @@ class MaskedOptimizer(Optimizer):
         }
 
     def _untouched_state(self, group: dict[str, Any], parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The state that a first step creates for entries it does not select: from a gradient and a weight of zero.
+        """The state that a first step creates for unselected entries, computed with a gradient and a weight of zero.
 
-        With the weight itself, weight decay that is added to the gradient would enter the momentum.
+        With the actual weight, weight decay that is added to the gradient would enter the momentum.
         """
         weight, gradient, state = parameter.clone(), parameter.grad, self.state.pop(parameter)
         parameter.zero_()
@@ -340,7 +340,7 @@ class MaskedOptimizer(Optimizer):
         return untouched
 
     def _step_alone(self, group: dict[str, Any], parameter: torch.Tensor) -> None:
-        """A step of the inner optimizer that sees this parameter only, so that one tensor is copied at a time."""
+        """Runs a step of the inner optimizer on this parameter only, so that one tensor is copied at a time."""
         groups, parameters = self.inner.param_groups, group["params"]
         group["params"] = [parameter]
         self.inner.param_groups = [group]
@@ -354,10 +354,10 @@ class MaskedOptimizer(Optimizer):
 def _check_whole(gradient: torch.Tensor) -> None:
     if type(gradient) is not torch.Tensor or gradient.layout != torch.strided:
         raise TrainingError(
-            "Entries can be selected only from gradients that are dense and whole in every process.",
+            "Entries can only be selected from gradients that are dense and whole in every process.",
             expected="plain tensors",
             actual=f"{type(gradient).__name__} of layout {gradient.layout}",
-            hint="train with DDP or one process, and embeddings without sparse=True",
+            hint="train with DDP or a single process, and use embeddings without sparse=True",
         )
 
 

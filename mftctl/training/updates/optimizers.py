@@ -1,4 +1,4 @@
-"""Which optimizer fine-tuning takes a step with, and what it needs."""
+"""The optimizers for fine-tuning and their requirements."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _NAMES = {
     "paged_adamw_8bit": "paged_adamw_8bit",
 }
 _BY_SHAPE = ("adagrad", "adafactor")
-"""Optimizers that make their state for the parameters they are created with, or look at their rows and columns."""
+"""Optimizers that create state on construction or depend on rows and columns of parameters."""
 
 
 def check_memory_options(options: FftOptions, device: torch.device) -> None:
-    """Nothing, if the options that save memory can be had here: on this device, with what is installed.
+    """Checks that the memory-saving options are available with this device and the installed packages.
 
     Args:
-        options: Of the training.
-        device: That it will use.
+        options: Options of the training.
+        device: The training's device.
 
     Raises:
-        ConfigError: One of them cannot.
+        ConfigError: An option is not available.
     """
     if options.quantize is not None:
         require_bitsandbytes("fft.quantize", options.quantize)
@@ -42,7 +42,7 @@ def check_memory_options(options: FftOptions, device: torch.device) -> None:
         require_bitsandbytes("fft.optimizer", options.optimizer)
     if options.optimizer == "paged_adamw_8bit" and device.type == "cpu":
         raise ConfigError(
-            "Pages of moments go between a GPU and the machine's memory, and there is no GPU.",
+            "A paged optimizer moves moments between GPU and main memory, but there is no GPU.",
             key="fft.optimizer",
             expected="adamw_8bit, or a GPU",
             actual="paged_adamw_8bit on a CPU",
@@ -51,14 +51,14 @@ def check_memory_options(options: FftOptions, device: torch.device) -> None:
         return
     if options.low_memory or options.has_8bit_moments:
         raise ConfigError(
-            "Weights or moments of fewer bits are trained where each process has all of them.",
+            "Low-precision weights or moments require all of them in each process.",
             key="fft.low_memory" if options.low_memory else "fft.optimizer",
             expected="one process, or recipes/accelerate/ddp.yaml",
-            actual="ZeRO or FSDP, which spread them over the processes themselves",
+            actual="ZeRO or FSDP, which shard them",
         )
     if under_deepspeed() and options.optimizer in _BY_SHAPE:
         raise ConfigError(
-            "DeepSpeed hands parameters to the optimizer as flat tensors, which this one cannot work with.",
+            "DeepSpeed passes flat tensors to the optimizer, which this optimizer does not support.",
             key="fft.optimizer",
             expected="adamw, sgd or rmsprop",
             actual=options.optimizer,
@@ -66,10 +66,10 @@ def check_memory_options(options: FftOptions, device: torch.device) -> None:
 
 
 def optimizer_name(options: FftOptions, device: torch.device) -> OptimizerNames:
-    """The Trainer's name of the optimizer.
+    """The Trainer's name for the optimizer.
 
-    AdamW on a GPU is fused, which makes no copies of the parameters; where they are spread over processes, DeepSpeed
-    and FSDP have ways of their own.
+    On a GPU, AdamW is fused, which avoids copies of the parameters; if they are sharded, DeepSpeed and FSDP use their
+    own implementations.
     """
     if options.optimizer == "adamw" and device.type == "cuda" and not spreads_parameters():
         return OptimizerNames("adamw_torch_fused")
@@ -77,7 +77,7 @@ def optimizer_name(options: FftOptions, device: torch.device) -> OptimizerNames:
 
 
 def low_memory_optimizer(arguments: Any) -> tuple[type[StochasticAdamW], dict[str, Any]]:
-    """The optimizer of weights in bf16, and its settings: those of the Trainer's AdamW.
+    """The optimizer for weights in bf16, with the settings of the Trainer's AdamW.
 
     Args:
         arguments: `TrainingArguments`.
@@ -88,7 +88,7 @@ def low_memory_optimizer(arguments: Any) -> tuple[type[StochasticAdamW], dict[st
 
 
 def forget_8bit_overrides() -> None:
-    """Lets go of the embeddings that bitsandbytes was told to keep 32-bit moments for, which it never does itself."""
+    """Releases the embeddings registered with bitsandbytes for 32-bit moments, which it never does itself."""
     from bitsandbytes.optim.optimizer import GlobalOptimManager
 
     GlobalOptimManager.get_instance().initialize()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""AdamW for parameters in bf16, with moments in bf16: 8 bytes an entry with its gradient, instead of 16 in fp32."""
+"""AdamW with parameters, gradients and moments in bf16: 8 bytes per entry instead of 16 in fp32."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch.optim import Optimizer
 
 from mftctl.masking.counter_random import random_bits, stream_key
 
-_CPU_ENTRIES = 1 << 17  # what is computed of so many stays in the cache
-_DEVICE_ENTRIES = 1 << 24  # few kernels a tensor, and temporary tensors of a bounded size
+_CPU_ENTRIES = 1 << 17  # intermediate results of this many entries stay in the cache
+_DEVICE_ENTRIES = 1 << 24  # few kernels per tensor, and temporary tensors of bounded size
 _TEMPORARY_BYTES = 44
-"""Of an entry that is being computed: six fp32 numbers, random bits and what is made of them."""
+"""Temporary bytes per entry being computed: six fp32 numbers, random bits and values derived from them."""
 _LOST_BITS = 16
 
 
 def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The values in bf16, each rounded up or down by chance, so that it is right on average.
+    """The values stochastically rounded to bf16, so that they are unbiased.
 
-    A step much smaller than the spacing of bf16 numbers would be lost if it were rounded to the nearest: so it is
-    taken whole, now and then.
+    An update much smaller than the spacing of bf16 numbers would be lost with rounding to nearest; stochastic rounding
+    occasionally applies a whole step instead.
 
     Args:
         values: fp32, finite or not, contiguous.
-        noise: int32, evenly spread over the numbers below 65,536; of the values' shape.
+        noise: int32, uniform over the integers from 0 to 65,535; of the values' shape.
     """
-    # Infinity and NaN as torch makes them end in 16 zeros, which noise does not carry over.
+    # torch's infinities and NaN end in 16 zero bits, so adding noise causes no carry.
     return (values.view(torch.int32) + noise).bitwise_and_(-(1 << _LOST_BITS)).view(torch.float32).bfloat16()
 
 
 def step_workspace_bytes(largest: int, device: torch.device) -> int:
-    """The most that a step of `StochasticAdamW` holds besides parameters, gradients and state.
+    """Peak memory of a `StochasticAdamW` step in addition to parameters, gradients and state.
 
     Args:
-        largest: Entries of the largest parameter.
-        device: Of the parameters.
+        largest: Number of entries of the largest parameter.
+        device: Device of the parameters.
     """
     return min(largest, _chunk_entries(device)) * _TEMPORARY_BYTES
 
@@ -46,18 +46,18 @@ def _chunk_entries(device: torch.device) -> int:
 
 
 class StochasticAdamW(Optimizer):
-    """AdamW that computes in fp32, a part of a parameter at a time, and keeps parameters and moments in bf16.
+    """AdamW that computes in fp32, one chunk of a parameter at a time, and stores parameters and moments in bf16.
 
-    The noise of an entry follows from the seed, the step and the entry's place alone, so that a resumed training goes
-    on as it would have, and is the same on every device.
+    The noise of an entry depends only on the seed, the step and the entry's position, so that a resumed training
+    continues as if it had not been interrupted, and is the same on every device.
 
     Args:
-        params: Parameters in bf16, or groups of them with a learning rate `lr` each.
-        eps: Added to the root of the second moment.
-        weight_decay: Decoupled, as in torch's AdamW.
+        params: Parameters in bf16, or parameter groups, each with a learning rate `lr`.
+        eps: Added to the square root of the second moment.
+        weight_decay: Decoupled weight decay, as in torch's AdamW.
         seed: Decides the noise.
 
-    Source: AdamW as torch has it; stochastic rounding of all that is kept is ours.
+    Source: AdamW as in torch; stochastic rounding of all stored values is ours.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class StochasticAdamW(Optimizer):
         self._seed = seed
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters, each of which gets noise of its own."""
+        """Adds a group of parameters, each with its own noise."""
         super().add_param_group(param_group)
         for parameter in self.param_groups[-1]["params"]:
             self._numbers[parameter] = len(self._numbers)
@@ -83,7 +83,7 @@ class StochasticAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Updates all parameters that have a gradient."""
-        # By a number of its own, since a masked optimizer has one parameter at a time stepped.
+        # Each parameter has a number of its own, since a masked optimizer steps one parameter at a time.
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -115,7 +115,7 @@ class StochasticAdamW(Optimizer):
             new_square = square.float().mul_(beta2).addcmul_(wide, wide, value=1 - beta2)
             new_weight = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
             new_weight.addcdiv_(new_mean, new_square.sqrt().div_(correction).add_(group["eps"]), value=-step_size)
-            # 64 random bits an entry, of which each rounding takes 16.
+            # 64 random bits per entry; each rounding uses 16 of them.
             drawn = random_bits(key, start, start + wide.numel(), device=wide.device)
             start += wide.numel()
             noise = drawn.view(torch.int16).view(-1, 4)

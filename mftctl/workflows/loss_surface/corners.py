@@ -16,13 +16,13 @@ from mftctl.progress import Listener
 
 @dataclass(frozen=True, slots=True)
 class Corners:
-    """Three finished runs of one family.
+    """Three finished runs that belong together.
 
     Attributes:
-        fft: The fine-tuning of all weights.
-        continued: The fine-tuning that goes on from its model.
-        mft: The `mask-train` that learned a mask of its model, or the `apply` that wrote the masked model.
-        recipe: That of `fft`, with the test data that its models are measured on.
+        fft: The run that fine-tuned all weights.
+        continued: The run that continued fine-tuning from its model.
+        mft: The `mask-train` run that learned a mask for its model, or the `apply` run that wrote the masked model.
+        recipe: The recipe of `fft`, with the test data its models are evaluated on.
     """
 
     fft: Run
@@ -31,22 +31,22 @@ class Corners:
     recipe: Recipe
 
     def runs(self) -> tuple[Run, Run, Run]:
-        """All three, FFT first."""
+        """All three runs, FFT first."""
         return self.fft, self.continued, self.mft
 
 
 def find_corners(root: Path, listener: Listener) -> Corners:
-    """The newest FFT run that a continued FFT and an MFT start from, with both.
+    """The latest FFT run from which both a continued FFT and an MFT run start, with these two.
 
-    Of several continued FFTs it is the newest; of several masks the one that lowers the validation loss most.
+    Of several continued FFT runs it takes the latest; of several masks, the one that lowers the validation loss most.
 
     Args:
         root: The runs folder.
-        listener: Hears what was found, and which newer FFT runs are passed over.
+        listener: Receives notes on the runs found and on newer FFT runs that are skipped.
 
     Raises:
-        RunError: One of the three is missing, for the newest FFT run, or no test data is known; it names the command
-            that makes it.
+        RunError: One of the three is missing for the latest FFT run, or no test data is known; the error names the
+            command that creates it.
     """
     runs = [run for run in list_runs(root)[0] if run.record.status == "finished"]
     tuned = [run for run in reversed(runs) if run.record.command == "fft" and state_of(run) == FFT and _is_there(run)]
@@ -58,22 +58,22 @@ def find_corners(root: Path, listener: Listener) -> Corners:
             problems.append(error)
             continue
         for newer, problem in zip(tuned, problems, strict=False):
-            listener.note(f"{newer.name} is passed over. {problem.message}")
+            listener.note(f"Skipped {newer.name}: {problem.message}")
         listener.note(f"Surface through {', '.join(f'{run.name} ({state_of(run)})' for run in found.runs())}")
         return found
     if problems:
         raise problems[0]
     raise RunError(
-        "There is no FFT run to draw a loss surface around.",
+        "There is no FFT run for a loss surface.",
         path=root,
-        expected="a finished fft run of all weights, its model in place",
+        expected="a finished fft run of all weights, with its model in place",
         actual=_listed(run for run in runs if run.record.command == "fft"),
         hint="mftctl fft",
     )
 
 
 def state_of(run: Run) -> str:
-    """What a run made, in the words of the papers."""
+    """The state of a run's model, as named in the papers."""
     return str(run.record.result.get("state"))
 
 
@@ -84,7 +84,7 @@ def _continued(fft: Run, runs: Sequence[Run]) -> Run:
         raise RunError(
             f"No continued FFT starts from {fft.name}.",
             path=fft.folder,
-            expected="a finished fft run of all weights that goes on from its model, with its own model in place",
+            expected="a finished fft run of all weights that continues from its model, with its own model in place",
             actual=_listed(tuned),
             hint=f"mftctl fft --model {fft.record.result['model']} --keep last",
         )
@@ -99,9 +99,9 @@ def _mft(fft: Run, runs: Sequence[Run]) -> Run:
         return min(reversed(masks), key=lambda run: run.record.result["best_loss"] - run.record.result["unmasked_loss"])
     if not found:
         raise RunError(
-            f"No learned mask of {fft.name} is there.",
+            f"No learned mask for {fft.name} was found.",
             path=fft.folder,
-            expected="a finished mask-train run with method learned, its mask in place; or its model, written by apply",
+            expected="a finished mask-train run (method learned) with its mask in place, or its model written by apply",
             actual=_listed(made),
             hint=f"mftctl mask-train --model {fft.record.result['model']}",
         )
@@ -109,7 +109,7 @@ def _mft(fft: Run, runs: Sequence[Run]) -> Run:
 
 
 def _recipe(fft: Run, runs: Sequence[Run]) -> Recipe:
-    """The recipe of a run; where it has no test data, with that of the newest evaluation of one of its models."""
+    """The recipe of a run; test data it lacks is taken from the latest evaluation of one of its models."""
     recipe = load_recipe(base=fft.record.config, stages=False)
     if recipe.test_data:
         return recipe
@@ -128,13 +128,13 @@ def _recipe(fft: Run, runs: Sequence[Run]) -> Recipe:
 
 
 def _starts_from(run: Run, fft: Run) -> bool:
-    """Whether a run worked on the model of `fft`, which another runs folder may name too."""
+    """True if a run worked on the model of `fft`, possibly under a different path."""
     model = run.record.inputs.get("model")
     return model is not None and Path(model).resolve() == Path(fft.record.result["model"]).resolve()
 
 
 def _is_there(run: Run) -> bool:
-    """Whether what the run made was not deleted since."""
+    """True if the run's output still exists."""
     made = run.record.result.get("mask" if run.record.command == "mask-train" else "model")
     return made is not None and Path(made).exists()
 

@@ -1,4 +1,4 @@
-"""The `report --surface` workflow: the loss in the plane through FFT, continued FFT and MFT, point by point."""
+"""The `report --surface` workflow: the loss on a grid in the plane through FFT, continued FFT and MFT."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ POINTS = 11
 RECORDS = 100
 _FEWEST_POINTS = 4
 _MARGIN = 1 / 3
-"""On each side, as a share of the extent of the three models, which with 11 points puts FFT on a point of the grid."""
+"""Margin on each side as a share of the extent of the three models; with 11 points, FFT falls on a grid point."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """One measurement: a corner under its own weights, or a point of the grid.
+    """One place to evaluate: a corner with its own weights, or a grid point.
 
     Attributes:
-        step: Its number, from 1, the same in every run of this grid.
-        point: Where.
-        corner: 0, 1 or 2, None for a point of the grid.
-        name: What the log calls it: `mark`, or `column` and `row`.
+        step: Its number, from 1; the same in every run of this grid.
+        point: Its coordinates.
+        corner: 0, 1 or 2; None for a grid point.
+        name: Its name in the log: `mark`, or `column` and `row`.
     """
 
     step: int
@@ -71,12 +71,12 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """The records that are measured on.
+    """The records to evaluate on.
 
     Attributes:
-        encoder: Of the tokenizer of FFT's model.
-        train: A seeded choice of those that FFT trained on.
-        test: The first ones, as `eval --limit` takes them.
+        encoder: Encoder of the FFT model's tokenizer.
+        train: A seeded random choice of the records that FFT was trained on.
+        test: The first N test records, as with `eval --limit`.
     """
 
     encoder: Encoder
@@ -87,27 +87,29 @@ class _Parts:
 def measure_surface(
     root: Path, listener: Listener, *, points: int = POINTS, records: int = RECORDS, device: str = "auto"
 ) -> Run:
-    """The finished run of a loss surface: the one there is, else one taken up where it was stopped, else a new one.
+    """The finished run of a loss surface: an existing one, one that is resumed, or a new one.
 
     Its `metrics.jsonl` has a line for each of the three models (`mark`) and each point of the grid (`column`, `row`):
-    `x` and `y`, the distances from FFT along the two axes of `WeightPlane`, and the losses per answer token of the
-    weights in fp32, `train_loss` and `test_loss`, null where the model gives no number there.
+    `x` and `y`, the distances from FFT along the two axes of `WeightPlane`, and the losses per answer token with fp32
+    weights, `train_loss` and `test_loss`, null where the loss is not finite.
 
-    Held in memory are the model, 4 bytes a weight, and the three models as they are stored, of which what two have in
-    common counts once.
+    Memory holds the model in fp32 (4 bytes per weight) and the three models as stored; tensors that two of them share
+    are held once.
 
     Args:
         root: The runs folder.
-        listener: Hears progress.
-        points: Of the grid, a side.
-        records: To measure on, of the training data and of the test data each.
-        device: To compute on, as a recipe names it.
+        listener: Receives progress updates.
+        points: Grid points per side.
+        records: Number of records to evaluate on, from the training data and from the test data each.
+        device: Device to compute on, as named in a recipe.
 
     Raises:
         ConfigError: A number is out of range.
-        RunError: A run is missing that the plane goes through; it names the command that makes it.
-        Interrupted: The user stopped it; every point measured is kept.
-        MftError: Anything else known that can go wrong.
+        RunError: A run that spans the plane is missing; the error names the command that creates it.
+        Interrupted: The user stopped it; all points measured so far are kept.
+        DataError: The training data has changed, or no record can be used.
+        ModelError: A model cannot be loaded, or the three models do not span a plane.
+        DeviceMemoryError: The GPU runs out of memory.
 
     Source: MFT, figures 6 and 10.
     """
@@ -119,7 +121,7 @@ def measure_surface(
 
 
 def _surface(root: Path, corners: Corners, listener: Listener, points: int, records: int, device: str) -> Run:
-    """The same, once the corners are known."""
+    """Runs `measure_surface` once the corners are known."""
     checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
     tokenizer = load_tokenizer(checkpoint)
     for model in dict.fromkeys(source_of_run(run).model for run in corners.runs()):
@@ -148,10 +150,10 @@ def _check(option: str, value: int, fewest: int) -> None:
 
 
 def _training_records(corners: Corners, encoder: Encoder, count: int, listener: Listener) -> EncodedRecords:
-    """A seeded choice of the records that FFT was trained on.
+    """A seeded random choice of the records that FFT was trained on.
 
     Raises:
-        DataError: The data is not what it was then.
+        DataError: The data has changed since then.
     """
     recipe, inputs = corners.recipe, corners.fft.record.inputs
     read = split_examples(recipe)
@@ -159,15 +161,15 @@ def _training_records(corners: Corners, encoder: Encoder, count: int, listener: 
     if recipe.fft.data_fraction < 1:
         train = sample_fraction(train, recipe.fft.data_fraction, recipe.seed)
     length, issues = recipe.fft.max_length_tokens, RecordIssues()
-    if data_digest(train) != inputs["digests"]["train"]:  # which does not have those that were left out
+    if data_digest(train) != inputs["digests"]["train"]:  # the digest excludes records that were left out
         train = encode_part(train, encoder, length, issues, listener).examples
     if data_digest(train) != inputs["digests"]["train"]:
         raise DataError(
-            f"The training data is no longer what {corners.fft.name} was trained on.",
+            f"The training data has changed since {corners.fft.name} was trained.",
             path=", ".join(source.path for source in recipe.data),
             expected=f"{inputs['train_records']} records with SHA-256 {inputs['digests']['train']}",
             actual=f"{len(train)} records with SHA-256 {data_digest(train)}",
-            hint="put the data back, or train all three anew on what it is now",
+            hint="restore the data, or train all three models again on the new data",
         )
     chosen = encode_part(sample_count(train, count, recipe.seed), encoder, length, issues, listener)
     require_records("Training data", chosen, issues, length)
@@ -185,7 +187,7 @@ def _test_records(recipe: Recipe, encoder: Encoder, count: int, listener: Listen
 
 
 def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records: int, listener: Listener) -> Run:
-    """The newest run with just these inputs, finished or taken up again, or else a new one."""
+    """The latest run with exactly these inputs, finished or resumed; otherwise a new one."""
     config = _without_machine(to_document(corners.recipe))
     inputs = {
         **source_of_run(corners.fft).as_inputs(),
@@ -204,7 +206,7 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
     ]
     for run in same:
         if run.record.status == "finished":
-            listener.note(f"Measured already: {run.folder}")
+            listener.note(f"Already measured: {run.folder}")
             return run
     if same:
         same[-1].go_on()
@@ -216,12 +218,12 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
 
 
 def _without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration but for where FFT was trained, which is another matter."""
+    """A configuration without the device that FFT was trained on, which is irrelevant here."""
     return {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
 
 
 def _identity(run: Run) -> dict[str, Any]:
-    """What tells whether a corner is the same as before."""
+    """Identifies a corner, so that a change can be detected."""
     source = source_of_run(run)
     return {
         "state": state_of(run),
@@ -234,7 +236,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: Listener) -> dict[str, Any]:
-    """The result, once all places are measured."""
+    """Evaluates all places and returns the result."""
     restart_peak_memory()
     checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
     pad = pad_token_id(parts.encoder.tokenizer)
@@ -245,7 +247,7 @@ def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: L
     listener.note("; ".join(map(_place_text, names, plane.corners)) + ": distances in the space of the weights")
     places = list(_places(plane, names, points))
     log = run.training
-    log.rewind(len(places))  # a kill may have left half a line
+    log.rewind(len(places))  # a killed process may have left a partial line
     done = {line["step"] for line in log.metrics()}
     with stop_on_signal(listener) as stop:
         for place in places:
@@ -260,7 +262,7 @@ def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: L
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """Tells how far the measuring has come, in records, and gives up the point at hand when the user wants to stop."""
+    """Reports progress in records, and aborts the current point when the user asks to stop."""
 
     stop: StopRequest
     listener: Listener
@@ -269,23 +271,23 @@ class _Listening:
     places: int
 
     def hear(self, records_done: int, records: int) -> None:
-        """Takes what is done of the records of one place.
+        """Receives the number of records completed at one place.
 
         Raises:
-            Interrupted: The user wants to stop.
+            Interrupted: The user asked to stop.
         """
         if self.stop.requested:
             raise Interrupted(
                 f"Stopped after {self.places_done} of {self.places} points.",
                 path=self.folder,
-                hint="the same command goes on from there",
+                hint="run the same command again to resume",
             )
         done = self.places_done * records + records_done
         self.listener.progress(Progress("measuring the surface", done, self.places * records))
 
 
 def _weights(corners: Corners) -> tuple[Weights, Weights, Weights]:
-    """The parameters of the three models as they are stored; equal ones are held once."""
+    """The parameters of the three models as stored; equal tensors are held once."""
     fft = _stored(corners.fft)
     continued, mft = (
         {name: fft[name] if _equal(tensor, fft.get(name)) else tensor for name, tensor in _stored(run).items()}
@@ -295,7 +297,7 @@ def _weights(corners: Corners) -> tuple[Weights, Weights, Weights]:
 
 
 def _stored(run: Run) -> dict[str, torch.Tensor]:
-    """The parameters of what a run made, tied ones once, in the one dtype of its checkpoint, or in fp32."""
+    """The parameters of a run's model, tied ones once, in the dtype of its checkpoint if uniform, otherwise in fp32."""
     source = source_of_run(run)
     checkpoint = resolve_checkpoint(source.model)
     dtypes = {stored.dtype for stored in tensor_index(checkpoint).values()}
@@ -312,7 +314,7 @@ def _equal(tensor: torch.Tensor, other: torch.Tensor | None) -> bool:
 
 
 def _places(plane: WeightPlane, names: Sequence[str], points: int) -> Iterator[_Place]:
-    """The three models, then the grid, every eighth row and column before every fourth, and so on."""
+    """The three models, then the grid from coarse to fine: every eighth row and column, every fourth, and so on."""
     for number, (name, corner) in enumerate(zip(names, plane.corners, strict=True)):
         yield _Place(number + 1, corner, number, {"mark": name})
     xs = _axis([corner.x for corner in plane.corners], points)

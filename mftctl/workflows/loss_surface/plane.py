@@ -1,4 +1,4 @@
-"""The plane through three models in the space of their weights."""
+"""The plane through three models in weight space."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mftctl.evaluation.losses import exact_sum
 Weights = Mapping[str, torch.Tensor]
 
 _NARROWEST = 1e-6
-"""Squared sine of the smallest angle between two directions that are held to be two."""
+"""Squared sine of the smallest angle at which two directions count as distinct."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlanePoint:
-    """A place on the plane: its distances from the origin along the two axes, in the norm of all weights together.
+    """A point on the plane: its distances from the origin along the two axes, in the norm over all weights.
 
     Attributes:
         x: Along the first axis, from the origin towards the second corner.
@@ -34,19 +34,19 @@ class PlanePoint:
 class WeightPlane:
     """Sets the weights of a model to those of any point on the plane through three corners.
 
-    The axes are those of Gram and Schmidt: u = second - first, and v, what of third - first is orthogonal to u. Points
-    are made anew from the corners, one tensor at a time and in fp32, so that none depends on those before it.
+    The axes come from Gram-Schmidt orthogonalisation: u = second - first, and v, the part of third - first orthogonal
+    to u. Points are recomputed from the corners, one tensor at a time in fp32, so that none depends on earlier ones.
 
     Attributes:
-        corners: Where the three lie: (0, 0), (x, 0) and (x, y), the last with y above 0.
+        corners: Coordinates of the three corners: (0, 0), (x, 0) and (x, y), with y above 0 in the last.
 
     Args:
-        model: Whose weights are set; in fp32, with what all corners have in common.
-        weights: The parameters of the three corners by name, in any dtype, on the model's device. Where a corner holds
-            the very tensor of the first, that tensor is equal in both.
+        model: The model whose weights are set; in fp32, with everything that the corners have in common.
+        weights: The parameters of the three corners by name, in any dtype, on the model's device. A tensor that equals
+            that of the first corner may be the same object.
 
     Raises:
-        ModelError: The corners have other parameters than the model, or do not span a plane.
+        ModelError: The corners' parameters differ from the model's, or the corners do not span a plane.
 
     Source: MFT, figures 6 and 10.
     """
@@ -58,27 +58,27 @@ class WeightPlane:
         form = {name: parameter.shape for name, parameter in self._parameters.items()}
         for corner in weights:
             if {name: tensor.shape for name, tensor in corner.items()} != form:
-                raise ModelError("The three models do not have the same parameters: no plane goes through them.")
+                raise ModelError("The three models do not have the same parameters, so they span no plane.")
         self._weights = weights
         first, second, third = self._products()
         if first == 0:
-            raise ModelError("The first two of the three models have the same weights: no plane goes through them.")
+            raise ModelError("The first two of the three models have the same weights, so they span no plane.")
         height = third - second * second / first
         if height <= _NARROWEST * third:
             raise ModelError(
-                "The three models lie on one line: no plane goes through them.",
-                actual=f"the third is {math.sqrt(third):.3g} away from the first, that far along the line",
+                "The three models lie on a line, so they span no plane.",
+                actual=f"the third lies on the line through the others, {math.sqrt(third):.3g} from the first",
             )
         length, tall = math.sqrt(first), math.sqrt(height)
         self.corners = PlanePoint(0.0, 0.0), PlanePoint(length, 0.0), PlanePoint(second / length, tall)
 
     def set_corner(self, number: int) -> None:
-        """Gives the model the very weights of a corner: 0, 1 or 2."""
+        """Sets the model to the exact weights of a corner: 0, 1 or 2."""
         for name, parameter in self._parameters.items():
             parameter.copy_(self._weights[number][name])
 
     def set_point(self, point: PlanePoint) -> None:
-        """Gives the model the weights of a point."""
+        """Sets the model to the weights of a point."""
         _, second, third = self.corners
         of_third = point.y / third.y
         of_second = (point.x - of_third * third.x) / second.x
@@ -89,14 +89,14 @@ class WeightPlane:
                     parameter.add_(difference, alpha=share)
 
     def _differences(self, name: str) -> Iterator[torch.Tensor | None]:
-        """Second and third corner minus the first for one parameter, in fp32; None where there is no difference."""
+        """Second and third corner minus the first for one parameter, in fp32; None if there is no difference."""
         origin = self._weights[0][name]
         for corner in self._weights[1:]:
             tensor = corner[name]
             yield None if tensor is origin else tensor.to(torch.float32, copy=True).sub_(origin)
 
     def _products(self) -> tuple[float, float, float]:
-        """The inner products over all weights: (d, d), (d, e) and (e, e) of the two differences d and e."""
+        """The inner products (d, d), (d, e) and (e, e) of the two differences d and e over all weights."""
         found = [[0.0], [0.0], [0.0]]
         for name in self._parameters:
             one, other = self._differences(name)

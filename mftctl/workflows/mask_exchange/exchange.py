@@ -1,18 +1,18 @@
-"""Masks in the file formats of other implementations.
+"""Import and export of masks in the file formats of other implementations.
 
-Two formats are read, recognised by their contents, and written, chosen by the file's suffix:
+Two formats are supported. On import they are recognised by content, on export chosen by the file suffix:
 
 `.pt`
-    The reference implementation's `masks.pt` (repository Ming-K9/MFT): a pickled dict from a module's name to a tensor
-    of the weight's shape, 1 = keep and 0 = removed. Written with float32 tensors under names without `.weight`, as its
-    loader expects: it multiplies with them and takes their mean, which torch has for floating point only.
+    The reference implementation's `masks.pt` (repository Ming-K9/MFT): a pickled dict from module name to a tensor of
+    the weight's shape, 1 = keep and 0 = removed. Written with float32 tensors under names without `.weight`, as its
+    loader expects: it multiplies by them and takes their mean, which torch supports only for floating point.
 `.npz`
-    Packed bits as MaskLLM (repository NVlabs/MaskLLM) distributes them: one uint8 array for each weight, under its name
-    and `.mask`, holding row-major bits as `numpy.packbits` orders them (the first weight is the highest bit of a byte).
-    The shape is that of the model's weight. MaskLLM's own loader needs weights whose number is a multiple of 8.
+    Packed bits as distributed by MaskLLM (repository NVlabs/MaskLLM): one uint8 array per weight, under its name plus
+    `.mask`, with row-major bits in the order of `numpy.packbits` (the first weight is the highest bit of a byte). The
+    shape is that of the model's weight. MaskLLM's own loader needs a multiple of 8 weights.
 
-Neither says which model a mask belongs to, or holds a digest of the whole: importing ties a mask to the base it is
-given, and from then on damage is found.
+Neither format states which model a mask belongs to or includes a digest. Importing ties a mask to the given base, and
+damage is detected from then on.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ _ZIP_START: Final = b"PK"
 _PICKLE_START: Final = b"\x80"
 _PICKLE_MEMBER: Final = "data.pkl"
 _EXPORTED: Final = b"exported by mftctl"
-"""The comment of an archive, by which a file is known that may be replaced."""
-_KINDS: Final = "masks.pt of the reference implementation, or an .npz of packed bits as MaskLLM distributes them"
+"""The archive comment that marks a file as replaceable."""
+_KINDS: Final = "masks.pt of the reference implementation, or an .npz file of packed bits as distributed by MaskLLM"
 
 
 def import_mask(
     file: Path, base: Path, *, base_model: str, base_revision: str | None = None, run_id: str | None = None
 ) -> Mask:
-    """The weight mask in another implementation's file, tied to a base.
+    """Imports a weight mask from another implementation's file and ties it to a base.
 
-    Names may lack `.weight`, may end with `.mask`, and may have or lack the model's prefix, such as `transformer.`.
+    Names may lack `.weight`, may end in `.mask`, and may have or lack the model's prefix, such as `transformer.`.
 
     Args:
-        file: A file from anyone; no code in it is run.
-        base: Folder of the checkpoint that the mask was learned on. Nothing in the file tells whether it is.
+        file: A possibly untrusted file; no code in it is run.
+        base: Folder of the checkpoint that the mask was learned on; the file holds nothing to verify this.
         base_model: Name of the base for the mask file.
         base_revision: Its revision on the hub.
         run_id: The run that imports it.
 
     Raises:
-        MaskFormatError: The file cannot be read, is damaged or of an unknown kind, or a value is neither 0 nor 1.
-        MaskMismatchError: A name is not in the base or comes twice, or a shape or size is not that of the base's.
+        MaskFormatError: The file cannot be read, is damaged or in an unknown format, or a value is neither 0 nor 1.
+        MaskMismatchError: A name is not in the base or occurs twice, or a shape or size does not match the base.
         ModelError: The base cannot be read.
     """
     masks = _open(file)
@@ -95,7 +95,7 @@ def import_mask(
 
 
 def export_permit(agreed: bool) -> Permit:
-    """What lets a file be replaced that `export_mask` wrote, if the user agreed."""
+    """A permit to replace a file that `export_mask` wrote, if the user agreed."""
     return permit_file("a mask that mftctl exported", _is_exported, replace=agreed)
 
 
@@ -108,32 +108,32 @@ def _is_exported(file: Path) -> bool:
 
 
 def export_mask(mask: Mask, file: Path, permit: Permit | None = None) -> None:
-    """Writes the mask for another implementation, whole or not at all; an existing file is replaced.
+    """Exports the mask for another implementation, atomically, replacing an existing file.
 
     Args:
         mask: A weight mask.
-        file: `.pt` takes 4 bytes a weight, in memory too; `.npz` takes at most 1 bit. Missing parent folders are made.
-        permit: Asked before something at `file` is replaced; None replaces any file.
+        file: `.pt` takes 4 bytes per weight, in memory too; `.npz` at most 1 bit. Missing parent folders are created.
+        permit: Decides whether an existing `file` may be replaced; None replaces any file.
 
     Raises:
-        MaskFileError: The mask is of kind "delta", the suffix names no format, or the file cannot be written.
+        MaskFileError: The mask is of kind "delta", the suffix is unknown, or the file cannot be written.
     """
     if mask.metadata.kind != "weight":
         raise MaskFileError(
-            "A delta mask cannot be exported: the other formats know removed weights only, not reset ones",
+            "A delta mask cannot be exported: the other formats support only removed weights, not reset ones",
             key="kind",
             expected="weight",
             actual=mask.metadata.kind,
-            hint="apply it, and give the checkpoint instead (mftctl apply)",
+            hint="apply it and share the resulting checkpoint instead (mftctl apply)",
         )
     write = _WRITERS.get(file.suffix)
     if write is None:
         raise MaskFileError(
-            "The suffix names no format to export to",
+            "The file suffix is not a known export format",
             path=file,
             expected=" or ".join(_WRITERS),
             actual=file.suffix or "no suffix",
-            hint="give a name such as masks.pt, masks.npz or small.bits (a mask file) with -o",
+            hint="with -o, give a name such as masks.pt, masks.npz or small.bits (a mask file)",
         )
     try:
         with atomic_file(file, permit) as temporary:
@@ -151,7 +151,7 @@ def export_mask(mask: Mask, file: Path, permit: Permit | None = None) -> None:
 
 
 def _open(file: Path) -> TorchMasks | NpzMasks:
-    """The reader that the file's first bytes and members ask for."""
+    """The reader for the file's format, recognised by its first bytes and members."""
     try:
         with open_regular(file) as stream:
             start = stream.read(4)
@@ -168,11 +168,11 @@ def _open(file: Path) -> TorchMasks | NpzMasks:
     if members:
         return NpzMasks(file)
     raise MaskFormatError(
-        "The file is of no kind that can be imported",
+        "The file is not in a format that can be imported",
         path=file,
         expected=_KINDS,
         actual=f"a file that starts with {start!r}" if start else "an empty file",
-        hint="a mask file of mftctl needs no import",
+        hint="mftctl's own mask files need no import",
     )
 
 
@@ -182,14 +182,14 @@ def _members(file: Path) -> list[str]:
             return archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise MaskFormatError(
-            "The archive is damaged or cut short", path=file, actual=shown(error), hint="copy the file again"
+            "The archive is damaged or truncated", path=file, actual=shown(error), hint="copy the file again"
         ) from error
 
 
 def _targets(
     names: Iterable[str], index: Mapping[str, StoredTensor], base: Path, file: Path
 ) -> dict[str, StoredTensor]:
-    """The base's tensor for each name in the file."""
+    """Maps each name in the file to the base's tensor."""
     targets: dict[str, StoredTensor] = {}
     taken: dict[str, str] = {}
     for name in names:
@@ -204,12 +204,12 @@ def _targets(
             )
         if stored.dtype not in TORCH_DTYPES:
             raise MaskMismatchError(
-                "A mask is for a tensor of the base that is not floating point",
+                "A mask refers to a tensor in the base that is not floating point",
                 path=file,
                 key=shown(name),
                 expected=", ".join(TORCH_DTYPES),
                 actual=stored.dtype,
-                hint="give the base that the mask was learned on with -m, not a quantised copy",
+                hint="with -m, give the base that the mask was learned on, not a quantised copy",
             )
         taken[stored.name] = name
         targets[name] = stored
@@ -226,21 +226,20 @@ def _checkpoint_name(name: str, index: Mapping[str, StoredTensor], base: Path, f
         return checkpoint_names([weight], index, _base_model_prefix(base))[weight]
     except MaskMismatchError as error:
         raise MaskMismatchError(
-            "A mask is for a weight that the base does not have",
+            "A mask refers to a weight that the base does not have",
             path=file,
             key=shown(name),
             expected=f"one of the weights of {base}, such as {min(index)}",
             actual=shown(weight),
-            hint="give the base that the mask was learned on with -m",
+            hint="with -m, give the base that the mask was learned on",
         ) from error
 
 
 def _base_model_prefix(folder: Path) -> str:
-    """The prefix that a model's own names may have before the checkpoint's, such as `transformer`.
+    """The prefix that the model's parameter names may have but the checkpoint's lack, such as `transformer`.
 
     Args:
-        folder: A checkpoint. A type of model that transformers does not know has no prefix, so that its names must
-            agree as they are.
+        folder: A checkpoint. For a model type unknown to transformers the prefix is empty, so names must match exactly.
     """
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 

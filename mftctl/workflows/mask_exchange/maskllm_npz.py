@@ -1,4 +1,4 @@
-"""Masks as packed bits in numpy archives, as MaskLLM distributes them."""
+"""Masks as packed bits in numpy archives, as distributed by MaskLLM."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mftctl.masking.mask_file.codecs import Packed, packed_size_bytes
 from mftctl.masking.mask_file.document import shown
 
 MASK_SUFFIX: Final = ".mask"
-"""What MaskLLM appends to the name of a weight."""
+"""The suffix that MaskLLM appends to a weight's name."""
 
 _MEMBER_SUFFIX: Final = ".npy"
-# numpy packs the first weight into the highest bit of a byte, mftctl into the lowest.
+# numpy packs the first weight into the highest bit of a byte, mftctl into the lowest bit.
 _REVERSED_BYTES: Final = np.packbits(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1), axis=1, bitorder="little"
 ).reshape(-1)
-# What zipfile, its decompressors and numpy raise for archives that are damaged or hostile.
+# Raised by zipfile, its decompressors and numpy for damaged or malicious archives.
 _READ_ERRORS: Final = (
     zipfile.BadZipFile,
     zlib.error,
@@ -38,14 +38,14 @@ _READ_ERRORS: Final = (
     EOFError,
     RuntimeError,
 )
-_DAMAGE_HINT: Final = "copy the file again from where it was made"
+_DAMAGE_HINT: Final = "copy the file again from its source"
 
 
 class NpzMasks:
     """The masks in an `.npz` file, read one at a time; nothing in it is unpickled.
 
     Args:
-        file: A file from anyone. No more is read or allocated than the weights of the model can fill.
+        file: A possibly untrusted file. No more is read or allocated than the model's weights require.
 
     Raises:
         MaskFormatError: It is damaged, or holds something other than numpy arrays.
@@ -61,28 +61,28 @@ class NpzMasks:
         for member in members:
             if not member.endswith(_MEMBER_SUFFIX):
                 raise MaskFormatError(
-                    "The archive holds something that is no numpy array",
+                    "The archive contains something that is not a numpy array",
                     path=file,
                     key=shown(member),
-                    expected=f"names that end with {_MEMBER_SUFFIX}",
-                    hint="give an .npz file of packed masks as MaskLLM distributes them",
+                    expected=f"names that end in {_MEMBER_SUFFIX}",
+                    hint="give an .npz file of packed masks as distributed by MaskLLM",
                 )
         self._members = members
 
     def names(self) -> list[str]:
-        """The names in the file, in its order; a name that is there twice comes twice."""
+        """The names in the file, in file order; duplicates are repeated."""
         return [member.removesuffix(_MEMBER_SUFFIX) for member in self._members]
 
     def packed(self, name: str, shape: tuple[int, ...]) -> Packed:
-        """The bits of one mask, as `codecs.pack` gives them.
+        """The packed bits of one mask, in the form returned by `codecs.pack`.
 
         Args:
             name: One of `names()`.
             shape: The shape of the weight it masks.
 
         Raises:
-            MaskFormatError: It is damaged, no array of packed bits, or its padding bits are not zero.
-            MaskMismatchError: It has the size of another weight.
+            MaskFormatError: It is damaged, not an array of packed bits, or its padding bits are not zero.
+            MaskMismatchError: Its size does not match the weight.
         """
         size_bytes = packed_size_bytes(math.prod(shape))
         try:
@@ -93,7 +93,7 @@ class NpzMasks:
             raise self._damaged(name, error) from error
         if dtype != np.uint8 or len(found_shape) != 1:
             raise MaskFormatError(
-                "An array of the file is not packed bits",
+                "An array in the file does not hold packed bits",
                 path=self._file,
                 key=shown(name),
                 expected="uint8, one dimension",
@@ -102,15 +102,15 @@ class NpzMasks:
             )
         if found_shape != (size_bytes,):
             raise MaskMismatchError(
-                "A mask does not have the size of the base's weight",
+                "The size of a mask does not match the base's weight",
                 path=self._file,
                 key=shown(name),
                 expected=f"{size_bytes} bytes for {shape}",
                 actual=f"{found_shape[0]} bytes",
-                hint="give the base that the mask was learned on with -m",
+                hint="with -m, give the base that the mask was learned on",
             )
         if len(payload) != size_bytes:
-            raise self._damaged(name, ValueError("the array does not have the size that its header states"))
+            raise self._damaged(name, ValueError("the array does not have the size stated in its header"))
         packed: Packed = _REVERSED_BYTES[np.frombuffer(payload, dtype=np.uint8)]
         self._require_zero_padding(name, packed, math.prod(shape))
         return packed
@@ -122,7 +122,7 @@ class NpzMasks:
                 path=self._file,
                 key=shown(name),
                 expected=f"{-weights % 8} zero bits",
-                hint="give the base that the mask was learned on with -m, or copy the file again",
+                hint="with -m, give the base that the mask was learned on, or copy the file again",
             )
 
     def _damaged(self, name: str | None, error: Exception) -> MaskFormatError:
@@ -136,7 +136,7 @@ class NpzMasks:
 
 
 def write_npz(mask: Mask, stream: BinaryIO) -> None:
-    """Writes the packed bits of each tensor under its name and `.mask`; equal masks give equal bytes.
+    """Writes the packed bits of each tensor under its name plus `.mask`; equal masks give equal bytes.
 
     Args:
         mask: The mask.

@@ -1,1 +1,1 @@
-"""One command run by several processes."""
+"""Multi-process work: the number of processes, starting and monitoring them, and their messages."""

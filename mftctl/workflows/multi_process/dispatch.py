@@ -1,4 +1,4 @@
-"""The work of a command, in its own process or in several that it starts."""
+"""Runs the work of a command, in its own process or in several worker processes."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def work(
     resume: bool = False,
     may_replace: bool = False,
 ) -> dict[str, Any]:
-    """The result of a run's command.
+    """Runs the command of a run and returns its result.
 
     Args:
-        recipe: Settled.
-        source: What it works on.
-        run: Open; its record names the command.
-        listener: Hears progress.
-        launch: With how many processes.
-        resume: Whether to go on from what the run has kept.
-        may_replace: Whether a result at the run's output is replaced.
+        recipe: The resolved recipe.
+        source: The source model.
+        run: An open run, with the command in its record.
+        listener: Receives progress updates.
+        launch: The requested number of processes.
+        resume: Whether to resume from the run's saved state.
+        may_replace: Whether to replace a result at the run's output.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        MftError: The command failed, with the error of its workflow.
     """
     launch = launch_of(run.record.command, recipe, launch)
     run.resumed_with = launch.words
@@ -47,12 +47,12 @@ def work(
 
 
 def launch_of(command: str, recipe: Recipe, launch: Launch) -> Launch:
-    """The launch of one command of an experiment: one process where there is nothing to share out.
+    """Returns the launch of one command of an experiment, with one process if its work cannot be divided.
 
     Args:
-        command: Of mftctl.
-        recipe: Of the command.
-        launch: Of the experiment.
+        command: The mftctl command.
+        recipe: The recipe of the command.
+        launch: The launch of the experiment.
     """
     drops = command == "mask-train" and recipe.mask_train.method == "drop"
     scores_alone = command == "eval" and recipe.eval.predictions is not None
@@ -64,10 +64,10 @@ def launch_of(command: str, recipe: Recipe, launch: Launch) -> Launch:
 def work_here(
     recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
 ) -> dict[str, Any]:
-    """The result of a run's command, of which this process does all or its part.
+    """Runs the command of a run, or this process's part of it, and returns its result.
 
     Raises:
-        MftError: Anything known that can go wrong.
+        MftError: The command failed, with the error of its workflow.
     """
     with trusting_code(recipe.trust_remote_code):
         match run.record.command:
@@ -92,4 +92,4 @@ def work_here(
 
                 return evaluate(recipe, source, run, listener)
             case other:
-                raise ValueError(f"{other} is not done in a run")
+                raise ValueError(f"{other} is not a command with a run")

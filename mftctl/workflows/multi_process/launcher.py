@@ -1,4 +1,4 @@
-"""Starts several processes for the work of a run, listens to them, and ends them all when one is lost."""
+"""Starts worker processes for a run, receives their messages, and ends them all when one is lost."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 _GRACE_SECONDS = 10.0
-"""How long the others have, after one has ended without having done its work, to say why they end."""
+"""Time for the others to report their error after one has ended early."""
 
 _SHORT_GRACE_SECONDS = 2.0
-"""The same where it has said why."""
+"""The same if that one has reported its error."""
 
 _LOOK_SECONDS = 0.2
 _KILLED_AT = 3
-"""A Ctrl-C asks for an end after the step, a second one for an end at once, and the third one does not ask."""
+"""The first Ctrl-C requests a stop after the step, the second an immediate stop; the third one kills."""
 
 # Not `python -m`, which would look for modules in the current folder first.
 _PROGRAM = (
@@ -61,22 +61,23 @@ def work_together(
     resume: bool,
     may_replace: bool,
 ) -> dict[str, Any]:
-    """The result of a run's command, of which several processes do a part each.
+    """Runs the command of a run in several processes and returns its result.
 
-    Their own words, such as warnings of libraries, go to `logs/` in the run folder, which stays where they fail.
+    Their own output, such as library warnings, goes to `logs/` in the run folder, which is kept if they fail.
 
     Args:
-        recipe: Settled.
-        source: What it works on.
-        run: Open; its record names the command.
-        listener: Hears progress.
-        launch: With at least two processes.
-        resume: Whether to go on from what the run has kept.
-        may_replace: Whether a result at the run's output is replaced.
+        recipe: The resolved recipe.
+        source: The source model.
+        run: An open run, with the command in its record.
+        listener: Receives progress updates.
+        launch: A launch with at least two processes.
+        resume: Whether to resume from the run's saved state.
+        may_replace: Whether to replace a result at the run's output.
 
     Raises:
-        MftError: Anything known that can go wrong; of several failures the first.
-        KeyboardInterrupt: The user stopped it outside of a training.
+        MftError: The command failed, with the error of the first process to fail.
+        LostProcessError: A process ended without reporting an error.
+        KeyboardInterrupt: The user stopped it outside of training.
     """
     order = Order(str(run.folder), to_document(recipe), asdict(source), resume, may_replace, launch.words)
     logs = run.folder / "logs"
@@ -93,10 +94,10 @@ def work_together(
 
 
 class _Team:
-    """Processes that work together.
+    """Worker processes of one command.
 
     Attributes:
-        processes: By their rank.
+        processes: The processes by rank.
     """
 
     def __init__(self, size: int, logs: Path, listener: Listener) -> None:
@@ -109,13 +110,13 @@ class _Team:
 
     @contextmanager
     def hearing_signals(self) -> Iterator[None]:
-        """Inside it, what would end this process goes to those that it started, which then end it."""
+        """Context in which signals that would end this process are forwarded to its workers, whose end then ends it."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def pass_on(number: int, frame: FrameType | None) -> None:
-            if number in ENDING and number in self._received:  # a terminal closes once
+            if number in ENDING and number in self._received:  # a terminal closes only once
                 return
             self._received.append(number)
             kills = self._received.count(signal.SIGINT) >= _KILLED_AT
@@ -129,7 +130,7 @@ class _Team:
                 signal.signal(number, handler)
 
     def watch(self) -> None:
-        """Returns when all processes have ended."""
+        """Receives messages until all processes have ended."""
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(self.processes):
                 selector.register(_pipe(process), selectors.EVENT_READ, rank)
@@ -143,14 +144,14 @@ class _Team:
                 self._end_with_the_lost()
 
     def result(self, hint: str) -> dict[str, Any]:
-        """What came out.
+        """Returns the result.
 
         Args:
-            hint: How to go on where nothing did.
+            hint: How to continue if there is no result.
 
         Raises:
-            MftError: What the first process to fail said.
-            LostProcessError: It said nothing.
+            MftError: The error reported by the first process to fail.
+            LostProcessError: That process reported no error.
             KeyboardInterrupt: The user stopped the work, and no training has saved its state.
         """
         found = self._heard[0].result
@@ -163,7 +164,7 @@ class _Team:
         raise next((error for error in told if not isinstance(error, LostProcessError)), None) or self._lost(hint)
 
     def end(self) -> None:
-        """Ends what still runs, at once."""
+        """Kills all processes that are still running."""
         self._send(signal.SIGKILL)
         for process in self.processes:
             process.wait()
@@ -177,7 +178,7 @@ class _Team:
                 process.send_signal(number)
 
     def _end_with_the_lost(self) -> None:
-        """Gives the others some time after one has failed, and no more."""
+        """Kills the others some time after one has failed."""
         if self._end_seconds is not None and time.monotonic() > self._end_seconds:
             self._send(signal.SIGKILL)
             return
@@ -192,9 +193,9 @@ class _Team:
                 )
 
     def _lost(self, hint: str) -> MftError:
-        """What is to be said of a process that ended without a word."""
+        """Returns the error for a process that ended without reporting one."""
         silent = [rank for rank in self._failed if self._heard[rank].error is None]
-        # One that was killed lets the others fail a moment later, for want of it.
+        # A killed process makes the others fail a moment later.
         silent.sort(key=lambda rank: self.processes[rank].returncode >= 0)
         rank = (*silent, *self._failed, 0)[0]
         code = self.processes[rank].returncode
@@ -202,7 +203,7 @@ class _Team:
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else words[-1] if words else f"exit code {code}"
         return LostProcessError(
-            "One of the processes ended before its work was done, and the others with it.",
+            "A process ended before its work was done, so the others were stopped.",
             path=log,
             actual=f"process {rank + 1} of {len(self.processes)}: {how}",
             hint=hint,
@@ -215,7 +216,7 @@ def _says_how_to_go_on(error: MftError) -> bool:
 
 @contextmanager
 def _started(launch: Launch, order: Order, logs: Path, listener: Listener) -> Iterator[_Team]:
-    """Processes that are at work; none of them outlives the block."""
+    """Yields running processes; none of them outlives the block."""
     store = _store()
     environment = _environment(launch, store.port)
     team = _Team(launch.processes, logs, listener)
@@ -236,7 +237,7 @@ def _start(environment: Mapping[str, str], order: Order, log: IO[bytes]) -> subp
         stdout=subprocess.PIPE,
         stderr=log,
         bufsize=0,
-        start_new_session=True,  # a terminal's Ctrl-C comes to this process alone, which passes it on
+        start_new_session=True,  # Ctrl-C reaches only this process, which forwards it
     )
     if process.stdin is not None:
         process.stdin.write(order.line())
@@ -254,7 +255,7 @@ def _log(folder: Path, rank: int) -> Path:
 
 
 def _store() -> TCPStore:
-    """Where the processes find each other; here, so that it is there as long as any of them."""
+    """Returns the store through which the processes connect; kept here so that it outlives all of them."""
     from datetime import timedelta
 
     from torch._C._distributed_c10d import TCPStore
@@ -263,7 +264,7 @@ def _store() -> TCPStore:
 
 
 def _environment(launch: Launch, port: int) -> dict[str, str]:
-    """What `accelerate launch` with the shard's configuration tells each process, but for its rank."""
+    """Returns the environment that `accelerate launch` would set for the shard's configuration, except the rank."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import check_cuda_p2p_ib_support
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -278,7 +279,7 @@ def _environment(launch: Launch, port: int) -> dict[str, str]:
         _, environment = prepare_deepspeed_cmd_env(arguments)
     else:
         environment = prepare_multi_gpu_env(arguments)
-    for name in ("PYTHONPATH", "OMP_NUM_THREADS"):  # which accelerate sets for its own ways
+    for name in ("PYTHONPATH", "OMP_NUM_THREADS"):  # set by accelerate for its own launcher
         environment.pop(name, None)
         if name in os.environ:
             environment[name] = os.environ[name]

@@ -1,4 +1,4 @@
-"""What a process that works for a command says to it: a line of JSON each, over a pipe."""
+"""Messages from a worker process to its command: one JSON line each, over a pipe."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mftctl.progress import Listener, Progress
 
 
 class Speaker:
-    """The end of the pipe that a process speaks into; a listener to the work that it does.
+    """The sending end of the pipe; a listener for the work of a worker process.
 
     Args:
-        descriptor: Open for writing.
-        tells: Whether progress and notes are passed on, which one process does for all.
+        descriptor: A descriptor open for writing.
+        tells: Whether to forward progress and notes, which one process does for all.
     """
 
     def __init__(self, descriptor: int, *, tells: bool) -> None:
@@ -27,45 +27,45 @@ class Speaker:
         self._tells = tells
 
     def progress(self, state: Progress) -> None:
-        """Passes on."""
+        """Forwards progress."""
         if self._tells:
             self._say("progress", asdict(state))
 
     def note(self, text: str) -> None:
-        """Passes on."""
+        """Forwards a note."""
         if self._tells:
             self._say("note", text)
 
     def warn(self, text: str) -> None:
-        """Passes on."""
+        """Forwards a warning."""
         if self._tells:
             self._say("warn", text)
 
     def result(self, result: Mapping[str, Any]) -> None:
-        """Hands in what came out."""
+        """Sends the result."""
         if self._tells:
             self._say("result", dict(result))
 
     def error(self, error: MftError) -> None:
-        """Hands in why nothing did."""
+        """Sends the error that ended the work."""
         self._say("error", base64.b64encode(pickle.dumps(error)).decode())
 
     def _say(self, kind: str, content: object) -> None:
-        # Unbuffered, since a signal's handler speaks too, in the middle of anything.
+        # Unbuffered, as a signal handler may send at any point.
         waiting = memoryview(f"{json.dumps([kind, content])}\n".encode())
         while waiting:
             waiting = waiting[os.write(self._descriptor, waiting) :]
 
 
 class Hearing:
-    """What one process has said so far.
+    """The messages of one process so far.
 
     Attributes:
-        result: What came out; None before.
-        error: Why nothing did; None before.
+        result: The result, once received.
+        error: The error that ended the work, once received.
 
     Args:
-        listener: Hears progress and notes.
+        listener: Receives progress and notes.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -75,7 +75,7 @@ class Hearing:
         self._rest = b""
 
     def take(self, data: bytes) -> None:
-        """Understands what came through the pipe; a line that is not whole waits for its end."""
+        """Processes data from the pipe; an incomplete line is kept until its end arrives."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             kind, content = json.loads(line)
@@ -97,15 +97,15 @@ class Hearing:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What a process is to do.
+    """The work for a process.
 
     Attributes:
-        folder: Of the run, whose record names the command.
-        recipe: Settled, as plain data.
-        source: What it works on, as plain data.
-        resume: Whether to go on from what the run has kept.
-        may_replace: Whether a result at the run's output is replaced.
-        resumed_with: The options to resume it with.
+        folder: The run folder, with the command in its record.
+        recipe: The resolved recipe, as plain data.
+        source: The source model, as plain data.
+        resume: Whether to resume from the run's saved state.
+        may_replace: Whether to replace a result at the run's output.
+        resumed_with: The options to resume the run with.
     """
 
     folder: str
@@ -116,5 +116,5 @@ class Order:
     resumed_with: tuple[str, ...]
 
     def line(self) -> bytes:
-        """As it goes to a process."""
+        """Returns the line to send to a process."""
         return json.dumps(asdict(self)).encode() + b"\n"

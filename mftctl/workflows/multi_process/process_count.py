@@ -1,4 +1,4 @@
-"""With how many processes a command works, and what they spread over each other."""
+"""The number of processes of a command, and what is sharded across them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mftctl.runtime.processes import world_size
 
 
 class Shard(StrEnum):
-    """What is spread over the processes, by the name of the configuration in `recipes/accelerate`."""
+    """What is sharded across processes, by the name of the configuration in `recipes/accelerate`."""
 
     DDP = "ddp"
     ZERO2 = "zero2"
@@ -21,11 +21,11 @@ class Shard(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How a command is started.
+    """How the processes of a command are started.
 
     Attributes:
-        processes: On this machine; 1 works in the command's own.
-        shard: What they spread over each other while they train.
+        processes: The number of processes on this machine; 1 means the command's own process.
+        shard: What they shard during training.
     """
 
     processes: int = 1
@@ -33,7 +33,7 @@ class Launch:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The options that say so."""
+        """The command-line options for this launch."""
         if self.processes == 1:
             return ()
         spread = () if self.shard is Shard.DDP else ("--shard", self.shard.value)
@@ -41,21 +41,21 @@ class Launch:
 
 
 def settle_launch(command: str, processes: int | None, shard: Shard | None) -> Launch:
-    """The launch that two options ask for, if this machine can do it.
+    """Returns the launch requested by two options, if this machine supports it.
 
     Args:
-        command: Of mftctl.
-        processes: From `--processes`; None for one.
-        shard: From `--shard`; None for plain data parallelism.
+        command: The mftctl command.
+        processes: The value of `--processes`; None for one.
+        shard: The value of `--shard`; None for plain data parallelism.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: The launch is not possible.
     """
     if processes is None and shard is None:
         return Launch()
     if world_size() > 1:
         raise ConfigError(
-            "The processes have been started already.",
+            "The processes have already been started.",
             key="--processes" if processes is not None else "--shard",
             expected=f"mftctl {command} --processes N, without accelerate launch or torchrun",
             actual=f"WORLD_SIZE {world_size()}",
@@ -64,7 +64,7 @@ def settle_launch(command: str, processes: int | None, shard: Shard | None) -> L
     if launch.processes == 1:
         if launch.shard is not Shard.DDP:
             raise ConfigError(
-                "There is nobody to spread anything over.",
+                "--shard needs several processes.",
                 key="--processes",
                 expected=f"2 or more with --shard {launch.shard}",
                 actual=launch.processes,
@@ -72,35 +72,35 @@ def settle_launch(command: str, processes: int | None, shard: Shard | None) -> L
         return launch
     if command == "eval" and launch.shard is not Shard.DDP:
         raise ConfigError(
-            "An evaluation shares out its problems, and each process has the whole model.",
+            "An evaluation cannot shard the model: processes divide the problems among them.",
             key="--shard",
             expected=Shard.DDP.value,
             actual=launch.shard.value,
-            hint="leave --shard out",
+            hint="omit --shard",
         )
     _require_libraries(launch)
     return launch
 
 
 def require_devices(launch: Launch, device: str) -> None:
-    """Nothing, if every process can have a device of its own.
+    """Checks that every process can have its own device.
 
     Args:
-        launch: Of a command.
-        device: As in a recipe.
+        launch: The launch of a command.
+        device: The device as in a recipe.
 
     Raises:
-        ConfigError: There are too few GPUs, or one of them was chosen by its number.
+        ConfigError: There are too few GPUs, or one of them was selected by number.
     """
     if launch.processes == 1:
         return
     if ":" in device:
         raise ConfigError(
-            "Each process needs a GPU of its own.",
+            "Each process needs its own GPU.",
             key="--device",
-            expected="cuda, on whose first GPUs the processes work",
+            expected="cuda, to use the first GPUs",
             actual=device,
-            hint="CUDA_VISIBLE_DEVICES chooses which GPUs there are",
+            hint="CUDA_VISIBLE_DEVICES to select the GPUs",
         )
     _require_enough(launch, device)
 
@@ -108,7 +108,7 @@ def require_devices(launch: Launch, device: str) -> None:
 def _require_libraries(launch: Launch) -> None:
     if launch.shard in (Shard.ZERO2, Shard.ZERO3) and find_spec("deepspeed") is None:
         raise ConfigError(
-            "ZeRO is DeepSpeed's, which is not installed.",
+            "ZeRO needs DeepSpeed, which is not installed.",
             key="--shard",
             actual=launch.shard.value,
             hint="pip install 'mftctl[deepspeed]'",
@@ -121,14 +121,14 @@ def _require_enough(launch: Launch, device: str) -> None:
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if gpus and launch.processes > gpus:
         raise ConfigError(
-            "Each process needs a GPU of its own.",
+            "Each process needs its own GPU.",
             key="--processes",
             expected=f"at most {gpus}",
             actual=launch.processes,
         )
     if not gpus and launch.shard is Shard.FSDP2:
         raise ConfigError(
-            "accelerate uses FSDP on GPUs alone.",
+            "accelerate supports FSDP only on GPUs.",
             key="--shard",
             expected="ddp, zero2 or zero3 on a CPU",
             actual=launch.shard.value,

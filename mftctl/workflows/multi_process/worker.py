@@ -1,7 +1,7 @@
-"""One of several processes that work for a command.
+"""A worker process of a command.
 
-It reads what to do from stdin, says through what was its stdout how far it is, and ends at once when the command is
-gone.
+It reads its order from stdin, reports progress through its original stdout, and exits at once when the command has
+ended.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mftctl.workflows.multi_process.messages import Order, Speaker
 
 
 def main() -> int:
-    """Works; the exit code."""
+    """Runs the worker and returns its exit code."""
     speaker = Speaker(_keep_stdout_apart(), tells=is_first())
     order = Order(**json.loads(sys.stdin.buffer.readline()))
     threading.Thread(target=_end_with_the_command, daemon=True).start()
@@ -57,7 +57,7 @@ def _work(order: Order, speaker: Speaker) -> dict[str, Any]:
 
 
 def _keep_stdout_apart() -> int:
-    """A descriptor of the pipe to the command; what libraries print goes with the messages to stderr."""
+    """Returns a descriptor of the pipe to the command, and redirects the output of libraries to stderr."""
     pipe = os.dup(1)
     os.set_inheritable(pipe, False)
     os.dup2(2, 1)
@@ -65,7 +65,7 @@ def _keep_stdout_apart() -> int:
 
 
 def _end_with_the_command() -> None:
-    """Ends this process, as a kill would, when the command's end of stdin is closed."""
-    while os.read(0, 1):  # not through sys.stdin, whose lock would be held when Python ends
+    """Kills this process when the command closes its end of stdin."""
+    while os.read(0, 1):  # not through sys.stdin, whose lock would be held when Python exits
         pass
     os.kill(os.getpid(), signal.SIGKILL)

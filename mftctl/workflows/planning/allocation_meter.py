@@ -1,4 +1,4 @@
-"""Counts the bytes that tensors take while code runs, on real tensors and on tensors without data alike."""
+"""Counts the bytes of live tensors while code runs, for real tensors and tensors without data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Kind = Literal["outside", "forward", "backward"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stretch:
-    """A part of what runs; each is another one, also of the same kind and layer.
+    """A section of the execution; compared by identity, even with equal kind and layer.
 
     Attributes:
-        kind: Pass through a decoder layer, or what runs outside of them.
+        kind: A pass through a decoder layer, or code outside decoder layers.
         layer: Index of the decoder layer.
     """
 
@@ -27,13 +27,13 @@ class Stretch:
 
 
 class Event(NamedTuple):
-    """A change of the bytes that are alive.
+    """A change in live bytes.
 
     Attributes:
-        stretch: When it happened.
-        made_in: When the storage concerned was made.
-        size_bytes: Allocated, or freed if negative.
-        gradient_bytes: Of gradients; a gradient becomes one in an event of its own, after its allocation.
+        stretch: Stretch in which it happened.
+        made_in: Stretch in which the storage was allocated.
+        size_bytes: Bytes allocated, or freed if negative.
+        gradient_bytes: Change in gradient bytes; a storage is marked as a gradient by a separate event.
     """
 
     stretch: Stretch
@@ -44,13 +44,13 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What events add up to.
+    """Totals of a sequence of events.
 
     Attributes:
-        live_bytes: Alive at the end, gradients included.
-        gradient_bytes: Of these, the ones marked as gradients.
-        peak_bytes: The most alive at once.
-        peak_other_bytes: The most alive at once without gradients.
+        live_bytes: Live bytes at the end, including gradients.
+        gradient_bytes: The part of these marked as gradients.
+        peak_bytes: Peak of live bytes.
+        peak_other_bytes: Peak of live bytes without gradients.
     """
 
     live_bytes: int = 0
@@ -60,7 +60,7 @@ class Tally:
 
 
 def add_up(events: Iterable[Event]) -> Tally:
-    """The tally of events in their order."""
+    """Returns the totals of events in order."""
     live = gradients = peak = peak_other = 0
     for _, _, size_bytes, gradient_bytes in events:
         live += size_bytes
@@ -71,16 +71,16 @@ def add_up(events: Iterable[Event]) -> Tally:
 
 
 class AllocationMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While it is entered, records the storages that operations make, until they are freed.
+    """Records the storages that operations allocate and free while the mode is active.
 
-    What a kernel allocates inside for itself is not seen.
+    Scratch memory allocated inside a kernel is not counted.
 
     Args:
-        existing: Tensors made before; their storages do not count.
+        existing: Tensors created earlier; their storages are not counted.
 
     Attributes:
-        events: What was allocated and freed so far.
-        stretch: What runs now, told by hooks.
+        events: The allocations and frees so far.
+        stretch: The current stretch, set by hooks.
     """
 
     def __init__(self, existing: Iterable[torch.Tensor] = ()) -> None:
@@ -98,7 +98,7 @@ class AllocationMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def mark_gradient(self, parameter: torch.Tensor) -> None:
-        """Counts the gradient that a parameter has got as one; a hook for after its accumulation."""
+        """Marks a parameter's gradient as such; a hook to run after accumulation."""
         if parameter.grad is None:
             return
         key = _key(parameter.grad.untyped_storage())
@@ -121,5 +121,5 @@ class AllocationMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _key(storage: torch.UntypedStorage) -> int:
-    """Identifies a storage while it lives: its Python object may be made anew."""
+    """Identifies a live storage, whose Python object may be recreated."""
     return int(storage._cdata)

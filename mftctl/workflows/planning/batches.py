@@ -1,4 +1,4 @@
-"""The largest batches of a training, of its validation and of an evaluation."""
+"""The largest batches of training, validation and evaluation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from mftctl.experiments.recipe import TrainingOptions
 from mftctl.training.schedule import micro_batch_records, records_per_step
 
 VALIDATION_TOKENS = 4096
-"""A batch of `sample_losses`."""
+"""Batch size of `sample_losses`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The largest batches of a training and of its validation.
+    """The largest batches of a training run and its validation.
 
     Attributes:
-        records: Records of a training batch.
-        length_tokens: Of its longest record.
-        padded: Whether its records differ in length, so that attention needs a mask tensor.
-        validation_records: Records of a validation batch.
-        validation_tokens: Of its longest record.
-        scored_tokens: Positions of a validation batch whose logits are computed.
-        answer_tokens: The most of a training batch: logits are computed for these only.
+        records: Records per training batch.
+        length_tokens: Tokens of the longest training record.
+        padded: Whether records differ in length, so that attention needs a mask tensor.
+        validation_records: Records per validation batch.
+        validation_tokens: Tokens of the longest validation record.
+        scored_tokens: Positions in a validation batch whose logits are computed.
+        answer_tokens: Maximum answer tokens of a training batch, the only positions whose logits are computed.
     """
 
     records: int
@@ -40,13 +40,13 @@ class Batches:
 def largest_batches(
     train: Sequence[Encoded], validation: Sequence[Encoded], batch_size: int, batch_tokens: int | None = None
 ) -> Batches:
-    """The batches that need most memory: the trainer puts records of similar length together.
+    """Returns the batches that need the most memory; the trainer groups records of similar length.
 
     Args:
         train: Training records, at least one.
         validation: Validation records, at least one.
-        batch_size: Records of a training batch.
-        batch_tokens: Padded tokens of a training batch, which then decide in the place of `batch_size`.
+        batch_size: Records per training batch.
+        batch_tokens: Padded tokens per training batch; overrides `batch_size`.
     """
     lengths = sorted((len(record.input_ids) for record in train), reverse=True)
     answers = sorted((record.answer_tokens for record in train), reverse=True)
@@ -75,28 +75,28 @@ def largest_batches(
 
 
 def assumed_batches(batch_size: int, max_length_tokens: int) -> Batches:
-    """The largest batches there can be, for data whose token counts are not known."""
+    """The largest possible batches, for data with unknown token counts."""
     records = max(1, VALIDATION_TOKENS // max_length_tokens)
     answer_tokens = batch_size * (max_length_tokens - 1)
     return Batches(batch_size, max_length_tokens, True, records, max_length_tokens, max_length_tokens, answer_tokens)
 
 
 def batches_of(options: TrainingOptions, train: Sequence[Encoded], validation: Sequence[Encoded]) -> Batches:
-    """The largest batches of a training.
+    """The largest batches of a training run.
 
     Args:
-        options: Of the training.
-        train: Training records; none where their tokens are not known.
-        validation: Validation records; none where their tokens are not known.
+        options: Training options.
+        train: Training records; empty if their tokens are unknown.
+        validation: Validation records; empty if their tokens are unknown.
     """
     if not train or not validation:
         return assumed_batches(micro_batch_records(options, options.max_length_tokens), options.max_length_tokens)
     at_once = micro_batch_records(options, max(len(record.input_ids) for record in train))
-    # A step of few records is one forward pass, whatever tokens there is room for.
+    # A step of few records is one forward pass, even if more tokens would fit.
     whole = options.batch_tokens is None or at_once == records_per_step(options)
     return largest_batches(train, validation, at_once, None if whole else options.batch_tokens)
 
 
 def _scored_tokens(records: Sequence[Encoded]) -> int:
-    """Positions at which some record of a batch has an answer token."""
+    """Number of positions where any record of a batch has an answer token."""
     return len({index for record in records for index, label in enumerate(record.labels[1:]) if label >= 0})

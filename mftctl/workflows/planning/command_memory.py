@@ -1,4 +1,4 @@
-"""The memory of one command with whatever options, each estimate made once."""
+"""The memory of a command for any set of options; each estimate is computed once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from mftctl.workflows.planning.training_setup import TrainingPlan, plan_fast_pro
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What an evaluation measures on data files.
+    """The work of an evaluation on data files.
 
     Attributes:
-        batches: With those whose losses are measured, as a validation's; None for none.
-        generation: The longest problem; None where no record has a prompt.
+        batches: The batches whose losses are measured, as validation batches; None if there are none.
+        generation: The longest problem; None if no record has a prompt.
     """
 
     batches: Batches | None = None
@@ -39,20 +39,20 @@ class Asked:
 
 @dataclass(slots=True)
 class CommandMemory:
-    """What a command takes on a device.
+    """The memory that a command needs on a device.
 
     Attributes:
         command: `fft`, `probe`, `mask-train` or `eval`.
-        config: Of the model.
-        layer_count: Its decoder layers.
-        device: What it runs on.
-        train: Training records; none where their tokens are not known.
-        validation: Validation records; none where their tokens are not known.
-        seed: Decides what HFT freezes.
-        layers: Those that a probe may choose; None where the recipe says which.
-        asked: Of an evaluation.
-        process_bytes: Bytes that the process takes without any model; counted on a CPU only.
-        known: Estimates made before, which several of these may share.
+        config: Model configuration.
+        layer_count: Number of decoder layers.
+        device: Device that the command runs on.
+        train: Training records; empty if their tokens are unknown.
+        validation: Validation records; empty if their tokens are unknown.
+        seed: Seed, which determines what HFT freezes.
+        layers: Layers that a probe may choose; None if the recipe names the layers.
+        asked: Work of an evaluation.
+        process_bytes: Memory of the process without a model; counted on a CPU only.
+        known: Estimates made earlier, possibly shared by several instances.
     """
 
     command: str
@@ -68,10 +68,10 @@ class CommandMemory:
     known: dict[Hashable, MemoryEstimate] = field(default_factory=dict)
 
     def estimate(self, recipe: Recipe) -> MemoryEstimate:
-        """The memory with a recipe's options.
+        """Estimates the memory needed with a recipe's options.
 
         Raises:
-            MftError: The options do not fit the model, or its architecture cannot be run without data.
+            MftError: The options do not fit the model, or its architecture cannot run without data.
         """
         if self.command == "eval":
             return self._evaluation(recipe)
@@ -82,7 +82,7 @@ class CommandMemory:
         )
 
     def plan(self, recipe: Recipe) -> TrainingPlan:
-        """How the command trains."""
+        """The training plan of the command."""
         if self.command == "fft":
             return plan_fine_tuning(recipe.fft, self.seed, self.device)
         layers = self.masked_layers(recipe)
@@ -91,11 +91,11 @@ class CommandMemory:
         return plan_mask_training(recipe.mask_train, layers, self.device)
 
     def batches(self, recipe: Recipe) -> Batches:
-        """The largest batches of the training, or of the evaluation."""
+        """The largest batches of the training or evaluation."""
         return batches_of(self._options(recipe), self.train, self.validation)
 
     def masked_layers(self, recipe: Recipe) -> list[int]:
-        """The most layers that carry a mask at once; of `probe --fast` all whose gradients are taken."""
+        """The largest set of layers masked at once; for `probe --fast`, all layers with gradients."""
         if self.command == "probe":
             wanted = parse_layers(recipe.probe.layers or "all", self.layer_count)
             groups = layer_groups(self.layer_count, recipe.probe_groups, wanted)
@@ -105,24 +105,24 @@ class CommandMemory:
         return parse_layers(recipe.mask_train.layers or "all", self.layer_count)
 
     def fits(self, recipe: Recipe, free_bytes: int) -> bool:
-        """Whether it does, with something to spare."""
+        """Whether the command fits, with room to spare."""
         most = (1 - SPARE_SHARE) * free_bytes
         if self.command != "eval" and least_memory(self.config, self.plan(recipe)) > most:
             return False
         return self.estimate(recipe).peak_bytes <= most
 
     def smaller(self, recipe: Recipe, free_bytes: int) -> Smaller | None:
-        """The smallest set of options with which it fits; None if there is none.
+        """The smallest set of option changes that makes the command fit; None if there is none.
 
         Args:
-            recipe: As it is.
-            free_bytes: What is there.
+            recipe: The current recipe.
+            free_bytes: Available memory.
         """
 
         def fits(changed: Recipe) -> bool:
             try:
                 return self.fits(changed, free_bytes)
-            except MftError:  # what does not go with this model is no way out
+            except MftError:  # options that this model does not support are no solution
                 return False
 
         has_say = self.command == "mask-train" and self.layers is None
@@ -130,7 +130,7 @@ class CommandMemory:
         return smallest_options(self.command, recipe, fits=fits, estimate=self.estimate, layers=layers)
 
     def generation(self, recipe: Recipe) -> Generation | None:
-        """The longest problem that an evaluation answers."""
+        """The longest problem of an evaluation."""
         options = recipe.eval
         found = [self.asked.generation] if self.asked.generation is not None and options.generate else []
         if options.tasks:

@@ -1,4 +1,4 @@
-"""What a training holds and copies by the entry: each figure of the plan that does not come from running the model."""
+"""Bytes per entry that training holds and copies: all constants of the plan not measured by running the model."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ Optimizer = Literal[
 ]
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""Of a weight in 4 bits: half a byte, a byte for each block of 64, and a number of 4 bytes for 256 of those."""
+"""Per 4-bit weight: half a byte, one byte per block of 64, and a 4-byte number per 256 blocks."""
 
 EIGHT_BIT_BLOCK = 256
-"""Entries of a moment in 8 bits, a byte each, that share a number of 4 bytes."""
+"""Entries of an 8-bit moment, one byte each, that share a 4-byte number."""
 
 EIGHT_BIT_SMALLEST = 4096
 """Parameters with fewer entries keep moments in fp32 (bitsandbytes)."""
 
 SELECTED_BYTES = 1
-"""Of an entry that a rule selects or not: a bool, from the selection to the end of the step."""
+"""Per entry subject to selection: a bool, from the selection to the end of the step."""
 
 CPU_SELECTION_BYTES = 9
-"""Of an entry of the tensor in which a CPU looks for the largest: its bits, a copy, a bool."""
+"""Per entry of a tensor that a CPU searches for the largest entries: its bits, a copy, a bool."""
 
 CPU_SELECTING_TENSORS = 2
-"""Tensors in which a CPU looks at a time."""
+"""Number of tensors that a CPU searches at a time."""
 
 HELD_COPIES = 5
-"""Of the parameter whose entries are held back: at the first step its weight twice, an empty gradient, two moments."""
+"""Per parameter with held entries: its weight twice at the first step, an empty gradient, and two moments."""
 
 PROMISED_BYTES = 13
-"""Of an entry of the projection of which `probe --fast` adds up the gain: three numbers in fp32 and a bool."""
+"""Per entry of the projection whose gain `probe --fast` is summing: three fp32 numbers and a bool."""
 
 
 class Temporaries(NamedTuple):
-    """What a step makes on the way, in copies of parameters.
+    """Temporary tensors of an optimizer step, in copies of parameters.
 
     Attributes:
-        on_cpu: Of one parameter at a time.
-        on_gpu: Of all parameters at once, where torch steps all together.
-        with_decay: More of the same, where weights decay.
+        on_cpu: Copies of one parameter at a time.
+        on_gpu: Copies of all parameters at once, if torch steps all of them together.
+        with_decay: Additional copies with weight decay.
     """
 
     on_cpu: int
@@ -64,13 +64,13 @@ _ADAFACTOR_COPIES = 3
 
 
 def kept_bytes(parameter: torch.Tensor, optimizer: Optimizer, *, on_gpu: bool, is_embedding: bool = False) -> int:
-    """What an optimizer keeps of a parameter between steps.
+    """Bytes that an optimizer keeps for a parameter between steps.
 
     Args:
-        parameter: Trained; tells shape and dtype.
-        optimizer: Which one.
-        on_gpu: Whether paged moments can leave for the memory of the machine.
-        is_embedding: Whether moments in 8 bits would be too coarse for it.
+        parameter: The trained parameter, used for its shape and dtype.
+        optimizer: The optimizer.
+        on_gpu: Whether paged moments can be moved to CPU memory.
+        is_embedding: Whether it is an embedding, for which 8-bit moments are too coarse.
     """
     entries, size = parameter.numel(), parameter.element_size()
     if optimizer == "paged_adamw_8bit" and on_gpu:
@@ -84,19 +84,19 @@ def kept_bytes(parameter: torch.Tensor, optimizer: Optimizer, *, on_gpu: bool, i
 
 
 def step_bytes(trained: Sequence[torch.Tensor], optimizer: Optimizer, *, on_gpu: bool, decays: bool) -> int:
-    """Temporary tensors of an optimizer's step.
+    """Bytes of the temporary tensors of an optimizer step.
 
     Args:
-        trained: The parameters, at least one.
-        optimizer: Which one.
+        trained: The trained parameters, at least one.
+        optimizer: The optimizer.
         on_gpu: Whether torch steps all of them at once.
-        decays: Whether weights decay.
+        decays: Whether weight decay is used.
     """
     sizes = [parameter.numel() * parameter.element_size() for parameter in trained]
     if optimizer == "stochastic_adamw":
         largest = max(parameter.numel() for parameter in trained)
         return step_workspace_bytes(largest, torch.device("cuda" if on_gpu else "cpu"))
-    if optimizer == "adafactor":  # a parameter at a time everywhere
+    if optimizer == "adafactor":  # one parameter at a time on any device
         return _ADAFACTOR_COPIES * max(sizes)
     found = _TEMPORARIES.get(optimizer)
     if found is None:
@@ -108,14 +108,14 @@ def step_bytes(trained: Sequence[torch.Tensor], optimizer: Optimizer, *, on_gpu:
 def selecting_bytes(
     trained: Sequence[torch.Tensor], optimizer: Optimizer, *, on_gpu: bool, decays: bool, holds: bool
 ) -> int:
-    """Temporary tensors of a step that updates chosen entries.
+    """Bytes of the temporary tensors of a step that updates selected entries.
 
     Args:
-        trained: The parameters, at least one.
-        optimizer: Which one.
+        trained: The trained parameters, at least one.
+        optimizer: The optimizer.
         on_gpu: Whether torch steps all of them at once.
-        decays: Whether weights decay.
-        holds: Whether entries that are not chosen are held back, one parameter at a time.
+        decays: Whether weight decay is used.
+        holds: Whether unselected entries are kept unchanged, one parameter at a time.
     """
     largest = max(trained, key=lambda parameter: parameter.numel() * parameter.element_size())
     if on_gpu:

@@ -1,6 +1,6 @@
-"""How much memory an evaluation takes: a batch of losses, and the answer to one problem with its keys and values.
+"""Memory needed by an evaluation: a batch of losses, and the answer to one problem with its key-value cache.
 
-Batches of problems follow free memory, so that one problem is the least that must fit.
+Batches of problems are sized by the free memory, so only one problem must fit.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from mftctl.workflows.planning.planned_device import PlannedDevice
 
 BENCHMARK_PROMPT_TOKENS = 2048
 BENCHMARK_ANSWER_TOKENS = 1024
-"""What a benchmark is taken to ask and to allow, whose prompts are not known before they are built."""
+"""Assumed prompt and answer lengths of benchmarks, whose prompts are unknown until they are built."""
 
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The longest problem that is answered.
+    """The longest problem to answer.
 
     Attributes:
-        prompt_tokens: Of its prompt.
-        new_tokens: The most of its answer.
-        records: Problems answered together at least.
+        prompt_tokens: Tokens of the prompt.
+        new_tokens: Maximum tokens of the answer.
+        records: Minimum number of problems answered together.
     """
 
     prompt_tokens: int
@@ -43,11 +43,11 @@ class Generation:
 
 
 def evaluation_dtype(config: PreTrainedConfig, device: PlannedDevice) -> torch.dtype:
-    """The dtype that an evaluation has the weights in: on a GPU that of the checkpoint, as it says itself.
+    """The dtype of the weights in an evaluation; on a GPU, the dtype stated by the checkpoint.
 
     Args:
-        config: Of the model.
-        device: What it runs on.
+        config: Model configuration.
+        device: Device that the evaluation runs on.
     """
     stored = getattr(config, "dtype", None)
     if not device.is_gpu or not isinstance(stored, torch.dtype):
@@ -63,17 +63,17 @@ def estimate_evaluation(
     *,
     process_bytes: int,
 ) -> MemoryEstimate:
-    """The memory of an evaluation.
+    """Estimates the memory of an evaluation.
 
     Args:
-        config: Of the model; its weights are not needed.
-        device: What it runs on.
-        batches: With those whose losses are measured, as a validation's; None for none.
-        generation: What is answered; None for nothing.
-        process_bytes: Bytes that the process takes without any model; counted on a CPU only.
+        config: Model configuration; the weights are not needed.
+        device: Device that the evaluation runs on.
+        batches: The batches whose losses are measured, as validation batches; None if there are none.
+        generation: The longest problem to answer; None if there is none.
+        process_bytes: Memory of the process without a model; counted on a CPU only.
 
     Raises:
-        ModelError: The architecture decides by values what it computes, so that it cannot run without data.
+        ModelError: The architecture's computation depends on tensor values, so it cannot run without data.
     """
     model = build_skeleton(config, evaluation_dtype(config, device)).requires_grad_(False)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in {*model.parameters(), *model.buffers()})
@@ -100,7 +100,7 @@ def estimate_evaluation(
 
 
 def _prefill(model: PreTrainedModel, kept: Any, chosen: list[int], generation: Generation) -> int:
-    """The most that the pass over the prompt holds; the cache stays."""
+    """Peak memory of the pass over the prompt; the cache is kept."""
     meter = AllocationMeter([*model.parameters(), *model.buffers()])
     with torch.no_grad(), telling_stretches(model, kept, meter):
         outputs = _pass(model, generation.records, generation.prompt_tokens, None, meter)
@@ -110,7 +110,7 @@ def _prefill(model: PreTrainedModel, kept: Any, chosen: list[int], generation: G
 
 
 def _decoding(model: PreTrainedModel, kept: Any, chosen: list[int], generation: Generation) -> int:
-    """The most that the last token of the answer holds: the whole cache, of a layer once more, and one step."""
+    """Peak memory at the last token of the answer: the whole cache, one layer's cache again, and one step."""
     before = generation.prompt_tokens + generation.new_tokens - 1
     with torch.no_grad():
         cache = _pass(model, generation.records, before, None).past_key_values
@@ -137,7 +137,7 @@ def _pass(model: PreTrainedModel, records: int, tokens: int, cache: Any, meter: 
 
 
 def _number(layers: torch.nn.ModuleList) -> None:
-    """Gives stand-ins the places that they now have, under which a cache keeps their keys and values."""
+    """Renumbers stand-ins by their new position, which the cache uses as the key for their keys and values."""
     for place, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

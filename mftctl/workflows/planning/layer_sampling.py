@@ -1,4 +1,4 @@
-"""Measures a few decoder layers and counts all: layers that are alike allocate and free the same."""
+"""Measures a few decoder layers to account for all: identical layers allocate and free the same memory."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from mftctl.workflows.planning.allocation_meter import AllocationMeter, Event, K
 
 
 def stand_ins(layers: nn.ModuleList) -> list[int]:
-    """For each decoder layer, the index of the layer that stands for it: itself or an earlier one that is alike.
+    """Returns, for each decoder layer, the index of its stand-in: itself or an earlier equivalent layer.
 
-    Alike are layers of one structure that train the same parameters, both with or both without a layer before them that
-    trains any. What layers of a structure share, such as position embeddings, is freed with the first or the last of
-    them, so that these two stand for themselves alone.
+    Layers are equivalent if they have the same structure and train the same parameters, and if both or neither follow
+    a layer that trains any. Tensors shared by layers of one structure, such as position embeddings, are freed with the
+    first or last of them, so these two layers only stand in for themselves.
     """
     structures: defaultdict[Hashable, list[int]] = defaultdict(list)
     passes_gradients = False
@@ -37,19 +37,19 @@ def stand_ins(layers: nn.ModuleList) -> list[int]:
 
 
 def keep_stand_ins(model: PreTrainedModel, layers: nn.ModuleList, chosen: Sequence[int]) -> dict[int, nn.Module]:
-    """Takes all decoder layers out of a model that stand for none.
+    """Removes all decoder layers that are not stand-ins from a model.
 
     Args:
-        model: Changed in place.
-        layers: Its decoder layers.
-        chosen: From `stand_ins`.
+        model: The model, changed in place.
+        layers: The model's decoder layers.
+        chosen: The result of `stand_ins`.
 
     Returns:
-        The layers left, in order, by the index that each had.
+        The remaining layers, in order, by their original index.
     """
     kept = {index: layers[index] for index in sorted(set(chosen))}
     config = model.config.get_text_config()
-    # Some models look up by a layer's place whether its attention slides.
+    # Some models use the layer index to look up whether attention is sliding-window.
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and len(kinds) == len(layers):
         config.layer_types = [kinds[index] for index in kept]
@@ -60,12 +60,12 @@ def keep_stand_ins(model: PreTrainedModel, layers: nn.ModuleList, chosen: Sequen
 
 @contextmanager
 def telling_stretches(model: nn.Module, layers: Mapping[int, nn.Module], meter: AllocationMeter) -> Iterator[None]:
-    """Inside it, the meter is told which decoder layer runs forward or backward.
+    """Context in which the meter is notified of the decoder layer that runs forward or backward.
 
     Args:
         model: The whole model.
-        layers: Its decoder layers, by the index that each has in the model in full.
-        meter: Gets the stretches; what follows a backward pass belongs to its last layer.
+        layers: Its decoder layers, by their index in the full model.
+        meter: Receives the stretches; anything after a backward pass belongs to its last layer.
     """
 
     def begin(kind: Kind, index: int | None, *_: object) -> None:
@@ -88,16 +88,16 @@ def telling_stretches(model: nn.Module, layers: Mapping[int, nn.Module], meter: 
 
 
 def repeat_layers(events: Iterable[Event], chosen: Sequence[int]) -> Iterator[Event]:
-    """The events of a model in full, from those of a model with a few of its layers.
+    """Extends the events of a model with a few layers to the full model.
 
-    A layer does what its stand-in did. What runs outside of layers happens once, but frees what each of them left.
+    Each layer repeats the events of its stand-in. Code outside layers runs once, but frees what every layer left.
 
     Args:
-        events: Of a model with the layers that `chosen` names.
-        chosen: For each layer, the one that stands for it, from `stand_ins`.
+        events: Events of a model reduced to the layers in `chosen`.
+        chosen: The stand-in of each layer, from `stand_ins`.
 
     Yields:
-        Events, whose stretches are those of the stand-ins.
+        Events with the stretches of the stand-ins.
     """
     times: Counter[Stretch] = Counter()
     for stretch, changes in _in_full(events, chosen):
@@ -108,7 +108,7 @@ def repeat_layers(events: Iterable[Event], chosen: Sequence[int]) -> Iterator[Ev
 
 
 def _in_full(events: Iterable[Event], chosen: Sequence[int]) -> Iterator[tuple[Stretch, list[Event]]]:
-    """The stretches of a model in full."""
+    """The stretches of the full model."""
     stretches = [(stretch, list(changes)) for stretch, changes in groupby(events, lambda event: event.stretch)]
     for kind, group in groupby(stretches, lambda item: item[0].kind):
         if kind == "outside":
@@ -121,14 +121,14 @@ def _in_full(events: Iterable[Event], chosen: Sequence[int]) -> Iterator[tuple[S
 
 
 def _structure(layer: nn.Module) -> Hashable:
-    """What decides the computation of a layer: its modules with their settings, and the shapes of its tensors."""
+    """A key for a layer's computation: its modules with their settings, and its tensor shapes."""
     modules = ((name, type(module), _settings(module)) for name, module in layer.named_modules())
     tensors = (*layer.named_parameters(), *layer.named_buffers())
     return (*modules, *((name, tensor.shape, tensor.dtype) for name, tensor in tensors))
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    """The plain attributes of a module, but its place in the model."""
+    """The plain attributes of a module, except its position in the model."""
     found = vars(module).items()
     return tuple((key, value) for key, value in found if key != "layer_idx" and isinstance(value, str | int | float))
 

@@ -1,4 +1,4 @@
-"""The options with which a command needs less memory, where nothing more is known of the model and the data."""
+"""Options that reduce a command's memory use, when nothing more is known about model and data."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _KEYS = {
     "--max-length below ": "mask_train.max_length_tokens below ",
     "fewer --layers": "smaller --groups",
 }
-"""What `probe` has no options of its own for."""
+"""Settings for which `probe` has no options."""
 
 
 def training_with_less_memory(options: TrainingOptions) -> list[str]:
-    """The options with which a training needs less memory than with those it has, the cheapest first."""
+    """Returns options that reduce the memory of training compared with the current ones, cheapest first."""
     found = []
     if options.batch_tokens is not None:
         if options.batch_tokens > options.max_length_tokens:
@@ -38,7 +38,7 @@ def training_with_less_memory(options: TrainingOptions) -> list[str]:
 
 
 def probing_with_less_memory(options: MaskTrainOptions) -> list[str]:
-    """The same of a probe, as it is typed there."""
+    """Like `training_with_less_memory`, in the syntax of `probe`."""
     found = []
     for text in training_with_less_memory(options):
         for flag, setting in _KEYS.items():
@@ -48,7 +48,7 @@ def probing_with_less_memory(options: MaskTrainOptions) -> list[str]:
 
 
 def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
-    """Of fine-tuning alone: all that keeps the method first, and only what goes with its other options."""
+    """Returns such options for fine-tuning: those that keep the method first, and only compatible ones."""
     if options.method == "lora":
         return [] if options.quantize else ["--quantize nf4"]
     found = []
@@ -58,14 +58,14 @@ def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
         keeps_entries = options.method in ("gmt", "random") and options.unselected == "unchanged"
         if not options.low_memory and not keeps_entries:
             found.append("--optimizer adamw_8bit")
-    if options.ratio is not None:  # which an adapter has not
+    if options.ratio is not None:  # not available for an adapter
         return found
     adapter = "--no-low-memory --method lora" if options.low_memory else "--method lora"
     return [*found, adapter, f"{adapter} --quantize nf4"]
 
 
 def evaluation_with_less_memory(options: EvalOptions) -> list[str]:
-    """The same of an evaluation."""
+    """Returns options that reduce the memory of an evaluation."""
     found = [] if options.batch_size == 1 or not options.tasks else ["--batch-size 1"]
     if options.generate:
         found.append("--no-generate")

@@ -1,4 +1,4 @@
-"""How large a mask will be: its tensors, what it removes, and the size of its file."""
+"""Estimates a mask: its tensors, the number of removed weights, and the file size."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from mftctl.masking.mask_file.codecs import packed_size_bytes
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget
 
-_BLOCK_BYTES = 32_767  # zlib ends a block when its symbol buffer is full, at memory level 9
+_BLOCK_BYTES = 32_767  # zlib ends a block when its symbol buffer is full (memory level 9)
 _BLOCK_HEADER_BITS = 550
 
 
 @dataclass(frozen=True, slots=True)
 class MaskedTensor:
-    """A projection that will carry a mask.
+    """A projection to be masked.
 
     Attributes:
-        name: Its weight's name in the model; of fused experts the name in the checkpoint.
-        shape: Of the weight.
-        weights: Its entries.
-        removed: Entries that the mask removes; None where a threshold decides.
-        packed_bytes: Size of its bits.
-        deflate_bytes: Expected size in the mask file; None where a threshold decides.
+        name: Name of the weight in the model; for fused experts, the name in the checkpoint.
+        shape: Shape of the weight.
+        weights: Number of entries.
+        removed: Entries that the mask removes; None if a threshold decides.
+        packed_bytes: Size of the mask bits.
+        deflate_bytes: Expected size in the mask file; None if a threshold decides.
     """
 
     name: str
@@ -42,8 +42,8 @@ def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> 
     """The tensors that a mask covers, with their counts.
 
     Args:
-        targets: From `find_targets`, of a model with or without weights.
-        options: Ratio, threshold or neither.
+        targets: Result of `find_targets` for a model with or without weights.
+        options: Options with a ratio, a threshold or neither.
 
     Raises:
         MaskingError: A ratio is out of range.
@@ -67,27 +67,27 @@ def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> 
 
 @functools.cache
 def deflate_size_bytes(weights: int, removed: int) -> int:
-    """The expected size of a payload of codec `deflate`, for a mask whose removed entries lie at random.
+    """The expected payload size with the `deflate` codec, for a mask with randomly placed removed entries.
 
-    A byte holds 8 entries, of which k are removed with the binomial probability. Huffman codes give each of the 256
-    bytes a whole number of bits, and one symbol more ends a block.
+    A byte holds 8 entries, and the number of removed entries in it is binomially distributed. Huffman coding assigns
+    each of the 256 bytes a whole number of bits, and an additional symbol ends a block.
 
     Args:
-        weights: Entries of the tensor.
-        removed: Entries that the mask removes.
+        weights: Number of entries of the tensor.
+        removed: Number of entries that the mask removes.
     """
     size_bytes = packed_size_bytes(weights)
     share = removed / weights
     chances = [share ** (8 - byte.bit_count()) * (1 - share) ** byte.bit_count() for byte in range(256)]
     block_bytes = min(size_bytes, _BLOCK_BYTES)
-    # A byte that is not expected once in a block has no code in most blocks.
+    # A byte expected less than once per block has no code in most blocks.
     likely = [chance for chance in chances if chance * block_bytes >= 0.5] + [1 / block_bytes]
     bits = size_bytes * _huffman_bits(likely) + math.ceil(size_bytes / block_bytes) * _BLOCK_HEADER_BITS
     return min(math.ceil(bits / 8), size_bytes + 5 * math.ceil(size_bytes / block_bytes))
 
 
 def _huffman_bits(chances: Sequence[float]) -> float:
-    """The mean length of the best prefix code of symbols with these chances: the sum over all merges."""
+    """The mean length of the optimal prefix code for symbols with these probabilities: the sum over all merges."""
     heap = list(chances)
     heapq.heapify(heap)
     bits = 0.0

@@ -1,16 +1,16 @@
-"""How much memory a training takes on one device, from a model's configuration and the sizes of its batches.
+"""Estimates the memory of training on one device from a model's configuration and batch sizes.
 
-Nothing is guessed by a formula for one architecture: forward and backward run on tensors without data, and every
-storage they would allocate is counted; of decoder layers that are alike a few run for all. What does not come from
-running the model is a figure of `figures`. Not seen are scratch memory inside kernels and what allocators lose by
-rounding and fragmentation. Where freed blocks go back to the system, measured peaks of small models on a CPU lay within
-a tenth of the estimate; under glibc's default settings, which keep them, at up to 1.3 times the estimate, and in one
-case with gradient checkpointing at 2.4 times (all without the process itself).
+No architecture-specific formula is used: the forward and backward passes run on tensors without data, and every
+storage they would allocate is counted; a few decoder layers stand in for all equivalent ones. Values that do not come
+from running the model are constants in `figures`. Scratch memory inside kernels and allocator losses from rounding and
+fragmentation are not counted. If freed blocks return to the system, measured peaks of small models on a CPU were within
+10 % of the estimate; with glibc's default settings, which keep freed blocks, they were up to 1.3 times the estimate and
+in one case with gradient checkpointing 2.4 times (all without the process itself).
 
-A model for a GPU runs on the kernels of a CPU, which need no GPU here: attention that holds no square matrix is the
-same on both, and of autocast the dtypes of some normalisations alone differ.
+A model for a GPU is run with CPU kernels, so no GPU is needed: attention without a square matrix is the same on both,
+and autocast differs only in the dtypes of some normalisations.
 
-Plain data parallelism (DDP) takes the same on every device, and buckets of the size of the gradients besides.
+Plain data parallelism (DDP) needs the same on every device, plus buckets of the size of the gradients.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes on one device.
+    """Estimated memory on one device, in bytes.
 
     Attributes:
-        weights_bytes: All parameters and buffers of the model, adapters included.
-        scores_bytes: Trainable scores of masks.
-        masked_weights_bytes: The cached products of weights and masks.
-        gradients_bytes: Of everything that is trained, or of which gradients are added up.
-        optimizer_bytes: What the optimizer keeps between steps.
-        activations_bytes: The most that forward, loss and backward hold besides.
-        step_bytes: The most that the optimizer's step holds besides.
-        validation_bytes: The most that a validation batch holds.
-        process_bytes: Of Python and its libraries on a CPU, measured; 0 on a GPU, where the CUDA context comes on top.
-        peak_bytes: The most at once. Gradients come while activations go, so that it is less than the sum.
-        generation_bytes: The most that the answer to one problem holds, its keys and values included.
+        weights_bytes: All parameters and buffers of the model, including adapters.
+        scores_bytes: Trainable mask scores.
+        masked_weights_bytes: Cached products of weights and masks.
+        gradients_bytes: Gradients of everything that is trained or whose gradients are summed.
+        optimizer_bytes: Optimizer state kept between steps.
+        activations_bytes: Peak additional memory of forward, loss and backward.
+        step_bytes: Peak additional memory of the optimizer step.
+        validation_bytes: Peak memory of a validation batch.
+        process_bytes: Measured memory of Python and its libraries on a CPU; 0 on a GPU (the CUDA context is extra).
+        peak_bytes: Overall peak; less than the sum, since gradients appear as activations are freed.
+        generation_bytes: Peak memory for the answer to one problem, including its key-value cache.
     """
 
     weights_bytes: int = 0
@@ -80,18 +80,18 @@ class MemoryEstimate:
 def estimate_memory(
     config: PreTrainedConfig, plan: TrainingPlan, batches: Batches, *, process_bytes: int
 ) -> MemoryEstimate:
-    """The memory of a training on the device it is planned for.
+    """Estimates the memory of training on the planned device.
 
     Args:
-        config: Of the model; its weights are not needed.
-        plan: What is trained, how, and on what.
+        config: Model configuration; the weights are not needed.
+        plan: The training plan.
         batches: Sizes of the largest batches.
-        process_bytes: Bytes that the process takes without any model; counted on a CPU only.
+        process_bytes: Memory of the process without a model; counted on a CPU only.
 
     Raises:
         ConfigError: The plan does not fit the model.
         MaskingError: The layers or projections are not in the model.
-        ModelError: The architecture decides by values what it computes, so that it cannot run without data.
+        ModelError: The architecture's computation depends on tensor values, so it cannot run without data.
     """
     model = build_skeleton(config, plan.weights_dtype)
     layers = decoder_layers(model)[1]
@@ -105,16 +105,16 @@ def estimate_memory(
 
 
 def least_memory(config: PreTrainedConfig, plan: TrainingPlan) -> int:
-    """What a training takes at least, without its activations: found in a fraction of the time.
+    """A lower bound for the memory of training, without activations; much faster than the full estimate.
 
     Args:
-        config: Of the model; its weights are not needed.
-        plan: What is trained, how, and on what.
+        config: Model configuration; the weights are not needed.
+        plan: The training plan.
 
     Raises:
         ConfigError: The plan does not fit the model.
         MaskingError: The layers or projections are not in the model.
-        ModelError: transformers cannot build it.
+        ModelError: transformers cannot build the model.
     """
     model = build_skeleton(config, plan.weights_dtype)
     with torch.device("meta"):
@@ -124,10 +124,10 @@ def least_memory(config: PreTrainedConfig, plan: TrainingPlan) -> int:
 
 @contextmanager
 def known_to_run(config: PreTrainedConfig) -> Iterator[None]:
-    """Inside it, a model runs without data.
+    """Context for running a model without data.
 
     Raises:
-        ModelError: It cannot.
+        ModelError: The model cannot run without data.
     """
     try:
         yield
@@ -140,7 +140,7 @@ def known_to_run(config: PreTrainedConfig) -> Iterator[None]:
 
 
 def resident_bytes() -> int:
-    """What this process holds now; where the system does not tell, the most it has held."""
+    """Current memory of this process, or its peak if the system does not report the current value."""
     path = Path("/proc/self/statm")
     if path.is_file():
         return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -148,7 +148,7 @@ def resident_bytes() -> int:
 
 
 def _standing(model: PreTrainedModel, plan: TrainingPlan, process: int) -> MemoryEstimate:
-    """What follows from the sizes of parameters alone: what stands between steps, and what a step takes."""
+    """The part of the estimate that follows from parameter sizes alone: resident memory and step temporaries."""
     scores = sum(_size(module.scores) for _, module in masked_layers(model))
     weights = sum(map(_size, {*model.parameters(), *model.buffers()})) - scores
     weights -= _quantized_bytes(model)[0] if plan.quantized else 0
@@ -182,7 +182,7 @@ def _with_passes(
     kept: Mapping[int, nn.Module],
     chosen: Sequence[int],
 ) -> MemoryEstimate:
-    """The same with what the passes of a training and of a validation take, measured on the model's stand-ins."""
+    """Adds the memory of training and validation passes, measured on the model's stand-ins."""
     dequantized = _quantized_bytes(model)[1] if plan.quantized else 0
     masked = standing.masked_weights_bytes
     trains = any(parameter.requires_grad for parameter in model.parameters())
@@ -194,7 +194,7 @@ def _with_passes(
     if plan.adds_up:
         passes += standing.gradients_bytes
     else:
-        # A product is made anew while the one before it is still there.
+        # A product is recomputed while the previous one is still alive.
         passes += max(_product_sizes(model), default=0) if trains else 0
         validation = dequantized + _validation_bytes(model, layers, plan, batches, kept, chosen)
     return replace(
@@ -206,7 +206,7 @@ def _with_passes(
 
 
 def _product_sizes(model: nn.Module) -> list[int]:
-    """The bytes of each product of a weight and its mask that is kept, without making any."""
+    """The size of each cached product of a weight and its mask, without computing any."""
     sizes = []
     for module in model.modules():
         if isinstance(module, MaskedLinear) and module.keeps_product:
@@ -219,7 +219,7 @@ def _product_sizes(model: nn.Module) -> list[int]:
 def _training_events(
     model: PreTrainedModel, layers: Mapping[int, nn.Module], plan: TrainingPlan, batches: Batches
 ) -> list[Event]:
-    """What the forward and backward passes of an optimizer step allocate and free."""
+    """The allocations of the forward and backward passes of an optimizer step."""
     model.train()
     if plan.gradient_checkpointing:
         getattr(model, f"{CHECKPOINTING}_enable")({"use_reentrant": False})
@@ -227,7 +227,7 @@ def _training_events(
     shape = (batches.records, batches.length_tokens)
     input_ids = torch.zeros(shape, dtype=torch.int64)
     positions, tokens = (torch.zeros(batches.answer_tokens, dtype=torch.int64) for _ in range(2))
-    # Trainers give (records, tokens), of which the model makes this; a model takes it as it is.
+    # Trainers pass (records, tokens), which the model expands to this shape; it accepts the shape directly too.
     mask = torch.ones(shape[0], 1, shape[1], shape[1], dtype=torch.bool) if batches.padded else None
     meter = AllocationMeter([*model.parameters(), *model.buffers(), input_ids, positions, tokens])
 
@@ -248,7 +248,7 @@ def _training_events(
 
 
 def _outdate_products(model: nn.Module) -> None:
-    """Lets the next pass make the products of weights and masks, as the first one after a step does."""
+    """Invalidates the products of weights and masks, as a step does, so that the next pass recomputes them."""
     for module in model.modules():
         if isinstance(module, MaskedLinear):
             module._scores_state, module._masked_weight = None, torch.empty(0)
@@ -265,7 +265,7 @@ def _loss(
     *,
     autocast: bool,
 ) -> torch.Tensor:
-    """The loss as the trainer computes it: accelerate turns the outputs of autocast into fp32."""
+    """The loss as the trainer computes it: accelerate converts autocast outputs to fp32."""
     with (
         logits_only_at(model, positions, tokens),
         torch.autocast(input_ids.device.type, dtype=torch.bfloat16, enabled=autocast),
@@ -284,21 +284,21 @@ def _validation_bytes(
     kept: Mapping[int, nn.Module],
     chosen: Sequence[int],
 ) -> int:
-    """The most that a validation batch allocates.
+    """Peak memory of a validation batch.
 
     Args:
-        model: With stand-ins alone.
-        layers: The module list that has them.
-        plan: Of the training.
-        batches: With those of the validation.
-        kept: The stand-ins, by the index that each has in the model in full.
-        chosen: For each layer, the one that stands for it.
+        model: The model reduced to its stand-ins.
+        layers: The module list of the stand-ins.
+        plan: The training plan.
+        batches: The largest batches.
+        kept: The stand-ins, by their index in the full model.
+        chosen: The stand-in of each layer.
     """
-    if plan.autocast:  # it keeps the weights that it has cast, of every layer
+    if plan.autocast:  # autocast keeps the cast weights of every layer
         meter = AllocationMeter([*model.parameters(), *model.buffers()])
         with telling_stretches(model, kept, meter):
             return add_up(repeat_layers(validation_events(model, batches, meter, autocast=True), chosen)).peak_bytes
-    # Without gradients a layer leaves nothing behind, and what is trained makes no difference.
+    # Without gradients a layer keeps nothing, so it does not matter which parameters are trained.
     model.requires_grad_(False)
     keep_stand_ins(model, layers, stand_ins(layers))
     meter = AllocationMeter([*model.parameters(), *model.buffers(), *masked_products(model)])
@@ -308,7 +308,7 @@ def _validation_bytes(
 def validation_events(
     model: PreTrainedModel, batches: Batches, meter: AllocationMeter, *, autocast: bool = False
 ) -> list[Event]:
-    """What a validation batch allocates and frees, with logits where there are answers."""
+    """The allocations of a validation batch, with logits at answer positions."""
     model.eval()  # type: ignore[no-untyped-call]
     input_ids = torch.zeros(batches.validation_records, batches.validation_tokens, dtype=torch.int64)
     mask = torch.ones(len(input_ids), 1, batches.validation_tokens, batches.validation_tokens, dtype=torch.bool)
@@ -327,14 +327,14 @@ def validation_events(
                 use_cache=False,
                 **({"logits_to_keep": batches.scored_tokens} if keeps_some else {}),
             ).logits
-        if autocast:  # as accelerate does to what a model gives
+        if autocast:  # as accelerate does with model outputs
             logits = logits.float()
         nn.functional.log_softmax(logits[0].float(), dim=-1)
     return meter.events
 
 
 def _step_bytes(trained: Sequence[torch.Tensor], plan: TrainingPlan) -> int:
-    """Temporary tensors between the last backward pass of a step and the next forward pass."""
+    """Bytes of temporary tensors between the last backward pass of a step and the next forward pass."""
     if plan.adds_up:
         return PROMISED_BYTES * max(parameter.numel() for parameter in trained)
     how = {"on_gpu": plan.on_gpu, "decays": plan.decays}
@@ -344,7 +344,7 @@ def _step_bytes(trained: Sequence[torch.Tensor], plan: TrainingPlan) -> int:
 
 
 def _quantized_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """What 4 bits save of the linear projections, and what the largest takes while it is computed with."""
+    """Bytes that 4-bit weights save on linear projections, and bytes of the largest projection while in use."""
     head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = [
         module.weight

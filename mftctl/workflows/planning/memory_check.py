@@ -1,4 +1,4 @@
-"""Room on a GPU: asked for before weights are loaded, and what to change where there is none."""
+"""GPU memory check before loading weights, with advice if there is not enough."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from mftctl.workflows.planning.room import STOPPING_SHARE, Smaller, Verdict, jud
 
 
 class RoomOnGpu:
-    """The memory of a command that is about to train, against what is free.
+    """Compares the memory needed by a training command with the free memory.
 
     Args:
         command: `fft`, `probe` or `mask-train`.
-        recipe: Of the command.
-        listener: Is told where there is hardly room.
+        recipe: The recipe of the command.
+        listener: Receives a note if memory is tight.
     """
 
     def __init__(self, command: str, recipe: Recipe, listener: Listener) -> None:
@@ -42,16 +42,16 @@ class RoomOnGpu:
         self._free_bytes = 0
 
     def require(self, inputs: TrainingInputs, validation: Sequence[Encoded] | None = None) -> None:
-        """Nothing, if the training may fit what is free of the GPU; on a CPU, and where parameters are spread, always.
+        """Checks that training may fit in free GPU memory; passes on a CPU and with sharded parameters.
 
         To be called before weights are loaded.
 
         Args:
-            inputs: Of the training.
-            validation: The records that validate it, if not those of the inputs.
+            inputs: The inputs of training.
+            validation: The validation records, if not those of the inputs.
 
         Raises:
-            DeviceMemoryError: It cannot fit, and the recipe does not say to go on.
+            DeviceMemoryError: It cannot fit, and the recipe does not disable the check.
         """
         device = this_device()
         if not device.is_gpu or device.free_bytes is None or spreads_parameters():
@@ -60,30 +60,30 @@ class RoomOnGpu:
         try:
             self._memory = self._planned(inputs, device, inputs.validation if validation is None else validation)
             self._estimate = self._memory.estimate(self._recipe)
-        except ModelError as error:  # an architecture that does not run without data
+        except ModelError as error:  # an architecture that cannot run without data
             self._memory = None
-            self._listener.note(f"The memory of this {self._command} was not estimated: {error.actual}")
+            self._listener.note(f"Memory of this {self._command} was not estimated: {error.actual}")
             return
         needed = self._estimate.peak_bytes
         verdict = judge(needed, self._free_bytes)
         if verdict is Verdict.NO and self._recipe.check_memory:
             raise DeviceMemoryError(
-                f"The GPU has no room for this {self._command}, by the estimate.",
+                f"The GPU does not have the estimated memory for this {self._command}.",
                 expected=f"{_gb(needed)} free",
                 actual=_gb(self._free_bytes),
-                hint=f"{self._advice(self._free_bytes)}; --no-check-memory goes on all the same",
+                hint=f"{self._advice(self._free_bytes)}; --no-check-memory to run anyway",
             )
         if verdict is not Verdict.FITS:
             self._listener.note(
-                f"Memory: {_gb(needed)} by the estimate, {_gb(self._free_bytes)} free on the GPU. "
-                "If it does not do, the message says with which options it would."
+                f"Memory: {_gb(needed)} estimated, {_gb(self._free_bytes)} free on the GPU. "
+                "If it runs out, the error will show options that fit."
             )
 
     def hint(self) -> str | None:
-        """What to change after the GPU ran out of memory; None where nothing is known of it."""
+        """Returns advice after the GPU ran out of memory; None without an estimate."""
         if self._memory is None or self._estimate is None:
             return None
-        # Whatever the estimate was, it was too low by as much as is called possible.
+        # The estimate was evidently too low; assume by the largest margin considered possible.
         return self._advice(int(min(self._free_bytes, self._estimate.peak_bytes) * STOPPING_SHARE))
 
     def _planned(self, inputs: TrainingInputs, device: PlannedDevice, validation: Sequence[Encoded]) -> CommandMemory:
@@ -110,15 +110,15 @@ class RoomOnGpu:
 
 @contextmanager
 def room_on_gpu(command: str, recipe: Recipe, listener: Listener) -> Iterator[RoomOnGpu]:
-    """Inside it, a lack of memory on the GPU is told with the smallest set of options that needs less.
+    """Context in which GPU out-of-memory errors name the smallest change of options that fits.
 
     Args:
         command: `fft`, `probe` or `mask-train`.
-        recipe: Of the command.
-        listener: Is told where there is hardly room.
+        recipe: The recipe of the command.
+        listener: Receives a note if memory is tight.
 
     Raises:
-        DeviceMemoryError: There is no room.
+        DeviceMemoryError: The GPU ran out of memory.
     """
     room = RoomOnGpu(command, recipe, listener)
     try:
@@ -133,18 +133,18 @@ def room_on_gpu(command: str, recipe: Recipe, listener: Listener) -> Iterator[Ro
 def training_on_device(
     command: str, recipe: Recipe, options: TrainingOptions, run: Run, listener: Listener
 ) -> Iterator[RoomOnGpu]:
-    """Inside it, a command trains on the recipe's device, and its peak of memory begins anew.
+    """Context in which a command trains on the recipe's device, with its peak memory reset.
 
     Args:
         command: `fft`, `probe` or `mask-train`.
-        recipe: Of the command.
-        options: The section of the recipe that it trains with.
-        run: Of the command.
-        listener: Is told what there is to know of the device and its memory.
+        recipe: The recipe of the command.
+        options: The recipe section for its training.
+        run: The run of the command.
+        listener: Receives messages about the device and its memory.
 
     Raises:
-        ConfigError: As `device_for`.
-        DeviceMemoryError: There is no room.
+        ConfigError: As for `device_for`.
+        DeviceMemoryError: The GPU does not have enough memory.
     """
     if command == "probe" and isinstance(options, MaskTrainOptions):
         less_memory = probing_with_less_memory(options)
@@ -168,7 +168,7 @@ def training_on_device(
 
 def _options_text(found: Smaller | None) -> str:
     if found is None:
-        return "a smaller model or a larger GPU, since no set of options is enough"
+        return "a smaller model or a larger GPU, as no change of options is enough"
     return f"{found.flags} (needs {_gb(found.needed_bytes)})"
 
 

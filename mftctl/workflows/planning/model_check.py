@@ -1,4 +1,4 @@
-"""What can be said of a model without its weights: its configuration, its tokenizer, its projections."""
+"""Checks a model without loading its weights: configuration, tokenizer, projections."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
 
 @dataclass(frozen=True, slots=True)
 class CheckedModel:
-    """A model known by its configuration.
+    """A model described by its configuration.
 
     Attributes:
-        name: As in the recipe.
-        config: Its configuration.
-        tokenizer: Its tokenizer; None where there is none to load.
-        parameters: Its number of parameters.
-        layer_count: Its number of decoder layers.
+        name: Name in the recipe.
+        config: Model configuration.
+        tokenizer: The tokenizer; None if there is none to load.
+        parameters: Number of parameters.
+        layer_count: Number of decoder layers.
         projections: All attention and MLP projections, without data.
-        check: What is to be known of its checkpoint.
+        check: Result of the checkpoint check.
     """
 
     name: str
@@ -48,7 +48,7 @@ class CheckedModel:
     check: CheckpointCheck
 
     def summary(self) -> dict[str, Any]:
-        """The figures as plain data."""
+        """The properties as plain data."""
         tokenizer = self.tokenizer
         return {
             "name": self.name,
@@ -62,14 +62,14 @@ class CheckedModel:
 
 
 def check_model(recipe: Recipe, findings: Findings) -> CheckedModel | None:
-    """The recipe's model, or None where even its shapes cannot be known.
+    """Returns the recipe's model, or None if not even its shapes can be determined.
 
     Args:
-        recipe: Names the model and its revision.
-        findings: Gets what is wrong with its files, its tokenizer and its family.
+        recipe: The recipe with the model and its revision.
+        findings: Receives problems with its files, tokenizer and family.
     """
     if recipe.model is None:
-        findings.problem("model: the recipe names none (try: --set model=DIR)")
+        findings.problem("model: the recipe names no model (try: --set model=DIR)")
         return None
     checked = None
     with findings.collecting("model"):
@@ -90,7 +90,7 @@ def check_model(recipe: Recipe, findings: Findings) -> CheckedModel | None:
 
 
 def _base_of(model: str) -> str:
-    """The model itself, or the base of a LoRA adapter, whose shapes it has."""
+    """The model itself, or the base model of a LoRA adapter, which has the same shapes."""
     folder = Path(model).expanduser()
     if not is_adapter(folder):
         return model
@@ -102,19 +102,19 @@ def _base_of(model: str) -> str:
 def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: Findings) -> None:
     if recipe.model_type is not None and recipe.model_type != config.model_type:
         findings.problem(
-            f"model_type: the recipe is for another model family (expected: {recipe.model_type}; "
+            f"model_type: the recipe is for a different model family (expected: {recipe.model_type}; "
             f"got: {config.model_type})"
         )
 
 
 def _check_weights(model: str, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> CheckpointCheck | None:
-    """What is to be known of a checkpoint; None where there are no weights, or something is wrong with them."""
+    """Checks a checkpoint; returns None if it has no weights or they are faulty."""
     folder = _local_folder(model)
     check = None
     if folder is None:
-        findings.skip("model: the weights were not looked for; the first command downloads them")
+        findings.skip("model: weights, which the first command downloads")
     elif not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
-        findings.skip(f"model: the weights, since {folder} holds none; all figures follow from config.json")
+        findings.skip(f"model: weights, since {folder} has none; all values are derived from config.json")
     else:
         check = CheckpointCheck()
         with findings.collecting("model"):
@@ -131,7 +131,7 @@ def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> Pre
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer(folder)
     findings.skip(
-        f"model: chat template, labels and token counts, since {folder} holds no tokenizer; every batch is taken to "
+        f"model: chat template, labels and token counts, since {folder} has no tokenizer; every batch is assumed to "
         "have max_length_tokens"
     )
     return None
@@ -140,7 +140,7 @@ def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> Pre
 def _with_template(
     tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, findings: Findings
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer with the chat template that the recipe wants; None where there is none such."""
+    """The tokenizer with the recipe's chat template; None if the template cannot be used."""
     if tokenizer is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The device that a plan is made for, which need not be one of this machine."""
+"""The device that a plan is made for, which may be on a different machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mftctl.runtime.compute_settings import Precision
 from mftctl.runtime.devices import best_device, has_bf16
 
 CONTEXT_BYTES = 500_000_000
-"""What CUDA and the libraries on it take of a GPU before the first tensor."""
+"""GPU memory used by CUDA and its libraries before the first tensor."""
 
 _MEMORY = re.compile(r"([\d.]+)\s*([kmgt])(i?)b?", re.IGNORECASE)
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
@@ -20,12 +20,12 @@ _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 @dataclass(frozen=True, slots=True)
 class PlannedDevice:
-    """What a plan has to know of a device.
+    """The properties of a device that a plan depends on.
 
     Attributes:
-        kind: Such as `cpu` or `cuda`.
-        has_bf16: Whether it computes in bf16 itself, so that `auto` means bf16.
-        free_bytes: There for a command; None where that is not known.
+        kind: Device type, such as `cpu` or `cuda`.
+        has_bf16: Whether it supports bf16 natively, so that `auto` means bf16.
+        free_bytes: Memory available to a command; None if unknown.
     """
 
     kind: str
@@ -34,26 +34,26 @@ class PlannedDevice:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it has memory of its own, and the kernels of an accelerator."""
+        """Whether it is an accelerator with its own memory and kernels."""
         return self.kind != "cpu"
 
     def uses_bf16(self, precision: Precision) -> bool:
-        """Whether a training computes in bf16 there."""
+        """Whether training on this device uses bf16."""
         return self.has_bf16 if precision == "auto" else precision == "bf16"
 
 
 def this_device() -> PlannedDevice:
-    """The device that commands on this machine use."""
+    """Returns the device that commands on this machine use."""
     device = best_device()
     return PlannedDevice(device.type, has_bf16(), _free_bytes(device))
 
 
 def asked_device(name: str, memory_bytes: int | None = None) -> PlannedDevice:
-    """The device that is asked about.
+    """Returns the requested device.
 
     Args:
-        name: As in the recipe: `auto` is this machine's, or a GPU where memory is given.
-        memory_bytes: All that it has; None for what is free of this machine's own.
+        name: Name in the recipe; `auto` is this machine's device, or a GPU if memory is given.
+        memory_bytes: Total memory; None for the free memory of this machine's device.
     """
     kind = name.partition(":")[0]
     if kind == "auto":
@@ -68,10 +68,10 @@ def asked_device(name: str, memory_bytes: int | None = None) -> PlannedDevice:
 
 
 def parse_memory(text: str) -> int:
-    """The bytes in `80GB`, or in `80GiB`, where a unit is 1024 of the one below.
+    """Parses a size such as `80GB` (powers of 1000) or `80GiB` (powers of 1024) into bytes.
 
     Raises:
-        ConfigError: It is no size.
+        ConfigError: The text is not a size.
     """
     found = _MEMORY.fullmatch(text.strip())
     try:
@@ -80,13 +80,13 @@ def parse_memory(text: str) -> int:
         size = 0
     if size <= 0:
         raise ConfigError(
-            "The memory of a device is a number with its unit.", key="--device-memory", expected="80GB", actual=text
+            "Device memory must be a number with a unit.", key="--device-memory", expected="80GB", actual=text
         )
     return size
 
 
 def _free_bytes(device: torch.device) -> int | None:
-    """What is free of a GPU, with what this process holds there without using it."""
+    """Free GPU memory, including memory that this process has reserved but does not use."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     index = device.index or 0

@@ -1,4 +1,4 @@
-"""Collects everything that is wrong, instead of stopping at the first."""
+"""Collects all problems instead of stopping at the first."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mftctl.errors import ConfigError, MftError
 
 
 class Findings:
-    """What a check has found, each thing once.
+    """The findings of a check, without duplicates.
 
     Attributes:
-        problems: What would stop the experiment or spoil it.
-        warnings: What the user should look at.
-        not_checked: What could not be checked, and why.
+        problems: Problems that would stop the experiment or invalidate it.
+        warnings: Points for the user to review.
+        not_checked: Items that could not be checked, with the reason.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,10 @@ class Findings:
 
     @contextmanager
     def collecting(self, where: str) -> Iterator[None]:
-        """Inside it, a known failure becomes a problem, and what follows inside is skipped.
+        """Context that turns an `MftError` into a problem and skips the rest of its body.
 
         Args:
-            where: The stage or recipe key concerned; stands before the message.
+            where: The stage or recipe key concerned, used as a prefix of the message.
         """
         try:
             yield
@@ -44,12 +44,12 @@ class Findings:
         _add(self.warnings, text)
 
     def skip(self, text: str) -> None:
-        """Adds something that could not be checked."""
+        """Adds an item that could not be checked."""
         _add(self.not_checked, text)
 
 
 def describe(error: MftError) -> str:
-    """A known failure in one line."""
+    """Formats an error as one line."""
     head, *details = str(error).split("\n")
     return f"{head.rstrip('.')} ({'; '.join(line.strip() for line in details)})" if details else head
 

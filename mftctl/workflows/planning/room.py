@@ -1,4 +1,4 @@
-"""Whether an estimate fits what is there, and with which options it would."""
+"""Checks whether an estimate fits the available memory, and finds options with which it does."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from mftctl.training.schedule import records_per_step, smaller_batch_sizes
 from mftctl.workflows.planning.memory import MemoryEstimate
 
 SPARE_SHARE = 0.05
-"""Of what is there: left free by what fits, since allocators lose some."""
+"""Share of the available memory kept free, since allocators lose some."""
 
 STOPPING_SHARE = 0.85
-"""Of an estimate: if not even so much fits, a command is stopped. Estimates are nearer to what was counted."""
+"""Share of an estimate: a command is stopped if not even this much fits. Estimates are more accurate than that."""
 
 
 class Verdict(StrEnum):
-    """Whether something fits."""
+    """Result of comparing an estimate with the available memory."""
 
     FITS = "fits"
     CLOSELY = "closely"
@@ -32,11 +32,11 @@ class Verdict(StrEnum):
 
 
 def judge(needed_bytes: int, free_bytes: int) -> Verdict:
-    """Whether an estimate fits what is free; what may fit is never called too large.
+    """Returns whether an estimate fits the free memory; anything that may fit is not called too large.
 
     Args:
-        needed_bytes: By the estimate.
-        free_bytes: What is there.
+        needed_bytes: Estimated memory.
+        free_bytes: Available memory.
     """
     if needed_bytes <= (1 - SPARE_SHARE) * free_bytes:
         return Verdict.FITS
@@ -45,11 +45,11 @@ def judge(needed_bytes: int, free_bytes: int) -> Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A change of a recipe that saves memory.
+    """A recipe change that saves memory.
 
     Attributes:
-        flags: As options of the command.
-        keys: The same as dotted keys of the recipe.
+        flags: The change as command options.
+        keys: The change as dotted recipe keys.
     """
 
     flags: str = ""
@@ -57,23 +57,23 @@ class Change:
 
     @property
     def sets(self) -> str:
-        """The same as `--set`, for `run`."""
+        """The change as `--set` options for `run`."""
         return " ".join(f"--set {shlex.quote(f'{key}={_value(value)}')}" for key, value in self.keys.items())
 
 
 def _value(value: Any) -> str:
-    """As YAML reads it."""
+    """The value in YAML form."""
     return json.dumps(value, separators=(",", ":")).strip('"')
 
 
 @dataclass(frozen=True, slots=True)
 class Smaller:
-    """The smallest set of options with which something fits.
+    """The smallest set of option changes that makes a command fit.
 
     Attributes:
-        flags: As options of the command.
-        sets: As `--set`, for `run`.
-        needed_bytes: By the estimate.
+        flags: The changes as command options.
+        sets: The changes as `--set` options for `run`.
+        needed_bytes: Estimated memory with the changes.
     """
 
     flags: str
@@ -89,17 +89,17 @@ def smallest_options(
     estimate: Callable[[Recipe], MemoryEstimate],
     layers: Sequence[int] = (),
 ) -> Smaller | None:
-    """The set of options, searched from the cheapest to the dearest, with which a command fits; None if there is none.
+    """Returns the cheapest option changes that make a command fit; None if there are none.
 
-    Cheapest are smaller batches, which change nothing but time, then activations computed twice, numbers of lower
-    precision, and last of all another method or fewer layers.
+    Changes are tried in order of cost: smaller batches, which cost only time, then recomputed activations, lower
+    precision, and finally a different method or fewer layers.
 
     Args:
-        command: Which one.
-        recipe: As it is.
-        fits: Whether a recipe does; what saves less may be asked after what saves more.
-        estimate: Of a recipe that does.
-        layers: Those that carry the mask, where the command has a say in it.
+        command: The command.
+        recipe: The current recipe.
+        fits: Tests whether a recipe fits; may be called with smaller savings after larger ones.
+        estimate: Estimates the memory of a recipe that fits.
+        layers: Masked layers, if the command can change them.
     """
     axes = [
         [change for change in axis if _changed(recipe, [change]) is not None] for axis in _axes(command, recipe, layers)
@@ -116,7 +116,7 @@ def smallest_options(
 def _search(
     recipe: Recipe, chosen: list[Change], rest: list[list[Change]], fits: Callable[[Recipe], bool]
 ) -> list[Change] | None:
-    """The first choice of each axis, dearest axes first, with which the recipe fits."""
+    """The first choice on each axis that makes the recipe fit, most expensive axes first."""
     most = _changed(recipe, [*chosen, *(axis[-1] for axis in rest)])
     if most is None or not fits(most):
         return None
@@ -130,7 +130,7 @@ def _search(
 
 
 def _changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe | None:
-    """The recipe with changes; None where they do not go together."""
+    """The recipe with changes; None if they are incompatible."""
     keys = {key: value for change in changes for key, value in change.keys.items()}
     try:
         return with_changes(recipe, keys)
@@ -139,7 +139,7 @@ def _changed(recipe: Recipe, changes: Sequence[Change]) -> Recipe | None:
 
 
 def _axes(command: str, recipe: Recipe, layers: Sequence[int]) -> list[list[Change]]:
-    """What can be changed, the dearest first; each from as it is to what saves most."""
+    """The possible changes, most expensive axis first, each ordered from no change to the largest saving."""
     as_it_is = Change()
     if command == "fft":
         return [[as_it_is, *_methods(recipe.fft)], *_training_axes("fft", recipe.fft)]
@@ -153,13 +153,13 @@ def _axes(command: str, recipe: Recipe, layers: Sequence[int]) -> list[list[Chan
     if not options.low_memory and options.method == "learned" and not (command == "probe" and recipe.probe.fast):
         low.append(Change("--low-memory", {"mask_train.low_memory": True}))
     training = _training_axes("mask_train", options)
-    if command == "probe":  # which has no options of its own for these
+    if command == "probe":  # probe has no options of its own for these
         training = [[Change(change.sets, change.keys) for change in axis] for axis in training]
     return [fewer, low, *training]
 
 
 def _training_axes(section: str, options: TrainingOptions) -> list[list[Change]]:
-    """Activations computed twice, and smaller batches."""
+    """Recomputed activations and smaller batches."""
     checkpointing = [Change()]
     if not options.gradient_checkpointing:
         checkpointing.append(Change("--gradient-checkpointing", {f"{section}.gradient_checkpointing": True}))
@@ -167,7 +167,7 @@ def _training_axes(section: str, options: TrainingOptions) -> list[list[Change]]
 
 
 def _smaller_batches(section: str, options: TrainingOptions) -> list[Change]:
-    """Halves of the batch, with as many records a step as before."""
+    """Successively halved batches with the same number of records per step."""
     found = []
     if options.batch_tokens is not None:
         tokens = options.batch_tokens
@@ -185,7 +185,7 @@ def _smaller_batches(section: str, options: TrainingOptions) -> list[Change]:
 
 
 def _methods(options: FftOptions) -> list[Change]:
-    """Other precisions of what is trained, then other methods."""
+    """Lower precision for the trained parameters, then different methods."""
     found = []
     if options.method != "lora":
         if not options.low_memory and options.optimizer == "adamw":
@@ -202,7 +202,7 @@ def _methods(options: FftOptions) -> list[Change]:
 
 
 def _fewer_layers(layers: Sequence[int]) -> list[Change]:
-    """Halves of the layers, the last of them: gradients need not go further than to the first one masked."""
+    """Successive halves of the layers, keeping the last ones: gradients stop at the first masked layer."""
     found, count = [], len(layers)
     while (count := count // 2) >= 1:
         text = format_layers(sorted(layers)[-count:])

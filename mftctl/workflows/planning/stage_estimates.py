@@ -1,4 +1,4 @@
-"""Steps, tokens, masks and memory of each training stage."""
+"""Estimates the steps, tokens, masks and memory of each training stage."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ TRAINING_COMMANDS = ("fft", "probe", "mask-train")
 
 
 class StageFigures:
-    """The figures of a recipe's stages; estimates that several stages share are made once.
+    """Estimates for a recipe's stages; estimates shared by several stages are computed once.
 
     Args:
-        model: The recipe's model; None leaves its figures out.
+        model: The recipe's model; None omits all values that depend on it.
         data: The recipe's data.
-        findings: Gets what does not fit the model.
-        process_bytes: What the process takes without any model.
-        device: What the stages run on.
-        staged: Whether they are stages of an experiment, which takes no options of single commands.
+        findings: Receives problems that concern the model.
+        process_bytes: Memory of the process without a model.
+        device: Device that the stages run on.
+        staged: Whether these are stages of an experiment, which does not accept options of single commands.
 
     Attributes:
-        masks: What is masked, by the stage's name.
-        memory: The estimate of each training stage.
+        masks: Mask estimates by stage name.
+        memory: Memory estimate of each training stage.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class StageFigures:
         self._known: dict[Hashable, MemoryEstimate] = {}
 
     def row(self, task: Task) -> dict[str, Any]:
-        """Method, layers, records, steps and tokens of a training stage; its masks and its memory go to the attributes.
+        """Returns method, layers, records, steps and tokens of a training stage, and stores its masks and memory.
 
         Raises:
             MftError: The stage does not fit the model.
@@ -99,10 +99,10 @@ class StageFigures:
         return row
 
     def evaluation(self, task: Task) -> None:
-        """Notes the memory of an evaluation.
+        """Stores the memory estimate of an evaluation.
 
         Raises:
-            MftError: The model cannot be run without data.
+            MftError: The model cannot run without data.
         """
         recipe = task.recipe
         if self._model is None or recipe.eval.engine != "hf" or recipe.eval.predictions is not None:
@@ -112,7 +112,7 @@ class StageFigures:
         generation, batches = memory.generation(recipe), memory.asked.batches
         if recipe.eval.tasks:
             self._findings.skip(
-                f"{task.name}: the length of benchmark prompts, taken to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
+                f"{task.name}: length of benchmark prompts, assumed to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
             )
         largest = {"records": 1, "length_tokens": 0} if batches is None else asdict(batches)
         if generation is not None:
@@ -121,7 +121,7 @@ class StageFigures:
         self._note_memory(task, memory, largest)
 
     def _asked(self, recipe: Recipe) -> Asked:
-        """What an evaluation measures on the test data."""
+        """The work of an evaluation on the test data."""
         examples = self._data.parts(recipe).test[: recipe.eval.limit]
         if not examples:
             return Asked()
@@ -166,7 +166,7 @@ class StageFigures:
         }
 
     def _learned_from(self, task: Task) -> Sequence[Example]:
-        """The records that a stage may learn from; those that fine-tuning before it sees may be none for a mask."""
+        """The records that a stage may learn from; a mask may exclude those seen by earlier fine-tuning."""
         train = self._data.parts(task.recipe).train
         learn_from = task.recipe.mask_train.effective_learn_from
         if task.command == "fft" or learn_from == "all":
@@ -181,7 +181,7 @@ class StageFigures:
         return records_to_learn_from(train, frozenset(seen), learn_from)
 
     def _groups(self, task: Task, model: CheckedModel) -> list[list[int]]:
-        """The layers that may carry a mask: one choice, or all that a probe tries."""
+        """The layers to mask: a single choice, or all groups that a probe tries."""
         count = model.layer_count
         probe = task if task.command == "probe" else task.layers_from
         if probe is None:
@@ -224,7 +224,7 @@ class StageFigures:
         )
 
     def _note_memory(self, task: Task, memory: CommandMemory, largest: Mapping[str, Any]) -> None:
-        """Puts an estimate beside what is there, and says where it does not fit with which options it would."""
+        """Stores an estimate with the available memory and, if it does not fit, the options with which it would."""
         found = memory.estimate(task.recipe)
         row = {"stage": task.name, **largest, **asdict(found)}
         free = self._device.free_bytes
@@ -244,18 +244,18 @@ class StageFigures:
         known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if known is not None and options.max_length_tokens > known:
             self._findings.warn(
-                "max_length_tokens: longer than what the model was made for "
+                "max_length_tokens: exceeds the model's context length "
                 f"(expected: at most {known}; got: {options.max_length_tokens})"
             )
 
 
 def _is_fast(task: Task) -> bool:
-    """Whether a probe takes gradients and trains nothing."""
+    """Whether the task is a probe that computes gradients without training."""
     return task.command == "probe" and task.recipe.probe.fast
 
 
 def training_options(task: Task) -> FftOptions | MaskTrainOptions:
-    """The section that a training stage trains with."""
+    """The options that a training stage uses."""
     if task.command == "fft":
         return task.recipe.fft
     options = task.recipe.mask_train
@@ -265,7 +265,7 @@ def training_options(task: Task) -> FftOptions | MaskTrainOptions:
 
 
 def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[MaskTarget]:
-    """Those of the target and, with a ratio by projection, of its names; the plan checks that all names are there."""
+    """The targets selected by part and, with ratios by projection, by name; the plan checks that all names exist."""
     return [
         target
         for target in targets
@@ -291,6 +291,6 @@ def _check_drop(task: Task) -> None:
 
 
 def _room_text(needed_bytes: int, free_bytes: int, verdict: Verdict, options: str | None) -> str:
-    short = "does not fit" if verdict is Verdict.NO else "hardly fits"
-    advice = f"with room to spare: {options}" if options else "no set of options is enough"
-    return f"{short} the device (needs {needed_bytes / 1e9:.1f} GB; free: {free_bytes / 1e9:.1f} GB; {advice})"
+    short = "does not fit" if verdict is Verdict.NO else "barely fits"
+    advice = f"fits with: {options}" if options else "no set of options makes it fit"
+    return f"{short} on the device (needs {needed_bytes / 1e9:.1f} GB; free: {free_bytes / 1e9:.1f} GB; {advice})"

@@ -1,4 +1,4 @@
-"""The data of a training as its tokens: counts, what has no answer left, and questions that also are in the test."""
+"""Tokenises training data and checks it: counts, records without an answer, and overlap with the test data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mftctl.experiments.record_encoding import added_system_text, no_end_text
 from mftctl.workflows.planning.problem_list import Findings, describe
 
 MOST_TOKENIZED = 5_000
-"""Records tokenised of each part: of larger data, as many at even distances stand for all."""
+"""Maximum records to tokenise per part; larger data is sampled at even intervals."""
 
 _MOST_PROMPTS = 200
 
@@ -33,9 +33,9 @@ class Parts:
 
     Attributes:
         train: Training records.
-        validation: Validation records, of files of their own or split off.
-        test: What `eval` measures on.
-        issues: What is wrong with the records that were read, by the recipe key that names the data.
+        validation: Validation records, from separate files or split off.
+        test: Test records for `eval`.
+        issues: Problems with the records read, by the recipe key of the data.
     """
 
     train: Sequence[Example]
@@ -46,18 +46,18 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """The encoded records of a training and of its validation, neither of them empty."""
+    """The encoded training and validation records, neither of them empty."""
 
     train: list[Encoded]
     validation: list[Encoded]
 
 
 class DataCheck:
-    """The data of a recipe and its stages, each file read and each record tokenised once.
+    """The data of a recipe and its stages; each file is read and each record tokenised once.
 
     Args:
-        tokenizer: The model's, with the recipe's chat template; None leaves everything untokenised.
-        findings: Gets what is wrong with files and records.
+        tokenizer: The model's tokenizer with the recipe's chat template; None skips tokenisation.
+        findings: Receives problems with files and records.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> None:
@@ -69,31 +69,33 @@ class DataCheck:
         self._train: dict[tuple[str, int], list[Encoded]] = {}
 
     def parts(self, recipe: Recipe) -> Parts:
-        """The records of a recipe's files, as far as they can be read."""
+        """The readable records of a recipe's files."""
         key = _data_key(recipe)
         if key not in self._parts:
             parts = self._parts[key] = read_parts(recipe, self._findings)
             for name, issues in parts.issues.items():
-                if self._tokenizer is None or name == "test_data":  # others are told with what tokenising finds
+                if (
+                    self._tokenizer is None or name == "test_data"
+                ):  # others are reported with the results of tokenisation
                     report_issues(name, issues, recipe.bad_records, 0, self._findings)
         return self._parts[key]
 
     def tokens(self, recipe: Recipe, max_length_tokens: int) -> Tokens | None:
-        """The same as tokens, or None where there is no tokenizer or no record that can be used."""
+        """The tokenised records; None without a tokenizer or usable records."""
         key = (_data_key(recipe), max_length_tokens)
         if key not in self._tokens:
             self._tokens[key] = self._tokenize(recipe, max_length_tokens)
         return self._tokens[key]
 
     def train(self, recipe: Recipe, max_length_tokens: int) -> list[Encoded]:
-        """The encoded training records, also where none of the validation can be used."""
+        """The encoded training records, even if no validation record is usable."""
         self.tokens(recipe, max_length_tokens)
         return self._train.get((_data_key(recipe), max_length_tokens), [])
 
     def longest_question(self, recipe: Recipe) -> tuple[list[Encoded], int] | None:
-        """The encoded test records of an evaluation and the tokens of its longest prompt, 0 where none has one.
+        """The encoded test records of an evaluation and the tokens of the longest prompt, 0 if no record has a prompt.
 
-        None where there is no tokenizer or no record that can be used.
+        None without a tokenizer or usable records.
         """
         encoder = self._encoder(recipe)
         if encoder is None:
@@ -106,7 +108,7 @@ class DataCheck:
             (example for example in used.examples if recipe.eval.generate and example.prompt),
             key=lambda example: -sum(len(message.content) for message in example.prompt),
         )
-        # By characters the longest few: among them is the longest by tokens, or one next to it.
+        # The longest few by characters include the longest by tokens, or one close to it.
         longest = [len(encoder.prompt(example)) for example in asked[:_MOST_PROMPTS]]
         return (used.records, max(longest, default=0)) if used.records else None
 
@@ -119,7 +121,7 @@ class DataCheck:
         encoder, parts = self._encoder(recipe), self.parts(recipe)
         if encoder is None:
             return None
-        issues = copy.deepcopy(parts.issues)  # of what was read, which other lengths share
+        issues = copy.deepcopy(parts.issues)  # issues found on reading, shared by other lengths
         if "val_data" not in issues:
             issues["val_data"] = issues["data"]
         used = [
@@ -140,7 +142,7 @@ class DataCheck:
 
 
 def read_parts(recipe: Recipe, findings: Findings) -> Parts:
-    """The records of all data files, as far as they can be read; each file that cannot is a problem."""
+    """Reads the records of all data files; each unreadable file is reported as a problem."""
     issues = {"data": RecordIssues(), "test_data": RecordIssues()}
     train = _read("data", recipe.data, recipe.seed, issues["data"], findings)
     validation: Sequence[Example] = []
@@ -166,20 +168,20 @@ def tokenize(
     issues: RecordIssues,
     findings: Findings,
 ) -> EncodedRecords:
-    """The encoded records.
+    """Returns the encoded records.
 
     Args:
-        key: The recipe key that names the data.
-        examples: All records; of more than `MOST_TOKENIZED` a part is tokenised.
-        encoder: Of the model's tokenizer.
-        max_length_tokens: Longer records are cut at the end.
-        issues: Gets what is wrong with records.
-        findings: Is told where not all are tokenised.
+        key: The recipe key of the data.
+        examples: All records; more than `MOST_TOKENIZED` are sampled.
+        encoder: Encoder of the model's tokenizer.
+        max_length_tokens: Length at which longer records are truncated.
+        issues: Receives problems with records.
+        findings: Receives a note if the records are sampled.
     """
     chosen = examples
     if len(examples) > MOST_TOKENIZED:
         chosen = [examples[index * len(examples) // MOST_TOKENIZED] for index in range(MOST_TOKENIZED)]
-        findings.skip(f"{key}: {MOST_TOKENIZED:,} of {len(examples):,} records were tokenised; they stand for all")
+        findings.skip(f"{key}: {MOST_TOKENIZED:,} of {len(examples):,} records were tokenised as a sample")
     used = encode_all(chosen, encoder, max_length_tokens, issues)
     if issues.overlong and not used.records:
         findings.problem(f"{key}: no record can be used at --max-length {max_length_tokens}")
@@ -189,21 +191,21 @@ def tokenize(
 def report_issues(
     key: str, issues: RecordIssues, bad_records: BadRecords, max_length_tokens: int, findings: Findings
 ) -> None:
-    """Adds what a training would refuse as a problem, and what it would say as warnings.
+    """Adds issues that would stop training as a problem, and the others as warnings.
 
     Args:
-        key: The recipe key that names the data.
-        issues: Of its records.
-        bad_records: What the recipe does with records that cannot be used.
-        max_length_tokens: At which records were cut.
-        findings: Gets it.
+        key: The recipe key of the data.
+        issues: Issues of the records.
+        bad_records: The recipe's setting for unusable records.
+        max_length_tokens: Length at which records were truncated.
+        findings: Receives the problems and warnings.
     """
     told = issues.lines(max_length_tokens)
     try:
         issues.settle(bad_records)
     except DataError as error:
         findings.problem(f"{key}: {describe(error)}")
-        told = told[1:]  # without the line on records that cannot be used
+        told = told[1:]  # without the line on unusable records
     for line in told:
         findings.warn(f"{key}: {line}")
     if issues.learns_no_end:
@@ -211,7 +213,7 @@ def report_issues(
 
 
 def token_counts(encoded: Sequence[Encoded]) -> dict[str, int | float]:
-    """Figures of encoded records: how many, their tokens and answer tokens, and the longest."""
+    """Counts of encoded records, their tokens and answer tokens, and the longest record's tokens."""
     lengths = [len(record.input_ids) for record in encoded]
     return {
         "tokenized_records": len(encoded),
@@ -237,11 +239,11 @@ def _check_overlap(key: str, train: Sequence[Example], other: Sequence[Example],
     known = {_question(example) for example in train}
     shared = sum(_question(example) in known for example in other)
     if shared:
-        findings.warn(f"{key}: {shared:,} of {len(other):,} records ask what a training record asks")
+        findings.warn(f"{key}: questions also in the training data: {shared:,} of {len(other):,} records")
 
 
 def _question(example: Example) -> tuple[object, ...]:
-    """The texts before the answer, or all of a plain text or of token ids."""
+    """The texts before the answer, or the whole of a plain text or of token IDs."""
     if example.token_ids is not None:
         return example.token_ids.input_ids
     return tuple(message.content.strip() for message in example.prompt or example.messages)
@@ -252,13 +254,13 @@ def _data_key(recipe: Recipe) -> str:
 
 
 def trained_segments(record: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
-    """The text of a record's tokens, cut where the labels begin and end: decoded, and so exactly what is trained on.
+    """The text decoded from a record's tokens, so exactly the training input, split where labels begin and end.
 
-    The first token is never learned, since nothing comes before it to predict it from.
+    The first token is never learned, since there is no context to predict it from.
 
     Args:
-        record: Token ids and labels.
-        tokenizer: The one that made them.
+        record: Token IDs and labels.
+        tokenizer: The tokenizer that produced them.
     """
     learned = [label != IGNORED_LABEL and index > 0 for index, label in enumerate(record.labels)]
     segments, start = [], 0

@@ -1,4 +1,4 @@
-"""How a recipe's sections train a model, as far as memory depends on it."""
+"""Derives from a recipe's sections the parts of the training set-up that affect memory."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from mftctl.workflows.planning.planned_device import PlannedDevice, this_device
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """What decides the memory of a training besides the model and its batches.
+    """The settings that determine the memory of training, apart from the model and its batches.
 
     Attributes:
-        prepare: Makes the parameters trainable that the method trains, with adapters or masks in place.
-        trained: What that depends on; plans are equal where it and the settings below are.
-        weights_dtype: Of the weights in memory.
+        prepare: Attaches adapters or masks and makes the method's parameters trainable.
+        trained: The inputs of `prepare`; plans are equal if these and the settings below are equal.
+        weights_dtype: Dtype of the weights in memory.
         autocast: Whether forward passes compute in bf16 on fp32 weights.
-        gradient_checkpointing: Whether activations are computed twice instead of kept.
-        accumulates: Whether gradients are kept while further batches are computed.
-        optimizer: What keeps moments.
-        selects_entries: Whether a step chooses the entries that it updates.
-        holds_entries: Whether a step leaves all others exactly as they are.
-        on_gpu: Whether it runs on a GPU.
-        decays: Whether weights decay.
-        quantized: Whether the linear projections of the base are in 4 bits.
-        adds_up: Whether gradients are added up in fp32 and nothing is trained, as `probe --fast` does.
+        gradient_checkpointing: Whether activations are recomputed instead of kept.
+        accumulates: Whether gradients are kept across batches.
+        optimizer: The optimizer.
+        selects_entries: Whether a step selects the entries that it updates.
+        holds_entries: Whether a step leaves all other entries exactly unchanged.
+        on_gpu: Whether training runs on a GPU.
+        decays: Whether weight decay is used.
+        quantized: Whether the base model's linear projections are in 4 bits.
+        adds_up: Whether gradients are summed in fp32 without training, as in `probe --fast`.
     """
 
     prepare: Callable[[PreTrainedModel], None] = field(compare=False)
@@ -56,12 +56,12 @@ class TrainingPlan:
 
 
 def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | None = None) -> TrainingPlan:
-    """The plan of the `fft` command.
+    """Returns the plan of the `fft` command.
 
     Args:
         options: The recipe's `fft` section.
-        seed: Decides what HFT freezes.
-        device: By default this machine's.
+        seed: Seed, which determines what HFT freezes.
+        device: The device; this machine's by default.
     """
     device = device or this_device()
 
@@ -74,7 +74,7 @@ def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | Non
             add_adapter(model, options, base=model.config.model_type, seed=seed)
 
     bf16, is_lora = device.uses_bf16(options.precision), options.method == "lora"
-    # In bf16 are all weights under low memory, and LoRA's base where it computes in bf16, unless it is quantised.
+    # bf16 is used for all weights with low_memory, and for LoRA's base if it computes in bf16, unless quantised.
     narrow = options.low_memory or (is_lora and bf16 and options.quantize is None)
     selects = options.method in ("gmt", "random")
     return TrainingPlan(
@@ -95,12 +95,12 @@ def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | Non
 def plan_mask_training(
     options: MaskTrainOptions, layers: Sequence[int], device: PlannedDevice | None = None
 ) -> TrainingPlan:
-    """The plan of the `mask-train` command for the methods that measure on the model.
+    """Returns the plan of the `mask-train` command for the methods that run the model.
 
     Args:
         options: The recipe's `mask_train` section.
-        layers: Decoder layers that carry the mask.
-        device: By default this machine's.
+        layers: Decoder layers to mask.
+        device: The device; this machine's by default.
     """
     device = device or this_device()
     on_gpu = device.is_gpu
@@ -135,12 +135,12 @@ def plan_mask_training(
 def plan_fast_probe(
     options: MaskTrainOptions, layers: Sequence[int], device: PlannedDevice | None = None
 ) -> TrainingPlan:
-    """The plan of `probe --fast`.
+    """Returns the plan of `probe --fast`.
 
     Args:
         options: The recipe's `mask_train` section.
-        layers: All decoder layers of which gradients are taken.
-        device: By default this machine's.
+        layers: All decoder layers whose gradients are computed.
+        device: The device; this machine's by default.
     """
     device = device or this_device()
 
@@ -170,7 +170,7 @@ def attach_without_data(
     *,
     on_gpu: bool = False,
 ) -> None:
-    """Puts masks on a model without data, whose scores cannot be compared."""
+    """Attaches masks to a model without data, where scores cannot be compared."""
     indicator = indicator or Indicator()
     scores = {target.name: torch.empty(target.weight.shape, dtype=dtype) for target in targets}
     attach_masks(model, targets, scores, indicator)
@@ -180,7 +180,7 @@ def attach_without_data(
 
 
 class _OnCpu(Indicator):
-    """Allocates what the choice of a mask allocates, and compares nothing."""
+    """Makes the allocations of mask selection without comparing any scores."""
 
     __slots__ = ()
 
@@ -196,12 +196,12 @@ class _OnCpu(Indicator):
         return torch.empty_like(ranked, dtype=torch.bool)
 
     def _look(self, ranked: torch.Tensor) -> None:
-        """What a search for the values at the cut takes meanwhile: numpy has a copy in fp32."""
+        """Makes the temporary allocations of the search for the cut; numpy copies to fp32."""
         torch.empty_like(ranked, dtype=torch.float32)
 
 
 class _OnGpu(_OnCpu):
-    """The same on a GPU."""
+    """The same allocations on a GPU."""
 
     __slots__ = ()
 
@@ -211,7 +211,7 @@ class _OnGpu(_OnCpu):
 
 
 def _indicator(options: MaskTrainOptions) -> Indicator:
-    """The rule of all targets, as far as memory depends on it."""
+    """The mask rule of all targets, as far as memory depends on it."""
     if options.effective_threshold is not None:
         return Indicator(None, options.effective_threshold, options.effective_ranking)
     return Indicator(ranking=options.effective_ranking)

@@ -129,7 +129,7 @@ def test_no_verdict_is_paid_for_twice(judge: StandIn, tmp_path: Path) -> None:
 
 def test_an_api_that_refuses_is_an_error(judge: StandIn, tmp_path: Path) -> None:
     judge.status = 401
-    with pytest.raises(EvaluationError, match="could not be asked") as caught:
+    with pytest.raises(EvaluationError, match="judge failed") as caught:
         win_shares([Answer("Say 0.", "good", "mine")], REFERENCES[:1], tmp_path / "verdicts.json")
     assert "no such key" in str(caught.value.actual)
 
@@ -174,7 +174,7 @@ def test_length_is_not_controlled_for_without_the_packages_data_or_on_other_inst
     from alpaca_eval.metrics import glm_winrate
 
     answers = [Answer("Say 0.", "good", "mine")]
-    with pytest.raises(EvaluationError, match="Only AlpacaEval's own instructions") as caught:
+    with pytest.raises(EvaluationError, match="only for AlpacaEval's own instructions") as caught:
         length_controlled(answers, REFERENCES[:1], [0.5], "another")
     assert caught.value.key == "task_data.alpaca_eval"
 
@@ -182,7 +182,7 @@ def test_length_is_not_controlled_for_without_the_packages_data_or_on_other_inst
         raise FileNotFoundError("offline")
 
     monkeypatch.setattr(glm_winrate, "hf_hub_download", fail)
-    with pytest.raises(EvaluationError, match="cannot control its win rate") as caught:
+    with pytest.raises(EvaluationError, match="cannot compute the length-controlled win rate") as caught:
         length_controlled(answers, REFERENCES[:1], [0.5], ALPACA_EVAL_DIGEST)
     assert caught.value.actual == "offline"
 

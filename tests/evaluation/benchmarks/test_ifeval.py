@@ -96,6 +96,6 @@ def test_missing_sentence_data_is_an_error_before_anything_is_fetched(monkeypatc
 
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk, "download", lambda *_: pytest.fail("fetched"))
-    with pytest.raises(EvaluationError, match="data of NLTK") as caught:
+    with pytest.raises(EvaluationError, match="NLTK's sentence data") as caught:
         check_sentence_data()
     assert "NLTK_DATA" in str(caught.value.hint)

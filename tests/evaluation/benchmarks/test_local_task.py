@@ -48,7 +48,7 @@ def test_a_task_of_lm_eval_and_the_nearest_to_a_wrong_name() -> None:
 
 def test_a_local_file_without_the_examples_of_the_prompt_is_an_error() -> None:
     config = {"task": "few", "num_fewshot": 5, "fewshot_split": "train", "output_type": "generate_until"}
-    with pytest.raises(EvaluationError, match="solved examples") as caught:
+    with pytest.raises(EvaluationError, match="few-shot examples") as caught:
         build_task(config, Problems(({"a": "b"},), "a.jsonl", ""), is_local=True)
     assert caught.value.key == "task_data.few"
 

@@ -309,7 +309,7 @@ def test_olmes_takes_the_mean_of_maths_subjects_and_needs_them(workspace: Path, 
 
 @pytest.mark.parametrize("changes", [{"tasks": ["mbpp"]}, {"tasks": ["gsm8k"], "chat_template": True}])
 def test_olmes_with_what_it_has_not(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(MftError, match=r"no form of OLMES's|no chat template"):
+    with pytest.raises(MftError, match=r"no OLMES form|no chat template"):
         scored(workspace, tmp_path, **changes, prompts="olmes")
 
 
@@ -320,8 +320,8 @@ def test_a_win_rate_controlled_for_length_comes_first_or_is_missed_aloud(
     monkeypatch.setattr(alpaca_judge, "win_shares", lambda answers, references, cache: [0.25, 0.75])
     _, dataset, warnings = judge_alpaca(workspace, tmp_path, ["a", "b"], prompts="olmes")
     assert [metric["name"] for metric in dataset["metrics"]] == ["win_rate,judge", "characters,none"]
-    assert "Only AlpacaEval's own instructions" in warnings[0]
-    monkeypatch.setattr(alpaca_judge, "length_controlled", lambda *given: [0.5, 0.75])
+    assert "only for AlpacaEval's own instructions" in warnings[0]
+    monkeypatch.setattr(benchmarking, "length_controlled", lambda *given: [0.5, 0.75])
     _, dataset, warnings = judge_alpaca(workspace, tmp_path / "again", ["a", "b"], prompts="olmes")
     first = dataset["metrics"][0]
     assert (first["name"], first["value"], warnings) == ("length_controlled_win_rate,judge", 0.625, [])
@@ -329,7 +329,7 @@ def test_a_win_rate_controlled_for_length_comes_first_or_is_missed_aloud(
 
 def test_several_samples_of_a_task_without_code(workspace: Path, tmp_path: Path) -> None:
     problems = write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
-    with pytest.raises(EvaluationError, match="Several samples"):
+    with pytest.raises(EvaluationError, match="several samples"):
         scored(
             workspace,
             tmp_path,
@@ -341,7 +341,7 @@ def test_several_samples_of_a_task_without_code(workspace: Path, tmp_path: Path)
 
 
 def test_several_greedy_samples() -> None:
-    with pytest.raises(ValueError, match="all alike"):
+    with pytest.raises(ValueError, match="would be identical"):
         Recipe(eval={"samples": 10})
 
 
@@ -349,7 +349,7 @@ def test_several_greedy_samples() -> None:
 def test_predictions_are_for_one_task(workspace: Path, tmp_path: Path, tasks: list[str]) -> None:
     recipe = make_recipe(workspace, eval__tasks=tasks, eval__predictions="w.jsonl")
     run, source = open_run(tmp_path, "eval", recipe)
-    with pytest.raises(ConfigError, match="for one benchmark"):
+    with pytest.raises(ConfigError, match="exactly one benchmark"):
         evaluate(recipe, source, run, Silence())
 
 
@@ -378,7 +378,7 @@ def test_vllm_and_a_data_file(workspace: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: name)
     recipe = vllm_recipe(workspace, tmp_path, test_data=[str(workspace / "test.jsonl")])
     run, source = open_run(tmp_path, "eval", recipe)
-    with pytest.raises(ConfigError, match="measured with transformers"):
+    with pytest.raises(ConfigError, match="computed with transformers"):
         evaluate(recipe, source, run, Silence())
 
 
@@ -386,6 +386,6 @@ def test_vllm_and_a_mask_apart_from_its_model(workspace: Path, tmp_path: Path, m
     monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: name)
     recipe = vllm_recipe(workspace, tmp_path)
     run, source = open_run(tmp_path, "eval", recipe)
-    with pytest.raises(ConfigError, match="whole checkpoints") as caught:
+    with pytest.raises(ConfigError, match="complete checkpoint") as caught:
         evaluate(recipe, replace(source, mask="mask.bits"), run, Silence())
     assert caught.value.actual == "mask.bits"

@@ -183,10 +183,10 @@ def test_words_around_a_function_are_no_program() -> None:
 
 def test_a_benchmark_without_that_form_is_an_error() -> None:
     check_task("gsm8k", "olmes")
-    with pytest.raises(EvaluationError, match="no form of OLMES's") as caught:
+    with pytest.raises(EvaluationError, match="no OLMES form") as caught:
         check_task("mbpp", "olmes")
     assert (caught.value.key, caught.value.actual) == ("eval.prompts", "mbpp")
-    with pytest.raises(EvaluationError, match="no form of OLMES's"):
+    with pytest.raises(EvaluationError, match="no OLMES form"):
         task_config("gsm8k_0shot", "olmes")
 
 
@@ -221,7 +221,7 @@ def test_a_prompt_that_fills_the_context_leaves_no_room_and_is_an_error() -> Non
     problems = Problems(({"instruction": "a b " * 40},), "p.jsonl", "")
     with quiet_libraries(), evaluation_mode(model):
         task = build_task(task_config("alpaca_eval", "olmes"), problems, is_local=True)
-        with pytest.raises(EvaluationError, match="longer than the model's context"):
+        with pytest.raises(EvaluationError, match="exceed the model's context"):
             run_benchmark(answers, task, problems, limit=None, chat_template=False, seed=0)
 
 

@@ -40,7 +40,7 @@ def test_what_is_needed_is_kept_and_nothing_else(name: str) -> None:
 @pytest.mark.parametrize(("name", "field"), CASES)
 def test_a_missing_or_wrong_field_is_named_with_its_place(name: str, field: str) -> None:
     for record in ({k: v for k, v in SOUND[name].items() if k != field}, {**SOUND[name], field: None}):
-        with pytest.raises(EvaluationError, match="lacks a field") as caught:
+        with pytest.raises(EvaluationError, match="lacks a required field") as caught:
             check_problem(record, name, "a.jsonl:7")
         assert (caught.value.path, caught.value.key) == ("a.jsonl:7", field)
 
@@ -60,7 +60,7 @@ def test_a_missing_or_wrong_field_is_named_with_its_place(name: str, field: str)
     ],
 )
 def test_a_value_that_cannot_be_scored(name: str, field: str, value: object) -> None:
-    with pytest.raises(EvaluationError, match="lacks a field") as caught:
+    with pytest.raises(EvaluationError, match="lacks a required field") as caught:
         check_problem({**SOUND[name], field: value}, name, "a:1")
     assert caught.value.key == field
 

@@ -57,7 +57,7 @@ def test_a_single_file_on_the_hub_is_named_by_its_address(tmp_path: Path) -> Non
 
 
 def test_an_unreachable_hub_is_an_error() -> None:
-    with pytest.raises(EvaluationError, match="cannot be fetched") as caught:
+    with pytest.raises(EvaluationError, match="cannot be downloaded") as caught:
         fetch_problems({"dataset_path": "mftctl-nobody/no-such-problems", "test_split": "test"}, "gsm8k")
     assert caught.value.path == "mftctl-nobody/no-such-problems:test"
     assert "--task-data" in str(caught.value)
@@ -66,11 +66,11 @@ def test_an_unreachable_hub_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("record", "key", "message"),
     [
-        ({"prompt": "?", "answer": "#### 1"}, "question", "lacks a field"),
-        ({"question": "?"}, "answer", "lacks a field"),
-        ({"question": "?", "answer": 1}, "answer", "lacks a field"),
-        ({"question": " ", "answer": "#### 1"}, "question", "lacks a field"),
-        ({"question": "?", "answer": "1"}, "answer", "lacks a field"),
+        ({"prompt": "?", "answer": "#### 1"}, "question", "lacks a required field"),
+        ({"question": "?"}, "answer", "lacks a required field"),
+        ({"question": "?", "answer": 1}, "answer", "lacks a required field"),
+        ({"question": " ", "answer": "#### 1"}, "question", "lacks a required field"),
+        ({"question": "?", "answer": "1"}, "answer", "lacks a required field"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, record: object, key: str, message: str) -> None:

@@ -49,10 +49,14 @@ def test_a_limit_asks_for_the_first_alone(written) -> None:  # type: ignore[no-u
 @pytest.mark.parametrize(
     ("records", "message", "key"),
     [
-        ([{"id": 0, "output": "a"}], "miss or repeat", "problem 1"),
-        ([{"id": 0, "output": "a"}, {"id": 1, "output": "b"}, {"id": 1, "output": "b"}], "miss or repeat", "problem 1"),
-        ([{"id": 5, "output": "a"}], "names no problem", "task_id or key or id"),
-        ([{"output": "a"}], "names no problem", "task_id or key or id"),
+        ([{"id": 0, "output": "a"}], "predictions differs", "problem 1"),
+        (
+            [{"id": 0, "output": "a"}, {"id": 1, "output": "b"}, {"id": 1, "output": "b"}],
+            "predictions differs",
+            "problem 1",
+        ),
+        ([{"id": 5, "output": "a"}], "does not match any problem", "task_id or key or id"),
+        ([{"output": "a"}], "does not match any problem", "task_id or key or id"),
         ([{"id": 0}], "has no output", "output or completion or response or solution or outputs"),
         ([{"id": 0, "outputs": [1]}], "has no output", "output or completion or response or solution or outputs"),
     ],

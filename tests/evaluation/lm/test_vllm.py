@@ -107,6 +107,6 @@ def test_what_was_kept_is_not_written_again(answers: VllmAnswers, tmp_path: Path
 
 
 def test_a_prompt_that_is_too_long_is_an_error(answers: VllmAnswers) -> None:
-    with pytest.raises(EvaluationError, match="longer than the model's context") as caught:
+    with pytest.raises(EvaluationError, match="exceed the model's context") as caught:
         answers.generate_until(requests(["x" * 600]))
     assert caught.value.key == "problem 0"

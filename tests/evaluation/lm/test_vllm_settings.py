@@ -120,7 +120,7 @@ def test_chat_templates_and_limits_count(workspace: Path, checkpoint: Path, vllm
 def test_the_models_own_length_is_never_passed(workspace: Path, checkpoint: Path, vllm: Vllm) -> None:
     vllm.own_length = 40
     build_llama(layers=1, max_position_embeddings=vllm.own_length).save_pretrained(checkpoint)
-    with pytest.raises(EvaluationError, match="longer than the model's context") as caught:
+    with pytest.raises(EvaluationError, match="exceed the model's context") as caught:
         run(workspace, checkpoint)
     assert vllm.started["max_model_len"] is None
     assert "--max-model-length" in str(caught.value.hint)

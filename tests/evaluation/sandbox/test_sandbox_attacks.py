@@ -414,8 +414,8 @@ def test_a_sandbox_that_leaks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(SandboxError) as caught:
             find_sandbox()
     finally:
-        find._holding_sandbox.cache_clear()
-    assert "a file outside was written" in str(caught.value.actual)
+        probing._holding_sandbox.cache_clear()
+    assert "a file outside the sandbox was written" in str(caught.value.actual)
 
 
 def test_the_kind_in_use_is_named_with_what_it_lacks() -> None:
@@ -442,5 +442,5 @@ def test_a_limit_of_nothing(limits: dict[str, int]) -> None:
 
 
 def test_no_worker(sandbox: Sandbox) -> None:
-    with pytest.raises(SandboxError, match="At least one"):
+    with pytest.raises(SandboxError, match="at least 1"):
         judge_programs(sandbox, [], workers=0)

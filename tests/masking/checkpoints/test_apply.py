@@ -241,7 +241,7 @@ def test_one_changed_bit_of_a_masked_tensor_is_found(base: Path, tmp_path: Path)
 def test_base_the_mask_was_applied_to_is_refused_as_that(base: Path, tmp_path: Path) -> None:
     mask = learn_mask(projections(base))
     apply(base, mask, tmp_path / "once")
-    with pytest.raises(MaskMismatchError, match="applied to this base already") as caught:
+    with pytest.raises(MaskMismatchError, match="already applied to this base") as caught:
         apply(tmp_path / "once", mask, tmp_path / "twice")
     assert "use this checkpoint as it is" in str(caught.value.hint)
     assert not (tmp_path / "twice").exists()
@@ -256,7 +256,7 @@ def test_base_without_a_masked_tensor_is_refused(base: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form", [torch.ones(64, 33), torch.ones(64, 32, dtype=torch.bfloat16)])
 def test_base_with_a_tensor_of_another_form_is_refused(form: torch.Tensor, base: Path, tmp_path: Path) -> None:
-    with pytest.raises(MaskMismatchError, match="another form") as caught:
+    with pytest.raises(MaskMismatchError, match="differs in dtype or shape") as caught:
         apply(base, learn_mask({"model.layers.1.mlp.up_proj.weight": form}), tmp_path / "out")
     assert caught.value.actual == "F32 (64, 32)"
 
@@ -265,7 +265,7 @@ def test_integer_tensor_is_refused(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     save_file({"w": torch.ones(2, 2, dtype=torch.int32)}, base / "model.safetensors")
-    with pytest.raises(MaskMismatchError, match="another form"):
+    with pytest.raises(MaskMismatchError, match="differs in dtype or shape"):
         apply(base, learn_mask({"w": torch.ones(2, 2)}), tmp_path / "out")
 
 
@@ -307,7 +307,7 @@ def test_delta_mask_without_its_tuned_checkpoint_is_refused(base: Path, tmp_path
 
 
 def test_weight_mask_with_a_tuned_checkpoint_is_refused(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(MaskMismatchError, match="to its base alone") as caught:
+    with pytest.raises(MaskMismatchError, match="to its base only") as caught:
         apply_delta(base, base, learn_mask(projections(base)), tmp_path / "out")
     assert caught.value.path == str(base)
 
@@ -329,13 +329,13 @@ def test_output_that_overlaps_the_tuned_checkpoint_is_refused(place: str, base: 
 def test_output_that_is_not_empty_is_refused_unless_replaced(base: Path, tmp_path: Path) -> None:
     mask, output = learn_mask(projections(base)), tmp_path / "out"
     apply(base, mask, output)
-    with pytest.raises(OutputError, match="a result already") as caught:
+    with pytest.raises(OutputError, match="result already exists") as caught:
         apply(base, mask, output)
     assert "--yes" in str(caught.value.hint)
     apply(base, mask, output, replace=True)
     check_bytes(base, output, mask)
     (output / "precious").touch()
-    with pytest.raises(OutputError, match="did not write") as caught:
+    with pytest.raises(OutputError, match="not written by mftctl") as caught:
         apply(base, mask, output, replace=True)
     assert caught.value.actual == "precious"
     assert (output / "precious").exists()
@@ -349,7 +349,7 @@ def test_empty_output_is_used(base: Path, tmp_path: Path) -> None:
 
 def test_output_that_is_a_file_is_refused(base: Path, tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(OutputError, match="there is a file"):
+    with pytest.raises(OutputError, match="a file exists there"):
         apply(base, learn_mask(projections(base)), tmp_path / "out", replace=True)
 
 
@@ -362,7 +362,7 @@ def test_output_in_the_base_is_refused(place: str, base: Path) -> None:
 
 
 def test_output_that_holds_the_base_is_refused(base: Path) -> None:
-    with pytest.raises(ModelError, match="holds an input"):
+    with pytest.raises(ModelError, match="contains an input"):
         apply(base, learn_mask(projections(base)), base.parent, replace=True)
     assert base.exists()
 
@@ -371,7 +371,7 @@ def test_output_that_holds_the_mask_file_is_refused(base: Path, tmp_path: Path) 
     output = tmp_path / "out"
     mask = learn_mask(projections(base))
     save_mask(mask, output / "mask.bits")
-    with pytest.raises(ModelError, match="holds an input"):
+    with pytest.raises(ModelError, match="contains an input"):
         apply_to_checkpoint(base, mask, output, mask_path=output / "mask.bits", base_model="org/base", replace=True)
     assert (output / "mask.bits").exists()
 

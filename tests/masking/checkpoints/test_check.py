@@ -42,7 +42,7 @@ def test_missing_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
         tiny_checkpoint, tmp_path / "m", lambda weights: {k: v for k, v in weights.items() if k != PROJECTION}
     )
     assert refused(folder).actual == f"1 missing: {PROJECTION}"
-    with pytest.raises(ModelError, match="does not hold the tensors"):  # also where nothing was checked before
+    with pytest.raises(ModelError, match="tensors do not match the model"):  # also where nothing was checked before
         load_model(folder, dtype=torch.float32)
 
 
@@ -55,8 +55,8 @@ def test_tensor_of_another_shape(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = with_weights(
         tiny_checkpoint, tmp_path / "m", lambda weights: {**weights, PROJECTION: weights[PROJECTION][:, 1:].clone()}
     )
-    assert refused(folder).actual == f"1 of another shape: {PROJECTION} (32, 63) for (32, 64)"
-    with pytest.raises(ModelError, match="does not hold the tensors"):
+    assert refused(folder).actual == f"1 of the wrong shape: {PROJECTION} (32, 63) for (32, 64)"
+    with pytest.raises(ModelError, match="tensors do not match the model"):
         load_model(folder, dtype=torch.float32)
 
 
@@ -112,7 +112,7 @@ def test_configuration_that_cannot_be_read(tiny_checkpoint: Path, tmp_path: Path
     (folder / "config.json").write_text("{")
     assert "cannot be read" in refused(folder).message
     (folder / "config.json").write_text("[]")
-    assert "no JSON object" in str(refused(folder).actual)
+    assert "expected a JSON object, got list" in str(refused(folder).actual)
 
 
 def test_type_that_transformers_does_not_know(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_vision_language_type_without_a_language_model(tiny_checkpoint: Path, tm
     folder = with_config(copied(tiny_checkpoint, tmp_path / "m"), model_type="qwen2_5_vl", vision_config={})
     error = refused(folder)
     assert error.actual == "qwen2_5_vl"
-    assert "save its language model by itself" in str(error.hint)
+    assert "save its language model on its own" in str(error.hint)
 
 
 def test_own_code_is_not_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_other_head_where_the_configuration_ties_it(tiny_checkpoint: Path, tmp_p
 
 def test_vision_tower_is_said(tmp_path: Path, tokenizer: Any) -> None:
     (remark,) = check_checkpoint(build_composite(tmp_path / "m", tokenizer)).remarks
-    assert remark.startswith("21 tensors of other parts than the language model, such as model.visual.")
+    assert remark.startswith("21 tensors outside the language model, such as model.visual.")
 
 
 def test_remarks_are_told_once() -> None:
@@ -171,7 +171,7 @@ def test_learned_positions(tmp_path: Path) -> None:
     assert check.max_positions == 24
     check_lengths(check, [24, 3], tmp_path)
     check_lengths(check, [], tmp_path)
-    with pytest.raises(ModelError, match="longer than the positions") as caught:
+    with pytest.raises(ModelError, match="longer than the model's learned positions") as caught:
         check_lengths(check, [3, 25], tmp_path)
     assert caught.value.hint == "--max-length 24"
 

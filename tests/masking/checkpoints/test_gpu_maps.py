@@ -45,7 +45,7 @@ def test_whole_layers_lie_on_both_gpus(tmp_path: Path, tied: bool, dtype: torch.
 def test_gpus_that_are_too_small_together(tmp_path: Path) -> None:
     build_llama().save_pretrained(tmp_path)
     size = stored_bytes(tmp_path)
-    with pytest.raises(DeviceMemoryError, match="too large for the GPUs") as caught:
+    with pytest.raises(DeviceMemoryError, match="too large for the available GPUs") as caught:
         spread_over(tmp_path, torch.float32, {0: size // 3, 1: size // 3})
     assert "GPU 1" in str(caught.value.actual)
 
@@ -81,5 +81,5 @@ def test_an_evaluation_uses_it_and_says_so(workspace: Path, tmp_path: Path, monk
     monkeypatch.setattr("mftctl.evaluation.suite.load_model", load)
     found = evaluate(recipe, source, run, notes)
     assert set(asked[0].values()) == {0, 1}
-    assert [note for note in notes.notes if "its layers lie on 2 of them" in note]
+    assert [note for note in notes.notes if "its layers are on 2 GPUs" in note]
     assert found["datasets"][0]["metrics"] == expected["datasets"][0]["metrics"]

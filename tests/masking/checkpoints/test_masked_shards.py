@@ -147,7 +147,10 @@ def test_mask_of_a_wrong_count_is_refused_and_leaves_nothing(tmp_path: Path) -> 
     document["tensors"]["layers.2.w"]["removed"] += 1
     payloads = {name: mask.packed(name).tobytes() for name in mask.names()}
     (tmp_path / "mask.bits").write_bytes(plain_file(document, payloads))
-    with pytest.raises(MaskFormatError, match="as many weights"), open_mask(tmp_path / "mask.bits") as opened:
+    with (
+        pytest.raises(MaskFormatError, match="number of weights that the mask removes"),
+        open_mask(tmp_path / "mask.bits") as opened,
+    ):
         apply_to_checkpoint(base, opened, tmp_path / "out", mask_path=None, base_model="org/base")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "mask.bits"]
 

@@ -35,7 +35,7 @@ def test_trust_ends_with_its_block() -> None:
 
 def test_nothing_of_it_is_loaded_untrusted(own: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for load in (load_tokenizer, lambda folder: load_model(folder, dtype=torch.float32), read_config):
-        with pytest.raises(ModelError, match="brings code of its own"):
+        with pytest.raises(ModelError, match="comes with its own code"):
             load(own if load is not read_config else str(own))
     assert capfd.readouterr() == ("", "")
 
@@ -69,5 +69,5 @@ def test_trusted_model_is_fine_tuned_with_its_code(own: Path, workspace: Path, t
 def test_untrusted_model_is_not_fine_tuned(own: Path, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, model=str(own), fft__max_steps=1)
     run, source = open_run(tmp_path / "runs", "fft", recipe)
-    with pytest.raises(ModelError, match="brings code of its own"):
+    with pytest.raises(ModelError, match="comes with its own code"):
         fine_tune(recipe, source, run, Silence())

@@ -23,7 +23,7 @@ def test_empty_file_is_refused(tmp_path: Path) -> None:
 
 def test_file_cut_short_within_the_header_says_so(tmp_path: Path) -> None:
     content = (GOLDEN / "deflate.bits").read_bytes()
-    assert refuse(tmp_path, content[:100], "cut short").hint
+    assert refuse(tmp_path, content[:100], "truncated").hint
 
 
 def test_trailing_bytes_are_refused(tmp_path: Path) -> None:
@@ -40,7 +40,7 @@ def test_plain_pickle_is_refused_as_a_pickle(tmp_path: Path) -> None:
 
 
 def test_text_file_is_refused(tmp_path: Path) -> None:
-    refuse(tmp_path, b"version https://git-lfs.github.com/spec/v1\n", "no mask file")
+    refuse(tmp_path, b"version https://git-lfs.github.com/spec/v1\n", "not a mask file")
 
 
 def test_safetensors_file_of_a_model_is_refused(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_header_length_beyond_the_cap_is_refused(tmp_path: Path) -> None:
         stream.write((100_000_001).to_bytes(8, "little"))
         stream.truncate(200_000_000)
     tracemalloc.start()
-    with pytest.raises(MaskFormatError, match="no mask file"):
+    with pytest.raises(MaskFormatError, match="not a mask file"):
         load_mask(path)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()
@@ -92,13 +92,13 @@ def test_header_with_a_duplicate_key_is_refused(tmp_path: Path) -> None:
 def test_header_with_white_space_is_refused(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     header = json.dumps(plain_header(compact(document), payloads)).encode()
-    refuse(tmp_path, plain_bytes(header, b"".join(payloads.values())), "one spelling")
+    refuse(tmp_path, plain_bytes(header, b"".join(payloads.values())), "canonical form")
 
 
 def test_header_with_too_much_padding_is_refused(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     header = compact(plain_header(compact(document), payloads)) + b" " * 8
-    refuse(tmp_path, plain_bytes(header, b"".join(payloads.values())), "one spelling")
+    refuse(tmp_path, plain_bytes(header, b"".join(payloads.values())), "canonical form")
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -143,7 +143,7 @@ def test_payload_out_of_place_is_refused(change: Change, tmp_path: Path) -> None
     header = plain_header(compact(document), payloads)
     change(header)
     content = plain_bytes(header, payloads["even.weight"] + payloads["odd.weight"])
-    assert refuse(tmp_path, content, "does not lie where").key in payloads
+    assert refuse(tmp_path, content, "does not start where").key in payloads
 
 
 def test_payload_beyond_the_end_is_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_unknown_version_is_refused_with_the_way_to_update(tmp_path: Path) -> No
 def test_control_characters_of_a_hostile_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     document["\x1b[2J"] = 1
-    assert "\x1b" not in str(refuse(tmp_path, plain_file(document, payloads), "breaks a rule"))
+    assert "\x1b" not in str(refuse(tmp_path, plain_file(document, payloads), "violates the format"))
 
 
 @pytest.mark.parametrize("half", ["\ud800", "text\udfff"])
@@ -52,12 +52,12 @@ def test_half_a_surrogate_pair_is_refused_on_reading_and_on_writing(key: str, ha
     document, payloads = parts_of_small_mask()
     (document["base"] if key in document["base"] else document)[key] = half
     text = json.dumps(document).encode()
-    error = refuse(tmp_path, plain_file(text, payloads), "breaks a rule")
+    error = refuse(tmp_path, plain_file(text, payloads), "violates the format")
     assert str(error).isprintable() or "\\u" not in str(error)
     assert str(error.key).endswith(key)
     mask = small_mask()
     field = f"base_{key}" if key in document["base"] else key
-    with pytest.raises(MaskFormatError, match="breaks a rule"):
+    with pytest.raises(MaskFormatError, match="violates the format"):
         Mask({name: mask[name] for name in mask.names()}, mask.records, replace(mask.metadata, **{field: half}))
 
 
@@ -87,7 +87,7 @@ document_changes: dict[str, Change] = {
 def test_document_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     change(document)
-    error = refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
+    error = refuse(tmp_path, plain_file(document, payloads), "violates the format")
     assert error.key
     assert error.expected
     assert error.hint
@@ -96,7 +96,7 @@ def test_document_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) 
 def test_threshold_that_overflows_is_refused(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     text = compact(document).replace(b'"threshold":null', b'"threshold":1e999')
-    assert refuse(tmp_path, plain_file(text, payloads), "breaks a rule").key == "threshold"
+    assert refuse(tmp_path, plain_file(text, payloads), "violates the format").key == "threshold"
 
 
 entry_changes: dict[str, Change] = {
@@ -129,7 +129,7 @@ entry_changes: dict[str, Change] = {
 def test_record_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     change(document["tensors"]["odd.weight"])
-    error = refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
+    error = refuse(tmp_path, plain_file(document, payloads), "violates the format")
     assert str(error.key).startswith("tensors.odd.weight")
 
 
@@ -149,7 +149,7 @@ tuned_changes: dict[str, Change] = {
 def test_delta_document_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask(DELTA_METADATA)
     change(document)
-    error = refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
+    error = refuse(tmp_path, plain_file(document, payloads), "violates the format")
     assert "tuned" in f"{error.key} {error.expected}"
 
 
@@ -165,7 +165,7 @@ weight_changes: dict[str, Change] = {
 def test_weight_document_with_a_key_of_a_delta_mask_is_refused(change: Change, tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     change(document)
-    error = refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
+    error = refuse(tmp_path, plain_file(document, payloads), "violates the format")
     assert "a weight mask must not have t" in str(error.expected)
 
 
@@ -174,4 +174,4 @@ def test_name_that_is_not_printable_is_refused(name: str, tmp_path: Path) -> Non
     document, payloads = parts_of_small_mask()
     document["tensors"][name] = document["tensors"].pop("odd.weight")
     payloads[name] = payloads.pop("odd.weight")
-    refuse(tmp_path, plain_file(document, payloads), "breaks a rule")
+    refuse(tmp_path, plain_file(document, payloads), "violates the format")

@@ -65,7 +65,7 @@ def test_wrong_count_is_found_when_the_bits_are_asked_for(tmp_path: Path) -> Non
     (tmp_path / "mask.bits").write_bytes(plain_file(document, payloads))
     with open_mask(tmp_path / "mask.bits") as mask:
         mask.packed("even.weight")
-        with pytest.raises(MaskFormatError, match="as many weights") as caught:
+        with pytest.raises(MaskFormatError, match="number of weights that the mask removes") as caught:
             mask.packed("odd.weight")
     assert (caught.value.path, caught.value.key) == (str(tmp_path / "mask.bits"), "odd.weight")
 
@@ -83,7 +83,7 @@ def test_file_that_changes_while_it_is_open_is_refused(change: str, tmp_path: Pa
                 stream.seek(-1, os.SEEK_END)
                 stream.write(b"\0")
         os.utime(path, ns=(0, 1))  # a clock too coarse to tell the two writings apart must not hide the second
-        with pytest.raises(MaskFormatError, match="changed while it was read"):
+        with pytest.raises(MaskFormatError, match="changed while it was being read"):
             mask.packed("odd.weight")
 
 

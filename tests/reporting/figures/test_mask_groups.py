@@ -119,7 +119,9 @@ def test_bits_that_remove_more_than_the_file_says_are_found(tmp_path: Path) -> N
     (folder / "mask.bits").write_bytes(plain_file(document, payloads))
     found, problems = families(tmp_path)
     assert found == []
-    assert problems == [f"{folder / 'mask.bits'}: The mask does not remove as many weights as its record says"]
+    assert problems == [
+        f"{folder / 'mask.bits'}: The number of weights that the mask removes does not match its record"
+    ]
 
 
 @pytest.mark.parametrize("key", ["state", "origin"])
@@ -130,7 +132,7 @@ def test_a_record_that_lacks_something_is_named(tmp_path: Path, key: str) -> Non
     record["result"] |= {} if key == "state" else {"state": "MFT"}
     record["inputs"] |= {} if key == "origin" else {"origin": "models/base"}
     (folder / "run.json").write_text(json.dumps(record))
-    assert families(tmp_path) == ([], [f"{folder / 'run.json'}: The record of this mask's run is not complete."])
+    assert families(tmp_path) == ([], [f"{folder / 'run.json'}: The run record of this mask is incomplete."])
 
 
 def test_a_copied_runs_folder_is_read_and_not_what_it_was_copied_from(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def test_a_single_group_is_nothing_to_compare(tmp_path: Path) -> None:
     ("change", "told"),
     [
         ({"unmasked_loss": None}, "not 'NoneType'"),
-        ({"groups": [{"layers": "first", "size": 4, "change": 0.1}]}, "first are no layers"),
+        ({"groups": [{"layers": "first", "size": 4, "change": 0.1}]}, "first is not a list of layers"),
         ({"groups": [{"layers": "0-3", "size": 4}]}, "change"),
         ({"recommended_layers": "20-23"}, "20-23"),
         ({"fast": True, "agreement": {"run": "001-probe"}}, "rank_correlation"),

@@ -40,9 +40,9 @@ def test_the_three_figures_of_an_experiment(tmp_path: Path) -> None:
     figures, problems = figures_of(tmp_path)
     assert problems == []
     assert {name: figure.title for name, figure in figures.items()} == {
-        "removed-by-layer": "Where masks remove weights",
-        "removed-by-magnitude": "Do masks remove small or large weights?",
-        "mask-overlap": "How far masks agree",
+        "removed-by-layer": "Weights removed by masks, by layer",
+        "removed-by-magnitude": "Weights removed by masks, by magnitude",
+        "mask-overlap": "Overlap between masks",
     }
     runs = ("002-mask-train", "003-mask-train", "012-mask-train", "013-mask-train")
     assert all(sorted(figure.runs) == list(runs) for figure in figures.values())
@@ -51,7 +51,7 @@ def test_the_three_figures_of_an_experiment(tmp_path: Path) -> None:
     assert len(figures["removed-by-magnitude"].data) == 2 * 20
     assert len(figures["mask-overlap"].data) == 6
     assert "averaged over seeds (band" in figures["removed-by-magnitude"].caption
-    assert "were drawn" not in figures["removed-by-magnitude"].caption
+    assert "were sampled" not in figures["removed-by-magnitude"].caption
     json.dumps([figure.data for figure in figures.values()])
 
 
@@ -150,9 +150,9 @@ def test_drops_have_figures_and_words_of_their_own(tmp_path: Path) -> None:
     assert problems == []
     assert list(figures)[3:] == ["removed-by-layer-2", "removed-by-magnitude-2", "mask-overlap-2"]
     assert [figure.title for figure in list(figures.values())[3:]] == [
-        "Where drops reset weights",
-        "Do drops reset small or large weights?",
-        "How far drops agree",
+        "Weights reset by drops, by layer",
+        "Weights reset by drops, by magnitude",
+        "Overlap between drops",
     ]
     assert all("values before fine-tuning" in figure.caption for figure in list(figures.values())[3:])
     assert "share reset" in render(figures["removed-by-magnitude-2"]).svg
@@ -163,7 +163,7 @@ def test_models_of_other_shapes_are_named(tmp_path: Path) -> None:
         mask = make_mask(random_keep(0, **{UP.format(0): (width, 4), UP.format(1): (width, 4)}))
         write_mask_run(tmp_path, number + 1, "MFT", mask, origin=f"models/of-{width}")
     figures, _ = figures_of(tmp_path)
-    titles = ["Where masks remove weights (of-4)", "Where masks remove weights (of-6)"]
+    titles = ["Weights removed by masks, by layer (of-4)", "Weights removed by masks, by layer (of-6)"]
     assert [figure.title for figure in figures.values()] == titles
 
 
@@ -177,9 +177,9 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     write_mask_run(tmp_path, 30, "MFT", mask, stage="9", seed=1)
     figures, _ = figures_of(tmp_path)
     for name in ("removed-by-layer", "mask-overlap"):
-        assert "only the newest: 1 left out." in figures[name].caption
-        assert "2 other ways to make masks" in figures[name].caption
-    assert "4 masks of further seeds are left out." in figures["mask-overlap"].caption
+        assert "Older masks with the same settings and seed left out: 1." in figures[name].caption
+        assert "Other groups of masks left out (fewer seeds or older): 2." in figures[name].caption
+    assert "Masks of further seeds left out: 4." in figures["mask-overlap"].caption
 
 
 def test_one_damaged_mask_and_one_missing_model_hide_nothing_else(tmp_path: Path) -> None:

@@ -152,8 +152,8 @@ def test_a_model_that_is_gone_hides_no_other(tmp_path: Path) -> None:
     (found,), problems = shares_of(tmp_path)
     assert found.runs == ("002-mask-train",)
     assert problems == [
-        "004-mask-train: not in the figure of magnitudes, as its model is not on disk: no such model",
-        "003-mask-train: not in the figure of magnitudes, as its model is not on disk: /gone/009-fft/model",
+        "004-mask-train: left out of the magnitude figure; its model is not on disk: no such model",
+        "003-mask-train: left out of the magnitude figure; its model is not on disk: /gone/009-fft/model",
     ]
 
 
@@ -168,10 +168,10 @@ def test_other_weights_than_the_masks_are_refused(tmp_path: Path) -> None:
     write_mask_run(tmp_path, 4, "random mask", larger, model=str(model))
     (found,), problems = shares_of(tmp_path)
     assert found.label == "MFT"
-    left_out = "not in the figure of magnitudes"
+    left_out = "left out of the magnitude figure"
     assert problems == [
         f"004-mask-train: {left_out}: The base has no such tensor ({model})",
-        f"003-mask-train: {left_out}: The weights are not those that the mask was made for ({model})",
+        f"003-mask-train: {left_out}: The weights are not the ones the mask was made for ({model})",
     ]
 
 
@@ -186,7 +186,7 @@ def test_a_damaged_model_is_named_for_each_of_its_masks(tmp_path: Path) -> None:
     found, problems = shares_of(tmp_path)
     assert found == []
     assert [problem.split(": ")[0] for problem in problems] == ["003-mask-train", "002-mask-train"]
-    assert all("no complete safetensors file" in problem for problem in problems)
+    assert all("not a complete safetensors file" in problem for problem in problems)
 
 
 def test_a_mask_that_was_damaged_meanwhile_hides_no_other(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_mask_that_was_damaged_meanwhile_hides_no_other(tmp_path: Path) -> Non
     damage(first / "mask.bits")
     (found,) = magnitude_shares(family.groups, problems)
     assert found.label == "L1 mask"
-    assert problems[0].startswith("002-mask-train: not in the figure of magnitudes: The mask file is damaged")
+    assert problems[0].startswith("002-mask-train: left out of the magnitude figure: The mask file is damaged")
 
 
 def test_a_copied_runs_folder_finds_its_own_models(tmp_path: Path) -> None:

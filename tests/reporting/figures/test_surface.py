@@ -89,8 +89,8 @@ def test_the_caption_says_from_how_much_and_what_it_cannot_tell(tmp_path: Path) 
     ((figure,), _) = figures(tmp_path)
     assert "on 100 training records of 001-fft and on 60 test records, at 7 × 7 points." in figure.caption
     assert "FFT 0.82 and 0.5933; continued FFT 0.1 and 0.8333; MFT, paper 0.672 and 0.5033." in figure.caption
-    assert "a plane cannot tell" in figure.caption
-    assert "So far" not in figure.caption
+    assert "it cannot show" in figure.caption
+    assert "so far" not in figure.caption
 
 
 def test_the_svg_names_the_three_models_and_is_the_same_each_time(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_a_part_of_a_grid_is_drawn_and_said_to_be_one(tmp_path: Path) -> None:
     write_surface(tmp_path, cells=20)
     (figure,), problems = figures(tmp_path)
     assert problems == []
-    assert "at 7 × 7 points. So far 20 of them are measured." in figure.caption
+    assert "at 7 × 7 points. 20 of them are measured so far." in figure.caption
     assert "MFT, paper" in render(figure).svg
 
 
@@ -137,8 +137,8 @@ def test_too_few_points_are_said_to_be(tmp_path: Path) -> None:
     found, problems = figures(tmp_path)
     assert found == []
     assert problems == [
-        "001-surface: 15 of 49 points of the loss surface are measured, too few for a figure: "
-        "mftctl report --surface goes on with it"
+        "001-surface: 15 of 49 points of the loss surface are measured, too few for a figure; "
+        "mftctl report --surface continues it"
     ]
 
 
@@ -151,7 +151,7 @@ def test_one_bad_run_does_not_hide_the_others(tmp_path: Path) -> None:
     found, problems = figures(tmp_path)
     assert [figure.name for figure in found] == ["loss-surface-003-surface"]
     assert problems[0].startswith(f"{log}: The metrics in 001-surface/metrics.jsonl:2 cannot be read: expected value")
-    assert problems[1:] == ["002-surface: its loss surface cannot be read: it has no corners"]
+    assert problems[1:] == ["002-surface: its loss surface cannot be read: corners is missing"]
 
 
 def test_a_line_that_is_no_mapping_is_a_bad_run_too(tmp_path: Path) -> None:
@@ -165,12 +165,12 @@ def test_points_on_one_line_are_no_surface(tmp_path: Path) -> None:
     log = write_surface(tmp_path).folder / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
     log.write_text("".join(json.dumps({**row, "y": 2 * row["x"]}) + "\n" for row in rows))
-    assert figures(tmp_path) == ([], ["001-surface: the points of its loss surface are in no plane"])
+    assert figures(tmp_path) == ([], ["001-surface: the points of its loss surface do not span a plane"])
 
 
 def test_the_same_loss_everywhere_is_no_surface(tmp_path: Path) -> None:
     write_surface(tmp_path, test=lambda x, y: 0.5)
-    assert figures(tmp_path) == ([], ["001-surface: the test loss is the same all over the plane"])
+    assert figures(tmp_path) == ([], ["001-surface: constant over the whole plane: test loss"])
 
 
 def test_where_the_model_gives_no_number_the_highest_is_drawn(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_seeds_are_averaged_and_a_seed_that_lacks_a_value_does_not_break_the_lin
     [figure] = figures_of(tmp_path)
     seeds = {point["ratio"]: point["seeds"] for point in figure.data if "ratio" in point and point["metric"] == "loss"}
     assert seeds == {0.1: 2, 0.2: 2, 0.4: 1}
-    assert "Seeds a point: 1 to 2." in figure.caption
+    assert "Seeds per point: 1 to 2." in figure.caption
     # The state of one seed was compared with the FFT of that seed, and so stands as far from the line of both.
     tables = {table.metric: table for table in compare_runs(tmp_path)[0]}
     for metric, table in tables.items():
@@ -226,7 +226,7 @@ def test_seeds_are_averaged_and_a_seed_that_lacks_a_value_does_not_break_the_lin
         assert row.change is not None
         assert point["drawn_at"] - table.rows[0].value == pytest.approx(row.change.value)
         assert point["value"] == row.value
-    assert "its band the standard deviation over seeds" in figure.caption
+    assert "band: standard deviation over seeds" in figure.caption
 
 
 def test_the_share_of_the_data_is_swept_for_learned_masks(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_without_a_paired_baseline_the_bars_are_over_seeds(tmp_path: Path) -> No
     [loss] = [table for table in compare_runs(tmp_path)[0] if table.metric == "loss"]
     for row, (value, low, high) in zip(loss.rows, numbers_of(figure, "loss", "GMT", "ratio").values(), strict=True):
         assert (value, high - value, value - low) == pytest.approx((row.value, row.spread, row.spread))
-    assert "Bars: without a baseline to pair with, the standard deviation over seeds." in figure.caption
+    assert "Bars: standard deviation over seeds if there is no baseline to pair with." in figure.caption
     assert "The baseline was not measured." in figure.caption
 
 

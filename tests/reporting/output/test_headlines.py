@@ -38,8 +38,8 @@ def test_the_best_learned_mask_is_told_with_its_interval() -> None:
 def test_seeds_and_models_are_named_where_there_are_several() -> None:
     row = dataclasses.replace(make_row("MFT", 0.48, BETTER), seeds=(0, 1, 2))
     one, other = headlines([make_table(row), make_table(row, origin="models/other")])
-    assert "test.jsonl of base by" in one.text
-    assert "test.jsonl of other by" in other.text
+    assert "test.jsonl for base by" in one.text
+    assert "test.jsonl for other by" in other.text
     assert one.text.endswith("(1,500 samples, 3 seeds).")
 
 

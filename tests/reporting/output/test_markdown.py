@@ -47,7 +47,7 @@ def test_what_was_made_in_another_way_is_told_below_its_table(report: Report) ->
     table = report.tables[0]
     rows = (dataclasses.replace(table.rows[0], flags=("Measured with torch 1",)), *table.rows[1:])
     text = to_markdown(dataclasses.replace(report, tables=(dataclasses.replace(table, rows=rows),)))
-    assert f"Made in another way than its comparison:\n\n- {rows[0].state}: Measured with torch 1\n" in text
+    assert f"Not comparable with its baseline:\n\n- {rows[0].state}: Measured with torch 1\n" in text
 
 
 def test_sections_without_content_are_not_there(report: Report) -> None:
@@ -55,6 +55,6 @@ def test_sections_without_content_are_not_there(report: Report) -> None:
     text = to_markdown(bare)
     assert "Left out" not in text
     assert "![" not in text
-    assert "What training costs" not in text
+    assert "Training cost" not in text
     full = to_markdown(dataclasses.replace(report, unfinished=("007-fft: killed",), problems=("one", "two")))
     assert "## Not finished\n\n- 007-fft: killed\n\n## Left out\n\n- one\n- two\n" in full

@@ -100,7 +100,7 @@ def test_names_from_runs_are_text_and_no_markup(report: Report, tmp_path: Path) 
 
 def test_a_report_without_evaluation_says_so(report: Report, tmp_path: Path) -> None:
     text = page_of(dataclasses.replace(report, tables=(), overviews=()), tmp_path)
-    assert "No finished evaluation, so nothing is compared yet." in text
+    assert "No evaluation has finished yet, so there is nothing to compare." in text
 
 
 def test_several_runs_have_an_anchor_together() -> None:

@@ -49,5 +49,5 @@ def test_it_is_the_selection_of_one_process(
 
 
 def test_nan() -> None:
-    with pytest.raises(MaskingError, match="Gradients must be numbers"):
+    with pytest.raises(MaskingError, match="Gradients must not contain NaN"):
         selected([torch.tensor([1.0, float("nan")])], UpdateRule("gmt", 0.5), 0)

@@ -29,7 +29,7 @@ def test_plans_that_hold(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_stage_that_partitions_no_gradients(stage: int) -> None:
-    with pytest.raises(ConfigError, match="must be partitioned") as caught:
+    with pytest.raises(ConfigError, match="must shard") as caught:
         check_plan(plugin(stage))
     assert caught.value.actual == stage
 
@@ -43,7 +43,7 @@ def test_a_scaled_loss() -> None:
 @pytest.mark.parametrize("library", ["DEEPSPEED", "FSDP"])
 def test_lora(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
-    with pytest.raises(ConfigError, match="next to nothing to spread") as caught:
+    with pytest.raises(ConfigError, match="worth sharding") as caught:
         _trainable_model(Path(), None, FftOptions(method="lora"), 0, Silence())  # type: ignore[arg-type]
     assert caught.value.key == "fft.method"
 
@@ -62,6 +62,6 @@ def test_an_optimizer_that_needs_shapes(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_fewer_bits(monkeypatch: pytest.MonkeyPatch, library: str, options: dict[str, Any], key: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
-    with pytest.raises(ConfigError, match="each process has all of them") as caught:
+    with pytest.raises(ConfigError, match="requires all scores in each process") as caught:
         check_memory_options(FftOptions(**options), torch.device("cpu"))
     assert caught.value.key == key

@@ -37,7 +37,7 @@ def test_tied_weights_are_one_tensor_that_either_word_means() -> None:
     assert names(model, "embeddings") == names(model, "head") == ["model.embed_tokens.weight"]
     share = model.model.embed_tokens.weight.numel() / sum(item.numel() for item in model.parameters())
     assert excluded_text(model, ("head",)) == (
-        f"Updated whole at each step: model.embed_tokens.weight ({share:.1%} of the weights); "
+        f"Fully updated at each step: model.embed_tokens.weight ({share:.1%} of the weights); "
         "model.embed_tokens.weight is both embeddings and head (tied weights)"
     )
 

@@ -82,7 +82,7 @@ def test_embeddings_left_out_of_the_choice_are_updated_whole(workspace: Path, tm
         selected = tensor.numel() - removed_count(tensor.numel(), 0.7)
         assert mine[name] == (its[name] if "embed" in name else selected), name
     assert result["state"] == "GMT excluding embeddings"
-    [told] = [note for note in listener.notes if note.startswith("Updated whole at each step: ")]
+    [told] = [note for note in listener.notes if note.startswith("Fully updated at each step: ")]
     assert "model.embed_tokens.weight is both embeddings and head (tied weights)" in told
 
 

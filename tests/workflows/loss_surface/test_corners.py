@@ -64,7 +64,7 @@ def test_a_newer_fft_that_nothing_starts_from_is_passed_over_aloud(tmp_path: Pat
     add(tmp_path, "fft", "FFT")
     listener = Notes()
     assert names(find_corners(tmp_path, listener)) == ["001-fft", "002-fft", "003-mask-train"]
-    assert listener.notes[0] == "004-fft is passed over. No continued FFT starts from 004-fft."
+    assert listener.notes[0] == "Skipped 004-fft: No continued FFT starts from 004-fft."
 
 
 def test_the_newest_continued_fft_and_the_mask_that_helps_most(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_without_fft_it_says_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         find_corners(tmp_path, Notes())
     assert str(caught.value) == (
-        "There is no FFT run to draw a loss surface around.\n"
+        "There is no FFT run for a loss surface.\n"
         f"  where: {tmp_path}\n"
-        "  expected: a finished fft run of all weights, its model in place\n"
+        "  expected: a finished fft run of all weights, with its model in place\n"
         "  got: 001-fft (LoRA)\n"
         "  try: mftctl fft"
     )
@@ -108,7 +108,7 @@ def test_without_continued_fft_it_names_the_command(tmp_path: Path) -> None:
     assert str(caught.value) == (
         "No continued FFT starts from 001-fft.\n"
         f"  where: {fft.folder}\n"
-        "  expected: a finished fft run of all weights that goes on from its model, with its own model in place\n"
+        "  expected: a finished fft run of all weights that continues from its model, with its own model in place\n"
         "  got: 002-fft (continued LoRA)\n"
         f"  try: mftctl fft --model {fft.folder}/model --keep last"
     )
@@ -121,9 +121,9 @@ def test_without_a_learned_mask_it_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught:
         find_corners(tmp_path, Notes())
     assert str(caught.value) == (
-        "No learned mask of 001-fft is there.\n"
+        "No learned mask for 001-fft was found.\n"
         f"  where: {fft.folder}\n"
-        "  expected: a finished mask-train run with method learned, its mask in place; or its model, written by apply\n"
+        "  expected: a finished mask-train run (method learned) with its mask in place, or its model written by apply\n"
         "  got: 003-mask-train (L1 mask)\n"
         f"  try: mftctl mask-train --model {fft.folder}/model"
     )

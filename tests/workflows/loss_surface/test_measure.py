@@ -239,7 +239,7 @@ def test_a_second_call_does_nothing_and_another_grid_is_another_run(root: Path) 
     second = measure_surface(root, listener, points=POINTS, records=4)
     assert (second.folder, second.record) == (first.folder, first.record)
     assert (first.folder / "run.json").read_bytes() == before
-    assert listener.notes[-1] == f"Measured already: {first.folder}"
+    assert listener.notes[-1] == f"Already measured: {first.folder}"
     assert measure_surface(root, Silence(), points=POINTS, records=5).name == "005-surface"
     assert measure_surface(root, Silence(), points=POINTS + 1, records=4).name == "006-surface"
 
@@ -269,7 +269,7 @@ def test_other_training_data_than_then_is_refused(root: Path, tmp_path: Path, wo
     fft.update(config={**fft.record.config, "data": [str(shorter)]})
     with pytest.raises(DataError) as caught:
         measure_surface(root, Silence(), points=POINTS, records=RECORDS)
-    assert caught.value.message == "The training data is no longer what 001-fft was trained on."
+    assert caught.value.message == "The training data has changed since 001-fft was trained."
     assert str(caught.value.expected).startswith("48 records with SHA-256 ")
     assert str(caught.value.actual).startswith("40 records with SHA-256 ")
 
@@ -289,7 +289,7 @@ def test_an_adapter_is_refused(root: Path) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     continued.update(result={**continued.record.result, "model": str(adapter)})
-    with pytest.raises(ModelError, match="holds a LoRA adapter, and a whole model is needed"):
+    with pytest.raises(ModelError, match="holds a LoRA adapter, but a whole model is needed"):
         measure_surface(root, Silence(), points=POINTS, records=RECORDS)
 
 

@@ -91,9 +91,9 @@ def test_two_models_with_the_same_weights_are_refused() -> None:
 def test_three_models_on_a_line_are_refused() -> None:
     first, second = make_weights(1), make_weights(2)
     third = {name: first[name] + 3 * (second[name] - first[name]) for name in first}
-    with pytest.raises(ModelError, match="lie on one line"):
+    with pytest.raises(ModelError, match="lie on a line"):
         WeightPlane(nn.Linear(6, 4), (first, second, third))
-    with pytest.raises(ModelError, match="lie on one line"):
+    with pytest.raises(ModelError, match="lie on a line"):
         WeightPlane(nn.Linear(6, 4), (first, second, first))
 
 

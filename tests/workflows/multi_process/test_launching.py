@@ -120,9 +120,9 @@ def test_a_lost_process_ends_the_others(mftctl: CommandLine, workspace: Path, tm
         outcome = mftctl("mask-train", "-m", workspace / "tiny", *data, "--layers", "1", *TOGETHER, "--json")
     assert (outcome.code, outcome.stdout) == (1, "")
     assert outcome.stderr.count("Error:") == 1
-    assert "One of the processes ended before its work was done" in outcome.stderr
+    assert "A process ended before its work was done" in outcome.stderr
     assert "process 2 of 2: killed by SIGKILL" in outcome.stderr
-    assert "mftctl mask-train --resume --processes 2 takes it up again" in outcome.stderr
+    assert "mftctl mask-train --resume --processes 2 resumes it" in outcome.stderr
     assert not any(True for _ in workers(0))
     (run,) = list_runs(tmp_path / "runs")[0]
     assert (run.record.status, run.record.processes) == ("interrupted", 2)
@@ -190,8 +190,8 @@ def test_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("command", "processes", "shard", "message"),
     [
-        ("fft", None, Shard.ZERO3, "nobody to spread"),
-        ("eval", 2, Shard.ZERO3, "shares out its problems"),
+        ("fft", None, Shard.ZERO3, "needs several processes"),
+        ("eval", 2, Shard.ZERO3, "cannot shard the model"),
     ],
 )
 def test_launches_that_cannot_be(command: str, processes: int | None, shard: Shard, message: str) -> None:
@@ -204,19 +204,19 @@ def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     require_devices(Launch(2, Shard.FSDP2), "auto")
     require_devices(Launch(3), "cpu")
-    with pytest.raises(ConfigError, match="GPU of its own") as caught:
+    with pytest.raises(ConfigError, match="its own GPU") as caught:
         require_devices(Launch(3), "cuda")
     assert (caught.value.expected, caught.value.actual) == ("at most 2", 3)
 
 
 def test_one_gpu_for_several_processes() -> None:
-    with pytest.raises(ConfigError, match="GPU of its own") as caught:
+    with pytest.raises(ConfigError, match="its own GPU") as caught:
         require_devices(Launch(2), "cuda:1")
     assert (caught.value.key, caught.value.actual) == ("--device", "cuda:1")
 
 
 def test_fsdp_without_a_gpu() -> None:
-    with pytest.raises(ConfigError, match="GPUs alone"):
+    with pytest.raises(ConfigError, match="only on GPUs"):
         require_devices(Launch(2, Shard.FSDP2), "cpu")
 
 
@@ -228,7 +228,7 @@ def test_zero_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_accelerate_has_started_start_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="have been started already"):
+    with pytest.raises(ConfigError, match="have already been started"):
         settle_launch("fft", 2, None)
 
 

@@ -23,7 +23,7 @@ def test_no_room_is_one_error_before_anything_is_loaded(workspace: Path) -> None
         mock.patch("torch.cuda.mem_get_info", return_value=(100_000, 100_000)),
         room_on_gpu("fft", recipe, Silence()) as room,
     ):
-        with pytest.raises(DeviceMemoryError, match="no room for this fft") as caught:
+        with pytest.raises(DeviceMemoryError, match="estimated memory for this fft") as caught:
             room.require(inputs)
         assert "--no-check-memory" in str(caught.value.hint)
         room_on = make_recipe(workspace, check_memory=False)

@@ -1,1 +1,1 @@
-"""What runs inside the sandbox: standard library only, read by path, never importing the rest of mftctl."""
+"""Code that runs inside the sandbox: standard library only, loaded by path, without the rest of mftctl."""

@@ -1,7 +1,7 @@
-"""First code of a sandboxed process: shuts the doors, then runs the candidate or the judge.
+"""Entry point of a sandboxed process: confines itself, then runs the candidate or the judge.
 
-Run by path with `python -I -S`. What to do comes from mftctl on standard input. Only the modules beside this file are
-loaded, under their full names but without the packages above them, which would bring in all of mftctl.
+Run by path with `python -I -S`. mftctl sends the order on standard input. Only the modules next to this file are
+loaded, under their full names but without the packages above them, which would import all of mftctl.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import types
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from importlib.machinery import ModuleSpec
@@ -20,7 +20,7 @@ PACKAGE = "mftctl.evaluation.sandbox.child"
 
 
 class OnePackage:
-    """Finds a package that is granted by itself, without the folder it was installed in."""
+    """Finds a single permitted package, without the rest of the folder it is installed in."""
 
     def __init__(self, name: str, folder: str) -> None:
         self._name = name
@@ -29,7 +29,7 @@ class OnePackage:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None, /
     ) -> ModuleSpec | None:
-        """The package's spec, None for every other name."""
+        """The package's spec; None for every other name."""
         if name != self._name:
             return None
         from importlib.util import spec_from_file_location
@@ -48,7 +48,7 @@ def _stand_in_for_packages() -> None:
 
 
 def main() -> None:
-    """Does what standard input says; does not return."""
+    """Carries out the order on standard input; does not return."""
     order = marshal.loads(sys.stdin.buffer.read())
     _stand_in_for_packages()
     from mftctl.evaluation.sandbox.child import candidate, confinement, gate, judge, landlock, seccomp

@@ -1,4 +1,4 @@
-"""The process that runs the model's code: it answers calls, and knows neither the tests nor any secret."""
+"""The process that runs the model's code: it answers calls and has access to neither the tests nor any secret."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import types
 from mftctl.evaluation.sandbox.child.codec import CodecError, Decoder, Encoder
 from mftctl.evaluation.sandbox.child.frames import Frames, PeerGone
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
@@ -20,26 +20,26 @@ _SCALARS = frozenset({int, float, str, bool, type(None), bytes, complex})
 
 
 class ObjectTable:
-    """The candidate's objects that the judge knows by number only."""
+    """The candidate's objects that the judge refers to by number."""
 
     def __init__(self) -> None:
         self._objects: list[Any] = []
         self._numbers: dict[int, int] = {}
 
     def number_of(self, value: Any) -> int:
-        """The number of an object, the same one each time: the table keeps it alive."""
+        """The number of an object, always the same, because the table keeps the object alive."""
         number = self._numbers.setdefault(id(value), len(self._objects))
         if number == len(self._objects):
             self._objects.append(value)
         return number
 
     def object_of(self, number: int) -> Any:
-        """The object of a number."""
+        """The object with a number."""
         return self._objects[number]
 
 
 class Candidate:
-    """Answers the judge's requests on the names that the model's code defined."""
+    """Answers the judge's requests for names that the model's code defines."""
 
     def __init__(self, frames: Frames) -> None:
         self._frames = frames
@@ -47,7 +47,7 @@ class Candidate:
         self._encoder = Encoder(self._table.number_of)
         self._decoder = Decoder(self._table.object_of)
         self._module = types.ModuleType(MODULE)
-        # typing and dataclasses look the module up by its name.
+        # typing and dataclasses look up the module by name.
         sys.modules[MODULE] = self._module
         self._requests: dict[str, Callable[..., tuple[Any, ...]]] = {
             "load": self._load,
@@ -59,7 +59,7 @@ class Candidate:
         }
 
     def serve(self, code: str) -> None:
-        """Runs the code, then answers until the judge is gone."""
+        """Runs the code, then answers requests until the judge is gone."""
         failure = self._answer(lambda: self._run(code))
         while True:
             kind, *arguments = self._decoder.decode(self._frames.receive())
@@ -71,14 +71,14 @@ class Candidate:
             return work(*arguments)
         except PeerGone:
             raise
-        # Foreign code may raise anything, SystemExit included; the judge is told and decides.
+        # Untrusted code may raise anything, including SystemExit; it is reported to the judge, which decides.
         except BaseException as error:
             return _raised(error)
 
     def _encoded(self, reply: tuple[Any, ...]) -> bytes:
         try:
             return self._encoder.encode(reply)
-        # Foreign subclasses run their own methods while they are encoded.
+        # Untrusted subclasses run their own methods while they are encoded.
         except BaseException as error:
             return self._encoder.encode(_raised(error))
 
@@ -111,11 +111,11 @@ class Candidate:
 
 
 def _raised(error: BaseException) -> tuple[Any, ...]:
-    """The nearest builtin kind and the text of an exception, as far as foreign code lets them be read."""
+    """The closest builtin type and the text of an exception, as far as untrusted code lets them be read."""
     kind = next((base.__name__ for base in type(error).__mro__ if vars(builtins).get(base.__name__) is base), "")
     try:
         text = str(error)
-    # The text of a foreign exception is foreign code.
+    # Converting an untrusted exception to text runs untrusted code.
     except BaseException:
         text = ""
     return ("raise", kind, str(type(error).__name__)[:100], text[:500])

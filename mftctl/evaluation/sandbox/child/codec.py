@@ -1,7 +1,7 @@
-"""Plain values as bytes and back, for two processes of which one must expect lies from the other.
+"""Serialises plain values between two processes, one of which must not trust the other.
 
-Nothing but plain data is ever built: no class is looked up, no code is called. Whatever is not plain crosses as a
-handle, a number that means something only to the process that owns the object.
+Only plain data is ever built: no class is looked up, no code is called. Other objects cross as handles, numbers that
+are meaningful only to the process that owns the object.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import struct
 import sys
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from typing import Any
 
-MAX_DEPTH = 150  # of containers in containers; the recursion below stays well under Python's own limit
+MAX_DEPTH = 150  # of nested containers; the recursion below stays well below Python's own limit
 MAX_BYTES = 32 * 2**20  # of one encoded value
 
 _I64 = struct.Struct("<q")
 _F64 = struct.Struct("<d")
 _U32 = struct.Struct("<I")
-_MANY = 16  # numbers in a list, from which on they are packed: some tests return millions
+_MANY = 16  # numbers in a list from which they are packed: some tests return millions
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -32,14 +32,14 @@ class Encoder:
     """Turns values into bytes.
 
     Attributes:
-        to_handle: Gives the number of an object that is not plain data, or raises `CodecError`.
+        to_handle: Returns the number of an object that is not plain data, or raises `CodecError`.
     """
 
     def __init__(self, to_handle: Callable[[Any], int]) -> None:
         self.to_handle = to_handle
 
     def encode(self, value: Any) -> bytes:
-        """The bytes of a value.
+        """The encoded bytes of a value.
 
         Raises:
             CodecError: The value is nested too deeply, too large, or cannot cross.
@@ -127,7 +127,7 @@ def _put_int(value: int, out: bytearray) -> None:
 
 
 def _put_numbers(tag: bytes, values: Sequence[Any], out: bytearray) -> bool:
-    """Packs integers and floating-point numbers; False if there is anything else among them."""
+    """Packs integers and floats; False if the values include anything else."""
     if not set(map(type, values)) <= {int, float}:
         return False
     integers = [value for value in values if type(value) is int]
@@ -148,10 +148,10 @@ def _put_bytes(tag: bytes, content: bytes, out: bytearray) -> None:
 
 
 class Decoder:
-    """Turns bytes that nobody vouches for into values.
+    """Turns untrusted bytes into values.
 
     Attributes:
-        from_handle: Gives the object that stands for a handle's number.
+        from_handle: Returns the object for a handle's number.
     """
 
     def __init__(self, from_handle: Callable[[int], Any]) -> None:
@@ -160,10 +160,10 @@ class Decoder:
         self._at = 0
 
     def decode(self, data: bytes) -> Any:
-        """The value of the bytes.
+        """The decoded value.
 
         Raises:
-            CodecError: They are not the encoding of one value.
+            CodecError: The bytes are not the encoding of one value.
         """
         self._data, self._at = data, 0
         value = self._value(0)

@@ -1,4 +1,4 @@
-"""What a process gives up before it runs foreign code."""
+"""Restrictions that a process applies to itself before it runs untrusted code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import resource
 import struct
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -21,10 +21,10 @@ _LIMITS = {
 
 
 def limit_resources(limits: dict[str, int]) -> None:
-    """Sets the kernel's limits on this process: processor time, memory, files; no core file."""
+    """Sets the kernel's limits on this process: CPU time, memory, files; no core dumps."""
     for name, kind in _LIMITS.items():
         _lower(kind, limits[name], limits[name])
-    # The signal at the first limit can be caught; the second one cannot.
+    # The signal at the soft limit can be caught; the one at the hard limit cannot.
     _lower(resource.RLIMIT_CPU, limits["cpu_seconds"], limits["cpu_seconds"] + 1)
     _lower(resource.RLIMIT_CORE, 0, 0)
 
@@ -37,7 +37,7 @@ def _lower(kind: int, soft: int, hard: int) -> None:
 
 
 def drop_capabilities() -> None:
-    """Gives up what root may do beyond others.
+    """Drops root's capabilities.
 
     Raises:
         OSError: The kernel refused.
@@ -45,27 +45,27 @@ def drop_capabilities() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     header = struct.pack("<Ii", _CAPABILITY_VERSION_3, 0)
     if libc.capset(ctypes.c_char_p(header), ctypes.c_char_p(bytes(24))):
-        raise OSError(ctypes.get_errno(), "the capabilities were kept")
+        raise OSError(ctypes.get_errno(), "the capabilities could not be dropped")
 
 
 def end_with(parent: int) -> None:
-    """Has the kernel end this process when its parent ends, however that is; the filter lets nobody take it back.
+    """Makes the kernel kill this process when its parent ends for any reason; the filter prevents undoing this.
 
     Args:
-        parent: Process id of the parent at the start; if it has ended by now, so does this process.
+        parent: Process id of the original parent; if it has already ended, this process exits.
 
     Raises:
         OSError: The kernel refused.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "the process would outlive its parent")
+        raise OSError(ctypes.get_errno(), "the parent-death signal could not be set")
     if os.getppid() != parent:
         os._exit(1)
 
 
 def close_all_but(kept: Sequence[int]) -> None:
-    """Closes every file descriptor above standard error but those named."""
+    """Closes all file descriptors above standard error except the given ones."""
     start = 3
     for fd in sorted(kept):
         os.closerange(start, fd)
@@ -74,6 +74,6 @@ def close_all_but(kept: Sequence[int]) -> None:
 
 
 def clear_environment(folder: str) -> None:
-    """Leaves only where temporary files go, and that numpy is to start no threads."""
+    """Clears the environment except for the folder of temporary files and settings that keep numpy single-threaded."""
     os.environ.clear()
     os.environ.update(HOME=folder, TMPDIR=folder, OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")

@@ -1,4 +1,4 @@
-"""A hostile program, to see whether a sandbox holds: it lists what it could do."""
+"""A hostile program that checks whether a sandbox works: it lists the escape attempts that succeed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ALLOWED_VARIABLES = {"HOME", "TMPDIR", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS
 
 
 def harmless(count: int) -> int:
-    """The sum of the numbers up to `count`, with a file of the working folder in between."""
+    """The sum of the numbers up to `count`, computed by way of a file in the working folder."""
     with open("numbers", "w", encoding="ascii") as stream:
         stream.write("\n".join(map(str, range(count + 1))))
     with open("numbers", encoding="ascii") as stream:
@@ -23,14 +23,14 @@ def harmless(count: int) -> int:
 
 
 def what_is_open(secret: str, target: str, folder: str, runner: int, variables: Sequence[str]) -> list[str]:
-    """Names of the ways out that are open.
+    """Names of the escape attempts that succeed.
 
     Args:
-        secret: A file outside that must not be read.
-        target: A file outside that must not be written.
-        folder: A folder outside that must not be listed or added to.
-        runner: A process outside that must not be reached.
-        variables: Names of environment variables that must be gone.
+        secret: A file outside that must not be readable.
+        target: A file outside that must not be writable.
+        folder: A folder outside that must not be listed or written to.
+        runner: A process outside that must not be reachable.
+        variables: Names of environment variables that must not be set.
     """
     attempts: dict[str, Callable[[], object]] = {
         "reading outside": lambda: open(secret, "rb").read(),
@@ -66,7 +66,7 @@ def _fork() -> None:
 
 
 def _execute() -> None:
-    """Asks for a program that is not there: a filter refuses before the kernel can look for it."""
+    """Tries to run a program that does not exist: a filter refuses before the kernel looks for it."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.execve(b"/nowhere", None, None)
     if ctypes.get_errno() == errno.EPERM:
@@ -78,12 +78,12 @@ def _raise_limit() -> None:
 
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
-    except ValueError as error:  # what Python makes of a refusal
+    except ValueError as error:  # Python's translation of a refusal
         raise OSError from error
 
 
 def _traced(runner: int) -> None:
-    """Asks for memory of a process that is not traced yet: to attach would stop the runner where nothing refuses."""
+    """Tries to read memory of a process that is not traced: attaching would stop the runner if nothing refuses."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.ptrace(_PTRACE_PEEKDATA, runner, 0, 0)
     if ctypes.get_errno() == errno.EPERM:

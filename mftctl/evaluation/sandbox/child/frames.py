@@ -1,4 +1,4 @@
-"""Messages of known length over a pair of pipes."""
+"""Length-prefixed messages over a pair of pipes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import struct
 
 from mftctl.evaluation.sandbox.child.codec import MAX_BYTES
 
-MAX_FRAME_BYTES = 3 * MAX_BYTES  # a message holds a value, and its arguments after the call
+MAX_FRAME_BYTES = 3 * MAX_BYTES  # a message contains a value, and the arguments after the call
 _LENGTH = struct.Struct("<I")
 
 
 class PeerGone(BaseException):
-    """The other process ended or broke the protocol; no test may catch that as an ordinary error."""
+    """The other process ended or violated the protocol; tests must not catch this as an ordinary error."""
 
 
 class Frames:
@@ -26,7 +26,7 @@ class Frames:
         """Writes one message.
 
         Raises:
-            PeerGone: Nobody reads any more.
+            PeerGone: The other process no longer reads.
         """
         view = memoryview(_LENGTH.pack(len(message)) + message)
         try:

@@ -1,7 +1,7 @@
-"""Asks mftctl before a path is looked at or a file is made: the kernel holds the call until it is answered.
+"""Asks mftctl before a path is looked up or a file is created: the kernel suspends the call until it is answered.
 
-A filter of system calls sees numbers alone. What a path names, and how often something was made, only a process can
-tell that the kernel notifies; a call that nobody answers fails.
+A system call filter sees only numbers. Paths and the number of created files must be checked by a process that the
+kernel notifies; a call that nobody answers fails.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 from mftctl.evaluation.sandbox.child.seccomp import ALLOW, JUMP_EQUAL, LOAD, RETURN, argument, program_of
 from mftctl.evaluation.sandbox.child.syscall_numbers import ARCHITECTURES, number_of
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from mftctl.evaluation.sandbox.child.seccomp import Instruction
 
@@ -23,7 +23,7 @@ _SECCOMP = {"x86_64": 317, "aarch64": 277}
 _SET_MODE_FILTER, _NEW_LISTENER = 1, 8
 _PR_SET_NO_NEW_PRIVS = 38
 MAKING_FLAGS = 0o100 | 0o20000000
-"""O_CREAT, and of O_TMPFILE the part that is not O_DIRECTORY."""
+"""O_CREAT, and the bit of O_TMPFILE that is not O_DIRECTORY."""
 
 PATHS: dict[str, tuple[tuple[int | None, int], ...]] = {
     "openat": ((0, 1),),
@@ -47,27 +47,27 @@ PATHS: dict[str, tuple[tuple[int | None, int], ...]] = {
     "renameat": ((0, 1), (2, 3)),
     "renameat2": ((0, 1), (2, 3)),
 }
-"""The calls of the list that take paths: of each path, where the folder it starts from and where itself stands."""
+"""Calls that take paths: for each path, the argument positions of its base folder and of the path itself."""
 
 OPENING: dict[str, int] = {"openat": 2, "open": 1}
-"""The calls that make a file if their flags say so: where these stand."""
+"""Calls that create a file depending on their flags: the argument position of the flags."""
 
 MAKING = ("mkdir", "mkdirat")
 
 
 def install(gate_fd: int, *, asks_for_paths: bool) -> None:
-    """Has the kernel ask from here on, and hands over where it does.
+    """Makes the kernel notify mftctl of system calls, and sends mftctl the listener.
 
     Args:
-        gate_fd: A socket to mftctl, which is closed.
-        asks_for_paths: Whether every path is asked for, or only the making of files and folders.
+        gate_fd: A socket to mftctl; it is closed afterwards.
+        asks_for_paths: Whether to check every path, or only the creation of files and folders.
 
     Raises:
-        OSError: The kernel does not ask, such as where another process is asked already.
+        OSError: The kernel refuses, for example because another process is already the listener.
     """
     machine = os.uname().machine
     if machine not in _SECCOMP:
-        raise OSError(f"no questions about system calls for {machine}")
+        raise OSError(f"no system call notifications for {machine}")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
     program, _kept = program_of(assemble(machine, asks_for_paths=asks_for_paths))
@@ -76,7 +76,7 @@ def install(gate_fd: int, *, asks_for_paths: bool) -> None:
     listener = libc.syscall(number, _SET_MODE_FILTER, _NEW_LISTENER, ctypes.c_char_p(program))
     if listener < 0:
         code = ctypes.get_errno()
-        raise OSError(code, f"the kernel does not ask about system calls: {os.strerror(code)}")
+        raise OSError(code, f"the kernel refused system call notifications: {os.strerror(code)}")
     gate = _socket.socket(fileno=gate_fd)
     gate.sendmsg([b"!"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("@i", listener))])
     gate.close()
@@ -84,7 +84,7 @@ def install(gate_fd: int, *, asks_for_paths: bool) -> None:
 
 
 def assemble(machine: str, *, asks_for_paths: bool) -> list[Instruction]:
-    """The filter's instructions; what they do not ask about, the filter that follows decides."""
+    """The filter's instructions; calls that they do not notify about are decided by the filter installed next."""
     lines: list[Instruction] = [
         (LOAD, 0, 0, 4),
         (JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),

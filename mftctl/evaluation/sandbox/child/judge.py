@@ -1,4 +1,4 @@
-"""The process that runs the test: the candidate's names are proxies, everything else is the judge's own."""
+"""The process that runs the test: names from the candidate are proxies, everything else is the judge's own."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import types
 from mftctl.evaluation.sandbox.child.codec import CodecError, Decoder, Encoder
 from mftctl.evaluation.sandbox.child.frames import Frames, PeerGone
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from typing import Any
 
 MODULE = "judgement"
 DETAIL_CHARACTERS = 500
-# A candidate that raises these could end a loop of the test early and unseen.
+# A candidate that raises these could silently end a loop of the test early.
 _FLOW = (StopIteration, StopAsyncIteration)
 
 
 class Link:
-    """Requests to the candidate, whose every reply is checked for its form.
+    """Sends requests to the candidate and checks the form of every reply.
 
     Attributes:
-        calls: How often something of the candidate's was called.
-        broken: Why the candidate cannot be asked any more, if so.
+        calls: Number of calls to the candidate's objects.
+        broken: Why no further requests are possible; None while they are.
     """
 
     def __init__(self, frames: Frames) -> None:
@@ -36,10 +36,10 @@ class Link:
         self.broken: str | None = None
 
     def request(self, kind: str, *arguments: Any) -> tuple[Any, ...]:
-        """The candidate's reply, with what it raised raised here.
+        """The candidate's reply; an exception that it raised is raised here.
 
         Raises:
-            PeerGone: The candidate ended or sent what is no reply.
+            PeerGone: The candidate ended or sent an invalid reply.
             CodecError: An argument cannot cross.
         """
         message = self._encoder.encode((kind, *arguments))
@@ -64,7 +64,7 @@ class Link:
                 raise PeerGone(self.broken)
 
     def value(self, kind: str, *arguments: Any) -> Any:
-        """The value that a request gives."""
+        """The value that a request returns."""
         reply = self.request(kind, *arguments)
         if reply[0] != "value":
             self.broken = "the program ended an iteration that is none"
@@ -72,7 +72,7 @@ class Link:
         return reply[1]
 
     def call(self, target: Handle, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """What a call returns; what it changed in its arguments is changed here too."""
+        """The result of a call; changes to its arguments are applied here too."""
         self.calls += 1
         packed = self._encoder.encode((arguments, keywords))
         reply = self.request("call", target, packed)
@@ -99,10 +99,10 @@ class Link:
 
 
 class Handle:
-    """Something of the candidate's that is no plain data: it can be called, iterated and passed back.
+    """A candidate's object that is not plain data: it can be called, iterated and passed back.
 
-    It equals nothing, itself included, and hides every special name, so that no library takes it for a number, an
-    array or a container.
+    It equals nothing, not even itself, and hides every special name, so that no library takes it for a number, an array
+    or a container.
     """
 
     __slots__ = ("_sandbox_link", "_sandbox_number")
@@ -115,7 +115,7 @@ class Handle:
         object.__setattr__(self, "_sandbox_number", number)
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """What the candidate's object returns."""
+        """Calls the candidate's object."""
         return self._sandbox_link.call(self, arguments, keywords)
 
     def __getattr__(self, name: str) -> Any:
@@ -153,14 +153,14 @@ def _local_exception(base: str, name: str, text: str) -> Exception:
     if isinstance(kind, type) and plain and kind is not Exception:
         try:
             error: Exception = kind(text)
-        except TypeError:  # such as UnicodeDecodeError, which a text does not make
+        except TypeError:  # for example UnicodeDecodeError, which cannot be built from a text
             return RuntimeError(f"{name}: {text}")
         return error
     return RuntimeError(text if name != base else f"{name}: {text}")
 
 
 def _renew(before: Any, after: Any) -> bool:
-    """Changes containers in place to their new value; whether that was possible."""
+    """Updates containers in place to their new value; returns whether that was possible."""
     if type(before) is not type(after):
         return False
     if isinstance(before, tuple):
@@ -192,10 +192,10 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 def _fill(namespace: dict[str, Any], test: str, code: types.CodeType, entry_point: str, link: Link) -> None:
-    """Gives the test the candidate's names, but no name that is the judge's own.
+    """Provides the test with the candidate's names, but never replaces the judge's own names.
 
-    A module of the standard library that a test takes for granted is the judge's own too: a made-up `math` would
-    find anything close.
+    A standard-library module that a test uses without importing it is also the judge's own: a faked `math` could accept
+    any result.
     """
     wanted = {name for name in _names_in(code) if not name.startswith("__")}
     wanted = {name for name in wanted if not hasattr(builtins, name) or name == entry_point}
@@ -212,7 +212,7 @@ def judge(test: str, entry_point: str, link: Link) -> tuple[str, str]:
     """The outcome of a test and, unless it passed, why.
 
     Returns:
-        One of `passed`, `failed`, `out of memory` and `crashed`, and the type and text of what went wrong.
+        One of `passed`, `failed`, `out of memory` and `crashed`, and the type and text of the failure.
     """
     module = types.ModuleType(MODULE)
     sys.modules[MODULE] = module
@@ -224,7 +224,7 @@ def judge(test: str, entry_point: str, link: Link) -> tuple[str, str]:
         return "crashed", str(error)
     except MemoryError as error:
         return "out of memory", _told(error)
-    # A test may fail by any exception, SystemExit included.
+    # A test may fail with any exception, including SystemExit.
     except BaseException as error:
         return ("failed", _told(error)) if link.broken is None else ("crashed", link.broken)
     if link.broken is not None:

@@ -1,4 +1,4 @@
-"""Files, ports and signals through Landlock: what no rule names is out of reach."""
+"""Restricts files, ports and signals with Landlock: everything without a rule is inaccessible."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import os
 import stat
 import struct
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every processor
+_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every architecture
 _VERSION_FLAG, _PATH_BENEATH = 1, 1
 _PR_SET_NO_NEW_PRIVS = 38
 
@@ -25,24 +25,24 @@ _SCOPES = 0b11  # abstract UNIX sockets, signals
 
 
 def abi() -> int:
-    """The kernel's version of Landlock, from 1 on.
+    """The kernel's Landlock version, starting at 1.
 
     Raises:
-        OSError: It has none, or has it switched off.
+        OSError: The kernel does not support Landlock, or it is disabled.
     """
     return _call(_CREATE_RULESET, None, 0, _VERSION_FLAG)
 
 
 def restrict(readable: Sequence[str], listable: Sequence[str], working_folder: str) -> None:
-    """Leaves this process, for good, only the paths named.
+    """Permanently restricts this process to the given paths.
 
     Args:
-        readable: Files and folders that may be read, with all they hold.
-        listable: Folders that may be listed, with all they hold.
-        working_folder: The folder in which files may be made, written and removed.
+        readable: Files and folders that may be read, with all their contents.
+        listable: Folders that may be listed, with all their subfolders.
+        working_folder: The folder in which files may be created, written and removed.
 
     Raises:
-        OSError: The kernel refused, so that nothing may run.
+        OSError: The kernel refused, so no code may run.
     """
     version = abi()
     handled_files = (1 << (13 if version < 2 else 14 if version < 3 else 15 if version < 5 else 16)) - 1

@@ -1,9 +1,8 @@
-"""A filter of system calls: what is not on the list is refused.
+"""A system call filter: calls that are not on the allow list are refused.
 
-An allow list, because the kernel grows: a call that nobody here has heard of is refused without anyone noticing it
-in time. So is everything that needs no listing: sockets of every family, io_uring, new processes and threads,
-running a program, tracing, other processes' memory, name spaces, mounts, keys, BPF, shared memory of System V, links,
-and changes of mode, owner or time of a file, which Landlock does not watch.
+An allow list also refuses calls that future kernels add. Refused are, among others, sockets of every family, io_uring,
+new processes and threads, running a program, tracing, other processes' memory, namespaces, mounts, keys, BPF, System V
+shared memory, links, and changes to the mode, owner or times of a file, which Landlock does not cover.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import struct
 
 from mftctl.evaluation.sandbox.child.syscall_numbers import ARCHITECTURES, NUMBERS, number_of
 
-TYPE_CHECKING = False  # as in typing, which takes long to load
+TYPE_CHECKING = False  # as in typing, which is slow to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -33,14 +32,14 @@ Instruction = tuple[int, int, int, int]
 
 
 def install() -> None:
-    """Refuses, from here on and for good, every system call that is not on the list.
+    """Permanently refuses every system call that is not on the list.
 
     Raises:
-        OSError: The kernel takes no filter, or the processor is unknown.
+        OSError: The kernel rejects the filter, or the architecture is not supported.
     """
     machine = os.uname().machine
     if machine not in ARCHITECTURES or struct.calcsize("P") != 8:
-        raise OSError(_ENOSYS, f"no filter of system calls for {machine}")
+        raise OSError(_ENOSYS, f"no system call filter for {machine}")
     program, _kept = program_of(assemble(machine, os.getpid()))
     libc = ctypes.CDLL(None, use_errno=True)
     for option, *arguments in (
@@ -48,18 +47,18 @@ def install() -> None:
         (_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.c_char_p(program)),
     ):
         if libc.prctl(option, *arguments, 0, 0):
-            raise OSError(ctypes.get_errno(), "the kernel takes no filter of system calls")
+            raise OSError(ctypes.get_errno(), "the kernel rejected the system call filter")
 
 
 def program_of(lines: Sequence[Instruction]) -> tuple[bytes, object]:
-    """What the kernel takes for a filter, and what must be kept for so long."""
+    """The filter program for the kernel, and the buffer that must stay alive until it is installed."""
     filters = b"".join(struct.pack("<HBBI", *line) for line in lines)
     buffer = ctypes.create_string_buffer(filters, len(filters))
     return struct.pack("@HP", len(lines), ctypes.addressof(buffer)), buffer
 
 
 def assemble(machine: str, pid: int) -> list[Instruction]:
-    """The filter's instructions for a processor and the one process it may send signals to."""
+    """The filter's instructions for an architecture and the one process that may be sent signals."""
     lines: list[Instruction] = [
         (LOAD, 0, 0, _ARCHITECTURE_OFFSET),
         (JUMP_EQUAL, 1, 0, ARCHITECTURES[machine]),
@@ -76,8 +75,8 @@ def assemble(machine: str, pid: int) -> list[Instruction]:
 
 
 def _check(name: str, pid: int) -> list[Instruction]:
-    """How a call is decided whose arguments matter."""
-    if name == "clone3":  # glibc then tries clone, and reports what that gives
+    """The decision for a call that depends on its arguments."""
+    if name == "clone3":  # glibc then falls back to clone and reports its result
         return [_refuse(_ENOSYS)]
     if name in ("openat", "open"):
         return _refuse_truncating_reads(2 if name == "openat" else 1)
@@ -90,14 +89,14 @@ def _check(name: str, pid: int) -> list[Instruction]:
         return [*argument(1), *_one_of(_TCGETS, _FIONCLEX, _FIOCLEX, _FIONREAD, _TIOCGWINSZ)]
     if name == "prctl":
         return [*argument(0), *_one_of(_PR_SET_NAME, _PR_GET_NAME)]
-    if name == "prlimit64":  # may only ask
+    if name == "prlimit64":  # may only query
         high = (LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * 2 + 4)
         return [*argument(2), (JUMP_EQUAL, 1, 0, 0), _refuse(), high, *_one_of(0)]
     return [*argument(0), *_one_of(pid)]
 
 
 def _refuse_truncating_reads(flags_argument: int) -> list[Instruction]:
-    """Early Landlock lets a file that may only be read be emptied by opening it so."""
+    """Refuses read-only opens with O_TRUNC: early versions of Landlock let them empty a read-only file."""
     return [
         *argument(flags_argument, _O_TRUNC | _O_ACCMODE),
         (JUMP_EQUAL, 1, 0, _O_TRUNC),
@@ -108,7 +107,7 @@ def _refuse_truncating_reads(flags_argument: int) -> list[Instruction]:
 
 
 def argument(index: int, mask: int | None = None) -> list[Instruction]:
-    """Loads the lower half of an argument, or of its bits those of a mask."""
+    """Loads the lower half of an argument, optionally masked."""
     load = (LOAD, 0, 0, _ARGUMENTS_OFFSET + 8 * index)
     return [load] if mask is None else [load, (_AND, 0, 0, mask)]
 

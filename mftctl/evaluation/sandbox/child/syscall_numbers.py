@@ -1,4 +1,4 @@
-"""Numbers of the system calls that the sandbox lets through, or looks at, on each processor it knows."""
+"""Numbers of the system calls that the sandbox allows or checks, for each supported architecture."""
 
 from __future__ import annotations
 
@@ -113,6 +113,6 @@ NUMBERS: dict[str, tuple[int, int | None]] = {
 
 
 def number_of(name: str, machine: str) -> int | None:
-    """The number of a system call on a processor, None where it has none."""
+    """The number of a system call on an architecture; None if it does not exist there."""
     x86_64, aarch64 = NUMBERS[name]
     return x86_64 if machine == "x86_64" else aarch64
