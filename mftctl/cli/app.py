@@ -180,7 +180,7 @@ def main() -> None:
 
 
 def _end_open_runs() -> None:
-    """Nothing, unless the command came as far as to have a run."""
+    """Marks open runs as ended, if the command got as far as creating one."""
     if "mftctl.experiments.run_folder" in sys.modules:
         from mftctl.experiments.recording import end_open_runs
 

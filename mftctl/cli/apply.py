@@ -110,7 +110,7 @@ def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) 
 
 
 def _masked_model(base: str, mask: Path, tuned: str | None) -> str:
-    """The model under a mask: the base, or the tuned model that a drop takes back to its base in part."""
+    """Returns the model to mask: the base, or for a delta mask the tuned model that it partly reverts to the base."""
     from mftctl.masking.mask import open_mask
 
     with open_mask(mask) as opened:

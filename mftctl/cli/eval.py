@@ -204,9 +204,9 @@ def _evaluate_once(session: Session, source: Source, *, resume: bool, again: boo
         recipe = session.with_answer("test_data", "Data to measure on", "--data (or --tasks)", source)
     for run in list_runs(session.root)[0]:
         if not again and _measured(run, recipe, source):
-            session.console.note(f"{source.state}: measured already by {run.name}")
+            session.console.note(f"{source.state}: already measured by {run.name}")
             return run
-    session.console.note(f"{source.state}: {source.model}" + (f" under {source.mask}" if source.mask else ""))
+    session.console.note(f"{source.state}: {source.model}" + (f" with mask {source.mask}" if source.mask else ""))
     use_device(recipe, session.launch)
     run = (_interrupted(session, recipe, source) if resume else None) or session.create(recipe, source)
     with recorded(run):

@@ -24,7 +24,7 @@ def check_measuring(command: str, recipe: Recipe, options: Mapping[str, Any]) ->
     section = recipe.fft if command == "fft" else recipe.mask_train
     if "eval.tasks" in options and section.eval_every is None:
         raise ConfigError(
-            "Benchmarks are measured while training only where it is said how often.",
+            "Benchmarks during training need an interval.",
             key="--eval-every",
             expected="a number of steps",
             actual=f"none given, and --tasks {','.join(options['eval.tasks'])}",
@@ -51,9 +51,9 @@ def check_scoring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> N
     unused += ["--limit"] if "eval.limit" in options and by == "loss" else []
     if unused:
         raise ConfigError(
-            "A probe scores no problems but those it ranks groups by.",
+            "A probe scores only the problems that it ranks groups by.",
             key="--by",
-            expected="the benchmark that the file is of, or for --limit exact_match or a benchmark",
+            expected="the benchmark of the file, or for --limit exact_match or a benchmark",
             actual=f"{by}, and {' '.join(unused)}",
             hint=f"mftctl probe --by {next(iter(files), 'exact_match')} ...",
         )

@@ -22,7 +22,7 @@ _COLOURS = {"better": "green", "worse": "red"}
 
 
 def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) -> None:
-    """Writes the report of a runs folder to its files, and its main table to the console."""
+    """Writes the report of a runs folder to files, and its main tables to the console."""
     from mftctl.reporting.output.write import to_document, write_report
     from mftctl.reporting.report import make_report
 
@@ -39,7 +39,7 @@ def show(console: Output, runs: Path, folder: Path, *, each_seed: bool = False) 
 
 
 def _main_tables(made: Report, each_seed: bool) -> list[TextTable]:
-    """The overview where there is one, else the only table there can be; with each seed, all tables."""
+    """Returns the overviews if any, otherwise the only tables there are; with each seed, all metric tables."""
     from mftctl.reporting.output.text_tables import efficiency_text, metric_text, overview_text
 
     if each_seed:
@@ -52,7 +52,7 @@ def _main_tables(made: Report, each_seed: bool) -> list[TextTable]:
 
 
 def _tell(console: Output, made: Report) -> None:
-    """What the report comes to, and what to look at in it."""
+    """Prints the summary of a report and its warnings."""
     from mftctl.reporting.output.headlines import headlines
 
     for headline in headlines(made.tables):

@@ -30,9 +30,9 @@ def check_settings_kept(command: str, given: Sequence[str]) -> None:
     changes = [key for key in given if key not in _MAY_CHANGE]
     if changes:
         raise ConfigError(
-            "A resumed run keeps its settings, but for the device, its attention and the memory check.",
+            "A resumed run keeps its settings, except for the device, its attention and the memory check.",
             actual=", ".join(changes),
-            hint=f"mftctl {command} --resume without them, or a new run without --resume",
+            hint=f"mftctl {command} --resume without these options, or a new run without --resume",
         )
 
 
@@ -73,7 +73,7 @@ def source_of_resumed(run: Run) -> Source:
 
 
 def with_same_step_records(recipe: Recipe, run: Run, processes: int) -> Recipe:
-    """The recipe whose optimizer steps have the records they began with, on another number of processes.
+    """Returns the recipe adjusted so that, with the current processes, each step keeps its number of records.
 
     Args:
         recipe: Of the run.
@@ -88,15 +88,15 @@ def with_same_step_records(recipe: Recipe, run: Run, processes: int) -> Recipe:
     if run.record.processes == processes or options.global_batch_size is not None:
         return recipe
     steps = (options.grad_accum_steps or 1) * run.record.processes
-    if options.batch_tokens is not None:  # which shares out any number of records
+    if options.batch_tokens is not None:  # which distributes any number of records
         records = steps * options.batch_size
         return with_changes(recipe, {f"{section}.grad_accum_steps": None, f"{section}.global_batch_size": records})
     if steps % processes:
         raise ConfigError(
-            "A resumed run keeps the records of a step, and they cannot be shared out so.",
+            "A resumed run keeps its records per step, which cannot be divided among these processes.",
             key="WORLD_SIZE" if world_size() > 1 else "--processes",
-            expected=f"a number of processes that divides {steps} micro-batches a step",
+            expected=f"a number of processes that divides {steps} micro-batches per step",
             actual=processes,
-            hint="next time --global-batch-size with --batch-tokens, whose runs go on with any number of processes",
+            hint="next time --global-batch-size and --batch-tokens, to resume with any number of processes",
         )
     return with_changes(recipe, {f"{section}.grad_accum_steps": steps // processes})

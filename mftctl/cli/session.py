@@ -34,9 +34,9 @@ class Session:
     Attributes:
         command: Name of the command.
         root: The runs folder.
-        console: Where it reports and asks.
-        replaces: Whether the user agreed that an existing result is replaced, with `--yes` or when asked.
-        launch: With how many processes the work is done.
+        console: The console.
+        replaces: Whether the user agreed to replace an existing result, with `--yes` or when asked.
+        launch: The number of processes that do the work.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Session:
         """Returns the recipe with the layers recommended by a probe of this model, or all layers."""
         found = recommended_layers(self.root, source)
         if found is None:
-            self.console.note("Layers: all, since no probe of this model says which gain most (mftctl probe)")
+            self.console.note("Layers: all, as there is no probe of this model yet (mftctl probe)")
         else:
             self.console.note(f"Layers: {found[0]}, recommended by {found[1]}")
         self._options["mask_train.layers"] = "all" if found is None else found[0]
@@ -188,7 +188,7 @@ class Session:
 
     def _resume(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
         check_settings_kept(self.command, [*self._options, *self._sets, *filter(None, [self._recipe_name])])
-        # Processes find each other on the device, so that each looks for itself where the run was.
+        # Processes connect on the device, so each first looks up the device of the run by itself.
         stopped = newest_run(self.root, self.command, unfinished=True)
         if stopped is not None:
             use_device(load_recipe(base=stopped.record.config, options=self._options), self.launch)
@@ -235,7 +235,7 @@ def _made_by(source: Source) -> str:
 
 
 def mask_file_permit(agreed: bool) -> Permit:
-    """What lets a mask file be replaced, if the user agreed."""
+    """Returns a permit that lets a mask file be replaced if the user agreed."""
     from mftctl.masking.mask import mask_permit
 
     return mask_permit(replace=agreed)

@@ -132,7 +132,7 @@ def _read(source: DataSource) -> list[Record]:
         _refuse_split(source)
         return read_records(path)
     if source.path.startswith(f"{built_in.NAME}/"):
-        raise DataError("The built-in data has no such part.", path=source.path, expected=" | ".join(_BUILT_IN))
+        raise DataError("The built-in data has no such split.", path=source.path, expected=" | ".join(_BUILT_IN))
     hub_id = _HUB_ID.fullmatch(source.path)
     if hub_id is None or _FILE_SUFFIX.search(hub_id["identifier"]):
         raise DataError("The data file does not exist.", path=path, expected="an existing file or a hub id")
@@ -153,5 +153,5 @@ def _refuse_split(source: DataSource) -> None:
             "Only hub datasets have splits.",
             path=source.path,
             key=source.split,
-            hint=f"name the file of that part, or {built_in.NAME}/{source.split} for the built-in data",
+            hint=f"name the file of that split, or {built_in.NAME}/{source.split} for the built-in data",
         )

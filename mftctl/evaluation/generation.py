@@ -123,13 +123,13 @@ def _check_context(
 def generation_settings(
     model: PreTrainedModel, stops: AnswerStops, pad_id: int | None, max_new_tokens: int
 ) -> Iterator[None]:
-    """Generation settings of ours alone: options given to `generate` would be merged with the checkpoint's.
+    """Replaces the model's generation settings; options passed to `generate` would be merged with them.
 
     Args:
-        model: Gets its own settings back afterwards.
-        stops: Of which the tokens end an answer.
-        pad_id: Stands after the end of an answer that ended before others of its batch.
-        max_new_tokens: Where an answer that has not ended is cut.
+        model: Its own settings are restored afterwards.
+        stops: The tokens that end an answer.
+        pad_id: The padding after an answer that ends before the rest of its batch.
+        max_new_tokens: The limit at which an unfinished answer is cut.
     """
     own = model.generation_config
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -153,15 +153,15 @@ def continue_prompts(
     stop_texts: Sequence[str],
     logits_processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[int]]:
-    """The new token ids of each prompt, padding after the end included.
+    """The new token ids of each prompt, including padding after the end.
 
     Args:
         model: Under `generation_settings`.
         tokenizer: Its tokenizer.
         prompts: Token ids, without padding.
-        pad_id: Stands before shorter prompts.
+        pad_id: The padding before shorter prompts.
         stop_texts: Texts that end an answer.
-        logits_processors: Draw the tokens of samples.
+        logits_processors: Processors that draw the tokens of samples.
     """
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)

@@ -203,7 +203,7 @@ def suite_problems(recipe: Recipe) -> Iterator[MftError]:
     options = recipe.eval
     if not recipe.test_data and not options.tasks:
         yield ConfigError(
-            "eval needs something to measure.",
+            "There is nothing to evaluate.",
             key="--data or --tasks; in a recipe test_data or eval.tasks",
             expected="a data file or a benchmark",
             actual="neither",
@@ -226,9 +226,9 @@ def _check_task_data(task: str, file: str, recipe: Recipe) -> None:
     tasks = expand_groups(recipe.eval.tasks)
     if task not in (*tasks, recipe.probe.by):
         raise ConfigError(
-            "A benchmark file is given for a task that is not run.",
+            "A benchmark file belongs to a task that is not run.",
             key=f"eval.task_data.{task}",
-            expected=f"one of the tasks: {', '.join(tasks) or 'none given'}",
+            expected=f"one of the selected tasks: {', '.join(tasks) or 'none selected'}",
             actual=task,
         )
     if not Path(file).exists():

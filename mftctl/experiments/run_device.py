@@ -87,10 +87,10 @@ def _working(command: str, less_memory: Sequence[str], *, deterministic: bool) -
 
 
 def _tell(device: torch.device, command: str, listener: Listener) -> None:
-    """What there is to know about a device."""
+    """Reports untested devices and unused GPUs."""
     if device.type not in _TESTED and device.type not in _told_untested:
         _told_untested.add(device.type)
-        listener.warn(f"mftctl is not tested on {device.type}; what was is --device cpu, and GPUs of CUDA.")
+        listener.warn(f"mftctl is not tested on {device.type}, only on CUDA GPUs and with --device cpu.")
     count = torch.accelerator.device_count() if device.type == "cuda" else 1
     if count > 1 and device.index is None and world_size() == 1:
         listener.note(_one_of(count, command))

@@ -281,7 +281,9 @@ def load_run(folder: Path) -> Run:
     """
     path = folder / "run.json"
     if not is_recordable(folder.name):
-        raise RunError("The name of this run folder is not UTF-8.", path=shown_name(folder), hint="rename or remove it")
+        raise RunError(
+            "The name of this run folder is not valid UTF-8.", path=shown_name(folder), hint="rename or remove it"
+        )
     from mftctl.experiments.run_contents import check_contents, first_fault
 
     try:

@@ -15,7 +15,7 @@ _MASKED = {"random": "random mask", "magnitude": "L1 mask"}
 
 
 def fine_tuned_state(source_state: str, options: FftOptions) -> str:
-    """What fine-tuning makes of a source, such as FFT of a pre-trained model and continued FFT of a fine-tuned one."""
+    """Returns the state after fine-tuning: FFT for a pre-trained model, continued FFT for a fine-tuned one."""
     name = _TUNED[options.method] + (" global" if options.scope == "global" else "")
     name += f" excluding {', '.join(sorted(options.exclude))}" if options.exclude else ""
     return name if source_state == PRE_TRAINED else f"continued {name}"

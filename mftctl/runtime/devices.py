@@ -26,13 +26,13 @@ _FLASH = "flash_attention_2"
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What the command at work computes with.
+    """The settings the running command computes with.
 
     Attributes:
-        device: Without an index the current one of its type.
-        attention: As asked for.
-        precision: Of its forward passes.
-        on_attention: Receives the attention that a model really has.
+        device: The device; without an index, the current one of its type.
+        attention: The requested attention.
+        precision: The precision of forward passes.
+        on_attention: Receives the attention actually used by a model.
     """
 
     device: torch.device
@@ -182,7 +182,7 @@ def attention_in_use(dtype: torch.dtype) -> Attention:
 
 
 def record_attention(model: Any) -> None:
-    """Keeps in the run of the command at work what attention a model really has."""
+    """Records the attention that a model actually uses in the current run."""
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if _in_use is not None and _in_use.on_attention is not None and attention is not None:
         _in_use.on_attention(attention)
@@ -264,7 +264,7 @@ def require_attention(attention: Attention, device: torch.device) -> None:
 
 @contextmanager
 def using(use: Use) -> Iterator[None]:
-    """Inside it, that is in use, and its GPU is the current one."""
+    """Context in which these settings are in use and their GPU is the current one."""
     global _in_use
     before, _in_use = _in_use, use
     current = None

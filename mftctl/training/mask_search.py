@@ -173,7 +173,7 @@ def prepare_mask_training(
 
 
 def load_frozen_model(inputs: TrainingInputs, options: MaskTrainOptions) -> PreTrainedModel:
-    """The model that stays as it is: fp32, or bf16 where asked for, since its weights are only read."""
+    """The frozen model: in fp32, or in bf16 if requested, since its weights are only read."""
     return load_model(inputs.checkpoint, dtype=frozen_dtype(options))
 
 

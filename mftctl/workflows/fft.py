@@ -179,7 +179,7 @@ def _trainable_model(
 
 
 def _with_adapter(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PeftModel:
-    """A frozen model, in the dtype it computes in or in 4 bits a weight, with an adapter in fp32."""
+    """A frozen model, in its compute dtype or in 4 bits per weight, with an adapter in fp32."""
     from mftctl.masking.checkpoints.adapters import load_adapter
     from mftctl.masking.checkpoints.quantization import load_quantized
     from mftctl.training.updates.lora import add_adapter
@@ -244,7 +244,7 @@ def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: Fft
 
 
 def _lora_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -> dict[str, str]:
-    """What LoRA writes beside its weights: a card, and with an adapter how its base was quantised."""
+    """Text files written with LoRA weights: a model card, and for an adapter how its base was quantised."""
     from mftctl.masking.checkpoints.quantization import QUANTIZATION, QUANTIZED_FILE, has_quantized_base
     from mftctl.training.tuned_card import write_lora_card
 

@@ -241,7 +241,7 @@ def test_vllm_computes_on_what_it_was_built_for(changes: dict[str, str], monkeyp
     monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: object())
     recipe = parse_recipe({"eval": {"engine": "vllm", "tasks": ["gsm8k"]}, **changes})
     with pytest.raises(ConfigError, match="vLLM chooses its device"):
-        check_measures(recipe)
+        check_suite(recipe)
 
 
 @pytest.mark.parametrize("command", ["fft", "eval"])

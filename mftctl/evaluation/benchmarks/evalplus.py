@@ -100,7 +100,7 @@ def mbpp_plus_problem(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def comparison_source() -> str:
-    """What stands in front of the tests made here."""
+    """The source that is prepended to the generated tests."""
     return files("mftctl.evaluation.benchmarks").joinpath("output_checks.py").read_text(encoding="utf-8")
 
 

@@ -41,8 +41,8 @@ def check_outputs(
         reference: Source of the reference solution.
         name: Name of the function in it.
         inputs: Arguments of each call.
-        tolerance: Absolute, of floats; 0 for that of all benchmarks.
-        rule: What counts instead of being equal, from `mftctl.evaluation.benchmarks.evalplus`; empty for nothing.
+        tolerance: Absolute tolerance for floats; 0 for the benchmarks' default.
+        rule: Comparison rule in place of equality, from `mftctl.evaluation.benchmarks.evalplus`; empty for none.
 
     Raises:
         AssertionError: A result differs.

@@ -16,7 +16,7 @@ _MMLU_CHOICES = ("choice0", "choice1", "choice2", "choice3")
 
 
 def from_published_layout(found: Iterable[Record], task: str) -> Iterable[Record]:
-    """The records with the fields that the benchmark's prompt is made from; those of other tasks as they are.
+    """The records with the fields that the benchmark's prompt uses; records of other tasks are unchanged.
 
     Args:
         found: Records as published, each with its location.
@@ -87,7 +87,7 @@ def _bbh(record: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 @cache
 def _bbh_examples() -> dict[str, str]:
-    """The description and the solved examples of each task."""
+    """The description and the few-shot examples of each task."""
     from mftctl.evaluation.benchmarks.lm_eval_tasks import folder_configs
 
     return {
@@ -101,7 +101,7 @@ def _bbh_examples() -> dict[str, str]:
 
 
 def _with_example_passages(found: Iterable[Record]) -> Iterator[Record]:
-    """Each question of TyDiQA's gold passages with a solved example of the same language.
+    """Each question of TyDiQA's gold-passage task, with a one-shot example in the same language.
 
     The example is the first record in the language with a different passage.
 

@@ -56,7 +56,7 @@ def _holding_sandbox() -> Sandbox:
 
 
 def why_it_leaks(sandbox: Sandbox) -> str | None:
-    """What a hostile program could do in a sandbox, or why no program runs there; None if it holds."""
+    """What a hostile program could do in a sandbox, or why no program runs in it; None if the sandbox works."""
     source = files("mftctl.evaluation.sandbox").joinpath("child", "escape_attempts.py").read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory(prefix="mftctl-probe-") as folder:
         secret, target = Path(folder) / "secret", Path(folder) / "target"

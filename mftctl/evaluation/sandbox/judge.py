@@ -1,4 +1,8 @@
-"""Judges programs in parallel, each in two supervised processes."""
+"""Judges programs in parallel, each in two supervised processes.
+
+The candidate runs the model's code and only answers calls; the judge runs the test and reports to mftctl. The candidate
+has access to neither the test nor the report, so it can pass only by answering correctly.
+"""
 
 from __future__ import annotations
 

@@ -321,7 +321,7 @@ def test_a_win_rate_controlled_for_length_comes_first_or_is_missed_aloud(
     _, dataset, warnings = judge_alpaca(workspace, tmp_path, ["a", "b"], prompts="olmes")
     assert [metric["name"] for metric in dataset["metrics"]] == ["win_rate,judge", "characters,none"]
     assert "only for AlpacaEval's own instructions" in warnings[0]
-    monkeypatch.setattr(benchmarking, "length_controlled", lambda *given: [0.5, 0.75])
+    monkeypatch.setattr(alpaca_judge, "length_controlled", lambda *given: [0.5, 0.75])
     _, dataset, warnings = judge_alpaca(workspace, tmp_path / "again", ["a", "b"], prompts="olmes")
     first = dataset["metrics"][0]
     assert (first["name"], first["value"], warnings) == ("length_controlled_win_rate,judge", 0.625, [])

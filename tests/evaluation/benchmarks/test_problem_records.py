@@ -52,8 +52,8 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
         ("a.csv", "x\n1,2\n", "one cell for each column", ":2"),
         ("a.csv", "x,x\n1,2\n", "Two columns have one name", ":1"),
         ("a.jsonl", "1\n", "malformed", ":1"),
-        ("a.jsonl", "", "holds no records", ""),
-        ("a.txt", '{"x": 1}', "type of the data file is not known", ""),
+        ("a.jsonl", "", "contains no records", ""),
+        ("a.txt", '{"x": 1}', "unknown type", ""),
     ],
 )
 def test_what_is_no_record_is_named(tmp_path: Path, name: str, text: str, message: str, where: str) -> None:

@@ -414,7 +414,7 @@ def test_a_sandbox_that_leaks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(SandboxError) as caught:
             find_sandbox()
     finally:
-        probing._holding_sandbox.cache_clear()
+        find._holding_sandbox.cache_clear()
     assert "a file outside the sandbox was written" in str(caught.value.actual)
 
 
