@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 CODE = """
 from pathlib import Path
 import numpy as np
-from mftctl.runtime.memory import keep_freed_memory
+from mftctl.runtime.peak_memory import keep_freed_memory
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 // 2**20
 kept = keep_freed_memory()

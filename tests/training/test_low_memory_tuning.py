@@ -15,6 +15,7 @@ from mftctl.errors import ConfigError, Interrupted
 from mftctl.experiments.jobs import spell_out
 from mftctl.experiments.recipe import FftOptions
 from mftctl.experiments.run_folder import Run
+from mftctl.masking.checkpoints import quantization
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence
 from mftctl.training.loop import SftTrainer
@@ -205,7 +206,7 @@ def test_pages_need_a_gpu(workspace: Path, tmp_path: Path) -> None:
 def test_without_bitsandbytes(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], key: str
 ) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     recipe = make_recipe(workspace, data=[str(tmp_path / "missing.jsonl")], **changes)
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(ConfigError, match="needs bitsandbytes") as caught:

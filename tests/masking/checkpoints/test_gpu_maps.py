@@ -77,8 +77,8 @@ def test_an_evaluation_uses_it_and_says_so(workspace: Path, tmp_path: Path, monk
         return load_model(folder, dtype=dtype, device_map=dict.fromkeys(device_map, "cpu"))  # type: ignore[arg-type]
 
     size = stored_bytes(workspace / "tiny")
-    monkeypatch.setattr("mftctl.evaluation.suite.gpu_map", lambda *found: spread_over(*found, {0: size, 1: size}))
-    monkeypatch.setattr("mftctl.evaluation.suite.load_model", load)
+    monkeypatch.setattr("mftctl.workflows.eval.gpu_map", lambda *found: spread_over(*found, {0: size, 1: size}))
+    monkeypatch.setattr("mftctl.workflows.eval.load_model", load)
     found = evaluate(recipe, source, run, notes)
     assert set(asked[0].values()) == {0, 1}
     assert [note for note in notes.notes if "its layers are on 2 GPUs" in note]

@@ -15,6 +15,7 @@ from mftctl.errors import ConfigError, Interrupted, ModelError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.run_folder import Run, create_run
+from mftctl.masking.checkpoints import quantization
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.quantization import (
     QUANTIZED_FILE,
@@ -26,7 +27,6 @@ from mftctl.masking.checkpoints.quantization import (
 from mftctl.progress import Silence
 from mftctl.training.flops import flops_per_token
 from mftctl.training.loop import SftTrainer
-from mftctl.training.updates import optimizers
 from mftctl.workflows.fft import fine_tune
 from tests.conftest import build_llama
 from tests.masking.architectures import build
@@ -156,7 +156,7 @@ def test_an_adapter_is_trained_further_on_the_base_it_has(
 
 
 def test_an_adapter_on_a_quantised_base_without_bitsandbytes(quantized: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="nf4 needs bitsandbytes"):
         load_model(quantized.folder / "model", dtype=torch.float32)
 
