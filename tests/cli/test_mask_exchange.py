@@ -95,7 +95,7 @@ def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: Comm
     assert mftctl("mask", command, *inputs, "-o", output, "--yes").code == 0
     assert output.stat().st_ino != old
     output.write_text("mine")
-    assert "it is not a mask" in mftctl("mask", command, *inputs, "-o", output, "--yes").stderr
+    assert "exists and is not a mask" in mftctl("mask", command, *inputs, "-o", output, "--yes").stderr
     assert output.read_text() == "mine"
 
 
@@ -110,7 +110,7 @@ def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: Comm
         (["import", "other.npz"], 2, "Missing option"),
         (["import", "other.npz", "-m", "./nowhere"], 1, "There is no such model"),
         (["export", "learned.bits"], 2, "Missing option"),
-        (["export", "learned.bits", "-o", "masks.txt"], 1, "names no format"),
+        (["export", "learned.bits", "-o", "masks.txt"], 1, "not a known export format"),
         (["export", "learned.bits", "-o", "masks.npz", "--codec", "ans"], 2, "--codec applies only to mask files"),
         (["export", "learned.bits", "-o", "small.bits", "--codec", "zip"], 2, "zip"),
         (["export", "delta.bits", "-o", "masks.npz"], 1, "delta mask cannot be exported"),

@@ -99,7 +99,7 @@ def test_6_report_shows_one_table_the_next_step_and_where_the_files_are(here: Co
     assert outcome.code == 0, outcome.stderr
     assert outcome.stdout.count("pre-trained") == 1
     messages = " ".join(outcome.stderr.split())
-    assert "Written: report/index.html (to read), report.md, report.json" in messages
+    assert "Written: report/index.html, report.md, report.json" in messages
     assert "Next: mftctl " in messages
     each = here("report", "--each-seed")
     assert each.stdout.count("pre-trained") > 1

@@ -23,4 +23,4 @@ def test_the_mask_of_rows_goes_to_the_layers_with_the_best_score(mftctl: Command
     recommended = json.loads((mftctl.folder / "runs" / "001-probe" / "run.json").read_text())["result"]
     assert (result["state"], result["layers"]) == ("L1 row mask", recommended["recommended_layers"])
     assert f"Recommended: layers {recommended['recommended_layers']}" in probed.stderr
-    assert "Warning: No group is better than no mask here." in probed.stderr
+    assert "Warning: No group beat the unmasked model." in probed.stderr

@@ -39,7 +39,7 @@ def test_without_evaluations_the_cost_is_the_main_table(mftctl: CommandLine) -> 
     write_training(mftctl.folder / "runs", 1, "fft", "FFT")
     outcome = mftctl("report")
     assert outcome.code == 0
-    assert "What training costs" in outcome.stdout
+    assert "Training cost" in outcome.stdout
     assert "No finished evaluation to compare yet; run mftctl eval" in words(outcome.stderr)
 
 

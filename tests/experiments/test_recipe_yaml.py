@@ -28,13 +28,13 @@ def laughs(levels: int) -> str:
 
 @pytest.mark.parametrize("levels", [4, 5, 9, 90])
 def test_aliases_that_multiply_are_counted_before_they_are_written_out(levels: int) -> None:
-    assert refused(laughs(levels)).actual == f"more than {MAX_VALUES:,} keys and values, with aliases"
+    assert refused(laughs(levels)).actual == f"more than {MAX_VALUES:,} keys and values, with aliases expanded"
     assert len(parse_yaml(laughs(3), "The text")["a2"]) == 9
 
 
 def test_an_alias_of_a_long_text_is_counted_by_its_length() -> None:
     text = f"a: &a {'x' * 100_000}\nb: *a\nc: *a\n"
-    assert refused(text).actual == f"more than {MAX_BYTES:,} characters, with aliases"
+    assert refused(text).actual == f"more than {MAX_BYTES:,} characters, with aliases expanded"
     assert parse_yaml(text.replace("c: *a", "c: 1"), "The text")["b"] == "x" * 100_000
 
 

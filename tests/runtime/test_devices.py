@@ -239,7 +239,7 @@ def test_without_room_on_the_gpu(
     ("error", "expected", "message"),
     [
         (torch.OutOfMemoryError(OUT_OF_MEMORY), DeviceMemoryError, "out of memory while training"),
-        (torch.distributed.DistBackendError(NCCL), TrainingError, "lost their connection"),
+        (torch.distributed.DistBackendError(NCCL), TrainingError, "connection to another process was lost"),
     ],
     ids=["memory", "NCCL"],
 )

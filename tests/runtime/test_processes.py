@@ -244,7 +244,7 @@ def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mftctl", "report"]
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 2
-    assert "report is a command for one process" in found.stderr
+    assert "report runs as a single process" in found.stderr
 
 
 @pytest.mark.parametrize(("records", "world_size"), [(16, 2), (13, 2), (9, 4), (3, 4), (1, 3)])

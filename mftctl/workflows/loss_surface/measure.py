@@ -244,7 +244,7 @@ def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: L
     model = load_model(checkpoint, dtype=torch.float32)
     plane = WeightPlane(model, _weights(corners))
     names = [state_of(corner) for corner in corners.runs()]
-    listener.note("; ".join(map(_place_text, names, plane.corners)) + ": distances in the space of the weights")
+    listener.note("; ".join(map(_place_text, names, plane.corners)) + ": distances in weight space")
     places = list(_places(plane, names, points))
     log = run.training
     log.rewind(len(places))  # a killed process may have left a partial line

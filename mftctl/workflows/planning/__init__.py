@@ -1,1 +1,1 @@
-"""Memory, mask sizes and steps of a command, computed before anything is loaded."""
+"""Estimates a command's memory, mask sizes, steps and training data before anything is loaded."""
