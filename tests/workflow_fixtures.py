@@ -45,7 +45,7 @@ def make_workspace(folder: Path) -> Path:
 
 def make_recipe(workspace: Path, **changes: Any) -> Recipe:
     """A recipe for the workspace: 12 optimizer steps, a validation every 4."""
-    training = {"max_steps": 12, "batch_size": 4, "eval_steps": 4}
+    training = {"max_steps": 12, "batch_size": 4, "val_steps": 4}
     document: dict[str, Any] = {
         "model": str(workspace / "tiny"),
         "data": [str(workspace / "train.jsonl")],

@@ -264,11 +264,11 @@ Deterministic = Annotated[
 CheckMemory = Annotated[
     bool | None, setting(Recipe, "check_memory", "--check-memory/--no-check-memory", panel=TRAINING)
 ]
-EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
+ValSteps = Annotated[int | None, setting(TrainingOptions, "val_steps", "--val-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
 MaskPatience = Annotated[int | None, setting(MaskTrainOptions, "patience", "--patience", panel=TRAINING)]
-EvalEvery = Annotated[int | None, setting(TrainingOptions, "eval_every", "--eval-every", panel=INTERIM)]
-EvalLimit = Annotated[int | None, setting(TrainingOptions, "eval_limit", "--eval-limit", panel=INTERIM)]
+BenchmarkEvery = Annotated[int | None, setting(TrainingOptions, "benchmark_every", "--benchmark-every", panel=INTERIM)]
+BenchmarkLimit = Annotated[int | None, setting(TrainingOptions, "benchmark_limit", "--benchmark-limit", panel=INTERIM)]
 InterimTasks = Annotated[Any, setting(EvalOptions, "tasks", "--tasks", panel=INTERIM, parser=names)]
 InterimTaskData = Annotated[
     list[str] | None, setting(EvalOptions, "task_data", "--task-data", panel=INTERIM, default="the hub's")

@@ -181,13 +181,13 @@ class Session:
     def _check_measuring(self, recipe: Recipe) -> None:
         """Nothing, if benchmarks that were asked for are measured at some step."""
         section = recipe.fft if self.command == "fft" else recipe.mask_train
-        if "eval.tasks" in self._options and section.eval_every is None:
+        if "eval.tasks" in self._options and section.benchmark_every is None:
             raise ConfigError(
                 "Benchmarks are measured while training only where it is said how often.",
-                key="--eval-every",
+                key="--benchmark-every",
                 expected="a number of steps",
                 actual=f"none given, and --tasks {','.join(self._options['eval.tasks'])}",
-                hint=f"mftctl {self.command} --eval-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
+                hint=f"mftctl {self.command} --benchmark-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
             )
 
     def _check_scoring(self, recipe: Recipe) -> None:

@@ -52,7 +52,7 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     """The part of a recipe on which a command's result depends, as plain data."""
     sections = dict(_SECTIONS.get(command, {}))
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
-    if training is not None and training.eval_every is not None:
+    if training is not None and training.benchmark_every is not None:
         sections["eval"] = True  # a part of the result is then what was measured on the way
     changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}

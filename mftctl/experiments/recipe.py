@@ -110,12 +110,12 @@ class TrainingOptions(_Section):
     deterministic: bool = Field(
         False, description="The same bits each time on a GPU, also after --resume; slower. On a CPU that always holds."
     )
-    eval_steps: int | None = Field(None, gt=0, description="Steps between two validations; a tenth of all by default.")
+    val_steps: int | None = Field(None, gt=0, description="Steps between two validations; a tenth of all by default.")
     patience: int | None = Field(None, gt=0, description="Stop after this many validations without a new best.")
-    eval_every: int | None = Field(
+    benchmark_every: int | None = Field(
         None, gt=0, description="Measure the benchmarks and the test data each so many steps, at the start and the end."
     )
-    eval_limit: int = Field(100, gt=0, description="--eval-every: only the first so many problems or records of each.")
+    benchmark_limit: int = Field(100, gt=0, description="--benchmark-every: only the first so many problems or records of each.")
 
     @model_validator(mode="after")
     def _one_step_size(self) -> Self:

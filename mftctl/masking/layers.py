@@ -177,7 +177,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad_x, grad_scores, None, None, None, None, None, None
 
 
-ScoreStart = Literal["normal", "kaiming", "constant", "magnitude"]
+ScoreStart = Literal["normal", "kaiming", "constant", "weights"]
 
 
 def initial_scores(
@@ -194,7 +194,7 @@ def initial_scores(
     Args:
         target: The projection to be masked.
         start: `normal`: N(0, std); `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
-            `magnitude`: the size of the weight.
+            `weights`: the size of the weight.
         std: The standard deviation of the normal start.
         constant: The value of the constant start.
         seed: With the target's name it decides the values, whatever other targets there are.
@@ -204,7 +204,7 @@ def initial_scores(
         then draws every score from N(0, initializer_range) instead, in bf16 where this draws in fp32.
     """
     weight = target.weight if weight is None else weight
-    if start == "magnitude":
+    if start == "weights":
         return weight.detach().abs().float()
     if start == "constant":
         return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)

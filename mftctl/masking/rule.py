@@ -19,12 +19,12 @@ class Indicator:
     Attributes:
         ratio: Share removed of each tensor, lowest ranked first; None if a threshold decides.
         threshold: Entries with a lower score are removed; None if a ratio decides. Always on signed scores.
-        ranking: What a ratio ranks: |score| (`magnitude`) or the score (`signed`).
+        ranking: What a ratio ranks: |score| (`absolute`) or the score (`signed`).
     """
 
     ratio: float | None = 0.1
     threshold: float | None = None
-    ranking: Ranking = "magnitude"
+    ranking: Ranking = "absolute"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.threshold is None):
@@ -35,7 +35,7 @@ class Indicator:
     @property
     def uses_magnitude(self) -> bool:
         """Whether |score| decides, so that the gradient carries the sign of the score."""
-        return self.threshold is None and self.ranking == "magnitude"
+        return self.threshold is None and self.ranking == "absolute"
 
     def cut(self, scores: torch.Tensor) -> Cut | None:
         """What a ratio has to select by in these scores, for `keep`; None where there is nothing to look for.

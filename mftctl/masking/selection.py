@@ -12,7 +12,7 @@ from mftctl.errors import MaskingError
 from mftctl.masking import device_selection
 from mftctl.masking.device_selection import Ranked, keep_beyond, leave_out_lowest
 
-Ranking = Literal["magnitude", "signed"]
+Ranking = Literal["absolute", "signed"]
 
 
 def removed_count(numel: int, ratio: float) -> int:
@@ -46,11 +46,11 @@ def check_ratio(ratio: float) -> None:
 
 
 def rank(scores: torch.Tensor, ranking: Ranking) -> torch.Tensor:
-    """The values by which entries are ranked: |score| (`magnitude`) or the score itself (`signed`).
+    """The values by which entries are ranked: |score| (`absolute`) or the score itself (`signed`).
 
     Source: MFT, section 2; ranking by |score| is what the authors' implementation does for the ratio indicator.
     """
-    return scores.abs() if ranking == "magnitude" else scores
+    return scores.abs() if ranking == "absolute" else scores
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,9 +50,9 @@ class InterimEvaluation(TrainerCallback):
         folder: TrainingFolder,
         listener: Listener,
     ) -> None:
-        limit = min(options.eval_limit, recipe.eval.limit or options.eval_limit)
+        limit = min(options.benchmark_limit, recipe.eval.limit or options.benchmark_limit)
         self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None, "eval.engine": "hf"})
-        self._every = options.eval_every or 0
+        self._every = options.benchmark_every or 0
         self._tokenizer = with_fixed_clock(encoder)
         self._model_name = model_name
         self._folder = folder
@@ -142,7 +142,7 @@ def interim_evaluation(
     Raises:
         MftError: There is nothing to measure, or a task, a file or the sandbox is not what it should be.
     """
-    if options.eval_every is None:
+    if options.benchmark_every is None:
         return None
     encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started)
     interim = InterimEvaluation(recipe, options, encoder, source.model, run.training, listener)

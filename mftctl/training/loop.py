@@ -82,7 +82,7 @@ def training_arguments(
         seed: Decides dropout; the order of the data has its own generator.
         bf16: Whether forward passes run under bf16 autocast.
     """
-    eval_steps = options.eval_steps or max(1, steps // VALIDATIONS)
+    val_steps = options.val_steps or max(1, steps // VALIDATIONS)
     checkpointing: dict[str, Any] = {
         CHECKPOINTING: options.gradient_checkpointing,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
@@ -103,10 +103,10 @@ def training_arguments(
         use_cpu=best_device().type == "cpu",
         **checkpointing,
         eval_strategy="steps",
-        eval_steps=eval_steps,
+        eval_steps=val_steps,
         eval_on_start=True,
         save_strategy="steps",
-        save_steps=eval_steps,
+        save_steps=val_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",

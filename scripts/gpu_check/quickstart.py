@@ -81,7 +81,7 @@ def _finished(folder: Path, command: str, recipe: Recipe, source: Source) -> Run
 def _recipe(scale: Scale, **changes: Any) -> Recipe:
     training = {
         "max_steps": scale.quickstart_steps,
-        "eval_steps": max(1, scale.quickstart_steps // 2),
+        "val_steps": max(1, scale.quickstart_steps // 2),
         "batch_size": scale.quickstart_records,
         "max_length_tokens": 128,
         "precision": "fp32",

@@ -139,7 +139,7 @@ def _speed(name: str, run: Run, scale: Scale) -> Iterator[Figure]:
 def _recipe(scale: Scale, section: str, changes: dict[str, Any]) -> Recipe:
     training = {
         "max_steps": scale.steps,
-        "eval_steps": scale.steps,
+        "val_steps": scale.steps,
         "batch_size": scale.records,
         "grad_accum_steps": _ACCUMULATION,
         "max_length_tokens": scale.length_tokens,

@@ -71,7 +71,7 @@ def train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             "model": str(folder / "model"),
             "data": [str(folder / "train.jsonl")],
             "val_data": [str(folder / "val.jsonl")],
-            "mask_train": {"layers": "all", "max_steps": 4, "batch_size": 2, "eval_steps": 2, **options},
+            "mask_train": {"layers": "all", "max_steps": 4, "batch_size": 2, "val_steps": 2, **options},
         }
     )
     listener = _AtTheStart()

@@ -35,7 +35,7 @@ WORK = {"fft": fine_tune, "mask-train": mask_train, "probe": probe}
 SHORT = {
     f"{section}__{key}": 4 if key == "max_steps" else 2
     for section in ("fft", "mask_train")
-    for key in ("max_steps", "eval_steps")
+    for key in ("max_steps", "val_steps")
 }
 HELPFUL = {"mask_train__preset": "default", "mask_train__layers": "all", "mask_train__learning_rate": 3e-3}
 """A mask that is better than none, so that it is confirmed."""

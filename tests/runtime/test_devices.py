@@ -37,7 +37,7 @@ OUT_OF_MEMORY = (
     "free. Including non-PyTorch memory, this process has 77.89 GiB memory in use."
 )
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error"
-SHORT = {f"{section}__{key}": 2 for section in ("fft", "mask_train") for key in ("max_steps", "eval_steps")}
+SHORT = {f"{section}__{key}": 2 for section in ("fft", "mask_train") for key in ("max_steps", "val_steps")}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
-DECIDES_NOTHING = ("prefix_cache_gb", "eval_every", "eval_limit")
+DECIDES_NOTHING = ("prefix_cache_gb", "benchmark_every", "benchmark_limit")
 
 
 class Measure(NamedTuple):
