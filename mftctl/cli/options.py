@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.recipe import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_yaml import parse_yaml
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.workflows.multi_process.process_count import Shard
 
 INPUT = "Input and output"
@@ -47,7 +48,7 @@ def setting(
         field: Name of the field.
         flags: Spellings on the command line.
         panel: The group it is shown in.
-        default: What to show as the default where the field's own says too little.
+        default: What to show as the default where the field's own says too little; nothing if empty.
         parser: Makes the value of the text, where a plain type does not.
         metavar: What the help calls the value; by default its choices or its type.
     """

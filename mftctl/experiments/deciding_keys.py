@@ -1,4 +1,4 @@
-"""Recipes as plain data: all of one, and the part on which a result depends."""
+"""The part of a recipe on which a result depends, as plain data."""
 
 from __future__ import annotations
 
@@ -41,11 +41,6 @@ _SECTIONS: dict[str, dict[str, Any]] = {
     "mask-train": {"mask_train": True, **_RATE},
     "eval": {"eval": True},
 }
-
-
-def to_document(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without its stages as plain data that reads back as the same recipe: the `config` of a run."""
-    return recipe.model_dump(mode="json", exclude={"stages", "seeds"}, exclude_none=True)
 
 
 def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import IN_THE_MODEL
 from mftctl.experiments.model_origin import told_origin, was_trained
-from mftctl.experiments.recipe import FftOptions, Recipe
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run, list_runs, load_run, newest_run
 from mftctl.experiments.state_names import PRE_TRAINED, UNKNOWN
+from mftctl.experiments.training_options import FftOptions
 
 
 @dataclass(frozen=True, slots=True)

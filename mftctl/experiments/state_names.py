@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 PRE_TRAINED = "pre-trained"
 UNKNOWN = "unknown origin"

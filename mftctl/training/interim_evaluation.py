@@ -10,9 +10,10 @@ from mftctl.data.encoding import Encoder
 from mftctl.errors import Interrupted
 from mftctl.evaluation.suite import encode_test_data, measure, prepare_measures, with_fixed_clock
 from mftctl.experiments.model_source import Source
-from mftctl.experiments.recipe import Recipe, TrainingOptions
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import from_first

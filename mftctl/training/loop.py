@@ -31,8 +31,8 @@ from mftctl.data.encoding import Encoded
 from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.experiments.recipe import TrainingOptions
 from mftctl.experiments.run_folder import TrainingFolder
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.regular import read_regular
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention

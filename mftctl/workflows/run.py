@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mftctl.errors import ConfigError, RunError
-from mftctl.experiments.deciding_keys import deciding_keys, to_document
+from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.experiments.jobs import Task, spell_out
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, list_runs, load_run
 from mftctl.files.locks import locked_folder
 from mftctl.progress import Listener

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mftctl.errors import Interrupted
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.mask import load_mask
 from mftctl.progress import Silence

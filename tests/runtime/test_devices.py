@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError, DeviceMemoryError, StorageError, TrainingError
-from mftctl.experiments.recipe import EvalOptions, FftOptions, MaskTrainOptions
+from mftctl.experiments.recipe import EvalOptions
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, load_run
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.masking.checkpoints.load import evaluation_dtype
 from mftctl.masking.selection import keep_highest
 from mftctl.progress import Silence

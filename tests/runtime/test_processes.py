@@ -295,7 +295,7 @@ def test_a_resumed_run_whose_step_cannot_be_shared_out(tmp_path: Path, monkeypat
 def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int) -> Recipe:
     """The recipe of a run that was started with some processes and goes on with others."""
     from mftctl.cli import session
-    from mftctl.experiments.deciding_keys import to_document
+    from mftctl.experiments.run_config import to_document
     from mftctl.experiments.run_folder import create_run
 
     recipe = Recipe.model_validate({"mask_train": {"grad_accum_steps": accumulation}})

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from mftctl.errors import ConfigError, Interrupted
 from mftctl.experiments.jobs import spell_out
-from mftctl.experiments.recipe import FftOptions
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence
 from mftctl.training.loop import SftTrainer
