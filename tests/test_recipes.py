@@ -181,10 +181,10 @@ def test_methods_that_choose_are_told_what(name: str) -> None:
     for task in tasks_of(name):
         fft, mask = task.recipe.fft, task.recipe.mask_train
         if task.command == "fft" and fft.method in ("gmt", "random"):
-            assert fft.ratio is not None
+            assert "ratio" in fft.model_fields_set
         if task.command == "mask-train":
             by_default = mask.preset == "default" or mask.method in ("random", "magnitude")
-            assert by_default or mask.ratio is not None or mask.threshold is not None
+            assert by_default or {"ratio", "threshold"} & mask.model_fields_set
             assert mask.method == "drop" or mask.layers is not None or task.layers_from is not None
 
 
@@ -245,7 +245,7 @@ def test_mft_trains_as_published(backbone: str, domain: str, suffix: str) -> Non
     assert (mask.method, mask.target, mask.ranking, mask.start) == (
         "learned",
         "both",
-        "magnitude",
+        "absolute",
         "normal",
     )
     assert (mask.preset, mask.patience) == ("paper", None)

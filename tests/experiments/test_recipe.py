@@ -170,21 +170,21 @@ def test_ratio_in_force() -> None:
 @pytest.mark.parametrize(
     ("document", "start", "ranking", "threshold", "ratio", "patience"),
     [
-        ({}, "magnitude", "signed", 0.0, None, DEFAULT_PATIENCE),
-        ({"ratio": 0.2}, "magnitude", "signed", None, 0.2, DEFAULT_PATIENCE),
-        ({"threshold": -0.5, "patience": 2}, "magnitude", "signed", -0.5, None, 2),
+        ({}, "weights", "signed", 0.0, None, DEFAULT_PATIENCE),
+        ({"ratio": 0.2}, "weights", "signed", None, 0.2, DEFAULT_PATIENCE),
+        ({"threshold": -0.5, "patience": 2}, "weights", "signed", -0.5, None, 2),
         (
-            {"start": "kaiming", "ranking": "magnitude", "ratio": 0.1},
+            {"start": "kaiming", "ranking": "absolute", "ratio": 0.1},
             "kaiming",
-            "magnitude",
+            "absolute",
             None,
             0.1,
             DEFAULT_PATIENCE,
         ),
-        ({"keep": "last"}, "magnitude", "signed", 0.0, None, None),
-        ({"preset": "paper"}, "normal", "magnitude", None, DEFAULT_RATIO, None),
-        ({"preset": "reference"}, "normal", "magnitude", None, DEFAULT_RATIO, None),
-        ({"preset": "paper", "threshold": 0.0, "start": "constant"}, "constant", "magnitude", 0.0, None, None),
+        ({"keep": "last"}, "weights", "signed", 0.0, None, None),
+        ({"preset": "paper"}, "normal", "absolute", None, DEFAULT_RATIO, None),
+        ({"preset": "reference"}, "normal", "absolute", None, DEFAULT_RATIO, None),
+        ({"preset": "paper", "threshold": 0.0, "start": "constant"}, "constant", "absolute", 0.0, None, None),
     ],
     ids=str,
 )
@@ -217,9 +217,9 @@ def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
 @pytest.mark.parametrize(
     ("document", "problem"),
     [
-        ({"travel": 3.2}, "travel is for the start normal, kaiming, constant; the start is magnitude"),
-        ({"start_std": 0.1}, "start_std is for the start normal; the start is magnitude"),
-        ({"start_value": 0.1}, "start_value is for the start constant; the start is magnitude"),
+        ({"travel": 3.2}, "travel is for the start normal, kaiming, constant; the start is weights"),
+        ({"start_std": 0.1}, "start_std is for the start normal; the start is weights"),
+        ({"start_value": 0.1}, "start_value is for the start constant; the start is weights"),
         ({"start_value": 0.1, "preset": "paper"}, "start_value is for the start constant; the start is normal"),
     ],
 )
