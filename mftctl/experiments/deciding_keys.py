@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from mftctl.experiments.presets import SETTLED
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.renamed import with_new_names
+from mftctl.experiments.run_config import settled_sections
 
 OF_THE_MACHINE = ("device", "attention", "trust_remote_code")
 """Keys that say where and by what kernels to compute, and what is trusted, which another command need not share."""
@@ -63,6 +67,27 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
         if "grad_accum_steps" in keys.get(section, {}):
             _spell_step(keys[section])
     return keys
+
+
+def in_names_of_today(decides: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a result, recorded by any version, as `deciding_keys` says it.
+
+    Earlier versions recorded only what was given; what followed from it they left empty.
+
+    Args:
+        decides: As recorded, whatever it is; what is none of this version keeps its values.
+    """
+    renamed = with_new_names(decides)
+    settled = settled_sections(renamed)
+    for name, keys in SETTLED.items():
+        section = renamed.get(name)
+        if settled is None or not isinstance(section, dict):
+            continue
+        later = _OF_SECTIONS.get(name, ())
+        values = {key: settled[name][key] for key in keys if key in section or key in later}
+        same = {key for key in later if key in keys and values[key] == getattr(getattr(Recipe(), name), key)}
+        renamed[name] = {key: value for key, value in {**section, **values}.items() if key not in same}
+    return renamed
 
 
 def _of_score(recipe: Recipe) -> dict[str, Any]:

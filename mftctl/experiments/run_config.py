@@ -48,7 +48,7 @@ def as_given(document: Mapping[str, Any]) -> dict[str, Any]:
             "What was not given is a list of keys.", key=NOT_GIVEN, expected="such as [mask_train.start]", actual=listed
         )
     stripped = _without(given, listed)
-    settled = _settled(stripped)
+    settled = settled_sections(stripped)
     if settled is None:
         return given
     return _without(given, [key for key in listed if _value(given, key) == _value(settled, key)])
@@ -63,7 +63,7 @@ def in_force(config: Mapping[str, Any]) -> dict[str, Any]:
         config: As recorded, whatever it is; what is none of this version stays as it is.
     """
     renamed = with_new_names(config)
-    settled = None if NOT_GIVEN in renamed else _settled(renamed)
+    settled = None if NOT_GIVEN in renamed else settled_sections(renamed)
     if settled is None:
         return renamed
     not_given = [
@@ -78,8 +78,12 @@ def in_force(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**renamed, **({NOT_GIVEN: not_given} if not_given else {})}
 
 
-def _settled(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The sections that hold settled values, filled in; None where they are none of this version."""
+def settled_sections(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The sections that hold settled values, filled in; None where they are none of this version.
+
+    Args:
+        document: With these sections or parts of them.
+    """
     try:
         recipe = Recipe.model_validate({name: document[name] for name in SETTLED if name in document})
     except ValidationError:
