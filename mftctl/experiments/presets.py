@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
-
-if TYPE_CHECKING:
-    from mftctl.experiments.recipe import ProbeOptions
-    from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+from typing import Any, Final, Literal
 
 PresetName = Literal["default", "paper", "reference"]
 LearnFrom = Literal["auto", "all", "unseen"]
@@ -62,49 +58,58 @@ PRESETS: Final[Mapping[PresetName, Preset]] = {
 }
 
 
-def fft_in_force(options: FftOptions) -> dict[str, Any]:
-    """The values of the options of `fft` that were left unset."""
-    chooses = options.method in ("gmt", "random")
-    return _unset("fft", options, {"ratio": DEFAULT_UPDATE_RATIO if chooses else None})
+def fft_in_force(given: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """The values of the settled options of `fft`.
+
+    Args:
+        given: The options that were set.
+        method: That trains.
+    """
+    ratio = DEFAULT_UPDATE_RATIO if method in ("gmt", "random") else None
+    return _settled("fft", given, {"ratio": ratio})
 
 
-def mask_train_in_force(options: MaskTrainOptions) -> dict[str, Any]:
-    """The values of the options of `mask_train` that were left unset."""
-    preset, given = PRESETS[options.preset], options.model_fields_set
-    is_learned = options.method == "learned"
-    start = options.start if "start" in given else preset.start
-    keep: Keep = options.keep if "keep" in given else preset.keep if is_learned else "best"
-    patience = None if is_learned and keep == "last" else preset.patience
-    ratio, threshold = None, None
-    if not given & {"ratio", "threshold"}:
-        is_natural = is_learned and start in ("weights", "constant")
-        threshold = preset.threshold if is_natural else None
-        ratio = DEFAULT_RATIO if threshold is None else None
-    values = {
-        "learn_from": preset.learn_from,
-        "ratio": ratio,
-        "patience": patience,
+def mask_train_in_force(given: Mapping[str, Any], preset: PresetName, method: str) -> dict[str, Any]:
+    """The values of the settled options of `mask_train`.
+
+    Args:
+        given: The options that were set.
+        preset: In force.
+        method: That chooses the weights.
+    """
+    values, is_learned = PRESETS[preset], method == "learned"
+    start: ScoreStart = given.get("start", values.start)
+    keep: Keep = given.get("keep", values.keep if is_learned else "best")
+    has_threshold = is_learned and start in ("weights", "constant") and "ratio" not in given
+    threshold: float | None = given.get("threshold", values.threshold if has_threshold else None)
+    in_force = {
+        "learn_from": values.learn_from,
+        "ratio": DEFAULT_RATIO if threshold is None else None,
+        "patience": None if is_learned and keep == "last" else values.patience,
         "threshold": threshold,
-        "ranking": preset.ranking,
+        "ranking": values.ranking,
         "start": start,
         "keep": keep,
     }
-    return _unset("mask_train", options, values)
+    return _settled("mask_train", given, in_force)
 
 
-def probe_in_force(options: ProbeOptions, mask_train: MaskTrainOptions) -> dict[str, Any]:
-    """The values of the options of `probe` that were left unset.
+def probe_in_force(given: Mapping[str, Any], preset: PresetName, *, is_fast: bool) -> dict[str, Any]:
+    """The values of the settled options of `probe`.
 
     Promises of a fast probe add up, so that all layers always promise most.
+
+    Args:
+        given: The options that were set.
+        preset: Of the masks.
+        is_fast: Whether nothing is trained.
     """
-    sizes = PRESETS[mask_train.preset].groups
-    return _unset("probe", options, {"groups": tuple(size for size in sizes if not (options.fast and size == "all"))})
+    sizes = PRESETS[preset].groups
+    return _settled("probe", given, {"groups": tuple(size for size in sizes if not (is_fast and size == "all"))})
 
 
-def _unset(
-    section: str, options: FftOptions | MaskTrainOptions | ProbeOptions, values: dict[str, Any]
-) -> dict[str, Any]:
-    return {key: values[key] for key in SETTLED[section] if key not in options.model_fields_set}
+def _settled(section: str, given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: given.get(key, values[key]) for key in SETTLED[section]}
 
 
 def without_nulls(section: str, document: object) -> object:

@@ -230,5 +230,5 @@ class Recipe(Section):
     def _settle_the_probe(self) -> Recipe:
         """Fills in what was left unset of the probe, which stays known as not given."""
         self.__dict__["probe"] = probe = self.probe.model_copy()
-        probe.__dict__.update(probe_in_force(probe, self.mask_train))
+        probe.__dict__.update(probe_in_force(probe.given(), self.mask_train.preset, is_fast=probe.fast))
         return self

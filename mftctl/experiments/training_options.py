@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -24,6 +24,10 @@ class Section(BaseModel):
     """Strict: an unknown key is an error, text is no number, and neither are infinity and nan."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def given(self) -> dict[str, Any]:
+        """The keys that were set, and not filled in, with their values."""
+        return {key: getattr(self, key) for key in self.model_fields_set}
 
 
 def _layers_text(value: object) -> object:
@@ -168,7 +172,7 @@ class FftOptions(TrainingOptions):
     @model_validator(mode="after")
     def _settle(self) -> FftOptions:
         """Fills in what was left unset, which stays known as not given."""
-        self.__dict__.update(fft_in_force(self))
+        self.__dict__.update(fft_in_force(self.given(), self.method))
         return self
 
     @property
@@ -284,7 +288,7 @@ class MaskTrainOptions(TrainingOptions):
     @model_validator(mode="after")
     def _settle(self) -> MaskTrainOptions:
         """Fills in what was left unset, which stays known as not given."""
-        self.__dict__.update(mask_train_in_force(self))
+        self.__dict__.update(mask_train_in_force(self.given(), self.preset, self.method))
         return self
 
     @model_validator(mode="after")
