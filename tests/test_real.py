@@ -54,7 +54,7 @@ def here(
 
 
 def test_the_path_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) -> None:
-    training = ("--max-steps", 3, "--batch-size", 2, "--eval-steps", 3)
+    training = ("--max-steps", 3, "--batch-size", 2, "--val-steps", 3)
     problems = real_data / "gsm8k" / "test.jsonl"
     data = ("-d", "train.jsonl", "--val-data", "val.jsonl")
     fft = here("fft", "-m", smollm2, *data, *training, "--lr", "1e-4", "--json")
@@ -62,7 +62,7 @@ def test_the_path_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) ->
     tuned = json.loads(fft.stdout)
     assert tuned["best_loss"] < tuned["start_loss"] < 2.5
 
-    rounds = ("--max-steps", 4, "--eval-steps", 2, "--batch-size", 2)  # a search, then a trial
+    rounds = ("--max-steps", 4, "--val-steps", 2, "--batch-size", 2)  # a search, then a trial
     mask = here("mask-train", *rounds, "--layers", "12-13", "--ratio", 0.1, "--json")
     assert mask.code == 0, mask.stderr
     learned = json.loads(mask.stdout)

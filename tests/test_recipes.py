@@ -181,10 +181,10 @@ def test_methods_that_choose_are_told_what(name: str) -> None:
     for task in tasks_of(name):
         fft, mask = task.recipe.fft, task.recipe.mask_train
         if task.command == "fft" and fft.method in ("gmt", "random"):
-            assert fft.ratio is not None
+            assert "ratio" in fft.model_fields_set
         if task.command == "mask-train":
             by_default = mask.preset == "default" or mask.method in ("random", "magnitude")
-            assert by_default or mask.ratio is not None or mask.threshold is not None
+            assert by_default or {"ratio", "threshold"} & mask.model_fields_set
             assert mask.method == "drop" or mask.layers is not None or task.layers_from is not None
 
 
@@ -242,13 +242,13 @@ def test_mft_trains_as_published(backbone: str, domain: str, suffix: str) -> Non
         assert {key: getattr(section, key) for key in MFT_TRAINING} == MFT_TRAINING
     mask = recipe.mask_train
     assert (mask.layers, mask.ratio, mask.threshold) == (layers[domain], 0.1, None)
-    assert (mask.method, mask.target, mask.effective_ranking, mask.effective_start) == (
+    assert (mask.method, mask.target, mask.ranking, mask.start) == (
         "learned",
         "both",
-        "magnitude",
+        "absolute",
         "normal",
     )
-    assert (mask.preset, mask.effective_patience) == ("paper", None)
+    assert (mask.preset, mask.patience) == ("paper", None)
 
 
 @pytest.mark.parametrize(("backbone", "domain"), DOMAINS)
@@ -294,7 +294,7 @@ def test_mft_mixes_the_published_counts() -> None:
 def test_global_mft_has_the_published_threshold_on_all_layers(backbone: str) -> None:
     name = f"{backbone}/math-global"
     mask = task_of(name, "mft").recipe.mask_train
-    assert (mask.layers, mask.threshold, mask.effective_ratio) == ("all", -0.035, None)
+    assert (mask.layers, mask.threshold, mask.ratio) == ("all", -0.035, None)
     assert {task.label for task in tasks_of(name) if task.command == "eval"} == {
         "pretrained",
         "fft",
@@ -443,5 +443,5 @@ def test_every_data_set_is_read_as_questions_with_answers(path: str) -> None:
 
 
 def test_the_built_in_probe_tries_all_layers_except_where_its_stage_is_the_papers() -> None:
-    assert recipe_of("quickstart").probe_groups == (4, "all")
-    assert task_of("quickstart", "probe").recipe.probe_groups == (4,)
+    assert recipe_of("quickstart").probe.groups == (4, "all")
+    assert task_of("quickstart", "probe").recipe.probe.groups == (4,)

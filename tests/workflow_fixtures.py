@@ -14,10 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import Example
 from mftctl.data.record_issues import RecordIssues
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.progress import Progress
 from tests.conftest import build_llama, build_tokenizer
@@ -45,7 +45,7 @@ def make_workspace(folder: Path) -> Path:
 
 def make_recipe(workspace: Path, **changes: Any) -> Recipe:
     """A recipe for the workspace: 12 optimizer steps, a validation every 4."""
-    training = {"max_steps": 12, "batch_size": 4, "eval_steps": 4}
+    training = {"max_steps": 12, "batch_size": 4, "val_steps": 4}
     document: dict[str, Any] = {
         "model": str(workspace / "tiny"),
         "data": [str(workspace / "train.jsonl")],

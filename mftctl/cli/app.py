@@ -15,6 +15,7 @@ from mftctl import __version__
 from mftctl.cli.environment_checks import check_environment, settle_environment
 from mftctl.cli.streams import prepare_streams
 from mftctl.errors import ConfigError, Interrupted, MftError
+from mftctl.experiments.renamed import OPTIONS
 from mftctl.files.atomic import known_failures
 from mftctl.runtime.process_group import leave
 from mftctl.runtime.processes import world_size
@@ -83,6 +84,8 @@ class _Root(TyperGroup):
             raise Interrupted("Stopped.") from None
         except _UsageError as error:
             error.message = visible_line(error.message)
+            if getattr(error, "option_name", None) in OPTIONS:
+                error.possibilities = [OPTIONS[error.option_name]]
             raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

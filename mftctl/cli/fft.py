@@ -10,9 +10,9 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
-from mftctl.experiments.recipe import FftOptions
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.training_options import FftOptions
 from mftctl.files.ownership import Kind, permit_folder
 from mftctl.workflows.multi_process.dispatch import work
 from mftctl.workflows.multi_process.process_count import settle_launch
@@ -67,11 +67,11 @@ def fft(
     gradient_checkpointing: opt.Checkpointing = None,
     deterministic: opt.Deterministic = None,
     check_memory: opt.CheckMemory = None,
-    eval_steps: opt.EvalSteps = None,
+    val_steps: opt.ValSteps = None,
     patience: opt.Patience = None,
     keep: Annotated[str | None, opt.setting(FftOptions, "keep", "--keep", panel=opt.TRAINING)] = None,
-    eval_every: opt.EvalEvery = None,
-    eval_limit: opt.EvalLimit = None,
+    benchmark_every: opt.BenchmarkEvery = None,
+    benchmark_limit: opt.BenchmarkLimit = None,
     tasks: opt.InterimTasks = None,
     task_data: opt.InterimTaskData = None,
     resume: opt.Resume = False,

@@ -10,9 +10,9 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
-from mftctl.experiments.recipe import MaskTrainOptions
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.workflows.multi_process.dispatch import work
 from mftctl.workflows.multi_process.process_count import settle_launch
 
@@ -45,21 +45,25 @@ def mask_train(
     target: opt.Target = None,
     preset: opt.Preset = None,
     learn_from: Annotated[
-        str | None, opt.setting(MaskTrainOptions, "learn_from", "--learn-from", panel=opt.MASKING)
+        str | None, opt.setting(MaskTrainOptions, "learn_from", "--learn-from", panel=opt.MASKING, default="")
     ] = None,
     ratio: opt.Ratio = None,
     threshold: Annotated[
         float | None, opt.setting(MaskTrainOptions, "threshold", "--threshold", panel=opt.MASKING)
     ] = None,
-    ranking: Annotated[str | None, opt.setting(MaskTrainOptions, "ranking", "--ranking", panel=opt.MASKING)] = None,
-    start: Annotated[str | None, opt.setting(MaskTrainOptions, "start", "--start", panel=opt.MASKING)] = None,
+    ranking: Annotated[
+        str | None, opt.setting(MaskTrainOptions, "ranking", "--ranking", panel=opt.MASKING, default="")
+    ] = None,
+    start: Annotated[
+        str | None, opt.setting(MaskTrainOptions, "start", "--start", panel=opt.MASKING, default="")
+    ] = None,
     start_std: Annotated[
         float | None, opt.setting(MaskTrainOptions, "start_std", "--start-std", panel=opt.MASKING)
     ] = None,
     start_value: Annotated[
         float | None, opt.setting(MaskTrainOptions, "start_value", "--start-value", panel=opt.MASKING)
     ] = None,
-    keep: Annotated[str | None, opt.setting(MaskTrainOptions, "keep", "--keep", panel=opt.MASKING)] = None,
+    keep: Annotated[str | None, opt.setting(MaskTrainOptions, "keep", "--keep", panel=opt.MASKING, default="")] = None,
     strategy: Annotated[str | None, opt.setting(MaskTrainOptions, "strategy", "--strategy", panel=opt.MASKING)] = None,
     base: Annotated[str | None, opt.setting(MaskTrainOptions, "base", "--base", panel=opt.MASKING)] = None,
     epochs: opt.Epochs = None,
@@ -76,10 +80,10 @@ def mask_train(
     prefix_cache_gb: opt.PrefixCache = None,
     deterministic: opt.Deterministic = None,
     check_memory: opt.CheckMemory = None,
-    eval_steps: opt.EvalSteps = None,
+    val_steps: opt.ValSteps = None,
     patience: opt.MaskPatience = None,
-    eval_every: opt.EvalEvery = None,
-    eval_limit: opt.EvalLimit = None,
+    benchmark_every: opt.BenchmarkEvery = None,
+    benchmark_limit: opt.BenchmarkLimit = None,
     tasks: opt.InterimTasks = None,
     task_data: opt.InterimTaskData = None,
     resume: opt.Resume = False,

@@ -22,13 +22,13 @@ def check_measuring(command: str, recipe: Recipe, options: Mapping[str, Any]) ->
         ConfigError: They are not.
     """
     section = recipe.fft if command == "fft" else recipe.mask_train
-    if "eval.tasks" in options and section.eval_every is None:
+    if "eval.tasks" in options and section.benchmark_every is None:
         raise ConfigError(
             "Benchmarks during training need an interval.",
-            key="--eval-every",
+            key="--benchmark-every",
             expected="a number of steps",
             actual=f"none given, and --tasks {','.join(options['eval.tasks'])}",
-            hint=f"mftctl {command} --eval-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
+            hint=f"mftctl {command} --benchmark-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
         )
 
 

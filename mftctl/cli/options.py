@@ -14,8 +14,9 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.recipe import EvalOptions, FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_yaml import parse_yaml
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.workflows.multi_process.process_count import Shard
 
 INPUT = "Input and output"
@@ -47,7 +48,7 @@ def setting(
         field: Name of the field.
         flags: Spellings on the command line.
         panel: The help panel it is shown in.
-        default: The default to show where that of the field is not informative.
+        default: The default to show where that of the field is not informative; empty for none.
         parser: Converts the text to a value where a plain type does not suffice.
         metavar: Placeholder for the value in the help; by default its choices or its type.
     """
@@ -266,11 +267,11 @@ Deterministic = Annotated[
 CheckMemory = Annotated[
     bool | None, setting(Recipe, "check_memory", "--check-memory/--no-check-memory", panel=TRAINING)
 ]
-EvalSteps = Annotated[int | None, setting(TrainingOptions, "eval_steps", "--eval-steps", panel=TRAINING)]
+ValSteps = Annotated[int | None, setting(TrainingOptions, "val_steps", "--val-steps", panel=TRAINING)]
 Patience = Annotated[int | None, setting(TrainingOptions, "patience", "--patience", panel=TRAINING)]
 MaskPatience = Annotated[int | None, setting(MaskTrainOptions, "patience", "--patience", panel=TRAINING)]
-EvalEvery = Annotated[int | None, setting(TrainingOptions, "eval_every", "--eval-every", panel=INTERIM)]
-EvalLimit = Annotated[int | None, setting(TrainingOptions, "eval_limit", "--eval-limit", panel=INTERIM)]
+BenchmarkEvery = Annotated[int | None, setting(TrainingOptions, "benchmark_every", "--benchmark-every", panel=INTERIM)]
+BenchmarkLimit = Annotated[int | None, setting(TrainingOptions, "benchmark_limit", "--benchmark-limit", panel=INTERIM)]
 InterimTasks = Annotated[Any, setting(EvalOptions, "tasks", "--tasks", panel=INTERIM, parser=names)]
 InterimTaskData = Annotated[
     list[str] | None, setting(EvalOptions, "task_data", "--task-data", panel=INTERIM, default="the hub's")

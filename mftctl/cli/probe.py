@@ -34,7 +34,7 @@ def probe(
     bad_records: opt.BadRecords = None,
     groups: Annotated[
         Any,
-        opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, parser=opt.group_sizes),
+        opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, parser=opt.group_sizes, default=""),
     ] = None,
     layers: Annotated[
         str | None, opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all")

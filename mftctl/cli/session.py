@@ -12,11 +12,12 @@ from mftctl.cli.output import Output
 from mftctl.cli.resumption import check_settings_kept, source_of_resumed, take_up, with_same_step_records
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import StorageError
-from mftctl.experiments.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE, to_document
+from mftctl.experiments.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE
 from mftctl.experiments.model_source import Source, model_for_training, recommended_layers
 from mftctl.experiments.outputs import Input, check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run, newest_run
 from mftctl.files.atomic import Permit
 from mftctl.runtime.process_group import from_first

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from mftctl.experiments.presets import SETTLED
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.renamed import with_new_names
+from mftctl.experiments.run_config import settled_sections
 
 OF_THE_MACHINE = ("device", "attention", "trust_remote_code")
 """Keys for device, kernels and trust, which later commands need not share."""
@@ -43,16 +47,11 @@ _SECTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def to_document(recipe: Recipe) -> dict[str, Any]:
-    """Returns a recipe without its stages as plain data that reads back as the same recipe, the `config` of a run."""
-    return recipe.model_dump(mode="json", exclude={"stages", "seeds"}, exclude_none=True)
-
-
 def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     """Returns the part of a recipe that determines a command's result, as plain data."""
     sections = dict(_SECTIONS.get(command, {}))
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
-    if training is not None and training.eval_every is not None:
+    if training is not None and training.benchmark_every is not None:
         sections["eval"] = True  # the result then includes what was measured during training
     changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
@@ -68,6 +67,27 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
         if "grad_accum_steps" in keys.get(section, {}):
             _spell_step(keys[section])
     return keys
+
+
+def in_names_of_today(decides: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides a result, recorded by any version, as `deciding_keys` says it.
+
+    Earlier versions recorded only what was given; what followed from it they left empty.
+
+    Args:
+        decides: As recorded, whatever it is; what is none of this version keeps its values.
+    """
+    renamed = with_new_names(decides)
+    settled = settled_sections(renamed)
+    for name, keys in SETTLED.items():
+        section = renamed.get(name)
+        if settled is None or not isinstance(section, dict):
+            continue
+        later = _OF_SECTIONS.get(name, ())
+        values = {key: settled[name][key] for key in keys if key in section or key in later}
+        same = {key for key in later if key in keys and values[key] == getattr(getattr(Recipe(), name), key)}
+        renamed[name] = {key: value for key, value in {**section, **values}.items() if key not in same}
+    return renamed
 
 
 def _of_score(recipe: Recipe) -> dict[str, Any]:

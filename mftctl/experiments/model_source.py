@@ -10,9 +10,10 @@ from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import IN_THE_MODEL
 from mftctl.experiments.model_origin import told_origin, was_trained
-from mftctl.experiments.recipe import FftOptions, Recipe
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run, list_runs, load_run, newest_run
-from mftctl.experiments.state_names import PRE_TRAINED, UNKNOWN
+from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
+from mftctl.experiments.training_options import FftOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,7 @@ def source_of_mask(model: str, mask: str, root: Path) -> Source:
         copies = [made.get("mask"), made.get("output")]
         if any(copy is not None and Path(copy).resolve() == Path(mask).resolve() for copy in copies):
             return replace(source_of_run(run), model=model, mask=mask, parents=(*base.parents, run.name))
-    return replace(base, mask=mask, state="masked")
+    return replace(base, mask=mask, state=MASKED)
 
 
 def newest_source(root: Path, *commands: str) -> Source | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from types import UnionType
 from typing import Any, Final, Union, get_args, get_origin
@@ -15,6 +14,8 @@ from pydantic import BaseModel, ValidationError
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Recipe, Stage
 from mftctl.experiments.recipe_yaml import MAX_VALUES, parse_yaml, read_yaml
+from mftctl.experiments.renamed import KEYS, VALUES, with_new_names
+from mftctl.experiments.run_config import as_given
 
 _INSTALLED = Path(__file__).parents[1] / "recipes"
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
@@ -110,7 +111,7 @@ class _Family:
             circle = " -> ".join(item.name for item in (*chain, path))
             raise ConfigError("Recipes extend each other in a cycle.", path=path, key="extends", actual=_cut(circle))
         if place not in self._merged:
-            document = read_yaml(path)
+            document = _read_given(path)
             names = _extended_names(path, document)
             self._names += len(names)
             self._values += _count_values(document)
@@ -127,6 +128,13 @@ class _Family:
                 merged = _merge(merged, self.merged(_extended(path, name), (*chain, place)))
             self._merged[place] = _merge(merged, document)
         return self._merged[place]
+
+
+def _read_given(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file; the configuration in a run folder may have names of earlier versions."""
+    document = read_yaml(path)
+    is_of_run = path.name == "config.yaml" and _is_file(path.with_name("run.json"))
+    return as_given(with_new_names(document) if is_of_run else document)
 
 
 def _count_values(value: object) -> int:
@@ -169,7 +177,7 @@ def load_recipe(
         ConfigError: The file, the assignments or their values have problems, which are all listed.
     """
     path = None if name is None else find_recipe(name)
-    document = deepcopy(dict(base or {})) if path is None else _Family().merged(path)
+    document = as_given(base or {}) if path is None else _Family().merged(path)
     assign(document, [_parse_assignment(text) for text in sets])
     assign(document, list((options or {}).items()))
     if not stages:
@@ -240,7 +248,7 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
         ConfigError: The document is not valid; has one line per problem.
     """
     try:
-        recipe = Recipe.model_validate(document)
+        recipe = Recipe.model_validate(as_given(document))
     except ValidationError as error:
         found = error.errors()
         raise _not_fitting(_describe_all(found[:_MOST_PROBLEMS]), len(found) - _MOST_PROBLEMS, path) from error
@@ -336,10 +344,10 @@ def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]
         field = model.model_fields.get(part)
         if field is None:
             break
-        types = _several_types(field.annotation)
+        types = _several_types(field.annotation) or [field.annotation]
         if len(types) > 1:
             return [*location[: number + 1], *location[number + 2 :]]
-        if types and get_origin(types[0]) is tuple and _several_types(get_args(types[0])[0]):
+        if get_origin(types[0]) is tuple and _several_types(get_args(types[0])[0]):
             return [*location[: number + 2], *location[number + 3 :]]
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             break
@@ -356,12 +364,15 @@ def _several_types(annotation: Any) -> list[Any]:
 def _describe(problem: Any, location: Sequence[str]) -> str:
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        question = nearest(location[-1], _known_keys(Recipe, location[:-1])) or _nearest_anywhere(location[-1])
+        name, known = KEYS.get(location[-1], location[-1]), _known_keys(Recipe, location[:-1])
+        question = nearest(name, known) or _nearest_anywhere(name)
         return f"{key}: unknown key" + (f"; {question}" if question else "")
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{key}: {text}" if key else text
-    return f"{key}: {_lowered(problem['msg'])}, got {_cut(repr(problem['input']))}"
+    now = VALUES.get((location[-1], problem["input"])) if isinstance(problem["input"], str) else None
+    hint = f"; did you mean {now}?" if now else ""
+    return f"{key}: {_lowered(problem['msg'])}, got {_cut(repr(problem['input']))}{hint}"
 
 
 def _lowered(sentence: str) -> str:

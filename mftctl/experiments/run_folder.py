@@ -284,10 +284,12 @@ def load_run(folder: Path) -> Run:
         raise RunError(
             "The name of this run folder is not valid UTF-8.", path=shown_name(folder), hint="rename or remove it"
         )
+    from mftctl.experiments.run_config import in_force
     from mftctl.experiments.run_contents import check_contents, first_fault
 
     try:
         record = _record_reader().validate_json(read_regular(path))
+        record = replace(record, config=in_force(record.config))
     except (OSError, ValueError) as error:
         raise RunError(
             "This is not a readable run folder.",

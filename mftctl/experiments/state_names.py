@@ -1,58 +1,194 @@
-"""Names of the states of a model that a report compares."""
+"""States of a model that a report compares: their kinds, their labels as in the papers, and their order."""
 
 from __future__ import annotations
 
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
+from dataclasses import dataclass
+from enum import Enum, auto
+from itertools import product
+from typing import Final
 
-PRE_TRAINED = "pre-trained"
-UNKNOWN = "unknown origin"
-FFT = "FFT"
-WRITTEN = "written outputs"
-CONTINUED_FFT = "continued FFT"
-_ROW_MASK = "L1 row mask"
-_TUNED = {"full": FFT, "lora": "LoRA", "gmt": "GMT", "random": "random update", "hft": "HFT"}
-_MASKED = {"random": "random mask", "magnitude": "L1 mask"}
+from mftctl.experiments.presets import PresetName
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+
+
+class StateKind(Enum):
+    """What was done to a model last."""
+
+    PRE_TRAINED = auto()
+    UNKNOWN = auto()
+    FFT = auto()
+    LORA = auto()
+    HFT = auto()
+    RANDOM_UPDATE = auto()
+    GMT = auto()
+    TRIVIAL_DROP = auto()
+    SALIENT_DROP = auto()
+    RANDOM_DROP = auto()
+    RANDOM_MASK = auto()
+    L1_MASK = auto()
+    L1_ROW_MASK = auto()
+    MFT = auto()
+    MFT_THRESHOLD = auto()
+    MASKED = auto()
+    WRITTEN = auto()
+
+
+_TUNED: Final = {
+    "full": StateKind.FFT,
+    "lora": StateKind.LORA,
+    "gmt": StateKind.GMT,
+    "random": StateKind.RANDOM_UPDATE,
+    "hft": StateKind.HFT,
+}
+_DROPS: Final = {
+    "trivial": StateKind.TRIVIAL_DROP,
+    "salient": StateKind.SALIENT_DROP,
+    "random": StateKind.RANDOM_DROP,
+}
+_UPDATES: Final = {StateKind.HFT, StateKind.RANDOM_UPDATE, StateKind.GMT, *_DROPS.values()}
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What was made of a model.
+
+    Attributes:
+        kind: What was done to it last.
+        is_continued: Whether that fine-tuned a model which was not pre-trained alone.
+        is_global: Whether one ratio held for all tensors of an update together.
+        excluded: What an update did not choose from, in alphabetical order.
+        preset: Of the training of a mask.
+    """
+
+    kind: StateKind
+    is_continued: bool = False
+    is_global: bool = False
+    excluded: tuple[str, ...] = ()
+    preset: PresetName = "default"
+
+    @property
+    def label(self) -> str:
+        """Its name in reports and in the records of runs."""
+        return _LABELS[self]
+
+    @property
+    def is_update(self) -> bool:
+        """Whether a choice of weights was updated, or set back."""
+        return self.kind in _UPDATES
+
+    @property
+    def is_drop(self) -> bool:
+        """Whether weights were set back to what they were before fine-tuning."""
+        return self.kind in _DROPS.values()
+
+    @property
+    def is_mft(self) -> bool:
+        """Whether a mask was learned by Mask Fine-Tuning."""
+        return self.kind in (StateKind.MFT, StateKind.MFT_THRESHOLD)
+
+    @property
+    def is_masked_by_learning(self) -> bool:
+        """Whether a mask was learned, or is of a file that no run here wrote."""
+        return self.is_mft or self.kind is StateKind.MASKED
+
+
+_TABLE: Final = {
+    State(StateKind.PRE_TRAINED): "pre-trained",
+    State(StateKind.UNKNOWN): "unknown origin",
+    State(StateKind.FFT): "FFT",
+    State(StateKind.FFT, is_continued=True): "continued FFT",
+    State(StateKind.LORA): "LoRA",
+    State(StateKind.LORA, is_continued=True): "continued LoRA",
+    State(StateKind.HFT): "HFT",
+    State(StateKind.RANDOM_UPDATE): "random update",
+    State(StateKind.RANDOM_UPDATE, is_global=True): "random update global",
+    State(StateKind.GMT): "GMT",
+    State(StateKind.GMT, is_global=True): "GMT global",
+    State(StateKind.TRIVIAL_DROP): "trivial drop",
+    State(StateKind.SALIENT_DROP): "salient drop",
+    State(StateKind.RANDOM_DROP): "random drop",
+    State(StateKind.RANDOM_MASK): "random mask",
+    State(StateKind.L1_MASK): "L1 mask",
+    State(StateKind.L1_ROW_MASK): "L1 row mask",
+    State(StateKind.MFT, preset="paper"): "MFT, paper",
+    State(StateKind.MFT, preset="reference"): "MFT, reference",
+    State(StateKind.MFT): "MFT",
+    State(StateKind.MFT_THRESHOLD): "MFT threshold",
+    State(StateKind.MASKED): "masked",
+}
+"""Names in the order of the papers' tables."""
+
+STATE_ORDER: Final = tuple(_TABLE)
+
+
+def _all_labels() -> dict[State, str]:
+    """Those of the table, and of fine-tunings that the papers' tables do not have."""
+    labels = {**_TABLE, State(StateKind.WRITTEN): "written outputs"}
+    exclusions = ((), ("embeddings",), ("head",), ("embeddings", "head"))
+    for kind, is_continued, is_global, excluded in product(_TUNED.values(), (False, True), (False, True), exclusions):
+        words = ["continued"] if is_continued else []
+        words += [_TABLE[State(kind)], *(["global"] if is_global else [])]
+        words += [f"excluding {', '.join(excluded)}"] if excluded else []
+        labels.setdefault(State(kind, is_continued, is_global, excluded), " ".join(words))
+    return labels
+
+
+_LABELS: Final = _all_labels()
+_BY_LABEL: Final = {label: state for state, label in _LABELS.items()}
+
+PRE_TRAINED: Final = State(StateKind.PRE_TRAINED).label
+UNKNOWN: Final = State(StateKind.UNKNOWN).label
+FFT: Final = State(StateKind.FFT).label
+CONTINUED_FFT: Final = State(StateKind.FFT, is_continued=True).label
+MASKED: Final = State(StateKind.MASKED).label
+WRITTEN: Final = State(StateKind.WRITTEN).label
+
+
+def known_state(label: str) -> State | None:
+    """The state of that name; None for a name that this version does not give.
+
+    Args:
+        label: As the record of a run has it.
+    """
+    return _BY_LABEL.get(label)
+
+
+def place_of(label: str) -> int:
+    """The place of a state in the papers' tables; others stand behind all of them.
+
+    Args:
+        label: As the record of a run has it.
+    """
+    return _PLACES.get(label, len(_PLACES))
+
+
+_PLACES: Final = {label: place for place, label in enumerate(_TABLE.values())}
 
 
 def fine_tuned_state(source_state: str, options: FftOptions) -> str:
     """Returns the state after fine-tuning: FFT for a pre-trained model, continued FFT for a fine-tuned one."""
-    name = _TUNED[options.method] + (" global" if options.scope == "global" else "")
-    name += f" excluding {', '.join(sorted(options.exclude))}" if options.exclude else ""
-    return name if source_state == PRE_TRAINED else f"continued {name}"
+    return State(
+        _TUNED[options.method],
+        is_continued=source_state != PRE_TRAINED,
+        is_global=options.scope == "global",
+        excluded=tuple(sorted(set(options.exclude))),
+    ).label
 
 
 def mask_state(options: MaskTrainOptions) -> str:
     """Returns the state of a masked model as named in the papers; with a preset `MFT, paper` or `MFT, reference`."""
-    if options.method == "drop":
-        return f"{options.strategy} drop"
-    if options.method == "learned":
-        if options.preset == "default":
-            return "MFT"
-        return f"MFT, {options.preset}" if options.threshold is None else "MFT threshold"
-    return _ROW_MASK if options.unit == "row" else _MASKED[options.method]
+    return _mask_state(options).label
 
 
-STATE_ORDER = (
-    PRE_TRAINED,
-    UNKNOWN,
-    FFT,
-    "continued FFT",
-    "LoRA",
-    "continued LoRA",
-    "HFT",
-    "random update",
-    "random update global",
-    "GMT",
-    "GMT global",
-    "trivial drop",
-    "salient drop",
-    "random drop",
-    "random mask",
-    "L1 mask",
-    "L1 row mask",
-    "MFT, paper",
-    "MFT, reference",
-    "MFT",
-    "MFT threshold",
-    "masked",
-)
+def _mask_state(options: MaskTrainOptions) -> State:
+    match options.method:
+        case "drop":
+            return State(_DROPS[options.strategy])
+        case "random":
+            return State(StateKind.RANDOM_MASK)
+        case "magnitude":
+            return State(StateKind.L1_ROW_MASK if options.unit == "row" else StateKind.L1_MASK)
+        case "learned":
+            if options.preset == "default" or options.threshold is None:
+                return State(StateKind.MFT, preset=options.preset)
+            return State(StateKind.MFT_THRESHOLD)

@@ -159,7 +159,7 @@ class _StraightThrough(torch.autograd.Function):
         return grad_x, grad_scores, None, None, None, None, None, None
 
 
-ScoreStart = Literal["normal", "kaiming", "constant", "magnitude"]
+ScoreStart = Literal["normal", "kaiming", "constant", "weights"]
 
 
 def initial_scores(
@@ -176,7 +176,7 @@ def initial_scores(
     Args:
         target: The projection to mask.
         start: `normal`: N(0, std); `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
-            `magnitude`: the absolute value of the weight.
+            `weights`: the absolute value of the weight.
         std: Standard deviation of the normal start.
         constant: Value of the constant start.
         seed: Together with the target's name, decides the values, independently of other targets.
@@ -186,7 +186,7 @@ def initial_scores(
         checkpoint then draws all scores from N(0, initializer_range) instead, in bf16; this draws in fp32.
     """
     weight = target.weight if weight is None else weight
-    if start == "magnitude":
+    if start == "weights":
         return weight.detach().abs().float()
     if start == "constant":
         return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)

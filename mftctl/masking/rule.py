@@ -19,12 +19,12 @@ class Indicator:
     Attributes:
         ratio: Share removed from each tensor, lowest ranked first; None if a threshold is used.
         threshold: Entries with a lower (signed) score are removed; None if a ratio is used.
-        ranking: The value ranked with a ratio: |score| (`magnitude`) or the score (`signed`).
+        ranking: The value ranked with a ratio: |score| (`absolute`) or the score (`signed`).
     """
 
     ratio: float | None = 0.1
     threshold: float | None = None
-    ranking: Ranking = "magnitude"
+    ranking: Ranking = "absolute"
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.threshold is None):
@@ -35,7 +35,7 @@ class Indicator:
     @property
     def uses_magnitude(self) -> bool:
         """True if |score| is ranked, so that the gradient carries the sign of the score."""
-        return self.threshold is None and self.ranking == "magnitude"
+        return self.threshold is None and self.ranking == "absolute"
 
     def cut(self, scores: torch.Tensor) -> Cut | None:
         """The cut of a ratio in these scores, for `keep`; None if none is needed.

@@ -12,7 +12,7 @@ from mftctl.errors import MaskingError
 from mftctl.masking import device_selection
 from mftctl.masking.device_selection import Ranked, keep_beyond, leave_out_lowest
 
-Ranking = Literal["magnitude", "signed"]
+Ranking = Literal["absolute", "signed"]
 
 
 def removed_count(numel: int, ratio: float) -> int:
@@ -46,11 +46,11 @@ def check_ratio(ratio: float) -> None:
 
 
 def rank(scores: torch.Tensor, ranking: Ranking) -> torch.Tensor:
-    """The values to rank entries by: |score| (`magnitude`) or the score itself (`signed`).
+    """The values to rank entries by: |score| (`absolute`) or the score itself (`signed`).
 
     Source: MFT, section 2; the authors' implementation ranks by |score| for the ratio indicator.
     """
-    return scores.abs() if ranking == "magnitude" else scores
+    return scores.abs() if ranking == "absolute" else scores
 
 
 @dataclass(frozen=True, slots=True)

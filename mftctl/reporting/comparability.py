@@ -13,8 +13,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from mftctl.experiments.recipe import EvalOptions, FftOptions, MaskTrainOptions
+from mftctl.experiments.recipe import EvalOptions
 from mftctl.experiments.run_folder import SOURCE, Run
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 _SECTIONS: dict[str, tuple[str, type[BaseModel]]] = {
     "fft": ("fft", FftOptions),

@@ -9,7 +9,7 @@ from statistics import fmean
 from mftctl.errors import RunError
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.state_names import STATE_ORDER
+from mftctl.experiments.state_names import place_of
 from mftctl.reporting.state_tables import state_label
 
 TRAINING = ("fft", "mask-train")
@@ -67,9 +67,8 @@ def efficiencies(runs: Sequence[Run], problems: list[str]) -> list[Efficiency]:
         makers = [other for model, name, other in newest if (model, name) == (origin, state)]
         measured = _measured(list(by_seed.values()), problems)
         if measured:
-            found.append(_efficiency(origin, state_label(state, maker, makers), measured))
-    order = {state: place for place, state in enumerate(STATE_ORDER)}
-    return sorted(found, key=lambda item: (item.origin, order.get(item.state.split(" (")[0], len(order)), item.state))
+            found.append((place_of(state), _efficiency(origin, state_label(state, maker, makers), measured)))
+    return [item for _, item in sorted(found, key=lambda pair: (pair[1].origin, pair[0], pair[1].state))]
 
 
 def _measured(runs: Sequence[Run], problems: list[str]) -> list[tuple[Run, dict[str, float]]]:

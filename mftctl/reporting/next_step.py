@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.state_names import FFT
+from mftctl.experiments.state_names import State, StateKind
 from mftctl.reporting.state_tables import MetricTable, Row
-
-LEARNED = ("MFT", "masked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +24,11 @@ class Advice:
     reason: str
 
 
+def is_learned_mask(row: Row) -> bool:
+    """Whether a row of a table is of a model under a mask that was learned, as far as is known."""
+    return row.made is not None and row.made.is_masked_by_learning
+
+
 def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
     """Returns the most useful next step: measure what is missing, settle what is open, then use a good mask.
 
@@ -34,15 +37,15 @@ def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
         runs: The runs of the runs folder, oldest first.
     """
     made = {run.record.command for run in runs if run.record.status == "finished"}
-    states = {row.state.split(" (")[0] for table in tables for row in table.rows}
-    masks = [(table, row) for table in tables for row in table.rows if row.state.startswith(LEARNED)]
+    states = {row.made for table in tables for row in table.rows}
+    masks = [(table, row) for table in tables for row in table.rows if is_learned_mask(row)]
     if "fft" not in made and "mask-train" not in made:
         return Advice("mftctl fft", "There is no fine-tuned model to learn a mask for yet.")
     if "mask-train" not in made:
         return Advice("mftctl mask-train", "No mask has been learned yet.")
     if not masks:
         return Advice("mftctl eval", "The learned mask has not been measured yet.")
-    if FFT not in states:
+    if State(StateKind.FFT) not in states:
         return Advice("mftctl eval MODEL", "The fine-tuned model that the mask belongs to has not been measured.")
     return _after_a_mask(masks, tables, runs)
 

@@ -6,9 +6,7 @@ import shlex
 
 from mftctl.errors import RunError
 from mftctl.experiments.run_folder import Run
-
-_DROP = " drop"
-"""Suffix of the names of states made by a drop."""
+from mftctl.experiments.state_names import known_state
 
 
 def reproduction(run: Run) -> str:
@@ -48,7 +46,8 @@ def _apply(run: Run) -> list[str]:
     model, mask = _input(run, "model"), _input(run, "mask")
     base = record.result.get("base")
     if base is None:  # an unfinished run, or one of an earlier version
-        base = _input(run, "origin") if _input(run, "state").endswith(_DROP) else model
+        state = known_state(_input(run, "state"))
+        base = _input(run, "origin") if state is not None and state.is_drop else model
     tuned = [] if base == model else ["--tuned", model]
     return [str(base), mask, *tuned, *_output(run)]
 

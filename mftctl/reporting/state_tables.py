@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 from mftctl.errors import EvaluationError, RunError
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.state_names import FFT, PRE_TRAINED, STATE_ORDER
+from mftctl.experiments.state_names import FFT, PRE_TRAINED, State, known_state, place_of
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.evaluation_runs import Measurement, belong_together, measurements_of
 from mftctl.reporting.paired_change import Change, paired_change
@@ -49,6 +49,7 @@ class Row:
         runs: Names of the evaluation runs.
         by_seed: The result of each run.
         flags: Differences from the baseline that affect comparability, other than those that define the method.
+        made: The state; None where this version has none of that name.
     """
 
     state: str
@@ -62,6 +63,7 @@ class Row:
     runs: tuple[str, ...]
     by_seed: tuple[SeedResult, ...] = ()
     flags: tuple[str, ...] = ()
+    made: State | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +171,8 @@ def _table(
     def order(group: Sequence[Measurement]) -> tuple[int, int, tuple[str, str]]:
         """Sort key as in the papers: the pre-trained model, then by training data and method."""
         first = group[0]
-        place = STATE_ORDER.index(first.state) if first.state in STATE_ORDER else len(STATE_ORDER)
-        return (0 if first.state == PRE_TRAINED else 1 + domains.index(first.trained_on), place, first.maker)
+        domain = 0 if first.state == PRE_TRAINED else 1 + domains.index(first.trained_on)
+        return domain, place_of(first.state), first.maker
 
     rows = []
     for group in sorted(states.values(), key=order):
@@ -222,6 +224,7 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
         is_baseline=is_baseline,
         change=changes[0],
         runs=runs,
+        made=known_state(group[0].state),
         by_seed=tuple(starmap(SeedResult, zip((item.seed for item in group), values, own, runs, strict=True))),
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mftctl.errors import EvaluationError, MaskFileError, RunError
+from mftctl.experiments.run_config import NOT_GIVEN
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
@@ -139,7 +140,8 @@ def compare_two(one: Run, other: Run) -> RunComparison:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    return {**run.record.config, "processes": run.record.processes}
+    given = {key: value for key, value in run.record.config.items() if key != NOT_GIVEN}
+    return {**given, "processes": run.record.processes}
 
 
 def _inputs(run: Run) -> dict[str, Any]:

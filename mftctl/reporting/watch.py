@@ -15,10 +15,10 @@ from typing import Literal
 from pydantic import ValidationError
 
 from mftctl.errors import MftError
-from mftctl.experiments.recipe import TrainingOptions
 from mftctl.experiments.run_contents import metrics_line
 from mftctl.experiments.run_folder import Run, load_run, run_folders
 from mftctl.experiments.run_record import RunRecord
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.atomic import is_alive
 from mftctl.files.regular import open_regular
 from mftctl.training.schedule import total_steps

@@ -15,7 +15,7 @@ from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded
 from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
 from mftctl.evaluation.statistics import paired_difference
-from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.dtypes import bits
 from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener, Progress

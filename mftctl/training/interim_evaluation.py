@@ -10,9 +10,10 @@ from mftctl.data.encoding import Encoder
 from mftctl.errors import Interrupted
 from mftctl.evaluation.suite import encode_test_data, measure, prepare_measures, with_fixed_clock
 from mftctl.experiments.model_source import Source
-from mftctl.experiments.recipe import Recipe, TrainingOptions
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import from_first
@@ -50,9 +51,9 @@ class InterimEvaluation(TrainerCallback):
         folder: TrainingFolder,
         listener: Listener,
     ) -> None:
-        limit = min(options.eval_limit, recipe.eval.limit or options.eval_limit)
+        limit = min(options.benchmark_limit, recipe.eval.limit or options.benchmark_limit)
         self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None, "eval.engine": "hf"})
-        self._every = options.eval_every or 0
+        self._every = options.benchmark_every or 0
         self._tokenizer = with_fixed_clock(encoder)
         self._model_name = model_name
         self._folder = folder
@@ -142,7 +143,7 @@ def interim_evaluation(
     Raises:
         MftError: There is nothing to evaluate, or a task, a file or the sandbox cannot be used.
     """
-    if options.eval_every is None:
+    if options.benchmark_every is None:
         return None
     encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started)
     interim = InterimEvaluation(recipe, options, encoder, source.model, run.training, listener)

@@ -73,11 +73,11 @@ def _train(search: MaskSearch) -> LearnedMask:
             trainer,
             search.folder,
             stop,
-            patience=options.effective_patience,
+            patience=options.patience,
             resume=search.resume,
             interim=search.interim,
         )
-    start_loss, (best_loss, best_step) = trainer.start_loss, trainer.kept(options.effective_keep)
+    start_loss, (best_loss, best_step) = trainer.start_loss, trainer.kept(options.keep)
     if start_loss is None or best_loss is None or best_step is None:
         raise TrainingError("The training ended without a validation.", path=search.folder.folder)
     start = trainer.start_masks
@@ -122,7 +122,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
         bf16=False,
     )
     trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
-    arguments.load_best_model_at_end = options.effective_keep == "best"
+    arguments.load_best_model_at_end = options.keep == "best"
     trainer.step_size = step_size(options)
     trainer.averages_records = options.averages_records
     trainer.learning_rates = rates
@@ -130,7 +130,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
     trainer.rows = None if search.weights is None else _start_rows(search)
     # The gradient of a score is proportional to the weight, so the usual epsilon would hold back the scores of the
     # smallest weights, which cost least to remove.
-    trainer.epsilon = _SMALL_EPSILON if options.effective_start == "magnitude" else _USUAL_EPSILON
+    trainer.epsilon = _SMALL_EPSILON if options.start == "weights" else _USUAL_EPSILON
     return trainer
 
 
@@ -173,7 +173,7 @@ def _start_rows(search: MaskSearch) -> Rows:
         if name not in scored:
             return weights.rows(name, first, last)
         target = scored[name]
-        values = weights.rows(target.weight_name) if options.effective_start == "magnitude" else None
+        values = weights.rows(target.weight_name) if options.start == "weights" else None
         scores = search.start.scores(target, torch.empty(target.weight.shape) if values is None else values)
         return scores[first:last].clone()
 

@@ -31,8 +31,8 @@ from mftctl.data.encoding import Encoded
 from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.experiments.recipe import TrainingOptions
 from mftctl.experiments.run_folder import TrainingFolder
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.regular import read_regular
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention, uses_bf16
@@ -81,7 +81,7 @@ def training_arguments(
         seed: Decides dropout; the order of the data has its own generator.
         bf16: Whether forward passes run under bf16 autocast.
     """
-    eval_steps = options.eval_steps or max(1, steps // VALIDATIONS)
+    val_steps = options.val_steps or max(1, steps // VALIDATIONS)
     checkpointing: dict[str, Any] = {
         CHECKPOINTING: options.gradient_checkpointing,
         f"{CHECKPOINTING}_kwargs": {"use_reentrant": False},
@@ -102,10 +102,10 @@ def training_arguments(
         use_cpu=best_device().type == "cpu",
         **checkpointing,
         eval_strategy="steps",
-        eval_steps=eval_steps,
+        eval_steps=val_steps,
         eval_on_start=True,
         save_strategy="steps",
-        save_steps=eval_steps,
+        save_steps=val_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",

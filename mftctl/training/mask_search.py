@@ -13,8 +13,9 @@ from mftctl.data.encoding import Encoded
 from mftctl.data.seen_records import seen_records
 from mftctl.evaluation.losses import SampleLoss
 from mftctl.experiments.model_source import Source, fft_learning_rate
-from mftctl.experiments.recipe import MaskTrainOptions, Recipe
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.rule import Indicator
@@ -78,9 +79,7 @@ class MaskSearch:
         """The rule from scores to mask for each target."""
         options = self.options
         return {
-            target.name: Indicator(
-                options.ratio_of(target.projection), options.effective_threshold, options.effective_ranking
-            )
+            target.name: Indicator(options.ratio_of(target.projection), options.threshold, options.ranking)
             for target in self.targets
         }
 
@@ -156,7 +155,7 @@ def prepare_mask_training(
         max_length_tokens=options.max_length_tokens,
         data_fraction=data_fraction,
         seen=seen_records(run.folder.parent, source.parents),
-        learn_from=options.effective_learn_from,
+        learn_from=options.learn_from,
         now=run.started,
         listener=listener,
     )

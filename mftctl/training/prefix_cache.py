@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.targets import decoder_layers
 from mftctl.runtime.memory import available_bytes
 from mftctl.runtime.processes import local_world_size, world_size

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.recipe import TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.progress import Listener
 
 if TYPE_CHECKING:

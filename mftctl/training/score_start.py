@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.layers import DEFAULT_START_STD, initial_scores, kaiming_bound
 from mftctl.masking.targets import MaskTarget
 from mftctl.training.schedule import schedule_factors
@@ -46,7 +46,7 @@ class ScoreStart:
         options = self.options
         return initial_scores(
             target,
-            options.effective_start,
+            options.start,
             std=self.std,
             constant=options.start_value,
             seed=self.seed,
@@ -62,7 +62,7 @@ class ScoreStart:
         options = self.options
         if options.learning_rate != "auto":
             return options.learning_rate
-        if options.effective_start == "magnitude":
+        if options.start == "weights":
             return _RATE_FACTOR * self.fft_learning_rate
         scale = self._scale(target)
         if scale == 0.0:
@@ -79,20 +79,20 @@ class ScoreStart:
         highest = max(self.learning_rate(target) for target in targets)
         if self.options.learning_rate != "auto":
             return f"{highest:.3g}"
-        if self.options.effective_start == "magnitude":
+        if self.options.start == "weights":
             return f"{highest:.3g}, {_RATE_FACTOR:g} times that of fine-tuning ({self.fft_learning_rate:.3g})"
-        start = f"N(0, {self.std:g})" if self.options.effective_start == "normal" else "the initial scores"
+        start = f"N(0, {self.std:g})" if self.options.start == "normal" else "the initial scores"
         return f"up to {highest:.3g}, scaled to {start}"
 
     def _scale(self, target: MaskTarget) -> float:
         """The unit of distance for `auto`."""
-        match self.options.effective_start:
+        match self.options.start:
             case "normal":
                 return self.std
             case "kaiming":
                 return kaiming_bound(target)
             case _:
-                return abs(self.options.start_value - (self.options.effective_threshold or 0.0))
+                return abs(self.options.start_value - (self.options.threshold or 0.0))
 
 
 def score_start(

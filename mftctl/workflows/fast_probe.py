@@ -19,8 +19,8 @@ from mftctl.data.encoding import Encoded
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.inference import length_batches
 from mftctl.evaluation.losses import exact_sum
-from mftctl.experiments.recipe import MaskTrainOptions
 from mftctl.experiments.run_folder import list_runs
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
 from mftctl.progress import Listener, Progress
@@ -204,7 +204,7 @@ def _promised_gain(target: MaskTarget, gains: torch.Tensor, start: ScoreStart, r
         reach: The distance that a score can move.
     """
     options = start.options
-    threshold = options.effective_threshold
+    threshold = options.threshold
     if threshold is None:
         count = removed_count(gains.numel(), options.ratio_of(target.projection) or 0.0)
         return exact_sum(gains.flatten().topk(count).values)

@@ -16,9 +16,10 @@ from mftctl.errors import ConfigError, OutputError, StorageError
 from mftctl.evaluation.answer_stops import name_stops, turn_stops
 from mftctl.experiments.model_origin import ModelOrigin, origin_of
 from mftctl.experiments.model_source import Source
-from mftctl.experiments.recipe import FftOptions, Recipe
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import fine_tuned_state
+from mftctl.experiments.training_options import FftOptions
 from mftctl.files.atomic import atomic_folder, known_failures
 from mftctl.files.ownership import Kind, permit_folder, write_marker
 from mftctl.masking.checkpoints.carried_parts import carry_over, parts_left_out
@@ -215,9 +216,7 @@ def _trainer(
     if options.low_memory:
         trainer.optimizer_cls_and_kwargs = low_memory_optimizer(arguments)
     if options.method in ("gmt", "random"):
-        trainer.rule = UpdateRule(
-            options.method, options.effective_ratio, options.scope, options.unselected, seed=recipe.seed
-        )
+        trainer.rule = UpdateRule(options.method, options.ratio, options.scope, options.unselected, seed=recipe.seed)
     if options.exclude:
         trainer.exclude = options.exclude
         listener.note(excluded_text(cast("PreTrainedModel", model), options.exclude))

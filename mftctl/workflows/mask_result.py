@@ -95,14 +95,14 @@ def build_mask(
 def mask_metadata(recipe: Recipe, source: Source, run: Run, layers: list[int]) -> MaskMetadata:
     """The metadata of a mask: its base, its method and the run that made it."""
     options = recipe.mask_train
-    ratio = options.effective_ratio
+    ratio = options.ratio
     return MaskMetadata(
         kind="weight",
         base_model=source.model,
         base_revision=recipe.revision,
         method=options.method,
         ratio=None if isinstance(ratio, dict) else ratio,
-        threshold=options.effective_threshold,
+        threshold=options.threshold,
         layers=format_layers(layers),
         seed=recipe.seed,
         run_id=run.name,

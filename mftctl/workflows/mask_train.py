@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.experiments.model_source import Source
-from mftctl.experiments.recipe import DEFAULT_RATIO, MaskTrainOptions, Recipe
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import mask_state
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.apply_in_memory import target_names
 from mftctl.masking.checkpoints.delta_mask import drop_mask
 from mftctl.masking.checkpoints.load import load_to_share
@@ -131,8 +132,8 @@ def _search(
         "layers": format_layers(layers),
         "layer_ratios": layer_ratios(found.keep, targets),
         **found.figures(),
-        "kept": options.effective_keep if options.method == "learned" else None,
-        "start_std": search.start.std if (options.method, options.effective_start) == ("learned", "normal") else None,
+        "kept": options.keep if options.method == "learned" else None,
+        "start_std": search.start.std if (options.method, options.start) == ("learned", "normal") else None,
         "flops_per_token": flops,
         "confirmation": confirmation,
         "prefix_reuse": reuse,
@@ -153,7 +154,7 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
 def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:
     """The mask's effect on records not used to choose it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
-        which = "The last mask did not beat" if search.options.effective_keep == "last" else "No mask beat"
+        which = "The last mask did not beat" if search.options.keeps_last else "No mask beat"
         search.listener.warn(
             f"{which} the unmasked model on the validation data. Use the model without a mask, "
             "or try other layers (mftctl probe), a smaller ratio or more data."
@@ -186,7 +187,7 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_r
     mask = drop_mask(
         resolve_checkpoint(base),
         resolve_checkpoint(source.model, recipe.revision),
-        options.ratio if isinstance(options.ratio, float) else DEFAULT_RATIO,
+        cast("float", options.ratio),  # the recipe lets drop have no other
         options.strategy,
         base_model=base,
         base_revision=None,

@@ -11,8 +11,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mftctl.experiments.model_source import Source
-from mftctl.experiments.recipe import MaskTrainOptions, Recipe
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
 from mftctl.files.regular import read_regular
 from mftctl.masking.targets import (
@@ -223,7 +224,7 @@ def _options(recipe: Recipe) -> MaskTrainOptions:
 def _groups(recipe: Recipe, model: PreTrainedModel) -> list[list[int]]:
     layer_count = len(decoder_layers(model)[1])
     wanted = parse_layers(recipe.probe.layers or "all", layer_count)
-    return layer_groups(layer_count, recipe.probe_groups, wanted)
+    return layer_groups(layer_count, recipe.probe.groups, wanted)
 
 
 def _outcome(group: list[int], found: LearnedMask) -> dict[str, Any]:

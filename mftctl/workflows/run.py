@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mftctl.errors import ConfigError, RunError
-from mftctl.experiments.deciding_keys import deciding_keys, to_document
+from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.experiments.jobs import Task, spell_out
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.recording import recorded
-from mftctl.experiments.run_folder import Run, create_run, list_runs, load_run
+from mftctl.experiments.run_config import to_document
+from mftctl.experiments.run_folder import Run, create_run, load_run
+from mftctl.experiments.stage_runs import stage_runs
 from mftctl.files.locks import locked_folder
 from mftctl.progress import Listener
 from mftctl.workflows.multi_process.dispatch import launch_of, work
@@ -80,7 +82,7 @@ def plan_experiment(recipe: Recipe, name: str, root: Path, launch: Launch | None
         raise ConfigError("This recipe has no stages to run.", path=name, key="stages", hint="use it with -r instead")
     if recipe.model is None:
         raise ConfigError("This recipe does not name a model.", path=name, key="model", hint="--set model=DIR")
-    runs = [run for run in list_runs(root)[0] if run.record.digest is not None]
+    runs = stage_runs(root)
     fingerprint = model_fingerprint(recipe.model)
     files: dict[str, str | None] = {}
     plan: dict[int, Planned] = {}
@@ -153,7 +155,7 @@ def _claim(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pa
         return False
     with locked_folder(root):
         before = planned.state
-        same = [run for run in list_runs(root)[0] if run.record.digest == planned.digest]
+        same = [run for run in stage_runs(root) if run.record.digest == planned.digest]
         found = _of_digest(same)
         if found is not None:
             planned.state, planned.run, planned.why = found

@@ -78,7 +78,7 @@ def _probe_problem(task: Task, layer_count: int | None) -> str | None:
     if problem is not None or layer_count is None:
         return problem
     return _message(
-        lambda: layer_groups(layer_count, recipe.probe_groups, parse_layers(recipe.probe.layers or "all", layer_count))
+        lambda: layer_groups(layer_count, recipe.probe.groups, parse_layers(recipe.probe.layers or "all", layer_count))
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import LlamaConfig
 
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.training.inputs import TrainingInputs
 from mftctl.workflows.planning.batches import batches_of
 from mftctl.workflows.planning.memory import estimate_memory

@@ -21,7 +21,7 @@ def equal_masks(scale: Scale) -> Iterator[Check]:
     for entries in scale.entries:
         for name, values in _numbers(entries).items():
             on_gpu = values.to(DEVICE)
-            for ranking in ("magnitude", "signed"):
+            for ranking in ("absolute", "signed"):
                 yield _scores(f"{name}, {entries:,} entries", values, on_gpu, ranking)
             yield Check(
                 f"threshold: {name}, {entries:,} entries",
@@ -34,7 +34,7 @@ def equal_masks(scale: Scale) -> Iterator[Check]:
         yield Check(f"random: {entries:,} entries", torch.equal(mine, its))
 
 
-def _scores(name: str, values: torch.Tensor, on_gpu: torch.Tensor, ranking: Literal["magnitude", "signed"]) -> Check:
+def _scores(name: str, values: torch.Tensor, on_gpu: torch.Tensor, ranking: Literal["absolute", "signed"]) -> Check:
     mine = keep_highest(rank(on_gpu, ranking), _RATIO).cpu()
     its = keep_highest(rank(values, ranking), _RATIO)
     different = int((mine != its).sum())

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import Interrupted
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.progress import Progress, Silence
 from mftctl.workflows.fft import fine_tune
@@ -81,7 +81,7 @@ def _finished(folder: Path, command: str, recipe: Recipe, source: Source) -> Run
 def _recipe(scale: Scale, **changes: Any) -> Recipe:
     training = {
         "max_steps": scale.quickstart_steps,
-        "eval_steps": max(1, scale.quickstart_steps // 2),
+        "val_steps": max(1, scale.quickstart_steps // 2),
         "batch_size": scale.quickstart_records,
         "max_length_tokens": 128,
         "precision": "fp32",

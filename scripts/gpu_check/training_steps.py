@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.targets import find_targets, parse_layers
@@ -139,7 +139,7 @@ def _speed(name: str, run: Run, scale: Scale) -> Iterator[Figure]:
 def _recipe(scale: Scale, section: str, changes: dict[str, Any]) -> Recipe:
     training = {
         "max_steps": scale.steps,
-        "eval_steps": scale.steps,
+        "val_steps": scale.steps,
         "batch_size": scale.records,
         "grad_accum_steps": _ACCUMULATION,
         "max_length_tokens": scale.length_tokens,

@@ -9,8 +9,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from mftctl.experiments.deciding_keys import deciding_keys, to_document
+from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import create_run, list_runs, run_folders
 from mftctl.reporting.watch import Following
 from tests.benchmarks.timings import seconds_in_turn, spread

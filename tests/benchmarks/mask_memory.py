@@ -16,9 +16,9 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import create_run
 from mftctl.progress import Silence
 from mftctl.runtime.process_group import import_deepspeed
@@ -71,7 +71,7 @@ def train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
             "model": str(folder / "model"),
             "data": [str(folder / "train.jsonl")],
             "val_data": [str(folder / "val.jsonl")],
-            "mask_train": {"layers": "all", "max_steps": 4, "batch_size": 2, "eval_steps": 2, **options},
+            "mask_train": {"layers": "all", "max_steps": 4, "batch_size": 2, "val_steps": 2, **options},
         }
     )
     listener = _AtTheStart()

@@ -14,10 +14,10 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import create_run
 from mftctl.masking.targets import format_layers, layer_groups
 from mftctl.progress import Silence

@@ -12,7 +12,7 @@ from pathlib import Path
 from mftctl.masking.mask import load_mask
 from tests.workflow_fixtures import write_additions
 
-OPTIONS = ["--layers", "0-3", "--batch-size", "1", "--eval-steps", "40", "--max-steps", "120"]
+OPTIONS = ["--layers", "0-3", "--batch-size", "1", "--val-steps", "40", "--max-steps", "120"]
 
 
 def mask_train(workspace: Path, folder: Path, *arguments: str) -> subprocess.Popen[str]:

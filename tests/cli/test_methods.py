@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.cli.running import CommandLine
 
-FFT = ("--max-steps", 4, "--eval-steps", 2, "--batch-size", 4, "--lr", "3e-3")
+FFT = ("--max-steps", 4, "--val-steps", 2, "--batch-size", 4, "--lr", "3e-3")
 
 
 def parameters(folder: Path) -> dict[str, torch.Tensor]:

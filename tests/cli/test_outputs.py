@@ -16,7 +16,7 @@ from mftctl.experiments.run_folder import list_runs
 from tests.cli.running import CommandLine
 from tests.workflow_fixtures import make_workspace
 
-STEPS = ["--max-steps", "1", "--eval-steps", "1", "--batch-size", "4"]
+STEPS = ["--max-steps", "1", "--val-steps", "1", "--batch-size", "4"]
 TRAIN = ["-d", "train.jsonl", "--val-data", "val.jsonl"]
 WRITERS: dict[str, list[str]] = {
     "fft": ["fft", "-m", "tiny", *TRAIN, *STEPS],

@@ -13,7 +13,7 @@ from mftctl import apply_mask, load_mask
 from mftctl.experiments.run_folder import list_runs, load_run
 from tests.cli.running import CommandLine
 
-FFT = ("--max-steps", 6, "--eval-steps", 3, "--batch-size", 4, "--lr", "3e-3")
+FFT = ("--max-steps", 6, "--val-steps", 3, "--batch-size", 4, "--lr", "3e-3")
 
 
 def test_1_fft(here: CommandLine, workspace: Path) -> None:

@@ -19,7 +19,7 @@ from mftctl.experiments.run_folder import list_runs
 from mftctl.workflows.run import Planned, plan_experiment
 from tests.cli.running import CommandLine
 
-SHORT = {"max_steps": 2, "eval_steps": 2, "batch_size": 4}
+SHORT = {"max_steps": 2, "val_steps": 2, "batch_size": 4}
 STAGES: dict[str, Any] = {
     "fft": {"command": "fft"},
     "removed": {

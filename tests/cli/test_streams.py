@@ -101,7 +101,7 @@ def test_a_pipe_that_takes_nothing_just_now_is_waited_for() -> None:
 
 
 def training(workspace: Path) -> list[str]:
-    options = ["--layers", "0-3", "--batch-size", "1", "--eval-steps", "10", "--max-steps", "40"]
+    options = ["--layers", "0-3", "--batch-size", "1", "--val-steps", "10", "--max-steps", "40"]
     data = ["-m", str(workspace / "tiny"), "-d", str(workspace / "train.jsonl")]
     return [sys.executable, "-m", "mftctl", "mask-train", *data, *options]
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from mftctl.cli import validate as command
 from mftctl.cli import validate_view
 from mftctl.errors import ConfigError
-from mftctl.experiments.deciding_keys import to_document
+from mftctl.experiments.run_config import to_document
 from tests.workflow_fixtures import make_recipe
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from mftctl.errors import ConfigError, RunError
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import (
     Source,
     ancestry,
@@ -19,9 +18,11 @@ from mftctl.experiments.model_source import (
     source_of_model,
     source_of_run,
 )
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions, Recipe
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.experiments.state_names import CONTINUED_FFT, FFT, PRE_TRAINED, fine_tuned_state, mask_state
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 
 @pytest.fixture

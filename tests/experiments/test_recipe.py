@@ -10,18 +10,13 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from mftctl.data.sources import DataSource
-from mftctl.experiments.deciding_keys import deciding_keys, to_document
-from mftctl.experiments.recipe import (
-    DEFAULT_PATIENCE,
-    DEFAULT_RATIO,
-    EvalOptions,
-    FftOptions,
-    MaskTrainOptions,
-    Recipe,
-    Stage,
-)
+from mftctl.experiments.deciding_keys import deciding_keys
+from mftctl.experiments.presets import DEFAULT_PATIENCE, DEFAULT_RATIO
+from mftctl.experiments.recipe import EvalOptions, Recipe, Stage
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.recipe_yaml import read_yaml
+from mftctl.experiments.run_config import to_document
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 # Letters only: a text such as 1e5 is a number to YAML unless it is quoted.
 TEXT = st.text("abcxyzäß -_/.:'\"#", min_size=1)
@@ -165,31 +160,31 @@ def test_recipe_cannot_be_changed() -> None:
 
 
 def test_ratio_in_force() -> None:
-    assert MaskTrainOptions().effective_ratio is None
-    assert MaskTrainOptions(preset="paper").effective_ratio == DEFAULT_RATIO
-    assert MaskTrainOptions(method="random").effective_ratio == DEFAULT_RATIO
-    assert MaskTrainOptions(ratio=0.0).effective_ratio == 0.0
-    assert MaskTrainOptions(preset="paper", threshold=-0.03).effective_ratio is None
+    assert MaskTrainOptions().ratio is None
+    assert MaskTrainOptions(preset="paper").ratio == DEFAULT_RATIO
+    assert MaskTrainOptions(method="random").ratio == DEFAULT_RATIO
+    assert MaskTrainOptions(ratio=0.0).ratio == 0.0
+    assert MaskTrainOptions(preset="paper", threshold=-0.03).ratio is None
 
 
 @pytest.mark.parametrize(
     ("document", "start", "ranking", "threshold", "ratio", "patience"),
     [
-        ({}, "magnitude", "signed", 0.0, None, DEFAULT_PATIENCE),
-        ({"ratio": 0.2}, "magnitude", "signed", None, 0.2, DEFAULT_PATIENCE),
-        ({"threshold": -0.5, "patience": 2}, "magnitude", "signed", -0.5, None, 2),
+        ({}, "weights", "signed", 0.0, None, DEFAULT_PATIENCE),
+        ({"ratio": 0.2}, "weights", "signed", None, 0.2, DEFAULT_PATIENCE),
+        ({"threshold": -0.5, "patience": 2}, "weights", "signed", -0.5, None, 2),
         (
-            {"start": "kaiming", "ranking": "magnitude", "ratio": 0.1},
+            {"start": "kaiming", "ranking": "absolute", "ratio": 0.1},
             "kaiming",
-            "magnitude",
+            "absolute",
             None,
             0.1,
             DEFAULT_PATIENCE,
         ),
-        ({"keep": "last"}, "magnitude", "signed", 0.0, None, None),
-        ({"preset": "paper"}, "normal", "magnitude", None, DEFAULT_RATIO, None),
-        ({"preset": "reference"}, "normal", "magnitude", None, DEFAULT_RATIO, None),
-        ({"preset": "paper", "threshold": 0.0, "start": "constant"}, "constant", "magnitude", 0.0, None, None),
+        ({"keep": "last"}, "weights", "signed", 0.0, None, None),
+        ({"preset": "paper"}, "normal", "absolute", None, DEFAULT_RATIO, None),
+        ({"preset": "reference"}, "normal", "absolute", None, DEFAULT_RATIO, None),
+        ({"preset": "paper", "threshold": 0.0, "start": "constant"}, "constant", "absolute", 0.0, None, None),
     ],
     ids=str,
 )
@@ -197,9 +192,9 @@ def test_a_preset_is_the_settings_not_given(
     document: dict[str, Any], start: str, ranking: str, threshold: float | None, ratio: float | None, patience: int
 ) -> None:
     options = MaskTrainOptions.model_validate(document)
-    assert (options.effective_start, options.effective_ranking) == (start, ranking)
-    assert (options.effective_threshold, options.effective_ratio) == (threshold, ratio)
-    assert options.effective_patience == patience
+    assert (options.start, options.ranking) == (start, ranking)
+    assert (options.threshold, options.ratio) == (threshold, ratio)
+    assert options.patience == patience
 
 
 @pytest.mark.parametrize(
@@ -208,9 +203,9 @@ def test_a_preset_is_the_settings_not_given(
 )
 def test_the_reference_keeps_the_last_mask_and_averages_records(preset: str, keep: str, averages_records: bool) -> None:
     options = MaskTrainOptions.model_validate({"preset": preset})
-    assert (options.effective_keep, options.averages_records) == (keep, averages_records)
-    assert MaskTrainOptions.model_validate({"preset": preset, "keep": "best"}).effective_keep == "best"
-    assert MaskTrainOptions.model_validate({"preset": preset, "method": "random"}).effective_keep == "best"
+    assert (options.keep, options.averages_records) == (keep, averages_records)
+    assert MaskTrainOptions.model_validate({"preset": preset, "keep": "best"}).keep == "best"
+    assert MaskTrainOptions.model_validate({"preset": preset, "method": "random"}).keep == "best"
 
 
 def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
@@ -222,9 +217,9 @@ def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
 @pytest.mark.parametrize(
     ("document", "problem"),
     [
-        ({"travel": 3.2}, "travel applies only to start normal, kaiming, constant; the start is magnitude"),
-        ({"start_std": 0.1}, "start_std applies only to start normal; the start is magnitude"),
-        ({"start_value": 0.1}, "start_value applies only to start constant; the start is magnitude"),
+        ({"travel": 3.2}, "travel applies only to start normal, kaiming, constant; the start is weights"),
+        ({"start_std": 0.1}, "start_std applies only to start normal; the start is weights"),
+        ({"start_value": 0.1}, "start_value applies only to start constant; the start is weights"),
         ({"start_value": 0.1, "preset": "paper"}, "start_value applies only to start constant; the start is normal"),
     ],
 )

@@ -502,7 +502,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 
 
 def test_sweeps_that_multiply_are_counted_and_not_spelled_out() -> None:
-    keys = ("epochs", "max_steps", "batch_size", "lora_rank", "lora_alpha", "eval_steps", "patience", "batch_tokens")
+    keys = ("epochs", "max_steps", "batch_size", "lora_rank", "lora_alpha", "val_steps", "patience", "batch_tokens")
     stage = {"command": "fft", "sweep": {f"fft.{key}": list(range(1, 11)) for key in keys}}
     with pytest.raises(ConfigError, match="too many tasks") as caught:
         parse_recipe({"stages": {"s": stage}})

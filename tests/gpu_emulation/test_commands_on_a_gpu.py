@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from mftctl.errors import Interrupted
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.mask import load_mask
 from mftctl.progress import Silence
@@ -35,7 +35,7 @@ WORK = {"fft": fine_tune, "mask-train": mask_train, "probe": probe}
 SHORT = {
     f"{section}__{key}": 4 if key == "max_steps" else 2
     for section in ("fft", "mask_train")
-    for key in ("max_steps", "eval_steps")
+    for key in ("max_steps", "val_steps")
 }
 HELPFUL = {"mask_train__preset": "default", "mask_train__layers": "all", "mask_train__learning_rate": 3e-3}
 """A mask that is better than none, so that it is confirmed."""

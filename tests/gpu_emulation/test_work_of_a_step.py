@@ -41,7 +41,7 @@ def work_of_a_step(workspace: Path, root: Path, layers: int, command: str, chang
     for file in (workspace / "tiny").iterdir():
         if not (folder / file.name).exists():
             (folder / file.name).write_bytes(file.read_bytes())
-    steps = {f"{section}__max_steps": 2, f"{section}__eval_steps": 2, f"{section}__batch_size": 1}
+    steps = {f"{section}__max_steps": 2, f"{section}__val_steps": 2, f"{section}__batch_size": 1}
     recipe = make_recipe(
         workspace, model=str(folder), **steps, **{f"{section}__{key}": changes[key] for key in changes}
     )

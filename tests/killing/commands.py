@@ -129,8 +129,8 @@ def make_commands(workspace: Path, server: Server, steps: int = 6) -> list[Comma
     make_workspace(workspace)
     model, train, validation = (str(workspace / name) for name in ("tiny", "train.jsonl", "val.jsonl"))
     data = ["-m", model, "-d", train, "--val-data", validation, "--seed", "0"]
-    length = f"--batch-size 4 --max-steps {steps} --eval-steps {steps // 3}".split()
-    sets = "--set mask_train.batch_size=4 --set mask_train.eval_steps=2".split()
+    length = f"--batch-size 4 --max-steps {steps} --val-steps {steps // 3}".split()
+    sets = "--set mask_train.batch_size=4 --set mask_train.val_steps=2".split()
     mask = str(workspace / "given.bits")
     given = ["mask-train", *data, "--method", "magnitude", "--layers", "1-2", "-o", mask, "--yes"]
     answer = server.run(Order(str(workspace), given, str(workspace / "log")))

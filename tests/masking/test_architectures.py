@@ -22,14 +22,14 @@ from tests.masking.mask_files import METADATA
 
 IDS = torch.randint(6, 102, (3, 11), generator=torch.Generator().manual_seed(0))
 RATIO = 0.137  # of no shape a whole number
-THRESHOLDS: dict[ScoreStart, float] = {"kaiming": -0.1, "constant": 0.01, "magnitude": 0.0}
-RULES = ["magnitude", "signed", "threshold"]
+THRESHOLDS: dict[ScoreStart, float] = {"kaiming": -0.1, "constant": 0.01, "weights": 0.0}
+RULES = ["absolute", "signed", "threshold"]
 
 
 def indicator_of(rule: str, start: ScoreStart) -> Indicator:
     if rule == "threshold":
         return Indicator(None, THRESHOLDS[start])
-    return Indicator(RATIO, ranking="signed" if rule == "signed" else "magnitude")
+    return Indicator(RATIO, ranking="signed" if rule == "signed" else "absolute")
 
 
 def train_scores(model: PreTrainedModel, start: ScoreStart, indicator: Indicator, steps: int = 2) -> None:

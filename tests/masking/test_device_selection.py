@@ -90,7 +90,7 @@ def test_every_way_equals_a_stable_sort(drawn: list[list[float]], dtype: torch.d
             check(found, tensors, expected)
 
 
-@given(VALUES, st.sampled_from(DTYPES), st.floats(0, 0.99), st.sampled_from(["magnitude", "signed"]))
+@given(VALUES, st.sampled_from(DTYPES), st.floats(0, 0.99), st.sampled_from(["absolute", "signed"]))
 @settings(max_examples=40)
 def test_masks_are_those_of_the_cpu(values: list[float], dtype: torch.dtype, ratio: float, ranking: Ranking) -> None:
     scores = torch.tensor(values, dtype=dtype)
@@ -130,9 +130,9 @@ def test_a_projection_of_an_8b_model(dtype: torch.dtype) -> None:
     scores[100:1100] = scores[2000:3000]
     scores = scores.to(dtype)
     count = removed_count(scores.numel(), 0.1)
-    flat = rank(scores, "magnitude").view(-1)
+    flat = rank(scores, "absolute").view(-1)
     found = leave_out_lowest([numbers(flat)], count)
-    assert torch.equal(found.keep[0].view(scores.shape), keep_highest(scores, 0.1, ranking="magnitude"))
+    assert torch.equal(found.keep[0].view(scores.shape), keep_highest(scores, 0.1, ranking="absolute"))
 
 
 @pytest.mark.parametrize("way", ["_by_sorting", "_by_counting"])

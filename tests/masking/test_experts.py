@@ -44,7 +44,7 @@ def straight_through(weight: torch.Tensor, scores: torch.Tensor, indicator: Indi
     values = scores.detach().numpy()
     if indicator.ratio is None:
         return weight * (torch.from_numpy(values >= indicator.threshold).float() + scores - scores.detach())
-    soft = scores.abs() if indicator.ranking == "magnitude" else scores
+    soft = scores.abs() if indicator.ranking == "absolute" else scores
     hard = torch.from_numpy(keep_by_sorting(soft.detach().numpy(), indicator.ratio)).float()
     return weight * (hard + soft - soft.detach())
 
@@ -250,4 +250,4 @@ def test_kaiming_start_depends_on_the_inputs_of_each_projection() -> None:
         bound = 1 / np.sqrt(48 if target.projection == "w2" else 32)
         assert kaiming_bound(target) == pytest.approx(bound)
         assert initial_scores(target, "kaiming").abs().max() <= bound
-        assert torch.equal(initial_scores(target, "magnitude"), target.weight.abs())
+        assert torch.equal(initial_scores(target, "weights"), target.weight.abs())

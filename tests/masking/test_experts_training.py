@@ -170,7 +170,7 @@ def test_fine_tuning(experts: Path, tmp_path: Path, method: str) -> None:
     elif method == "full":
         assert all(fused.values())
     else:
-        ratio = recipe.fft.effective_ratio
+        ratio = recipe.fft.ratio
         for name, count in fused.items():
             assert 0 < count <= before[name].numel() - removed_count(before[name].numel(), ratio)
 

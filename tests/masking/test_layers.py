@@ -39,7 +39,7 @@ INDICATORS = [
 def numpy_keep(scores: np.ndarray, indicator: Indicator) -> np.ndarray:
     if indicator.ratio is None:
         return ~(scores < indicator.threshold)
-    return keep_by_sorting(np.abs(scores) if indicator.ranking == "magnitude" else scores, indicator.ratio)
+    return keep_by_sorting(np.abs(scores) if indicator.ranking == "absolute" else scores, indicator.ratio)
 
 
 def make(indicator: Indicator, *, transposed: bool = False, bias: bool = True) -> tuple[MaskedLinear, torch.Tensor]:
@@ -71,7 +71,7 @@ def test_gradients_equal_the_formula(indicator: Indicator, transposed: bool) -> 
     weight, scores = layer.weight.detach().numpy(), layer.scores.detach().numpy()
     grad_y, rows = upstream.numpy().reshape(-1, 5), x.detach().numpy().reshape(-1, 7)
     grad_masked = rows.T @ grad_y if transposed else grad_y.T @ rows
-    sign = np.sign(scores) if indicator.ratio is not None and indicator.ranking == "magnitude" else 1.0
+    sign = np.sign(scores) if indicator.ratio is not None and indicator.ranking == "absolute" else 1.0
     np.testing.assert_allclose(layer.scores.grad.numpy(), grad_masked * weight * sign, rtol=1e-4, atol=1e-6)
     masked = weight * numpy_keep(scores, indicator)
     expected = (grad_y @ (masked.T if transposed else masked)).reshape(2, 3, 7)
@@ -283,7 +283,7 @@ def test_the_magnitude_start_removes_what_training_carries_through_zero() -> Non
     linear = nn.Linear(6, 4, bias=False, dtype=torch.float64)
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight))
-    start = initial_scores(MaskTarget("linear", 0, "mlp", linear), "magnitude").double()
+    start = initial_scores(MaskTarget("linear", 0, "mlp", linear), "weights").double()
     layer = MaskedLinear(linear, start, Indicator(None, 0.0))
     optimizer = torch.optim.AdamW([layer.scores], lr=0.01, eps=1e-20, weight_decay=0.0)
     trained = weight.astype(np.float32).astype(np.float64)

@@ -105,5 +105,5 @@ def test_threshold_removes_what_is_below_it(values: np.ndarray, threshold: float
 
 def test_both_rankings() -> None:
     scores = torch.tensor([-3.0, 1.0, 2.0])
-    assert rank(scores, "magnitude").tolist() == [3.0, 1.0, 2.0]
+    assert rank(scores, "absolute").tolist() == [3.0, 1.0, 2.0]
     assert rank(scores, "signed").tolist() == [-3.0, 1.0, 2.0]

@@ -102,7 +102,7 @@ METHOD = st.sampled_from(
         ("mask", "config.mask_train.ratio", 0.1),
         ("mask", "config.mask_train.layers", "4-7"),
         ("mask", "config.mask_train.preset", "paper"),
-        ("mask", "config.mask_train.eval_steps", 3),
+        ("mask", "config.mask_train.val_steps", 3),
         ("mask", "config.name", "another"),
         ("mask", "config.fft.learning_rate", 1.0),
         ("mask", "recipe", "other.yaml"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mftctl.experiments.run_folder import list_runs
+from mftctl.experiments.state_names import known_state
 from mftctl.reporting.next_step import next_step
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.state_tables import MetricTable, Row
@@ -22,8 +23,19 @@ def make_tables(
     verdict: str, *, seeds: int = 1, is_benchmark: bool = False, baseline: str = "FFT"
 ) -> list[MetricTable]:
     rows = (
-        Row(baseline, 0.5, None, None, 10, (0,), True, None, ("003-eval",)),
-        Row("MFT", 0.5, None, None, 10, tuple(range(seeds)), False, CHANGES[verdict], ("004-eval",)),
+        Row(baseline, 0.5, None, None, 10, (0,), True, None, ("003-eval",), made=known_state(baseline)),
+        Row(
+            "MFT (mft[ratio=0.1])",
+            0.5,
+            None,
+            None,
+            10,
+            tuple(range(seeds)),
+            False,
+            CHANGES[verdict],
+            ("004-eval",),
+            made=known_state("MFT"),
+        ),
     )
     return [MetricTable("models/base", "test", "loss", baseline, rows, is_benchmark)]
 

@@ -16,7 +16,7 @@ from mftctl.experiments.run_record import RunRecord
 from mftctl.reporting.reproduction import reproduction
 from tests.cli.running import CommandLine
 
-TRAINING = ("--max-steps", 4, "--eval-steps", 2, "--batch-size", 4)
+TRAINING = ("--max-steps", 4, "--val-steps", 2, "--batch-size", 4)
 MEASURED_ANEW = ("peak_memory_bytes", "model", "mask", "output", "prefix_reuse")
 """Keys of a result that differ between two makings: memory, times and paths."""
 

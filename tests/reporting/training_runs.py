@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.run_config import to_document
 
 Scores = Mapping[int, float]
 

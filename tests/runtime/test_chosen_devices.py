@@ -40,7 +40,7 @@ from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
 WORK: dict[str, Any] = {"fft": fine_tune, "mask-train": mask_train, "probe": probe, "eval": evaluate}
-SHORT = {f"{section}__{key}": 2 for section in ("fft", "mask_train") for key in ("max_steps", "eval_steps")}
+SHORT = {f"{section}__{key}": 2 for section in ("fft", "mask_train") for key in ("max_steps", "val_steps")}
 FLASH = "flash_attention_2"
 
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError, DeviceMemoryError, StorageError, TrainingError
-from mftctl.experiments.recipe import EvalOptions, FftOptions, MaskTrainOptions
+from mftctl.experiments.recipe import EvalOptions
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, load_run
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.masking.checkpoints.load import evaluation_dtype
 from mftctl.masking.selection import keep_highest
 from mftctl.progress import Silence
@@ -37,7 +38,7 @@ OUT_OF_MEMORY = (
     "free. Including non-PyTorch memory, this process has 77.89 GiB memory in use."
 )
 NCCL = "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error"
-SHORT = {f"{section}__{key}": 2 for section in ("fft", "mask_train") for key in ("max_steps", "eval_steps")}
+SHORT = {f"{section}__{key}": 2 for section in ("fft", "mask_train") for key in ("max_steps", "val_steps")}
 
 
 @pytest.fixture

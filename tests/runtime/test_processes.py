@@ -32,12 +32,12 @@ from mftctl.runtime.process_group import share_of
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mftctl")
-TRAINING = ("--max-steps", "12", "--eval-steps", "4", "--batch-size", "4")
+TRAINING = ("--max-steps", "12", "--val-steps", "4", "--batch-size", "4")
 MASK = ("--layers", "1-2", "--preset", "paper")
 GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
-FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--exclude", "embeddings", "--max-steps", "4", "--eval-steps", "2")
+FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--exclude", "embeddings", "--max-steps", "4", "--val-steps", "2")
 FEW += ("--batch-size", "4")
-FULL = ("fft", "--max-steps", "4", "--eval-steps", "2", "--batch-size", "4")
+FULL = ("fft", "--max-steps", "4", "--val-steps", "2", "--batch-size", "4")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is an extra, which the dev extra has")
 
@@ -146,7 +146,7 @@ def test_a_slow_save_by_one_process_ends_nothing(
     """The group is made with the time limit that was asked for; saving takes longer than a later, shorter one."""
     monkeypatch.setenv("MFTCTL_DDP_TIMEOUT", "345")
     launcher = (*TORCHRUN[:-1], "tests.slow_saving")
-    few = ("--max-steps", "2", "--eval-steps", "1", "--batch-size", "4")
+    few = ("--max-steps", "2", "--val-steps", "1", "--batch-size", "4")
     code, _, errors = run(tmp_path, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *few)
     assert code == 0, errors
     assert (tmp_path / "mask.bits").is_file()
@@ -295,7 +295,7 @@ def test_a_resumed_run_whose_step_cannot_be_shared_out(tmp_path: Path, monkeypat
 def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int) -> Recipe:
     """The recipe of a run that was started with some processes and goes on with others."""
     from mftctl.cli import session
-    from mftctl.experiments.deciding_keys import to_document
+    from mftctl.experiments.run_config import to_document
     from mftctl.experiments.run_folder import create_run
 
     recipe = Recipe.model_validate({"mask_train": {"grad_accum_steps": accumulation}})

@@ -91,7 +91,7 @@ def test_between_two_groups_of_a_probe(
         return mask
 
     monkeypatch.setattr(probing, "find_mask", look)
-    recipe = make_recipe(workspace, mask_train__max_steps=2, mask_train__eval_steps=1)
+    recipe = make_recipe(workspace, mask_train__max_steps=2, mask_train__val_steps=1)
     run, source = open_run(tmp_path, "probe", recipe)
     probe(recipe, source, run, Silence())
     assert (found, alive.trainings) == ([[], []], 2)

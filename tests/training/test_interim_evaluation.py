@@ -34,7 +34,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def measuring(workspace: Path, section: str, problems: str, **changes: Any) -> Recipe:
     """A recipe that measures four of everything each 5 of 12 steps."""
-    every = {f"{section}__eval_every": 5, f"{section}__eval_limit": 4}
+    every = {f"{section}__benchmark_every": 5, f"{section}__benchmark_limit": 4}
     tasks = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}, "max_new_tokens": 4}
     return make_recipe(workspace, eval=tasks, **every, **changes)
 
@@ -135,7 +135,7 @@ def test_a_stop_during_a_measurement_is_resumed_to_the_same_figures(
 
 
 def test_nothing_to_measure(workspace: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(workspace, fft__eval_every=5, test_data=[])
+    recipe = make_recipe(workspace, fft__benchmark_every=5, test_data=[])
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(ConfigError, match="nothing to evaluate"):
         fine_tune(recipe, source, run, Silence())
@@ -155,5 +155,5 @@ def test_a_benchmark_file_with_wrong_fields_is_found_before_the_first_step(works
 def test_what_is_measured_decides_the_result_only_where_it_is_measured_on_the_way(workspace: Path) -> None:
     plain, other = (make_recipe(workspace, eval={"limit": limit}) for limit in (1, 2))
     assert deciding_keys(plain, "fft") == deciding_keys(other, "fft")
-    plain, other = (make_recipe(workspace, eval={"limit": limit}, fft__eval_every=5) for limit in (1, 2))
+    plain, other = (make_recipe(workspace, eval={"limit": limit}, fft__benchmark_every=5) for limit in (1, 2))
     assert deciding_keys(plain, "fft") != deciding_keys(other, "fft")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.experiments.recipe import FftOptions
+from mftctl.experiments.training_options import FftOptions
 from mftctl.training.loop import latest_checkpoint
 from mftctl.training.schedule import warmup_steps
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from mftctl.errors import ConfigError, Interrupted
 from mftctl.experiments.jobs import spell_out
-from mftctl.experiments.recipe import FftOptions
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints import quantization
 from mftctl.masking.selection import removed_count
 from mftctl.progress import Silence
@@ -30,7 +30,7 @@ from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
 LOW: dict[str, Any] = {"fft__low_memory": True}
 EIGHT_BITS: dict[str, Any] = {"fft__optimizer": "adamw_8bit"}
-SHORT: dict[str, Any] = {"fft__max_steps": 4, "fft__eval_steps": 2}
+SHORT: dict[str, Any] = {"fft__max_steps": 4, "fft__val_steps": 2}
 
 
 def tuned(workspace: Path, root: Path, **changes: Any) -> Run:
@@ -124,7 +124,7 @@ def test_low_memory_writes_the_trained_weights_in_the_dtype_of_the_start(workspa
 
 
 def test_checkpoints_of_low_memory_are_in_bf16_and_the_best_is_kept(workspace: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(workspace, fft__max_steps=8, fft__eval_steps=2, fft__learning_rate=0.2, **LOW)
+    recipe = make_recipe(workspace, fft__max_steps=8, fft__val_steps=2, fft__learning_rate=0.2, **LOW)
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(Interrupted):
         fine_tune(recipe, source, run, Interrupter(7))

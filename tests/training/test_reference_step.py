@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.layers import initial_scores
 from mftctl.masking.mask import load_mask
@@ -132,7 +132,7 @@ def test_the_same_bits_are_removed_as_by_an_independent_step(
 ) -> None:
     few = workspace / "few.jsonl"
     write_additions(few, 6, seed=4)
-    training: dict[str, Any] = {"batch_size": 6, "max_steps": STEPS, "eval_steps": STEPS, "learning_rate": RATE}
+    training: dict[str, Any] = {"batch_size": 6, "max_steps": STEPS, "val_steps": STEPS, "learning_rate": RATE}
     decides: dict[str, Any] = {"ratio": RATIO} if rule == "ratio" else {"threshold": -0.035}
     recipe = make_recipe(
         workspace,

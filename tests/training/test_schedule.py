@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.recipe import FftOptions
+from mftctl.experiments.training_options import FftOptions
 from mftctl.progress import Silence
 from mftctl.training.schedule import (
     accumulates,

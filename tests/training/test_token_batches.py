@@ -128,7 +128,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fine_tuned(workspace: Path, folder: Path, **changes: Any) -> tuple[Run, dict[str, Any]]:
-    settings = {"fft__max_steps": None, "fft__epochs": 2, "fft__keep": "last", "fft__eval_steps": 2, **changes}
+    settings = {"fft__max_steps": None, "fft__epochs": 2, "fft__keep": "last", "fft__val_steps": 2, **changes}
     run, source = open_run(folder, "fft", recipe := make_recipe(workspace, **settings))
     return run, fine_tune(recipe, source, run, Silence())
 
@@ -176,7 +176,7 @@ def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 def test_a_resumed_training_by_tokens_is_identical(workspace: Path, tmp_path: Path) -> None:
     changes = {"fft__global_batch_size": 20, "fft__batch_tokens": 150}
     run, expected = fine_tuned(workspace, tmp_path / "whole", **changes)
-    settings = {"fft__max_steps": None, "fft__epochs": 2, "fft__keep": "last", "fft__eval_steps": 2, **changes}
+    settings = {"fft__max_steps": None, "fft__epochs": 2, "fft__keep": "last", "fft__val_steps": 2, **changes}
     other, source = open_run(tmp_path / "stopped", "fft", recipe := make_recipe(workspace, **settings))
     with pytest.raises(Interrupted):
         fine_tune(recipe, source, other, Interrupter(4))
@@ -193,7 +193,7 @@ def test_hidden_states_are_reused_where_micro_batches_come_again(
 ) -> None:
     """With all records in one step, each epoch has the same micro-batches; otherwise only validation has."""
     changes: dict[str, Any] = {"max_steps": None, "epochs": 2, "global_batch_size": records, "batch_tokens": 150}
-    changes |= {"eval_steps": 1, "patience": 100}
+    changes |= {"val_steps": 1, "patience": 100}
     recipe = make_recipe(workspace, **{f"mask_train__{key}": value for key, value in changes.items()})
     found = {}
     for gigabytes in (0.0, 1.0):

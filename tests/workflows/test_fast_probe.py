@@ -105,7 +105,7 @@ def test_groups_add_up_their_layers_and_are_ranked_within_a_size(workspace: Path
     assert changes["0-1"] == pytest.approx(changes["0"] + changes["1"])
     assert changes["0-3"] == pytest.approx(sum(changes[str(layer)] for layer in range(4)))
     assert result["recommended_layers"] in ("0-1", "2-3")
-    assert make_recipe(workspace, probe={"fast": True}, mask_train__preset="default").probe_groups == (4,)
+    assert make_recipe(workspace, probe={"fast": True}, mask_train__preset="default").probe.groups == (4,)
 
 
 def test_the_model_is_left_as_it_was(workspace: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def plain_loop(records: list[Encoded], *, steps: int, batch_size: int, accumulat
 
 
 def test_equals_a_plain_loop_over_accumulated_batches(workspace: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(workspace, fft__max_steps=4, fft__grad_accum_steps=3, fft__eval_steps=4, fft__keep="last")
+    recipe = make_recipe(workspace, fft__max_steps=4, fft__grad_accum_steps=3, fft__val_steps=4, fft__keep="last")
     run, source = open_run(tmp_path, "fft", recipe)
     fine_tune(recipe, source, run, Silence())
     records = encoded(workspace / "train.jsonl", workspace / "tiny")
@@ -200,7 +200,7 @@ def test_keep_last_keeps_the_last_state(workspace: Path, tmp_path: Path) -> None
 
 
 def test_patience_ends_the_training(workspace: Path, tmp_path: Path) -> None:
-    recipe = make_recipe(workspace, fft__max_steps=40, fft__eval_steps=2, fft__learning_rate=0.5, fft__patience=2)
+    recipe = make_recipe(workspace, fft__max_steps=40, fft__val_steps=2, fft__learning_rate=0.5, fft__patience=2)
     run, source = open_run(tmp_path, "fft", recipe)
     result = fine_tune(recipe, source, run, Silence())
     assert result["steps"] == result["best_step"] + 4 < 40

@@ -81,8 +81,8 @@ def test_all_layers_are_among_the_groups_except_for_the_paper(workspace: Path, t
     recipe = make_recipe(workspace, probe__groups=[2, "all"], mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
     assert {group["layers"] for group in probe(recipe, source, run, Silence())["groups"]} == {"0-1", "2-3", "0-3"}
-    assert Recipe(probe={}).probe_groups == (4, "all")
-    assert Recipe(mask_train={"preset": "paper"}).probe_groups == (4,)
+    assert Recipe(probe={}).probe.groups == (4, "all")
+    assert Recipe(mask_train={"preset": "paper"}).probe.groups == (4,)
 
 
 def test_a_group_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:

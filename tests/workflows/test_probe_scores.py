@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError, EvaluationError, Interrupted
-from mftctl.experiments.deciding_keys import deciding_keys, to_document
+from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.model_source import Source, recommended_layers
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.layers import MaskedLinear

@@ -27,7 +27,7 @@ STAGES: dict[str, Any] = {
 
 
 def experiment(workspace: Path, **changes: Any) -> Recipe:
-    short = {"max_steps": 3, "eval_steps": 3, "batch_size": 4}
+    short = {"max_steps": 3, "val_steps": 3, "batch_size": 4}
     return make_recipe(
         workspace,
         **{
@@ -173,7 +173,7 @@ def test_a_plan_says_what_would_be_done_and_why(own_workspace: Path, tmp_path: P
         ("done", "001-fft"),
         ("done", "002-mask-train"),
     ]
-    slower = {"max_steps": 3, "eval_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
+    slower = {"max_steps": 3, "val_steps": 3, "batch_size": 4, "learning_rate": 1e-3}
     changed = plan_experiment(experiment(own_workspace, stages=stages, fft=slower), "test", root)
     assert [planned.state for planned in changed] == ["changed", "changed"]
     assert changed[0].why == "since 001-fft: fft.learning_rate 0.003 -> 0.001"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.state_names import FFT, STATE_ORDER
+from mftctl.experiments.state_names import FFT, known_state, place_of
 from mftctl.reporting.figures.curve_drawing import Curve, CurvePicture, SeedCurve, curve_figure
 from mftctl.reporting.figures.style import Figure, with_own_names
 from mftctl.reporting.figures.training_histories import History, Measure, read_histories
@@ -15,7 +15,6 @@ from mftctl.reporting.file_names import slug
 from mftctl.reporting.paired_change import LOWER_IS_BETTER
 
 _MOST_LINES = 10
-_UPDATES = ("HFT", "random update", "GMT", "trivial drop", "salient drop", "random drop")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +68,8 @@ def _methods(members: Sequence[History]) -> list[_Method]:
         changes = [min(item.losses.values()) - (item.reference_loss or 0.0) for item in seeds if item.losses]
         return (is_swept(seeds), -len(seeds), fmean(changes) if changes else 0.0)
 
-    def place(state: str) -> int:
-        return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER)
-
     methods = []
-    for state in sorted(variants, key=place):
+    for state in sorted(variants, key=place_of):
         groups = list(reversed(variants[state].values()))  # the newest first among equals
         chosen = min(groups, key=rank)
         alike = [group for group in groups if is_swept(group) == is_swept(chosen)]
@@ -211,8 +207,9 @@ def _in_parts(picture: CurvePicture) -> list[CurvePicture]:
     ]
 
 
-def _is_update(state: str) -> bool:
-    return state.removeprefix("continued ").startswith(_UPDATES)
+def _is_update(label: str) -> bool:
+    state = known_state(label)
+    return state is not None and state.is_update
 
 
 def _cut(picture: CurvePicture) -> CurvePicture:

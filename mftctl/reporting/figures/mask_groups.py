@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from mftctl.errors import MaskFileError, RunError
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.state_names import STATE_ORDER
+from mftctl.experiments.state_names import place_of
 
 if TYPE_CHECKING:
     from mftctl.masking.mask_file.document import Kind, TensorRecord
@@ -172,7 +172,7 @@ def _family(masks: Sequence[ShownMask]) -> MaskFamily:
         return len(group), max(places[id(mask)] for mask in group)
 
     shown = sorted(groups.values(), key=importance, reverse=True)[:MAX_GROUPS]
-    shown.sort(key=lambda group: (_place(group[0].state), places[id(group[0])]))
+    shown.sort(key=lambda group: (place_of(group[0].state), places[id(group[0])]))
     labels = _labels([group[-1] for group in shown])
     return MaskFamily(
         kind=masks[0].kind,
@@ -184,10 +184,6 @@ def _family(masks: Sequence[ShownMask]) -> MaskFamily:
         older=len(masks) - len(newest),
         more=len(groups) - len(shown),
     )
-
-
-def _place(state: str) -> int:
-    return STATE_ORDER.index(state) if state in STATE_ORDER else len(STATE_ORDER)
 
 
 def _labels(masks: Sequence[ShownMask]) -> list[str]:

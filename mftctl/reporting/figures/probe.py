@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
 
-_NO_PART = ("prefix_cache_gb", "eval_every", "eval_limit", "layers")
+_NO_PART = ("prefix_cache_gb", "benchmark_every", "benchmark_limit", "layers")
 
 
 @dataclass(frozen=True, slots=True)

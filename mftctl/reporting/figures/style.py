@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mftctl.experiments.state_names import STATE_ORDER
+from mftctl.experiments.state_names import FFT, place_of
 from mftctl.reporting.file_names import own_name
 from mftctl.text import visible, visible_line
 
@@ -95,16 +95,13 @@ class LineStyle:
         return {"color": self.color, "linestyle": self.linestyle, "marker": self.marker}
 
 
-def style_of(state: str) -> LineStyle:
+def style_of(label: str) -> LineStyle:
     """The style of a state in every figure: FFT in ink, the others distinguishable even in greyscale.
 
     Args:
-        state: Name in the report, such as `MFT, paper` or `GMT (gmt[ratio=0.2])`.
+        label: Label of the state, such as `MFT, paper`, without its variants.
     """
-    plain = state.split(" (")[0]
-    if plain == "FFT":
-        return LineStyle(INK, "-", "h")
-    return numbered_style(STATE_ORDER.index(plain) if plain in STATE_ORDER else len(STATE_ORDER))
+    return LineStyle(INK, "-", "h") if label == FFT else numbered_style(place_of(label))
 
 
 def numbered_style(number: int) -> LineStyle:

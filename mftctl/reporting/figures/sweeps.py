@@ -9,10 +9,10 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import STATE_ORDER
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.reporting.figures.style import (
     INK,
     Figure,
@@ -64,7 +64,7 @@ class _Option:
         if self.key != "ratio":
             return float(section[self.key])
         options = MaskTrainOptions if command == "mask-train" else FftOptions
-        ratio = options.model_validate(section).effective_ratio
+        ratio = options.model_validate(section).ratio
         return ratio if isinstance(ratio, float) else None
 
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from mftctl.errors import RunError
 from mftctl.experiments.model_source import Source
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
-DECIDES_NOTHING = ("prefix_cache_gb", "eval_every", "eval_limit")
+DECIDES_NOTHING = ("prefix_cache_gb", "benchmark_every", "benchmark_limit")
 
 
 class Measure(NamedTuple):

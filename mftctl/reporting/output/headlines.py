@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mftctl.reporting.next_step import LEARNED
+from mftctl.reporting.next_step import is_learned_mask
 from mftctl.reporting.output.text_tables import interval_text
 from mftctl.reporting.paired_change import LOWER_IS_BETTER
 from mftctl.reporting.state_tables import MetricTable, Row
@@ -32,7 +32,7 @@ def headlines(tables: Sequence[MetricTable]) -> list[Headline]:
     several = len({table.origin for table in tables}) > 1
     found = []
     for table in tables:
-        masks = [row for row in table.rows if row.state.startswith(LEARNED) and row.change is not None]
+        masks = [row for row in table.rows if is_learned_mask(row) and row.change is not None]
         if masks:
             best = (min if table.metric in LOWER_IS_BETTER else max)(masks, key=lambda row: row.value)
             found.append(_headline(table, best, several))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mftctl.experiments.state_names import FFT
 from mftctl.reporting.efficiency import Efficiency
 from mftctl.reporting.file_names import slug
 from mftctl.reporting.overview import Cell, Column, Overview
@@ -115,7 +116,7 @@ def _overview_cell(cell: Cell | None) -> TextCell:
 
 def efficiency_text(entries: Sequence[Efficiency]) -> TextTable:
     """The cost of each training, with its speed relative to FFT of the same model."""
-    base = {item.origin: item.tokens_per_second for item in entries if item.state == "FFT"}
+    base = {item.origin: item.tokens_per_second for item in entries if item.state == FFT}
     origins = {item.origin for item in entries}
     rows = []
     for item in entries:

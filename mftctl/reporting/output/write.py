@@ -19,6 +19,7 @@ from mftctl.reporting.output.table_files import table_files
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
+    from mftctl.reporting.state_tables import MetricTable
 
 _ALWAYS = ("index.html", "report.md", "report.json")
 
@@ -68,6 +69,14 @@ def require_report_folder(folder: Path) -> None:
     require_free(folder, list(_ALWAYS), Kind.REPORT)
 
 
+def _table_document(table: MetricTable) -> dict[str, Any]:
+    """A table as plain data, with the names of its states alone."""
+    document = asdict(table)
+    for row in document["rows"]:
+        del row["made"]
+    return document
+
+
 def to_document(report: Report) -> dict[str, Any]:
     """The report as plain data."""
     return {
@@ -75,7 +84,7 @@ def to_document(report: Report) -> dict[str, Any]:
         "headlines": [asdict(item) for item in headlines(report.tables)],
         "next": asdict(report.advice),
         "overviews": [asdict(overview) for overview in report.overviews],
-        "tables": [asdict(table) for table in report.tables],
+        "tables": [_table_document(table) for table in report.tables],
         "efficiency": [asdict(item) for item in report.efficiency],
         "figures": [
             {

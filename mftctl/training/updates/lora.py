@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, set_seed
 from transformers.pytorch_utils import Conv1D
 
-from mftctl.experiments.recipe import FftOptions
+from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints.quantization import (
     is_quantized,
     merge_into_dequantized,

@@ -10,7 +10,7 @@ from mftctl.errors import RunError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe, with_changes
 from mftctl.experiments.run_folder import Run, list_runs
-from mftctl.experiments.state_names import CONTINUED_FFT, FFT
+from mftctl.experiments.state_names import CONTINUED_FFT, FFT, known_state
 from mftctl.progress import Listener
 
 
@@ -93,7 +93,7 @@ def _continued(fft: Run, runs: Sequence[Run]) -> Run:
 
 def _mft(fft: Run, runs: Sequence[Run]) -> Run:
     made = [run for run in runs if run.record.command in ("mask-train", "apply") and _starts_from(run, fft)]
-    found = [run for run in made if state_of(run).startswith("MFT") and _is_there(run)]
+    found = [run for run in made if _is_mft(run) and _is_there(run)]
     masks = [run for run in found if run.record.command == "mask-train"]
     if masks:
         return min(reversed(masks), key=lambda run: run.record.result["best_loss"] - run.record.result["unmasked_loss"])
@@ -106,6 +106,11 @@ def _mft(fft: Run, runs: Sequence[Run]) -> Run:
             hint=f"mftctl mask-train --model {fft.record.result['model']}",
         )
     return found[-1]
+
+
+def _is_mft(run: Run) -> bool:
+    state = known_state(state_of(run))
+    return state is not None and state.is_mft
 
 
 def _recipe(fft: Run, runs: Sequence[Run]) -> Recipe:

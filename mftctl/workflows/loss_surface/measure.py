@@ -20,12 +20,13 @@ from mftctl.data.sources import data_digest, load_examples
 from mftctl.data.splits import sample_count, sample_fraction
 from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.experiments.deciding_keys import OF_THE_MACHINE, to_document
+from mftctl.experiments.deciding_keys import OF_THE_MACHINE
 from mftctl.experiments.fingerprints import file_digest, model_fingerprint
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import encode_part, require_records, tell_issues
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, create_run, list_runs
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask

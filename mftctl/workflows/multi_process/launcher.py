@@ -18,11 +18,11 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING, Any
 
 from mftctl.errors import Interrupted, LostProcessError, MftError
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import BUILT_IN_FOLDER
 from mftctl.experiments.recording import how_to_go_on
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run
 from mftctl.progress import Listener, Silence
 from mftctl.runtime.process_group import SUPERVISED

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mftctl.data.encoding import Encoded
 from mftctl.evaluation.inference import length_batches
-from mftctl.experiments.recipe import TrainingOptions
+from mftctl.experiments.training_options import TrainingOptions
 from mftctl.training.schedule import micro_batch_records, records_per_step
 
 VALIDATION_TOKENS = 4096

@@ -9,7 +9,8 @@ from transformers import PreTrainedConfig
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import MftError
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions, Recipe
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.masking.targets import layer_groups, parse_layers
 from mftctl.workflows.planning.batches import Batches, batches_of
 from mftctl.workflows.planning.evaluation_memory import (
@@ -98,7 +99,7 @@ class CommandMemory:
         """The largest set of layers masked at once; for `probe --fast`, all layers with gradients."""
         if self.command == "probe":
             wanted = parse_layers(recipe.probe.layers or "all", self.layer_count)
-            groups = layer_groups(self.layer_count, recipe.probe_groups, wanted)
+            groups = layer_groups(self.layer_count, recipe.probe.groups, wanted)
             return sorted({layer for group in groups for layer in group}) if recipe.probe.fast else max(groups, key=len)
         if self.layers is not None:
             return list(self.layers)

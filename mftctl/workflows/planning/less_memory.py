@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mftctl.experiments.recipe import EvalOptions, FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.experiments.recipe import EvalOptions
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.training.schedule import records_per_step, smaller_batch_sizes
 
 _KEYS = {

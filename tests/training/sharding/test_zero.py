@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.recipe import FftOptions
+from mftctl.experiments.training_options import FftOptions
 from mftctl.progress import Silence
 from mftctl.training.sharding.zero import check_plan
 from mftctl.training.updates.optimizers import check_memory_options

@@ -17,10 +17,10 @@ from mftctl.data.examples import Example
 from mftctl.data.seen_records import seen_records
 from mftctl.data.sources import load_examples, record_digest
 from mftctl.errors import ConfigError, DataError, Interrupted, ModelError, RunError
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run
 from mftctl.masking.mask import load_mask
 from mftctl.progress import Progress, Silence

@@ -22,9 +22,9 @@ from lm_eval.models.utils import Collator
 from mftctl import load_mask
 from mftctl.errors import ConfigError, DataError
 from mftctl.evaluation.lm.base import likelihood_batches
-from mftctl.experiments.deciding_keys import to_document
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe, parse_recipe
+from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.progress import Progress
 from mftctl.workflows.multi_process import process_count

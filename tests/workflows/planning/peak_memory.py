@@ -46,7 +46,7 @@ def make_case(folder: Path, case: Case) -> Recipe:
         text = "".join(json.dumps(record) + "\n" for record in records[: None if name == "train" else 4])
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     section = "fft" if case.command == "fft" else "mask_train"
-    options = {"max_steps": 2, "eval_steps": 2, "batch_size": case.records, **case.options}
+    options = {"max_steps": 2, "val_steps": 2, "batch_size": case.records, **case.options}
     changes = {f"{section}__{key}": value for key, value in options.items()}
     return make_recipe(folder, mask_train__layers="0-1", **changes)
 

@@ -32,7 +32,7 @@ from tests.workflow_fixtures import make_recipe, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
-_SHORT = {"max_steps": 2, "eval_steps": 2, "batch_size": 4}
+_SHORT = {"max_steps": 2, "val_steps": 2, "batch_size": 4}
 _SIZES = {
     "layers": 4,
     "vocab_size": 102,

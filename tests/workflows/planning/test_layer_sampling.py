@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, GPT2Config, PreTrainedConfig
 
-from mftctl.experiments.recipe import FftOptions, MaskTrainOptions
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.workflows.planning import memory
 from mftctl.workflows.planning.allocation_meter import Event, Stretch

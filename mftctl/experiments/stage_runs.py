@@ -1,0 +1,40 @@
+"""The runs of an experiment's stages, known by the digests of what decides their results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mftctl.experiments.deciding_keys import in_names_of_today
+from mftctl.experiments.fingerprints import digest_of
+from mftctl.experiments.run_folder import Run, list_runs
+
+_ON_STAGES = ("the stage before", "the probe")
+"""Keys of what decides a result that hold the digests of other stages."""
+
+
+def stage_runs(root: Path) -> list[Run]:
+    """All runs of stages below `root`, oldest first.
+
+    What earlier versions recorded in other names has the digest that it would have today, and so has what builds on it.
+
+    Args:
+        root: The runs folder.
+    """
+    runs, digests = [], dict[str, str]()
+    for run in list_runs(root)[0]:
+        record = run.record
+        if record.digest is None:
+            continue
+        decides = _on_digests(in_names_of_today(record.decides), digests)
+        if decides != record.decides:
+            digests[record.digest] = digest_of(decides)
+            run.record = replace(record, decides=decides, digest=digests[record.digest])
+        runs.append(run)
+    return runs
+
+
+def _on_digests(decides: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
+    return {key: digests.get(value, value) if key in _ON_STAGES else value for key, value in decides.items()}

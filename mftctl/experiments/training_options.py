@@ -1,0 +1,332 @@
+"""How long, how fast and by which method `fft` and `mask-train` train: two sections of a recipe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from mftctl.experiments.presets import (
+    PRESETS,
+    Keep,
+    LearnFrom,
+    PresetName,
+    Ranking,
+    ScoreStart,
+    fft_in_force,
+    mask_train_in_force,
+    without_nulls,
+)
+from mftctl.runtime.compute_settings import Precision
+
+
+class Section(BaseModel):
+    """Strict: an unknown key is an error, text is no number, and neither are infinity and nan."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    def given(self) -> dict[str, Any]:
+        """The keys that were set, and not filled in, with their values."""
+        return {key: getattr(self, key) for key in self.model_fields_set}
+
+
+def _layers_text(value: object) -> object:
+    """One layer as text, which YAML reads as a number; anything else as it is, for the type check to refuse."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+LayersText = Annotated[str, BeforeValidator(_layers_text)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TrainingOptions(Section):
+    """Training settings shared by `fft` and `mask-train`."""
+
+    data_fraction: float = Field(1.0, gt=0, le=1, description="Share of the training data to use.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training data.")
+    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps; overrides epochs.")
+    batch_size: int = Field(8, gt=0, description="Records per forward pass on each device.")
+    grad_accum_steps: int | None = Field(
+        None, gt=0, description="Forward passes per optimizer step on each device; 1 by default."
+    )
+    global_batch_size: int | None = Field(
+        None, gt=0, description="Records per optimizer step over all processes, instead of --grad-accum."
+    )
+    batch_tokens: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens per forward pass on each device, including padding: groups records of similar length up to "
+        "this size, regardless of the batch size; a longer record gets its own pass.",
+    )
+    max_length_tokens: int = Field(1024, gt=1, description="Longer records are truncated at the end.")
+    schedule: Literal["linear", "cosine"] = Field("linear", description="Decay of the learning rate to 0.")
+    warmup_ratio: Share = Field(0.03, description="Share of steps for learning rate warmup.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm; 0 disables clipping.")
+    precision: Precision = Field("auto", description="auto: bf16 on a GPU that supports it, otherwise fp32.")
+    gradient_checkpointing: bool = Field(
+        False, description="Save memory by recomputing activations in the backward pass."
+    )
+    deterministic: bool = Field(
+        False, description="Bit-identical results on a GPU, also after --resume; slower. CPU results always are."
+    )
+    val_steps: int | None = Field(None, gt=0, description="Steps between validations; a tenth of all steps by default.")
+    patience: int | None = Field(None, gt=0, description="Stop early after this many validations without improvement.")
+    benchmark_every: int | None = Field(
+        None, gt=0, description="Measure benchmarks and test data every N steps, at the start and at the end."
+    )
+    benchmark_limit: int = Field(
+        100, gt=0, description="--benchmark-every: use only the first N problems or records of each."
+    )
+
+    @model_validator(mode="after")
+    def _one_step_size(self) -> Self:
+        if self.global_batch_size is None:
+            return self
+        if self.grad_accum_steps is not None:
+            raise ValueError("give either global_batch_size or grad_accum_steps, not both")
+        if self.batch_tokens is None and self.global_batch_size % self.batch_size:
+            raise ValueError(
+                f"global_batch_size must be a multiple of batch_size; {self.global_batch_size} is not a "
+                f"multiple of {self.batch_size} (not required with batch_tokens)"
+            )
+        return self
+
+
+class FftOptions(TrainingOptions):
+    """Settings for fine-tuning all weights, or those selected by a method."""
+
+    method: Literal["full", "lora", "gmt", "hft", "random"] = Field(
+        "full",
+        description="full: all weights; gmt: the weights with the largest gradients at each step; random: random "
+        "weights at each step; hft: half of the parameters; lora: a low-rank adapter.",
+    )
+    ratio: Share | None = Field(
+        None,
+        description="gmt and random: share of weights not updated in a step, chosen again at each step; 0.2 by "
+        "default.",
+    )
+    scope: Literal["tensor", "global"] = Field(
+        "tensor", description="gmt and random: apply the ratio to each tensor, or to all weights together."
+    )
+    unselected: Literal["unchanged", "momentum"] = Field(
+        "unchanged",
+        description="gmt and random: keep unselected weights unchanged, or let optimizer momentum move them.",
+    )
+    exclude: tuple[Literal["embeddings", "head"], ...] = Field(
+        (),
+        strict=False,
+        description="gmt and random: parts always updated in full: embeddings, head or both; if tied, either word "
+        "means the shared tensor.",
+    )
+    lora_rank: int = Field(16, gt=0, description="lora: rank of the adapter.")
+    lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
+    lora_dropout: Share = Field(0.0, description="lora: dropout before the adapter.")
+    merge: bool = Field(False, description="lora: write the merged model instead of the adapter.")
+    quantize: Literal["nf4"] | None = Field(
+        None, description="lora: load the base model in 4 bits per weight (QLoRA); needs bitsandbytes."
+    )
+    optimizer: Literal["adamw", "sgd", "rmsprop", "adagrad", "adafactor", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw",
+        description="adamw, sgd, rmsprop, adagrad, adafactor; adamw_8bit and paged_adamw_8bit (8-bit moments) need "
+        "bitsandbytes.",
+    )
+    low_memory: bool = Field(
+        False,
+        description="Weights, gradients and moments in stochastically rounded bf16: 8 bytes per weight, not 16.",
+    )
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    keep: Literal["best", "last"] = Field(
+        "best", description="Checkpoint to keep. best: the one with the lowest validation loss."
+    )
+    save_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="Data type of saved weights; auto: that of the initial checkpoint."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, document: object) -> object:
+        return without_nulls("fft", document)
+
+    @model_validator(mode="after")
+    def _ratio_has_a_method(self) -> FftOptions:
+        if self.ratio is not None and self.method not in ("gmt", "random"):
+            raise ValueError(f"fft.ratio applies only to the methods gmt and random; the method is {self.method}")
+        if self.exclude and self.method not in ("gmt", "random"):
+            raise ValueError(f"fft.exclude applies only to the methods gmt and random; the method is {self.method}")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_saved_in_ways_that_go_together(self) -> FftOptions:
+        if self.quantize is not None and self.method != "lora":
+            raise ValueError(f"fft.quantize applies only to the method lora; the method is {self.method}")
+        if self.low_memory and self.method == "lora":
+            raise ValueError(
+                "fft.low_memory applies only to trained weights; lora freezes them (use fft.quantize: nf4)"
+            )
+        if self.low_memory and self.optimizer != "adamw":
+            raise ValueError(f"fft.low_memory needs the optimizer adamw; the optimizer is {self.optimizer}")
+        if self.low_memory and self.precision == "fp32":
+            raise ValueError("fft.low_memory needs bf16; the precision is fp32")
+        if self.has_8bit_moments and self.method in ("gmt", "random") and self.unselected == "unchanged":
+            raise ValueError(
+                f"fft.optimizer: {self.optimizer} keeps one scale per 256 moments, so weights that are not selected "
+                "cannot stay unchanged (use fft.unselected: momentum, or fft.low_memory with adamw)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settle(self) -> FftOptions:
+        """Fills in what was left unset, which stays known as not given."""
+        self.__dict__.update(fft_in_force(self.given(), self.method))
+        return self
+
+    @property
+    def has_8bit_moments(self) -> bool:
+        """True for the optimizers of bitsandbytes."""
+        return self.optimizer in ("adamw_8bit", "paged_adamw_8bit")
+
+
+class MaskTrainOptions(TrainingOptions):
+    """Settings for choosing which weights of a fine-tuned model to remove."""
+
+    method: Literal["learned", "random", "magnitude", "drop"] = Field(
+        "learned",
+        description="learned: Mask Fine-Tuning; random and magnitude: baselines without training; drop: revert "
+        "weights to their values before fine-tuning.",
+    )
+    unit: Literal["weight", "row"] = Field(
+        "weight",
+        description="magnitude: remove single weights, or whole rows (all weights of one output) by their mean.",
+    )
+    layers: LayersText | None = Field(
+        None, description='Decoder layers, such as "4-7", "0,3,8-11" or "all"; the probe\'s by default.'
+    )
+    target: Literal["attn", "mlp", "both"] = Field("both", description="Projections to mask.")
+    preset: PresetName = Field(
+        "default",
+        description="Defaults for options left unset. default: scores start at the magnitude of the weight, and "
+        "weights whose score falls below 0 are removed; paper: scores start at random, and the 10 % with the smallest "
+        "|score| are removed; reference: like paper, with the last mask and the loss of the paper's code.",
+    )
+    learn_from: LearnFrom = Field(
+        "auto",
+        description="Training records to use. unseen: those not seen in fine-tuning; auto (the default): unseen if "
+        "there are at least 64, otherwise all; all (paper, reference).",
+    )
+    ratio: Share | dict[str, Share] | None = Field(
+        None,
+        description="Share of weights to remove from each tensor, or from the named projections, such as "
+        "q_proj=0.05,down_proj=0.1; by default set by the threshold, or 0.1 without one.",
+    )
+    patience: int | None = Field(
+        None,
+        gt=0,
+        description="Stop early after this many validations without improvement; 5 by default, never for paper or "
+        "keep last.",
+    )
+    threshold: float | None = Field(
+        None, description="Remove weights with scores below this value instead of a fixed ratio."
+    )
+    threshold: float | None = Field(None, description="Remove scores below this instead of a fixed ratio.")
+    ranking: Ranking = Field(
+        "signed",
+        description="Ranking for a ratio. signed: by score (the default); absolute: by |score| (paper, reference).",
+    )
+    start: ScoreStart = Field(
+        "weights",
+        description="Initial scores. weights: |weight| (the default); normal: N(0, start_std) (paper, reference); "
+        "kaiming: uniform within 1/sqrt(fan_in); constant: all equal.",
+    )
+    start_std: float | None = Field(
+        None,
+        gt=0,
+        description="normal: standard deviation of the scores; by default the model's initializer_range, or 0.02.",
+    )
+    start_value: float = Field(0.01, description="constant: the initial score of all weights.")
+    learning_rate: float | Literal["auto"] = Field(
+        "auto",
+        description="auto: 4 times the rate of fine-tuning; for --start other than magnitude scaled to the scores, "
+        "independent of steps and model size.",
+    )
+    travel: float = Field(
+        1.6,
+        gt=0,
+        description="normal, kaiming and constant: how far a score can move with learning rate auto, in units of the "
+        "start: its standard deviation, its range, its distance from the threshold.",
+    )
+    keep: Keep = Field(
+        "best",
+        description="Mask to keep. best: lowest validation loss (the default); last: the last step (reference).",
+    )
+    strategy: Literal["trivial", "salient", "random"] = Field(
+        "trivial", description="drop: revert the smallest changes made by fine-tuning, the largest, or random ones."
+    )
+    base: str | None = Field(None, description="drop: the model before fine-tuning; by default that of the fft run.")
+    low_memory: bool = Field(
+        False,
+        description="Scores and moments in stochastically rounded bf16, and no copy of masked weights: 8 bytes per "
+        "masked weight instead of 20.",
+    )
+    prefix_cache_gb: float | None = Field(
+        None,
+        ge=0,
+        description="Gigabytes for caching the hidden states below the first masked layer, computed once per batch; "
+        "0 always recomputes them. By default a quarter of the free memory, then of the free disk.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_unset(cls, document: object) -> object:
+        return without_nulls("mask_train", document)
+
+    @model_validator(mode="after")
+    def _one_indicator(self) -> MaskTrainOptions:
+        if self.ratio is not None and self.threshold is not None:
+            raise ValueError("give either a ratio or a threshold, not both")
+        if self.threshold is not None and self.method != "learned":
+            raise ValueError(f"a threshold needs learned scores; the method {self.method} takes a ratio")
+        if self.unit == "row" and self.method != "magnitude":
+            raise ValueError(f"mask_train.unit: row applies only to the method magnitude; the method is {self.method}")
+        if isinstance(self.ratio, dict) and self.method == "drop":
+            raise ValueError("drop takes one ratio for all tensors")
+        if self.ratio == {}:
+            raise ValueError("a ratio by projection must name at least one projection")
+        return self
+
+    @model_validator(mode="after")
+    def _settle(self) -> MaskTrainOptions:
+        """Fills in what was left unset, which stays known as not given."""
+        self.__dict__.update(mask_train_in_force(self.given(), self.preset, self.method))
+        return self
+
+    @model_validator(mode="after")
+    def _keys_have_their_start(self) -> MaskTrainOptions:
+        fields, start = type(self).model_fields, self.start
+        for name, starts in (
+            ("travel", ("normal", "kaiming", "constant")),
+            ("start_std", ("normal",)),
+            ("start_value", ("constant",)),
+        ):
+            if getattr(self, name) != fields[name].default and start not in starts:
+                raise ValueError(f"mask_train.{name} applies only to start {', '.join(starts)}; the start is {start}")
+        return self
+
+    @property
+    def keeps_last(self) -> bool:
+        """True if the mask of the last step is kept; methods without training have only one."""
+        return self.method == "learned" and self.keep == "last"
+
+    @property
+    def averages_records(self) -> bool:
+        """True if the loss is the mean over records instead of answer tokens."""
+        return PRESETS[self.preset].averages_records
+
+    @property
+    def projections(self) -> list[str] | None:
+        """The projections named in a ratio by projection; None if all projections of the target are masked."""
+        return list(self.ratio) if isinstance(self.ratio, dict) else None
+
+    def ratio_of(self, projection: str) -> float | None:
+        """Returns the ratio of one projection, such as `q_proj`; None if a threshold applies."""
+        return self.ratio[projection] if isinstance(self.ratio, dict) else self.ratio

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mftctl.experiments.presets import DEFAULT_PATIENCE, DEFAULT_RATIO, DEFAULT_UPDATE_RATIO, SETTLED
+from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import parse_recipe, with_changes
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+
+
+def test_a_null_leaves_an_option_unset() -> None:
+    for section, keys in SETTLED.items():
+        recipe = Recipe.model_validate({section: dict.fromkeys(keys)})
+        assert recipe == Recipe()
+        assert getattr(recipe, section).model_fields_set == set()
+
+
+def test_what_was_filled_in_is_not_given() -> None:
+    options = MaskTrainOptions(preset="paper", patience=3)
+    assert options.ratio == DEFAULT_RATIO
+    assert options.given() == {"preset": "paper", "patience": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_force"),
+    [
+        ({"preset": "paper"}, ("normal", "absolute", None, DEFAULT_RATIO, None)),
+        ({"start": "kaiming"}, ("kaiming", "signed", None, DEFAULT_RATIO, DEFAULT_PATIENCE)),
+        ({"ratio": 0.3}, ("weights", "signed", None, 0.3, DEFAULT_PATIENCE)),
+        ({"keep": "last"}, ("weights", "signed", 0.0, None, None)),
+        ({"method": "random"}, ("weights", "signed", None, DEFAULT_RATIO, DEFAULT_PATIENCE)),
+        ({"threshold": -0.1, "preset": "reference"}, ("normal", "absolute", -0.1, None, None)),
+    ],
+    ids=str,
+)
+def test_a_change_settles_anew_what_was_not_given(changes: dict[str, Any], in_force: tuple[object, ...]) -> None:
+    changed = with_changes(parse_recipe({}), {f"mask_train.{key}": value for key, value in changes.items()})
+    options = changed.mask_train
+    assert (options.start, options.ranking, options.threshold, options.ratio, options.patience) == in_force
+
+
+def test_a_change_of_the_preset_leaves_what_was_given() -> None:
+    given = {"patience": DEFAULT_PATIENCE, "start": "weights", "keep": "best"}
+    changed = with_changes(parse_recipe({"mask_train": given}), {"mask_train.preset": "reference"}).mask_train
+    assert (changed.patience, changed.start, changed.keep) == (DEFAULT_PATIENCE, "weights", "best")
+    assert (changed.ranking, changed.threshold, changed.ratio) == ("absolute", None, DEFAULT_RATIO)
+
+
+def test_groups_follow_the_preset_of_the_masks_until_they_are_given() -> None:
+    paper = with_changes(parse_recipe({}), {"mask_train.preset": "paper"})
+    assert paper.probe.groups == (4,)
+    assert with_changes(paper, {"mask_train.preset": "default"}).probe.groups == (4, "all")
+    assert with_changes(paper, {"probe.groups": [4, "all"]}).probe.groups == (4, "all")
+
+
+def test_a_method_that_chooses_no_weights_has_no_ratio() -> None:
+    ratios = {
+        method: FftOptions.model_validate({"method": method}).ratio for method in ("gmt", "random", "hft", "full")
+    }
+    assert ratios == {"gmt": DEFAULT_UPDATE_RATIO, "random": DEFAULT_UPDATE_RATIO, "hft": None, "full": None}
+    chosen = with_changes(parse_recipe({"fft": {"method": "gmt"}}), {"fft.method": "full"})
+    assert chosen.fft.ratio is None
+
+
+def test_a_method_without_training_keeps_no_last_mask() -> None:
+    assert MaskTrainOptions(preset="reference").keeps_last
+    assert not MaskTrainOptions(preset="reference", method="random").keeps_last
+    assert not MaskTrainOptions(keep="last", method="random").keeps_last
+    assert not MaskTrainOptions().keeps_last

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import pytest
+
+from mftctl.experiments.state_names import (
+    CONTINUED_FFT,
+    FFT,
+    STATE_ORDER,
+    State,
+    StateKind,
+    fine_tuned_state,
+    known_state,
+    mask_state,
+    place_of,
+)
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+
+
+@pytest.mark.parametrize("state", [*STATE_ORDER, State(StateKind.WRITTEN)], ids=lambda state: state.label)
+def test_a_state_is_found_by_its_own_label(state: State) -> None:
+    assert known_state(state.label) == state
+
+
+@pytest.mark.parametrize("source", ["pre-trained", FFT])
+@pytest.mark.parametrize("method", ["full", "lora", "gmt", "hft", "random"])
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("exclude", [(), ("head",), ("head", "embeddings")])
+def test_every_fine_tuning_is_a_known_state(source: str, method: str, scope: str, exclude: tuple[str, ...]) -> None:
+    chosen = exclude if method in ("gmt", "random") else ()
+    options = FftOptions.model_validate({"method": method, "scope": scope, "exclude": chosen})
+    state = known_state(fine_tuned_state(source, options))
+    assert state is not None
+    assert (state.is_continued, state.is_global) == (source == FFT, scope == "global")
+    assert state.excluded == tuple(sorted(chosen))
+    assert state.is_update == (method in ("gmt", "hft", "random"))
+
+
+def test_a_label_with_more_to_it_is_no_known_state() -> None:
+    assert known_state("MFT (mft[ratio=0.1])") is None
+    assert known_state("something new") is None
+    assert place_of("something new") == place_of("GMT excluding head") == len(STATE_ORDER)
+
+
+def test_states_stand_in_the_order_of_the_papers() -> None:
+    labels = [state.label for state in STATE_ORDER]
+    assert [place_of(label) for label in labels] == list(range(len(labels)))
+    assert labels.index(FFT) + 1 == labels.index(CONTINUED_FFT)
+    assert labels[0] == "pre-trained"
+    assert labels[-5:] == ["MFT, paper", "MFT, reference", "MFT", "MFT threshold", "masked"]
+
+
+def test_masks_and_drops_are_told_apart() -> None:
+    kinds = {
+        "learned": {"preset": "paper", "threshold": 0.0},
+        "paper": {"preset": "paper"},
+        "random": {"method": "random"},
+        "drop": {"method": "drop", "strategy": "salient"},
+    }
+    found = {name: known_state(mask_state(MaskTrainOptions.model_validate(given))) for name, given in kinds.items()}
+    states = {name: state for name, state in found.items() if state is not None}
+    assert {name for name, state in states.items() if state.is_mft} == {"learned", "paper"}
+    assert {name for name, state in states.items() if state.is_drop} == {"drop"}
+    assert states["paper"] == State(StateKind.MFT, preset="paper")
+    masked = State(StateKind.MASKED)
+    assert masked.is_masked_by_learning
+    assert not masked.is_mft
