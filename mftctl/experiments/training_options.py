@@ -228,7 +228,6 @@ class MaskTrainOptions(TrainingOptions):
     threshold: float | None = Field(
         None, description="Remove weights with scores below this value instead of a fixed ratio."
     )
-    threshold: float | None = Field(None, description="Remove scores below this instead of a fixed ratio.")
     ranking: Ranking = Field(
         "signed",
         description="Ranking for a ratio. signed: by score (the default); absolute: by |score| (paper, reference).",
@@ -246,7 +245,7 @@ class MaskTrainOptions(TrainingOptions):
     start_value: float = Field(0.01, description="constant: the initial score of all weights.")
     learning_rate: float | Literal["auto"] = Field(
         "auto",
-        description="auto: 4 times the rate of fine-tuning; for --start other than magnitude scaled to the scores, "
+        description="auto: 4 times the rate of fine-tuning; for --start other than weights scaled to the scores, "
         "independent of steps and model size.",
     )
     travel: float = Field(
