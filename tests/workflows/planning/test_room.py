@@ -82,7 +82,7 @@ def test_sizes_of_memory() -> None:
         512 * 10**6,
     ]
     for text in ("80", "GB", "0GB", "1.2.3GB"):
-        with pytest.raises(ConfigError, match="number with its unit"):
+        with pytest.raises(ConfigError, match="number with a unit"):
             parse_memory(text)
 
 
@@ -115,5 +115,5 @@ def test_settings_that_are_named_can_be_typed() -> None:
 
 @pytest.mark.parametrize("text", [f"{'9' * 400}GB", "0.0000001KB"])
 def test_memory_that_no_device_has(text: str) -> None:
-    with pytest.raises(ConfigError, match="number with its unit"):
+    with pytest.raises(ConfigError, match="number with a unit"):
         parse_memory(text)
