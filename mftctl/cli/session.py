@@ -15,6 +15,7 @@ from mftctl.experiments.model_source import Source, model_for_training, recommen
 from mftctl.experiments.outputs import Input, check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe, with_changes
+from mftctl.experiments.results import FftResult, MaskTrainResult
 from mftctl.experiments.run_folder import Run, create_run, load_run, newest_run
 from mftctl.files.atomic import Permit
 from mftctl.runtime.process_group import from_first
@@ -163,18 +164,17 @@ class Session:
         inputs = inputs_of(recipe, models=models, recipe_name=self._recipe_name)
         return Path(from_first(lambda: str(self.settle_output(output, inputs, permit))))
 
-    def end(self, result: Mapping[str, Any]) -> None:
+    def end(self, result: FftResult | MaskTrainResult) -> None:
         """Nothing, if the result is where it was wanted.
 
         Raises:
             StorageError: It is in the run folder alone, since something else is at the output by now.
         """
-        refused = result.get("output_refused")
-        if refused is not None:
+        if result.output_refused is not None:
             raise StorageError(
                 "The result is not at the output, where something else is by now.",
-                path=result.get("mask") or result["model"],
-                actual=refused,
+                path=result.mask if isinstance(result, MaskTrainResult) else result.model,
+                actual=result.output_refused,
                 hint="copy it from the run folder, where it is whole",
             )
 
@@ -213,8 +213,8 @@ class Session:
         if found is None:
             self.output.note("Layers: all, since no probe of this model says which gain most (mftctl probe)")
         else:
-            self.output.note(f"Layers: {found[0]}, recommended by {found[1]}")
-        self._options["mask_train.layers"] = "all" if found is None else found[0]
+            self.output.note(f"Layers: {found.layers}, recommended by {found.run}")
+        self._options["mask_train.layers"] = "all" if found is None else found.layers
         return self.settle(source)
 
     def _resumed(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
+from mftctl.errors import RunError
+
+FORMAT_VERSION = 2
+"""Of what is written. Records of version 1 do not name theirs; they have the same keys."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -23,7 +27,7 @@ class RunRecord:
         recipe: Name or path of the recipe that was used, None without one.
         inputs: What the command worked on: model, mask, digests, the runs they came from.
         output: Where the user wants the result besides the run folder, None for nowhere else.
-        result: The command's result; empty until it is finished.
+        result: The command's result as it is stored, which `Run.result` reads; empty until it is finished.
         seconds: Working time, over all resumptions.
         versions: Versions of Python and the packages that decide figures, and a digest of mftctl's own code.
         stage: Name of the stage of an experiment, None for a command on its own.
@@ -34,6 +38,7 @@ class RunRecord:
         error: The message a failed run ended with.
         device: What it computes on: `name`, whether fp32 is `tf32`, whether it is `deterministic`, and the kernels of
             `attention` that its model has.
+        format_version: Of the record; 1 where it does not name one.
     """
 
     command: str
@@ -53,3 +58,39 @@ class RunRecord:
     processes: int = 1
     error: str | None = None
     device: dict[str, Any] = field(default_factory=dict)
+    format_version: int = 1
+
+
+def told_format(content: bytes) -> int:
+    """The format version that a file names, whatever else is in it; 1 where it names none.
+
+    Args:
+        content: Of a `run.json`.
+    """
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        return 1
+    version = document.get("format_version") if isinstance(document, dict) else None
+    return version if isinstance(version, int) else 1
+
+
+def require_known_format(version: int, path: Path) -> None:
+    """Nothing, if a record's format is not newer than what this version of mftctl writes.
+
+    Args:
+        version: Of the format.
+        path: Of the record.
+
+    Raises:
+        RunError: It is.
+    """
+    if version > FORMAT_VERSION:
+        raise RunError(
+            "This run was written by a newer version of mftctl.",
+            path=path,
+            key="format_version",
+            expected=f"at most {FORMAT_VERSION}",
+            actual=version,
+            hint="pip install --upgrade mftctl",
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from mftctl.errors import RunError
+from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_folder import Run
 
 _DROP = " drop"
@@ -44,9 +45,8 @@ def _mask_train(run: Run) -> list[str]:
 
 
 def _apply(run: Run) -> list[str]:
-    record = run.record
     model, mask = _input(run, "model"), _input(run, "mask")
-    base = record.result.get("base")
+    base = run.result(Outcome).base
     if base is None:  # the record of a run of an earlier version, or of one that is not finished
         base = _input(run, "origin") if _input(run, "state").endswith(_DROP) else model
     tuned = [] if base == model else ["--tuned", model]

@@ -103,8 +103,8 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
                 if item.is_number:
                     groups.setdefault(item.key, []).append(item)
                 else:
-                    name = item.dataset["name"]
-                    problems.append(f"{run.name}: its {item.metric['name']} on {name} is no number, and in no table")
+                    name = item.dataset.name
+                    problems.append(f"{run.name}: its {item.metric.name} on {name} is no number, and in no table")
         except RunError as error:
             problems.append(told(error, run.name))
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -208,8 +208,8 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
         changes: Of all together, then of each if there are several.
         is_baseline: Whether the others are compared with it.
     """
-    values = [item.metric["value"] for item in group]
-    errors = [item.metric["standard_error"] for item in group if item.metric["standard_error"] is not None]
+    values = [item.metric.value for item in group]
+    errors = [item.metric.standard_error for item in group if item.metric.standard_error is not None]
     runs = tuple(item.run.name for item in group)
     own = changes[-len(group) :]
     return Row(
@@ -217,7 +217,7 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
         value=fmean(values),
         spread=stdev(values) if len(values) > 1 else None,
         standard_error=fmean(errors) if errors else None,
-        samples=group[0].metric["samples"],
+        samples=group[0].metric.samples,
         seeds=tuple(item.seed for item in group),
         is_baseline=is_baseline,
         change=changes[0],

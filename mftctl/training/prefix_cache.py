@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.experiments.results import PrefixReuse
 from mftctl.masking.targets import decoder_layers
 from mftctl.runtime.memory import available_bytes
 from mftctl.runtime.processes import local_world_size, world_size
@@ -344,6 +345,6 @@ def token_batches_change(records: int, options: MaskTrainOptions) -> bool:
     return total_steps(records, options, processes) * records_per_step(options, processes) >= 2 * records
 
 
-def figures(states: HiddenStates) -> dict[str, Any]:
+def figures(states: HiddenStates) -> PrefixReuse:
     """What was kept and how often it was used, for a run's result."""
-    return {"batches": len(states), "size_bytes": states.size_bytes, "reused": states.reused}
+    return PrefixReuse(batches=len(states), size_bytes=states.size_bytes, reused=states.reused)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -11,6 +10,7 @@ from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import DEFAULT_RATIO, MaskTrainOptions, Recipe
+from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import mask_state
@@ -44,7 +44,7 @@ from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
 def mask_train(
     recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
-) -> dict[str, Any]:
+) -> MaskTrainResult:
     """The result of finding a mask: where its file is, what it removes, and its losses per answer token.
 
     Args:
@@ -72,10 +72,11 @@ def mask_train(
 
 def _search(
     recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
-) -> dict[str, Any]:
+) -> MeasuredMask:
     """The result of the methods that measure masks on the model."""
     options = recipe.mask_train
-    inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    prepared = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    inputs = prepared.inputs
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs, split_validation_records(inputs.validation, options)[0])
     model, weights = _model_to_mask(inputs, options, listener)
@@ -103,7 +104,7 @@ def _search(
             run.training,
             listener,
             unmasked_loss=None if weights is not None else validation_loss(model, inputs, listener),
-            fft_learning_rate=run.record.inputs["fft_learning_rate"],
+            fft_learning_rate=prepared.fft_learning_rate,
             seed=recipe.seed,
             resume=resume,
             interim=interim,
@@ -118,21 +119,29 @@ def _search(
         reuse = figures(states)
     metadata = mask_metadata(recipe, source, run, layers)
     mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata)
-    return {
-        "state": mask_state(options),
-        "model": source.model,
-        **keep_mask(mask, run, may_replace=may_replace),
-        "layers": format_layers(layers),
-        "layer_ratios": layer_ratios(found.keep, targets),
-        **found.figures(),
-        "kept": options.effective_keep if options.method == "learned" else None,
-        "start_std": search.start.std if (options.method, options.effective_start) == ("learned", "normal") else None,
-        "flops_per_token": flops,
-        "confirmation": confirmation,
-        "prefix_reuse": reuse,
-        "evaluations": measurements(run.training),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    return MeasuredMask(
+        **keep_mask(mask, run, may_replace=may_replace).document(),
+        state=mask_state(options),
+        model=source.model,
+        layers=format_layers(layers),
+        layer_ratios=layer_ratios(found.keep, targets),
+        unmasked_loss=found.unmasked_loss,
+        start_loss=found.start_loss,
+        best_loss=found.best_loss,
+        best_step=found.best_step,
+        steps=found.steps,
+        tokens=found.tokens,
+        learning_rate=found.learning_rate,
+        helps=found.helps,
+        flips=found.flips,
+        kept=options.effective_keep if options.method == "learned" else None,
+        start_std=search.start.std if (options.method, options.effective_start) == ("learned", "normal") else None,
+        flops_per_token=flops,
+        confirmation=confirmation,
+        prefix_reuse=reuse,
+        evaluations=measurements(run.training),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
@@ -144,7 +153,7 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
     return replace(search, model=model, targets=find_targets(model, layers, options.target, options.projections))
 
 
-def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:
+def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> Confirmation | None:
     """What records that took no part in choosing the mask say of it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
         which = "The last mask was not" if search.options.effective_keep == "last" else "No mask was"
@@ -158,7 +167,7 @@ def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encod
     return confirm(search, found.keep, confirming) if confirming else None
 
 
-def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> dict[str, Any]:
+def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> DroppedMask:
     """The result of going back to the weights before fine-tuning where the method says so; no model is loaded.
 
     Raises:
@@ -190,16 +199,16 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_r
         run_id=run.name,
         on_progress=lambda done, total: listener.progress(Progress("comparing", done, total)),
     )
-    return {
-        "state": mask_state(options),
-        "model": source.model,
-        "base": base,
-        **keep_mask(mask, run, may_replace=may_replace),
-        "layers": "all",
-        "layer_ratios": {},
-        "steps": 0,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    return DroppedMask(
+        **keep_mask(mask, run, may_replace=may_replace).document(),
+        state=mask_state(options),
+        model=source.model,
+        base=base,
+        layers="all",
+        layer_ratios={},
+        steps=0,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def _model_to_mask(

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mftctl.training import prefix_cache
 from mftctl.experiments.recipe import MaskTrainOptions
+from mftctl.training import prefix_cache
 from mftctl.training.prefix_cache import hidden_states
 
 GB = 10**9

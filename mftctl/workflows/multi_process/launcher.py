@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from mftctl.errors import Interrupted, LostProcessError, MftError
 from mftctl.experiments.deciding_keys import to_document
@@ -23,6 +23,7 @@ from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import BUILT_IN_FOLDER
 from mftctl.experiments.recording import how_to_go_on
+from mftctl.experiments.results import Result
 from mftctl.experiments.run_folder import Run
 from mftctl.progress import Listener, Silence
 from mftctl.runtime.process_group import SUPERVISED
@@ -60,7 +61,7 @@ def work_together(
     *,
     resume: bool,
     may_replace: bool,
-) -> dict[str, Any]:
+) -> Result:
     """The result of a run's command, of which several processes do a part each.
 
     Their own words, such as warnings of libraries, go to `logs/` in the run folder, which stays where they fail.
@@ -142,7 +143,7 @@ class _Team:
                         selector.unregister(key.fileobj)
                 self._end_with_the_lost()
 
-    def result(self, hint: str) -> dict[str, Any]:
+    def result(self, hint: str) -> Result:
         """What came out.
 
         Args:
