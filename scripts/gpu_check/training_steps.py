@@ -94,8 +94,8 @@ def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]
             yield from _speed(name, run, scale)
             yield Figure(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
             confirmation = confirm(search, found.keep, confirming)
-        yield Figure(f"{name}: change of the loss that confirm finds", confirmation["change"])
-        yield Check(f"{name}: the mask is measured", math.isfinite(confirmation["change"]))
+        yield Figure(f"{name}: change of the loss that confirm finds", confirmation.change)
+        yield Check(f"{name}: the mask is measured", math.isfinite(confirmation.change))
 
 
 def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]) -> Iterator[Finding]:
