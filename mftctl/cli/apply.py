@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,6 +15,7 @@ from mftctl.experiments.model_source import Source, newest_source, source_of_mas
 from mftctl.experiments.outputs import inputs_of
 from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_folder import Run
 from mftctl.files.ownership import Kind, permit_folder
 
@@ -74,18 +75,20 @@ def apply(
             result = applying.apply(source, run, console, base=base, replace=session.replaces)
             run.finish(result)
         show(console, run, result)
-        words: list[str | Path] = [] if base is None else [Path(result["model"]), "--data", "FILE"]
+        words: list[str | Path] = [] if base is None else [Path(result.model), "--data", "FILE"]
         console.next_command("mftctl", "eval", *words, runs=runs)
 
 
-def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+def show(console: Output, run: Run, result: ApplyResult) -> None:
     """Prints the result of applying a mask."""
     rows = [
-        ("model", result["model"]),
-        ("removed", f"{result['removed']:,} weights in {result['tensors_masked']} tensors"),
-        ("written", f"{result['bytes_written'] / 1e6:,.1f} MB"),
+        ("model", result.model),
+        ("removed", f"{result.removed:,} weights in {result.tensors_masked} tensors"),
+        ("written", f"{result.bytes_written / 1e6:,.1f} MB"),
     ]
-    console.result({"run": str(run.folder), **result}, pairs_table(f"Applied in {run.record.seconds:.1f} s", rows))
+    console.result(
+        {"run": str(run.folder), **result.document()}, pairs_table(f"Applied in {run.record.seconds:.1f} s", rows)
+    )
 
 
 def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) -> Source:

@@ -19,6 +19,7 @@ from mftctl.experiments.model_source import Source, ancestry, newest_source, sou
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.experiments.state_names import WRITTEN
 from mftctl.workflows.multi_process.dispatch import work
@@ -163,22 +164,23 @@ def show(console: Output, runs: list[Run]) -> None:
     for name in ("value", "± s.e.", "n"):
         table.add_column(name, justify="right")
     for run in runs:
-        for dataset in run.record.result["datasets"]:
-            for metric in dataset["metrics"]:
-                error = metric["standard_error"]
+        result = run.result(EvalResult)
+        for dataset in result.datasets:
+            for metric in dataset.metrics:
+                error = metric.standard_error
                 table.add_row(
-                    escape(run.record.result["state"]),
-                    escape(dataset["name"]),
-                    escape(metric["name"]),
-                    f"{metric['value']:.4f}",
+                    escape(result.state),
+                    escape(dataset.name),
+                    escape(metric.name),
+                    f"{metric.value:.4f}",
                     "" if error is None else f"{error:.4f}",
-                    str(metric["samples"]),
+                    str(metric.samples),
                 )
-            if tokens := dataset.get("generated_tokens"):
-                seconds = dataset["seconds"]
+            tokens, seconds = dataset.generated_tokens, dataset.seconds
+            if tokens and seconds is not None:
                 speed = f"{tokens:,} tokens in {seconds:.0f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s"
-                console.note(f"{dataset['name']}: {speed}, scoring included")
-    results: list[dict[str, Any]] = [{"run": str(run.folder), **run.record.result} for run in runs]
+                console.note(f"{dataset.name}: {speed}, scoring included")
+    results = [{"run": str(run.folder), **run.record.result} for run in runs]
     console.result(results[0] if len(results) == 1 else {"evaluations": results}, table)
 
 

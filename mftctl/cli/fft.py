@@ -11,6 +11,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_options import FftOptions
 from mftctl.files.ownership import Kind, permit_folder
@@ -99,25 +100,25 @@ def fft(
             resume=resume, output=output, permit=lambda agreed: permit_folder(Kind.MODEL, replace=agreed)
         )
         with recorded(run):
-            result = work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces)
-            run.finish(result)
+            run.finish(work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces))
+        result = run.result(FftResult)
         show(console, run, result)
         session.end(result)
         console.next_command("mftctl", "probe", *launch.words, runs=runs)
 
 
-def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+def show(console: Output, run: Run, result: FftResult) -> None:
     """Prints the result of fine-tuning."""
     console.result(
-        {"run": str(run.folder), **result},
+        {"run": str(run.folder), **result.document()},
         pairs_table(
-            f"{result['state']} in {run.record.seconds:.0f} s",
+            f"{result.state} in {run.record.seconds:.0f} s",
             [
-                ("validation loss", f"{result['start_loss']:.4f} at the start"),
-                ("", f"{result['best_loss']:.4f} at the best step ({result['best_step']} of {result['steps']})"),
-                ("", f"{result['last_loss']:.4f} at the last step"),
-                ("model", f"{result['model']} ({result['kept']} checkpoint)"),
-                ("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB"),
+                ("validation loss", f"{result.start_loss:.4f} at the start"),
+                ("", f"{result.best_loss:.4f} at the best step ({result.best_step} of {result.steps})"),
+                ("", f"{result.last_loss:.4f} at the last step"),
+                ("model", f"{result.model} ({result.kept} checkpoint)"),
+                ("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"),
             ],
         ),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,6 +11,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.workflows.multi_process.dispatch import work
@@ -109,30 +110,35 @@ def mask_train(
         session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes, launch=launch)
         run, settled, source = session.open_training(resume=resume, output=output, permit=mask_file_permit)
         with recorded(run):
-            result = work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces)
-            run.finish(result)
+            run.finish(work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces))
+        result = run.result(MaskTrainResult)
         show(console, run, result)
         session.end(result)
         console.next_command("mftctl", "apply", runs=runs)
 
 
-def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+def show(console: Output, run: Run, result: MaskTrainResult) -> None:
     """Prints the result of mask training."""
-    rows = [("layers", result["layers"]), ("removed", f"{result['removed']:,} of {result['weights']:,} weights")]
-    if len(set(result["layer_ratios"].values())) > 1:
-        rows += [("", f"{100 * ratio:.2g} % of layer {layer}") for layer, ratio in result["layer_ratios"].items()]
-    if "unmasked_loss" in result:
-        rows += [("validation loss", f"{result['unmasked_loss']:.4f} without a mask")]
-        if result["steps"]:
-            step = f"the {result['kept']} mask, step {result['best_step']} of {result['steps']}"
-            rows += [("", f"{result['start_loss']:.4f} with the initial mask")]
-            rows += [("", f"{result['best_loss']:.4f} with {step}")]
-        else:
-            rows += [("", f"{result['best_loss']:.4f} with the mask")]
-    if found := result.get("confirmation"):
-        change = f"{found['change']:+.4f} [{found['low']:+.4f}, {found['high']:+.4f}]"
-        rows += [("confirmation", f"{change} {'confirmed' if found['confirmed'] else 'not confirmed'}")]
-    rows += [("mask", result["output"] or result["mask"])]
-    rows += [("peak memory", f"{result['peak_memory_bytes'] / 1e9:.2f} GB")]
-    title = f"{result['state']} in {run.record.seconds:.0f} s"
-    console.result({"run": str(run.folder), **result}, pairs_table(title, rows))
+    rows = [("layers", result.layers), ("removed", f"{result.removed:,} of {result.weights:,} weights")]
+    if len(set(result.layer_ratios.values())) > 1:
+        rows += [("", f"{100 * ratio:.2g} % of layer {layer}") for layer, ratio in result.layer_ratios.items()]
+    if isinstance(result, MeasuredMask):
+        rows += _losses(result)
+    rows += [("mask", result.output or result.mask)]
+    rows += [("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB")]
+    title = f"{result.state} in {run.record.seconds:.0f} s"
+    console.result({"run": str(run.folder), **result.document()}, pairs_table(title, rows))
+
+
+def _losses(result: MeasuredMask) -> list[tuple[str, str]]:
+    rows = [("validation loss", f"{result.unmasked_loss:.4f} without a mask")]
+    if result.steps:
+        step = f"the {result.kept} mask, step {result.best_step} of {result.steps}"
+        rows += [("", f"{result.start_loss:.4f} with the initial mask")]
+        rows += [("", f"{result.best_loss:.4f} with {step}")]
+    else:
+        rows += [("", f"{result.best_loss:.4f} with the mask")]
+    if found := result.confirmation:
+        change = f"{found.change:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
+        rows += [("confirmation", f"{change} {'confirmed' if found.confirmed else 'not confirmed'}")]
+    return rows

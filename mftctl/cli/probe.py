@@ -14,6 +14,7 @@ from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.experiments.recipe import EvalOptions, ProbeOptions
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, TrainedProbe
 from mftctl.experiments.run_folder import Run
 from mftctl.workflows.multi_process.dispatch import work
 from mftctl.workflows.multi_process.process_count import settle_launch
@@ -89,17 +90,16 @@ def probe(
         session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         run, settled, source = session.open_training(resume=resume)
         with recorded(run):
-            result = work(settled, source, run, console, launch, resume=resume)
-            run.finish(result)
-        show(console, run, result)
+            run.finish(work(settled, source, run, console, launch, resume=resume))
+        show(console, run, run.result(ProbeResult))
         console.next_command("mftctl", "mask-train", *launch.words, runs=runs)
 
 
-def show(console: Output, run: Run, result: dict[str, Any]) -> None:
+def show(console: Output, run: Run, result: ProbeResult) -> None:
     """Prints the ranking of a probe."""
-    table = _promises(run, result) if result.get("fast") else _trainings(run, result)
-    console.result({"run": str(run.folder), **result}, table)
-    console.note(f"Recommended: layers {result['recommended_layers']}")
+    table = _trainings(run, result) if isinstance(result, TrainedProbe) else _promises(run, result)
+    console.result({"run": str(run.folder), **result.document()}, table)
+    console.note(f"Recommended: layers {result.recommended_layers}")
     if not _gains(result):
         console.warn(
             "No group beat the unmasked model. Use more records (--data-fraction) or more answers (--limit) to tell "
@@ -107,58 +107,59 @@ def show(console: Output, run: Run, result: dict[str, Any]) -> None:
         )
 
 
-def _gains(result: dict[str, Any]) -> bool:
+def _gains(result: ProbeResult) -> bool:
     """Checks whether the recommended group beats the unmasked model."""
-    score, group = result.get("unmasked_score"), result["groups"][0]
-    if score is None:
-        return bool(group["change"] < 0)
-    return bool((group["score_change"] > 0) if score["higher_is_better"] else (group["score_change"] < 0))
+    if not isinstance(result, TrainedProbe) or result.unmasked_score is None:
+        return result.groups[0].change < 0
+    change = result.groups[0].score_change or 0.0
+    return change > 0 if result.unmasked_score.higher_is_better else change < 0
 
 
-def _trainings(run: Run, result: dict[str, Any]) -> Table:
-    score = result.get("unmasked_score")
-    title = f"Validation loss by masked group; unmasked {result['unmasked_loss']:.4f} ({run.record.seconds:.0f} s)"
+def _trainings(run: Run, result: TrainedProbe) -> Table:
+    score = result.unmasked_score
+    title = f"Validation loss by masked group; unmasked {result.unmasked_loss:.4f} ({run.record.seconds:.0f} s)"
     if score is not None:
-        figure = f"{score['value']:.4f}{_error(score['standard_error'])} of {score['samples']}"
-        title = f"{_score_name(result)} and loss by masked group; unmasked {figure} and {result['unmasked_loss']:.4f}"
-        title += f" ({run.record.seconds:.0f} s)"
+        figure = f"{score.value:.4f}{_error(score.standard_error)} of {score.samples}"
+        title = (
+            f"{_score_name(result.by, score)} and loss by masked group; "
+            f"unmasked {figure} and {result.unmasked_loss:.4f} ({run.record.seconds:.0f} s)"
+        )
     table = Table(title=title, title_justify="left", min_width=min(len(title), 76))
     columns = ("start", "best", "change") if score is None else ("score", "change", "loss", "change")
     for name in ("layers", *columns):
         table.add_column(name, justify="left" if name == "layers" else "right")
-    for group in result["groups"]:
-        figures = [f"{group['best_loss']:.4f}", f"{group['change']:+.4f}"]
-        if score is None:
-            figures = [f"{group['start_loss']:.4f}", *figures]
+    for group in result.groups:
+        figures = [f"{group.best_loss:.4f}", f"{group.change:+.4f}"]
+        if group.score is None or group.score_change is None:
+            figures = [f"{group.start_loss:.4f}", *figures]
         else:
-            figures = [f"{group['score']:.4f}", f"{group['score_change']:+.4f}", *figures]
-        table.add_row(escape(group["layers"]), *figures, style=_style(group, result))
+            figures = [f"{group.score:.4f}", f"{group.score_change:+.4f}", *figures]
+        table.add_row(escape(group.layers), *figures, style=_style(group, result))
     return table
 
 
-def _score_name(result: dict[str, Any]) -> str:
+def _score_name(by: str, score: Score) -> str:
     """Returns the name of the score a probe ranks by, such as `gsm8k exact_match,strict-match`."""
-    by, metric = str(result["by"]), str(result["unmasked_score"]["metric"])
-    return metric if by == metric else f"{by} {metric}"
+    return score.metric if by == score.metric else f"{by} {score.metric}"
 
 
 def _error(standard_error: float | None) -> str:
     return "" if standard_error is None else f" ± {standard_error:.4f}"
 
 
-def _promises(run: Run, result: dict[str, Any]) -> Table:
+def _promises(run: Run, result: ProbeResult) -> Table:
     title = f"Predicted change of the training loss with a mask, to first order ({run.record.seconds:.0f} s)"
     caption = None
-    if (found := result["agreement"]) is not None:
-        measured = f"{found['rank_correlation']:+.2f} over {found['groups']} groups"
-        caption = f"Rank correlation with the trained {escape(found['run'])}: {measured}"
+    if isinstance(result, FastProbe) and (found := result.agreement) is not None:
+        measured = f"{found.rank_correlation:+.2f} over {found.groups} groups"
+        caption = f"Rank correlation with the trained {escape(found.run)}: {measured}"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", min_width=len(title))
     table.add_column("layers")
     table.add_column("predicted", justify="right")
-    for group in result["groups"]:
-        table.add_row(escape(group["layers"]), f"{group['change']:+.4f}", style=_style(group, result))
+    for group in result.groups:
+        table.add_row(escape(group.layers), f"{group.change:+.4f}", style=_style(group, result))
     return table
 
 
-def _style(group: dict[str, Any], result: dict[str, Any]) -> str | None:
-    return "bold" if group["layers"] == result["recommended_layers"] else None
+def _style(group: Group, result: ProbeResult) -> str | None:
+    return "bold" if group.layers == result.recommended_layers else None

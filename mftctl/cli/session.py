@@ -17,6 +17,7 @@ from mftctl.experiments.model_source import Source, model_for_training, recommen
 from mftctl.experiments.outputs import Input, check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.results import FftResult, MaskTrainResult
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run, newest_run
 from mftctl.files.atomic import Permit
@@ -162,18 +163,17 @@ class Session:
         inputs = inputs_of(recipe, models=models, recipe_name=self._recipe_name)
         return Path(from_first(lambda: str(self.settle_output(output, inputs, permit))))
 
-    def end(self, result: Mapping[str, Any]) -> None:
+    def end(self, result: FftResult | MaskTrainResult) -> None:
         """Checks that the result was written to the requested output.
 
         Raises:
             StorageError: The result is only in the run folder, as something else has appeared at the output meanwhile.
         """
-        refused = result.get("output_refused")
-        if refused is not None:
+        if result.output_refused is not None:
             raise StorageError(
                 "The result was not written to the output, where another file has appeared meanwhile.",
-                path=result.get("mask") or result["model"],
-                actual=refused,
+                path=result.mask if isinstance(result, MaskTrainResult) else result.model,
+                actual=result.output_refused,
                 hint="copy it from the run folder, where it is complete",
             )
 
@@ -183,8 +183,8 @@ class Session:
         if found is None:
             self.console.note("Layers: all, as there is no probe of this model yet (mftctl probe)")
         else:
-            self.console.note(f"Layers: {found[0]}, recommended by {found[1]}")
-        self._options["mask_train.layers"] = "all" if found is None else found[0]
+            self.console.note(f"Layers: {found.layers}, recommended by {found.run}")
+        self._options["mask_train.layers"] = "all" if found is None else found.layers
         return self.settle(source)
 
     def _resume(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:

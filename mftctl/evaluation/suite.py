@@ -23,6 +23,7 @@ from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks.catalog import expand_groups
 from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task
 from mftctl.evaluation.data_file import evaluate_examples
+from mftctl.experiments.measured_lines import Dataset, Metric
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import (
     added_system_text,
@@ -144,7 +145,7 @@ def measure(
     test: MeasuredRecords | None,
     model_name: str,
     run: Run | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Dataset]:
     """Returns each dataset with its metrics, standard errors and sample file.
 
     In multi-process runs the processes share the records and problems, all return the same result, and the first one
@@ -286,7 +287,7 @@ def _data_file(
     model: PreTrainedModel,
     folder: Path,
     listener: Listener,
-) -> dict[str, Any]:
+) -> Dataset:
     name = _data_name(recipe.test_data)
     found = evaluate_examples(
         model,
@@ -311,20 +312,18 @@ def _data_file(
                 "weights": {"loss": row.answer_tokens},
             }
         )
-    metrics = [_metric("loss", found.loss, found.loss_standard_error, len(rows))]
+    metrics = [Metric(name="loss", value=found.loss, standard_error=found.loss_standard_error, samples=len(rows))]
     if found.exact_match is not None:
-        metrics.append(_metric("exact_match", found.exact_match, found.exact_match_standard_error, found.predictions))
-    return {
-        "name": name,
-        "digest": data_digest(test.records.examples),
-        "samples": _write_samples(folder, rows),
-        "max_new_tokens": found.max_new_tokens,
-        "metrics": metrics,
-    }
-
-
-def _metric(name: str, value: float, standard_error: float | None, samples: int) -> dict[str, Any]:
-    return {"name": name, "value": value, "standard_error": standard_error, "samples": samples}
+        error = found.exact_match_standard_error
+        exact = Metric(name="exact_match", value=found.exact_match, standard_error=error, samples=found.predictions)
+        metrics.append(exact)
+    return Dataset(
+        name=name,
+        digest=data_digest(test.records.examples),
+        samples=_write_samples(folder, rows),
+        max_new_tokens=found.max_new_tokens,
+        metrics=metrics,
+    )
 
 
 def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import IN_THE_MODEL
 from mftctl.experiments.model_origin import told_origin, was_trained
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import MadeState, Outcome, Recommended
 from mftctl.experiments.run_folder import Run, list_runs, load_run, newest_run
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
 from mftctl.experiments.training_options import FftOptions
@@ -56,12 +58,12 @@ def source_of_run(run: Run) -> Source:
     Raises:
         RunError: The record of the run is incomplete.
     """
-    inputs, result = run.record.inputs, run.record.result
+    inputs, state, made = run.record.inputs, run.result(MadeState).state, run.result(Outcome)
     try:
         return Source(
-            model=result.get("model") or inputs["model"],
-            mask=result.get("mask"),
-            state=result["state"],
+            model=made.model or inputs["model"],
+            mask=made.mask,
+            state=state,
             parents=(*inputs["parents"], run.name),
             origin=inputs["origin"],
             config=run.record.config,
@@ -84,7 +86,7 @@ def source_of_model(model: str, root: Path) -> Source:
     if path.is_dir():
         for run in reversed(list_runs(root)[0]):
             # The result of mask-train also names a model: the one it left unchanged.
-            made = run.record.result.get("model") if run.record.command in ("fft", "apply") else None
+            made = run.result(Outcome).model if run.record.command in ("fft", "apply") else None
             if made is not None and Path(made).resolve() == path.resolve():
                 return source_of_run(run)
         told = told_origin(path)
@@ -99,8 +101,8 @@ def source_of_mask(model: str, mask: str, root: Path) -> Source:
     """Returns the source for a model with a mask file, in the state of its `mask-train` run, or just `masked`."""
     base = source_of_model(model, root)
     for run in reversed(list_runs(root)[0]):
-        made = run.record.result
-        copies = [made.get("mask"), made.get("output")]
+        made = run.result(Outcome)
+        copies = [made.mask, made.output]
         if any(copy is not None and Path(copy).resolve() == Path(mask).resolve() for copy in copies):
             return replace(source_of_run(run), model=model, mask=mask, parents=(*base.parents, run.name))
     return replace(base, mask=mask, state=MASKED)
@@ -137,14 +139,35 @@ def model_for_training(model: str | None, root: Path, command: str) -> Source:
     )
 
 
-def recommended_layers(root: Path, source: Source) -> tuple[str, str] | None:
-    """Returns the layers recommended by the latest probe of this model, and the name of that run; None without one."""
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """What a probe recommends to mask.
+
+    Attributes:
+        layers: Such as `4-7`.
+        run: Name of the probe.
+    """
+
+    layers: str
+    run: str
+
+
+def recommendation_of(run: Run) -> Recommendation:
+    """What a finished probe recommends.
+
+    Raises:
+        RunError: Its record does not say.
+    """
+    return Recommendation(run.result(Recommended).recommended_layers, run.name)
+
+
+def recommended_layers(root: Path, source: Source) -> Recommendation | None:
+    """Returns the recommendation of the latest probe of this model; None without one."""
     for run in reversed(list_runs(root)[0]):
         record = run.record
         if record.command == "probe" and record.status == "finished" and record.inputs.get("model") == source.model:
-            layers = record.result.get("recommended_layers")
-            if layers is not None:
-                return str(layers), run.name
+            with suppress(RunError):
+                return recommendation_of(run)
     return None
 
 

@@ -6,59 +6,36 @@ reports it. Unused keys may hold anything.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import from_json
 
 from mftctl.errors import MftError, RunError
+from mftctl.experiments.measured_lines import MetricsLine, Sample
+from mftctl.experiments.results import Outcome, read_result
+from mftctl.experiments.value_types import LARGEST_COUNT, Count, Number, Part, Place, Several
 from mftctl.files.regular import read_regular
 from mftctl.text import visible_line
 
 if TYPE_CHECKING:
     from mftctl.experiments.run_record import RunRecord
 
-_LARGEST = 1e100
-"""Limit for any number, so that its square and other derived values stay finite."""
-_LARGEST_COUNT = 2**63 - 1
-_LONGEST_PLACE = 4096
+PartKind = TypeVar("PartKind", bound=Part)
+
 _LONGEST_FAULT = 300
-
-
-def _bounded(number: float) -> float:
-    if math.isfinite(number) and abs(number) > _LARGEST:
-        raise ValueError(f"a number larger than {_LARGEST:g}")
-    return number
-
-
-def _place(text: str) -> str:
-    if "\0" in text or any(len(part.encode("utf-8", "replace")) > 255 for part in text.split("/")):
-        raise ValueError("not a valid file name")
-    return text
-
-
-Measured = Annotated[float, AfterValidator(_bounded)]
-"""A number, or NaN or infinity from diverged training."""
-Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_bounded)]
-Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
-Several = Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
-_Seed = Annotated[int, Field(ge=-_LARGEST_COUNT, le=_LARGEST_COUNT)]
-_Place = Annotated[str, Field(max_length=_LONGEST_PLACE), AfterValidator(_place)]
+_Seed = Annotated[int, Field(ge=-LARGEST_COUNT, le=LARGEST_COUNT)]
 _Worker = Annotated[str, Field(max_length=1_000)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-
-class _DataPart(_Part):
+class _DataPart(Part):
     path: str
     count: Count | None = None
 
 
-class _Training(_Part):
+class _Training(Part):
     method: str = ""
     keep: str | None = None
     batch_size: Several = 1
@@ -67,21 +44,21 @@ class _Training(_Part):
     data_fraction: Number | None = None
 
 
-class _Probing(_Part):
+class _Probing(Part):
     groups: list[int | str] | None = None
     data_fraction: Number | None = None
     epochs: Number | None = None
     fast: bool | None = None
 
 
-class _Evaluating(_Part):
+class _Evaluating(Part):
     predictions: Any = None
 
 
-class _Config(_Part):
+class _Config(Part):
     seed: _Seed = 0
-    data: list[str | _DataPart] = []
-    val_data: list[str | _DataPart] = []
+    data: list[str | _DataPart] = Field(default_factory=list)
+    val_data: list[str | _DataPart] = Field(default_factory=list)
     revision: str | None = None
     fft: _Training = _Training()
     mask_train: _Training = _Training()
@@ -89,163 +66,94 @@ class _Config(_Part):
     eval: _Evaluating = _Evaluating()
 
 
-class _Corner(_Part):
+class _Corner(Part):
     run: str
 
 
-class _Inputs(_Part):
-    model: _Place | None = None
-    mask: _Place | None = None
+class _Inputs(Part):
+    model: Place | None = None
+    mask: Place | None = None
     state: str = ""
-    parents: list[str] = []
-    origin: _Place = ""
-    base: _Place | None = None
-    digests: dict[str, str | None] = {}
+    parents: list[str] = Field(default_factory=list)
+    origin: Place = ""
+    base: Place | None = None
+    digests: dict[str, str | None] = Field(default_factory=dict)
     train_records: Count | None = None
     validation_records: Count | None = None
     test_records: Count | None = None
-    corners: list[_Corner] = []
+    corners: list[_Corner] = Field(default_factory=list)
     points: Annotated[int, Field(ge=2, le=10_000)] | None = None
     records: Count | None = None
 
 
-class _Metric(_Part):
-    name: str
-    value: Measured = 0.0
-    standard_error: Measured | None = None
-    samples: Several = 1
+class _Decides(Part):
+    files: dict[str, str | None] = Field(default_factory=dict)
 
 
-class _Dataset(_Part):
-    name: str = ""
-    task: str | None = None
-    digest: str = ""
-    samples: _Place = ""
-    metrics: list[_Metric] = []
-    generated_tokens: Count | None = None
-    seconds: Number | None = None
-
-
-class _Score(_Part):
-    metric: str
-    value: Measured
-    standard_error: Measured | None = None
-    samples: Several
-    higher_is_better: bool = True
-
-
-class _Group(_Part):
-    layers: str = ""
-    size: Several = 1
-    start_loss: Measured | None = None
-    best_loss: Measured | None = None
-    change: Measured = 0.0
-    score: Measured | None = None
-    score_change: Measured | None = None
-
-
-class _Agreement(_Part):
-    rank_correlation: Measured = 0.0
-    run: str = ""
-
-
-class _Result(_Part):
-    state: Annotated[str, Field(min_length=1)] = "-"
-    model: _Place | None = None
-    mask: _Place | None = None
-    output: _Place | None = None
-    base: _Place | None = None
-    steps: Count | None = None
-    best_step: Count | None = None
-    start_loss: Measured | None = None
-    best_loss: Measured | None = None
-    last_loss: Measured | None = None
-    unmasked_loss: Measured | None = None
-    tokens: Count | None = None
-    peak_memory_bytes: Count | None = None
-    flops_per_token: Number | None = None
-    datasets: list[_Dataset] = []
-    fast: bool | None = None
-    groups: list[_Group] = []
-    by: str | None = None
-    unmasked_score: _Score | None = None
-    recommended_layers: str | None = None
-    agreement: _Agreement | None = None
-
-
-class _Decides(_Part):
-    files: dict[str, str | None] = {}
-
-
-class _Record(_Part):
+class _Record(Part):
     seconds: Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
     processes: Annotated[int, Field(ge=1, le=1_000_000)]
     worker: _Worker | None
     config: _Config
     inputs: _Inputs
-    result: _Result
+    result: Outcome
     decides: _Decides
-
-
-class _MetricsLine(_Part):
-    step: Count
-    epoch: Number | None = None
-    loss: Measured | None = None
-    eval_loss: Measured = 0.0
-    num_input_tokens_seen: Number | None = None
-    train_runtime: Number | None = None
-    train_tokens_per_second: Number | None = None
-    step_seconds: Number = 0.0
-    dataset: str = ""
-    digest: str = ""
-    metrics: list[_Metric] = []
-    x: Number = 0.0
-    y: Number = 0.0
-    train_loss: Measured | None = None
-    test_loss: Measured | None = None
-    mark: str | None = None
-
-
-class _Sample(_Part):
-    id: str
-    scores: dict[str, Measured]
-    weights: dict[str, Annotated[Number, Field(ge=0)]] = {}
+    format_version: Several
 
 
 def check_contents(record: RunRecord) -> None:
     """Checks types and bounds of all used parts of a record.
 
     Raises:
-        pydantic.ValidationError: A part is not valid.
+        ValueError: A part is not valid.
     """
     _Record.model_validate({name: getattr(record, name) for name in _Record.model_fields})
+    try:
+        read_result(record.command, record.result)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=False, include_input=False)
+        fault = next((fault for fault in faults if fault["type"] != "missing"), None)
+        if fault is not None:
+            raise ValueError(_fault_text(("result", *fault["loc"]), fault["msg"])) from error
 
 
-def metrics_line(text: bytes) -> dict[str, Any]:
+def read_part(path: Path, kind: type[PartKind]) -> PartKind:
+    """A part of a result that has a file of its own.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    try:
+        return kind.model_validate_json(read_regular(path))
+    except (OSError, ValueError) as error:
+        raise RunError("This part of a result cannot be read.", path=path, actual=first_fault(error)) from error
+
+
+def metrics_line(text: bytes) -> MetricsLine:
     """Parses a line of a `metrics.jsonl`.
 
     Raises:
         ValueError: The line is not valid.
     """
-    return _line(text, _MetricsLine)
+    return _line(text, MetricsLine)
 
 
-def metrics_lines(path: Path) -> list[dict[str, Any]]:
+def metrics_lines(path: Path) -> list[MetricsLine]:
     """Returns the lines of a `metrics.jsonl`, without one truncated by a kill.
 
     Raises:
         RunError: The file cannot be read, or a line is not valid.
     """
-    return _lines(path, _MetricsLine, "metrics", is_growing=True)
+    return _lines(path, MetricsLine, "metrics", is_growing=True)
 
 
-def sample_lines(path: Path) -> list[dict[str, Any]]:
+def sample_lines(path: Path) -> list[Sample]:
     """Returns the lines of an evaluation's samples file.
 
     Raises:
         RunError: The file cannot be read, or a line is not valid.
     """
-    return _lines(path, _Sample, "samples")
+    return _lines(path, Sample, "samples")
 
 
 def first_fault(error: Exception) -> str:
@@ -256,9 +164,7 @@ def first_fault(error: Exception) -> str:
     """
     if isinstance(error, ValidationError):
         fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(map(str, fault["loc"]))
-        said = fault["msg"].partition(" or instance of ")[0]  # names a class of this module
-        text = f"{place}: {said}" if place else said
+        text = _fault_text(fault["loc"], fault["msg"])
     elif isinstance(error, KeyError):
         text = f"{error.args[0]} is missing"
     else:
@@ -279,7 +185,15 @@ def told(error: Exception, otherwise: str) -> str:
     return f"{otherwise}: {first_fault(error)}"
 
 
-def _lines(path: Path, kind: type[_Part], what: str, *, is_growing: bool = False) -> list[dict[str, Any]]:
+def _fault_text(loc: Sequence[int | str], message: str) -> str:
+    place = ".".join(map(str, loc))
+    if message == "Field required":
+        return f"it has no {place}"
+    said = message.partition(" or instance of ")[0]  # which names a class of mftctl
+    return f"{place}: {said}" if place else said
+
+
+def _lines(path: Path, kind: type[PartKind], what: str, *, is_growing: bool = False) -> list[PartKind]:
     place = f"{path.parent.name}/{path.name}"
     try:
         # Only \n ends a line; a text may contain any other line separator.
@@ -296,7 +210,5 @@ def _lines(path: Path, kind: type[_Part], what: str, *, is_growing: bool = False
     return found
 
 
-def _line(text: bytes, kind: type[_Part]) -> dict[str, Any]:
-    document = from_json(text)
-    kind.model_validate(document)
-    return dict(document)
+def _line(text: bytes, kind: type[PartKind]) -> PartKind:
+    return kind.model_validate(from_json(text))

@@ -19,13 +19,13 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from mftctl.errors import RunError
 from mftctl.experiments.fingerprints import source_digest
-from mftctl.experiments.run_record import RunRecord
+from mftctl.experiments.run_record import FORMAT_VERSION, RunRecord, require_known_format, told_format
 from mftctl.experiments.yaml_numbers import NumberDumper
 from mftctl.files.atomic import is_alive, write_text
 from mftctl.files.names import is_recordable, require_recordable, shown_name
@@ -36,6 +36,11 @@ from mftctl.text import command_line
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
+
+    from mftctl.experiments.measured_lines import MetricsLine
+    from mftctl.experiments.results import Result
+
+ResultKind = TypeVar("ResultKind", bound="Result")
 
 _PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval")
 _NUMBERED = re.compile(r"\d+-")
@@ -71,7 +76,7 @@ class TrainingFolder:
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[MetricsLine]:
         """Returns the lines of `metrics.jsonl`, without one truncated by a kill; none before the first is written.
 
         Raises:
@@ -88,7 +93,7 @@ class TrainingFolder:
         """Drops log lines after `step`, as resumed training repeats these steps."""
         if not is_first():
             return
-        kept = [line for line in self.metrics() if line["step"] <= step]
+        kept = [line.document() for line in self.metrics() if line.step <= step]
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -174,7 +179,7 @@ class Run:
         now_seconds = time.monotonic()
         seconds = self.record.seconds + now_seconds - self._clock_start_seconds
         self._clock_start_seconds = now_seconds
-        self.record = replace(self.record, seconds=round(seconds, 3), **changes)
+        self.record = replace(self.record, seconds=round(seconds, 3), format_version=FORMAT_VERSION, **changes)
         if self.record.status == "running":
             OPEN_RUNS[self.folder] = self
         else:
@@ -182,9 +187,25 @@ class Run:
         if is_first():
             write_text(self.folder / "run.json", _to_json(self.record))
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def result(self, kind: type[ResultKind]) -> ResultKind:
+        """What came out, or that part of it which a kind of result asks for.
+
+        Raises:
+            RunError: The record lacks something of it.
+        """
+        try:
+            return kind.read(self.record.result)
+        except ValueError as error:
+            from mftctl.experiments.run_contents import first_fault
+
+            fault = first_fault(error)
+            raise RunError(
+                f"The record of this run is not complete: {fault}.", path=self.folder / "run.json"
+            ) from error
+
+    def finish(self, result: Result) -> None:
         """Stores the result; other commands can build on the run from now on, and its checkpoints are removed."""
-        self.update(status="finished", result=dict(result), error=None)
+        self.update(status="finished", result=result.document(), error=None)
         if is_first():
             shutil.rmtree(self.training.checkpoints, ignore_errors=True)
 
@@ -234,6 +255,7 @@ def create_run(
         decides=dict(decides or {}),
         worker=_worker(),
         processes=processes or world_size(),
+        format_version=FORMAT_VERSION,
     )
     places = (root, output, *((inputs or {}).get(name) for name in ("model", "mask", "origin")))
     require_recordable(places, asdict(record))
@@ -253,7 +275,8 @@ def _versions() -> dict[str, str]:
 
 
 def _to_json(record: RunRecord) -> str:
-    return json.dumps(asdict(record), indent=2) + "\n"
+    document = asdict(record)
+    return json.dumps({"format_version": document.pop("format_version"), **document}, indent=2) + "\n"
 
 
 def _then(before: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
@@ -287,16 +310,20 @@ def load_run(folder: Path) -> Run:
     from mftctl.experiments.run_config import in_force
     from mftctl.experiments.run_contents import check_contents, first_fault
 
+    content = b""
     try:
-        record = _record_reader().validate_json(read_regular(path))
+        content = read_regular(path)
+        record = _record_reader().validate_json(content)
         record = replace(record, config=in_force(record.config))
     except (OSError, ValueError) as error:
+        require_known_format(told_format(content), path)
         raise RunError(
             "This is not a readable run folder.",
             path=path,
             expected=f"a JSON record with {', '.join(item.name for item in fields(RunRecord)[:4])}",
             actual=first_fault(error),
         ) from error
+    require_known_format(record.format_version, path)
     try:
         check_contents(record)
     except ValueError as error:

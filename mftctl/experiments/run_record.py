@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
-if TYPE_CHECKING:
-    pass
+from mftctl.errors import RunError
+
+FORMAT_VERSION = 2
+"""Of what is written. Records of version 1 do not name theirs; they have the same keys."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -23,7 +27,7 @@ class RunRecord:
         recipe: The name or path of the recipe, None without one.
         inputs: The inputs of the command: model, mask, digests, the runs they came from.
         output: Where the user wants the result in addition to the run folder, or None.
-        result: The result of the command; empty until it is finished.
+        result: The result of the command as stored, read by `Run.result`; empty until it is finished.
         seconds: The working time, including resumed parts.
         versions: Versions of Python and of packages that affect results, and a digest of mftctl's own code.
         stage: The stage name in an experiment, None for a single command.
@@ -34,6 +38,7 @@ class RunRecord:
         error: The error message of a failed run.
         device: The device it computes on: `name`, whether fp32 is `tf32`, whether it is `deterministic`, and the
             `attention` kernels of its model.
+        format_version: Of the record; 1 where it does not name one.
     """
 
     command: str
@@ -53,3 +58,39 @@ class RunRecord:
     processes: int = 1
     error: str | None = None
     device: dict[str, Any] = field(default_factory=dict)
+    format_version: int = 1
+
+
+def told_format(content: bytes) -> int:
+    """The format version that a file names, whatever else is in it; 1 where it names none.
+
+    Args:
+        content: Of a `run.json`.
+    """
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError):
+        return 1
+    version = document.get("format_version") if isinstance(document, dict) else None
+    return version if isinstance(version, int) else 1
+
+
+def require_known_format(version: int, path: Path) -> None:
+    """Nothing, if a record's format is not newer than what this version of mftctl writes.
+
+    Args:
+        version: Of the format.
+        path: Of the record.
+
+    Raises:
+        RunError: It is.
+    """
+    if version > FORMAT_VERSION:
+        raise RunError(
+            "This run was written by a newer version of mftctl.",
+            path=path,
+            key="format_version",
+            expected=f"at most {FORMAT_VERSION}",
+            actual=version,
+            hint="pip install --upgrade mftctl",
+        )

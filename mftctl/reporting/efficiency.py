@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from mftctl.errors import RunError
+from mftctl.experiments.results import Outcome, TrainingCost
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import place_of
@@ -57,10 +58,10 @@ def efficiencies(runs: Sequence[Run], problems: list[str]) -> list[Efficiency]:
     """
     newest: dict[tuple[str, str, tuple[str, str]], dict[int, Run]] = {}
     for run in runs:
-        record = run.record
-        if record.command in TRAINING and record.status == "finished" and record.result.get("steps"):
+        record, result = run.record, run.result(Outcome)
+        if record.command in TRAINING and record.status == "finished" and result.steps:
             maker = (record.recipe or "", record.stage or ("" if record.recipe else run.name))
-            key = (str(record.inputs.get("origin")), str(record.result.get("state")), maker)
+            key = (str(record.inputs.get("origin")), result.state, maker)
             newest.setdefault(key, {})[int(record.config.get("seed", 0))] = run
     found = []
     for (origin, state, maker), by_seed in newest.items():
@@ -71,45 +72,59 @@ def efficiencies(runs: Sequence[Run], problems: list[str]) -> list[Efficiency]:
     return [item for _, item in sorted(found, key=lambda pair: (pair[1].origin, pair[0], pair[1].state))]
 
 
-def _measured(runs: Sequence[Run], problems: list[str]) -> list[tuple[Run, dict[str, float]]]:
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A training whose steps were timed: its cost, and records and tokens a second."""
+
+    run: Run
+    cost: TrainingCost
+    samples_per_second: float
+    tokens_per_second: float
+
+
+def _measured(runs: Sequence[Run], problems: list[str]) -> list[_Timed]:
     """Training runs with timed steps, each with its rates."""
     found = []
     for run in runs:
         try:
-            rates = _rates(run)
-            _ = int(run.record.result["peak_memory_bytes"]), int(run.record.result["tokens"])
+            timed = _timed(run)
         except (RunError, ValueError, KeyError, TypeError) as error:
             problems.append(told(error, f"{run.folder}: The speed of this training cannot be read"))
             continue
-        if rates:
-            found.append((run, rates))
+        if timed is not None:
+            found.append(timed)
     return found
 
 
-def _rates(run: Run) -> dict[str, float]:
-    """Samples and tokens per second over all steps but the first; empty if steps were not timed."""
-    lines = [line for line in run.training.metrics() if "step_seconds" in line]
-    seconds = sum(float(line["step_seconds"]) for line in lines[1:])
+def _timed(run: Run) -> _Timed | None:
+    """Samples and tokens per training over all steps but the first; None if steps were not timed."""
+    lines = [line for line in run.training.metrics() if line.step_seconds is not None]
+    seconds = sum(line.step_seconds or 0.0 for line in lines[1:])
+    cost = run.result(TrainingCost)
     if seconds <= 0:
-        return {}
+        return None
     first, last = lines[0], lines[-1]
-    samples = (float(last["epoch"]) - float(first["epoch"])) * int(run.record.inputs["train_records"])
-    tokens = int(last["num_input_tokens_seen"]) - int(first["num_input_tokens_seen"])
-    return {"samples": samples / seconds, "tokens": tokens / seconds}
+    if first.epoch is None or last.epoch is None:
+        raise KeyError("epoch")
+    if first.num_input_tokens_seen is None or last.num_input_tokens_seen is None:
+        raise KeyError("num_input_tokens_seen")
+    samples = (last.epoch - first.epoch) * int(run.record.inputs["train_records"])
+    tokens = int(last.num_input_tokens_seen) - int(first.num_input_tokens_seen)
+    return _Timed(run, cost, samples / seconds, tokens / seconds)
 
 
-def _efficiency(origin: str, state: str, measured: Sequence[tuple[Run, dict[str, float]]]) -> Efficiency:
-    results = [run.record.result for run, _ in measured]
-    flops = [result["flops_per_token"] * result["tokens"] for result in results if result.get("flops_per_token")]
+def _efficiency(origin: str, state: str, measured: Sequence[_Timed]) -> Efficiency:
+    costs = [timed.cost for timed in measured]
+    flops = [cost.flops_per_token * cost.tokens for cost in costs if cost.flops_per_token]
     return Efficiency(
         origin=origin,
         state=state,
-        samples_per_second=fmean(rates["samples"] for _, rates in measured),
-        tokens_per_second=fmean(rates["tokens"] for _, rates in measured),
-        flops=fmean(flops) if len(flops) == len(results) else None,
-        peak_memory_bytes=max(int(result["peak_memory_bytes"]) for result in results),
-        tokens=round(fmean(int(result["tokens"]) for result in results)),
-        seconds=fmean(run.record.seconds for run, _ in measured),
-        processes=max(run.record.processes for run, _ in measured),
-        runs=tuple(run.name for run, _ in measured),
+        samples_per_second=fmean(timed.samples_per_second for timed in measured),
+        tokens_per_second=fmean(timed.tokens_per_second for timed in measured),
+        flops=fmean(flops) if len(flops) == len(costs) else None,
+        peak_memory_bytes=max(cost.peak_memory_bytes for cost in costs),
+        tokens=round(fmean(cost.tokens for cost in costs)),
+        seconds=fmean(timed.run.record.seconds for timed in measured),
+        processes=max(timed.run.record.processes for timed in measured),
+        runs=tuple(timed.run.name for timed in measured),
     )

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import RunError
+from mftctl.experiments.measured_lines import Dataset, Metric
+from mftctl.experiments.results import EvalResult, Outcome
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import FFT, PRE_TRAINED
@@ -18,33 +20,37 @@ from mftctl.reporting.paired_change import Samples, read_samples
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One metric of one evaluation run, with the known runs that made the state, first to last."""
+    """One metric of one evaluation run.
+
+    Attributes:
+        run: The evaluation.
+        dataset: What it was measured on.
+        metric: The figures.
+        state: What was measured, in the words of the papers.
+        made_by: The runs that made the state, first to last.
+    """
 
     run: Run
-    dataset: dict[str, Any]
-    metric: dict[str, Any]
+    dataset: Dataset
+    metric: Metric
+    state: str
     made_by: tuple[Run, ...]
 
     @property
     def key(self) -> tuple[str, str, str]:
         """Model, data and metric, which are the same throughout a table."""
-        return (self.inputs["origin"], f"{self.dataset['name']}:{self.dataset['digest']}", self.metric["name"])
+        return (self.inputs["origin"], f"{self.dataset.name}:{self.dataset.digest}", self.metric.name)
 
     @property
     def is_number(self) -> bool:
         """Whether the value and its error are finite; a diverged model gives other values."""
-        error = self.metric["standard_error"]
-        return math.isfinite(self.metric["value"]) and (error is None or math.isfinite(error))
+        error = self.metric.standard_error
+        return math.isfinite(self.metric.value) and (error is None or math.isfinite(error))
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The recorded inputs: the evaluated model and its origin."""
         return self.run.record.inputs
-
-    @property
-    def state(self) -> str:
-        """The evaluated state, as named in the papers."""
-        return str(self.run.record.result["state"])
 
     @property
     def seed(self) -> int:
@@ -69,11 +75,11 @@ class Measurement:
     def first_state(self) -> str | None:
         """State of the model that the first run in the lineage produced; None if unknown."""
         first = [run for run in self.made_by if run.name in self.inputs["parents"][:1]]
-        return str(first[0].record.result.get("state")) if first else None
+        return first[0].result(Outcome).state if first else None
 
     def samples(self) -> Samples:
         """Score and weight of each sample, by ID."""
-        return read_samples(self.run.folder / self.dataset["samples"], self.metric["name"])
+        return read_samples(self.run.folder / self.dataset.samples, self.metric.name)
 
 
 def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
@@ -85,12 +91,12 @@ def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
     record = run.record
     try:
         made_by = tuple(by_name[name] for name in record.inputs["parents"] if name in by_name)
+        result = run.result(EvalResult)
         found = [
-            Measurement(run, data, metric, made_by) for data in record.result["datasets"] for metric in data["metrics"]
+            Measurement(run, data, metric, result.state, made_by) for data in result.datasets for metric in data.metrics
         ]
         for item in found:
-            _ = item.key, item.state, item.seed, item.maker, item.dataset["samples"]
-            _ = item.metric["value"], item.metric["standard_error"], item.metric["samples"]
+            _ = item.key, item.seed, item.maker
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         path = run.folder / "run.json"
         raise RunError("The record of this evaluation is incomplete.", path=path, actual=first_fault(error)) from error

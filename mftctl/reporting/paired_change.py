@@ -55,9 +55,7 @@ def read_samples(path: Path, metric: str) -> Samples:
     from mftctl.experiments.run_contents import sample_lines
 
     found = {
-        row["id"]: (row["scores"][metric], row.get("weights", {}).get(metric, 1.0))
-        for row in sample_lines(path)
-        if metric in row["scores"]
+        row.id: (row.scores[metric], row.weights.get(metric, 1.0)) for row in sample_lines(path) if metric in row.scores
     }
     place = f"{path.parent.name}/{path.name}"
     if found and not any(weight for _, weight in found.values()):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mftctl.errors import RunError
+from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.progress import Listener, Progress
@@ -160,7 +161,7 @@ def _source(run: Run, problems: list[str]) -> RunSource:
     except RunError as error:
         problems.append(told(error, run.name))
         command = f"# unknown: {error.message}"
-    state = record.result.get("state") or record.inputs.get("state") or record.command
+    state = run.result(Outcome).state or record.inputs.get("state") or record.command
     made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")
     return RunSource(
         run.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from mftctl.errors import RunError
+from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import known_state
 
@@ -42,9 +43,8 @@ def _mask_train(run: Run) -> list[str]:
 
 
 def _apply(run: Run) -> list[str]:
-    record = run.record
     model, mask = _input(run, "model"), _input(run, "mask")
-    base = record.result.get("base")
+    base = run.result(Outcome).base
     if base is None:  # an unfinished run, or one of an earlier version
         state = known_state(_input(run, "state"))
         base = _input(run, "origin") if state is not None and state.is_drop else model

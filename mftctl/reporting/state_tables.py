@@ -105,8 +105,8 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
                 if item.is_number:
                     groups.setdefault(item.key, []).append(item)
                 else:
-                    name = item.dataset["name"]
-                    problems.append(f"{run.name}: left out, since the {item.metric['name']} on {name} is not a number")
+                    name = item.dataset.name
+                    problems.append(f"{run.name}: left out, since the {item.metric.name} on {name} is not a number")
         except RunError as error:
             problems.append(told(error, run.name))
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
@@ -188,7 +188,7 @@ def _table(
         rows.append(_row(label, group, changes, is_baseline=state == baseline))
         advance(len(group))
     dataset = measurements[0].dataset
-    return MetricTable(origin, dataset["name"], metric, baseline, tuple(rows), is_benchmark="task" in dataset)
+    return MetricTable(origin, dataset.name, metric, baseline, tuple(rows), is_benchmark=dataset.task is not None)
 
 
 def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
@@ -210,8 +210,8 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
         changes: The overall change, then that of each seed if there are several.
         is_baseline: Whether this is the baseline.
     """
-    values = [item.metric["value"] for item in group]
-    errors = [item.metric["standard_error"] for item in group if item.metric["standard_error"] is not None]
+    values = [item.metric.value for item in group]
+    errors = [item.metric.standard_error for item in group if item.metric.standard_error is not None]
     runs = tuple(item.run.name for item in group)
     own = changes[-len(group) :]
     return Row(
@@ -219,7 +219,7 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
         value=fmean(values),
         spread=stdev(values) if len(values) > 1 else None,
         standard_error=fmean(errors) if errors else None,
-        samples=group[0].metric["samples"],
+        samples=group[0].metric.samples,
         seeds=tuple(item.seed for item in group),
         is_baseline=is_baseline,
         change=changes[0],

@@ -7,19 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mftctl.errors import EvaluationError, MaskFileError, RunError
+from mftctl.experiments.measured_lines import Dataset
+from mftctl.experiments.results import LABELS, PLACES, EvalResult
 from mftctl.experiments.run_config import NOT_GIVEN
-from mftctl.experiments.run_contents import first_fault
+from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
 
-_LABELS = ("name", "dataset", "layers", "step")
-"""Keys that identify the entries of a list, such as a data set's name or a group's layers."""
-
 _LONG_NUMBER = 20
 """Digits beyond those of a layer or step number."""
-
-_PLACES = ("model", "mask", "output")
-"""Results that are paths and so differ between any two runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +145,7 @@ def _inputs(run: Run) -> dict[str, Any]:
 
 
 def _results(run: Run) -> dict[str, Any]:
-    measured = {key: value for key, value in run.record.result.items() if key not in _PLACES}
+    measured = {key: value for key, value in run.record.result.items() if key not in PLACES}
     return {**measured, "seconds": run.record.seconds}
 
 
@@ -178,10 +174,10 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def _by_label(items: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    labels = [" ".join(str(item[key]) for key in _LABELS if key in item) for item in items]
+    labels = [" ".join(str(item[key]) for key in LABELS if key in item) for item in items]
     if len(set(labels)) < len(items) or not all(labels):
         return {str(number): item for number, item in enumerate(items)}
-    rest = [{key: value for key, value in item.items() if key not in _LABELS} for item in items]
+    rest = [{key: value for key, value in item.items() if key not in LABELS} for item in items]
     return dict(zip(labels, rest, strict=True))
 
 
@@ -200,37 +196,41 @@ def _paired(one: Run, other: Run, problems: list[str]) -> tuple[PairedMetric, ..
     """Metrics that two evaluations measured on the same data, with p-values corrected for their number."""
     if {one.record.command, other.record.command} != {"eval"}:
         return ()
-    found: list[PairedMetric] = []
+    if not (one.record.result and other.record.result):
+        return ()
     try:
-        theirs = {data["name"]: data for data in other.record.result.get("datasets", ())}
-        for mine in one.record.result.get("datasets", ()):
-            data = theirs.get(mine["name"])
-            if data is not None and data["digest"] != mine["digest"]:
-                problems.append(f"{mine['name']}: not evaluated on the same data")
-            elif data is not None:
-                found += _paired_metrics((one, mine), (other, data), problems)
-    except (KeyError, TypeError, AttributeError) as error:
-        problems.append(f"the record of an evaluation is incomplete: {first_fault(error)}")
+        ours, theirs = (run.result(EvalResult).datasets for run in (one, other))
+    except RunError as error:
+        problems.append(told(error, ""))
+        return ()
+    found: list[PairedMetric] = []
+    by_name = {data.name: data for data in theirs}
+    for mine in ours:
+        data = by_name.get(mine.name)
+        if data is not None and data.digest != mine.digest:
+            problems.append(f"{mine.name}: not evaluated on the same data")
+        elif data is not None:
+            found += _paired_metrics((one, mine), (other, data), problems)
     return _with_corrected_p_values(found)
 
 
 def _paired_metrics(
-    one: tuple[Run, Mapping[str, Any]], other: tuple[Run, Mapping[str, Any]], problems: list[str]
+    one: tuple[Run, Dataset], other: tuple[Run, Dataset], problems: list[str]
 ) -> Iterator[PairedMetric]:
     """The metrics of a data set that both runs have."""
-    dataset = one[1]["name"]
-    values = {metric["name"]: metric["value"] for metric in other[1]["metrics"]}
-    for metric in one[1]["metrics"]:
-        name = metric["name"]
+    dataset = one[1].name
+    values = {metric.name: metric.value for metric in other[1].metrics}
+    for metric in one[1].metrics:
+        name = metric.name
         if name not in values:
             continue
         try:
-            before, after = (read_samples(run.folder / data["samples"], name) for run, data in (one, other))
+            before, after = (read_samples(run.folder / data.samples, name) for run, data in (one, other))
             change = paired_change([(before, after)], name)
         except (RunError, EvaluationError) as error:
             problems.append(f"{dataset}, {name}: {error.message}")
         else:
-            yield PairedMetric(dataset, name, metric["value"], values[name], len(before), change)
+            yield PairedMetric(dataset, name, metric.value, values[name], len(before), change)
 
 
 def _with_corrected_p_values(metrics: Sequence[PairedMetric]) -> tuple[PairedMetric, ...]:

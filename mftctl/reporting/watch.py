@@ -15,6 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from mftctl.errors import MftError
+from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import metrics_line
 from mftctl.experiments.run_folder import Run, load_run, run_folders
 from mftctl.experiments.run_record import RunRecord
@@ -171,7 +172,7 @@ class _Followed:
 def _settled(run: Run, written: float) -> RunProgress:
     """Progress of a run that is not being worked on, from its record alone."""
     record = run.record
-    result = record.result
+    result = run.result(Outcome)
     return RunProgress(
         run=run.name,
         command=record.command,
@@ -179,11 +180,11 @@ def _settled(run: Run, written: float) -> RunProgress:
         seed=int(record.config.get("seed", 0)),
         status=record.status,
         part=None,
-        step=result.get("steps"),
-        steps=result.get("steps"),
+        step=result.steps,
+        steps=result.steps,
         train_loss=None,
-        validation_loss=result.get("last_loss"),
-        best_validation_loss=result.get("best_loss"),
+        validation_loss=result.last_loss,
+        best_validation_loss=result.best_loss,
         tokens_per_second=None,
         seconds=record.seconds,
         seconds_left=None,
@@ -233,15 +234,15 @@ class _Metrics:
             line = metrics_line(text)
         except ValueError:
             return  # a line cut off by a kill, joined with the next one
-        self.step = line["step"]
-        if "eval_loss" in line:
-            loss = self.validation_loss = float(line["eval_loss"])
+        self.step = line.step
+        if line.eval_loss is not None:
+            loss = self.validation_loss = line.eval_loss
             best = self.best_validation_loss
             self.best_validation_loss = loss if best is None else min(best, loss)
-        if line.get("loss") is not None:
-            self.train_loss = float(line["loss"])
-            self.tokens_per_second = line.get("train_tokens_per_second")
-            self._take_time(self.step, line.get("train_runtime"))
+        if line.loss is not None:
+            self.train_loss = line.loss
+            self.tokens_per_second = line.train_tokens_per_second
+            self._take_time(self.step, line.train_runtime)
 
     def _take_time(self, step: int, seconds: float | None) -> None:
         """Updates the seconds per step since training was started or resumed."""

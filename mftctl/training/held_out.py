@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded
 from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
 from mftctl.evaluation.statistics import paired_difference
+from mftctl.experiments.results import Confirmation
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.dtypes import bits
 from mftctl.masking.targets import MaskTarget
@@ -41,7 +42,7 @@ def split_validation_records(validation: list[_T], options: MaskTrainOptions) ->
     return validation[0::2], validation[1::2]
 
 
-def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> dict[str, Any]:
+def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> Confirmation:
     """The change in loss on records not used to select a mask, with its paired 95 % interval.
 
     Args:
@@ -56,7 +57,7 @@ def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[
     return compare(before, after, search.listener)
 
 
-def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener: Listener) -> dict[str, Any]:
+def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener: Listener) -> Confirmation:
     """Compares the losses of the same records without and with a mask, with the paired 95 % interval.
 
     Args:
@@ -74,15 +75,15 @@ def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener:
             f"The {len(before)} validation records not used to select the mask do not confirm it: "
             f"{change.estimate:+.4f} [{change.low:+.4f}, {change.high:+.4f}] per answer token."
         )
-    return {
-        "records": len(before),
-        "unmasked_loss": mean_loss(before),
-        "masked_loss": mean_loss(after),
-        "change": change.estimate,
-        "low": change.low,
-        "high": change.high,
-        "confirmed": confirmed,
-    }
+    return Confirmation(
+        records=len(before),
+        unmasked_loss=mean_loss(before),
+        masked_loss=mean_loss(after),
+        change=change.estimate,
+        low=change.low,
+        high=change.high,
+        confirmed=confirmed,
+    )
 
 
 @contextmanager

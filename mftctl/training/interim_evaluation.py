@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from mftctl.data.encoding import Encoder
 from mftctl.errors import Interrupted
 from mftctl.evaluation.suite import encode_test_data, measure, prepare_measures, with_fixed_clock
+from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
@@ -101,7 +102,7 @@ class InterimEvaluation(TrainerCallback):
 
     def _has_measured(self, step: int) -> bool:
         """True if a step was evaluated before a stop; the same in all processes, as one may be ahead and writing."""
-        measured = from_first(lambda: str(any(line["step"] == step for line in measurements(self._folder))))
+        measured = from_first(lambda: str(any(line.step == step for line in measurements(self._folder))))
         return measured == str(True)
 
     def _is_due(self, state: TrainerState) -> bool:
@@ -121,10 +122,11 @@ class InterimEvaluation(TrainerCallback):
             model_name=self._model_name,
         )
         for dataset in found:
-            name, metrics = dataset["name"], dataset["metrics"]
-            self._folder.log({"step": step, "dataset": name, "digest": dataset["digest"], "metrics": metrics})
-            figures = ", ".join(f"{metric['name']} {metric['value']:.4f}" for metric in metrics)
-            self._listener.note(f"Step {step}, {name}: {figures} (n = {metrics[0]['samples']})")
+            name, metrics = dataset.name, dataset.metrics
+            line = MetricsLine(step=step, dataset=name, digest=dataset.digest, metrics=metrics)
+            self._folder.log(line.document())
+            figures = ", ".join(f"{metric.name} {metric.value:.4f}" for metric in metrics)
+            self._listener.note(f"Step {step}, {name}: {figures} (n = {metrics[0].samples})")
 
 
 def interim_evaluation(
@@ -151,13 +153,13 @@ def interim_evaluation(
     return interim
 
 
-def measurements(folder: TrainingFolder) -> list[dict[str, Any]]:
+def measurements(folder: TrainingFolder) -> list[MetricsLine]:
     """The evaluations during a training: `step`, `dataset`, `digest` and `metrics` of each.
 
     Args:
         folder: The training's folder.
     """
-    return [line for line in folder.metrics() if "dataset" in line]
+    return [line for line in folder.metrics() if line.dataset is not None]
 
 
 class _StopWanted(Exception):  # noqa: N818 - a request by the user, not an error of theirs

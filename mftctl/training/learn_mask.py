@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from mftctl.errors import TrainingError
 from mftctl.evaluation.losses import mean_loss
+from mftctl.experiments.measured_lines import MetricsLine
+from mftctl.experiments.results import Flips
 from mftctl.masking.baselines import magnitude_mask, random_mask, row_mask
 from mftctl.masking.checkpoints.outlines import Rows, StoredWeights
 from mftctl.masking.full_tensor import whole_shape
@@ -134,26 +136,22 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
     return trainer
 
 
-def summarise_flips(metrics: Sequence[Mapping[str, Any]], changed: int) -> dict[str, Any]:
+def summarise_flips(metrics: Sequence[MetricsLine], changed: int) -> Flips:
     """Summary of mask flips: entries flipped per round, and expected and measured changes of the loss.
-
-    Keys: `rounds`, the metrics lines with flips; `turned`, the total number of flips; `undone_share`, the share of
-    flips that were reverted, by validation or by a later flip; `promised` and `measured`, the expected and the actual
-    reduction of the loss over all rounds.
 
     Args:
         metrics: Metrics of the training.
         changed: Number of entries that differ between start and end.
     """
-    rounds = [{key: value for key, value in line.items() if key != "epoch"} for line in metrics if "promised" in line]
-    turned = sum(line["removed"] + line["restored"] for line in rounds)
-    return {
-        "turned": turned,
-        "undone_share": 1 - changed / turned if turned else 0.0,
-        "promised": sum(line["promised"] for line in rounds),
-        "measured": sum(line.get("measured", 0.0) for line in rounds),
-        "rounds": rounds,
-    }
+    rounds = [line.without_epoch() for line in metrics if line.promised is not None]
+    turned = sum((line.removed or 0) + (line.restored or 0) for line in rounds)
+    return Flips(
+        turned=turned,
+        undone_share=1 - changed / turned if turned else 0.0,
+        promised=sum(line.promised or 0.0 for line in rounds),
+        measured=sum(line.measured or 0.0 for line in rounds),
+        rounds=rounds,
+    )
 
 
 def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:

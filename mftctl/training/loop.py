@@ -277,7 +277,7 @@ def train(
         folder.rewind(-1)
     else:
         folder.rewind(_step(checkpoint))
-        trainer.start_loss = next(line["eval_loss"] for line in folder.metrics() if "eval_loss" in line)
+        trainer.start_loss = next(line.eval_loss for line in folder.metrics() if line.eval_loss is not None)
         trainer.args.eval_on_start = False
     trainer.add_callback(NoStepTooMany(trainer))
     wait_for_all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,6 +13,7 @@ from mftctl.data.seen_records import seen_records
 from mftctl.evaluation.losses import SampleLoss
 from mftctl.experiments.model_source import Source, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import Flips
 from mftctl.experiments.run_folder import Run, TrainingFolder
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
@@ -109,27 +109,31 @@ class LearnedMask:
     steps: int = 0
     tokens: int = 0
     learning_rate: float | None = None
-    flips: dict[str, Any] | None = None
+    flips: Flips | None = None
     confirming: tuple[list[SampleLoss], list[SampleLoss]] | None = None
 
-    def figures(self) -> dict[str, Any]:
-        """Losses and training statistics for a run's result."""
-        return {
-            "unmasked_loss": self.unmasked_loss,
-            "start_loss": self.start_loss,
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
-            "steps": self.steps,
-            "tokens": self.tokens,
-            "learning_rate": self.learning_rate,
-            "helps": self.best_loss < self.unmasked_loss,
-            "flips": self.flips,
-        }
+    @property
+    def helps(self) -> bool:
+        """Losses model training statistics under it than without a mask."""
+        return self.best_loss < self.unmasked_loss
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTrainingInputs:
+    """What a mask is learned from.
+
+    Attributes:
+        inputs: Encoded data.
+        fft_learning_rate: That the model was fine-tuned with.
+    """
+
+    inputs: TrainingInputs
+    fft_learning_rate: float
 
 
 def prepare_mask_training(
     recipe: Recipe, source: Source, run: Run, listener: Listener, data_fraction: float
-) -> TrainingInputs:
+) -> MaskTrainingInputs:
     """The data to learn a mask from: by default, records that the model was not fine-tuned on.
 
     The data and the learning rate that the model was fine-tuned with are recorded in the run.
@@ -166,9 +170,9 @@ def prepare_mask_training(
             "(--learn-from all includes them)"
         )
     # A resumed run continues with its original rate, even if its source no longer records it.
-    rate = run.record.inputs.get("fft_learning_rate") or fft_learning_rate(source, recipe)
+    rate = float(run.record.inputs.get("fft_learning_rate") or fft_learning_rate(source, recipe))
     run.update(inputs={**source.as_inputs(), **inputs.summary(), "fft_learning_rate": rate})
-    return inputs
+    return MaskTrainingInputs(inputs, rate)
 
 
 def load_frozen_model(inputs: TrainingInputs, options: MaskTrainOptions) -> PreTrainedModel:

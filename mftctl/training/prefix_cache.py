@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mftctl.experiments.results import PrefixReuse
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.targets import decoder_layers
 from mftctl.runtime.memory import available_bytes
@@ -344,6 +345,6 @@ def token_batches_change(records: int, options: MaskTrainOptions) -> bool:
     return total_steps(records, options, processes) * records_per_step(options, processes) >= 2 * records
 
 
-def figures(states: HiddenStates) -> dict[str, Any]:
+def figures(states: HiddenStates) -> PrefixReuse:
     """Size and use of the cache, for a run's result."""
-    return {"batches": len(states), "size_bytes": states.size_bytes, "reused": states.reused}
+    return PrefixReuse(batches=len(states), size_bytes=states.size_bytes, reused=states.reused)

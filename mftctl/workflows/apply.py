@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mftctl.errors import ConfigError
 from mftctl.experiments.model_origin import origin_of
 from mftctl.experiments.model_source import Source
+from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
@@ -17,7 +17,7 @@ from mftctl.progress import Listener, Progress
 
 def apply(
     source: Source, run: Run, listener: Listener, *, base: str | None = None, replace: bool = False
-) -> dict[str, Any]:
+) -> ApplyResult:
     """Applies a mask and returns the folder of the new checkpoint and a summary of what was removed.
 
     Args:
@@ -59,11 +59,11 @@ def apply(
             f"Not copied, because they link to files outside the model's folder: {', '.join(done.left_out)}. "
             "Copy them yourself if the model needs them."
         )
-    return {
-        "state": source.state,
-        "model": str(folder.resolve()),
-        "base": base_model,
-        "bytes_written": done.bytes_written,
-        "tensors_masked": done.tensors_masked,
-        "removed": done.removed,
-    }
+    return ApplyResult(
+        state=source.state,
+        model=str(folder.resolve()),
+        base=base_model,
+        bytes_written=done.bytes_written,
+        tensors_masked=done.tensors_masked,
+        removed=done.removed,
+    )

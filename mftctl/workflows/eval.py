@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mftctl.data.encoding import Encoder
 from mftctl.errors import ConfigError
@@ -15,6 +15,7 @@ from mftctl.experiments.record_encoding import (
     load_encoder,
     template_record,
 )
+from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from mftctl.evaluation.lm.vllm import VllmAnswers
 
 
-def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> dict[str, Any]:
+def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> EvalResult:
     """Evaluates one model; returns each dataset with its metrics, standard errors and sample file.
 
     Every sample is written to a `.jsonl` file in the run folder with `id` (its number), `reference`, `output`, `scores`
@@ -85,7 +86,7 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> di
         restart_peak_memory()
         loaded = None if test is None else _load(checkpoint, source, recipe, measures, test.encoder, listener)
         datasets = measure(measures, recipe, loaded, run.folder, listener, test=test, model_name=source.model, run=run)
-        return {"state": source.state, "datasets": datasets, "peak_memory_bytes": peak_memory_bytes()}
+        return EvalResult(state=source.state, datasets=datasets, peak_memory_bytes=peak_memory_bytes())
 
 
 def _load(

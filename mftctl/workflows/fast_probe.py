@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from scipy import stats
@@ -16,9 +15,11 @@ from transformers import PreTrainedModel
 
 from mftctl.data.batching import PaddingCollator, pad_token_id
 from mftctl.data.encoding import Encoded
+from mftctl.errors import RunError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.inference import length_batches
 from mftctl.evaluation.losses import exact_sum
+from mftctl.experiments.results import Agreement, TrainedProbe
 from mftctl.experiments.run_folder import list_runs
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.selection import removed_count
@@ -80,28 +81,26 @@ def promised_changes(
     return {format_layers(list(group)): sum(changes[layer] for layer in group) for group in groups}
 
 
-def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -> dict[str, Any] | None:
+def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -> Agreement | None:
     """Agreement with the ranking of the same groups by the latest trained probe of the same model; None without one.
 
     Args:
         root: The runs folder.
         model: Folder or hub id.
         changes: From `promised_changes`.
-
-    Returns:
-        `run`: its name; `groups`: the number of groups in both; `rank_correlation`: Spearman's.
     """
     for run in reversed(list_runs(root)[0]):
         record = run.record
         if (record.command, record.status, record.inputs.get("model")) != ("probe", "finished", model):
             continue
-        needed = {"layers", "change", "best_loss"}
-        groups = [group for group in record.result.get("groups", ()) if needed <= group.keys()]
-        trained = {group["layers"]: group["change"] for group in groups}
+        try:
+            trained = {group.layers: group.change for group in run.result(TrainedProbe).groups}
+        except RunError:
+            continue  # of a fast one, or not complete
         shared = [layers for layers in changes if layers in trained]
         if len(shared) >= _FEWEST_RANKED:
             found = stats.spearmanr([changes[layers] for layers in shared], [trained[layers] for layers in shared])
-            return {"run": run.name, "groups": len(shared), "rank_correlation": float(found.statistic)}
+            return Agreement(run=run.name, groups=len(shared), rank_correlation=float(found.statistic))
     return None
 
 

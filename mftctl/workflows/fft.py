@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.data.seen_records import save_seen
-from mftctl.errors import ConfigError, OutputError, StorageError
+from mftctl.errors import ConfigError, OutputError, StorageError, TrainingError
 from mftctl.evaluation.answer_stops import name_stops, turn_stops
 from mftctl.experiments.model_origin import ModelOrigin, origin_of
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import fine_tuned_state
 from mftctl.experiments.training_options import FftOptions
@@ -60,7 +61,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def fine_tune(
     recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
-) -> dict[str, Any]:
+) -> FftResult:
     """Fine-tunes a model and returns its folder and its losses per answer token.
 
     Args:
@@ -89,7 +90,7 @@ def fine_tune(
 
 def _fine_tune(
     recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
-) -> dict[str, Any]:
+) -> FftResult:
     """Runs `fine_tune` on a device that is ready."""
     options = recipe.fft
     announce_step(options, world_size(), listener)
@@ -135,23 +136,26 @@ def _fine_tune(
             sorted(turn_stops(inputs.tokenizer).token_ids),
         )
         saved = _save(finished, inputs.tokenizer, run, goes_with, may_replace=may_replace)
-    validation = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
-    return {
-        "state": fine_tuned_state(source.state, options),
-        "model": str(saved.folder.resolve()),
-        **({} if saved.refused is None else {"output_refused": saved.refused}),
-        "kept": options.keep,
-        "start_loss": trainer.start_loss,
-        "best_loss": trainer.state.best_metric,
-        "last_loss": validation[-1],
-        "best_step": trainer.state.best_global_step,
-        "steps": trainer.state.global_step,
-        "trained_parameters": trained_parameters,
-        "tokens": int(trainer.state.num_input_tokens_seen),
-        "flops_per_token": flops,
-        "evaluations": measurements(run.training),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    validation = [line.eval_loss for line in run.training.metrics() if line.eval_loss is not None]
+    best_loss, best_step = trainer.state.best_metric, trainer.state.best_global_step
+    if trainer.start_loss is None or best_loss is None or best_step is None or not validation:
+        raise TrainingError("The training ended without a validation.", path=run.folder)
+    return FftResult(
+        state=fine_tuned_state(source.state, options),
+        model=str(saved.folder.resolve()),
+        output_refused=saved.refused,
+        kept=options.keep,
+        start_loss=trainer.start_loss,
+        best_loss=best_loss,
+        last_loss=validation[-1],
+        best_step=best_step,
+        steps=trainer.state.global_step,
+        trained_parameters=trained_parameters,
+        tokens=int(trainer.state.num_input_tokens_seen),
+        flops_per_token=flops,
+        evaluations=measurements(run.training),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def _trainable_model(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 from mftctl.errors import OutputError
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import KeptMask
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.apply_in_memory import target_names
 from mftctl.masking.checkpoints.tensors import tensor_digest, tensor_index
@@ -21,7 +21,7 @@ from mftctl.masking.targets import MaskTarget, format_layers
 from mftctl.runtime.processes import is_first
 
 
-def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> dict[str, Any]:
+def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> KeptMask:
     """Writes a mask to the run folder and the output path; returns both paths and a summary of what it removes.
 
     Args:
@@ -38,15 +38,15 @@ def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> dict[str, Any]:
                 save_mask(mask, Path(output), permit=mask_permit(replace=may_replace))
             except OutputError as error:
                 output, refused = None, str(error)
-    return {
-        "mask": str(path.resolve()),
-        "output": output,
-        **({} if refused is None else {"output_refused": refused}),
-        "tensors": len(mask),
-        "weights": mask.weights,
-        "removed": mask.removed,
-        "ratio": mask.ratio,
-    }
+    return KeptMask(
+        mask=str(path.resolve()),
+        output=output,
+        output_refused=refused,
+        tensors=len(mask),
+        weights=mask.weights,
+        removed=mask.removed,
+        ratio=mask.ratio,
+    )
 
 
 def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 from transformers import PreTrainedModel
 
@@ -11,6 +11,7 @@ from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import mask_state
@@ -45,7 +46,7 @@ from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
 def mask_train(
     recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
-) -> dict[str, Any]:
+) -> MaskTrainResult:
     """Finds a mask and returns its file, a summary of what it removes, and its losses per answer token.
 
     Args:
@@ -79,10 +80,11 @@ def mask_train(
 
 def _search(
     recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
-) -> dict[str, Any]:
+) -> MeasuredMask:
     """Runs the methods that evaluate masks on the model and returns the result."""
     options = recipe.mask_train
-    inputs = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    prepared = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    inputs = prepared.inputs
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs, split_validation_records(inputs.validation, options)[0])
     model, weights = _model_to_mask(inputs, options, listener)
@@ -110,7 +112,7 @@ def _search(
             run.training,
             listener,
             unmasked_loss=None if weights is not None else validation_loss(model, inputs, listener),
-            fft_learning_rate=run.record.inputs["fft_learning_rate"],
+            fft_learning_rate=prepared.fft_learning_rate,
             seed=recipe.seed,
             resume=resume,
             interim=interim,
@@ -125,21 +127,29 @@ def _search(
         reuse = figures(states)
     metadata = mask_metadata(recipe, source, run, layers)
     mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata)
-    return {
-        "state": mask_state(options),
-        "model": source.model,
-        **keep_mask(mask, run, may_replace=may_replace),
-        "layers": format_layers(layers),
-        "layer_ratios": layer_ratios(found.keep, targets),
-        **found.figures(),
-        "kept": options.keep if options.method == "learned" else None,
-        "start_std": search.start.std if (options.method, options.start) == ("learned", "normal") else None,
-        "flops_per_token": flops,
-        "confirmation": confirmation,
-        "prefix_reuse": reuse,
-        "evaluations": measurements(run.training),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    return MeasuredMask(
+        **keep_mask(mask, run, may_replace=may_replace).document(),
+        state=mask_state(options),
+        model=source.model,
+        layers=format_layers(layers),
+        layer_ratios=layer_ratios(found.keep, targets),
+        unmasked_loss=found.unmasked_loss,
+        start_loss=found.start_loss,
+        best_loss=found.best_loss,
+        best_step=found.best_step,
+        steps=found.steps,
+        tokens=found.tokens,
+        learning_rate=found.learning_rate,
+        helps=found.helps,
+        flips=found.flips,
+        kept=options.keep if options.method == "learned" else None,
+        start_std=search.start.std if (options.method, options.start) == ("learned", "normal") else None,
+        flops_per_token=flops,
+        confirmation=confirmation,
+        prefix_reuse=reuse,
+        evaluations=measurements(run.training),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
@@ -151,7 +161,7 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
     return replace(search, model=model, targets=find_targets(model, layers, options.target, options.projections))
 
 
-def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> dict[str, Any] | None:
+def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> Confirmation | None:
     """The mask's effect on records not used to choose it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
         which = "The last mask did not beat" if search.options.keeps_last else "No mask beat"
@@ -165,7 +175,7 @@ def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encod
     return confirm(search, found.keep, confirming) if confirming else None
 
 
-def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> dict[str, Any]:
+def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> DroppedMask:
     """Resets part of the weights to their values before fine-tuning; no model is loaded.
 
     Raises:
@@ -197,16 +207,16 @@ def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_r
         run_id=run.name,
         on_progress=lambda done, total: listener.progress(Progress("comparing", done, total)),
     )
-    return {
-        "state": mask_state(options),
-        "model": source.model,
-        "base": base,
-        **keep_mask(mask, run, may_replace=may_replace),
-        "layers": "all",
-        "layer_ratios": {},
-        "steps": 0,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    return DroppedMask(
+        **keep_mask(mask, run, may_replace=may_replace).document(),
+        state=mask_state(options),
+        model=source.model,
+        base=base,
+        layers="all",
+        layer_ratios={},
+        steps=0,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def _model_to_mask(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe
+from mftctl.experiments.run_contents import read_part
 from mftctl.experiments.run_folder import Run, TrainingFolder
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
-from mftctl.files.regular import read_regular
 from mftctl.masking.targets import (
     MaskTarget,
     decoder_layers,
@@ -29,16 +30,21 @@ from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import forget_plan, shares_weights, wait_for_all
 from mftctl.runtime.processes import is_first
 from mftctl.training.held_out import masked, split_validation_records, validation_loss
-from mftctl.training.inputs import TrainingInputs
 from mftctl.training.learn_mask import find_mask
-from mftctl.training.mask_search import LearnedMask, MaskSearch, load_frozen_model, prepare_mask_training
+from mftctl.training.mask_search import (
+    LearnedMask,
+    MaskSearch,
+    MaskTrainingInputs,
+    load_frozen_model,
+    prepare_mask_training,
+)
 from mftctl.training.prefix_cache import HiddenStates, figures, hidden_states, reusing_prefix
 from mftctl.workflows.fast_probe import agreement_with_training, promised_changes
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 from mftctl.workflows.probe_scores import ProbeScorer
 
 
-def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> dict[str, Any]:
+def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> ProbeResult:
     """Probes groups of layers; returns every group's losses and score, best first, and the recommended layers.
 
     Args:
@@ -69,14 +75,15 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
 
 def _train_groups(
     recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
-) -> dict[str, Any]:
+) -> TrainedProbe:
     """Trains a mask for each group and returns the result."""
     options = _options(recipe)
-    inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    prepared = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    inputs = prepared.inputs
     scorer = None if recipe.probe.by == "loss" else ProbeScorer(recipe, inputs, run, listener)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     room.require(inputs)
-    probed = _ProbedModel(recipe, options, inputs, run, listener, scorer)
+    probed = _ProbedModel(recipe, options, replace(prepared, inputs=inputs), listener, scorer)
     # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
     groups = sorted(_groups(recipe, probed.model), key=min)
     results = []
@@ -90,22 +97,22 @@ def _train_groups(
             if not stored.exists():
                 outcome = probed.outcome(group, TrainingFolder(folder, run.resume_command), states, resume=resume)
                 if is_first():
-                    write_text(stored, json.dumps(outcome, indent=2) + "\n")
+                    write_text(stored, json.dumps(outcome.document(), indent=2) + "\n")
             if is_first():  # including those of a finished group that a killed process left behind
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             wait_for_all()
-            results.append(json.loads(read_regular(stored)))
+            results.append(read_part(stored, TrainedGroup))
         reuse = figures(states)
-    ranked = sorted(results, key=lambda item: (item.get("score_rank", 0.0), item["best_loss"]))
-    return {
-        "groups": ranked,
-        "recommended_layers": ranked[0]["layers"],
-        "by": recipe.probe.by,
-        "unmasked_loss": probed.unmasked_loss,
-        **({} if probed.unmasked is None else {"unmasked_score": asdict(probed.unmasked)}),
-        "prefix_reuse": reuse,
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    ranked = sorted(results, key=lambda item: (item.score_rank or 0.0, item.best_loss))
+    return TrainedProbe(
+        groups=ranked,
+        recommended_layers=ranked[0].layers,
+        by=recipe.probe.by,
+        unmasked_loss=probed.unmasked_loss,
+        unmasked_score=probed.unmasked,
+        prefix_reuse=reuse,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 class _ProbedModel:
@@ -121,22 +128,20 @@ class _ProbedModel:
         self,
         recipe: Recipe,
         options: MaskTrainOptions,
-        inputs: TrainingInputs,
-        run: Run,
+        prepared: MaskTrainingInputs,
         listener: Listener,
         scorer: ProbeScorer | None,
     ) -> None:
-        self._options, self._inputs, self._run, self._listener = options, inputs, run, listener
+        self._options, self._inputs, self._listener = options, prepared.inputs, listener
+        self._fft_learning_rate = prepared.fft_learning_rate
         self._seed = recipe.seed
         self._scorer = scorer
-        self.model = load_frozen_model(inputs, options)
+        self.model = load_frozen_model(self._inputs, options)
         self._is_whole = True
-        self.unmasked_loss = validation_loss(self.model, inputs, listener)
+        self.unmasked_loss = validation_loss(self.model, self._inputs, listener)
         self.unmasked = None if scorer is None else scorer.unmasked(self.model)
 
-    def outcome(
-        self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool
-    ) -> dict[str, Any]:
+    def outcome(self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool) -> TrainedGroup:
         """Trains the mask of a group and returns its result.
 
         Args:
@@ -156,28 +161,29 @@ class _ProbedModel:
             folder,
             self._listener,
             unmasked_loss=self.unmasked_loss,
-            fft_learning_rate=self._run.record.inputs["fft_learning_rate"],
+            fft_learning_rate=self._fft_learning_rate,
             seed=self._seed,
             resume=resume,
         )
         lowest = 0 if shares_weights() else min(group)
         with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):
             found = find_mask(search)
-        return _outcome(group, found) | self._score(group, found, folder.folder)
+        return self._scored(_outcome(group, found), group, found, folder.folder)
 
-    def _score(self, group: list[int], found: LearnedMask, folder: Path) -> dict[str, Any]:
-        """The score of a mask; empty if groups are ranked by loss."""
+    def _scored(self, outcome: TrainedGroup, group: list[int], found: LearnedMask, folder: Path) -> TrainedGroup:
+        """The score of the mask; empty if groups are ranked by loss."""
         if self._scorer is None or self.unmasked is None:
-            return {}
+            return outcome
         self._make_whole()
         with masked(self._targets(group), found.keep):
             score = self._scorer.score(self.model, folder)
-        return {
-            "score": score.value,
-            "score_standard_error": score.standard_error,
-            "score_change": score.value - self.unmasked.value,
-            "score_rank": score.rank,
-        }
+        return TrainedGroup(
+            **outcome.document(),
+            score=score.value,
+            score_standard_error=score.standard_error,
+            score_change=score.value - self.unmasked.value,
+            score_rank=score.rank,
+        )
 
     def _targets(self, group: list[int]) -> list[MaskTarget]:
         return find_targets(self.model, group, self._options.target, self._options.projections)
@@ -187,10 +193,11 @@ class _ProbedModel:
             self.model, self._is_whole = load_frozen_model(self._inputs, self._options), True
 
 
-def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu) -> dict[str, Any]:
+def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu) -> FastProbe:
     """The result of `--fast`: the expected gain of a mask for each group, best first among groups of the same size."""
     options = _options(recipe)
-    inputs = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    prepared = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
+    inputs = prepared.inputs
     room.require(inputs)
     model = load_frozen_model(inputs, options)
     groups = _groups(recipe, model)
@@ -200,18 +207,18 @@ def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room
         options,
         inputs,
         listener,
-        fft_learning_rate=run.record.inputs["fft_learning_rate"],
+        fft_learning_rate=prepared.fft_learning_rate,
         seed=recipe.seed,
     )
     sizes = {format_layers(group): len(group) for group in groups}
     ranked = sorted(changes, key=lambda layers: (list(sizes.values()).index(sizes[layers]), changes[layers]))
-    return {
-        "fast": True,
-        "groups": [{"layers": layers, "size": sizes[layers], "change": changes[layers]} for layers in ranked],
-        "recommended_layers": ranked[0],
-        "agreement": agreement_with_training(run.folder.parent, source.model, changes),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+    return FastProbe(
+        fast=True,
+        groups=[Group(layers=layers, size=sizes[layers], change=changes[layers]) for layers in ranked],
+        recommended_layers=ranked[0],
+        agreement=agreement_with_training(run.folder.parent, source.model, changes),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
 
 
 def _options(recipe: Recipe) -> MaskTrainOptions:
@@ -227,13 +234,13 @@ def _groups(recipe: Recipe, model: PreTrainedModel) -> list[list[int]]:
     return layer_groups(layer_count, recipe.probe.groups, wanted)
 
 
-def _outcome(group: list[int], found: LearnedMask) -> dict[str, Any]:
-    return {
-        "layers": format_layers(group),
-        "size": len(group),
-        "start_loss": found.start_loss,
-        "best_loss": found.best_loss,
-        "change": found.best_loss - found.unmasked_loss,
-        "best_step": found.best_step,
-        "steps": found.steps,
-    }
+def _outcome(group: list[int], found: LearnedMask) -> TrainedGroup:
+    return TrainedGroup(
+        layers=format_layers(group),
+        size=len(group),
+        start_loss=found.start_loss,
+        best_loss=found.best_loss,
+        change=found.best_loss - found.unmasked_loss,
+        best_step=found.best_step,
+        steps=found.steps,
+    )

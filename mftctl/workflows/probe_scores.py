@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.record_issues import RecordIssues
 from mftctl.errors import ConfigError
 from mftctl.evaluation.suite import MeasuredRecords, Measures, measure, prepare_measures, with_fixed_clock
+from mftctl.experiments.measured_lines import Metric
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.record_encoding import load_encoder
+from mftctl.experiments.results import Score
+from mftctl.experiments.run_contents import read_part
 from mftctl.experiments.run_folder import Run
 from mftctl.files.atomic import write_text
-from mftctl.files.regular import read_regular
 from mftctl.progress import Listener
 from mftctl.runtime.processes import is_first
 from mftctl.training.held_out import split_validation_records
@@ -25,30 +26,6 @@ from mftctl.workflows.probe_by import EXACT_MATCH, check_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A score of a model, with or without a mask.
-
-    Attributes:
-        metric: Its name, such as `exact_match` or `exact_match,strict-match`.
-        value: The score.
-        standard_error: Its standard error over samples; None if there is none.
-        samples: The number of records or problems.
-        higher_is_better: Whether a higher score is better.
-    """
-
-    metric: str
-    value: float
-    standard_error: float | None
-    samples: int
-    higher_is_better: bool = True
-
-    @property
-    def rank(self) -> float:
-        """Sort key; lower is better."""
-        return -self.value if self.higher_is_better else self.value
 
 
 class ProbeScorer:
@@ -98,9 +75,9 @@ class ProbeScorer:
         if not path.exists():
             score = self.score(model, self._run.folder / "unmasked")
             if is_first():
-                write_text(path, json.dumps(asdict(score), indent=2) + "\n")
+                write_text(path, json.dumps(score.document(), indent=2) + "\n")
             return score
-        return Score(**json.loads(read_regular(path)))
+        return read_part(path, Score)
 
     def score(self, model: PreTrainedModel, folder: Path) -> Score:
         """The model's current score: the first metric that a benchmark reports.
@@ -119,17 +96,21 @@ class ProbeScorer:
             test=self._test,
             model_name=str(self._recipe.model),
         )
-        wanted = [metric for metric in found["metrics"] if self._test is None or metric["name"] == EXACT_MATCH]
+        wanted = [metric for metric in found.metrics if self._test is None or metric.name == EXACT_MATCH]
         first = wanted[0]
         return Score(
-            first["name"], first["value"], first["standard_error"], first["samples"], self._is_better_higher(first)
+            metric=first.name,
+            value=first.value,
+            standard_error=first.standard_error,
+            samples=first.samples,
+            higher_is_better=self._is_better_higher(first),
         )
 
-    def _is_better_higher(self, metric: dict[str, Any]) -> bool:
+    def _is_better_higher(self, metric: Metric) -> bool:
         directions: dict[str, bool] = {}
         for benchmark in self._measures.benchmarks:
             directions |= benchmark.task.higher_is_better()
-        return directions.get(str(metric["name"]).partition(",")[0], True)
+        return directions.get(metric.name.partition(",")[0], True)
 
 
 def _of_task(recipe: Recipe) -> Recipe:

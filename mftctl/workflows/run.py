@@ -13,10 +13,11 @@ from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.experiments.jobs import Task, spell_out
-from mftctl.experiments.model_source import Source, source_of_run
+from mftctl.experiments.model_source import Source, recommendation_of, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run
 from mftctl.experiments.stage_runs import stage_runs
@@ -272,8 +273,8 @@ def _open(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pat
         planned.source = source_of_run(_finished(by_task[id(task.after)]))
         changes["model"] = planned.source.model
     if task.layers_from is not None:
-        probe = _finished(by_task[id(task.layers_from)])
-        changes["mask_train.layers"] = probe.record.result["recommended_layers"]
+        recommendation = recommendation_of(_finished(by_task[id(task.layers_from)]))
+        changes["mask_train.layers"] = recommendation.layers
     planned.recipe = with_changes(task.recipe, changes)
     if planned.resumes and planned.run is not None:
         planned.run.go_on()
@@ -313,8 +314,8 @@ def _finished(planned: Planned) -> Run:
 
 def _is_complete(run: Run) -> bool:
     """Checks that a run is finished and its outputs still exist."""
-    result = run.record.result
     if run.record.status != "finished":
         return False
-    kinds = ("model", "mask") if run.record.command in _MODEL_MAKERS else ("mask",)
-    return all(Path(result[kind]).exists() for kind in kinds if result.get(kind))
+    result = run.result(Outcome)
+    made = (result.model, result.mask) if run.record.command in _MODEL_MAKERS else (result.mask,)
+    return all(Path(place).exists() for place in made if place)

@@ -14,6 +14,7 @@ from mftctl.errors import Interrupted
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.results import MadeMask, MaskLosses
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.progress import Progress, Silence
@@ -45,8 +46,8 @@ def quickstart_on_the_gpu(scale: Scale) -> Iterator[Finding]:
             apart = max(abs(a - b) for a, b in zip(mine, its, strict=True))
             command = run.record.command
             yield Check(f"{command}: losses within {_TOLERANCE} of the CPU's", apart <= _TOLERANCE, f"{apart:.2e}")
-        yield Check("mask-train writes a mask", Path(masked.record.result["mask"]).is_file())
-        yield Figure("mask-train: change in loss", masked.record.result["best_loss"] - _unmasked(masked))
+        yield Check("mask-train writes a mask", Path(masked.result(MadeMask).mask).is_file())
+        yield Figure("mask-train: change in loss", _change(masked))
         yield from _repeated(Path(folder), scale)
 
 
@@ -99,11 +100,12 @@ def _recipe(scale: Scale, **changes: Any) -> Recipe:
 
 
 def _losses(run: Run) -> list[float]:
-    return [line[key] for line in run.training.metrics() for key in ("loss", "eval_loss") if key in line]
+    return [loss for line in run.training.metrics() for loss in (line.loss, line.eval_loss) if loss is not None]
 
 
-def _unmasked(run: Run) -> float:
-    return float(run.record.result["unmasked_loss"])
+def _change(run: Run) -> float:
+    losses = run.result(MaskLosses)
+    return losses.best_loss - losses.unmasked_loss
 
 
 def _bits(run: Run) -> str:

@@ -94,8 +94,8 @@ def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]
             yield from _speed(name, run, scale)
             yield Figure(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
             confirmation = confirm(search, found.keep, confirming)
-        yield Figure(f"{name}: change in loss at confirmation", confirmation["change"])
-        yield Check(f"{name}: the mask is measured", math.isfinite(confirmation["change"]))
+        yield Figure(f"{name}: change in loss at confirmation", confirmation.change)
+        yield Check(f"{name}: the mask is measured", math.isfinite(confirmation.change))
 
 
 def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]) -> Iterator[Finding]:
@@ -125,7 +125,7 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
 
 def step_seconds(run: Run) -> float:
     """The median time of all steps but the first."""
-    found = [line["step_seconds"] for line in run.training.metrics() if "step_seconds" in line]
+    found = [line.step_seconds for line in run.training.metrics() if line.step_seconds is not None]
     return float(median(found[1:] or found))
 
 

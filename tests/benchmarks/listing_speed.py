@@ -15,6 +15,7 @@ from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import create_run, list_runs, run_folders
 from mftctl.reporting.watch import Following
 from tests.benchmarks.timings import seconds_in_turn, spread
+from tests.partial_results import partial_result
 
 _COMMANDS = ("fft", "mask-train", "eval", "eval")
 
@@ -38,7 +39,11 @@ def write_runs(root: Path, runs: int) -> int:
         for step in range(1, 9)
     ]
     ratios = {str(layer): 0.1 + 1e-9 * layer for layer in range(30)}
-    run.finish({"state": "MFT", "layer_ratios": ratios, "best_loss": 0.6, "steps": 32, "flips": {"rounds": rounds}})
+    run.finish(
+        partial_result(
+            {"state": "MFT", "layer_ratios": ratios, "best_loss": 0.6, "steps": 32, "flips": {"rounds": rounds}}
+        )
+    )
     record = run.folder / "run.json"
     for number in range(2, runs + 1):
         folder = root / f"{number:03d}-{_COMMANDS[number % len(_COMMANDS)]}"

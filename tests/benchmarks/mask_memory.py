@@ -77,7 +77,7 @@ def train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     listener = _AtTheStart()
     with tempfile.TemporaryDirectory(dir=folder) as root:
         run = create_run(Path(root), "mask-train", to_document(recipe), inputs=Source(str(recipe.model)).as_inputs())
-        result = mask_train(recipe, Source(str(recipe.model)), run, listener)
+        result = mask_train(recipe, Source(str(recipe.model)), run, listener).document()
     peak_bytes = _memory_bytes("VmHWM") - listener.resident_bytes
     return {"bytes_a_weight": peak_bytes / result["weights"], "weights": result["weights"]}
 

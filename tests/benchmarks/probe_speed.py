@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.results import Result
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import create_run
 from mftctl.masking.targets import format_layers, layer_groups
@@ -25,16 +26,15 @@ from mftctl.workflows.mask_train import mask_train
 from mftctl.workflows.probe import probe
 from tests.benchmarks.timings import ratios, seconds_in_turn, spread
 
-Workflow = Callable[..., dict[str, Any]]
+Workflow = Callable[..., Result]
 
 
 def _run(root: Path, command: str, workflow: Workflow, recipe: Recipe) -> dict[str, Any]:
     """The result of a workflow in a new run."""
     source = Source(str(recipe.model))
     run = create_run(root, command, to_document(recipe), inputs=source.as_inputs())
-    result = workflow(recipe, source, run, Silence())
-    run.finish(result)
-    return result
+    run.finish(workflow(recipe, source, run, Silence()))
+    return run.record.result
 
 
 def _recipe(document: dict[str, Any], section: str, **changes: Any) -> Recipe:

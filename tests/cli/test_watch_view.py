@@ -29,6 +29,7 @@ import sys
 from pathlib import Path
 from mftctl.cli.watch_view import watch
 from mftctl.cli.output import Output
+from tests.partial_results import partial_result
 with Output() as console:
     watch(console, Path(sys.argv[1]), interval_seconds=0.1)
 print("after it")
@@ -109,7 +110,7 @@ def after_each_look(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], obje
 def test_each_change_is_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    start(tmp_path).finish({})
+    start(tmp_path).finish(partial_result({}))
     run = start(tmp_path, fft={"max_steps": 40})
     after_each_look(
         monkeypatch,
@@ -143,7 +144,7 @@ def test_with_json_each_change_is_an_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = start(tmp_path)
-    after_each_look(monkeypatch, lambda: run.finish({"best_loss": 0.5}))
+    after_each_look(monkeypatch, lambda: run.finish(partial_result({"best_loss": 0.5})))
     with Output(as_json=True) as console:
         watch(console, tmp_path)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -174,7 +175,7 @@ def test_on_a_terminal_the_view_is_live_and_its_last_state_stays(tmp_path: Path)
         os.execv(sys.executable, [sys.executable, "-c", PROGRAM, str(tmp_path)])
     shown, deadline_seconds = "", time.monotonic() + 120
     actions = {
-        "Press Ctrl-C to stop watching.": lambda: run.finish({}),
+        "Press Ctrl-C to stop watching.": lambda: run.finish(partial_result({})),
         "No runs in progress in": lambda: os.write(terminal, b"\x03"),
     }
     while time.monotonic() < deadline_seconds:

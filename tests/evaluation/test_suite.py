@@ -20,7 +20,7 @@ from tests.workflow_fixtures import make_recipe, open_run
 def test_writes_a_sample_file_that_gives_the_metrics(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "eval", recipe)
-    result = evaluate(recipe, source, run, Silence())
+    result = evaluate(recipe, source, run, Silence()).document()
     (dataset,) = result["datasets"]
     rows = [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
     metrics = {metric["name"]: metric for metric in dataset["metrics"]}
@@ -37,20 +37,20 @@ def test_writes_a_sample_file_that_gives_the_metrics(workspace: Path, tmp_path: 
 def test_limit_and_no_generation(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, eval__limit=5, eval__generate=False)
     run, source = open_run(tmp_path, "eval", recipe)
-    (dataset,) = evaluate(recipe, source, run, Silence())["datasets"]
+    (dataset,) = evaluate(recipe, source, run, Silence()).document()["datasets"]
     assert [(metric["name"], metric["samples"]) for metric in dataset["metrics"]] == [("loss", 5)]
 
 
 def test_a_mask_in_memory_equals_the_applied_checkpoint(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, mask_train__method="random", mask_train__ratio=0.4)
     run, source = open_run(tmp_path, "mask-train", recipe)
-    masked = replace(source, mask=mask_train(recipe, source, run, Silence())["mask"], state="random mask")
+    masked = replace(source, mask=mask_train(recipe, source, run, Silence()).document()["mask"], state="random mask")
     apply_run, _ = open_run(tmp_path, "apply", recipe)
-    applied = Source(apply(masked, apply_run, Silence())["model"])
+    applied = Source(apply(masked, apply_run, Silence()).document()["model"])
     losses = []
     for item in (source, masked, applied):
         eval_run, _ = open_run(tmp_path, "eval", recipe)
-        (dataset,) = evaluate(recipe, item, eval_run, Silence())["datasets"]
+        (dataset,) = evaluate(recipe, item, eval_run, Silence()).document()["datasets"]
         losses.append(dataset["metrics"][0]["value"])
     assert losses[1] == losses[2] != losses[0]
 
@@ -64,7 +64,7 @@ def test_gsm8k_from_a_local_file(workspace: Path, tmp_path: Path, tmp_path_facto
         workspace, test_data=[], eval__tasks=["gsm8k_0shot"], eval__task_data={"gsm8k_0shot": str(problems)}
     )
     run, source = open_run(tmp_path, "eval", recipe)
-    (dataset,) = evaluate(recipe, source, run, Silence())["datasets"]
+    (dataset,) = evaluate(recipe, source, run, Silence()).document()["datasets"]
     rows = [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
     assert dataset["name"] == "gsm8k_0shot"
     assert {metric["name"] for metric in dataset["metrics"]} == {

@@ -21,6 +21,7 @@ from mftctl.progress import Silence
 from mftctl.workflows.apply import apply
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.mask_train import mask_train
+from tests.partial_results import partial_result
 from tests.workflow_fixtures import make_recipe, open_run
 
 
@@ -54,7 +55,7 @@ def test_masked_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: P
     )
     source = source_of_model(str(tuned), tmp_path / "runs")
     run = create_run(tmp_path / "runs", "mask-train", {}, inputs=source.as_inputs())
-    made = mask_train(recipe, source, run, Silence())
+    made = mask_train(recipe, source, run, Silence()).document()
     applying = create_run(tmp_path / "runs", "apply", {}, output=tmp_path / "masked")
     apply(replace(source, mask=made["mask"], state="random mask"), applying, Silence())
     found = source_of_model(str(tmp_path / "masked"), tmp_path / "other")
@@ -63,7 +64,7 @@ def test_masked_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: P
 
 def test_run_of_the_runs_folder_comes_before_what_the_folder_tells(tuned: Path, tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {}, inputs=Source("base").as_inputs())
-    run.finish({"state": "GMT", "model": str(tuned)})
+    run.finish(partial_result({"state": "GMT", "model": str(tuned)}))
     assert source_of_model(str(tuned), tmp_path).state == "GMT"
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.model_source import (
+    Recommendation,
     Source,
     ancestry,
     fft_learning_rate,
@@ -23,6 +24,7 @@ from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.experiments.state_names import CONTINUED_FFT, FFT, PRE_TRAINED, fine_tuned_state, mask_state
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
+from tests.partial_results import partial_result
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def run_fft(root: Path, source: Source, output: str | None = None) -> Run:
     run = create_run(root, "fft", {"seed": 3}, inputs=source.as_inputs())
     folder = Path(output) if output else run.folder / "model"
     folder.mkdir(exist_ok=True)
-    run.finish({"state": fine_tuned_state(source.state, FftOptions()), "model": str(folder.resolve())})
+    run.finish(partial_result({"state": fine_tuned_state(source.state, FftOptions()), "model": str(folder.resolve())}))
     return run
 
 
@@ -44,12 +46,14 @@ def run_mask(root: Path, source: Source, method: Any = "learned", output: Path |
     """A finished mask-train run, as `mask_training` records it."""
     run = create_run(root, "mask-train", {"seed": 3}, inputs=source.as_inputs(), output=output)
     run.finish(
-        {
-            "state": mask_state(MaskTrainOptions(method=method)),
-            "model": source.model,
-            "mask": str((run.folder / "mask.bits").resolve()),
-            "output": run.record.output,
-        }
+        partial_result(
+            {
+                "state": mask_state(MaskTrainOptions(method=method)),
+                "model": source.model,
+                "mask": str((run.folder / "mask.bits").resolve()),
+                "output": run.record.output,
+            }
+        )
     )
     return run
 
@@ -58,13 +62,13 @@ def run_apply(root: Path, source: Source) -> Run:
     """A finished apply run, as `applying` records it."""
     run = create_run(root, "apply", {"seed": 3}, inputs=source.as_inputs())
     (run.folder / "model").mkdir()
-    run.finish({"state": source.state, "model": str((run.folder / "model").resolve())})
+    run.finish(partial_result({"state": source.state, "model": str((run.folder / "model").resolve())}))
     return run
 
 
 def run_probe(root: Path, model: str, layers: str) -> Run:
     run = create_run(root, "probe", {}, inputs=Source(model).as_inputs())
-    run.finish({"recommended_layers": layers})
+    run.finish(partial_result({"recommended_layers": layers}))
     return run
 
 
@@ -239,7 +243,7 @@ def test_layers_are_those_of_the_newest_finished_probe(root: Path) -> None:
     run_probe(root, "base", "0-3")
     run_probe(root, "base", "4-7")
     create_run(root, "probe", {}, inputs=Source("base").as_inputs())
-    assert recommended_layers(root, Source("base")) == ("4-7", "002-probe")
+    assert recommended_layers(root, Source("base")) == Recommendation("4-7", "002-probe")
 
 
 def test_layers_of_another_model_are_not_taken(root: Path) -> None:
@@ -248,7 +252,7 @@ def test_layers_of_another_model_are_not_taken(root: Path) -> None:
     second = source_of_run(run_fft(root, Source("base")))
     assert recommended_layers(root, second) is None
     assert recommended_layers(root, Source("base")) is None
-    assert recommended_layers(root, first) == ("4-7", "002-probe")
+    assert recommended_layers(root, first) == Recommendation("4-7", "002-probe")
 
 
 # Ancestry

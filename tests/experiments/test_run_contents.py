@@ -15,6 +15,7 @@ from mftctl.experiments.run_folder import create_run, list_runs, load_run
 from mftctl.experiments.run_record import RunRecord
 from mftctl.reporting.paired_change import read_samples
 from mftctl.reporting.reproduction import reproduction
+from tests.partial_results import partial_result
 
 DEEP = "[" * 100_000
 
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     made = create_run(tmp_path / "runs", "eval", {"seed": 0, "data": [{"path": "a.jsonl"}], "fft": {"batch_size": 8}})
     metric = {"name": "loss", "value": 1.0, "standard_error": None, "samples": 2}
     dataset = {"name": "t", "digest": "d", "samples": "samples.jsonl", "metrics": [metric]}
-    made.finish({"state": "FFT", "datasets": [dataset]})
+    made.finish(partial_result({"state": "FFT", "datasets": [dataset]}))
     return made.folder
 
 
@@ -77,7 +78,7 @@ def run(tmp_path: Path) -> Path:
 )
 def test_a_part_of_another_type_is_one_line_and_hides_no_other(run: Path, path: tuple[str, ...], value: Any) -> None:
     other = create_run(run.parent, "fft", {})
-    other.finish({"state": "FFT"})
+    other.finish(partial_result({"state": "FFT"}))
     change(run, *path, value=value)
     with pytest.raises(RunError, match=r"is not valid: |not a readable run folder") as caught:
         load_run(run)
@@ -141,7 +142,7 @@ def test_a_damaged_line_of_metrics_is_named_and_one_that_a_kill_cut_short_is_lef
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 0, "eval_loss": NaN}\n' + line.encode("latin-1"))
-    assert [item["step"] for item in metrics_lines(path)] == [0]
+    assert [item.step for item in metrics_lines(path)] == [0]
     path.write_bytes(path.read_bytes() + b"\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl:2 cannot be read"):
         metrics_lines(path)
@@ -156,7 +157,7 @@ def test_a_fault_is_told_in_a_line() -> None:
 @pytest.mark.parametrize("key", ["model", "state"])
 def test_a_run_whose_record_lacks_what_it_made_is_told_by_name(tmp_path: Path, key: str) -> None:
     run = create_run(tmp_path, "fft", {}, inputs={"model": "m", "parents": [], "origin": "m"})
-    run.finish({name: "x" for name in ("state", "model") if name != key})
+    run.finish(partial_result({name: "x" for name in ("state", "model") if name != key}))
     if key == "model":
         change(run.folder, "inputs", value={"parents": [], "origin": "m"})
     with pytest.raises(RunError, match="incomplete"):
@@ -165,8 +166,8 @@ def test_a_run_whose_record_lacks_what_it_made_is_told_by_name(tmp_path: Path, k
 
 
 def test_a_probe_without_a_recommendation_recommends_nothing(tmp_path: Path) -> None:
-    create_run(tmp_path, "probe", {}, inputs={"model": "m"}).finish({"groups": []})
-    create_run(tmp_path, "probe", {}).finish({"recommended_layers": "4-7"})
+    create_run(tmp_path, "probe", {}, inputs={"model": "m"}).finish(partial_result({"groups": []}))
+    create_run(tmp_path, "probe", {}).finish(partial_result({"recommended_layers": "4-7"}))
     assert recommended_layers(tmp_path, source_of_model("m", tmp_path)) is None
 
 

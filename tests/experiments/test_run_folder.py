@@ -22,11 +22,12 @@ from mftctl.experiments.recipe_yaml import read_yaml
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_folder import Run, TrainingFolder, create_run, list_runs, load_run, newest_run
 from mftctl.files.temporary import temporary_folder
+from tests.partial_results import partial_result
 
 
 def finished(root: Path, command: str, **result: object) -> Run:
     run = create_run(root, command, {"seed": 0})
-    run.finish(result)
+    run.finish(partial_result(result))
     return run
 
 
@@ -93,7 +94,7 @@ def test_runs_folder_that_cannot_be_made_is_a_run_error(tmp_path: Path) -> None:
 def test_finished_run_reads_back_with_its_result(tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {})
     run.update(inputs={"model": "m"})
-    run.finish({"state": "FFT", "best_loss": 0.5})
+    run.finish(partial_result({"state": "FFT", "best_loss": 0.5}))
     record = load_run(run.folder).record
     assert (record.status, record.result, record.inputs) == (
         "finished",
@@ -111,7 +112,7 @@ def test_seconds_are_those_of_all_resumptions(tmp_path: Path, monkeypatch: pytes
     clock[0] += 1000
     resumed = load_run(run.folder)
     clock[0] += 3
-    resumed.finish({})
+    resumed.finish(partial_result({}))
     assert load_run(run.folder).record.seconds == pytest.approx(7)
 
 
@@ -127,7 +128,7 @@ def test_failing_write_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", half)
         with pytest.raises(OSError, match="no space left"):
-            run.finish({"state": "FFT"})
+            run.finish(partial_result({"state": "FFT"}))
     assert (run.folder / "run.json").read_bytes() == before
     assert sorted(path.name for path in run.folder.iterdir()) == ["config.yaml", "run.json"]
 
@@ -155,7 +156,7 @@ def test_a_finished_run_has_no_checkpoints_but_those_that_a_kill_left(tmp_path: 
     run, other = create_run(tmp_path, "fft", {}), create_run(tmp_path, "fft", {})
     for folder in (run.folder, other.folder):
         (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
-    run.finish({})
+    run.finish(partial_result({}))
     assert not run.training.checkpoints.exists()
     (run.folder / "checkpoints").mkdir()
     create_run(tmp_path, "fft", {})
@@ -178,7 +179,7 @@ def test_half_of_a_result_of_a_killed_command_goes_with_the_next_run(tmp_path: P
 def test_result_that_is_no_plain_data_leaves_the_old_record(tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {})
     with pytest.raises(TypeError):
-        run.finish({"model": object()})
+        run.finish(partial_result({"model": object()}))
     assert load_run(run.folder).record.status == "running"
 
 
@@ -291,7 +292,7 @@ def test_error_of_an_earlier_try_is_gone_from_a_finished_run(tmp_path: Path) -> 
     run = create_run(tmp_path, "fft", {})
     with pytest.raises(DataError), recorded(run):
         raise DataError("Empty.")
-    run.finish({})
+    run.finish(partial_result({}))
     assert load_run(run.folder).record.error is None
 
 
@@ -301,7 +302,7 @@ def test_metrics_read_back_in_order(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25, "note": "größe\u2028"}]
     for line in lines:
         folder.log(line)
-    assert folder.metrics() == lines
+    assert [line.document() for line in folder.metrics()] == lines
     assert folder.checkpoints == folder.folder / "checkpoints"
 
 
@@ -310,7 +311,7 @@ def test_rewind_drops_what_was_logged_after_the_step(tmp_path: Path) -> None:
     for step in (0, 1, 2, 2, 3):
         folder.log({"step": step})
     folder.rewind(2)
-    assert [line["step"] for line in folder.metrics()] == [0, 1, 2, 2]
+    assert [line.step for line in folder.metrics()] == [0, 1, 2, 2]
     folder.rewind(-1)
     assert folder.metrics() == []
 
@@ -320,10 +321,10 @@ def test_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     folder.log({"step": 1})
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 2, "lo')
-    assert folder.metrics() == [{"step": 1}]
+    assert [line.document() for line in folder.metrics()] == [{"step": 1}]
     folder.rewind(5)
     folder.log({"step": 2})
-    assert folder.metrics() == [{"step": 1}, {"step": 2}]
+    assert [line.document() for line in folder.metrics()] == [{"step": 1}, {"step": 2}]
 
 
 # Several processes

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mftctl.errors import Interrupted
+from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
@@ -65,7 +66,12 @@ def both(command: str, workspace: Path, root: Path, **changes: Any) -> tuple[Run
 
 
 def losses(run: Run) -> list[float]:
-    return [line[key] for line in run.training.metrics() for key in ("loss", "eval_loss") if key in line]
+    return [
+        line[key]
+        for line in map(MetricsLine.document, run.training.metrics())
+        for key in ("loss", "eval_loss")
+        if key in line
+    ]
 
 
 MASKS = {
@@ -138,7 +144,7 @@ def test_lora_is_trained_loaded_again_and_measured(workspace: Path, tmp_path: Pa
     again = run_command("fft", tmp_path, with_changes(recipe, {"model": source.model, "fft.merge": True}), source)
     assert again.record.result["start_loss"] == pytest.approx(first.record.result["best_loss"], abs=1e-6)
     run, _ = open_run(tmp_path, "eval", recipe)
-    assert evaluate(recipe, source, run, Silence())["datasets"]
+    assert evaluate(recipe, source, run, Silence()).document()["datasets"]
 
 
 @pytest.mark.parametrize("fast", [False, True])
@@ -159,11 +165,12 @@ def test_eval_of_a_masked_model(workspace: Path, tmp_path: Path) -> None:
     )
     run, source = open_run(tmp_path, "mask-train", make_recipe(workspace, mask_train__method="random"))
     masked = replace(
-        source, mask=mask_train(make_recipe(workspace, mask_train__method="random"), source, run, Silence())["mask"]
+        source,
+        mask=mask_train(make_recipe(workspace, mask_train__method="random"), source, run, Silence()).document()["mask"],
     )
     with emulated_gpu():
-        on_gpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence())
-    on_cpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence())
+        on_gpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence()).document()
+    on_cpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence()).document()
     for mine, its in zip(on_gpu["datasets"], on_cpu["datasets"], strict=True):
         assert [metric["name"] for metric in mine["metrics"]] == [metric["name"] for metric in its["metrics"]]
         assert mine["metrics"][0]["value"] == pytest.approx(its["metrics"][0]["value"], abs=1e-5)

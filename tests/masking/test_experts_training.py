@@ -56,7 +56,7 @@ def logits(folder: Path) -> torch.Tensor:
 def applied(result: dict[str, Any], run: Run, root: Path) -> Path:
     source = Source(str(run.record.inputs["model"]), mask=result["mask"])
     apply_run = create_run(root, "apply", {}, inputs=source.as_inputs())
-    return Path(apply(source, apply_run, Silence())["model"])
+    return Path(apply(source, apply_run, Silence()).document()["model"])
 
 
 @pytest.mark.parametrize("preset", ["paper", "default"])
@@ -84,7 +84,7 @@ def test_resuming_gives_the_identical_mask(experts: Path, tmp_path: Path) -> Non
     run, source = open_run(tmp_path / "b", "mask-train", recipe)
     with pytest.raises(Interrupted):
         mask_train(recipe, source, run, Interrupter(5))
-    result = mask_train(recipe, source, run, Silence(), resume=True)
+    result = mask_train(recipe, source, run, Silence(), resume=True).document()
     resumed = load_mask(Path(result["mask"]))
     assert resumed.names() == mask.names()
     assert all(torch.equal(resumed[name], mask[name]) for name in mask.names())
@@ -141,7 +141,7 @@ def test_probing(experts: Path, tmp_path: Path) -> None:
     recipe = make_recipe(experts, **{**LAYER_1, "mask_train__layers": None}, probe__groups=[1], mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
     run.update(inputs=source.as_inputs())
-    assert {group["layers"] for group in probe(recipe, source, run, Silence())["groups"]} == {"0", "1"}
+    assert {group["layers"] for group in probe(recipe, source, run, Silence()).document()["groups"]} == {"0", "1"}
 
 
 @pytest.mark.parametrize("method", ["full", "gmt", "random", "hft", "lora"])

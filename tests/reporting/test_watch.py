@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.reporting import watch
 from mftctl.reporting.watch import Following, RunProgress, follow
+from tests.partial_results import partial_result
 
 CONFIG = {"seed": 3, "fft": {"epochs": 2.0, "batch_size": 4}, "mask_train": {"epochs": 1.0, "batch_size": 4}}
 INPUTS = {"train_records": 40}
@@ -78,7 +79,7 @@ def test_run_without_a_step_is_told_by_its_age(tmp_path: Path, monkeypatch: pyte
 def test_finished_run_is_told_by_its_record_alone(tmp_path: Path) -> None:
     run = start(tmp_path)
     (run.folder / "metrics.jsonl").write_text("no metrics\n")
-    run.finish({"steps": 20, "best_loss": 0.5, "last_loss": 0.75})
+    run.finish(partial_result({"steps": 20, "best_loss": 0.5, "last_loss": 0.75}))
     found = only(tmp_path)
     assert (found.status, found.step, found.steps) == ("finished", 20, 20)
     assert (found.best_validation_loss, found.validation_loss, found.seconds_left) == (0.5, 0.75, None)
@@ -207,7 +208,7 @@ def test_looking_on_the_way_changes_nothing(tmp_path_factory: pytest.TempPathFac
 
 def test_nothing_is_read_again_that_has_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5):
-        start(tmp_path).finish({})
+        start(tmp_path).finish(partial_result({}))
     run, watched = start(tmp_path), Following(tmp_path)
     train(run, 1, 2)
     watched.refresh()

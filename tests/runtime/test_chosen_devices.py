@@ -35,6 +35,7 @@ from mftctl.workflows.probe import probe
 from mftctl.workflows.run_checks import check_tasks
 from tests.conftest import build_llama
 from tests.gpu_emulation.emulated_gpu import emulated_gpu, used_gpus
+from tests.partial_results import partial_result
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
@@ -49,7 +50,7 @@ def work(command: str, root: Path, workspace: Path, **changes: Any) -> tuple[Run
     recipe = make_recipe(workspace, **{**SHORT, "eval__limit": 3, "probe__fast": True, **changes})
     run, source = open_run(root, command, recipe)
     listener = Interrupter(-1)
-    return run, WORK[command](recipe, source, run, listener), listener.notes
+    return run, WORK[command](recipe, source, run, listener).document(), listener.notes
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_on_the_cpu_of_a_machine_with_a_gpu_nothing_is_put_on_it(workspace: Path
 
 def test_an_adapter_is_gone_on_with_on_the_cpu(workspace: Path, tmp_path: Path) -> None:
     first, result, _ = work("fft", tmp_path, workspace, fft__method="lora")
-    first.finish(result)
+    first.finish(partial_result(result))
     source = source_of_run(first)
     recipe = make_recipe(workspace, **SHORT, fft__method="lora", device="cpu")
     recipe = with_changes(recipe, {"model": source.model})

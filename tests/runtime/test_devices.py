@@ -73,7 +73,7 @@ def test_of_two_gpus_one_is_used_and_it_is_said_once(workspace: Path, tmp_path: 
         f"2 GPUs are visible, but a single process uses only the first. To use all: mftctl {command} --processes 2 ..."
     ]
     alone = work(recipe, source, opened(tmp_path, workspace, command)[1], Silence())
-    assert result["best_loss"] == pytest.approx(alone["best_loss"], abs=1e-5)
+    assert result.best_loss == pytest.approx(alone.best_loss, abs=1e-5)
 
 
 def test_of_two_gpus_eval_uses_one(workspace: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mftctl.cli.session import Session
 from mftctl.data.batching import LengthGroupedSampler, ProcessBatches, ProcessRecords
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
+from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.progress import Silence
@@ -105,7 +106,10 @@ def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory) -
 def figures(trained: Run) -> list[dict[str, float]]:
     """What a training says of each step, without the time it took."""
     names = ("step", "loss", "grad_norm", "learning_rate", "num_input_tokens_seen", "eval_loss", "removed", "restored")
-    return [{name: line[name] for name in names if name in line} for line in trained.training.metrics()]
+    return [
+        {name: line[name] for name in names if name in line}
+        for line in map(MetricsLine.document, trained.training.metrics())
+    ]
 
 
 def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(

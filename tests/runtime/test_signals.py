@@ -14,6 +14,7 @@ from mftctl.experiments.run_folder import load_run
 WORK = """
 import pathlib, signal, sys, time
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import Result
 from mftctl.experiments.run_folder import create_run
 from mftctl.runtime.signals import end_as_on_interrupt
 if sys.argv[2] == "nohup":
@@ -25,7 +26,7 @@ with recorded(run):
     if sys.argv[2] == "error":
         raise ValueError("unknown")
     time.sleep(60 if sys.argv[2] != "nohup" else 1)
-    run.finish({})
+    run.finish(Result())
 """
 
 

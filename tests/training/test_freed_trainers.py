@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from mftctl.experiments.results import Confirmation
 from mftctl.progress import Silence
 from mftctl.training.held_out import confirm
 from mftctl.training.learn_mask import find_mask
@@ -68,7 +69,7 @@ def test_when_a_mask_is_confirmed(
 ) -> None:
     found: list[list[str]] = []
 
-    def look(*args: Any) -> dict[str, Any]:
+    def look(*args: Any) -> Confirmation:
         found.append(alive.names())
         return confirm(*args)
 

@@ -68,7 +68,7 @@ def test_the_last_figures_are_those_of_an_evaluation_of_the_model(measured: Run,
         }
     )
     run, source = open_run(tmp_path, "eval", recipe)
-    datasets = evaluate(recipe, source, run, Silence())["datasets"]
+    datasets = evaluate(recipe, source, run, Silence()).document()["datasets"]
     last = [line for line in measured.record.result["evaluations"] if line["step"] == 12]
     for dataset, line in zip(datasets, last, strict=True):
         assert dataset["digest"] == line["digest"]
@@ -99,7 +99,7 @@ def test_a_mask_is_measured_on_the_way_and_stays_the_same(workspace: Path, probl
     masks = []
     for recipe in (make_recipe(workspace), measuring(workspace, "mask_train", problems)):
         run, source = open_run(tmp_path, "mask-train", recipe)
-        result = mask_train(recipe, source, run, Silence())
+        result = mask_train(recipe, source, run, Silence()).document()
         masks.append(load_mask(Path(result["mask"])))
     assert [line["step"] for line in result["evaluations"]] == [0, 0, 5, 5, 10, 10, 12, 12]
     losses = [line["metrics"][0]["value"] for line in result["evaluations"] if line["dataset"] == "test.jsonl"]
@@ -130,7 +130,7 @@ def test_a_stop_during_a_measurement_is_resumed_to_the_same_figures(
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(Interrupted, match=f"step {step} of 12"):
         fine_tune(recipe, source, run, StopWhileMeasuring(4 * measurement))
-    result = fine_tune(recipe, source, run, Silence(), resume=True)
+    result = fine_tune(recipe, source, run, Silence(), resume=True).document()
     assert result["evaluations"] == measured.record.result["evaluations"]
 
 

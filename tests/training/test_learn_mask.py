@@ -57,7 +57,7 @@ def test_the_unmasked_model_is_measured_once(workspace: Path, tmp_path: Path) ->
     recipe = make_recipe(workspace, **DEFAULT)
     run, source = open_run(tmp_path, "mask-train", recipe)
     listener = Interrupter(-1)
-    result = mask_train(recipe, source, run, listener)
+    result = mask_train(recipe, source, run, listener).document()
     assert result["confirmation"]
     assert listener.validations == 1 + 3 + 2  # without a mask, three of the training, two that confirm
 
@@ -86,7 +86,7 @@ def test_resuming_gives_the_identical_mask(
     run, source = open_run(tmp_path, "mask-train", recipe)
     with pytest.raises(Interrupted):
         mask_train(recipe, source, run, Interrupter(step))
-    result = mask_train(recipe, source, run, Silence(), resume=True)
+    result = mask_train(recipe, source, run, Silence(), resume=True).document()
     resumed = load_mask(Path(result["mask"]))
     assert all(torch.equal(resumed[name], mask[name]) for name in mask.names())
     for key in ("unmasked_loss", "start_loss", "best_loss", "best_step", "steps", "tokens", "flips", "confirmation"):
@@ -113,7 +113,7 @@ def test_without_a_gain_the_mask_removes_nothing(workspace: Path, tmp_path: Path
     recipe = make_recipe(workspace, **DEFAULT)
     run, source = open_run(tmp_path, "mask-train", recipe)
     listener = Interrupter(-1)
-    result = mask_train(recipe, source, run, listener)
+    result = mask_train(recipe, source, run, listener).document()
     assert (result["removed"], result["best_step"], result["helps"], result["confirmation"]) == (0, 0, False, None)
     assert result["best_loss"] == result["unmasked_loss"]
     assert result["flips"]["turned"] > 0
@@ -124,4 +124,4 @@ def test_without_a_gain_the_mask_removes_nothing(workspace: Path, tmp_path: Path
 def test_it_stops_when_nothing_has_lowered_the_loss_for_a_while(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **DEFAULT, mask_train__patience=2)
     run, source = open_run(tmp_path, "mask-train", recipe)
-    assert mask_train(recipe, source, run, Silence())["steps"] == 8
+    assert mask_train(recipe, source, run, Silence()).document()["steps"] == 8

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from mftctl.errors import ConfigError, Interrupted
 from mftctl.experiments.jobs import spell_out
+from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints import quantization
@@ -45,7 +46,12 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def losses(run: Run) -> list[float]:
-    return [line[key] for line in run.training.metrics() for key in ("loss", "eval_loss") if key in line]
+    return [
+        line[key]
+        for line in map(MetricsLine.document, run.training.metrics())
+        for key in ("loss", "eval_loss")
+        if key in line
+    ]
 
 
 @pytest.fixture
@@ -130,7 +136,7 @@ def test_checkpoints_of_low_memory_are_in_bf16_and_the_best_is_kept(workspace: P
         fine_tune(recipe, source, run, Interrupter(7))
     with safe_open(run.training.checkpoints / "checkpoint-7" / "model.safetensors", "pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
-    result = fine_tune(recipe, source, run, Silence(), resume=True)
+    result = fine_tune(recipe, source, run, Silence(), resume=True).document()
     again = tuned(workspace, tmp_path / "again", model=result["model"], **SHORT, **LOW)
     assert again.record.result["start_loss"] == result["best_loss"]
 

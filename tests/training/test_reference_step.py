@@ -148,7 +148,7 @@ def test_the_same_bits_are_removed_as_by_an_independent_step(
         },
     )
     run, source = open_run(tmp_path, "mask-train", recipe)
-    found = load_mask(Path(mask_train(recipe, source, run, Silence())["mask"]))
+    found = load_mask(Path(mask_train(recipe, source, run, Silence()).document()["mask"]))
 
     targets = find_targets(load_model(workspace / "tiny", dtype=torch.float32), [1, 2], "both")
     start = {target.name: initial_scores(target, "normal", std=0.02, seed=recipe.seed) for target in targets}
@@ -173,7 +173,7 @@ def test_the_two_means_of_the_loss_differ(workspace: Path, tmp_path: Path) -> No
     losses = []
     for preset in ("paper", "reference"):
         run, _, _ = learn(workspace, tmp_path / preset, mask_train__preset=preset)
-        losses.append([line["loss"] for line in run.training.metrics() if "loss" in line])
+        losses.append([line.loss for line in run.training.metrics() if line.loss is not None])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
 

@@ -130,7 +130,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fine_tuned(workspace: Path, folder: Path, **changes: Any) -> tuple[Run, dict[str, Any]]:
     settings = {"fft__max_steps": None, "fft__epochs": 2, "fft__keep": "last", "fft__val_steps": 2, **changes}
     run, source = open_run(folder, "fft", recipe := make_recipe(workspace, **settings))
-    return run, fine_tune(recipe, source, run, Silence())
+    return run, fine_tune(recipe, source, run, Silence()).document()
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def test_fine_tuning_is_that_of_a_fixed_batch_size(
     assert all(rows * length <= 150 for rows, length in shapes)
     assert len(shapes) < 2 * 12  # forward passes of 4 records
     assert result["last_loss"] == pytest.approx(expected["last_loss"], abs=2e-5)
-    losses = [[line["loss"] for line in item.training.metrics() if "loss" in line] for item in (run, other)]
+    losses = [[line.loss for line in item.training.metrics() if line.loss is not None] for item in (run, other)]
     assert losses[1] == pytest.approx(losses[0], abs=2e-5)
     theirs = weights(run)
     for name, tensor in weights(other).items():
@@ -180,7 +180,7 @@ def test_a_resumed_training_by_tokens_is_identical(workspace: Path, tmp_path: Pa
     other, source = open_run(tmp_path / "stopped", "fft", recipe := make_recipe(workspace, **settings))
     with pytest.raises(Interrupted):
         fine_tune(recipe, source, other, Interrupter(4))
-    result = fine_tune(recipe, source, other, Silence(), resume=True)
+    result = fine_tune(recipe, source, other, Silence(), resume=True).document()
     for key in ("start_loss", "best_loss", "last_loss", "steps", "tokens"):
         assert result[key] == expected[key], key
     theirs = weights(run)
@@ -201,7 +201,7 @@ def test_hidden_states_are_reused_where_micro_batches_come_again(
         settled = recipe.model_copy(update={"mask_train": section})
         listener = Remembering()
         run, source = open_run(tmp_path / str(gigabytes), "mask-train", settled)
-        result = mask_train(settled, source, run, listener)
+        result = mask_train(settled, source, run, listener).document()
         found[gigabytes] = (result["best_loss"], load_mask(run.folder / "mask.bits"), result["prefix_reuse"])
         said = any("reused only in validation" in note for note in listener.notes)
         assert said == (gigabytes > 0 and not reused)

@@ -30,9 +30,8 @@ def estimate(workspace: Path, root: Path, **changes: Any) -> tuple[Run, dict[str
     changes = {"probe__fast": True, "probe__groups": [1], "probe__data_fraction": 1.0, **changes}
     recipe = make_recipe(workspace, **changes)
     run, source = open_run(root, "probe", recipe)
-    result = probe(recipe, source, run, Silence())
-    run.finish(result)
-    return run, result
+    run.finish(probe(recipe, source, run, Silence()))
+    return run, run.record.result
 
 
 def encoded_records(workspace: Path) -> list[Encoded]:
@@ -111,7 +110,7 @@ def test_groups_add_up_their_layers_and_are_ranked_within_a_size(workspace: Path
 def test_the_model_is_left_as_it_was(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "probe", recipe)
-    inputs = prepare_mask_training(recipe, source, run, Silence(), 1.0)
+    inputs = prepare_mask_training(recipe, source, run, Silence(), 1.0).inputs
     model = load_frozen_model(inputs, recipe.mask_train)
     before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
     for _ in range(2):
@@ -130,7 +129,7 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradients(workspace: Pat
     for checkpointing in (False, True):
         recipe = make_recipe(workspace, mask_train__gradient_checkpointing=checkpointing)
         run, source = open_run(tmp_path, "probe", recipe)
-        inputs = prepare_mask_training(recipe, source, run, Silence(), 1.0)
+        inputs = prepare_mask_training(recipe, source, run, Silence(), 1.0).inputs
         model = load_frozen_model(inputs, recipe.mask_train)
         meter = AllocationMeter(model.parameters())
         with meter:
@@ -149,8 +148,8 @@ def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Pa
     assert alone["agreement"] is None  # an estimate is no trained probe
     recipe = make_recipe(workspace, probe__groups=[1], mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
-    trained = probe(recipe, source, run, Silence())
-    run.finish(trained)
+    run.finish(probe(recipe, source, run, Silence()))
+    trained = run.record.result
     _, result = estimate(workspace, tmp_path)
     order = [group["layers"] for group in result["groups"]]
     ranks = [order.index(group["layers"]) for group in sorted(trained["groups"], key=lambda group: group["change"])]

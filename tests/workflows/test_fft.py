@@ -81,7 +81,7 @@ def undisturbed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
 
 def test_learns_and_keeps_the_best_state(undisturbed: Run, workspace: Path) -> None:
     result = undisturbed.record.result
-    logged = {line["step"]: line["eval_loss"] for line in undisturbed.training.metrics() if "eval_loss" in line}
+    logged = {line.step: line.eval_loss for line in undisturbed.training.metrics() if line.eval_loss is not None}
     assert set(logged) == {0, 4, 8, 12}
     assert result["start_loss"] == logged[0]
     assert result["best_loss"] == min(logged[step] for step in (4, 8, 12)) < logged[0]
@@ -105,7 +105,7 @@ def test_resuming_gives_the_identical_model(undisturbed: Run, workspace: Path, t
     assert str(caught.value.hint).startswith("mftctl fft --resume --runs ")
     assert caught.value.exit_code == 130
     assert not (run.folder / "model").exists()
-    result = fine_tune(recipe, source, run, Silence(), resume=True)
+    result = fine_tune(recipe, source, run, Silence(), resume=True).document()
     expected = undisturbed.record.result
     for key in ("start_loss", "best_loss", "last_loss", "best_step", "steps", "tokens"):
         assert result[key] == expected[key], key
@@ -137,10 +137,10 @@ def test_resuming_after_the_last_step_takes_none(workspace: Path, tmp_path: Path
     """As after a kill while the model was written."""
     recipe = make_recipe(workspace, **changes)
     run, source = open_run(tmp_path, "fft", recipe)
-    before = fine_tune(recipe, source, run, Silence())
+    before = fine_tune(recipe, source, run, Silence()).document()
     expected, metrics = weights(run.folder / "model"), run.training.metrics()
     shutil.rmtree(run.folder / "model")
-    after = fine_tune(recipe, source, run, Silence(), resume=True)
+    after = fine_tune(recipe, source, run, Silence(), resume=True).document()
     assert {**after, "peak_memory_bytes": 0} == {**before, "peak_memory_bytes": 0}
     assert run.training.metrics() == metrics
     found = weights(run.folder / "model")
@@ -192,7 +192,7 @@ def test_keep_last_keeps_the_last_state(workspace: Path, tmp_path: Path) -> None
     few = [f"{workspace / 'train.jsonl'}=4"]  # to be learnt by heart
     recipe = make_recipe(workspace, data=few, fft__keep="last", fft__learning_rate=2e-2, fft__max_steps=48)
     run, source = open_run(tmp_path, "fft", recipe)
-    result = fine_tune(recipe, source, run, Silence())
+    result = fine_tune(recipe, source, run, Silence()).document()
     model = load_model(run.folder / "model", dtype=torch.float32)
     losses = sample_losses(model, encoded(workspace / "val.jsonl", workspace / "tiny"), pad_token_id=0)
     assert mean_loss(losses) == pytest.approx(result["last_loss"], abs=1e-6)
@@ -202,20 +202,22 @@ def test_keep_last_keeps_the_last_state(workspace: Path, tmp_path: Path) -> None
 def test_patience_ends_the_training(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=40, fft__val_steps=2, fft__learning_rate=0.5, fft__patience=2)
     run, source = open_run(tmp_path, "fft", recipe)
-    result = fine_tune(recipe, source, run, Silence())
+    result = fine_tune(recipe, source, run, Silence()).document()
     assert result["steps"] == result["best_step"] + 4 < 40
 
 
 def test_epochs_give_the_steps(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=None, fft__epochs=1.5, fft__batch_size=5, fft__grad_accum_steps=3)
     run, source = open_run(tmp_path, "fft", recipe)
-    assert fine_tune(recipe, source, run, Silence())["steps"] == 6  # 48 records: 10 batches, 4 steps an epoch
+    assert (
+        fine_tune(recipe, source, run, Silence()).document()["steps"] == 6
+    )  # 48 records: 10 batches, 4 steps an epoch
 
 
 def test_bf16_and_gradient_checkpointing_train(workspace: Path, tmp_path: Path, undisturbed: Run) -> None:
     recipe = make_recipe(workspace, fft__precision="bf16", fft__gradient_checkpointing=True)
     run, source = open_run(tmp_path, "fft", recipe)
-    result = fine_tune(recipe, source, run, Silence())
+    result = fine_tune(recipe, source, run, Silence()).document()
     assert result["best_loss"] == pytest.approx(undisturbed.record.result["best_loss"], abs=0.05)
 
 
@@ -247,5 +249,5 @@ def test_a_bad_record_stops_before_any_training(workspace: Path, tmp_path: Path)
 
 def _losses(run: Run) -> list[tuple[int, float | None, float | None]]:
     """What was logged at each step, without times; a line of the end of the training has neither loss."""
-    lines = [(line["step"], line.get("loss"), line.get("eval_loss")) for line in run.training.metrics()]
+    lines = [(line.step, line.loss, line.eval_loss) for line in run.training.metrics()]
     return [line for line in lines if line[1:] != (None, None)]

@@ -51,8 +51,8 @@ def validation_loss(workspace: Path, checkpoint: Path, mask: Mask | None, part: 
 def learn(workspace: Path, root: Path, **changes: Any) -> tuple[Run, dict[str, Any], Mask]:
     recipe = make_recipe(workspace, **changes)
     run, source = open_run(root, "mask-train", recipe)
-    result = mask_train(recipe, source, run, Silence())
-    run.finish(result)
+    run.finish(mask_train(recipe, source, run, Silence()))
+    result = run.record.result
     return run, result, load_mask(Path(result["mask"]))
 
 
@@ -98,7 +98,7 @@ def test_removes_exactly_the_ratio_of_the_chosen_layers(
 
 def test_the_best_validation_is_kept(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
     run, result, _ = undisturbed
-    logged = {line["step"]: line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line}
+    logged = {line.step: line.eval_loss for line in run.training.metrics() if line.eval_loss is not None}
     assert set(logged) == {0, 4, 8, 12}
     assert result["start_loss"] == logged[0]
     assert result["best_loss"] == min(logged.values()) == logged[result["best_step"]]
@@ -114,7 +114,7 @@ def test_resuming_gives_the_identical_mask(
     with pytest.raises(Interrupted) as caught:
         mask_train(recipe, source, run, Interrupter(step))
     assert str(caught.value.hint).startswith("mftctl mask-train --resume --runs ")
-    result = mask_train(recipe, source, run, Silence(), resume=True)
+    result = mask_train(recipe, source, run, Silence(), resume=True).document()
     resumed = load_mask(Path(result["mask"]))
     assert all(torch.equal(resumed[name], mask[name]) for name in mask.names())
     for key in ("unmasked_loss", "start_loss", "best_loss", "best_step", "steps", "tokens", "flips"):
@@ -132,8 +132,8 @@ def test_hidden_states_of_the_frozen_layers_change_no_bit(workspace: Path, tmp_p
         assert all(torch.equal(mask[name], results[0][2][name]) for name in mask.names())
         for key in ("unmasked_loss", "start_loss", "best_loss", "best_step", "confirmation", "flips"):
             assert result[key] == results[0][1][key], key
-        losses = [line.get("loss") for line in run.training.metrics()]
-        assert losses == [line.get("loss") for line in results[0][0].training.metrics()]
+        losses = [line.loss for line in run.training.metrics()]
+        assert losses == [line.loss for line in results[0][0].training.metrics()]
     none, all_of_them, some = (result["prefix_reuse"] for _, result, _ in results)
     assert none == {"batches": 0, "size_bytes": 0, "reused": 0}
     assert all_of_them["batches"] == 12 + 2  # those of training, and of deciding and confirming records
@@ -166,7 +166,7 @@ def test_low_memory_learns_about_the_same_in_bf16_and_is_resumed(workspace: Path
     with safe_open(run.training.checkpoints / "checkpoint-5" / "scores.safetensors", "pt") as file:
         scores = [file.get_slice(name).get_dtype() for name in file.keys() if not name.startswith("counted.")]
     assert scores == ["BF16"] * 14
-    resumed = load_mask(Path(mask_train(recipe, source, run, Silence(), resume=True)["mask"]))
+    resumed = load_mask(Path(mask_train(recipe, source, run, Silence(), resume=True).document()["mask"]))
     assert all(torch.equal(resumed[name], mask[name]) for name in mask.names())
 
 
@@ -181,7 +181,7 @@ def test_low_memory_is_not_for_scores_that_are_spread(
 
 def test_flips_are_counted_between_validations(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
     run, result, _ = undisturbed
-    losses = [line["eval_loss"] for line in run.training.metrics() if "eval_loss" in line]
+    losses = [line.eval_loss for line in run.training.metrics() if line.eval_loss is not None]
     told = result["flips"]
     assert [line["step"] for line in told["rounds"]] == [4, 8, 12]
     assert [line["measured"] for line in told["rounds"]] == pytest.approx([a - b for a, b in pairwise(losses)])
@@ -281,7 +281,7 @@ def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, mask_train__method="magnitude", mask_train__ratio=0.9, mask_train__layers="all")
     run, source = open_run(tmp_path, "mask-train", recipe)
     listener = Interrupter(-1)
-    result = mask_train(recipe, source, run, listener)
+    result = mask_train(recipe, source, run, listener).document()
     said = any("No mask beat" in note for note in listener.notes)
     assert said is not result["helps"]
 

@@ -18,7 +18,7 @@ from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 def test_ranks_the_groups_and_recommends_the_best(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "probe", recipe)
-    result = probe(recipe, source, run, Silence())
+    result = probe(recipe, source, run, Silence()).document()
     losses = [group["best_loss"] for group in result["groups"]]
     assert {group["layers"] for group in result["groups"]} == {"0-1", "2-3"}
     assert losses == sorted(losses)
@@ -32,9 +32,11 @@ def test_ranks_the_groups_and_recommends_the_best(workspace: Path, tmp_path: Pat
 def test_a_group_is_what_mask_train_learns_on_the_same_data(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__data_fraction=1.0, mask_train__layers="2-3")
     run, source = open_run(tmp_path, "probe", recipe)
-    found = {group["layers"]: group["best_loss"] for group in probe(recipe, source, run, Silence())["groups"]}
+    found = {
+        group["layers"]: group["best_loss"] for group in probe(recipe, source, run, Silence()).document()["groups"]
+    }
     run, source = open_run(tmp_path, "mask-train", recipe)
-    assert found["2-3"] == mask_train(recipe, source, run, Silence())["best_loss"]
+    assert found["2-3"] == mask_train(recipe, source, run, Silence()).document()["best_loss"]
 
 
 def test_groups_reuse_the_hidden_states_of_the_layers_below_them(workspace: Path, tmp_path: Path) -> None:
@@ -42,7 +44,7 @@ def test_groups_reuse_the_hidden_states_of_the_layers_below_them(workspace: Path
     for limit_gb in (0.0, None):
         recipe = make_recipe(workspace, probe__groups=[1, 2], mask_train__prefix_cache_gb=limit_gb)
         run, source = open_run(tmp_path, "probe", recipe)
-        found.append(probe(recipe, source, run, Silence()))
+        found.append(probe(recipe, source, run, Silence()).document())
     assert found[0]["groups"] == found[1]["groups"]
     assert found[0]["prefix_reuse"]["reused"] == 0
     assert found[1]["prefix_reuse"]["reused"] > 0
@@ -51,7 +53,7 @@ def test_groups_reuse_the_hidden_states_of_the_layers_below_them(workspace: Path
 def test_a_finished_group_is_not_trained_again(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     expected_run, source = open_run(tmp_path, "probe", recipe)
-    expected = probe(recipe, source, expected_run, Silence())
+    expected = probe(recipe, source, expected_run, Silence()).document()
 
     class InSecondGroup(Interrupter):
         def note(self, text: str) -> None:
@@ -64,7 +66,7 @@ def test_a_finished_group_is_not_trained_again(workspace: Path, tmp_path: Path) 
     first = run.folder / "groups" / "0-1" / "outcome.json"
     marked = {**json.loads(first.read_text()), "start_loss": 123.0}
     first.write_text(json.dumps(marked))
-    resumed = probe(recipe, source, run, Silence(), resume=True)
+    resumed = probe(recipe, source, run, Silence(), resume=True).document()
     by_layers = {group["layers"]: group for group in resumed["groups"]}
     assert by_layers["0-1"]["start_loss"] == 123.0
     assert by_layers["2-3"] == next(group for group in expected["groups"] if group["layers"] == "2-3")
@@ -73,14 +75,18 @@ def test_a_finished_group_is_not_trained_again(workspace: Path, tmp_path: Path) 
 def test_several_group_sizes_and_chosen_layers(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__groups=[1, 2], probe__layers="2-3", mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
-    result = probe(recipe, source, run, Silence())
+    result = probe(recipe, source, run, Silence()).document()
     assert sorted(group["layers"] for group in result["groups"]) == ["2", "2-3", "3"]
 
 
 def test_all_layers_are_among_the_groups_except_for_the_paper(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__groups=[2, "all"], mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
-    assert {group["layers"] for group in probe(recipe, source, run, Silence())["groups"]} == {"0-1", "2-3", "0-3"}
+    assert {group["layers"] for group in probe(recipe, source, run, Silence()).document()["groups"]} == {
+        "0-1",
+        "2-3",
+        "0-3",
+    }
     assert Recipe(probe={}).probe.groups == (4, "all")
     assert Recipe(mask_train={"preset": "paper"}).probe.groups == (4,)
 

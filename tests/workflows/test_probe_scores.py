@@ -13,7 +13,7 @@ import torch
 
 from mftctl.errors import ConfigError, EvaluationError, Interrupted
 from mftctl.experiments.deciding_keys import deciding_keys
-from mftctl.experiments.model_source import Source, recommended_layers
+from mftctl.experiments.model_source import Recommendation, Source, recommended_layers
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.run_config import to_document
@@ -69,9 +69,8 @@ def by_task(workspace: Path, choices: str, **changes: Any) -> Recipe:
 def probed(workspace: Path, choices: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
     recipe = by_task(workspace, choices, probe__groups=[1])
     run, source = open_run(tmp_path_factory.mktemp("probed"), "probe", recipe)
-    result = probe(recipe, source, run, Silence())
-    run.finish(result)
-    return run, result
+    run.finish(probe(recipe, source, run, Silence()))
+    return run, run.record.result
 
 
 def test_the_groups_are_ranked_by_the_score_with_the_loss_beside_it(probed: tuple[Run, dict[str, Any]]) -> None:
@@ -92,7 +91,7 @@ def test_the_groups_are_ranked_by_the_score_with_the_loss_beside_it(probed: tupl
 def test_the_next_mask_training_takes_the_layers_with_the_best_score(probed: tuple[Run, dict[str, Any]]) -> None:
     run, result = probed
     found = recommended_layers(run.folder.parent, Source(str(run.record.inputs["model"])))
-    assert found == (result["groups"][0]["layers"], run.name)
+    assert found == Recommendation(result["groups"][0]["layers"], run.name)
     assert run.record.config["probe"]["by"] == TASK
 
 
@@ -112,7 +111,7 @@ def test_a_score_is_what_an_evaluation_of_the_mask_measures(
     monkeypatch.setattr(probing, "find_mask", keeping)
     recipe = by_task(workspace, choices, probe__groups=[1], probe__layers="2")
     run, source = open_run(tmp_path, "probe", recipe)
-    result = probe(recipe, source, run, Silence())
+    result = probe(recipe, source, run, Silence()).document()
     model = load_model(workspace / "tiny", dtype=torch.float32)
     metadata = MaskMetadata(
         kind="weight",
@@ -131,10 +130,10 @@ def test_a_score_is_what_an_evaluation_of_the_mask_measures(
     recipe = make_recipe(workspace, test_data=[], eval={"tasks": [TASK], "task_data": {TASK: choices}})
     source = Source(str(workspace / "tiny"), mask=str(tmp_path / "m.bits"))
     evaluation = create_run(tmp_path, "eval", to_document(recipe), inputs=source.as_inputs())
-    [dataset] = evaluate(recipe, source, evaluation, Silence())["datasets"]
+    [dataset] = evaluate(recipe, source, evaluation, Silence()).document()["datasets"]
     assert dataset["metrics"][0]["value"] == pytest.approx(result["groups"][0]["score"], abs=1e-9)
     unmasked = create_run(tmp_path, "eval", to_document(recipe), inputs=Source(source.model).as_inputs())
-    [dataset] = evaluate(recipe, Source(source.model), unmasked, Silence())["datasets"]
+    [dataset] = evaluate(recipe, Source(source.model), unmasked, Silence()).document()["datasets"]
     assert dataset["metrics"][0]["value"] == pytest.approx(result["unmasked_score"]["value"], abs=1e-9)
 
 
@@ -143,7 +142,7 @@ def test_the_masks_are_those_of_a_probe_by_the_loss(
 ) -> None:
     recipe = make_recipe(workspace, probe__groups=[1], mask_train__max_steps=4)
     run, source = open_run(tmp_path, "probe", recipe)
-    by_loss = probe(recipe, source, run, Silence())
+    by_loss = probe(recipe, source, run, Silence()).document()
     assert by_loss["by"] == "loss"
     losses = {group["layers"]: group["best_loss"] for group in by_loss["groups"]}
     assert losses == {group["layers"]: group["best_loss"] for group in probed[1]["groups"]}
@@ -173,7 +172,7 @@ def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
     run, source = open_run(tmp_path, "probe", recipe)
     with pytest.raises(KeyboardInterrupt):
         probe(recipe, source, run, Silence())
-    result = probe(recipe, source, run, Silence(), resume=True)
+    result = probe(recipe, source, run, Silence(), resume=True).document()
     assert result["groups"] == probed[1]["groups"]
     assert result["unmasked_score"] == probed[1]["unmasked_score"]
     everything = ["unmasked", "0", "1", "2", "3"]
@@ -192,14 +191,14 @@ def test_a_stop_while_training_is_resumed_to_the_same_figures(
     run, source = open_run(tmp_path, "probe", recipe)
     with pytest.raises(Interrupted):
         probe(recipe, source, run, InThirdGroup(-1))
-    result = probe(recipe, source, run, Silence(), resume=True)
+    result = probe(recipe, source, run, Silence(), resume=True).document()
     assert result["groups"] == probed[1]["groups"]
 
 
 def test_exact_match_is_of_the_deciding_validation_records(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__by="exact_match", mask_train__max_steps=4, eval__generate=False)
     run, source = open_run(tmp_path, "probe", recipe)
-    result = probe(recipe, source, run, Silence())
+    result = probe(recipe, source, run, Silence()).document()
     lines = (workspace / "val.jsonl").read_text().splitlines()
     deciding = [json.loads(line) for line in split_validation_records(lines, recipe.mask_train)[0]]
     assert (result["unmasked_score"]["metric"], result["unmasked_score"]["samples"]) == ("exact_match", len(deciding))
@@ -217,7 +216,7 @@ def test_a_limit_leaves_problems_out(workspace: Path, choices: str, tmp_path: Pa
         recipe = by_task(workspace, choices, eval__limit=3, probe__layers="0-1").model_copy()
         recipe = recipe.model_copy(update={"probe": recipe.probe.model_copy(update={"by": by})})
         run, source = open_run(tmp_path, "probe", recipe)
-        assert probe(recipe, source, run, Silence())["unmasked_score"]["samples"] == expected
+        assert probe(recipe, source, run, Silence()).document()["unmasked_score"]["samples"] == expected
 
 
 def test_says_that_test_problems_choose(

@@ -33,6 +33,7 @@ from mftctl.evaluation.lm.hf import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.lm.output_cache import OutputCache
 from mftctl.evaluation.lm.predictions import problem_name, read_predictions
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
+from mftctl.experiments.measured_lines import Dataset, Metric
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.run_folder import Run
 from mftctl.files.atomic import write_text
@@ -152,7 +153,7 @@ def measure_benchmark(
     model_name: str,
     cache: OutputCache | None = None,
     ask_judge: bool = True,
-) -> dict[str, Any]:
+) -> Dataset:
     """The scores of one benchmark, with everything needed to reproduce them.
 
     Args:
@@ -193,7 +194,7 @@ def measure_benchmark(
         for metric, shares in verdicts.items():
             found = with_scores(found, metric, "judge", shares)
     generated_tokens = sum(put_together({rank(): generated_tokens}).values())
-    return _described(found, recipe, folder) | {"seconds": seconds, "generated_tokens": generated_tokens}
+    return _described(found, recipe, folder, seconds, generated_tokens)
 
 
 def _tell_too_long(found: BenchmarkResult, listener: Listener, is_long: Callable[[str], bool], which: str) -> None:
@@ -253,7 +254,7 @@ def _answered(
             return run_benchmark(written, task, problems, **common), written.generated_tokens
 
 
-def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _described(found: BenchmarkResult, recipe: Recipe, folder: Path, seconds: float, generated_tokens: int) -> Dataset:
     options = recipe.eval
     rows = [_row(sample, with_prompt=options.save_samples) for sample in found.samples]
     file = f"{found.name}.jsonl"
@@ -271,32 +272,29 @@ def _described(found: BenchmarkResult, recipe: Recipe, folder: Path) -> dict[str
         settings.append(f"{options.max_new_tokens} tokens")
     if options.engine != "hf":
         settings.append(options.engine)
-    return {
-        "name": found.name,
-        "digest": ":".join(str(part) for part in (found.data_digest, *settings)),
-        "samples": file,
-        "task": form,
-        "prompts": options.prompts,
-        "task_version": found.task_version,
-        "lm_eval_version": found.lm_eval_version,
-        "engine": options.engine,
-        "mftctl_version": version("mftctl"),
-        "shots": found.shots,
-        "chat_template": found.chat_template,
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "samples_a_problem": len(found.samples[0].outputs),
-        "data": found.data,
-        "metrics": [
-            {
-                "name": score.name,
-                "value": score.value,
-                "standard_error": score.standard_error,
-                "samples": score.samples,
-            }
+    return Dataset(
+        name=found.name,
+        digest=":".join(str(part) for part in (found.data_digest, *settings)),
+        samples=file,
+        task=form,
+        prompts=options.prompts,
+        task_version=found.task_version,
+        lm_eval_version=found.lm_eval_version,
+        engine=options.engine,
+        mftctl_version=version("mftctl"),
+        shots=found.shots,
+        chat_template=found.chat_template,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        samples_a_problem=len(found.samples[0].outputs),
+        data=found.data,
+        metrics=[
+            Metric(name=score.name, value=score.value, standard_error=score.standard_error, samples=score.samples)
             for score in found.scores
         ],
-    }
+        seconds=seconds,
+        generated_tokens=generated_tokens,
+    )
 
 
 def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:

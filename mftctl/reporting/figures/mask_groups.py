@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from mftctl.errors import MaskFileError, RunError
+from mftctl.experiments.results import MadeMask, MadeState
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import place_of
@@ -149,9 +150,10 @@ def _read_mask(run: Run) -> ShownMask:
     try:
         # The run's own file first: the record in a copied runs folder still points to the original.
         path = run.folder / "mask.bits"
-        path = path if path.is_file() else Path(record.result["mask"])
-        state, seed, origin = str(record.result["state"]), int(record.config.get("seed", 0)), record.inputs["origin"]
-    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        path = path if path.is_file() else Path(run.result(MadeMask).mask)
+        state, seed = run.result(MadeState).state, int(record.config.get("seed", 0))
+        origin = record.inputs["origin"]
+    except (OSError, RunError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             "The run record of this mask is incomplete.", path=run.folder / "run.json", actual=first_fault(error)
         ) from error

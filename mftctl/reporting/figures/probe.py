@@ -12,7 +12,9 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from mftctl.experiments.run_contents import first_fault
+from mftctl.errors import RunError
+from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, TrainedGroup, TrainedProbe
+from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import PRE_TRAINED
 from mftctl.reporting.figures.curve_drawing import STAR
@@ -102,20 +104,20 @@ class _Probe:
     @property
     def is_fast(self) -> bool:
         """Whether this is a fast probe, which trains nothing."""
-        return bool(self.runs[0].record.result.get("fast"))
+        return isinstance(_result(self.runs[0]), FastProbe)
 
     @property
-    def score(self) -> Mapping[str, Any] | None:
+    def score(self) -> Score | None:
         """The first run's score without a mask; None if the loss ranks the groups."""
-        found: Mapping[str, Any] | None = self.runs[0].record.result.get("unmasked_score")
-        return found
+        return _unmasked_score(_result(self.runs[0]))
 
     @property
     def ranked_by(self) -> str:
         """The metric that ranks the groups, such as `validation loss` or `gsm8k exact_match,strict-match`."""
-        if self.score is None:
+        result = _result(self.runs[0])
+        if not isinstance(result, TrainedProbe) or result.unmasked_score is None:
             return "validation loss"
-        by, metric = str(self.runs[0].record.result["by"]), str(self.score["metric"])
+        by, metric = result.by, result.unmasked_score.metric
         return f"{by} on validation records" if by == metric else f"{by} {metric}"
 
     @property
@@ -143,8 +145,8 @@ def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
         try:
             _ = _figure(_probe([run])), _model(run)
             clusters = together.setdefault(_settings(run), [])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            problems.append(f"{run.folder / 'run.json'}: the result of this probe cannot be read: {first_fault(error)}")
+        except (RunError, KeyError, ValueError, TypeError, AttributeError) as error:
+            problems.append(told(error, f"{run.folder / 'run.json'}: the result of this probe cannot be read"))
             continue
         for cluster in clusters:
             if all(_seed(other) != _seed(run) or _model(other) == _model(run) for other in cluster):
@@ -171,16 +173,25 @@ def _settings(run: Run) -> str:
     training = {key: value for key, value in record.config["mask_train"].items() if key not in _NO_PART}
     probing = {key: record.config["probe"].get(key) for key in ("data_fraction", "epochs")}
     inputs = [record.inputs["origin"], record.inputs["state"], record.config.get("data")]
-    score = record.result.get("unmasked_score")
-    by = [] if score is None else [record.result["by"], score["metric"], score["samples"]]
-    return json.dumps([inputs, probing, training, bool(record.result.get("fast")), *by], sort_keys=True)
+    result = _result(run)
+    score = _unmasked_score(result)
+    by = [] if score is None or not isinstance(result, TrainedProbe) else [result.by, score.metric, score.samples]
+    return json.dumps([inputs, probing, training, isinstance(result, FastProbe), *by], sort_keys=True)
+
+
+def _result(run: Run) -> ProbeResult:
+    return run.result(ProbeResult)
+
+
+def _unmasked_score(result: ProbeResult) -> Score | None:
+    return result.unmasked_score if isinstance(result, TrainedProbe) else None
 
 
 def _probe(runs: Sequence[Run]) -> _Probe:
     """Combines several runs over the same groups; the newest run per seed counts.
 
     Raises:
-        KeyError: A result is incomplete.
+        RunError: A result is incomplete.
         ValueError: A group has no layers, or a loss or score is not a number.
     """
     changes: dict[str, dict[int, float]] = {}
@@ -188,16 +199,15 @@ def _probe(runs: Sequence[Run]) -> _Probe:
     unmasked: dict[int, float] = {}
     names: dict[str, str] = {}
     for run in runs:
-        result = run.record.result
-        score = result.get("unmasked_score")
-        before: Any = result.get("unmasked_loss") if score is None else score["value"]
-        unmasked[_seed(run)] = 0.0 if result.get("fast") else float(before)
-        for group in result["groups"]:
-            change = group["change" if score is None else "score_change"]
-            changes.setdefault(group["layers"], {})[_seed(run)] = float(change)
-            if score is not None:
-                loss_changes.setdefault(group["layers"], {})[_seed(run)] = float(group["change"])
-            names[group["layers"]] = _size_name(run, int(group["size"]))
+        result = _result(run)
+        unmasked[_seed(run)] = _without_mask(result)
+        for group in result.groups:
+            change = group.change
+            if _unmasked_score(result) is not None:
+                change = _score_change(group)
+                loss_changes.setdefault(group.layers, {})[_seed(run)] = group.change
+            changes.setdefault(group.layers, {})[_seed(run)] = change
+            names[group.layers] = _size_name(run, group.size)
     if not all(
         math.isfinite(loss)
         for found in (unmasked, *changes.values(), *loss_changes.values())
@@ -209,14 +219,32 @@ def _probe(runs: Sequence[Run]) -> _Probe:
         for layers, found in changes.items()
     ]
     sizes: dict[str, list[_Group]] = {}
-    for group in sorted(groups, key=lambda group: (group.size, group.middle)):
-        sizes.setdefault(names[group.layers], []).append(group)
-    recommended = Counter(str(run.record.result["recommended_layers"]) for run in reversed(runs))
+    for shown in sorted(groups, key=lambda group: (group.size, group.middle)):
+        sizes.setdefault(names[shown.layers], []).append(shown)
+    recommended = Counter(_result(run).recommended_layers for run in reversed(runs))
     best = recommended.most_common(1)[0][0]
     if best not in changes:
         raise ValueError(f"the recommended layers {best} are not one of the groups")
     placed = {name: tuple(sorted(found, key=lambda group: group.middle)) for name, found in sizes.items()}
     return _Probe(tuple(runs), placed, fmean(unmasked.values()), best)
+
+
+def _without_mask(result: ProbeResult) -> float:
+    """What ranks the groups, without a mask; 0 where changes are only promised."""
+    if not isinstance(result, TrainedProbe):
+        return 0.0
+    return result.unmasked_loss if result.unmasked_score is None else result.unmasked_score.value
+
+
+def _score_change(group: Group) -> float:
+    """Of the score that ranks a group.
+
+    Raises:
+        ValueError: It has none.
+    """
+    if not isinstance(group, TrainedGroup) or group.score_change is None:
+        raise ValueError(f"the recommended layers {group.layers} have no score change")
+    return group.score_change
 
 
 def _size_name(run: Run, size: int) -> str:
@@ -243,14 +271,14 @@ def _figure(probe: _Probe) -> Figure:
         )
         captions += _agreement(probe.runs)
     elif probe.score is not None:
-        error = probe.score["standard_error"]
+        error = probe.score.standard_error
         within = "" if error is None else f", standard error of one score {error:.4f}"
         captions.append(
-            f"Each group's mask with the lowest validation loss, scored on {probe.score['samples']} samples{within}."
+            f"Each group's mask with the lowest validation loss, scored on {probe.score.samples} samples{within}."
         )
     else:
         captions.append("Each group's mask was chosen on these validation records, so the best result is partly luck.")
-    votes = sum(run.record.result["recommended_layers"] == probe.recommended for run in probe.runs)
+    votes = sum(_result(run).recommended_layers == probe.recommended for run in probe.runs)
     change = next(
         group.change for found in probe.sizes.values() for group in found if group.layers == probe.recommended
     )
@@ -289,15 +317,17 @@ def _figures_without_mask(probe: _Probe) -> dict[str, Any]:
     """The unmasked model's values for the figure's data."""
     if probe.score is None:
         return {"unmasked_loss": None if probe.is_fast else probe.unmasked}
-    losses = [float(run.record.result["unmasked_loss"]) for run in probe.runs]
+    results = [_result(run) for run in probe.runs]
+    losses = [result.unmasked_loss for result in results if isinstance(result, TrainedProbe)]
     return {"score": probe.ranked_by, "unmasked_score": probe.unmasked, "unmasked_loss": fmean(losses)}
 
 
 def _agreement(runs: Sequence[Run]) -> list[str]:
-    found = [run.record.result["agreement"] for run in runs if run.record.result.get("agreement")]
+    results = [_result(run) for run in runs]
+    found = [result.agreement for result in results if isinstance(result, FastProbe) and result.agreement]
     if not found:
         return []
-    figures = ", ".join(f"{item['rank_correlation']:.2f} ({item['run']})" for item in found)
+    figures = ", ".join(f"{item.rank_correlation:.2f} ({item.run})" for item in found)
     return [f"Rank correlation with trained probes: {figures}."]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import RunError
+from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.reporting.figures.style import COLOUR_MAP, INK, Figure, style_of
@@ -147,9 +148,11 @@ def _read(run: Run) -> Surface:
     )
 
 
-def _point(line: Mapping[str, Any]) -> SurfacePoint:
-    train_loss, test_loss = (math.inf if line[name] is None else float(line[name]) for name in _LOSSES)
-    return SurfacePoint(float(line["x"]), float(line["y"]), train_loss, test_loss, line.get("mark"))
+def _point(line: MetricsLine) -> SurfacePoint:
+    if not line.is_place or line.x is None or line.y is None:
+        raise ValueError(f"line {line.step} is of no place")
+    train_loss, test_loss = (math.inf if loss is None else loss for loss in (line.train_loss, line.test_loss))
+    return SurfacePoint(float(line.x), float(line.y), train_loss, test_loss, line.mark)
 
 
 def _figure(surface: Surface) -> Figure:

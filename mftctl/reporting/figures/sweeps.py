@@ -9,6 +9,8 @@ from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from mftctl.errors import RunError
+from mftctl.experiments.results import MadeState
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import STATE_ORDER
@@ -158,7 +160,7 @@ def _panel(
     for row in table.rows:
         try:
             point = _point(row, command, option, by_name)
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
+        except (RunError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = f"the run that made this state cannot be read: {first_fault(error)}"
             problem = f"{', '.join(row.runs)}: left out of the sweep figures: {reason}"
             problems += [problem] * (problem not in problems)
@@ -180,7 +182,7 @@ def _point(row: Row, command: str, option: _Option, by_name: Mapping[str, Run]) 
     values, settings = set(), {}
     state = row.state
     for seed, name in zip(row.seeds, row.runs, strict=True):
-        state = str(by_name[name].record.result["state"])
+        state = by_name[name].result(MadeState).state
         made_by = _made_by(by_name[name])
         if not made_by:
             return None

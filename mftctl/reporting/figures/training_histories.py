@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mftctl.errors import RunError
 from mftctl.experiments.model_source import Source
+from mftctl.experiments.results import EvalResult, MadeState, Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
@@ -149,22 +150,22 @@ def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
 
 def _measured(run: Run) -> _Measured | None:
     """The metrics and settings of a run; None if it has recorded no metrics yet."""
-    record = run.record
+    record, result = run.record, run.result(Outcome)
     lines = run.training.metrics()
-    losses = {int(line["step"]): float(line["eval_loss"]) for line in lines if "eval_loss" in line}
-    if not losses and record.result.get("best_loss") is not None:
-        losses = {int(record.result.get("best_step", 0)): float(record.result["best_loss"])}
+    losses = {line.step: line.eval_loss for line in lines if line.eval_loss is not None}
+    if not losses and result.best_loss is not None:
+        losses = {result.best_step or 0: result.best_loss}
     if not losses and record.status != "finished":
         return None
     scores: dict[Measure, dict[int, float]] = {}
     standard_errors: dict[Measure, float] = {}
     for line in lines:
-        for metric in line.get("metrics", ()):
-            if not math.isfinite(metric["value"]):
+        for metric in line.metrics:
+            if not math.isfinite(metric.value):
                 continue
-            measure = Measure(line["dataset"], line["digest"], metric["name"], int(metric["samples"]))
-            scores.setdefault(measure, {})[int(line["step"])] = float(metric["value"])
-            error = metric.get("standard_error") or 0.0
+            measure = Measure(line.dataset or "", line.digest or "", metric.name, metric.samples)
+            scores.setdefault(measure, {})[line.step] = metric.value
+            error = metric.standard_error or 0.0
             error = error if math.isfinite(error) else 0.0
             standard_errors[measure] = max(error, standard_errors.get(measure, 0.0))
     losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
@@ -172,7 +173,7 @@ def _measured(run: Run) -> _Measured | None:
     is_last = record.config.get("fft", {}).get("keep") == "last" and record.command == "fft"
     return _Measured(
         run=run,
-        state=str(record.result["state"]) if record.status == "finished" else _expected_state(run),
+        state=run.result(MadeState).state if record.status == "finished" else _expected_state(run),
         losses=losses,
         scores=scores,
         standard_errors=standard_errors,
@@ -183,7 +184,7 @@ def _measured(run: Run) -> _Measured | None:
         validation=record.inputs.get("digests", {}).get("validation"),
         seed=int(record.config.get("seed", 0)),
         method=_method(run),
-        unmasked_loss=_finite(record.result.get("unmasked_loss")),
+        unmasked_loss=_finite(result.unmasked_loss),
         data=json.dumps(record.config.get("data", [])),
     )
 
@@ -221,7 +222,7 @@ def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> 
         try:
             evaluated = _evaluated(run)
             parents = [name for name in run.record.inputs["parents"] if not name.endswith("-apply")]
-        except (KeyError, TypeError, ValueError, AttributeError):
+        except (RunError, KeyError, TypeError, ValueError, AttributeError):
             continue  # reported by the comparison, which needs all of them
         if parents and parents[-1] in measured:
             made = measured[parents[-1]]
@@ -231,10 +232,10 @@ def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> 
 
 def _evaluated(run: Run) -> list[tuple[Measure, float]]:
     return [
-        (Measure(data["name"], data["digest"], metric["name"], int(metric["samples"])), float(metric["value"]))
-        for data in run.record.result["datasets"]
-        for metric in data["metrics"]
-        if math.isfinite(metric["value"])
+        (Measure(data.name, data.digest, metric.name, metric.samples), metric.value)
+        for data in run.result(EvalResult).datasets
+        for metric in data.metrics
+        if math.isfinite(metric.value)
     ]
 
 
@@ -246,7 +247,7 @@ def _unmasked_losses(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
             continue
         try:
             if _is_learned(run):
-                loss = _finite(run.record.result["unmasked_loss"])
+                loss = _finite(run.result(Outcome).unmasked_loss)
                 found |= {} if loss is None else {_validated_on(run.record.inputs): loss}
         except (KeyError, TypeError, ValueError, AttributeError):
             continue  # missing, or damaged, which is reported where the run itself is drawn

@@ -9,6 +9,7 @@ from pathlib import Path
 from mftctl.errors import RunError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe, with_changes
+from mftctl.experiments.results import MadeModel, MaskLosses, Outcome
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.experiments.state_names import CONTINUED_FFT, FFT, known_state
 from mftctl.progress import Listener
@@ -74,7 +75,7 @@ def find_corners(root: Path, listener: Listener) -> Corners:
 
 def state_of(run: Run) -> str:
     """The state of a run's model, as named in the papers."""
-    return str(run.record.result.get("state"))
+    return run.result(Outcome).state
 
 
 def _continued(fft: Run, runs: Sequence[Run]) -> Run:
@@ -86,7 +87,7 @@ def _continued(fft: Run, runs: Sequence[Run]) -> Run:
             path=fft.folder,
             expected="a finished fft run of all weights that continues from its model, with its own model in place",
             actual=_listed(tuned),
-            hint=f"mftctl fft --model {fft.record.result['model']} --keep last",
+            hint=f"mftctl fft --model {fft.result(MadeModel).model} --keep last",
         )
     return found[-1]
 
@@ -96,14 +97,14 @@ def _mft(fft: Run, runs: Sequence[Run]) -> Run:
     found = [run for run in made if _is_mft(run) and _is_there(run)]
     masks = [run for run in found if run.record.command == "mask-train"]
     if masks:
-        return min(reversed(masks), key=lambda run: run.record.result["best_loss"] - run.record.result["unmasked_loss"])
+        return min(reversed(masks), key=_change)
     if not found:
         raise RunError(
             f"No learned mask for {fft.name} was found.",
             path=fft.folder,
             expected="a finished mask-train run (method learned) with its mask in place, or its model written by apply",
             actual=_listed(made),
-            hint=f"mftctl mask-train --model {fft.record.result['model']}",
+            hint=f"mftctl mask-train --model {fft.result(MadeModel).model}",
         )
     return found[-1]
 
@@ -111,6 +112,11 @@ def _mft(fft: Run, runs: Sequence[Run]) -> Run:
 def _is_mft(run: Run) -> bool:
     state = known_state(state_of(run))
     return state is not None and state.is_mft
+
+
+def _change(run: Run) -> float:
+    losses = run.result(MaskLosses)
+    return losses.best_loss - losses.unmasked_loss
 
 
 def _recipe(fft: Run, runs: Sequence[Run]) -> Recipe:
@@ -128,19 +134,20 @@ def _recipe(fft: Run, runs: Sequence[Run]) -> Recipe:
         path=fft.folder,
         expected="test_data in its recipe, or an eval run of its model on a data file",
         actual="neither",
-        hint=f"mftctl eval {fft.record.result['model']} --data FILE",
+        hint=f"mftctl eval {fft.result(MadeModel).model} --data FILE",
     )
 
 
 def _starts_from(run: Run, fft: Run) -> bool:
     """True if a run worked on the model of `fft`, possibly under a different path."""
     model = run.record.inputs.get("model")
-    return model is not None and Path(model).resolve() == Path(fft.record.result["model"]).resolve()
+    return model is not None and Path(model).resolve() == Path(fft.result(MadeModel).model).resolve()
 
 
 def _is_there(run: Run) -> bool:
     """True if the run's output still exists."""
-    made = run.record.result.get("mask" if run.record.command == "mask-train" else "model")
+    outcome = run.result(Outcome)
+    made = outcome.mask if run.record.command == "mask-train" else outcome.model
     return made is not None and Path(made).exists()
 
 

@@ -22,10 +22,12 @@ from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.experiments.deciding_keys import OF_THE_MACHINE
 from mftctl.experiments.fingerprints import file_digest, model_fingerprint
+from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import encode_part, require_records, tell_issues
 from mftctl.experiments.recording import recorded
+from mftctl.experiments.results import LowestPoints, MadeModel, SurfaceResult
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, create_run, list_runs
@@ -123,7 +125,7 @@ def measure_surface(
 
 def _surface(root: Path, corners: Corners, listener: Listener, points: int, records: int, device: str) -> Run:
     """Runs `measure_surface` once the corners are known."""
-    checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
+    checkpoint = resolve_checkpoint(corners.fft.result(MadeModel).model)
     tokenizer = load_tokenizer(checkpoint)
     for model in dict.fromkeys(source_of_run(run).model for run in corners.runs()):
         check = check_checkpoint(resolve_checkpoint(model), tokenizer)
@@ -236,10 +238,10 @@ def _identity(run: Run) -> dict[str, Any]:
     }
 
 
-def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: Listener) -> dict[str, Any]:
+def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: Listener) -> SurfaceResult:
     """Evaluates all places and returns the result."""
     restart_peak_memory()
-    checkpoint = resolve_checkpoint(corners.fft.record.result["model"])
+    checkpoint = resolve_checkpoint(corners.fft.result(MadeModel).model)
     pad = pad_token_id(parts.encoder.tokenizer)
     encoded = {"train_loss": parts.train.records, "test_loss": parts.test.records}
     model = load_model(checkpoint, dtype=torch.float32)
@@ -249,7 +251,7 @@ def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: L
     places = list(_places(plane, names, points))
     log = run.training
     log.rewind(len(places))  # a killed process may have left a partial line
-    done = {line["step"] for line in log.metrics()}
+    done = {line.step for line in log.metrics()}
     with stop_on_signal(listener) as stop:
         for place in places:
             if place.step in done:
@@ -367,12 +369,18 @@ def _place_text(name: str, point: PlanePoint) -> str:
     return f"{name} ({point.x:.4g}, {point.y:.4g})"
 
 
-def _result(lines: Sequence[dict[str, Any]], encoded: dict[str, list[Encoded]]) -> dict[str, Any]:
-    grid = {name: [line for line in lines if "mark" not in line and line[name] is not None] for name in encoded}
-    return {
-        "marks": [line for line in lines if "mark" in line],
-        "lowest": {name: min(grid[name], key=itemgetter(name), default=None) for name in encoded},
-        "train_answer_tokens": sum(record.answer_tokens for record in encoded["train_loss"]),
-        "test_answer_tokens": sum(record.answer_tokens for record in encoded["test_loss"]),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
+def _result(lines: Sequence[MetricsLine], encoded: dict[str, list[Encoded]]) -> SurfaceResult:
+    grid = [line for line in lines if line.mark is None]
+    trained = [(line.train_loss, line) for line in grid if line.train_loss is not None]
+    tested = [(line.test_loss, line) for line in grid if line.test_loss is not None]
+    return SurfaceResult(
+        marks=[line for line in lines if line.mark is not None],
+        lowest=LowestPoints(train_loss=_lowest(trained), test_loss=_lowest(tested)),
+        train_answer_tokens=sum(record.answer_tokens for record in encoded["train_loss"]),
+        test_answer_tokens=sum(record.answer_tokens for record in encoded["test_loss"]),
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _lowest(points: Sequence[tuple[float, MetricsLine]]) -> MetricsLine | None:
+    return min(points, key=itemgetter(0), default=(0.0, None))[1]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import Result
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.progress import Listener
@@ -22,7 +22,7 @@ def work(
     *,
     resume: bool = False,
     may_replace: bool = False,
-) -> dict[str, Any]:
+) -> Result:
     """Runs the command of a run and returns its result.
 
     Args:
@@ -63,7 +63,7 @@ def launch_of(command: str, recipe: Recipe, launch: Launch) -> Launch:
 
 def work_here(
     recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
-) -> dict[str, Any]:
+) -> Result:
     """Runs the command of a run, or this process's part of it, and returns its result.
 
     Raises:

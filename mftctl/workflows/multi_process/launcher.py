@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING
 
 from mftctl.errors import Interrupted, LostProcessError, MftError
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import BUILT_IN_FOLDER
 from mftctl.experiments.recording import how_to_go_on
+from mftctl.experiments.results import Result
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run
 from mftctl.progress import Listener, Silence
@@ -60,7 +61,7 @@ def work_together(
     *,
     resume: bool,
     may_replace: bool,
-) -> dict[str, Any]:
+) -> Result:
     """Runs the command of a run in several processes and returns its result.
 
     Their own output, such as library warnings, goes to `logs/` in the run folder, which is kept if they fail.
@@ -143,7 +144,7 @@ class _Team:
                         selector.unregister(key.fileobj)
                 self._end_with_the_lost()
 
-    def result(self, hint: str) -> dict[str, Any]:
+    def result(self, hint: str) -> Result:
         """Returns the result.
 
         Args:

@@ -6,11 +6,11 @@ import base64
 import json
 import os
 import pickle
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from mftctl.errors import MftError
+from mftctl.experiments.results import Result, read_result
 from mftctl.progress import Listener, Progress
 
 
@@ -41,10 +41,10 @@ class Speaker:
         if self._tells:
             self._say("warn", text)
 
-    def result(self, result: Mapping[str, Any]) -> None:
+    def result(self, command: str, result: Result) -> None:
         """Sends the result."""
         if self._tells:
-            self._say("result", dict(result))
+            self._say("result", [command, result.document()])
 
     def error(self, error: MftError) -> None:
         """Sends the error that ended the work."""
@@ -69,7 +69,7 @@ class Hearing:
     """
 
     def __init__(self, listener: Listener) -> None:
-        self.result: dict[str, Any] | None = None
+        self.result: Result | None = None
         self.error: MftError | None = None
         self._listener = listener
         self._rest = b""
@@ -90,7 +90,7 @@ class Hearing:
             case "warn":
                 self._listener.warn(content)
             case "result":
-                self.result = content
+                self.result = read_result(*content)
             case "error":
                 self.error = pickle.loads(base64.b64decode(content))
 

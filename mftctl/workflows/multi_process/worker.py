@@ -12,12 +12,12 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from mftctl.errors import Interrupted, MftError
 from mftctl.experiments.model_source import Source
 from mftctl.experiments.recipe_files import parse_recipe
-from mftctl.experiments.run_folder import load_run
+from mftctl.experiments.results import Result
+from mftctl.experiments.run_folder import Run, load_run
 from mftctl.files.atomic import known_failures
 from mftctl.runtime.process_group import join, leave
 from mftctl.runtime.processes import is_first
@@ -34,7 +34,8 @@ def main() -> int:
     end_as_on_interrupt()
     try:
         with known_failures(Path(order.folder)):
-            speaker.result(_work(order, speaker))
+            run = load_run(Path(order.folder))
+            speaker.result(run.record.command, _work(order, run, speaker))
     except MftError as error:
         speaker.error(error)
         return error.exit_code
@@ -47,8 +48,7 @@ def main() -> int:
     return 0
 
 
-def _work(order: Order, speaker: Speaker) -> dict[str, Any]:
-    run = load_run(Path(order.folder))
+def _work(order: Order, run: Run, speaker: Speaker) -> Result:
     run.resumed_with = tuple(order.resumed_with)
     recipe = parse_recipe(order.recipe)
     source = Source(**{**order.source, "parents": tuple(order.source["parents"])})

@@ -41,7 +41,7 @@ def scored(
     """The data set of the one task, and its samples."""
     recipe = make_recipe(workspace, test_data=[], **{f"eval__{key}": value for key, value in options.items()})
     run, source = open_run(tmp_path, "eval", recipe)
-    (dataset,) = evaluate(recipe, source, run, listener or Silence())["datasets"]
+    (dataset,) = evaluate(recipe, source, run, listener or Silence()).document()["datasets"]
     return dataset, [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
 
 
@@ -237,7 +237,7 @@ def judge_alpaca(
     )
     run, source = open_run(tmp_path, "eval", recipe)
     listener = Warnings()
-    (dataset,) = evaluate(recipe, source, run, listener)["datasets"]
+    (dataset,) = evaluate(recipe, source, run, listener).document()["datasets"]
     return run, dataset, listener.texts
 
 

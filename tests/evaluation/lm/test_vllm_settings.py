@@ -101,7 +101,7 @@ def recipe(workspace: Path, checkpoint: Path, **changes: Any) -> Recipe:
 def run(workspace: Path, checkpoint: Path, **changes: Any) -> dict[str, Any]:
     asked = recipe(workspace, checkpoint, **changes)
     opened, source = open_run(checkpoint.parent, "eval", asked)
-    return evaluate(asked, source, opened, Silence())
+    return evaluate(asked, source, opened, Silence()).document()
 
 
 def test_the_longest_sequence_is_that_of_the_benchmarks(workspace: Path, checkpoint: Path, vllm: Vllm) -> None:

@@ -69,7 +69,7 @@ def test_one_device_needs_no_map(tiny_checkpoint: Path, monkeypatch: pytest.Monk
 def test_an_evaluation_uses_it_and_says_so(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(workspace, eval__generate=False)
     run, source = open_run(tmp_path, "eval", recipe)
-    expected = evaluate(recipe, source, run, notes := Notes())
+    expected = evaluate(recipe, source, run, notes := Notes()).document()
     asked = []
 
     def load(folder: Path, *, dtype: torch.dtype, device_map: dict[str, int]) -> torch.nn.Module:
@@ -79,7 +79,7 @@ def test_an_evaluation_uses_it_and_says_so(workspace: Path, tmp_path: Path, monk
     size = stored_bytes(workspace / "tiny")
     monkeypatch.setattr("mftctl.workflows.eval.gpu_map", lambda *found: spread_over(*found, {0: size, 1: size}))
     monkeypatch.setattr("mftctl.workflows.eval.load_model", load)
-    found = evaluate(recipe, source, run, notes)
+    found = evaluate(recipe, source, run, notes).document()
     assert set(asked[0].values()) == {0, 1}
     assert [note for note in notes.notes if "its layers are on 2 GPUs" in note]
     assert found["datasets"][0]["metrics"] == expected["datasets"][0]["metrics"]

@@ -150,7 +150,7 @@ def test_an_adapter_is_trained_further_on_the_base_it_has(
     recipe = make_recipe(workspace, **{**LORA, "fft__max_steps": 1, "fft__val_steps": 1}, fft__quantize=quantize)
     source = source_of_run(quantized)
     run = create_run(tmp_path, "fft", {}, inputs=source.as_inputs())
-    result = fine_tune(recipe, source, run, Silence())
+    result = fine_tune(recipe, source, run, Silence()).document()
     assert result["start_loss"] == pytest.approx(quantized.record.result["best_loss"], abs=1e-3)
     assert has_quantized_base(run.folder / "model")
 

@@ -16,6 +16,7 @@ from matplotlib.tri import TriContourSet
 from mftctl.experiments.run_folder import Run, create_run, list_runs
 from mftctl.reporting.figures.style import Figure, render
 from mftctl.reporting.figures.surface import SurfacePoint, surface_figures, surfaces
+from tests.partial_results import partial_result
 
 Loss = Callable[[float, float], float | None]
 MARKS = {"FFT": (0.0, 0.0), "continued FFT": (6.0, 0.0), "MFT, paper": (1.0, 6.0)}
@@ -54,7 +55,7 @@ def write_surface(
     for step, (name, (x, y)) in enumerate(places, start=1):
         run.training.log({"step": step, **name, "x": x, "y": y, "train_loss": train(x, y), "test_loss": test(x, y)})
     if cells is None:
-        run.finish({})
+        run.finish(partial_result({}))
     return run
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mftctl.errors import Interrupted, ModelError
+from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import Source, source_of_run
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_folder import Run, create_run
@@ -74,7 +75,7 @@ def test_embeddings_left_out_of_the_choice_are_updated_whole(workspace: Path, tm
     recipe = make_recipe(workspace, fft__method="gmt", fft__ratio=0.7, fft__exclude=["embeddings"], **steps)
     run, source = open_run(tmp_path / "gmt", "fft", recipe)
     listener = Interrupter(-1)
-    result = fine_tune(recipe, source, run, listener)
+    result = fine_tune(recipe, source, run, listener).document()
     full = tuned(workspace, tmp_path / "full", **steps)
     before = weights(workspace / "tiny")
     mine, its = (changed(before, weights(folder / "model")) for folder in (run.folder, full.folder))
@@ -156,7 +157,7 @@ def test_a_merged_adapter_is_the_model_that_eval_measures(lora: Run, workspace: 
     losses = []
     for made in (lora, merged):
         run = create_run(tmp_path / "runs", "eval", {}, inputs=source_of_run(made).as_inputs())
-        result = evaluate(recipe, source_of_run(made), run, Silence())
+        result = evaluate(recipe, source_of_run(made), run, Silence()).document()
         losses.append(result["datasets"][0]["metrics"][0]["value"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
@@ -165,7 +166,7 @@ def test_continued_lora_trains_the_same_adapter(lora: Run, workspace: Path, tmp_
     recipe = make_recipe(workspace, fft__method="lora", fft__max_steps=2)
     source = source_of_run(lora)
     run = create_run(tmp_path, "fft", {}, inputs=source.as_inputs())
-    result = fine_tune(recipe, source, run, Silence())
+    result = fine_tune(recipe, source, run, Silence()).document()
     assert result["state"] == "continued LoRA"
     assert result["start_loss"] == pytest.approx(lora.record.result["best_loss"], abs=1e-5)
     described = json.loads((run.folder / "model" / "adapter_config.json").read_text())
@@ -200,7 +201,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
 def test_a_continued_adapter_can_be_merged(lora: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__method="lora", fft__max_steps=1, fft__merge=True)
     run = create_run(tmp_path, "fft", {}, inputs=source_of_run(lora).as_inputs())
-    result = fine_tune(recipe, source_of_run(lora), run, Silence())
+    result = fine_tune(recipe, source_of_run(lora), run, Silence()).document()
     assert result["trained_parameters"] > 0
     assert load_model(run.folder / "model", dtype="auto").dtype == torch.float32
     assert not (run.folder / "model" / "adapter_config.json").exists()
@@ -226,7 +227,9 @@ def test_weights_are_written_in_the_dtype_of_the_start(
 
 def test_cosine_schedule_ends_at_zero(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path, fft__schedule="cosine", fft__max_steps=8)
-    rates = [line["learning_rate"] for line in run.training.metrics() if "learning_rate" in line]
+    rates = [
+        line["learning_rate"] for line in map(MetricsLine.document, run.training.metrics()) if "learning_rate" in line
+    ]
     assert rates[0] == 0.0
     assert rates[1] == pytest.approx(3e-3)
     assert rates[-1] == pytest.approx(3e-3 * 0.0495, rel=1e-2)

@@ -10,6 +10,7 @@ import pytest
 from mftctl.errors import RunError
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.workflows.loss_surface.corners import Corners, find_corners
+from tests.partial_results import partial_result
 
 
 class Notes:
@@ -35,7 +36,7 @@ def add(root: Path, command: str, state: str, source: Run | None = None, **resul
     made = run.folder / ("mask.bits" if command == "mask-train" else "model")
     made.mkdir()
     where = {"mask": str(made), "model": model} if command == "mask-train" else {"model": str(made)}
-    run.finish({"state": state, **where, **result})
+    run.finish(partial_result({"state": state, **where, **result}))
     return run
 
 
@@ -144,7 +145,7 @@ def test_test_data_may_be_that_of_an_evaluation(tmp_path: Path) -> None:
         f"  try: mftctl eval {fft.folder}/model --data FILE"
     )
     config = {"test_data": ["asked.jsonl"], "eval": {"max_length_tokens": 77}}
-    create_run(tmp_path, "eval", config, inputs={"model": fft.record.result["model"]}).finish({})
+    create_run(tmp_path, "eval", config, inputs={"model": fft.record.result["model"]}).finish(partial_result({}))
     recipe = find_corners(tmp_path, Notes()).recipe
     assert [source.path for source in recipe.test_data] == ["asked.jsonl"]
     assert [source.path for source in recipe.data] == ["train.jsonl"]

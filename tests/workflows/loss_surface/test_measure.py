@@ -141,7 +141,7 @@ def test_points_are_what_state_dicts_on_the_plane_give(root: Path, workspace: Pa
     u, v = u / np.linalg.norm(u), v / np.linalg.norm(v)
     test = load_examples(make_recipe(workspace).test_data)[:RECORDS]
     folder = Path(load_run(root / "001-fft").record.result["model"])
-    lines = run.training.metrics()
+    lines = [line.document() for line in run.training.metrics()]
     assert len(lines) == PLACES
     for line, weights in zip(lines[:3], flat, strict=True):
         away = weights - flat[0]
@@ -162,13 +162,13 @@ def test_the_three_models_have_the_loss_that_eval_measures(measured: Run, tmp_pa
         document = {**run.record.config, "eval": {"limit": RECORDS, "generate": False}}
         recipe = Recipe.model_validate(document)
         evaluation, _ = open_run(tmp_path, "eval", recipe)
-        (dataset,) = evaluate(recipe, source_of_run(run), evaluation, Silence())["datasets"]
+        (dataset,) = evaluate(recipe, source_of_run(run), evaluation, Silence()).document()["datasets"]
         assert dataset["digest"] == measured.record.inputs["digests"]["test"]
         assert dataset["metrics"][0]["value"] == mark["test_loss"]
 
 
 def test_the_grid_has_each_point_once_and_the_three_models_well_inside(measured: Run) -> None:
-    lines = measured.training.metrics()
+    lines = [line.document() for line in measured.training.metrics()]
     cells = lines[3:]
     assert [line["step"] for line in lines] == list(range(1, PLACES + 1))
     assert {(line["column"], line["row"]) for line in cells} == {(x, y) for x in range(POINTS) for y in range(POINTS)}

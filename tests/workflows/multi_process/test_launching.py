@@ -24,6 +24,7 @@ from mftctl.errors import ConfigError, DataError
 from mftctl.evaluation.lm.base import likelihood_batches
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe, parse_recipe
+from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.progress import Progress
@@ -261,7 +262,8 @@ def test_what_a_process_says_is_heard_however_it_is_cut() -> None:
         listener.note("a note\nof two lines")
         listener.warn("ö")
         listener.progress(Progress("training", 1, 2, 0.5, 10.0))
-    speaker.result({"loss": 0.1})
+    result = ApplyResult(state="MFT", model="m", base="b", bytes_written=1, tensors_masked=2, removed=3)
+    speaker.result("apply", result)
     speaker.error(DataError("bad", path="x", hint="y"))
     Speaker(writer, tells=False).note("another process says this too")
     os.close(writer)
@@ -270,7 +272,7 @@ def test_what_a_process_says_is_heard_however_it_is_cut() -> None:
         while piece := pipe.read(7):
             hearing.take(piece)
     assert heard.heard == said.heard
-    assert hearing.result == {"loss": 0.1}
+    assert hearing.result == result
     assert isinstance(hearing.error, DataError)
     assert (hearing.error.path, hearing.error.hint) == ("x", "y")
 
