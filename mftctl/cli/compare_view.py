@@ -121,7 +121,9 @@ def _mask(found: RunComparison, overlap: MaskOverlap) -> Table:
     ]
     for name, only in ((found.one, overlap.only_one), (found.other, overlap.only_other)):
         if only:
-            rows.append((f"only in {name}", f"{len(only)} tensors, for example {only[0]}"))
+            rows.append(
+                (f"only in {name}", f"{len(only)} tensor{'' if len(only) == 1 else 's'}, for example {only[0]}")
+            )
     return pairs_table("Masks", rows)
 
 

@@ -138,7 +138,10 @@ def import_(
         }
         rows = [
             ("mask", str(output)),
-            ("removed", f"{mask.removed:,} of {mask.weights:,} weights in {len(mask)} tensors ({mask.ratio:.2%})"),
+            (
+                "removed",
+                f"{mask.removed:,} of {mask.weights:,} weights in {len(mask)} tensor{'' if len(mask) == 1 else 's'} ({mask.ratio:.2%})",
+            ),
         ]
         console.result(document, pairs_table("Imported", rows))
         console.next_command("mftctl", "apply", _place(model), output, "-o", "OUT")

@@ -54,7 +54,7 @@ Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_to_sources)]
 
 
 Prompts = Literal["lm-eval", "olmes"]
-"""Whose form a benchmark is asked in: that of lm-eval, or that of OLMES, the harness of MFT's paper."""
+"""The form of a benchmark's prompts: lm-eval's, or that of OLMES, the evaluation harness of the MFT paper."""
 
 
 def _check_device(name: str) -> str:

@@ -198,7 +198,7 @@ def test_p_values_are_corrected_for_the_number_of_benchmarks(tmp_path: Path) -> 
             "no samples",
             tuple(f"test.jsonl, {name}: The samples in 002-eval/samples.jsonl cannot be read." for name in BOTH),
         ),
-        ("no digest", ("the record of an evaluation is incomplete: it has no digest",)),
+        ("no digest", ("the record of an evaluation is incomplete: digest is missing",)),
         ("no data in common", ()),
     ],
 )

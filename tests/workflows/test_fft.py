@@ -226,7 +226,7 @@ def test_a_loss_that_is_lost(workspace: Path, tmp_path: Path) -> None:
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(TrainingError, match="no longer finite") as caught:
         fine_tune(recipe, source, run, Silence())
-    assert caught.value.hint == "a lower --lr"
+    assert caught.value.hint == "use a lower --lr"
 
 
 def test_a_recipe_without_data(workspace: Path, tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, mask_train__method="magnitude", mask_train__ratio=0.9, mask_train__layers="all")
     run, source = open_run(tmp_path, "mask-train", recipe)
     listener = Interrupter(-1)
-    result = mask_train(recipe, source, run, listener).document()
+    result = mask_train(recipe, source, run, listener)
     said = any("No mask beat" in note for note in listener.notes)
     assert said is not result["helps"]
 

@@ -51,7 +51,7 @@ def test_groups_larger_than_the_model(workspace: Path) -> None:
 
 def test_a_recipe_for_another_model_family(workspace: Path) -> None:
     assert problems_of(workspace, {"fft": FFT}, model_type="mistral") == (
-        f"fft: the recipe is for models of type mistral, and {workspace / 'tiny'} is llama",
+        f"fft: the recipe is for models of type mistral, but {workspace / 'tiny'} is llama",
     )
 
 

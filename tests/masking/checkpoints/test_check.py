@@ -161,7 +161,7 @@ def test_vision_tower_is_said(tmp_path: Path, tokenizer: Any) -> None:
 def test_remarks_are_told_once() -> None:
     listener = Interrupter(-1)
     tell_remarks(CheckpointCheck(("one", "two")), listener)
-    assert listener.notes == ["The model: one.", "The model: two."]
+    assert listener.notes == ["Model: one.", "Model: two."]
 
 
 def test_learned_positions(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_an_adapter_says_that_its_base_was_quantised(quantized: Run, workspace: 
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F32"}
     card = (folder / "README.md").read_text()
     assert "mftctl dequantises the nf4 weights" in card
-    assert "| Base while training | nf4 with double quantisation, computing in bf16 |" in card
+    assert "| Base during training | nf4 with double quantisation, computing in bf16 |" in card
 
 
 def test_loading_and_merging_give_the_model_that_was_trained(quantized: Run, workspace: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_base_in_bf16_with_an_adapter_in_fp32(
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     best = run.record.result["best_loss"]
     assert best == pytest.approx(tuned(workspace, tmp_path / "fp32", **LORA).record.result["best_loss"], abs=0.02)
-    assert "| Base while training | bfloat16 |" in (run.folder / "model" / "README.md").read_text()
+    assert "| Base during training | bfloat16 |" in (run.folder / "model" / "README.md").read_text()
     merged = tuned(workspace, tmp_path / "merged", **LORA, fft__precision="bf16", fft__merge=True)
     assert loss_of(merged.folder / "model", workspace) == pytest.approx(best, abs=2e-3)
     with safe_open(merged.folder / "model" / "model.safetensors", "pt") as file:
