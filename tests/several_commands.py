@@ -15,8 +15,8 @@ from mftctl.evaluation import head_chunks
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.runtime.process_group import leave, shares_weights
 from mftctl.runtime.processes import is_first
-from mftctl.training.sharding.fsdp import FsdpPartitions
-from mftctl.training.sharding.zero import ZeroPartitions
+from mftctl.training.sharding.fsdp import FsdpModel
+from mftctl.training.sharding.zero import ZeroModel
 from mftctl.workflows import fft, mask_train
 
 CHUNK = "CHUNK_LOGITS="
@@ -35,7 +35,7 @@ def keep_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = as_on_gpus  # type: ignore[method-assign]
 
 
-def require_others_to_hold_nothing(partitions: type[FsdpPartitions | ZeroPartitions]) -> None:
+def require_others_to_hold_nothing(partitions: type[FsdpModel | ZeroModel]) -> None:
     """Makes a process fail that is given an optimizer's whole state and is not the first."""
     original = partitions.state_dict
 
@@ -64,7 +64,7 @@ def require_others_to_load_parts() -> None:
 if __name__ == "__main__":
     if "ACCELERATE_USE_FSDP" in os.environ:
         keep_fsdp_on_a_cpu()
-    for spread in (FsdpPartitions, ZeroPartitions):
+    for spread in (FsdpModel, ZeroModel):
         require_others_to_hold_nothing(spread)
     require_others_to_load_parts()
     for line in sys.argv[1:]:

@@ -13,14 +13,14 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from mftctl.cli.app import build_app
 from mftctl.runtime.process_group import join, leave
 from mftctl.runtime.processes import is_first, timeout_seconds
-from mftctl.training.score_trainer import MaskTrainer
+from mftctl.training.score_trainer import ScoreTrainer
 
 ALLOWED_SECONDS = 2
 SAVING_SECONDS = 5
-save = MaskTrainer._save
+save = ScoreTrainer._save
 
 
-def save_slowly(self: MaskTrainer, *arguments: Any, **options: Any) -> None:
+def save_slowly(self: ScoreTrainer, *arguments: Any, **options: Any) -> None:
     if is_first():
         time.sleep(SAVING_SECONDS)
     save(self, *arguments, **options)
@@ -33,6 +33,6 @@ if __name__ == "__main__":
     if made_with != timedelta(seconds=timeout_seconds()):
         sys.exit(f"the group was made with {made_with}")
     _set_pg_timeout(timedelta(seconds=ALLOWED_SECONDS), group)
-    MaskTrainer._save = save_slowly  # type: ignore[method-assign]
+    ScoreTrainer._save = save_slowly  # type: ignore[method-assign]
     build_app()(sys.argv[1:], standalone_mode=False)
     leave()

@@ -15,7 +15,7 @@ from mftctl.data.formats import to_example
 from mftctl.data.trees import conversations, is_message
 from mftctl.evaluation.benchmarks.catalog import BENCHMARKS, expand_groups
 from mftctl.experiments.deciding_keys import deciding_keys
-from mftctl.experiments.jobs import Task, spell_out
+from mftctl.experiments.jobs import Job, spell_out
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import BUILT_IN_FOLDER, built_in_names, load_recipe
 from mftctl.experiments.recipe_yaml import read_yaml
@@ -88,18 +88,18 @@ def recipe_of(name: str) -> Recipe:
 
 
 @cache
-def tasks_of(name: str) -> tuple[Task, ...]:
+def tasks_of(name: str) -> tuple[Job, ...]:
     return tuple(spell_out(recipe_of(name)))
 
 
-def stage_tasks(name: str, stage: str) -> list[Task]:
+def stage_tasks(name: str, stage: str) -> list[Job]:
     """The tasks of one stage, with all its swept values."""
     found = [task for task in tasks_of(name) if task.name.partition("[")[0] == stage]
     assert found, f"{name} has no stage {stage}"
     return found
 
 
-def task_of(name: str, stage: str) -> Task:
+def task_of(name: str, stage: str) -> Job:
     (task,) = stage_tasks(name, stage)
     return task
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import Example
 from mftctl.data.record_issues import RecordIssues
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.run_config import to_document
@@ -75,9 +75,9 @@ def encode_records(
     return encoded
 
 
-def open_run(root: Path, command: str, recipe: Recipe) -> tuple[Run, Source]:
+def open_run(root: Path, command: str, recipe: Recipe) -> tuple[Run, ModelSource]:
     """A new run of a command on the recipe's model."""
-    source = Source(str(recipe.model))
+    source = ModelSource(str(recipe.model))
     return create_run(root, command, to_document(recipe), inputs=source.as_inputs()), source
 
 

@@ -11,7 +11,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import Source, newest_source, source_of_mask
+from mftctl.experiments.model_source import ModelSource, newest_source, source_of_mask
 from mftctl.experiments.outputs import inputs_of
 from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.recording import recorded
@@ -91,7 +91,7 @@ def show(console: Output, run: Run, result: ApplyResult) -> None:
     )
 
 
-def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) -> Source:
+def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) -> ModelSource:
     if base is not None and mask is not None:
         return source_of_mask(_masked_model(base, mask, tuned), str(mask), runs)
     if base is not None:

@@ -15,7 +15,7 @@ from mftctl.cli.session import Session, use_device
 from mftctl.cli.template_option import OWN
 from mftctl.errors import ConfigError
 from mftctl.experiments.deciding_keys import deciding_keys
-from mftctl.experiments.model_source import Source, ancestry, newest_source, source_of_mask, source_of_model
+from mftctl.experiments.model_source import ModelSource, ancestry, newest_source, source_of_mask, source_of_model
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.recording import recorded
@@ -130,7 +130,9 @@ def evaluate(
         chosen = _with_template(opt.given(context, "eval"), without=no_chat_template)
         session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         written = session.settle().eval.predictions
-        sources = [Source(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
+        sources = (
+            [ModelSource(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
+        )
         evaluated = [_evaluate_once(session, source, resume=resume, again=again) for source in sources]
         show(console, evaluated)
         console.next_command("mftctl", "report", runs=runs)
@@ -184,7 +186,7 @@ def show(console: Output, runs: list[Run]) -> None:
     console.result(results[0] if len(results) == 1 else {"evaluations": results}, table)
 
 
-def _sources(model: str | None, mask: Path | None, session: Session) -> list[Source]:
+def _sources(model: str | None, mask: Path | None, session: Session) -> list[ModelSource]:
     if model is not None:
         return [source_of_mask(model, str(mask), session.root) if mask else source_of_model(model, session.root)]
     newest = newest_source(session.root, "apply", "mask-train", "fft")
@@ -199,7 +201,7 @@ def _sources(model: str | None, mask: Path | None, session: Session) -> list[Sou
     return ancestry(session.root, newest)
 
 
-def _evaluate_once(session: Session, source: Source, *, resume: bool, again: bool) -> Run:
+def _evaluate_once(session: Session, source: ModelSource, *, resume: bool, again: bool) -> Run:
     """Returns a finished evaluation: an earlier identical one unless `again`, otherwise a new one."""
     recipe = session.settle(source)
     if not recipe.test_data and not recipe.eval.tasks:
@@ -216,7 +218,7 @@ def _evaluate_once(session: Session, source: Source, *, resume: bool, again: boo
     return run
 
 
-def _interrupted(session: Session, recipe: Recipe, source: Source) -> Run | None:
+def _interrupted(session: Session, recipe: Recipe, source: ModelSource) -> Run | None:
     """Returns the latest stopped or killed evaluation of the same model and data, or None."""
     for run in reversed(list_runs(session.root)[0]):
         if run.record.status in ("running", "interrupted") and _is_same(run, recipe, source):
@@ -226,12 +228,12 @@ def _interrupted(session: Session, recipe: Recipe, source: Source) -> Run | None
     return None
 
 
-def _measured(run: Run, recipe: Recipe, source: Source) -> bool:
+def _measured(run: Run, recipe: Recipe, source: ModelSource) -> bool:
     # Only files in a run folder are certain not to have changed since.
     return run.record.status == "finished" and bool(source.parents) and _is_same(run, recipe, source)
 
 
-def _is_same(run: Run, recipe: Recipe, source: Source) -> bool:
+def _is_same(run: Run, recipe: Recipe, source: ModelSource) -> bool:
     """Checks whether a run evaluates the same model on the same data with the same settings."""
     record = run.record
     if recipe.chat_template is not None and Path(recipe.chat_template).exists():

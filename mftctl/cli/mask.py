@@ -136,13 +136,9 @@ def import_(
             "removed": mask.removed,
             "ratio": mask.ratio,
         }
-        rows = [
-            ("mask", str(output)),
-            (
-                "removed",
-                f"{mask.removed:,} of {mask.weights:,} weights in {len(mask)} tensor{'' if len(mask) == 1 else 's'} ({mask.ratio:.2%})",
-            ),
-        ]
+        tensors = f"{len(mask)} tensor{'' if len(mask) == 1 else 's'}"
+        removed = f"{mask.removed:,} of {mask.weights:,} weights in {tensors} ({mask.ratio:.2%})"
+        rows = [("mask", str(output)), ("removed", removed)]
         console.result(document, pairs_table("Imported", rows))
         console.next_command("mftctl", "apply", _place(model), output, "-o", "OUT")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mftctl.errors import ConfigError, RunError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_folder import Run, load_run, newest_run
@@ -59,10 +59,10 @@ def take_up(command: str, root: Path, settle_output: Callable[[Run], None]) -> R
     return load_run(Path(from_first(in_first)))
 
 
-def source_of_resumed(run: Run) -> Source:
+def source_of_resumed(run: Run) -> ModelSource:
     """What a run worked on, as its record says."""
     inputs = run.record.inputs
-    return Source(
+    return ModelSource(
         inputs["model"],
         inputs["mask"],
         inputs["state"],

@@ -67,11 +67,11 @@ def run(
 def _document(plan: Sequence[Planned]) -> list[dict[str, Any]]:
     return [
         {
-            "name": planned.task.name,
-            "of": planned.task.label,
-            "command": planned.task.command,
-            "seed": planned.task.seed,
-            "after": planned.task.after.name if planned.task.after else None,
+            "name": planned.job.name,
+            "of": planned.job.label,
+            "command": planned.job.command,
+            "seed": planned.job.seed,
+            "after": planned.job.after.name if planned.job.after else None,
             "state": planned.state,
             "why": planned.why,
             "run": planned.run.name if planned.run else None,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.tree import Tree
 
-from mftctl.experiments.jobs import Task
+from mftctl.experiments.jobs import Job
 from mftctl.workflows.run import Planned
 
 _MARKS = {
@@ -22,41 +22,41 @@ _MARKS = {
 
 
 def experiment_tree(name: str, plan: Sequence[Planned]) -> Tree:
-    """Returns a tree of all seeds of an experiment with their tasks."""
+    """Returns a tree of all seeds of an experiment with their jobs."""
     done = sum(planned.state == "done" for planned in plan)
     tree = Tree(f"[bold]{escape(name)}[/]  {done} of {len(plan)} done", guide_style="dim")
-    for seed in dict.fromkeys(planned.task.seed for planned in plan):
-        _add_seed(tree, seed, [planned for planned in plan if planned.task.seed == seed])
+    for seed in dict.fromkeys(planned.job.seed for planned in plan):
+        _add_seed(tree, seed, [planned for planned in plan if planned.job.seed == seed])
     return tree
 
 
 def running_tree(name: str, plan: Sequence[Planned]) -> Tree:
-    """Returns a tree of the running seed with its tasks, and one line for each other seed."""
+    """Returns a tree of the running seed with its jobs, and one line for each other seed."""
     done = sum(planned.state == "done" for planned in plan)
     tree = Tree(f"[bold]{escape(name)}[/]  {done} of {len(plan)} done", guide_style="dim")
     by_seed: dict[int, list[Planned]] = {}
     for planned in plan:
-        by_seed.setdefault(planned.task.seed, []).append(planned)
-    for seed, tasks in by_seed.items():
-        if any(planned.state == "running" for planned in tasks):
-            _add_seed(tree, seed, tasks)
+        by_seed.setdefault(planned.job.seed, []).append(planned)
+    for seed, jobs in by_seed.items():
+        if any(planned.state == "running" for planned in jobs):
+            _add_seed(tree, seed, jobs)
         else:
-            finished = sum(planned.state == "done" for planned in tasks)
-            tree.add(f"seed {seed}  {finished} of {len(tasks)} done", style="dim")
+            finished = sum(planned.state == "done" for planned in jobs)
+            tree.add(f"seed {seed}  {finished} of {len(jobs)} done", style="dim")
     return tree
 
 
-def _add_seed(tree: Tree, seed: int, tasks: Sequence[Planned]) -> None:
+def _add_seed(tree: Tree, seed: int, jobs: Sequence[Planned]) -> None:
     branch = tree.add(f"seed {seed}")
     nodes: dict[int, Tree] = {}
-    for planned in tasks:
-        parent = branch if planned.task.after is None else nodes[id(planned.task.after)]
-        nodes[id(planned.task)] = parent.add(_line(planned))
+    for planned in jobs:
+        parent = branch if planned.job.after is None else nodes[id(planned.job.after)]
+        nodes[id(planned.job)] = parent.add(_line(planned))
 
 
 def _line(planned: Planned) -> str:
-    task = planned.task
-    text = f"{_MARKS[planned.state]} {escape(_title(task))}"
+    job = planned.job
+    text = f"{_MARKS[planned.state]} {escape(_title(job))}"
     details = []
     if planned.state == "done" and planned.run is not None:
         details.append(f"{planned.run.name}, {planned.run.record.seconds:.0f} s")
@@ -69,7 +69,7 @@ def _line(planned: Planned) -> str:
     return text + (f"  [dim]{escape('; '.join(details))}[/]" if details else "")
 
 
-def _title(task: Task) -> str:
-    probe = f", layers from {task.layers_from.name}" if task.layers_from else ""
-    named = "" if task.name.partition("[")[0] == task.command else f" ({task.command}{probe})"
-    return f"{task.name}{named}"
+def _title(job: Job) -> str:
+    probe = f", layers from {job.layers_from.name}" if job.layers_from else ""
+    named = "" if job.name.partition("[")[0] == job.command else f" ({job.command}{probe})"
+    return f"{job.name}{named}"

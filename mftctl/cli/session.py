@@ -13,7 +13,7 @@ from mftctl.cli.resumption import check_settings_kept, source_of_resumed, take_u
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import StorageError
 from mftctl.experiments.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE
-from mftctl.experiments.model_source import Source, model_for_training, recommended_layers
+from mftctl.experiments.model_source import ModelSource, model_for_training, recommended_layers
 from mftctl.experiments.outputs import Input, check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe
@@ -62,7 +62,7 @@ class Session:
         self._sets = list(sets or ())
         self._options = dict(options or {})
 
-    def settle(self, source: Source | None = None) -> Recipe:
+    def settle(self, source: ModelSource | None = None) -> Recipe:
         """Returns the resolved recipe: options over `--set` over the recipe over the source run's configuration."""
         name, base = self._recipe_name, None
         if name is None and source is not None:
@@ -72,7 +72,7 @@ class Session:
 
     def open_training(
         self, *, resume: bool, output: Path | None = None, permit: MakePermit | None = None
-    ) -> tuple[Run, Recipe, Source]:
+    ) -> tuple[Run, Recipe, ModelSource]:
         """Returns a training run, new or resumed, with its recipe and its source.
 
         Args:
@@ -104,7 +104,7 @@ class Session:
         output = self._settle_training_output(output, recipe, source, permit)
         return self.create(recipe, source, output=output), recipe, source
 
-    def create(self, recipe: Recipe, source: Source, *, output: Path | None = None) -> Run:
+    def create(self, recipe: Recipe, source: ModelSource, *, output: Path | None = None) -> Run:
         """Creates a run of this command and returns it in all processes that work on it."""
         made = from_first(
             lambda: str(
@@ -123,7 +123,7 @@ class Session:
         self.console.note(f"Run: {run.folder}")
         return run
 
-    def with_answer(self, key: str, question: str, option: str, source: Source) -> Recipe:
+    def with_answer(self, key: str, question: str, option: str, source: ModelSource) -> Recipe:
         """Asks for a missing value on the terminal and returns the recipe with it.
 
         Raises:
@@ -155,7 +155,7 @@ class Session:
         return path
 
     def _settle_training_output(
-        self, output: Path | None, recipe: Recipe, source: Source, permit: MakePermit | None
+        self, output: Path | None, recipe: Recipe, source: ModelSource, permit: MakePermit | None
     ) -> Path | None:
         if output is None or permit is None:
             return None
@@ -177,7 +177,7 @@ class Session:
                 hint="copy it from the run folder, where it is complete",
             )
 
-    def _with_layers(self, source: Source) -> Recipe:
+    def _with_layers(self, source: ModelSource) -> Recipe:
         """Returns the recipe with the layers recommended by a probe of this model, or all layers."""
         found = recommended_layers(self.root, source)
         if found is None:
@@ -187,7 +187,7 @@ class Session:
         self._options["mask_train.layers"] = "all" if found is None else found.layers
         return self.settle(source)
 
-    def _resume(self, permit: MakePermit | None) -> tuple[Run, Recipe, Source]:
+    def _resume(self, permit: MakePermit | None) -> tuple[Run, Recipe, ModelSource]:
         check_settings_kept(self.command, [*self._options, *self._sets, *filter(None, [self._recipe_name])])
         # Processes connect on the device, so each first looks up the device of the run by itself.
         stopped = newest_run(self.root, self.command, unfinished=True)
@@ -222,7 +222,7 @@ def use_device(recipe: Recipe, launch: Launch) -> None:
     join_on(recipe.device)
 
 
-def _inherited(source: Source) -> dict[str, Any] | None:
+def _inherited(source: ModelSource) -> dict[str, Any] | None:
     """Returns the configuration of the run that made a model, without machine settings and keys stored in the model."""
     if source.config is None:
         return None
@@ -231,7 +231,7 @@ def _inherited(source: Source) -> dict[str, Any] | None:
     return {key: value for key, value in source.config.items() if key not in left_out}
 
 
-def _made_by(source: Source) -> str:
+def _made_by(source: ModelSource) -> str:
     return f", from {source.parents[-1]}" if source.parents else ", built in"
 
 

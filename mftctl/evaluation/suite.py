@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Measures:
+class Suite:
     """Test data and benchmarks, read and checked.
 
     Attributes:
@@ -60,7 +60,7 @@ class Measures:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasuredRecords:
+class SuiteRecords:
     """The test data, tokenised for a model.
 
     Attributes:
@@ -72,7 +72,7 @@ class MeasuredRecords:
     records: EncodedRecords
 
 
-def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
+def prepare_suite(recipe: Recipe, listener: Listener) -> Suite:
     """Reads and checks the test data and benchmarks of a recipe, before any model is loaded.
 
     Args:
@@ -97,14 +97,14 @@ def prepare_measures(recipe: Recipe, listener: Listener) -> Measures:
     with_model = options.predictions is None
     issues = RecordIssues()
     examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues)[: options.limit] if with_model else []
-    return Measures(examples, issues, benchmarks)
+    return Suite(examples, issues, benchmarks)
 
 
-def encode_test_data(measures: Measures, recipe: Recipe, encoder: Encoder, listener: Listener) -> MeasuredRecords:
+def encode_test_data(suite: Suite, recipe: Recipe, encoder: Encoder, listener: Listener) -> SuiteRecords:
     """Tokenises the test data and reports problems with it.
 
     Args:
-        measures: The recipe's test data and benchmarks.
+        suite: The recipe's test data and benchmarks.
         recipe: With the `eval` section.
         encoder: Encoder for the model's tokenizer.
         listener: Receives warnings about the records.
@@ -112,16 +112,16 @@ def encode_test_data(measures: Measures, recipe: Recipe, encoder: Encoder, liste
     Raises:
         DataError: Some records cannot be used.
     """
-    length, issues = recipe.eval.max_length_tokens, measures.issues
-    used = encode_part(measures.examples, encoder, length, issues, listener)
+    length, issues = recipe.eval.max_length_tokens, suite.issues
+    used = encode_part(suite.examples, encoder, length, issues, listener)
     issues.settle(recipe.bad_records)
     tell_issues("Test data", issues, length, listener)
-    if measures.examples or issues.records:
+    if suite.examples or issues.records:
         require_records("Test data", used, issues, length)
     added = added_system_text(encoder, used.examples)
     if added is not None:
         listener.note(f"Test data: {added}")
-    return MeasuredRecords(encoder, used)
+    return SuiteRecords(encoder, used)
 
 
 def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:
@@ -136,13 +136,13 @@ def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:
 
 
 def measure(
-    measures: Measures,
+    suite: Suite,
     recipe: Recipe,
     loaded: Loaded | None,
     folder: Path,
     listener: Listener,
     *,
-    test: MeasuredRecords | None,
+    test: SuiteRecords | None,
     model_name: str,
     run: Run | None = None,
 ) -> list[Dataset]:
@@ -152,7 +152,7 @@ def measure(
     writes the files.
 
     Args:
-        measures: The recipe's test data and benchmarks.
+        suite: The recipe's test data and benchmarks.
         recipe: With the `eval` section and `test_data`.
         loaded: Model and tokenizer, or the vLLM engine; None when existing predictions are scored.
         folder: Receives the samples.
@@ -170,7 +170,7 @@ def measure(
     datasets = []
     if test is not None and test.records.records and isinstance(loaded, tuple):
         datasets.append(_data_file(test, recipe, loaded[0], folder, listener))
-    for benchmark in measures.benchmarks:
+    for benchmark in suite.benchmarks:
         from mftctl.evaluation.benchmarks.measure import measure_benchmark, output_cache
 
         cache = None if run is None or loaded is None else output_cache(benchmark, run)
@@ -282,7 +282,7 @@ def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:
 
 
 def _data_file(
-    test: MeasuredRecords,
+    test: SuiteRecords,
     recipe: Recipe,
     model: PreTrainedModel,
     folder: Path,

@@ -1,4 +1,4 @@
-"""Expands the stages of a recipe over sweeps and seeds into ordered tasks."""
+"""Expands the stages of a recipe over sweeps and seeds into ordered jobs."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Command, Recipe, Stage
-from mftctl.experiments.recipe_files import MAX_TASKS, nearest, too_many_tasks, with_changes
+from mftctl.experiments.recipe_files import MAX_JOBS, nearest, too_many_jobs, with_changes
 
 Variant = dict[str, Any]
 """The swept keys and their values."""
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task of an experiment: one stage with one seed and one choice of swept values.
+class Job:
+    """One job of an experiment: one stage with one seed and one choice of swept values.
 
     Attributes:
         name: The name of the stage, with swept values if there are any: `mft[ratio=0.02]`.
-        label: The name of the run in a report: the task name, or that of the task it evaluates.
+        label: The name of the run in a report: the job name, or that of the job it evaluates.
         command: The command.
         seed: The seed.
-        recipe: Resolved for this task, except for the model and layers determined by other tasks.
-        after: The task whose model is the input; None for the recipe's model.
-        layers_from: The probe task that selects the layers.
+        recipe: Resolved for this job, except for the model and layers determined by other jobs.
+        after: The job whose model is the input; None for the recipe's model.
+        layers_from: The probe job that selects the layers.
         variant: The swept keys and values.
     """
 
@@ -38,31 +38,31 @@ class Task:
     command: Command
     seed: int
     recipe: Recipe
-    after: Task | None = None
-    layers_from: Task | None = None
+    after: Job | None = None
+    layers_from: Job | None = None
     variant: Mapping[str, Any] = field(default_factory=dict)
 
 
-def spell_out(recipe: Recipe) -> list[Task]:
-    """Returns all tasks of a recipe, each after those it needs, seed by seed.
+def spell_out(recipe: Recipe) -> list[Job]:
+    """Returns all jobs of a recipe, each after those it needs, seed by seed.
 
     Raises:
-        ConfigError: A stage needs a missing one, stages need each other in a cycle, or there are too many tasks.
+        ConfigError: A stage needs a missing one, stages need each other in a cycle, or there are too many jobs.
     """
     order = stage_order(recipe.stages)
     _require_few(recipe, order)
-    tasks: list[Task] = []
+    jobs: list[Job] = []
     for seed in recipe.seeds or (recipe.seed,):
-        made: dict[str, list[Task]] = {}
+        made: dict[str, list[Job]] = {}
         for name in order:
-            made[name] = list(_tasks_of(recipe, name, seed, made))
-            tasks += made[name]
-    return tasks
+            made[name] = list(_jobs_of(recipe, name, seed, made))
+            jobs += made[name]
+    return jobs
 
 
 def _require_few(recipe: Recipe, order: Sequence[str]) -> None:
-    """Checks that swept values inherited between stages do not multiply to too many tasks."""
-    tasks, seeds = 0, max(1, len(recipe.seeds))
+    """Checks that swept values inherited between stages do not multiply to too many jobs."""
+    jobs, seeds = 0, max(1, len(recipe.seeds))
     made: dict[str, list[Variant]] = {}
     for name in order:
         stage = recipe.stages[name]
@@ -73,10 +73,10 @@ def _require_few(recipe: Recipe, order: Sequence[str]) -> None:
             for inherited, probed in itertools.product(inputs, probes)
             if _agree(inherited, probed)
         )
-        few = list(itertools.islice(pairs, MAX_TASKS + 1))
-        tasks += seeds * len(few) * math.prod(map(len, stage.sweep.values()))
-        if tasks > MAX_TASKS:
-            raise too_many_tasks(tasks)
+        few = list(itertools.islice(pairs, MAX_JOBS + 1))
+        jobs += seeds * len(few) * math.prod(map(len, stage.sweep.values()))
+        if jobs > MAX_JOBS:
+            raise too_many_jobs(jobs)
         made[name] = [{**pair, **choice} for pair in few for choice in _choices(stage)]
 
 
@@ -119,13 +119,13 @@ def stage_order(stages: Mapping[str, Stage]) -> list[str]:
     return order
 
 
-def _tasks_of(recipe: Recipe, name: str, seed: int, made: Mapping[str, Sequence[Task]]) -> Iterator[Task]:
-    """Yields the tasks of one stage, for each input, each probe of the same variant and each choice of swept values."""
+def _jobs_of(recipe: Recipe, name: str, seed: int, made: Mapping[str, Sequence[Job]]) -> Iterator[Job]:
+    """Yields the jobs of one stage, for each input, each probe of the same variant and each choice of swept values."""
     stage, bare = recipe.stages[name], recipe.model_copy(update={"stages": {}})
-    inputs: list[Task | None] = [task for other in stage.of for task in made[other]]
+    inputs: list[Job | None] = [job for other in stage.of for job in made[other]]
     if not stage.of:
         inputs = list(made[stage.after]) if stage.after else [None]
-    probes: list[Task | None] = list(made[stage.layers_from]) if stage.layers_from else [None]
+    probes: list[Job | None] = list(made[stage.layers_from]) if stage.layers_from else [None]
     for source, probe, choice in itertools.product(inputs, probes, _choices(stage)):
         inherited = {} if source is None else dict(source.variant)
         probed = {} if probe is None else dict(probe.variant)
@@ -135,7 +135,7 @@ def _tasks_of(recipe: Recipe, name: str, seed: int, made: Mapping[str, Sequence[
         full_name = name + _variant_text(variant)
         changes = {"stages": {}, "seeds": [], **stage.set, **choice, "seed": seed}
         label = source.name if stage.of and source is not None else full_name
-        yield Task(full_name, label, stage.command, seed, with_changes(bare, changes), source, probe, variant)
+        yield Job(full_name, label, stage.command, seed, with_changes(bare, changes), source, probe, variant)
 
 
 def _variant_text(variant: Mapping[str, Any]) -> str:

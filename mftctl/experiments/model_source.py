@@ -19,7 +19,7 @@ from mftctl.experiments.training_options import FftOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ModelSource:
     """A model, optionally with a mask, and its origin.
 
     Attributes:
@@ -52,7 +52,7 @@ class Source:
         }
 
 
-def source_of_run(run: Run) -> Source:
+def source_of_run(run: Run) -> ModelSource:
     """Returns the result of a finished `fft`, `mask-train` or `apply` run as a source.
 
     Raises:
@@ -60,7 +60,7 @@ def source_of_run(run: Run) -> Source:
     """
     inputs, state, made = run.record.inputs, run.result(MadeState).state, run.result(Outcome)
     try:
-        return Source(
+        return ModelSource(
             model=made.model or inputs["model"],
             mask=made.mask,
             state=state,
@@ -73,7 +73,7 @@ def source_of_run(run: Run) -> Source:
         raise RunError("The record of this run is incomplete.", path=path, key=str(error.args[0])) from error
 
 
-def source_of_model(model: str, root: Path) -> Source:
+def source_of_model(model: str, root: Path) -> ModelSource:
     """Returns the source for a model: from the run that made its folder, otherwise from the folder's own marker.
 
     A folder without a marker contains a pre-trained model, unless other files in it show that it was trained.
@@ -91,13 +91,13 @@ def source_of_model(model: str, root: Path) -> Source:
                 return source_of_run(run)
         told = told_origin(path)
         if told is not None:
-            return Source(model, state=told.state, origin=told.origin, base=told.base)
+            return ModelSource(model, state=told.state, origin=told.origin, base=told.base)
         if was_trained(path):
-            return Source(model, state=UNKNOWN)
-    return Source(model)
+            return ModelSource(model, state=UNKNOWN)
+    return ModelSource(model)
 
 
-def source_of_mask(model: str, mask: str, root: Path) -> Source:
+def source_of_mask(model: str, mask: str, root: Path) -> ModelSource:
     """Returns the source for a model with a mask file, in the state of its `mask-train` run, or just `masked`."""
     base = source_of_model(model, root)
     for run in reversed(list_runs(root)[0]):
@@ -108,13 +108,13 @@ def source_of_mask(model: str, mask: str, root: Path) -> Source:
     return replace(base, mask=mask, state=MASKED)
 
 
-def newest_source(root: Path, *commands: str) -> Source | None:
+def newest_source(root: Path, *commands: str) -> ModelSource | None:
     """Returns the result of the latest finished run of these commands; None if there is none."""
     run = newest_run(root, *commands)
     return None if run is None else source_of_run(run)
 
 
-def model_for_training(model: str | None, root: Path, command: str) -> Source:
+def model_for_training(model: str | None, root: Path, command: str) -> ModelSource:
     """Returns the model to fine-tune, probe or mask.
 
     Without a name, the latest fine-tuned model in the runs folder or, for `fft` in a folder without one, the built-in
@@ -129,7 +129,7 @@ def model_for_training(model: str | None, root: Path, command: str) -> Source:
     if newest is not None:
         return newest
     if command == "fft":
-        return Source(QUICKSTART)
+        return ModelSource(QUICKSTART)
     raise ConfigError(
         f"{command} needs a model.",
         key="--model",
@@ -161,7 +161,7 @@ def recommendation_of(run: Run) -> Recommendation:
     return Recommendation(run.result(Recommended).recommended_layers, run.name)
 
 
-def recommended_layers(root: Path, source: Source) -> Recommendation | None:
+def recommended_layers(root: Path, source: ModelSource) -> Recommendation | None:
     """Returns the recommendation of the latest probe of this model; None without one."""
     for run in reversed(list_runs(root)[0]):
         record = run.record
@@ -171,7 +171,7 @@ def recommended_layers(root: Path, source: Source) -> Recommendation | None:
     return None
 
 
-def fft_learning_rate(source: Source, recipe: Recipe) -> float:
+def fft_learning_rate(source: ModelSource, recipe: Recipe) -> float:
     """Returns the learning rate of a model's fine-tuning: from the run that made it, otherwise from the recipe.
 
     The rate of an adapter does not apply to the model's own weights; the default of fine-tuning is used instead.
@@ -180,7 +180,7 @@ def fft_learning_rate(source: Source, recipe: Recipe) -> float:
     return FftOptions().learning_rate if options.method == "lora" else options.learning_rate
 
 
-def ancestry(root: Path, source: Source) -> list[Source]:
+def ancestry(root: Path, source: ModelSource) -> list[ModelSource]:
     """Returns the states a source went through, from the pre-trained model to the source itself.
 
     Of a state reached twice, such as by `mask-train` and then `apply`, only the latest is kept.
@@ -197,8 +197,8 @@ def ancestry(root: Path, source: Source) -> list[Source]:
     made = [source_of_run(load_run(root / name)) for name in source.parents]
     first = made[0].config or {}
     template = {key: first[key] for key in IN_THE_MODEL if key in first}  # later states have it in their model
-    newest: dict[str, Source] = {}
-    for step in (Source(source.origin, config={**(source.config or {}), **template}), *made):
+    newest: dict[str, ModelSource] = {}
+    for step in (ModelSource(source.origin, config={**(source.config or {}), **template}), *made):
         newest.pop(step.state, None)
         newest[step.state] = step
     return list(newest.values())

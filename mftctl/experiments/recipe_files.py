@@ -20,7 +20,7 @@ from mftctl.experiments.run_config import as_given
 _INSTALLED = Path(__file__).parents[1] / "recipes"
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
 MAX_EXTENDED: Final = 64
-MAX_TASKS: Final = 1_000
+MAX_JOBS: Final = 1_000
 """Maximum number of stages, expanded over seeds and swept values."""
 _MOST_PROBLEMS: Final = 20
 _LONGEST_PROBLEM: Final = 400
@@ -273,11 +273,11 @@ def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
     """Checks that the swept values of all stages do not give too many tasks."""
     seeds = max(1, len(recipe.seeds))
     tasks = sum(seeds * math.prod(map(len, stage.sweep.values())) for stage in recipe.stages.values())
-    if tasks > MAX_TASKS:
-        raise too_many_tasks(tasks, path)
+    if tasks > MAX_JOBS:
+        raise too_many_jobs(tasks, path)
 
 
-def too_many_tasks(tasks: int, path: Path | None = None) -> ConfigError:
+def too_many_jobs(tasks: int, path: Path | None = None) -> ConfigError:
     """Returns the error for an experiment with too many tasks.
 
     Args:
@@ -288,7 +288,7 @@ def too_many_tasks(tasks: int, path: Path | None = None) -> ConfigError:
         "The recipe has too many tasks.",
         path=path,
         key="stages",
-        expected=f"at most {MAX_TASKS:,} stages, counting all seeds and swept values",
+        expected=f"at most {MAX_JOBS:,} stages, counting all seeds and swept values",
         actual=f"{tasks:,}" if tasks < 10**15 else "more than can be counted",
         hint="sweep fewer values, or divide them among several recipes",
     )

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from mftctl.masking.dtypes import bits
 from mftctl.masking.full_tensor import whole
-from mftctl.masking.rule import Indicator, scores_state
+from mftctl.masking.rule import MaskRule, scores_state
 from mftctl.masking.targets import MaskTarget
 
 
@@ -24,7 +24,7 @@ class MaskedPart(nn.Module):
         indicator: The rule from scores to mask.
     """
 
-    def __init__(self, target: MaskTarget, scores: torch.Tensor, indicator: Indicator) -> None:
+    def __init__(self, target: MaskTarget, scores: torch.Tensor, indicator: MaskRule) -> None:
         super().__init__()
         self.target = target
         self.scores = nn.Parameter(scores)

@@ -17,7 +17,7 @@ from mftctl.errors import TrainingError
 from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.full_tensor import whole
-from mftctl.masking.rule import Indicator, scores_state
+from mftctl.masking.rule import MaskRule, scores_state
 from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget
 
@@ -43,7 +43,7 @@ class MaskedLinear(nn.Module):
     Source: MFT, equations 4 and 5.
     """
 
-    def __init__(self, linear: nn.Linear | Conv1D, scores: torch.Tensor, indicator: Indicator) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, scores: torch.Tensor, indicator: MaskRule) -> None:
         super().__init__()
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
@@ -210,7 +210,7 @@ def attach_masks(
     model: nn.Module,
     targets: Sequence[MaskTarget],
     scores: Mapping[str, torch.Tensor],
-    indicator: Indicator | Mapping[str, Indicator],
+    indicator: MaskRule | Mapping[str, MaskRule],
 ) -> None:
     """Freezes the model and replaces every target with a `MaskedLinear` or `MaskedExperts`.
 
@@ -223,7 +223,7 @@ def attach_masks(
     model.requires_grad_(False)
     experts: dict[str, list[MaskedPart]] = {}
     for target in targets:
-        rule = indicator if isinstance(indicator, Indicator) else indicator[target.name]
+        rule = indicator if isinstance(indicator, MaskRule) else indicator[target.name]
         if isinstance(target.module, nn.Linear | Conv1D):
             _replace(model, target.module_name, MaskedLinear(target.module, scores[target.name], rule))
         else:

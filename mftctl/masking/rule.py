@@ -13,7 +13,7 @@ from mftctl.masking.selection import Cut, Ranking, check_ratio, keep_above, keep
 
 
 @dataclass(frozen=True, slots=True)
-class Indicator:
+class MaskRule:
     """The rule that turns scores into a mask: a ratio per tensor, or one threshold.
 
     Attributes:

@@ -8,9 +8,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from mftctl.data.encoding import Encoder
 from mftctl.errors import Interrupted
-from mftctl.evaluation.suite import encode_test_data, measure, prepare_measures, with_fixed_clock
+from mftctl.evaluation.suite import encode_test_data, measure, prepare_suite, with_fixed_clock
 from mftctl.experiments.measured_lines import MetricsLine
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_folder import Run, TrainingFolder
@@ -60,7 +60,7 @@ class InterimEvaluation(TrainerCallback):
         self._folder = folder
         self._listener = listener
         self._patient = _Patient(listener)
-        self._measures = prepare_measures(self._recipe, self._patient)
+        self._measures = prepare_suite(self._recipe, self._patient)
         self._test = encode_test_data(self._measures, self._recipe, encoder, listener)
 
     @property
@@ -130,7 +130,7 @@ class InterimEvaluation(TrainerCallback):
 
 
 def interim_evaluation(
-    recipe: Recipe, options: TrainingOptions, inputs: TrainingInputs, source: Source, run: Run, listener: Listener
+    recipe: Recipe, options: TrainingOptions, inputs: TrainingInputs, source: ModelSource, run: Run, listener: Listener
 ) -> InterimEvaluation | None:
     """The evaluation during a training; None if none is requested.
 

@@ -29,15 +29,15 @@ from mftctl.training.loop import (
     train,
     training_arguments,
 )
-from mftctl.training.mask_search import LearnedMask, MaskSearch
-from mftctl.training.score_trainer import MaskTrainer
+from mftctl.training.mask_search import FoundMask, MaskSearch
+from mftctl.training.score_trainer import ScoreTrainer
 from mftctl.training.stopping import stop_on_signal
 
 _USUAL_EPSILON = 1e-8
 _SMALL_EPSILON = 1e-20
 
 
-def learn_mask(search: MaskSearch) -> LearnedMask:
+def learn_mask(search: MaskSearch) -> FoundMask:
     """Trains scores and returns the best mask, with the initial mask among the candidates, or the last one.
 
     Args:
@@ -59,7 +59,7 @@ def learn_mask(search: MaskSearch) -> LearnedMask:
         free_unreachable()
 
 
-def _train(search: MaskSearch) -> LearnedMask:
+def _train(search: MaskSearch) -> FoundMask:
     """Trains with the scores attached to the model; `learn_mask` detaches them."""
     model, options = search.model, search.options
     attach_masks(model, search.targets, _start_scores(search), search.indicators)
@@ -93,7 +93,7 @@ def _train(search: MaskSearch) -> LearnedMask:
     changed = sum(count_kept(start[name] ^ packed) for name, packed in trainer.counted.items())
     shapes = {name: whole_shape(module.scores) for name, module in masked_layers(model)}
     packed = start if best_step == 0 else trainer.packed_masks()
-    return LearnedMask(
+    return FoundMask(
         {
             name: torch.from_numpy(unpack(bits, shapes[name].numel())).view(shapes[name])
             for name, bits in packed.items()
@@ -110,7 +110,7 @@ def _train(search: MaskSearch) -> LearnedMask:
     )
 
 
-def _trainer(search: MaskSearch) -> MaskTrainer:
+def _trainer(search: MaskSearch) -> ScoreTrainer:
     """The trainer of the model's scores, with a learning rate for each tensor."""
     options, inputs = search.options, search.inputs
     start = search.start
@@ -123,7 +123,7 @@ def _trainer(search: MaskSearch) -> MaskTrainer:
         seed=search.seed,
         bf16=False,
     )
-    trainer = MaskTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
+    trainer = ScoreTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
     arguments.load_best_model_at_end = options.keep == "best"
     trainer.step_size = step_size(options)
     trainer.averages_records = options.averages_records
@@ -178,7 +178,7 @@ def _start_rows(search: MaskSearch) -> Rows:
     return rows
 
 
-def find_mask(search: MaskSearch) -> LearnedMask:
+def find_mask(search: MaskSearch) -> FoundMask:
     """The mask that the options ask for, compared with the unmasked model.
 
     Raises:
@@ -192,7 +192,7 @@ def find_mask(search: MaskSearch) -> LearnedMask:
     with masked(search.targets, keep):
         loss = validation_loss(search.model, search.inputs, search.listener)
     unmasked_loss = cast("float", search.unmasked_loss)  # None only for a model without values
-    return LearnedMask({name: bits.cpu() for name, bits in keep.items()}, unmasked_loss, loss, loss)
+    return FoundMask({name: bits.cpu() for name, bits in keep.items()}, unmasked_loss, loss, loss)
 
 
 def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:

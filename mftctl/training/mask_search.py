@@ -11,14 +11,14 @@ from transformers import PreTrainedModel
 from mftctl.data.encoding import Encoded
 from mftctl.data.seen_records import seen_records
 from mftctl.evaluation.losses import SampleLoss
-from mftctl.experiments.model_source import Source, fft_learning_rate
+from mftctl.experiments.model_source import ModelSource, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Flips
 from mftctl.experiments.run_folder import Run, TrainingFolder
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.outlines import StoredWeights
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener
 from mftctl.runtime.devices import uses_bf16
@@ -75,17 +75,17 @@ class MaskSearch:
         )
 
     @property
-    def indicators(self) -> dict[str, Indicator]:
+    def indicators(self) -> dict[str, MaskRule]:
         """The rule from scores to mask for each target."""
         options = self.options
         return {
-            target.name: Indicator(options.ratio_of(target.projection), options.threshold, options.ranking)
+            target.name: MaskRule(options.ratio_of(target.projection), options.threshold, options.ranking)
             for target in self.targets
         }
 
 
 @dataclass(frozen=True, slots=True)
-class LearnedMask:
+class FoundMask:
     """A mask in memory and its validation results.
 
     Attributes:
@@ -132,7 +132,7 @@ class MaskTrainingInputs:
 
 
 def prepare_mask_training(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, data_fraction: float
+    recipe: Recipe, source: ModelSource, run: Run, listener: Listener, data_fraction: float
 ) -> MaskTrainingInputs:
     """The data to learn a mask from: by default, records that the model was not fine-tuned on.
 

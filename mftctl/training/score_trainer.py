@@ -26,7 +26,7 @@ _SCORES_FILE = "scores.safetensors"
 _COUNTED = "counted."
 
 
-class MaskTrainer(SftTrainer):
+class ScoreTrainer(SftTrainer):
     """Trains scores with AdamW, with a learning rate per tensor and checkpoints without the frozen weights.
 
     The mask of the initial scores is among the candidates for the best one.

@@ -14,11 +14,11 @@ from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, ProcessB
 from mftctl.data.encoding import Encoded
 from mftctl.data.examples import IGNORED_LABEL
 from mftctl.runtime.processes import rank, world_size
-from mftctl.training.sharding.sharded_trainer import PartitionedTrainer
+from mftctl.training.sharding.sharded_trainer import ShardedTrainer
 from mftctl.training.token_batches import MICRO_BATCHES, StepBatches, StepCollator, StepRecords, StepSize
 
 
-class StepTrainer(PartitionedTrainer):
+class StepTrainer(ShardedTrainer):
     """A Trainer whose steps can use micro-batches with a token budget instead of a fixed number of micro-batches.
 
     The Trainer itself supports only fixed accumulation, so it treats a whole step as one batch.

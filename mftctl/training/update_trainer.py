@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.runtime.processes import is_first
 from mftctl.training.loop import SftTrainer
-from mftctl.training.sharding.sharded_model import Partitions, model_state, put_model, whole_model
+from mftctl.training.sharding.sharded_model import ShardedModel, model_state, put_model, whole_model
 from mftctl.training.updates.excluded import Excluded, excluded_parameters
 from mftctl.training.updates.masked_optimizer import STEPS_KEY, MaskedOptimizer, UpdateRule
 
@@ -52,7 +52,7 @@ class UpdateTrainer(SftTrainer):
         self._choose()
         super().before_step()
 
-    def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
+    def optimizer_state(self, partitions: ShardedModel) -> dict[str, Any]:
         """The optimizer's state, including what a masked optimizer adds to it."""
         steps = {} if self._choosing is None else {STEPS_KEY: self.state.global_step}
         return {**super().optimizer_state(partitions), **steps}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mftctl.errors import ConfigError
 from mftctl.experiments.model_origin import origin_of
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
@@ -16,7 +16,7 @@ from mftctl.progress import Listener, Progress
 
 
 def apply(
-    source: Source, run: Run, listener: Listener, *, base: str | None = None, replace: bool = False
+    source: ModelSource, run: Run, listener: Listener, *, base: str | None = None, replace: bool = False
 ) -> ApplyResult:
     """Applies a mask and returns the folder of the new checkpoint and a summary of what was removed.
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mftctl.data.encoding import Encoder
 from mftctl.errors import ConfigError
-from mftctl.evaluation.suite import Measures, encode_test_data, measure, prepare_measures, with_fixed_clock
-from mftctl.experiments.model_source import Source
+from mftctl.evaluation.suite import Suite, encode_test_data, measure, prepare_suite, with_fixed_clock
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import (
     load_encoder,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mftctl.evaluation.lm.vllm import VllmAnswers
 
 
-def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> EvalResult:
+def evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) -> EvalResult:
     """Evaluates one model; returns each dataset with its metrics, standard errors and sample file.
 
     Every sample is written to a `.jsonl` file in the run folder with `id` (its number), `reference`, `output`, `scores`
@@ -57,7 +57,7 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> Ev
         ModelError: The checkpoint cannot be loaded.
         SandboxError: Model-written code cannot be confined on this machine.
     """
-    measures = prepare_measures(recipe, listener)
+    suite = prepare_suite(recipe, listener)
     run.update(inputs=source.as_inputs())
     test = None
     if recipe.eval.predictions is None:
@@ -65,9 +65,9 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> Ev
         encoder = load_encoder(checkpoint, recipe, run.started)
         check = check_checkpoint(checkpoint, encoder.tokenizer)
         tell_remarks(check, listener)
-        test = encode_test_data(measures, recipe, encoder, listener)
+        test = encode_test_data(suite, recipe, encoder, listener)
         check_lengths(check, [len(record.input_ids) for record in test.records.records], checkpoint)
-        issues = measures.issues.counts()
+        issues = suite.issues.counts()
         run.update(
             inputs={
                 **source.as_inputs(),
@@ -84,18 +84,18 @@ def evaluate(recipe: Recipe, source: Source, run: Run, listener: Listener) -> Ev
         attention=recipe.attention,
     ):
         restart_peak_memory()
-        loaded = None if test is None else _load(checkpoint, source, recipe, measures, test.encoder, listener)
-        datasets = measure(measures, recipe, loaded, run.folder, listener, test=test, model_name=source.model, run=run)
+        loaded = None if test is None else _load(checkpoint, source, recipe, suite, test.encoder, listener)
+        datasets = measure(suite, recipe, loaded, run.folder, listener, test=test, model_name=source.model, run=run)
         return EvalResult(state=source.state, datasets=datasets, peak_memory_bytes=peak_memory_bytes())
 
 
 def _load(
-    checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, encoder: Encoder, listener: Listener
+    checkpoint: Path, source: ModelSource, recipe: Recipe, suite: Suite, encoder: Encoder, listener: Listener
 ) -> Loaded:
     """The model with its mask applied, if it has one, and the tokenizer for benchmarks."""
     tokenizer = with_fixed_clock(encoder)
     if recipe.eval.engine == "vllm":
-        return _load_for_vllm(checkpoint, source, recipe, measures, tokenizer)
+        return _load_for_vllm(checkpoint, source, recipe, suite, tokenizer)
     dtype = evaluation_dtype(checkpoint)
     spread = gpu_map(checkpoint, dtype)
     if spread is not None:
@@ -109,7 +109,7 @@ def _load(
 
 
 def _load_for_vllm(
-    checkpoint: Path, source: Source, recipe: Recipe, measures: Measures, tokenizer: PreTrainedTokenizerBase
+    checkpoint: Path, source: ModelSource, recipe: Recipe, suite: Suite, tokenizer: PreTrainedTokenizerBase
 ) -> VllmAnswers:
     """Starts vLLM on the checkpoint, in vLLM's own processes.
 
@@ -131,7 +131,7 @@ def _load_for_vllm(
 
     options = recipe.eval
     needed = longest_request(
-        [benchmark.task for benchmark in measures.benchmarks],
+        [benchmark.task for benchmark in suite.benchmarks],
         tokenizer,
         limit=options.limit,
         chat_template=options.chat_template,

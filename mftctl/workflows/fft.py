@@ -15,7 +15,7 @@ from mftctl.data.seen_records import save_seen
 from mftctl.errors import ConfigError, OutputError, StorageError, TrainingError
 from mftctl.evaluation.answer_stops import name_stops, turn_stops
 from mftctl.experiments.model_origin import ModelOrigin, origin_of
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
@@ -60,7 +60,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def fine_tune(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
+    recipe: Recipe,
+    source: ModelSource,
+    run: Run,
+    listener: Listener,
+    *,
+    resume: bool = False,
+    may_replace: bool = False,
 ) -> FftResult:
     """Fine-tunes a model and returns its folder and its losses per answer token.
 
@@ -89,7 +95,14 @@ def fine_tune(
 
 
 def _fine_tune(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
+    recipe: Recipe,
+    source: ModelSource,
+    run: Run,
+    listener: Listener,
+    room: RoomOnGpu,
+    *,
+    resume: bool,
+    may_replace: bool,
 ) -> FftResult:
     """Runs `fine_tune` on a device that is ready."""
     options = recipe.fft
@@ -159,7 +172,7 @@ def _fine_tune(
 
 
 def _trainable_model(
-    checkpoint: Path, source: Source, options: FftOptions, seed: int, listener: Listener
+    checkpoint: Path, source: ModelSource, options: FftOptions, seed: int, listener: Listener
 ) -> PreTrainedModel | PeftModel:
     """The model with the parameters that the method trains set to trainable."""
     if options.method == "lora":
@@ -183,7 +196,7 @@ def _trainable_model(
     return model
 
 
-def _with_adapter(checkpoint: Path, source: Source, options: FftOptions, seed: int) -> PeftModel:
+def _with_adapter(checkpoint: Path, source: ModelSource, options: FftOptions, seed: int) -> PeftModel:
     """A frozen model, in its compute dtype or in 4 bits per weight, with an adapter in fp32."""
     from mftctl.masking.checkpoints.adapters import load_adapter
     from mftctl.masking.checkpoints.quantization import load_quantized

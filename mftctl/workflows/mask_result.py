@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from mftctl.errors import OutputError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import KeptMask
 from mftctl.experiments.run_folder import Run
@@ -92,7 +92,7 @@ def build_mask(
     return Mask(tensors, records, metadata)
 
 
-def mask_metadata(recipe: Recipe, source: Source, run: Run, layers: list[int]) -> MaskMetadata:
+def mask_metadata(recipe: Recipe, source: ModelSource, run: Run, layers: list[int]) -> MaskMetadata:
     """The metadata of a mask: its base, its method and the run that made it."""
     options = recipe.mask_train
     ratio = options.ratio

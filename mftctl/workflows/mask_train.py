@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_device import device_for
@@ -32,7 +32,7 @@ from mftctl.training.held_out import compare, confirm, split_validation_records,
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.learn_mask import find_mask
-from mftctl.training.mask_search import LearnedMask, MaskSearch, frozen_dtype, load_frozen_model, prepare_mask_training
+from mftctl.training.mask_search import FoundMask, MaskSearch, frozen_dtype, load_frozen_model, prepare_mask_training
 from mftctl.training.prefix_cache import (
     batches_come_again,
     figures,
@@ -45,7 +45,13 @@ from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
 
 def mask_train(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False, may_replace: bool = False
+    recipe: Recipe,
+    source: ModelSource,
+    run: Run,
+    listener: Listener,
+    *,
+    resume: bool = False,
+    may_replace: bool = False,
 ) -> MaskTrainResult:
     """Finds a mask and returns its file, a summary of what it removes, and its losses per answer token.
 
@@ -79,7 +85,14 @@ def mask_train(
 
 
 def _search(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool, may_replace: bool
+    recipe: Recipe,
+    source: ModelSource,
+    run: Run,
+    listener: Listener,
+    room: RoomOnGpu,
+    *,
+    resume: bool,
+    may_replace: bool,
 ) -> MeasuredMask:
     """Runs the methods that evaluate masks on the model and returns the result."""
     options = recipe.mask_train
@@ -161,7 +174,7 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
     return replace(search, model=model, targets=find_targets(model, layers, options.target, options.projections))
 
 
-def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encoded]) -> Confirmation | None:
+def _confirmation(search: MaskSearch, found: FoundMask, confirming: list[Encoded]) -> Confirmation | None:
     """The mask's effect on records not used to choose it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
         which = "The last mask did not beat" if search.options.keeps_last else "No mask beat"
@@ -175,7 +188,7 @@ def _confirmation(search: MaskSearch, found: LearnedMask, confirming: list[Encod
     return confirm(search, found.keep, confirming) if confirming else None
 
 
-def _drop(recipe: Recipe, source: Source, run: Run, listener: Listener, *, may_replace: bool) -> DroppedMask:
+def _drop(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, may_replace: bool) -> DroppedMask:
     """Resets part of the weights to their values before fine-tuning; no model is loaded.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe
 from mftctl.experiments.run_contents import read_part
@@ -32,7 +32,7 @@ from mftctl.runtime.processes import is_first
 from mftctl.training.held_out import masked, split_validation_records, validation_loss
 from mftctl.training.learn_mask import find_mask
 from mftctl.training.mask_search import (
-    LearnedMask,
+    FoundMask,
     MaskSearch,
     MaskTrainingInputs,
     load_frozen_model,
@@ -44,7 +44,7 @@ from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 from mftctl.workflows.probe_scores import ProbeScorer
 
 
-def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool = False) -> ProbeResult:
+def probe(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, resume: bool = False) -> ProbeResult:
     """Probes groups of layers; returns every group's losses and score, best first, and the recommended layers.
 
     Args:
@@ -74,7 +74,7 @@ def probe(recipe: Recipe, source: Source, run: Run, listener: Listener, *, resum
 
 
 def _train_groups(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
+    recipe: Recipe, source: ModelSource, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
 ) -> TrainedProbe:
     """Trains a mask for each group and returns the result."""
     options = _options(recipe)
@@ -170,7 +170,7 @@ class _ProbedModel:
             found = find_mask(search)
         return self._scored(_outcome(group, found), group, found, folder.folder)
 
-    def _scored(self, outcome: TrainedGroup, group: list[int], found: LearnedMask, folder: Path) -> TrainedGroup:
+    def _scored(self, outcome: TrainedGroup, group: list[int], found: FoundMask, folder: Path) -> TrainedGroup:
         """The score of the mask; empty if groups are ranked by loss."""
         if self._scorer is None or self.unmasked is None:
             return outcome
@@ -193,7 +193,7 @@ class _ProbedModel:
             self.model, self._is_whole = load_frozen_model(self._inputs, self._options), True
 
 
-def _estimate(recipe: Recipe, source: Source, run: Run, listener: Listener, room: RoomOnGpu) -> FastProbe:
+def _estimate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, room: RoomOnGpu) -> FastProbe:
     """The result of `--fast`: the expected gain of a mask for each group, best first among groups of the same size."""
     options = _options(recipe)
     prepared = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
@@ -234,7 +234,7 @@ def _groups(recipe: Recipe, model: PreTrainedModel) -> list[list[int]]:
     return layer_groups(layer_count, recipe.probe.groups, wanted)
 
 
-def _outcome(group: list[int], found: LearnedMask) -> TrainedGroup:
+def _outcome(group: list[int], found: FoundMask) -> TrainedGroup:
     return TrainedGroup(
         layers=format_layers(group),
         size=len(group),

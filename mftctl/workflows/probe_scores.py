@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.record_issues import RecordIssues
 from mftctl.errors import ConfigError
-from mftctl.evaluation.suite import MeasuredRecords, Measures, measure, prepare_measures, with_fixed_clock
+from mftctl.evaluation.suite import Suite, SuiteRecords, measure, prepare_suite, with_fixed_clock
 from mftctl.experiments.measured_lines import Metric
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
@@ -49,7 +49,7 @@ class ProbeScorer:
         self._listener = listener
         encoder = load_encoder(inputs.checkpoint, recipe, run.started)
         self._tokenizer = with_fixed_clock(encoder)
-        self._test: MeasuredRecords | None = None
+        self._test: SuiteRecords | None = None
         if self.by == EXACT_MATCH:
             self._recipe = recipe.model_copy(
                 update={
@@ -57,8 +57,8 @@ class ProbeScorer:
                     "eval": recipe.eval.model_copy(update={"generate": True, "tasks": ()}),
                 }
             )
-            self._measures = Measures([], RecordIssues(), [])
-            self._test = MeasuredRecords(encoder, _questions(recipe, inputs))
+            self._measures = Suite([], RecordIssues(), [])
+            self._test = SuiteRecords(encoder, _questions(recipe, inputs))
             return
         check_by(recipe)
         self._recipe = _of_task(recipe)
@@ -67,7 +67,7 @@ class ProbeScorer:
                 f"The layers are chosen on the problems of {self.by} itself, so later scores on them are biased; "
                 f"to choose them on different problems: --task-data {self.by}=FILE."
             )
-        self._measures = prepare_measures(self._recipe, listener)
+        self._measures = prepare_suite(self._recipe, listener)
 
     def unmasked(self, model: PreTrainedModel) -> Score:
         """The score without a mask, measured once even if the run is resumed."""

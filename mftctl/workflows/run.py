@@ -1,4 +1,4 @@
-"""The `run` workflow: a whole experiment from one recipe, task by task; finished tasks are reused."""
+"""The `run` workflow: a whole experiment from one recipe, job by job; finished jobs are reused."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, Literal
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
-from mftctl.experiments.jobs import Task, spell_out
-from mftctl.experiments.model_source import Source, recommendation_of, source_of_run
+from mftctl.experiments.jobs import Job, spell_out
+from mftctl.experiments.model_source import ModelSource, recommendation_of, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.recording import recorded
@@ -29,52 +29,52 @@ from mftctl.workflows.multi_process.process_count import Launch
 State = Literal["done", "resumed", "new", "changed", "running", "failed", "elsewhere"]
 
 _LOOK_AGAIN_SECONDS = 1.0
-"""Time between checks of another process's task while there is nothing else to do."""
+"""Time between checks of another process's job while there is nothing else to do."""
 
 _MODEL_MAKERS = ("fft", "apply")
 
 
 @dataclass
 class Planned:
-    """A task of an experiment and its state.
+    """A job of an experiment and its state.
 
     Attributes:
-        task: The task.
+        job: The job.
         decides: Everything that determines its result, as plain data.
         digest: Digest of that, by which a finished run is recognised.
         state: `done`, `resumed` (stopped, killed or failed before), `new`, `changed`, and, once started, `running` or
             `failed`; `elsewhere` while another process works on it.
-        why: The changes since the last run of this task; empty unless the state is `changed`.
+        why: The changes since the last run of this job; empty unless the state is `changed`.
         run: Its run, finished or to be resumed; None if there is none yet.
-        recipe: Its recipe with values from earlier tasks, set when it starts.
+        recipe: Its recipe with values from earlier jobs, set when it starts.
         source: Its source model, set when it starts.
         resumes: Whether its run is resumed from saved state.
         launch: The number of processes that work on it.
     """
 
-    task: Task
+    job: Job
     decides: dict[str, Any]
     digest: str
     state: State
     why: str = ""
     run: Run | None = None
     recipe: Recipe = field(default_factory=Recipe)
-    source: Source = field(default_factory=lambda: Source(""))
+    source: ModelSource = field(default_factory=lambda: ModelSource(""))
     resumes: bool = False
     launch: Launch = field(default_factory=Launch)
 
 
 def plan_experiment(recipe: Recipe, name: str, root: Path, launch: Launch | None = None) -> list[Planned]:
-    """Returns all tasks in order, each with its state.
+    """Returns all jobs in order, each with its state.
 
-    A finished task is recognised by a digest of everything that determines its result: its part of the recipe, the
-    seed, the model, the training and test files, and the tasks it builds on.
+    A finished job is recognised by a digest of everything that determines its result: its part of the recipe, the
+    seed, the model, the training and test files, and the jobs it builds on.
 
     Args:
         recipe: A recipe with `stages`.
         name: The name or path of the recipe.
         root: The runs folder.
-        launch: The number of processes for each task; one by default.
+        launch: The number of processes for each job; one by default.
 
     Raises:
         ConfigError: The recipe has no stages or no model, or its stages are inconsistent.
@@ -87,13 +87,13 @@ def plan_experiment(recipe: Recipe, name: str, root: Path, launch: Launch | None
     fingerprint = model_fingerprint(recipe.model)
     files: dict[str, str | None] = {}
     plan: dict[int, Planned] = {}
-    for task in spell_out(recipe):
-        decides = _decides(task, fingerprint, plan, files)
-        its_launch = launch_of(task.command, task.recipe, launch or Launch())
-        if its_launch.processes > 1 and _has_steps_that_follow_them(task):
+    for job in spell_out(recipe):
+        decides = _decides(job, fingerprint, plan, files)
+        its_launch = launch_of(job.command, job.recipe, launch or Launch())
+        if its_launch.processes > 1 and _has_steps_that_follow_them(job):
             decides["processes"] = its_launch.processes
-        plan[id(task)] = _recognise(task, decides, name, runs)
-        plan[id(task)].launch = its_launch
+        plan[id(job)] = _recognise(job, decides, name, runs)
+        plan[id(job)].launch = its_launch
     return list(plan.values())
 
 
@@ -104,32 +104,32 @@ def run_experiment(
     listener: Listener,
     on_change: Callable[[Planned], None] = lambda planned: None,
 ) -> list[Run]:
-    """Runs all tasks that are not done and returns the finished runs of all tasks.
+    """Runs all jobs that are not done and returns the finished runs of all jobs.
 
     Args:
         plan: From `plan_experiment`; its states are updated.
         name: The name or path of the recipe, for the records.
         root: The runs folder.
         listener: Receives progress updates.
-        on_change: Called whenever the state of a task changes.
+        on_change: Called whenever the state of a job changes.
 
     Raises:
-        ConfigError: A task would fail, found before the first one starts.
-        MftError: A task failed, with the error of its command.
+        ConfigError: A job would fail, found before the first one starts.
+        MftError: A job failed, with the error of its command.
     """
-    from mftctl.workflows.run_checks import check_tasks
+    from mftctl.workflows.run_checks import check_jobs
 
-    check_tasks(planned.task for planned in plan if planned.state != "done")
+    check_jobs(planned.job for planned in plan if planned.state != "done")
     root.mkdir(parents=True, exist_ok=True)
-    by_task = {id(planned.task): planned for planned in plan}
+    by_job = {id(planned.job): planned for planned in plan}
     for planned in plan:
         if planned.state == "done" and planned.run is not None:
             listener.note(f"{_head(planned)}: already done in {planned.run.name}")
         if planned.state == "elsewhere":
             planned.state = "new"  # checked again, and reported, when its turn comes
     while left := [planned for planned in plan if planned.state != "done"]:
-        ready = [planned for planned in left if all(by_task[id(task)].state == "done" for task in _needs(planned.task))]
-        mine = next((planned for planned in ready if _claim(planned, by_task, name, root, listener)), None)
+        ready = [planned for planned in left if all(by_job[id(job)].state == "done" for job in _needs(planned.job))]
+        mine = next((planned for planned in ready if _claim(planned, by_job, name, root, listener)), None)
         on_change(ready[0] if mine is None else mine)
         if mine is not None:
             _work_on(mine, listener, on_change)
@@ -139,18 +139,18 @@ def run_experiment(
 
 
 def _head(planned: Planned) -> str:
-    task = planned.task
-    return f"Seed {task.seed}, {task.name}" + (f" of {task.label}" if task.label != task.name else "")
+    job = planned.job
+    return f"Seed {job.seed}, {job.name}" + (f" of {job.label}" if job.label != job.name else "")
 
 
-def _needs(task: Task) -> list[Task]:
-    return [other for other in (task.after, task.layers_from) if other is not None]
+def _needs(job: Job) -> list[Job]:
+    return [other for other in (job.after, job.layers_from) if other is not None]
 
 
-def _claim(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Path, listener: Listener) -> bool:
-    """Claims a task for this process; if that fails, its state is set to done or elsewhere.
+def _claim(planned: Planned, by_job: Mapping[int, Planned], name: str, root: Path, listener: Listener) -> bool:
+    """Claims a job for this process; if that fails, its state is set to done or elsewhere.
 
-    Two `run` commands in the same runs folder never work on the same task.
+    Two `run` commands in the same runs folder never work on the same job.
     """
     if planned.state == "elsewhere" and planned.run is not None and load_run(planned.run.folder).is_worked_on:
         return False
@@ -170,13 +170,13 @@ def _claim(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pa
             return False
         listener.note(f"{_head(planned)}: {planned.state}" + (f" ({planned.why})" if planned.why else ""))
         planned.resumes = planned.state == "resumed"
-        _open(planned, by_task, name, root)
+        _open(planned, by_job, name, root)
         planned.state = "running"
         return True
 
 
 def _of_digest(same: Sequence[Run]) -> tuple[State, Run | None, str] | None:
-    """Returns the state of a task from the runs with its digest, its run, and an explanation; None without runs."""
+    """Returns the state of a job from the runs with its digest, its run, and an explanation; None without runs."""
     if not same:
         return None
     complete = next((run for run in same if _is_complete(run)), None)
@@ -192,53 +192,51 @@ def _of_digest(same: Sequence[Run]) -> tuple[State, Run | None, str] | None:
 
 
 def _decides(
-    task: Task, fingerprint: str | None, plan: Mapping[int, Planned], files: dict[str, str | None]
+    job: Job, fingerprint: str | None, plan: Mapping[int, Planned], files: dict[str, str | None]
 ) -> dict[str, Any]:
-    keys = deciding_keys(task.recipe, task.command)
-    read = [source.path for source in (*task.recipe.data, *task.recipe.val_data, *task.recipe.test_data)]
+    keys = deciding_keys(job.recipe, job.command)
+    read = [source.path for source in (*job.recipe.data, *job.recipe.val_data, *job.recipe.test_data)]
     if "eval" in keys:
         read += keys["eval"]["task_data"].values()
-    if task.recipe.chat_template is not None:
-        read.append(task.recipe.chat_template)
+    if job.recipe.chat_template is not None:
+        read.append(job.recipe.chat_template)
     for path in read:
         if path not in files:
             files[path] = file_digest(path)
-    before = plan[id(task.after)].digest if task.after else None
+    before = plan[id(job.after)].digest if job.after else None
     if before is not None:
         del keys["model"]
-        if task.command != "fft":  # the fine-tuning rate is then that of the previous stage
+        if job.command != "fft":  # the fine-tuning rate is then that of the previous stage
             keys.pop("fft", None)
     return {
-        "command": task.command,
+        "command": job.command,
         **keys,
         "files": {path: files[path] for path in read},
         "the model's weights": fingerprint if before is None else None,
         "the stage before": before,
-        "the probe": plan[id(task.layers_from)].digest if task.layers_from else None,
+        "the probe": plan[id(job.layers_from)].digest if job.layers_from else None,
     }
 
 
-def _recognise(task: Task, decides: dict[str, Any], name: str, runs: Sequence[Run]) -> Planned:
+def _recognise(job: Job, decides: dict[str, Any], name: str, runs: Sequence[Run]) -> Planned:
     digest = digest_of(decides)
     found = _of_digest([run for run in runs if run.record.digest == digest])
     if found is not None:
         state, run, why = found
-        return Planned(task, decides, digest, state, why, run)
+        return Planned(job, decides, digest, state, why, run)
     for run in reversed(runs):
         record = run.record
-        if (record.recipe, record.stage, record.command) == (name, task.label, task.command) and (
-            record.config.get("seed") == task.seed
+        if (record.recipe, record.stage, record.command) == (name, job.label, job.command) and (
+            record.config.get("seed") == job.seed
         ):
-            return Planned(
-                task, decides, digest, "changed", f"since {run.name}: {_difference(record.decides, decides)}"
-            )
-    return Planned(task, decides, digest, "new")
+            return Planned(job, decides, digest, "changed", f"since {run.name}: {_difference(record.decides, decides)}")
+    return Planned(job, decides, digest, "new")
 
 
-def _has_steps_that_follow_them(task: Task) -> bool:
-    """Checks whether the step size of a task grows with the processes, as its batch size is per process."""
-    options = {"fft": task.recipe.fft, "probe": task.recipe.mask_train, "mask-train": task.recipe.mask_train}
-    section = options.get(task.command)
+def _has_steps_that_follow_them(job: Job) -> bool:
+    """Checks whether the step size of a job grows with the processes, as its batch size is per process."""
+    options = {"fft": job.recipe.fft, "probe": job.recipe.mask_train, "mask-train": job.recipe.mask_train}
+    section = options.get(job.command)
     return section is not None and getattr(section, "global_batch_size", None) is None
 
 
@@ -265,27 +263,27 @@ def _flat(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _open(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Path) -> None:
-    """Gives a task its run, a new or a stopped one."""
-    task = planned.task
-    planned.source, changes = Source(str(task.recipe.model)), {}
-    if task.after is not None:
-        planned.source = source_of_run(_finished(by_task[id(task.after)]))
+def _open(planned: Planned, by_job: Mapping[int, Planned], name: str, root: Path) -> None:
+    """Gives a job its run, a new or a stopped one."""
+    job = planned.job
+    planned.source, changes = ModelSource(str(job.recipe.model)), {}
+    if job.after is not None:
+        planned.source = source_of_run(_finished(by_job[id(job.after)]))
         changes["model"] = planned.source.model
-    if task.layers_from is not None:
-        recommendation = recommendation_of(_finished(by_task[id(task.layers_from)]))
+    if job.layers_from is not None:
+        recommendation = recommendation_of(_finished(by_job[id(job.layers_from)]))
         changes["mask_train.layers"] = recommendation.layers
-    planned.recipe = with_changes(task.recipe, changes)
+    planned.recipe = with_changes(job.recipe, changes)
     if planned.resumes and planned.run is not None:
         planned.run.go_on()
         return
     planned.run = create_run(
         root,
-        task.command,
+        job.command,
         to_document(planned.recipe),
         recipe=name,
         inputs=planned.source.as_inputs(),
-        stage=task.label,
+        stage=job.label,
         digest=planned.digest,
         decides=planned.decides,
         processes=planned.launch.processes,
@@ -293,7 +291,7 @@ def _open(planned: Planned, by_task: Mapping[int, Planned], name: str, root: Pat
 
 
 def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned], None]) -> None:
-    """Runs a claimed task."""
+    """Runs a claimed job."""
     run = _finished(planned)
     gc.collect()  # frees the previous model, held in a reference cycle of a trainer and its callbacks
     try:
@@ -306,9 +304,7 @@ def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned]
 
 def _finished(planned: Planned) -> Run:
     if planned.run is None:
-        raise RunError(
-            "The run of a stage is missing.", key=planned.task.name, hint="run the experiment from its start"
-        )
+        raise RunError("The run of a stage is missing.", key=planned.job.name, hint="run the experiment from its start")
     return planned.run
 
 

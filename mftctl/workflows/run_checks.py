@@ -8,7 +8,7 @@ from typing import Any
 
 from mftctl.errors import ConfigError, MftError, ModelError
 from mftctl.evaluation.suite import check_suite
-from mftctl.experiments.jobs import Task
+from mftctl.experiments.jobs import Job
 from mftctl.files.json_files import read_json_object
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.targets import layer_groups, parse_layers
@@ -19,61 +19,61 @@ from mftctl.workflows.probe_by import check_by
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 
-def check_tasks(tasks: Iterable[Task]) -> None:
-    """Checks that every task has its inputs and fits the model.
+def check_jobs(jobs: Iterable[Job]) -> None:
+    """Checks that every job has its inputs and fits the model.
 
     Args:
-        tasks: The tasks that will run.
+        jobs: The jobs that will run.
 
     Raises:
         ConfigError: Tasks have problems, with one line each, or the device is not available.
         ModelError: The model is missing.
     """
     problems: dict[str, None] = {}
-    for task in tasks:
-        find_device(task.recipe.device)
-        for problem in _problems(task):
-            problems[f"{task.name}: {problem}"] = None
+    for job in jobs:
+        find_device(job.recipe.device)
+        for problem in _problems(job):
+            problems[f"{job.name}: {problem}"] = None
     if problems:
         raise ConfigError("The experiment cannot be completed.", problems=list(problems))
 
 
-def _problems(task: Task) -> Iterator[str]:
-    recipe = task.recipe
+def _problems(job: Job) -> Iterator[str]:
+    recipe = job.recipe
     config = _model_config(recipe.model or "", recipe.revision)
     if recipe.model_type is not None and config.get("model_type") != recipe.model_type:
         yield f"the recipe is for models of type {recipe.model_type}, but {recipe.model} is {config.get('model_type')}"
-    drops = task.command == "mask-train" and recipe.mask_train.method == "drop"
-    if task.command in ("fft", "probe", "mask-train") and not drops and not recipe.data:
+    drops = job.command == "mask-train" and recipe.mask_train.method == "drop"
+    if job.command in ("fft", "probe", "mask-train") and not drops and not recipe.data:
         yield "there is no training data (key data)"
-    if drops and recipe.mask_train.base is None and task.after is None:
+    if drops and recipe.mask_train.base is None and job.after is None:
         yield "drop needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
-    if task.command == "fft":
+    if job.command == "fft":
         problem = _message(lambda: check_memory_options(recipe.fft, best_device()))
         if problem is not None:
             yield problem
-    if task.command in ("probe", "mask-train", "apply") and _is_adapter(task.after):
-        yield f"a mask needs a full model, but {task.after.name if task.after else ''} writes an adapter (fft.merge)"
+    if job.command in ("probe", "mask-train", "apply") and _is_adapter(job.after):
+        yield f"a mask needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
     checks = {"eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
-    if task.command in checks:
-        problem = checks[task.command](task, _layer_count(config))
+    if job.command in checks:
+        problem = checks[job.command](job, _layer_count(config))
         if problem is not None:
             yield problem
 
 
-def _is_adapter(task: Task | None) -> bool:
-    """Checks whether a task writes a LoRA adapter."""
-    if task is None or task.command != "fft":
+def _is_adapter(job: Job | None) -> bool:
+    """Checks whether a job writes a LoRA adapter."""
+    if job is None or job.command != "fft":
         return False
-    return task.recipe.fft.method == "lora" and not task.recipe.fft.merge
+    return job.recipe.fft.method == "lora" and not job.recipe.fft.merge
 
 
-def _eval_problem(task: Task, layer_count: int | None) -> str | None:
-    return _message(lambda: check_suite(task.recipe))
+def _eval_problem(job: Job, layer_count: int | None) -> str | None:
+    return _message(lambda: check_suite(job.recipe))
 
 
-def _probe_problem(task: Task, layer_count: int | None) -> str | None:
-    recipe = task.recipe
+def _probe_problem(job: Job, layer_count: int | None) -> str | None:
+    recipe = job.recipe
     problem = _message(lambda: check_by(recipe))
     if problem is not None or layer_count is None:
         return problem
@@ -82,9 +82,9 @@ def _probe_problem(task: Task, layer_count: int | None) -> str | None:
     )
 
 
-def _mask_problem(task: Task, layer_count: int | None) -> str | None:
-    options = task.recipe.mask_train
-    if layer_count is None or task.layers_from is not None or options.layers is None:
+def _mask_problem(job: Job, layer_count: int | None) -> str | None:
+    options = job.recipe.mask_train
+    if layer_count is None or job.layers_from is not None or options.layers is None:
         return None
     layers = options.layers
     return _message(lambda: parse_layers(layers, layer_count))

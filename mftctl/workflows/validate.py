@@ -10,14 +10,14 @@ from typing import Any
 from mftctl.data.encoding import Encoded
 from mftctl.evaluation.benchmarks.problems import read_problems
 from mftctl.evaluation.suite import suite_problems
-from mftctl.experiments.jobs import Task, spell_out
+from mftctl.experiments.jobs import Job, spell_out
 from mftctl.experiments.recipe import Command, Recipe
 from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.workflows.planning.memory import resident_bytes
 from mftctl.workflows.planning.model_check import CheckedModel, check_model
 from mftctl.workflows.planning.planned_device import PlannedDevice, asked_device, parse_memory
-from mftctl.workflows.planning.problem_list import Findings, describe
+from mftctl.workflows.planning.problem_list import ProblemList, describe
 from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageFigures, training_options
 from mftctl.workflows.planning.training_data import DataCheck, Tokens, token_counts, trained_segments
 from mftctl.workflows.probe_by import check_by
@@ -49,16 +49,16 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
 
 def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[str, Any]:
     """Checks a recipe for a device."""
-    findings = Findings()
+    findings = ProblemList()
     model = check_model(recipe, findings)
     data = DataCheck(None if model is None else model.tokenizer, findings)
-    tasks = _tasks(recipe, findings)
+    jobs = _jobs(recipe, findings)
     parts = data.parts(recipe)
-    length = _first_length(recipe, tasks)
+    length = _first_length(recipe, jobs)
     tokens = data.tokens(recipe, length)
     _check_positions(tokens, model, findings)
     figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
-    stages = [_stage(task, figures, findings) for task in tasks]
+    stages = [_stage(job, figures, findings) for job in jobs]
     if recipe.eval.tasks or recipe.eval.task_data:
         _check_suite(recipe, findings, "eval")
     counts: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[st
     }
 
 
-def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings: Findings) -> None:
+def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings: ProblemList) -> None:
     """Checks that every record fits the learned positions of the model, if it has any."""
     if tokens is None or model is None:
         return
@@ -94,38 +94,38 @@ def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings
         check_lengths(model.check, [len(record.input_ids) for record in records], Path(model.name))
 
 
-def _tasks(recipe: Recipe, findings: Findings) -> list[Task]:
-    """Returns the tasks for the first seed; without stages, `fft` and `mask-train` as configured."""
+def _jobs(recipe: Recipe, findings: ProblemList) -> list[Job]:
+    """Returns the jobs for the first seed; without stages, `fft` and `mask-train` as configured."""
     if not recipe.stages:
-        return [Task(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
-    tasks: list[Task] = []
+        return [Job(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
+    jobs: list[Job] = []
     with findings.collecting("stages"):
-        tasks = spell_out(recipe)
-    return [task for task in tasks if task.seed == tasks[0].seed]
+        jobs = spell_out(recipe)
+    return [job for job in jobs if job.seed == jobs[0].seed]
 
 
-def _first_length(recipe: Recipe, tasks: Sequence[Task]) -> int:
+def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:
     """Returns the length at which the first training truncates records."""
-    lengths = [training_options(task).max_length_tokens for task in tasks if task.command in TRAINING_COMMANDS]
+    lengths = [training_options(job).max_length_tokens for job in jobs if job.command in TRAINING_COMMANDS]
     return lengths[0] if lengths else recipe.fft.max_length_tokens
 
 
-def _stage(task: Task, figures: StageFigures, findings: Findings) -> dict[str, Any]:
-    row: dict[str, Any] = {"stage": task.name, "command": task.command}
-    if task.command in ("apply", "eval") and task.after is not None:
-        row["of"] = task.after.name
-    with findings.collecting(task.name):
-        if task.command in TRAINING_COMMANDS:
-            row |= figures.row(task)
-            if task.command == "probe":
-                check_by(task.recipe)
-        elif task.command == "eval":
-            _check_suite(task.recipe, findings, task.name)
-            figures.evaluation(task)
+def _stage(job: Job, figures: StageFigures, findings: ProblemList) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": job.name, "command": job.command}
+    if job.command in ("apply", "eval") and job.after is not None:
+        row["of"] = job.after.name
+    with findings.collecting(job.name):
+        if job.command in TRAINING_COMMANDS:
+            row |= figures.row(job)
+            if job.command == "probe":
+                check_by(job.recipe)
+        elif job.command == "eval":
+            _check_suite(job.recipe, findings, job.name)
+            figures.evaluation(job)
     return row
 
 
-def _check_suite(recipe: Recipe, findings: Findings, where: str) -> None:
+def _check_suite(recipe: Recipe, findings: ProblemList, where: str) -> None:
     """Reports what is wrong with what a recipe measures, and reads each local file of a benchmark."""
     for problem in suite_problems(recipe):
         findings.problem(f"{where}: {describe(problem)}")

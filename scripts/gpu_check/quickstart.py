@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import Interrupted
-from mftctl.experiments.model_source import Source, source_of_run
+from mftctl.experiments.model_source import ModelSource, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.results import MadeMask, MaskLosses
@@ -57,7 +57,7 @@ def _repeated(folder: Path, scale: Scale) -> Iterator[Check]:
     for run, other in zip(first, again, strict=True):
         yield Check(f"{run.record.command} --deterministic: the same bits again", _bits(run) == _bits(other))
     source = source_of_run(first[0])
-    for command, of, whole in (("fft", Source("quickstart"), first[0]), ("mask-train", source, first[1])):
+    for command, of, whole in (("fft", ModelSource("quickstart"), first[0]), ("mask-train", source, first[1])):
         run = create_run(folder / "stopped", command, to_document(recipe), inputs=of.as_inputs())
         stopped = False
         try:
@@ -69,11 +69,11 @@ def _repeated(folder: Path, scale: Scale) -> Iterator[Check]:
 
 
 def _both_commands(folder: Path, recipe: Recipe) -> tuple[Run, Run]:
-    tuned = _finished(folder, "fft", recipe, Source("quickstart"))
+    tuned = _finished(folder, "fft", recipe, ModelSource("quickstart"))
     return tuned, _finished(folder, "mask-train", recipe, source_of_run(tuned))
 
 
-def _finished(folder: Path, command: str, recipe: Recipe, source: Source) -> Run:
+def _finished(folder: Path, command: str, recipe: Recipe, source: ModelSource) -> Run:
     run = create_run(folder, command, to_document(recipe), inputs=source.as_inputs())
     run.finish(_WORK[command](recipe, source, run, Silence()))
     return run

@@ -15,7 +15,7 @@ from mftctl.masking.checkpoints.load import load_tokenizer
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.training import loop
 from mftctl.training.inputs import TrainingInputs
-from mftctl.training.score_trainer import MaskTrainer
+from mftctl.training.score_trainer import ScoreTrainer
 from mftctl.training.update_trainer import UpdateTrainer
 from mftctl.workflows import fft
 from scripts.gpu_check.measuring import DEVICE
@@ -75,7 +75,7 @@ def in_place_of_checkpoints(shape: Shape, *, emulated: bool) -> Iterator[None]:
     with (
         mock.patch.object(fft, "load_model", load),
         mock.patch.object(loop.SftTrainer, "_save_checkpoint", _nothing),
-        mock.patch.object(MaskTrainer, "_load_best_model", _nothing),
+        mock.patch.object(ScoreTrainer, "_load_best_model", _nothing),
         mock.patch.object(UpdateTrainer, "_load_best_model", _nothing),
     ):
         yield

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.run_config import to_document
@@ -115,7 +115,7 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
         free_unreachable()  # memory of the previous training run
         restart_peak_memory()
         with device_for(run, Silence(), less_memory=[]):
-            model = fft._trainable_model(inputs.checkpoint, Source("quickstart"), options, recipe.seed, Silence())
+            model = fft._trainable_model(inputs.checkpoint, ModelSource("quickstart"), options, recipe.seed, Silence())
             trainer = fft._trainer(model, inputs, recipe, run, Silence())
             with stop_on_signal(Silence()) as stop:
                 train(trainer, run.training, stop, patience=None, resume=False)
@@ -150,4 +150,4 @@ def _recipe(scale: Scale, section: str, changes: dict[str, Any]) -> Recipe:
 @contextmanager
 def _run(command: str, recipe: Recipe) -> Iterator[Run]:
     with tempfile.TemporaryDirectory() as folder:
-        yield create_run(Path(folder), command, to_document(recipe), inputs=Source("quickstart").as_inputs())
+        yield create_run(Path(folder), command, to_document(recipe), inputs=ModelSource("quickstart").as_inputs())

@@ -16,7 +16,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import create_run
@@ -76,8 +76,10 @@ def train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
     )
     listener = _AtTheStart()
     with tempfile.TemporaryDirectory(dir=folder) as root:
-        run = create_run(Path(root), "mask-train", to_document(recipe), inputs=Source(str(recipe.model)).as_inputs())
-        result = mask_train(recipe, Source(str(recipe.model)), run, listener).document()
+        run = create_run(
+            Path(root), "mask-train", to_document(recipe), inputs=ModelSource(str(recipe.model)).as_inputs()
+        )
+        result = mask_train(recipe, ModelSource(str(recipe.model)), run, listener).document()
     peak_bytes = _memory_bytes("VmHWM") - listener.resident_bytes
     return {"bytes_a_weight": peak_bytes / result["weights"], "weights": result["weights"]}
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.masking.layers import attach_masks, initial_scores, masked_layers
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import find_targets
 from mftctl.training.answer_loss import answer_loss
 from mftctl.training.prefix_cache import HiddenStates, reusing_prefix
@@ -85,7 +85,7 @@ def mask_step(
     model = build(shape)
     targets = find_targets(model, layers)
     scores = {target.name: initial_scores(target, "kaiming") for target in targets}
-    attach_masks(model, targets, scores, Indicator(RATIO))
+    attach_masks(model, targets, scores, MaskRule(RATIO))
     optimizer = torch.optim.AdamW([item for item in model.parameters() if item.requires_grad], lr=1e-4)
 
     def step() -> None:

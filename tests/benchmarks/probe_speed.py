@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.results import Result
@@ -31,7 +31,7 @@ Workflow = Callable[..., Result]
 
 def _run(root: Path, command: str, workflow: Workflow, recipe: Recipe) -> dict[str, Any]:
     """The result of a workflow in a new run."""
-    source = Source(str(recipe.model))
+    source = ModelSource(str(recipe.model))
     run = create_run(root, command, to_document(recipe), inputs=source.as_inputs())
     run.finish(workflow(recipe, source, run, Silence()))
     return run.record.result

@@ -10,7 +10,7 @@ import pytest
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from tests.cli.running import CommandLine
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.workflow_fixtures import make_recipe, open_run
@@ -34,7 +34,7 @@ def test_env_names_the_gpus(mftctl: CommandLine) -> None:
 
 
 def test_where_a_model_was_made_is_not_where_it_is_measured(tmp_path: Path) -> None:
-    source = Source("quickstart", config={"device": "cuda:3", "attention": "flash_attention_2", "seed": 5})
+    source = ModelSource("quickstart", config={"device": "cuda:3", "attention": "flash_attention_2", "seed": 5})
     with Output() as console:
         settled = Session("eval", console, tmp_path).settle(source)
         asked = Session("eval", console, tmp_path, options={"device": "cpu", "attention": "eager"}).settle(source)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mftctl.errors import ConfigError, EvaluationError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.progress import Silence
 from mftctl.workflows.apply import apply
 from mftctl.workflows.eval import evaluate
@@ -46,7 +46,7 @@ def test_a_mask_in_memory_equals_the_applied_checkpoint(workspace: Path, tmp_pat
     run, source = open_run(tmp_path, "mask-train", recipe)
     masked = replace(source, mask=mask_train(recipe, source, run, Silence()).document()["mask"], state="random mask")
     apply_run, _ = open_run(tmp_path, "apply", recipe)
-    applied = Source(apply(masked, apply_run, Silence()).document()["model"])
+    applied = ModelSource(apply(masked, apply_run, Silence()).document()["model"])
     losses = []
     for item in (source, masked, applied):
         eval_run, _ = open_run(tmp_path, "eval", recipe)

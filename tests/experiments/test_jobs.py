@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mftctl.errors import ConfigError
-from mftctl.experiments.jobs import Task, spell_out, stage_order
+from mftctl.experiments.jobs import Job, spell_out, stage_order
 from mftctl.experiments.recipe import Recipe, Stage
 from mftctl.experiments.recipe_files import parse_recipe
 
 
-def tasks_of(stages: dict[str, Any], **keys: Any) -> list[Task]:
+def tasks_of(stages: dict[str, Any], **keys: Any) -> list[Job]:
     return spell_out(parse_recipe({"model": "m", "stages": stages, **keys}))
 
 

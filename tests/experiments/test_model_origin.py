@@ -12,7 +12,7 @@ import pytest
 
 from mftctl.experiments.fingerprints import model_fingerprint
 from mftctl.experiments.model_origin import ModelOrigin, origin_of, told_origin, was_trained
-from mftctl.experiments.model_source import Source, source_of_mask, source_of_model
+from mftctl.experiments.model_source import ModelSource, source_of_mask, source_of_model
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import create_run
 from mftctl.experiments.state_names import CONTINUED_FFT, FFT, UNKNOWN, fine_tuned_state
@@ -40,7 +40,7 @@ def test_fine_tuned_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_pat
     base = str((workspace / "tiny").resolve())
     assert told_origin(tuned) == ModelOrigin(FFT, base, base, str(model_fingerprint(base)))
     found = source_of_model(str(tuned), tmp_path / "other")
-    assert found == Source(str(tuned), state=FFT, origin=base, base=base)
+    assert found == ModelSource(str(tuned), state=FFT, origin=base, base=base)
     assert fine_tuned_state(found.state, Recipe().fft) == CONTINUED_FFT
     assert found.as_inputs()["base"] == base
     assert source_of_mask(str(tuned), "some.bits", tmp_path / "other") == replace(
@@ -63,7 +63,7 @@ def test_masked_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: P
 
 
 def test_run_of_the_runs_folder_comes_before_what_the_folder_tells(tuned: Path, tmp_path: Path) -> None:
-    run = create_run(tmp_path, "fft", {}, inputs=Source("base").as_inputs())
+    run = create_run(tmp_path, "fft", {}, inputs=ModelSource("base").as_inputs())
     run.finish(partial_result({"state": "GMT", "model": str(tuned)}))
     assert source_of_model(str(tuned), tmp_path).state == "GMT"
 
@@ -75,7 +75,7 @@ def test_model_of_an_older_version_is_of_unknown_origin(tuned: Path, tmp_path: P
     del marker["origin"]
     (old / MARKER).write_text(json.dumps(marker))
     assert told_origin(old) is None
-    assert source_of_model(str(old), tmp_path / "runs") == Source(str(old), state=UNKNOWN)
+    assert source_of_model(str(old), tmp_path / "runs") == ModelSource(str(old), state=UNKNOWN)
 
 
 @pytest.mark.parametrize("trace", ["trainer_state.json", "adapter_config.json", "training_args.bin", "optimizer.pt"])

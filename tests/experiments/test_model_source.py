@@ -8,8 +8,8 @@ import pytest
 
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.model_source import (
+    ModelSource,
     Recommendation,
-    Source,
     ancestry,
     fft_learning_rate,
     model_for_training,
@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
-def run_fft(root: Path, source: Source, output: str | None = None) -> Run:
+def run_fft(root: Path, source: ModelSource, output: str | None = None) -> Run:
     """A finished fft run, as `fine_tuning` records it."""
     run = create_run(root, "fft", {"seed": 3}, inputs=source.as_inputs())
     folder = Path(output) if output else run.folder / "model"
@@ -42,7 +42,7 @@ def run_fft(root: Path, source: Source, output: str | None = None) -> Run:
     return run
 
 
-def run_mask(root: Path, source: Source, method: Any = "learned", output: Path | None = None) -> Run:
+def run_mask(root: Path, source: ModelSource, method: Any = "learned", output: Path | None = None) -> Run:
     """A finished mask-train run, as `mask_training` records it."""
     run = create_run(root, "mask-train", {"seed": 3}, inputs=source.as_inputs(), output=output)
     run.finish(
@@ -58,7 +58,7 @@ def run_mask(root: Path, source: Source, method: Any = "learned", output: Path |
     return run
 
 
-def run_apply(root: Path, source: Source) -> Run:
+def run_apply(root: Path, source: ModelSource) -> Run:
     """A finished apply run, as `applying` records it."""
     run = create_run(root, "apply", {"seed": 3}, inputs=source.as_inputs())
     (run.folder / "model").mkdir()
@@ -67,7 +67,7 @@ def run_apply(root: Path, source: Source) -> Run:
 
 
 def run_probe(root: Path, model: str, layers: str) -> Run:
-    run = create_run(root, "probe", {}, inputs=Source(model).as_inputs())
+    run = create_run(root, "probe", {}, inputs=ModelSource(model).as_inputs())
     run.finish(partial_result({"recommended_layers": layers}))
     return run
 
@@ -76,8 +76,8 @@ def run_probe(root: Path, model: str, layers: str) -> Run:
 
 
 def test_model_that_no_run_made_is_pre_trained(root: Path) -> None:
-    assert source_of_model("owner/name", root) == Source("owner/name")
-    assert Source("owner/name").as_inputs() == {
+    assert source_of_model("owner/name", root) == ModelSource("owner/name")
+    assert ModelSource("owner/name").as_inputs() == {
         "model": "owner/name",
         "mask": None,
         "state": PRE_TRAINED,
@@ -87,33 +87,33 @@ def test_model_that_no_run_made_is_pre_trained(root: Path) -> None:
 
 
 def test_model_of_an_fft_run_comes_from_it(root: Path) -> None:
-    run = run_fft(root, Source("base"))
+    run = run_fft(root, ModelSource("base"))
     made = source_of_run(run)
-    assert made == Source(str(run.folder / "model"), None, FFT, ("001-fft",), "base", {"seed": 3})
+    assert made == ModelSource(str(run.folder / "model"), None, FFT, ("001-fft",), "base", {"seed": 3})
     assert source_of_model("runs/001-fft/model", root) == made
 
 
 def test_mask_of_a_model_leaves_the_model_what_it_is(root: Path) -> None:
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     run_mask(root, fft)
     assert source_of_model(fft.model, root) == fft
 
 
 def test_masked_pre_trained_folder_stays_pre_trained(root: Path, tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
-    run_mask(root, Source("base"))
-    assert source_of_model("base", root) == Source("base")
+    run_mask(root, ModelSource("base"))
+    assert source_of_model("base", root) == ModelSource("base")
 
 
 def test_folder_written_twice_comes_from_the_newest_run(root: Path) -> None:
-    first = source_of_run(run_fft(root, Source("base"), "tuned"))
+    first = source_of_run(run_fft(root, ModelSource("base"), "tuned"))
     run_fft(root, first, "tuned")
     found = source_of_model("tuned", root)
     assert (found.state, found.parents) == (CONTINUED_FFT, ("001-fft", "002-fft"))
 
 
 def test_applied_checkpoint_comes_from_mask_and_apply(root: Path) -> None:
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     masked = source_of_run(run_mask(root, fft))
     applied = source_of_run(run_apply(root, masked))
     assert applied == replace(
@@ -128,17 +128,17 @@ def test_applied_checkpoint_comes_from_mask_and_apply(root: Path) -> None:
     [("learned", "MFT"), ("random", "random mask"), ("magnitude", "L1 mask"), ("drop", "trivial drop")],
 )
 def test_mask_is_known_by_the_copy_in_its_run_and_by_the_one_the_user_has(root: Path, method: str, state: str) -> None:
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     run = run_mask(root, fft, method, output=Path("mask.bits"))
     for copy in ("runs/002-mask-train/mask.bits", "mask.bits", str(run.folder / "mask.bits")):
-        assert source_of_mask(fft.model, copy, root) == Source(
+        assert source_of_mask(fft.model, copy, root) == ModelSource(
             fft.model, copy, state, ("001-fft", "002-mask-train"), "base", {"seed": 3}
         )
 
 
 def test_what_a_choice_leaves_out_is_in_the_name_of_the_state() -> None:
     names = [
-        fine_tuned_state(Source("m").state, FftOptions(method=method, scope=scope, exclude=exclude))
+        fine_tuned_state(ModelSource("m").state, FftOptions(method=method, scope=scope, exclude=exclude))
         for method, scope, exclude in (
             ("gmt", "tensor", ()),
             ("gmt", "global", ("head", "embeddings")),
@@ -162,16 +162,16 @@ def test_a_mask_of_rows_has_a_name_of_its_own() -> None:
 
 def test_mask_file_written_twice_is_of_the_newest_run(root: Path) -> None:
     for method in ("learned", "random"):
-        run_mask(root, Source("base"), method, output=Path("mask.bits"))
+        run_mask(root, ModelSource("base"), method, output=Path("mask.bits"))
     assert source_of_mask("base", "mask.bits", root).state == "random mask"
     assert source_of_mask("base", "runs/001-mask-train/mask.bits", root).state == "MFT"
 
 
 def test_mask_that_no_run_made_is_simply_masked(root: Path) -> None:
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     found = source_of_mask(fft.model, "elsewhere.bits", root)
     assert found == replace(fft, mask="elsewhere.bits", state="masked")
-    assert source_of_mask("base", "elsewhere.bits", root) == Source("base", "elsewhere.bits", "masked")
+    assert source_of_mask("base", "elsewhere.bits", root) == ModelSource("base", "elsewhere.bits", "masked")
 
 
 # Fallbacks of bare commands
@@ -179,7 +179,7 @@ def test_mask_that_no_run_made_is_simply_masked(root: Path) -> None:
 
 @pytest.mark.parametrize("command", ["fft", "probe", "mask-train"])
 def test_bare_command_goes_on_with_the_newest_fine_tuned_model(root: Path, command: str) -> None:
-    first = source_of_run(run_fft(root, Source("base")))
+    first = source_of_run(run_fft(root, ModelSource("base")))
     newest = source_of_run(run_fft(root, first))
     run_mask(root, newest)
     create_run(root, "fft", {})
@@ -187,7 +187,7 @@ def test_bare_command_goes_on_with_the_newest_fine_tuned_model(root: Path, comma
 
 
 def test_bare_fft_without_a_run_starts_from_the_built_in_model(root: Path) -> None:
-    assert model_for_training(None, root, "fft") == Source("quickstart")
+    assert model_for_training(None, root, "fft") == ModelSource("quickstart")
 
 
 @pytest.mark.parametrize("command", ["probe", "mask-train"])
@@ -199,13 +199,13 @@ def test_bare_command_without_a_run_is_a_config_error(root: Path, command: str) 
 
 
 def test_given_model_comes_before_any_run(root: Path) -> None:
-    run_fft(root, Source("base"))
-    assert model_for_training("other", root, "mask-train") == Source("other")
+    run_fft(root, ModelSource("base"))
+    assert model_for_training("other", root, "mask-train") == ModelSource("other")
 
 
 def test_newest_source_is_of_the_newest_run_of_any_of_the_commands(root: Path) -> None:
     assert newest_source(root, "fft", "mask-train") is None
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     masked = source_of_run(run_mask(root, fft))
     assert newest_source(root, "fft", "mask-train") == masked
     assert newest_source(root, "fft") == fft
@@ -225,9 +225,9 @@ def test_newest_source_is_of_the_newest_run_of_any_of_the_commands(root: Path) -
 )
 def test_fine_tuning_a_fine_tuned_model_continues(options: dict[str, Any], state: str) -> None:
     method = FftOptions(**options)
-    assert fine_tuned_state(Source("base").state, method) == state
-    assert fine_tuned_state(Source("base", state=FFT).state, method) == f"continued {state}"
-    assert fine_tuned_state(Source("base", state="MFT").state, FftOptions()) == CONTINUED_FFT
+    assert fine_tuned_state(ModelSource("base").state, method) == state
+    assert fine_tuned_state(ModelSource("base", state=FFT).state, method) == f"continued {state}"
+    assert fine_tuned_state(ModelSource("base", state="MFT").state, FftOptions()) == CONTINUED_FFT
 
 
 def test_a_threshold_and_a_drop_strategy_are_named() -> None:
@@ -242,39 +242,39 @@ def test_a_threshold_and_a_drop_strategy_are_named() -> None:
 def test_layers_are_those_of_the_newest_finished_probe(root: Path) -> None:
     run_probe(root, "base", "0-3")
     run_probe(root, "base", "4-7")
-    create_run(root, "probe", {}, inputs=Source("base").as_inputs())
-    assert recommended_layers(root, Source("base")) == Recommendation("4-7", "002-probe")
+    create_run(root, "probe", {}, inputs=ModelSource("base").as_inputs())
+    assert recommended_layers(root, ModelSource("base")) == Recommendation("4-7", "002-probe")
 
 
 def test_layers_of_another_model_are_not_taken(root: Path) -> None:
-    first = source_of_run(run_fft(root, Source("base")))
+    first = source_of_run(run_fft(root, ModelSource("base")))
     run_probe(root, first.model, "4-7")
-    second = source_of_run(run_fft(root, Source("base")))
+    second = source_of_run(run_fft(root, ModelSource("base")))
     assert recommended_layers(root, second) is None
-    assert recommended_layers(root, Source("base")) is None
+    assert recommended_layers(root, ModelSource("base")) is None
     assert recommended_layers(root, first) == Recommendation("4-7", "002-probe")
 
 
 # Ancestry
 
 
-def states(sources: list[Source]) -> list[str]:
+def states(sources: list[ModelSource]) -> list[str]:
     return [source.state for source in sources]
 
 
 def test_pre_trained_model_is_its_own_ancestry(root: Path) -> None:
-    assert ancestry(root, Source("base")) == [Source("base")]
+    assert ancestry(root, ModelSource("base")) == [ModelSource("base")]
 
 
 def test_ancestry_goes_from_the_pre_trained_model_to_the_source(root: Path) -> None:
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     continued = source_of_run(run_fft(root, fft))
     masked = source_of_run(run_mask(root, continued))
-    assert ancestry(root, masked) == [Source("base", config={"seed": 3}), fft, continued, masked]
+    assert ancestry(root, masked) == [ModelSource("base", config={"seed": 3}), fft, continued, masked]
 
 
 def test_state_reached_twice_is_its_newest(root: Path) -> None:
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     applied = source_of_run(run_apply(root, source_of_run(run_mask(root, fft))))
     found = ancestry(root, applied)
     assert states(found) == [PRE_TRAINED, FFT, "MFT"]
@@ -282,7 +282,7 @@ def test_state_reached_twice_is_its_newest(root: Path) -> None:
 
 
 def test_source_stands_last_even_where_its_state_was_reached_before(root: Path) -> None:
-    fft = source_of_run(run_fft(root, Source("base")))
+    fft = source_of_run(run_fft(root, ModelSource("base")))
     applied = source_of_run(run_apply(root, source_of_run(run_mask(root, fft))))
     masked_again = source_of_run(run_mask(root, source_of_run(run_fft(root, applied))))
     found = ancestry(root, masked_again)
@@ -291,7 +291,7 @@ def test_source_stands_last_even_where_its_state_was_reached_before(root: Path) 
 
 
 def test_ancestry_with_a_run_that_is_gone_is_a_run_error(root: Path) -> None:
-    run = run_fft(root, Source("base"))
+    run = run_fft(root, ModelSource("base"))
     source = source_of_run(run)
     (run.folder / "run.json").unlink()
     with pytest.raises(RunError, match="not a readable run folder"):
@@ -310,9 +310,9 @@ def test_ancestry_with_a_run_that_is_gone_is_a_run_error(root: Path) -> None:
 def test_the_rate_of_fine_tuning_is_that_of_the_run(made_with: dict[str, Any], expected: float) -> None:
     config = to_document(Recipe.model_validate({"fft": made_with}))
     other = Recipe.model_validate({"fft": {"learning_rate": 7.0}})
-    assert fft_learning_rate(Source("tuned", config=config), other) == expected
+    assert fft_learning_rate(ModelSource("tuned", config=config), other) == expected
 
 
 def test_the_rate_of_fine_tuning_without_a_run_is_that_of_the_recipe() -> None:
     recipe = Recipe.model_validate({"fft": {"learning_rate": 3e-4}})
-    assert fft_learning_rate(Source("tuned"), recipe) == 3e-4
+    assert fft_learning_rate(ModelSource("tuned"), recipe) == 3e-4

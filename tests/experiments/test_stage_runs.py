@@ -61,7 +61,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_stages_of_an_earlier_version_are_done(root: Path) -> None:
     plan = plan_experiment(parse_recipe(STUDY), "study", root)
-    assert [(planned.task.name, planned.state, planned.why) for planned in plan] == [
+    assert [(planned.job.name, planned.state, planned.why) for planned in plan] == [
         (name, "done", "") for name in ("gmt", "probe", "mft", "reference", "random")
     ]
     assert all(planned.digest != stage["digest"] for planned, stage in zip(plan, EARLIER, strict=True))
@@ -69,7 +69,7 @@ def test_stages_of_an_earlier_version_are_done(root: Path) -> None:
 
 def test_a_change_is_told_in_the_names_of_today(root: Path) -> None:
     changed = {**STUDY, "mask_train": {**SHORT, "val_steps": 1}}
-    plan = {planned.task.name: planned for planned in plan_experiment(parse_recipe(changed), "study", root)}
+    plan = {planned.job.name: planned for planned in plan_experiment(parse_recipe(changed), "study", root)}
     assert plan["gmt"].state == "done"
     assert (plan["random"].state, plan["random"].why) == (
         "changed",
@@ -78,7 +78,7 @@ def test_a_change_is_told_in_the_names_of_today(root: Path) -> None:
 
 
 def test_the_records_of_this_version_keep_their_digests(root: Path) -> None:
-    today = {planned.task.label: planned for planned in plan_experiment(parse_recipe(STUDY), "study", root)}
+    today = {planned.job.label: planned for planned in plan_experiment(parse_recipe(STUDY), "study", root)}
     for path in root.glob("*/run.json"):
         record = json.loads(path.read_text())
         planned = today[record["stage"]]

@@ -13,7 +13,7 @@ import torch
 
 from mftctl.errors import Interrupted
 from mftctl.experiments.measured_lines import MetricsLine
-from mftctl.experiments.model_source import Source, source_of_run
+from mftctl.experiments.model_source import ModelSource, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_config import to_document
@@ -48,7 +48,7 @@ def gpu() -> Iterator[None]:
         yield
 
 
-def run_command(command: str, root: Path, recipe: Recipe, source: Source | None = None) -> Run:
+def run_command(command: str, root: Path, recipe: Recipe, source: ModelSource | None = None) -> Run:
     if source is None:
         run, source = open_run(root, command, recipe)
     else:

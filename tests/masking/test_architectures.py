@@ -12,7 +12,7 @@ from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
 from mftctl.masking.layers import ScoreStart, attach_masks, detach_masks, initial_scores, masked_layers
 from mftctl.masking.mask import Mask, load_mask, save_mask
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import find_targets
 from mftctl.workflows.mask_result import build_mask
@@ -26,13 +26,13 @@ THRESHOLDS: dict[ScoreStart, float] = {"kaiming": -0.1, "constant": 0.01, "weigh
 RULES = ["absolute", "signed", "threshold"]
 
 
-def indicator_of(rule: str, start: ScoreStart) -> Indicator:
+def indicator_of(rule: str, start: ScoreStart) -> MaskRule:
     if rule == "threshold":
-        return Indicator(None, THRESHOLDS[start])
-    return Indicator(RATIO, ranking="signed" if rule == "signed" else "absolute")
+        return MaskRule(None, THRESHOLDS[start])
+    return MaskRule(RATIO, ranking="signed" if rule == "signed" else "absolute")
 
 
-def train_scores(model: PreTrainedModel, start: ScoreStart, indicator: Indicator, steps: int = 2) -> None:
+def train_scores(model: PreTrainedModel, start: ScoreStart, indicator: MaskRule, steps: int = 2) -> None:
     """Puts masks on layer 1 and takes some steps of their scores."""
     targets = find_targets(model, [1])
     scores = {target.name: initial_scores(target, start, constant=0.01, seed=3) for target in targets}
@@ -96,7 +96,7 @@ def test_bf16_gives_the_same_logits_too(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
     build(name).bfloat16().save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    train_scores(model, "kaiming", Indicator(RATIO))
+    train_scores(model, "kaiming", MaskRule(RATIO))
     masked = logits(model)
     apply_to_checkpoint(base, mask_of(model, base), tmp_path / "out", mask_path=None, base_model="base")
     applied = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

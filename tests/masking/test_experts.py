@@ -23,7 +23,7 @@ from mftctl.masking.layers import (
     masked_products,
     share_weights,
 )
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, find_targets
 from tests.masking.architectures import build
@@ -31,15 +31,15 @@ from tests.masking.test_selection import keep_by_sorting
 
 IDS = torch.randint(6, 102, (3, 11), generator=torch.Generator().manual_seed(0))
 INDICATORS = [
-    Indicator(ratio=0.3),
-    Indicator(ratio=0.3, ranking="signed"),
-    Indicator(ratio=None, threshold=-0.1),
-    Indicator(ratio=0.0),
+    MaskRule(ratio=0.3),
+    MaskRule(ratio=0.3, ranking="signed"),
+    MaskRule(ratio=None, threshold=-0.1),
+    MaskRule(ratio=0.0),
 ]
 NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
 
 
-def straight_through(weight: torch.Tensor, scores: torch.Tensor, indicator: Indicator) -> torch.Tensor:
+def straight_through(weight: torch.Tensor, scores: torch.Tensor, indicator: MaskRule) -> torch.Tensor:
     """Equation 5 by the detach trick: forward the hard mask, backward the score or its size."""
     values = scores.detach().numpy()
     if indicator.ratio is None:
@@ -80,7 +80,7 @@ def make(family: str = "mixtral", *, kernel: str = "grouped_mm") -> Routed:
     return Routed(model, targets, scores, inputs, chosen, torch.rand(10, 2, generator=generator))
 
 
-def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor], indicator: Indicator) -> torch.Tensor:
+def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor], indicator: MaskRule) -> torch.Tensor:
     """What the experts compute, token by token, each projection a tensor of its own."""
     weights = {target.name: target.weight.detach().clone() for target in made.targets}
     start = made.targets[0].name.rpartition(".experts.")[0] + ".experts"
@@ -99,7 +99,7 @@ def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor],
 @pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm", "eager"])
 @pytest.mark.parametrize("indicator", INDICATORS, ids=str)
 @pytest.mark.parametrize("family", NAMES)
-def test_outputs_and_gradients_equal_those_of_separate_experts(family: str, indicator: Indicator, kernel: str) -> None:
+def test_outputs_and_gradients_equal_those_of_separate_experts(family: str, indicator: MaskRule, kernel: str) -> None:
     made = make(family, kernel=kernel)
     apart = {name: value.clone().requires_grad_() for name, value in made.scores.items()}
     made.inputs.requires_grad_()
@@ -126,7 +126,7 @@ def test_each_stored_tensor_loses_its_own_share() -> None:
     made = make()
     low = made.targets[0].name
     made.scores[low] = made.scores[low] * 1e-6
-    attach_masks(made.model, made.targets, made.scores, Indicator(0.137))
+    attach_masks(made.model, made.targets, made.scores, MaskRule(0.137))
     for _, module in masked_layers(made.model):
         keep = module.keep().numpy()
         assert (keep == keep_by_sorting(module.scores.detach().abs().numpy(), 0.137)).all()
@@ -136,7 +136,7 @@ def test_each_stored_tensor_loses_its_own_share() -> None:
 def test_among_equal_scores_the_lowest_index_of_each_stored_tensor_goes() -> None:
     made = make()
     scores = {target.name: torch.ones_like(target.weight) for target in made.targets}
-    attach_masks(made.model, made.targets, scores, Indicator(0.1))
+    attach_masks(made.model, made.targets, scores, MaskRule(0.1))
     for _, module in masked_layers(made.model):
         keep = module.keep().flatten()
         count = removed_count(keep.numel(), 0.1)
@@ -146,10 +146,10 @@ def test_among_equal_scores_the_lowest_index_of_each_stored_tensor_goes() -> Non
 
 def test_products_are_computed_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
     made = make()
-    attach_masks(made.model, made.targets, made.scores, Indicator(0.3))
+    attach_masks(made.model, made.targets, made.scores, MaskRule(0.3))
     selections = []
-    original = Indicator.keep
-    monkeypatch.setattr(Indicator, "keep", lambda self, scores: selections.append(1) or original(self, scores))
+    original = MaskRule.keep
+    monkeypatch.setattr(MaskRule, "keep", lambda self, scores: selections.append(1) or original(self, scores))
     optimizer = torch.optim.AdamW([module.scores for _, module in masked_layers(made.model)], lr=0.1)
     for step in range(1, 4):
         for _ in range(3):
@@ -161,7 +161,7 @@ def test_products_are_computed_once_an_optimizer_step(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_every_kind_of_optimizer_step_renews_the_products(options: dict[str, bool]) -> None:
     made = make()
-    attach_masks(made.model, made.targets, made.scores, Indicator(0.3))
+    attach_masks(made.model, made.targets, made.scores, MaskRule(0.3))
     optimizer = torch.optim.AdamW([module.scores for _, module in masked_layers(made.model)], lr=0.5, **options)
     for _ in range(3):
         made.run().square().sum().backward()
@@ -178,7 +178,7 @@ def test_weights_are_never_touched_and_come_back() -> None:
     made = make()
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     logits, experts = made.model(input_ids=IDS).logits, made.experts
-    attach_masks(made.model, made.targets, made.scores, Indicator())
+    attach_masks(made.model, made.targets, made.scores, MaskRule())
     optimizer = torch.optim.AdamW([module.scores for _, module in masked_layers(made.model)], lr=0.1)
     made.model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
@@ -191,7 +191,7 @@ def test_weights_are_never_touched_and_come_back() -> None:
 
 def test_weights_that_are_spread_over_processes() -> None:
     made = make()
-    attach_masks(made.model, made.targets, made.scores, Indicator())
+    attach_masks(made.model, made.targets, made.scores, MaskRule())
     with pytest.raises(TrainingError, match="Fused experts cannot be masked") as caught:
         share_weights(made.model)
     assert caught.value.key == "model.layers.1.mlp.experts"
@@ -199,7 +199,7 @@ def test_weights_that_are_spread_over_processes() -> None:
 
 def test_only_scores_are_trainable() -> None:
     made = make()
-    attach_masks(made.model, made.targets, made.scores, Indicator())
+    attach_masks(made.model, made.targets, made.scores, MaskRule())
     trainable = [parameter for parameter in made.model.parameters() if parameter.requires_grad]
     assert len(trainable) == len(made.targets) == 12
     assert {id(item) for item in trainable} == {id(module.scores) for _, module in masked_layers(made.model)}
@@ -210,7 +210,7 @@ def test_projections_without_scores_compute_with_their_weights() -> None:
     """Gate and up projections share a parameter; only one of them is masked here."""
     made = make()
     made.targets = find_targets(made.model, [1], "mlp", ["w3"])
-    attach_masks(made.model, made.targets, made.scores, Indicator(0.3))
+    attach_masks(made.model, made.targets, made.scores, MaskRule(0.3))
     (product,) = masked_products(made.model)
     original = made.experts.experts.gate_up_proj
     assert torch.equal(product[:, :48], original[:, :48])
@@ -221,7 +221,7 @@ def test_projections_without_scores_compute_with_their_weights() -> None:
 
 def test_gradient_checkpointing_changes_nothing() -> None:
     made = make()
-    attach_masks(made.model, made.targets, made.scores, Indicator(0.3))
+    attach_masks(made.model, made.targets, made.scores, MaskRule(0.3))
     made.inputs.requires_grad_()
     gradients = []
     for again in (False, True):
@@ -236,7 +236,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 def test_bf16_weights_with_fp32_scores() -> None:
     made = make()
     made.model.bfloat16()
-    attach_masks(made.model, made.targets, made.scores, Indicator(0.3))
+    attach_masks(made.model, made.targets, made.scores, MaskRule(0.3))
     made.inputs, made.shares = made.inputs.bfloat16(), made.shares.bfloat16()
     y = made.run()
     y.float().sum().backward()

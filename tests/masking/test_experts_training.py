@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mftctl.errors import Interrupted
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
@@ -54,7 +54,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def applied(result: dict[str, Any], run: Run, root: Path) -> Path:
-    source = Source(str(run.record.inputs["model"]), mask=result["mask"])
+    source = ModelSource(str(run.record.inputs["model"]), mask=result["mask"])
     apply_run = create_run(root, "apply", {}, inputs=source.as_inputs())
     return Path(apply(source, apply_run, Silence()).document()["model"])
 

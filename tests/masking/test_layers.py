@@ -23,26 +23,26 @@ from mftctl.masking.layers import (
     masked_layers,
     unmasked,
 )
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import MaskTarget, find_targets
 from tests.conftest import build_llama
 from tests.masking.test_selection import keep_by_sorting
 
 INDICATORS = [
-    Indicator(ratio=0.3),
-    Indicator(ratio=0.3, ranking="signed"),
-    Indicator(ratio=None, threshold=-0.1),
-    Indicator(ratio=0.0),
+    MaskRule(ratio=0.3),
+    MaskRule(ratio=0.3, ranking="signed"),
+    MaskRule(ratio=None, threshold=-0.1),
+    MaskRule(ratio=0.0),
 ]
 
 
-def numpy_keep(scores: np.ndarray, indicator: Indicator) -> np.ndarray:
+def numpy_keep(scores: np.ndarray, indicator: MaskRule) -> np.ndarray:
     if indicator.ratio is None:
         return ~(scores < indicator.threshold)
     return keep_by_sorting(np.abs(scores) if indicator.ranking == "absolute" else scores, indicator.ratio)
 
 
-def make(indicator: Indicator, *, transposed: bool = False, bias: bool = True) -> tuple[MaskedLinear, torch.Tensor]:
+def make(indicator: MaskRule, *, transposed: bool = False, bias: bool = True) -> tuple[MaskedLinear, torch.Tensor]:
     torch.manual_seed(0)
     linear = Conv1D(5, 7) if transposed else nn.Linear(7, 5, bias=bias)
     scores = torch.randn(linear.weight.shape)
@@ -51,7 +51,7 @@ def make(indicator: Indicator, *, transposed: bool = False, bias: bool = True) -
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("indicator", INDICATORS, ids=str)
-def test_forward_equals_the_equations(indicator: Indicator, transposed: bool) -> None:
+def test_forward_equals_the_equations(indicator: MaskRule, transposed: bool) -> None:
     """Equation 4: y = x (W * M)^T + b."""
     layer, x = make(indicator, transposed=transposed)
     weight, scores = layer.weight.detach().numpy(), layer.scores.detach().numpy()
@@ -62,7 +62,7 @@ def test_forward_equals_the_equations(indicator: Indicator, transposed: bool) ->
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("indicator", INDICATORS, ids=str)
-def test_gradients_equal_the_formula(indicator: Indicator, transposed: bool) -> None:
+def test_gradients_equal_the_formula(indicator: MaskRule, transposed: bool) -> None:
     """Equation 5: dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked; dL/dx goes through the masked weight."""
     layer, x = make(indicator, transposed=transposed)
     x.requires_grad_()
@@ -103,7 +103,7 @@ def test_training_steps_equal_a_sort_at_each_forward() -> None:
         model = build_llama()
         targets = find_targets(model, [1, 2])
         scores = {target.name: initial_scores(target, "kaiming", seed=3) for target in targets}
-        attach_masks(model, targets, scores, Indicator(ratio=0.1))
+        attach_masks(model, targets, scores, MaskRule(ratio=0.1))
         if kind == "reference":
             for name, module in list(masked_layers(model)):
                 parent, _, attribute = name.rpartition(".")
@@ -128,7 +128,7 @@ def test_training_steps_equal_a_sort_at_each_forward() -> None:
 
 @pytest.mark.parametrize("keeps_product", [True, False])
 def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyPatch, keeps_product: bool) -> None:
-    layer, x = make(Indicator(ratio=0.3))
+    layer, x = make(MaskRule(ratio=0.3))
     layer.keeps_product = keeps_product
     selections = []
     original = selection.ratio_cut
@@ -147,8 +147,8 @@ def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyP
         optimizer.step()
 
 
-@pytest.mark.parametrize("rule", [Indicator(0.3), Indicator(None, 0.01), Indicator(0.0)], ids=str)
-def test_a_product_that_is_made_anew_in_each_pass_gives_the_same(rule: Indicator) -> None:
+@pytest.mark.parametrize("rule", [MaskRule(0.3), MaskRule(None, 0.01), MaskRule(0.0)], ids=str)
+def test_a_product_that_is_made_anew_in_each_pass_gives_the_same(rule: MaskRule) -> None:
     kept, x = make(rule)
     anew, _ = make(rule)
     anew.keeps_product = False
@@ -167,7 +167,7 @@ def test_a_product_that_is_made_anew_in_each_pass_gives_the_same(rule: Indicator
 
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_every_kind_of_optimizer_step_renews_the_mask(options: dict[str, bool]) -> None:
-    layer, x = make(Indicator(ratio=0.3))
+    layer, x = make(MaskRule(ratio=0.3))
     optimizer = torch.optim.AdamW([layer.scores], lr=0.5, **options)
     for _ in range(5):
         layer(x).square().sum().backward()
@@ -182,7 +182,7 @@ def test_weights_are_never_touched_and_come_back() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(input_ids=torch.arange(6, 16)[None]).logits
     targets = find_targets(model)
-    attach_masks(model, targets, {item.name: initial_scores(item, "kaiming") for item in targets}, Indicator())
+    attach_masks(model, targets, {item.name: initial_scores(item, "kaiming") for item in targets}, MaskRule())
     optimizer = torch.optim.AdamW([module.scores for _, module in masked_layers(model)], lr=0.1)
     model(input_ids=torch.arange(6, 16)[None], labels=torch.arange(6, 16)[None]).loss.backward()
     optimizer.step()
@@ -199,7 +199,7 @@ def test_masks_can_be_left_out_for_a_while(keeps: bool) -> None:
     with torch.no_grad():
         logits = model(input_ids=ids).logits
         targets = find_targets(model)
-        attach_masks(model, targets, {item.name: initial_scores(item, "kaiming") for item in targets}, Indicator())
+        attach_masks(model, targets, {item.name: initial_scores(item, "kaiming") for item in targets}, MaskRule())
         if not keeps:
             keep_no_products(model)
         masked = model(input_ids=ids).logits
@@ -212,7 +212,7 @@ def test_masks_can_be_left_out_for_a_while(keeps: bool) -> None:
 def test_only_scores_are_trainable() -> None:
     model = build_llama()
     targets = find_targets(model, [2], "mlp")
-    attach_masks(model, targets, {item.name: initial_scores(item, "constant") for item in targets}, Indicator())
+    attach_masks(model, targets, {item.name: initial_scores(item, "constant") for item in targets}, MaskRule())
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"model.layers.2.mlp.{name}_proj.scores" for name in ("gate", "up", "down")}
 
@@ -223,7 +223,7 @@ def test_gpt2_with_conv1d_equals_a_masked_copy() -> None:
     targets = find_targets(model)
     scores = {item.name: initial_scores(item, "kaiming", seed=1) for item in targets}
     keep = {name: keep_by_sorting(value.abs().numpy(), 0.2) for name, value in scores.items()}
-    attach_masks(model, targets, scores, Indicator(ratio=0.2))
+    attach_masks(model, targets, scores, MaskRule(ratio=0.2))
     ids = torch.arange(20)[None]
     logits = model(ids).logits
     detach_masks(model)
@@ -234,7 +234,7 @@ def test_gpt2_with_conv1d_equals_a_masked_copy() -> None:
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
-    layer, x = make(Indicator(ratio=0.3))
+    layer, x = make(MaskRule(ratio=0.3))
     layer(x).square().sum().backward()
     plain = layer.scores.grad.clone()
     layer.scores.grad = None
@@ -243,7 +243,7 @@ def test_gradient_checkpointing_changes_nothing() -> None:
 
 
 def test_bf16_weights_with_fp32_scores() -> None:
-    layer, x = make(Indicator(ratio=0.3))
+    layer, x = make(MaskRule(ratio=0.3))
     layer.weight.data = layer.weight.data.bfloat16()
     layer.bias.data = layer.bias.data.bfloat16()
     y = layer(x.bfloat16())
@@ -259,7 +259,7 @@ def test_a_bias_rounds_as_in_the_layer_without_scores(transposed: bool, dtype: t
     torch.manual_seed(0)
     linear = (Conv1D(96, 576) if transposed else nn.Linear(576, 96)).to(dtype)
     nn.init.normal_(linear.bias)
-    layer = MaskedLinear(linear, torch.randn(linear.weight.shape), Indicator(ratio=0.3))
+    layer = MaskedLinear(linear, torch.randn(linear.weight.shape), MaskRule(ratio=0.3))
     x = torch.randn(4, 16, 576).to(dtype)
     y = layer(x)
     linear.weight.data = layer.masked_weight()
@@ -267,7 +267,7 @@ def test_a_bias_rounds_as_in_the_layer_without_scores(transposed: bool, dtype: t
 
 
 def test_autocast_computes_in_its_dtype() -> None:
-    layer, x = make(Indicator(ratio=0.3))
+    layer, x = make(MaskRule(ratio=0.3))
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     y.float().sum().backward()
@@ -284,7 +284,7 @@ def test_the_magnitude_start_removes_what_training_carries_through_zero() -> Non
     with torch.no_grad():
         linear.weight.copy_(torch.from_numpy(weight))
     start = initial_scores(MaskTarget("linear", 0, "mlp", linear), "weights").double()
-    layer = MaskedLinear(linear, start, Indicator(None, 0.0))
+    layer = MaskedLinear(linear, start, MaskRule(None, 0.0))
     optimizer = torch.optim.AdamW([layer.scores], lr=0.01, eps=1e-20, weight_decay=0.0)
     trained = weight.astype(np.float32).astype(np.float64)
     mean, square = np.zeros_like(weight), np.zeros_like(weight)
@@ -333,4 +333,4 @@ def test_a_constant_start() -> None:
 @pytest.mark.parametrize("options", [{"ratio": 0.1, "threshold": 0.0}, {"ratio": None}])
 def test_an_indicator_has_one_rule(options: dict[str, float | None]) -> None:
     with pytest.raises(ValueError, match="either a ratio or a threshold"):
-        Indicator(**options)
+        MaskRule(**options)

@@ -17,7 +17,7 @@ from mftctl.errors import ConfigError, DeviceMemoryError, MftError
 from mftctl.evaluation.suite import check_suite
 from mftctl.experiments import run_device
 from mftctl.experiments.deciding_keys import deciding_keys
-from mftctl.experiments.jobs import Task
+from mftctl.experiments.jobs import Job
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe, with_changes
@@ -32,7 +32,7 @@ from mftctl.workflows.eval import evaluate
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.mask_train import mask_train
 from mftctl.workflows.probe import probe
-from mftctl.workflows.run_checks import check_tasks
+from mftctl.workflows.run_checks import check_jobs
 from tests.conftest import build_llama
 from tests.gpu_emulation.emulated_gpu import emulated_gpu, used_gpus
 from tests.partial_results import partial_result
@@ -165,7 +165,7 @@ def test_on_a_machine_without_a_gpu(workspace: Path) -> None:
 def test_an_experiment_says_so_before_its_first_stage(workspace: Path) -> None:
     recipe = make_recipe(workspace, device="cuda:3")
     with pytest.raises(ConfigError, match="not available"):
-        check_tasks([Task("fft", "fft", "fft", 0, recipe)])
+        check_jobs([Job("fft", "fft", "fft", 0, recipe)])
 
 
 def test_each_process_of_a_launcher_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from mftctl.masking.layers import attach_masks, initial_scores
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import find_targets
 from mftctl.training.flops import flops_per_token
 from tests.conftest import build_llama
@@ -37,7 +37,7 @@ def test_below_the_first_mask_only_the_forward_pass_is_computed(layers: list[int
     targets = find_targets(model, layers)
     told = flops_per_token(model, targets)
     scores = {target.name: initial_scores(target, "kaiming") for target in targets}
-    attach_masks(model, targets, scores, Indicator(0.1))
+    attach_masks(model, targets, scores, MaskRule(0.1))
     # Of the lowest masked layer torch computes no gradient for the input of q, k and v, which nothing needs.
     attention = model.model.layers[layers[0]].self_attn
     spared = 2 * sum(getattr(attention, name).weight.numel() for name in ("q_proj", "k_proj", "v_proj"))

@@ -14,8 +14,8 @@ from mftctl.experiments.results import Confirmation
 from mftctl.progress import Silence
 from mftctl.training.held_out import confirm
 from mftctl.training.learn_mask import find_mask
-from mftctl.training.mask_search import LearnedMask, MaskSearch
-from mftctl.training.score_trainer import MaskTrainer
+from mftctl.training.mask_search import FoundMask, MaskSearch
+from mftctl.training.score_trainer import ScoreTrainer
 from mftctl.workflows import mask_train as mask_training
 from mftctl.workflows import probe as probing
 from mftctl.workflows.mask_train import mask_train
@@ -34,7 +34,7 @@ class Alive:
         self.trainings = 0
         self._held: list[tuple[str, weakref.ref[Any]]] = []
 
-    def watch(self, trainer: MaskTrainer, optimizer: Any) -> None:
+    def watch(self, trainer: ScoreTrainer, optimizer: Any) -> None:
         self.trainings += 1
         self._held += [("trainer", weakref.ref(trainer)), ("optimizer", weakref.ref(optimizer))]
         for name, module in trainer.masked().items():
@@ -48,16 +48,16 @@ class Alive:
 def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[Alive]:
     """What is alive of the trainings of a test, in which no collection comes by chance."""
     watched = Alive()
-    create = MaskTrainer.create_optimizer
+    create = ScoreTrainer.create_optimizer
 
-    def watch(self: MaskTrainer, model: Any = None) -> Any:
+    def watch(self: ScoreTrainer, model: Any = None) -> Any:
         is_new = self.optimizer is None
         optimizer = create(self, model)
         if is_new:
             watched.watch(self, optimizer)
         return optimizer
 
-    monkeypatch.setattr(MaskTrainer, "create_optimizer", watch)
+    monkeypatch.setattr(ScoreTrainer, "create_optimizer", watch)
     gc.disable()
     yield watched
     gc.enable()
@@ -86,7 +86,7 @@ def test_between_two_groups_of_a_probe(
 ) -> None:
     found: list[list[str]] = []
 
-    def look(search: MaskSearch) -> LearnedMask:
+    def look(search: MaskSearch) -> FoundMask:
         mask = find_mask(search)
         found.append(alive.names())
         return mask

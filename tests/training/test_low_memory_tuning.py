@@ -25,7 +25,7 @@ from mftctl.training.updates.masked_optimizer import MaskedOptimizer
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.planning.less_memory import training_with_less_memory
-from mftctl.workflows.run_checks import check_tasks
+from mftctl.workflows.run_checks import check_jobs
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
@@ -220,7 +220,7 @@ def test_without_bitsandbytes(
     assert (caught.value.key, caught.value.hint) == (key, 'pip install "mftctl[bitsandbytes]"')
     experiment = make_recipe(workspace, stages={"fft": {"command": "fft"}}, **changes)
     with pytest.raises(ConfigError, match="cannot be completed") as caught:
-        check_tasks(spell_out(experiment))
+        check_jobs(spell_out(experiment))
     assert "needs bitsandbytes" in caught.value.problems[0]
 
 

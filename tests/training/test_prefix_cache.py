@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from mftctl.evaluation.inference import evaluation_mode
 from mftctl.masking.layers import attach_masks, detach_masks, initial_scores, masked_layers
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import decoder_layers, find_targets
 from mftctl.training.prefix_cache import HiddenStates, reusing_prefix
 from tests.conftest import build_llama
@@ -34,7 +34,7 @@ def no_refusal(why: str) -> None:
 def mask_layer(model: PreTrainedModel, layer: int) -> None:
     targets = find_targets(model, [layer])
     scores = {target.name: initial_scores(target, "kaiming") for target in targets}
-    attach_masks(model, targets, scores, Indicator(0.1))
+    attach_masks(model, targets, scores, MaskRule(0.1))
 
 
 def train(model: PreTrainedModel, epochs: int = 2) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

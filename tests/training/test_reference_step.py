@@ -31,7 +31,7 @@ from tests.workflows.test_mask_train import learn
 
 STEPS, WARMUP_RATIO, RATIO, RATE = 20, 0.1, 0.1, 2e-3
 LARGEST_NORM = 0.0125  # the paper's is 1.0; the gradients of this model are from 0.011 to 0.016
-Indicator = Callable[[torch.Tensor], torch.Tensor]
+MaskRule = Callable[[torch.Tensor], torch.Tensor]
 
 
 def smallest_removed(scores: torch.Tensor) -> torch.Tensor:
@@ -48,7 +48,7 @@ def below_removed(scores: torch.Tensor) -> torch.Tensor:
 
 
 class Masked(torch.nn.Module):
-    def __init__(self, linear: torch.nn.Linear, scores: torch.Tensor, indicator: Indicator) -> None:
+    def __init__(self, linear: torch.nn.Linear, scores: torch.Tensor, indicator: MaskRule) -> None:
         super().__init__()
         self.weight = linear.weight
         self.scores = torch.nn.Parameter(scores)
@@ -107,7 +107,7 @@ def train_by_the_book(
 
 
 def by_the_book(
-    workspace: Path, start: Mapping[str, torch.Tensor], indicator: Indicator, *, mean_of: str
+    workspace: Path, start: Mapping[str, torch.Tensor], indicator: MaskRule, *, mean_of: str
 ) -> dict[str, np.ndarray]:
     """The masks after the training, bool, by the name of the weight."""
     model = AutoModelForCausalLM.from_pretrained(workspace / "tiny", dtype=torch.float32)

@@ -27,7 +27,7 @@ from mftctl.progress import Silence
 from mftctl.training import loop
 from mftctl.training.schedule import schedule_factors, warmup_steps
 from mftctl.training.score_start import auto_learning_rate
-from mftctl.training.score_trainer import MaskTrainer
+from mftctl.training.score_trainer import ScoreTrainer
 from mftctl.workflows.mask_train import mask_train
 from tests.conftest import build_tokenizer
 from tests.masking.test_selection import keep_by_sorting
@@ -56,10 +56,10 @@ def learn(workspace: Path, root: Path, **changes: Any) -> tuple[Run, dict[str, A
     return run, result, load_mask(Path(result["mask"]))
 
 
-def spread(check: Callable[[MaskTrainer], None]) -> Callable[[MaskTrainer], None]:
+def spread(check: Callable[[ScoreTrainer], None]) -> Callable[[ScoreTrainer], None]:
     """A check of a trainer as it is made under DeepSpeed."""
 
-    def check_spread(trainer: MaskTrainer) -> None:
+    def check_spread(trainer: ScoreTrainer) -> None:
         trainer.is_deepspeed_enabled = True
         check(trainer)
 
@@ -173,7 +173,7 @@ def test_low_memory_learns_about_the_same_in_bf16_and_is_resumed(workspace: Path
 def test_low_memory_is_not_for_scores_that_are_spread(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MaskTrainer, "_require_whole", spread(MaskTrainer._require_whole))
+    monkeypatch.setattr(ScoreTrainer, "_require_whole", spread(ScoreTrainer._require_whole))
     with pytest.raises(ConfigError, match="Training scores in bf16 requires all scores in each process") as caught:
         learn(workspace, tmp_path, mask_train__low_memory=True)
     assert caught.value.key == "mask_train.low_memory"

@@ -13,7 +13,7 @@ import torch
 
 from mftctl.errors import ConfigError, EvaluationError, Interrupted
 from mftctl.experiments.deciding_keys import deciding_keys
-from mftctl.experiments.model_source import Recommendation, Source, recommended_layers
+from mftctl.experiments.model_source import ModelSource, Recommendation, recommended_layers
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.run_config import to_document
@@ -25,7 +25,7 @@ from mftctl.masking.mask_file.document import MaskMetadata
 from mftctl.masking.targets import find_targets
 from mftctl.progress import Silence
 from mftctl.training.held_out import split_validation_records
-from mftctl.training.mask_search import LearnedMask
+from mftctl.training.mask_search import FoundMask
 from mftctl.workflows.eval import evaluate
 from mftctl.workflows.mask_result import build_mask
 from mftctl.workflows.probe import probe
@@ -60,14 +60,14 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def by_task(workspace: Path, choices: str, **changes: Any) -> Recipe:
+def by_job(workspace: Path, choices: str, **changes: Any) -> Recipe:
     by = {"probe__by": TASK, "eval__task_data": {TASK: choices}, "mask_train__max_steps": 4}
     return make_recipe(workspace, **{**by, **changes})
 
 
 @pytest.fixture(scope="module")
 def probed(workspace: Path, choices: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, dict[str, Any]]:
-    recipe = by_task(workspace, choices, probe__groups=[1])
+    recipe = by_job(workspace, choices, probe__groups=[1])
     run, source = open_run(tmp_path_factory.mktemp("probed"), "probe", recipe)
     run.finish(probe(recipe, source, run, Silence()))
     return run, run.record.result
@@ -90,7 +90,7 @@ def test_the_groups_are_ranked_by_the_score_with_the_loss_beside_it(probed: tupl
 
 def test_the_next_mask_training_takes_the_layers_with_the_best_score(probed: tuple[Run, dict[str, Any]]) -> None:
     run, result = probed
-    found = recommended_layers(run.folder.parent, Source(str(run.record.inputs["model"])))
+    found = recommended_layers(run.folder.parent, ModelSource(str(run.record.inputs["model"])))
     assert found == Recommendation(result["groups"][0]["layers"], run.name)
     assert run.record.config["probe"]["by"] == TASK
 
@@ -98,18 +98,18 @@ def test_the_next_mask_training_takes_the_layers_with_the_best_score(probed: tup
 def test_a_score_is_what_an_evaluation_of_the_mask_measures(
     workspace: Path, choices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept: dict[str, LearnedMask] = {}
+    kept: dict[str, FoundMask] = {}
     from mftctl.workflows import probe as probing
 
     find_mask = probing.find_mask
 
-    def keeping(search: Any) -> LearnedMask:
+    def keeping(search: Any) -> FoundMask:
         found = find_mask(search)
         kept[str(search.targets[0].layer)] = found
         return found
 
     monkeypatch.setattr(probing, "find_mask", keeping)
-    recipe = by_task(workspace, choices, probe__groups=[1], probe__layers="2")
+    recipe = by_job(workspace, choices, probe__groups=[1], probe__layers="2")
     run, source = open_run(tmp_path, "probe", recipe)
     result = probe(recipe, source, run, Silence()).document()
     model = load_model(workspace / "tiny", dtype=torch.float32)
@@ -128,12 +128,12 @@ def test_a_score_is_what_an_evaluation_of_the_mask_measures(
         build_mask(kept["2"].keep, find_targets(model, [2]), model, workspace / "tiny", metadata), tmp_path / "m.bits"
     )
     recipe = make_recipe(workspace, test_data=[], eval={"tasks": [TASK], "task_data": {TASK: choices}})
-    source = Source(str(workspace / "tiny"), mask=str(tmp_path / "m.bits"))
+    source = ModelSource(str(workspace / "tiny"), mask=str(tmp_path / "m.bits"))
     evaluation = create_run(tmp_path, "eval", to_document(recipe), inputs=source.as_inputs())
     [dataset] = evaluate(recipe, source, evaluation, Silence()).document()["datasets"]
     assert dataset["metrics"][0]["value"] == pytest.approx(result["groups"][0]["score"], abs=1e-9)
-    unmasked = create_run(tmp_path, "eval", to_document(recipe), inputs=Source(source.model).as_inputs())
-    [dataset] = evaluate(recipe, Source(source.model), unmasked, Silence()).document()["datasets"]
+    unmasked = create_run(tmp_path, "eval", to_document(recipe), inputs=ModelSource(source.model).as_inputs())
+    [dataset] = evaluate(recipe, ModelSource(source.model), unmasked, Silence()).document()["datasets"]
     assert dataset["metrics"][0]["value"] == pytest.approx(result["unmasked_score"]["value"], abs=1e-9)
 
 
@@ -168,7 +168,7 @@ def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
         return found
 
     monkeypatch.setattr(ProbeScorer, "score", stopping)
-    recipe = by_task(workspace, choices, probe__groups=[1])
+    recipe = by_job(workspace, choices, probe__groups=[1])
     run, source = open_run(tmp_path, "probe", recipe)
     with pytest.raises(KeyboardInterrupt):
         probe(recipe, source, run, Silence())
@@ -182,7 +182,7 @@ def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
 def test_a_stop_while_training_is_resumed_to_the_same_figures(
     probed: tuple[Run, dict[str, Any]], workspace: Path, choices: str, tmp_path: Path
 ) -> None:
-    recipe = by_task(workspace, choices, probe__groups=[1])
+    recipe = by_job(workspace, choices, probe__groups=[1])
 
     class InThirdGroup(Interrupter):
         def note(self, text: str) -> None:
@@ -213,7 +213,7 @@ def test_exact_match_is_of_the_deciding_validation_records(workspace: Path, tmp_
 
 def test_a_limit_leaves_problems_out(workspace: Path, choices: str, tmp_path: Path) -> None:
     for by, expected in ((TASK, 3), ("exact_match", 3)):
-        recipe = by_task(workspace, choices, eval__limit=3, probe__layers="0-1").model_copy()
+        recipe = by_job(workspace, choices, eval__limit=3, probe__layers="0-1").model_copy()
         recipe = recipe.model_copy(update={"probe": recipe.probe.model_copy(update={"by": by})})
         run, source = open_run(tmp_path, "probe", recipe)
         assert probe(recipe, source, run, Silence()).document()["unmasked_score"]["samples"] == expected
@@ -225,7 +225,7 @@ def test_says_that_test_problems_choose(
     from mftctl.evaluation.benchmarks import measure
 
     monkeypatch.setattr(measure, "fetch_problems", lambda config, task: measure.read_problems(Path(choices), task))
-    recipe = by_task(workspace, choices, probe__layers="0-1", eval__task_data={})
+    recipe = by_job(workspace, choices, probe__layers="0-1", eval__task_data={})
     run, source = open_run(tmp_path, "probe", recipe)
     listener = Interrupter(-1)
     probe(recipe, source, run, listener)
@@ -283,7 +283,7 @@ def test_the_model_is_without_its_masks_afterwards(
     models: list[Any] = []
     load: Callable[..., Any] = probing.load_frozen_model
     monkeypatch.setattr(probing, "load_frozen_model", lambda *given: models.append(load(*given)) or models[-1])
-    recipe = by_task(workspace, choices)
+    recipe = by_job(workspace, choices)
     run, source = open_run(tmp_path, "probe", recipe)
     probe(recipe, source, run, Silence())
     [model] = models

@@ -211,7 +211,7 @@ def test_states_are_told_as_they_change(own_workspace: Path, tmp_path: Path) -> 
     plan = plan_experiment(experiment(own_workspace, stages={"fft": STAGES["fft"]}), "test", root)
 
     def remember(planned: Planned) -> None:
-        seen.append((planned.task.name, planned.state))
+        seen.append((planned.job.name, planned.state))
 
     run_experiment(plan, "test", root, Silence(), remember)
     assert seen == [("fft", "running"), ("fft", "done")]

@@ -12,7 +12,7 @@ from mftctl.experiments.jobs import spell_out
 from mftctl.experiments.run_folder import list_runs
 from mftctl.progress import Silence
 from mftctl.workflows.run import plan_experiment, run_experiment
-from mftctl.workflows.run_checks import check_tasks
+from mftctl.workflows.run_checks import check_jobs
 from tests.workflow_fixtures import make_recipe
 
 FFT: dict[str, Any] = {"command": "fft"}
@@ -20,7 +20,7 @@ FFT: dict[str, Any] = {"command": "fft"}
 
 def problems_of(workspace: Path, stages: dict[str, Any], **changes: Any) -> tuple[str, ...]:
     with pytest.raises(ConfigError, match="cannot be completed") as caught:
-        check_tasks(spell_out(make_recipe(workspace, stages=stages, **changes)))
+        check_jobs(spell_out(make_recipe(workspace, stages=stages, **changes)))
     return caught.value.problems
 
 
@@ -32,7 +32,7 @@ def test_a_sound_experiment_passes(workspace: Path) -> None:
         "drop": {"command": "mask-train", "after": "fft", "set": {"mask_train.method": "drop"}},
         "results": {"command": "eval", "of": ["fft", "mft"]},
     }
-    check_tasks(spell_out(make_recipe(workspace, stages=stages)))
+    check_jobs(spell_out(make_recipe(workspace, stages=stages)))
 
 
 def test_layers_beyond_the_model(workspace: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_mask_on_an_adapter(workspace: Path) -> None:
         "mft: a mask needs a full model, but lora writes an adapter (fft.merge)",
     )
     merged = {"command": "fft", "set": {"fft.method": "lora", "fft.merge": True}}
-    check_tasks(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
+    check_jobs(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
 
 
 def test_no_training_data(workspace: Path) -> None:
@@ -93,14 +93,14 @@ def test_a_model_that_is_not_there(workspace: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     recipe = make_recipe(workspace, stages={"fft": FFT}, model="./nowhere/at all")
     with pytest.raises(ModelError, match="no such model"):
-        check_tasks(spell_out(recipe))
+        check_jobs(spell_out(recipe))
 
 
 def test_a_configuration_that_is_no_json(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="configuration cannot be read"):
-        check_tasks(spell_out(make_recipe(workspace, stages={"fft": FFT}, model=str(tmp_path))))
+        check_jobs(spell_out(make_recipe(workspace, stages={"fft": FFT}, model=str(tmp_path))))
 
 
 def test_nothing_is_run_before_a_problem_is_told(workspace: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mftctl.errors import RunError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.results import EvalResult, MadeState, Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
@@ -209,7 +209,7 @@ def _expected_state(run: Run) -> str:
     """The state that an unfinished training will produce."""
     config, inputs = run.record.config, run.record.inputs
     if run.record.command == "fft":
-        source = Source(str(inputs["model"]), state=str(inputs["state"]))
+        source = ModelSource(str(inputs["model"]), state=str(inputs["state"]))
         return fine_tuned_state(source.state, FftOptions.model_validate(config["fft"]))
     return mask_state(MaskTrainOptions.model_validate(config["mask_train"]))
 

@@ -17,7 +17,7 @@ from mftctl.training.sharding.gradients import select_whole
 from mftctl.training.updates.masked_optimizer import UpdateRule
 
 
-class FsdpPartitions:
+class FsdpModel:
     """The parameters of a model sharded by `fully_shard`, with their gradients and optimizer state.
 
     Every method must be called in all processes at once.

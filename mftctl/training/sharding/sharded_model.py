@@ -13,7 +13,7 @@ from mftctl.masking.full_tensor import whole, whole_shape
 from mftctl.training.updates.masked_optimizer import UpdateRule
 
 
-class Partitions(Protocol):
+class ShardedModel(Protocol):
     """What training needs from DeepSpeed's ZeRO and FSDP2; every method must be called in all processes at once."""
 
     @property
@@ -44,7 +44,7 @@ class Partitions(Protocol):
         """Loads a state from `state_dict`, or from a torch optimizer in a single process."""
 
 
-def model_state(partitions: Partitions, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def model_state(partitions: ShardedModel, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's state with whole tensors on the CPU, trained ones in fp32; empty except in the first process.
 
     Args:
@@ -63,7 +63,7 @@ def model_state(partitions: Partitions, model: torch.nn.Module) -> dict[str, tor
     return state if is_first else {}
 
 
-def put_model(partitions: Partitions, model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
+def put_model(partitions: ShardedModel, model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
     """Replaces the trained parameters of a model in all processes with those of the first process.
 
     Args:
@@ -80,7 +80,7 @@ def put_model(partitions: Partitions, model: torch.nn.Module, stored: Mapping[st
             partitions.put(parameter, value)
 
 
-def whole_model(partitions: Partitions, model: PreTrainedModel) -> PreTrainedModel | None:
+def whole_model(partitions: ShardedModel, model: PreTrainedModel) -> PreTrainedModel | None:
     """A copy of the model with whole parameters on the CPU, in the first process; None in the others.
 
     Args:

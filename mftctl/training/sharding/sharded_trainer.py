@@ -12,12 +12,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from mftctl.masking.checkpoints.outlines import Rows
 from mftctl.runtime.process_group import import_deepspeed, wait_for_all
-from mftctl.training.sharding.fsdp import FsdpPartitions, shard_outline
-from mftctl.training.sharding.sharded_model import Partitions
-from mftctl.training.sharding.zero import SteppingEngine, ZeroPartitions, check_plan, partition_outline
+from mftctl.training.sharding.fsdp import FsdpModel, shard_outline
+from mftctl.training.sharding.sharded_model import ShardedModel
+from mftctl.training.sharding.zero import SteppingEngine, ZeroModel, check_plan, partition_outline
 
 
-class PartitionedTrainer(Trainer):
+class ShardedTrainer(Trainer):
     """A Trainer whose checkpoints are whole, like those of a single process, however the parameters are sharded.
 
     Subclasses save and load the trained parameters (`_save`, `_load_from_checkpoint`, `_load_best_model`).
@@ -29,7 +29,7 @@ class PartitionedTrainer(Trainer):
         rows: Source of the values for a model with parameters on the meta device; None for any other model.
     """
 
-    partitions: Partitions | None = None
+    partitions: ShardedModel | None = None
     exact_norm = True
     rows: Rows | None = None
     _grad_norm: float | None = None
@@ -40,7 +40,7 @@ class PartitionedTrainer(Trainer):
 
     def before_step(self) -> None:
         """Called by DeepSpeed's engine before its step, when all gradients are available."""
-        if isinstance(self.partitions, ZeroPartitions) and self.exact_norm:
+        if isinstance(self.partitions, ZeroModel) and self.exact_norm:
             model = cast("torch.nn.Module", self.model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             self._grad_norm = self.partitions.clip(trained, self.args.max_grad_norm)
@@ -48,7 +48,7 @@ class PartitionedTrainer(Trainer):
     def after_spreading(self) -> None:
         """Called once `partitions` is set, before a checkpoint is loaded."""
 
-    def optimizer_state(self, partitions: Partitions) -> dict[str, Any]:
+    def optimizer_state(self, partitions: ShardedModel) -> dict[str, Any]:
         """The optimizer's state for a checkpoint, in the first process; must be called in all processes at once."""
         return partitions.state_dict()
 
@@ -74,10 +74,10 @@ class PartitionedTrainer(Trainer):
         if self.is_deepspeed_enabled:
             # Models loaded from now on are not sharded.
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-            self.partitions = ZeroPartitions(self.deepspeed)
+            self.partitions = ZeroModel(self.deepspeed)
             self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self.before_step)
         else:
-            self.partitions = FsdpPartitions(cast(Any, self.optimizer).optimizer)
+            self.partitions = FsdpModel(cast(Any, self.optimizer).optimizer)
         self.after_spreading()
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)

@@ -49,7 +49,7 @@ class Fragment:
         return whole.reshape(-1).narrow(0, self.start, self.numel)
 
 
-class ZeroPartitions:
+class ZeroModel:
     """The trained parameters of a DeepSpeed engine, with their gradients and optimizer state.
 
     Unless stated otherwise, a method must be called in all processes at once.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Result
 from mftctl.experiments.run_folder import Run
@@ -15,7 +15,7 @@ from mftctl.workflows.multi_process.process_count import Launch, Shard
 
 def work(
     recipe: Recipe,
-    source: Source,
+    source: ModelSource,
     run: Run,
     listener: Listener,
     launch: Launch,
@@ -62,7 +62,7 @@ def launch_of(command: str, recipe: Recipe, launch: Launch) -> Launch:
 
 
 def work_here(
-    recipe: Recipe, source: Source, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+    recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, resume: bool, may_replace: bool
 ) -> Result:
     """Runs the command of a run, or this process's part of it, and returns its result.
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO, TYPE_CHECKING
 
 from mftctl.errors import Interrupted, LostProcessError, MftError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import BUILT_IN_FOLDER
 from mftctl.experiments.recording import how_to_go_on
@@ -54,7 +54,7 @@ _HOME = Path(__file__).parents[3]
 
 def work_together(
     recipe: Recipe,
-    source: Source,
+    source: ModelSource,
     run: Run,
     listener: Listener,
     launch: Launch,

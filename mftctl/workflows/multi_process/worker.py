@@ -14,7 +14,7 @@ import threading
 from pathlib import Path
 
 from mftctl.errors import Interrupted, MftError
-from mftctl.experiments.model_source import Source
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.results import Result
 from mftctl.experiments.run_folder import Run, load_run
@@ -51,7 +51,7 @@ def main() -> int:
 def _work(order: Order, run: Run, speaker: Speaker) -> Result:
     run.resumed_with = tuple(order.resumed_with)
     recipe = parse_recipe(order.recipe)
-    source = Source(**{**order.source, "parents": tuple(order.source["parents"])})
+    source = ModelSource(**{**order.source, "parents": tuple(order.source["parents"])})
     join()
     return work_here(recipe, source, run, speaker, resume=order.resume, may_replace=order.may_replace)
 

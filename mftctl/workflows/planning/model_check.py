@@ -19,7 +19,7 @@ from mftctl.masking.checkpoints.load import checked_tokenizer, load_tokenizer
 from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
 from mftctl.masking.checkpoints.meta_models import build_skeleton, read_config
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
-from mftctl.workflows.planning.problem_list import Findings, describe
+from mftctl.workflows.planning.problem_list import ProblemList, describe
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
@@ -61,7 +61,7 @@ class CheckedModel:
         }
 
 
-def check_model(recipe: Recipe, findings: Findings) -> CheckedModel | None:
+def check_model(recipe: Recipe, findings: ProblemList) -> CheckedModel | None:
     """Returns the recipe's model, or None if not even its shapes can be determined.
 
     Args:
@@ -99,7 +99,7 @@ def _base_of(model: str) -> str:
     return adapter_base(folder)
 
 
-def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: Findings) -> None:
+def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: ProblemList) -> None:
     if recipe.model_type is not None and recipe.model_type != config.model_type:
         findings.problem(
             f"model_type: the recipe is for a different model family (expected: {recipe.model_type}; "
@@ -107,7 +107,9 @@ def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: Findings) 
         )
 
 
-def _check_weights(model: str, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> CheckpointCheck | None:
+def _check_weights(
+    model: str, tokenizer: PreTrainedTokenizerBase | None, findings: ProblemList
+) -> CheckpointCheck | None:
     """Checks a checkpoint; returns None if it has no weights or they are faulty."""
     folder = _local_folder(model)
     check = None
@@ -124,7 +126,7 @@ def _check_weights(model: str, tokenizer: PreTrainedTokenizerBase | None, findin
     return check
 
 
-def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> PreTrainedTokenizerBase | None:
+def _find_tokenizer(model: str, revision: str | None, findings: ProblemList) -> PreTrainedTokenizerBase | None:
     folder = _local_folder(model)
     if folder is None:
         return checked_tokenizer(model, model, revision=revision)
@@ -138,7 +140,7 @@ def _find_tokenizer(model: str, revision: str | None, findings: Findings) -> Pre
 
 
 def _with_template(
-    tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, findings: Findings
+    tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, findings: ProblemList
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer with the recipe's chat template; None if the template cannot be used."""
     if tokenizer is None:
@@ -151,7 +153,9 @@ def _with_template(
     return tokenizer
 
 
-def _check_vocabulary(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> None:
+def _check_vocabulary(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, findings: ProblemList
+) -> None:
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
         findings.problem(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from mftctl.errors import ConfigError, MftError
 
 
-class Findings:
+class ProblemList:
     """The findings of a check, without duplicates.
 
     Attributes:

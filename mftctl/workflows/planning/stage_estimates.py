@@ -13,7 +13,7 @@ from mftctl.data.sources import record_digest
 from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
 from mftctl.evaluation.generation import default_max_new_tokens
-from mftctl.experiments.jobs import Task
+from mftctl.experiments.jobs import Job
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
@@ -25,7 +25,7 @@ from mftctl.workflows.planning.mask_sizes import masked_tensors
 from mftctl.workflows.planning.memory import MemoryEstimate
 from mftctl.workflows.planning.model_check import CheckedModel
 from mftctl.workflows.planning.planned_device import PlannedDevice
-from mftctl.workflows.planning.problem_list import Findings
+from mftctl.workflows.planning.problem_list import ProblemList
 from mftctl.workflows.planning.room import Verdict, judge
 from mftctl.workflows.planning.training_data import DataCheck
 
@@ -52,7 +52,7 @@ class StageFigures:
         self,
         model: CheckedModel | None,
         data: DataCheck,
-        findings: Findings,
+        findings: ProblemList,
         process_bytes: int,
         device: PlannedDevice,
         *,
@@ -68,58 +68,58 @@ class StageFigures:
         self._staged = staged
         self._known: dict[Hashable, MemoryEstimate] = {}
 
-    def row(self, task: Task) -> dict[str, Any]:
+    def row(self, job: Job) -> dict[str, Any]:
         """Returns method, layers, records, steps and tokens of a training stage, and stores its masks and memory.
 
         Raises:
             MftError: The stage does not fit the model.
         """
-        method = task.recipe.fft.method if task.command == "fft" else task.recipe.mask_train.method
+        method = job.recipe.fft.method if job.command == "fft" else job.recipe.mask_train.method
         row: dict[str, Any] = {"method": method}
-        if method == "drop" and task.command == "mask-train":
-            _check_drop(task)
+        if method == "drop" and job.command == "mask-train":
+            _check_drop(job)
             if self._model is not None:
-                self._note_mask(task, self._model.projections, "all")
+                self._note_mask(job, self._model.projections, "all")
             return row
-        if not task.recipe.data:
+        if not job.recipe.data:
             raise ConfigError("Training needs data.", key="data", expected="a file or a hub id", actual="none given")
-        self._check_length(training_options(task))
-        row |= self._steps(task)
+        self._check_length(training_options(job))
+        row |= self._steps(job)
         if self._model is None:
             return row
         groups = None
-        if task.command != "fft":
-            groups = self._groups(task, self._model)
-            row["layers"] = _layers_text(task, groups)
-        if groups is not None and not _is_fast(task):
+        if job.command != "fft":
+            groups = self._groups(job, self._model)
+            row["layers"] = _layers_text(job, groups)
+        if groups is not None and not _is_fast(job):
             layers = max(groups, key=len)
-            options = task.recipe.mask_train
+            options = job.recipe.mask_train
             masked = [target for target in self._model.projections if target.layer in layers]
-            self._note_mask(task, _chosen(masked, options), row["layers"])
-        self._note_training_memory(task, self._model, groups)
+            self._note_mask(job, _chosen(masked, options), row["layers"])
+        self._note_training_memory(job, self._model, groups)
         return row
 
-    def evaluation(self, task: Task) -> None:
+    def evaluation(self, job: Job) -> None:
         """Stores the memory estimate of an evaluation.
 
         Raises:
             MftError: The model cannot run without data.
         """
-        recipe = task.recipe
+        recipe = job.recipe
         if self._model is None or recipe.eval.engine != "hf" or recipe.eval.predictions is not None:
             return
-        memory = self._command_memory(task, self._model)
+        memory = self._command_memory(job, self._model)
         memory.asked = self._asked(recipe)
         generation, batches = memory.generation(recipe), memory.asked.batches
         if recipe.eval.tasks:
             self._findings.skip(
-                f"{task.name}: length of benchmark prompts, assumed to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
+                f"{job.name}: length of benchmark prompts, assumed to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
             )
         largest = {"records": 1, "length_tokens": 0} if batches is None else asdict(batches)
         if generation is not None:
             tokens = generation.prompt_tokens + generation.new_tokens
             largest |= {"records": generation.records, "length_tokens": tokens}
-        self._note_memory(task, memory, largest)
+        self._note_memory(job, memory, largest)
 
     def _asked(self, recipe: Recipe) -> Asked:
         """The work of an evaluation on the test data."""
@@ -141,21 +141,21 @@ class StageFigures:
         room = default_max_new_tokens(encoded, longest_prompt_tokens=prompt_tokens, limit_tokens=limit)
         return Asked(batches, Generation(prompt_tokens, room))
 
-    def _steps(self, task: Task) -> dict[str, Any]:
-        options = training_options(task)
-        train = self._learned_from(task)
-        share = task.recipe.probe.data_fraction if task.command == "probe" else options.data_fraction
+    def _steps(self, job: Job) -> dict[str, Any]:
+        options = training_options(job)
+        train = self._learned_from(job)
+        share = job.recipe.probe.data_fraction if job.command == "probe" else options.data_fraction
         records = max(1, int(len(train) * share + 0.5)) if share < 1 else len(train)
         if records == 0:
             return {}
         runs = 1
-        if task.command == "probe" and self._model is not None:
-            runs = len(self._groups(task, self._model))
-        learns = task.command == "fft" or (task.recipe.mask_train.method == "learned" and not _is_fast(task))
+        if job.command == "probe" and self._model is not None:
+            runs = len(self._groups(job, self._model))
+        learns = job.command == "fft" or (job.recipe.mask_train.method == "learned" and not _is_fast(job))
         steps = total_steps(records, options) * runs if learns else 0
         step_records = min(records_per_step(options), records)
         figures = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
-        tokens = self._data.tokens(task.recipe, options.max_length_tokens)
+        tokens = self._data.tokens(job.recipe, options.max_length_tokens)
         if tokens is None:
             return figures
         mean_tokens = sum(len(record.input_ids) for record in tokens.train) / len(tokens.train)
@@ -166,14 +166,14 @@ class StageFigures:
             "tokens": round(mean_tokens * total),
         }
 
-    def _learned_from(self, task: Task) -> Sequence[Example]:
+    def _learned_from(self, job: Job) -> Sequence[Example]:
         """The records that a stage may learn from; a mask may exclude those seen by earlier fine-tuning."""
-        train = self._data.parts(task.recipe).train
-        learn_from = task.recipe.mask_train.learn_from
-        if task.command == "fft" or learn_from == "all":
+        train = self._data.parts(job.recipe).train
+        learn_from = job.recipe.mask_train.learn_from
+        if job.command == "fft" or learn_from == "all":
             return train
         seen: set[str] = set()
-        before = task.after
+        before = job.after
         while before is not None:
             if before.command == "fft":
                 known, share = self._data.parts(before.recipe).train, before.recipe.fft.data_fraction
@@ -181,21 +181,21 @@ class StageFigures:
             before = before.after
         return records_to_learn_from(train, frozenset(seen), learn_from)
 
-    def _groups(self, task: Task, model: CheckedModel) -> list[list[int]]:
+    def _groups(self, job: Job, model: CheckedModel) -> list[list[int]]:
         """The layers to mask: a single choice, or all groups that a probe tries."""
         count = model.layer_count
-        probe = task if task.command == "probe" else task.layers_from
+        probe = job if job.command == "probe" else job.layers_from
         if probe is None:
-            return [parse_layers(task.recipe.mask_train.layers or "all", count)]
+            return [parse_layers(job.recipe.mask_train.layers or "all", count)]
         wanted = parse_layers(probe.recipe.probe.layers or "all", count)
         return layer_groups(count, probe.recipe.probe.groups, wanted)
 
-    def _note_mask(self, task: Task, targets: Sequence[MaskTarget], layers: str) -> None:
-        tensors = masked_tensors(targets, task.recipe.mask_train)
+    def _note_mask(self, job: Job, targets: Sequence[MaskTarget], layers: str) -> None:
+        tensors = masked_tensors(targets, job.recipe.mask_train)
         counted = [tensor.removed for tensor in tensors if tensor.removed is not None]
         sizes = [tensor.deflate_bytes for tensor in tensors if tensor.deflate_bytes is not None]
         whole = len(counted) == len(tensors)
-        self.masks[task.name] = {
+        self.masks[job.name] = {
             "layers": layers,
             "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in tensors],
             "weights": sum(tensor.weights for tensor in tensors),
@@ -204,39 +204,39 @@ class StageFigures:
             "deflate_bytes": sum(sizes) if whole else None,
         }
 
-    def _note_training_memory(self, task: Task, model: CheckedModel, groups: Sequence[Sequence[int]] | None) -> None:
-        memory = self._command_memory(task, model)
-        if task.command == "mask-train" and task.layers_from is not None and groups is not None:
+    def _note_training_memory(self, job: Job, model: CheckedModel, groups: Sequence[Sequence[int]] | None) -> None:
+        memory = self._command_memory(job, model)
+        if job.command == "mask-train" and job.layers_from is not None and groups is not None:
             memory.layers = max(groups, key=len)
-        tokens = self._data.tokens(task.recipe, training_options(task).max_length_tokens)
+        tokens = self._data.tokens(job.recipe, training_options(job).max_length_tokens)
         if tokens is not None:
             memory.train, memory.validation = tokens.train, tokens.validation
-        self._note_memory(task, memory, asdict(memory.batches(task.recipe)))
+        self._note_memory(job, memory, asdict(memory.batches(job.recipe)))
 
-    def _command_memory(self, task: Task, model: CheckedModel) -> CommandMemory:
+    def _command_memory(self, job: Job, model: CheckedModel) -> CommandMemory:
         return CommandMemory(
-            task.command,
+            job.command,
             model.config,
             model.layer_count,
             self._device,
-            seed=task.seed,
+            seed=job.seed,
             process_bytes=self._process_bytes,
             known=self._known,
         )
 
-    def _note_memory(self, task: Task, memory: CommandMemory, largest: Mapping[str, Any]) -> None:
+    def _note_memory(self, job: Job, memory: CommandMemory, largest: Mapping[str, Any]) -> None:
         """Stores an estimate with the available memory and, if it does not fit, the options with which it would."""
-        found = memory.estimate(task.recipe)
-        row = {"stage": task.name, **largest, **asdict(found)}
+        found = memory.estimate(job.recipe)
+        row = {"stage": job.name, **largest, **asdict(found)}
         free = self._device.free_bytes
         if free is not None:
             verdict = judge(found.peak_bytes, free)
-            smaller = None if verdict is Verdict.FITS else memory.smaller(task.recipe, free)
+            smaller = None if verdict is Verdict.FITS else memory.smaller(job.recipe, free)
             options = None if smaller is None else smaller.sets if self._staged else smaller.flags
             row |= {"free_bytes": free, "fits": verdict.value, "options": options}
             if verdict is not Verdict.FITS:
                 tell = self._findings.problem if verdict is Verdict.NO else self._findings.warn
-                tell(f"{task.name}: {_room_text(found.peak_bytes, free, verdict, options)}")
+                tell(f"{job.name}: {_room_text(found.peak_bytes, free, verdict, options)}")
         self.memory.append(row)
 
     def _check_length(self, options: TrainingOptions) -> None:
@@ -250,18 +250,18 @@ class StageFigures:
             )
 
 
-def _is_fast(task: Task) -> bool:
-    """Whether the task is a probe that computes gradients without training."""
-    return task.command == "probe" and task.recipe.probe.fast
+def _is_fast(job: Job) -> bool:
+    """Whether the job is a probe that computes gradients without training."""
+    return job.command == "probe" and job.recipe.probe.fast
 
 
-def training_options(task: Task) -> FftOptions | MaskTrainOptions:
+def training_options(job: Job) -> FftOptions | MaskTrainOptions:
     """The options that a training stage uses."""
-    if task.command == "fft":
-        return task.recipe.fft
-    options = task.recipe.mask_train
-    if task.command == "probe" and task.recipe.probe.epochs is not None:
-        return options.model_copy(update={"epochs": task.recipe.probe.epochs})
+    if job.command == "fft":
+        return job.recipe.fft
+    options = job.recipe.mask_train
+    if job.command == "probe" and job.recipe.probe.epochs is not None:
+        return options.model_copy(update={"epochs": job.recipe.probe.epochs})
     return options
 
 
@@ -275,14 +275,14 @@ def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[Ma
     ]
 
 
-def _layers_text(task: Task, groups: Sequence[Sequence[int]]) -> str:
+def _layers_text(job: Job, groups: Sequence[Sequence[int]]) -> str:
     if len(groups) == 1:
         return format_layers(groups[0])
-    return f"{len(groups)} groups" if task.command == "probe" else f"{len(max(groups, key=len))} of a probe"
+    return f"{len(groups)} groups" if job.command == "probe" else f"{len(max(groups, key=len))} of a probe"
 
 
-def _check_drop(task: Task) -> None:
-    if task.recipe.mask_train.base is None and task.after is None:
+def _check_drop(job: Job) -> None:
+    if job.recipe.mask_train.base is None and job.after is None:
         raise ConfigError(
             "drop needs the model before fine-tuning.",
             key="mask_train.base",

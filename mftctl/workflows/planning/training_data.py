@@ -19,7 +19,7 @@ from mftctl.data.splits import split_validation
 from mftctl.errors import DataError, MftError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import added_system_text, no_end_text
-from mftctl.workflows.planning.problem_list import Findings, describe
+from mftctl.workflows.planning.problem_list import ProblemList, describe
 
 MOST_TOKENIZED = 5_000
 """Maximum records to tokenise per part; larger data is sampled at even intervals."""
@@ -60,7 +60,7 @@ class DataCheck:
         findings: Receives problems with files and records.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, findings: ProblemList) -> None:
         self._tokenizer = tokenizer
         self._findings = findings
         self._parts: dict[str, Parts] = {}
@@ -141,7 +141,7 @@ class DataCheck:
         return Tokens(train, validation) if train and validation else None
 
 
-def read_parts(recipe: Recipe, findings: Findings) -> Parts:
+def read_parts(recipe: Recipe, findings: ProblemList) -> Parts:
     """Reads the records of all data files; each unreadable file is reported as a problem."""
     issues = {"data": RecordIssues(), "test_data": RecordIssues()}
     train = _read("data", recipe.data, recipe.seed, issues["data"], findings)
@@ -166,7 +166,7 @@ def tokenize(
     encoder: Encoder,
     max_length_tokens: int,
     issues: RecordIssues,
-    findings: Findings,
+    findings: ProblemList,
 ) -> EncodedRecords:
     """Returns the encoded records.
 
@@ -189,7 +189,7 @@ def tokenize(
 
 
 def report_issues(
-    key: str, issues: RecordIssues, bad_records: BadRecords, max_length_tokens: int, findings: Findings
+    key: str, issues: RecordIssues, bad_records: BadRecords, max_length_tokens: int, findings: ProblemList
 ) -> None:
     """Adds issues that would stop training as a problem, and the others as warnings.
 
@@ -224,7 +224,7 @@ def token_counts(encoded: Sequence[Encoded]) -> dict[str, int | float]:
 
 
 def _read(
-    key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssues, findings: Findings
+    key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssues, findings: ProblemList
 ) -> list[Example]:
     examples: list[Example] = []
     for source in sources:
@@ -235,7 +235,7 @@ def _read(
     return examples
 
 
-def _check_overlap(key: str, train: Sequence[Example], other: Sequence[Example], findings: Findings) -> None:
+def _check_overlap(key: str, train: Sequence[Example], other: Sequence[Example], findings: ProblemList) -> None:
     known = {_question(example) for example in train}
     shared = sum(_question(example) in known for example in other)
     if shared:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.device_selection import selection_workspace_bytes
 from mftctl.masking.layers import attach_masks, keep_no_products, masked_layers
-from mftctl.masking.rule import Indicator
+from mftctl.masking.rule import MaskRule
 from mftctl.masking.selection import Cut, rank
 from mftctl.masking.targets import MaskTarget, find_targets
 from mftctl.training.schedule import accumulates
@@ -166,12 +166,12 @@ def attach_without_data(
     model: PreTrainedModel,
     targets: Sequence[MaskTarget],
     dtype: torch.dtype = torch.float32,
-    indicator: Indicator | None = None,
+    indicator: MaskRule | None = None,
     *,
     on_gpu: bool = False,
 ) -> None:
     """Attaches masks to a model without data, where scores cannot be compared."""
-    indicator = indicator or Indicator()
+    indicator = indicator or MaskRule()
     scores = {target.name: torch.empty(target.weight.shape, dtype=dtype) for target in targets}
     attach_masks(model, targets, scores, indicator)
     kind = _OnGpu if on_gpu else _OnCpu
@@ -179,7 +179,7 @@ def attach_without_data(
         module.indicator = kind(indicator.ratio, indicator.threshold, indicator.ranking)
 
 
-class _OnCpu(Indicator):
+class _OnCpu(MaskRule):
     """Makes the allocations of mask selection without comparing any scores."""
 
     __slots__ = ()
@@ -210,11 +210,11 @@ class _OnGpu(_OnCpu):
         torch.empty(selection_workspace_bytes(entries, entries, ranked.element_size()), dtype=torch.uint8)
 
 
-def _indicator(options: MaskTrainOptions) -> Indicator:
+def _indicator(options: MaskTrainOptions) -> MaskRule:
     """The mask rule of all targets, as far as memory depends on it."""
     if options.threshold is not None:
-        return Indicator(None, options.threshold, options.ranking)
-    return Indicator(ranking=options.ranking)
+        return MaskRule(None, options.threshold, options.ranking)
+    return MaskRule(ranking=options.ranking)
 
 
 def _repeats(options: TrainingOptions) -> tuple[bool, bool]:

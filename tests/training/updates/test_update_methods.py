@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mftctl.errors import Interrupted, ModelError
 from mftctl.experiments.measured_lines import MetricsLine
-from mftctl.experiments.model_source import Source, source_of_run
+from mftctl.experiments.model_source import ModelSource, source_of_run
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.checkpoints.load import load_model
@@ -238,4 +238,4 @@ def test_cosine_schedule_ends_at_zero(workspace: Path, tmp_path: Path) -> None:
 def test_a_part_of_the_data_is_used(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path, fft__data_fraction=0.25, fft__max_steps=2)
     assert run.record.inputs["train_records"] == 12
-    assert Source(run.record.inputs["model"]).state == "pre-trained"
+    assert ModelSource(run.record.inputs["model"]).state == "pre-trained"
