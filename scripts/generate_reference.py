@@ -120,7 +120,7 @@ def recipe_keys_page() -> str:
         f"{', '.join(f'`{field.name}`' for field in fields(DataSource))}. [Recipes](../guides/recipes.md) explains "
         "stages, sweeps and `extends`.\n"
     ]
-    sections = {name: info.annotation for name, info in Recipe.model_fields.items() if _is_section(info.annotation)}
+    sections = dict(_sections())
     shared = {name: info for name, info in Recipe.model_fields.items() if name not in sections}
     parts.append(_keys("Shared keys", "", shared))
     for name, section in sections.items():
@@ -143,8 +143,11 @@ def _first_paragraph(model: type[BaseModel]) -> str:
     return " ".join((model.__doc__ or "").strip().split("\n\n")[0].split())
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _sections() -> Iterator[tuple[str, type[BaseModel]]]:
+    """The sections of a recipe, one per command, by name."""
+    for name, info in Recipe.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield name, info.annotation
 
 
 def _type(annotation: Any) -> str:
