@@ -41,8 +41,8 @@ Which command fits which GPU. **These are estimates, not measured on a GPU**, fr
 validate` and the commands themselves use. [Memory](../guides/memory.md) explains the options.
 
 The models have the shapes of Llama 3.2 1B and 3B, Llama 3.1 8B and 70B, and Llama 2 13B. Options are the defaults.
-Batches hold 8 records of {LENGTH_TOKENS:,} tokens, all of them learned, which is the maximum. `eval` answers one question
-of {LENGTH_TOKENS:,} tokens with as many. 0.5 GB of each GPU are reserved for CUDA, and 5 % are left free.
+Batches hold 8 records of {LENGTH_TOKENS:,} tokens, all of them learned, which is the maximum. `eval` answers one
+question of {LENGTH_TOKENS:,} tokens with as many. 0.5 GB of each GPU are reserved for CUDA, and 5 % are left free.
 
 *yes* means that the command fits with its default options. Otherwise the cell names the smallest set of options with
 which it fits; *no* means that no set is sufficient. For `probe` and `mask-train`, fewer layers come last.
