@@ -60,12 +60,11 @@ PARSED = {
 def blocks(page: str, language: str) -> list[tuple[str, str]]:
     """The blocks of a page in a language, each with the heading above it."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    found = re.findall(rf"^#+ (.+)$|^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     heading, blocks = "", []
-    for title, block in found:
+    for title, written_in, block in re.findall(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
         if title:
             heading = title
-        else:
+        elif written_in == language:
             blocks.append((heading, block))
     return blocks
 
