@@ -16,7 +16,7 @@ FEW = {
     "eval.limit": 4,
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def run(name: str, folder: Path) -> nbformat.NotebookNode:
     notebook = nbformat.read(FOLDER / name, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = f"settings = {[part for key, value in FEW.items() for part in ('--set', f'{key}={value}')]}"
-    return NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}}).execute()
+    return NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 def outputs(notebook: nbformat.NotebookNode) -> str:
