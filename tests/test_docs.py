@@ -15,7 +15,7 @@ import pytest
 from typer.main import get_command
 
 from mftctl.cli.app import build_app, load_command
-from mftctl.recipe_files import built_in_names, load_recipe
+from mftctl.recipe_files import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -155,11 +155,6 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
         targets = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
         new |= {target for target in targets if target.suffix == ".md" and target.is_file()} - reached
     assert set(PAGES) - reached <= {ROOT / "docs" / "index.md"}
-
-
-def test_every_built_in_recipe_is_listed() -> None:
-    page = text_of(ROOT / "recipes" / "README.md")
-    assert [name for name in built_in_names() if f"| `{name}` |" not in page] == []
 
 
 @pytest.mark.parametrize("name", ["command-line.md", "recipe-keys.md"])
