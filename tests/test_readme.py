@@ -1,4 +1,4 @@
-"""Every mftctl command of the README runs, on small inputs and with few steps; its recipe and its Python run too."""
+"""The commands of the README and of the guides run, on small inputs and with few steps; recipes and Python run too."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mftctl import __version__
 from mftctl.experiments.recipe_files import load_recipe
@@ -19,7 +20,6 @@ from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEW_STEPS = ("--set", "fft.max_steps=2", "--set", "mask_train.max_steps=2")
 FEW_RECORDS = ("--set", "val_data=quickstart/validation=8", "--set", "eval.limit=4")
 SHORTER = {
@@ -29,21 +29,67 @@ SHORTER = {
     "eval": ("--limit", 2),
     "run": (*FEW_STEPS, *FEW_RECORDS),
 }
+RUN = {
+    "README.md": ("Install and try it", "On your own model"),
+    "docs/quickstart.md": ("Step by step", "As one experiment"),
+    "docs/guides/own-model.md": (
+        "1. Fine-tune",
+        "2. Choose",
+        "3. Learn",
+        "4. Apply",
+        "5. Measure",
+        "On your own model",
+    ),
+    "docs/guides/benchmarks.md": ("Benchmarks", "During training"),
+    "docs/guides/methods.md": ("Fine-tuning", "Masks", "Inspect"),
+    "docs/guides/recipes.md": ("Check before you train",),
+    "docs/guides/report.md": ("Report",),
+}
+"""Where the blocks are whose commands run here, by the beginning of their headings."""
+PARSED = {
+    "docs/guides/data.md": ("Data and chat templates",),
+    "docs/guides/memory.md": ("Memory",),
+    "docs/guides/methods.md": ("Choosing layers",),
+    "docs/guides/multi-gpu.md": ("Several GPUs",),
+    "docs/guides/recipes.md": ("Recipes",),
+    "docs/reference/differences.md": ("Differences",),
+}
+"""Blocks whose commands `test_docs.py` parses alone: they want a GPU, a hub, or what another block runs already."""
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: str, language: str) -> list[tuple[str, str]]:
+    """The blocks of a page in a language, each with the heading above it."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    heading, blocks = "", []
+    for title, written_in, block in re.findall(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        if title:
+            heading = title
+        elif written_in == language:
+            blocks.append((heading, block))
+    return blocks
+
+
+def block(page: str, heading: str, language: str = "console") -> str:
+    """The one block under a heading that begins so; of commands that with those of mftctl."""
+    (found,) = [
+        text
+        for title, text in blocks(page, language)
+        if title.startswith(heading) and (language != "console" or "mftctl " in text)
+    ]
+    return found
 
 
 def commands(block: str) -> list[list[str]]:
-    return [re.sub(r"\s+#.*", "", line).split() for line in re.findall(r"mftctl ([a-z].*)", block)]
-
-
-CONSOLE = [block for block in blocks("console") if "mftctl " in block]
+    return [shlex.split(line, comments=True) for line in re.findall(r"mftctl ([a-z].*)", block)]
 
 
 def test_every_block_is_known() -> None:
-    assert len(CONSOLE) == 7, "a new block of commands needs a test here"
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in (path.relative_to(ROOT).as_posix() for path in pages):
+        known = (*RUN.get(page, ()), *PARSED.get(page, ()))
+        titles = [title for title, text in blocks(page, "console") if commands(text)]
+        assert [title for title in titles if not title.startswith(known)] == [], f"{page}: run it here"
+        assert [start for start in known if not any(title.startswith(start) for title in titles)] == [], page
 
 
 @pytest.fixture
@@ -77,28 +123,44 @@ def write_benchmarks(folder: Path) -> None:
 
 
 def test_the_run_command(here: CommandLine) -> None:
-    run_all(here, CONSOLE[0])
+    assert commands(block("README.md", "Install")) == commands(block("docs/quickstart.md", "As one experiment"))
+    run_all(here, block("README.md", "Install"))
     report = (here.folder / "report" / "report.md").read_text()
     assert all(state in report for state in ("pre-trained", "FFT", "continued FFT", "random mask", "MFT"))
 
 
 def test_the_bare_commands_in_an_empty_folder(here: CommandLine) -> None:
-    run_all(here, CONSOLE[1], *FEW_RECORDS)
+    run_all(here, block("docs/quickstart.md", "Step by step"), *FEW_RECORDS)
     assert (here.folder / "mask.bits").is_file()
 
 
-def test_the_commands_on_ones_own_model(here: CommandLine) -> None:
+@pytest.fixture
+def own(here: CommandLine) -> CommandLine:
+    """A folder with a model and data of one's own."""
     build_llama(max_position_embeddings=8192).save_pretrained(here.folder / "my-model")
     build_tokenizer().save_pretrained(here.folder / "my-model")
     for name in ("train", "test", "gsm8k-test"):
         write_additions(here.folder / f"{name}.jsonl", 60, seed=len(name))
-    run_all(here, CONSOLE[2])
-    assert (here.folder / "better" / "model.safetensors").is_file()
-    write_benchmarks(here.folder)
-    run_all(here, CONSOLE[3])
-    run_all(here, CONSOLE[5])
-    assert (here.folder / "dropped" / "model.safetensors").is_file()
-    assert (here.folder / "imported.bits").is_file()
+    return here
+
+
+def test_the_six_commands_on_ones_own_model(own: CommandLine) -> None:
+    run_all(own, block("README.md", "On your own model"))
+    assert (own.folder / "better" / "model.safetensors").is_file()
+    assert (own.folder / "report" / "index.html").is_file()
+
+
+def test_the_guides_on_ones_own_model(own: CommandLine) -> None:
+    for heading in RUN["docs/guides/own-model.md"]:
+        run_all(own, block("docs/guides/own-model.md", heading))
+    assert (own.folder / "better" / "model.safetensors").is_file()
+    write_benchmarks(own.folder)
+    for heading in RUN["docs/guides/benchmarks.md"]:
+        run_all(own, block("docs/guides/benchmarks.md", heading))
+    for heading in RUN["docs/guides/methods.md"]:
+        run_all(own, block("docs/guides/methods.md", heading))
+    assert (own.folder / "dropped" / "model.safetensors").is_file()
+    assert (own.folder / "imported.bits").is_file()
 
 
 def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +172,7 @@ def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.Monke
     assert here("fft", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0
     assert here("mask-train", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0
     assert here("eval", "runs/001-fft/model", "--limit", 4).code == 0
-    run_all(here, CONSOLE[4])
+    run_all(here, block("docs/guides/report.md", "Report"))
     figures = {path.name for path in (here.folder / "report" / "figures").iterdir()}
     assert any(name.startswith("loss-surface") for name in figures)
     [surface] = [run for run in list_runs(Path("runs"))[0] if run.record.command == "surface"]
@@ -123,40 +185,59 @@ def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.Monke
 
 
 def test_the_commands_that_only_look(here: CommandLine) -> None:
-    run_all(here, CONSOLE[6])
+    run_all(here, block("docs/guides/recipes.md", "Check before you train"))
     assert not (here.folder / "runs").exists()
 
 
 def test_the_recipe_is_one(tmp_path: Path) -> None:
-    (block,) = blocks("yaml")
-    (tmp_path / "recipe.yaml").write_text(block)
+    (tmp_path / "recipe.yaml").write_text(block("docs/guides/recipes.md", "Recipes", "yaml"))
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
     assert set(recipe.stages) == {"fft", "mft", "results"}
     assert recipe.fft.learning_rate == 2e-5
 
 
-def test_the_python_runs(here: CommandLine, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/reference/python.md"])
+def test_the_python_runs(here: CommandLine, workspace: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(workspace / "tiny", here.folder / "tiny")
-    # The README masks layer 4, which the tiny model has as its fourth: the same name is asked of a mask of layer 3.
+    # The pages mask layer 4, which the tiny model has as its fourth: the same name is asked of a mask of layer 3.
     masked = here("mask-train", "-m", "tiny", "-d", workspace / "train.jsonl", "--method", "random", "--layers", "all")
     assert masked.code == 0, masked.stderr
-    (block,) = blocks("python")
     model = AutoModelForCausalLM.from_pretrained(here.folder / "tiny")
     monkeypatch.chdir(here.folder)
     names = {"model": model}
-    exec(block.replace("layers.4.", "layers.3."), names)
+    for _, python in blocks(page, "python"):
+        exec(python.replace("layers.4.", "layers.3."), names)
     assert (model.get_parameter("model.layers.3.mlp.up_proj.weight")[~names["keep"]] == 0).all()
     assert (here.folder / "copy.bits").is_file()
 
 
 def test_ci_runs_the_test_command() -> None:
-    (line,) = re.findall(r"<!-- test command -->\n```console\n(.*?)\n```", README)
-    assert line.endswith("scripts/check")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"<!-- test command -->\n```console\n(.*?)\n```", readme)
+    assert line == "scripts/test"
     assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / "scripts" / "test").read_text().rstrip().endswith("scripts/check")
     check = (ROOT / "scripts" / "check").read_text().split()
-    assert {"ruff", "mypy", "pytest"} <= set(check)
+    assert {"ruff", "mypy", "mkdocs", "pytest"} <= set(check)
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    (job,) = workflow["jobs"].values()
+    supported = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert job["strategy"]["matrix"]["python-version"] == supported
+    assert job["steps"][-1] == {"run": ".ci/run"}
+
+
+def test_issue_forms_ask_for_the_environment() -> None:
+    forms = [path for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml") if path.name != "config.yml"]
+    assert len(forms) == 3
+    for form in forms:
+        fields = {field.get("id"): field for field in yaml.safe_load(form.read_text(encoding="utf-8"))["body"]}
+        assert "mftctl env" in fields["env"]["attributes"]["description"]
+        assert fields["env"]["validations"]["required"] is True
 
 
 def test_changelog_begins_with_this_version() -> None:

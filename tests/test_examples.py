@@ -1,0 +1,70 @@
+"""The notebooks in examples/ run from top to bottom, with few steps and few records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "examples"
+FEW = {
+    "fft.max_steps": 2,
+    "mask_train.max_steps": 2,
+    "val_data": "quickstart/validation=8",
+    "eval.limit": 4,
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both notebooks run: the second reads what the first leaves."""
+    return tmp_path_factory.mktemp("examples")
+
+
+def run(name: str, folder: Path) -> nbformat.NotebookNode:
+    """A notebook with its outputs; the cell of its parameters asks for little."""
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters.source = f"settings = {[part for key, value in FEW.items() for part in ('--set', f'{key}={value}')]}"
+    return NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
+
+
+def outputs(notebook: nbformat.NotebookNode) -> str:
+    """The text that all cells print or show."""
+    found = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return "\n".join(
+        output.text
+        if output.output_type == "stream"
+        else output.get("data", {}).get("text/markdown", "") or output.get("data", {}).get("text/plain", "")
+        for output in found
+    )
+
+
+def test_a_mask_in_ten_minutes(folder: Path) -> None:
+    shown = outputs(run("mask_in_ten_minutes.ipynb", folder))
+    assert (folder / "mask.bits").is_file()
+    assert (folder / "better" / "model.safetensors").is_file()
+    assert "of the masked weights are removed" in shown
+    assert "| FFT |" in shown
+    assert "| MFT |" in shown
+
+
+def test_a_report_in_pandas(folder: Path) -> None:
+    """After the notebook above, or alone on an experiment of its own."""
+    shown = outputs(run("report_in_pandas.ipynb", folder))
+    assert "change" in shown
+    assert "tokens_per_second" in shown
+    assert "exact-match-on-quickstart-test-quickstart" in shown
+    assert "001-fft" in shown or "001-eval" in shown
+
+
+def test_notebooks_are_committed_with_parameters_that_change_nothing() -> None:
+    for path in FOLDER.glob("*.ipynb"):
+        notebook = nbformat.read(path, as_version=4)
+        nbformat.validate(notebook)
+        (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+        assert "settings: list[str] = []" in parameters.source
