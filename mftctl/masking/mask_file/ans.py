@@ -2,7 +2,7 @@
 
 The bytes of a packed mask are coded as symbols of one fixed model, in which each bit is zero with a probability equal
 to the share of zero bits in the whole tensor. The model uses only integers, so a payload is the same on every machine;
-its layout is defined in `bits.py`.
+docs/reference/mask-file-format.md defines its layout.
 """
 
 from __future__ import annotations

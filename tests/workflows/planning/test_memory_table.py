@@ -1,4 +1,4 @@
-"""The table of docs/memory.md is what the planning code says today; one model stands for the others."""
+"""The table of docs/reference/memory-table.md is what the planning code says today; one model stands for the others."""
 
 from __future__ import annotations
 
