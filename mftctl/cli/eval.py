@@ -109,7 +109,7 @@ def evaluate(
         bool | None, opt.setting(EvalOptions, "generate", "--generate/--no-generate", panel="Measuring")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the outputs of an interrupted evaluation of the same.")
+        bool, typer.Option("--resume", help="Resume an interrupted evaluation of the same model, reusing its outputs.")
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Also repeat measurements that already exist.")] = False,
     processes: opt.Processes = None,

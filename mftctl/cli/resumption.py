@@ -81,7 +81,7 @@ def with_same_step_records(recipe: Recipe, run: Run, processes: int) -> Recipe:
         processes: Those that continue it.
 
     Raises:
-        ConfigError: With so many processes no accumulation gives that.
+        ConfigError: No accumulation achieves that with this number of processes.
     """
     section = "fft" if run.record.command == "fft" else "mask_train"
     options = recipe.fft if run.record.command == "fft" else recipe.mask_train
