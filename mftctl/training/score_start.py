@@ -15,7 +15,8 @@ from mftctl.masking.targets import MaskTarget
 from mftctl.training.schedule import schedule_factors
 
 _RATE_FACTOR = 4.0
-"""Only scores that reach the threshold change the mask, so scores tolerate a larger rate than weights (README)."""
+"""Only scores that reach the threshold change the mask, so scores tolerate a larger rate than weights
+(docs/results/findings.md)."""
 
 
 @dataclass(frozen=True, slots=True)
