@@ -45,14 +45,16 @@ class Efficiency:
     runs: tuple[str, ...]
 
 
-def efficiencies(runs: Sequence[Run], problems: list[str]) -> list[Efficiency]:
+def efficiencies(runs: Sequence[Run]) -> tuple[list[Efficiency], list[str]]:
     """One entry per state that was trained in steps, in the order of the papers' tables.
 
     Uses the latest training of each stage and seed. Speeds exclude the first step, which includes warm-up work.
 
     Args:
         runs: The runs of a runs folder, oldest first.
-        problems: Receives one line per training that cannot be used.
+
+    Returns:
+        The entries, and one line per training that cannot be used.
 
     Source: GMT, table 3.
     """
@@ -63,13 +65,15 @@ def efficiencies(runs: Sequence[Run], problems: list[str]) -> list[Efficiency]:
             maker = (record.recipe or "", record.stage or ("" if record.recipe else run.name))
             key = (str(record.inputs.get("origin")), result.state, maker)
             newest.setdefault(key, {})[int(record.config.get("seed", 0))] = run
-    found = []
+    found, problems = [], []
     for (origin, state, maker), by_seed in newest.items():
         makers = [other for model, name, other in newest if (model, name) == (origin, state)]
-        measured = _measured(list(by_seed.values()), problems)
+        measured, unreadable = _measured(list(by_seed.values()))
+        problems += unreadable
         if measured:
             found.append((place_of(state), _efficiency(origin, state_label(state, maker, makers), measured)))
-    return [item for _, item in sorted(found, key=lambda pair: (pair[1].origin, pair[0], pair[1].state))]
+    found.sort(key=lambda pair: (pair[1].origin, pair[0], pair[1].state))
+    return [item for _, item in found], problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +86,9 @@ class _Timed:
     tokens_per_second: float
 
 
-def _measured(runs: Sequence[Run], problems: list[str]) -> list[_Timed]:
-    """Training runs with timed steps, each with its rates."""
-    found = []
+def _measured(runs: Sequence[Run]) -> tuple[list[_Timed], list[str]]:
+    """Training runs with timed steps, each with its rates, and one line per run that cannot be read."""
+    found, problems = [], []
     for run in runs:
         try:
             timed = _timed(run)
@@ -93,7 +97,7 @@ def _measured(runs: Sequence[Run], problems: list[str]) -> list[_Timed]:
             continue
         if timed is not None:
             found.append(timed)
-    return found
+    return found, problems
 
 
 def _timed(run: Run) -> _Timed | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mftctl.errors import RunError
@@ -93,22 +94,12 @@ def make_report(root: Path, listener: Listener) -> Report:
         RunError: There are no runs, or none with results yet.
     """
     runs, errors = list_runs(root)
-    problems = [told(error, str(error.path)) for error in errors]
     by_name = {run.name: run for run in runs}
-    tables = [_with_flags(table, by_name) for table in metric_tables(runs, problems, listener)]
-    efficiency = efficiencies(runs, problems)
-    makers: list[Callable[[], list[Figure]]] = [
-        lambda: curve_figures(runs, problems),
-        lambda: probe_figures(runs, problems),
-        lambda: sweep_figures(tables, runs, problems),
-        lambda: removal_figures(runs, problems),
-        lambda: surface_figures(runs, problems),
-    ]
-    figures: list[Figure] = []
-    for done, make in enumerate(makers):
-        listener.progress(Progress(TASK, done, len(makers)))
-        figures += make()
-    listener.progress(Progress(TASK, len(makers), len(makers)))
+    compared, left_out = metric_tables(runs, listener)
+    tables = [_with_flags(table, by_name) for table in compared]
+    efficiency, untimed = efficiencies(runs)
+    figures, undrawn = _figures(tables, runs, listener)
+    problems = [*(told(error, str(error.path)) for error in errors), *left_out, *untimed, *undrawn]
     unfinished = _unfinished(runs)
     if not tables and not efficiency and not figures:
         raise RunError(
@@ -121,18 +112,37 @@ def make_report(root: Path, listener: Listener) -> Report:
     named = [name for table in tables for row in table.rows for name in row.runs]
     named += [name for item in efficiency for name in item.runs]
     named += [name for figure in figures for name in figure.runs]
-    sources = tuple(_source(run, problems) for run in _with_makers(named, runs, by_name))
+    sources, irreproducible = _sources(_with_makers(named, runs, by_name))
     return Report(
         root=root,
         tables=tuple(tables),
         overviews=tuple(overviews(tables)),
         efficiency=tuple(efficiency),
         figures=tuple(figures),
-        sources=sources,
+        sources=tuple(sources),
         unfinished=unfinished,
-        problems=tuple(dict.fromkeys(problems)),
+        problems=tuple(dict.fromkeys([*problems, *irreproducible])),
         advice=next_step(tables, runs),
     )
+
+
+def _figures(tables: Sequence[MetricTable], runs: Sequence[Run], listener: Listener) -> tuple[list[Figure], list[str]]:
+    """All figures, and one line per run, mask or model that they leave out."""
+    makers = (
+        partial(curve_figures, runs),
+        partial(probe_figures, runs),
+        partial(sweep_figures, tables, runs),
+        partial(removal_figures, runs),
+        partial(surface_figures, runs),
+    )
+    figures, problems = [], []
+    for done, make in enumerate(makers):
+        listener.progress(Progress(TASK, done, len(makers)))
+        made, left_out = make()
+        figures += made
+        problems += left_out
+    listener.progress(Progress(TASK, len(makers), len(makers)))
+    return figures, problems
 
 
 def _with_flags(table: MetricTable, by_name: dict[str, Run]) -> MetricTable:
@@ -154,13 +164,21 @@ def _with_makers(names: Sequence[str], runs: Sequence[Run], by_name: dict[str, R
     return [run for run in runs if run.name in wanted]
 
 
-def _source(run: Run, problems: list[str]) -> RunSource:
+def _sources(runs: Sequence[Run]) -> tuple[list[RunSource], list[str]]:
+    """The runs with their commands, and one line per run whose command is unknown."""
+    sources, problems = [], []
+    for run in runs:
+        try:
+            command = reproduction(run)
+        except RunError as error:
+            problems.append(told(error, run.name))
+            command = f"# unknown: {error.message}"
+        sources.append(_source(run, command))
+    return sources, problems
+
+
+def _source(run: Run, command: str) -> RunSource:
     record = run.record
-    try:
-        command = reproduction(run)
-    except RunError as error:
-        problems.append(told(error, run.name))
-        command = f"# unknown: {error.message}"
     state = run.result(Outcome).state or record.inputs.get("state") or record.command
     made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")
     return RunSource(

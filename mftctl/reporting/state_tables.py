@@ -87,28 +87,17 @@ class MetricTable:
     is_benchmark: bool = False
 
 
-def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) -> list[MetricTable]:
+def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricTable], list[str]]:
     """One table per model, data set and metric; empty without a finished evaluation.
 
     Args:
         runs: The runs of a runs folder, oldest first.
-        problems: Receives one line per run that cannot be used.
         listener: Receives progress updates.
+
+    Returns:
+        The tables, and one line per run that cannot be used.
     """
-    by_name = {run.name: run for run in runs}
-    groups: dict[tuple[str, str, str], list[Measurement]] = {}
-    for run in runs:
-        if run.record.command != "eval" or run.record.status != "finished":
-            continue
-        try:
-            for item in measurements_of(run, by_name):
-                if item.is_number:
-                    groups.setdefault(item.key, []).append(item)
-                else:
-                    name = item.dataset.name
-                    problems.append(f"{run.name}: left out, since the {item.metric.name} on {name} is not a number")
-        except RunError as error:
-            problems.append(told(error, run.name))
+    groups, problems = _measured(runs)
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for (origin, _, _), group in groups.items():
         for item in group:
@@ -125,9 +114,31 @@ def metric_tables(runs: Sequence[Run], problems: list[str], listener: Listener) 
     tables = []
     for (origin, _, metric), group in groups.items():
         own = {state: found for (model, state), found in makers.items() if model == origin}
-        tables.append(_table(origin, metric, _newest(group), own, problems, advance))
+        table, unpaired = _table(origin, metric, _newest(group), own, advance)
+        tables.append(table)
+        problems += unpaired
     advance(total - done)
-    return _with_corrected_p_values(tables)
+    return _with_corrected_p_values(tables), problems
+
+
+def _measured(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Measurement]], list[str]]:
+    """Measurements by model, data set and metric, and one line per run or value that cannot be used."""
+    by_name = {run.name: run for run in runs}
+    groups: dict[tuple[str, str, str], list[Measurement]] = {}
+    problems = []
+    for run in runs:
+        if run.record.command != "eval" or run.record.status != "finished":
+            continue
+        try:
+            for item in measurements_of(run, by_name):
+                if item.is_number:
+                    groups.setdefault(item.key, []).append(item)
+                else:
+                    name = item.dataset.name
+                    problems.append(f"{run.name}: left out, since the {item.metric.name} on {name} is not a number")
+        except RunError as error:
+            problems.append(told(error, run.name))
+    return groups, problems
 
 
 def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]:
@@ -159,9 +170,9 @@ def _table(
     metric: str,
     measurements: Sequence[Measurement],
     makers: Mapping[str, Sequence[tuple[str, str]]],
-    problems: list[str],
     advance: Callable[[int], None],
-) -> MetricTable:
+) -> tuple[MetricTable, list[str]]:
+    """The table of one metric, and one line per state that cannot be paired with its baseline."""
     states: dict[tuple[str, tuple[str, str]], list[Measurement]] = {}
     for item in measurements:
         states.setdefault((item.state, item.maker), []).append(item)
@@ -174,7 +185,7 @@ def _table(
         domain = 0 if first.state == PRE_TRAINED else 1 + domains.index(first.trained_on)
         return domain, place_of(first.state), first.maker
 
-    rows = []
+    rows, problems = [], []
     for group in sorted(states.values(), key=order):
         state = group[0].state
         label = state_label(state, group[0].maker, makers[state])
@@ -188,7 +199,8 @@ def _table(
         rows.append(_row(label, group, changes, is_baseline=state == baseline))
         advance(len(group))
     dataset = measurements[0].dataset
-    return MetricTable(origin, dataset.name, metric, baseline, tuple(rows), is_benchmark=dataset.task is not None)
+    table = MetricTable(origin, dataset.name, metric, baseline, tuple(rows), is_benchmark=dataset.task is not None)
+    return table, problems
 
 
 def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:

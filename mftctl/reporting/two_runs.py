@@ -117,11 +117,13 @@ def compare_two(one: Run, other: Run) -> RunComparison:
     """
     same_name = one.name == other.name and one.folder != other.folder
     names = [str(run.folder) if same_name else run.name for run in (one, other)]
-    problems = [
+    unfinished = [
         f"{name} is not finished ({run.record.status})"
         for name, run in {names[0]: one, names[1]: other}.items()
         if run.record.status != "finished"
     ]
+    metrics, unpaired = _paired(one, other)
+    mask, unread = _overlap(one, other)
     return RunComparison(
         one=names[0],
         other=names[1],
@@ -129,9 +131,9 @@ def compare_two(one: Run, other: Run) -> RunComparison:
         inputs=tuple(_differences(_inputs(one), _inputs(other))),
         versions=tuple(_differences(one.record.versions, other.record.versions)),
         results=tuple(_differences(_results(one), _results(other))),
-        metrics=_paired(one, other, problems),
-        mask=_overlap(one, other, problems),
-        problems=tuple(problems),
+        metrics=metrics,
+        mask=mask,
+        problems=(*unfinished, *unpaired, *unread),
     )
 
 
@@ -192,32 +194,36 @@ def _change(one: object, other: object) -> float | None:
     return None
 
 
-def _paired(one: Run, other: Run, problems: list[str]) -> tuple[PairedMetric, ...]:
-    """Metrics that two evaluations measured on the same data, with p-values corrected for their number."""
+def _paired(one: Run, other: Run) -> tuple[tuple[PairedMetric, ...], list[str]]:
+    """Metrics that two evaluations measured on the same data, with p-values corrected for their number.
+
+    Returns:
+        The metrics, and one line per data set or metric that cannot be paired.
+    """
     if {one.record.command, other.record.command} != {"eval"}:
-        return ()
+        return (), []
     if not (one.record.result and other.record.result):
-        return ()
+        return (), []
     try:
         ours, theirs = (run.result(EvalResult).datasets for run in (one, other))
     except RunError as error:
-        problems.append(told(error, ""))
-        return ()
-    found: list[PairedMetric] = []
+        return (), [told(error, "")]
+    found, problems = [], []
     by_name = {data.name: data for data in theirs}
     for mine in ours:
         data = by_name.get(mine.name)
         if data is not None and data.digest != mine.digest:
             problems.append(f"{mine.name}: not evaluated on the same data")
         elif data is not None:
-            found += _paired_metrics((one, mine), (other, data), problems)
-    return _with_corrected_p_values(found)
+            metrics, unpaired = _paired_metrics((one, mine), (other, data))
+            found += metrics
+            problems += unpaired
+    return _with_corrected_p_values(found), problems
 
 
-def _paired_metrics(
-    one: tuple[Run, Dataset], other: tuple[Run, Dataset], problems: list[str]
-) -> Iterator[PairedMetric]:
-    """The metrics of a data set that both runs have."""
+def _paired_metrics(one: tuple[Run, Dataset], other: tuple[Run, Dataset]) -> tuple[list[PairedMetric], list[str]]:
+    """The metrics of a data set that both runs have, and one line per metric that cannot be paired."""
+    found, problems = [], []
     dataset = one[1].name
     values = {metric.name: metric.value for metric in other[1].metrics}
     for metric in one[1].metrics:
@@ -230,7 +236,8 @@ def _paired_metrics(
         except (RunError, EvaluationError) as error:
             problems.append(f"{dataset}, {name}: {error.message}")
         else:
-            yield PairedMetric(dataset, name, metric.value, values[name], len(before), change)
+            found.append(PairedMetric(dataset, name, metric.value, values[name], len(before), change))
+    return found, problems
 
 
 def _with_corrected_p_values(metrics: Sequence[PairedMetric]) -> tuple[PairedMetric, ...]:
@@ -246,10 +253,10 @@ def _with_corrected_p_values(metrics: Sequence[PairedMetric]) -> tuple[PairedMet
     )
 
 
-def _overlap(one: Run, other: Run, problems: list[str]) -> MaskOverlap | None:
-    """Overlap of the masks of two runs; None if either has no mask."""
+def _overlap(one: Run, other: Run) -> tuple[MaskOverlap | None, list[str]]:
+    """Overlap of the masks of two runs, None if either has no mask; and the reason if they cannot be compared."""
     if any(run.record.command != "mask-train" or run.record.status != "finished" for run in (one, other)):
-        return None
+        return None, []
     from mftctl.masking.mask import open_mask
     from mftctl.masking.overlap import diff
 
@@ -257,10 +264,9 @@ def _overlap(one: Run, other: Run, problems: list[str]) -> MaskOverlap | None:
         with open_mask(one.folder / "mask.bits") as first, open_mask(other.folder / "mask.bits") as second:
             found = diff(first, second)
     except MaskFileError as error:
-        problems.append(f"masks: {error.path}: {error.message}" if error.path else f"masks: {error.message}")
-        return None
+        return None, [f"masks: {error.path}: {error.message}" if error.path else f"masks: {error.message}"]
     total = found.total
-    return MaskOverlap(
+    overlap = MaskOverlap(
         weights=total.weights,
         removed_one=total.removed_a,
         removed_other=total.removed_b,
@@ -270,3 +276,4 @@ def _overlap(one: Run, other: Run, problems: list[str]) -> MaskOverlap | None:
         only_one=found.only_a,
         only_other=found.only_b,
     )
+    return overlap, []

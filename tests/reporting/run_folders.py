@@ -91,5 +91,5 @@ def write_experiment(root: Path) -> None:
 def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
     """The tables of a runs folder, and a line for each run that could not be used."""
     runs, errors = list_runs(root)
-    problems = [f"{error.path}: {error.message}" for error in errors]
-    return metric_tables(runs, problems, Silence()), problems
+    tables, problems = metric_tables(runs, Silence())
+    return tables, [*(f"{error.path}: {error.message}" for error in errors), *problems]

@@ -10,8 +10,7 @@ from tests.reporting.training_folders import write_training
 
 
 def found_in(root: Path) -> tuple[list[Efficiency], list[str]]:
-    problems: list[str] = []
-    return efficiencies(list_runs(root)[0], problems), problems
+    return efficiencies(list_runs(root)[0])
 
 
 def test_speed_is_that_of_the_steps_after_the_first(tmp_path: Path) -> None:

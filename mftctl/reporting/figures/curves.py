@@ -27,29 +27,32 @@ class _Method:
     variants: int
 
 
-def curve_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+def curve_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     """Validation loss and each score measured during training, by step: one figure per model, data and metric.
 
     More than ten methods are split into two figures; selective updates get one of their own.
 
     Args:
         runs: The runs, oldest first.
-        problems: Receives one line per run that cannot be used.
+
+    Returns:
+        The figures, and one line per run that cannot be used.
 
     Source: MFT, figure 2.
     """
-    histories = read_histories(runs, problems)
+    histories, problems = read_histories(runs)
     families: dict[tuple[str, str], list[History]] = {}
     for history in histories:
         families.setdefault(history.family, []).append(history)
     figures = []
     for (origin, _), members in families.items():
         methods = _methods(members)
-        pictures = [_losses(methods, problems), *(_scores(methods, measure) for measure in _measures(methods))]
-        for picture in pictures:
+        losses, unplaced = _losses(methods)
+        problems += unplaced
+        for picture in (losses, *(_scores(methods, measure) for measure in _measures(methods))):
             if picture is not None:
                 figures += [curve_figure(part, origin) for part in _in_parts(picture)]
-    return with_own_names(figures)
+    return with_own_names(figures), problems
 
 
 def _methods(members: Sequence[History]) -> list[_Method]:
@@ -79,12 +82,41 @@ def _methods(members: Sequence[History]) -> list[_Method]:
     return methods
 
 
-def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | None:
-    """Validation loss by step, as a difference from the best FFT if there is one."""
+def _losses(methods: Sequence[_Method]) -> tuple[CurvePicture | None, list[str]]:
+    """Validation loss by step, as a difference from the best FFT if there is one, and a line per run left out."""
     has_fft = any(method.state == FFT for method in methods)
     only_masks = all(item.run.record.command == "mask-train" for method in methods for item in method.seeds)
     is_difference = has_fft or only_masks
-    lines = []
+    lines, problems = _loss_lines(methods, is_difference=is_difference)
+    if not any(len(seed.values) > 1 for line in lines for seed in line.seeds):
+        return None, problems
+    best = [item for item in _best_ffts(methods) if item.losses]
+    star = (fmean(item.first_step + item.kept_step for item in best), 0.0) if best else None
+    against = "the best FFT" if has_fft else "the unmasked model"
+    captions = ["Validation loss per answer token."]
+    if is_difference:
+        captions = [
+            f"Validation loss per answer token minus that of {against} on the same records (for a learned mask, "
+            "one half of the validation data); below 0 is better."
+        ]
+    if best:
+        captions.append(f"The loss at the star is {fmean(item.losses[item.kept_step] for item in best):.4f}.")
+    y_label = f"loss relative to {against}" if is_difference else "validation loss"
+    picture = CurvePicture(
+        "loss-by-step",
+        f"Validation loss by step{', relative to ' + against if is_difference else ''}",
+        y_label,
+        tuple(lines),
+        star,
+        True,
+        tuple(captions),
+    )
+    return picture, problems
+
+
+def _loss_lines(methods: Sequence[_Method], *, is_difference: bool) -> tuple[list[Curve], list[str]]:
+    """The losses of each method, and a line per run left out since its reference loss is unknown."""
+    lines, problems = [], []
     for method in methods:
         seeds = []
         for item in method.seeds:
@@ -99,29 +131,7 @@ def _losses(methods: Sequence[_Method], problems: list[str]) -> CurvePicture | N
             base = (item.reference_loss or 0.0) if is_difference else 0.0
             seeds.append(SeedCurve(item, {item.first_step + step: loss - base for step, loss in item.losses.items()}))
         lines += [Curve(method.label, method.state, tuple(seeds), method.variants)] if seeds else []
-    if not any(len(seed.values) > 1 for line in lines for seed in line.seeds):
-        return None
-    best = [item for item in _best_ffts(methods) if item.losses]
-    star = (fmean(item.first_step + item.kept_step for item in best), 0.0) if best else None
-    against = "the best FFT" if has_fft else "the unmasked model"
-    captions = ["Validation loss per answer token."]
-    if is_difference:
-        captions = [
-            f"Validation loss per answer token minus that of {against} on the same records (for a learned mask, "
-            "one half of the validation data); below 0 is better."
-        ]
-    if best:
-        captions.append(f"The loss at the star is {fmean(item.losses[item.kept_step] for item in best):.4f}.")
-    y_label = f"loss relative to {against}" if is_difference else "validation loss"
-    return CurvePicture(
-        "loss-by-step",
-        f"Validation loss by step{', relative to ' + against if is_difference else ''}",
-        y_label,
-        tuple(lines),
-        star,
-        True,
-        tuple(captions),
-    )
+    return lines, problems
 
 
 def _best_ffts(methods: Sequence[_Method]) -> list[History]:

@@ -109,14 +109,17 @@ class MaskFamily:
     more: int
 
 
-def mask_families(runs: Sequence[Run], problems: list[str]) -> list[MaskFamily]:
+def mask_families(runs: Sequence[Run]) -> tuple[list[MaskFamily], list[str]]:
     """The masks of finished `mask-train` runs; each file is read and checked once, one at a time.
 
     Args:
         runs: The runs, oldest first.
-        problems: Receives one line per mask that cannot be used.
+
+    Returns:
+        The families, and one line per mask that cannot be used.
     """
     found: list[tuple[dict[str, tuple[int, ...]], list[ShownMask]]] = []
+    problems = []
     for run in runs:
         if run.record.command != "mask-train" or run.record.status != "finished":
             continue
@@ -134,7 +137,7 @@ def mask_families(runs: Sequence[Run], problems: list[str]) -> list[MaskFamily]:
                 break
         else:
             found.append((shapes, [mask]))
-    return [_family(masks) for _, masks in found]
+    return [_family(masks) for _, masks in found], problems
 
 
 def _read_mask(run: Run) -> ShownMask:

@@ -126,7 +126,7 @@ class _Probe:
         return str(self.runs[0].record.inputs["state"])
 
 
-def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     """Validation loss or score by group of layers for trained probes, and separately the predictions of `probe --fast`.
 
     Probes of the same model with the same settings and ranking metric share a figure, whatever their seeds and group
@@ -134,11 +134,14 @@ def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
 
     Args:
         runs: The runs, oldest first.
-        problems: Receives one line per run that cannot be used.
+
+    Returns:
+        The figures, and one line per run that cannot be used.
 
     Source: MFT, figures 3 and 7.
     """
     together: dict[str, list[list[Run]]] = {}
+    problems = []
     for run in runs:
         if run.record.command != "probe" or run.record.status != "finished":
             continue
@@ -156,7 +159,7 @@ def probe_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
             clusters.append([run])
     probes = [_probe(cluster) for clusters in together.values() for cluster in clusters]
     drawn = [probe for probe in probes if sum(map(len, probe.sizes.values())) > 1]
-    return with_own_names(_figure(probe) for probe in sorted(drawn, key=lambda probe: probe.is_fast))
+    return with_own_names(_figure(probe) for probe in sorted(drawn, key=lambda probe: probe.is_fast)), problems
 
 
 def _seed(run: Run) -> int:

@@ -23,7 +23,7 @@ from mftctl.reporting.figures.removal_measures import LayerShares, MaskOverlaps,
 from mftctl.reporting.figures.style import Figure
 
 
-def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+def removal_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     """Up to three figures per kind of mask and shape of model; none without a finished `mask-train` run.
 
     The figures are `removed-by-layer`, unless the share is the same everywhere; `removed-by-magnitude`, if a model is
@@ -34,9 +34,11 @@ def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
 
     Args:
         runs: The runs, oldest first.
-        problems: Receives one line, with the reason, per mask or model that cannot be used.
+
+    Returns:
+        The figures, and one line, with the reason, per mask or model that cannot be used.
     """
-    families = mask_families(runs, problems)
+    families, problems = mask_families(runs)
     figures = []
     for number, family in enumerate(families):
         several = len({family.origin for family in families}) > 1
@@ -45,7 +47,9 @@ def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
         layers = layer_shares(family.groups)
         if not all(group.is_even and group.covers_all for group in layers):
             figures.append(_layer_figure(layers, names))
-        if magnitudes := magnitude_shares(family.groups, problems):
+        magnitudes, unmeasured = magnitude_shares(family.groups)
+        problems += unmeasured
+        if magnitudes:
             figures.append(_magnitude_figure(magnitudes, names))
         try:
             overlaps = mask_overlaps(family.groups)
@@ -54,7 +58,7 @@ def removal_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
             continue
         if overlaps.pairs:
             figures.append(_overlap_figure(overlaps, names))
-    return figures
+    return figures, problems
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,7 +55,7 @@ class MagnitudeShares:
     is_sampled: bool
 
 
-def magnitude_shares(groups: Sequence[MaskGroup], problems: list[str]) -> list[MagnitudeShares]:
+def magnitude_shares(groups: Sequence[MaskGroup]) -> tuple[list[MagnitudeShares], list[str]]:
     """The share removed by magnitude, for each group with a mask whose model is still on disk.
 
     The weights are those of the model that the mask is applied to: the fine-tuned model, even if the mask resets them
@@ -63,11 +63,12 @@ def magnitude_shares(groups: Sequence[MaskGroup], problems: list[str]) -> list[M
 
     Args:
         groups: The masks.
-        problems: Receives one line per mask whose model is missing or does not match.
-    """
-    import numpy as np
 
+    Returns:
+        The shares, and one line per mask whose model is missing or does not match.
+    """
     by_model: dict[Path, list[ShownMask]] = {}
+    problems = []
     for mask in (mask for group in groups for mask in group.masks):
         folder = _model_folder(mask)
         if folder is None:
@@ -77,26 +78,31 @@ def magnitude_shares(groups: Sequence[MaskGroup], problems: list[str]) -> list[M
             by_model.setdefault(folder, []).append(mask)
     found: dict[Path, NDArray[np.float64]] = {}
     for folder, masks in by_model.items():
-        found |= _of_model(folder, masks, problems)
-    shares = []
-    for group in groups:
-        known = [mask for mask in group.masks if mask.path in found]
-        if known:
-            values = np.stack([found[mask.path] for mask in known])
-            shares.append(
-                MagnitudeShares(
-                    label=group.label,
-                    state=group.state,
-                    runs=tuple(mask.run.name for mask in known),
-                    seeds=tuple(mask.seed for mask in known),
-                    shares=tuple(values.mean(axis=0).tolist()),
-                    lowest=tuple(values.min(axis=0).tolist()),
-                    highest=tuple(values.max(axis=0).tolist()),
-                    flat=float(np.mean([mask.removed_share for mask in known])),
-                    is_sampled=any(r.weights > MAX_SAMPLE for mask in known for r in mask.records.values()),
-                )
-            )
-    return shares
+        measured, unmeasured = _of_model(folder, masks)
+        found |= measured
+        problems += unmeasured
+    return [shares for group in groups if (shares := _of_group(group, found)) is not None], problems
+
+
+def _of_group(group: MaskGroup, found: Mapping[Path, NDArray[np.float64]]) -> MagnitudeShares | None:
+    """The shares of a group, given those by mask file; None if none of its masks has any."""
+    import numpy as np
+
+    known = [mask for mask in group.masks if mask.path in found]
+    if not known:
+        return None
+    values = np.stack([found[mask.path] for mask in known])
+    return MagnitudeShares(
+        label=group.label,
+        state=group.state,
+        runs=tuple(mask.run.name for mask in known),
+        seeds=tuple(mask.seed for mask in known),
+        shares=tuple(values.mean(axis=0).tolist()),
+        lowest=tuple(values.min(axis=0).tolist()),
+        highest=tuple(values.max(axis=0).tolist()),
+        flat=float(np.mean([mask.removed_share for mask in known])),
+        is_sampled=any(r.weights > MAX_SAMPLE for mask in known for r in mask.records.values()),
+    )
 
 
 def _model_folder(mask: ShownMask) -> Path | None:
@@ -124,12 +130,13 @@ def _downloaded(model: str, revision: str | None) -> Path | None:
         return None
 
 
-def _of_model(folder: Path, masks: Sequence[ShownMask], problems: list[str]) -> dict[Path, NDArray[np.float64]]:
-    """The share removed in each bin, by mask file, for the masks of this model."""
+def _of_model(folder: Path, masks: Sequence[ShownMask]) -> tuple[dict[Path, NDArray[np.float64]], list[str]]:
+    """The share removed in each bin, by mask file, for the masks of this model, and one line per mask left out."""
     import numpy as np
 
     from mftctl.masking.mask import open_mask
 
+    problems: list[str] = []
     with ExitStack() as stack:
         kept: dict[Path, tuple[Mask, dict[str, StoredTensor]]] = {}
         removed = {mask.path: np.zeros(BINS) for mask in masks}
@@ -161,7 +168,7 @@ def _of_model(folder: Path, masks: Sequence[ShownMask], problems: list[str]) -> 
                 except MaskFileError as error:
                     leave_out(shown, error)
     weights = {mask.path: sum(record.weights for record in mask.records.values()) for mask in masks}
-    return {path: removed[path] * BINS / weights[path] for path in kept}
+    return {path: removed[path] * BINS / weights[path] for path in kept}, problems
 
 
 def _stored(mask: Mask, folder: Path) -> dict[str, StoredTensor]:

@@ -72,31 +72,36 @@ class Surface:
         return len(self.cells) == self.side**2
 
 
-def surface_figures(runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+def surface_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     """One figure per measured triple of models, from the run with the most points (the newest of equals).
 
     Args:
         runs: The runs, oldest first.
-        problems: Receives one line per surface run that cannot be used.
+
+    Returns:
+        The figures, and one line per surface run that cannot be used.
 
     Source: MFT, figures 6 and 10.
     """
     best: dict[tuple[str, ...], Surface] = {}
-    for surface in surfaces(runs, problems):
+    found, problems = surfaces(runs)
+    for surface in found:
         known = best.get(surface.corners)
         if known is None or len(surface.cells) >= len(known.cells):
             best[surface.corners] = surface
-    return [_figure(surface) for surface in best.values()]
+    return [_figure(surface) for surface in best.values()], problems
 
 
-def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
+def surfaces(runs: Sequence[Run]) -> tuple[list[Surface], list[str]]:
     """The results of surface runs, including unfinished runs with enough points to draw.
 
     Args:
         runs: The runs, oldest first.
-        problems: Receives one line per surface run that cannot be used.
+
+    Returns:
+        The surfaces, and one line per surface run that cannot be used.
     """
-    found = []
+    found, problems = [], []
     for run in runs:
         if run.record.command != _COMMAND:
             continue
@@ -110,7 +115,7 @@ def surfaces(runs: Sequence[Run], problems: list[str]) -> list[Surface]:
             found.append(surface)
         else:
             problems.append(f"{run.name}: {problem}")
-    return found
+    return found, problems
 
 
 def _problem(surface: Surface) -> str | None:

@@ -130,46 +130,60 @@ class _Panel:
         return value, value + row.change.low - row.change.value, value + row.change.high - row.change.value
 
 
-def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run], problems: list[str]) -> list[Figure]:
+def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     """One figure per swept option, model and data set, with one panel per metric.
 
     Args:
         tables: The comparison tables.
         runs: The runs of the same folder, oldest first.
-        problems: Receives one line per run that cannot be used.
+
+    Returns:
+        The figures, and one line per run that cannot be used.
 
     Source: MFT, figures 4, 5, 8 and 9; GMT, figures 2 and 3.
     """
     by_name = {run.name: run for run in runs if isinstance(run.record.config, dict)}
-    figures = []
+    figures, problems = [], []
     for command, options in _OPTIONS.items():
         for option in options:
             ordered = sorted(tables, key=lambda table: (table.origin, table.dataset))
             for (origin, dataset), group in groupby(ordered, key=lambda table: (table.origin, table.dataset)):
-                panels = [_panel(table, command, option, by_name, problems) for table in group]
-                found = [panel for panel in panels if panel.lines]
-                if found:
-                    figures.append(_figure(option, origin, dataset, found))
-    return with_own_names(figures)
+                panels, unreadable = _panels(list(group), command, option, by_name)
+                problems += unreadable
+                if panels:
+                    figures.append(_figure(option, origin, dataset, panels))
+    return with_own_names(figures), list(dict.fromkeys(problems))
 
 
-def _panel(
-    table: MetricTable, command: str, option: _Option, by_name: Mapping[str, Run], problems: list[str]
-) -> _Panel:
-    points = []
-    for row in table.rows:
+def _panels(
+    tables: Sequence[MetricTable], command: str, option: _Option, by_name: Mapping[str, Run]
+) -> tuple[list[_Panel], list[str]]:
+    """The metrics for which this option was swept, and one line per state whose runs cannot be read."""
+    panels, problems = [], []
+    for table in tables:
+        points, unreadable = _points(table.rows, command, option, by_name)
+        problems += unreadable
+        if lines := _lines(points):
+            baselines = tuple(row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name))
+            panels.append(_Panel(table, lines, baselines))
+    return panels, problems
+
+
+def _points(
+    rows: Sequence[Row], command: str, option: _Option, by_name: Mapping[str, Run]
+) -> tuple[list[_Point], list[str]]:
+    """The rows that belong to this option as points, and one line per row whose runs cannot be read."""
+    points, problems = [], []
+    for row in rows:
         try:
             point = _point(row, command, option, by_name)
         except (RunError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = f"the run that made this state cannot be read: {first_fault(error)}"
-            problem = f"{', '.join(row.runs)}: left out of the sweep figures: {reason}"
-            problems += [problem] * (problem not in problems)
+            problems.append(f"{', '.join(row.runs)}: left out of the sweep figures: {reason}")
             continue
         if point is not None:
             points.append(point)
-    lines = _lines(points)
-    baselines = tuple(row for row in table.rows if row.is_baseline and _is_baseline_of(row, lines, by_name))
-    return _Panel(table, lines, baselines)
+    return points, problems
 
 
 def _point(row: Row, command: str, option: _Option, by_name: Mapping[str, Run]) -> _Point | None:

@@ -118,16 +118,19 @@ class _Measured:
         return self.losses.get(self.kept_step)
 
 
-def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
+def read_histories(runs: Sequence[Run]) -> tuple[list[History], list[str]]:
     """The history of each `fft` and `mask-train` run that has recorded metrics.
 
     Of runs with the same method and seed, the newest finished one counts, or else the newest.
 
     Args:
         runs: The runs, oldest first.
-        problems: Receives one line per run that cannot be used.
+
+    Returns:
+        The histories, and one line per run that cannot be used or placed.
     """
     measured: dict[str, _Measured] = {}
+    problems = []
     for run in runs:
         if run.record.command in _SECTIONS and run.record.status != "failed":
             try:
@@ -141,11 +144,14 @@ def read_histories(runs: Sequence[Run], problems: list[str]) -> list[History]:
     unmasked = _unmasked_losses(runs)
     newest: dict[tuple[object, ...], History] = {}
     for item in measured.values():
-        history = _placed(item, measured, unmasked, problems)
+        if missing := _missing_parents(item, measured):
+            place = "drawn from step 0, since the run it started from is missing"
+            problems.append(f"{item.run.folder}: {place}: {missing[0]}")
+        history = _placed(item, measured, unmasked)
         key = (history.family, history.state, history.method, history.seed)
         if key not in newest or history.is_finished or not newest[key].is_finished:
             newest[key] = history
-    return list(newest.values())
+    return list(newest.values()), problems
 
 
 def _measured(run: Run) -> _Measured | None:
@@ -262,16 +268,13 @@ def _validated_on(inputs: Mapping[str, Any]) -> tuple[object, ...]:
     return (inputs.get("model"), tuple(inputs.get("parents", ())), inputs.get("digests", {}).get("validation"))
 
 
+def _missing_parents(item: _Measured, measured: Mapping[str, _Measured]) -> list[str]:
+    return [name for name in item.parents if name not in measured and not name.endswith("-apply")]
+
+
 def _placed(
-    item: _Measured,
-    measured: Mapping[str, _Measured],
-    unmasked: Mapping[tuple[object, ...], float],
-    problems: list[str],
+    item: _Measured, measured: Mapping[str, _Measured], unmasked: Mapping[tuple[object, ...], float]
 ) -> History:
-    record = item.run.record
-    missing = [name for name in item.parents if name not in measured and not name.endswith("-apply")]
-    if missing:
-        problems.append(f"{item.run.folder}: drawn from step 0, since the run it started from is missing: {missing[0]}")
     first = measured.get(item.parents[0], item) if item.parents else item
     return History(
         run=item.run,
@@ -285,7 +288,7 @@ def _placed(
         reference_loss=_reference_loss(item, measured, unmasked),
         scores=item.scores,
         standard_errors=item.standard_errors,
-        is_trained=record.command == "fft" or _is_learned(item.run),
+        is_trained=item.run.record.command == "fft" or _is_learned(item.run),
     )
 
 

@@ -23,16 +23,15 @@ PAPER = {"preset": "paper"}
 
 
 def figures_of(root: Path) -> list[Figure]:
-    problems: list[str] = []
-    figures = curve_figures(list_runs(root)[0], problems)
+    figures, problems = curve_figures(list_runs(root)[0])
     assert problems == []
     return figures
 
 
 def figures_and_problems_of(root: Path) -> tuple[list[Figure], list[str]]:
     runs, errors = list_runs(root)
-    problems = [f"{error.path}: {error.message}" for error in errors]
-    return curve_figures(runs, problems), problems
+    figures, problems = curve_figures(runs)
+    return figures, [*(f"{error.path}: {error.message}" for error in errors), *problems]
 
 
 def points_of(figure: Figure, state: str) -> dict[int, float]:

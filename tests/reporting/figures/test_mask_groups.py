@@ -16,8 +16,7 @@ MASK = make_mask(random_keep(0, **{Q.format(4): (4, 4)}))
 
 
 def families(root: Path) -> tuple[list[MaskFamily], list[str]]:
-    problems: list[str] = []
-    return mask_families(list_runs(root)[0], problems), problems
+    return mask_families(list_runs(root)[0])
 
 
 def only(root: Path) -> MaskFamily:

@@ -21,8 +21,7 @@ FOURS = {"0-3": 0.02, "4-7": -0.03, "8-11": -0.01, "12-13": 0.0}
 
 
 def figures_and_problems_of(root: Path) -> tuple[list[Figure], list[str]]:
-    problems: list[str] = []
-    return probe_figures(list_runs(root)[0], problems), problems
+    return probe_figures(list_runs(root)[0])
 
 
 def figures_of(root: Path) -> list[Figure]:

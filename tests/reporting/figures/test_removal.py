@@ -16,8 +16,8 @@ UP, Q = "model.layers.{}.mlp.up_proj.weight", "model.layers.{}.self_attn.q_proj.
 
 
 def figures_of(root: Path) -> tuple[dict[str, Figure], list[str]]:
-    problems: list[str] = []
-    return {figure.name: figure for figure in removal_figures(list_runs(root)[0], problems)}, problems
+    figures, problems = removal_figures(list_runs(root)[0])
+    return {figure.name: figure for figure in figures}, problems
 
 
 def write_experiment(root: Path, layers: int = 3, kind: str = "weight") -> None:

@@ -20,9 +20,13 @@ from tests.reporting.mask_runs import Tensors, damage, make_mask, random_keep, w
 
 
 def shares_of(root: Path) -> tuple[list[MagnitudeShares], list[str]]:
-    problems: list[str] = []
-    families = mask_families(list_runs(root)[0], problems)
-    return [shares for family in families for shares in magnitude_shares(family.groups, problems)], problems
+    families, problems = mask_families(list_runs(root)[0])
+    shares = []
+    for family in families:
+        found, unmeasured = magnitude_shares(family.groups)
+        shares += found
+        problems += unmeasured
+    return shares, problems
 
 
 def plain_shares(weights: Tensors, keep: Tensors) -> list[Fraction]:
@@ -195,10 +199,10 @@ def test_a_mask_that_was_damaged_meanwhile_hides_no_other(tmp_path: Path) -> Non
     model = write_model(tmp_path / "001-fft/model", weights)
     first = write_mask_run(tmp_path, 2, "MFT", mask, model=str(model))
     write_mask_run(tmp_path, 3, "L1 mask", mask, model=str(model))
-    problems: list[str] = []
-    (family,) = mask_families(list_runs(tmp_path)[0], problems)
+    (family,), problems = mask_families(list_runs(tmp_path)[0])
+    assert problems == []
     damage(first / "mask.bits")
-    (found,) = magnitude_shares(family.groups, problems)
+    (found,), problems = magnitude_shares(family.groups)
     assert found.label == "L1 mask"
     assert problems[0].startswith("002-mask-train: left out of the magnitude figure: The mask file is damaged")
 

@@ -19,8 +19,7 @@ LAYER = "model.layers.{}."
 
 
 def groups_of(root: Path) -> tuple[MaskGroup, ...]:
-    problems: list[str] = []
-    (family,) = mask_families(list_runs(root)[0], problems)
+    (family,), problems = mask_families(list_runs(root)[0])
     assert problems == []
     return family.groups
 

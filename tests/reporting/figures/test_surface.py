@@ -60,8 +60,7 @@ def write_surface(
 
 
 def figures(root: Path) -> tuple[list[Figure], list[str]]:
-    problems: list[str] = []
-    return surface_figures(list_runs(root)[0], problems), problems
+    return surface_figures(list_runs(root)[0])
 
 
 def canvas_of(figure: Figure) -> Canvas:
@@ -197,7 +196,8 @@ def test_other_runs_have_no_surface(tmp_path: Path) -> None:
 
 def test_the_points_read_are_those_written(tmp_path: Path) -> None:
     write_surface(tmp_path, side=4)
-    (surface,) = surfaces(list_runs(tmp_path)[0], [])
+    (surface,), problems = surfaces(list_runs(tmp_path)[0])
+    assert problems == []
     assert surface.is_complete
     assert surface.marks[1] == SurfacePoint(6.0, 0.0, train_loss(6, 0), held_out_loss(6, 0), "continued FFT")
     assert surface.cells[0] == SurfacePoint(-2.0, -2.0, train_loss(-2, -2), held_out_loss(-2, -2))

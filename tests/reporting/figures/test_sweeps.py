@@ -30,8 +30,7 @@ def figures_of(root: Path) -> list[Figure]:
 
 
 def figures_and_problems_of(root: Path) -> tuple[list[Figure], list[str]]:
-    problems: list[str] = []
-    return sweep_figures(compare_runs(root)[0], list_runs(root)[0], problems), problems
+    return sweep_figures(compare_runs(root)[0], list_runs(root)[0])
 
 
 class Study:
@@ -130,9 +129,8 @@ def test_a_bar_leaves_out_the_line_of_fft_just_where_the_interval_leaves_out_0(
         Row("MFT, paper", value + estimate, None, None, 60, (0,), False, change, (f"{4 + 2 * place:03d}-eval",))
         for place in range(len(ratios))
     ]
-    problems: list[str] = []
     table = MetricTable("models/base", "test.jsonl", "exact_match", "FFT", (fft, *rows))
-    [figure] = sweep_figures([table], list_runs(root)[0], problems)
+    [figure], problems = sweep_figures([table], list_runs(root)[0])
     assert problems == []
     bars = numbers_of(figure, "exact_match", "MFT, paper", "ratio")
     assert bars == {ratio: pytest.approx((value + estimate, value + low, value + high)) for ratio in sorted(ratios)}
