@@ -186,7 +186,7 @@ def _table(
         rows.append(_row(label, group, changes, is_baseline=state == baseline))
         advance(len(group))
     dataset = measurements[0].dataset
-    return MetricTable(origin, dataset["name"], metric, baseline, tuple(rows), is_benchmark="task" in dataset)
+    return MetricTable(origin, dataset.name, metric, baseline, tuple(rows), is_benchmark=dataset.task is not None)
 
 
 def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:

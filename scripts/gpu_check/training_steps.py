@@ -125,7 +125,7 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
 
 def step_seconds(run: Run) -> float:
     """The median time of a step but the first."""
-    found = [line["step_seconds"] for line in run.training.metrics() if "step_seconds" in line]
+    found = [line.step_seconds for line in run.training.metrics() if line.step_seconds is not None]
     return float(median(found[1:] or found))
 
 

@@ -22,6 +22,7 @@ from mftctl.cli.output import Output
 from mftctl.cli.watch_view import view, watch
 from mftctl.experiments.run_folder import create_run
 from mftctl.reporting.watch import RunProgress
+from tests.partial_results import partial_result
 from tests.reporting.test_watch import start, train, validate
 
 PROGRAM = """
@@ -29,7 +30,6 @@ import sys
 from pathlib import Path
 from mftctl.cli.watch_view import watch
 from mftctl.cli.output import Output
-from tests.partial_results import partial_result
 with Output() as console:
     watch(console, Path(sys.argv[1]), interval_seconds=0.1)
 print("after it")
