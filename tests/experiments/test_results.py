@@ -170,7 +170,7 @@ def test_a_result_without_a_key_is_told_by_the_key(tmp_path: Path, name: str, ki
         run.record.result.pop(key)
         with pytest.raises(RunError, match=rf"not complete: it has no {key}\.") as caught:
             run.result(kind)
-        assert caught.value.path == folder / "run.json"
+        assert caught.value.path == str(folder / "run.json")
         run.result(Outcome)
 
 
@@ -204,7 +204,7 @@ def test_a_refused_output_is_named_and_none_is_not() -> None:
         ("008-apply", ("model",), "/".join(["a" * 300])),
         ("009-eval", ("datasets", 0, "metrics", 0, "samples"), 0),
         ("040-probe", ("fast",), "yes"),
-        ("042-probe", ("unmasked_score", "value"), None),
+        ("042-probe", ("unmasked_score", "value"), "0.5"),
     ],
 )
 def test_a_result_of_another_type_or_out_of_bounds_is_not_sound(
