@@ -61,7 +61,10 @@ def test_a_damaged_training_is_named_and_hides_no_other(tmp_path: Path) -> None:
     write_training(tmp_path, 3, "fft", "GMT", result={"tokens": None})
     entries, problems = found_in(tmp_path)
     assert [entry.state for entry in entries] == ["MFT"]
-    assert [problem.split(":")[0] for problem in problems] == [str(bad / "metrics.jsonl"), str(tmp_path / "003-fft")]
+    assert [problem.split(":")[0] for problem in problems] == [
+        str(bad / "metrics.jsonl"),
+        str(tmp_path / "003-fft" / "run.json"),
+    ]
 
 
 def test_a_count_of_operations_that_some_seeds_lack_is_left_out(tmp_path: Path) -> None:

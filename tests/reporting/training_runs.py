@@ -103,11 +103,13 @@ def write_probe(
     recipe = Recipe.model_validate({"seed": seed, "probe": probing, "mask_train": dict(options or {})})
     found = [{"layers": layers, "size": layer_count(layers), "change": change} for layers, change in changes.items()]
     if not fast:
-        found = [{**group, "best_loss": unmasked_loss + group["change"]} for group in found]  # type: ignore[operator]
+        trained = {"start_loss": unmasked_loss, "best_step": 1, "steps": 2}
+        found = [{**group, **trained, "best_loss": unmasked_loss + group["change"]} for group in found]  # type: ignore[operator]
     result: dict[str, Any] = {
         "groups": sorted(found, key=lambda group: group["change"]),
         "recommended_layers": recommended or min(changes, key=lambda layers: changes[layers]),
     }
+    agreement = None if agreement is None else {"groups": len(changes), **agreement}
     result |= {"fast": True, "agreement": agreement} if fast else {"unmasked_loss": unmasked_loss}
     if scores is not None:
         found = [{**group, "score_change": scores[str(group["layers"])]} for group in found]

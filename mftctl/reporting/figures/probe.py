@@ -204,13 +204,13 @@ def _probe(runs: Sequence[Run]) -> _Probe:
     for run in runs:
         result = _result(run)
         unmasked[_seed(run)] = _without_mask(result)
-        for group in result.groups:
-            change = group.change
+        for ranked in result.groups:
+            change = ranked.change
             if _unmasked_score(result) is not None:
-                change = _score_change(group)
-                loss_changes.setdefault(group.layers, {})[_seed(run)] = group.change
-            changes.setdefault(group.layers, {})[_seed(run)] = change
-            names[group.layers] = _size_name(run, group.size)
+                change = _score_change(ranked)
+                loss_changes.setdefault(ranked.layers, {})[_seed(run)] = ranked.change
+            changes.setdefault(ranked.layers, {})[_seed(run)] = change
+            names[ranked.layers] = _size_name(run, ranked.size)
     if not all(
         math.isfinite(loss)
         for found in (unmasked, *changes.values(), *loss_changes.values())

@@ -196,14 +196,17 @@ def test_a_single_group_is_nothing_to_compare(tmp_path: Path) -> None:
     assert figures_of(tmp_path) == []
 
 
+GROUP = {"size": 4, "change": 0.1, "start_loss": 0.5, "best_loss": 0.6, "best_step": 1, "steps": 2}
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"unmasked_loss": None}, "not 'NoneType'"),
-        ({"groups": [{"layers": "first", "size": 4, "change": 0.1}]}, "first is not a list of layers"),
+        ({"unmasked_loss": None}, "unmasked_loss"),
+        ({"groups": [{**GROUP, "layers": "first"}]}, "first is not a list of layers"),
         ({"groups": [{"layers": "0-3", "size": 4}]}, "change"),
         ({"recommended_layers": "20-23"}, "20-23"),
-        ({"fast": True, "agreement": {"run": "001-probe"}}, "rank_correlation"),
+        ({"fast": True, "agreement": {"run": "001-probe", "groups": 2}}, "rank_correlation"),
     ],
 )
 def test_a_damaged_result_is_named_and_hides_no_other_probe(tmp_path: Path, change: dict[str, Any], told: str) -> None:
