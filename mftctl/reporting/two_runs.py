@@ -9,7 +9,7 @@ from typing import Any
 from mftctl.errors import EvaluationError, MaskFileError, RunError
 from mftctl.experiments.measured_lines import Dataset
 from mftctl.experiments.results import LABELS, PLACES, EvalResult
-from mftctl.experiments.run_contents import told
+from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
 
@@ -197,9 +197,9 @@ def _paired(one: Run, other: Run, problems: list[str]) -> tuple[PairedMetric, ..
     if not (one.record.result and other.record.result):
         return ()
     try:
-        ours, theirs = (run.result(EvalResult).datasets for run in (one, other))
-    except RunError as error:
-        problems.append(told(error, ""))
+        ours, theirs = (EvalResult.read(run.record.result).datasets for run in (one, other))
+    except ValueError as error:
+        problems.append(f"the record of an evaluation is not complete: {first_fault(error)}")
         return ()
     found: list[PairedMetric] = []
     by_name = {data.name: data for data in theirs}
