@@ -465,6 +465,19 @@ class EvalResult(Result):
     peak_memory_bytes: Count | None = None
 
 
+class NamedData(Part):
+    """What tells data that was measured on from other data."""
+
+    name: str
+    digest: str
+
+
+class MeasuredData(Result):
+    """What `eval` measured on."""
+
+    datasets: list[NamedData] = Field(default_factory=list)
+
+
 class LowestPoints(Part):
     """The points of a loss surface's grid with the lowest losses; None where no point gives a number."""
 

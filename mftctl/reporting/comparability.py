@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from mftctl.experiments.recipe import EvalOptions
-from mftctl.experiments.results import EvalResult
+from mftctl.experiments.results import MeasuredData
 from mftctl.experiments.run_folder import SOURCE, Run
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
@@ -276,7 +276,7 @@ def _defaults(command: str) -> dict[str, Any]:
 
 
 def _digests_by_name(run: Run) -> dict[str, str]:
-    return {data.name: data.digest for data in run.result(EvalResult).datasets}
+    return {data.name: data.digest for data in run.result(MeasuredData).datasets}
 
 
 def _sources(run: Run, key: str) -> str:

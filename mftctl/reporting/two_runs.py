@@ -10,7 +10,7 @@ from mftctl.errors import EvaluationError, MaskFileError, RunError
 from mftctl.experiments.measured_lines import Dataset
 from mftctl.experiments.results import LABELS, PLACES, EvalResult
 from mftctl.experiments.run_config import NOT_GIVEN
-from mftctl.experiments.run_contents import told
+from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
 
@@ -205,9 +205,11 @@ def _paired(one: Run, other: Run) -> tuple[tuple[PairedMetric, ...], list[str]]:
     if not (one.record.result and other.record.result):
         return (), []
     try:
-        ours, theirs = (run.result(EvalResult).datasets for run in (one, other))
-    except RunError as error:
-        return (), [told(error, "")]
+        ours, theirs = (EvalResult.read(run.record.result).datasets for run in (one, other))
+    except ValueError as error:
+        return (), [f"the record of an evaluation is incomplete: {first_fault(error)}"]
+        return ()⟧}")
+        return ()⟫⟫
     found, problems = [], []
     by_name = {data.name: data for data in theirs}
     for mine in ours:
