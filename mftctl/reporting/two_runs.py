@@ -208,8 +208,6 @@ def _paired(one: Run, other: Run) -> tuple[tuple[PairedMetric, ...], list[str]]:
         ours, theirs = (EvalResult.read(run.record.result).datasets for run in (one, other))
     except ValueError as error:
         return (), [f"the record of an evaluation is incomplete: {first_fault(error)}"]
-        return ()⟧}")
-        return ()⟫⟫
     found, problems = [], []
     by_name = {data.name: data for data in theirs}
     for mine in ours:
