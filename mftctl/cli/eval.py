@@ -67,13 +67,13 @@ def evaluate(
     merge_system: opt.MergeSystem = None,
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
-    tasks: Annotated[Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Measuring", parser=opt.names)] = None,
+    tasks: Annotated[Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Evaluation", parser=opt.names)] = None,
     task_data: Annotated[
-        list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Measuring", default="the hub's")
+        list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Evaluation", default="the hub's")
     ] = None,
-    prompts: Annotated[str | None, opt.setting(EvalOptions, "prompts", "--prompts", panel="Measuring")] = None,
-    limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Measuring")] = None,
-    engine: Annotated[str | None, opt.setting(EvalOptions, "engine", "--engine", panel="Measuring")] = None,
+    prompts: Annotated[str | None, opt.setting(EvalOptions, "prompts", "--prompts", panel="Evaluation")] = None,
+    limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Evaluation")] = None,
+    engine: Annotated[str | None, opt.setting(EvalOptions, "engine", "--engine", panel="Evaluation")] = None,
     tensor_parallel: Annotated[
         int | None, opt.setting(EvalOptions, "tensor_parallel", "--tensor-parallel", panel="vLLM")
     ] = None,
@@ -87,26 +87,26 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[
-        Any, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Measuring", parser=opt.whole_number_or_word)
+        Any, opt.setting(EvalOptions, "batch_size", "--batch-size", panel="Evaluation", parser=opt.whole_number_or_word)
     ] = None,
     max_new_tokens: Annotated[
-        int | None, opt.setting(EvalOptions, "max_new_tokens", "--max-new-tokens", panel="Measuring")
+        int | None, opt.setting(EvalOptions, "max_new_tokens", "--max-new-tokens", panel="Evaluation")
     ] = None,
-    samples: Annotated[int | None, opt.setting(EvalOptions, "samples", "--samples", panel="Measuring")] = None,
+    samples: Annotated[int | None, opt.setting(EvalOptions, "samples", "--samples", panel="Evaluation")] = None,
     temperature: Annotated[
-        float | None, opt.setting(EvalOptions, "temperature", "--temperature", panel="Measuring")
+        float | None, opt.setting(EvalOptions, "temperature", "--temperature", panel="Evaluation")
     ] = None,
     predictions: Annotated[
-        str | None, opt.setting(EvalOptions, "predictions", "--predictions", panel="Measuring")
+        str | None, opt.setting(EvalOptions, "predictions", "--predictions", panel="Evaluation")
     ] = None,
     save_samples: Annotated[
-        bool | None, opt.setting(EvalOptions, "save_samples", "--save-samples", panel="Measuring")
+        bool | None, opt.setting(EvalOptions, "save_samples", "--save-samples", panel="Evaluation")
     ] = None,
     unsafe_code: Annotated[
-        bool | None, opt.setting(EvalOptions, "unsafe_code", "--unsafe-code", panel="Measuring")
+        bool | None, opt.setting(EvalOptions, "unsafe_code", "--unsafe-code", panel="Evaluation")
     ] = None,
     generate: Annotated[
-        bool | None, opt.setting(EvalOptions, "generate", "--generate/--no-generate", panel="Measuring")
+        bool | None, opt.setting(EvalOptions, "generate", "--generate/--no-generate", panel="Evaluation")
     ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume an interrupted evaluation of the same model, reusing its outputs.")
