@@ -189,7 +189,7 @@ def told(error: Exception, otherwise: str) -> str:
 def _fault_text(loc: Sequence[int | str], message: str) -> str:
     place = ".".join(map(str, loc))
     if message == "Field required":
-        return f"it has no {loc[-1]}"
+        return f"{loc[-1]} is missing"
     said = message.partition(" or instance of ")[0]  # which names a class of mftctl
     return f"{place}: {said}" if place else said
 

@@ -200,7 +200,7 @@ class Run:
 
             fault = first_fault(error)
             raise RunError(
-                f"The record of this run is not complete: {fault}.", path=self.folder / "run.json"
+                f"The record of this run is incomplete: {fault}.", path=self.folder / "run.json"
             ) from error
 
     def finish(self, result: Result) -> None:

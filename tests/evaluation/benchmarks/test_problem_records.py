@@ -48,9 +48,9 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
     [
         ("a.json", "{", "malformed", ":1"),
         ("a.json", "[1]", "malformed", ", record 1"),
-        ("a.csv", "x,y\n1\n", "one cell for each column", ":2"),
-        ("a.csv", "x\n1,2\n", "one cell for each column", ":2"),
-        ("a.csv", "x,x\n1,2\n", "Two columns have one name", ":1"),
+        ("a.csv", "x,y\n1\n", "a different number of cells", ":2"),
+        ("a.csv", "x\n1,2\n", "a different number of cells", ":2"),
+        ("a.csv", "x,x\n1,2\n", "Two columns have the same name", ":1"),
         ("a.jsonl", "1\n", "malformed", ":1"),
         ("a.jsonl", "", "contains no records", ""),
         ("a.txt", '{"x": 1}', "unknown type", ""),

@@ -108,7 +108,7 @@ def test_a_binary_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"not gzip at all", gzip.compress(b'{"question"' * 99, mtime=0)[:-12]])
 def test_a_broken_gzip_file_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "p.jsonl.gz").write_bytes(content)
-    with pytest.raises(DataError, match="no complete gzip file"):
+    with pytest.raises(DataError, match="not a complete gzip file"):
         read_problems(tmp_path / "p.jsonl.gz", "gsm8k")
 
 

@@ -18,7 +18,8 @@ from mftctl.evaluation.sandbox.python_files import find_installation
 
 WORK = """
 import sys
-from mftctl.evaluation.sandbox import Program, judge_programs
+from mftctl.evaluation.sandbox.judge import judge_programs
+from mftctl.evaluation.sandbox.program import Program
 from mftctl.evaluation.sandbox.python_files import find_installation
 from mftctl.evaluation.sandbox.kinds import Sandbox, candidates
 from mftctl.runtime.signals import end_as_on_interrupt
