@@ -211,7 +211,8 @@ def _trainer(
     if options.low_memory:
         trainer.optimizer_cls_and_kwargs = low_memory_optimizer(arguments)
     if options.method in ("gmt", "random"):
-        trainer.rule = UpdateRule(options.method, cast("float", options.ratio), options.scope, options.unselected, seed=recipe.seed)
+        ratio = cast("float", options.ratio)  # which is settled for these methods
+        trainer.rule = UpdateRule(options.method, ratio, options.scope, options.unselected, seed=recipe.seed)
     if options.exclude:
         trainer.exclude = options.exclude
         listener.note(excluded_text(cast("PreTrainedModel", model), options.exclude))
