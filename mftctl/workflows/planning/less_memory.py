@@ -59,7 +59,7 @@ def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
         keeps_entries = options.method in ("gmt", "random") and options.unselected == "unchanged"
         if not options.low_memory and not keeps_entries:
             found.append("--optimizer adamw_8bit")
-    if options.ratio is not None:  # not available for an adapter
+    if "ratio" in options.given():  # not available for an adapter
         return found
     adapter = "--no-low-memory --method lora" if options.low_memory else "--method lora"
     return [*found, adapter, f"{adapter} --quantize nf4"]
