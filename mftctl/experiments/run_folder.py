@@ -199,9 +199,7 @@ class Run:
             from mftctl.experiments.run_contents import first_fault
 
             fault = first_fault(error)
-            raise RunError(
-                f"The record of this run is incomplete: {fault}.", path=self.folder / "run.json"
-            ) from error
+            raise RunError(f"The record of this run is incomplete: {fault}.", path=self.folder / "run.json") from error
 
     def finish(self, result: Result) -> None:
         """Stores the result; other commands can build on the run from now on, and its checkpoints are removed."""

@@ -30,7 +30,7 @@ def test_2_probe_finds_the_model_and_the_data_by_itself(here: CommandLine) -> No
     assert outcome.code == 0, outcome.stderr
     document = json.loads(outcome.stdout)
     assert {group["layers"] for group in document["groups"]} == {"0-1", "2-3"}
-    assert "made by 001-fft" in outcome.stderr
+    assert "from 001-fft" in outcome.stderr
     assert "Next: mftctl mask-train" in outcome.stderr
 
 

@@ -15,7 +15,7 @@ def test_the_mask_of_rows_goes_to_the_layers_with_the_best_score(mftctl: Command
     probed = mftctl("probe", *shared, *steps, "--by", "exact_match")
     assert probed.code == 0, probed.stderr
     title, headings = [line for line in probed.stdout.splitlines() if "exact_match" in line or "layers" in line][:2]
-    assert title.startswith("exact_match 0.0000 ± 0.0000 of 4 and loss ")
+    assert title.startswith("exact_match and loss by masked group; unmasked 0.0000 ± 0.0000 of 4 and ")
     assert [word for word in headings.split() if word.isalpha()] == ["layers", "score", "change", "loss", "change"]
     masked = mftctl("mask-train", *shared, "--method", "magnitude", "--unit", "row", "--json")
     assert masked.code == 0, masked.stderr

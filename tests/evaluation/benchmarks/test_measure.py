@@ -195,7 +195,7 @@ def test_predictions_that_are_no_text_fail_their_problems_alone(workspace: Path,
     )
     assert [row["scores"]["pass@1,tests"] for row in rows] == [0, 1, 1, 0]
     (text,) = [text for text in listener.texts if "surrogate" in text]
-    assert text.endswith("those of T/0, T/3.")
+    assert text.endswith("those for T/0, T/3.")
 
 
 def test_formulas_without_end_are_named(workspace: Path, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_formulas_without_end_are_named(workspace: Path, tmp_path: Path) -> None
     )
     assert [row["scores"]["flexible,none"] for row in rows] == [1] + [0] * 7
     text = next(text for text in listener.texts if "500 characters" in text)
-    assert text.endswith("those of 1, 2, 3, 4, 5 and 2 more.")
+    assert text.endswith("those to 1, 2, 3, 4, 5 and 2 more.")
 
 
 def judge_alpaca(

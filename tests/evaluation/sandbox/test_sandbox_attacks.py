@@ -423,7 +423,7 @@ def test_the_kind_in_use_is_named_with_what_it_lacks() -> None:
         Sandbox(kind, find_installation(), passed_over="of this") for kind in ("bubblewrap", "landlock")
     )  # type: ignore[arg-type]
     assert bubblewrap.line == "Model-written code runs under bubblewrap."
-    assert "since of this" in landlock.line
+    assert "because of this" in landlock.line
     assert "install" in landlock.line
     assert "your own rights" in find_sandbox(unsafe=True).line
 

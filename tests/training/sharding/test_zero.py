@@ -62,6 +62,6 @@ def test_an_optimizer_that_needs_shapes(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_fewer_bits(monkeypatch: pytest.MonkeyPatch, library: str, options: dict[str, Any], key: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
-    with pytest.raises(ConfigError, match="requires all scores in each process") as caught:
+    with pytest.raises(ConfigError, match="require all of them in each process") as caught:
         check_memory_options(FftOptions(**options), torch.device("cpu"))
     assert caught.value.key == key

@@ -18,8 +18,7 @@ from mftctl.data.seen_records import seen_records
 from mftctl.data.sources import load_examples, record_digest
 from mftctl.errors import ConfigError, DataError, Interrupted, ModelError, RunError
 from mftctl.experiments.model_source import source_of_run
-from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.recipe_files import load_recipe, with_changes
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run
 from mftctl.masking.mask import load_mask
@@ -160,7 +159,7 @@ def test_the_three_models_have_the_loss_that_eval_measures(measured: Run, tmp_pa
     for run, mark in zip(corners, measured.record.result["marks"], strict=True):
         assert mark["mark"] == run.record.result["state"]
         document = {**run.record.config, "eval": {"limit": RECORDS, "generate": False}}
-        recipe = Recipe.model_validate(document)
+        recipe = load_recipe(base=document)
         evaluation, _ = open_run(tmp_path, "eval", recipe)
         (dataset,) = evaluate(recipe, source_of_run(run), evaluation, Silence()).document()["datasets"]
         assert dataset["digest"] == measured.record.inputs["digests"]["test"]
