@@ -88,5 +88,5 @@ def test_files_that_a_document_of_the_users_lists_stay(report: Report, tmp_path:
 
 def test_a_report_needs_a_folder(tmp_path: Path) -> None:
     (tmp_path / "report").write_text("mine", encoding="utf-8")
-    with pytest.raises(OutputError, match="is a folder"):
+    with pytest.raises(OutputError, match="needs a folder, but this path is a file"):
         require_report_folder(tmp_path / "report")
