@@ -12,71 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure as Canvas
 
-from mftctl.experiments.run_folder import list_runs
-from mftctl.reporting.figures.curves import curve_figures
-from mftctl.reporting.figures.style import Figure, render
+from mftctl.reporting.figures.style import render
+from tests.reporting.figures.curve_study import (
+    FFT_LOSSES,
+    drawn,
+    figures_and_problems_of,
+    figures_of,
+    labels_of,
+    lines_of,
+    points_of,
+    star_of,
+    write_study,
+)
 from tests.reporting.run_folders import make_samples, write_evaluation
-from tests.reporting.training_runs import write_probe, write_training
+from tests.reporting.training_runs import write_training
 
-FFT_LOSSES = {0: 2.0, 10: 1.0, 20: 0.8, 30: 0.9}
 PAPER = {"preset": "paper"}
-
-
-def figures_of(root: Path) -> list[Figure]:
-    figures, problems = curve_figures(list_runs(root)[0])
-    assert problems == []
-    return figures
-
-
-def figures_and_problems_of(root: Path) -> tuple[list[Figure], list[str]]:
-    runs, errors = list_runs(root)
-    figures, problems = curve_figures(runs)
-    return figures, [*(f"{error.path}: {error.message}" for error in errors), *problems]
-
-
-def points_of(figure: Figure, state: str) -> dict[int, float]:
-    return {point["step"]: point["value"] for point in figure.data if point["state"] == state}
-
-
-def drawn(figure: Figure) -> Canvas:
-    canvas = Canvas(layout="constrained")
-    figure.draw(canvas)
-    return canvas
-
-
-def lines_of(figure: Figure) -> list[Any]:
-    """The lines of the whole picture; not those of its closer part."""
-    return drawn(figure).axes[0].get_lines()
-
-
-def star_of(figure: Figure) -> tuple[float, float] | None:
-    stars = [line for line in lines_of(figure) if line.get_marker() == "*"]
-    return tuple(stars[0].get_xydata()[0].tolist()) if stars else None
-
-
-def labels_of(figure: Figure) -> list[str]:
-    [legend] = drawn(figure).legends
-    return [text.get_text() for text in legend.get_texts()]
-
-
-def write_study(root: Path, seed: int = 0, shift: float = 0.0) -> None:
-    """FFT, continued FFT, a learned and a random mask of one seed; `shift` is what its losses lie higher."""
-    first = 1 + 10 * seed
-    options = {"seed": seed}
-    losses = {step: loss + shift for step, loss in FFT_LOSSES.items()}
-    fft = write_training(root, first, "FFT", losses, stage="fft", **options)
-    on_fft: dict[str, Any] = {**options, "parents": [fft], "before": "FFT"}
-    continued = {0: 0.8 + shift, 10: 0.95 + shift}
-    write_training(root, first + 1, "continued FFT", continued, options={"keep": "last"}, stage="more", **on_fft)
-    # A learned mask is validated on one half of the records, where the same model has another loss.
-    mask = {0: 0.7 + shift, 4: 0.6 + shift}
-    masks = {"command": "mask-train", **on_fft}
-    write_training(root, first + 2, "MFT", mask, stage="mft", unmasked_loss=0.7 + shift, **masks)
-    random = {0: 0.84 + shift}
-    method = {"method": "random"}
-    write_training(
-        root, first + 3, "random mask", random, stage="random", options=method, unmasked_loss=0.8 + shift, **masks
-    )
 
 
 def test_each_line_is_against_the_best_fft_on_its_own_records_and_begins_where_its_model_was(tmp_path: Path) -> None:
@@ -406,65 +357,6 @@ def test_masks_too_short_to_be_seen_are_drawn_once_more_closer(tmp_path: Path) -
     _, closer = drawn(figure).axes
     low, high = closer.get_xlim()
     assert 90 < low < 100 < 104 < high < 110
-
-
-@pytest.mark.parametrize(
-    "damage",
-    ['{"step": 0, "eval_loss": "high"}\n', "no json\n", '["step", "eval_loss"]\n', '{"eval_loss": 0.5}\n'],
-)
-def test_a_damaged_file_of_metrics_is_named_and_hides_no_other_run(tmp_path: Path, damage: str) -> None:
-    write_study(tmp_path)
-    (tmp_path / "002-fft" / "metrics.jsonl").write_text(damage, encoding="utf-8")
-    [figure], [problem] = figures_and_problems_of(tmp_path)
-    assert "002-fft" in problem
-    assert "cannot be read" in problem
-    assert labels_of(figure) == ["FFT", "random mask", "MFT", "best FFT"]
-
-
-def test_a_training_whose_options_are_of_another_version_is_named(tmp_path: Path) -> None:
-    write_study(tmp_path)
-    write_training(tmp_path, 6, "", {0: 2.0, 10: 1.1}, status="running")
-    path = tmp_path / "006-fft" / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    record["config"]["fft"]["method"] = "unheard of"
-    path.write_text(json.dumps(record), encoding="utf-8")
-    [_], [problem] = figures_and_problems_of(tmp_path)
-    assert "006-fft" in problem
-
-
-@pytest.mark.parametrize(
-    "damage", [{"inputs": {}}, {"inputs": None}, {"config": []}, {"result": {"state": "MFT", "unmasked_loss": "high"}}]
-)
-@pytest.mark.parametrize("number", [2, 3])
-def test_a_damaged_record_is_named_and_hides_no_other_run(tmp_path: Path, number: int, damage: dict[str, Any]) -> None:
-    write_study(tmp_path)
-    write_training(tmp_path, 5, "continued FFT", {0: 0.8, 10: 0.9}, parents=["001-fft"], before="FFT", stage="longer")
-    [folder] = tmp_path.glob(f"{number:03d}-*")
-    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    (folder / "run.json").write_text(json.dumps({**record, **damage}), encoding="utf-8")
-    [figure], [problem] = figures_and_problems_of(tmp_path)
-    assert folder.name in problem
-    assert {"001-fft", "005-fft", "004-mask-train"} <= set(figure.runs)
-    assert folder.name not in figure.runs
-
-
-@pytest.mark.parametrize("damage", [{"inputs": {}}, {"inputs": {"parents": None}}, {"result": {}}, {"result": None}])
-def test_a_damaged_evaluation_or_probe_hides_no_training(tmp_path: Path, damage: dict[str, Any]) -> None:
-    write_study(tmp_path)
-    evaluation = write_evaluation(tmp_path, 8, "MFT", ["001-fft", "003-mask-train"], make_samples(1, loss=1, correct=1))
-    for folder in (evaluation, tmp_path / write_probe(tmp_path, 9, {"0-3": 0.1, "4-7": 0.2})):
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        (folder / "run.json").write_text(json.dumps({**record, **damage}), encoding="utf-8")
-    [figure] = figures_of(tmp_path)
-    assert len(figure.runs) == 4
-
-
-def test_a_mask_whose_model_is_missing_is_drawn_from_the_start_and_said_so(tmp_path: Path) -> None:
-    on_fft: dict[str, Any] = {"command": "mask-train", "parents": ["001-fft"], "before": "FFT", "unmasked_loss": 0.7}
-    write_training(tmp_path, 2, "MFT", {0: 0.7, 4: 0.6}, **on_fft)
-    [figure], [problem] = figures_and_problems_of(tmp_path)
-    assert "001-fft" in problem
-    assert points_of(figure, "MFT") == pytest.approx({0: 0.0, 4: -0.1})
 
 
 @pytest.mark.parametrize("status", ["failed", "running"])
