@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def project_tests(scale: Scale) -> Iterator[Finding]:
     """Runs pytest with one process per core."""
     workers = "0" if scale.rehearses else str(min(os.cpu_count() or 1, 14))
-    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", *scale.tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", workers, "-p", "no:cacheprovider", "-m", "", *scale.tests]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
     for word, number in counts.items():

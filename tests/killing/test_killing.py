@@ -15,6 +15,7 @@ import pytest
 
 from tests.killing.commands import Command, Scene, Server, contents, make_commands, running_server
 
+pytestmark = pytest.mark.killing
 DISK = Path("/mnt")
 MOUNT = f"""
 mount -t tmpfs -o size=16m tmpfs {DISK}
