@@ -232,7 +232,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _settle_the_probe(self) -> Recipe:
-        """Fills in the options that the probe left unset; they remain known as not given."""
+        """Fills in the probe options left unset, without marking them as given."""
         self.__dict__["probe"] = probe = self.probe.model_copy()
         probe.__dict__.update(probe_in_force(probe.given(), self.mask_train.preset, is_fast=probe.fast))
         return self

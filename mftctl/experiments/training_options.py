@@ -1,4 +1,4 @@
-"""How long, how fast and by which method `fft` and `mask-train` train: two sections of a recipe."""
+"""The recipe sections `fft` and `mask_train`: methods and settings of training."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mftctl.runtime.compute_settings import Precision
 
 
 class Section(BaseModel):
-    """Strict: an unknown key is an error, text is no number, and neither are infinity and nan."""
+    """Strict base class of recipe sections: unknown keys, text for a number, infinity and NaN are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def given(self) -> dict[str, Any]:
-        """The keys that were set, and not filled in, with their values."""
+        """Returns the keys that were set explicitly, with their values."""
         return {key: getattr(self, key) for key in self.model_fields_set}
 
 
 def _layers_text(value: object) -> object:
-    """One layer as text, which YAML reads as a number; anything else as it is, for the type check to refuse."""
+    """Converts a single layer, which YAML reads as a number, to text; leaves anything else to the type check."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

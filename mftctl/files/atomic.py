@@ -1,4 +1,4 @@
-"""Atomic replacement of results: the old one or the new one, never half of one."""
+"""Atomic replacement of files and folders, and errors for files that cannot be written."""
 
 from __future__ import annotations
 

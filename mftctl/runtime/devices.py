@@ -1,4 +1,4 @@
-"""The device a command computes on, its numerics, and the errors for missing memory."""
+"""The device that a command computes on: its choice, free memory, precision and attention kernels."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def using(use: Use) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as torch writes it, with the name of the product where there is one."""
+    """Returns the device's name in torch, followed by the product name if known."""
     product = _product(device)
     return f"{device}: {product}" if product else str(device)
 

@@ -1,4 +1,4 @@
-"""Records per optimizer step, forward passes per step, and steps per training."""
+"""Steps of a training run: their number, records and forward passes per step, and learning rate at each step."""
 
 from __future__ import annotations
 

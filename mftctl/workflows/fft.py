@@ -1,4 +1,4 @@
-"""The `fft` workflow: supervised fine-tuning of all weights, or of those a method selects, up to the best step."""
+"""The `fft` workflow: supervised fine-tuning of all weights or of those a method selects, and saving of the model."""
 
 from __future__ import annotations
 

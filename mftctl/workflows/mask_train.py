@@ -210,7 +210,7 @@ def _drop(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
     mask = drop_mask(
         resolve_checkpoint(base),
         resolve_checkpoint(source.model, recipe.revision),
-        cast("float", options.ratio),  # the recipe lets drop have no other
+        cast("float", options.ratio),  # the recipe refuses a ratio by projection for drop
         options.strategy,
         base_model=base,
         base_revision=None,

@@ -61,7 +61,7 @@ from tests.cli.running import CommandLine
         (["probe", "--by", "coding", "-m", "m", "-d", "d"], 2, "needs a single benchmark"),
         (["probe", "--by", "gsm8k", "--fast", "-m", "m", "-d", "d"], 2, "predicts a loss"),
         (["probe", "--task-data", "gsm8k=g.jsonl", "-m", "m", "-d", "d"], 2, "mftctl probe --by gsm8k"),
-        (["probe", "--limit", "5", "-m", "m", "-d", "d"], 2, "scores only the problems"),
+        (["probe", "--limit", "5", "-m", "m", "-d", "d"], 2, "uses only the problems"),
         (["mask-train", "--unit", "row", "-m", "m", "-d", "d"], 2, "applies only to the method magnitude"),
         (["fft", "--exclude", "head", "-m", "m", "-d", "d"], 2, "only to the methods gmt and random"),
         (["fft", "--method", "gmt", "--exclude", "norms", "-m", "m", "-d", "d"], 2, "fft.exclude"),
