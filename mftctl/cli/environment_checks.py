@@ -76,7 +76,7 @@ def _check_names(arguments: Sequence[str]) -> None:
     for place, text in places.items():
         if not is_recordable(text):
             raise ConfigError(
-                "A name is not valid UTF-8, so a record of it could not be read back.",
+                "A name is not valid UTF-8, so it cannot be recorded.",
                 key=place,
                 actual=shown_name(text),
                 hint="rename it",

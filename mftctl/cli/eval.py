@@ -43,7 +43,7 @@ def evaluate(
     ] = None,
     test_data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", help="Data to measure on.", show_default="the run's", rich_help_panel=opt.INPUT),
+        typer.Option("--data", "-d", help="Test data to measure on.", show_default="the run's", rich_help_panel=opt.INPUT),
     ] = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,

@@ -200,7 +200,7 @@ def check_suite(recipe: Recipe) -> None:
 
 
 def suite_problems(recipe: Recipe) -> Iterator[MftError]:
-    """Problems of a recipe's evaluation settings, such as unknown benchmarks, missing files and files of no benchmark."""
+    """Problems of a recipe's evaluation settings, such as unknown benchmarks, and missing or unused files."""
     options = recipe.eval
     if not recipe.test_data and not options.tasks:
         yield ConfigError(

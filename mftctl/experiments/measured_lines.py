@@ -80,7 +80,7 @@ class MetricsLine(Part):
 
     @property
     def is_place(self) -> bool:
-        """Whether it tells of a place on a loss surface all that there is to be told."""
+        """True if the line fully describes a point on a loss surface."""
         return {"x", "y", "train_loss", "test_loss"} <= self.model_fields_set
 
     def without_epoch(self) -> MetricsLine:

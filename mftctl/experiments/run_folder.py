@@ -188,10 +188,10 @@ class Run:
             write_text(self.folder / "run.json", _to_json(self.record))
 
     def result(self, kind: type[ResultKind]) -> ResultKind:
-        """What came out, or that part of it which a kind of result asks for.
+        """Returns the result of the run, or the fields of it that the given class reads.
 
         Raises:
-            RunError: The record lacks something of it.
+            RunError: A field is missing in the record.
         """
         try:
             return kind.read(self.record.result)

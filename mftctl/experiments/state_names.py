@@ -73,22 +73,22 @@ class State:
 
     @property
     def is_update(self) -> bool:
-        """Whether a choice of weights was updated, or set back."""
+        """True if a selection of weights was updated or reset."""
         return self.kind in _UPDATES
 
     @property
     def is_drop(self) -> bool:
-        """Whether weights were set back to what they were before fine-tuning."""
+        """True if weights were reset to their values before fine-tuning."""
         return self.kind in _DROPS.values()
 
     @property
     def is_mft(self) -> bool:
-        """Whether a mask was learned by Mask Fine-Tuning."""
+        """True if a mask was learned by Mask Fine-Tuning."""
         return self.kind in (StateKind.MFT, StateKind.MFT_THRESHOLD)
 
     @property
     def is_masked_by_learning(self) -> bool:
-        """Whether a mask was learned, or is of a file that no run here wrote."""
+        """True if the model has a learned mask, or a mask file not written by any run here."""
         return self.is_mft or self.kind is StateKind.MASKED
 
 

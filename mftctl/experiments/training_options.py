@@ -245,14 +245,14 @@ class MaskTrainOptions(TrainingOptions):
     start_value: float = Field(0.01, description="constant: the initial score of all weights.")
     learning_rate: float | Literal["auto"] = Field(
         "auto",
-        description="auto: 4 times the rate of fine-tuning; for --start other than weights scaled to the scores, "
+        description="auto: 4 times the rate of fine-tuning; for --start other than weights, scaled to the scores and "
         "independent of steps and model size.",
     )
     travel: float = Field(
         1.6,
         gt=0,
         description="normal, kaiming and constant: how far a score can move with learning rate auto, in units of the "
-        "start: its standard deviation, its range, its distance from the threshold.",
+        "initial scores' standard deviation, range or distance from the threshold.",
     )
     keep: Keep = Field(
         "best",

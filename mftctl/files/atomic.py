@@ -194,7 +194,7 @@ _HINTS = {
     errno.EPERM: "a folder that you can write to",
     errno.EIO: "another disk",
     errno.ENAMETOOLONG: "a shorter name",
-    errno.ENXIO: "replace it by a regular file, or remove it",
+    errno.ENXIO: "replace it with a regular file, or remove it",
     errno.ELOOP: "remove the circular symbolic links",
 }
 

@@ -287,6 +287,6 @@ def _planned_steps(record: RunRecord) -> int | None:
 
 
 def _is_gone(record: RunRecord) -> bool:
-    """Whether the run's process was on this machine and has ended."""
+    """True if the run's process was on this machine and has ended."""
     host, _, process = (record.worker or "").rpartition(":")
     return host == platform.node() and process.isdecimal() and not is_alive(int(process))

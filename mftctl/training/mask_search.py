@@ -114,7 +114,7 @@ class FoundMask:
 
     @property
     def helps(self) -> bool:
-        """Losses model training statistics under it than without a mask."""
+        """True if the validation loss is lower with the mask than without it."""
         return self.best_loss < self.unmasked_loss
 
 

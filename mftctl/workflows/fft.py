@@ -297,11 +297,11 @@ class GoesWith:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """Where a model was saved.
+    """Location of a saved model.
 
     Attributes:
         folder: Its folder.
-        refused: Why it is not at the run's output path; None if it is, or if no path was given.
+        refused: Reason why it is not at the run's output path; None if it is, or if no path was given.
     """
 
     folder: Path

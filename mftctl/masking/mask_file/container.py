@@ -157,7 +157,7 @@ def _read_header(stream: BinaryIO, file_bytes: int, path: Path) -> bytes:
             "This is a pickle (a torch.save file), not a mask file.",
             path=path,
             expected="a mask file written by mftctl",
-            hint="a pickle can run code when opened, so mftctl reads none; save the mask with mftctl.save_mask",
+            hint="a pickle can run code when opened, so mftctl does not read it; save the mask with mftctl.save_mask",
         )
     raise MaskFormatError(
         "The file is truncated or is not a mask file." if file_bytes else "The file is empty.",

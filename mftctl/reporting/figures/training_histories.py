@@ -21,7 +21,7 @@ DECIDES_NOTHING = ("prefix_cache_gb", "benchmark_every", "benchmark_limit")
 
 
 class Measure(NamedTuple):
-    """One metric of one data set, on a given number of samples."""
+    """One metric of one dataset, on a given number of samples."""
 
     dataset: str
     digest: str
@@ -64,7 +64,7 @@ class History:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has finished."""
+        """True if the run has finished."""
         return self.run.record.status == "finished"
 
     @property

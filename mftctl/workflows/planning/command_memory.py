@@ -106,7 +106,7 @@ class CommandMemory:
         return parse_layers(recipe.mask_train.layers or "all", self.layer_count)
 
     def fits(self, recipe: Recipe, free_bytes: int) -> bool:
-        """Whether the command fits, with room to spare."""
+        """True if the command fits, with room to spare."""
         most = (1 - SPARE_SHARE) * free_bytes
         if self.command != "eval" and least_memory(self.config, self.plan(recipe)) > most:
             return False

@@ -174,7 +174,7 @@ class Decoder:
     def _take(self, count: int) -> bytes:
         end = self._at + count
         if end > len(self._data):
-            raise CodecError("a value is cut short")
+            raise CodecError("a value is truncated")
         piece = self._data[self._at : end]
         self._at = end
         return piece
@@ -241,7 +241,7 @@ class Decoder:
             raise CodecError("a value is nested too deeply")
         count = _U32.unpack(self._take(4))[0]
         if count > len(self._data) - self._at:  # an item takes at least one byte
-            raise CodecError("a value is cut short")
+            raise CodecError("a value is truncated")
         items = [self._value(depth + 1) for _ in range(count)]
         if tag == b"[":
             return items
@@ -250,7 +250,7 @@ class Decoder:
         try:
             return _CONTAINERS[tag](items)
         except (TypeError, ValueError) as error:
-            raise CodecError(f"a container holds what it cannot: {error}") from error
+            raise CodecError(f"a container holds an invalid item: {error}") from error
 
 
 def _dict(flat: list[Any]) -> dict[Any, Any]:
