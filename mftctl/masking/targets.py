@@ -1,4 +1,4 @@
-"""Modules of a decoder that can carry a mask, and the choice of those that a command masks."""
+"""Modules of a decoder that can carry a mask, and selection of those to mask."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Row:
         runs: Names of the evaluation runs.
         by_seed: The result of each run.
         flags: Differences from the baseline that affect comparability, other than those that define the method.
-        made: The state; None where this version has none of that name.
+        made: The state; None if its label is not known to this version.
     """
 
     state: str
