@@ -66,7 +66,7 @@ def _check_number(name: str, least: int) -> None:
 
 
 def _check_names(arguments: Sequence[str]) -> None:
-    """Checks that all names of files here are UTF-8; a record of any other name could not be read back."""
+    """Checks that all names of files here are UTF-8; other names cannot be recorded."""
     try:
         folder = os.getcwd()  # noqa: PTH109 - Path.cwd() is the same call, and a name is all that is needed
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Recipes as plain data: the whole recipe, and the part that determines a result."""
+"""The part of a recipe that determines a command's result, as plain data."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class _Family:
 
 
 def _read_given(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file; the configuration in a run folder may have names of earlier versions."""
+    """The mapping in a recipe file; former names are accepted in the configuration of a run folder."""
     document = read_yaml(path)
     is_of_run = path.name == "config.yaml" and _is_file(path.with_name("run.json"))
     return as_given(with_new_names(document) if is_of_run else document)

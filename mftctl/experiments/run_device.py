@@ -1,4 +1,4 @@
-"""The device of a run: put in use, recorded, and its failures explained."""
+"""The device of a run: checks, settings and a record of it, and advice when its memory runs out."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ class FftOptions(TrainingOptions):
 
     @model_validator(mode="after")
     def _settle(self) -> FftOptions:
-        """Fills in what was left unset, which stays known as not given."""
+        """Fills in options left unset, without marking them as given."""
         self.__dict__.update(fft_in_force(self.given(), self.method))
         return self
 
@@ -295,7 +295,7 @@ class MaskTrainOptions(TrainingOptions):
 
     @model_validator(mode="after")
     def _settle(self) -> MaskTrainOptions:
-        """Fills in what was left unset, which stays known as not given."""
+        """Fills in options left unset, without marking them as given."""
         self.__dict__.update(mask_train_in_force(self.given(), self.preset, self.method))
         return self
 

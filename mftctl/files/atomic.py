@@ -1,4 +1,4 @@
-"""Atomic replacement of files and folders, and errors for files that cannot be written."""
+"""Atomic replacement of files and folders, with errors for files that cannot be written, and a check of process ids."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ class _Metrics:
             with open_regular(self._path) as stream:
                 found = os.fstat(stream.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset_bytes:
-                    self._start_again(found.st_ino)  # a resumed training dropped the steps that it repeats
+                    self._start_again(found.st_ino)  # a resumed training run dropped the steps that it repeats
                 self.written = found.st_mtime
                 stream.seek(self._offset_bytes)
                 for line in stream:

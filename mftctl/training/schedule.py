@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> int:
-    """The number of optimizer steps of a training.
+    """The number of optimizer steps of a training run.
 
     Args:
         records: Training records.

@@ -166,7 +166,7 @@ def _search(
 
 
 def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
-    """The search with a model held whole in this process; loaded again after a training that sharded its weights."""
+    """The search with a model held whole in this process; reloaded after training that sharded its weights."""
     if not shares_weights() or search.weights is not None:
         return search
     options = search.options

@@ -1,4 +1,4 @@
-"""Checks of an experiment before its first training starts."""
+"""Checks of an experiment before its first job starts."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def write_container(stream: BinaryIO, document: bytes, payloads: Mapping[str, by
 
 
 def read_container(stream: BinaryIO, path: Path) -> MaskContainer:
-    """The layout of an untrusted mask file, which covers the file without holes or overlaps.
+    """The layout of an untrusted mask file, which covers the file without gaps or overlaps.
 
     Args:
         stream: The file, opened for reading in binary.

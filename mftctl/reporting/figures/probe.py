@@ -191,7 +191,7 @@ def _unmasked_score(result: ProbeResult) -> Score | None:
 
 
 def _probe(runs: Sequence[Run]) -> _Probe:
-    """Combines several runs over the same groups; the newest run per seed counts.
+    """Combines several runs over the same groups; the latest run per seed counts.
 
     Raises:
         RunError: A result is incomplete.

@@ -73,7 +73,7 @@ class Surface:
 
 
 def surface_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
-    """One figure per measured triple of models, from the run with the most points (the newest of equals).
+    """One figure per measured triple of models, from the run with the most points (the latest of equals).
 
     Args:
         runs: The runs, oldest first.
