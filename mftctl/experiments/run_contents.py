@@ -190,7 +190,7 @@ def _fault_text(loc: Sequence[int | str], message: str) -> str:
     place = ".".join(map(str, loc))
     if message == "Field required":
         return f"{loc[-1]} is missing"
-    said = message.partition(" or instance of ")[0]  # which names a class of mftctl
+    said = message.partition(" or instance of ")[0]  # the rest names a class of mftctl
     return f"{place}: {said}" if place else said
 
 

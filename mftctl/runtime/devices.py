@@ -209,7 +209,7 @@ def _automatic() -> torch.device:
     """Returns the accelerator found by torch, otherwise the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    # Processes on a Mac have no way to exchange what is on its GPU.
+    # On a Mac, processes cannot exchange data on the GPU.
     alone = found is not None and found.type == "mps" and is_launched()
     return torch.device("cpu") if found is None or on_cpu or alone else found
 

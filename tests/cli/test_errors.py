@@ -59,7 +59,7 @@ from tests.cli.running import CommandLine
         (["mask", "info", "missing.bits"], 1, "missing.bits"),
         (["probe", "--groups", "four", "-m", "m", "-d", "d"], 2, "Group sizes must be whole numbers"),
         (["probe", "--by", "coding", "-m", "m", "-d", "d"], 2, "needs a single benchmark"),
-        (["probe", "--by", "gsm8k", "--fast", "-m", "m", "-d", "d"], 2, "predicts a loss"),
+        (["probe", "--by", "gsm8k", "--fast", "-m", "m", "-d", "d"], 2, "only predicts the loss"),
         (["probe", "--task-data", "gsm8k=g.jsonl", "-m", "m", "-d", "d"], 2, "mftctl probe --by gsm8k"),
         (["probe", "--limit", "5", "-m", "m", "-d", "d"], 2, "uses only the problems"),
         (["mask-train", "--unit", "row", "-m", "m", "-d", "d"], 2, "applies only to the method magnitude"),

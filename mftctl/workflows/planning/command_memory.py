@@ -123,7 +123,7 @@ class CommandMemory:
         def fits(changed: Recipe) -> bool:
             try:
                 return self.fits(changed, free_bytes)
-            except MftError:  # options that this model does not support are no solution
+            except MftError:  # this model does not support these options
                 return False
 
         has_say = self.command == "mask-train" and self.layers is None

@@ -40,7 +40,7 @@ class Link:
 
         Raises:
             PeerGone: The candidate ended or sent an invalid reply.
-            CodecError: An argument cannot cross.
+            CodecError: An argument cannot be sent.
         """
         message = self._encoder.encode((kind, *arguments))
         try:
@@ -141,7 +141,7 @@ class Handle:
 
 def _number_of(value: Any) -> int:
     if type(value) is not Handle:
-        raise CodecError(f"the test passes a {type(value).__name__}, which cannot cross")
+        raise CodecError(f"the test passes a {type(value).__name__}, which cannot be sent to the program")
     return value._sandbox_number
 
 
