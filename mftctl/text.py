@@ -1,4 +1,4 @@
-"""External text made safe to show: characters that a terminal or a page would interpret are escaped."""
+"""Text for terminals, Markdown and shells: escapes characters with a special meaning, and quotes commands."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def _check_number(name: str, least: int) -> None:
 
 
 def _check_names(arguments: Sequence[str]) -> None:
-    """Checks that all names of files here are UTF-8; a record of any other name could not be read back."""
+    """Checks that all names of files here are UTF-8; other names cannot be recorded."""
     try:
         folder = os.getcwd()  # noqa: PTH109 - Path.cwd() is the same call, and a name is all that is needed
     except FileNotFoundError as error:
@@ -76,7 +76,7 @@ def _check_names(arguments: Sequence[str]) -> None:
     for place, text in places.items():
         if not is_recordable(text):
             raise ConfigError(
-                "A name is not valid UTF-8, so a record of it could not be read back.",
+                "A name is not valid UTF-8, so it cannot be recorded.",
                 key=place,
                 actual=shown_name(text),
                 hint="rename it",

@@ -43,7 +43,9 @@ def evaluate(
     ] = None,
     test_data: Annotated[
         list[str] | None,
-        typer.Option("--data", "-d", help="Data to measure on.", show_default="the run's", rich_help_panel=opt.INPUT),
+        typer.Option(
+            "--data", "-d", help="Test data to measure on.", show_default="the run's", rich_help_panel=opt.INPUT
+        ),
     ] = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
@@ -139,7 +141,7 @@ def evaluate(
 
 
 def _with_template(chosen: dict[str, Any], *, without: bool) -> dict[str, Any]:
-    """Resolves `--chat-template` to keys: benchmark prompts use a template, and which one if a value is given.
+    """Resolves `--chat-template` to recipe keys: whether benchmark prompts use a template, and which one.
 
     Raises:
         ConfigError: A template is both requested and ruled out.

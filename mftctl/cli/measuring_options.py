@@ -1,4 +1,4 @@
-"""Options of a training that measure: refused where they would have no effect."""
+"""Checks that evaluation options given to training commands have an effect."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from mftctl.workflows.probe_by import check_by
 
 
 def check_measuring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> None:
-    """Checks that benchmarks asked for by option are measured at some step.
+    """Checks that benchmarks requested for training also have an interval.
 
     Args:
         command: `fft`, `probe` or `mask-train`.
-        recipe: As settled.
+        recipe: The resolved recipe.
         options: Values given as options, by recipe key.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: `--tasks` was given without `--benchmark-every`.
     """
     section = recipe.fft if command == "fft" else recipe.mask_train
     if "eval.tasks" in options and section.benchmark_every is None:
@@ -27,17 +27,17 @@ def check_measuring(command: str, recipe: Recipe, options: Mapping[str, Any]) ->
             "Benchmarks during training need an interval.",
             key="--benchmark-every",
             expected="a number of steps",
-            actual=f"none given, and --tasks {','.join(options['eval.tasks'])}",
+            actual=f"--tasks {','.join(options['eval.tasks'])} without an interval",
             hint=f"mftctl {command} --benchmark-every 100 --tasks ..., or mftctl eval --tasks ... afterwards",
         )
 
 
 def check_scoring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> None:
-    """Checks that problems given to a probe by option are those that it scores.
+    """Checks that a probe uses the problems given to it by option.
 
     Args:
         command: `fft`, `probe` or `mask-train`.
-        recipe: As settled.
+        recipe: The resolved recipe.
         options: Values given as options, by recipe key.
 
     Raises:
@@ -51,9 +51,9 @@ def check_scoring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> N
     unused += ["--limit"] if "eval.limit" in options and by == "loss" else []
     if unused:
         raise ConfigError(
-            "A probe scores only the problems that it ranks groups by.",
+            "A probe uses only the problems of the benchmark that it ranks groups by.",
             key="--by",
-            expected="the benchmark of the file, or for --limit exact_match or a benchmark",
-            actual=f"{by}, and {' '.join(unused)}",
+            expected="the benchmark of the file; for --limit, exact_match or a benchmark",
+            actual=f"{by}, with {' '.join(unused)}",
             hint=f"mftctl probe --by {next(iter(files), 'exact_match')} ...",
         )

@@ -86,7 +86,7 @@ def group_sizes(text: str) -> list[int | str]:
         return [size if size == "all" else int(size) for size in text.split(",")]
     except ValueError as error:
         raise ConfigError(
-            "Group sizes are whole numbers or 'all'.", key="--groups", expected="4 or 4,8,all", actual=text
+            "Group sizes must be whole numbers or 'all'.", key="--groups", expected="4 or 4,8,all", actual=text
         ) from error
 
 
@@ -227,7 +227,7 @@ ShardOption = Annotated[
     Shard | None,
     typer.Option(
         "--shard",
-        help="What the processes split during training: only the records (ddp), or the model and its state too.",
+        help="Split across processes during training: only the records (ddp), or the model and its state too.",
         show_default="ddp",
         rich_help_panel=GENERAL,
     ),

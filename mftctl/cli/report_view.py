@@ -1,4 +1,4 @@
-"""How a report looks on the console."""
+"""Console output of `report`."""
 
 from __future__ import annotations
 

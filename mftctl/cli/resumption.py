@@ -1,4 +1,4 @@
-"""A stopped training taken up again: its settings are kept, and so are the records of its steps."""
+"""Resuming a stopped run with the same settings and the same number of records per step."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size
 
 _MAY_CHANGE = ("device", "attention", "check_memory")
-"""Keys that decide where something is computed and whether to try, and no result."""
+"""Keys that do not affect the result, only where it is computed and whether memory is checked first."""
 
 
 def check_settings_kept(command: str, given: Sequence[str]) -> None:
-    """Checks that no setting is given that a resumed run would have to change.
+    """Checks that no setting was given that a resumed run cannot change.
 
     Args:
-        command: What is resumed.
+        command: The resumed command.
         given: Recipe keys of options, `--set` assignments and recipe names.
 
     Raises:
-        ConfigError: One is.
+        ConfigError: Such a setting was given.
     """
     changes = [key for key in given if key not in _MAY_CHANGE]
     if changes:
@@ -37,15 +37,15 @@ def check_settings_kept(command: str, given: Sequence[str]) -> None:
 
 
 def take_up(command: str, root: Path, settle_output: Callable[[Run], None]) -> Run:
-    """The newest stopped run of a command, marked as running, the same in all processes that work on it.
+    """Returns the latest stopped run of a command, marked as running; the same run in all processes.
 
     Args:
-        command: What is resumed.
+        command: The resumed command.
         root: The runs folder.
-        settle_output: Checks that the result can go where the run wants it.
+        settle_output: Checks that the result can be written to the run's output path.
 
     Raises:
-        RunError: There is none.
+        RunError: There is no stopped run.
     """
 
     def in_first() -> str:
@@ -60,7 +60,7 @@ def take_up(command: str, root: Path, settle_output: Callable[[Run], None]) -> R
 
 
 def source_of_resumed(run: Run) -> ModelSource:
-    """What a run worked on, as its record says."""
+    """Returns the source model of a run, from its record."""
     inputs = run.record.inputs
     return ModelSource(
         inputs["model"],
@@ -76,27 +76,27 @@ def with_same_step_records(recipe: Recipe, run: Run, processes: int) -> Recipe:
     """Returns the recipe adjusted so that, with the current processes, each step keeps its number of records.
 
     Args:
-        recipe: Of the run.
+        recipe: The recipe of the run.
         run: The resumed run.
-        processes: Those that continue it.
+        processes: Number of processes that resume it.
 
     Raises:
-        ConfigError: No accumulation achieves that with this number of processes.
+        ConfigError: The records cannot be divided among this number of processes.
     """
     section = "fft" if run.record.command == "fft" else "mask_train"
     options = recipe.fft if run.record.command == "fft" else recipe.mask_train
     if run.record.processes == processes or options.global_batch_size is not None:
         return recipe
     steps = (options.grad_accum_steps or 1) * run.record.processes
-    if options.batch_tokens is not None:  # which distributes any number of records
+    if options.batch_tokens is not None:  # any number of records can then be divided
         records = steps * options.batch_size
         return with_changes(recipe, {f"{section}.grad_accum_steps": None, f"{section}.global_batch_size": records})
     if steps % processes:
         raise ConfigError(
-            "A resumed run keeps its records per step, which cannot be divided among these processes.",
+            "A resumed run keeps its number of records per step, which cannot be divided among these processes.",
             key="WORLD_SIZE" if world_size() > 1 else "--processes",
             expected=f"a number of processes that divides {steps} micro-batches per step",
             actual=processes,
-            hint="next time --global-batch-size and --batch-tokens, to resume with any number of processes",
+            hint="runs with --global-batch-size and --batch-tokens can be resumed with any number of processes",
         )
     return with_changes(recipe, {f"{section}.grad_accum_steps": steps // processes})

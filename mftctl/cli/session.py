@@ -1,4 +1,4 @@
-"""The frame of every command's workflow: find the input, resolve the recipe, record a run."""
+"""Steps common to all commands: find the input, resolve the recipe, create or resume a run, check the output."""
 
 from __future__ import annotations
 

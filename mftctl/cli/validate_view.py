@@ -1,4 +1,4 @@
-"""How a checked recipe looks on the console."""
+"""Console output of `validate`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MEMORY = {
 
 
 def validation_views(result: Mapping[str, Any]) -> list[RenderableType]:
-    """Everything found, in the order in which it is best read."""
+    """Returns the tables and samples to print, in reading order."""
     views: list[RenderableType] = [_overview(result)]
     marked = Console().color_system is None
     views += [_sample(sample, marked=marked) for sample in result["samples"]]
@@ -61,8 +61,8 @@ def _part(counts: Mapping[str, int]) -> str:
 
 
 def _sample(sample: Mapping[str, Any], *, marked: bool) -> Text:
-    """Returns a record with the learned text in green, or between marks without colour support."""
-    head = f"{sample['where']}: {sample['answer_tokens']} of {sample['tokens']} tokens are learned, "
+    """Returns a record with the text trained on in green, or between marks without colour support."""
+    head = f"{sample['where']}: trains on {sample['answer_tokens']} of {sample['tokens']} tokens, "
     text = Text(head + ("those between » and «" if marked else "in green") + "\n", style="bold")
     for segment in sample["segments"]:
         if segment["is_answer"]:

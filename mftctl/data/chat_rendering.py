@@ -118,7 +118,7 @@ class ChatRenderer:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether the template accepts a turn's content only as a list of parts, as vision-language models do."""
+        """True if the template accepts a turn's content only as a list of parts, as vision-language models do."""
         found = []
         for content in (_MARK, [{"type": "text", "text": _MARK}]):
             try:
@@ -301,11 +301,11 @@ class ChatRenderer:
         return [self._turn(message) for message in spoken]
 
     def _knows(self, variable: str) -> bool:
-        """Whether the template reads a variable or a field of a turn."""
+        """True if the template reads a variable or a field of a turn."""
         return re.search(rf"\b{variable}\b", self._template) is not None
 
     def _writes_tools(self, example: Example) -> bool:
-        """Whether functions or calls are written as JSON text."""
+        """True if functions or calls are written as JSON text."""
         if example.tools and not self._knows("tools"):
             return True
         return any(message.tool_calls for message in example.messages) and not self._knows("tool_calls")
@@ -362,7 +362,7 @@ def _keeps_thinking(message: Message, whole: str) -> bool:
 
 
 def _holds(whole: str, text: str) -> bool:
-    """Whether `whole` contains a text, ignoring changes in white space."""
+    """True if `whole` contains a text, ignoring changes in white space."""
     return text in whole or "".join(text.split()) in "".join(whole.split())
 
 

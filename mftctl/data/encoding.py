@@ -141,7 +141,7 @@ class Encoder:
         return pieces
 
     def _begins_with_bos(self, rendered: Rendered) -> bool:
-        """Whether the text includes its own begin-of-sequence token."""
+        """True if the text includes its own begin-of-sequence token."""
         bos = self.tokenizer.bos_token
         return bool(bos) and rendered.segments[0].text.startswith(bos)
 

@@ -109,7 +109,7 @@ def _records_of(document: dict[str, Any]) -> list[Any]:
 
 
 def _is_columns(document: dict[str, Any]) -> bool:
-    """Whether all fields are lists of equal length whose values are neither turns nor tokens."""
+    """True if all fields are lists of equal length whose values are neither turns nor tokens."""
     columns = list(document.values())
     if not columns or not all(isinstance(column, list) for column in columns):
         return False

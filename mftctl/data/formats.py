@@ -62,7 +62,7 @@ def to_example(record: Mapping[str, Any], where: str) -> Example:
 
 
 def is_record(fields: Mapping[str, Any]) -> bool:
-    """Whether the fields match a known format."""
+    """True if the fields match a known format."""
     return _format_of(_present(fields)) is not None
 
 

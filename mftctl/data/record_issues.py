@@ -81,7 +81,7 @@ class RecordIssues:
 
     @property
     def learns_no_end(self) -> bool:
-        """Whether every record is truncated, so that the model cannot learn where to stop."""
+        """True if every record is truncated, so that the model cannot learn where to stop."""
         return self.cut > 0 and self.cut >= self.used
 
     def counts(self) -> dict[str, int]:

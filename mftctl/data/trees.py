@@ -11,7 +11,7 @@ _ROLES = {"prompter": "user", "assistant": "assistant"}
 
 
 def is_message(record: Record) -> bool:
-    """Whether a record is a message of a tree."""
+    """True if a record is a message of a tree."""
     return all(field in record.fields for field in _FIELDS)
 
 

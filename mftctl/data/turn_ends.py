@@ -32,7 +32,7 @@ class TurnEnd:
         return tail[: tail.index(first) + len(first)] if first else ""
 
     def ends(self, answer: str, specials: Sequence[str]) -> bool:
-        """Whether the answer includes its own end."""
+        """True if the answer includes its own end."""
         ends = (*specials, self.marker) if self.marker else tuple(specials)
         return answer.rstrip().endswith(ends)
 

@@ -228,7 +228,7 @@ def _name(turn: Fields, field: str, where: str, key: str) -> str | None:
 
 
 def _is_learned(turn: Fields, where: str, key: str) -> bool:
-    """Whether all training switches of a turn are on: `weight` 0 or 1, the others true or false."""
+    """True if all training switches of a turn are on: `weight` 0 or 1, the others true or false."""
     switches = [(name, turn[name]) for name in _LEARNED_KEYS if turn.get(name) is not None]
     for name, value in switches:
         if value not in (0, 1):  # includes True and False

@@ -27,7 +27,7 @@ def final_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, reference: str) -> bool:
-    """Whether the prediction is right.
+    """True if the prediction is right.
 
     If the reference contains `####`, the final answers are compared, and a prediction without the marker is wrong.
     Otherwise the whole texts are compared, ignoring white space.

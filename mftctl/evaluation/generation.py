@@ -1,4 +1,4 @@
-"""Greedy generation of answers in batches."""
+"""Generation of answers in batches, greedy unless logits processors draw samples."""
 
 from __future__ import annotations
 

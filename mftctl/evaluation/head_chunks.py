@@ -64,7 +64,7 @@ def chunk_count(model: nn.Module, positions: int) -> int:
 
 
 def _shares_head(model: nn.Module) -> bool:
-    """Whether DeepSpeed ZeRO-3 shards the head over the processes; FSDP gathers it once for all passes."""
+    """True if DeepSpeed ZeRO-3 shards the head over the processes; FSDP gathers it once for all passes."""
     head = output_head(model)
     return head is not None and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
@@ -202,7 +202,7 @@ class _ChunkedForward:
 
     @torch.no_grad()
     def _gives_same(self, run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, output: Any) -> bool:
-        """Whether a chunk gives the same logits as the model itself; checked once per model."""
+        """True if a chunk gives the same logits as the model itself; checked once per model."""
         known = _gives_same.get(self._model)
         if known is None:
             if isinstance(hidden, FakeTensor):

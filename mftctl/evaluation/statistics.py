@@ -43,7 +43,7 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the estimate is more than noise: zero lies outside the interval."""
+        """True if the estimate is more than noise: zero lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 

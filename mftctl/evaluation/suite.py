@@ -1,4 +1,4 @@
-"""The `eval` workflow: loss and exact match on a data file, and benchmark scores, of one model."""
+"""Test data and benchmarks to evaluate on: checked, prepared, and measured on one model."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def measure(
 
 
 def check_suite(recipe: Recipe) -> None:
-    """Checks that a recipe names something to measure, and that each benchmark and each file of it is there.
+    """Checks that a recipe names something to measure, and that each benchmark and its files exist.
 
     Raises:
         MftError: The first problem of `suite_problems`.
@@ -200,7 +200,7 @@ def check_suite(recipe: Recipe) -> None:
 
 
 def suite_problems(recipe: Recipe) -> Iterator[MftError]:
-    """Every problem of what a recipe asks to measure: unknown benchmarks, files that are missing or belong to none."""
+    """Problems of a recipe's evaluation settings, such as unknown benchmarks, and missing or unused files."""
     options = recipe.eval
     if not recipe.test_data and not options.tasks:
         yield ConfigError(
@@ -227,7 +227,7 @@ def _check_task_data(task: str, file: str, recipe: Recipe) -> None:
     tasks = expand_groups(recipe.eval.tasks)
     if task not in (*tasks, recipe.probe.by):
         raise ConfigError(
-            "A benchmark file belongs to a task that is not run.",
+            "A benchmark file is given for a task that is not run.",
             key=f"eval.task_data.{task}",
             expected=f"one of the selected tasks: {', '.join(tasks) or 'none selected'}",
             actual=task,

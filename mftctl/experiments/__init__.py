@@ -1,1 +1,1 @@
-"""Recipes in, run folders out."""
+"""Recipes, run folders, and the results in them."""

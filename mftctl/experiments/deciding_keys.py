@@ -1,4 +1,4 @@
-"""Recipes as plain data: the whole recipe, and the part that determines a result."""
+"""The part of a recipe that determines a command's result, as plain data."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
 
 
 def in_names_of_today(decides: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides a result, recorded by any version, as `deciding_keys` says it.
+    """Converts recorded keys of any version to the form that `deciding_keys` returns.
 
-    Earlier versions recorded only what was given; what followed from it they left empty.
+    Earlier versions recorded only the values that were given and left derived ones empty.
 
     Args:
-        decides: As recorded, whatever it is; what is none of this version keeps its values.
+        decides: The recorded keys; values that are not valid in this version are kept.
     """
     renamed = with_new_names(decides)
     settled = settled_sections(renamed)

@@ -1,4 +1,4 @@
-"""The lines of a run's `metrics.jsonl` and of an evaluation's file of samples."""
+"""Lines of `metrics.jsonl` and of samples files, and the metrics of one dataset."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mftctl.experiments.value_types import Count, Exact, Measured, Number, Part,
 
 
 class Metric(Part):
-    """A metric of a model on some data.
+    """Metric of a model on a dataset or benchmark.
 
     Attributes:
-        name: Such as `loss` or `exact_match,strict-match`.
-        value: NaN or infinite of a model that diverged.
-        standard_error: Over samples; None where there is none.
-        samples: How many records or problems it is of.
+        name: Name of the metric, such as `loss` or `exact_match,strict-match`.
+        value: Value of the metric; NaN or infinite if the model diverged.
+        standard_error: Standard error over samples, if known.
+        samples: Number of records or problems.
     """
 
     name: str
@@ -26,31 +26,31 @@ class Metric(Part):
 
 
 class MetricsLine(Part):
-    """A line of `metrics.jsonl`, which tells of a step what was measured there; what was not is None.
+    """Line of `metrics.jsonl`: the values measured at one step; None for values not measured there.
 
     Attributes:
-        step: Of the optimizer, or the number of a place on a loss surface.
-        epoch: How often the data was seen.
-        loss: Of training.
-        eval_loss: Of validation.
-        num_input_tokens_seen: Trained on so far.
-        train_runtime: Seconds since the training was begun or resumed.
-        train_tokens_per_second: Over that time.
-        step_seconds: Of this step alone.
-        dataset: What an evaluation during the training measured on.
-        digest: Of that data.
-        metrics: What it measured.
-        removed: Weights that the mask has come to remove since the last validation.
-        restored: Weights that it no longer removes.
-        promised: By how much that should lower the loss, to first order.
-        measured: By how much it did.
-        mark: The model at a place of a loss surface; None for a point of the grid.
-        column: Of the grid.
-        row: Of the grid.
-        x: Distance of a place from FFT along the first axis.
-        y: The same along the second.
-        train_loss: At that place; None where the model gives no number.
-        test_loss: The same on test data.
+        step: Optimizer step, or index of a point on a loss surface.
+        epoch: Passes over the training data so far.
+        loss: Training loss.
+        eval_loss: Validation loss.
+        num_input_tokens_seen: Training tokens so far.
+        train_runtime: Seconds since training started or was resumed.
+        train_tokens_per_second: Average over that time.
+        step_seconds: Duration of this step.
+        dataset: Dataset or benchmark of an evaluation during training.
+        digest: Digest of that data.
+        metrics: Metrics on that data.
+        removed: Number of weights that the mask newly removes since the last validation.
+        restored: Number of weights that the mask no longer removes.
+        promised: Predicted decrease of the loss by these flips, to first order.
+        measured: Measured decrease of the loss.
+        mark: Model at a point of a loss surface; None for a grid point.
+        column: Column of the grid.
+        row: Row of the grid.
+        x: Distance from FFT along the first axis.
+        y: Distance from FFT along the second axis.
+        train_loss: Loss on training data at this point; None if not finite.
+        test_loss: Loss on test data at this point; None if not finite.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -80,7 +80,7 @@ class MetricsLine(Part):
 
     @property
     def is_place(self) -> bool:
-        """Whether it tells of a place on a loss surface all that there is to be told."""
+        """True if the line fully describes a point on a loss surface."""
         return {"x", "y", "train_loss", "test_loss"} <= self.model_fields_set
 
     def without_epoch(self) -> MetricsLine:
@@ -89,12 +89,12 @@ class MetricsLine(Part):
 
 
 class Sample(Part):
-    """A line of an evaluation's file of samples, as far as a comparison reads it.
+    """Line of an evaluation's samples file; only the fields that comparisons read.
 
     Attributes:
-        id: The same in every evaluation of the same data.
-        scores: By metric.
-        weights: By metric; one that is not there is 1.
+        id: Identifier, the same in every evaluation of the same data.
+        scores: Scores by metric.
+        weights: Weights by metric; 1 for metrics not listed.
     """
 
     id: str
@@ -103,28 +103,27 @@ class Sample(Part):
 
 
 class Dataset(Part):
-    """What an evaluation says of one data file or benchmark.
+    """Results of an evaluation on one data file or benchmark.
 
     Attributes:
-        name: The file's name, or that of the benchmark.
-        digest: Of the data, and of a benchmark also the settings it was measured with.
-        samples: The file of samples in the run folder.
-        task: The task of lm-eval that was asked; None of a data file, and so is all that follows but
-            `max_new_tokens` and `metrics`.
-        prompts: Whose prompts.
-        task_version: Of the task.
-        lm_eval_version: Of lm-eval.
-        engine: What generated.
-        mftctl_version: Of mftctl.
-        shots: Solved examples in the prompt.
-        chat_template: Whether the prompt went through the chat template.
-        max_new_tokens: Where an unfinished answer was cut.
-        temperature: Of sampling.
-        samples_a_problem: Answers to each problem.
-        data: The file, or the hub's data set.
-        metrics: Under every filter.
-        seconds: That answering took.
-        generated_tokens: In all answers.
+        name: Name of the file or benchmark.
+        digest: Digest of the data; for a benchmark, also of its settings.
+        samples: Samples file in the run folder.
+        task: Task of lm-eval; None for a data file, like all fields below except `max_new_tokens` and `metrics`.
+        prompts: Form of the prompts, `lm-eval` or `olmes`.
+        task_version: Version of the task.
+        lm_eval_version: Version of lm-eval.
+        engine: Engine that generated the answers.
+        mftctl_version: Version of mftctl.
+        shots: Number of solved examples in the prompt.
+        chat_template: Whether the chat template was applied to the prompts.
+        max_new_tokens: Maximum tokens per answer.
+        temperature: Sampling temperature.
+        samples_a_problem: Answers per problem.
+        data: Local file, or dataset on the hub.
+        metrics: Metrics, one per metric and filter.
+        seconds: Time taken to generate the answers.
+        generated_tokens: Number of tokens in all answers.
     """
 
     name: str

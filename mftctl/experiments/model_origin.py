@@ -15,10 +15,10 @@ _TRACES: Final = (MARKER, "adapter_config.json", "trainer_state.json", "training
 
 @dataclass(frozen=True, slots=True)
 class ModelOrigin:
-    """How a model was made, as stored in its folder's `mftctl.json`.
+    """Origin of a model, as stored in its folder's `mftctl.json`.
 
     Attributes:
-        state: Its state in the terms of the papers, such as FFT.
+        state: Label of its state, as in the papers, such as FFT.
         base: The model that it was made from: an absolute path, a hub id or `quickstart`.
         origin: The model that the first training started from, in the same form.
         digest: The `model_fingerprint` of the base; empty for a hub id or the built-in model.

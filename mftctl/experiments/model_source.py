@@ -25,7 +25,7 @@ class ModelSource:
     Attributes:
         model: Checkpoint folder, hub id or `quickstart`.
         mask: Mask file to apply to it, or None.
-        state: Its state in the terms of the papers: pre-trained, FFT, continued FFT, random mask, MFT, ...
+        state: Label of its state, as in the papers: pre-trained, FFT, continued FFT, random mask, MFT, ...
         parents: Names of the runs that made it, oldest first.
         origin: The model that the first of these runs started from; `model` itself without runs.
         base: The model that this one was made from, if known only from its own folder.
@@ -141,11 +141,11 @@ def model_for_training(model: str | None, root: Path, command: str) -> ModelSour
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """What a probe recommends to mask.
+    """Layers recommended by a probe.
 
     Attributes:
-        layers: Such as `4-7`.
-        run: Name of the probe.
+        layers: The layers, such as `4-7`.
+        run: Name of the probe's run.
     """
 
     layers: str
@@ -153,10 +153,10 @@ class Recommendation:
 
 
 def recommendation_of(run: Run) -> Recommendation:
-    """What a finished probe recommends.
+    """Returns the recommendation of a finished probe.
 
     Raises:
-        RunError: Its record does not say.
+        RunError: Its record contains none.
     """
     return Recommendation(run.result(Recommended).recommended_layers, run.name)
 

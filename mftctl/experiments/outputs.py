@@ -79,7 +79,7 @@ def check_output(output: Path, inputs: Iterable[Input], runs: Path) -> Path:
     """
     try:
         resolved = output.expanduser().resolve()
-    except (OSError, RuntimeError) as error:  # circular links
+    except (OSError, RuntimeError) as error:  # of circular links
         raise OutputError("The output is a broken or circular link.", path=output, hint="another --output") from error
     require_short(resolved)
     for place in (Input(Path.cwd(), "the current folder"), Input(runs, "the runs folder")):

@@ -1,4 +1,4 @@
-"""Presets, and what options that were left unset stand for under each of them."""
+"""Presets, and the values that they give to options left unset."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SETTLED: Final[Mapping[str, tuple[str, ...]]] = {
     "probe": ("groups",),
     "mask_train": ("learn_from", "ratio", "patience", "threshold", "ranking", "start", "keep"),
 }
-"""Options, by section of the recipe, whose value hangs on others where they are left unset."""
+"""Options, by recipe section, whose defaults depend on other options."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """Values of options that are left unset.
+    """Defaults for options left unset.
 
     Attributes:
-        learn_from: The training records of a mask.
-        start: Where scores start.
-        ranking: What a ratio ranks.
-        keep: The mask kept.
-        patience: Validations without a new best after which training ends; None for never.
-        threshold: Below which scores are removed, of starts that have a natural one; None where a ratio decides.
-        groups: Sizes of the groups that a probe tries. The paper never tries all layers beside its groups.
+        learn_from: Training records to use.
+        start: Initial scores.
+        ranking: Ranking for a ratio.
+        keep: Mask to keep.
+        patience: Validations without improvement after which training stops; None for never.
+        threshold: Score below which weights are removed, for starts with a natural threshold; None to use a ratio.
+        groups: Group sizes that a probe tries; the paper does not try all layers together.
         averages_records: Whether the loss is the mean over records instead of answer tokens.
     """
 
@@ -59,23 +59,23 @@ PRESETS: Final[Mapping[PresetName, Preset]] = {
 
 
 def fft_in_force(given: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The values of the settled options of `fft`.
+    """Returns the effective values of the `fft` options in `SETTLED`.
 
     Args:
         given: The options that were set.
-        method: That trains.
+        method: The training method.
     """
     ratio = DEFAULT_UPDATE_RATIO if method in ("gmt", "random") else None
     return _settled("fft", given, {"ratio": ratio})
 
 
 def mask_train_in_force(given: Mapping[str, Any], preset: PresetName, method: str) -> dict[str, Any]:
-    """The values of the settled options of `mask_train`.
+    """Returns the effective values of the `mask_train` options in `SETTLED`.
 
     Args:
         given: The options that were set.
-        preset: In force.
-        method: That chooses the weights.
+        preset: The effective preset.
+        method: The method that chooses the weights.
     """
     values, is_learned = PRESETS[preset], method == "learned"
     start: ScoreStart = given.get("start", values.start)
@@ -95,14 +95,14 @@ def mask_train_in_force(given: Mapping[str, Any], preset: PresetName, method: st
 
 
 def probe_in_force(given: Mapping[str, Any], preset: PresetName, *, is_fast: bool) -> dict[str, Any]:
-    """The values of the settled options of `probe`.
+    """Returns the effective values of the `probe` options in `SETTLED`.
 
-    Promises of a fast probe add up, so that all layers always promise most.
+    A fast probe does not try all layers together: its predictions are additive, so these would always rank first.
 
     Args:
         given: The options that were set.
-        preset: Of the masks.
-        is_fast: Whether nothing is trained.
+        preset: The preset of the masks.
+        is_fast: Whether the probe trains nothing.
     """
     sizes = PRESETS[preset].groups
     return _settled("probe", given, {"groups": tuple(size for size in sizes if not (is_fast and size == "all"))})
@@ -113,11 +113,11 @@ def _settled(section: str, given: Mapping[str, Any], values: Mapping[str, Any]) 
 
 
 def without_nulls(section: str, document: object) -> object:
-    """A section's document without those options that a null leaves unset.
+    """Returns a section without options set to null, which counts as unset.
 
     Args:
-        section: Its name in the recipe.
-        document: As given, whatever it is.
+        section: Name of the section in the recipe.
+        document: The section as given; it need not be valid.
     """
     if not isinstance(document, dict):
         return document

@@ -97,7 +97,7 @@ class ProbeOptions(Section):
     @model_validator(mode="after")
     def _promises_are_of_the_loss(self) -> ProbeOptions:
         if self.fast and self.by != "loss":
-            raise ValueError(f"probe.fast predicts a loss and makes no mask to score by {self.by}")
+            raise ValueError(f"probe.fast only predicts the loss, so it cannot rank groups by {self.by}")
         return self
 
 
@@ -122,14 +122,14 @@ class EvalOptions(Section):
     predictions: str | None = Field(None, description="Score the outputs in this file, without a model.")
     limit: int | None = Field(None, gt=0, description="Use only the first N problems or records.")
     engine: Literal["hf", "vllm"] = Field(
-        "hf", description="Generates the answers: transformers, or vLLM where it is installed."
+        "hf", description="Engine that generates the answers: transformers (hf), or vLLM if it is installed."
     )
     tensor_parallel: int = Field(1, gt=0, description="vLLM: number of GPUs to split each layer across.")
     gpu_memory_share: float | None = Field(
         None, gt=0, le=1, description="vLLM: share of GPU memory to use; about 0.9 by default."
     )
     max_model_length_tokens: int | None = Field(
-        None, gt=1, description="vLLM: maximum tokens of prompt and answer; by default as the benchmarks need."
+        None, gt=1, description="vLLM: maximum tokens of prompt and answer; by default as many as the benchmarks need."
     )
     batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="Benchmark prompts per forward pass; auto: as many as fit in free memory."
@@ -198,7 +198,7 @@ class Recipe(Section):
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="Share of training data to split off for validation."
     )
-    test_data: Sources = Field((), description="Data for eval to measure on.")
+    test_data: Sources = Field((), description="Test data, which eval measures on.")
     chat_template: str | None = Field(
         None,
         min_length=1,
@@ -232,7 +232,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _settle_the_probe(self) -> Recipe:
-        """Fills in the options that the probe left unset; they remain known as not given."""
+        """Fills in the probe options left unset, without marking them as given."""
         self.__dict__["probe"] = probe = self.probe.model_copy()
         probe.__dict__.update(probe_in_force(probe.given(), self.mask_train.preset, is_fast=probe.fast))
         return self

@@ -131,7 +131,7 @@ class _Family:
 
 
 def _read_given(path: Path) -> dict[str, Any]:
-    """The mapping in a recipe file; the configuration in a run folder may have names of earlier versions."""
+    """The mapping in a recipe file; former names are accepted in the configuration of a run folder."""
     document = read_yaml(path)
     is_of_run = path.name == "config.yaml" and _is_file(path.with_name("run.json"))
     return as_given(with_new_names(document) if is_of_run else document)
@@ -270,7 +270,7 @@ def _not_fitting(problems: Sequence[str], more: int, path: Path | None) -> Confi
 
 
 def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
-    """Checks that the swept values of all stages do not give too many tasks."""
+    """Checks that the swept values do not expand to too many stages."""
     seeds = max(1, len(recipe.seeds))
     tasks = sum(seeds * math.prod(map(len, stage.sweep.values())) for stage in recipe.stages.values())
     if tasks > MAX_JOBS:
@@ -278,14 +278,14 @@ def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
 
 
 def too_many_jobs(tasks: int, path: Path | None = None) -> ConfigError:
-    """Returns the error for an experiment with too many tasks.
+    """Returns the error for an experiment with too many stages.
 
     Args:
         tasks: A lower bound for their number.
         path: The recipe.
     """
     return ConfigError(
-        "The recipe has too many tasks.",
+        "The recipe has too many stages.",
         path=path,
         key="stages",
         expected=f"at most {MAX_JOBS:,} stages, counting all seeds and swept values",

@@ -31,7 +31,7 @@ def recorded(run: Run) -> Iterator[None]:
         run.update(status="interrupted")
         raise Interrupted("Stopped.", path=run.folder, hint=how_to_go_on(run)) from None
     except MftError as error:
-        with suppress(OSError):  # if the record cannot be written it stays like that of a killed run
+        with suppress(OSError):  # if the record cannot be written, it remains as after a kill
             can_go_on = isinstance(error, (LostProcessError, ChangedDataError)) or is_failure_of_storage(error)
             run.update(status="interrupted" if can_go_on else "failed", error=str(error))
         raise

@@ -1,4 +1,4 @@
-"""Names that recipe keys, their values and options had before: known to hints, and where a run folder has them."""
+"""Former names of recipe keys, values and options, used in hints and to read earlier run folders."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any, Final
 
 _SECTIONS = ("fft", "mask_train")
 KEYS: Final = {"eval_steps": "val_steps", "eval_every": "benchmark_every", "eval_limit": "benchmark_limit"}
-"""Of both sections that train."""
+"""Former and current keys in the sections `fft` and `mask_train`."""
 VALUES: Final = {("start", "magnitude"): "weights", ("ranking", "magnitude"): "absolute"}
-"""By key, of `mask_train`."""
+"""Current values by key and former value, in the section `mask_train`."""
 OPTIONS: Final = {f"--{old.replace('_', '-')}": f"--{new.replace('_', '-')}" for old, new in KEYS.items()}
 
 
 def with_new_names(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's configuration in the names of today.
+    """Returns a run's configuration with current names.
 
     Args:
-        document: As a run folder has it, whatever it is.
+        document: The configuration as recorded; it need not be valid.
     """
     renamed = dict(document)
     for name in _SECTIONS:

@@ -1,6 +1,6 @@
-"""What each command returns, as it is stored in a `run.json` and read back; the only place that knows the keys.
+"""Results of all commands as stored in `run.json` and read back; the only module that knows their keys.
 
-A class may ask for less than a command writes: `MadeState` reads the one key that it has from any result.
+A class may read less than a command writes: `MadeState` reads a single key from the result of any command but `probe`.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ from mftctl.experiments.measured_lines import Dataset, MetricsLine
 from mftctl.experiments.value_types import Count, Exact, Measured, Name, Part, Place, Several
 
 PLACES = ("model", "mask", "output")
-"""Keys of results that are paths, which differ between any two runs."""
+"""Keys of results that hold paths, which differ between runs."""
 
 LABELS = ("name", "dataset", "layers", "step")
-"""Keys that tell the entries of a result's list apart, such as a data set's name or a group's layers."""
+"""Keys that identify the entries of a list in a result, such as the name of a dataset or the layers of a group."""
 
 Refused = Annotated[str | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
 class Result(Part):
-    """What a command returns, or a part of it."""
+    """Result of a command, or part of it."""
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Self:
-        """The result in a record.
+        """Returns the result stored in a record.
 
         Raises:
-            pydantic.ValidationError: It lacks something, or something is of another type or out of bounds.
+            pydantic.ValidationError: A value is missing, out of bounds or of the wrong type.
         """
         return cls.model_validate(dict(document))
 
 
 class Outcome(Result):
-    """What is told of a run whatever its command; what its result does not say is None.
+    """Fields common to the results of several commands; None if the result has no such field.
 
     Attributes:
-        state: What it made or measured, in the words of the papers; empty where it does not say.
-        model: Folder of the model it made, or left as it is under a mask.
-        mask: The mask file in its run folder.
-        output: The mask file where the user wants it.
-        base: What a mask was applied to.
-        steps: Optimizer steps.
-        best_step: That with the lowest validation loss.
-        best_loss: That loss.
-        last_loss: After the last step.
-        unmasked_loss: Without a mask.
-        tokens: Trained on.
-        flops_per_token: Of training.
-        peak_memory_bytes: Of the device, on a CPU of the process.
+        state: Label of the state that was made or measured, as in the papers; empty if the result has none.
+        model: Folder of the model that was made, or that the mask is for.
+        mask: Mask file in the run folder.
+        output: Mask file at the requested output path.
+        base: Model that a mask was applied to; for the method `drop`, the model before fine-tuning.
+        steps: Number of optimizer steps.
+        best_step: Step with the lowest validation loss.
+        best_loss: Validation loss at that step.
+        last_loss: Validation loss after the last step.
+        unmasked_loss: Validation loss without a mask.
+        tokens: Number of training tokens.
+        flops_per_token: FLOPs per training token.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
 
     state: Name = ""
@@ -70,25 +70,25 @@ class Outcome(Result):
 
 
 class MadeState(Result):
-    """What any run but a probe names: the state that it made or measured."""
+    """State that a run made or measured, in the result of every command but `probe`."""
 
     state: Name
 
 
 class MadeModel(MadeState):
-    """The model that `fft` and `apply` make."""
+    """Model made by `fft` or `apply`."""
 
     model: Place
 
 
 class MadeMask(MadeState):
-    """The mask that `mask-train` makes."""
+    """Mask made by `mask-train`."""
 
     mask: Place
 
 
 class TrainingCost(Result):
-    """What a training cost."""
+    """Cost of training."""
 
     tokens: Count
     peak_memory_bytes: Count
@@ -96,30 +96,30 @@ class TrainingCost(Result):
 
 
 class MaskLosses(Result):
-    """Validation loss with the mask and without one."""
+    """Validation loss with and without the mask."""
 
     best_loss: Measured
     unmasked_loss: Measured
 
 
 class FftResult(Result):
-    """The result of `fft`.
+    """Result of `fft`.
 
     Attributes:
-        state: FFT, continued FFT, GMT, ...
-        model: Where the model is.
-        output_refused: Why it is not at the run's output; None if it is, or there is none.
-        kept: `best` or `last`: which state of the training the model is.
+        state: Label of the state, such as FFT, continued FFT or GMT.
+        model: Folder of the model.
+        output_refused: Reason why the model is not at the output path; None if it is, or if no path was given.
+        kept: Checkpoint that was kept, `best` or `last`.
         start_loss: Validation loss per answer token before the first step.
-        best_loss: The lowest.
-        last_loss: After the last step.
-        best_step: That with the lowest loss.
-        steps: Optimizer steps taken.
-        trained_parameters: How many were trained.
-        tokens: Trained on.
-        flops_per_token: Of training.
-        evaluations: What was measured on the way.
-        peak_memory_bytes: Of the device, on a CPU of the process.
+        best_loss: Lowest validation loss.
+        last_loss: Validation loss after the last step.
+        best_step: Step with the lowest validation loss.
+        steps: Number of optimizer steps.
+        trained_parameters: Number of trained parameters.
+        tokens: Number of training tokens.
+        flops_per_token: FLOPs per training token.
+        evaluations: Results of evaluations during training.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
 
     state: Name
@@ -139,12 +139,12 @@ class FftResult(Result):
 
 
 class PrefixReuse(Part):
-    """How the hidden states below the lowest mask were reused.
+    """Use of the cache of hidden states below the first masked layer.
 
     Attributes:
-        batches: Kept.
-        size_bytes: Of these.
-        reused: How often one was.
+        batches: Number of cached batches.
+        size_bytes: Size of the cached batches.
+        reused: Number of cache hits.
     """
 
     batches: Count
@@ -153,12 +153,12 @@ class PrefixReuse(Part):
 
 
 class Group(Part):
-    """A group of layers that a probe ranks.
+    """Group of layers ranked by a probe.
 
     Attributes:
-        layers: Such as `4-7`.
+        layers: Layers of the group, such as `4-7`.
         size: Number of layers.
-        change: Of the loss with its mask; of `probe --fast` what the mask promises.
+        change: Change of the validation loss with the group's mask; for `probe --fast`, the predicted change.
     """
 
     layers: str
@@ -167,17 +167,17 @@ class Group(Part):
 
 
 class TrainedGroup(Group):
-    """A group whose mask was trained.
+    """Group of layers whose mask was trained.
 
     Attributes:
         start_loss: Validation loss with the mask of the initial scores.
-        best_loss: The lowest.
-        best_step: That with the lowest loss.
-        steps: Optimizer steps taken.
-        score: With the best mask; None, as all below, where the loss ranks the groups.
-        score_standard_error: Of it; None also where there is none.
-        score_change: Against no mask.
-        score_rank: The lower, the better.
+        best_loss: Lowest validation loss.
+        best_step: Step with the lowest validation loss.
+        steps: Number of optimizer steps.
+        score: Score with the best mask; None, like all below, if groups are ranked by loss.
+        score_standard_error: Standard error of the score, if known.
+        score_change: Change of the score relative to the unmasked model.
+        score_rank: Value to rank groups by; lower is better.
     """
 
     start_loss: Measured
@@ -191,14 +191,14 @@ class TrainedGroup(Group):
 
 
 class Score(Part):
-    """A figure of a model, under a mask or without one.
+    """Score of a model, with or without a mask.
 
     Attributes:
-        metric: Its name, such as `exact_match` or `exact_match,strict-match`.
-        value: The figure.
-        standard_error: Over samples; None where there is none.
-        samples: How many records or problems it is of.
-        higher_is_better: Whether that is so.
+        metric: Name of the metric, such as `exact_match` or `exact_match,strict-match`.
+        value: Value of the metric.
+        standard_error: Standard error over samples, if known.
+        samples: Number of records or problems.
+        higher_is_better: Whether higher values are better.
     """
 
     metric: str
@@ -209,17 +209,17 @@ class Score(Part):
 
     @property
     def rank(self) -> float:
-        """The lower, the better."""
+        """Value to rank by; lower is better."""
         return -self.value if self.higher_is_better else self.value
 
 
 class Agreement(Part):
-    """How alike a trained probe ranks the groups of `probe --fast`.
+    """Agreement between `probe --fast` and a trained probe.
 
     Attributes:
-        run: Name of the trained probe.
-        groups: How many both have.
-        rank_correlation: Spearman's.
+        run: Run name of the trained probe.
+        groups: Number of groups in both.
+        rank_correlation: Spearman's rank correlation over these groups.
     """
 
     run: str
@@ -228,26 +228,26 @@ class Agreement(Part):
 
 
 class Recommended(Result):
-    """The layers that a probe found to gain most from a mask."""
+    """Layers recommended by a probe."""
 
     recommended_layers: str
 
 
 class ProbeResult(Recommended):
-    """The result of `probe`: a `TrainedProbe` or a `FastProbe`.
+    """Result of `probe`: a `TrainedProbe` or a `FastProbe`.
 
     Attributes:
-        groups: Best first.
+        groups: Groups of layers, best first.
     """
 
     groups: Sequence[Group]
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Self:
-        """The result in a record, of the kind that it is of.
+        """Returns the result stored in a record, as the subclass it belongs to.
 
         Raises:
-            pydantic.ValidationError: It lacks something, or something is of another type or out of bounds.
+            pydantic.ValidationError: A value is missing, out of bounds or of the wrong type.
         """
         if cls is not ProbeResult:
             return super().read(document)
@@ -256,15 +256,15 @@ class ProbeResult(Recommended):
 
 
 class TrainedProbe(ProbeResult):
-    """The result of a probe that trained a mask of each group.
+    """Result of a probe that trained a mask for each group.
 
     Attributes:
-        groups: Best first.
-        by: What ranks them: `loss`, `exact_match` or a benchmark.
+        groups: Groups of layers, best first.
+        by: Ranking criterion: `loss`, `exact_match` or a benchmark.
         unmasked_loss: Validation loss without a mask.
-        unmasked_score: Without a mask; None where the loss ranks the groups.
-        prefix_reuse: Of hidden states.
-        peak_memory_bytes: Of the device, on a CPU of the process.
+        unmasked_score: Score without a mask; None if groups are ranked by loss.
+        prefix_reuse: Use of the cache of hidden states.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
 
     groups: list[TrainedGroup]
@@ -276,13 +276,13 @@ class TrainedProbe(ProbeResult):
 
 
 class FastProbe(ProbeResult):
-    """The result of `probe --fast`, which trains nothing.
+    """Result of `probe --fast`, which trains nothing.
 
     Attributes:
-        fast: True.
-        groups: The best first among groups of one size.
-        agreement: With the newest trained probe of the same model; None without one.
-        peak_memory_bytes: Of the device, on a CPU of the process.
+        fast: Always True.
+        groups: Groups of layers, best first among groups of the same size.
+        agreement: Agreement with the latest trained probe of the same model; None if there is none.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
 
     fast: Literal[True]
@@ -292,14 +292,14 @@ class FastProbe(ProbeResult):
 
 
 class Flips(Part):
-    """Why a training of a mask came out as it did.
+    """Summary of mask flips during training.
 
     Attributes:
-        turned: How often an entry was turned in all.
-        undone_share: The share of that which came to nothing, taken back by validation or turned again later.
-        promised: By how much the loss should have fallen, to first order, over all rounds.
-        measured: By how much it fell.
-        rounds: The lines of the metrics that tell of one.
+        turned: Total number of flips.
+        undone_share: Share of flips that had no lasting effect, as they were reverted later.
+        promised: Predicted decrease of the loss over all rounds, to first order.
+        measured: Measured decrease of the loss.
+        rounds: The lines of `metrics.jsonl` that describe a round.
     """
 
     turned: Exact
@@ -310,15 +310,15 @@ class Flips(Part):
 
 
 class Confirmation(Part):
-    """What records that took no part in choosing a mask say of it.
+    """Effect of a mask on records that were not used to choose it.
 
     Attributes:
-        records: How many.
-        unmasked_loss: On them, without the mask.
-        masked_loss: With it.
-        change: The second minus the first.
-        low: Lower end of the paired 95 % interval.
-        high: Upper end.
+        records: Number of these records.
+        unmasked_loss: Their loss without the mask.
+        masked_loss: Their loss with the mask.
+        change: Masked minus unmasked loss.
+        low: Lower end of the paired 95 % interval of the change.
+        high: Upper end of that interval.
         confirmed: Whether the whole interval is below 0.
     """
 
@@ -332,16 +332,16 @@ class Confirmation(Part):
 
 
 class KeptMask(Result):
-    """Where a mask was written, and what it removes.
+    """Paths of a mask file, and a summary of the mask.
 
     Attributes:
-        mask: The mask file in the run folder.
-        output: The mask file where the user wants it; None for nowhere else.
-        output_refused: Why it is not there; None if it is, or is to be nowhere else.
-        tensors: Masked.
-        weights: In these.
-        removed: Of these.
-        ratio: The share removed.
+        mask: Mask file in the run folder.
+        output: Mask file at the output path; None if it is only in the run folder.
+        output_refused: Reason why the mask is not at the output path; None if it is, or if no path was given.
+        tensors: Number of masked tensors.
+        weights: Number of weights in these tensors.
+        removed: Number of removed weights.
+        ratio: Share of these weights that are removed.
     """
 
     mask: Place
@@ -354,15 +354,15 @@ class KeptMask(Result):
 
 
 class MaskTrainResult(KeptMask):
-    """The result of `mask-train`: a `MeasuredMask` or a `DroppedMask`.
+    """Result of `mask-train`: a `MeasuredMask` or a `DroppedMask`.
 
     Attributes:
-        state: MFT, random mask, ...
-        model: The model that the mask is for.
-        layers: Masked, such as `4-7`.
-        layer_ratios: The share removed in each layer, by its number.
-        steps: Optimizer steps taken.
-        peak_memory_bytes: Of the device, on a CPU of the process.
+        state: Label of the state, such as MFT or random mask.
+        model: Model that the mask is for.
+        layers: Masked layers, such as `4-7`.
+        layer_ratios: Share of weights removed in each layer, by layer index.
+        steps: Number of optimizer steps.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
 
     state: Name
@@ -374,10 +374,10 @@ class MaskTrainResult(KeptMask):
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Self:
-        """The result in a record, of the kind that it is of.
+        """Returns the result stored in a record, as the subclass it belongs to.
 
         Raises:
-            pydantic.ValidationError: It lacks something, or something is of another type or out of bounds.
+            pydantic.ValidationError: A value is missing, out of bounds or of the wrong type.
         """
         if cls is not MaskTrainResult:
             return super().read(document)
@@ -386,23 +386,23 @@ class MaskTrainResult(KeptMask):
 
 
 class MeasuredMask(MaskTrainResult):
-    """The result of a method that measures its masks on the model.
+    """Result of a method that evaluates its masks on the model.
 
     Attributes:
         unmasked_loss: Validation loss per answer token without a mask.
-        start_loss: With the mask of the initial scores.
-        best_loss: With this mask.
-        best_step: The optimizer step it was found at; 0 is the start.
-        tokens: Trained on.
-        learning_rate: The peak, the largest where it differs between tensors; None without training.
+        start_loss: Validation loss with the mask of the initial scores.
+        best_loss: Validation loss with this mask.
+        best_step: Optimizer step at which this mask was found; 0 is the start.
+        tokens: Number of training tokens.
+        learning_rate: Peak learning rate, the largest if it differs between tensors; None without training.
         helps: Whether the mask lowers the validation loss.
-        flips: None without training.
-        kept: `best` or `last`; None without training.
-        start_std: Of the initial scores, where they are drawn for training.
-        flops_per_token: Of training.
-        confirmation: None where there is nothing to confirm.
-        prefix_reuse: Of hidden states.
-        evaluations: What was measured on the way.
+        flips: Summary of mask flips; None without training.
+        kept: Mask that was kept, `best` or `last`; None without training.
+        start_std: Standard deviation of the initial scores, if they were drawn from a normal distribution.
+        flops_per_token: FLOPs per training token.
+        confirmation: Effect on records not used to choose the mask; None if there is nothing to confirm.
+        prefix_reuse: Use of the cache of hidden states.
+        evaluations: Results of evaluations during training.
     """
 
     unmasked_loss: Measured
@@ -422,25 +422,25 @@ class MeasuredMask(MaskTrainResult):
 
 
 class DroppedMask(MaskTrainResult):
-    """The result of the method `drop`, which compares files.
+    """Result of the method `drop`, which only compares files.
 
     Attributes:
-        base: The model before fine-tuning.
+        base: Model before fine-tuning.
     """
 
     base: Place
 
 
 class ApplyResult(Result):
-    """The result of `apply`.
+    """Result of `apply`.
 
     Attributes:
-        state: That of the masked model.
+        state: Label of the state of the masked model.
         model: Folder of the new checkpoint.
-        base: What the mask was applied to.
-        bytes_written: Of its weights.
-        tensors_masked: Tensors with removed weights.
-        removed: Weights removed.
+        base: Model that the mask was applied to.
+        bytes_written: Size of the weights written.
+        tensors_masked: Number of tensors with removed weights.
+        removed: Number of removed weights.
     """
 
     state: Name
@@ -452,12 +452,12 @@ class ApplyResult(Result):
 
 
 class EvalResult(Result):
-    """The result of `eval`.
+    """Result of `eval`.
 
     Attributes:
-        state: Of the model that was measured.
-        datasets: What was measured on each.
-        peak_memory_bytes: Of the device, on a CPU of the process.
+        state: Label of the state of the evaluated model.
+        datasets: Metrics on each dataset or benchmark.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
 
     state: Name
@@ -466,34 +466,34 @@ class EvalResult(Result):
 
 
 class NamedData(Part):
-    """What tells data that was measured on from other data."""
+    """Name and digest that identify evaluation data."""
 
     name: str
     digest: str
 
 
 class MeasuredData(Result):
-    """What `eval` measured on."""
+    """Data that `eval` measured on."""
 
     datasets: list[NamedData] = Field(default_factory=list)
 
 
 class LowestPoints(Part):
-    """The points of a loss surface's grid with the lowest losses; None where no point gives a number."""
+    """Grid points of a loss surface with the lowest losses; None if no point has a finite loss."""
 
     train_loss: MetricsLine | None
     test_loss: MetricsLine | None
 
 
 class SurfaceResult(Result):
-    """The result of a loss surface.
+    """Result of `surface`.
 
     Attributes:
-        marks: The three models.
-        lowest: The points of the grid with the lowest losses.
-        train_answer_tokens: Measured on, of training data.
-        test_answer_tokens: The same of test data.
-        peak_memory_bytes: Of the device, on a CPU of the process.
+        marks: Losses of the three models that span the surface.
+        lowest: Grid points with the lowest losses.
+        train_answer_tokens: Number of answer tokens in the training data that was measured.
+        test_answer_tokens: Number of answer tokens in the test data that was measured.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
 
     marks: list[MetricsLine]
@@ -511,13 +511,13 @@ RESULTS: Mapping[str, type[Result]] = {
     "eval": EvalResult,
     "surface": SurfaceResult,
 }
-"""What each command returns."""
+"""Result class of each command."""
 
 
 def read_result(command: str, document: Mapping[str, Any]) -> Result:
-    """A whole result as it is stored, or as it comes from another process.
+    """Returns a complete result from its stored form, or from that sent by another process.
 
     Raises:
-        pydantic.ValidationError: It is none of that command.
+        pydantic.ValidationError: It is not a result of that command.
     """
     return RESULTS.get(command, Outcome).read(document)

@@ -1,7 +1,7 @@
-"""The configuration of a run: every value in force, and which of them nobody gave.
+"""Configuration of a run: all effective values, and a list of those that were derived rather than given.
 
-A value that was not given hangs on others, such as the preset; whoever starts from a configuration and changes one of
-those gets what the change stands for.
+A derived value depends on others, such as the preset. It is derived again when a configuration is reused and one of
+those values is changed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.renamed import with_new_names
 
 NOT_GIVEN: Final = "not_given"
-"""Key of a configuration that lists the dotted keys whose value follows from others."""
+"""Key of a configuration that lists the dotted keys whose values were derived from others."""
 
 
 def to_document(recipe: Recipe) -> dict[str, Any]:
-    """A recipe without its stages as plain data that reads back as the same recipe: the `config` of a run."""
+    """Returns the `config` of a run: a recipe without its stages as plain data, which reads back as the same recipe."""
     document = recipe.model_dump(mode="json", exclude={"stages", "seeds"}, exclude_none=True)
     not_given = [
         f"{name}.{key}"
@@ -34,18 +34,18 @@ def to_document(recipe: Recipe) -> dict[str, Any]:
 
 
 def as_given(document: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as it was before anything was filled in: without the values that follow from others.
+    """Returns a configuration without its derived values, as it was given.
 
-    A value that would be another today, or was changed by hand, counts as given.
+    A value that would now be derived differently, or was changed by hand, counts as given.
 
     Raises:
-        ConfigError: What was not given is no list of keys.
+        ConfigError: The value of `not_given` is not a list of keys.
     """
     given = deepcopy(dict(document))
     listed = given.pop(NOT_GIVEN, [])
     if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
         raise ConfigError(
-            "What was not given is a list of keys.", key=NOT_GIVEN, expected="such as [mask_train.start]", actual=listed
+            "not_given must be a list of keys.", key=NOT_GIVEN, expected="such as [mask_train.start]", actual=listed
         )
     stripped = _without(given, listed)
     settled = settled_sections(stripped)
@@ -55,12 +55,12 @@ def as_given(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def in_force(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration that a run's record has, in the names of today and with every value in force.
+    """Returns a recorded configuration with current key names and all effective values.
 
-    Earlier versions wrote down only what was given.
+    Earlier versions recorded only the values that were given.
 
     Args:
-        config: As recorded, whatever it is; what is none of this version stays as it is.
+        config: The recorded configuration; returned with current names only if it is not valid in this version.
     """
     renamed = with_new_names(config)
     settled = None if NOT_GIVEN in renamed else settled_sections(renamed)
@@ -79,10 +79,10 @@ def in_force(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def settled_sections(document: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The sections that hold settled values, filled in; None where they are none of this version.
+    """Returns the sections that have derived values, with these filled in; None if they are not valid in this version.
 
     Args:
-        document: With these sections or parts of them.
+        document: A configuration with these sections, or parts of them.
     """
     try:
         recipe = Recipe.model_validate({name: document[name] for name in SETTLED if name in document})

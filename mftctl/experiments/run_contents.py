@@ -1,7 +1,7 @@
-"""Types and bounds of those parts of a run's record that are used, checked once on reading.
+"""Checks of a run's record, and reading of its lines and parts, with errors that name the faulty value.
 
-Missing keys are not errors here: runs of earlier versions, and unfinished ones, lack some. Code that needs a key
-reports it. Unused keys may hold anything.
+Only keys that are used are checked. A missing key is not an error here, since earlier versions and unfinished runs
+lack some; code that needs it reports it.
 """
 
 from __future__ import annotations
@@ -112,17 +112,17 @@ def check_contents(record: RunRecord) -> None:
         read_result(record.command, record.result)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=False)
-        # A null in place of a value is the same as none: told by whoever needs it.
+        # A null counts as a missing value: code that needs it reports it.
         fault = next((fault for fault in faults if fault["type"] != "missing" and fault["input"] is not None), None)
         if fault is not None:
             raise ValueError(_fault_text(("result", *fault["loc"]), fault["msg"])) from error
 
 
 def read_part(path: Path, kind: type[PartKind]) -> PartKind:
-    """A part of a result that has a file of its own.
+    """Returns a part of a result that is stored in a separate file.
 
     Raises:
-        RunError: It cannot be read.
+        RunError: The file cannot be read.
     """
     try:
         return kind.model_validate_json(read_regular(path))
@@ -190,7 +190,7 @@ def _fault_text(loc: Sequence[int | str], message: str) -> str:
     place = ".".join(map(str, loc))
     if message == "Field required":
         return f"{loc[-1]} is missing"
-    said = message.partition(" or instance of ")[0]  # which names a class of mftctl
+    said = message.partition(" or instance of ")[0]  # the rest names a class of mftctl
     return f"{place}: {said}" if place else said
 
 

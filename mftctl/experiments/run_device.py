@@ -1,4 +1,4 @@
-"""The device of a run: put in use, recorded, and its failures explained."""
+"""The device of a run: checks, settings and a record of it, and advice when its memory runs out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
-"""The only values with which cuBLAS adds up in a fixed order."""
+"""The only values for which cuBLAS adds in a fixed order."""
 
 _TOGETHER = ("fft", "probe", "mask-train", "eval", "run")
 _TESTED = ("cpu", "cuda")
@@ -107,7 +107,7 @@ def _require_deterministic_environment() -> None:
     workspace = os.environ.setdefault(_WORKSPACE, _WORKSPACES[0])
     if workspace not in _WORKSPACES:
         raise ConfigError(
-            "cuBLAS is configured to add up in varying order.",
+            "cuBLAS is not configured for deterministic results.",
             key=_WORKSPACE,
             expected=" or ".join(_WORKSPACES),
             actual=workspace,
@@ -115,7 +115,7 @@ def _require_deterministic_environment() -> None:
         )
     if world_size() > 1:
         raise ConfigError(
-            "Multi-GPU training adds up gradients in varying order.",
+            "Multi-GPU training is not deterministic: gradients are added in varying order.",
             key="deterministic",
             expected="one process",
             actual=f"{world_size()} processes",

@@ -53,7 +53,7 @@ OPEN_RUNS: dict[Path, Run] = {}
 
 @dataclass(frozen=True, slots=True)
 class TrainingFolder:
-    """The folder with the state of one training: `checkpoints/` and `metrics.jsonl`.
+    """The folder with the state of one training run: `checkpoints/` and `metrics.jsonl`.
 
     Attributes:
         folder: A run folder, or the part of it for one of several trainings.
@@ -90,7 +90,7 @@ class TrainingFolder:
         return metrics_lines(path)
 
     def rewind(self, step: int) -> None:
-        """Drops log lines after `step`, as resumed training repeats these steps."""
+        """Drops log lines after `step`, as a resumed training run repeats these steps."""
         if not is_first():
             return
         kept = [line.document() for line in self.metrics() if line.step <= step]
@@ -188,10 +188,10 @@ class Run:
             write_text(self.folder / "run.json", _to_json(self.record))
 
     def result(self, kind: type[ResultKind]) -> ResultKind:
-        """What came out, or that part of it which a kind of result asks for.
+        """Returns the result of the run, or the fields of it that the given class reads.
 
         Raises:
-            RunError: The record lacks something of it.
+            RunError: A field is missing in the record.
         """
         try:
             return kind.read(self.record.result)

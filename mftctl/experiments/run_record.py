@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mftctl.errors import RunError
 
 FORMAT_VERSION = 2
-"""Of what is written. Records of version 1 do not name theirs; they have the same keys."""
+"""Format version written. Records of version 1 do not state theirs; their keys are the same."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -38,7 +38,7 @@ class RunRecord:
         error: The error message of a failed run.
         device: The device it computes on: `name`, whether fp32 is `tf32`, whether it is `deterministic`, and the
             `attention` kernels of its model.
-        format_version: Of the record; 1 where it does not name one.
+        format_version: Format version of the record; 1 if not stated.
     """
 
     command: str
@@ -62,10 +62,10 @@ class RunRecord:
 
 
 def told_format(content: bytes) -> int:
-    """The format version that a file names, whatever else is in it; 1 where it names none.
+    """Returns the format version stated in a file, even if the file is not valid; 1 if not stated.
 
     Args:
-        content: Of a `run.json`.
+        content: Content of a `run.json`.
     """
     try:
         document = json.loads(content)
@@ -76,14 +76,14 @@ def told_format(content: bytes) -> int:
 
 
 def require_known_format(version: int, path: Path) -> None:
-    """Nothing, if a record's format is not newer than what this version of mftctl writes.
+    """Checks that this version of mftctl can read a record's format.
 
     Args:
-        version: Of the format.
-        path: Of the record.
+        version: Format version of the record.
+        path: Path of the record.
 
     Raises:
-        RunError: It is.
+        RunError: The format is newer.
     """
     if version > FORMAT_VERSION:
         raise RunError(

@@ -1,4 +1,4 @@
-"""The runs of an experiment's stages, known by the digests of what decides their results."""
+"""Runs of an experiment's stages, identified by the digest of everything that determines their result."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mftctl.experiments.fingerprints import digest_of
 from mftctl.experiments.run_folder import Run, list_runs
 
 _ON_STAGES = ("the stage before", "the probe")
-"""Keys of what decides a result that hold the digests of other stages."""
+"""Keys that hold the digests of other stages."""
 
 
 def stage_runs(root: Path) -> list[Run]:
-    """All runs of stages below `root`, oldest first.
+    """Returns all runs of stages in a runs folder, oldest first.
 
-    What earlier versions recorded in other names has the digest that it would have today, and so has what builds on it.
+    Runs recorded under former names get the digest they would have now, as do the runs that build on them.
 
     Args:
         root: The runs folder.

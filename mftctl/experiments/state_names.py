@@ -1,4 +1,4 @@
-"""States of a model that a report compares: their kinds, their labels as in the papers, and their order."""
+"""States of a model that a report compares: their kinds, labels (as in the papers) and order."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 
 class StateKind(Enum):
-    """What was done to a model last."""
+    """Last operation applied to a model."""
 
     PRE_TRAINED = auto()
     UNKNOWN = auto()
@@ -50,14 +50,14 @@ _UPDATES: Final = {StateKind.HFT, StateKind.RANDOM_UPDATE, StateKind.GMT, *_DROP
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What was made of a model.
+    """State of a model.
 
     Attributes:
-        kind: What was done to it last.
-        is_continued: Whether that fine-tuned a model which was not pre-trained alone.
-        is_global: Whether one ratio held for all tensors of an update together.
-        excluded: What an update did not choose from, in alphabetical order.
-        preset: Of the training of a mask.
+        kind: Last operation applied to the model.
+        is_continued: Whether that was fine-tuning of a model that had already been fine-tuned.
+        is_global: Whether an update ratio applied to all tensors together.
+        excluded: Parts that an update ratio did not apply to, in alphabetical order.
+        preset: Preset of mask training.
     """
 
     kind: StateKind
@@ -68,27 +68,27 @@ class State:
 
     @property
     def label(self) -> str:
-        """Its name in reports and in the records of runs."""
+        """Name of the state in reports and run records."""
         return _LABELS[self]
 
     @property
     def is_update(self) -> bool:
-        """Whether a choice of weights was updated, or set back."""
+        """True if a selection of weights was updated or reset."""
         return self.kind in _UPDATES
 
     @property
     def is_drop(self) -> bool:
-        """Whether weights were set back to what they were before fine-tuning."""
+        """True if weights were reset to their values before fine-tuning."""
         return self.kind in _DROPS.values()
 
     @property
     def is_mft(self) -> bool:
-        """Whether a mask was learned by Mask Fine-Tuning."""
+        """True if a mask was learned by Mask Fine-Tuning."""
         return self.kind in (StateKind.MFT, StateKind.MFT_THRESHOLD)
 
     @property
     def is_masked_by_learning(self) -> bool:
-        """Whether a mask was learned, or is of a file that no run here wrote."""
+        """True if the model has a learned mask, or a mask file not written by any run here."""
         return self.is_mft or self.kind is StateKind.MASKED
 
 
@@ -116,13 +116,13 @@ _TABLE: Final = {
     State(StateKind.MFT_THRESHOLD): "MFT threshold",
     State(StateKind.MASKED): "masked",
 }
-"""Names in the order of the papers' tables."""
+"""Labels in the order of the papers' tables."""
 
 STATE_ORDER: Final = tuple(_TABLE)
 
 
 def _all_labels() -> dict[State, str]:
-    """Those of the table, and of fine-tunings that the papers' tables do not have."""
+    """Labels of the states in the table, and of fine-tuned states that the papers' tables do not contain."""
     labels = {**_TABLE, State(StateKind.WRITTEN): "written outputs"}
     exclusions = ((), ("embeddings",), ("head",), ("embeddings", "head"))
     for kind, is_continued, is_global, excluded in product(_TUNED.values(), (False, True), (False, True), exclusions):
@@ -145,19 +145,19 @@ WRITTEN: Final = State(StateKind.WRITTEN).label
 
 
 def known_state(label: str) -> State | None:
-    """The state of that name; None for a name that this version does not give.
+    """Returns the state with this label; None if this version does not use the label.
 
     Args:
-        label: As the record of a run has it.
+        label: The label in a run's record.
     """
     return _BY_LABEL.get(label)
 
 
 def place_of(label: str) -> int:
-    """The place of a state in the papers' tables; others stand behind all of them.
+    """Returns the position of a state in the papers' tables; states not in them come last.
 
     Args:
-        label: As the record of a run has it.
+        label: The label in a run's record.
     """
     return _PLACES.get(label, len(_PLACES))
 

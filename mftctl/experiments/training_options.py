@@ -1,4 +1,4 @@
-"""How long, how fast and by which method `fft` and `mask-train` train: two sections of a recipe."""
+"""The recipe sections `fft` and `mask_train`: methods and settings of training."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mftctl.runtime.compute_settings import Precision
 
 
 class Section(BaseModel):
-    """Strict: an unknown key is an error, text is no number, and neither are infinity and nan."""
+    """Strict base class of recipe sections: unknown keys, text for a number, infinity and NaN are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
     def given(self) -> dict[str, Any]:
-        """The keys that were set, and not filled in, with their values."""
+        """Returns the keys that were set explicitly, with their values."""
         return {key: getattr(self, key) for key in self.model_fields_set}
 
 
 def _layers_text(value: object) -> object:
-    """One layer as text, which YAML reads as a number; anything else as it is, for the type check to refuse."""
+    """Converts a single layer, which YAML reads as a number, to text; leaves anything else to the type check."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -177,7 +177,7 @@ class FftOptions(TrainingOptions):
 
     @model_validator(mode="after")
     def _settle(self) -> FftOptions:
-        """Fills in what was left unset, which stays known as not given."""
+        """Fills in options left unset, without marking them as given."""
         self.__dict__.update(fft_in_force(self.given(), self.method))
         return self
 
@@ -245,14 +245,14 @@ class MaskTrainOptions(TrainingOptions):
     start_value: float = Field(0.01, description="constant: the initial score of all weights.")
     learning_rate: float | Literal["auto"] = Field(
         "auto",
-        description="auto: 4 times the rate of fine-tuning; for --start other than weights scaled to the scores, "
+        description="auto: 4 times the rate of fine-tuning; for --start other than weights, scaled to the scores and "
         "independent of steps and model size.",
     )
     travel: float = Field(
         1.6,
         gt=0,
         description="normal, kaiming and constant: how far a score can move with learning rate auto, in units of the "
-        "start: its standard deviation, its range, its distance from the threshold.",
+        "initial scores' standard deviation, range or distance from the threshold.",
     )
     keep: Keep = Field(
         "best",
@@ -295,7 +295,7 @@ class MaskTrainOptions(TrainingOptions):
 
     @model_validator(mode="after")
     def _settle(self) -> MaskTrainOptions:
-        """Fills in what was left unset, which stays known as not given."""
+        """Fills in options left unset, without marking them as given."""
         self.__dict__.update(mask_train_in_force(self.given(), self.preset, self.method))
         return self
 

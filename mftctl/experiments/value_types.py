@@ -1,4 +1,4 @@
-"""Types with bounds for what is read back from a run folder, which anybody may have edited or damaged."""
+"""Bounded types for values read from a run folder, which may have been edited or damaged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _finite(number: float) -> float:
 
 def _place(text: str) -> str:
     if "\0" in text or any(len(part.encode("utf-8", "replace")) > 255 for part in text.split("/")):
-        raise ValueError("no name that a file system holds")
+        raise ValueError("not a valid file name")
     return text
 
 
@@ -35,7 +35,7 @@ Measured = Annotated[float, AfterValidator(_bounded)]
 """A number, or NaN or infinity from diverged training."""
 Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_bounded)]
 Exact = Annotated[int | float, AfterValidator(_finite), AfterValidator(_bounded)]
-"""A number that stays whole if it is."""
+"""A finite number; integers are not converted to floats."""
 Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Several = Annotated[int, Field(ge=1, le=LARGEST_COUNT)]
 Place = Annotated[str, Field(max_length=_LONGEST_PLACE), AfterValidator(_place)]
@@ -43,13 +43,13 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class Part(BaseModel):
-    """A part of a record: its types are checked, nothing is converted, and keys that nothing reads may hold anything.
+    """Part of a record: types are checked, nothing is converted, and unknown keys are ignored.
 
-    A key that was not given is not written either.
+    Keys that were not set are not written.
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
     def document(self) -> dict[str, Any]:
-        """The part as plain data, as it is stored."""
+        """Returns the part as plain data, in its stored form."""
         return self.model_dump(exclude_unset=True)

@@ -1,1 +1,1 @@
-"""Files that appear whole or not at all, and the folders that mftctl made."""
+"""Atomic writes, temporary folders, locks, and ownership of result folders."""

@@ -1,4 +1,4 @@
-"""Atomic replacement of results: the old one or the new one, never half of one."""
+"""Atomic replacement of files and folders, with errors for files that cannot be written, and a check of process ids."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ _HINTS = {
     errno.EPERM: "a folder that you can write to",
     errno.EIO: "another disk",
     errno.ENAMETOOLONG: "a shorter name",
-    errno.ENXIO: "replace it by a regular file, or remove it",
+    errno.ENXIO: "replace it with a regular file, or remove it",
     errno.ELOOP: "remove the circular symbolic links",
 }
 

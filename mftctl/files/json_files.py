@@ -1,4 +1,4 @@
-"""Reading JSON from untrusted files."""
+"""Reading JSON from untrusted files, and writing JSON that any reader accepts."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def require_recordable(places: Iterable[object], document: object = None) -> Non
 def _require_recordable(text: str) -> None:
     if not is_recordable(text):
         raise ConfigError(
-            "A name is not valid UTF-8, so a record of it could not be read back.",
+            "A name is not valid UTF-8, so it cannot be recorded.",
             actual=shown_name(text),
             hint="rename it",
         )

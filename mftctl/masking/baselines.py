@@ -13,7 +13,7 @@ from mftctl.masking.targets import MaskTarget
 def random_mask(target: MaskTarget, ratio: float, seed: int) -> torch.Tensor:
     """The keep mask that removes exactly the ratio's share of a target's weights, uniformly at random.
 
-    It is independent of the initial scores of a training with the same seed, which come from a different random stream.
+    It is independent of the initial scores of training with the same seed, which come from a different random stream.
 
     Args:
         target: The projection to mask.

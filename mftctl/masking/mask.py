@@ -141,7 +141,7 @@ def save_mask(mask: Mask, path: Path | str, codec: Codec = "deflate", *, permit:
             write_container(stream, document.to_json(), payloads)
     except OSError as error:
         raise MaskFileError(
-            "The mask file cannot be written",
+            "The mask file cannot be written.",
             path=path,
             actual=error.strerror or str(error),
             hint="give another path with -o, or free some space",
@@ -206,7 +206,7 @@ def open_mask(path: Path | str) -> Iterator[Mask]:
 def _pack_checked(name: str, keep: torch.Tensor, record: TensorRecord) -> Packed:
     if keep.dtype != torch.bool or tuple(keep.shape) != tuple(record.shape):
         raise MaskFormatError(
-            "The mask is not a bool tensor of the recorded shape",
+            "The mask is not a bool tensor of the recorded shape.",
             key=name,
             expected=f"{torch.bool} {tuple(record.shape)}",
             actual=f"{keep.dtype} {tuple(keep.shape)}",
@@ -220,14 +220,14 @@ def _require_packed(name: str, packed: Packed, record: TensorRecord) -> None:
     size_bytes = packed_size_bytes(record.weights)
     if packed.dtype != np.uint8 or packed.shape != (size_bytes,):
         raise MaskFormatError(
-            "The packed mask does not match the size of the recorded shape",
+            "The packed mask does not match the size of the recorded shape.",
             key=name,
             expected=f"uint8 ({size_bytes},)",
             actual=f"{packed.dtype} {packed.shape}",
         )
     if record.weights % 8 and int(packed[-1]) >> (record.weights % 8):
         raise MaskFormatError(
-            "The padding bits after this tensor's last weight are not zero",
+            "The padding bits after this tensor's last weight are not zero.",
             key=name,
             expected=f"{-record.weights % 8} zero bits",
             actual=f"last byte 0x{packed[-1]:02x}",

@@ -69,7 +69,7 @@ def diff(a: Mask, b: Mask) -> MaskDifference:
     common = [name for name in a.names() if name in b]
     if not common:
         raise MaskMismatchError(
-            "The two masks have no tensor in common",
+            "The two masks have no tensor in common.",
             expected=f"tensors such as {a.names()[0]}",
             actual=f"tensors such as {b.names()[0]}",
             hint="compare masks of the same model and of overlapping layers",
@@ -109,7 +109,7 @@ def pairwise_overlaps(masks: Sequence[Mask]) -> dict[tuple[int, int], Overlap]:
 def _require_same_kind(a: Mask, b: Mask) -> None:
     if a.metadata.kind != b.metadata.kind:
         raise MaskMismatchError(
-            "The two masks differ in kind: one removes weights, the other resets them to the base's values",
+            "The two masks differ in kind: one removes weights, the other resets them to the base's values.",
             key="kind",
             expected=a.metadata.kind,
             actual=b.metadata.kind,
@@ -121,7 +121,7 @@ def _overlap(name: str, records: tuple[TensorRecord, TensorRecord], bits: tuple[
     first, second = records
     if first.shape != second.shape:
         raise MaskMismatchError(
-            "The two masks have different shapes for this tensor",
+            "The two masks have different shapes for this tensor.",
             key=name,
             expected=first.shape,
             actual=second.shape,

@@ -37,7 +37,7 @@ def check_ratio(ratio: float) -> None:
     """
     if not 0.0 <= ratio < 1.0:
         raise MaskingError(
-            "The ratio is the share of weights to remove.",
+            "The ratio, the share of weights to remove, is out of range.",
             key="ratio",
             expected="a number from 0 up to, but not including, 1",
             actual=ratio,

@@ -1,4 +1,4 @@
-"""Modules of a decoder that can carry a mask, and the choice of those that a command masks."""
+"""Modules of a decoder that can carry a mask, and selection of those to mask."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def parse_layers(text: str, layer_count: int) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise MaskingError(
-                "Layers are numbers and ranges.", key="layers", expected='"4-7", "0,3,8-11" or "all"', actual=text
+                "Layers must be numbers and ranges.", key="layers", expected='"4-7", "0,3,8-11" or "all"', actual=text
             )
         if last >= layer_count:
             raise MaskingError(

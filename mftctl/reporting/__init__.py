@@ -1,1 +1,1 @@
-"""Tables made from run folders."""
+"""Reports made from run folders: tables, figures and pages."""

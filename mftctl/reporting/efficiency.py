@@ -54,7 +54,7 @@ def efficiencies(runs: Sequence[Run]) -> tuple[list[Efficiency], list[str]]:
         runs: The runs of a runs folder, oldest first.
 
     Returns:
-        The entries, and one line per training that cannot be used.
+        The entries, and one line per training run that cannot be used.
 
     Source: GMT, table 3.
     """
@@ -78,7 +78,7 @@ def efficiencies(runs: Sequence[Run]) -> tuple[list[Efficiency], list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """A training whose steps were timed: its cost, and records and tokens a second."""
+    """A training run whose steps were timed: its cost, and records and tokens per second."""
 
     run: Run
     cost: TrainingCost
@@ -93,7 +93,7 @@ def _measured(runs: Sequence[Run]) -> tuple[list[_Timed], list[str]]:
         try:
             timed = _timed(run)
         except (RunError, ValueError, KeyError, TypeError) as error:
-            problems.append(told(error, f"{run.folder}: The speed of this training cannot be read"))
+            problems.append(told(error, f"{run.folder}: The speed of this training run cannot be read"))
             continue
         if timed is not None:
             found.append(timed)
@@ -101,7 +101,7 @@ def _measured(runs: Sequence[Run]) -> tuple[list[_Timed], list[str]]:
 
 
 def _timed(run: Run) -> _Timed | None:
-    """Samples and tokens per training over all steps but the first; None if steps were not timed."""
+    """Samples and tokens per training run over all steps but the first; None if steps were not timed."""
     lines = [line for line in run.training.metrics() if line.step_seconds is not None]
     seconds = sum(line.step_seconds or 0.0 for line in lines[1:])
     cost = run.result(TrainingCost)

@@ -24,9 +24,9 @@ class Measurement:
 
     Attributes:
         run: The evaluation.
-        dataset: What it was measured on.
+        dataset: The data or benchmark it was measured on.
         metric: The figures.
-        state: What was measured, in the words of the papers.
+        state: Label of the measured state, as in the papers.
         made_by: The runs that made the state, first to last.
     """
 
@@ -43,7 +43,7 @@ class Measurement:
 
     @property
     def is_number(self) -> bool:
-        """Whether the value and its error are finite; a diverged model gives other values."""
+        """True if the value and its error are finite; a diverged model gives other values."""
         error = self.metric.standard_error
         return math.isfinite(self.metric.value) and (error is None or math.isfinite(error))
 
@@ -104,7 +104,7 @@ def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
 
 
 def belong_together(base: Measurement, item: Measurement) -> bool:
-    """Whether a state is compared with this baseline.
+    """True if a state is compared with this baseline.
 
     A state made from a fine-tuned model is compared with that model, any state with its pre-trained model, and a model
     tuned by a different method, such as GMT, with the baseline of the same pre-trained model, training data and seed.

@@ -25,7 +25,7 @@ class Advice:
 
 
 def is_learned_mask(row: Row) -> bool:
-    """Whether a row of a table is of a model under a mask that was learned, as far as is known."""
+    """True if a row of a table is about a learned mask, or a mask of unknown origin."""
     return row.made is not None and row.made.is_masked_by_learning
 
 

@@ -1,4 +1,4 @@
-"""All states of a model on all data, side by side: how a method does outside the domain it was trained for."""
+"""All states of a model on all data, side by side: the effect of a method outside the domain it was trained on."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Report:
 
     Attributes:
         root: The runs folder.
-        tables: One table per model, data set and metric.
+        tables: One table per model, dataset and metric.
         overviews: Methods by benchmark.
         efficiency: Training costs.
         figures: The figures that have data.

@@ -49,7 +49,7 @@ class Row:
         runs: Names of the evaluation runs.
         by_seed: The result of each run.
         flags: Differences from the baseline that affect comparability, other than those that define the method.
-        made: The state; None where this version has none of that name.
+        made: The state; None if its label is not known to this version.
     """
 
     state: str
@@ -68,7 +68,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class MetricTable:
-    """All states of one model for one metric on one data set.
+    """All states of one model for one metric on one dataset.
 
     Attributes:
         origin: The pre-trained model.
@@ -88,7 +88,7 @@ class MetricTable:
 
 
 def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricTable], list[str]]:
-    """One table per model, data set and metric; empty without a finished evaluation.
+    """One table per model, dataset and metric; empty without a finished evaluation.
 
     Args:
         runs: The runs of a runs folder, oldest first.
@@ -122,7 +122,7 @@ def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricT
 
 
 def _measured(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Measurement]], list[str]]:
-    """Measurements by model, data set and metric, and one line per run or value that cannot be used."""
+    """Measurements by model, dataset and metric, and one line per run or value that cannot be used."""
     by_name = {run.name: run for run in runs}
     groups: dict[tuple[str, str, str], list[Measurement]] = {}
     problems = []

@@ -198,7 +198,7 @@ def _paired(one: Run, other: Run) -> tuple[tuple[PairedMetric, ...], list[str]]:
     """Metrics that two evaluations measured on the same data, with p-values corrected for their number.
 
     Returns:
-        The metrics, and one line per data set or metric that cannot be paired.
+        The metrics, and one line per dataset or metric that cannot be paired.
     """
     if {one.record.command, other.record.command} != {"eval"}:
         return (), []
@@ -222,7 +222,7 @@ def _paired(one: Run, other: Run) -> tuple[tuple[PairedMetric, ...], list[str]]:
 
 
 def _paired_metrics(one: tuple[Run, Dataset], other: tuple[Run, Dataset]) -> tuple[list[PairedMetric], list[str]]:
-    """The metrics of a data set that both runs have, and one line per metric that cannot be paired."""
+    """The metrics of a dataset that both runs have, and one line per metric that cannot be paired."""
     found, problems = [], []
     dataset = one[1].name
     values = {metric.name: metric.value for metric in other[1].metrics}

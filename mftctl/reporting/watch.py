@@ -218,7 +218,7 @@ class _Metrics:
             with open_regular(self._path) as stream:
                 found = os.fstat(stream.fileno())
                 if found.st_ino != self._inode or found.st_size < self._offset_bytes:
-                    self._start_again(found.st_ino)  # a resumed training dropped the steps that it repeats
+                    self._start_again(found.st_ino)  # a resumed training run dropped the steps that it repeats
                 self.written = found.st_mtime
                 stream.seek(self._offset_bytes)
                 for line in stream:
@@ -287,6 +287,6 @@ def _planned_steps(record: RunRecord) -> int | None:
 
 
 def _is_gone(record: RunRecord) -> bool:
-    """Whether the run's process was on this machine and has ended."""
+    """True if the run's process was on this machine and has ended."""
     host, _, process = (record.worker or "").rpartition(":")
     return host == platform.node() and process.isdecimal() and not is_alive(int(process))

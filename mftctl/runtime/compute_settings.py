@@ -1,4 +1,4 @@
-"""Choices of how to compute, without torch."""
+"""Types of the options for precision and attention; imports no torch."""
 
 from __future__ import annotations
 

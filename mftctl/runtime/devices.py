@@ -1,4 +1,4 @@
-"""The device a command computes on, its numerics, and the errors for missing memory."""
+"""The device that a command computes on: its choice, free memory, precision and attention kernels."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def _automatic() -> torch.device:
     """Returns the accelerator found by torch, otherwise the CPU."""
     found = torch.accelerator.current_accelerator(check_available=True)
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    # Processes on a Mac have no way to exchange what is on its GPU.
+    # On a Mac, processes cannot exchange data on the GPU.
     alone = found is not None and found.type == "mps" and is_launched()
     return torch.device("cpu") if found is None or on_cpu or alone else found
 
@@ -280,7 +280,7 @@ def using(use: Use) -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as torch writes it, with the name of the product where there is one."""
+    """Returns the device's name in torch, followed by the product name if known."""
     product = _product(device)
     return f"{device}: {product}" if product else str(device)
 

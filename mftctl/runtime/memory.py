@@ -1,4 +1,4 @@
-"""Memory still available to this process: the host's free memory, within the limits of its cgroups.
+"""Total and available memory of this process: that of the host, within the limits of its cgroups.
 
 In a container, psutil reports the memory of the host, of which the container may use only a part.
 """

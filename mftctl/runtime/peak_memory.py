@@ -1,4 +1,4 @@
-"""The most memory that a command held, and freed memory given back to the system."""
+"""Peak memory of a command, and control over when freed memory returns to the system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that the processes of a command do together, over the group that joins them."""
+"""Process group of a command: joining and leaving it, dividing work, and exchanging results."""
 
 from __future__ import annotations
 

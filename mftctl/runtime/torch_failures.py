@@ -1,4 +1,4 @@
-"""GPU errors as known failures."""
+"""Errors of torch as known failures: missing GPU memory, nondeterministic operations and files not written."""
 
 from __future__ import annotations
 

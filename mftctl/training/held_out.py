@@ -35,7 +35,7 @@ def split_validation_records(validation: list[_T], options: MaskTrainOptions) ->
 
     Args:
         validation: Records in the order of the data.
-        options: Options of the mask training, including its method.
+        options: Options of mask training, including its method.
     """
     if options.method != "learned" or len(validation) < 2 * _FEWEST_CONFIRMING:
         return validation, []

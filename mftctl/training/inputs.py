@@ -33,7 +33,7 @@ from mftctl.progress import Listener, Silence
 
 @dataclass(frozen=True, slots=True)
 class TrainingInputs:
-    """The inputs of a training other than the model's weights.
+    """The inputs of a training run other than the model's weights.
 
     Attributes:
         checkpoint: Folder of the model to start from.

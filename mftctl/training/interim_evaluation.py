@@ -132,7 +132,7 @@ class InterimEvaluation(TrainerCallback):
 def interim_evaluation(
     recipe: Recipe, options: TrainingOptions, inputs: TrainingInputs, source: ModelSource, run: Run, listener: Listener
 ) -> InterimEvaluation | None:
-    """The evaluation during a training; None if none is requested.
+    """The evaluation during a training run; None if none is requested.
 
     Args:
         recipe: Provides the `eval` section and `test_data`.
@@ -154,7 +154,7 @@ def interim_evaluation(
 
 
 def measurements(folder: TrainingFolder) -> list[MetricsLine]:
-    """The evaluations during a training: `step`, `dataset`, `digest` and `metrics` of each.
+    """The evaluations during a training run: `step`, `dataset`, `digest` and `metrics` of each.
 
     Args:
         folder: The training's folder.

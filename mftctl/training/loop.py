@@ -250,7 +250,7 @@ def train(
 
     Args:
         trainer: Ready to train.
-        folder: Receives the metrics; a resumed training continues from its latest complete checkpoint.
+        folder: Receives the metrics; a resumed training run continues from its latest complete checkpoint.
         stop: Set when the user asks to stop.
         patience: Number of validations without improvement after which training stops early; None trains to the end.
         resume: Whether to resume from a checkpoint.
@@ -343,7 +343,7 @@ def _step(checkpoint: Path) -> int:
 
 
 class _EpochOrder(TrainerCallback):
-    """Gives each epoch its own record order, also in a resumed training."""
+    """Gives each epoch its own record order, also in a resumed training run."""
 
     def __init__(self, sampler: LengthGroupedSampler) -> None:
         self._sampler = sampler

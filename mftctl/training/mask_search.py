@@ -1,4 +1,4 @@
-"""What a mask search needs, and what it returns."""
+"""Inputs and result of a mask search, and the data and frozen model that it starts from."""
 
 from __future__ import annotations
 
@@ -114,17 +114,17 @@ class FoundMask:
 
     @property
     def helps(self) -> bool:
-        """Losses model training statistics under it than without a mask."""
+        """True if the validation loss is lower with the mask than without it."""
         return self.best_loss < self.unmasked_loss
 
 
 @dataclass(frozen=True, slots=True)
 class MaskTrainingInputs:
-    """What a mask is learned from.
+    """Inputs of mask training.
 
     Attributes:
         inputs: Encoded data.
-        fft_learning_rate: That the model was fine-tuned with.
+        fft_learning_rate: Learning rate that the model was fine-tuned with.
     """
 
     inputs: TrainingInputs
@@ -134,7 +134,7 @@ class MaskTrainingInputs:
 def prepare_mask_training(
     recipe: Recipe, source: ModelSource, run: Run, listener: Listener, data_fraction: float
 ) -> MaskTrainingInputs:
-    """The data to learn a mask from: by default, records that the model was not fine-tuned on.
+    """Data for mask training: by default, records that the model was not fine-tuned on.
 
     The data and the learning rate that the model was fine-tuned with are recorded in the run.
 
@@ -143,7 +143,7 @@ def prepare_mask_training(
         source: The fine-tuned model.
         run: Open run, in the same runs folder as the runs that produced the model.
         listener: Receives a note on the records left out.
-        data_fraction: Share of the records to learn from.
+        data_fraction: Share of the records to use.
 
     Raises:
         ConfigError: The recipe names no data.

@@ -1,4 +1,4 @@
-"""Caches the output of the decoder layers below the first masked one, which is constant for each batch."""
+"""Cache for the output of the decoder layers below the first masked one, which is constant for each batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Records per optimizer step, forward passes per step, and steps per training."""
+"""Steps of a training run: their number, records and forward passes per step, and learning rate at each step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def total_steps(records: int, options: TrainingOptions, world_size: int = 1) -> int:
-    """The number of optimizer steps of a training.
+    """The number of optimizer steps of a training run.
 
     Args:
         records: Training records.

@@ -24,7 +24,7 @@ class ScoreStart:
     """The start and the learning rate of the scores.
 
     Attributes:
-        options: Options of the mask training.
+        options: Options of mask training.
         std: Standard deviation of the normal start.
         seed: Decides random starts.
         fft_learning_rate: Learning rate that the model was fine-tuned with.
@@ -102,7 +102,7 @@ def score_start(
     """The start and the learning rate of the scores on a model.
 
     Args:
-        options: Options of the mask training.
+        options: Options of mask training.
         model: Its configuration provides the standard deviation of the normal start if the options do not.
         seed: Decides random starts.
         fft_learning_rate: Learning rate that the model was fine-tuned with.

@@ -1,4 +1,4 @@
-"""Ends a training before its last step, on request or because nothing is left to do."""
+"""Ends a training run before its last step, on request or because nothing is left to do."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
 
 
 class EndedBefore(Exception):  # noqa: N818 - not an error
-    """A training was killed after its last checkpoint but before it finished; never leaves `train`."""
+    """A training run was killed after its last checkpoint but before it finished; never leaves `train`."""
 
 
 class NoStepTooMany(TrainerCallback):
-    """Ends a resumed training that has nothing left to do; the Trainer would take one more step."""
+    """Ends a resumed training run that has nothing left to do; the Trainer would take one more step."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

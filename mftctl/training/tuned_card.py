@@ -1,4 +1,4 @@
-"""The README.md of a LoRA adapter or of a merged model."""
+"""Model cards (README.md) of fine-tuned models, LoRA adapters and merged models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer of fine-tuning, which updates all weights or chosen ones."""
+"""Trainer for fine-tuning, which updates all weights or those selected at each step."""
 
 from __future__ import annotations
 

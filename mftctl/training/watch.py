@@ -31,7 +31,7 @@ class TrainingWatch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Remembers the step at which a resumed training starts."""
+        """Remembers the step at which a resumed training run starts."""
         self._start_tokens = int(state.num_input_tokens_seen)
 
     def on_step_begin(

@@ -1,4 +1,4 @@
-"""The `apply` workflow: writes a base model and its mask as one ordinary checkpoint."""
+"""The `apply` workflow: applies a mask to a base model and writes an ordinary checkpoint."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -
         try:
             trained = {group.layers: group.change for group in run.result(TrainedProbe).groups}
         except RunError:
-            continue  # of a fast one, or not complete
+            continue  # of a fast probe, or incomplete
         shared = [layers for layers in changes if layers in trained]
         if len(shared) >= _FEWEST_RANKED:
             found = stats.spearmanr([changes[layers] for layers in shared], [trained[layers] for layers in shared])

@@ -1,4 +1,4 @@
-"""The `fft` workflow: supervised fine-tuning of all weights, or of those a method selects, up to the best step."""
+"""The `fft` workflow: supervised fine-tuning of all weights or of those a method selects, and saving of the model."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _trainer(
     if options.low_memory:
         trainer.optimizer_cls_and_kwargs = low_memory_optimizer(arguments)
     if options.method in ("gmt", "random"):
-        ratio = cast("float", options.ratio)  # settled when the recipe was read
+        ratio = cast("float", options.ratio)  # always set: filled in when the recipe was read
         trainer.rule = UpdateRule(options.method, ratio, options.scope, options.unselected, seed=recipe.seed)
     if options.exclude:
         trainer.exclude = options.exclude
@@ -297,11 +297,11 @@ class GoesWith:
 
 @dataclass(frozen=True, slots=True)
 class _Saved:
-    """Where a model was saved.
+    """Location of a saved model.
 
     Attributes:
         folder: Its folder.
-        refused: Why it is not at the run's output path; None if it is, or if no path was given.
+        refused: Reason why it is not at the run's output path; None if it is, or if no path was given.
     """
 
     folder: Path
@@ -367,7 +367,7 @@ def save_model(
             for name, text in goes_with.beside.items():
                 (temporary / name).write_text(text, encoding="utf-8")
             write_marker(temporary, Kind.MODEL, goes_with.origin.as_document())
-    except SafetensorError as error:  # raised for a full disk as for any other failure
+    except SafetensorError as error:  # also raised if the disk is full
         raise StorageError(
             "The model could not be written.", path=folder, actual=str(error), hint="free some space"
         ) from error

@@ -1,4 +1,4 @@
-"""From kept entries to a mask file, and its summary for the run."""
+"""Builds and writes a mask file from the kept entries, with its metadata and a summary for the run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> KeptMask:
 
 
 def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
-    """The share removed in each masked decoder layer, by its index; with a threshold it is an outcome."""
+    """The share removed in each masked decoder layer, by index; with a threshold, it is not known beforehand."""
     removed: dict[int, int] = {}
     weights: dict[int, int] = {}
     for target in targets:

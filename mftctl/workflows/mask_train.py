@@ -166,7 +166,7 @@ def _search(
 
 
 def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
-    """The search with a model held whole in this process; loaded again after a training that sharded its weights."""
+    """The search with a model held whole in this process; reloaded after training that sharded its weights."""
     if not shares_weights() or search.weights is not None:
         return search
     options = search.options
@@ -210,7 +210,7 @@ def _drop(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
     mask = drop_mask(
         resolve_checkpoint(base),
         resolve_checkpoint(source.model, recipe.revision),
-        cast("float", options.ratio),  # the recipe lets drop have no other
+        cast("float", options.ratio),  # the recipe refuses a ratio by projection for drop
         options.strategy,
         base_model=base,
         base_revision=None,

@@ -234,7 +234,7 @@ def _recognise(job: Job, decides: dict[str, Any], name: str, runs: Sequence[Run]
 
 
 def _has_steps_that_follow_them(job: Job) -> bool:
-    """Checks whether the step size of a job grows with the processes, as its batch size is per process."""
+    """Checks whether the records per step of a job grow with the number of processes."""
     options = {"fft": job.recipe.fft, "probe": job.recipe.mask_train, "mask-train": job.recipe.mask_train}
     section = options.get(job.command)
     return section is not None and getattr(section, "global_batch_size", None) is None

@@ -1,4 +1,4 @@
-"""Checks of an experiment before its first training starts."""
+"""Checks of an experiment before its first job starts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_jobs(jobs: Iterable[Job]) -> None:
         jobs: The jobs that will run.
 
     Raises:
-        ConfigError: Tasks have problems, with one line each, or the device is not available.
+        ConfigError: Jobs have problems, with one line each, or the device is not available.
         ModelError: The model is missing.
     """
     problems: dict[str, None] = {}

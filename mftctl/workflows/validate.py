@@ -126,7 +126,7 @@ def _stage(job: Job, figures: StageFigures, findings: ProblemList) -> dict[str, 
 
 
 def _check_suite(recipe: Recipe, findings: ProblemList, where: str) -> None:
-    """Reports what is wrong with what a recipe measures, and reads each local file of a benchmark."""
+    """Reports problems of a recipe's evaluation settings, and reads each local file of a benchmark."""
     for problem in suite_problems(recipe):
         findings.problem(f"{where}: {describe(problem)}")
     for task, file in recipe.eval.task_data.items():

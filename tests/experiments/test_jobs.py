@@ -148,5 +148,5 @@ def test_swept_values_that_stages_inherit_are_counted_and_not_spelled_out() -> N
     }
     for stages in (after, probed):
         recipe = Recipe.model_validate({"stages": stages})
-        with pytest.raises(ConfigError, match="has too many tasks"):
+        with pytest.raises(ConfigError, match="has too many stages"):
             spell_out(recipe)

@@ -504,11 +504,11 @@ def test_a_long_value_is_cut_in_the_message() -> None:
 def test_sweeps_that_multiply_are_counted_and_not_spelled_out() -> None:
     keys = ("epochs", "max_steps", "batch_size", "lora_rank", "lora_alpha", "val_steps", "patience", "batch_tokens")
     stage = {"command": "fft", "sweep": {f"fft.{key}": list(range(1, 11)) for key in keys}}
-    with pytest.raises(ConfigError, match="too many tasks") as caught:
+    with pytest.raises(ConfigError, match="too many stages") as caught:
         parse_recipe({"stages": {"s": stage}})
     assert (caught.value.expected, caught.value.actual) == (
         "at most 1,000 stages, counting all seeds and swept values",
         "100,000,000",
     )
-    with pytest.raises(ConfigError, match="too many tasks"):
+    with pytest.raises(ConfigError, match="too many stages"):
         parse_recipe({"seeds": list(range(1001)), "stages": {"s": {"command": "fft"}}})

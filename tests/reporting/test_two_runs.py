@@ -242,7 +242,7 @@ def test_masks_overlap_as_counted_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "problem"),
-    [("gone", "masks: "), ("damaged", "masks: "), ("another model", "masks: The two masks have no tensor in common")],
+    [("gone", "masks: "), ("damaged", "masks: "), ("another model", "masks: The two masks have no tensor in common.")],
 )
 def test_masks_that_cannot_be_compared_are_a_problem(tmp_path: Path, kind: str, problem: str) -> None:
     keep = torch.ones(2, 10, dtype=torch.bool)

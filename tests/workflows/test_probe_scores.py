@@ -249,7 +249,7 @@ def test_a_missing_file_of_problems(workspace: Path) -> None:
 def test_nothing_is_scored_where_nothing_is_trained() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_recipe({"probe": {"fast": True, "by": "gsm8k"}})
-    assert caught.value.problems == ("probe: probe.fast predicts a loss and makes no mask to score by gsm8k",)
+    assert caught.value.problems == ("probe: probe.fast only predicts the loss, so it cannot rank groups by gsm8k",)
 
 
 def test_texts_without_questions_have_no_exact_match(workspace: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""AlpacaEval's judge, run through its own package: an API model decides which of two answers is better."""
+"""AlpacaEval's judge, called through its own package: an API model decides which of two answers is better."""
 
 from __future__ import annotations
 

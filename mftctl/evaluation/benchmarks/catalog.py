@@ -135,7 +135,7 @@ def check_prompts(name: str, prompts: Prompts) -> None:
         prompts: The value of `--prompts`.
 
     Raises:
-        EvaluationError: It does not.
+        EvaluationError: The benchmark does not have this form.
     """
     in_olmes = [known for known, benchmark in BENCHMARKS.items() if benchmark.in_olmes]
     if prompts == "olmes" and name not in in_olmes:

@@ -1,4 +1,4 @@
-"""Code benchmarks: extraction of the program from an answer, its tests, and pass@k."""
+"""Code benchmarks: extraction of the program from an answer, its tests, the sandboxed judge, and pass@k."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Judge = Callable[[Sequence[Trial]], Sequence[bool]]
 """Decides for each answer whether it passes."""
 
 _COMPUTED = re.compile(r"^    assertion\((\w+)\(\*inp\), ref_func\(\*inp\), (.+)\)$", re.MULTILINE)
-"""The line with which MBPP+ tests compare against their own solution if the expected results are too large to list."""
+"""The line in MBPP+ tests that compares with the reference solution if the expected results are too large to list."""
 
 _ONLY_WHAT_CAN_CROSS = r"""    exp = ref_func(*copy.deepcopy(inp))
     if can_cross(exp):
@@ -184,25 +184,25 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def sandboxed_judge(task: str, *, unsafe: bool, listener: Listener) -> Callable[[Sequence[Trial]], list[bool]]:
-    """Runs answers on their tests in a sandbox that was tried out first.
+    """Returns a judge that runs the tests of answers in a sandbox, which has been checked.
 
     Args:
-        task: Named in the error.
-        unsafe: Whether to go on without a sandbox.
+        task: Name of the task, for messages.
+        unsafe: Whether to continue without a sandbox if none works.
         listener: Receives progress updates.
 
     Raises:
-        EvaluationError: No sandbox holds on this machine.
+        EvaluationError: No sandbox works on this machine.
     """
     from mftctl.evaluation.sandbox.find import find_sandbox
 
-    # Looked for before the first answer is generated: without a sandbox the task refuses to run.
+    # Found before the first answer is generated, so that a task fails early without a sandbox.
     sandbox = find_sandbox(unsafe=unsafe)
     (listener.note if sandbox.kind == "bubblewrap" else listener.warn)(f"{task}: {sandbox.line}")
 
     def judge(trials: Sequence[Trial]) -> list[bool]:
         def run_all() -> str:
-            """Runs the trials on all cores, so a single process runs them for all."""
+            """Runs all trials on all cores, so only one process does this."""
             verdicts = run_trials(
                 sandbox,
                 trials,

@@ -43,7 +43,7 @@ Arguments = Sequence[Any]
 
 
 def is_release_record(record: Mapping[str, Any]) -> bool:
-    """Whether a record comes from a release file.
+    """True if a record comes from a release file.
 
     Args:
         record: A HumanEval+ or MBPP+ record.

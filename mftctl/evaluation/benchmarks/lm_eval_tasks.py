@@ -76,7 +76,7 @@ def benchmark_config(name: str) -> dict[str, Any]:
 
 
 def is_maths(name: str) -> bool:
-    """Whether the answers of a benchmark are formulas.
+    """True if the answers of a benchmark are formulas.
 
     Args:
         name: A benchmark or lm-eval task.

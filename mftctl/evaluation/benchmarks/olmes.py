@@ -41,7 +41,7 @@ _INVALID = "[invalidanswer]"
 
 
 def begins_texts(prompts: Prompts) -> bool | None:
-    """Whether prompts start with a begin-of-sequence token; None for the tokenizer's default.
+    """True if prompts start with a begin-of-sequence token; None for the tokenizer's default.
 
     Args:
         prompts: The value of `--prompts`.
@@ -107,7 +107,7 @@ def _likely_answers(output: str, named: str) -> list[str]:
 
 
 def olmes_instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-    """Whether each instruction was followed, by lm-eval's checker; the loose instruction-level metric comes first.
+    """Scores for the instructions followed, by lm-eval's checker; the loose instruction-level metric comes first.
 
     Args:
         problem: An IFEval problem.

@@ -80,7 +80,7 @@ def _fits(
 
 
 def can_cross(value: Any) -> bool:
-    """Whether a result is small enough to be sent by the process that runs the answer.
+    """True if a result is small enough to be sent by the process that runs the answer.
 
     Args:
         value: The expected result.
@@ -101,7 +101,7 @@ def can_cross(value: Any) -> bool:
 
 
 def same(found: Any, expected: Any, tolerance: float) -> bool:
-    """Whether a result is right: equal, or close if floats are expected.
+    """True if a result is right: equal, or close if floats are expected.
 
     Args:
         found: Result of the function.

@@ -1,4 +1,4 @@
-"""Loads a benchmark's problems from a local file or folder or from the hub."""
+"""Problems of a benchmark: loading from a local file, a folder or the hub, and checks of their text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mftctl.evaluation.benchmarks.problem_layouts import from_published_layout
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text can be encoded as UTF-8.
+    """Checks whether a text can be encoded as UTF-8.
 
     Args:
         text: Any text.
@@ -29,7 +29,7 @@ def is_whole(text: str) -> bool:
 
 
 def emptied(outputs: Sequence[Sequence[str]]) -> tuple[list[list[str]], list[int]]:
-    """The outputs, with unencodable ones replaced by empty texts, and the indices of their problems.
+    """Replaces outputs that cannot be encoded by empty texts; returns the outputs and the indices of those problems.
 
     Args:
         outputs: Outputs of each problem.
@@ -67,13 +67,13 @@ def read_problems(path: Path, task: str) -> Problems:
 
 
 def read_problem_records(path: Path) -> Iterator[Record]:
-    """The records of a file, or of all data files of a folder, each with `file`: the file's name without its ending.
+    """The records of a file, or of all data files in a folder, each with the file's base name under `file`.
 
     Args:
-        path: As `mftctl.data.files.read_records` takes it, or a folder of such files.
+        path: A file as for `mftctl.data.files.read_records`, or a folder of such files.
 
     Raises:
-        DataError: A file is missing, empty or in another form; names the line.
+        DataError: A file is missing, empty or malformed; the error names the line.
     """
     for file in data_files(path):
         name = Path(file.stem).stem if file.suffix.lower() in (".gz", ".zst") else file.stem

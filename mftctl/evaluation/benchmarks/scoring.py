@@ -56,7 +56,7 @@ def maths_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str
 
 
 def is_too_long(output: str) -> bool:
-    """Whether an answer, or a sum in its derivation, is too long to be compared.
+    """True if an answer, or a sum in its derivation, is too long to be compared.
 
     Args:
         output: The output for a problem whose answer is a formula.
@@ -69,7 +69,7 @@ def is_too_long(output: str) -> bool:
 
 
 def is_short(text: str | None) -> TypeGuard[str]:
-    """Whether there is an answer that is short enough to be compared.
+    """True if there is an answer that is short enough to be compared.
 
     Args:
         text: The answer taken from an output, if any.
@@ -134,7 +134,7 @@ def passage_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[s
 
 
 def instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, Any]:
-    """Whether each instruction was followed, strict and loose: a number per prompt, a list per instruction.
+    """Scores for the instructions followed, strict and loose: one number per prompt, one list per instruction.
 
     Args:
         problem: With `key`, `prompt`, `instruction_id_list` and `kwargs`.
@@ -156,7 +156,7 @@ def instruction_scores(problem: Mapping[str, Any], outputs: Sequence[str]) -> di
 
 
 def has_long_line(output: str) -> bool:
-    """Whether a line is too long for lm-eval's instruction checkers, whose time grows quadratically.
+    """True if a line is too long for lm-eval's instruction checkers, whose time grows quadratically.
 
     Args:
         output: An IFEval output; with such a line, it counts as following no instruction.

@@ -266,7 +266,7 @@ def _bound(tree: ast.AST | None) -> set[str]:
 
 
 def _is_stub(tree: ast.Module, name: str) -> bool:
-    """Whether the function is only a stub: a docstring, `...`, `pass` or `raise NotImplementedError`."""
+    """True if the function is only a stub: a docstring, `...`, `pass` or `raise NotImplementedError`."""
     found = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     body = next((node.body for node in reversed(found) if node.name == name), None)
     return body is not None and all(_says_nothing(statement) for statement in body)

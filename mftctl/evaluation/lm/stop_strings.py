@@ -26,7 +26,7 @@ class StopStrings(StoppingCriteria):
         self._look_back = max((len(string.encode()) for string in strings), default=0) + 1
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Whether each row is done, `(rows,)` bool."""
+        """True for each row that is done, `(rows,)` bool."""
         if self._done is None:
             self._done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         rows = (~self._done).nonzero().flatten().tolist()

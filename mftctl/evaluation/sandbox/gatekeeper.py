@@ -63,7 +63,7 @@ class Gatekeeper:
 
     @property
     def too_much_made(self) -> bool:
-        """Whether it created, or tried to create, more files and folders than allowed."""
+        """True if it created, or tried to create, more files and folders than allowed."""
         return self.made > self.most_made
 
     def answer(self) -> bool:
@@ -149,7 +149,7 @@ def open_memory(pid: int) -> int:
 
 
 def _follows(name: str, arguments: list[int]) -> bool:
-    """Whether a call follows symbolic links."""
+    """True if a call follows symbolic links."""
     if name in OPENING:
         return not arguments[OPENING[name]] & os.O_NOFOLLOW
     if name in _NOT_FOLLOWED:

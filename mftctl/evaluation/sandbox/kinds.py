@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-# Loaded for the bytecode that this leaves behind: each child would have to compile them anew.
+# Imported so that their bytecode is cached; otherwise each child would have to compile them again.
 from mftctl.evaluation.sandbox.child import candidate, confinement, gate, judge, landlock, seccomp  # noqa: F401
 from mftctl.evaluation.sandbox.program import Limits
 from mftctl.evaluation.sandbox.python_files import Installation

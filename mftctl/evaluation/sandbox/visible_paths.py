@@ -22,7 +22,7 @@ class VisiblePaths:
         self._working_folder = working_folder
 
     def shows(self, path: str, *, follows: bool) -> bool:
-        """Whether a path is visible.
+        """True if a path is visible.
 
         Args:
             path: Absolute path.

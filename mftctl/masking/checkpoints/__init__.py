@@ -1,1 +1,1 @@
-"""The checkpoints that a mask fits: found, loaded, checked and written."""
+"""Locating, checking, loading and writing the checkpoints that masks apply to."""

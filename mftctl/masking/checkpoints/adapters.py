@@ -1,4 +1,4 @@
-"""LoRA adapters that lie in a folder, loaded through peft."""
+"""LoRA adapters in a folder, loaded through peft."""
 
 from __future__ import annotations
 

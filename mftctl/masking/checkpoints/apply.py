@@ -99,7 +99,7 @@ def apply_to_checkpoint(
             bytes_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise ModelError(
-            "The masked checkpoint could not be written; no partial output was left",
+            "The masked checkpoint could not be written; no partial output was left.",
             path=output,
             actual=str(error),
             hint="free some space or give another folder with -o",
@@ -110,7 +110,7 @@ def apply_to_checkpoint(
 def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
     if mask.metadata.kind == "delta" and tuned is None:
         raise MaskMismatchError(
-            "A delta mask needs the tuned checkpoint in addition to the base",
+            "A delta mask needs the tuned checkpoint in addition to the base.",
             key="tuned",
             expected=mask.metadata.tuned_label,
             actual="only the base",
@@ -118,7 +118,7 @@ def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
         )
     if mask.metadata.kind == "weight" and tuned is not None:
         raise MaskMismatchError(
-            "A weight mask applies to its base only, but a tuned checkpoint was given",
+            "A weight mask applies to its base only, but a tuned checkpoint was given.",
             path=tuned,
             key="tuned",
             expected="no tuned checkpoint",
@@ -130,14 +130,14 @@ def _require_apart(output: Path, folders: list[Path], mask_path: Path | None) ->
     for path in [*folders, *([] if mask_path is None else [mask_path.resolve()])]:
         if path.is_relative_to(output):
             raise ModelError(
-                "The output folder contains an input, which would be lost",
+                "The output folder contains an input, which would be lost.",
                 path=output,
                 actual=str(path),
                 hint="give another folder with -o",
             )
         if output.is_relative_to(path):
             raise ModelError(
-                "The output folder is inside an input's folder",
+                "The output folder is inside an input's folder.",
                 path=output,
                 actual=str(path),
                 hint="give a folder outside it with -o",

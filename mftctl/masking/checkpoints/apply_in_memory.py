@@ -104,7 +104,7 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
 def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
     if mask.metadata.kind == "delta" and base is None:
         raise MaskMismatchError(
-            "A delta mask needs the base in addition to the tuned model",
+            "A delta mask needs the base in addition to the tuned model.",
             key="base",
             expected=mask.metadata.base_label,
             actual="only the tuned model",
@@ -112,7 +112,7 @@ def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
         )
     if mask.metadata.kind == "weight" and base is not None:
         raise MaskMismatchError(
-            "A weight mask applies to its model only, but a base was given",
+            "A weight mask applies to its model only, but a base was given.",
             path=base,
             key="base",
             expected="no base",
@@ -147,7 +147,7 @@ def _counterpart(name: str, names: Container[str], prefix: str) -> str:
     if found:
         return found[0]
     raise MaskMismatchError(
-        "A masked tensor is not in the model",
+        "A masked tensor is not in the model.",
         key=name,
         expected=" or ".join(spellings(name, prefix)),
         hint="use the mask with the model it was learned on (shown by mftctl mask info FILE)",
@@ -170,7 +170,7 @@ def _require_model(name: str, parameter: torch.Tensor, mask: Mask) -> None:
     metadata = mask.metadata
     if tuple(parameter.shape) != record.shape or not parameter.is_floating_point() or parameter.is_meta:
         raise MaskMismatchError(
-            "A masked tensor has a different shape or dtype in this model",
+            "A masked tensor has a different shape or dtype in this model.",
             key=name,
             expected=f"{record.shape}, floating point",
             actual=f"{tuple(parameter.shape)}, {parameter.dtype} on {parameter.device}",
@@ -182,7 +182,7 @@ def _require_model(name: str, parameter: torch.Tensor, mask: Mask) -> None:
     if metadata.kind == "weight" and record.removed and not bits(parameter)[~mask[name].to(parameter.device)].any():
         return
     raise MaskMismatchError(
-        "The model is not the one this mask was made for: the values of a tensor differ",
+        "The model is not the one this mask was made for: the values of a tensor differ.",
         key=name,
         expected=f"SHA-256 {sha256} as {record.dtype}",
         actual="different values",

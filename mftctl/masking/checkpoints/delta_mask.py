@@ -97,7 +97,7 @@ def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.T
     sizes = (tuned.to(wide) - read_tensor(pair.base).to(wide)).abs_()
     if torch.isnan(sizes).any():
         raise ModelError(
-            "The difference between the base and the tuned checkpoint is NaN",
+            "The difference between the base and the tuned checkpoint is NaN.",
             path=pair.tuned.path,
             key=pair.name,
             expected="finite weights in both",
@@ -128,7 +128,7 @@ def _record(pair: TensorPair, ratio: float) -> TensorRecord:
 def _require_difference(records: dict[str, TensorRecord], base: Path, tuned: Path) -> None:
     if all(record.sha256 == record.tuned_sha256 for record in records.values()):
         raise MaskMismatchError(
-            "The base and the tuned checkpoint have the same weights, so there is nothing to drop",
+            "The base and the tuned checkpoint have the same weights, so there is nothing to drop.",
             path=tuned,
             expected=f"weights that differ from those in {base}",
             hint="give the checkpoint from before fine-tuning as the base",

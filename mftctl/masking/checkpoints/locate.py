@@ -41,14 +41,14 @@ def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: boo
     try:
         is_folder, is_file = folder.is_dir(), folder.exists()
     except OSError as error:  # the name is too long
-        raise ModelError("There is no such model", key=model[:_LONGEST_SHOWN], actual=error.strerror) from error
+        raise ModelError("There is no such model.", key=model[:_LONGEST_SHOWN], actual=error.strerror) from error
     if is_folder:
         return folder if adapters and is_adapter(folder) else _checked(folder, model)
     if model == built_in.NAME:
         return _checked(built_in.model_path(), model)
     if is_file:
         raise ModelError(
-            "A model must be a folder, but this is a file",
+            "A model must be a folder, but this is a file.",
             path=folder,
             expected="a folder with config.json and safetensors weights",
             hint="give the folder written by save_pretrained",
@@ -68,7 +68,7 @@ def _download(model: str, revision: str | None) -> Path:
         )
     except (HFValidationError, OSError) as error:
         raise ModelError(
-            "There is no such model, neither as a local folder nor on the hub",
+            "There is no such model, neither as a local folder nor on the hub.",
             key=model if revision is None else f"{model}@{revision}",
             expected='a folder, "quickstart", or a hub model such as HuggingFaceTB/SmolLM2-135M-Instruct',
             actual=first_line(error),
@@ -80,14 +80,14 @@ def _download(model: str, revision: str | None) -> Path:
 def _checked(folder: Path, model: str) -> Path:
     if is_adapter(folder):
         raise ModelError(
-            "The folder holds a LoRA adapter, but a whole model is needed",
+            "The folder holds a LoRA adapter, but a whole model is needed.",
             path=folder,
             expected="config.json next to the weights",
             hint="train it with --merge, or write the merged model with peft",
         )
     if not (folder / "config.json").is_file():
         raise ModelError(
-            "The folder is not a checkpoint: it has no config.json",
+            "The folder is not a checkpoint: it has no config.json.",
             path=folder,
             expected="config.json next to the weights",
             hint="give the folder written by save_pretrained",
@@ -97,13 +97,13 @@ def _checked(folder: Path, model: str) -> Path:
     pickles = sorted(path for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         raise ModelError(
-            "The checkpoint is a pickle, which can run code when opened; mftctl only reads safetensors",
+            "The checkpoint is a pickle, which can run code when opened; mftctl only reads safetensors.",
             path=pickles[0],
             expected=f"{WEIGHTS_FILE} or {INDEX_FILE}",
             hint=_CONVERT.format(model=model),
         )
     raise ModelError(
-        "The checkpoint has no safetensors weights",
+        "The checkpoint has no safetensors weights.",
         path=folder,
         expected=f"{WEIGHTS_FILE} or {INDEX_FILE}",
         hint=_CONVERT.format(model=model),

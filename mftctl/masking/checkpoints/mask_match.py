@@ -48,7 +48,7 @@ def require_digest(actual: str, stored: StoredTensor, name: str, mask: Mask, rol
     expected = record.sha256 if role == "base" else record.tuned_sha256
     if actual != expected:
         raise MaskMismatchError(
-            f"The {role} is not the one this delta mask was made for: the bytes of a tensor differ",
+            f"The {role} is not the one this delta mask was made for: the bytes of a tensor differ.",
             path=stored.path,
             key=name,
             expected=f"SHA-256 {expected}",
@@ -68,7 +68,7 @@ def _require_form(
     stored = counterpart(name, index) if mask.metadata.kind == "delta" and role == "base" else index.get(name)
     if stored is None or (stored.dtype, stored.shape) != (record.dtype, record.shape):
         raise MaskMismatchError(
-            f"The {role} has no such tensor" if stored is None else f"The {role}'s tensor differs in dtype or shape",
+            f"The {role} has no such tensor." if stored is None else f"The {role}'s tensor differs in dtype or shape.",
             path=folder,
             key=name,
             expected=f"{record.dtype} {record.shape}",

@@ -217,9 +217,9 @@ def _require_learned_on(digest: str, stored: StoredTensor, mask: Mask) -> None:
     applied = bool(record.removed) and _is_applied(stored, mask.packed(stored.name))
     hint = f"apply it to {mask.metadata.base_label}"
     raise MaskMismatchError(
-        "The mask seems to be already applied to this base: every removed weight of a tensor is zero"
+        "The mask seems to be already applied to this base: every removed weight of a tensor is zero."
         if applied
-        else "The base is not the one this mask was learned on: the bytes of a tensor differ",
+        else "The base is not the one this mask was learned on: the bytes of a tensor differ.",
         path=stored.path,
         key=stored.name,
         expected=f"SHA-256 {record.sha256}",

@@ -89,7 +89,7 @@ def _paired(
     mine, theirs = counterpart(name, base_index), counterpart(name, tuned_index)
     if mine is None or theirs is None or _form(mine) != _form(theirs):
         raise MaskMismatchError(
-            "The base and the tuned checkpoint do not have the same tensors",
+            "The base and the tuned checkpoint do not have the same tensors.",
             path=tuned,
             key=name,
             expected=f"{_form(mine)}, as in the base {base}",
@@ -104,7 +104,7 @@ def _require_tied_head(
 ) -> None:
     if HEAD in base_index and HEAD not in tuned_index and not _is_tied(base_index):
         raise MaskMismatchError(
-            "The base has a separate output head, but the tuned checkpoint ties its head to its embeddings",
+            "The base has a separate output head, but the tuned checkpoint ties its head to its embeddings.",
             path=tuned,
             key=HEAD,
             expected=f"stored, as in the base {base}",
@@ -116,7 +116,7 @@ def _require_tied_head(
 def _require_same_bytes(pair: TensorPair) -> None:
     if tensor_digest(pair.base) != tensor_digest(pair.tuned):
         raise MaskMismatchError(
-            "A tensor that no mask can describe differs between the base and the tuned checkpoint",
+            "A tensor that no mask can describe differs between the base and the tuned checkpoint.",
             path=pair.tuned.path,
             key=pair.name,
             expected="the base's bytes, or a floating-point dtype and a shape of 1 to 8 dimensions",

@@ -58,7 +58,7 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
     if (folder / WEIGHTS_FILE).is_file():
         only = {stored.name: stored for stored in _read_layout(folder / WEIGHTS_FILE)}
         if not only:
-            raise ModelError("The checkpoint holds no tensors", path=folder / WEIGHTS_FILE, hint=_DOWNLOAD_HINT)
+            raise ModelError("The checkpoint holds no tensors.", path=folder / WEIGHTS_FILE, hint=_DOWNLOAD_HINT)
         return only
     files = _read_weight_map(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -66,7 +66,7 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
         for stored in _read_layout(folder / file_name):
             if stored.name in tensors:
                 raise ModelError(
-                    "Two shards of the checkpoint hold the same tensor",
+                    "Two shards of the checkpoint hold the same tensor.",
                     path=folder,
                     key=stored.name,
                     actual=f"{tensors[stored.name].path.name} and {file_name}",
@@ -76,7 +76,7 @@ def tensor_index(folder: Path) -> dict[str, StoredTensor]:
     for name, file_name in files.items():
         if name not in tensors or tensors[name].path.name != file_name:
             raise ModelError(
-                "The checkpoint does not hold this tensor where its index places it",
+                "The checkpoint does not hold this tensor where its index places it.",
                 path=folder / INDEX_FILE,
                 key=name,
                 expected=f"in {file_name}",
@@ -119,19 +119,19 @@ def read_chunks(stream: BufferedReader, length_bytes: int, path: Path) -> Iterat
 
 def truncated(path: Path) -> ModelError:
     """The error for a file that ends too early."""
-    return ModelError("The checkpoint was truncated while it was read", path=path, hint=_DOWNLOAD_HINT)
+    return ModelError("The checkpoint was truncated while it was read.", path=path, hint=_DOWNLOAD_HINT)
 
 
 def _read_layout(path: Path) -> list[StoredTensor]:
     """The tensors of one file; the safetensors library checks that its header is sound."""
     if not _is_file(path):
-        raise ModelError("A weight file of the checkpoint is missing", path=path, hint=_DOWNLOAD_HINT)
+        raise ModelError("A weight file of the checkpoint is missing.", path=path, hint=_DOWNLOAD_HINT)
     try:
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            "A weight file of the checkpoint is not a complete safetensors file",
+            "A weight file of the checkpoint is not a complete safetensors file.",
             path=path,
             actual=str(error),
             hint=_DOWNLOAD_HINT,
@@ -159,7 +159,7 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
     path = folder / INDEX_FILE
     if not path.is_file():
         raise ModelError(
-            "The folder holds no safetensors weights",
+            "The folder holds no safetensors weights.",
             path=folder,
             expected=f"{WEIGHTS_FILE} or {INDEX_FILE}",
             hint="give a folder written by save_pretrained",
@@ -168,13 +168,13 @@ def _read_weight_map(folder: Path) -> dict[str, str]:
         files = json.loads(path.read_bytes())["weight_map"]
         names = [*files, *files.values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError("The index of the shards cannot be read", path=path, hint=_DOWNLOAD_HINT) from error
+        raise ModelError("The index of the shards cannot be read.", path=path, hint=_DOWNLOAD_HINT) from error
     if not files or not all(isinstance(name, str) for name in names):
-        raise ModelError("The index of the shards names no files", path=path, key="weight_map", hint=_DOWNLOAD_HINT)
+        raise ModelError("The index of the shards names no files.", path=path, key="weight_map", hint=_DOWNLOAD_HINT)
     outside = [name for name in files.values() if Path(name).name != name]
     if outside:
         raise ModelError(
-            "The index names a shard outside the checkpoint's folder",
+            "The index names a shard outside the checkpoint's folder.",
             path=path,
             expected="plain file names",
             actual=outside[0],

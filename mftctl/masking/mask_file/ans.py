@@ -64,7 +64,7 @@ def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: 
     least_bytes = WORD_BYTES * max(_start_words(size_bytes, zeros), -(-size_bytes // MAX_BYTES_A_WORD))
     if len(payload) < least_bytes or len(payload) % WORD_BYTES or not any(payload[-WORD_BYTES:]):
         raise MaskFormatError(
-            "The payload of this tensor is not an ANS stream for its shape",
+            "The payload of this tensor is not an ANS stream for its shape.",
             path=path,
             key=key,
             expected=f"words of {WORD_BYTES} bytes, at least {least_bytes} bytes, and a last word other than 0",
@@ -80,7 +80,7 @@ def decode_ans(payload: bytes, size_bytes: int, zeros: int, *, path: Path, key: 
     rest = coder.get_compressed()
     if not np.array_equal(rest, _start(size_bytes, zeros)):
         raise MaskFormatError(
-            "The ANS stream of this tensor does not match its shape and its number of removed weights",
+            "The ANS stream of this tensor does not match its shape and its number of removed weights.",
             path=path,
             key=key,
             expected=f"the coder's starting words after {size_bytes} bytes",
@@ -128,7 +128,7 @@ def _stream(path: Path | None = None, key: str | None = None) -> Any:
         import constriction
     except ImportError as error:
         raise MaskFileError(
-            "The codec ans needs the package constriction, which is not installed",
+            "The codec ans needs the package constriction, which is not installed.",
             path=path,
             key=key,
             hint="pip install 'mftctl[ans]'" + (", or use codec deflate" if path is None else ""),

@@ -98,7 +98,7 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
         packed = decode_ans(payload, size_bytes, removed + -weights % 8, path=path, key=key)
     if len(packed) != size_bytes:
         raise MaskFormatError(
-            "The payload of this tensor does not match its shape",
+            "The payload of this tensor does not match its shape.",
             path=path,
             key=key,
             expected=f"{size_bytes} bytes for {weights} weights",
@@ -107,7 +107,7 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
         )
     if weights % 8 and packed[-1] >> (weights % 8):
         raise MaskFormatError(
-            "The padding bits after this tensor's last weight are not zero",
+            "The padding bits after this tensor's last weight are not zero.",
             path=path,
             key=key,
             expected=f"{-weights % 8} zero bits",
@@ -120,7 +120,7 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
 def _inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
     if size_bytes >= MAX_EXPANSION * len(payload):
         raise MaskFormatError(
-            "The shape of this tensor implies more weights than its payload can hold",
+            "The shape of this tensor implies more weights than its payload can hold.",
             path=path,
             key=key,
             expected=f"less than {MAX_EXPANSION * len(payload)} packed bytes in a payload of {len(payload)} bytes",
@@ -132,7 +132,7 @@ def _inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
         packed = decompressor.decompress(payload, size_bytes + 1)
     except zlib.error as error:
         raise MaskFormatError(
-            "The payload of this tensor is not a DEFLATE stream",
+            "The payload of this tensor is not a DEFLATE stream.",
             path=path,
             key=key,
             actual=str(error),
@@ -144,7 +144,7 @@ def _inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
     found = f"{len(packed)} bytes" if len(packed) <= size_bytes else "more"
     ending = "" if decompressor.eof else ", without an end of stream"
     raise MaskFormatError(
-        "The DEFLATE stream of this tensor does not match its shape",
+        "The DEFLATE stream of this tensor does not match its shape.",
         path=path,
         key=key,
         expected=f"{size_bytes} bytes, then the end of the payload",

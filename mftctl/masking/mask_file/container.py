@@ -118,7 +118,7 @@ def write_container(stream: BinaryIO, document: bytes, payloads: Mapping[str, by
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
     if len(text) > MAX_HEADER_BYTES:
         raise MaskFormatError(
-            "The mask has too many tensors for one file",
+            "The mask has too many tensors for one file.",
             expected=f"a header of at most {MAX_HEADER_BYTES} bytes",
             actual=f"{len(text)} bytes",
         )
@@ -129,7 +129,7 @@ def write_container(stream: BinaryIO, document: bytes, payloads: Mapping[str, by
 
 
 def read_container(stream: BinaryIO, path: Path) -> MaskContainer:
-    """The layout of an untrusted mask file, which covers the file without holes or overlaps.
+    """The layout of an untrusted mask file, which covers the file without gaps or overlaps.
 
     Args:
         stream: The file, opened for reading in binary.
@@ -154,13 +154,13 @@ def _read_header(stream: BinaryIO, file_bytes: int, path: Path) -> bytes:
         return stream.read(length_bytes)
     if file_bytes and start.startswith(_PICKLE_STARTS):
         raise MaskFormatError(
-            "This is a pickle (a torch.save file), not a mask file",
+            "This is a pickle (a torch.save file), not a mask file.",
             path=path,
             expected="a mask file written by mftctl",
-            hint="a pickle can run code when opened, so mftctl reads none; save the mask with mftctl.save_mask",
+            hint="a pickle can run code when opened, so mftctl does not read it; save the mask with mftctl.save_mask",
         )
     raise MaskFormatError(
-        "The file is truncated or is not a mask file" if file_bytes else "The file is empty",
+        "The file is truncated or is not a mask file." if file_bytes else "The file is empty.",
         path=path,
         expected="a header length of 8 bytes, then that many bytes (at most 100,000,000)",
         actual=f"{file_bytes} bytes, header length {length_bytes}" if len(start) == 8 else f"{file_bytes} bytes",
@@ -175,11 +175,11 @@ def _parse_header(text: bytes, path: Path) -> _Header:
         compact = write_compact_json(fields, sort_keys=False)
     except ValueError as error:
         raise MaskFormatError(
-            "The header is not valid JSON", path=path, actual=shown(error), hint=_DAMAGE_HINT
+            "The header is not valid JSON.", path=path, actual=shown(error), hint=_DAMAGE_HINT
         ) from error
     if bare != compact or len(text) != len(bare) + -len(bare) % _ALIGNMENT_BYTES:
         raise MaskFormatError(
-            "The header is not in the canonical form that the format requires",
+            "The header is not in the canonical form that the format requires.",
             path=path,
             expected="compact JSON, padded with spaces to a multiple of 8 bytes",
             hint=_DAMAGE_HINT,
@@ -189,7 +189,7 @@ def _parse_header(text: bytes, path: Path) -> _Header:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise MaskFormatError(
-            "The header is not that of a mask file",
+            "The header is not that of a mask file.",
             path=path,
             key=shown(".".join(map(str, first["loc"]))),
             expected=first["msg"],
@@ -205,7 +205,7 @@ def _place_payloads(entries: Mapping[str, _Entry], start_bytes: int, file_bytes:
         first, last = entry.data_offsets
         if first != end_bytes or last <= first or entry.shape != [last - first]:
             raise MaskFormatError(
-                "The payload of this tensor does not start where the previous one ends, or has the wrong size",
+                "The payload of this tensor does not start where the previous one ends, or has the wrong size.",
                 path=path,
                 key=shown(name),
                 expected=f"from byte {end_bytes}, {shown(entry.shape)} bytes",
@@ -216,7 +216,7 @@ def _place_payloads(entries: Mapping[str, _Entry], start_bytes: int, file_bytes:
         end_bytes = last
     if start_bytes + end_bytes != file_bytes:
         raise MaskFormatError(
-            "The payloads do not fill the file",
+            "The payloads do not fill the file.",
             path=path,
             expected=f"{start_bytes + end_bytes} bytes",
             actual=f"{file_bytes} bytes",

@@ -239,7 +239,7 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
         fields = parse_strict_json(text)
     except ValueError as error:
         raise MaskFormatError(
-            "The document of the mask file is not valid JSON",
+            "The document of the mask file is not valid JSON.",
             path=path,
             key="mftctl",
             actual=shown(error),
@@ -248,7 +248,7 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if type(version) is int and version != FORMAT_VERSION:
         raise MaskFormatError(
-            "This version of mftctl does not support the mask file's format version",
+            "This version of mftctl does not support the mask file's format version.",
             path=path,
             key="format_version",
             expected=FORMAT_VERSION,
@@ -284,7 +284,7 @@ def _validate(fields: Any, path: Path | None) -> MaskDocument:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise MaskFormatError(
-            "The mask's document violates the format",
+            "The mask's document violates the format.",
             path=path,
             key=shown(".".join(map(str, first["loc"])) or "mftctl"),
             expected=first["msg"],

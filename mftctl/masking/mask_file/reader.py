@@ -46,7 +46,7 @@ class StoredBits(Mapping[str, Packed]):
             digest.add_payload(name, self._payload(name))
         if digest.hexdigest() != container.digest:
             raise MaskFormatError(
-                "The mask file is damaged: its contents do not match its digest",
+                "The mask file is damaged: its contents do not match its digest.",
                 path=path,
                 key="sha256",
                 expected=container.digest,
@@ -78,7 +78,7 @@ class StoredBits(Mapping[str, Packed]):
             state = self._file_state()
         if state != self._state or len(payload) != span.length_bytes:
             raise MaskFormatError(
-                "The mask file changed while it was being read",
+                "The mask file changed while it was being read.",
                 path=self._path,
                 key=name,
                 hint="wait until nothing writes to the file, then try again",
@@ -97,7 +97,7 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise MaskFormatError(
-            "The mask file cannot be read",
+            "The mask file cannot be read.",
             path=path,
             actual=error.strerror or str(error),
             hint="give the path of a mask file, such as mask.bits",
@@ -119,7 +119,7 @@ def require_same_names(recorded: set[str], masked: set[str], path: Path | None) 
         return
     name = min(recorded ^ masked)
     raise MaskFormatError(
-        "The masks and their records do not have the same names",
+        "The masks and their records do not have the same names.",
         path=path,
         key=shown(name),
         expected="a mask and a record",
@@ -143,7 +143,7 @@ def require_count(name: str, packed: Packed, record: TensorRecord, path: Path | 
     removed = record.weights - count_kept(packed)
     if removed != record.removed:
         raise MaskFormatError(
-            "The number of weights that the mask removes does not match its record",
+            "The number of weights that the mask removes does not match its record.",
             path=path,
             key=name,
             expected=record.removed,

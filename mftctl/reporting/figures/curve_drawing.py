@@ -64,12 +64,12 @@ class Curve:
 
     @property
     def is_level(self) -> bool:
-        """Whether the method takes no steps and is drawn as a horizontal line."""
+        """True if the method takes no steps and is drawn as a horizontal line."""
         return not self.seeds[0].history.is_trained
 
     @property
     def is_mask(self) -> bool:
-        """Whether the method removes weights instead of training them."""
+        """True if the method removes weights instead of training them."""
         return self.seeds[0].history.run.record.command == "mask-train"
 
 

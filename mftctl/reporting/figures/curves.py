@@ -141,7 +141,7 @@ def _best_ffts(methods: Sequence[_Method]) -> list[History]:
 
 
 def _measures(methods: Sequence[_Method]) -> list[Measure]:
-    """The metrics that at least one training has measured more than once."""
+    """The metrics that at least one training run has measured more than once."""
     found = [
         measure
         for method in methods
@@ -183,7 +183,7 @@ def _scores(methods: Sequence[_Method], measure: Measure) -> CurvePicture:
 
 
 def _measured_best(methods: Sequence[_Method], measure: Measure) -> list[tuple[int, float]]:
-    """Step and score of each seed's best FFT, measured at that step or at the start of a training from it."""
+    """Step and score of each seed's best FFT, measured at that step or at the start of a training run from it."""
     found = []
     histories = [item for method in methods for item in method.seeds]
     for best in _best_ffts(methods):

@@ -1,4 +1,4 @@
-"""The masks that a report shows: the newest of each state and seed, grouped by architecture."""
+"""The masks that a report shows: the latest of each state and seed, grouped by architecture."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class MaskGroup:
 
     Attributes:
         label: The state, with recipe, stage or run if needed to distinguish it from others of the same state.
-        masks: The newest mask of each seed, by seed.
+        masks: The latest mask of each seed, by seed.
     """
 
     label: str

@@ -103,7 +103,7 @@ class _Probe:
 
     @property
     def is_fast(self) -> bool:
-        """Whether this is a fast probe, which trains nothing."""
+        """True if this is a fast probe, which trains nothing."""
         return isinstance(_result(self.runs[0]), FastProbe)
 
     @property
@@ -191,7 +191,7 @@ def _unmasked_score(result: ProbeResult) -> Score | None:
 
 
 def _probe(runs: Sequence[Run]) -> _Probe:
-    """Combines several runs over the same groups; the newest run per seed counts.
+    """Combines several runs over the same groups; the latest run per seed counts.
 
     Raises:
         RunError: A result is incomplete.
@@ -233,17 +233,17 @@ def _probe(runs: Sequence[Run]) -> _Probe:
 
 
 def _without_mask(result: ProbeResult) -> float:
-    """What ranks the groups, without a mask; 0 where changes are only promised."""
+    """Value of the ranking criterion without a mask; 0 for a fast probe, which only predicts changes."""
     if not isinstance(result, TrainedProbe):
         return 0.0
     return result.unmasked_loss if result.unmasked_score is None else result.unmasked_score.value
 
 
 def _score_change(group: Group) -> float:
-    """Of the score that ranks a group.
+    """Change of the score that ranks a group.
 
     Raises:
-        ValueError: It has none.
+        ValueError: The group has no score.
     """
     if not isinstance(group, TrainedGroup) or group.score_change is None:
         raise ValueError(f"the recommended layers {group.layers} have no score change")

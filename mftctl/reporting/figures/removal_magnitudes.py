@@ -142,7 +142,7 @@ def _of_model(folder: Path, masks: Sequence[ShownMask]) -> tuple[dict[Path, NDAr
         removed = {mask.path: np.zeros(BINS) for mask in masks}
 
         def leave_out(mask: ShownMask, error: MaskFileError | ModelError | OSError) -> None:
-            reason = str(error) if isinstance(error, OSError) else error.message
+            reason = str(error) if isinstance(error, OSError) else error.message.rstrip(".")
             problems.append(f"{mask.run.name}: left out of the magnitude figure: {reason} ({folder})")
             kept.pop(mask.path, None)
 

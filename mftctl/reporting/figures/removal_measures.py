@@ -47,12 +47,12 @@ class LayerShares:
 
     @property
     def covers_all(self) -> bool:
-        """Whether every cell has a share."""
+        """True if every cell has a share."""
         return all(share is not None for row in self.shares for share in row)
 
     @property
     def is_even(self) -> bool:
-        """Whether the share is the same everywhere, apart from rounding to whole weights."""
+        """True if the share is the same everywhere, apart from rounding to whole weights."""
         known = [share for row in self.shares for share in row if share is not None]
         return max(known) - min(known) <= _EVEN * max(known)
 

@@ -68,12 +68,12 @@ class Surface:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the whole grid has been measured."""
+        """True if the whole grid has been measured."""
         return len(self.cells) == self.side**2
 
 
 def surface_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
-    """One figure per measured triple of models, from the run with the most points (the newest of equals).
+    """One figure per measured triple of models, from the run with the most points (the latest of equals).
 
     Args:
         runs: The runs, oldest first.
@@ -132,7 +132,7 @@ def _problem(surface: Surface) -> str | None:
 
 
 def _spans_a_plane(cells: Sequence[SurfacePoint]) -> bool:
-    """Whether the points do not all lie on one line."""
+    """True if the points do not all lie on one line."""
     import numpy as np
 
     places = np.array([[cell.x, cell.y] for cell in cells])
@@ -155,7 +155,7 @@ def _read(run: Run) -> Surface:
 
 def _point(line: MetricsLine) -> SurfacePoint:
     if not line.is_place or line.x is None or line.y is None:
-        raise ValueError(f"line {line.step} is of no place")
+        raise ValueError(f"line {line.step} is not a point of the surface")
     train_loss, test_loss = (math.inf if loss is None else loss for loss in (line.train_loss, line.test_loss))
     return SurfacePoint(float(line.x), float(line.y), train_loss, test_loss, line.mark)
 

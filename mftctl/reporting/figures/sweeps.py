@@ -131,7 +131,7 @@ class _Panel:
 
 
 def sweep_figures(tables: Sequence[MetricTable], runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
-    """One figure per swept option, model and data set, with one panel per metric.
+    """One figure per swept option, model and dataset, with one panel per metric.
 
     Args:
         tables: The comparison tables.
@@ -262,7 +262,7 @@ def _label(line: Sequence[_Point], alike: Sequence[Sequence[_Point]]) -> str:
 
 
 def _is_baseline_of(row: Row, lines: Sequence[_SweptLine], by_name: Mapping[str, Run]) -> bool:
-    """Whether the lines are compared with this baseline."""
+    """True if the lines are compared with this baseline."""
     compared = [settings for line in lines for point in line.points for settings in point.settings.values()]
     made = [_made_by(by_name[name]) for name in row.runs if name in by_name]
     if any(settings["started from"] == names for settings in compared for names in made):

@@ -21,7 +21,7 @@ DECIDES_NOTHING = ("prefix_cache_gb", "benchmark_every", "benchmark_limit")
 
 
 class Measure(NamedTuple):
-    """One metric of one data set, on a given number of samples."""
+    """One metric of one dataset, on a given number of samples."""
 
     dataset: str
     digest: str
@@ -64,7 +64,7 @@ class History:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has finished."""
+        """True if the run has finished."""
         return self.run.record.status == "finished"
 
     @property
@@ -121,7 +121,7 @@ class _Measured:
 def read_histories(runs: Sequence[Run]) -> tuple[list[History], list[str]]:
     """The history of each `fft` and `mask-train` run that has recorded metrics.
 
-    Of runs with the same method and seed, the newest finished one counts, or else the newest.
+    Of runs with the same method and seed, the latest finished one counts, or else the latest.
 
     Args:
         runs: The runs, oldest first.
@@ -136,7 +136,7 @@ def read_histories(runs: Sequence[Run]) -> tuple[list[History], list[str]]:
             try:
                 found = _measured(run)
             except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
-                problems.append(told(error, f"{run.folder}: the metrics of this training cannot be read"))
+                problems.append(told(error, f"{run.folder}: the metrics of this training run cannot be read"))
                 continue
             if found is not None:
                 measured[run.name] = found
@@ -212,7 +212,7 @@ def _method(run: Run) -> str:
 
 
 def _expected_state(run: Run) -> str:
-    """The state that an unfinished training will produce."""
+    """The state that an unfinished training run will produce."""
     config, inputs = run.record.config, run.record.inputs
     if run.record.command == "fft":
         source = ModelSource(str(inputs["model"]), state=str(inputs["state"]))
@@ -295,7 +295,7 @@ def _placed(
 def _reference_loss(
     item: _Measured, measured: Mapping[str, _Measured], unmasked: Mapping[tuple[object, ...], float]
 ) -> float | None:
-    """The loss of the best FFT on the validation records of a training."""
+    """The loss of the best FFT on the validation records of a training run."""
     best = _best_fft(item, measured)
     if item.run.record.command == "fft":
         same_records = best is not None and best.validation == item.validation
@@ -314,7 +314,7 @@ def _reference_loss(
 
 
 def _best_fft(item: _Measured, measured: Mapping[str, _Measured]) -> _Measured | None:
-    """The FFT that a training started from, or else one of the same model, seed and validation records."""
+    """The FFT that a training run started from, or else one of the same model, seed and validation records."""
     if item.is_fft:
         return item
     if item.parents and item.parents[0] in measured and measured[item.parents[0]].is_fft:

@@ -29,7 +29,7 @@ def table_files(report: Report) -> dict[str, str]:
     files: dict[str, str] = {}
     taken: set[str] = set()
     for text, rows in _tables(report):
-        name = own_name(text.name, taken)  # models or data sets may share a name
+        name = own_name(text.name, taken)  # models or datasets may share a name
         files[f"{name}.tex"] = to_latex(text)
         files[f"{name}.csv"] = to_csv(rows)
     return files

@@ -14,7 +14,7 @@ from mftctl.training.updates.masked_optimizer import UpdateRule
 
 
 class ShardedModel(Protocol):
-    """What training needs from DeepSpeed's ZeRO and FSDP2; every method must be called in all processes at once."""
+    """Operations that training needs from DeepSpeed's ZeRO and FSDP2; all are collective calls."""
 
     @property
     def shares_weights(self) -> bool:

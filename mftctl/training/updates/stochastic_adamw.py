@@ -48,7 +48,7 @@ def _chunk_entries(device: torch.device) -> int:
 class StochasticAdamW(Optimizer):
     """AdamW that computes in fp32, one chunk of a parameter at a time, and stores parameters and moments in bf16.
 
-    The noise of an entry depends only on the seed, the step and the entry's position, so that a resumed training
+    The noise of an entry depends only on the seed, the step and the entry's position, so that a resumed training run
     continues as if it had not been interrupted, and is the same on every device.
 
     Args:

@@ -120,7 +120,7 @@ def export_mask(mask: Mask, file: Path, permit: Permit | None = None) -> None:
     """
     if mask.metadata.kind != "weight":
         raise MaskFileError(
-            "A delta mask cannot be exported: the other formats support only removed weights, not reset ones",
+            "A delta mask cannot be exported: the other formats support only removed weights, not reset ones.",
             key="kind",
             expected="weight",
             actual=mask.metadata.kind,
@@ -129,7 +129,7 @@ def export_mask(mask: Mask, file: Path, permit: Permit | None = None) -> None:
     write = _WRITERS.get(file.suffix)
     if write is None:
         raise MaskFileError(
-            "The file suffix is not a known export format",
+            "The file suffix is not a known export format.",
             path=file,
             expected=" or ".join(_WRITERS),
             actual=file.suffix or "no suffix",
@@ -143,7 +143,7 @@ def export_mask(mask: Mask, file: Path, permit: Permit | None = None) -> None:
                 archive.comment = _EXPORTED
     except OSError as error:
         raise MaskFileError(
-            "The exported mask cannot be written",
+            "The exported mask cannot be written.",
             path=file,
             actual=error.strerror or str(error),
             hint="give another path with -o, or free some space",
@@ -158,7 +158,7 @@ def _open(file: Path) -> TorchMasks | NpzMasks:
         members = _members(file) if start.startswith(_ZIP_START) else []
     except OSError as error:
         raise MaskFormatError(
-            "The file cannot be read",
+            "The file cannot be read.",
             path=file,
             actual=error.strerror or str(error),
             hint="give the path of a file such as masks.pt or mask_compressed.npz",
@@ -168,7 +168,7 @@ def _open(file: Path) -> TorchMasks | NpzMasks:
     if members:
         return NpzMasks(file)
     raise MaskFormatError(
-        "The file is not in a format that can be imported",
+        "The file is not in a format that can be imported.",
         path=file,
         expected=_KINDS,
         actual=f"a file that starts with {start!r}" if start else "an empty file",
@@ -182,7 +182,7 @@ def _members(file: Path) -> list[str]:
             return archive.namelist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise MaskFormatError(
-            "The archive is damaged or truncated", path=file, actual=shown(error), hint="copy the file again"
+            "The archive is damaged or truncated.", path=file, actual=shown(error), hint="copy the file again"
         ) from error
 
 
@@ -196,7 +196,7 @@ def _targets(
         stored = index[_checkpoint_name(name, index, base, file)]
         if stored.name in taken:
             raise MaskMismatchError(
-                "Two masks in the file are for the same weight",
+                "Two masks in the file are for the same weight.",
                 path=file,
                 key=stored.name,
                 actual=f"{shown(taken[stored.name])} and {shown(name)}",
@@ -204,7 +204,7 @@ def _targets(
             )
         if stored.dtype not in TORCH_DTYPES:
             raise MaskMismatchError(
-                "A mask refers to a tensor in the base that is not floating point",
+                "A mask refers to a tensor in the base that is not floating point.",
                 path=file,
                 key=shown(name),
                 expected=", ".join(TORCH_DTYPES),
@@ -226,7 +226,7 @@ def _checkpoint_name(name: str, index: Mapping[str, StoredTensor], base: Path, f
         return checkpoint_names([weight], index, _base_model_prefix(base))[weight]
     except MaskMismatchError as error:
         raise MaskMismatchError(
-            "A mask refers to a weight that the base does not have",
+            "A mask refers to a weight that the base does not have.",
             path=file,
             key=shown(name),
             expected=f"one of the weights of {base}, such as {min(index)}",

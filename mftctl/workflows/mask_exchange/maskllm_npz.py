@@ -61,7 +61,7 @@ class NpzMasks:
         for member in members:
             if not member.endswith(_MEMBER_SUFFIX):
                 raise MaskFormatError(
-                    "The archive contains something that is not a numpy array",
+                    "The archive contains something that is not a numpy array.",
                     path=file,
                     key=shown(member),
                     expected=f"names that end in {_MEMBER_SUFFIX}",
@@ -93,7 +93,7 @@ class NpzMasks:
             raise self._damaged(name, error) from error
         if dtype != np.uint8 or len(found_shape) != 1:
             raise MaskFormatError(
-                "An array in the file does not hold packed bits",
+                "An array in the file does not hold packed bits.",
                 path=self._file,
                 key=shown(name),
                 expected="uint8, one dimension",
@@ -102,7 +102,7 @@ class NpzMasks:
             )
         if found_shape != (size_bytes,):
             raise MaskMismatchError(
-                "The size of a mask does not match the base's weight",
+                "The size of a mask does not match the base's weight.",
                 path=self._file,
                 key=shown(name),
                 expected=f"{size_bytes} bytes for {shape}",
@@ -118,7 +118,7 @@ class NpzMasks:
     def _require_zero_padding(self, name: str, packed: Packed, weights: int) -> None:
         if weights % 8 and int(packed[-1]) >> (weights % 8):
             raise MaskFormatError(
-                "The padding bits after a mask's last weight are not zero",
+                "The padding bits after a mask's last weight are not zero.",
                 path=self._file,
                 key=shown(name),
                 expected=f"{-weights % 8} zero bits",
@@ -127,7 +127,7 @@ class NpzMasks:
 
     def _damaged(self, name: str | None, error: Exception) -> MaskFormatError:
         return MaskFormatError(
-            "The numpy archive is damaged",
+            "The numpy archive is damaged.",
             path=self._file,
             key=None if name is None else shown(name),
             actual=shown(error),

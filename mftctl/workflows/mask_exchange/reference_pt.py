@@ -51,7 +51,7 @@ class TorchMasks:
         loaded = _load(file)
         if not isinstance(loaded, dict) or not loaded or not all(isinstance(name, str) for name in loaded):
             raise MaskFormatError(
-                "The pickle contains no masks",
+                "The pickle contains no masks.",
                 path=file,
                 expected="a dict from module name to mask, with at least one entry",
                 actual=shown(type(loaded).__name__ if not isinstance(loaded, dict) else [*loaded][:3]),
@@ -77,7 +77,7 @@ class TorchMasks:
         tensor = self._tensors[name]
         if not isinstance(tensor, torch.Tensor) or not _is_plain(tensor):
             raise MaskFormatError(
-                "An entry of the pickle is not a mask",
+                "An entry of the pickle is not a mask.",
                 path=self._file,
                 key=shown(name),
                 expected="a bool tensor, or a float tensor of 0 and 1",
@@ -86,7 +86,7 @@ class TorchMasks:
             )
         if tuple(tensor.shape) != shape:
             raise MaskMismatchError(
-                "The shape of a mask does not match the base's weight",
+                "The shape of a mask does not match the base's weight.",
                 path=self._file,
                 key=shown(name),
                 expected=shape,
@@ -96,7 +96,7 @@ class TorchMasks:
         other = tensor[(tensor != 0) & (tensor != 1)]
         if other.numel():
             raise MaskFormatError(
-                "A mask has values other than 0 and 1",
+                "A mask has values other than 0 and 1.",
                 path=self._file,
                 key=shown(name),
                 expected="0 (removed) and 1 (keep)",
@@ -144,7 +144,7 @@ def _load(file: Path) -> object:
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except _LOAD_ERRORS as error:
         raise MaskFormatError(
-            "The pickle is damaged, or contains more than tensors, which could run code",
+            "The pickle is damaged, or contains more than tensors, which could run code.",
             path=file,
             expected="a dict of tensors written by torch.save",
             actual=shown(first_line(error)),

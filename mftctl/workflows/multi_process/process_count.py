@@ -1,4 +1,4 @@
-"""The number of processes of a command, and what is sharded across them."""
+"""Number of processes of a command, and the kind of sharding across them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mftctl.runtime.processes import world_size
 
 
 class Shard(StrEnum):
-    """What is sharded across processes, by the name of the configuration in `recipes/accelerate`."""
+    """Kinds of sharding, named after the configurations in `recipes/accelerate`."""
 
     DDP = "ddp"
     ZERO2 = "zero2"
@@ -21,11 +21,11 @@ class Shard(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How the processes of a command are started.
+    """Processes of a command, as requested on the command line.
 
     Attributes:
         processes: The number of processes on this machine; 1 means the command's own process.
-        shard: What they shard during training.
+        shard: Kind of sharding during training.
     """
 
     processes: int = 1

@@ -106,7 +106,7 @@ class CommandMemory:
         return parse_layers(recipe.mask_train.layers or "all", self.layer_count)
 
     def fits(self, recipe: Recipe, free_bytes: int) -> bool:
-        """Whether the command fits, with room to spare."""
+        """True if the command fits, with room to spare."""
         most = (1 - SPARE_SHARE) * free_bytes
         if self.command != "eval" and least_memory(self.config, self.plan(recipe)) > most:
             return False
@@ -123,7 +123,7 @@ class CommandMemory:
         def fits(changed: Recipe) -> bool:
             try:
                 return self.fits(changed, free_bytes)
-            except MftError:  # options that this model does not support are no solution
+            except MftError:  # this model does not support these options
                 return False
 
         has_say = self.command == "mask-train" and self.layers is None

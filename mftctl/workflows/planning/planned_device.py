@@ -34,11 +34,11 @@ class PlannedDevice:
 
     @property
     def is_gpu(self) -> bool:
-        """Whether it is an accelerator with its own memory and kernels."""
+        """True if it is an accelerator with its own memory and kernels."""
         return self.kind != "cpu"
 
     def uses_bf16(self, precision: Precision) -> bool:
-        """Whether training on this device uses bf16."""
+        """True if training on this device uses bf16."""
         return self.has_bf16 if precision == "auto" else precision == "bf16"
 
 

@@ -251,7 +251,7 @@ class StageFigures:
 
 
 def _is_fast(job: Job) -> bool:
-    """Whether the job is a probe that computes gradients without training."""
+    """True if the job is a probe that computes gradients without training."""
     return job.command == "probe" and job.recipe.probe.fast
 
 

@@ -107,7 +107,7 @@ def test_a_damaged_mask_hides_no_other(tmp_path: Path) -> None:
 def test_a_mask_file_that_is_gone_is_named(tmp_path: Path) -> None:
     folder = write_mask_run(tmp_path, 1, "MFT", MASK)
     (folder / "mask.bits").unlink()
-    assert families(tmp_path) == ([], [f"{folder / 'mask.bits'}: The mask file cannot be read"])
+    assert families(tmp_path) == ([], [f"{folder / 'mask.bits'}: The mask file cannot be read."])
 
 
 def test_bits_that_remove_more_than_the_file_says_are_found(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_bits_that_remove_more_than_the_file_says_are_found(tmp_path: Path) -> N
     found, problems = families(tmp_path)
     assert found == []
     assert problems == [
-        f"{folder / 'mask.bits'}: The number of weights that the mask removes does not match its record"
+        f"{folder / 'mask.bits'}: The number of weights that the mask removes does not match its record."
     ]
 
 

@@ -1,6 +1,6 @@
 """Serialises plain values between two processes, one of which must not trust the other.
 
-Only plain data is ever built: no class is looked up, no code is called. Other objects cross as handles, numbers that
+Only plain data is ever built: no class is looked up, no code is called. Other objects are sent as handles, numbers that
 are meaningful only to the process that owns the object.
 """
 
@@ -25,7 +25,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 class CodecError(Exception):
-    """A value that cannot cross, or bytes that are not a value."""
+    """A value that cannot be sent, or bytes that are not a value."""
 
 
 class Encoder:
@@ -42,7 +42,7 @@ class Encoder:
         """The encoded bytes of a value.
 
         Raises:
-            CodecError: The value is nested too deeply, too large, or cannot cross.
+            CodecError: The value is nested too deeply, too large, or of a type that cannot be sent.
         """
         out = bytearray()
         self._put(value, out, 0)
@@ -70,7 +70,7 @@ class Encoder:
             self._put_rare(value, out, depth)
 
     def _put_rare(self, value: Any, out: bytearray, depth: int) -> None:
-        """Rarer kinds, and subclasses, which cross as the plain kind they derive from."""
+        """Rarer kinds, and subclasses, which are sent as the plain kind they derive from."""
         for base, convert in _PLAIN_BASES:
             if isinstance(value, base):
                 self._put(convert(value), out, depth)
@@ -102,12 +102,12 @@ class Encoder:
 
     def _put_items(self, tag: bytes, items: Iterable[Any], count: int, out: bytearray, depth: int) -> None:
         if depth >= MAX_DEPTH:
-            raise CodecError(f"a value nested more than {MAX_DEPTH} levels deep cannot cross")
+            raise CodecError(f"a value nested more than {MAX_DEPTH} levels deep cannot be sent")
         out += tag + _U32.pack(count)
         for item in items:
             self._put(item, out, depth + 1)
             if len(out) > MAX_BYTES:
-                raise CodecError(f"a value of more than {MAX_BYTES} bytes cannot cross")
+                raise CodecError(f"a value of more than {MAX_BYTES} bytes cannot be sent")
 
 
 _PLAIN_BASES: tuple[tuple[type[Any], Callable[[Any], Any]], ...] = (
@@ -143,7 +143,7 @@ def _put_numbers(tag: bytes, values: Sequence[Any], out: bytearray) -> bool:
 
 def _put_bytes(tag: bytes, content: bytes, out: bytearray) -> None:
     if len(content) > MAX_BYTES:
-        raise CodecError(f"a value of more than {MAX_BYTES} bytes cannot cross")
+        raise CodecError(f"a value of more than {MAX_BYTES} bytes cannot be sent")
     out += tag + _U32.pack(len(content)) + content
 
 
@@ -174,7 +174,7 @@ class Decoder:
     def _take(self, count: int) -> bytes:
         end = self._at + count
         if end > len(self._data):
-            raise CodecError("a value is cut short")
+            raise CodecError("a value is truncated")
         piece = self._data[self._at : end]
         self._at = end
         return piece
@@ -241,7 +241,7 @@ class Decoder:
             raise CodecError("a value is nested too deeply")
         count = _U32.unpack(self._take(4))[0]
         if count > len(self._data) - self._at:  # an item takes at least one byte
-            raise CodecError("a value is cut short")
+            raise CodecError("a value is truncated")
         items = [self._value(depth + 1) for _ in range(count)]
         if tag == b"[":
             return items
@@ -250,7 +250,7 @@ class Decoder:
         try:
             return _CONTAINERS[tag](items)
         except (TypeError, ValueError) as error:
-            raise CodecError(f"a container holds what it cannot: {error}") from error
+            raise CodecError(f"a container holds an invalid item: {error}") from error
 
 
 def _dict(flat: list[Any]) -> dict[Any, Any]:

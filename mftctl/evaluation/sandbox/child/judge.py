@@ -40,7 +40,7 @@ class Link:
 
         Raises:
             PeerGone: The candidate ended or sent an invalid reply.
-            CodecError: An argument cannot cross.
+            CodecError: An argument cannot be sent.
         """
         message = self._encoder.encode((kind, *arguments))
         try:
@@ -50,7 +50,7 @@ class Link:
             self.broken = str(error)
             raise
         except CodecError as error:
-            self.broken = f"the program sent what is no reply: {error}"
+            self.broken = f"the program sent an invalid reply: {error}"
             raise PeerGone(self.broken) from error
         match reply:
             case ("value", value, None | bytes() as changed):
@@ -60,14 +60,14 @@ class Link:
             case ("raise", str(base), str(name), str(text)):
                 raise _local_exception(base, name, text)
             case _:
-                self.broken = "the program sent what is no reply"
+                self.broken = "the program sent an invalid reply"
                 raise PeerGone(self.broken)
 
     def value(self, kind: str, *arguments: Any) -> Any:
         """The value that a request returns."""
         reply = self.request(kind, *arguments)
         if reply[0] != "value":
-            self.broken = "the program ended an iteration that is none"
+            self.broken = "the program ended an iteration that was not started"
             raise PeerGone(self.broken)
         return reply[1]
 
@@ -77,7 +77,7 @@ class Link:
         packed = self._encoder.encode((arguments, keywords))
         reply = self.request("call", target, packed)
         if reply[0] != "value":
-            self.broken = "the program ended an iteration that is none"
+            self.broken = "the program ended an iteration that was not started"
             raise PeerGone(self.broken)
         if reply[2] is not None:
             self._renew_arguments(reply[2], arguments, keywords)
@@ -87,14 +87,14 @@ class Link:
         try:
             after = self._decoder.decode(packed)
         except CodecError as error:
-            self.broken = f"the program sent what is no reply: {error}"
+            self.broken = f"the program sent an invalid reply: {error}"
             raise PeerGone(self.broken) from error
         match after:
             case (tuple(changed), dict(changed_keywords)) if len(changed) == len(arguments):
                 _renew(arguments, changed)
                 _renew(tuple(keywords.values()), tuple(changed_keywords.values()))
             case _:
-                self.broken = "the program sent what is no reply"
+                self.broken = "the program sent an invalid reply"
                 raise PeerGone(self.broken)
 
 
@@ -129,7 +129,7 @@ class Handle:
     def __iter__(self) -> Any:
         iterator = self._sandbox_link.value("iterate", self)
         if not isinstance(iterator, Handle):
-            raise TypeError("the program's object gave no iterator")
+            raise TypeError("the program's object did not return an iterator")
         while (reply := self._sandbox_link.request("next", iterator))[0] == "value":
             yield reply[1]
 
@@ -141,7 +141,7 @@ class Handle:
 
 def _number_of(value: Any) -> int:
     if type(value) is not Handle:
-        raise CodecError(f"the test passes a {type(value).__name__}, which cannot cross")
+        raise CodecError(f"the test passes a {type(value).__name__}, which cannot be sent to the program")
     return value._sandbox_number
 
 
@@ -201,7 +201,7 @@ def _fill(namespace: dict[str, Any], test: str, code: types.CodeType, entry_poin
     wanted = {name for name in wanted if not hasattr(builtins, name) or name == entry_point}
     found = link.value("load", sorted(wanted))
     if not isinstance(found, dict) or not found.keys() <= wanted:
-        link.broken = "the program sent what is no reply"
+        link.broken = "the program sent an invalid reply"
         raise PeerGone(link.broken)
     for name, value in found.items():
         own = name in sys.stdlib_module_names and f"{name}." in test
