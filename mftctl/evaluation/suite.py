@@ -213,7 +213,8 @@ def suite_problems(recipe: Recipe) -> Iterator[MftError]:
     tasks = expand_groups(options.tasks)
     checks: list[Callable[[], None]] = [partial(_check_vllm, recipe)] if options.engine == "vllm" else []
     checks += [partial(check_task, task, options.prompts) for task in tasks]
-    checks += [partial(_check_task_data, task, file, recipe) for task, file in options.task_data.items()]
+    for task, file in options.task_data.items():
+        checks += [partial(_check_is_run, task, recipe), partial(_check_exists, task, file)]
     if options.predictions is not None:
         checks.append(partial(_check_predictions, options.predictions, tasks))
     for check in checks:
@@ -223,7 +224,7 @@ def suite_problems(recipe: Recipe) -> Iterator[MftError]:
             yield error
 
 
-def _check_task_data(task: str, file: str, recipe: Recipe) -> None:
+def _check_is_run(task: str, recipe: Recipe) -> None:
     tasks = expand_groups(recipe.eval.tasks)
     if task not in (*tasks, recipe.probe.by):
         raise ConfigError(
@@ -232,6 +233,9 @@ def _check_task_data(task: str, file: str, recipe: Recipe) -> None:
             expected=f"one of the selected tasks: {', '.join(tasks) or 'none selected'}",
             actual=task,
         )
+
+
+def _check_exists(task: str, file: str) -> None:
     if not Path(file).exists():
         raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"eval.task_data.{task}")
 

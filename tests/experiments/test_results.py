@@ -110,7 +110,7 @@ def test_samples_and_groups_of_version_1_are_read_typed() -> None:
 
 
 def test_the_report_of_folders_of_version_1_is_the_one_of_then() -> None:
-    """Written by mftctl at commit 01c5127, before results had types."""
+    """The numbers are those that mftctl computed from these folders before results had types."""
     text = json.dumps(to_document(make_report(FOLDERS, Silence())), default=str)
     found = json.loads(text.replace(json.dumps(str(FOLDERS))[1:-1], "RUNS"))
     assert found == json.loads((FOLDERS / "report.json").read_text(encoding="utf-8"))
@@ -158,7 +158,7 @@ def test_a_format_that_is_no_version_is_not_read(tmp_path: Path, version: Any) -
     run = create_run(tmp_path, "fft", {})
     document = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
     (run.folder / "run.json").write_text(json.dumps({**document, "format_version": version}), encoding="utf-8")
-    with pytest.raises(RunError, match=r"not a readable run folder|not sound: format_version"):
+    with pytest.raises(RunError, match=r"not a readable run folder|not valid: format_version"):
         load_run(run.folder)
 
 
@@ -168,7 +168,7 @@ def test_a_result_without_a_key_is_told_by_the_key(tmp_path: Path, name: str, ki
     for key in [key for key, field in kind.model_fields.items() if field.is_required()]:
         run = load_run(folder)
         run.record.result.pop(key)
-        with pytest.raises(RunError, match=rf"not complete: it has no {key}\.") as caught:
+        with pytest.raises(RunError, match=rf"incomplete: {key} is missing\.") as caught:
             run.result(kind)
         assert caught.value.path == str(folder / "run.json")
         run.result(Outcome)
@@ -217,7 +217,7 @@ def test_a_result_of_another_type_or_out_of_bounds_is_not_sound(
         place = place[key]
     place[path[-1]] = value
     (folder / "run.json").write_text(json.dumps(document), encoding="utf-8")
-    with pytest.raises(RunError, match=rf"not sound: result\.{path[0]}"):
+    with pytest.raises(RunError, match=rf"not valid: result\.{path[0]}"):
         load_run(folder)
 
 
@@ -238,5 +238,5 @@ def test_a_probe_that_is_not_complete_recommends_what_it_can(tmp_path: Path) -> 
     run = create_run(tmp_path, "probe", {})
     run.finish(partial_result({"recommended_layers": "0-3"}))
     assert recommendation_of(run).layers == "0-3"
-    with pytest.raises(RunError, match="it has no"):
+    with pytest.raises(RunError, match="is missing"):
         run.result(ProbeResult)

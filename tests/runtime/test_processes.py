@@ -21,14 +21,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mftctl.cli.session import Session
 from mftctl.data.batching import LengthGroupedSampler, ProcessBatches, ProcessRecords
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run, list_runs
-from mftctl.progress import Silence
 from mftctl.runtime.process_group import share_of
 
 ROOT = Path(__file__).parents[2]
@@ -298,7 +296,7 @@ def test_a_resumed_run_whose_step_cannot_be_shared_out(tmp_path: Path, monkeypat
 
 def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int) -> Recipe:
     """The recipe of a run that was started with some processes and goes on with others."""
-    from mftctl.cli import session
+    from mftctl.cli import resumption
     from mftctl.experiments.run_config import to_document
     from mftctl.experiments.run_folder import create_run
 
@@ -306,5 +304,5 @@ def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accum
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     started = create_run(folder, "mask-train", to_document(recipe))
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setattr(session, "world_size", lambda: now)
-    return Session("mask-train", Silence(), folder)._for_as_many_records(recipe, started)  # type: ignore[arg-type]
+    monkeypatch.setattr(resumption, "world_size", lambda: now)
+    return resumption.with_same_step_records(recipe, started, now)

@@ -283,7 +283,7 @@ def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     listener = Interrupter(-1)
     result = mask_train(recipe, source, run, listener)
     said = any("No mask beat" in note for note in listener.notes)
-    assert said is not result["helps"]
+    assert said is not result.document()["helps"]
 
 
 def test_attention_only(workspace: Path, tmp_path: Path) -> None:

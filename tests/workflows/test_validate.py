@@ -105,8 +105,8 @@ def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> No
     assert "expected: mistral; got: llama" in _one(problems, "model_type")
     assert "layers 0 to 3" in _one(problems, "that many layers")
     assert "gsm8k" in _one(problems, "benchmark named")
-    assert "not run" in _one(problems, "eval.task_data.mmlu: a file")
-    assert "mmlu.jsonl" in _one(problems, "cannot be read")
+    assert "eval.task_data.mmlu" in _one(problems, "not run")
+    assert "mmlu.jsonl" in _one(problems, "local file does not exist")
     assert "data: no record can be used at --max-length 8" in problems
     assert "48 of 48 records skipped" in next(text for text in found["warnings"] if text.startswith("data: "))
 
