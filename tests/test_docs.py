@@ -99,6 +99,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", sorted({line for page in PAGES for line in commands(page)}))
 def test_a_command_is_understood(line: str) -> None:
     parse(line)
@@ -110,12 +111,14 @@ def test_a_wrong_command_is_not_understood(line: str) -> None:
         parse(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "option"), sorted({pair for page in PAGES for pair in options(page)}))
 def test_an_option_is_known(command: str, option: str) -> None:
     known = {flag for one in load_command(command).params for flag in (*one.opts, *one.secondary_opts)}
     assert option in known | {"--help"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({name for page in PAGES for name in recipes(page)}))
 def test_a_recipe_is_built_in(name: str) -> None:
     assert load_recipe(name).stages
@@ -169,6 +172,7 @@ def test_pages_are_plain_markdown() -> None:
         assert not re.search(r"^(!!!|\?\?\?|=== |:::|\{%|--8<--)", text_of(page), re.MULTILINE), name_of(page)
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],

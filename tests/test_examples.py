@@ -44,6 +44,7 @@ def outputs(notebook: nbformat.NotebookNode) -> str:
     )
 
 
+@pytest.mark.slow
 def test_a_mask_in_ten_minutes(folder: Path) -> None:
     shown = outputs(run("mask_in_ten_minutes.ipynb", folder))
     assert (folder / "mask.bits").is_file()
@@ -53,6 +54,7 @@ def test_a_mask_in_ten_minutes(folder: Path) -> None:
     assert "| MFT |" in shown
 
 
+@pytest.mark.slow
 def test_a_report_in_pandas(folder: Path) -> None:
     """After the notebook above, or alone on an experiment of its own."""
     shown = outputs(run("report_in_pandas.ipynb", folder))

@@ -46,6 +46,7 @@ def works(scale: Scale) -> Iterator[Finding]:
     yield Check("lies on the emulated GPU", torch.zeros(1, device="cuda").is_cuda)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "status", "error"),
     [(fails, "failed", "a fault of the step"), (hangs, "stopped", "no end within"), (dies, "failed", "exit code 7")],
@@ -58,6 +59,7 @@ def test_a_step_that_does_not_end_well_keeps_what_it_found(work: object, status:
     assert end.seconds < 30
 
 
+@pytest.mark.slow
 def test_the_next_step_goes_on_and_every_line_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +82,7 @@ def test_steps_without_time_left_say_so(tmp_path: Path, monkeypatch: pytest.Monk
     assert "no time was left" in (tmp_path / "gpu_check.md").read_text()
 
 
+@pytest.mark.slow
 def test_masks_and_kernels() -> None:
     with emulated_gpu():
         checks = list(equal_masks(REHEARSAL))
@@ -105,6 +108,7 @@ def test_a_mask_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "10000 differ" in check.detail
 
 
+@pytest.mark.slow
 def test_training_steps_stand_beside_their_estimates() -> None:
     with emulated_gpu():
         masks = list(mask_training(REHEARSAL, REHEARSAL.small, "mask", {"layers": "1", "low_memory": True}))

@@ -64,11 +64,13 @@ def test_unknown_name_is_an_attribute_error() -> None:
         mftctl.load_masks  # noqa: B018 - the access is the test
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy() -> None:
     assert loaded_after("import mftctl") == set()
     assert "torch" in loaded_after("from mftctl import load_mask")
 
 
+@pytest.mark.slow
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import contextlib, io, runpy
@@ -81,16 +83,19 @@ assert "mask-train" in shown.getvalue()
     assert loaded_after(code) == set()
 
 
+@pytest.mark.slow
 def test_console_libraries_stay_in_the_command_line() -> None:
     outside = {file for file in importers("typer", "rich") if not file.startswith("cli/")}
     assert outside == set()
     assert "cli/app.py" in importers("typer")
 
 
+@pytest.mark.slow
 def test_click_is_never_imported() -> None:
     assert importers("click", "typer._click") == set()
 
 
+@pytest.mark.slow
 def test_imports_point_down_and_never_in_a_circle() -> None:
     imports = module_imports()
     assert {part for parts in LEVELS for part in parts} | {"__init__", "__main__", "py"} >= {
@@ -110,12 +115,14 @@ def test_an_import_upwards_and_a_circle_are_found(tmp_path: Path) -> None:
         levels(found)
 
 
+@pytest.mark.slow
 def test_the_engine_knows_of_data_only_the_built_in_model() -> None:
     inside = {file for file in importers("mftctl.data") if file.startswith("masking/")}
     built_in = {file for file in importers("mftctl.data.quickstart.built_in") if file.startswith("masking/")}
     assert inside == built_in != set()
 
 
+@pytest.mark.slow
 def test_only_the_command_line_imports_the_command_line() -> None:
     outside = {file for file in importers("mftctl.cli") if not file.startswith("cli/")}
     assert outside == {"__main__.py"}
@@ -130,6 +137,7 @@ def undocumented(body: list[ast.stmt], place: str) -> Iterator[str]:
                 yield from undocumented(node.body, f"{place}.{node.name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted(MODULES))
 def test_every_public_name_is_documented(file: str) -> None:
     tree = MODULES[file]

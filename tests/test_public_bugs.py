@@ -146,6 +146,7 @@ def talk(*texts: str, system: str | None = None) -> dict[str, Any]:
     return {"messages": ([] if system is None else [turn("system", system)]) + turns}
 
 
+@pytest.mark.slow
 def test_01_prompt_and_completion_as_turns(bench: Bench) -> None:
     prompt = [turn("system", "One word."), turn("user", "Hi"), turn("assistant", "Yes?"), turn("user", "Peru?")]
     assert bench.shown({"prompt": prompt, "completion": [turn("assistant", "Lima")]}) == [
@@ -153,6 +154,7 @@ def test_01_prompt_and_completion_as_turns(bench: Bench) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_02_content_as_parts(bench: Bench) -> None:
     parts = [{"type": "text", "text": "Name a "}, {"type": "text", "text": "colour."}]
     record = {"messages": [turn("user", parts), turn("assistant", [{"type": "text", "text": "Blue"}])]}
@@ -163,6 +165,7 @@ def test_02_content_as_parts(bench: Bench) -> None:
     assert caught.value.actual == "image"
 
 
+@pytest.mark.slow
 def test_04_tools_reach_the_template(bench: Bench) -> None:
     bench.model(WITH_TOOLS)
     call = {"id": "c1", "type": "function", "function": {"name": "clock", "arguments": '{"city": "Oslo"}'}}
@@ -176,6 +179,7 @@ def test_04_tools_reach_the_template(bench: Bench) -> None:
     )
 
 
+@pytest.mark.slow
 def test_05_function_call_and_observation(bench: Bench) -> None:
     call = json.dumps({"name": "clock", "arguments": {"city": "Oslo"}})
     turns = [("human", "Time?"), ("function_call", call), ("observation", "14:05"), ("gpt", "It is 14:05.")]
@@ -188,6 +192,7 @@ def test_05_function_call_and_observation(bench: Bench) -> None:
     assert any("written as JSON text" in note for note in bench.listener.notes)
 
 
+@pytest.mark.slow
 def test_07_a_text_that_begins_with_bos(bench: Bench) -> None:
     bench.model(None)
     first, second = bench.shown({"text": "<s>[INST] Hi [/INST] Hello"}, {"text": "[INST] Bye [/INST] Goodbye"})
@@ -195,6 +200,7 @@ def test_07_a_text_that_begins_with_bos(bench: Bench) -> None:
     assert second == "<s>»[INST] Bye [/INST] Goodbye</s>«"
 
 
+@pytest.mark.slow
 def test_08_a_prompt_that_begins_with_bos(bench: Bench) -> None:
     bench.model(None)
     assert bench.shown({"prompt": "<s>[INST] Hi [/INST]", "completion": " Hello"}) == [
@@ -202,6 +208,7 @@ def test_08_a_prompt_that_begins_with_bos(bench: Bench) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_10_the_history_of_alpaca(bench: Bench) -> None:
     record = {"instruction": "And Chile?", "output": "Santiago", "history": [["Peru?", "Lima"]], "system": "Short."}
     assert bench.shown(record) == [
@@ -210,6 +217,7 @@ def test_10_the_history_of_alpaca(bench: Bench) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_11_thinking_reaches_the_template(bench: Bench) -> None:
     bench.model(chat_families.QWEN_3)
     for field in ("reasoning_content", "thinking"):
@@ -220,6 +228,7 @@ def test_11_thinking_reaches_the_template(bench: Bench) -> None:
         bench.shown({"messages": [turn("user", "1+1?"), turn("assistant", "2", thinking="Add.")]})
 
 
+@pytest.mark.slow
 def test_13_a_long_cell(bench: Bench) -> None:
     path = bench.folder / "data.csv"
     with path.open("w", encoding="utf-8", newline="") as stream:
@@ -228,6 +237,7 @@ def test_13_a_long_cell(bench: Bench) -> None:
     assert [len(record.input_ids) > 200_000 for record in inputs.train] == [True, False]
 
 
+@pytest.mark.slow
 def test_16_zstd(bench: Bench) -> None:
     path = bench.folder / "data.jsonl.zst"
     with pyarrow.output_stream(str(path), compression="zstd") as stream:
@@ -238,6 +248,7 @@ def test_16_zstd(bench: Bench) -> None:
 BAD = ({"messages": [turn("user", "Hi")]}, {"messages": []}, {"question": "a", "answer": " "})
 
 
+@pytest.mark.slow
 def test_18_bad_records_are_counted_and_can_be_left_out(bench: Bench) -> None:
     data = bench.data(*BAD, {"question": "Yo", "answer": "Ho"})
     with pytest.raises(DataError, match="3 of 4 records cannot be used") as caught:
@@ -254,11 +265,13 @@ def test_18_bad_records_are_counted_and_can_be_left_out(bench: Bench) -> None:
     assert any("3 of 4 records skipped as unusable" in text for text in found["warnings"])
 
 
+@pytest.mark.slow
 def test_22_token_ids(bench: Bench) -> None:
     (record,) = bench.inputs(bench.data({"input_ids": [7, 8, 9, 2], "labels": [-100, -100, 9, 2]})).train
     assert (record.input_ids, record.labels) == ([7, 8, 9, 2], [-100, -100, 9, 2])
 
 
+@pytest.mark.slow
 def test_27_earlier_turns_without_thinking(bench: Bench) -> None:
     bench.model(chat_families.QWEN_3)
     (text,) = bench.shown(talk("One?", "uno", "Two?", "dos"))
@@ -266,11 +279,13 @@ def test_27_earlier_turns_without_thinking(bench: Bench) -> None:
     assert "dos<|im_end|>«" in text
 
 
+@pytest.mark.slow
 def test_28_a_generation_prompt_that_thinks(bench: Bench) -> None:
     bench.model(chat_families.R1)
     assert bench.shown(talk("Three?", "tres")) == ["<s><|User|>Three?<|Assistant|>»tres</s>«"]
 
 
+@pytest.mark.slow
 def test_30_eos_once_at_the_close(bench: Bench) -> None:
     bench.model(chat_families.PHI_3.replace("<|end|>", "<|eot|>"))
     (text,) = bench.shown(talk("One?", "uno", "Two?", "dos"))
@@ -278,12 +293,14 @@ def test_30_eos_once_at_the_close(bench: Bench) -> None:
     assert "»dos<|eot|>«" in text
 
 
+@pytest.mark.slow
 def test_31_the_system_prompt_in_the_last_question(bench: Bench) -> None:
     bench.model(chat_families.MISTRAL)
     (text,) = bench.shown(talk("One?", "uno", "Two?", "dos", system="Be kind."))
     assert text == "<s>[INST] One? [/INST] »uno</s>«[INST] Be kind.\n\nTwo? [/INST] »dos</s>«"
 
 
+@pytest.mark.slow
 def test_33_the_next_role_is_the_stop(bench: Bench) -> None:
     bench.model(chat_families.GLM_4)
     assert bench.shown(talk("One?", "uno", "Two?", "dos")) == [
@@ -291,6 +308,7 @@ def test_33_the_next_role_is_the_stop(bench: Bench) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_34_a_template_that_refuses_a_system_turn(bench: Bench) -> None:
     bench.model(NO_SYSTEM)
     record = talk("Hi", "Ho", system="Be kind.")
@@ -301,6 +319,7 @@ def test_34_a_template_that_refuses_a_system_turn(bench: Bench) -> None:
     assert text.startswith("<s><start_of_turn>user\nBe kind.\n\nHi<end_of_turn>\n<start_of_turn>assistant\n»Ho")
 
 
+@pytest.mark.slow
 def test_36_named_templates_without_a_default(bench: Bench) -> None:
     bench.model({"rag": PLAIN, "tool_use": WITH_TOOLS})
     data = bench.data(talk("Hi", "Ho"))
@@ -311,6 +330,7 @@ def test_36_named_templates_without_a_default(bench: Bench) -> None:
     assert shown(bench.inputs(data, chat_template="rag")) == ["<s><|user|>Hi</s><|assistant|>»Ho</s>«"]
 
 
+@pytest.mark.slow
 def test_39_a_template_that_wants_parts(bench: Bench) -> None:
     bench.model(PARTS)
     assert bench.shown(talk("One?", "uno", "Two?", "dos")) == [
@@ -318,6 +338,7 @@ def test_39_a_template_that_wants_parts(bench: Bench) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_42_turns_without_a_template(bench: Bench) -> None:
     bench.model(None)
     record = talk("One?", "uno", "Two?", "dos", system="Short.")
@@ -329,6 +350,7 @@ def test_42_turns_without_a_template(bench: Bench) -> None:
     assert "»uno<|im_end|>" in text
 
 
+@pytest.mark.slow
 def test_71_cut_answers_are_counted(bench: Bench) -> None:
     data = bench.data(*({"question": f"{number}?", "answer": "word " * 40} for number in range(8)))
     inputs = bench.inputs(data, 64)
@@ -343,6 +365,7 @@ def test_71_cut_answers_are_counted(bench: Bench) -> None:
     assert bench.listener.warnings == []
 
 
+@pytest.mark.slow
 def test_an_overlong_prompt_is_left_out_with_a_count(bench: Bench) -> None:
     data = bench.data({"question": "q" * 100, "answer": "a"}, {"question": "q", "answer": "a"})
     inputs = bench.inputs(data, 64)
@@ -352,6 +375,7 @@ def test_an_overlong_prompt_is_left_out_with_a_count(bench: Bench) -> None:
         bench.inputs(bench.data({"question": "q" * 100, "answer": "a"}), 64)
 
 
+@pytest.mark.slow
 def test_77_data_changed_before_a_resumption(workspace: Path, tmp_path: Path) -> None:
     data = tmp_path / "train.jsonl"
     data.write_bytes((workspace / "train.jsonl").read_bytes())
@@ -369,12 +393,14 @@ def test_77_data_changed_before_a_resumption(workspace: Path, tmp_path: Path) ->
     assert load_run(run.folder).record.inputs["digests"] == before
 
 
+@pytest.mark.slow
 def test_the_clock_of_a_template_is_that_of_the_run(bench: Bench) -> None:
     bench.model("{{ strftime_now('%d %b %Y') }}|" + PLAIN)
     assert bench.shown(talk("Hi", "Ho")) == ["05 Mar 2026|<s><|user|>Hi</s><|assistant|>»Ho</s>«"]
     assert bench.inputs(bench.data(talk("Hi", "Ho"))).template["now"] == "2026-03-05T00:00:00+00:00"
 
 
+@pytest.mark.slow
 def test_the_system_prompt_that_a_template_adds_is_said_once(bench: Bench) -> None:
     bench.model(chat_families.QWEN_2)
     bench.shown(talk("Hi", "Ho"), talk("Ho", "Hi"))
@@ -383,6 +409,7 @@ def test_the_system_prompt_that_a_template_adds_is_said_once(bench: Bench) -> No
     ]
 
 
+@pytest.mark.slow
 def test_switches_of_turns_and_learn_last(bench: Bench) -> None:
     turns = [turn("user", "a"), turn("assistant", "b", weight=0), turn("user", "c"), turn("assistant", "d")]
     assert bench.shown({"messages": turns}) == ["<s><|user|>a</s><|assistant|>b</s><|user|>c</s><|assistant|>»d</s>«"]
@@ -391,6 +418,7 @@ def test_switches_of_turns_and_learn_last(bench: Bench) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_what_fine_tuning_writes_has_the_template_chosen(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=1, chat_template="zephyr", template_args={"kind": True})
     run, source = open_run(tmp_path, "fft", recipe)

@@ -122,6 +122,7 @@ def write_benchmarks(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
 
 
+@pytest.mark.slow
 def test_the_run_command(here: CommandLine) -> None:
     assert commands(block("README.md", "Install")) == commands(block("docs/quickstart.md", "As one experiment"))
     run_all(here, block("README.md", "Install"))
@@ -129,6 +130,7 @@ def test_the_run_command(here: CommandLine) -> None:
     assert all(state in report for state in ("pre-trained", "FFT", "continued FFT", "random mask", "MFT"))
 
 
+@pytest.mark.slow
 def test_the_bare_commands_in_an_empty_folder(here: CommandLine) -> None:
     run_all(here, block("docs/quickstart.md", "Step by step"), *FEW_RECORDS)
     assert (here.folder / "mask.bits").is_file()
@@ -144,12 +146,14 @@ def own(here: CommandLine) -> CommandLine:
     return here
 
 
+@pytest.mark.slow
 def test_the_six_commands_on_ones_own_model(own: CommandLine) -> None:
     run_all(own, block("README.md", "On your own model"))
     assert (own.folder / "better" / "model.safetensors").is_file()
     assert (own.folder / "report" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_guides_on_ones_own_model(own: CommandLine) -> None:
     for heading in RUN["docs/guides/own-model.md"]:
         run_all(own, block("docs/guides/own-model.md", heading))
@@ -163,6 +167,7 @@ def test_the_guides_on_ones_own_model(own: CommandLine) -> None:
     assert (own.folder / "imported.bits").is_file()
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
@@ -184,6 +189,7 @@ def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.Monke
     assert (surface.folder / "metrics.jsonl").read_text() == measured
 
 
+@pytest.mark.slow
 def test_the_commands_that_only_look(here: CommandLine) -> None:
     run_all(here, block("docs/guides/recipes.md", "Check before you train"))
     assert not (here.folder / "runs").exists()
@@ -196,6 +202,7 @@ def test_the_recipe_is_one(tmp_path: Path) -> None:
     assert recipe.fft.learning_rate == 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", ["README.md", "docs/reference/python.md"])
 def test_the_python_runs(here: CommandLine, workspace: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     from transformers import AutoModelForCausalLM

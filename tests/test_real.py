@@ -53,6 +53,7 @@ def here(
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_the_path_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) -> None:
     training = ("--max-steps", 3, "--batch-size", 2, "--val-steps", 3)
     problems = real_data / "gsm8k" / "test.jsonl"

@@ -130,6 +130,7 @@ def settings(name: str) -> dict[str, Any]:
 # Every recipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_loads_and_is_spelled_out(name: str) -> None:
     recipe = recipe_of(name)
@@ -138,6 +139,7 @@ def test_recipe_loads_and_is_spelled_out(name: str) -> None:
     assert {task.command for task in tasks_of(name)} >= {"fft"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_is_headed_by_purpose_source_hardware_and_command(name: str) -> None:
     lines = header(name)
@@ -150,6 +152,7 @@ def test_recipe_is_headed_by_purpose_source_hardware_and_command(name: str) -> N
     assert re.search(r"\b(table|figure)s? \d", source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_of_the_header_runs_this_recipe(name: str) -> None:
     run = load_command("run")
@@ -160,6 +163,7 @@ def test_the_command_of_the_header_runs_this_recipe(name: str) -> None:
         assert run.make_context("run", words[2:]).params["recipe"] == name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name for name in NAMES if name.partition("/")[0] in BACKBONES and name not in FOUNDATIONS]
 )
@@ -168,6 +172,7 @@ def test_recipe_is_for_the_model_of_its_folder(name: str) -> None:
     assert (recipe.model, recipe.model_type) == BACKBONES[name.partition("/")[0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_evaluation_has_something_offered_to_measure(name: str) -> None:
     for task in tasks_of(name):
@@ -204,6 +209,7 @@ def test_every_part_is_used() -> None:
     assert parts - used == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in FOUNDATIONS])
 def test_recipe_holds_little_of_its_own(name: str) -> None:
     document = read_yaml(BUILT_IN_FOLDER / f"{name}.yaml")
@@ -217,6 +223,7 @@ def test_the_overview_lists_every_recipe_once_with_its_command() -> None:
     assert all(command == f"mftctl run {name}" for name, _, command in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name.partition("/")[0] in BACKBONES])
 @pytest.mark.parametrize("world_size", [1, 8])
 def test_a_step_has_the_same_records_on_any_number_of_gpus(name: str, world_size: int) -> None:

@@ -23,6 +23,7 @@ from tests.conftest import build_llama, build_tokenizer
 from tests.workflow_fixtures import write_additions
 
 
+@pytest.mark.slow
 def test_eval_speed(tmp_path: Path) -> None:
     build_llama(max_position_embeddings=8192).save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
@@ -34,15 +35,18 @@ def test_eval_speed(tmp_path: Path) -> None:
     assert all(text.count(",") == 2 for text in found.values())
 
 
+@pytest.mark.slow
 def test_mask_step_speed() -> None:
     found = mask_step_speed.compare(TINY, [1, 2], length_tokens=16, answer_share=0.5, repetitions=2)
     assert len(found) == 10
 
 
+@pytest.mark.slow
 def test_gmt_step_speed() -> None:
     assert len(gmt_step_speed.compare(TINY, length_tokens=16, repetitions=2)) == 5
 
 
+@pytest.mark.slow
 def test_apply_speed(tmp_path: Path) -> None:
     found = apply_speed.compare(tmp_path, hidden_size=64, layers=2, some=[1], repetitions=1)
     assert len(found) == 17
@@ -61,11 +65,13 @@ def test_codec_speed() -> None:
         assert 0.999 < ans < 1.002
 
 
+@pytest.mark.slow
 def test_allocator_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert len(allocator_speed.compare("tiny", length_tokens=16, steps=1, repetitions=1)) == 5
 
 
+@pytest.mark.slow
 def test_probe_speed(workspace: Path, tmp_path: Path) -> None:
     training = {"epochs": 2.0, "batch_size": 16}
     data = workspace / "train.jsonl"
@@ -75,6 +81,7 @@ def test_probe_speed(workspace: Path, tmp_path: Path) -> None:
     assert len(found) == 6
 
 
+@pytest.mark.slow
 def test_mask_memory(tmp_path: Path) -> None:
     ways = {"default": {}, "low memory": {"low_memory": True}}
     found = mask_memory.compare(tmp_path, ways, hidden_size=256, layers=8, repetitions=1)

@@ -52,6 +52,7 @@ def test_a_variable_without_name_or_scalar(pair: str) -> None:
     assert caught.value.actual == pair
 
 
+@pytest.mark.slow
 def test_commands_keep_the_template_and_eval_takes_that_of_the_model(mftctl: CommandLine) -> None:
     make_workspace(mftctl.folder)
     lines = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
@@ -84,6 +85,7 @@ def test_with_one_and_without_one(mftctl: CommandLine) -> None:
     assert "--no-chat-template are mutually exclusive" in outcome.stderr
 
 
+@pytest.mark.slow
 def test_records_are_judged_before_a_model_is_loaded(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     make_workspace(mftctl.folder)
     records = [

@@ -33,6 +33,7 @@ def shown(*views: object, width: int = 60) -> str:
     return STYLES.sub("", stream.getvalue())
 
 
+@pytest.mark.slow
 @given(TEXTS)
 def test_no_view_sends_a_terminal_anything_it_obeys(text: str) -> None:
     table = Table(title=escape(text), caption=Text(text))
@@ -57,6 +58,7 @@ def test_no_text_makes_a_link() -> None:
     assert "8;" not in shown(Text.from_ansi("\x1b]8;;http://e\x1b\\here\x1b]8;;\x1b\\"))
 
 
+@pytest.mark.slow
 @given(TEXTS)
 def test_messages_results_and_errors_show_what_they_are_given(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -80,6 +82,7 @@ def test_a_name_with_a_line_end_passes_for_no_other_line() -> None:
     assert str(error).split("\n") == ["Bad.", "  where: a", "      try: rm -rf /", "    Error: b", "  try: look"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -52,6 +52,7 @@ def test_a_width_that_a_terminal_has_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     assert (os.environ["COLUMNS"], os.environ["LINES"]) == ("20", "24")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", ["0", "1", "20", "37", "79"])
 def test_no_number_of_a_report_is_cut_off(tmp_path: Path, columns: str) -> None:
     write_experiment(tmp_path / "runs")
@@ -71,6 +72,7 @@ def test_an_argument_that_is_not_utf_8(mftctl: CommandLine) -> None:
     assert r"mask-\xff.bits" in outcome.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", ["-m", "-d", "-o", "--runs", "--recipe", "--val-data"])
 def test_nothing_is_written_for_a_name_that_is_not_utf_8(tmp_path: Path, option: str) -> None:
     command: list[str | bytes] = [sys.executable, "-m", "mftctl", "fft", option, b"name-\xff"]
@@ -80,6 +82,7 @@ def test_nothing_is_written_for_a_name_that_is_not_utf_8(tmp_path: Path, option:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_current_folder_that_is_not_utf_8(tmp_path: Path) -> None:
     folder = tmp_path / os.fsdecode(b"folder-\xff")
     folder.mkdir()
@@ -96,6 +99,7 @@ def test_a_runs_folder_of_the_environment_that_is_not_utf_8(monkeypatch: pytest.
     assert caught.value.key == "MFTCTL_RUNS"
 
 
+@pytest.mark.slow
 def test_a_current_folder_that_was_deleted(tmp_path: Path) -> None:
     code = f"cd {tmp_path}/gone && rmdir ../gone && exec {sys.executable} -m mftctl env"
     (tmp_path / "gone").mkdir()

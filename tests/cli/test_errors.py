@@ -9,6 +9,7 @@ import pytest
 from tests.cli.running import CommandLine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

@@ -37,6 +37,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_equals_its_golden(mftctl: CommandLine, command: str) -> None:
     outcome = mftctl(*command.split(), "--help")
@@ -58,6 +59,7 @@ def best_seconds(*arguments: str) -> float:
     return min(times_seconds)
 
 
+@pytest.mark.slow
 def test_help_takes_at_most_half_a_second() -> None:
     """On a machine so busy that typer itself takes long to import, at most twice as long as that."""
     typer_seconds = best_seconds("-c", "import typer.rich_utils")
@@ -75,6 +77,7 @@ def test_version(mftctl: CommandLine) -> None:
     assert mftctl("--version").stdout == f"mftctl {package.__version__}\n"
 
 
+@pytest.mark.slow
 def test_completion_is_offered(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     environment = {**os.environ, "_MFTCTL_COMPLETE": "complete_bash", "COMP_WORDS": "mftctl ma", "COMP_CWORD": "1"}
     script = Path(sys.executable).with_name("mftctl")

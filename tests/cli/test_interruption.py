@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from mftctl.masking.mask import load_mask
 from tests.workflow_fixtures import write_additions
 
@@ -20,6 +22,7 @@ def mask_train(workspace: Path, folder: Path, *arguments: str) -> subprocess.Pop
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_resume(workspace: Path, tmp_path: Path) -> None:
     data = write_additions(tmp_path / "train.jsonl", 100, seed=5)
     start = ["-m", str(workspace / "tiny"), "-d", str(data), *OPTIONS]

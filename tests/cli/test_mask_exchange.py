@@ -37,6 +37,7 @@ def delta(tiny_checkpoint: Path, mftctl: CommandLine) -> Mask:
     return mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["masks.pt", "masks.npz"])
 def test_export_and_import_give_the_mask_back(
     name: str, mftctl: CommandLine, mask: Mask, tiny_checkpoint: Path
@@ -61,6 +62,7 @@ def test_export_and_import_give_the_mask_back(
     assert f"Next: mftctl apply {tiny_checkpoint} mask.bits -o OUT" in imported.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("codec", "options"), [("deflate", []), *((c, ["--codec", c]) for c in ("packed", "ans"))])
 def test_export_as_a_mask_file_changes_the_codec_alone(
     codec: str, options: list[str], mftctl: CommandLine, delta: Mask
@@ -80,6 +82,7 @@ def test_results_are_shown_as_tables(mftctl: CommandLine, mask: Mask, tiny_check
     assert same_bits(load_mask(mftctl.folder / "other.bits"), mask)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mask")
 @pytest.mark.parametrize("command", ["import", "export"])
 def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: CommandLine, tiny_checkpoint: Path) -> None:
@@ -99,6 +102,7 @@ def test_an_existing_result_is_replaced_only_with_yes(command: str, mftctl: Comm
     assert output.read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("delta", "mask")
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
@@ -131,6 +135,7 @@ def test_a_mistake(mftctl: CommandLine, tiny_checkpoint: Path, arguments: list[s
     assert not (mftctl.folder / "mask.bits").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("mask")
 def test_info_names_the_tuned_model_of_a_delta_mask_alone(mftctl: CommandLine, delta: Mask) -> None:
     document = json.loads(mftctl("mask", "info", "delta.bits", "--json").stdout)
@@ -140,6 +145,7 @@ def test_info_names_the_tuned_model_of_a_delta_mask_alone(mftctl: CommandLine, d
     assert "tuned" not in mftctl("mask", "info", "learned.bits").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("delta")
 def test_diff_compares_delta_masks(mftctl: CommandLine) -> None:
     document = json.loads(mftctl("mask", "diff", "delta.bits", "delta.bits", "--json").stdout)

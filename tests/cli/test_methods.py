@@ -18,6 +18,7 @@ def parameters(folder: Path) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters())
 
 
+@pytest.mark.slow
 def test_1_gmt(here: CommandLine, workspace: Path) -> None:
     data = ("-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
     outcome = here("fft", "-m", workspace / "tiny", *data, *FFT, "--method", "gmt", "--ratio", 0.4, "--json")
@@ -25,6 +26,7 @@ def test_1_gmt(here: CommandLine, workspace: Path) -> None:
     assert json.loads(outcome.stdout)["state"] == "GMT"
 
 
+@pytest.mark.slow
 def test_2_drop_needs_neither_data_nor_the_base_of_a_run(here: CommandLine, workspace: Path) -> None:
     drop = ("--method", "drop", "--strategy", "trivial", "--ratio", 0.3)
     outcome = here("mask-train", *drop, "--json", "-o", "drop.bits")
@@ -35,6 +37,7 @@ def test_2_drop_needs_neither_data_nor_the_base_of_a_run(here: CommandLine, work
     assert "removed" in here("mask-train", *drop, "-o", "drop.bits", "--yes").stdout
 
 
+@pytest.mark.slow
 def test_3_apply_gives_base_and_tuned_weights(here: CommandLine, workspace: Path) -> None:
     by_itself = here("apply", "-o", "dropped")
     assert by_itself.code == 0, by_itself.stderr
@@ -46,6 +49,7 @@ def test_3_apply_gives_base_and_tuned_weights(here: CommandLine, workspace: Path
         assert bool(((tensor == base[name]) | (tensor == tuned[name])).all())
 
 
+@pytest.mark.slow
 def test_4_eval_under_the_mask_equals_the_applied_model(here: CommandLine, workspace: Path) -> None:
     data = ("-d", workspace / "test.jsonl", "--no-generate", "--json")
     losses = []
@@ -56,6 +60,7 @@ def test_4_eval_under_the_mask_equals_the_applied_model(here: CommandLine, works
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_5_tuned_is_for_drops_alone(here: CommandLine, workspace: Path) -> None:
     model = here.folder / "runs" / "001-fft" / "model"
     here("mask-train", "-m", model, "--method", "random", "-o", "random.bits")
@@ -65,6 +70,7 @@ def test_5_tuned_is_for_drops_alone(here: CommandLine, workspace: Path) -> None:
     assert not (here.folder / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_6_drop_without_its_base(here: CommandLine, workspace: Path) -> None:
     outcome = here("mask-train", "-m", workspace / "tiny", "--method", "drop", "-o", "no.bits")
     assert outcome.code == 2
@@ -72,6 +78,7 @@ def test_6_drop_without_its_base(here: CommandLine, workspace: Path) -> None:
     assert "--base MODEL" in outcome.stderr
 
 
+@pytest.mark.slow
 def test_7_drop_from_another_model(here: CommandLine, workspace: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,6 +93,7 @@ def test_7_drop_from_another_model(here: CommandLine, workspace: Path) -> None:
     assert not (here.folder / "no.bits").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["1", "-0.1", "lots", "q_proj=2"])
 def test_8_a_ratio_outside_its_range(here: CommandLine, ratio: str) -> None:
     outcome = here("mask-train", "--ratio", ratio, "-o", "no.bits")
@@ -94,6 +102,7 @@ def test_8_a_ratio_outside_its_range(here: CommandLine, ratio: str) -> None:
     assert not (here.folder / "no.bits").exists()
 
 
+@pytest.mark.slow
 def test_9_a_ratio_by_projection(here: CommandLine) -> None:
     ratio = "q_proj=0.05,down_proj=0.5"
     outcome = here(
@@ -105,6 +114,7 @@ def test_9_a_ratio_by_projection(here: CommandLine) -> None:
     assert {name.split(".")[-2] for name in described} == {"q_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_lora_that_is_not_merged_is_evaluated_as_it_is(here: CommandLine, workspace: Path) -> None:
     data = ("-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
     runs = ("--runs", "lora")

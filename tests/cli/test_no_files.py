@@ -13,6 +13,7 @@ from tests.reporting.training_folders import write_study
 pytestmark = pytest.mark.timeout(60)
 
 
+@pytest.mark.slow
 def test_a_command_with_one_goes_on(mftctl: CommandLine) -> None:
     root = mftctl.folder / "runs"
     write_study(root)

@@ -143,6 +143,7 @@ FEW = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scop
 MANY = settings(FEW, max_examples=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["apply", "mask-train", "import", "export", "report"])
 @MANY
 @example(output="", yes=True)
@@ -158,6 +159,7 @@ def test_nothing_of_the_users_changes(attempt: Run, command: str, output: str, y
     attempt(command, output, yes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fft", "run"])
 @FEW
 @example(output=".", yes=True)

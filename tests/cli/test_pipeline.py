@@ -16,6 +16,7 @@ from tests.cli.running import CommandLine
 FFT = ("--max-steps", 6, "--val-steps", 3, "--batch-size", 4, "--lr", "3e-3")
 
 
+@pytest.mark.slow
 def test_1_fft(here: CommandLine, workspace: Path) -> None:
     outcome = here("fft", "-m", workspace / "tiny", "-d", workspace / "train.jsonl", *FFT)
     assert outcome.code == 0, outcome.stderr
@@ -25,6 +26,7 @@ def test_1_fft(here: CommandLine, workspace: Path) -> None:
     assert (here.folder / "runs" / "001-fft" / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_2_probe_finds_the_model_and_the_data_by_itself(here: CommandLine) -> None:
     outcome = here("probe", "--groups", 2, "--data-fraction", 0.5, "--json")
     assert outcome.code == 0, outcome.stderr
@@ -34,6 +36,7 @@ def test_2_probe_finds_the_model_and_the_data_by_itself(here: CommandLine) -> No
     assert "Next: mftctl mask-train" in outcome.stderr
 
 
+@pytest.mark.slow
 def test_3_mask_train_takes_the_recommended_layers(here: CommandLine) -> None:
     outcome = here("mask-train", "--epochs", 1, "--ratio", 0.1, "--json")
     assert outcome.code == 0, outcome.stderr
@@ -44,6 +47,7 @@ def test_3_mask_train_takes_the_recommended_layers(here: CommandLine) -> None:
     assert (here.folder / "mask.bits").read_bytes() == Path(document["mask"]).read_bytes()
 
 
+@pytest.mark.slow
 def test_4_apply_writes_a_plain_checkpoint(here: CommandLine) -> None:
     outcome = here("apply")
     assert outcome.code == 0, outcome.stderr
@@ -55,6 +59,7 @@ def test_4_apply_writes_a_plain_checkpoint(here: CommandLine) -> None:
     assert torch.equal(applied(ids).logits, base(ids).logits)
 
 
+@pytest.mark.slow
 def test_5_eval_measures_the_result_and_what_it_came_from(here: CommandLine, workspace: Path) -> None:
     outcome = here("eval", "-d", workspace / "test.jsonl", "--json")
     assert outcome.code == 0, outcome.stderr
@@ -64,6 +69,7 @@ def test_5_eval_measures_the_result_and_what_it_came_from(here: CommandLine, wor
     assert "FFT: already measured by 006-eval" in again.stderr
 
 
+@pytest.mark.slow
 def test_5_eval_measures_again_where_it_is_asked_to(here: CommandLine, workspace: Path) -> None:
     model = here.folder / "runs" / "001-fft" / "model"
     outcome = here("eval", model, "-d", workspace / "test.jsonl", "--again", "--json")
@@ -74,6 +80,7 @@ def test_5_eval_measures_again_where_it_is_asked_to(here: CommandLine, workspace
     assert document["datasets"] == first["datasets"]
 
 
+@pytest.mark.slow
 def test_5_eval_tells_how_fast_a_benchmark_was_answered(here: CommandLine, workspace: Path) -> None:
     task = ("--tasks", "gsm8k_0shot", "--task-data", f"gsm8k_0shot={workspace / 'test.jsonl'}")
     outcome = here("eval", workspace / "tiny", *task, "--limit", 2, "--max-new-tokens", 4, "--runs", "other")
@@ -81,6 +88,7 @@ def test_5_eval_tells_how_fast_a_benchmark_was_answered(here: CommandLine, works
     assert "gsm8k_0shot: 8 tokens in " in " ".join(outcome.stderr.split())
 
 
+@pytest.mark.slow
 def test_6_report_compares_them(here: CommandLine) -> None:
     outcome = here("report", "--json")
     assert outcome.code == 0, outcome.stderr
@@ -94,6 +102,7 @@ def test_6_report_compares_them(here: CommandLine) -> None:
     assert all((here.folder / "report" / name).is_file() for name in document["files"])
 
 
+@pytest.mark.slow
 def test_6_report_shows_one_table_the_next_step_and_where_the_files_are(here: CommandLine) -> None:
     outcome = here("report")
     assert outcome.code == 0, outcome.stderr
@@ -105,6 +114,7 @@ def test_6_report_shows_one_table_the_next_step_and_where_the_files_are(here: Co
     assert each.stdout.count("pre-trained") > 1
 
 
+@pytest.mark.slow
 def test_7_a_result_is_replaced_only_with_yes(here: CommandLine) -> None:
     before = (here.folder / "mask.bits").read_bytes()
     refused = here("mask-train", "--method", "random")
@@ -115,6 +125,7 @@ def test_7_a_result_is_replaced_only_with_yes(here: CommandLine) -> None:
     assert (here.folder / "mask.bits").read_bytes() != before
 
 
+@pytest.mark.slow
 def test_8_mask_info_and_diff(here: CommandLine) -> None:
     runs = here.folder / "runs"
     learned = runs / "003-mask-train" / "mask.bits"
@@ -127,6 +138,7 @@ def test_8_mask_info_and_diff(here: CommandLine) -> None:
     assert "by chance" in here("mask", "diff", learned, "mask.bits").stdout
 
 
+@pytest.mark.slow
 def test_9_eval_with_a_mask_equals_the_applied_model(here: CommandLine, workspace: Path) -> None:
     runs = here.folder / "runs"
     arguments = ("-d", workspace / "test.jsonl", "--no-generate", "--json")
@@ -137,11 +149,13 @@ def test_9_eval_with_a_mask_equals_the_applied_model(here: CommandLine, workspac
     assert first == second
 
 
+@pytest.mark.slow
 def test_continued_fft_is_named_so(here: CommandLine) -> None:
     outcome = here("fft", "--max-steps", 1, "--json")
     assert json.loads(outcome.stdout)["state"] == "continued FFT"
 
 
+@pytest.mark.slow
 def test_settings_go_on_from_run_to_run(here: CommandLine) -> None:
     runs = {run.name: run.record.config for run in list_runs(here.folder / "runs")[0]}
     assert runs["002-probe"]["fft"]["learning_rate"] == 3e-3

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.running import CommandLine
 
 
+@pytest.mark.slow
 def test_the_mask_of_rows_goes_to_the_layers_with_the_best_score(mftctl: CommandLine, workspace: Path) -> None:
     model, train, validation = (workspace / name for name in ("tiny", "train.jsonl", "val.jsonl"))
     shared = ("-m", model, "-d", train, "--val-data", validation)

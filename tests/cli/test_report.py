@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.cli.running import CommandLine
 from tests.reporting.training_folders import write_study, write_training
 
@@ -13,6 +15,7 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_the_main_table_and_what_it_comes_to(mftctl: CommandLine) -> None:
     write_study(mftctl.folder / "runs")
     outcome = mftctl("report", "-o", "here")
@@ -29,12 +32,14 @@ def test_the_terminal_shows_the_main_table_and_what_it_comes_to(mftctl: CommandL
     assert (mftctl.folder / "here" / "index.html").is_file()
 
 
+@pytest.mark.slow
 def test_each_seed_is_shown_on_request(mftctl: CommandLine) -> None:
     write_study(mftctl.folder / "runs")
     outcome = mftctl("report", "--each-seed")
     assert outcome.stdout.count("seed 0") == outcome.stdout.count("seed 1") == 10
 
 
+@pytest.mark.slow
 def test_without_evaluations_the_cost_is_the_main_table(mftctl: CommandLine) -> None:
     write_training(mftctl.folder / "runs", 1, "fft", "FFT")
     outcome = mftctl("report")
@@ -43,6 +48,7 @@ def test_without_evaluations_the_cost_is_the_main_table(mftctl: CommandLine) -> 
     assert "No finished evaluation to compare yet; run mftctl eval" in words(outcome.stderr)
 
 
+@pytest.mark.slow
 def test_of_many_problems_the_first_are_told_and_the_rest_counted(mftctl: CommandLine) -> None:
     runs = mftctl.folder / "runs"
     write_study(runs)

@@ -65,6 +65,7 @@ def test_a_dry_run_shows_the_plan_and_does_nothing(mftctl: CommandLine, recipe: 
     assert not (mftctl.folder / "runs").exists()
 
 
+@pytest.mark.slow
 def test_an_experiment_is_run_reported_and_recognised(mftctl: CommandLine, recipe: Path) -> None:
     outcome = mftctl("run", "recipe.yaml", "--json")
     assert outcome.code == 0, outcome.stderr
@@ -126,6 +127,7 @@ def test_the_live_tree_shows_the_seed_that_is_worked_on(recipe: Path, tmp_path: 
     assert len(shown(experiment_tree("x", plan))) == 15
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_recipe_do_each_stage_once(mftctl: CommandLine, recipe: Path) -> None:
     command = [sys.executable, "-m", "mftctl", "run", "recipe.yaml"]
     both = [
@@ -143,6 +145,7 @@ def test_two_runs_of_one_recipe_do_each_stage_once(mftctl: CommandLine, recipe: 
     assert "by another process" in told
 
 
+@pytest.mark.slow
 def test_what_another_process_leaves_unfinished_is_taken_up(mftctl: CommandLine, recipe: Path) -> None:
     command = [sys.executable, "-m", "mftctl", "run", "recipe.yaml", "--set", "fft.max_steps=1000000"]
     first = subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

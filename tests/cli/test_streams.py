@@ -27,6 +27,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[byt
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, check=False, timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "expected"),
     [
@@ -55,6 +56,7 @@ def test_any_text_can_be_written_in_ascii(text: str) -> None:
     assert stream.errors == "mftctl.spelling"
 
 
+@pytest.mark.slow
 def test_streams_that_were_closed_take_no_files_place(tmp_path: Path) -> None:
     code = "from mftctl.cli.app import main; import sys; sys.argv = ['mftctl', 'env']; main()"
     closed = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
@@ -106,6 +108,7 @@ def training(workspace: Path) -> list[str]:
     return [sys.executable, "-m", "mftctl", "mask-train", *data, *options]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_of_messages_does_not_end_a_training(workspace: Path, tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -116,6 +119,7 @@ def test_a_closed_pipe_of_messages_does_not_end_a_training(workspace: Path, tmp_
     assert len(load_mask(tmp_path / "mask.bits"))
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_gone_does_not_end_a_training(workspace: Path, tmp_path: Path) -> None:
     """Both streams are a terminal with live bars, whose other end closes amid the work; its signal is not ours."""
     master, terminal = pty.openpty()

@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 
 def type_into(command: list[str], folder: Path, question: str, answer: str) -> tuple[int, str]:
     """The exit code and everything shown on a terminal of 100 columns, after answering one question."""
@@ -34,6 +36,7 @@ def type_into(command: list[str], folder: Path, question: str, answer: str) -> t
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
 
 
+@pytest.mark.slow
 def test_missing_data_is_asked_for_and_progress_is_live(workspace: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mftctl", "fft", "-m", str(workspace / "tiny"), "--max-steps", "20"]
     code, shown = type_into(command, tmp_path, "Training data", str(workspace / "train.jsonl"))
@@ -43,6 +46,7 @@ def test_missing_data_is_asked_for_and_progress_is_live(workspace: Path, tmp_pat
     assert "\\x1b" not in shown  # the controls of the bars reach the terminal as what they are
 
 
+@pytest.mark.slow
 def test_a_result_is_replaced_only_after_asking(workspace: Path, tmp_path: Path) -> None:
     options = ["-m", str(workspace / "tiny"), "-d", str(workspace / "train.jsonl"), "--method", "random"]
     command = [sys.executable, "-m", "mftctl", "mask-train", *options]

@@ -32,6 +32,7 @@ def _run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_a_sound_recipe(recipe: Path) -> None:
     result = _run(recipe)
     assert result.exit_code == 0
@@ -47,6 +48,7 @@ def test_a_sound_recipe(recipe: Path) -> None:
     assert f"Next: mftctl run {recipe}" in result.stderr
 
 
+@pytest.mark.slow
 def test_without_a_recipe_the_options_are_checked(workspace: Path) -> None:
     result = _run("--model", workspace / "tiny", "--data", workspace / "train.jsonl", "--bad-records", "skip")
     assert result.exit_code == 0
@@ -54,6 +56,7 @@ def test_without_a_recipe_the_options_are_checked(workspace: Path) -> None:
     assert "Next:" not in result.stderr
 
 
+@pytest.mark.slow
 def test_as_json(recipe: Path) -> None:
     result = _run(recipe, "--json")
     document = json.loads(result.stdout)
@@ -61,6 +64,7 @@ def test_as_json(recipe: Path) -> None:
     assert {row["stage"] for row in document["memory"]} == {"mft"}
 
 
+@pytest.mark.slow
 def test_problems_end_it_with_2_after_all_else_is_shown(recipe: Path) -> None:
     result = _run(recipe, "--set", "mask_train.layers='9'", "--set", "eval.tasks=[gsm9k]")
     assert isinstance(result.exception, ConfigError)

@@ -154,6 +154,7 @@ def test_with_json_each_change_is_an_object(
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_without_a_failure(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "runs")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -167,6 +168,7 @@ def test_ctrl_c_ends_it_without_a_failure(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_view_is_live_and_its_last_state_stays(tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {})
     process, terminal = pty.fork()

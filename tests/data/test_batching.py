@@ -95,6 +95,7 @@ def test_collator_pads_to_the_longest() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
+@pytest.mark.slow
 @given(st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=20), min_size=1, max_size=6))
 def test_collator_keeps_every_row(rows: list[list[int]]) -> None:
     batch = PaddingCollator(0)([Encoded(row, row, "") for row in rows])

@@ -62,6 +62,7 @@ def learned(conversation: Conversation) -> list[str]:
     return [conversation.text[answer.start : answer.end] for answer in conversation.answers]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_answers_with_their_stop(family: str, shape: str) -> None:
@@ -193,6 +194,7 @@ def test_tools_without_a_place_in_the_template_are_json_text() -> None:
 words = st.text(st.sampled_from("abc \n<>|'{}"), max_size=12)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(words, words.filter(str.strip)), min_size=1, max_size=3))
 def test_answers_are_found_in_any_text(pairs: list[tuple[str, str]]) -> None:
     messages = [turn for asked, said in pairs for turn in (Message("user", asked), Message("assistant", said))]

@@ -11,6 +11,7 @@ from mftctl.data.decoding import decode_behind
 from tests.data.test_encoding import BYTES_PLAIN, LLAMA_PLAIN, LLAMA_PLAIN_ALWAYS, encode, encode_prompt, example
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [BYTES_PLAIN, LLAMA_PLAIN, LLAMA_PLAIN_ALWAYS])
 @given(answer=st.text(st.sampled_from("the cats \n"), min_size=1, max_size=12).filter(str.strip))
 def test_leading_spaces_are_kept(tokenizer: PreTrainedTokenizerFast, answer: str) -> None:

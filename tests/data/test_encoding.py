@@ -224,6 +224,7 @@ pieces = st.text(st.sampled_from("the cats.\n "), max_size=12)
 answers = pieces.filter(str.strip)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(pieces, answers), min_size=1, max_size=3))
 def test_template_boundaries_hold_for_any_white_space(turns: list[tuple[str, str]]) -> None:
     record = example(*(text for turn in turns for text in turn))
@@ -238,6 +239,7 @@ def test_template_boundaries_hold_for_any_white_space(turns: list[tuple[str, str
     assert BYTES_CHATML.decode(encode_prompt(record, BYTES_CHATML)) == prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tokenizer", "bos"), [(BYTES_PLAIN, ""), (LLAMA_PLAIN, "<s>"), (LLAMA_PLAIN_ALWAYS, "<s>"), (CHARACTERS, "")]
 )
@@ -262,6 +264,7 @@ def test_completion_boundaries_hold_for_any_white_space(
     assert encode_prompt(record, plain) == alone
 
 
+@pytest.mark.slow
 @given(answers, answers)
 def test_prompt_does_not_depend_on_the_answer(one: str, other: str) -> None:
     for tokenizer in (BYTES_PLAIN, BYTES_CHATML, LLAMA_PLAIN):
@@ -269,6 +272,7 @@ def test_prompt_does_not_depend_on_the_answer(one: str, other: str) -> None:
         assert prompts[0] == prompts[1]
 
 
+@pytest.mark.slow
 @given(st.integers(1, 60))
 def test_truncation_keeps_the_front(max_length_tokens: int) -> None:
     record = example("2+2?", "the sum is 4")
@@ -375,6 +379,7 @@ def test_token_id_that_the_tokenizer_lacks() -> None:
     assert caught.value.actual == 10**6
 
 
+@pytest.mark.slow
 def test_real_gsm8k_answers_are_labelled_in_full(real_data: Path) -> None:
     examples = load_examples([DataSource(str(real_data / "gsm8k" / "train.jsonl.gz"), count=100)])
     encoded = encode_all(examples, Encoder(BYTES_CHATML), 4096, RecordIssues())

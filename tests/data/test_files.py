@@ -87,6 +87,7 @@ def test_csv_quotes_line_ends_and_empty_cells(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(TEXTS, TEXTS), min_size=1, max_size=5), st.booleans())
 def test_jsonl_round_trip(
     tmp_path_factory: pytest.TempPathFactory, records: list[dict[str, str]], ascii_only: bool

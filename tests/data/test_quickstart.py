@@ -78,6 +78,7 @@ def test_every_answer_is_right_arithmetic(split: built_in.Split) -> None:
         assert all(int(result) > 0 for result in results)
 
 
+@pytest.mark.slow
 def test_the_generator_makes_the_shipped_files_and_a_corpus_without_their_questions(word_problems: ModuleType) -> None:
     splits, corpus = word_problems.quickstart_data()
     for split in SPLITS:
@@ -91,6 +92,7 @@ def test_all_that_ships_is_at_most_four_mebibytes() -> None:
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= LARGEST_BYTES
 
 
+@pytest.mark.slow
 def test_the_model_loads_as_any_checkpoint_and_answers_in_the_form_asked_for(
     quickstart_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
@@ -117,6 +119,7 @@ def test_the_chat_template_renders_turns_and_the_answer_to_come(quickstart_token
     assert whole == prompt + "1 + 2 = 3\n#### 3<|end|>"
 
 
+@pytest.mark.slow
 def test_the_tokenizer_gives_back_all_of_the_data(quickstart_tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [text for split in SPLITS for record in _records(split) for text in record.values()]
     assert quickstart_tokenizer.batch_decode(quickstart_tokenizer(texts)["input_ids"]) == texts

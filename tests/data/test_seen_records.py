@@ -29,6 +29,7 @@ def example(number: int) -> Example:
 EXAMPLES = [example(number) for number in range(100)]
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 99)))
 def test_unseen_records_are_all_but_the_seen_in_their_order(seen: set[int]) -> None:
     digests = frozenset(record_digest(EXAMPLES[number]) for number in seen)
@@ -61,6 +62,7 @@ def test_the_seen_of_several_runs_are_joined(tmp_path: Path) -> None:
     assert found == frozenset(map(record_digest, EXAMPLES[:4]))
 
 
+@pytest.mark.slow
 def test_a_mask_is_learned_from_what_fine_tuning_held_back(workspace: Path, tmp_path: Path) -> None:
     """Of 160 records fine-tuning sees half: the mask, and the probe, get the others; the paper's gets all."""
     data = str(write_additions(tmp_path / "more.jsonl", 160, seed=5))

@@ -223,6 +223,7 @@ def test_digest_covers_kind_roles_and_contents_but_not_places() -> None:
     assert len({digest, *map(data_digest, others)}) == len(others) + 1
 
 
+@pytest.mark.slow
 def test_real_gsm8k(real_data: Path) -> None:
     path = real_data / "gsm8k" / "train.jsonl.gz"
     examples = load(path)
@@ -232,6 +233,7 @@ def test_real_gsm8k(real_data: Path) -> None:
     assert data_digest(examples) == "d75ea34ae0863a280e2fe08c4e2e434da22c629d5b25597be69111d7b3a6c6b4"
 
 
+@pytest.mark.slow
 def test_real_math(real_data: Path) -> None:
     examples = load(real_data / "math" / "MATH_test.jsonl.gz", count=100)
     assert len(examples) == 100

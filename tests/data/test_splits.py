@@ -24,6 +24,7 @@ fractions = st.floats(0.001, 0.999)
 seeds = st.integers(0, 1000)
 
 
+@pytest.mark.slow
 @given(prompts, fractions, seeds)
 def test_split_parts_are_whole_disjoint_and_in_order(values: list[int], fraction: float, seed: int) -> None:
     examples = [chat(str(value), index) for index, value in enumerate(values)]
@@ -36,6 +37,7 @@ def test_split_parts_are_whole_disjoint_and_in_order(values: list[int], fraction
     assert len(train) + len(validation) == len(examples)
 
 
+@pytest.mark.slow
 @given(st.integers(2, 200), fractions, seeds)
 def test_split_of_distinct_prompts_has_the_exact_share(count: int, fraction: float, seed: int) -> None:
     _, validation = split_validation(chats(count), fraction, seed)
@@ -68,6 +70,7 @@ def test_split_share_out_of_range(fraction: float) -> None:
         split_validation(chats(9), fraction, 0)
 
 
+@pytest.mark.slow
 @given(st.integers(1, 100), st.floats(0.001, 1), st.floats(0.001, 1), seeds)
 def test_samples_are_nested_and_in_order(count: int, one: float, other: float, seed: int) -> None:
     examples = chats(count)

@@ -52,6 +52,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TOO_MUCH.values(), ids=TOO_MUCH)
 def test_a_template_that_takes_too_much_memory_is_stopped(template: str) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -62,6 +63,7 @@ def test_a_template_that_takes_too_much_memory_is_stopped(template: str) -> None
     assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hurried")
 @pytest.mark.parametrize("template", TOO_LONG.values(), ids=TOO_LONG)
 def test_a_template_that_takes_too_long_is_stopped(template: str) -> None:
@@ -74,6 +76,7 @@ def test_a_template_that_takes_too_long_is_stopped(template: str) -> None:
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_a_text_that_is_too_long_is_refused() -> None:
     with pytest.raises(ModelError, match="exceeds the resource limits") as caught:
         render_template(TURNS, "{{ 'a' * 20000000 }}")

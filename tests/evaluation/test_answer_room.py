@@ -31,6 +31,7 @@ def room(most_tokens: int, **options: Any) -> AnswerRoom:
     return AnswerRoom(lambda prompt, new: prompt + new, most_tokens=most_tokens, **options)
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 400))
 def test_batches_are_those_of_the_lengths(lengths: list[int], most_tokens: int) -> None:
     batches = [batch for batch, _ in room(most_tokens).answered(lengths, 7, lambda batch: batch)]
@@ -68,6 +69,7 @@ class Small:
         return [10 * index for index in batch]
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 9), st.integers(60, 3000))
 def test_answers_are_the_same_however_small_the_gpu(lengths: list[int], rows: int, most_tokens: int) -> None:
     found: dict[int, int] = {}
@@ -76,6 +78,7 @@ def test_answers_are_the_same_however_small_the_gpu(lengths: list[int], rows: in
     assert found == {index: 10 * index for index in range(len(lengths))}
 
 
+@pytest.mark.slow
 def test_a_batch_without_room_is_halved_for_good_and_the_user_is_told() -> None:
     told: list[int] = []
     gpu = Small(3)
@@ -85,6 +88,7 @@ def test_a_batch_without_room_is_halved_for_good_and_the_user_is_told() -> None:
     assert "at most 25 tokens" in answer_rooms.smaller_batches("gsm8k", 25)
 
 
+@pytest.mark.slow
 def test_a_single_prompt_without_room_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tried = build_llama(layers=1), []
 
@@ -98,6 +102,7 @@ def test_a_single_prompt_without_room_is_an_error(monkeypatch: pytest.MonkeyPatc
     assert tried == [4, 2, 1]
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_same_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, examples = lively_llama(), build_tokenizer(), questions(9)
     undisturbed = evaluate_examples(model, Encoder(tokenizer), encode_records(examples, tokenizer, 100))

@@ -77,6 +77,7 @@ def lively_gpt2() -> PreTrainedModel:
     return GPT2LMHeadModel(config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [lively_llama, lively_gpt2])
 def test_batches_give_the_text_of_one_by_one(build: object) -> None:
     model, tokenizer, examples = build(), build_tokenizer(), questions(12)  # type: ignore[operator]
@@ -85,6 +86,7 @@ def test_batches_give_the_text_of_one_by_one(build: object) -> None:
     assert len(set(answers)) > 6
 
 
+@pytest.mark.slow
 def test_an_answer_ends_at_any_stop_token_of_tokenizer_and_checkpoint() -> None:
     model, tokenizer, examples = lively_llama(), build_tokenizer(), questions(12)
     free = generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=20)
@@ -94,6 +96,7 @@ def test_an_answer_ends_at_any_stop_token_of_tokenizer_and_checkpoint() -> None:
     assert stopped == [answer.partition(letter)[0] for answer in free]
 
 
+@pytest.mark.slow
 def test_the_tokenizer_alone_names_the_end_of_a_turn() -> None:
     model, tokenizer, examples = lively_llama(), build_tokenizer(), questions(30)
     with_both = generate_answers(model, Encoder(tokenizer), examples, max_new_tokens=20)

@@ -89,6 +89,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_chunks, "CHUNK_LOGITS", 102 * 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_chunks_give_the_loss_and_the_gradients_of_all_logits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, chunked = build(name), build(name)
@@ -209,6 +210,7 @@ def test_sample_losses_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert [loss.nll for loss in found] == pytest.approx([loss.nll for loss in expected], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_memory_follows_the_chunk_and_not_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, at_once = 4096, 64
     config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, **HEADS)

@@ -42,6 +42,7 @@ def assert_same(losses: list[SampleLoss], expected: list[tuple[float, int]]) -> 
     assert [loss.nll for loss in losses] == pytest.approx([nll for nll, _ in expected], rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [1, 90, 4096])
 def test_agrees_with_a_plain_loop(batch_tokens: int) -> None:
     model, samples = build_llama(), random_samples(23)
@@ -112,6 +113,7 @@ def test_no_answer_token_is_an_error() -> None:
         mean_loss([SampleLoss(0.0, 0)])
 
 
+@pytest.mark.slow
 def test_the_report_compares_losses_without_torch() -> None:
     code = (
         "import sys; import numpy as np; from mftctl.evaluation import losses, statistics;"

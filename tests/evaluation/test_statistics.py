@@ -62,6 +62,7 @@ def test_agrees_with_an_independent_bootstrap() -> None:
     assert interval.high == pytest.approx(high, abs=0.06 * width)
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     covered = 0
@@ -214,6 +215,7 @@ def test_differences_and_weights_of_different_length_are_an_error() -> None:
         paired_difference(np.zeros(3), np.ones(4))
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(-3, 3), max_size=10))
 def test_sign_flips_counts_the_signs_that_go_as_far(differences: list[int]) -> None:
     signed = itertools.product(*((value, -value) for value in differences))
@@ -221,6 +223,7 @@ def test_sign_flips_counts_the_signs_that_go_as_far(differences: list[int]) -> N
     assert sign_flips(differences) == pytest.approx(as_far / 2 ** len(differences))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
 def test_sign_flips_of_single_answers_is_mcnemars_exact_test(pairs: list[tuple[bool, bool]]) -> None:
     gained = sum(new and not old for old, new in pairs)
@@ -240,6 +243,7 @@ def test_holm_on_a_worked_example() -> None:
     assert holm([]) == []
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(0, 1), max_size=8))
 def test_holm_rejects_what_stepping_down_rejects(p_values: list[float]) -> None:
     corrected = holm(p_values)

@@ -17,6 +17,7 @@ from mftctl.workflows.mask_train import mask_train
 from tests.workflow_fixtures import make_recipe, open_run
 
 
+@pytest.mark.slow
 def test_writes_a_sample_file_that_gives_the_metrics(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "eval", recipe)
@@ -41,6 +42,7 @@ def test_limit_and_no_generation(workspace: Path, tmp_path: Path) -> None:
     assert [(metric["name"], metric["samples"]) for metric in dataset["metrics"]] == [("loss", 5)]
 
 
+@pytest.mark.slow
 def test_a_mask_in_memory_equals_the_applied_checkpoint(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, mask_train__method="random", mask_train__ratio=0.4)
     run, source = open_run(tmp_path, "mask-train", recipe)
@@ -55,6 +57,7 @@ def test_a_mask_in_memory_equals_the_applied_checkpoint(workspace: Path, tmp_pat
     assert losses[1] == losses[2] != losses[0]
 
 
+@pytest.mark.slow
 def test_gsm8k_from_a_local_file(workspace: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     problems = tmp_path / "problems.jsonl"
     problems.write_text(

@@ -35,6 +35,7 @@ def test_digest_of_the_source_is_that_of_all_python_files_in_the_order_of_their_
     assert fingerprints.source_digest() == hashlib.sha256(told).hexdigest()[:12]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["another line", "another name", "another file"])
 def test_any_change_of_the_source_changes_its_digest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str

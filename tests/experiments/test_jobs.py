@@ -31,6 +31,7 @@ def test_a_stage_comes_after_what_it_needs_otherwise_in_the_order_written() -> N
     assert order == ["pretrained", "fft", "probe", "mft", "results"]
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_any_order_of_writing_respects_the_needs(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 8))

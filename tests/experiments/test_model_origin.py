@@ -36,6 +36,7 @@ def tuned(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_fine_tuned_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: Path) -> None:
     base = str((workspace / "tiny").resolve())
     assert told_origin(tuned) == ModelOrigin(FFT, base, base, str(model_fingerprint(base)))
@@ -49,6 +50,7 @@ def test_fine_tuned_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_pat
     assert strangers(tuned, Kind.MODEL) == []
 
 
+@pytest.mark.slow
 def test_masked_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
         workspace, model=str(tuned), mask_train__method="random", mask_train__preset="default", mask_train__ratio=0.1

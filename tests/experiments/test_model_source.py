@@ -123,6 +123,7 @@ def test_applied_checkpoint_comes_from_mask_and_apply(root: Path) -> None:
     assert source_of_model(applied.model, root) == applied
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "state"),
     [("learned", "MFT"), ("random", "random mask"), ("magnitude", "L1 mask"), ("drop", "trivial drop")],
@@ -177,6 +178,7 @@ def test_mask_that_no_run_made_is_simply_masked(root: Path) -> None:
 # Fallbacks of bare commands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fft", "probe", "mask-train"])
 def test_bare_command_goes_on_with_the_newest_fine_tuned_model(root: Path, command: str) -> None:
     first = source_of_run(run_fft(root, ModelSource("base")))

@@ -53,12 +53,14 @@ def recipes(draw: st.DrawFn) -> Recipe:
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(recipes())
 def test_document_reads_back_as_the_same_recipe(recipe: Recipe) -> None:
     assert parse_recipe(to_document(recipe)) == recipe
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(recipes())
 def test_written_configuration_reads_back_as_the_same_recipe(

@@ -471,6 +471,7 @@ def test_a_chain_of_too_many_recipes_is_refused(tmp_path: Path) -> None:
     assert load_recipe(str(tmp_path / "1.yaml")).seed == 5
 
 
+@pytest.mark.slow
 def test_extended_recipes_are_too_large_together(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.yaml").write_text(f"{name}: [{'1, ' * 2000}]\n")
@@ -486,6 +487,7 @@ def test_extended_name_that_no_file_can_have_is_a_config_error(tmp_path: Path, n
         load_recipe(write(tmp_path, f'extends: "{name}"\n'))
 
 
+@pytest.mark.slow
 def test_of_many_problems_the_first_are_told(tmp_path: Path) -> None:
     path = write(tmp_path, "".join(f"k{number}: 1\n" for number in range(2000)))
     with pytest.raises(ConfigError) as caught:

@@ -54,6 +54,7 @@ def test_an_alias_inside_of_what_it_stands_for_is_refused() -> None:
     assert refused("a: &a [1, *a]\n").actual == "an alias inside its own anchor"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 200_000, "1" + ":59" * 60_000, "1." + "0" * 200])
 def test_numbers_that_take_long_are_refused(number: str) -> None:
     assert refused(f"seed: {number}\n").actual == "a number with more than 100 digits"
@@ -86,6 +87,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(value=VALUES)
 def test_a_document_within_the_bounds_is_what_pyyaml_reads(value: object) -> None:
     text = yaml.safe_dump(value)

@@ -39,6 +39,7 @@ def run(tmp_path: Path) -> Path:
     return made.folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "value"),
     [

@@ -57,6 +57,7 @@ def test_new_run_has_its_record_and_its_configuration(tmp_path: Path) -> None:
     assert load_run(run.folder).record == run.record
 
 
+@pytest.mark.slow
 @given(st.from_regex(r"[-+]?[0-9]{0,3}\.?[0-9]{0,2}[eE]?[-+]?[0-9]{0,3}", fullmatch=True) | st.floats(allow_nan=False))
 def test_configuration_reads_back_as_a_recipe_with_texts_as_texts_and_numbers_as_numbers(value: str | float) -> None:
     with TemporaryDirectory() as folder:
@@ -75,6 +76,7 @@ def test_numbers_go_on_after_the_highest(tmp_path: Path) -> None:
     assert create_run(tmp_path, "eval", {}).name == "1001-eval"
 
 
+@pytest.mark.slow
 def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         created = list(pool.map(lambda seed: create_run(tmp_path, "eval", {"seed": seed}), range(24)))

@@ -21,6 +21,7 @@ def test_a_state_is_found_by_its_own_label(state: State) -> None:
     assert known_state(state.label) == state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["pre-trained", FFT])
 @pytest.mark.parametrize("method", ["full", "lora", "gmt", "hft", "random"])
 @pytest.mark.parametrize("scope", ["tensor", "global"])

@@ -73,6 +73,7 @@ def test_file_and_folder_get_the_permissions_of_any_other(tmp_path: Path, umask:
     assert mode(tmp_path / "folder") == 0o777 & ~umask
 
 
+@pytest.mark.slow
 def test_writing_from_many_threads_leaves_the_umask_alone(tmp_path: Path, umask: int) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda number: write_text(tmp_path / str(number), "text"), range(64)))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,7 @@ from mftctl.files.json_files import json_lines, readable_json
 TEXTS = st.text(st.characters(exclude_categories=()))
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(TEXTS, TEXTS)))
 def test_any_text_is_written_and_read_again(rows: list[dict[str, str]]) -> None:
     lines = json_lines(rows).encode().decode().split("\n")

@@ -57,6 +57,7 @@ def test_a_lock_on_a_file_that_was_removed_is_told(tmp_path: Path) -> None:
     lock.release()
 
 
+@pytest.mark.slow
 def test_a_folder_is_locked_for_the_time_of_the_block(tmp_path: Path) -> None:
     code = "import sys, pathlib; from mftctl.files.locks import locked_folder\n"
     code += "with locked_folder(pathlib.Path(sys.argv[1])):\n    pathlib.Path(sys.argv[1], 'in').touch()"

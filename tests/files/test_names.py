@@ -40,6 +40,7 @@ def test_a_link_to_a_folder_that_no_record_could_hold(tmp_path: Path) -> None:
     assert str(caught.value.actual).endswith(r"a-\xff/model")
 
 
+@pytest.mark.slow
 @given(
     st.recursive(st.none() | st.integers() | st.text(), lambda part: st.lists(part) | st.dictionaries(st.text(), part))
 )

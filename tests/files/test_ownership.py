@@ -181,6 +181,7 @@ def test_link_to_a_folder_of_the_users_is_not_written_into(tmp_path: Path) -> No
         require_free(tmp_path / "report", ["figures/a.svg"], Kind.REPORT)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 9))
 def test_write_that_ends_anywhere_can_be_done_again(tmp_path_factory: pytest.TempPathFactory, ends_at: int) -> None:
     folder = tmp_path_factory.mktemp("report")

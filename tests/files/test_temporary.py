@@ -68,6 +68,7 @@ def test_empty_folder_of_that_name_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "journal",
     [
@@ -94,6 +95,7 @@ def test_only_a_journal_of_this_host_makes_a_leftover(tmp_path: Path, journal: s
     assert (left / CONTENT / "file").read_text() == "half"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names_the_host", [True, False])
 def test_journal_that_is_cut_short_is_known_by_its_beginning(tmp_path: Path, names_the_host: bool) -> None:
     left = left_behind(tmp_path, "model")
@@ -139,6 +141,7 @@ def test_hidden_files_of_the_users_stay_whatever_their_names(tmp_path: Path) -> 
     remove_leftovers(tmp_path.parent)
 
 
+@pytest.mark.slow
 def test_deep_folders_and_closed_ones_are_removed_and_links_are_not_followed(tmp_path: Path) -> None:
     top = tmp_path / "top"
     top.mkdir()

@@ -85,6 +85,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", MASKS.values(), ids=MASKS)
 def test_mask_train(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     on_gpu, on_cpu = both("mask-train", workspace, tmp_path, **changes)
@@ -112,18 +113,21 @@ TUNINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", TUNINGS.values(), ids=TUNINGS)
 def test_fft(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     on_gpu, on_cpu = both("fft", workspace, tmp_path, **changes)
     assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_fft_in_bf16_trains(workspace: Path, tmp_path: Path) -> None:
     with emulated_gpu(bf16=True):
         run = run_command("fft", tmp_path, make_recipe(workspace, **SHORT))
     assert run.record.result["best_loss"] < run.record.result["start_loss"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("command", ["fft", "mask-train"])
 def test_training_goes_on_from_a_checkpoint(workspace: Path, tmp_path: Path, command: str) -> None:
@@ -136,6 +140,7 @@ def test_training_goes_on_from_a_checkpoint(workspace: Path, tmp_path: Path, com
     assert losses(run) == losses(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_lora_is_trained_loaded_again_and_measured(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **SHORT, fft__method="lora", eval__limit=4)
@@ -147,6 +152,7 @@ def test_lora_is_trained_loaded_again_and_measured(workspace: Path, tmp_path: Pa
     assert evaluate(recipe, source, run, Silence()).document()["datasets"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True])
 def test_probe(workspace: Path, tmp_path: Path, fast: bool) -> None:
     on_gpu, on_cpu = both("probe", workspace, tmp_path, probe__fast=fast)
@@ -154,6 +160,7 @@ def test_probe(workspace: Path, tmp_path: Path, fast: bool) -> None:
     assert changes[0] == pytest.approx(changes[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_eval_of_a_masked_model(workspace: Path, tmp_path: Path) -> None:
     """Loss, exact match and a benchmark."""
     problems = tmp_path / "problems.jsonl"
@@ -177,6 +184,7 @@ def test_eval_of_a_masked_model(workspace: Path, tmp_path: Path) -> None:
     assert [dataset["name"] for dataset in on_gpu["datasets"]] == ["test.jsonl", "gsm8k_0shot"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 def test_the_loss_surface(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **SHORT, mask_train__layers="all")
@@ -192,6 +200,7 @@ def test_the_loss_surface(workspace: Path, tmp_path: Path) -> None:
     assert again.folder == surface.folder  # where it was measured is no part of what was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe"])
 def test_other_architectures(workspace: Path, tmp_path: Path, name: str) -> None:
     build(name).save_pretrained(tmp_path / name)

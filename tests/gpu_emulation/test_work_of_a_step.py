@@ -61,6 +61,7 @@ MASKS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "name"), [(4, "default"), (4, "low memory"), (4, "paper"), (4, "low memory, ratio"), (32, "paper")]
 )
@@ -79,6 +80,7 @@ TUNINGS: dict[str, tuple[dict[str, Any], int, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "name"), [(4, "full"), (4, "gmt"), (4, "gmt, global"), (4, "random"), (32, "gmt, global")]
 )

@@ -82,6 +82,7 @@ def disk(stage: Stage) -> Path:
     return stage.disk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "place", "torn"),
     [
@@ -113,6 +114,7 @@ def test_a_killed_command_ends_as_if_nothing_had_happened(stage: Stage, name: st
     scene.check_result(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "free_kb"), [("fft", 0), ("fft", 512), ("fft", 1500), ("mask-train", 256), ("probe", 256), ("apply", 32)]
 )
@@ -136,6 +138,7 @@ def test_a_full_disk(stage: Stage, disk: Path, name: str, free_kb: int) -> None:
         shutil.rmtree(scene.folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fft", "mask-train", "apply"])
 def test_a_read_only_output_is_told_before_anything_is_done(stage: Stage, disk: Path, name: str) -> None:
     scene = stage.scene(name, "read-only")
@@ -149,6 +152,7 @@ def test_a_read_only_output_is_told_before_anything_is_done(stage: Stage, disk: 
     assert contents(scene.folder) == scene.before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fft", "mask-train", "probe", "apply"])
 def test_a_read_only_runs_folder(stage: Stage, disk: Path, name: str) -> None:
     scene = stage.scene(name, "read-only-runs")

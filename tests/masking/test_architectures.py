@@ -57,6 +57,7 @@ def mask_of(model: PreTrainedModel, base: Path) -> Mask:
     return mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("start", THRESHOLDS)
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -91,6 +92,7 @@ def test_the_applied_checkpoint_gives_the_masked_logits(
     assert mask.removed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_bf16_gives_the_same_logits_too(name: str, tmp_path: Path) -> None:
     base = tmp_path / "base"
@@ -104,6 +106,7 @@ def test_bf16_gives_the_same_logits_too(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(applied), masked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["attn", "mlp"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_only_the_projections_of_the_target_carry_a_mask(name: str, part: str, tmp_path: Path) -> None:

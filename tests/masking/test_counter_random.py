@@ -52,6 +52,7 @@ def test_chunks_of_any_size_give_the_same() -> None:
     assert torch.equal(whole, torch.cat(parts))
 
 
+@pytest.mark.slow
 def test_each_bit_is_set_half_the_time_and_knows_nothing_of_others() -> None:
     """Within five standard deviations: of a bit, of a pair of bits, of neighbours, and of two streams."""
     count = 1 << 16

@@ -70,6 +70,7 @@ def check(found: Selection, tensors: list[torch.Tensor], expected: list[torch.Te
         offset += tensor.numel()
 
 
+@pytest.mark.slow
 @given(st.lists(VALUES, min_size=1, max_size=3), st.sampled_from([*DTYPES, torch.int32]), st.floats(0, 1))
 def test_every_way_equals_a_stable_sort(drawn: list[list[float]], dtype: torch.dtype, share: float) -> None:
     tensors = [torch.tensor(values).nan_to_num(posinf=9, neginf=-9).to(dtype) for values in drawn]
@@ -90,6 +91,7 @@ def test_every_way_equals_a_stable_sort(drawn: list[list[float]], dtype: torch.d
             check(found, tensors, expected)
 
 
+@pytest.mark.slow
 @given(VALUES, st.sampled_from(DTYPES), st.floats(0, 0.99), st.sampled_from(["absolute", "signed"]))
 @settings(max_examples=40)
 def test_masks_are_those_of_the_cpu(values: list[float], dtype: torch.dtype, ratio: float, ranking: Ranking) -> None:
@@ -105,6 +107,7 @@ def test_masks_are_those_of_the_cpu(values: list[float], dtype: torch.dtype, rat
     assert torch.equal(found[1], expected)
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.tuples(VALUES, st.sampled_from(DTYPES)), min_size=1, max_size=3),
     st.floats(0, 0.99),
@@ -120,6 +123,7 @@ def test_gradients_are_selected_as_on_the_cpu(
     assert all(torch.equal(one, right) for one, right in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_passes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_projection_of_an_8b_model(dtype: torch.dtype) -> None:

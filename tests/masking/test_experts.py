@@ -96,6 +96,7 @@ def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor],
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm", "eager"])
 @pytest.mark.parametrize("indicator", INDICATORS, ids=str)
 @pytest.mark.parametrize("family", NAMES)
@@ -158,6 +159,7 @@ def test_products_are_computed_once_an_optimizer_step(monkeypatch: pytest.Monkey
         optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_every_kind_of_optimizer_step_renews_the_products(options: dict[str, bool]) -> None:
     made = make()

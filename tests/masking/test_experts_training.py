@@ -59,6 +59,7 @@ def applied(result: dict[str, Any], run: Run, root: Path) -> Path:
     return Path(apply(source, apply_run, Silence()).document()["model"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "default"])
 def test_a_mask_is_learned_and_applied(experts: Path, tmp_path: Path, preset: str) -> None:
     run, result, mask = learn(
@@ -78,6 +79,7 @@ def test_a_mask_is_learned_and_applied(experts: Path, tmp_path: Path, preset: st
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(mask.names())
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_identical_mask(experts: Path, tmp_path: Path) -> None:
     _, expected, mask = learn(experts, tmp_path / "a", **LAYER_1)
     recipe = make_recipe(experts, **LAYER_1)
@@ -91,6 +93,7 @@ def test_resuming_gives_the_identical_mask(experts: Path, tmp_path: Path) -> Non
     assert (result["best_loss"], result["flips"]) == (expected["best_loss"], expected["flips"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "magnitude"])
 def test_masks_without_training(experts: Path, tmp_path: Path, method: str) -> None:
     _, result, mask = learn(experts, tmp_path, **LAYER_1, mask_train__method=method, mask_train__ratio=0.2)
@@ -103,6 +106,7 @@ def test_masks_without_training(experts: Path, tmp_path: Path, method: str) -> N
     assert result["start_loss"] == result["best_loss"]
 
 
+@pytest.mark.slow
 def test_a_ratio_for_each_projection_as_it_is_called_on_disk(experts: Path, tmp_path: Path) -> None:
     gate, down = ("w1", "w2") if "mixtral" in experts.name else ("gate_proj", "down_proj")
     ratios = {gate: 0.3, down: 0.05}
@@ -113,6 +117,7 @@ def test_a_ratio_for_each_projection_as_it_is_called_on_disk(experts: Path, tmp_
         assert mask.records[name].removed == removed_count(mask[name].numel(), ratio)
 
 
+@pytest.mark.slow
 def test_masks_are_compared_exported_and_imported(experts: Path, tmp_path: Path) -> None:
     options = {**LAYER_1, "mask_train__method": "random"}
     first, second = (learn(experts, tmp_path / str(seed), **options, seed=seed)[2] for seed in (0, 1))
@@ -125,6 +130,7 @@ def test_masks_are_compared_exported_and_imported(experts: Path, tmp_path: Path)
         assert all(torch.equal(back[name], first[name]) for name in first.names())
 
 
+@pytest.mark.slow
 def test_a_delta_mask_resets_experts_on_disk_and_in_memory(experts: Path, tmp_path: Path) -> None:
     base, tuned = experts / "tiny", write_tuned(experts / "tiny", tmp_path / "tuned", shards=2)
     mask = drop_mask(base, tuned, 0.3, "trivial", base_model="base", tuned_model="tuned", seed=0)
@@ -137,6 +143,7 @@ def test_a_delta_mask_resets_experts_on_disk_and_in_memory(experts: Path, tmp_pa
     assert not torch.equal(logits(tuned), logits(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_probing(experts: Path, tmp_path: Path) -> None:
     recipe = make_recipe(experts, **{**LAYER_1, "mask_train__layers": None}, probe__groups=[1], mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
@@ -144,6 +151,7 @@ def test_probing(experts: Path, tmp_path: Path) -> None:
     assert {group["layers"] for group in probe(recipe, source, run, Silence()).document()["groups"]} == {"0", "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "gmt", "random", "hft", "lora"])
 def test_fine_tuning(experts: Path, tmp_path: Path, method: str) -> None:
     """Weights in memory are what is updated: GMT's ratio holds for each fused parameter; LoRA adapts the attention."""
@@ -175,6 +183,7 @@ def test_fine_tuning(experts: Path, tmp_path: Path, method: str) -> None:
             assert 0 < count <= before[name].numel() - removed_count(before[name].numel(), ratio)
 
 
+@pytest.mark.slow
 def test_validate_plans_what_training_does(experts: Path, tmp_path: Path) -> None:
     changes = {**LAYER_1, "mask_train__ratio": 0.1, "mask_train__max_steps": 1}
     found = validate(make_recipe(experts, **changes), None)

@@ -253,6 +253,7 @@ def test_deflate_is_the_default_codec(tmp_path: Path) -> None:
     assert {entry["codec"] for entry in document["tensors"].values()} == {"deflate"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=masks)
@@ -410,6 +411,7 @@ def test_huge_claimed_shape_is_refused_without_allocation(codec: Codec, tmp_path
     assert error.key == "odd.weight"
 
 
+@pytest.mark.slow
 def test_deflate_bomb_is_refused_without_allocation(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
     bomb = plain_deflate(bytes(50_000_000), zlib.Z_DEFAULT_STRATEGY)
@@ -428,6 +430,7 @@ def test_bytes_after_a_deflate_stream_are_refused(tmp_path: Path) -> None:
     refuse(tmp_path, plain_file(document, payloads), "DEFLATE stream of this tensor does not match")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("golden", GOLDENS)
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
@@ -450,6 +453,7 @@ def test_random_damage_is_always_found(golden: str, data: st.DataObject, tmp_pat
     refuse(tmp_path, bytes(content), ".")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("golden", ["deflate", "ans", "delta"])
 def test_a_flipped_bit_in_any_byte_is_found(golden: str, tmp_path: Path) -> None:
     content = (GOLDEN / f"{golden}.bits").read_bytes()

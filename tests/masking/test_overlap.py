@@ -21,6 +21,7 @@ def test_counts_and_jaccard_of_an_example() -> None:
     assert overlap.expected_jaccard == pytest.approx(1.2 / (5 - 1.2))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_counts_agree_with_numpy_sets(bits: list[tuple[bool, bool]]) -> None:
     first, second = np.array(bits).T

@@ -26,6 +26,7 @@ def stored_as(model: PreTrainedModel, *converters: WeightConverter) -> PreTraine
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_part_has_the_values_of_the_file(name: str, tmp_path: Path) -> None:
     model = build(name)

@@ -27,18 +27,21 @@ def keep_by_sorting(values: np.ndarray, ratio: float) -> np.ndarray:
     return keep.reshape(values.shape)
 
 
+@pytest.mark.slow
 @given(VALUES, RATIOS)
 def test_equals_a_stable_sort(values: np.ndarray, ratio: float) -> None:
     keep = keep_highest(torch.from_numpy(values), ratio)
     assert np.array_equal(keep.numpy(), keep_by_sorting(values, ratio))
 
 
+@pytest.mark.slow
 @given(VALUES, RATIOS)
 def test_removes_the_exact_count(values: np.ndarray, ratio: float) -> None:
     keep = keep_highest(torch.from_numpy(values), ratio)
     assert int((~keep).sum()) == removed_count(values.size, ratio)
 
 
+@pytest.mark.slow
 @given(VALUES, RATIOS, RATIOS)
 def test_a_larger_ratio_removes_a_superset(values: np.ndarray, first: float, second: float) -> None:
     low, high = sorted((first, second))
@@ -46,6 +49,7 @@ def test_a_larger_ratio_removes_a_superset(values: np.ndarray, first: float, sec
     assert not (more & ~fewer).any()
 
 
+@pytest.mark.slow
 @given(VALUES)
 def test_ratio_zero_is_the_identity(values: np.ndarray) -> None:
     assert keep_highest(torch.from_numpy(values), 0.0).all()
@@ -97,6 +101,7 @@ def test_infinite_scores_have_a_rank() -> None:
     assert keep_highest(values, 0.5).tolist() == [True, False, False, True]
 
 
+@pytest.mark.slow
 @given(VALUES, st.floats(-1, 1, width=32))
 def test_threshold_removes_what_is_below_it(values: np.ndarray, threshold: float) -> None:
     keep = keep_above(torch.from_numpy(values), threshold)

@@ -206,6 +206,7 @@ def test_layers_beyond_the_model() -> None:
     assert caught.value.expected == "layers 0 to 29"
 
 
+@pytest.mark.slow
 @given(st.sets(st.integers(0, 40), min_size=1))
 def test_layers_read_back(layers: set[int]) -> None:
     assert parse_layers(format_layers(list(layers)), 41) == sorted(layers)

@@ -116,6 +116,7 @@ METHOD = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(METHOD, max_size=6), st.sampled_from(STATES))
 def test_what_methods_are_compared_by_is_no_flag(changes: list[tuple[str, str, Any]], rows: tuple[str, str]) -> None:
     records = experiment()

@@ -109,6 +109,7 @@ def measured(report: Report) -> set[str]:
     return {name for table in report.tables for row in table.rows for name in row.runs}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "damage"), DAMAGES, ids=[f"{n}-{name}" for n, (name, _) in enumerate(DAMAGES)])
 def test_it_is_one_line_and_hides_no_other(sound: Path, tmp_path: Path, name: str, damage: Damage) -> None:
     before = make_report(sound, Silence())

@@ -89,6 +89,7 @@ def page_of(report: Report) -> Page:
     return Page(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(TEXTS)
 def test_the_page_has_the_same_elements_whatever_the_names_are(report: Report, text: str) -> None:
@@ -106,6 +107,7 @@ def kinds_of(markdown: str) -> list[str]:
     return [token.type for token in every if token.type not in ("text", "inline")]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(TEXTS)
 def test_markdown_has_the_same_parts_whatever_the_names_are(report: Report, text: str) -> None:
@@ -114,6 +116,7 @@ def test_markdown_has_the_same_parts_whatever_the_names_are(report: Report, text
     assert kinds_of(markdown) == kinds_of(to_markdown(put(report, "name")))
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(TEXTS)
 def test_tables_for_latex_and_csv_keep_their_shape(report: Report, text: str) -> None:
@@ -156,6 +159,7 @@ def test_a_row_of_latex_is_no_argument_of_the_line_end_before_it(text: str) -> N
     assert f"\n{{}}{text} & 1" in to_latex(table)
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(TEXTS)
 def test_the_terminal_is_sent_nothing_that_it_obeys(report: Report, text: str) -> None:
@@ -200,22 +204,26 @@ def check_drawing(text: str) -> None:
     ET.fromstring(svg)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(TEXTS)
 def test_a_figure_draws_any_text(text: str) -> None:
     check_drawing(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [text for text in HOSTILE if set("$_\\\x1b\ud800{") & set(text)])
 def test_a_figure_draws_what_has_fallen(text: str) -> None:
     check_drawing(text)
 
 
+@pytest.mark.slow
 def test_a_name_is_no_mathematics_and_is_not_left_out_of_a_legend() -> None:
     texts = [item.text or "" for item in ET.fromstring(render(one_figure("_$x^{$")).svg).iter()]
     assert sum("_$x^{$" in text for text in texts) == 4
 
 
+@pytest.mark.slow
 def test_every_figure_of_a_report_is_drawn_with_names_that_have_fallen(tmp_path: Path) -> None:
     name = "_$x^{$ <b>|\x1b]0;PWN\x07 =1\u2028"
     write_every_kind(tmp_path / "runs", stage=name, data=name, dataset=name)

@@ -22,6 +22,7 @@ def replaced_by_fifo(path: Path) -> None:
     os.mkfifo(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "mask.bits"])
 def test_a_report_names_each_that_is_no_file_and_tells_the_rest(tmp_path: Path, name: str) -> None:
     root = tmp_path / "runs"
@@ -36,6 +37,7 @@ def test_a_report_names_each_that_is_no_file_and_tells_the_rest(tmp_path: Path, 
     assert report.tables
 
 
+@pytest.mark.slow
 def test_a_fifo_in_the_place_of_an_earlier_reports_document(tmp_path: Path) -> None:
     write_study(tmp_path / "runs")
     (tmp_path / "report").mkdir()

@@ -53,6 +53,7 @@ def test_cells_are_those_of_the_tables(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_each_domain_is_compared_with_its_own_fine_tuning(tmp_path: Path) -> None:
     write_domain(tmp_path, 100, "maths")
     write_domain(tmp_path, 200, "code")

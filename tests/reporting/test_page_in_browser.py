@@ -50,6 +50,7 @@ def page(browser: Browser, folder: Path, request: pytest.FixtureRequest) -> Iter
     page.close()
 
 
+@pytest.mark.slow
 def test_it_loads_without_an_error_and_asks_for_nothing(browser: Browser, folder: Path) -> None:
     page = browser.new_page()
     told: list[str] = []
@@ -64,6 +65,7 @@ def test_it_loads_without_an_error_and_asks_for_nothing(browser: Browser, folder
     assert asked == [address]
 
 
+@pytest.mark.slow
 def test_nothing_hangs_over_the_side(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     beyond = page.evaluate(
@@ -74,11 +76,13 @@ def test_nothing_hangs_over_the_side(page: Page) -> None:
     assert beyond == []
 
 
+@pytest.mark.slow
 def test_tables_fit_a_phone_without_scrolling(page: Page) -> None:
     width = page.evaluate("Math.max(...[...document.querySelectorAll('table')].map(item => item.scrollWidth))")
     assert width <= page.evaluate("document.querySelector('main').clientWidth")
 
 
+@pytest.mark.slow
 def test_the_main_table_is_that_of_the_document(page: Page, folder: Path) -> None:
     document = json.loads((folder / "report.json").read_text("utf-8"))
     overview = document["overviews"][0]
@@ -98,12 +102,14 @@ def test_the_main_table_is_that_of_the_document(page: Page, folder: Path) -> Non
                 assert ("*" in words[3]) == (cell["change"]["verdict"] != "within noise")
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_and_not_wider_than_their_place(page: Page) -> None:
     boxes = [item.bounding_box() for item in page.locator("figure svg").all()]
     assert boxes
     assert all(box is not None and box["width"] > 300 and box["height"] > 100 for box in boxes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_the_page_by_day_and_by_night(browser: Browser, folder: Path, scheme: str) -> None:
     page = browser.new_page(color_scheme=scheme)

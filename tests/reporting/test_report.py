@@ -21,6 +21,7 @@ def change_record(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text("utf-8")), **changes}), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_part_of_a_study_is_there(tmp_path: Path) -> None:
     write_study(tmp_path)
     report = make_report(tmp_path, Silence())
@@ -31,6 +32,7 @@ def test_every_part_of_a_study_is_there(tmp_path: Path) -> None:
     assert report.unfinished == ()
 
 
+@pytest.mark.slow
 def test_the_runs_of_all_numbers_are_named_with_those_that_made_them(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(tmp_path, 50, "fft", "FFT", status="interrupted")
@@ -66,6 +68,7 @@ def test_trainings_alone_are_reported_without_a_comparison(tmp_path: Path) -> No
     assert [entry.state for entry in report.efficiency] == ["FFT"]
 
 
+@pytest.mark.slow
 def test_half_finished_runs_are_listed_with_how_to_go_on(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(tmp_path, 30, "fft", "FFT", status="interrupted")
@@ -81,6 +84,7 @@ def test_half_finished_runs_are_listed_with_how_to_go_on(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.slow
 def test_of_many_unfinished_runs_the_newest_are_listed_and_the_rest_counted(tmp_path: Path) -> None:
     write_study(tmp_path)
     for number in range(100, 130):
@@ -91,6 +95,7 @@ def test_of_many_unfinished_runs_the_newest_are_listed_and_the_rest_counted(tmp_
     assert lines[-1] == "older runs: 10 interrupted, 10 killed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"command": "eval"}', "null", "\x00"])
 def test_a_damaged_record_is_named_and_hides_no_other(tmp_path: Path, content: str) -> None:
     write_study(tmp_path)
@@ -104,6 +109,7 @@ def test_a_damaged_record_is_named_and_hides_no_other(tmp_path: Path, content: s
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["result", "inputs", "config"])
 def test_a_record_with_a_part_of_another_kind_is_named_and_hides_no_other(tmp_path: Path, key: str) -> None:
     write_study(tmp_path)
@@ -120,6 +126,7 @@ def test_a_record_with_a_part_of_another_kind_is_named_and_hides_no_other(tmp_pa
         assert any(name in problem for problem in report.problems), name
 
 
+@pytest.mark.slow
 def test_what_was_measured_in_another_way_is_flagged(tmp_path: Path) -> None:
     write_study(tmp_path)
     folder = write_evaluation(

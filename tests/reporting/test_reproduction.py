@@ -58,6 +58,7 @@ def same_weights(one: str, other: str) -> bool:
     return first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_1_fft(here: CommandLine, workspace: Path) -> None:
     data = ("-d", f"{workspace / 'train.jsonl'}=40", "--val-data", workspace / "val.jsonl")
     run = make(here, "fft", "-m", workspace / "tiny", *data, *TRAINING, "--lr", "3e-3", "--seed", 3)
@@ -65,12 +66,14 @@ def test_1_fft(here: CommandLine, workspace: Path) -> None:
     assert same_weights(run.record.result["model"], again.record.result["model"])
 
 
+@pytest.mark.slow
 def test_2_probe_of_an_older_model_than_the_newest(here: CommandLine) -> None:
     model = load_run(here.folder / "runs" / "001-fft").record.result["model"]
     run = make(here, "probe", "-m", model, "--groups", 2, "--data-fraction", 0.5)
     make_again(here, run)
 
 
+@pytest.mark.slow
 def test_3_mask_train_with_the_layers_of_a_probe_that_has_been_repeated(here: CommandLine) -> None:
     model = load_run(here.folder / "runs" / "001-fft").record.result["model"]
     run = make(here, "mask-train", "-m", model, "--epochs", 1, "--ratio", 0.1)
@@ -81,6 +84,7 @@ def test_3_mask_train_with_the_layers_of_a_probe_that_has_been_repeated(here: Co
     assert [mask["tensors"]["all"]["jaccard"] for mask in masks] == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_4_a_mask_that_is_there_is_not_replaced(here: CommandLine) -> None:
     run = load_run(here.folder / "runs" / "005-mask-train")
     before = (here.folder / "mask.bits").read_bytes()
@@ -90,6 +94,7 @@ def test_4_a_mask_that_is_there_is_not_replaced(here: CommandLine) -> None:
     assert (here.folder / "mask.bits").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_5_apply_to_a_folder_and_into_the_run(here: CommandLine) -> None:
     masked = load_run(here.folder / "runs" / "005-mask-train").record.result
     into_run = make(here, "apply", masked["model"], masked["mask"])
@@ -101,6 +106,7 @@ def test_5_apply_to_a_folder_and_into_the_run(here: CommandLine) -> None:
     assert same_weights(str(here.folder / "kept"), into_run.record.result["model"])
 
 
+@pytest.mark.slow
 def test_6_eval_of_a_model_under_a_mask_and_of_one_applied(here: CommandLine, workspace: Path) -> None:
     masked = load_run(here.folder / "runs" / "005-mask-train").record.result
     data = ("-d", workspace / "test.jsonl", "--limit", 7)
@@ -112,6 +118,7 @@ def test_6_eval_of_a_model_under_a_mask_and_of_one_applied(here: CommandLine, wo
     make_again(here, make(here, "eval", applied, *data, "--no-generate"))
 
 
+@pytest.mark.slow
 def test_7_drop_its_apply_and_its_eval(here: CommandLine, workspace: Path) -> None:
     model = load_run(here.folder / "runs" / "001-fft").record.result["model"]
     run = make(here, "mask-train", "-m", model, "--method", "drop", "--ratio", 0.3, "-o", "drop.bits")
@@ -126,12 +133,14 @@ def test_7_drop_its_apply_and_its_eval(here: CommandLine, workspace: Path) -> No
     make_again(here, make(here, "eval", model, "--mask", here.folder / "drop.bits", "-d", workspace / "test.jsonl"))
 
 
+@pytest.mark.slow
 def test_outputs_written_before_are_scored_again_without_a_model(tmp_path: Path) -> None:
     record = RunRecord("eval", "finished", "", {"eval": {"predictions": "out.jsonl"}}, inputs={"model": "out.jsonl"})
     run = Run(tmp_path / "runs" / "001-eval", record)
     assert reproduction(run) == f"mftctl eval --recipe {run.folder / 'config.yaml'} --runs {tmp_path / 'runs'}"
 
 
+@pytest.mark.slow
 def test_mask_of_an_experiment_goes_to_a_file_of_its_own_and_several_processes_are_started(tmp_path: Path) -> None:
     run = Run(tmp_path / "006-mask-train", RunRecord("mask-train", "finished", "", {}, processes=4))
     assert reproduction(run) == (

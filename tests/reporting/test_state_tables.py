@@ -41,6 +41,7 @@ def bootstrap(pairs: list[tuple[list[Sample], list[Sample]]], column: int) -> tu
     return (differences.sum() / weights.sum(), *np.percentile(drawn, [2.5, 97.5]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("metric", "column"), [("loss", 0), ("exact_match", 2)])
 @pytest.mark.parametrize("state", ["continued FFT", "MFT"])
 def test_change_and_interval_are_those_of_an_independent_bootstrap(
@@ -93,6 +94,7 @@ def test_difference_of_both_signs_is_within_noise(tmp_path: Path, metric: str) -
     assert change.verdict == "within noise"
 
 
+@pytest.mark.slow
 def test_rows_are_in_the_order_of_the_papers_and_averaged_over_seeds(tmp_path: Path) -> None:
     write_experiment(tmp_path)
     table = table_of(tmp_path, "loss")

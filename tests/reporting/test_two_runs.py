@@ -41,6 +41,7 @@ def leaves(value: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any
     return {} if value is None else {place: value}
 
 
+@pytest.mark.slow
 @given(CONFIG, CONFIG)
 def test_a_setting_is_listed_if_and_only_if_it_differs(one: dict[str, Any], other: dict[str, Any]) -> None:
     found = compare_two(run(config=one), run(config=other)).settings
@@ -55,6 +56,7 @@ def test_a_setting_is_listed_if_and_only_if_it_differs(one: dict[str, Any], othe
     assert listed[1] == {place: second[place] for place in places if place in second}
 
 
+@pytest.mark.slow
 @given(CONFIG)
 def test_a_run_does_not_differ_from_itself(config: dict[str, Any]) -> None:
     found = compare_two(run(config=config), run(config=deepcopy(config)))

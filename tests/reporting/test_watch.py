@@ -120,6 +120,7 @@ def test_probe_is_told_by_the_group_it_is_at(tmp_path: Path) -> None:
     assert (only(tmp_path).part, only(tmp_path).step) == (None, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "config", "steps"),
     [
@@ -185,6 +186,7 @@ def test_resumed_training_is_counted_from_where_it_goes_on(tmp_path: Path) -> No
     assert (found.step, found.seconds_left) == (5, pytest.approx(15 * 2.0))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.sampled_from(["step", "validation", "rewind", "look"]), max_size=30))
 def test_looking_on_the_way_changes_nothing(tmp_path_factory: pytest.TempPathFactory, actions: list[str]) -> None:

@@ -34,10 +34,12 @@ def told(**environment: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_a_freed_block_stays_with_the_process() -> None:
     assert told() == ["True", "True", "True"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chosen",
     [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}],

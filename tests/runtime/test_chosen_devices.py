@@ -76,6 +76,7 @@ def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["mask-train", "probe", "eval"])
 def test_on_the_cpu_of_a_machine_with_a_gpu_nothing_is_put_on_it(workspace: Path, tmp_path: Path, command: str) -> None:
     figures = {}
@@ -94,6 +95,7 @@ def test_on_the_cpu_of_a_machine_with_a_gpu_nothing_is_put_on_it(workspace: Path
     assert figures["gpu"] == figures["cpu"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_gone_on_with_on_the_cpu(workspace: Path, tmp_path: Path) -> None:
     first, result, _ = work("fft", tmp_path, workspace, fft__method="lora")
     first.finish(partial_result(result))
@@ -107,6 +109,7 @@ def test_an_adapter_is_gone_on_with_on_the_cpu(workspace: Path, tmp_path: Path) 
         assert used_gpus() == {0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fft", "probe", "eval"])
 def test_the_second_gpu_alone(workspace: Path, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
@@ -126,6 +129,7 @@ def test_the_second_gpu_alone(workspace: Path, tmp_path: Path, command: str, mon
     assert seen == ({("cuda:1", "cuda:1", 1)} if command == "fft" else set())
 
 
+@pytest.mark.slow
 def test_a_baseline_of_files_is_found_on_the_cpu_and_says_so(workspace: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "tuned"
     build_llama(seed=1).save_pretrained(tuned)
@@ -136,6 +140,7 @@ def test_a_baseline_of_files_is_found_on_the_cpu_and_says_so(workspace: Path, tm
     assert result["peak_memory_bytes"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "name", "expected"),
     [
@@ -245,6 +250,7 @@ def test_vllm_computes_on_what_it_was_built_for(changes: dict[str, str], monkeyp
         check_suite(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fft", "eval"])
 def test_eager_attention_is_used_and_recorded(workspace: Path, tmp_path: Path, command: str) -> None:
     eager, result, _ = work(command, tmp_path, workspace, attention="eager")
@@ -274,6 +280,7 @@ def test_flash_attention_that_is_not_installed(
     assert "mftctl[flash-attn]" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flash_attn")
 @pytest.mark.parametrize(
     ("command", "changes"),
@@ -292,6 +299,7 @@ def test_flash_attention_is_not_for_fp32(
         work(command, tmp_path, workspace, attention=FLASH, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_bf16", [True, False])
 def test_flash_attention_is_asked_for_where_it_can_compute(
     workspace: Path, tmp_path: Path, flash_attn: list[Any], in_bf16: bool

@@ -110,6 +110,7 @@ def figures(trained: Run) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.slow
 def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
     one: Path, workspace: Path, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
     assert errors.count("Run: runs/001-mask-train") == 1
 
 
+@pytest.mark.slow
 def test_gmt_selects_the_same_entries(one: Path, workspace: Path, tmp_path: Path) -> None:
     code, _, errors = run(tmp_path, TORCHRUN, *GMT, *data(workspace), *TRAINING)
     assert code == 0, errors
@@ -133,6 +135,7 @@ def test_gmt_selects_the_same_entries(one: Path, workspace: Path, tmp_path: Path
     assert all(torch.equal(tensor, found[name]) for name, tensor in weights(one, 2).items())
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_mask(
     one: Path, workspace: Path, tmp_path: Path
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_
     assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_slow_save_by_one_process_ends_nothing(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +182,7 @@ def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @needs_deepspeed
 def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: Path) -> None:
     shutil.copytree(killed / "runs", tmp_path / "runs")
@@ -186,6 +191,7 @@ def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: 
     assert (tmp_path / "runs" / "001-mask-train" / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed), "fsdp2"],
@@ -233,6 +239,7 @@ def second_process(launcher: int) -> Iterator[int]:
             yield int(child)
 
 
+@pytest.mark.slow
 def test_bad_input_is_told_once(workspace: Path, tmp_path: Path) -> None:
     arguments = ("mask-train", "-m", workspace / "tiny", "-d", "missing.jsonl")
     code, output, errors = run(tmp_path, TORCHRUN, *arguments)
@@ -241,6 +248,7 @@ def test_bad_input_is_told_once(workspace: Path, tmp_path: Path) -> None:
     assert output == ""
 
 
+@pytest.mark.slow
 def test_other_commands_are_for_one_process(tmp_path: Path) -> None:
     environment = {**os.environ, "WORLD_SIZE": "2", "RANK": "0"}
     command = [sys.executable, "-m", "mftctl", "report"]

@@ -43,6 +43,7 @@ def work(folder: Path, how: str, number: int | None) -> tuple[int, str]:
     return process.returncode, errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_evaluation_that_is_ended_says_how_to_go_on(tmp_path: Path, number: int) -> None:
     _, errors = work(tmp_path, "", number)
@@ -51,11 +52,13 @@ def test_an_evaluation_that_is_ended_says_how_to_go_on(tmp_path: Path, number: i
     assert load_run(tmp_path / "001-eval").record.status == "interrupted"
 
 
+@pytest.mark.slow
 def test_a_command_under_nohup_goes_on(tmp_path: Path) -> None:
     assert work(tmp_path, "nohup", signal.SIGHUP) == (0, "")
     assert load_run(tmp_path / "001-eval").record.status == "finished"
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_with_an_unknown_error_says_so(tmp_path: Path) -> None:
     _, errors = work(tmp_path, "error", None)
     assert "ValueError: unknown" in errors

@@ -39,6 +39,7 @@ def test_the_systems_error_is_found_behind_torchs_own(room_bytes: int) -> None:
     assert reason_of(caught.value) == "No space left on device"
 
 
+@pytest.mark.slow
 def test_where_torch_keeps_no_reason_none_of_its_source_is_told(tmp_path: Path) -> None:
     code = f"""if True:
         import resource, torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from mftctl.experiments.run_folder import load_run
@@ -16,6 +17,7 @@ from tests.checkpoint_kinds import PROJECTION, in_8_bits
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
 
+@pytest.mark.slow
 def test_fine_tuned_checkpoint_is_in_bf16(workspace: Path, tmp_path: Path) -> None:
     source_folder = in_8_bits(workspace / "tiny", tmp_path / "narrow")
     assert stored_dtype(source_folder) == torch.bfloat16

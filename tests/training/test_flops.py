@@ -31,6 +31,7 @@ def test_full_fine_tuning_costs_six_operations_a_weight() -> None:
     assert flops_per_token(model) == 6 * weights == counted(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [[0], [2], [1, 3]])
 def test_below_the_first_mask_only_the_forward_pass_is_computed(layers: list[int]) -> None:
     model = build_llama(attn_implementation="eager").requires_grad_(False)

@@ -63,6 +63,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[Alive]:
     gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_when_a_mask_is_confirmed(
     workspace: Path, tmp_path: Path, alive: Alive, monkeypatch: pytest.MonkeyPatch, low_memory: bool
@@ -81,6 +82,7 @@ def test_when_a_mask_is_confirmed(
     assert (found, alive.trainings) == ([[]], 1)
 
 
+@pytest.mark.slow
 def test_between_two_groups_of_a_probe(
     workspace: Path, tmp_path: Path, alive: Alive, monkeypatch: pytest.MonkeyPatch
 ) -> None:

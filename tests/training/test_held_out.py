@@ -20,6 +20,7 @@ def test_too_few_records_for_two_parts_all_decide() -> None:
     assert split_validation_records(records * 2, MaskTrainOptions(method="random")) == (records * 2, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_mask_is_in_the_weights_and_then_gone_bit_for_bit(name: str, dtype: torch.dtype) -> None:

@@ -19,6 +19,7 @@ puts = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(puts, st.integers(0, 200), st.integers(0, 200))
 def test_gives_back_the_last_that_was_kept_within_the_limits(

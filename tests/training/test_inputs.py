@@ -17,6 +17,7 @@ def test_validation_of_its_own(workspace: Path) -> None:
     assert inputs.summary()["train_answer_tokens"] == sum(record.answer_tokens for record in inputs.train)
 
 
+@pytest.mark.slow
 def test_validation_split_off(workspace: Path) -> None:
     recipe = make_recipe(workspace, val_data=[], val_fraction=0.25)
     inputs = prepare_training(recipe, str(workspace / "tiny"), max_length_tokens=64)

@@ -48,6 +48,7 @@ def measured(workspace: Path, problems: str, tmp_path_factory: pytest.TempPathFa
     return run
 
 
+@pytest.mark.slow
 def test_measures_at_the_start_each_so_many_steps_and_at_the_end(measured: Run) -> None:
     found = measured.record.result["evaluations"]
     assert [(line["step"], line["dataset"]) for line in found] == [
@@ -59,6 +60,7 @@ def test_measures_at_the_start_each_so_many_steps_and_at_the_end(measured: Run) 
     assert [json.loads(line)["id"] for line in samples.read_text().splitlines()] == ["0", "1", "2", "3"]
 
 
+@pytest.mark.slow
 def test_the_last_figures_are_those_of_an_evaluation_of_the_model(measured: Run, problems: str, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(
         {
@@ -76,6 +78,7 @@ def test_the_last_figures_are_those_of_an_evaluation_of_the_model(measured: Run,
             assert mine["value"] == pytest.approx(its["value"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_weight(measured: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__keep="last")
     run, source = open_run(tmp_path, "fft", recipe)
@@ -85,6 +88,7 @@ def test_measuring_changes_no_weight(measured: Run, workspace: Path, tmp_path: P
         assert torch.equal(tensor, mine[name])
 
 
+@pytest.mark.slow
 def test_measuring_changes_no_dropout(workspace: Path, problems: str, tmp_path: Path) -> None:
     lora = {"fft__method": "lora", "fft__lora_dropout": 0.5, "fft__max_steps": 6}
     adapters = []
@@ -95,6 +99,7 @@ def test_measuring_changes_no_dropout(workspace: Path, problems: str, tmp_path: 
     assert all(torch.equal(tensor, adapters[1][name]) for name, tensor in adapters[0].items())
 
 
+@pytest.mark.slow
 def test_a_mask_is_measured_on_the_way_and_stays_the_same(workspace: Path, problems: str, tmp_path: Path) -> None:
     masks = []
     for recipe in (make_recipe(workspace), measuring(workspace, "mask_train", problems)):
@@ -122,6 +127,7 @@ class StopWhileMeasuring(Silence):
             pytest.fail("a measurement went on after the stop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("measurement", "step"), [(0, 0), (1, 5)])
 def test_a_stop_during_a_measurement_is_resumed_to_the_same_figures(
     measured: Run, workspace: Path, problems: str, tmp_path: Path, measurement: int, step: int
@@ -141,6 +147,7 @@ def test_nothing_to_measure(workspace: Path, tmp_path: Path) -> None:
         fine_tune(recipe, source, run, Silence())
 
 
+@pytest.mark.slow
 def test_a_benchmark_file_with_wrong_fields_is_found_before_the_first_step(workspace: Path, tmp_path: Path) -> None:
     path = tmp_path / "wrong.jsonl"
     path.write_text('{"question": "1+1?"}\n')

@@ -31,6 +31,7 @@ def undisturbed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return learn(workspace, tmp_path_factory.mktemp("default"), **DEFAULT)
 
 
+@pytest.mark.slow
 def test_it_starts_from_no_mask_and_lowers_the_loss(
     undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path
 ) -> None:
@@ -53,6 +54,7 @@ def test_the_smallest_weights_go_first(undisturbed: tuple[Run, dict[str, Any], M
         assert sizes[~mask[name]].mean() < sizes.mean()
 
 
+@pytest.mark.slow
 def test_the_unmasked_model_is_measured_once(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **DEFAULT)
     run, source = open_run(tmp_path, "mask-train", recipe)
@@ -62,6 +64,7 @@ def test_the_unmasked_model_is_measured_once(workspace: Path, tmp_path: Path) ->
     assert listener.validations == 1 + 3 + 2  # without a mask, three of the training, two that confirm
 
 
+@pytest.mark.slow
 def test_other_records_confirm_the_mask(undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path) -> None:
     _, result, mask = undisturbed
     found = result["confirmation"]
@@ -77,6 +80,7 @@ def test_other_records_confirm_the_mask(undisturbed: tuple[Run, dict[str, Any], 
     assert found["confirmed"] == (found["high"] < 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 8])
 def test_resuming_gives_the_identical_mask(
     undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path, tmp_path: Path, step: int
@@ -93,6 +97,7 @@ def test_resuming_gives_the_identical_mask(
         assert result[key] == expected[key], key
 
 
+@pytest.mark.slow
 def test_a_ratio_is_kept_exactly(workspace: Path, tmp_path: Path) -> None:
     _, result, mask = learn(workspace, tmp_path, **DEFAULT, mask_train__ratio=0.1)
     for name in mask.names():
@@ -108,6 +113,7 @@ def ever_worse(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "mean_loss", lambda _: float(next(losses)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ever_worse")
 def test_without_a_gain_the_mask_removes_nothing(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **DEFAULT)
@@ -120,6 +126,7 @@ def test_without_a_gain_the_mask_removes_nothing(workspace: Path, tmp_path: Path
     assert any("No mask beat" in note for note in listener.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ever_worse")
 def test_it_stops_when_nothing_has_lowered_the_loss_for_a_while(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **DEFAULT, mask_train__patience=2)

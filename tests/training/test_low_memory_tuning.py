@@ -68,6 +68,7 @@ def optimizers_made(monkeypatch: pytest.MonkeyPatch) -> list[Optimizer]:
     return made
 
 
+@pytest.mark.slow
 def test_low_memory_takes_8_bytes_a_weight(
     workspace: Path, tmp_path: Path, optimizers_made: list[Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,6 +89,7 @@ def test_low_memory_takes_8_bytes_a_weight(
     assert low.record.result["trained_parameters"] == sum(tensor.numel() for tensor in weights(low).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "hft"])
 def test_low_memory_learns_about_the_same(workspace: Path, tmp_path: Path, method: str) -> None:
     usual = tuned(workspace, tmp_path / "usual", fft__method=method).record.result
@@ -98,6 +100,7 @@ def test_low_memory_learns_about_the_same(workspace: Path, tmp_path: Path, metho
     assert low["best_loss"] == pytest.approx(usual["best_loss"], abs=0.1 * gain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -120,6 +123,7 @@ def test_resuming_gives_the_identical_model(workspace: Path, tmp_path: Path, cha
     assert losses(run) == losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_low_memory_writes_the_trained_weights_in_the_dtype_of_the_start(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path / "auto", **SHORT, **LOW)
     narrow = tuned(workspace, tmp_path / "bf16", **SHORT, **LOW, fft__save_dtype="bf16")
@@ -129,6 +133,7 @@ def test_low_memory_writes_the_trained_weights_in_the_dtype_of_the_start(workspa
         assert torch.equal(tensor, written[name].float())
 
 
+@pytest.mark.slow
 def test_checkpoints_of_low_memory_are_in_bf16_and_the_best_is_kept(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=8, fft__val_steps=2, fft__learning_rate=0.2, **LOW)
     run, source = open_run(tmp_path, "fft", recipe)
@@ -141,6 +146,7 @@ def test_checkpoints_of_low_memory_are_in_bf16_and_the_best_is_kept(workspace: P
     assert again.record.result["start_loss"] == result["best_loss"]
 
 
+@pytest.mark.slow
 def test_low_memory_updates_no_more_than_gmt_selects(workspace: Path, tmp_path: Path) -> None:
     changes = {"fft__method": "gmt", "fft__ratio": 0.7, "fft__max_steps": 1, "fft__keep": "last"}
     before = load_file(workspace / "tiny" / "model.safetensors")
@@ -185,6 +191,7 @@ def test_options_that_do_not_go_together(options: dict[str, Any], words: str) ->
         FftOptions(**options)
 
 
+@pytest.mark.slow
 def test_moments_of_8_bits_learn_the_same(workspace: Path, tmp_path: Path, optimizers_made: list[Optimizer]) -> None:
     from bitsandbytes.optim.optimizer import GlobalOptimManager
 
@@ -224,6 +231,7 @@ def test_without_bitsandbytes(
     assert "needs bitsandbytes" in caught.value.problems[0]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 def test_adamw_is_fused_on_a_gpu(workspace: Path, tmp_path: Path, optimizers_made: list[Optimizer]) -> None:
     tuned(workspace, tmp_path / "cpu", **SHORT)

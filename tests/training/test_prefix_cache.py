@@ -71,6 +71,7 @@ def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_same_bits_with_and_without(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -94,6 +95,7 @@ def test_the_same_bits_with_and_without(name: str, tmp_path: Path) -> None:
         assert states.reused == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("memory_bytes", "file_bytes"), [(0, MEMORY_BYTES), (2500, 0), (2500, 2000)])
 def test_the_same_bits_whatever_there_is_room_for(tmp_path: Path, memory_bytes: int, file_bytes: int) -> None:
     plain, model = build_llama(), build_llama()
@@ -110,6 +112,7 @@ def test_the_same_bits_whatever_there_is_room_for(tmp_path: Path, memory_bytes: 
     assert all(torch.equal(mine, its) for mine, its in zip(scores, expected[1], strict=True))
 
 
+@pytest.mark.slow
 def test_a_higher_group_goes_on_where_the_one_below_entered(tmp_path: Path) -> None:
     model = build_llama()
     computed = [count_forwards(model, layer) for layer in range(4)]
@@ -127,6 +130,7 @@ def test_a_higher_group_goes_on_where_the_one_below_entered(tmp_path: Path) -> N
     assert [count() for count in computed[:3]] == [6 + 4, (6 + 2) + 6 + 2, (6 + 2) * 2 + 6]
 
 
+@pytest.mark.slow
 def test_a_lower_group_afterwards_is_not_given_what_is_above_it(tmp_path: Path) -> None:
     model, plain = build_llama(), build_llama()
     with HiddenStates(tmp_path, MEMORY_BYTES, 0) as states:

@@ -125,6 +125,7 @@ def by_the_book(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "reference"])
 @pytest.mark.parametrize("rule", ["ratio", "threshold"])
 def test_the_same_bits_are_removed_as_by_an_independent_step(
@@ -169,6 +170,7 @@ def test_the_same_bits_are_removed_as_by_an_independent_step(
     assert turned > 0.005 * total  # the training did something
 
 
+@pytest.mark.slow
 def test_the_two_means_of_the_loss_differ(workspace: Path, tmp_path: Path) -> None:
     losses = []
     for preset in ("paper", "reference"):

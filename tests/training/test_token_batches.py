@@ -50,6 +50,7 @@ def test_every_record_is_in_one_micro_batch_within_the_budget(lengths: list[int]
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
 
 
+@pytest.mark.slow
 @given(lengths_of_records, budgets, processes, st.randoms())
 def test_the_same_records_give_the_same_micro_batches(
     lengths: list[int], budget: int, world_size: int, random: Any
@@ -98,6 +99,7 @@ def test_processes_without_a_micro_batch_get_a_record_with_nothing_to_learn() ->
     assert set(filler.labels) == {-100}
 
 
+@pytest.mark.slow
 @given(lengths_of_records, st.integers(1, 4), st.integers(1, 4), processes, budgets)
 def test_a_step_has_the_records_of_a_fixed_batch_size(
     lengths: list[int], batch_size: int, accumulation: int, world_size: int, budget: int
@@ -137,6 +139,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return dict(AutoModelForCausalLM.from_pretrained(run.folder / "model").state_dict())
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_that_of_a_fixed_batch_size(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +176,7 @@ def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return shapes
 
 
+@pytest.mark.slow
 def test_a_resumed_training_by_tokens_is_identical(workspace: Path, tmp_path: Path) -> None:
     changes = {"fft__global_batch_size": 20, "fft__batch_tokens": 150}
     run, expected = fine_tuned(workspace, tmp_path / "whole", **changes)
@@ -187,6 +191,7 @@ def test_a_resumed_training_by_tokens_is_identical(workspace: Path, tmp_path: Pa
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in weights(other).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("records", "reused"), [(20, 0), (48, 1)])
 def test_hidden_states_are_reused_where_micro_batches_come_again(
     workspace: Path, tmp_path: Path, records: int, reused: int
@@ -223,6 +228,7 @@ class Remembering(Silence):
         self.notes.append(text)
 
 
+@pytest.mark.slow
 def test_the_device_is_asked_for_tokens_once_a_step(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,7 @@ def gains_by_projection(workspace: Path) -> dict[tuple[int, str], tuple[torch.Te
     return found
 
 
+@pytest.mark.slow
 def test_a_threshold_promises_what_scores_can_reach(workspace: Path, tmp_path: Path) -> None:
     _, result = estimate(workspace, tmp_path, mask_train__preset="default", fft__learning_rate=1e-3)
     options = make_recipe(workspace, mask_train__preset="default").mask_train
@@ -72,6 +73,7 @@ def test_a_threshold_promises_what_scores_can_reach(workspace: Path, tmp_path: P
     assert result["fast"] is True
 
 
+@pytest.mark.slow
 def test_a_ratio_promises_the_weights_that_lower_the_loss_most(workspace: Path, tmp_path: Path) -> None:
     _, result = estimate(workspace, tmp_path, mask_train__ratio={"up_proj": 0.1, "o_proj": 0.3})
     expected = dict.fromkeys(range(4), 0.0)
@@ -83,6 +85,7 @@ def test_a_ratio_promises_the_weights_that_lower_the_loss_most(workspace: Path, 
     assert {int(group["layers"]): group["change"] for group in result["groups"]} == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_few_weights_change_the_loss_by_what_they_promise(workspace: Path) -> None:
     """First order is right where little is removed: the loss with and without the ten best weights of a layer."""
     model = load_model(workspace / "tiny", dtype=torch.float32)
@@ -97,6 +100,7 @@ def test_few_weights_change_the_loss_by_what_they_promise(workspace: Path) -> No
     assert before - after == pytest.approx(float(best.values.sum()), rel=0.2)
 
 
+@pytest.mark.slow
 def test_groups_add_up_their_layers_and_are_ranked_within_a_size(workspace: Path, tmp_path: Path) -> None:
     _, result = estimate(workspace, tmp_path, probe__groups=[2, 1, "all"])
     changes = {group["layers"]: group["change"] for group in result["groups"]}
@@ -107,6 +111,7 @@ def test_groups_add_up_their_layers_and_are_ranked_within_a_size(workspace: Path
     assert make_recipe(workspace, probe={"fast": True}, mask_train__preset="default").probe.groups == (4,)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "probe", recipe)
@@ -124,6 +129,7 @@ def test_the_model_is_left_as_it_was(workspace: Path, tmp_path: Path) -> None:
         assert value.grad is None
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_keeps_less_for_the_same_gradients(workspace: Path, tmp_path: Path) -> None:
     peaks, found = [], []
     for checkpointing in (False, True):
@@ -143,6 +149,7 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradients(workspace: Pat
     assert peaks[1] < 0.7 * peaks[0]
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Path, tmp_path: Path) -> None:
     _, alone = estimate(workspace, tmp_path)
     assert alone["agreement"] is None  # an estimate is no trained probe
@@ -161,6 +168,7 @@ def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Pa
     assert few["agreement"] is None
 
 
+@pytest.mark.slow
 def test_a_token_budget_changes_no_promise(workspace: Path, tmp_path: Path) -> None:
     (_, alone), (_, together) = (
         estimate(workspace, tmp_path / str(budget), mask_train__batch_tokens=budget) for budget in (1, 200)

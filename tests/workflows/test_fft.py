@@ -61,6 +61,7 @@ def plain_loop(records: list[Encoded], *, steps: int, batch_size: int, accumulat
     return model
 
 
+@pytest.mark.slow
 def test_equals_a_plain_loop_over_accumulated_batches(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=4, fft__grad_accum_steps=3, fft__val_steps=4, fft__keep="last")
     run, source = open_run(tmp_path, "fft", recipe)
@@ -79,6 +80,7 @@ def undisturbed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return run
 
 
+@pytest.mark.slow
 def test_learns_and_keeps_the_best_state(undisturbed: Run, workspace: Path) -> None:
     result = undisturbed.record.result
     logged = {line.step: line.eval_loss for line in undisturbed.training.metrics() if line.eval_loss is not None}
@@ -96,6 +98,7 @@ def test_a_finished_run_keeps_no_training_state(undisturbed: Run) -> None:
     assert (undisturbed.folder / "model" / "tokenizer.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 4, 10])
 def test_resuming_gives_the_identical_model(undisturbed: Run, workspace: Path, tmp_path: Path, step: int) -> None:
     recipe = make_recipe(workspace)
@@ -114,6 +117,7 @@ def test_resuming_gives_the_identical_model(undisturbed: Run, workspace: Path, t
     assert _losses(run) == _losses(undisturbed)
 
 
+@pytest.mark.slow
 def test_resuming_passes_over_a_half_written_checkpoint(undisturbed: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "fft", recipe)
@@ -128,6 +132,7 @@ def test_resuming_passes_over_a_half_written_checkpoint(undisturbed: Run, worksp
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"fft__keep": "last"}, {}, {"fft__learning_rate": 0.5, "fft__patience": 1}],
@@ -147,6 +152,7 @@ def test_resuming_after_the_last_step_takes_none(workspace: Path, tmp_path: Path
     assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_room(
     undisturbed: Run, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +194,7 @@ def test_a_model_without_room(tmp_path: Path, tokenizer: Any, monkeypatch: pytes
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "old.txt"]
 
 
+@pytest.mark.slow
 def test_keep_last_keeps_the_last_state(workspace: Path, tmp_path: Path) -> None:
     few = [f"{workspace / 'train.jsonl'}=4"]  # to be learnt by heart
     recipe = make_recipe(workspace, data=few, fft__keep="last", fft__learning_rate=2e-2, fft__max_steps=48)
@@ -199,6 +206,7 @@ def test_keep_last_keeps_the_last_state(workspace: Path, tmp_path: Path) -> None
     assert result["last_loss"] != result["best_loss"]
 
 
+@pytest.mark.slow
 def test_patience_ends_the_training(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=40, fft__val_steps=2, fft__learning_rate=0.5, fft__patience=2)
     run, source = open_run(tmp_path, "fft", recipe)
@@ -206,6 +214,7 @@ def test_patience_ends_the_training(workspace: Path, tmp_path: Path) -> None:
     assert result["steps"] == result["best_step"] + 4 < 40
 
 
+@pytest.mark.slow
 def test_epochs_give_the_steps(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=None, fft__epochs=1.5, fft__batch_size=5, fft__grad_accum_steps=3)
     run, source = open_run(tmp_path, "fft", recipe)
@@ -214,6 +223,7 @@ def test_epochs_give_the_steps(workspace: Path, tmp_path: Path) -> None:
     )  # 48 records: 10 batches, 4 steps an epoch
 
 
+@pytest.mark.slow
 def test_bf16_and_gradient_checkpointing_train(workspace: Path, tmp_path: Path, undisturbed: Run) -> None:
     recipe = make_recipe(workspace, fft__precision="bf16", fft__gradient_checkpointing=True)
     run, source = open_run(tmp_path, "fft", recipe)
@@ -221,6 +231,7 @@ def test_bf16_and_gradient_checkpointing_train(workspace: Path, tmp_path: Path, 
     assert result["best_loss"] == pytest.approx(undisturbed.record.result["best_loss"], abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_lost(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__learning_rate=1e30, fft__max_grad_norm=0)
     run, source = open_run(tmp_path, "fft", recipe)

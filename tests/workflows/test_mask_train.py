@@ -71,6 +71,7 @@ def undisturbed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     return learn(workspace, tmp_path_factory.mktemp("undisturbed"))
 
 
+@pytest.mark.slow
 def test_reports_what_an_independent_evaluation_measures(
     undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_the_best_validation_is_kept(undisturbed: tuple[Run, dict[str, Any], Mas
     assert result["best_loss"] == min(logged.values()) == logged[result["best_step"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 8])
 def test_resuming_gives_the_identical_mask(
     undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path, tmp_path: Path, step: int
@@ -121,6 +123,7 @@ def test_resuming_gives_the_identical_mask(
         assert result[key] == expected[key], key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["2-3", "1"])
 def test_hidden_states_of_the_frozen_layers_change_no_bit(workspace: Path, tmp_path: Path, layers: str) -> None:
     results = []
@@ -148,6 +151,7 @@ def test_batches_that_do_not_come_again_are_not_kept(undisturbed: tuple[Run, dic
     assert result["prefix_reuse"]["batches"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_low_memory_learns_about_the_same_in_bf16_and_is_resumed(workspace: Path, tmp_path: Path, preset: str) -> None:
     changes: dict[str, Any] = {"mask_train__preset": preset, "fft__learning_rate": 3e-3}
@@ -170,6 +174,7 @@ def test_low_memory_learns_about_the_same_in_bf16_and_is_resumed(workspace: Path
     assert all(torch.equal(resumed[name], mask[name]) for name in mask.names())
 
 
+@pytest.mark.slow
 def test_low_memory_is_not_for_scores_that_are_spread(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +197,7 @@ def test_flips_are_counted_between_validations(undisturbed: tuple[Run, dict[str,
     assert told["promised"] > 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_scores_and_no_weights(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "mask-train", recipe)
@@ -211,6 +217,7 @@ def test_a_checkpoint_holds_scores_and_no_weights(workspace: Path, tmp_path: Pat
     assert size_bytes < 12.125 * weights + 60_000
 
 
+@pytest.mark.slow
 def test_the_start_is_a_candidate(workspace: Path, tmp_path: Path) -> None:
     """Scores that hardly move leave the identity they started from, which no later state beats."""
     _, result, mask = learn(
@@ -226,6 +233,7 @@ def test_the_start_is_a_candidate(workspace: Path, tmp_path: Path) -> None:
     assert mask.removed == 0
 
 
+@pytest.mark.slow
 def test_after_a_ruinous_training_the_start_is_kept(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +252,7 @@ def test_after_a_ruinous_training_the_start_is_kept(
     assert mask.removed == 0
 
 
+@pytest.mark.slow
 def test_a_threshold_removes_what_falls_below_it(workspace: Path, tmp_path: Path) -> None:
     _, result, mask = learn(workspace, tmp_path, mask_train__threshold=-0.035, mask_train__layers="all")
     assert mask.metadata.threshold == -0.035
@@ -252,6 +261,7 @@ def test_a_threshold_removes_what_falls_below_it(workspace: Path, tmp_path: Path
     assert result["layers"] == "0-3"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "state"), [("random", "random mask"), ("magnitude", "L1 mask")])
 def test_masks_without_training(workspace: Path, tmp_path: Path, method: str, state: str) -> None:
     _, result, mask = learn(workspace, tmp_path, mask_train__method=method, mask_train__ratio=0.2)
@@ -265,6 +275,7 @@ def test_masks_without_training(workspace: Path, tmp_path: Path, method: str, st
         )
 
 
+@pytest.mark.slow
 def test_a_mask_of_rows(workspace: Path, tmp_path: Path) -> None:
     _, result, mask = learn(
         workspace, tmp_path, mask_train__method="magnitude", mask_train__unit="row", mask_train__ratio=0.2
@@ -277,6 +288,7 @@ def test_a_mask_of_rows(workspace: Path, tmp_path: Path) -> None:
         assert int((~rows[:, 0]).sum()) == removed_count(len(rows), 0.2)
 
 
+@pytest.mark.slow
 def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, mask_train__method="magnitude", mask_train__ratio=0.9, mask_train__layers="all")
     run, source = open_run(tmp_path, "mask-train", recipe)
@@ -286,17 +298,20 @@ def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     assert said is not result.document()["helps"]
 
 
+@pytest.mark.slow
 def test_attention_only(workspace: Path, tmp_path: Path) -> None:
     _, _, mask = learn(workspace, tmp_path, mask_train__target="attn", mask_train__method="random")
     assert {name.split(".")[3] for name in mask.names()} == {"self_attn"}
 
 
+@pytest.mark.slow
 def test_bf16_and_gradient_checkpointing(workspace: Path, tmp_path: Path) -> None:
     _, result, mask = learn(workspace, tmp_path, mask_train__precision="bf16", mask_train__gradient_checkpointing=True)
     assert result["best_loss"] <= result["start_loss"]
     assert mask.records[mask.names()[0]].dtype == "F32"  # of the checkpoint, not of the training
 
 
+@pytest.mark.slow
 def test_gpt2_under_the_names_of_its_checkpoint(workspace: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=102, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1, pad_token_id=0)
@@ -308,6 +323,7 @@ def test_gpt2_under_the_names_of_its_checkpoint(workspace: Path, tmp_path: Path)
     assert validation_loss(workspace, tmp_path / "gpt2", mask) == pytest.approx(result["best_loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_mask(
     undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path, tmp_path: Path
 ) -> None:
@@ -318,11 +334,13 @@ def test_the_same_run_gives_the_same_mask(
     assert any(not torch.equal(other[name], mask[name]) for name in mask.names())
 
 
+@pytest.mark.slow
 def test_layers_beyond_the_model(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(MaskingError, match="does not have that many"):
         learn(workspace, tmp_path, mask_train__layers="2-4")
 
 
+@pytest.mark.slow
 def test_auto_cannot_scale_to_nothing(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="start away from the threshold") as caught:
         learn(

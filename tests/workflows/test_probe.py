@@ -15,6 +15,7 @@ from mftctl.workflows.probe import probe
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
 
+@pytest.mark.slow
 def test_ranks_the_groups_and_recommends_the_best(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "probe", recipe)
@@ -29,6 +30,7 @@ def test_ranks_the_groups_and_recommends_the_best(workspace: Path, tmp_path: Pat
     assert run.record.inputs["train_records"] == 24
 
 
+@pytest.mark.slow
 def test_a_group_is_what_mask_train_learns_on_the_same_data(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__data_fraction=1.0, mask_train__layers="2-3")
     run, source = open_run(tmp_path, "probe", recipe)
@@ -39,6 +41,7 @@ def test_a_group_is_what_mask_train_learns_on_the_same_data(workspace: Path, tmp
     assert found["2-3"] == mask_train(recipe, source, run, Silence()).document()["best_loss"]
 
 
+@pytest.mark.slow
 def test_groups_reuse_the_hidden_states_of_the_layers_below_them(workspace: Path, tmp_path: Path) -> None:
     found = []
     for limit_gb in (0.0, None):
@@ -50,6 +53,7 @@ def test_groups_reuse_the_hidden_states_of_the_layers_below_them(workspace: Path
     assert found[1]["prefix_reuse"]["reused"] > 0
 
 
+@pytest.mark.slow
 def test_a_finished_group_is_not_trained_again(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     expected_run, source = open_run(tmp_path, "probe", recipe)
@@ -72,6 +76,7 @@ def test_a_finished_group_is_not_trained_again(workspace: Path, tmp_path: Path) 
     assert by_layers["2-3"] == next(group for group in expected["groups"] if group["layers"] == "2-3")
 
 
+@pytest.mark.slow
 def test_several_group_sizes_and_chosen_layers(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__groups=[1, 2], probe__layers="2-3", mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
@@ -79,6 +84,7 @@ def test_several_group_sizes_and_chosen_layers(workspace: Path, tmp_path: Path) 
     assert sorted(group["layers"] for group in result["groups"]) == ["2", "2-3", "3"]
 
 
+@pytest.mark.slow
 def test_all_layers_are_among_the_groups_except_for_the_paper(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__groups=[2, "all"], mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
@@ -91,6 +97,7 @@ def test_all_layers_are_among_the_groups_except_for_the_paper(workspace: Path, t
     assert Recipe(mask_train={"preset": "paper"}).probe.groups == (4,)
 
 
+@pytest.mark.slow
 def test_a_group_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__groups=[8])
     run, source = open_run(tmp_path, "probe", recipe)

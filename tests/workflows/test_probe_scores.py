@@ -73,6 +73,7 @@ def probed(workspace: Path, choices: str, tmp_path_factory: pytest.TempPathFacto
     return run, run.record.result
 
 
+@pytest.mark.slow
 def test_the_groups_are_ranked_by_the_score_with_the_loss_beside_it(probed: tuple[Run, dict[str, Any]]) -> None:
     _, result = probed
     scores = [group["score"] for group in result["groups"]]
@@ -95,6 +96,7 @@ def test_the_next_mask_training_takes_the_layers_with_the_best_score(probed: tup
     assert run.record.config["probe"]["by"] == TASK
 
 
+@pytest.mark.slow
 def test_a_score_is_what_an_evaluation_of_the_mask_measures(
     workspace: Path, choices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_score_is_what_an_evaluation_of_the_mask_measures(
     assert dataset["metrics"][0]["value"] == pytest.approx(result["unmasked_score"]["value"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_masks_are_those_of_a_probe_by_the_loss(
     probed: tuple[Run, dict[str, Any]], workspace: Path, tmp_path: Path
 ) -> None:
@@ -149,6 +152,7 @@ def test_the_masks_are_those_of_a_probe_by_the_loss(
     assert all("score" not in group for group in by_loss["groups"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [1, 3])
 def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
     probed: tuple[Run, dict[str, Any]],
@@ -179,6 +183,7 @@ def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
     assert scored == [*everything[:scores], *everything[scores - 1 :]]  # what was whole is not scored again
 
 
+@pytest.mark.slow
 def test_a_stop_while_training_is_resumed_to_the_same_figures(
     probed: tuple[Run, dict[str, Any]], workspace: Path, choices: str, tmp_path: Path
 ) -> None:
@@ -195,6 +200,7 @@ def test_a_stop_while_training_is_resumed_to_the_same_figures(
     assert result["groups"] == probed[1]["groups"]
 
 
+@pytest.mark.slow
 def test_exact_match_is_of_the_deciding_validation_records(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, probe__by="exact_match", mask_train__max_steps=4, eval__generate=False)
     run, source = open_run(tmp_path, "probe", recipe)
@@ -211,6 +217,7 @@ def test_exact_match_is_of_the_deciding_validation_records(workspace: Path, tmp_
     assert losses == sorted(losses)
 
 
+@pytest.mark.slow
 def test_a_limit_leaves_problems_out(workspace: Path, choices: str, tmp_path: Path) -> None:
     for by, expected in ((TASK, 3), ("exact_match", 3)):
         recipe = by_job(workspace, choices, eval__limit=3, probe__layers="0-1").model_copy()
@@ -219,6 +226,7 @@ def test_a_limit_leaves_problems_out(workspace: Path, choices: str, tmp_path: Pa
         assert probe(recipe, source, run, Silence()).document()["unmasked_score"]["samples"] == expected
 
 
+@pytest.mark.slow
 def test_says_that_test_problems_choose(
     workspace: Path, choices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +283,7 @@ def test_what_decides_a_probe_by_a_score_is_what_the_score_is_of() -> None:
         assert keys("gsm8k", **change) != keys("gsm8k")
 
 
+@pytest.mark.slow
 def test_the_model_is_without_its_masks_afterwards(
     workspace: Path, choices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

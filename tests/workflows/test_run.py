@@ -60,6 +60,7 @@ def names(root: Path) -> list[str]:
     return [run.name for run in list_runs(root)[0]]
 
 
+@pytest.mark.slow
 def test_runs_every_stage_for_every_seed(finished: Path) -> None:
     commands = ["eval", "fft", "probe", "mask-train", "mask-train", "apply", "eval", "eval", "eval"]
     runs = list_runs(finished)[0]
@@ -97,6 +98,7 @@ def test_a_second_time_nothing_is_done_again(finished: Path, own_workspace: Path
     assert [run.name for run in runs] == before
 
 
+@pytest.mark.slow
 def test_a_change_runs_only_what_depends_on_it(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     run_all(experiment(own_workspace), root)
@@ -107,6 +109,7 @@ def test_a_change_runs_only_what_depends_on_it(own_workspace: Path, tmp_path: Pa
     assert [name.partition("-")[2] for name in names(root)[len(before) :]] == ["mask-train", "apply", "eval"]
 
 
+@pytest.mark.slow
 def test_changed_data_is_noticed(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
     stages = {"pretrained": STAGES["pretrained"]}
@@ -117,6 +120,7 @@ def test_changed_data_is_noticed(tmp_path: Path) -> None:
     assert names(tmp_path / "runs") == ["001-eval", "002-eval"]
 
 
+@pytest.mark.slow
 def test_changed_problems_of_a_benchmark_are_noticed(tmp_path: Path) -> None:
     workspace, problems = make_workspace(tmp_path / "workspace"), tmp_path / "gsm8k.jsonl"
     measured = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": str(problems)}, "max_new_tokens": 2}
@@ -127,6 +131,7 @@ def test_changed_problems_of_a_benchmark_are_noticed(tmp_path: Path) -> None:
     assert names(tmp_path / "runs") == ["001-eval", "002-eval"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_experiment_goes_on_where_it_was(finished: Path, own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     with pytest.raises(Interrupted):
@@ -141,6 +146,7 @@ def test_an_interrupted_experiment_goes_on_where_it_was(finished: Path, own_work
             assert resumed[name].get(key) == expected[name].get(key), (name, key)
 
 
+@pytest.mark.slow
 def test_a_lost_output_is_made_again(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {"fft": STAGES["fft"]}
@@ -160,6 +166,7 @@ def test_a_recipe_without_a_model(own_workspace: Path, tmp_path: Path) -> None:
         run_all(experiment(own_workspace, model=None), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_would_be_done_and_why(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {name: STAGES[name] for name in ("fft", "random")} | {"random": {**STAGES["random"], "layers_from": None}}
@@ -180,6 +187,7 @@ def test_a_plan_says_what_would_be_done_and_why(own_workspace: Path, tmp_path: P
     assert changed[1].why == "since 002-mask-train: the stage before changed"
 
 
+@pytest.mark.slow
 def test_changed_weights_of_the_model_are_noticed(tmp_path: Path) -> None:
     workspace = make_workspace(tmp_path / "workspace")
     stages = {"fft": STAGES["fft"]}
@@ -192,6 +200,7 @@ def test_changed_weights_of_the_model_are_noticed(tmp_path: Path) -> None:
     assert (planned.state, planned.why) == ("changed", "since 001-fft: the model's weights changed")
 
 
+@pytest.mark.slow
 def test_a_failed_task_goes_on_where_it_was(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {"fft": STAGES["fft"]}
@@ -205,6 +214,7 @@ def test_a_failed_task_goes_on_where_it_was(own_workspace: Path, tmp_path: Path)
     assert names(root) == ["001-fft"]
 
 
+@pytest.mark.slow
 def test_states_are_told_as_they_change(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     seen: list[tuple[str, str]] = []
@@ -221,6 +231,7 @@ def test_states_are_told_as_they_change(own_workspace: Path, tmp_path: Path) -> 
     assert seen[2:] == [("fft", "running"), ("fft", "failed")]
 
 
+@pytest.mark.slow
 def test_a_sweep_is_measured_value_by_value(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {

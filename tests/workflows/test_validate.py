@@ -26,6 +26,7 @@ def _one(texts: list[str], part: str) -> str:
     return found[0]
 
 
+@pytest.mark.slow
 def test_a_sound_recipe(workspace: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=None, fft__epochs=1.5, fft__grad_accum_steps=5)
     found = validate(recipe, "mine")
@@ -43,6 +44,7 @@ def test_a_sound_recipe(workspace: Path) -> None:
     assert [row["stage"] for row in found["memory"]] == ["fft", "mask-train"]
 
 
+@pytest.mark.slow
 def test_samples_are_the_first_training_records(workspace: Path) -> None:
     samples = validate(make_recipe(workspace, stages=_EVAL_ONLY), None)["samples"]
     assert [Path(sample["where"]).name for sample in samples] == ["train.jsonl:1", "train.jsonl:2"]
@@ -53,6 +55,7 @@ def test_samples_are_the_first_training_records(workspace: Path) -> None:
     assert (prompt["is_answer"], answer["is_answer"]) == (False, True)
 
 
+@pytest.mark.slow
 def test_masks_by_stage(workspace: Path) -> None:
     recipe = make_recipe(workspace, mask_train__ratio=0.25, stages={"mft": {"command": "mask-train"}})
     masks = validate(recipe, None)["masks"]["mft"]
@@ -68,6 +71,7 @@ def _staged(workspace: Path, **stages: Any) -> Recipe:
     return make_recipe(workspace, stages=stages)
 
 
+@pytest.mark.slow
 def test_stages_with_their_own_settings(workspace: Path) -> None:
     recipe = _staged(
         workspace,
@@ -87,6 +91,7 @@ def test_stages_with_their_own_settings(workspace: Path) -> None:
     assert rows["scores[data_fraction=1.0]"]["of"] == "mft[data_fraction=1.0]"
 
 
+@pytest.mark.slow
 def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "1?"}\n', encoding="utf-8")
@@ -111,6 +116,7 @@ def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> No
     assert "48 of 48 records skipped" in next(text for text in found["warnings"] if text.startswith("data: "))
 
 
+@pytest.mark.slow
 def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
     recipe = _staged(
         workspace,
@@ -125,6 +131,7 @@ def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
     assert "c_attn" in _one(problems, "named:")
 
 
+@pytest.mark.slow
 def test_what_a_probe_is_to_rank_by(workspace: Path) -> None:
     recipe = _staged(
         workspace,
@@ -138,6 +145,7 @@ def test_what_a_probe_is_to_rank_by(workspace: Path) -> None:
     assert "humaneval" in _one(problems, "several:")
 
 
+@pytest.mark.slow
 def test_a_file_for_the_problems_that_a_probe_ranks_by(workspace: Path, tmp_path: Path) -> None:
     problems = tmp_path / "gsm8k.jsonl"
     problems.write_text('{"question": "1+1?", "answer": "#### 2"}\n', encoding="utf-8")
@@ -168,11 +176,13 @@ def test_a_model_that_is_not_there(workspace: Path) -> None:
     assert "configuration cannot be read" in _one(problems, "model:")
 
 
+@pytest.mark.slow
 def test_questions_of_the_test_data_in_the_training_data(workspace: Path) -> None:
     recipe = make_recipe(workspace, test_data=[str(workspace / "train.jsonl") + "=5"], stages=_EVAL_ONLY)
     assert "5 of 5 records" in _one(validate(recipe, None)["warnings"], "test_data")
 
 
+@pytest.mark.slow
 def test_longer_than_the_model_was_made_for(workspace: Path) -> None:
     warnings = validate(make_recipe(workspace, fft__max_length_tokens=513, stages={"fft": {"command": "fft"}}), None)[
         "warnings"
@@ -182,6 +192,7 @@ def test_longer_than_the_model_was_made_for(workspace: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_larger_than_the_model(workspace: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
     build_llama(vocab_size=50).save_pretrained(folder)
@@ -189,6 +200,7 @@ def test_a_tokenizer_larger_than_the_model(workspace: Path, tmp_path: Path) -> N
     assert "at most 50; got: 102" in _one(problems, "more tokens than the model")
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_missing(workspace: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
     (folder / "model.safetensors").write_bytes(b"cut off")
@@ -216,6 +228,7 @@ def large(tmp_path: Path) -> Path:
     return tmp_path / "large"
 
 
+@pytest.mark.slow
 def test_a_table_of_seventy_billion_parameters_without_weights(workspace: Path, large: Path) -> None:
     training = {"batch_size": 1, "grad_accum_steps": 8, "gradient_checkpointing": True, "precision": "bf16"}
     recipe = make_recipe(

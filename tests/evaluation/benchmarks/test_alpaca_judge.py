@@ -104,6 +104,7 @@ def judge(running: StandIn) -> StandIn:
     return running
 
 
+@pytest.mark.slow
 def test_the_judge_prefers_the_better_answer_on_either_side(judge: StandIn, tmp_path: Path) -> None:
     answers = [Answer("Say 0.", "good", "mine"), Answer("Say 1.", "bad", "mine"), Answer("Say 2.", "good", "mine")]
     references = [*REFERENCES[:1], Answer("Say 1.", "good", "gpt4"), *REFERENCES[2:]]
@@ -119,6 +120,7 @@ def test_an_answer_equal_to_the_reference_is_a_draw_and_costs_nothing(judge: Sta
     assert judge.asked == []
 
 
+@pytest.mark.slow
 def test_no_verdict_is_paid_for_twice(judge: StandIn, tmp_path: Path) -> None:
     answers = [Answer(f"Say {n}.", "good" * (n + 1), "mine") for n in range(3)]
     first = win_shares(answers[:2], REFERENCES[:2], tmp_path / "verdicts.json")
@@ -149,6 +151,7 @@ def gamed(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_shorter_answers_gain_by_the_control_for_length(
     running: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,6 +200,7 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert what_is_missing() == ["the package alpaca_eval (pip install 'mftctl[alpaca-eval]')"]
 
 
+@pytest.mark.slow
 def test_an_entry_is_alpaca_evals() -> None:
     expected = {"instruction": "Say 0.", "output": "reference 0", "generator": "gpt4", "dataset": "alpaca_eval"}
     assert entry(REFERENCES[0]) == expected

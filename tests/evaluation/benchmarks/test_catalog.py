@@ -22,6 +22,7 @@ def test_a_group_has_two_names_where_no_benchmark_has_one_of_them(name: str) -> 
     assert GROUPS[name] == GROUPS[f"group:{name}"]
 
 
+@pytest.mark.slow
 def test_an_unknown_name_is_an_error_with_the_nearest() -> None:
     error = unknown_benchmark("gsmk8")
     assert "gsm8k" in str(error.hint)
@@ -34,6 +35,7 @@ def test_a_name_like_no_other_is_an_error_without_a_guess() -> None:
     assert unknown_benchmark("zzz").hint is None
 
 
+@pytest.mark.slow
 def test_the_names_are_there_without_torch() -> None:
     code = (
         "import sys; from mftctl.evaluation.benchmarks.catalog import BENCHMARKS; assert 'gsm8k' in BENCHMARKS;"

@@ -65,6 +65,7 @@ HELPED = {
 }
 
 
+@pytest.mark.slow
 def test_a_helper_of_the_prompt_is_the_tests_own() -> None:
     """HumanEval/32, 38 and 50: with the answer's, `shifted = str` would pass."""
     test = checks(HELPED)

@@ -55,6 +55,7 @@ def passed(problem: dict[str, Any], *outputs: str) -> list[bool]:
     return [verdict.passed for verdict in run_trials(find_sandbox(), trials)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval_plus", "humaneval_plus_instruct"])
 def test_a_release_of_humaneval_plus(release: dict[str, Path], task: str) -> None:
     (problem,) = read_problems(release["humaneval_plus"], task).records
@@ -65,6 +66,7 @@ def test_a_release_of_humaneval_plus(release: dict[str, Path], task: str) -> Non
     assert passed(problem, *answers) == [True, True, False, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["mbpp_plus", "mbpp_plus_instruct"])
 def test_a_release_of_mbpp_plus(release: dict[str, Path], task: str) -> None:
     (problem,) = read_problems(release["mbpp_plus"], task).records
@@ -128,6 +130,7 @@ def test_inputs_of_another_kind_and_none_at_all() -> None:
         humaneval_plus_problem({**HALF, "base_input": [], "plus_input": []}, "a:7")
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_leave_the_sandbox_is_left_out_of_a_published_test_too() -> None:
     published = {
         "task_id": 255,

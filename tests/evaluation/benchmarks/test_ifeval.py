@@ -40,6 +40,7 @@ def score(path: Path, outputs: list[str]) -> BenchmarkResult:
     return run_benchmark(answers, task, problems, limit=len(outputs), chat_template=False, seed=0)
 
 
+@pytest.mark.slow
 def test_known_answers_by_prompt_and_by_instruction_strict_and_loose(sentence_data: None, tmp_path: Path) -> None:
     asked = {
         "key": 1,
@@ -62,6 +63,7 @@ def test_known_answers_by_prompt_and_by_instruction_strict_and_loose(sentence_da
     assert all(s.standard_error is not None and s.standard_error > 0 for s in result.scores)
 
 
+@pytest.mark.slow
 def test_every_kind_of_instruction_as_lm_evals_checker_judges_it(sentence_data: None, real_data: Path) -> None:
     from lm_eval.tasks.ifeval import utils as checker
 

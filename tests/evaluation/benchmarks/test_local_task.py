@@ -24,6 +24,7 @@ def test_a_benchmark_is_lm_evals_own_task_but_for_what_its_file_says() -> None:
     assert {**task_config("gsm8k_0shot"), "task": "gsm8k", "num_fewshot": 8} == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLINE)
 def test_every_benchmark_has_a_task_with_its_data_and_shots(name: str) -> None:
     config = task_config(name)

@@ -45,6 +45,7 @@ def scored(
     return dataset, [json.loads(line) for line in (run.folder / dataset["samples"]).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_programs_written_before_are_run_and_scored_without_a_model(workspace: Path, tmp_path: Path) -> None:
     written = [{"task_id": record["task_id"], "completion": record["canonical_solution"]} for record in FUNCTIONS]
     written[2]["completion"] = "    return x\n"
@@ -61,6 +62,7 @@ def test_programs_written_before_are_run_and_scored_without_a_model(workspace: P
     assert [row["task_id"] for row in rows] == ["T/0", "T/1", "T/2", "T/3"]
 
 
+@pytest.mark.slow
 def test_ten_samples_a_problem_give_pass_at_ten(workspace: Path, tmp_path: Path) -> None:
     written = [{"task_id": "T/0", "outputs": ["    return x\n"] * 9 + ["    return x + 0\n"]}]
     right = FUNCTIONS[1]["canonical_solution"]
@@ -77,6 +79,7 @@ def test_ten_samples_a_problem_give_pass_at_ten(workspace: Path, tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_saved_samples_can_be_scored_again(workspace: Path, tmp_path: Path) -> None:
     problems = write(tmp_path / "p.jsonl", [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(3)])
     options = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}, "max_new_tokens": 5}
@@ -88,6 +91,7 @@ def test_saved_samples_can_be_scored_again(workspace: Path, tmp_path: Path) -> N
     assert first["digest"] == again["digest"]
 
 
+@pytest.mark.slow
 def test_a_chat_template_is_put_around_the_prompt_and_named(workspace: Path, tmp_path: Path) -> None:
     problems = write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
     options = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}, "max_new_tokens": 5}
@@ -99,6 +103,7 @@ def test_a_chat_template_is_put_around_the_prompt_and_named(workspace: Path, tmp
     assert plain["digest"] != chat["digest"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_plus"])
 def test_a_chat_model_is_asked_for_a_whole_function_and_nothing_cuts_it(
     workspace: Path, tmp_path: Path, task: str
@@ -117,6 +122,7 @@ def test_a_chat_model_is_asked_for_a_whole_function_and_nothing_cuts_it(
     assert prepared.task.config.generation_kwargs["until"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct"])
 def test_whole_functions_written_before_are_right_in_every_form(workspace: Path, tmp_path: Path, task: str) -> None:
     whole = ["{}", "# It adds.\n{}", "Here it is:\n\n```python\nfrom typing import List\n\n\n{}```\nDone.", "```\n{}"]
@@ -144,6 +150,7 @@ MBPP = {
 }
 
 
+@pytest.mark.slow
 def test_mbpp_asked_of_a_chat_model_and_answers_with_comments(workspace: Path, tmp_path: Path) -> None:
     problems = write(tmp_path / "p.jsonl", [MBPP])
     for task in ("mbpp", "mbpp_instruct"):
@@ -179,6 +186,7 @@ class Warnings(Silence):
         self.texts.append(text)
 
 
+@pytest.mark.slow
 def test_predictions_that_are_no_text_fail_their_problems_alone(workspace: Path, tmp_path: Path) -> None:
     """Half of a surrogate pair, which JSON can express, ended the run once all were judged."""
     written = [{"task_id": record["task_id"], "completion": record["canonical_solution"]} for record in FUNCTIONS]
@@ -198,6 +206,7 @@ def test_predictions_that_are_no_text_fail_their_problems_alone(workspace: Path,
     assert text.endswith("those for T/0, T/3.")
 
 
+@pytest.mark.slow
 def test_formulas_without_end_are_named(workspace: Path, tmp_path: Path) -> None:
     problems = [
         {"problem": f"What is {n}?", "solution": f"$\\boxed{{{n}}}$", "level": "Level 1", "type": "Algebra"}
@@ -271,6 +280,7 @@ def test_alpaca_eval_with_a_judge_has_its_win_rate(
     assert "no verdict on 1 of 3" in warnings[0]
 
 
+@pytest.mark.slow
 def test_olmess_form_is_asked_recorded_and_begins_no_text(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +303,7 @@ def test_olmess_form_is_asked_recorded_and_begins_no_text(
     assert begun == [None, False]
 
 
+@pytest.mark.slow
 def test_olmes_takes_the_mean_of_maths_subjects_and_needs_them(workspace: Path, tmp_path: Path) -> None:
     subjects = ["Algebra", "Algebra", "Geometry"]
     problems = [{"problem": f"{n}?", "solution": f"$\\boxed{{{n}}}$", "type": s} for n, s in enumerate(subjects)]

@@ -79,6 +79,7 @@ def passes(trial: Any) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIGESTS)
 def test_a_prompt_is_olmess_to_the_last_character(name: str, request: pytest.FixtureRequest) -> None:
     if name == "ifeval":
@@ -92,6 +93,7 @@ def test_a_prompt_is_olmess_to_the_last_character(name: str, request: pytest.Fix
     assert (settings["max_gen_toks"], settings["do_sample"]) == (LENGTHS[name], False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "output", "metric"),
     [
@@ -123,6 +125,7 @@ def test_the_last_number_counts_digit_by_digit() -> None:
     assert taken("2.5", gold="-2.5") == "2.5"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gold", "output", "strict", "flexible"),
     [
@@ -145,6 +148,7 @@ def test_a_maths_answer_is_looked_for_in_the_likeliest_place(
     assert scores == {"strict": strict, "flexible": flexible}
 
 
+@pytest.mark.slow
 def test_every_subject_of_math_counts_as_much_as_any_other(tmp_path: Path) -> None:
     records = [{**ASKED["math"], "type": subject} for subject in ("Algebra", "Algebra", "Algebra", "Geometry")]
     plain = written_run("math", records, ["$2$", "$3$", "$3$", "$2$"], tmp_path)
@@ -190,6 +194,7 @@ def test_a_benchmark_without_that_form_is_an_error() -> None:
         task_config("gsm8k_0shot", "olmes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("context", "prompt_words"), [(64, 1), (64, 40)])
 def test_answers_of_alpaca_eval_take_what_the_longest_prompt_leaves(context: int, prompt_words: int) -> None:
     model, tokenizer = build_llama(layers=1, max_position_embeddings=context), build_tokenizer()
@@ -225,6 +230,7 @@ def test_a_prompt_that_fills_the_context_leaves_no_room_and_is_an_error() -> Non
             run_benchmark(answers, task, problems, limit=None, chat_template=False, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["\\boxed{" + "1" * 10**6 + "}", "1," * 10**5, "$" + "9^" * 10**5 + "9$"])
 def test_an_answer_too_long_to_be_compared_is_wrong_at_once(text: str) -> None:
     start = time.process_time()

@@ -102,6 +102,7 @@ def test_every_input_counts() -> None:
     assert not outcome(lambda x: 1, "def f(x): return x", [[1], [1], [2]])
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_cross_is_left_out_and_no_other() -> None:
     reference = "def f(n): return [''] * n"
     assert outcome(lambda n: [""] * n if n < 9 else pytest.fail("asked"), reference, [[2], [5 * 10**6]])

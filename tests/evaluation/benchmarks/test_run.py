@@ -142,6 +142,7 @@ def test_a_limit_above_the_number_of_problems_takes_all(problems: Path) -> None:
     assert {s.samples for s in run(scripted_llama([]), "gsm8k_0shot", problems, limit=99).scores} == {4}
 
 
+@pytest.mark.slow
 def test_nothing_is_printed_written_or_left_changed(
     problems: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -161,6 +162,7 @@ def test_nothing_is_printed_written_or_left_changed(
     assert tokenizer.pad_token is None
 
 
+@pytest.mark.slow
 def test_progress_reaches_the_end(problems: Path) -> None:
     calls: list[tuple[int, int]] = []
     model = build_llama(layers=1)
@@ -168,6 +170,7 @@ def test_progress_reaches_the_end(problems: Path) -> None:
     assert calls == [(2, 3), (3, 3)]
 
 
+@pytest.mark.slow
 def test_real_problems_through_lm_eval(real_data: Path) -> None:
     model = build_llama(layers=2, max_position_embeddings=8192)
     result = run(model, "gsm8k", real_data / "gsm8k" / "test.jsonl", limit=2)
@@ -180,6 +183,7 @@ def test_real_problems_through_lm_eval(real_data: Path) -> None:
     assert all(sample.outputs[0] for sample in result.samples)
 
 
+@pytest.mark.slow
 def test_the_gold_answers_of_real_problems_are_found_right(real_data: Path) -> None:
     """lm-eval's flexible filter takes the last number, which in a gold solution is the answer."""
     model, tokenizer = build_llama(layers=1, max_position_embeddings=8192), build_tokenizer()
@@ -236,6 +240,7 @@ def fixed_llama(text: str) -> LlamaForCausalLM:
     return model
 
 
+@pytest.mark.slow
 def test_a_passage_question_has_an_example_of_its_language_and_scores_words(tmp_path: Path) -> None:
     rows = [
         passage("english-1-0", "Red and blue.", "the red one"),
@@ -255,6 +260,7 @@ def test_a_passage_question_has_an_example_of_its_language_and_scores_words(tmp_
     assert [sample.scores["exact_match,none"] for sample in result.samples] == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_likeliest_letter_counts(tmp_path: Path) -> None:
     path = tmp_path / "anatomy_test.csv"
     path.write_text("question,choice0,choice1,choice2,choice3,answer\nWhich?,a,b,c,d,2\nWhat?,a,b,c,d,0\n")

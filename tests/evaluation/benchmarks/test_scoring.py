@@ -23,6 +23,7 @@ def maths(gold: str, output: str) -> tuple[float, float]:
     return scores["strict"], scores["flexible"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gold", "output", "expected"),
     [
@@ -47,6 +48,7 @@ def test_a_maths_answer(gold: str, output: str, expected: tuple[float, float]) -
         assert strict == expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "output",
     [
@@ -103,6 +105,7 @@ def test_a_wrong_answer_or_another_form(output: str, taken: str) -> None:
     assert marked_answers([[output]], [{"answer": "Why.\n#### 1,234"}]) == [taken]
 
 
+@pytest.mark.slow
 def test_strict_and_flexible_agree_with_lm_evals_own_on_the_same_outputs(real_data: Path) -> None:
     from lm_eval.tasks.minerva_math import utils as minerva
 
@@ -128,6 +131,7 @@ def test_strict_and_flexible_agree_with_lm_evals_own_on_the_same_outputs(real_da
             assert ours["flexible"] == max(ours["strict"], theirs["math_verify"])
 
 
+@pytest.mark.slow
 def test_gold_solutions_are_right(real_data: Path) -> None:
     """All 5,000 are, in eight minutes; here every fiftieth."""
     with gzip.open(real_data / "math" / "MATH_test.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -136,6 +140,7 @@ def test_gold_solutions_are_right(real_data: Path) -> None:
             assert maths_scores(problem, [problem["solution"]]) == {"strict": 1, "flexible": 1}
 
 
+@pytest.mark.slow
 def test_words_of_a_passage_answer_in_other_languages_keep_their_articles() -> None:
     english = passage_scores({"answers": ["the red one"], "language": "english"}, ["red one"])
     finnish = passage_scores({"answers": ["the red one"], "language": "finnish"}, ["red one"])

@@ -24,6 +24,7 @@ def outcomes(*trials: Trial, limits: Limits = FLOOR) -> list[str]:
     return [verdict.outcome for verdict in run_trials(find_sandbox(), trials, limits=limits)]
 
 
+@pytest.mark.slow
 def test_an_answer_as_slow_as_the_solution_passes_and_a_wrong_one_fails() -> None:
     calls: list[tuple[int, int]] = []
     slow = busy(1.3)
@@ -34,18 +35,22 @@ def test_an_answer_as_slow_as_the_solution_passes_and_a_wrong_one_fails() -> Non
     assert calls == [(1, 2), (2, 2)] * 2
 
 
+@pytest.mark.slow
 def test_an_answer_slower_than_the_floor_and_the_solution_runs_out_of_time() -> None:
     assert outcomes(Trial(ENDLESS, TEST, "f", QUICK), Trial(QUICK, TEST, "f", QUICK)) == ["timed out", "passed"]
 
 
+@pytest.mark.slow
 def test_a_slow_answer_without_a_solution_to_compare_with_has_the_floor() -> None:
     assert outcomes(Trial(busy(1.3), TEST, "f")) == ["timed out"]
 
 
+@pytest.mark.slow
 def test_a_solution_that_fails_widens_nothing() -> None:
     assert outcomes(Trial(busy(1.3), TEST, "f", busy(1.3).replace("return x", "return -x"))) == ["timed out"]
 
 
+@pytest.mark.slow
 def test_an_answer_that_needs_the_memory_of_the_solution_passes() -> None:
     large = "def f(x):\n    return x if len(bytearray(b'x') * (3 * 2**28)) else 0\n"
     floor = Limits(memory_bytes=2**29)
@@ -53,6 +58,7 @@ def test_an_answer_that_needs_the_memory_of_the_solution_passes() -> None:
     assert found == ["passed", "out of memory"]
 
 
+@pytest.mark.slow
 def test_an_answer_that_waited_for_a_busy_machine_runs_again() -> None:
     sleeps = "import time\n\ndef f(x):\n    time.sleep(2.5)\n    return x\n"
     impatient = Limits(cpu_seconds=1, wall_seconds=2.0)
@@ -77,6 +83,7 @@ def test_limits_are_a_multiple_of_what_the_solution_used_in_steps_of_two(
     assert replace(found, cpu_seconds=10, wall_seconds=60.0) == Limits()
 
 
+@pytest.mark.slow
 def test_no_answers_no_verdicts() -> None:
     found: list[Verdict] = run_trials(find_sandbox(), [])
     assert found == []

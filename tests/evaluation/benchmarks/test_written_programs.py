@@ -95,6 +95,7 @@ def test_a_right_rest_of_a_function_where_nothing_ends_it(form: str) -> None:
     assert run(written_program(RESTS[form], ASKED)) == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [(), ENDS], ids=["no ends", "ends"])
 @pytest.mark.parametrize("asked", [ASKED, NAMED, Function("")], ids=["prompt", "name", "neither"])
 @pytest.mark.parametrize("form", WHOLES)
@@ -107,6 +108,7 @@ def test_a_right_whole_function(form: str, asked: Function, ends: tuple[str, ...
     assert run(written_program(answer, asked, ends)) == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [(), ENDS], ids=["no ends", "ends"])
 @pytest.mark.parametrize("form", WHOLES)
 def test_a_wrong_answer_of_the_same_form_stays_wrong(form: str, ends: tuple[str, ...]) -> None:
@@ -133,6 +135,7 @@ def test_thoughts_that_were_cut_off_do_not_hide_the_question() -> None:
     assert "double" in written_program("<think>\nLet me see", ASKED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nasty", ["-" * 100_000 + "1", "(" * 5_000, "a" + ".b" * 100_000, "x\0", "```\n" * 3_000])
 def test_code_too_deep_to_compile_is_an_answer_like_any(nasty: str) -> None:
     assert nasty[:20].strip("`\n") in written_program(nasty, ASKED, ENDS)

@@ -35,6 +35,7 @@ def answers(model: LlamaForCausalLM, cache: OutputCache | None = None, **options
         return ModelAnswers(model, build_tokenizer(), cache=cache or OutputCache(), **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_outputs_do_not_depend_on_the_batches_and_keep_their_order(llama: LlamaForCausalLM) -> None:
     prompts = ["one", "a much longer prompt than the first", "mid length"]
     alone = answers(llama, batch_size=1).generate_until(requests(prompts))
@@ -93,6 +94,7 @@ def test_most_new_tokens_hold_for_every_task(llama: LlamaForCausalLM) -> None:
     assert model.generated_tokens == 6
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_goes_on_where_it_was(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     path, prompts = tmp_path / "outputs.jsonl", ["one", "two", "three"]
     whole = answers(llama, batch_size=1).generate_until(requests(prompts))

@@ -13,6 +13,7 @@ from tests.evaluation.lm.test_hf import answers, requests
 WARM = {"do_sample": True, "temperature": 1.5}
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_what_is_answered_beside_them(llama: LlamaForCausalLM) -> None:
     prompts = ["one", "one", "a much longer prompt than the first", "mid length", "one"]
     alone = answers(llama, batch_size=1).generate_until(requests(prompts, **WARM))

@@ -104,6 +104,7 @@ def run(workspace: Path, checkpoint: Path, **changes: Any) -> dict[str, Any]:
     return evaluate(asked, source, opened, Silence()).document()
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_is_that_of_the_benchmarks(workspace: Path, checkpoint: Path, vllm: Vllm) -> None:
     run(workspace, checkpoint)
     assert len(vllm.prompts) == len(QUESTIONS)

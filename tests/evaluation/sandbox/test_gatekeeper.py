@@ -119,6 +119,7 @@ def test_what_may_be_named(around: Path, path: str, follows: bool, seen: bool) -
     assert view(around).shows(f"{around}/{path}", follows=follows) is seen
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 @given(
     st.lists(st.sampled_from(["..", ".", "", "library", "open", "hidden", "link", "inner", "work", "sub", "outside"])),

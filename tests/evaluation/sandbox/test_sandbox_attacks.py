@@ -308,6 +308,7 @@ def verdicts(sandbox: Sandbox, outside: Outside) -> dict[str, Verdict]:
     return dict(zip(programs, found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*BREAKOUTS, *FAKES])
 def test_the_attack_does_not_pass(verdicts: dict[str, Verdict], name: str) -> None:
     verdict = verdicts[name]
@@ -326,6 +327,7 @@ def test_all_is_as_it_was_outside(verdicts: dict[str, Verdict], outside: Outside
     assert not Path("/dev/shm/mftctl-evil").exists()
 
 
+@pytest.mark.slow
 def test_no_process_is_left_behind(verdicts: dict[str, Verdict]) -> None:
     time.sleep(0.2)
     left = []
@@ -341,6 +343,7 @@ def test_no_process_is_left_behind(verdicts: dict[str, Verdict]) -> None:
     assert left == []
 
 
+@pytest.mark.slow
 def test_an_honest_program_passes_after_all_of_them(verdicts: dict[str, Verdict], sandbox: Sandbox) -> None:
     honest = [
         Program("def twice(x):\n    return 2 * x", TEST, "twice"),
@@ -381,6 +384,7 @@ HARMLESS = (
 )
 
 
+@pytest.mark.slow
 def test_the_attacks_work_where_nothing_is_confined(outside: Outside, sandbox: Sandbox) -> None:
     """Those that do no harm: an attack that cannot work would prove nothing."""
     unconfined = find_sandbox(unsafe=True)
@@ -391,6 +395,7 @@ def test_the_attacks_work_where_nothing_is_confined(outside: Outside, sandbox: S
     outside.connections.clear()
 
 
+@pytest.mark.slow
 def test_without_a_sandbox_code_does_not_run_unless_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find, "candidates", lambda installation: [])
     find._holding_sandbox.cache_clear()
@@ -428,6 +433,7 @@ def test_the_kind_in_use_is_named_with_what_it_lacks() -> None:
     assert "your own rights" in find_sandbox(unsafe=True).line
 
 
+@pytest.mark.slow
 def test_where_memory_runs_out_a_program_ends_first() -> None:
     """The kernel's own order: 1000 is the first to go."""
     code = "def f():\n    return open('/proc/self/oom_score_adj').read()"

@@ -52,6 +52,7 @@ def programs(pid: int) -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sandbox", KINDS, ids=lambda sandbox: sandbox.kind)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_nothing_is_left(tmp_path: Path, sandbox: Sandbox, number: signal.Signals) -> None:

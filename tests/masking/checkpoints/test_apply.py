@@ -67,6 +67,7 @@ def check_model(base: Path, output: Path, mask: Mask) -> None:
     assert not torch.equal(loaded, unmasked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize(("max_shard_size", "tied"), [("1GB", True), ("20KB", True), ("20KB", False)])
 def test_output_is_the_base_with_zeros(dtype: torch.dtype, max_shard_size: str, tied: bool, tmp_path: Path) -> None:
@@ -198,6 +199,7 @@ def test_progress_ends_at_the_size_of_the_weights(base: Path, tmp_path: Path) ->
     assert steps[-1] == (size_bytes, size_bytes)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_piece_and_not_by_the_checkpoint(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()

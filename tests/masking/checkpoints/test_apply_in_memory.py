@@ -259,6 +259,7 @@ def test_gpt2_is_masked_under_names_with_and_without_the_prefix(tmp_path: Path) 
     assert (with_prefix.transformer.h[1].attn.c_attn.weight == 0).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERTS)
 def test_fused_experts_are_masked_in_place_by_the_names_on_disk(name: str, tmp_path: Path) -> None:
     build(name).save_pretrained(tmp_path / "base")
@@ -305,6 +306,7 @@ def gemma_with_vision() -> PreTrainedModel:
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
 
 
+@pytest.mark.slow
 def test_projections_that_have_another_name_on_disk(tmp_path: Path) -> None:
     gemma_with_vision().save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -44,6 +44,7 @@ def trained(source: Path, folder: Path, tokenizer: Any, **options: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_vision_tower_is_carried_over(tmp_path: Path, tokenizer: Any) -> None:
     source = build_composite(tmp_path / "m", tokenizer)
     (source / "preprocessor_config.json").write_text('{"size": 3}')
@@ -59,6 +60,7 @@ def test_vision_tower_is_carried_over(tmp_path: Path, tokenizer: Any) -> None:
     assert json.loads((tmp_path / "t" / "preprocessor_config.json").read_text()) == {"size": 3}
 
 
+@pytest.mark.slow
 def test_sharded_model_gets_a_shard_of_other_parts(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

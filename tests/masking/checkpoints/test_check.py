@@ -77,6 +77,7 @@ def test_quantised_weights(tiny_checkpoint: Path, tmp_path: Path, method: str) -
     assert error.actual == method
 
 
+@pytest.mark.slow
 def test_weights_in_8_bits_are_loaded_with_their_scales(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = in_8_bits(tiny_checkpoint, tmp_path / "m")
     assert "stored in 8 bits" in check_checkpoint(folder).remarks[0]
@@ -122,6 +123,7 @@ def test_type_that_transformers_does_not_know(tiny_checkpoint: Path, tmp_path: P
     assert "`nothing`" in str(error.actual)
 
 
+@pytest.mark.slow
 def test_vision_language_type_without_a_language_model(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = with_config(copied(tiny_checkpoint, tmp_path / "m"), model_type="qwen2_5_vl", vision_config={})
     error = refused(folder)

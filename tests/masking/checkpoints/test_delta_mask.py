@@ -66,6 +66,7 @@ def test_smallest_or_largest_differences_are_reset_in_every_tensor(
 levels = st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["trivial", "salient"])
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=levels, ratio=st.floats(0, 0.99))
@@ -166,6 +167,7 @@ def test_one_tensor_of_each_checkpoint_is_in_memory_at_a_time(
     assert most == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_streamed_checkpoint_equals_the_model_in_memory_and_the_definition(
@@ -187,6 +189,7 @@ def test_streamed_checkpoint_equals_the_model_in_memory_and_the_definition(
     assert all(torch.equal(tensor, parameters[name]) for name, tensor in loaded.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base_stores", [True, False])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_both_copies_of_a_tied_head_get_the_same_mask(base_stores: bool, strategy: Strategy, tmp_path: Path) -> None:

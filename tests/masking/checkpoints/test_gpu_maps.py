@@ -22,6 +22,7 @@ def stored_bytes(folder: Path) -> int:
     return sum(stored.length_bytes for stored in tensor_index(folder).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
 def test_whole_layers_lie_on_both_gpus(tmp_path: Path, tied: bool, dtype: torch.dtype | str) -> None:
@@ -66,6 +67,7 @@ def test_one_device_needs_no_map(tiny_checkpoint: Path, monkeypatch: pytest.Monk
     assert gpu_map(tiny_checkpoint, torch.float32) is None  # that GPU was asked for
 
 
+@pytest.mark.slow
 def test_an_evaluation_uses_it_and_says_so(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make_recipe(workspace, eval__generate=False)
     run, source = open_run(tmp_path, "eval", recipe)

@@ -98,6 +98,7 @@ def skeleton(folder: Path) -> object:
     return build_skeleton(read_config(str(folder)), torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configuration(name: str, model: Path) -> None:
     change(model / "config.json", **CONFIGS[name])

@@ -37,6 +37,7 @@ def test_a_checkpoint_without_a_tokenizer(tiny_checkpoint: Path, tmp_path: Path)
     assert "tokenizer.json" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps no such count")
 def test_peak_memory_begins_anew_with_a_new_piece_of_work() -> None:
     held = torch.ones(256 << 20, dtype=torch.uint8)

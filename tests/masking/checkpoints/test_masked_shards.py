@@ -45,6 +45,7 @@ def expected_bytes(mask: Mask, name: str, base: bytes, tuned: bytes) -> bytes:
     return np.where(keep, *rows).tobytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("base_shards", "tuned_shards"), [(1, 1), (1, 3), (4, 1), (2, 3)])
 def test_each_weight_is_the_tuned_or_the_base_one_bit_for_bit(
@@ -87,6 +88,7 @@ def test_head_that_the_base_ties_is_reset_to_its_embeddings(tmp_path: Path) -> N
     assert torch.equal(found["model.embed_tokens.weight"], tuned_embeddings)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_pieces_and_not_by_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +157,7 @@ def test_mask_of_a_wrong_count_is_refused_and_leaves_nothing(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "mask.bits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
 def test_first_failure_ends_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(masked_shards, "_MOST_THREADS", threads)

@@ -37,6 +37,7 @@ def parts(text: str, kind: str) -> tuple[str, str, list[str]]:
     return front, body, [token.type for token in every if token.type not in ("text", "inline")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["weight", "delta"])
 @settings(max_examples=30)
 @given(text=NAMES)

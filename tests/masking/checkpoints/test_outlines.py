@@ -17,6 +17,7 @@ from tests.conftest import build_llama
 from tests.masking.architectures import ARCHITECTURES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))
 def test_parts_are_those_of_the_whole_model(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -65,6 +66,7 @@ def test_an_unknown_architecture(tmp_path: Path) -> None:
         build_outline(tmp_path, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alike", [True, False])
 def test_tied_weights_that_are_stored_twice(tmp_path: Path, alike: bool) -> None:
     build_llama().save_pretrained(tmp_path)

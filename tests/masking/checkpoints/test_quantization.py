@@ -82,6 +82,7 @@ def test_dequantised_it_is_a_plain_model_of_the_same_values(workspace: Path, tmp
     assert 0.02 < (rounded - original).norm() / original.norm() < 0.2
 
 
+@pytest.mark.slow
 def test_a_weight_of_4_bits_counts_as_one(workspace: Path, quantized: Run, tmp_path: Path) -> None:
     plain = tuned(workspace, tmp_path, **{**LORA, "fft__max_steps": 1})
     for key in ("trained_parameters", "flops_per_token"):
@@ -105,6 +106,7 @@ def test_an_adapter_says_that_its_base_was_quantised(quantized: Run, workspace: 
     assert "| Base during training | nf4 with double quantisation, computing in bf16 |" in card
 
 
+@pytest.mark.slow
 def test_loading_and_merging_give_the_model_that_was_trained(quantized: Run, workspace: Path, tmp_path: Path) -> None:
     merged = tuned(workspace, tmp_path, **QLORA, fft__merge=True)
     folder, whole = quantized.folder / "model", merged.folder / "model"
@@ -123,6 +125,7 @@ def test_loading_and_merging_give_the_model_that_was_trained(quantized: Run, wor
     assert f"base_model: {workspace / 'tiny'}" in card
 
 
+@pytest.mark.slow
 def test_a_merged_model_in_bf16(workspace: Path, quantized: Run, tmp_path: Path) -> None:
     merged = tuned(workspace, tmp_path, **QLORA, fft__merge=True, fft__save_dtype="bf16")
     stored, exact = (
@@ -133,6 +136,7 @@ def test_a_merged_model_in_bf16(workspace: Path, quantized: Run, tmp_path: Path)
         assert torch.equal(stored.get_parameter(name), parameter.bfloat16()), name
 
 
+@pytest.mark.slow
 def test_resuming_gives_the_identical_adapter(quantized: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **QLORA)
     run, source = open_run(tmp_path, "fft", recipe)
@@ -143,6 +147,7 @@ def test_resuming_gives_the_identical_adapter(quantized: Run, workspace: Path, t
     assert (run.folder / file).read_bytes() == (quantized.folder / file).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["nf4", None])
 def test_an_adapter_is_trained_further_on_the_base_it_has(
     quantized: Run, workspace: Path, tmp_path: Path, quantize: str | None
@@ -168,6 +173,7 @@ def test_a_base_that_was_quantised_otherwise(tmp_path: Path, text: str, words: s
         has_quantized_base(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "key"), [("qwen3_moe", "experts"), ("gpt2", "attn.c_attn")])
 def test_layers_that_cannot_be_quantised(tmp_path: Path, name: str, key: str) -> None:
     build(name).save_pretrained(tmp_path)
@@ -176,6 +182,7 @@ def test_layers_that_cannot_be_quantised(tmp_path: Path, name: str, key: str) ->
     assert key in str(caught.value.key)
 
 
+@pytest.mark.slow
 def test_a_base_in_bf16_with_an_adapter_in_fp32(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def test_tokenizer_with_code(tiny_checkpoint: Path, tmp_path: Path) -> None:
     assert caught.value.actual == "tokenization_own.py"
 
 
+@pytest.mark.slow
 def test_trusted_model_is_fine_tuned_with_its_code(own: Path, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, model=str(own), fft__max_steps=1, trust_remote_code=True)
     run, source = open_run(tmp_path / "runs", "fft", recipe)

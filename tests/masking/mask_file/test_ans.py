@@ -52,6 +52,7 @@ def entropy_bits(ratio: float) -> float:
 # The payload
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(packed=st.binary(min_size=1, max_size=300))
 def test_payload_is_the_one_of_the_definition(packed: bytes) -> None:
@@ -61,6 +62,7 @@ def test_payload_is_the_one_of_the_definition(packed: bytes) -> None:
     assert read(payload, len(packed), zeros_of(array)).tobytes() == packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", RATIOS)
 @pytest.mark.parametrize("size_bytes", [1, 2, 5000])
 def test_payloads_of_every_ratio_are_those_of_the_definition(ratio: float, size_bytes: int) -> None:
@@ -90,6 +92,7 @@ def test_tensor_of_several_chunks_and_starting_words_is_the_one_of_the_definitio
     assert np.array_equal(read(payload, len(packed), zeros_of(packed)), packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.02, 0.1, 0.4])
 def test_size_is_within_1002_of_the_entropy(ratio: float) -> None:
     packed = random_packed(1_000_000, ratio)
@@ -97,6 +100,7 @@ def test_size_is_within_1002_of_the_entropy(ratio: float) -> None:
     assert 0.999 < bits / (8 * len(packed) * entropy_bits(zeros_of(packed) / (8 * len(packed)))) < 1.002
 
 
+@pytest.mark.slow
 @given(size_bytes=st.integers(1, 2**45), share=st.fractions(0, 1))
 def test_frequencies_are_positive_and_add_up(size_bytes: int, share: float) -> None:
     zeros = int(8 * size_bytes * share)
@@ -164,6 +168,7 @@ def test_time_and_memory_of_a_hostile_payload_are_bounded_by_its_size() -> None:
     assert 2**21 / 64 <= len(encode_ans(everything, 0)) < 1.001 * 2**21 / 64
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     size_bytes=st.integers(1, 3000),
@@ -182,6 +187,7 @@ def test_no_mask_has_a_payload_too_small_for_a_reader(
     assert np.array_equal(read(payload, size_bytes, zeros_of(packed)), packed)
 
 
+@pytest.mark.slow
 @settings(max_examples=500, deadline=None)
 @given(
     words=st.lists(st.integers(0, 2**32 - 1) | st.integers(0, 3), min_size=1, max_size=6),

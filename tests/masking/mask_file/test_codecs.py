@@ -37,6 +37,7 @@ def test_pack_follows_rows_of_a_transposed_tensor() -> None:
     assert pack(keep.T).tobytes() == plain_packed(keep.T.contiguous())
 
 
+@pytest.mark.slow
 @given(bit_lists)
 def test_pack_agrees_with_bit_arithmetic_and_comes_back(bits: list[bool]) -> None:
     keep = torch.tensor(bits)
@@ -47,6 +48,7 @@ def test_pack_agrees_with_bit_arithmetic_and_comes_back(bits: list[bool]) -> Non
     assert count_kept(packed) == sum(bits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 @given(bits=bit_lists)
 def test_decode_gives_back_what_encode_took(codec: Codec, bits: list[bool]) -> None:

@@ -38,6 +38,7 @@ def test_names_counts_and_membership_decode_nothing(monkeypatch: pytest.MonkeyPa
         assert mask.metadata == small_mask().metadata
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     mask = build_mask(**{f"layers.{number}.w": random_keep(1000, 800, seed=number) for number in range(20)})
     save_mask(mask, tmp_path / "mask.bits")

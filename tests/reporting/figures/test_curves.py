@@ -41,6 +41,7 @@ def test_each_line_is_against_the_best_fft_on_its_own_records_and_begins_where_i
     assert "The loss at the star is 0.8000." in figure.caption
 
 
+@pytest.mark.slow
 @given(
     fft=st.lists(st.floats(0.1, 5), min_size=2, max_size=8),
     mask=st.lists(st.floats(0.1, 5), min_size=2, max_size=5),
@@ -365,6 +366,7 @@ def test_there_is_no_figure_of_nothing(tmp_path: Path, status: str) -> None:
     assert figures_of(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_figure_is_the_same_svg_each_time_and_its_data_is_plain(tmp_path: Path) -> None:
     write_study(tmp_path)
     [one], [other] = figures_of(tmp_path), figures_of(tmp_path)

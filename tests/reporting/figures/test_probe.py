@@ -53,6 +53,7 @@ def test_each_group_stands_at_its_loss_over_the_middle_of_its_layers(tmp_path: P
     assert lines["recommended"].get_xydata()[0] == pytest.approx([5.5, 0.47])
 
 
+@pytest.mark.slow
 @given(
     changes=st.integers(1, 4).flatmap(
         lambda seeds: st.lists(st.lists(st.floats(-1, 1), min_size=seeds, max_size=seeds), min_size=2, max_size=5)
@@ -222,6 +223,7 @@ def test_a_damaged_result_is_named_and_hides_no_other_probe(tmp_path: Path, chan
     assert told in problem
 
 
+@pytest.mark.slow
 def test_a_figure_is_the_same_svg_each_time_and_its_data_is_plain(tmp_path: Path) -> None:
     write_probe(tmp_path, 1, FOURS)
     [one], [other] = figures_of(tmp_path), figures_of(tmp_path)

@@ -93,6 +93,7 @@ def test_the_data_of_the_figures(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [3, 20])
 def test_they_can_be_drawn(tmp_path: Path, layers: int) -> None:
     write_experiment(tmp_path / "runs", layers)
@@ -107,6 +108,7 @@ def test_they_can_be_drawn(tmp_path: Path, layers: int) -> None:
     assert "share removed" in render(figures["removed-by-magnitude"]).svg
 
 
+@pytest.mark.slow
 def test_masks_that_remove_nothing_can_be_drawn(tmp_path: Path) -> None:
     weights = {UP.format(0): torch.randn(4, 8), UP.format(1): torch.randn(4, 8)}
     model = write_model(tmp_path / "001-fft/model", weights)
@@ -141,6 +143,7 @@ def test_nothing_without_masks(tmp_path: Path) -> None:
     assert figures_of(tmp_path) == ({}, [])
 
 
+@pytest.mark.slow
 def test_drops_have_figures_and_words_of_their_own(tmp_path: Path) -> None:
     write_experiment(tmp_path / "drops", kind="delta")
     write_experiment(tmp_path)
@@ -193,6 +196,7 @@ def test_one_damaged_mask_and_one_missing_model_hide_nothing_else(tmp_path: Path
     assert len(problems) == 3
 
 
+@pytest.mark.slow
 def test_fifty_masks_of_a_million_weights_take_seconds(tmp_path: Path) -> None:
     weights = {UP.format(layer): torch.randn(512, 512) for layer in range(4)}
     model = write_model(tmp_path / "001-fft/model", weights)

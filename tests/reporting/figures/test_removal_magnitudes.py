@@ -64,6 +64,7 @@ def test_shares_agree_with_a_count_weight_by_weight(tmp_path: Path, dtype: torch
 SMALL = st.integers(-3, 3).map(float)
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(SMALL, st.booleans()), min_size=1, max_size=70))
 def test_any_tensor_also_with_equal_weights(pairs: list[tuple[float, bool]]) -> None:
     weights = {"h.0.a": torch.tensor([weight for weight, _ in pairs])}

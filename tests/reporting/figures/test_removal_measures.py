@@ -95,6 +95,7 @@ def test_masks_without_a_layer_have_no_map(tmp_path: Path) -> None:
 REMOVED = st.sets(st.integers(0, 10))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.tuples(REMOVED, REMOVED), min_size=2, max_size=4))
 def test_jaccard_and_chance_agree_with_plain_sets(masks: list[tuple[set[int], set[int]]]) -> None:

@@ -31,6 +31,7 @@ def test_the_maker_of_a_state_does_not_change_its_look() -> None:
     assert style_of("something new") == numbered_style(len(STATE_ORDER))
 
 
+@pytest.mark.slow
 def test_the_same_figure_gives_the_same_bytes_with_real_text() -> None:
     svg = render(make_figure()).svg
     assert svg == render(make_figure()).svg
@@ -39,6 +40,7 @@ def test_the_same_figure_gives_the_same_bytes_with_real_text() -> None:
     assert "a < b & c" in text
 
 
+@pytest.mark.slow
 def test_two_figures_on_one_page_share_no_id() -> None:
     found = [
         {
@@ -52,6 +54,7 @@ def test_two_figures_on_one_page_share_no_id() -> None:
     assert not set.intersection(*found)
 
 
+@pytest.mark.slow
 def test_the_picture_is_on_white_and_always_the_same() -> None:
     from PIL import Image
 

@@ -93,6 +93,7 @@ def test_the_caption_says_from_how_much_and_what_it_cannot_tell(tmp_path: Path) 
     assert "so far" not in figure.caption
 
 
+@pytest.mark.slow
 def test_the_svg_names_the_three_models_and_is_the_same_each_time(tmp_path: Path) -> None:
     write_surface(tmp_path)
     ((figure,), _) = figures(tmp_path)
@@ -102,6 +103,7 @@ def test_the_svg_names_the_three_models_and_is_the_same_each_time(tmp_path: Path
     assert render(figure).svg == svg
 
 
+@pytest.mark.slow
 def test_marks_lie_where_the_models_are_and_the_lines_where_the_losses_are(tmp_path: Path) -> None:
     write_surface(tmp_path, side=41)
     ((figure,), _) = figures(tmp_path)
@@ -112,6 +114,7 @@ def test_marks_lie_where_the_models_are_and_the_lines_where_the_losses_are(tmp_p
             assert [loss(x, y) for x, y in path.vertices] == pytest.approx([level] * len(path.vertices), abs=3e-3)
 
 
+@pytest.mark.slow
 @settings(max_examples=10)  # each draws a figure
 @given(st.lists(st.floats(0.01, 20), min_size=25, max_size=25, unique=True))
 def test_each_band_has_its_share_of_the_grid(tmp_path_factory: pytest.TempPathFactory, losses: list[float]) -> None:
@@ -124,6 +127,7 @@ def test_each_band_has_its_share_of_the_grid(tmp_path_factory: pytest.TempPathFa
         assert sum(loss < level for loss in losses) / 25 == pytest.approx(number / 9, abs=1 / 25)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_grid_is_drawn_and_said_to_be_one(tmp_path: Path) -> None:
     write_surface(tmp_path, cells=20)
     (figure,), problems = figures(tmp_path)
@@ -173,6 +177,7 @@ def test_the_same_loss_everywhere_is_no_surface(tmp_path: Path) -> None:
     assert figures(tmp_path) == ([], ["001-surface: constant over the whole plane: test loss"])
 
 
+@pytest.mark.slow
 def test_where_the_model_gives_no_number_the_highest_is_drawn(tmp_path: Path) -> None:
     write_surface(tmp_path, test=lambda x, y: None if x > 7 else held_out_loss(x, y))
     (figure,), problems = figures(tmp_path)

@@ -112,6 +112,7 @@ def test_the_mask_ratio_is_drawn_with_the_values_and_intervals_of_the_tables(tmp
             assert found[float(row.state.partition("ratio=")[2].rstrip("])"))][0] == row.value
 
 
+@pytest.mark.slow
 @given(
     ratios=st.lists(st.sampled_from([0.02, 0.05, 0.1, 0.2, 0.4]), min_size=2, max_size=5, unique=True),
     value=st.floats(0, 1),
@@ -168,6 +169,7 @@ def test_a_mask_by_threshold_and_one_by_projection_have_no_ratio_to_be_drawn_at(
     assert figures_of(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changed", [{"layers": "0-3"}, {"travel": 3.2}, {"data_fraction": 0.5}, {"target": "mlp"}, {"epochs": 2.0}]
 )
@@ -207,6 +209,7 @@ def test_two_sweeps_of_one_state_are_two_lines_named_by_what_differs(tmp_path: P
     assert legend_of(figure) == ["FFT", "MFT, paper (layers=0-3)", "MFT, paper (layers=4-7)"]
 
 
+@pytest.mark.slow
 def test_seeds_are_averaged_and_a_seed_that_lacks_a_value_does_not_break_the_line(tmp_path: Path) -> None:
     study = Study(tmp_path)
     write_ratios(study, [0.1, 0.2, 0.4], seed=0)
@@ -328,6 +331,7 @@ def test_two_data_sets_have_a_figure_each(tmp_path: Path) -> None:
     assert [figure.name for figure in figures_of(tmp_path)] == ["mask-ratio-gsm8k", "mask-ratio-test-jsonl"]
 
 
+@pytest.mark.slow
 def test_a_figure_is_drawn_and_its_data_is_plain(tmp_path: Path) -> None:
     write_ratios(Study(tmp_path), [0.1, 0.2])
     [figure] = figures_of(tmp_path)

@@ -23,6 +23,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return make_report(root, Silence())
 
 
+@pytest.mark.slow
 def test_the_report_of_two_seeds_is_the_stored_one(report: Report) -> None:
     text = to_markdown(report).replace(str(report.root), "runs")
     if os.environ.get("MFTCTL_UPDATE_GOLDENS"):

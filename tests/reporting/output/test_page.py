@@ -55,6 +55,7 @@ def page(report: Report, root: Path) -> str:
     return page_of(report, root.parent / "report")
 
 
+@pytest.mark.slow
 def test_the_page_needs_nothing_else(page: str) -> None:
     assert page.lstrip().startswith("<!doctype html>")
     assert not Elements(page).tags & {"script", "link", "iframe", "object", "base", "form"}
@@ -86,6 +87,7 @@ def test_figures_take_the_colour_of_the_text(page: str, report: Report) -> None:
     assert not re.search(r"<svg[^>]* (?:width|height)=", page)
 
 
+@pytest.mark.slow
 def test_names_from_runs_are_text_and_no_markup(report: Report, tmp_path: Path) -> None:
     bad = "<img src=x onerror=alert(1)>"
     table = report.tables[0]
@@ -98,6 +100,7 @@ def test_names_from_runs_are_text_and_no_markup(report: Report, tmp_path: Path) 
     assert text.count("&lt;img src=x") >= 4
 
 
+@pytest.mark.slow
 def test_a_report_without_evaluation_says_so(report: Report, tmp_path: Path) -> None:
     text = page_of(dataclasses.replace(report, tables=(), overviews=()), tmp_path)
     assert "No evaluation has finished yet, so there is nothing to compare." in text

@@ -32,6 +32,7 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
 
 
+@pytest.mark.slow
 def test_every_table_is_there_to_be_set_and_to_compute_with(report: Report, tmp_path: Path) -> None:
     files = write_tables(report, tmp_path)
     names = ["all-states-of-base", "exact-match-on-test-jsonl-base", "loss-on-test-jsonl-base", "efficiency"]

@@ -122,6 +122,7 @@ def test_an_overview_marks_what_is_more_than_noise() -> None:
     assert cell_text(Cell(0.5, None)) == "0.5000"
 
 
+@pytest.mark.slow
 def test_the_overview_of_runs_names_them(tmp_path: Path) -> None:
     write_experiment(tmp_path)
     tables, _ = compare_runs(tmp_path)

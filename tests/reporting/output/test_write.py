@@ -25,6 +25,7 @@ def files_in(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_report_is_a_page_a_text_a_document_tables_and_figures(report: Report, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "report"
     for _ in range(2):
@@ -57,6 +58,7 @@ def test_the_document_has_every_number_with_its_runs(report: Report) -> None:
     assert all(figure["data"] for figure in document["figures"])
 
 
+@pytest.mark.slow
 def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path, Silence())
     old = [path for path in (tmp_path / "figures").iterdir() if path.suffix == ".png"]
@@ -69,6 +71,7 @@ def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, 
     assert all(path.exists() for path in own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index.html", "report.md", "report.json", "tables"])
 def test_a_file_of_the_users_is_not_written_over(report: Report, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine", encoding="utf-8")
@@ -77,6 +80,7 @@ def test_a_file_of_the_users_is_not_written_over(report: Report, tmp_path: Path,
     assert files_in(tmp_path) == {name}
 
 
+@pytest.mark.slow
 def test_files_that_a_document_of_the_users_lists_stay(report: Report, tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "mine.png").write_text("mine", encoding="utf-8")

@@ -25,6 +25,7 @@ def selected(gradients: list[torch.Tensor], rule: UpdateRule, step: int) -> list
     return list(masks.values())
 
 
+@pytest.mark.slow
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     ratio=st.floats(0, 0.95),

@@ -54,6 +54,7 @@ def with_gradients(seed: int = 0) -> list[torch.Tensor]:
     return parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unselected", ["unchanged", "momentum"])
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("method", ["gmt", "random"])

@@ -47,6 +47,7 @@ def unselected(masks: list[torch.Tensor]) -> list[int]:
     return [int((~mask).sum()) for mask in masks]
 
 
+@pytest.mark.slow
 @given(GRADIENTS, RATIOS, SCOPES)
 def test_largest_equals_a_stable_sort(gradients: list[np.ndarray], ratio: float, scope: Scope) -> None:
     check_against_sorting([torch.from_numpy(gradient) for gradient in gradients], ratio, scope)
@@ -114,6 +115,7 @@ def test_no_tensors_and_no_entries(scope: Scope) -> None:
     assert [mask.shape for mask in keep_largest([torch.zeros(0, 3), torch.ones(1)], 0.2, scope)] == [(0, 3), (1,)]
 
 
+@pytest.mark.slow
 @given(GRADIENTS, RATIOS, SCOPES, st.integers(0, 2**31), st.integers(0, 1000))
 def test_random_leaves_out_the_exact_count(
     arrays: list[np.ndarray], ratio: float, scope: Scope, seed: int, step: int
@@ -147,6 +149,7 @@ def test_random_masks_stay_what_they_were() -> None:
     assert [mask.flatten().int().tolist() for mask in masks] == [[0, 0, 1, 0, 1, 1, 1, 0], [0, 1, 1, 0, 1, 0, 1, 0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_random_is_uniform(scope: Scope) -> None:
     """Over 600 steps every entry is left out in 30 % of them, within five standard deviations of 1.9 %."""

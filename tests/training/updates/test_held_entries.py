@@ -17,6 +17,7 @@ def bits(tensor: torch.Tensor) -> list[int]:
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]).tolist()
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(STRANGE), st.booleans()), max_size=40), st.sampled_from(DTYPES))
 def test_held_entries_come_back_bit_by_bit(drawn: list[tuple[float, bool]], dtype: torch.dtype) -> None:
     selected = torch.tensor([choice for _, choice in drawn], dtype=torch.bool)
@@ -29,6 +30,7 @@ def test_held_entries_come_back_bit_by_bit(drawn: list[tuple[float, bool]], dtyp
         assert bits(tensor) == bits(torch.where(selected, after, before))
 
 
+@pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(STRANGE), st.booleans()), max_size=40), st.sampled_from(DTYPES))
 def test_cleared_entries_are_zero_whatever_they_were(drawn: list[tuple[float, bool]], dtype: torch.dtype) -> None:
     selected = torch.tensor([choice for _, choice in drawn], dtype=torch.bool)

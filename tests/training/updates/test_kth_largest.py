@@ -52,6 +52,7 @@ ARRAYS = st.lists(hnp.arrays(np.int16, st.integers(0, 60), elements=ELEMENTS), m
 )
 
 
+@pytest.mark.slow
 @given(ARRAYS, st.floats(0, 1))
 def test_a_bracket_gives_the_exact_selection_or_none(arrays: list[np.ndarray], share: float) -> None:
     sizes = [array.size for array in arrays]
@@ -63,6 +64,7 @@ def test_a_bracket_gives_the_exact_selection_or_none(arrays: list[np.ndarray], s
         assert [one.highest for one in found] == [max(array.tolist(), default=0) for array in arrays]
 
 
+@pytest.mark.slow
 @given(ARRAYS, st.floats(0, 1))
 def test_digits_give_the_exact_selection(arrays: list[np.ndarray], share: float) -> None:
     count = max(1, round(share * sum(array.size for array in arrays)))
@@ -78,6 +80,7 @@ def number_of_bits(pattern: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(bits.reshape(1)).view(dtype)
 
 
+@pytest.mark.slow
 @given(st.data(), st.sampled_from(DTYPES), st.floats(0, 0.99), st.sampled_from(["tensor", "global"]))
 def test_any_bit_patterns_are_ranked_by_magnitude(data: st.DataObject, dtype: torch.dtype, ratio: float, scope) -> None:
     """Zeros of both signs, subnormal numbers and infinity, ties wherever they fall."""
@@ -114,6 +117,7 @@ def real_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kth_largest, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("real_passes")
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

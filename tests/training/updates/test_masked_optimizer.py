@@ -131,6 +131,7 @@ def test_equals_a_loop_over_single_numbers(make: Make, one_number: Any, keys: tu
                 torch.testing.assert_close(tensor.flatten(), expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.method}-{rule.scope}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", INNER)
@@ -171,6 +172,7 @@ def copy_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter], make: Make
     return other, copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", INNER)
 def test_ratio_zero_is_the_inner_optimizer(name: str) -> None:
     ours, plain = make_parameters(), make_parameters()
@@ -340,6 +342,7 @@ def test_a_transposed_parameter() -> None:
     assert (parameter != 0).tolist() == [[False, True, False], [True, False, True]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", INNER)

@@ -30,6 +30,7 @@ def run(optimizer: Optimizer, parameters: Sequence[torch.Tensor], steps: range) 
     return weights(parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.method}-{rule.scope}")
 @pytest.mark.parametrize("name", ["adamw", "adamw-fused", "sgd-momentum", "adafactor"])
 def test_resuming_equals_an_uninterrupted_training(name: str, rule: UpdateRule) -> None:

@@ -93,6 +93,7 @@ def make_trainer(folder: Path, rule: UpdateRule, watch: TrainerCallback | None =
     return trainer
 
 
+@pytest.mark.slow
 def test_exactly_the_selected_entries_change_in_every_step(tmp_path: Path) -> None:
     watch = Watch()
     trainer = make_trainer(tmp_path, UpdateRule("gmt", 0.3), watch)
@@ -105,6 +106,7 @@ def test_exactly_the_selected_entries_change_in_every_step(tmp_path: Path) -> No
     assert optimizer.updated_entries == sum(sizes) - sum(removed_count(size, 0.3) for size in sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [UpdateRule("gmt", 0.3, "global"), UpdateRule("random", 0.3)], ids=["gmt", "random"])
 def test_a_resumed_training_ends_with_the_same_weights(tmp_path: Path, rule: UpdateRule) -> None:
     whole, resumed = (make_trainer(tmp_path, rule) for _ in range(2))

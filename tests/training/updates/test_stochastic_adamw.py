@@ -18,6 +18,7 @@ from tests.gpu_emulation.emulated_gpu import emulated_gpu
 ALL_NOISE = torch.arange(1 << 16, dtype=torch.int32)
 
 
+@pytest.mark.slow
 @given(st.floats(width=32, allow_nan=False))
 def test_over_all_noise_the_mean_of_the_rounded_is_the_value(value: float) -> None:
     rounded = round_stochastically(torch.full((1 << 16,), value), ALL_NOISE)
@@ -107,6 +108,7 @@ def test_parameters_without_a_gradient_stay_and_equal_ones_get_noise_of_their_ow
     assert not torch.equal(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", [1000, 1 << 17])
 def test_chunks_of_any_size_give_the_same_bits(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"lr": 1e-2, "eps": 1e-8, "weight_decay": 0.1}
@@ -132,6 +134,7 @@ def test_a_gpu_rounds_with_the_same_noise() -> None:
     assert torch.equal(moved, here)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entries", [1 << 12, 1 << 20])
 def test_a_step_holds_what_it_says(entries: int) -> None:
     low = parameter(shape=(300, 2000))

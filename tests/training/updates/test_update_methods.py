@@ -42,6 +42,7 @@ def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return {name: int((tensor != after[name]).sum()) for name, tensor in before.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gmt", "random"])
 def test_one_step_changes_as_many_weights_as_the_ratio_leaves(workspace: Path, tmp_path: Path, method: str) -> None:
     run = tuned(workspace, tmp_path, fft__method=method, fft__ratio=0.7, fft__max_steps=1, fft__keep="last")
@@ -54,6 +55,7 @@ def test_one_step_changes_as_many_weights_as_the_ratio_leaves(workspace: Path, t
             assert count == selected, name
 
 
+@pytest.mark.slow
 def test_gmt_global_leaves_the_ratio_of_all_weights(workspace: Path, tmp_path: Path) -> None:
     run = tuned(
         workspace,
@@ -70,6 +72,7 @@ def test_gmt_global_leaves_the_ratio_of_all_weights(workspace: Path, tmp_path: P
     assert run.record.result["state"] == "GMT global"
 
 
+@pytest.mark.slow
 def test_embeddings_left_out_of_the_choice_are_updated_whole(workspace: Path, tmp_path: Path) -> None:
     steps = {"fft__max_steps": 1, "fft__keep": "last"}
     recipe = make_recipe(workspace, fft__method="gmt", fft__ratio=0.7, fft__exclude=["embeddings"], **steps)
@@ -87,6 +90,7 @@ def test_embeddings_left_out_of_the_choice_are_updated_whole(workspace: Path, tm
     assert "model.embed_tokens.weight is both embeddings and head (tied weights)" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gmt", "random"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_resuming_gives_the_identical_model(workspace: Path, tmp_path: Path, method: str, accumulate: int) -> None:
@@ -101,6 +105,7 @@ def test_resuming_gives_the_identical_model(workspace: Path, tmp_path: Path, met
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_a_ratio_of_0_is_full_fine_tuning(workspace: Path, tmp_path: Path) -> None:
     steps = {"fft__max_steps": 4, "fft__keep": "last"}
     full = tuned(workspace, tmp_path / "a", **steps)
@@ -110,6 +115,7 @@ def test_a_ratio_of_0_is_full_fine_tuning(workspace: Path, tmp_path: Path) -> No
         torch.testing.assert_close(tensor, after[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "rmsprop", "adagrad"])
 def test_any_optimizer_leaves_unselected_weights_alone(workspace: Path, tmp_path: Path, optimizer: str) -> None:
     changes = {"fft__method": "gmt", "fft__ratio": 0.7, "fft__max_steps": 1, "fft__keep": "last"}
@@ -122,6 +128,7 @@ def test_any_optimizer_leaves_unselected_weights_alone(workspace: Path, tmp_path
     assert sum(counts.values()) > 0
 
 
+@pytest.mark.slow
 def test_hft_leaves_its_half_bit_for_bit(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path, fft__method="hft", fft__max_steps=4, fft__keep="last")
     frozen = hft_frozen_names(load_model(workspace / "tiny", dtype=torch.float32), 0)
@@ -138,6 +145,7 @@ def lora(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return tuned(workspace, tmp_path_factory.mktemp("lora"), fft__method="lora", fft__learning_rate=1e-2)
 
 
+@pytest.mark.slow
 def test_lora_writes_an_adapter_that_names_its_base(lora: Run, workspace: Path) -> None:
     folder = lora.folder / "model"
     described = json.loads((folder / "adapter_config.json").read_text())
@@ -147,6 +155,7 @@ def test_lora_writes_an_adapter_that_names_its_base(lora: Run, workspace: Path) 
     assert lora.record.result["best_loss"] < lora.record.result["start_loss"]
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_is_the_model_that_eval_measures(lora: Run, workspace: Path, tmp_path: Path) -> None:
     merged = tuned(workspace, tmp_path, fft__method="lora", fft__merge=True, fft__learning_rate=1e-2)
     adapted = load_model(lora.folder / "model", dtype=torch.float32)
@@ -162,6 +171,7 @@ def test_a_merged_adapter_is_the_model_that_eval_measures(lora: Run, workspace: 
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_continued_lora_trains_the_same_adapter(lora: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__method="lora", fft__max_steps=2)
     source = source_of_run(lora)
@@ -173,6 +183,7 @@ def test_continued_lora_trains_the_same_adapter(lora: Run, workspace: Path, tmp_
     assert described["base_model_name_or_path"] == str((workspace / "tiny").resolve())
 
 
+@pytest.mark.slow
 def test_lora_resumes_to_the_identical_adapter(lora: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__method="lora", fft__learning_rate=1e-2)
     run, source = open_run(tmp_path, "fft", recipe)
@@ -198,6 +209,7 @@ def test_an_adapter_without_its_base_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path, dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_a_continued_adapter_can_be_merged(lora: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__method="lora", fft__max_steps=1, fft__merge=True)
     run = create_run(tmp_path, "fft", {}, inputs=source_of_run(lora).as_inputs())
@@ -207,6 +219,7 @@ def test_a_continued_adapter_can_be_merged(lora: Run, workspace: Path, tmp_path:
     assert not (run.folder / "model" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stored", "wanted", "written"),
     [
@@ -225,6 +238,7 @@ def test_weights_are_written_in_the_dtype_of_the_start(
     assert load_model(run.folder / "model", dtype="auto").dtype == written
 
 
+@pytest.mark.slow
 def test_cosine_schedule_ends_at_zero(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path, fft__schedule="cosine", fft__max_steps=8)
     rates = [
@@ -235,6 +249,7 @@ def test_cosine_schedule_ends_at_zero(workspace: Path, tmp_path: Path) -> None:
     assert rates[-1] == pytest.approx(3e-3 * 0.0495, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_a_part_of_the_data_is_used(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path, fft__data_fraction=0.25, fft__max_steps=2)
     assert run.record.inputs["train_records"] == 12

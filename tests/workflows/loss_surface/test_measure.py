@@ -128,6 +128,7 @@ def answer_loss(state: dict[str, np.ndarray], folder: Path, examples: list[Examp
     return float(np.mean(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half_precision", [False, True])
 def test_points_are_what_state_dicts_on_the_plane_give(root: Path, workspace: Path, half_precision: bool) -> None:
     if half_precision:
@@ -154,6 +155,7 @@ def test_points_are_what_state_dicts_on_the_plane_give(root: Path, workspace: Pa
         assert line["test_loss"] == pytest.approx(answer_loss(state, folder, test), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_three_models_have_the_loss_that_eval_measures(measured: Run, tmp_path: Path) -> None:
     corners = [load_run(measured.folder.parent / name) for name in ("001-fft", "002-fft", "003-mask-train")]
     for run, mark in zip(corners, measured.record.result["marks"], strict=True):
@@ -180,6 +182,7 @@ def test_the_grid_has_each_point_once_and_the_three_models_well_inside(measured:
     assert lowest["test_loss"] == min(line["test_loss"] for line in cells)
 
 
+@pytest.mark.slow
 def test_the_training_records_are_those_that_fft_saw(measured: Run, workspace: Path) -> None:
     seen = seen_records(measured.folder.parent, ["001-fft"])
     examples = {record_digest(example): example for example in load_examples(make_recipe(workspace).data)}
@@ -195,6 +198,7 @@ def test_the_training_records_are_those_that_fft_saw(measured: Run, workspace: P
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("within", [0, RECORDS])
 def test_ctrl_c_keeps_every_point_and_the_same_command_goes_on(root: Path, measured: Run, within: int) -> None:
     with pytest.raises(Interrupted) as caught:
@@ -209,6 +213,7 @@ def test_ctrl_c_keeps_every_point_and_the_same_command_goes_on(root: Path, measu
     assert_same(resumed, measured)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_after_its_last_whole_line(root: Path, measured: Run) -> None:
     with pytest.raises(Interrupted):
         measure_surface(root, Stopper(9), points=POINTS, records=RECORDS)
@@ -231,6 +236,7 @@ def assert_same(run: Run, expected: Run) -> None:
     assert run.record.status == "finished"
 
 
+@pytest.mark.slow
 def test_a_second_call_does_nothing_and_another_grid_is_another_run(root: Path) -> None:
     first = measure_surface(root, Silence(), points=POINTS, records=4)
     before = (first.folder / "run.json").read_bytes()
@@ -243,6 +249,7 @@ def test_a_second_call_does_nothing_and_another_grid_is_another_run(root: Path) 
     assert measure_surface(root, Silence(), points=POINTS + 1, records=4).name == "006-surface"
 
 
+@pytest.mark.slow
 def test_a_newer_mask_is_measured_anew(root: Path) -> None:
     first = measure_surface(root, Silence(), points=POINTS, records=2)
     newer = Path(shutil.copytree(root / "003-mask-train", root / "009-mask-train"))
@@ -261,6 +268,7 @@ def test_where_a_piece_is_missing_no_run_is_made(root: Path) -> None:
     assert not list(root.glob("*-surface"))
 
 
+@pytest.mark.slow
 def test_other_training_data_than_then_is_refused(root: Path, tmp_path: Path, workspace: Path) -> None:
     fft = load_run(root / "001-fft")
     shorter = tmp_path / "shorter.jsonl"
@@ -273,6 +281,7 @@ def test_other_training_data_than_then_is_refused(root: Path, tmp_path: Path, wo
     assert str(caught.value.actual).startswith("40 records with SHA-256 ")
 
 
+@pytest.mark.slow
 def test_a_continued_fft_that_changed_nothing_fails_and_says_so(root: Path) -> None:
     continued = load_run(root / "002-fft")
     copy = shutil.copytree(load_run(root / "001-fft").record.result["model"], root / "002-fft" / "copy")

@@ -33,6 +33,7 @@ def weights_at(plane: WeightPlane, model: nn.Linear, point: PlanePoint) -> torch
     return flat(dict(model.named_parameters()))
 
 
+@pytest.mark.slow
 @given(st.integers(0, 99), COORDINATE, COORDINATE, COORDINATE, COORDINATE)
 def test_distances_on_the_plane_are_those_of_the_weights(seed: int, x: float, y: float, z: float, w: float) -> None:
     model = nn.Linear(6, 4)
@@ -41,6 +42,7 @@ def test_distances_on_the_plane_are_those_of_the_weights(seed: int, x: float, y:
     assert float(torch.dist(one, other)) == pytest.approx(math.hypot(x - z, y - w), abs=1e-5)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 99))
 def test_the_corners_lie_on_the_plane_where_it_says(seed: int) -> None:
     model = nn.Linear(6, 4)

@@ -248,6 +248,7 @@ def test_full_disk_keeps_the_old_file(suffix: str, tmp_path: Path, monkeypatch: 
     assert (list(tmp_path.iterdir()), file.read_bytes()) == ([file], b"old")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("limit_bytes", [0, 100, 400])
 def test_what_a_disk_does_not_take_is_told_in_its_words(suffix: str, limit_bytes: int, tmp_path: Path) -> None:

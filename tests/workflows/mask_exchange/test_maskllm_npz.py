@@ -118,6 +118,7 @@ def test_array_that_claims_to_be_huge_is_refused_without_allocation(tmp_path: Pa
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_archive_bomb_is_refused_without_allocation(tmp_path: Path) -> None:
     content = npy(np.zeros(5, np.uint8)) + bytes(50_000_000)
     masks = NpzMasks(write_archive(tmp_path / "masks.npz", {"a.npy": content}))
@@ -129,6 +130,7 @@ def test_archive_bomb_is_refused_without_allocation(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

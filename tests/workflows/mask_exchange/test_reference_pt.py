@@ -125,6 +125,7 @@ def test_tensor_that_claims_more_than_the_file_holds_is_refused_by_its_shape(tmp
         masks.packed("a", (5, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [True, False])
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

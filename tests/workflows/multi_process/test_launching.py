@@ -50,6 +50,7 @@ def mftctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     return CommandLine(tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_that_of_one_process(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
     """More than one batch of each kind: losses, greedy answers, likelihoods, and samples of programs, which are run."""
     files = {
@@ -78,6 +79,7 @@ def test_an_evaluation_is_that_of_one_process(mftctl: CommandLine, workspace: Pa
     assert not (two.folder / "logs").exists()
 
 
+@pytest.mark.slow
 def test_an_experiment_goes_on_after_ctrl_c(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
     """A probe that is stopped, and the mask of the layers it recommends, end as those of one process."""
     alone = finished(mftctl, experiment(workspace, tmp_path / "alone.yaml", grad_accum_steps=2), "--runs", "alone")
@@ -107,6 +109,7 @@ def test_an_experiment_goes_on_after_ctrl_c(mftctl: CommandLine, workspace: Path
     assert all(torch.equal(mask[name], its_mask[name]) for name in its_mask.names())
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
     """It is killed before it has joined them, so that they wait for it."""
 
@@ -293,6 +296,7 @@ class Listened:
         self.heard.append(("warning", text))
 
 
+@pytest.mark.slow
 @given(
     texts=st.lists(
         st.tuples(

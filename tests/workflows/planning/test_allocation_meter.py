@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from mftctl.masking.checkpoints.meta_models import build_skeleton, without_data
@@ -53,6 +54,7 @@ def test_a_gradient_is_no_longer_something_else() -> None:
     assert add_up(events) == Tally(live_bytes=30, gradient_bytes=0, peak_bytes=130, peak_other_bytes=100)
 
 
+@pytest.mark.slow
 def test_a_model_without_data_allocates_what_the_real_one_does() -> None:
     real = build_llama().train()
     fake = build_skeleton(real.config, torch.float32).train()

@@ -119,6 +119,7 @@ def _counting(module: Any) -> Iterator[list[int]]:
         yield peaks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _CASES)
 def test_estimates_are_near_what_is_counted(
     name: str, workspace: Path, tmp_path: Path, ratios: dict[str, float]

@@ -73,20 +73,24 @@ def _check_against_all_layers(config: PreTrainedConfig, plan: TrainingPlan, batc
     assert asdict(found) == asdict(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", _PLANS.values(), ids=_PLANS)
 def test_llama(plan: TrainingPlan) -> None:
     _check_against_all_layers(_LLAMA, plan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "mask on the first layers"])
 def test_two_kinds_of_attention_in_turn(name: str) -> None:
     _check_against_all_layers(_GEMMA, _PLANS[name])
 
 
+@pytest.mark.slow
 def test_fused_projections_and_an_embedding_of_positions() -> None:
     _check_against_all_layers(_GPT2, _PLANS["hft"])
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=5)
 @given(
     data=st.data(),

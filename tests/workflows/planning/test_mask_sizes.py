@@ -25,6 +25,7 @@ def _random_mask(weights: int, removed: int, seed: int = 0) -> torch.Tensor:
     return keep
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(weights=st.integers(100_000, 600_000), share=st.floats(0.01, 0.99))
 def test_deflate_sizes_are_within_3_percent(weights: int, share: float) -> None:

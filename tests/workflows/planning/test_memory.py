@@ -67,6 +67,7 @@ def measured() -> dict[str, dict[str, int]]:
     return dict(zip(_CASES, json.loads(finished.stdout), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", _CASES)
 def test_estimates_are_within_15_percent_of_measured_peaks(
     name: str, measured: dict[str, dict[str, int]], tmp_path: Path
@@ -91,6 +92,7 @@ def _fft(**options: Any) -> MemoryEstimate:
     )
 
 
+@pytest.mark.slow
 def test_fine_tuning_by_hand() -> None:
     parameters = sum(parameter.numel() for parameter in build_llama(layers=2).parameters())
     found = _fft()
@@ -102,6 +104,7 @@ def test_fine_tuning_by_hand() -> None:
     assert standing < found.peak_bytes <= standing + found.gradients_bytes + found.activations_bytes
 
 
+@pytest.mark.slow
 def test_a_mask_by_hand() -> None:
     options = MaskTrainOptions(target="mlp")
     found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)
@@ -110,6 +113,7 @@ def test_a_mask_by_hand() -> None:
     assert found.optimizer_bytes == 8 * weights
 
 
+@pytest.mark.slow
 def test_low_memory_by_hand() -> None:
     options = MaskTrainOptions(target="mlp", low_memory=True)
     found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)
@@ -121,6 +125,7 @@ def test_low_memory_by_hand() -> None:
     assert found.peak_bytes < usual.peak_bytes
 
 
+@pytest.mark.slow
 def test_a_mask_without_training_needs_no_gradients() -> None:
     options = MaskTrainOptions(method="magnitude")
     found = estimate_memory(build_llama(layers=2).config, plan_mask_training(options, [0, 1]), _TINY, process_bytes=0)
@@ -128,6 +133,7 @@ def test_a_mask_without_training_needs_no_gradients() -> None:
     assert found.validation_bytes > 0
 
 
+@pytest.mark.slow
 def test_what_is_trained_decides() -> None:
     full = _fft()
     lora = _fft(method="lora", lora_rank=2)
@@ -138,12 +144,14 @@ def test_what_is_trained_decides() -> None:
     assert _fft(method="gmt").step_bytes > full.step_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "moments"), [("sgd", 0), ("rmsprop", 1), ("adagrad", 1), ("adamw", 2)])
 def test_optimizers(optimizer: str, moments: int) -> None:
     found = _fft(optimizer=optimizer)
     assert found.optimizer_bytes == moments * found.gradients_bytes
 
 
+@pytest.mark.slow
 def test_low_memory_fine_tuning_takes_8_bytes_a_weight() -> None:
     parameters = sum(parameter.numel() for parameter in build_llama(layers=2).parameters())
     found = _fft(low_memory=True)
@@ -153,6 +161,7 @@ def test_low_memory_fine_tuning_takes_8_bytes_a_weight() -> None:
     assert _fft(low_memory=True, method="gmt").step_bytes > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
 def test_moments_of_8_bits(optimizer: str) -> None:
     config = build_llama(layers=2, hidden_size=64, intermediate_size=128, tie_word_embeddings=False).config
@@ -166,6 +175,7 @@ def test_moments_of_8_bits(optimizer: str) -> None:
     assert found.step_bytes == 0
 
 
+@pytest.mark.slow
 def test_a_quantised_base_takes_about_half_a_byte_a_weight() -> None:
     plain, quantized = _fft(method="lora"), _fft(method="lora", quantize="nf4")
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
@@ -174,6 +184,7 @@ def test_a_quantised_base_takes_about_half_a_byte_a_weight() -> None:
     assert quantized.peak_bytes < plain.peak_bytes
 
 
+@pytest.mark.slow
 def test_lora_computing_in_bf16_holds_its_base_in_bf16() -> None:
     plain, narrow = _fft(method="lora", precision="fp32"), _fft(method="lora", precision="bf16")
     adapter = plain.gradients_bytes
@@ -181,6 +192,7 @@ def test_lora_computing_in_bf16_holds_its_base_in_bf16() -> None:
     assert narrow.weights_bytes - adapter == pytest.approx((plain.weights_bytes - adapter) / 2, rel=0.01)
 
 
+@pytest.mark.slow
 def test_adafactor_keeps_rows_and_columns() -> None:
     expected = sum(
         sum(parameter.shape) if parameter.dim() == 2 else parameter.numel()
@@ -189,12 +201,14 @@ def test_adafactor_keeps_rows_and_columns() -> None:
     assert _fft(optimizer="adafactor").optimizer_bytes == 4 * expected
 
 
+@pytest.mark.slow
 def test_checkpointing_and_accumulation() -> None:
     assert _fft(gradient_checkpointing=True).activations_bytes < _fft().activations_bytes
     assert _fft(grad_accum_steps=2).peak_bytes > _fft().peak_bytes
     assert _fft(grad_accum_steps=2).activations_bytes == _fft().activations_bytes
 
 
+@pytest.mark.slow
 def test_bf16_keeps_weights_in_fp32_and_halves_most_activations() -> None:
     full, half = _fft(), _fft(precision="bf16")
     assert half.weights_bytes == full.weights_bytes

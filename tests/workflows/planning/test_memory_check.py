@@ -15,6 +15,7 @@ from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.workflow_fixtures import make_recipe
 
 
+@pytest.mark.slow
 def test_no_room_is_one_error_before_anything_is_loaded(workspace: Path) -> None:
     recipe = make_recipe(workspace)
     inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)
@@ -31,6 +32,7 @@ def test_no_room_is_one_error_before_anything_is_loaded(workspace: Path) -> None
             regardless.require(inputs)
 
 
+@pytest.mark.slow
 def test_a_lack_of_memory_is_told_with_options(workspace: Path) -> None:
     recipe = make_recipe(workspace)
     inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)

@@ -6,6 +6,8 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 SCRIPT = Path(__file__).parents[3] / "scripts" / "memory_table.py"
 ROWS = ("eval", "probe", "fft --method lora")
 """Of the smallest model; the script makes the others the same way."""
@@ -20,6 +22,7 @@ def _script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_table_is_up_to_date() -> None:
     script = _script()
     written = script.PATH.read_text(encoding="utf-8")
