@@ -119,22 +119,22 @@ def _trainings(run: Run, result: TrainedProbe) -> Table:
     score = result.unmasked_score
     title = f"Validation loss by masked group; unmasked {result.unmasked_loss:.4f} ({run.record.seconds:.0f} s)"
     if score is not None:
-        figure = f"{score.value:.4f}{_error(score.standard_error)} of {score.samples}"
+        unmasked = f"{score.value:.4f}{_error(score.standard_error)} of {score.samples}"
         title = (
             f"{_score_name(result.by, score)} and loss by masked group; "
-            f"unmasked {figure} and {result.unmasked_loss:.4f} ({run.record.seconds:.0f} s)"
+            f"unmasked {unmasked} and {result.unmasked_loss:.4f} ({run.record.seconds:.0f} s)"
         )
     table = Table(title=title, title_justify="left", min_width=min(len(title), 76))
     columns = ("start", "best", "change") if score is None else ("score", "change", "loss", "change")
     for name in ("layers", *columns):
         table.add_column(name, justify="left" if name == "layers" else "right")
     for group in result.groups:
-        figures = [f"{group.best_loss:.4f}", f"{group.change:+.4f}"]
+        cells = [f"{group.best_loss:.4f}", f"{group.change:+.4f}"]
         if group.score is None or group.score_change is None:
-            figures = [f"{group.start_loss:.4f}", *figures]
+            cells = [f"{group.start_loss:.4f}", *cells]
         else:
-            figures = [f"{group.score:.4f}", f"{group.score_change:+.4f}", *figures]
-        table.add_row(escape(group.layers), *figures, style=_style(group, result))
+            cells = [f"{group.score:.4f}", f"{group.score_change:+.4f}", *cells]
+        table.add_row(escape(group.layers), *cells, style=_style(group, result))
     return table
 
 

@@ -252,7 +252,7 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
     except ValidationError as error:
         found = error.errors()
         raise _not_fitting(_describe_all(found[:_MOST_PROBLEMS]), len(found) - _MOST_PROBLEMS, path) from error
-    _require_few_tasks(recipe, path)
+    _require_few_jobs(recipe, path)
     bare, stages = recipe.model_copy(update={"stages": {}}), recipe.stages.items()
     problems = [f"stages.{name}.{problem}" for name, stage in stages for problem in _stage_problems(bare, stage)]
     if problems:
@@ -269,19 +269,19 @@ def _not_fitting(problems: Sequence[str], more: int, path: Path | None) -> Confi
     )
 
 
-def _require_few_tasks(recipe: Recipe, path: Path | None) -> None:
+def _require_few_jobs(recipe: Recipe, path: Path | None) -> None:
     """Checks that the swept values do not expand to too many stages."""
     seeds = max(1, len(recipe.seeds))
-    tasks = sum(seeds * math.prod(map(len, stage.sweep.values())) for stage in recipe.stages.values())
-    if tasks > MAX_JOBS:
-        raise too_many_jobs(tasks, path)
+    jobs = sum(seeds * math.prod(map(len, stage.sweep.values())) for stage in recipe.stages.values())
+    if jobs > MAX_JOBS:
+        raise too_many_jobs(jobs, path)
 
 
-def too_many_jobs(tasks: int, path: Path | None = None) -> ConfigError:
+def too_many_jobs(jobs: int, path: Path | None = None) -> ConfigError:
     """Returns the error for an experiment with too many stages.
 
     Args:
-        tasks: A lower bound for their number.
+        jobs: A lower bound for their number.
         path: The recipe.
     """
     return ConfigError(
@@ -289,7 +289,7 @@ def too_many_jobs(tasks: int, path: Path | None = None) -> ConfigError:
         path=path,
         key="stages",
         expected=f"at most {MAX_JOBS:,} stages, counting all seeds and swept values",
-        actual=f"{tasks:,}" if tasks < 10**15 else "more than can be counted",
+        actual=f"{jobs:,}" if jobs < 10**15 else "more than can be counted",
         hint="sweep fewer values, or divide them among several recipes",
     )
 

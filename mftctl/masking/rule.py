@@ -28,7 +28,7 @@ class MaskRule:
 
     def __post_init__(self) -> None:
         if (self.ratio is None) == (self.threshold is None):
-            raise ValueError("an indicator needs either a ratio or a threshold")
+            raise ValueError("a mask rule needs either a ratio or a threshold")
         if self.ratio is not None:
             check_ratio(self.ratio)
 

@@ -101,7 +101,7 @@ def _measured(runs: Sequence[Run]) -> tuple[list[_Timed], list[str]]:
 
 
 def _timed(run: Run) -> _Timed | None:
-    """Samples and tokens per training run over all steps but the first; None if steps were not timed."""
+    """Samples and tokens per second over all steps but the first; None if steps were not timed."""
     lines = [line for line in run.training.metrics() if line.step_seconds is not None]
     seconds = sum(line.step_seconds or 0.0 for line in lines[1:])
     cost = run.result(TrainingCost)

@@ -25,7 +25,7 @@ class Measurement:
     Attributes:
         run: The evaluation.
         dataset: The data or benchmark it was measured on.
-        metric: The figures.
+        metric: The metric.
         state: Label of the measured state, as in the papers.
         made_by: The runs that made the state, first to last.
     """

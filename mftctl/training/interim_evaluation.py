@@ -125,8 +125,8 @@ class InterimEvaluation(TrainerCallback):
             name, metrics = dataset.name, dataset.metrics
             line = MetricsLine(step=step, dataset=name, digest=dataset.digest, metrics=metrics)
             self._folder.log(line.document())
-            figures = ", ".join(f"{metric.name} {metric.value:.4f}" for metric in metrics)
-            self._listener.note(f"Step {step}, {name}: {figures} (n = {metrics[0].samples})")
+            values = ", ".join(f"{metric.name} {metric.value:.4f}" for metric in metrics)
+            self._listener.note(f"Step {step}, {name}: {values} (n = {metrics[0].samples})")
 
 
 def interim_evaluation(

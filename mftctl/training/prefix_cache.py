@@ -345,6 +345,6 @@ def token_batches_change(records: int, options: MaskTrainOptions) -> bool:
     return total_steps(records, options, processes) * records_per_step(options, processes) >= 2 * records
 
 
-def figures(states: HiddenStates) -> PrefixReuse:
+def prefix_reuse(states: HiddenStates) -> PrefixReuse:
     """Size and use of the cache, for a run's result."""
     return PrefixReuse(batches=len(states), size_bytes=states.size_bytes, reused=states.reused)

@@ -35,8 +35,8 @@ from mftctl.training.learn_mask import find_mask
 from mftctl.training.mask_search import FoundMask, MaskSearch, frozen_dtype, load_frozen_model, prepare_mask_training
 from mftctl.training.prefix_cache import (
     batches_come_again,
-    figures,
     hidden_states,
+    prefix_reuse,
     reusing_prefix,
     token_batches_change,
 )
@@ -137,7 +137,7 @@ def _search(
         found = find_mask(search)
         search = _with_whole_model(search, layers)
         confirmation = _confirmation(search, found, confirming)
-        reuse = figures(states)
+        reuse = prefix_reuse(states)
     metadata = mask_metadata(recipe, source, run, layers)
     mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata)
     return MeasuredMask(

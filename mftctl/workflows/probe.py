@@ -38,7 +38,7 @@ from mftctl.training.mask_search import (
     load_frozen_model,
     prepare_mask_training,
 )
-from mftctl.training.prefix_cache import HiddenStates, figures, hidden_states, reusing_prefix
+from mftctl.training.prefix_cache import HiddenStates, hidden_states, prefix_reuse, reusing_prefix
 from mftctl.workflows.fast_probe import agreement_with_training, promised_changes
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 from mftctl.workflows.probe_scores import ProbeScorer
@@ -102,7 +102,7 @@ def _train_groups(
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             wait_for_all()
             results.append(read_part(stored, TrainedGroup))
-        reuse = figures(states)
+        reuse = prefix_reuse(states)
     ranked = sorted(results, key=lambda item: (item.score_rank or 0.0, item.best_loss))
     return TrainedProbe(
         groups=ranked,

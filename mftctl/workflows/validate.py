@@ -18,7 +18,7 @@ from mftctl.workflows.planning.memory import resident_bytes
 from mftctl.workflows.planning.model_check import CheckedModel, check_model
 from mftctl.workflows.planning.planned_device import PlannedDevice, asked_device, parse_memory
 from mftctl.workflows.planning.problem_list import ProblemList, describe
-from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageFigures, training_options
+from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageEstimates, training_options
 from mftctl.workflows.planning.training_data import DataCheck, Tokens, token_counts, trained_segments
 from mftctl.workflows.probe_by import check_by
 
@@ -57,8 +57,8 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[st
     length = _first_length(recipe, jobs)
     tokens = data.tokens(recipe, length)
     _check_positions(tokens, model, findings)
-    figures = StageFigures(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
-    stages = [_stage(job, figures, findings) for job in jobs]
+    estimates = StageEstimates(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
+    stages = [_stage(job, estimates, findings) for job in jobs]
     if recipe.eval.tasks or recipe.eval.task_data:
         _check_suite(recipe, findings, "eval")
     counts: dict[str, dict[str, Any]] = {
@@ -79,9 +79,9 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[st
         "samples": _samples(data.train(recipe, length), model),
         "seeds": len(recipe.seeds) or 1,
         "stages": stages,
-        "masks": figures.masks,
+        "masks": estimates.masks,
         "device": {"kind": device.kind, "free_bytes": device.free_bytes},
-        "memory": figures.memory,
+        "memory": estimates.memory,
     }
 
 
@@ -110,18 +110,18 @@ def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:
     return lengths[0] if lengths else recipe.fft.max_length_tokens
 
 
-def _stage(job: Job, figures: StageFigures, findings: ProblemList) -> dict[str, Any]:
+def _stage(job: Job, estimates: StageEstimates, findings: ProblemList) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": job.name, "command": job.command}
     if job.command in ("apply", "eval") and job.after is not None:
         row["of"] = job.after.name
     with findings.collecting(job.name):
         if job.command in TRAINING_COMMANDS:
-            row |= figures.row(job)
+            row |= estimates.row(job)
             if job.command == "probe":
                 check_by(job.recipe)
         elif job.command == "eval":
             _check_suite(job.recipe, findings, job.name)
-            figures.evaluation(job)
+            estimates.evaluation(job)
     return row
 
 

@@ -21,7 +21,6 @@ def _is_texts(value: Any) -> bool:
 
 
 TEXT: _Check = ("non-empty text", _is_text)
-ANY_TEXT: _Check = ("text", lambda value: isinstance(value, str))
 TEXTS: _Check = ("a list of texts", _is_texts)
 FOUR_TEXTS: _Check = ("four texts", lambda value: _is_texts(value) and len(value) == 4)
 LETTER: _Check = ("0, 1, 2 or 3", lambda value: type(value) is int and 0 <= value <= 3)

@@ -126,9 +126,9 @@ def _sum_and_weight(value: Any) -> tuple[float, float] | None:
         return None
 
 
-def _scores(figures: Mapping[str, Any], samples: Sequence[BenchmarkSample]) -> tuple[Score, ...]:
+def _scores(results: Mapping[str, Any], samples: Sequence[BenchmarkSample]) -> tuple[Score, ...]:
     scores = []
-    for key, value in figures.items():
+    for key, value in results.items():
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr"):
             continue

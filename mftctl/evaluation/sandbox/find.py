@@ -17,7 +17,7 @@ from mftctl.evaluation.sandbox.program import Limits, Program
 from mftctl.evaluation.sandbox.python_files import find_installation
 from mftctl.evaluation.sandbox.supervise import judge_program
 
-_SECRET = "the secret of the probe"
+_SECRET = "the secret of the sandbox check"
 _HINT = "install bubblewrap, or pass --unsafe-code to run model-written code with your own rights"
 
 

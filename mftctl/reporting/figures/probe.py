@@ -330,8 +330,8 @@ def _agreement(runs: Sequence[Run]) -> list[str]:
     found = [result.agreement for result in results if isinstance(result, FastProbe) and result.agreement]
     if not found:
         return []
-    figures = ", ".join(f"{item.rank_correlation:.2f} ({item.run})" for item in found)
-    return [f"Rank correlation with trained probes: {figures}."]
+    values = ", ".join(f"{item.rank_correlation:.2f} ({item.run})" for item in found)
+    return [f"Rank correlation with trained probes: {values}."]
 
 
 def _draw(probe: _Probe, canvas: Canvas) -> None:

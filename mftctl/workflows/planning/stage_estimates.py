@@ -32,7 +32,7 @@ from mftctl.workflows.planning.training_data import DataCheck
 TRAINING_COMMANDS = ("fft", "probe", "mask-train")
 
 
-class StageFigures:
+class StageEstimates:
     """Estimates for a recipe's stages; estimates shared by several stages are computed once.
 
     Args:
@@ -154,14 +154,14 @@ class StageFigures:
         learns = job.command == "fft" or (job.recipe.mask_train.method == "learned" and not _is_fast(job))
         steps = total_steps(records, options) * runs if learns else 0
         step_records = min(records_per_step(options), records)
-        figures = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
+        counts = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
         tokens = self._data.tokens(job.recipe, options.max_length_tokens)
         if tokens is None:
-            return figures
+            return counts
         mean_tokens = sum(len(record.input_ids) for record in tokens.train) / len(tokens.train)
         total = steps * step_records if options.max_steps else math.ceil(options.epochs * records) * runs * bool(steps)
         return {
-            **figures,
+            **counts,
             "tokens_per_step": round(mean_tokens * step_records),
             "tokens": round(mean_tokens * total),
         }
