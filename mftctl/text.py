@@ -1,4 +1,4 @@
-"""Text for terminals, Markdown and shells: escapes characters with a special meaning, and quotes commands."""
+"""Text for terminals, Markdown and shells: escaped characters, quoted commands, and numbers with their nouns."""
 
 from __future__ import annotations
 
@@ -115,6 +115,16 @@ def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     line = lines[0] if lines else type(error).__name__
     return line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}…"
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number with its noun: `1 record`, `1,234 records`.
+
+    Args:
+        number: The number.
+        noun: The noun in the singular; its plural ends in `s`.
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def command_line(*words: str | Path, runs: Path | None = None) -> str:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mftctl.text import visible, visible_line
+from mftctl.text import counted, visible, visible_line
 from tests.hostile_texts import OBEYED, TEXTS
 
 
@@ -42,3 +42,12 @@ def test_nothing_that_is_obeyed_is_left_and_it_is_done_once(text: str) -> None:
 def test_no_control_character_but_tab_and_line_feed_is_left(character: str) -> None:
     assert (visible(character) == character) == (character in "\t\n")
     assert all(unicodedata.category(part) not in ("Cc", "Zl", "Zp", "Cs") for part in visible_line(character))
+
+
+def test_a_noun_is_in_the_singular_only_for_one() -> None:
+    assert [counted(number, "record") for number in (0, 1, 2, 1234)] == [
+        "0 records",
+        "1 record",
+        "2 records",
+        "1,234 records",
+    ]

@@ -18,6 +18,7 @@ from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_folder import Run
 from mftctl.files.ownership import Kind, permit_folder
+from mftctl.text import counted
 
 
 def apply(
@@ -83,7 +84,7 @@ def show(console: Output, run: Run, result: ApplyResult) -> None:
     """Prints the result of applying a mask."""
     rows = [
         ("model", result.model),
-        ("removed", f"{result.removed:,} weights in {result.tensors_masked} tensors"),
+        ("removed", f"{counted(result.removed, 'weight')} in {counted(result.tensors_masked, 'tensor')}"),
         ("written", f"{result.bytes_written / 1e6:,.1f} MB"),
     ]
     console.result(

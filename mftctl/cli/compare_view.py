@@ -15,6 +15,7 @@ from mftctl.cli.output import Output, pairs_table
 from mftctl.experiments.find_run import find_run
 from mftctl.experiments.run_folder import Run
 from mftctl.reporting.two_runs import Difference, MaskOverlap, PairedMetric, RunComparison, compare_two
+from mftctl.text import counted
 
 _COLOURS = {"better": "green", "worse": "red"}
 _CURVES = ("evaluations.", "flips.rounds.")
@@ -57,7 +58,9 @@ def _views(found: RunComparison, first: Run, second: Run) -> list[RenderableType
     for prefix in _CURVES:
         values = sum(item.key.startswith(prefix) for item in found.results)
         if values:
-            views.append(f"{prefix.rstrip('.')}: {values} values per step differ (--json lists them)")
+            views.append(
+                f"{prefix.rstrip('.')}: {counted(values, 'difference')} in values per step (--json lists them)"
+            )
     if found.mask is not None:
         views.append(_mask(found, found.mask))
     return views
@@ -121,9 +124,7 @@ def _mask(found: RunComparison, overlap: MaskOverlap) -> Table:
     ]
     for name, only in ((found.one, overlap.only_one), (found.other, overlap.only_other)):
         if only:
-            rows.append(
-                (f"only in {name}", f"{len(only)} tensor{'' if len(only) == 1 else 's'}, for example {only[0]}")
-            )
+            rows.append((f"only in {name}", f"{counted(len(only), 'tensor')}, for example {only[0]}"))
     return pairs_table("Masks", rows)
 
 

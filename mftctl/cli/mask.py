@@ -14,6 +14,7 @@ from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.errors import ConfigError
 from mftctl.experiments.outputs import Input
+from mftctl.text import counted
 
 mask_app = typer.Typer(
     add_completion=False,
@@ -136,7 +137,7 @@ def import_(
             "removed": mask.removed,
             "ratio": mask.ratio,
         }
-        tensors = f"{len(mask)} tensor{'' if len(mask) == 1 else 's'}"
+        tensors = counted(len(mask), "tensor")
         removed = f"{mask.removed:,} of {mask.weights:,} weights in {tensors} ({mask.ratio:.2%})"
         rows = [("mask", str(output)), ("removed", removed)]
         console.result(document, pairs_table("Imported", rows))

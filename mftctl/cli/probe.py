@@ -16,6 +16,7 @@ from mftctl.experiments.recipe import EvalOptions, ProbeOptions
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, TrainedProbe
 from mftctl.experiments.run_folder import Run
+from mftctl.text import counted
 from mftctl.workflows.multi_process.dispatch import work
 from mftctl.workflows.multi_process.process_count import settle_launch
 
@@ -151,7 +152,7 @@ def _promises(run: Run, result: ProbeResult) -> Table:
     title = f"Predicted change of the training loss with a mask, to first order ({run.record.seconds:.0f} s)"
     caption = None
     if isinstance(result, FastProbe) and (found := result.agreement) is not None:
-        measured = f"{found.rank_correlation:+.2f} over {found.groups} groups"
+        measured = f"{found.rank_correlation:+.2f} over {counted(found.groups, 'group')}"
         caption = f"Rank correlation with the trained {escape(found.run)}: {measured}"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", min_width=len(title))
     table.add_column("layers")

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import Output
-from mftctl.text import visible_line
+from mftctl.text import counted, visible_line
 
 if TYPE_CHECKING:
     from mftctl.reporting.output.text_tables import TextCell, TextTable
@@ -61,15 +61,13 @@ def _tell(console: Output, made: Report) -> None:
         console.warn("No finished evaluation to compare yet; run mftctl eval")
     flagged = sum(len(row.flags) for table in made.tables for row in table.rows)
     if flagged:
-        console.warn(
-            f"{flagged} result{'' if flagged == 1 else 's'} not comparable with the baseline; the report has details"
-        )
+        console.warn(f"{counted(flagged, 'result')} not comparable with the baseline; the report has details")
     for line in made.unfinished:
         console.note(visible_line(f"Not finished: {line}"))
     for problem in made.problems[:_MOST_TOLD]:
         console.warn(visible_line(problem))
     if len(made.problems) > _MOST_TOLD:
-        console.warn(f"{len(made.problems) - _MOST_TOLD} more warnings are in the report")
+        console.warn(f"{counted(len(made.problems) - _MOST_TOLD, 'more warning')} in the report")
     console.note(made.advice.reason)
 
 

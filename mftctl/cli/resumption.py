@@ -95,7 +95,7 @@ def with_same_step_records(recipe: Recipe, run: Run, processes: int) -> Recipe:
         raise ConfigError(
             "A resumed run keeps its number of records per step, which cannot be divided among these processes.",
             key="WORLD_SIZE" if world_size() > 1 else "--processes",
-            expected=f"a number of processes that divides {steps} micro-batches per step",
+            expected=f"a number of processes that divides {steps}, the micro-batches per step",
             actual=processes,
             hint="runs with --global-batch-size and --batch-tokens can be resumed with any number of processes",
         )

@@ -12,6 +12,7 @@ from mftctl.cli.validate_view import validation_views
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe
+from mftctl.text import counted
 
 
 def validate(
@@ -64,9 +65,7 @@ def validate(
         for text in result["not_checked"]:
             console.note(f"Not checked: {text}")
         if result["problems"]:
-            count = len(result["problems"])
-            raise ConfigError(
-                f"The recipe has {count} problem{'s' if count > 1 else ''}.", path=recipe, problems=result["problems"]
-            )
+            problems = result["problems"]
+            raise ConfigError(f"The recipe has {counted(len(problems), 'problem')}.", path=recipe, problems=problems)
         if recipe is not None:
             console.next_command("mftctl", *(("run",) if settled.stages else ("fft", "--recipe")), recipe)

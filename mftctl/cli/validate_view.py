@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import pairs_table
+from mftctl.text import counted
 
 _MEMORY = {
     "weights": "weights_bytes",
@@ -42,7 +43,7 @@ def validation_views(result: Mapping[str, Any]) -> list[RenderableType]:
 def _overview(result: Mapping[str, Any]) -> Table:
     rows = []
     if model := result["model"]:
-        sizes = f"{model['parameters']:,} parameters, {model['layers']} layers"
+        sizes = f"{model['parameters']:,} parameters, {counted(model['layers'], 'layer')}"
         rows.append(("model", f"{model['name']}: {model['model_type']}, {sizes}"))
         template = {True: "the tokenizer's", False: "none; question and answer are concatenated", None: "unknown"}
         rows.append(("chat template", template[model["chat_template"]]))
@@ -51,7 +52,7 @@ def _overview(result: Mapping[str, Any]) -> Table:
 
 
 def _part(counts: Mapping[str, int]) -> str:
-    text = f"{counts['records']:,} record{'' if counts['records'] == 1 else 's'}"
+    text = counted(counts["records"], "record")
     if counts.get("tokenized_records"):
         text += (
             f", {counts['tokens']:,} tokens, {counts['answer_tokens']:,} of them in answers, "

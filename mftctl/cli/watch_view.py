@@ -17,7 +17,7 @@ from rich.text import Text
 from mftctl.cli.output import Output
 from mftctl.files.json_files import json_text
 from mftctl.reporting.watch import Following, RunProgress
-from mftctl.text import visible_line
+from mftctl.text import counted, visible_line
 
 INTERVAL_SECONDS = 2.0
 _NEWEST = 5
@@ -95,7 +95,7 @@ def _in_full(item: RunProgress, now: float) -> Iterator[RenderableType]:
         bar = () if item.steps is None else (ProgressBar(total=item.steps, completed=item.step, width=24),)
         line.add_row(" ", *bar, done, _times(item))
         yield line
-        yield Text(f"    {_figures(item)}")
+        yield Text(f"    {_numbers(item)}")
     else:
         yield Text(f"    {_times(item)}")
     if now - item.written > _QUIET_SECONDS:
@@ -119,7 +119,7 @@ def _counts(progress: Sequence[RunProgress], unreadable: Sequence[str]) -> str:
         found["unreadable"] = len(unreadable)
     runs = len(progress) + len(unreadable)
     told = ", ".join(f"{count:,} {name}" for name, count in found.items())
-    return f"{runs:,} run{'' if runs == 1 else 's'}: {told}." if runs else "No runs."
+    return f"{counted(runs, 'run')}: {told}." if runs else "No runs."
 
 
 def _nothing_runs(root: Path) -> str:
@@ -141,7 +141,7 @@ def _line(item: RunProgress) -> str:
     parts = [item.status if item.part is None else f"{item.status}, layers {item.part}"]
     if item.step is not None:
         parts.append(f"step {item.step:,}" if item.steps is None else f"step {item.step:,}/{item.steps:,}")
-    parts += [part for part in (_figures(item), _times(item), item.error or "") if part]
+    parts += [part for part in (_numbers(item), _times(item), item.error or "") if part]
     return f"{item.run}{_origin(item)}: {', '.join(parts)}"
 
 
@@ -149,7 +149,7 @@ def _origin(item: RunProgress) -> str:
     return f" ({'' if item.stage is None else f'{item.stage}, '}seed {item.seed})"
 
 
-def _figures(item: RunProgress) -> str:
+def _numbers(item: RunProgress) -> str:
     parts = []
     if item.train_loss is not None:
         parts.append(f"loss {item.train_loss:.4f}")

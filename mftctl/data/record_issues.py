@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Literal
 
 from mftctl.errors import DataError
+from mftctl.text import counted
 
 BadRecords = Literal["error", "skip"]
 
@@ -130,7 +131,7 @@ class RecordIssues:
             ),
         ):
             if count:
-                lines.append(f"in {count:,} {noun if count == 1 else f'{noun}s'} {words}")
+                lines.append(f"in {counted(count, noun)} {words}")
         return lines
 
 

@@ -20,6 +20,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.files.atomic import write_text
 from mftctl.progress import Listener
 from mftctl.runtime.processes import is_first
+from mftctl.text import counted
 from mftctl.training.held_out import split_validation_records
 from mftctl.training.inputs import TrainingInputs
 from mftctl.workflows.probe_by import EXACT_MATCH, check_by
@@ -141,7 +142,7 @@ def _questions(recipe: Recipe, inputs: TrainingInputs) -> EncodedRecords:
             "Exact match needs questions to answer.",
             key="probe.by",
             expected="validation records with a question and an answer",
-            actual=f"{len(examples)} records of plain text",
+            actual=f"{counted(len(examples), 'record')} of plain text",
             hint="--by loss",
         )
     return EncodedRecords(records, examples)

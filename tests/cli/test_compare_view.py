@@ -51,7 +51,7 @@ def test_values_of_many_steps_are_counted(tmp_path: Path, capsys: pytest.Capture
         record = {"command": "fft", "status": "finished", "started": "", "config": {}, "result": result}
         (folder / "run.json").write_text(json.dumps(record))
     text = shown(tmp_path, "1", "2", capsys)
-    assert "evaluations: 4 values per step differ (--json lists them)" in text
+    assert "evaluations: 4 differences in values per step (--json lists them)" in text
     assert "evaluations.d" not in text
     assert "│ best_loss" in text
     assert len(json.loads(shown(tmp_path, "1", "2", capsys, as_json=True))["results"]) == 5

@@ -17,6 +17,7 @@ from mftctl.files.regular import read_regular
 from mftctl.masking.checkpoints.apply_in_memory import spellings
 from mftctl.masking.checkpoints.tensors import INDEX_FILE, WEIGHTS_FILE, StoredTensor, read_chunks, tensor_index
 from mftctl.masking.parameter_layout import stored_parts
+from mftctl.text import counted
 
 _OTHER_PARTS: Final = ("vision_config", "audio_config", "video_config")
 _BESIDE: Final = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -59,7 +60,7 @@ def parts_left_out(folder: Path, model: PreTrainedModel) -> dict[str, StoredTens
             key=eight_bits or strange,
             expected="a language model under the parameter names of transformers, and other parts in bf16, fp16 or "
             "fp32",
-            actual=f"{len(found)} tensors such as {next(iter(found))}",
+            actual=f"{counted(len(found), 'tensor')} such as {next(iter(found))}",
             hint="save the language model on its own with AutoModelForCausalLM, and use that",
         )
     return found

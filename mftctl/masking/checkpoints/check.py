@@ -21,6 +21,7 @@ from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
 from mftctl.masking.checkpoints.remote_code import require_trusted_code
 from mftctl.masking.checkpoints.tensors import INDEX_FILE, WEIGHTS_FILE, StoredTensor, tensor_index
 from mftctl.progress import Listener
+from mftctl.text import counted
 
 _TRAINABLE_QUANTIZATION = ("fp8",)
 _COMPARED_ROWS = 4096
@@ -188,8 +189,8 @@ def _left_out(folder: Path, model: PreTrainedModel) -> Iterator[str]:
     parts = parts_left_out(folder, model)
     if parts:
         yield (
-            f"{len(parts)} tensors outside the language model, such as {next(iter(parts))}, are not trained; "
-            "they are carried over unchanged to the checkpoint that is written"
+            "not trained, but carried over unchanged to the checkpoint that is written: "
+            f"{counted(len(parts), 'tensor')} outside the language model, such as {next(iter(parts))}"
         )
 
 

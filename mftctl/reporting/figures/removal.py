@@ -21,6 +21,7 @@ from mftctl.reporting.figures.removal_drawing import (
 from mftctl.reporting.figures.removal_magnitudes import BINS, MAX_SAMPLE, MagnitudeShares, magnitude_shares
 from mftctl.reporting.figures.removal_measures import LayerShares, MaskOverlaps, layer_shares, mask_overlaps
 from mftctl.reporting.figures.style import Figure
+from mftctl.text import counted
 
 
 def removal_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
@@ -83,8 +84,7 @@ class _Names:
 
     def basis(self, runs: Iterable[Sequence[str]]) -> str:
         """Caption sentences about the masks used and left out, with a leading space."""
-        count = len(_unique(runs))
-        text = f" From {count} mask{'s' * (count > 1)}."
+        text = f" From {counted(len(_unique(runs)), 'mask')}."
         if self.family.older:
             text += f" Older masks with the same settings and seed left out: {self.family.older}."
         if self.family.more:

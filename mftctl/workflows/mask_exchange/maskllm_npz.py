@@ -17,6 +17,7 @@ from mftctl.errors import MaskFormatError, MaskMismatchError
 from mftctl.masking.mask import Mask
 from mftctl.masking.mask_file.codecs import Packed, packed_size_bytes
 from mftctl.masking.mask_file.document import shown
+from mftctl.text import counted
 
 MASK_SUFFIX: Final = ".mask"
 """The suffix that MaskLLM appends to a weight's name."""
@@ -97,7 +98,7 @@ class NpzMasks:
                 path=self._file,
                 key=shown(name),
                 expected="uint8, one dimension",
-                actual=f"{dtype}, {len(found_shape)} dimensions",
+                actual=f"{dtype}, {counted(len(found_shape), 'dimension')}",
                 hint="pack each mask with numpy.packbits",
             )
         if found_shape != (size_bytes,):
@@ -121,7 +122,7 @@ class NpzMasks:
                 "The padding bits after a mask's last weight are not zero.",
                 path=self._file,
                 key=shown(name),
-                expected=f"{-weights % 8} zero bits",
+                expected=counted(-weights % 8, "zero bit"),
                 hint="with -m, give the base that the mask was learned on, or copy the file again",
             )
 

@@ -16,7 +16,7 @@ from mftctl.masking.mask import Mask
 from mftctl.masking.mask_file.codecs import Packed, pack
 from mftctl.masking.mask_file.document import shown
 from mftctl.runtime.torch_failures import failure_of_writing
-from mftctl.text import first_line
+from mftctl.text import counted, first_line
 
 _DTYPES: Final = (torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _EXPORT_HINT: Final = 'in the reference implementation, save it with: torch.save(masks, "masks.pt")'
@@ -100,7 +100,7 @@ class TorchMasks:
                 path=self._file,
                 key=shown(name),
                 expected="0 (removed) and 1 (keep)",
-                actual=f"{other.numel()} others, such as {float(other.reshape(-1)[0]):g}",
+                actual=f"{counted(other.numel(), 'other')}, such as {float(other.reshape(-1)[0]):g}",
                 hint=f"scores are not a mask; {_EXPORT_HINT}",
             )
         return pack(tensor != 0)

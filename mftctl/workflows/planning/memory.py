@@ -1,8 +1,8 @@
 """Estimates the memory of training on one device from a model's configuration and batch sizes.
 
-No architecture-specific formula is used: the forward and backward passes run on tensors without data, and every
-storage they would allocate is counted; a few decoder layers stand in for all equivalent ones. Values that do not come
-from running the model are constants in `entry_costs`. Scratch memory inside kernels and allocator losses from rounding and
+No architecture-specific formula is used: the forward and backward passes run on tensors without data, and every storage
+they would allocate is counted; a few decoder layers stand in for all equivalent ones. Values that do not come from
+running the model are constants in `entry_costs`. Scratch memory inside kernels and allocator losses from rounding and
 fragmentation are not counted. If freed blocks return to the system, measured peaks of small models on a CPU were within
 10 % of the estimate; with glibc's default settings, which keep freed blocks, they were up to 1.3 times the estimate and
 in one case with gradient checkpointing 2.4 times (all without the process itself).

@@ -17,6 +17,7 @@ from mftctl.experiments.jobs import Job
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
+from mftctl.text import counted
 from mftctl.training.schedule import records_per_step, total_steps
 from mftctl.workflows.planning.batches import assumed_batches, largest_batches
 from mftctl.workflows.planning.command_memory import Asked, CommandMemory
@@ -278,7 +279,7 @@ def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[Ma
 def _layers_text(job: Job, groups: Sequence[Sequence[int]]) -> str:
     if len(groups) == 1:
         return format_layers(groups[0])
-    return f"{len(groups)} groups" if job.command == "probe" else f"{len(max(groups, key=len))} of a probe"
+    return counted(len(groups), "group") if job.command == "probe" else f"{len(max(groups, key=len))} of a probe"
 
 
 def _check_drop(job: Job) -> None:

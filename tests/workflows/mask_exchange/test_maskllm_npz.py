@@ -82,7 +82,7 @@ def test_pickled_array_is_refused_without_opening_it(tmp_path: Path) -> None:
     np.savez(tmp_path / "masks.npz", a=np.array([{"not": "bits"}], dtype=object))
     with pytest.raises(MaskFormatError, match="does not hold packed bits") as caught:
         NpzMasks(tmp_path / "masks.npz").packed("a", (5, 7))
-    assert caught.value.actual == "object, 1 dimensions"
+    assert caught.value.actual == "object, 1 dimension"
 
 
 def test_padding_bits_that_are_not_zero_are_refused(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_value_other_than_zero_and_one_is_refused(value: float, dtype: torch.dty
     scores[3, 2] = value
     with pytest.raises(MaskFormatError, match="values other than 0 and 1") as caught:
         TorchMasks(save(tmp_path, {"a": scores})).packed("a", (5, 7))
-    assert (caught.value.key, caught.value.actual) == ("a", f"1 others, such as {value:g}")
+    assert (caught.value.key, caught.value.actual) == ("a", f"1 other, such as {value:g}")
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (35,), (5, 7, 1), (5, 8)])
