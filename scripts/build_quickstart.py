@@ -1,6 +1,6 @@
 """Builds the quickstart model and data: word problems, tokenizer and a tiny pre-trained Llama.
 
-    python scripts/build_quickstart.py [--output mftctl/quickstart]
+    python scripts/build_quickstart.py [--output mftctl/data/quickstart]
 
 Writes `data/{train,validation,test}.jsonl` and `model/` to the output folder. The data are the same on every machine;
 the checkpoint depends on the order of floating-point operations in the machine's matrix products. Takes about 6 minutes
@@ -143,7 +143,7 @@ def pretrain(model: LlamaForCausalLM, steps: list[tuple[torch.Tensor, torch.Tens
 def main() -> None:
     """Builds everything in the output folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "mftctl" / "quickstart")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "mftctl" / "data" / "quickstart")
     output: Path = parser.parse_args().output
     splits, corpus = quickstart_data()
     write_data(output / "data", splits)

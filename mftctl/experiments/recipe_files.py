@@ -16,6 +16,7 @@ from mftctl.experiments.recipe import Recipe, Stage
 from mftctl.experiments.recipe_yaml import MAX_VALUES, parse_yaml, read_yaml
 from mftctl.experiments.renamed import KEYS, VALUES, with_new_names
 from mftctl.experiments.run_config import as_given
+from mftctl.files.regular import is_file
 
 _INSTALLED = Path(__file__).parents[1] / "recipes"
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
@@ -45,7 +46,7 @@ def find_recipe(name: str) -> Path:
         ConfigError: Neither such a file nor such a built-in recipe exists.
     """
     path = Path(name)
-    if _is_file(path):
+    if is_file(path):
         return path
     if name in built_in_names():
         return BUILT_IN_FOLDER / f"{name}.yaml"
@@ -87,14 +88,7 @@ def _extended_names(path: Path, document: dict[str, Any]) -> list[str]:
 def _extended(path: Path, name: str) -> Path:
     """Returns the file of an extended recipe: in the same folder, otherwise found as on the command line."""
     beside = path.parent / name
-    return beside if _is_file(beside) else find_recipe(name)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # the name is too long
-        return False
+    return beside if is_file(beside) else find_recipe(name)
 
 
 class _Family:
@@ -133,7 +127,7 @@ class _Family:
 def _read_given(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file; former names are accepted in the configuration of a run folder."""
     document = read_yaml(path)
-    is_of_run = path.name == "config.yaml" and _is_file(path.with_name("run.json"))
+    is_of_run = path.name == "config.yaml" and is_file(path.with_name("run.json"))
     return as_given(with_new_names(document) if is_of_run else document)
 
 

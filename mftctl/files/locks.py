@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.EINVAL)
@@ -60,16 +60,6 @@ def try_lock(path: Path, *, create: bool = False) -> FileLock | None:
             os.close(descriptor)
             raise
     return FileLock(descriptor)
-
-
-def is_locked(path: Path) -> bool:
-    """Checks whether the lock on a file is held; False for a file that is missing or cannot be opened."""
-    with suppress(OSError):
-        lock = try_lock(path)
-        if lock is None:
-            return True
-        lock.release()
-    return False
 
 
 @contextmanager

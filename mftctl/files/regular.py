@@ -17,6 +17,14 @@ _KINDS = {
 }
 
 
+def is_file(path: Path) -> bool:
+    """Checks whether a path is a regular file, or a link to one."""
+    try:
+        return path.is_file()
+    except OSError:  # the name is too long
+        return False
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Opens a regular file for reading bytes, without blocking.
 

@@ -128,6 +128,11 @@ def uses_bf16(precision: Precision) -> bool:
     return has_bf16() if precision == "auto" else precision == "bf16"
 
 
+def frozen_dtype(precision: Precision) -> torch.dtype:
+    """Returns the dtype of frozen weights: bf16 to compute in bf16, since they lose no updates to rounding, or fp32."""
+    return torch.bfloat16 if uses_bf16(precision) else torch.float32
+
+
 def free_memory_bytes(device: torch.device) -> int:
     """Returns the memory still available to a process; on a GPU, free memory plus what torch has cached unused.
 

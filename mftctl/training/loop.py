@@ -35,7 +35,7 @@ from mftctl.experiments.run_folder import TrainingFolder
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.regular import read_regular
 from mftctl.progress import Listener, Progress
-from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention, uses_bf16
+from mftctl.runtime.devices import best_device, is_launched, numbered, require_deterministic_attention
 from mftctl.runtime.peak_memory import keep_freed_memory
 from mftctl.runtime.process_group import wait_for_all
 from mftctl.runtime.processes import is_first, timeout_seconds, world_size
@@ -61,11 +61,6 @@ _LOST = re.compile("gloo/transport|Connection closed by peer|Connection reset by
 _KNOWN = inspect.signature(TrainingArguments).parameters
 CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _KNOWN)
 """The name in transformers; the versions that vLLM requires use the older name."""
-
-
-def lora_base_dtype(options: TrainingOptions) -> torch.dtype:
-    """The dtype of a LoRA base: bf16 if it computes in bf16, since frozen weights lose no updates to rounding."""
-    return torch.bfloat16 if uses_bf16(options.precision) else torch.float32
 
 
 def training_arguments(

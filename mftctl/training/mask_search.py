@@ -21,7 +21,7 @@ from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener
-from mftctl.runtime.devices import uses_bf16
+from mftctl.runtime.devices import frozen_dtype
 from mftctl.runtime.processes import world_size
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import InterimEvaluation
@@ -177,9 +177,4 @@ def prepare_mask_training(
 
 def load_frozen_model(inputs: TrainingInputs, options: MaskTrainOptions) -> PreTrainedModel:
     """The frozen model: in fp32, or in bf16 if requested, since its weights are only read."""
-    return load_model(inputs.checkpoint, dtype=frozen_dtype(options))
-
-
-def frozen_dtype(options: MaskTrainOptions) -> torch.dtype:
-    """The dtype in which the frozen weights are held."""
-    return torch.bfloat16 if uses_bf16(options.precision) else torch.float32
+    return load_model(inputs.checkpoint, dtype=frozen_dtype(options.precision))

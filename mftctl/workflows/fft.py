@@ -29,7 +29,7 @@ from mftctl.masking.checkpoints.load_weights import quiet_transformers, stored_d
 from mftctl.masking.checkpoints.locate import is_adapter
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.progress import Listener
-from mftctl.runtime.devices import best_device, uses_bf16
+from mftctl.runtime.devices import best_device, frozen_dtype, uses_bf16
 from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import shares_weights
 from mftctl.runtime.processes import is_first, spreads_parameters, world_size
@@ -37,7 +37,7 @@ from mftctl.runtime.torch_failures import gpu_failures
 from mftctl.training.flops import flops_per_token
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
-from mftctl.training.loop import lora_base_dtype, step_size, train, training_arguments
+from mftctl.training.loop import step_size, train, training_arguments
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.stopping import stop_on_signal
 from mftctl.training.tuned_card import write_tuned_card
@@ -202,7 +202,7 @@ def _with_adapter(checkpoint: Path, source: ModelSource, options: FftOptions, se
     from mftctl.masking.checkpoints.quantization import load_quantized
     from mftctl.training.updates.lora import add_adapter
 
-    dtype, device = lora_base_dtype(options), best_device()
+    dtype, device = frozen_dtype(options.precision), best_device()
     quantize = options.quantize is not None
     if is_adapter(checkpoint):
         with gpu_failures("loading the model"):
@@ -267,7 +267,7 @@ def _lora_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -
 
     checkpoint = inputs.checkpoint
     quantized = options.quantize is not None or (is_adapter(checkpoint) and has_quantized_base(checkpoint))
-    held = "nf4 with double quantisation, computing in bf16" if quantized else str(lora_base_dtype(options))[6:]
+    held = "nf4 with double quantisation, computing in bf16" if quantized else str(frozen_dtype(options.precision))[6:]
     card = write_lora_card(
         cast("LoraConfig", model.peft_config["default"]),
         merged=options.merge,

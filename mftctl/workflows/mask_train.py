@@ -24,7 +24,7 @@ from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.progress import Listener, Progress
-from mftctl.runtime.devices import best_device, find_device
+from mftctl.runtime.devices import best_device, find_device, frozen_dtype
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
 from mftctl.runtime.process_group import shares_weights
 from mftctl.training.flops import flops_per_token
@@ -32,7 +32,7 @@ from mftctl.training.held_out import compare, confirm, split_validation_records,
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.learn_mask import find_mask
-from mftctl.training.mask_search import FoundMask, MaskSearch, frozen_dtype, load_frozen_model, prepare_mask_training
+from mftctl.training.mask_search import FoundMask, MaskSearch, load_frozen_model, prepare_mask_training
 from mftctl.training.prefix_cache import (
     batches_come_again,
     hidden_states,
@@ -238,7 +238,7 @@ def _model_to_mask(
     """The frozen model; where processes share its weights in training, without values, which come separately."""
     if not shares_weights() or options.method != "learned":
         return load_frozen_model(inputs, options), None
-    model = load_to_share(inputs.checkpoint, dtype=frozen_dtype(options), note=listener.note)
+    model = load_to_share(inputs.checkpoint, dtype=frozen_dtype(options.precision), note=listener.note)
     if model.device.type != "meta":
         return model.to(best_device()), None  # type: ignore[arg-type]
     return model, StoredWeights(inputs.checkpoint, model)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.files.locks import is_locked, locked_folder, try_lock
+from mftctl.files.locks import locked_folder, try_lock
 
 
 def test_only_one_holds_a_lock(tmp_path: Path) -> None:
@@ -14,10 +14,11 @@ def test_only_one_holds_a_lock(tmp_path: Path) -> None:
     lock = try_lock(path, create=True)
     assert lock is not None
     assert try_lock(path) is None
-    assert is_locked(path)
     lock.release()
     lock.release()
-    assert not is_locked(path)
+    second = try_lock(path)
+    assert second is not None
+    second.release()
 
 
 def test_a_process_that_ends_gives_its_lock_back(tmp_path: Path) -> None:
@@ -28,13 +29,14 @@ def test_a_process_that_ends_gives_its_lock_back(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        assert is_locked(path)
+        assert try_lock(path) is None
         process.kill()
-    assert not is_locked(path)
+    lock = try_lock(path)
+    assert lock is not None
+    lock.release()
 
 
-def test_a_missing_file_is_not_locked(tmp_path: Path) -> None:
-    assert not is_locked(tmp_path / "missing")
+def test_a_missing_file_cannot_be_locked(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         try_lock(tmp_path / "missing")
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mftctl.errors import ModelError
+from mftctl.files.regular import is_file
 
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -124,7 +125,7 @@ def truncated(path: Path) -> ModelError:
 
 def _read_layout(path: Path) -> list[StoredTensor]:
     """The tensors of one file; the safetensors library checks that its header is sound."""
-    if not _is_file(path):
+    if not is_file(path):
         raise ModelError("A weight file of the checkpoint is missing.", path=path, hint=_DOWNLOAD_HINT)
     try:
         with safe_open(path, framework="pt"):
@@ -141,13 +142,6 @@ def _read_layout(path: Path) -> list[StoredTensor]:
         header: dict[str, dict[str, Any]] = json.loads(stream.read(header_bytes))
     header.pop("__metadata__", None)
     return [_stored(path, name, entry, 8 + header_bytes) for name, entry in header.items()]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # the name is too long
-        return False
 
 
 def _stored(path: Path, name: str, entry: dict[str, Any], start_bytes: int) -> StoredTensor:
