@@ -280,7 +280,7 @@ class MaskTrainOptions(TrainingOptions):
         return without_nulls("mask_train", document)
 
     @model_validator(mode="after")
-    def _one_indicator(self) -> MaskTrainOptions:
+    def _ratio_or_threshold(self) -> MaskTrainOptions:
         if self.ratio is not None and self.threshold is not None:
             raise ValueError("give either a ratio or a threshold, not both")
         if self.threshold is not None and self.method != "learned":

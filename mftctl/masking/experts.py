@@ -21,14 +21,14 @@ class MaskedPart(nn.Module):
     Attributes:
         target: What is masked.
         scores: Trainable scores of the stored tensor's shape, in fp32 unless given in another dtype.
-        indicator: The rule from scores to mask.
+        rule: The rule from scores to mask.
     """
 
-    def __init__(self, target: MaskTarget, scores: torch.Tensor, indicator: MaskRule) -> None:
+    def __init__(self, target: MaskTarget, scores: torch.Tensor, rule: MaskRule) -> None:
         super().__init__()
         self.target = target
         self.scores = nn.Parameter(scores)
-        self.indicator = indicator
+        self.rule = rule
 
     @property
     def weight(self) -> torch.Tensor:
@@ -37,11 +37,11 @@ class MaskedPart(nn.Module):
 
     def keep(self) -> torch.Tensor:
         """The current bool keep mask, of the weight's shape."""
-        return self.indicator.keep(whole(self.scores))
+        return self.rule.keep(whole(self.scores))
 
     def extra_repr(self) -> str:
-        """Name, shape and indicator, for `print(model)`."""
-        return f"{self.target.name}, {tuple(self.scores.shape)}, {self.indicator}"
+        """Name, shape and rule, for `print(model)`."""
+        return f"{self.target.name}, {tuple(self.scores.shape)}, {self.rule}"
 
 
 class MaskedExperts(nn.Module):
@@ -138,5 +138,5 @@ class _StraightThroughProduct(torch.autograd.Function):
             target = part.target
             wide = torch.promote_types(values.dtype, torch.float32)
             grad = target.part_of(grad_product).to(wide) * target.part_of(weight)
-            grads.append((grad.mul_(values.sign()) if part.indicator.uses_magnitude else grad).to(values.dtype))
+            grads.append((grad.mul_(values.sign()) if part.rule.uses_magnitude else grad).to(values.dtype))
         return None, None, None, *grads

@@ -35,7 +35,7 @@ class MaskedLinear(nn.Module):
         weight: The frozen weight: `(out_features, in_features)`, or `(in_features, out_features)` of a Conv1D.
         bias: The frozen bias `(out_features,)`, or None.
         scores: Trainable scores of the weight's shape, in fp32 unless given in another dtype.
-        indicator: The rule from scores to mask.
+        rule: The rule from scores to mask.
         passes_all: Whether it computes as if there were no mask; see `unmasked`.
         keeps_product: Whether the masked weight is cached between passes. Otherwise each pass recomputes it from the
             threshold found when the scores changed, to save memory or because each process holds only a shard.
@@ -43,12 +43,12 @@ class MaskedLinear(nn.Module):
     Source: MFT, equations 4 and 5.
     """
 
-    def __init__(self, linear: nn.Linear | Conv1D, scores: torch.Tensor, indicator: MaskRule) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, scores: torch.Tensor, rule: MaskRule) -> None:
         super().__init__()
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
         self.scores = nn.Parameter(scores)
-        self.indicator = indicator
+        self.rule = rule
         self.keeps_product = True
         self.passes_all = False
         self.transposed = isinstance(linear, Conv1D)
@@ -59,7 +59,7 @@ class MaskedLinear(nn.Module):
 
     def keep(self) -> torch.Tensor:
         """The present keep mask, bool, of the weight's shape."""
-        return self.indicator.keep(whole(self.scores))
+        return self.rule.keep(whole(self.scores))
 
     def original(self) -> nn.Linear | Conv1D:
         """The module that this one replaced; it shares the frozen weight."""
@@ -73,8 +73,8 @@ class MaskedLinear(nn.Module):
         state = scores_state([self.scores])
         if not self.keeps_product:
             if state != self._scores_state:
-                self._cut, self._scores_state = self.indicator.cut(self.scores.detach()), state
-            return self._product(self.indicator.keep(self.scores.detach(), self._cut))
+                self._cut, self._scores_state = self.rule.cut(self.scores.detach()), state
+            return self._product(self.rule.keep(self.scores.detach(), self._cut))
         if state != self._scores_state or self._masked_weight.device != self.weight.device:
             self._masked_weight, self._scores_state = self._product(self.keep()), state
         return self._masked_weight
@@ -92,14 +92,14 @@ class MaskedLinear(nn.Module):
             self.weight,
             self.bias,
             self.transposed,
-            self.indicator.uses_magnitude,
+            self.rule.uses_magnitude,
             None if self.keeps_product else self.masked_weight,
         )
         return y
 
     def extra_repr(self) -> str:
-        """Shape and indicator, for `print(model)`."""
-        return f"{tuple(self.weight.shape)}, {self.indicator}"
+        """Shape and rule, for `print(model)`."""
+        return f"{tuple(self.weight.shape)}, {self.rule}"
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -210,7 +210,7 @@ def attach_masks(
     model: nn.Module,
     targets: Sequence[MaskTarget],
     scores: Mapping[str, torch.Tensor],
-    indicator: MaskRule | Mapping[str, MaskRule],
+    rule: MaskRule | Mapping[str, MaskRule],
 ) -> None:
     """Freezes the model and replaces every target with a `MaskedLinear` or `MaskedExperts`.
 
@@ -218,16 +218,16 @@ def attach_masks(
         model: Modified in place; afterwards only scores are trainable.
         targets: From `find_targets` on this model.
         scores: One tensor per target name, of its weight's shape.
-        indicator: The rule from scores to mask, one for all targets or one per target name.
+        rule: The rule from scores to mask, one for all targets or one per target name.
     """
     model.requires_grad_(False)
     experts: dict[str, list[MaskedPart]] = {}
     for target in targets:
-        rule = indicator if isinstance(indicator, MaskRule) else indicator[target.name]
+        own = rule if isinstance(rule, MaskRule) else rule[target.name]
         if isinstance(target.module, nn.Linear | Conv1D):
-            _replace(model, target.module_name, MaskedLinear(target.module, scores[target.name], rule))
+            _replace(model, target.module_name, MaskedLinear(target.module, scores[target.name], own))
         else:
-            experts.setdefault(target.module_name, []).append(MaskedPart(target, scores[target.name], rule))
+            experts.setdefault(target.module_name, []).append(MaskedPart(target, scores[target.name], own))
     for name, parts in experts.items():
         _replace(model, name, MaskedExperts(model.get_submodule(name), parts))
 

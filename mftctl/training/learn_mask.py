@@ -62,7 +62,7 @@ def learn_mask(search: MaskSearch) -> FoundMask:
 def _train(search: MaskSearch) -> FoundMask:
     """Trains with the scores attached to the model; `learn_mask` detaches them."""
     model, options = search.model, search.options
-    attach_masks(model, search.targets, _start_scores(search), search.indicators)
+    attach_masks(model, search.targets, _start_scores(search), search.rules)
     if options.low_memory:
         keep_no_products(model)
     trainer = _trainer(search)

@@ -75,7 +75,7 @@ class MaskSearch:
         )
 
     @property
-    def indicators(self) -> dict[str, MaskRule]:
+    def rules(self) -> dict[str, MaskRule]:
         """The rule from scores to mask for each target."""
         options = self.options
         return {

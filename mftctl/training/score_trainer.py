@@ -171,7 +171,7 @@ class ScoreTrainer(SftTrainer):
             removed, restored = removed + int(gone.sum()), restored + int(back.sum())
             if gone.any() or back.any():
                 gradient = self._mean_gradient(module.scores)
-                if module.indicator.uses_magnitude:
+                if module.rule.uses_magnitude:
                     gradient = gradient * whole(module.scores).sign()
                 promised += float(gradient[gone].sum() - gradient[back].sum())
         return {"removed": removed, "restored": restored, "promised": promised}

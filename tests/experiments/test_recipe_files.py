@@ -217,7 +217,7 @@ def test_section_shared_by_an_alias_is_changed_in_one_place_only(tmp_path: Path)
     assert (recipe.fft.epochs, recipe.mask_train.epochs) == (5, 2)
 
 
-# One indicator
+# A ratio or a threshold
 
 
 @pytest.mark.parametrize(("old", "new"), [("ratio", "threshold"), ("threshold", "ratio")])

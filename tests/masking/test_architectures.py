@@ -32,11 +32,11 @@ def indicator_of(rule: str, start: ScoreStart) -> MaskRule:
     return MaskRule(RATIO, ranking="signed" if rule == "signed" else "absolute")
 
 
-def train_scores(model: PreTrainedModel, start: ScoreStart, indicator: MaskRule, steps: int = 2) -> None:
+def train_scores(model: PreTrainedModel, start: ScoreStart, rule: MaskRule, steps: int = 2) -> None:
     """Puts masks on layer 1 and takes some steps of their scores."""
     targets = find_targets(model, [1])
     scores = {target.name: initial_scores(target, start, constant=0.01, seed=3) for target in targets}
-    attach_masks(model, targets, scores, indicator)
+    attach_masks(model, targets, scores, rule)
     optimizer = torch.optim.AdamW([module.scores for _, module in masked_layers(model)], lr=0.02)
     for _ in range(steps):
         model(input_ids=IDS, labels=IDS).loss.backward()

@@ -30,7 +30,7 @@ from tests.masking.architectures import build
 from tests.masking.test_selection import keep_by_sorting
 
 IDS = torch.randint(6, 102, (3, 11), generator=torch.Generator().manual_seed(0))
-INDICATORS = [
+RULES = [
     MaskRule(ratio=0.3),
     MaskRule(ratio=0.3, ranking="signed"),
     MaskRule(ratio=None, threshold=-0.1),
@@ -39,13 +39,13 @@ INDICATORS = [
 NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "down_proj")}
 
 
-def straight_through(weight: torch.Tensor, scores: torch.Tensor, indicator: MaskRule) -> torch.Tensor:
+def straight_through(weight: torch.Tensor, scores: torch.Tensor, rule: MaskRule) -> torch.Tensor:
     """Equation 5 by the detach trick: forward the hard mask, backward the score or its size."""
     values = scores.detach().numpy()
-    if indicator.ratio is None:
-        return weight * (torch.from_numpy(values >= indicator.threshold).float() + scores - scores.detach())
-    soft = scores.abs() if indicator.ranking == "absolute" else scores
-    hard = torch.from_numpy(keep_by_sorting(soft.detach().numpy(), indicator.ratio)).float()
+    if rule.ratio is None:
+        return weight * (torch.from_numpy(values >= rule.threshold).float() + scores - scores.detach())
+    soft = scores.abs() if rule.ranking == "absolute" else scores
+    hard = torch.from_numpy(keep_by_sorting(soft.detach().numpy(), rule.ratio)).float()
     return weight * (hard + soft - soft.detach())
 
 
@@ -80,11 +80,11 @@ def make(family: str = "mixtral", *, kernel: str = "grouped_mm") -> Routed:
     return Routed(model, targets, scores, inputs, chosen, torch.rand(10, 2, generator=generator))
 
 
-def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor], indicator: MaskRule) -> torch.Tensor:
+def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor], rule: MaskRule) -> torch.Tensor:
     """What the experts compute, token by token, each projection a tensor of its own."""
     weights = {target.name: target.weight.detach().clone() for target in made.targets}
     start = made.targets[0].name.rpartition(".experts.")[0] + ".experts"
-    masked = {name: straight_through(weights[name], scores[name], indicator) for name in weights}
+    masked = {name: straight_through(weights[name], scores[name], rule) for name in weights}
     gate, up, down = NAMES[family]
     rows = []
     for x, chosen, shares in zip(made.inputs, made.chosen.tolist(), made.shares, strict=True):
@@ -98,18 +98,18 @@ def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor],
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm", "eager"])
-@pytest.mark.parametrize("indicator", INDICATORS, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("family", NAMES)
-def test_outputs_and_gradients_equal_those_of_separate_experts(family: str, indicator: MaskRule, kernel: str) -> None:
+def test_outputs_and_gradients_equal_those_of_separate_experts(family: str, rule: MaskRule, kernel: str) -> None:
     made = make(family, kernel=kernel)
     apart = {name: value.clone().requires_grad_() for name, value in made.scores.items()}
     made.inputs.requires_grad_()
-    expected = separate_experts(made, family, apart, indicator)
+    expected = separate_experts(made, family, apart, rule)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
     expected.backward(upstream)
     expected_inputs, made.inputs.grad = made.inputs.grad, None
 
-    attach_masks(made.model, made.targets, made.scores, indicator)
+    attach_masks(made.model, made.targets, made.scores, rule)
     found = made.run()
     found.backward(upstream)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)

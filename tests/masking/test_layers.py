@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from mftctl.masking import rule as indicator
+from mftctl.masking import rule as rule_module
 from mftctl.masking import selection
 from mftctl.masking.layers import (
     MaskedLinear,
@@ -28,7 +28,7 @@ from mftctl.masking.targets import MaskTarget, find_targets
 from tests.conftest import build_llama
 from tests.masking.test_selection import keep_by_sorting
 
-INDICATORS = [
+RULES = [
     MaskRule(ratio=0.3),
     MaskRule(ratio=0.3, ranking="signed"),
     MaskRule(ratio=None, threshold=-0.1),
@@ -36,44 +36,44 @@ INDICATORS = [
 ]
 
 
-def numpy_keep(scores: np.ndarray, indicator: MaskRule) -> np.ndarray:
-    if indicator.ratio is None:
-        return ~(scores < indicator.threshold)
-    return keep_by_sorting(np.abs(scores) if indicator.ranking == "absolute" else scores, indicator.ratio)
+def numpy_keep(scores: np.ndarray, rule: MaskRule) -> np.ndarray:
+    if rule.ratio is None:
+        return ~(scores < rule.threshold)
+    return keep_by_sorting(np.abs(scores) if rule.ranking == "absolute" else scores, rule.ratio)
 
 
-def make(indicator: MaskRule, *, transposed: bool = False, bias: bool = True) -> tuple[MaskedLinear, torch.Tensor]:
+def make(rule: MaskRule, *, transposed: bool = False, bias: bool = True) -> tuple[MaskedLinear, torch.Tensor]:
     torch.manual_seed(0)
     linear = Conv1D(5, 7) if transposed else nn.Linear(7, 5, bias=bias)
     scores = torch.randn(linear.weight.shape)
-    return MaskedLinear(linear, scores.clone(), indicator), torch.randn(2, 3, 7)
+    return MaskedLinear(linear, scores.clone(), rule), torch.randn(2, 3, 7)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("indicator", INDICATORS, ids=str)
-def test_forward_equals_the_equations(indicator: MaskRule, transposed: bool) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_forward_equals_the_equations(rule: MaskRule, transposed: bool) -> None:
     """Equation 4: y = x (W * M)^T + b."""
-    layer, x = make(indicator, transposed=transposed)
+    layer, x = make(rule, transposed=transposed)
     weight, scores = layer.weight.detach().numpy(), layer.scores.detach().numpy()
-    masked = weight * numpy_keep(scores, indicator)
+    masked = weight * numpy_keep(scores, rule)
     expected = x.numpy() @ (masked if transposed else masked.T) + layer.bias.detach().numpy()
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("indicator", INDICATORS, ids=str)
-def test_gradients_equal_the_formula(indicator: MaskRule, transposed: bool) -> None:
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_gradients_equal_the_formula(rule: MaskRule, transposed: bool) -> None:
     """Equation 5: dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked; dL/dx goes through the masked weight."""
-    layer, x = make(indicator, transposed=transposed)
+    layer, x = make(rule, transposed=transposed)
     x.requires_grad_()
     upstream = torch.randn(2, 3, 5)
     layer(x).backward(upstream)
     weight, scores = layer.weight.detach().numpy(), layer.scores.detach().numpy()
     grad_y, rows = upstream.numpy().reshape(-1, 5), x.detach().numpy().reshape(-1, 7)
     grad_masked = rows.T @ grad_y if transposed else grad_y.T @ rows
-    sign = np.sign(scores) if indicator.ratio is not None and indicator.ranking == "absolute" else 1.0
+    sign = np.sign(scores) if rule.ratio is not None and rule.ranking == "absolute" else 1.0
     np.testing.assert_allclose(layer.scores.grad.numpy(), grad_masked * weight * sign, rtol=1e-4, atol=1e-6)
-    masked = weight * numpy_keep(scores, indicator)
+    masked = weight * numpy_keep(scores, rule)
     expected = (grad_y @ (masked.T if transposed else masked)).reshape(2, 3, 7)
     np.testing.assert_allclose(x.grad.numpy(), expected, rtol=1e-4, atol=1e-6)
     assert layer.weight.grad is None
@@ -138,7 +138,7 @@ def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyP
         return original(scores, ratio, ranking)
 
     monkeypatch.setattr(selection, "ratio_cut", counted)
-    monkeypatch.setattr(indicator, "ratio_cut", counted)
+    monkeypatch.setattr(rule_module, "ratio_cut", counted)
     optimizer = torch.optim.AdamW([layer.scores], lr=0.1)
     for step in range(1, 4):
         for _ in range(3):

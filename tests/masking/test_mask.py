@@ -331,7 +331,7 @@ def test_file_rewritten_by_the_safetensors_library_loads(tmp_path: Path) -> None
     assert same(load_mask(tmp_path / "again.bits"), small_mask())
 
 
-# Hostile and broken files: contents (layout: test_mask_container.py, document: test_mask_document.py)
+# Hostile and broken files: contents (layout: test_container.py, document: test_document.py)
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:

@@ -48,14 +48,14 @@ def below_removed(scores: torch.Tensor) -> torch.Tensor:
 
 
 class Masked(torch.nn.Module):
-    def __init__(self, linear: torch.nn.Linear, scores: torch.Tensor, indicator: MaskRule) -> None:
+    def __init__(self, linear: torch.nn.Linear, scores: torch.Tensor, rule: MaskRule) -> None:
         super().__init__()
         self.weight = linear.weight
         self.scores = torch.nn.Parameter(scores)
-        self.indicator = indicator
+        self.rule = rule
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight * self.indicator(self.scores))
+        return F.linear(x, self.weight * self.rule(self.scores))
 
 
 def batch(tokenizer: Any, data: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,7 +107,7 @@ def train_by_the_book(
 
 
 def by_the_book(
-    workspace: Path, start: Mapping[str, torch.Tensor], indicator: MaskRule, *, mean_of: str
+    workspace: Path, start: Mapping[str, torch.Tensor], rule: MaskRule, *, mean_of: str
 ) -> dict[str, np.ndarray]:
     """The masks after the training, bool, by the name of the weight."""
     model = AutoModelForCausalLM.from_pretrained(workspace / "tiny", dtype=torch.float32)
@@ -115,13 +115,12 @@ def by_the_book(
     masked = {}
     for name, scores in start.items():
         parent, _, last = name.rpartition(".")
-        masked[name] = Masked(model.get_submodule(name), scores.clone(), indicator)
+        masked[name] = Masked(model.get_submodule(name), scores.clone(), rule)
         setattr(model.get_submodule(parent), last, masked[name])
     tokenizer = AutoTokenizer.from_pretrained(workspace / "tiny")
     train_by_the_book(model, batch(tokenizer, workspace / "few.jsonl"), mean_of=mean_of, steps=STEPS)
     return {
-        f"{name}.weight": (module.indicator(module.scores).detach().round() > 0).numpy()
-        for name, module in masked.items()
+        f"{name}.weight": (module.rule(module.scores).detach().round() > 0).numpy() for name, module in masked.items()
     }
 
 

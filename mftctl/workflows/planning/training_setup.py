@@ -108,7 +108,7 @@ def plan_mask_training(
     def prepare(model: PreTrainedModel) -> None:
         dtype = torch.bfloat16 if options.low_memory else torch.float32
         targets = find_targets(model, layers, options.target, options.projections)
-        attach_without_data(model, targets, dtype, _indicator(options), on_gpu=on_gpu)
+        attach_without_data(model, targets, dtype, _rule(options), on_gpu=on_gpu)
         if options.low_memory:
             keep_no_products(model)
         if options.method != "learned":
@@ -121,7 +121,7 @@ def plan_mask_training(
             tuple(layers),
             options.target,
             tuple(options.projections or ()),
-            _indicator(options),
+            _rule(options),
         ),
         torch.bfloat16 if device.uses_bf16(options.precision) else torch.float32,
         False,
@@ -166,17 +166,17 @@ def attach_without_data(
     model: PreTrainedModel,
     targets: Sequence[MaskTarget],
     dtype: torch.dtype = torch.float32,
-    indicator: MaskRule | None = None,
+    rule: MaskRule | None = None,
     *,
     on_gpu: bool = False,
 ) -> None:
     """Attaches masks to a model without data, where scores cannot be compared."""
-    indicator = indicator or MaskRule()
+    rule = rule or MaskRule()
     scores = {target.name: torch.empty(target.weight.shape, dtype=dtype) for target in targets}
-    attach_masks(model, targets, scores, indicator)
+    attach_masks(model, targets, scores, rule)
     kind = _OnGpu if on_gpu else _OnCpu
     for _, module in masked_layers(model):
-        module.indicator = kind(indicator.ratio, indicator.threshold, indicator.ranking)
+        module.rule = kind(rule.ratio, rule.threshold, rule.ranking)
 
 
 class _OnCpu(MaskRule):
@@ -210,7 +210,7 @@ class _OnGpu(_OnCpu):
         torch.empty(selection_workspace_bytes(entries, entries, ranked.element_size()), dtype=torch.uint8)
 
 
-def _indicator(options: MaskTrainOptions) -> MaskRule:
+def _rule(options: MaskTrainOptions) -> MaskRule:
     """The mask rule of all targets, as far as memory depends on it."""
     if options.threshold is not None:
         return MaskRule(None, options.threshold, options.ranking)
