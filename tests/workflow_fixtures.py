@@ -19,7 +19,7 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
-from mftctl.progress import Progress
+from mftctl.progress import Progress, Silence
 from tests.conftest import build_llama, build_tokenizer
 
 
@@ -79,6 +79,16 @@ def open_run(root: Path, command: str, recipe: Recipe) -> tuple[Run, ModelSource
     """A new run of a command on the recipe's model."""
     source = ModelSource(str(recipe.model))
     return create_run(root, command, to_document(recipe), inputs=source.as_inputs()), source
+
+
+def tuned(workspace: Path, root: Path, **changes: Any) -> Run:
+    """A finished `fft` run with a recipe of the workspace."""
+    from mftctl.workflows.fft import fine_tune
+
+    recipe = make_recipe(workspace, **changes)
+    run, source = open_run(root, "fft", recipe)
+    run.finish(fine_tune(recipe, source, run, Silence()))
+    return run
 
 
 class Interrupter:

@@ -13,11 +13,7 @@ from mftctl.masking.checkpoints.delta_mask import drop_mask
 from mftctl.masking.mask import Mask, load_mask, save_mask
 from tests.cli.running import CommandLine
 from tests.masking.built_checkpoints import learn_mask, projections, write_tuned
-from tests.masking.mask_files import plain_read, same
-
-
-def same_bits(a: Mask, b: Mask) -> bool:
-    return a.names() == b.names() and all(torch.equal(a[name], b[name]) for name in a.names())
+from tests.masking.mask_files import plain_read, same, same_bits
 
 
 @pytest.fixture

@@ -64,13 +64,12 @@ def small_mask(metadata: MaskMetadata = METADATA) -> Mask:
     return build_mask(metadata, **{"odd.weight": odd, "even.weight": even})
 
 
+def same_bits(a: Mask, b: Mask) -> bool:
+    return a.names() == b.names() and all(torch.equal(a[name], b[name]) for name in a.names())
+
+
 def same(a: Mask, b: Mask) -> bool:
-    return (
-        a.names() == b.names()
-        and dict(a.records) == dict(b.records)
-        and a.metadata == b.metadata
-        and all(torch.equal(a[name], b[name]) for name in a.names())
-    )
+    return dict(a.records) == dict(b.records) and a.metadata == b.metadata and same_bits(a, b)
 
 
 def plain_packed(keep: torch.Tensor) -> bytes:

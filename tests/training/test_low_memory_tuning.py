@@ -27,18 +27,11 @@ from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.planning.less_memory import training_with_less_memory
 from mftctl.workflows.run_checks import check_jobs
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
-from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run, tuned
 
 LOW: dict[str, Any] = {"fft__low_memory": True}
 EIGHT_BITS: dict[str, Any] = {"fft__optimizer": "adamw_8bit"}
 SHORT: dict[str, Any] = {"fft__max_steps": 4, "fft__val_steps": 2}
-
-
-def tuned(workspace: Path, root: Path, **changes: Any) -> Run:
-    recipe = make_recipe(workspace, **changes)
-    run, source = open_run(root, "fft", recipe)
-    run.finish(fine_tune(recipe, source, run, Silence()))
-    return run
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -30,19 +30,12 @@ from mftctl.training.loop import SftTrainer
 from mftctl.workflows.fft import fine_tune
 from tests.conftest import build_llama
 from tests.masking.architectures import build
-from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run, tuned
 from tests.workflows.test_fft import encoded
 
 LORA: dict[str, Any] = {"fft__method": "lora", "fft__learning_rate": 1e-2, "fft__max_steps": 6, "fft__val_steps": 3}
 QLORA: dict[str, Any] = {**LORA, "fft__quantize": "nf4"}
 CPU = torch.device("cpu")
-
-
-def tuned(workspace: Path, root: Path, **changes: Any) -> Run:
-    recipe = make_recipe(workspace, **changes)
-    run, source = open_run(root, "fft", recipe)
-    run.finish(fine_tune(recipe, source, run, Silence()))
-    return run
 
 
 def loss_of(folder: Path, workspace: Path) -> float:

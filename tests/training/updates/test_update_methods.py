@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,19 +22,12 @@ from mftctl.workflows.eval import evaluate
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.mask_train import mask_train
 from tests.conftest import build_llama, build_tokenizer
-from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run, tuned
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return {name: tensor.detach() for name, tensor in model.named_parameters()}
-
-
-def tuned(workspace: Path, root: Path, **changes: Any) -> Run:
-    recipe = make_recipe(workspace, **changes)
-    run, source = open_run(root, "fft", recipe)
-    run.finish(fine_tune(recipe, source, run, Silence()))
-    return run
 
 
 def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, int]:

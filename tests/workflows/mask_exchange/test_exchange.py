@@ -21,13 +21,9 @@ from mftctl.masking.mask import Mask, load_mask, save_mask
 from mftctl.workflows.mask_exchange import exchange
 from mftctl.workflows.mask_exchange.exchange import export_mask, import_mask
 from tests.masking.built_checkpoints import digest_of, learn_mask, projections, stored_tensors, write_checkpoint
-from tests.masking.mask_files import DELTA_METADATA, small_mask
+from tests.masking.mask_files import DELTA_METADATA, same_bits, small_mask
 
 SUFFIXES = [".pt", ".npz"]
-
-
-def same_bits(a: Mask, b: Mask) -> bool:
-    return a.names() == b.names() and all(torch.equal(a[name], b[name]) for name in a.names())
 
 
 def take(file: Path, base: Path) -> Mask:
