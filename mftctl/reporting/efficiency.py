@@ -93,7 +93,7 @@ def _measured(runs: Sequence[Run]) -> tuple[list[_Timed], list[str]]:
         try:
             timed = _timed(run)
         except (RunError, ValueError, KeyError, TypeError) as error:
-            problems.append(told(error, f"{run.folder}: The speed of this training run cannot be read"))
+            problems.append(told(error, f"{run.folder}: the speed of this training run cannot be read"))
             continue
         if timed is not None:
             found.append(timed)

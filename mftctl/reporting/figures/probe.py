@@ -303,7 +303,7 @@ def _figure(probe: _Probe) -> Figure:
                 "lowest": min(group.changes),
                 "highest": max(group.changes),
                 "seeds": len(group.changes),
-                **_figures_without_mask(probe),
+                **_values_without_mask(probe),
                 **({"loss_change": fmean(group.loss_changes)} if group.loss_changes else {}),
                 "recommended": group.layers == probe.recommended,
             }
@@ -316,7 +316,7 @@ def _figure(probe: _Probe) -> Figure:
     )
 
 
-def _figures_without_mask(probe: _Probe) -> dict[str, Any]:
+def _values_without_mask(probe: _Probe) -> dict[str, Any]:
     """The unmasked model's values for the figure's data."""
     if probe.score is None:
         return {"unmasked_loss": None if probe.is_fast else probe.unmasked}
