@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from scripts.gpu_check import __main__ as gpu_check
-from scripts.gpu_check.findings import Check, Figure, Finding
+from scripts.gpu_check.findings import Check, Finding, Measurement
 from scripts.gpu_check.isolated import End, Step, run_isolated
 from scripts.gpu_check.kernels import kernels
 from scripts.gpu_check.masks import equal_masks
@@ -28,17 +28,17 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def fails(scale: Scale) -> Iterator[Finding]:
-    yield Figure("before", 1.0)
+    yield Measurement("before", 1.0)
     raise ValueError("a fault of the step")
 
 
 def hangs(scale: Scale) -> Iterator[Finding]:
-    yield Figure("before", 1.0)
+    yield Measurement("before", 1.0)
     time.sleep(60)
 
 
 def dies(scale: Scale) -> Iterator[Finding]:
-    yield Figure("before", 1.0)
+    yield Measurement("before", 1.0)
     os._exit(7)
 
 
@@ -54,7 +54,7 @@ def works(scale: Scale) -> Iterator[Finding]:
 def test_a_step_that_does_not_end_well_keeps_what_it_found(work: object, status: str, error: str) -> None:
     found: list[Finding] = []
     end = run_isolated(Step("step", work, 2), REHEARSAL, 2.0, found.append)  # type: ignore[arg-type]
-    assert (end.status, found) == (status, [Figure("before", 1.0)])
+    assert (end.status, found) == (status, [Measurement("before", 1.0)])
     assert error in end.error
     assert end.seconds < 30
 
@@ -67,7 +67,7 @@ def test_the_next_step_goes_on_and_every_line_is_kept(
     assert gpu_check.main(["--rehearse", "--output", str(tmp_path)]) == 1
     lines = [json.loads(line) for line in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
     assert [(line["step"], line["kind"]) for line in lines] == [
-        ("first", "figure"), ("first", "end"), ("second", "check"), ("second", "end"),
+        ("first", "measurement"), ("first", "end"), ("second", "check"), ("second", "end"),
     ]  # fmt: skip
     assert lines[2]["holds"]
     table = (tmp_path / "gpu_check.md").read_text()
@@ -86,11 +86,11 @@ def test_steps_without_time_left_say_so(tmp_path: Path, monkeypatch: pytest.Monk
 def test_masks_and_kernels() -> None:
     with emulated_gpu():
         checks = list(equal_masks(REHEARSAL))
-        figures = list(kernels(REHEARSAL))
-        machine = {figure.what: figure.value for figure in versions(REHEARSAL)}
+        measurements = list(kernels(REHEARSAL))
+        machine = {measurement.what: measurement.value for measurement in versions(REHEARSAL)}
     assert len(checks) > 30
     assert all(check.holds for check in checks)
-    assert any(figure.what.startswith("StochasticAdamW") for figure in figures)
+    assert any(measurement.what.startswith("StochasticAdamW") for measurement in measurements)
     assert machine["GPU"] == "Emulated GPU"
 
 
@@ -114,16 +114,18 @@ def test_training_steps_stand_beside_their_estimates() -> None:
         masks = list(mask_training(REHEARSAL, REHEARSAL.small, "mask", {"layers": "1", "low_memory": True}))
         tuning = list(fine_tuning_steps(REHEARSAL, REHEARSAL.small, "fft", {"method": "lora"}))
     for found, name in ((masks, "mask"), (tuning, "fft")):
-        figures = {item.what: item for item in found if isinstance(item, Figure)}
-        assert float(figures[f"{name}: step"].value) > 0
-        estimate = figures[f"{name}: peak"].estimate
+        measurements = {item.what: item for item in found if isinstance(item, Measurement)}
+        assert float(measurements[f"{name}: step"].value) > 0
+        estimate = measurements[f"{name}: peak"].estimate
         assert estimate is not None
         assert estimate > 0
     assert all(item.holds for item in masks if isinstance(item, Check))
 
 
 def test_the_table_shows_figures_beside_estimates_and_what_does_not_hold() -> None:
-    findings = {"step": [Figure("peak", 12.345, "GB", 13.0), Check("equal", False, "3 differ"), Check("same", True)]}
+    findings = {
+        "step": [Measurement("peak", 12.345, "GB", 13.0), Check("equal", False, "3 differ"), Check("same", True)]
+    }
     text = markdown("GPU, today", findings, {"step": End("done", 4.2)})
     assert "| peak | 12.35 GB | 13 GB |" in text
     assert "- **does not hold**: equal (3 differ)" in text

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # read at import
 sys.path.insert(0, str(ROOT))  # running a folder puts only that folder on the path, not the project or its tests
 
-from scripts.gpu_check.findings import Check, Figure, Finding, to_line
+from scripts.gpu_check.findings import Check, Finding, Measurement, to_line
 from scripts.gpu_check.isolated import End, Step, run_isolated
 from scripts.gpu_check.scale import ON_A_GPU, REHEARSAL
 from scripts.gpu_check.table import markdown
@@ -133,7 +133,7 @@ class Report:
         Args:
             rehearsal: Whether this is a rehearsal, with values that are not meaningful.
         """
-        gpu = next((item.value for item in self._findings.get("versions", []) if isinstance(item, Figure)), "GPU")
+        gpu = next((item.value for item in self._findings.get("versions", []) if isinstance(item, Measurement)), "GPU")
         title = f"{gpu}, {date.today().isoformat()}" + (" (rehearsal: values are not meaningful)" if rehearsal else "")
         text = markdown(title, self._findings, self._ends)
         print(text, flush=True)

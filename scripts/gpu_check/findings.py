@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Measurement:
     """A measured value.
 
     Attributes:
@@ -38,7 +38,7 @@ class Check:
     detail: str = ""
 
 
-Finding = Figure | Check
+Finding = Measurement | Check
 
 
 def to_line(step: str, finding: Finding) -> dict[str, Any]:
@@ -48,4 +48,4 @@ def to_line(step: str, finding: Finding) -> dict[str, Any]:
         step: Name of the step.
         finding: The finding.
     """
-    return {"step": step, "kind": "figure" if isinstance(finding, Figure) else "check", **asdict(finding)}
+    return {"step": step, "kind": "measurement" if isinstance(finding, Measurement) else "check", **asdict(finding)}

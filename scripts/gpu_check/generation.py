@@ -14,13 +14,13 @@ from mftctl.evaluation.answer_room import AnswerRoom, answer_room, row_bytes
 from mftctl.evaluation.generation import generate_answers
 from mftctl.masking.checkpoints.load import load_tokenizer
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
-from scripts.gpu_check.findings import Figure
+from scripts.gpu_check.findings import Measurement
 from scripts.gpu_check.measuring import GB
 from scripts.gpu_check.random_models import random_model
 from scripts.gpu_check.scale import Scale
 
 
-def generation(scale: Scale) -> Iterator[Figure]:
+def generation(scale: Scale) -> Iterator[Measurement]:
     """Tokens per second, and the peak memory with the estimate for the batch size."""
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     model = random_model(scale.large, dtype, emulated=scale.rehearses)
@@ -39,11 +39,11 @@ def generation(scale: Scale) -> Iterator[Figure]:
         start_seconds = time.perf_counter()
         found.append(generate_answers(model, Encoder(tokenizer), questions, max_new_tokens=scale.new_tokens, room=room))
         seconds = time.perf_counter() - start_seconds
-        yield Figure(f"{name}: speed", scale.prompts * scale.new_tokens / seconds, "tokens/s")
+        yield Measurement(f"{name}: speed", scale.prompts * scale.new_tokens / seconds, "tokens/s")
         peak = (torch.cuda.max_memory_allocated() - before) / GB
-        yield Figure(f"{name}: peak above the weights", peak, "GB", rows * needs(longest, scale.new_tokens) / GB)
+        yield Measurement(f"{name}: peak above the weights", peak, "GB", rows * needs(longest, scale.new_tokens) / GB)
     equal = sum(len(set(answers)) == 1 for answers in zip(*found, strict=True))
-    yield Figure("answers equal at all batch sizes", f"{equal} of {scale.prompts}")
+    yield Measurement("answers equal at all batch sizes", f"{equal} of {scale.prompts}")
 
 
 def _questions(count: int) -> list[Example]:

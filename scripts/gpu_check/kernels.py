@@ -10,12 +10,12 @@ import torch
 from mftctl.masking.selection import keep_highest
 from mftctl.training.updates.gradient_selection import keep_largest, keep_random
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW
-from scripts.gpu_check.findings import Figure
+from scripts.gpu_check.findings import Measurement
 from scripts.gpu_check.measuring import DEVICE, milliseconds, peak_gb_above
 from scripts.gpu_check.scale import Scale
 
 
-def kernels(scale: Scale) -> Iterator[Figure]:
+def kernels(scale: Scale) -> Iterator[Measurement]:
     """Milliseconds and temporary memory of each kernel."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     for entries in scale.entries:
@@ -28,7 +28,7 @@ def kernels(scale: Scale) -> Iterator[Figure]:
         yield from _optimizers(entries)
 
 
-def _optimizers(entries: int) -> Iterator[Figure]:
+def _optimizers(entries: int) -> Iterator[Measurement]:
     narrow = torch.nn.Parameter(torch.zeros(entries, dtype=torch.bfloat16, device=DEVICE))
     narrow.grad = torch.full_like(narrow, 1e-3)
     stochastic = StochasticAdamW([narrow], eps=1e-8, weight_decay=0.0, seed=0)
@@ -39,6 +39,6 @@ def _optimizers(entries: int) -> Iterator[Figure]:
     yield from _measured(f"AdamW: {entries:,} entries", plain.step)
 
 
-def _measured(name: str, work: Callable[[], object]) -> Iterator[Figure]:
-    yield Figure(name, milliseconds(work), "ms")
-    yield Figure(f"{name}, temporary", peak_gb_above(work), "GB")
+def _measured(name: str, work: Callable[[], object]) -> Iterator[Measurement]:
+    yield Measurement(name, milliseconds(work), "ms")
+    yield Measurement(f"{name}, temporary", peak_gb_above(work), "GB")

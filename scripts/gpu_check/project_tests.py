@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.gpu_check.findings import Check, Figure, Finding
+from scripts.gpu_check.findings import Check, Finding, Measurement
 from scripts.gpu_check.scale import Scale
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def project_tests(scale: Scale) -> Iterator[Finding]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
     for word, number in counts.items():
-        yield Figure(f"tests {word}", number)
+        yield Measurement(f"tests {word}", number)
     failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     tail = (done.stdout + done.stderr)[-800:] if not failures else "\n".join(failures)
     yield Check("the tests pass", done.returncode == 0, "" if done.returncode == 0 else tail)

@@ -20,7 +20,7 @@ from mftctl.experiments.run_folder import Run, create_run
 from mftctl.progress import Progress, Silence
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.mask_train import mask_train
-from scripts.gpu_check.findings import Check, Figure, Finding
+from scripts.gpu_check.findings import Check, Finding, Measurement
 from scripts.gpu_check.scale import Scale
 
 _WORK = {"fft": fine_tune, "mask-train": mask_train}
@@ -33,7 +33,7 @@ def quickstart_on_the_cpu(scale: Scale) -> Iterator[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         losses = [_losses(run) for run in _both_commands(Path(folder), _recipe(scale))]
     _LOSSES.write_text(json.dumps(losses), encoding="utf-8")
-    yield Figure("losses of the CPU", sum(map(len, losses)))
+    yield Measurement("losses of the CPU", sum(map(len, losses)))
 
 
 def quickstart_on_the_gpu(scale: Scale) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ def quickstart_on_the_gpu(scale: Scale) -> Iterator[Finding]:
             command = run.record.command
             yield Check(f"{command}: losses within {_TOLERANCE} of the CPU's", apart <= _TOLERANCE, f"{apart:.2e}")
         yield Check("mask-train writes a mask", Path(masked.result(MadeMask).mask).is_file())
-        yield Figure("mask-train: change in loss", _change(masked))
+        yield Measurement("mask-train: change in loss", _change(masked))
         yield from _repeated(Path(folder), scale)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from scripts.gpu_check.findings import Figure, Finding
+from scripts.gpu_check.findings import Finding, Measurement
 from scripts.gpu_check.measuring import DEVICE, milliseconds
 from scripts.gpu_check.random_models import random_inputs, random_model
 from scripts.gpu_check.scale import Scale
@@ -33,5 +33,5 @@ def mask_beside_fine_tuning(scale: Scale) -> Iterator[Finding]:
         optimizer.zero_grad()
 
     found = milliseconds(step, scale.steps)
-    yield Figure("fine-tuning step of plain transformers: step", found, "ms")
-    yield Figure("fine-tuning step of plain transformers: speed", 2 * ids.numel() / found * 1000, "tokens/s")
+    yield Measurement("fine-tuning step of plain transformers: step", found, "ms")
+    yield Measurement("fine-tuning step of plain transformers: speed", 2 * ids.numel() / found * 1000, "tokens/s")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from scripts.gpu_check.findings import Check, Figure, Finding
+from scripts.gpu_check.findings import Check, Finding, Measurement
 from scripts.gpu_check.isolated import End
 
 
@@ -22,9 +22,9 @@ def markdown(title: str, findings: Mapping[str, Sequence[Finding]], ends: Mappin
         parts.append(f"### {step}: {end.status} after {end.seconds:.0f} s")
         if end.error:
             parts.append(f"```\n{end.error.strip()}\n```")
-        figures = [item for item in found if isinstance(item, Figure)]
-        if figures:
-            rows = ["| | measured | `validate` |", "|---|---|---|", *map(_row, figures)]
+        measurements = [item for item in found if isinstance(item, Measurement)]
+        if measurements:
+            rows = ["| | measured | `validate` |", "|---|---|---|", *map(_row, measurements)]
             parts.append("\n".join(rows))
         checks = [item for item in found if isinstance(item, Check)]
         if checks:
@@ -32,9 +32,9 @@ def markdown(title: str, findings: Mapping[str, Sequence[Finding]], ends: Mappin
     return "\n\n".join(parts) + "\n"
 
 
-def _row(figure: Figure) -> str:
-    estimate = "" if figure.estimate is None else _number(figure.estimate, figure.unit)
-    return f"| {figure.what} | {_number(figure.value, figure.unit)} | {estimate} |"
+def _row(measurement: Measurement) -> str:
+    estimate = "" if measurement.estimate is None else _number(measurement.estimate, measurement.unit)
+    return f"| {measurement.what} | {_number(measurement.value, measurement.unit)} | {estimate} |"
 
 
 def _number(value: float | str, unit: str) -> str:

@@ -28,7 +28,7 @@ from mftctl.training.mask_search import MaskSearch
 from mftctl.training.stopping import stop_on_signal
 from mftctl.workflows import fft
 from scripts.gpu_check.estimates import estimated_peak_gb
-from scripts.gpu_check.findings import Check, Figure, Finding
+from scripts.gpu_check.findings import Check, Finding, Measurement
 from scripts.gpu_check.measuring import GB
 from scripts.gpu_check.random_models import in_place_of_checkpoints, random_inputs, random_model
 from scripts.gpu_check.scale import Scale, Shape
@@ -92,9 +92,9 @@ def mask_training(scale: Scale, shape: Shape, name: str, changes: dict[str, Any]
         with device_for(run, Silence(), less_memory=[]):
             found = learn_mask(search)
             yield from _speed(name, run, scale)
-            yield Figure(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
+            yield Measurement(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
             confirmation = confirm(search, found.keep, confirming)
-        yield Figure(f"{name}: change in loss at confirmation", confirmation.change)
+        yield Measurement(f"{name}: change in loss at confirmation", confirmation.change)
         yield Check(f"{name}: the mask is measured", math.isfinite(confirmation.change))
 
 
@@ -120,7 +120,7 @@ def fine_tuning_steps(scale: Scale, shape: Shape, name: str, changes: dict[str, 
             with stop_on_signal(Silence()) as stop:
                 train(trainer, run.training, stop, patience=None, resume=False)
         yield from _speed(name, run, scale)
-        yield Figure(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
+        yield Measurement(f"{name}: peak", peak_memory_bytes() / GB, "GB", estimate)
 
 
 def step_seconds(run: Run) -> float:
@@ -129,11 +129,11 @@ def step_seconds(run: Run) -> float:
     return float(median(found[1:] or found))
 
 
-def _speed(name: str, run: Run, scale: Scale) -> Iterator[Figure]:
+def _speed(name: str, run: Run, scale: Scale) -> Iterator[Measurement]:
     seconds = step_seconds(run)
     tokens = scale.records * scale.length_tokens * _ACCUMULATION
-    yield Figure(f"{name}: step", 1000 * seconds, "ms")
-    yield Figure(f"{name}: speed", tokens / seconds, "tokens/s")
+    yield Measurement(f"{name}: step", 1000 * seconds, "ms")
+    yield Measurement(f"{name}: speed", tokens / seconds, "tokens/s")
 
 
 def _recipe(scale: Scale, section: str, changes: dict[str, Any]) -> Recipe:

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from scripts.gpu_check.findings import Figure
+from scripts.gpu_check.findings import Measurement
 from scripts.gpu_check.measuring import GB
 from scripts.gpu_check.scale import Scale
 
@@ -25,17 +25,17 @@ _PACKAGES = (
 )
 
 
-def versions(scale: Scale) -> Iterator[Figure]:
+def versions(scale: Scale) -> Iterator[Measurement]:
     """The GPU, Python and library versions."""
     properties = torch.cuda.get_device_properties(0)
-    yield Figure("GPU", properties.name)
-    yield Figure("memory", properties.total_memory / GB, "GB")
-    yield Figure("compute capability", f"{properties.major}.{properties.minor}")
-    yield Figure("CUDA", str(torch.version.cuda))
-    yield Figure("Python", platform.python_version())
+    yield Measurement("GPU", properties.name)
+    yield Measurement("memory", properties.total_memory / GB, "GB")
+    yield Measurement("compute capability", f"{properties.major}.{properties.minor}")
+    yield Measurement("CUDA", str(torch.version.cuda))
+    yield Measurement("Python", platform.python_version())
     for name in _PACKAGES:
         try:
-            yield Figure(name, version(name))
+            yield Measurement(name, version(name))
         except PackageNotFoundError:
-            yield Figure(name, "not installed")
-    yield Figure("bf16", str(torch.cuda.is_bf16_supported(including_emulation=False)))
+            yield Measurement(name, "not installed")
+    yield Measurement("bf16", str(torch.cuda.is_bf16_supported(including_emulation=False)))
