@@ -34,7 +34,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_fft(root: Path, source: ModelSource, output: str | None = None) -> Run:
-    """A finished fft run, as `fine_tuning` records it."""
+    """A finished fft run, as the command records it."""
     run = create_run(root, "fft", {"seed": 3}, inputs=source.as_inputs())
     folder = Path(output) if output else run.folder / "model"
     folder.mkdir(exist_ok=True)
@@ -43,7 +43,7 @@ def run_fft(root: Path, source: ModelSource, output: str | None = None) -> Run:
 
 
 def run_mask(root: Path, source: ModelSource, method: Any = "learned", output: Path | None = None) -> Run:
-    """A finished mask-train run, as `mask_training` records it."""
+    """A finished mask-train run, as the command records it."""
     run = create_run(root, "mask-train", {"seed": 3}, inputs=source.as_inputs(), output=output)
     run.finish(
         partial_result(
@@ -59,7 +59,7 @@ def run_mask(root: Path, source: ModelSource, method: Any = "learned", output: P
 
 
 def run_apply(root: Path, source: ModelSource) -> Run:
-    """A finished apply run, as `applying` records it."""
+    """A finished apply run, as the command records it."""
     run = create_run(root, "apply", {"seed": 3}, inputs=source.as_inputs())
     (run.folder / "model").mkdir()
     run.finish(partial_result({"state": source.state, "model": str((run.folder / "model").resolve())}))
