@@ -181,6 +181,7 @@ def test_every_evaluation_has_something_offered_to_measure(name: str) -> None:
             assert set(expand_groups(task.recipe.eval.tasks)) <= set(BENCHMARKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_methods_that_choose_are_told_what(name: str) -> None:
     for task in tasks_of(name):

@@ -44,6 +44,7 @@ def test_it_starts_from_no_mask_and_lowers_the_loss(
     assert result["learning_rate"] == pytest.approx(3e-3)
 
 
+@pytest.mark.slow
 def test_the_smallest_weights_go_first(undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path) -> None:
     _, _, mask = undisturbed
     index = tensor_index(workspace / "tiny")

@@ -89,6 +89,7 @@ def test_the_groups_are_ranked_by_the_score_with_the_loss_beside_it(probed: tupl
     assert result["recommended_layers"] == result["groups"][0]["layers"]
 
 
+@pytest.mark.slow
 def test_the_next_mask_training_takes_the_layers_with_the_best_score(probed: tuple[Run, dict[str, Any]]) -> None:
     run, result = probed
     found = recommended_layers(run.folder.parent, ModelSource(str(run.record.inputs["model"])))

@@ -69,6 +69,7 @@ def test_runs_every_stage_for_every_seed(finished: Path) -> None:
     assert all(run.record.status == "finished" for run in runs)
 
 
+@pytest.mark.slow
 def test_stages_build_on_each_other(finished: Path) -> None:
     by_name = {run.name: run.record for run in list_runs(finished)[0]}
     recommended = by_name["003-probe"].result["recommended_layers"]

@@ -114,6 +114,7 @@ def test_the_judge_prefers_the_better_answer_on_either_side(judge: StandIn, tmp_
     assert {request["model"] for request in judge.asked} == {"gpt-4-1106-preview"}
 
 
+@pytest.mark.slow
 def test_an_answer_equal_to_the_reference_is_a_draw_and_costs_nothing(judge: StandIn, tmp_path: Path) -> None:
     answers = [Answer("Say 0.", "reference 0", "mine")]
     assert win_shares(answers, REFERENCES[:1], tmp_path / "verdicts.json") == [0.5]

@@ -40,6 +40,7 @@ def test_changing_a_configuration_leaves_the_next_one_alone() -> None:
     assert task_config("gsm8k")["metric_list"]
 
 
+@pytest.mark.slow
 def test_a_task_of_lm_eval_and_the_nearest_to_a_wrong_name() -> None:
     assert other_config("arc_easy")["task"] == "arc_easy"
     with pytest.raises(EvaluationError, match="no benchmark named 'helaswag'") as caught:

@@ -319,6 +319,7 @@ def test_the_attack_does_not_pass(verdicts: dict[str, Verdict], name: str) -> No
     assert verdict.seconds < LIMITS.wall_seconds + 10
 
 
+@pytest.mark.slow
 def test_all_is_as_it_was_outside(verdicts: dict[str, Verdict], outside: Outside) -> None:
     assert [path.name for path in outside.home.iterdir()] == ["secret"]
     assert sorted(path.name for path in outside.folder.iterdir()) == ["secret", "socket"]

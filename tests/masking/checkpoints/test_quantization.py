@@ -85,6 +85,7 @@ def test_a_weight_of_4_bits_counts_as_one(workspace: Path, quantized: Run, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_an_adapter_says_that_its_base_was_quantised(quantized: Run, workspace: Path) -> None:
     folder = quantized.folder / "model"
     assert has_quantized_base(folder)

@@ -187,6 +187,7 @@ def test_lora_resumes_to_the_identical_adapter(lora: Run, workspace: Path, tmp_p
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_a_mask_on_an_adapter_is_refused(lora: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run = create_run(tmp_path, "mask-train", {})

@@ -168,6 +168,7 @@ def test_the_three_models_have_the_loss_that_eval_measures(measured: Run, tmp_pa
         assert dataset["metrics"][0]["value"] == mark["test_loss"]
 
 
+@pytest.mark.slow
 def test_the_grid_has_each_point_once_and_the_three_models_well_inside(measured: Run) -> None:
     lines = [line.document() for line in measured.training.metrics()]
     cells = lines[3:]
