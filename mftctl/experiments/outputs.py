@@ -79,6 +79,8 @@ def check_output(output: Path, inputs: Iterable[Input], runs: Path) -> Path:
     """
     try:
         resolved = output.expanduser().resolve()
+        if os.path.lexists(resolved):
+            resolved.resolve(strict=True)  # from Python 3.13 on, only this refuses circular links
     except (OSError, RuntimeError) as error:  # of circular links
         raise OutputError("The output is a broken or circular link.", path=output, hint="another --output") from error
     require_short(resolved)
