@@ -133,22 +133,7 @@ def _fine_tune(
     finally:
         if options.has_8bit_moments:
             forget_8bit_overrides()
-    whole = trainer.trained_model()
-    saved = _Saved(Path(run.record.output or run.folder / "model"))
-    if whole is not None:
-        state = fine_tuned_state(source.state, options)
-        if options.method == "lora":
-            beside = _lora_files(cast("PeftModel", whole), inputs, options)
-        else:
-            beside = {"README.md": write_tuned_card(state, base=source.model, template=inputs.template_text())}
-        finished = _finished(whole, inputs.checkpoint, options)
-        goes_with = GoesWith(
-            beside,
-            origin_of(state, source.model, source.origin),
-            whole_checkpoint(inputs.checkpoint),
-            sorted(turn_stops(inputs.tokenizer).token_ids),
-        )
-        saved = _save(finished, inputs.tokenizer, run, goes_with, may_replace=may_replace)
+    saved = _save_trained(trainer.trained_model(), inputs, source, run, options, may_replace=may_replace)
     validation = [line.eval_loss for line in run.training.metrics() if line.eval_loss is not None]
     best_loss, best_step = trainer.state.best_metric, trainer.state.best_global_step
     if trainer.start_loss is None or best_loss is None or best_step is None or not validation:
@@ -306,6 +291,33 @@ class _Saved:
 
     folder: Path
     refused: str | None = None
+
+
+def _save_trained(
+    model: PreTrainedModel | PeftModel | None,
+    inputs: TrainingInputs,
+    source: ModelSource,
+    run: Run,
+    options: FftOptions,
+    *,
+    may_replace: bool,
+) -> _Saved:
+    """Writes the trained model with its card; a process that does not hold it only returns its folder."""
+    if model is None:
+        return _Saved(Path(run.record.output or run.folder / "model"))
+    state = fine_tuned_state(source.state, options)
+    if options.method == "lora":
+        beside = _lora_files(cast("PeftModel", model), inputs, options)
+    else:
+        beside = {"README.md": write_tuned_card(state, base=source.model, template=inputs.template_text())}
+    finished = _finished(model, inputs.checkpoint, options)
+    goes_with = GoesWith(
+        beside,
+        origin_of(state, source.model, source.origin),
+        whole_checkpoint(inputs.checkpoint),
+        sorted(turn_stops(inputs.tokenizer).token_ids),
+    )
+    return _save(finished, inputs.tokenizer, run, goes_with, may_replace=may_replace)
 
 
 def _save(

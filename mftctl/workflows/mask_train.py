@@ -107,11 +107,7 @@ def _search(
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
     deciding, confirming = split_validation_records(inputs.validation, options)
     inputs = replace(inputs, validation=deciding)
-    come_again = batches_come_again(len(inputs.train), options)
-    if min(layers) > 0 and not come_again and token_batches_change(len(inputs.train), options):
-        listener.note(
-            "Hidden states are reused only in validation: with --batch-tokens, micro-batches differ between epochs."
-        )
+    come_again = _batches_come_again(len(inputs.train), layers, options, listener)
     with (
         hidden_states(options, run.folder) as states,
         # Processes that share weights must run the same layers, but each has seen different batches.
@@ -138,8 +134,9 @@ def _search(
         search = _with_whole_model(search, layers)
         confirmation = _confirmation(search, found, confirming)
         reuse = prefix_reuse(states)
-    metadata = mask_metadata(recipe, source, run, layers)
-    mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata)
+    mask = build_mask(
+        found.keep, search.targets, search.model, inputs.checkpoint, mask_metadata(recipe, source, run, layers)
+    )
     return MeasuredMask(
         **keep_mask(mask, run, may_replace=may_replace).document(),
         state=mask_state(options),
@@ -163,6 +160,16 @@ def _search(
         evaluations=measurements(run.training),
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _batches_come_again(records: int, layers: list[int], options: MaskTrainOptions, listener: Listener) -> bool:
+    """True if training repeats its batches, so that their hidden states can be reused; notes why not."""
+    come_again = batches_come_again(records, options)
+    if min(layers) > 0 and not come_again and token_batches_change(records, options):
+        listener.note(
+            "Hidden states are reused only in validation: with --batch-tokens, micro-batches differ between epochs."
+        )
+    return come_again
 
 
 def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:

@@ -39,7 +39,8 @@ def test_an_alias_of_a_long_text_is_counted_by_its_length() -> None:
 
 
 def test_merged_mappings_are_counted() -> None:
-    refused("a: &a {b: 1, c: 2}\nd: {<<: [" + ", ".join(["*a"] * 1000) + "]}\n")
+    text = "a: &a {b: 1, c: 2}\nd: {<<: [" + ", ".join(["*a"] * 1000) + "]}\n"
+    assert "keys and values" in str(refused(text).actual)
 
 
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ("{a: ", "}"), ("- ", "")])
