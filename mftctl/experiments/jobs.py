@@ -12,7 +12,8 @@ from typing import Any
 
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Command, Recipe, Stage
-from mftctl.experiments.recipe_files import MAX_JOBS, nearest, too_many_jobs, with_changes
+from mftctl.experiments.recipe_files import MAX_JOBS, too_many_jobs, with_changes
+from mftctl.experiments.recipe_problems import nearest
 
 Variant = dict[str, Any]
 """The swept keys and their values."""

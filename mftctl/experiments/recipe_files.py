@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, Final, Union, get_args, get_origin
+from typing import Any, Final
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Recipe, Stage
+from mftctl.experiments.recipe_problems import describe_problems, nearest, shortened
 from mftctl.experiments.recipe_yaml import MAX_VALUES, parse_yaml, read_yaml
-from mftctl.experiments.renamed import KEYS, VALUES, with_new_names
+from mftctl.experiments.renamed import with_new_names
 from mftctl.experiments.run_config import as_given
 from mftctl.files.regular import is_file
 
 _INSTALLED = Path(__file__).parents[1] / "recipes"
+
+
 BUILT_IN_FOLDER = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
 MAX_EXTENDED: Final = 64
+
+
 MAX_JOBS: Final = 1_000
 """Maximum number of stages, expanded over seeds and swept values."""
+
+
 _MOST_PROBLEMS: Final = 20
+
+
 _LONGEST_PROBLEM: Final = 400
 
 
@@ -52,7 +61,7 @@ def find_recipe(name: str) -> Path:
         return BUILT_IN_FOLDER / f"{name}.yaml"
     raise ConfigError(
         "The recipe does not exist.",
-        path=_cut(name),
+        path=shortened(name),
         expected=f"a YAML file, or one of the built-in recipes: {', '.join(built_in_names())}",
         hint=nearest(name, built_in_names()),
     )
@@ -80,7 +89,7 @@ def _extended_names(path: Path, document: dict[str, Any]) -> list[str]:
     names = [extended] if isinstance(extended, str) else extended
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(
-            "extends must name recipes.", path=path, key="extends", expected="a name or a list", actual=_cut(names)
+            "extends must name recipes.", path=path, key="extends", expected="a name or a list", actual=shortened(names)
         )
     return names
 
@@ -103,7 +112,9 @@ class _Family:
         place = path.resolve()
         if place in chain:
             circle = " -> ".join(item.name for item in (*chain, path))
-            raise ConfigError("Recipes extend each other in a cycle.", path=path, key="extends", actual=_cut(circle))
+            raise ConfigError(
+                "Recipes extend each other in a cycle.", path=path, key="extends", actual=shortened(circle)
+            )
         if place not in self._merged:
             document = _read_given(path)
             names = _extended_names(path, document)
@@ -245,7 +256,7 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
         recipe = Recipe.model_validate(as_given(document))
     except ValidationError as error:
         found = error.errors()
-        raise _not_fitting(_describe_all(found[:_MOST_PROBLEMS]), len(found) - _MOST_PROBLEMS, path) from error
+        raise _not_fitting(describe_problems(found[:_MOST_PROBLEMS]), len(found) - _MOST_PROBLEMS, path) from error
     _require_few_jobs(recipe, path)
     bare, stages = recipe.model_copy(update={"stages": {}}), recipe.stages.items()
     problems = [f"stages.{name}.{problem}" for name, stage in stages for problem in _stage_problems(bare, stage)]
@@ -255,7 +266,7 @@ def parse_recipe(document: Mapping[str, Any], path: Path | None = None) -> Recip
 
 
 def _not_fitting(problems: Sequence[str], more: int, path: Path | None) -> ConfigError:
-    told = [_cut(problem, _LONGEST_PROBLEM) for problem in problems]
+    told = [shortened(problem, _LONGEST_PROBLEM) for problem in problems]
     return ConfigError(
         "The configuration is not valid.",
         path=path,
@@ -288,12 +299,6 @@ def too_many_jobs(jobs: int, path: Path | None = None) -> ConfigError:
     )
 
 
-def _cut(value: object, most: int = 200) -> str:
-    """Returns a value as text, shortened for a message."""
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= most else f"{text[:most]}…"
-
-
 def _stage_problems(recipe: Recipe, stage: Stage) -> tuple[str, ...]:
     """Returns problems of the keys changed by a stage, before any earlier stage is trained."""
     found = [f"set.{problem}" for problem in _change_problems(recipe, stage.set)]
@@ -310,97 +315,3 @@ def _change_problems(recipe: Recipe, changes: Mapping[str, Any]) -> tuple[str, .
     except ConfigError as error:
         return error.problems or (f"{error.key}: {error.message}",)
     return ()
-
-
-def _describe_all(problems: Sequence[Any]) -> list[str]:
-    """Returns one line per invalid place.
-
-    A key with several types gives one error per type; those about the given type are kept, if there are any.
-    """
-    places: dict[tuple[str, ...], list[Any]] = {}
-    for problem in problems:
-        places.setdefault(tuple(_without_types(Recipe, [str(part) for part in problem["loc"]])), []).append(problem)
-    lines = []
-    for location, found in places.items():
-        if any(len(other) > len(location) and other[: len(location)] == location for other in places):
-            continue
-        told = [problem for problem in found if problem["type"] not in _OTHER_TYPE] or found
-        lines.append(_describe({**told[0], "msg": " or ".join(_lowered(problem["msg"]) for problem in told)}, location))
-    return lines
-
-
-_OTHER_TYPE = {"float_type", "int_type", "dict_type", "literal_error"}
-
-
-def _without_types(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Returns a place in the recipe without the type name that pydantic adds for a key with several types."""
-    for number, part in enumerate(location):
-        field = model.model_fields.get(part)
-        if field is None:
-            break
-        types = _several_types(field.annotation) or [field.annotation]
-        if len(types) > 1:
-            return [*location[: number + 1], *location[number + 2 :]]
-        if get_origin(types[0]) is tuple and _several_types(get_args(types[0])[0]):
-            return [*location[: number + 2], *location[number + 3 :]]
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            break
-        model = field.annotation
-    return list(location)
-
-
-def _several_types(annotation: Any) -> list[Any]:
-    """Returns the types of a union without None; empty for anything else."""
-    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else ()
-    return [item for item in parts if item is not type(None)]
-
-
-def _describe(problem: Any, location: Sequence[str]) -> str:
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        name, known = KEYS.get(location[-1], location[-1]), _known_keys(Recipe, location[:-1])
-        question = nearest(name, known) or _nearest_anywhere(name)
-        return f"{key}: unknown key" + (f"; {question}" if question else "")
-    if problem["type"] == "value_error":
-        text = str(problem["ctx"]["error"])
-        return f"{key}: {text}" if key else text
-    now = VALUES.get((location[-1], problem["input"])) if isinstance(problem["input"], str) else None
-    hint = f"; did you mean {now}?" if now else ""
-    return f"{key}: {_lowered(problem['msg'])}, got {_cut(repr(problem['input']))}{hint}"
-
-
-def _lowered(sentence: str) -> str:
-    return sentence[0].lower() + sentence[1:]
-
-
-def _known_keys(model: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Returns the keys allowed at a place in the recipe; none where any key is allowed."""
-    for part in location:
-        field = model.model_fields.get(part)
-        if field is None:
-            return list(model.model_fields)
-        candidates = [field.annotation, *get_args(field.annotation)]
-        nested = [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
-    return list(model.model_fields)
-
-
-def nearest(name: str, known: Sequence[str]) -> str | None:
-    """Returns a question with the closest known word; None if no word is close."""
-    matches = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {matches[0]}?" if matches else None
-
-
-def _nearest_anywhere(name: str) -> str | None:
-    """Returns a question with the closest top-level key or section key; None if no key is close."""
-    dotted = {
-        key: f"{section}.{key}"
-        for section, field in Recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        for key in field.annotation.model_fields
-    }
-    dotted |= {key: key for key in Recipe.model_fields}
-    matches = difflib.get_close_matches(name, dotted, n=1)
-    return f"did you mean {dotted[matches[0]]}?" if matches else None

@@ -16,6 +16,7 @@ from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.model_source import ModelSource, Recommendation, recommended_layers
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
+from mftctl.experiments.results import Score
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.checkpoints.load import load_model
@@ -30,7 +31,7 @@ from mftctl.workflows.eval import evaluate
 from mftctl.workflows.mask_result import build_mask
 from mftctl.workflows.probe import probe
 from mftctl.workflows.probe_by import check_by
-from mftctl.workflows.probe_scores import ProbeScorer, Score
+from mftctl.workflows.probe_scores import ProbeScorer
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
 TASK = "truthfulqa_mc2"
