@@ -6,18 +6,19 @@ start of its answer, and the prompt's ids are the ones the model sees during gen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import takewhile
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.examples import IGNORED_LABEL, Example, Learn, TokenIds
-from mftctl.data.record_issues import RecordIssues
+from mftctl.data.record_issues import RecordIssues, Remark
 from mftctl.data.rendering import Rendered, Renderer
+from mftctl.data.template_limits import template_limits
 from mftctl.errors import DataError
 
 
@@ -29,13 +30,13 @@ class Encoded:
         input_ids: The token ids.
         labels: The token ids of the answers and -100 elsewhere; as many as `input_ids`.
         where: Origin of the record.
-        is_cut: Whether the example was truncated.
+        remarks: What the user is told about the record.
     """
 
     input_ids: list[int]
     labels: list[int]
     where: str
-    is_cut: bool = False
+    remarks: Remark = Remark.NONE
 
     @property
     def answer_tokens(self) -> int:
@@ -43,9 +44,16 @@ class Encoded:
         return sum(label != IGNORED_LABEL for label in self.labels)
 
 
-_PROGRESS_RECORDS = 500
+_BATCH_RECORDS = 256
 _SHORT_CHARACTERS = 32
-_KNOWN_TEXTS = 1024
+_MOST_KNOWN_TEXTS = 1024
+
+
+class _Text(NamedTuple):
+    """A text to tokenise, and whether it continues another text."""
+
+    text: str
+    continues: bool
 
 
 class _Piece(NamedTuple):
@@ -65,6 +73,7 @@ class Encoder:
 
     Attributes:
         tokenizer: The tokenizer.
+        learn: The answers to train on.
         now: The current time as the template sees it.
         renderer: Renders the text.
     """
@@ -73,33 +82,54 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, *, learn: Learn = "all", now: datetime | None = None
     ) -> None:
         self.tokenizer = tokenizer
+        self.learn = learn
         self.now = now or datetime.now().astimezone()
         self.renderer = Renderer(tokenizer, learn, self.now)
+        self._known: dict[_Text, list[int]] = {}
 
-    def encode(self, example: Example, max_length_tokens: int, issues: RecordIssues | None = None) -> Encoded:
+    def encode(self, example: Example, max_length_tokens: int) -> Encoded:
         """The example's tokens up to the maximum length, with labels on every answer and its end-of-turn marker.
 
         Args:
             example: The example to encode.
             max_length_tokens: Longer examples are truncated at the end.
-            issues: Collects problems with the record.
 
         Raises:
             DataError: The chat template cannot render the example, or the record has no token to train on.
             PromptTooLongError: The prompt leaves no token to train on within the maximum length.
         """
-        if example.token_ids is not None:
-            return self._given(example, example.token_ids, max_length_tokens)
-        rendered = self.renderer.render(example)
-        pieces = self._pieces(rendered)
-        if issues is not None:
-            issues.without_thinking += rendered.cuts_thinking
-            issues.last_only += rendered.is_last_only
-            issues.tools_as_text += rendered.has_tools_as_text
-            issues.open_turns += rendered.has_open_turn
-        input_ids = [token for piece in pieces for token in piece.input_ids]
-        labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
-        return _cut(input_ids, labels, example.where, max_length_tokens, _prompt_tokens(pieces))
+        [outcome] = self.encode_batch([example], max_length_tokens)
+        if isinstance(outcome, DataError):
+            raise outcome
+        return outcome
+
+    def encode_batch(self, examples: Sequence[Example], max_length_tokens: int) -> list[Encoded | DataError]:
+        """What `encode` returns or raises for each example; all texts are tokenised in one call.
+
+        Args:
+            examples: The examples to encode.
+            max_length_tokens: Longer examples are truncated at the end.
+        """
+        rendered: list[Rendered | DataError | None] = []
+        with template_limits():
+            for example in examples:
+                try:
+                    rendered.append(None if example.token_ids is not None else self.renderer.render(example))
+                except DataError as error:
+                    rendered.append(error)
+        pieces = iter(self._pieces([item for item in rendered if isinstance(item, Rendered)]))
+        outcomes: list[Encoded | DataError] = []
+        for example, item in zip(examples, rendered, strict=True):
+            try:
+                if isinstance(item, DataError):
+                    outcomes.append(item)
+                elif item is None:
+                    outcomes.append(self._given(example, cast("TokenIds", example.token_ids), max_length_tokens))
+                else:
+                    outcomes.append(_joined(example, item, next(pieces), max_length_tokens))
+            except DataError as error:
+                outcomes.append(error)
+        return outcomes
 
     def prompt(self, example: Example) -> list[int]:
         """The prompt ids for generating the last answer: those that `encode` puts before that answer's first label.
@@ -109,7 +139,7 @@ class Encoder:
         """
         *before, last = example.messages
         asked = replace(example, messages=(*before, replace(last, is_learned=True)))
-        pieces = self._pieces(self.renderer.render(asked))
+        [pieces] = self._pieces([self.renderer.render(asked)])
         last_answer = max(index for index, piece in enumerate(pieces) if piece.is_answer)
         return [token for piece in pieces[:last_answer] for token in piece.input_ids]
 
@@ -128,50 +158,64 @@ class Encoder:
         prompt_tokens = sum(1 for _ in takewhile(lambda label: label == IGNORED_LABEL, ids.labels))
         return _cut(list(ids.input_ids), list(ids.labels), example.where, max_length_tokens, prompt_tokens)
 
-    def _pieces(self, rendered: Rendered) -> list[_Piece]:
-        """The tokens of the whole example, split as `render` splits its text."""
-        bos = self._default_bos if rendered.add_bos and not self._begins_with_bos(rendered) else []
-        pieces = [_Piece(bos, is_answer=False)] if bos else []
-        for index, segment in enumerate(rendered.segments):
-            ids = self._continuation_ids(segment.text) if index else self._ids(segment.text)
-            pieces.append(_Piece(ids, segment.is_answer))
-        eos = self.tokenizer.eos_token_id
-        if rendered.add_eos and eos is not None and pieces[-1].input_ids[-1:] != [eos]:
-            pieces[-1].input_ids.append(eos)
-        return pieces
+    def _pieces(self, rendered: Sequence[Rendered]) -> list[list[_Piece]]:
+        """The tokens of each example, split as `render` splits its text."""
+        texts = [[_Text(segment.text, index > 0) for index, segment in enumerate(item.segments)] for item in rendered]
+        ids = self._tokenized({text for segments in texts for text in segments})
+        found = []
+        for item, segments in zip(rendered, texts, strict=True):
+            bos = self._default_bos if item.add_bos and not self._begins_with_bos(item) else []
+            pieces = [_Piece(bos, is_answer=False)] if bos else []
+            for segment, text in zip(item.segments, segments, strict=True):
+                pieces.append(_Piece(ids[text], segment.is_answer))
+            eos = self.tokenizer.eos_token_id
+            if item.add_eos and eos is not None and pieces[-1].input_ids[-1:] != [eos]:
+                pieces[-1] = pieces[-1]._replace(input_ids=[*pieces[-1].input_ids, eos])
+            found.append(pieces)
+        return found
 
     def _begins_with_bos(self, rendered: Rendered) -> bool:
         """True if the text includes its own begin-of-sequence token."""
         bos = self.tokenizer.bos_token
         return bool(bos) and rendered.segments[0].text.startswith(bos)
 
-    def _ids(self, text: str) -> list[int]:
-        # verbose=False: the warning about the model's own maximum length does not concern --max-length.
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _tokenized(self, texts: Set[_Text]) -> dict[_Text, list[int]]:
+        """The ids of each text.
 
-    def _continuation_ids(self, text: str) -> list[int]:
-        """The ids of text that continues other text.
-
-        Tokenizers of the Llama 2 family prepend a space to what they take for the start of a text. A prepended newline
-        takes that space and is dropped again, unless it merges with the text, which theirs never does.
+        Tokenizers of the Llama 2 family prepend a space to what they take for the start of a text. A newline prepended
+        to a text that continues another takes that space and is dropped again, unless it merges with the text, which
+        theirs never does.
         """
-        if len(text) <= _SHORT_CHARACTERS:  # template text between turns, the same in every record
-            return list(self._known_continuation(text))
-        return self._new_continuation(text)
+        found = {text: self._known[text] for text in texts if text in self._known}
+        new = [text for text in texts if text not in found]
+        line_end = self._line_end if any(text.continues for text in new) else []
+        for text, ids in zip(
+            new, self._ids([f"\n{text}" if continues else text for text, continues in new]), strict=True
+        ):
+            if not text.continues:
+                found[text] = ids
+            elif ids[: len(line_end)] == line_end:
+                found[text] = ids[len(line_end) :]
+            else:
+                [found[text]] = self._ids([text.text])
+            # Text that a template writes between turns is the same in every record.
+            if len(text.text) <= _SHORT_CHARACTERS and len(self._known) < _MOST_KNOWN_TEXTS:
+                self._known[text] = found[text]
+        return found
 
-    def _new_continuation(self, text: str) -> list[int]:
-        ids = self._ids("\n" + text)
-        line_end = self._line_end
-        return ids[len(line_end) :] if ids[: len(line_end)] == line_end else self._ids(text)
-
-    @cached_property
-    def _known_continuation(self) -> Callable[[str], list[int]]:
-        return lru_cache(maxsize=_KNOWN_TEXTS)(self._new_continuation)
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        # verbose=False: the warning about the model's own maximum length does not concern --max-length.
+        ids: list[list[int]] = self.tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        return ids
 
     @cached_property
     def _line_end(self) -> list[int]:
-        return self._ids("\n")
+        [ids] = self._ids(["\n"])
+        return ids
 
     @cached_property
     def _default_bos(self) -> list[int]:
@@ -194,8 +238,8 @@ class EncodedRecords:
         examples: Their examples, in the same order.
     """
 
-    records: list[Encoded]
-    examples: list[Example]
+    records: Sequence[Encoded]
+    examples: Sequence[Example]
 
 
 def encode_all(
@@ -218,31 +262,47 @@ def encode_all(
     records: list[Encoded] = []
     used: list[Example] = []
     issues.tokenised += len(examples)
-    for number, example in enumerate(examples, start=1):
-        try:
-            encoded = encoder.encode(example, max_length_tokens, issues)
-        except PromptTooLongError:
-            issues.overlong += 1
-        except DataError as error:
-            issues.refused.append(error)
-        else:
-            issues.cut += encoded.is_cut
-            issues.used += 1
-            records.append(encoded)
-            used.append(example)
-        if on_progress is not None and (number % _PROGRESS_RECORDS == 0 or number == len(examples)):
-            on_progress(number, len(examples))
+    for start in range(0, len(examples), _BATCH_RECORDS):
+        batch = examples[start : start + _BATCH_RECORDS]
+        for example, outcome in zip(batch, encoder.encode_batch(batch, max_length_tokens), strict=True):
+            if isinstance(outcome, PromptTooLongError):
+                issues.overlong += 1
+            elif isinstance(outcome, DataError):
+                issues.refused.append(outcome)
+            else:
+                issues.count_remarks(outcome.remarks)
+                records.append(outcome)
+                used.append(example)
+        if on_progress is not None:
+            on_progress(min(start + _BATCH_RECORDS, len(examples)), len(examples))
     return EncodedRecords(records, used)
 
 
-def _cut(input_ids: list[int], labels: list[int], where: str, max_length_tokens: int, prompt_tokens: int) -> Encoded:
+def _joined(example: Example, rendered: Rendered, pieces: Sequence[_Piece], max_length_tokens: int) -> Encoded:
+    """The pieces of an example as one record."""
+    input_ids = [token for piece in pieces for token in piece.input_ids]
+    labels = [token if piece.is_answer else IGNORED_LABEL for piece in pieces for token in piece.input_ids]
+    prompt_tokens = sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))
+    return _cut(input_ids, labels, example.where, max_length_tokens, prompt_tokens, rendered.remarks)
+
+
+def _cut(
+    input_ids: list[int],
+    labels: list[int],
+    where: str,
+    max_length_tokens: int,
+    prompt_tokens: int,
+    remarks: Remark = Remark.NONE,
+) -> Encoded:
     """The tokens, truncated to the maximum length.
 
     Raises:
         DataError: No token is left to train on.
     """
     is_cut = len(input_ids) > max_length_tokens
-    encoded = Encoded(input_ids[:max_length_tokens], labels[:max_length_tokens], where, is_cut)
+    if is_cut:
+        remarks |= Remark.CUT
+    encoded = Encoded(input_ids[:max_length_tokens], labels[:max_length_tokens], where, remarks)
     # Nothing precedes the first token, so no model learns to predict it.
     if all(label == IGNORED_LABEL for label in encoded.labels[1:]):
         kind = PromptTooLongError if is_cut else DataError
@@ -254,8 +314,3 @@ def _cut(input_ids: list[int], labels: list[int], where: str, max_length_tokens:
             hint="raise --max-length, or remove the record",
         )
     return encoded
-
-
-def _prompt_tokens(pieces: Sequence[_Piece]) -> int:
-    """Number of tokens before the first answer."""
-    return sum(len(piece.input_ids) for piece in takewhile(lambda piece: not piece.is_answer, pieces))

@@ -107,6 +107,35 @@ class Example:
             document.append([self.tools, self.template_args, ids])
         return json.dumps(document).encode()
 
+    @classmethod
+    def from_canonical(cls, content: bytes, where: str, *, has_turns: bool) -> Example:
+        """The example with this canonical JSON.
+
+        Args:
+            content: From `canonical`.
+            where: Origin of the record.
+            has_turns: Whether the record is a list of turns, which the canonical form leaves out.
+        """
+        kind, messages, *more = json.loads(content)
+        tools, template_args, ids = more[0] if more else ("", "", None)
+        token_ids = None if ids is None else TokenIds(tuple(ids[0]), tuple(ids[1]))
+        return cls(kind, tuple(map(_message, messages)), where, has_turns, tools, template_args, token_ids)
+
+    def prompt_content(self) -> bytes:
+        """Canonical JSON of the kind and the prompt, or of the whole of a plain text or of token ids."""
+        ids = None if self.token_ids is None else [self.token_ids.input_ids, self.token_ids.labels]
+        messages = self.prompt or self.messages
+        return json.dumps([self.kind, [_canonical(message) for message in messages] or ids]).encode()
+
+
+def _message(fields: list[Any]) -> Message:
+    """The message with these canonical fields."""
+    role, content, *more = fields
+    if not more:
+        return Message(role, content)
+    thinking, calls, name, tool_call_id, is_learned = more[0]
+    return Message(role, content, thinking, tuple(ToolCall(*call) for call in calls), name, tool_call_id, is_learned)
+
 
 def _canonical(message: Message) -> list[Any]:
     calls = [[call.name, call.arguments, call.id] for call in message.tool_calls]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from enum import IntFlag
 from typing import Literal
 
 from mftctl.errors import DataError
@@ -11,6 +12,22 @@ from mftctl.text import counted
 BadRecords = Literal["error", "skip"]
 
 _MOST_NAMED = 3
+
+
+class Remark(IntFlag):
+    """What the user is told about a record that is used."""
+
+    NONE = 0
+    CUT = 1
+    """It is truncated."""
+    WITHOUT_THINKING = 2
+    """The chat template drops the thinking before an answer."""
+    LAST_ONLY = 4
+    """Earlier answers are not trained on, because the chat template changes them."""
+    TOOLS_AS_TEXT = 8
+    """Functions or calls are written as JSON text."""
+    OPEN_TURN = 16
+    """An earlier answer is trained on without an end-of-turn marker."""
 
 
 class RecordIssues:
@@ -42,6 +59,15 @@ class RecordIssues:
         self.last_only = 0
         self.tools_as_text = 0
         self.open_turns = 0
+
+    def count_remarks(self, remarks: Remark, records: int = 1) -> None:
+        """Counts records that are used and have these remarks."""
+        self.used += records
+        self.cut += records * (Remark.CUT in remarks)
+        self.without_thinking += records * (Remark.WITHOUT_THINKING in remarks)
+        self.last_only += records * (Remark.LAST_ONLY in remarks)
+        self.tools_as_text += records * (Remark.TOOLS_AS_TEXT in remarks)
+        self.open_turns += records * (Remark.OPEN_TURN in remarks)
 
     def settle(self, bad_records: BadRecords) -> None:
         """Checks that all records can be used, or that bad ones may be skipped.

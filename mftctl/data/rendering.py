@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.chat_rendering import ChatRenderer, Conversation
 from mftctl.data.examples import Example, Learn
+from mftctl.data.record_issues import Remark
 from mftctl.errors import DataError
 
 
@@ -35,19 +36,13 @@ class Rendered:
         segments: The text in order.
         add_bos: Whether to prepend a begin-of-sequence token if the tokenizer adds one by default.
         add_eos: Whether to end the last answer with an end-of-sequence token.
-        cuts_thinking: Whether the chat template drops the thinking before an answer.
-        is_last_only: Whether earlier answers are not trained on because they cannot be located in the text.
-        has_open_turn: Whether an earlier answer is trained on without an end-of-turn marker.
-        has_tools_as_text: Whether functions or calls are written as JSON because the template has no field for them.
+        remarks: What the user is told about the record.
     """
 
     segments: tuple[Segment, ...]
     add_bos: bool
     add_eos: bool
-    cuts_thinking: bool = False
-    is_last_only: bool = False
-    has_open_turn: bool = False
-    has_tools_as_text: bool = False
+    remarks: Remark = Remark.NONE
 
 
 class Renderer:
@@ -115,10 +110,16 @@ class Renderer:
             _segments(pieces),
             add_bos=False,
             add_eos=add_eos,
-            cuts_thinking=conversation.cuts_thinking,
-            is_last_only=conversation.is_last_only,
-            has_open_turn=self._learn == "all" and any(not item.has_stop and item.is_learned for item in answers[:-1]),
-            has_tools_as_text=conversation.has_tools_as_text,
+            remarks=self._remarks(conversation),
+        )
+
+    def _remarks(self, conversation: Conversation) -> Remark:
+        has_open_turn = any(not item.has_stop and item.is_learned for item in conversation.answers[:-1])
+        return (
+            (Remark.WITHOUT_THINKING if conversation.cuts_thinking else Remark.NONE)
+            | (Remark.LAST_ONLY if conversation.is_last_only else Remark.NONE)
+            | (Remark.TOOLS_AS_TEXT if conversation.has_tools_as_text else Remark.NONE)
+            | (Remark.OPEN_TURN if has_open_turn and self._learn == "all" else Remark.NONE)
         )
 
 

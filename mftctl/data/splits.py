@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-from mftctl.data.examples import Example
+import numpy as np
+
+from mftctl.data.prepared.examples import Examples
 from mftctl.errors import DataError
 
 
-def split_validation(examples: Sequence[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def split_validation(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
     """The training and validation splits, both in the original order.
 
     Examples with the same prompt stay together, so that no validation prompt is trained on; the validation split may
@@ -25,9 +26,7 @@ def split_validation(examples: Sequence[Example], fraction: float, seed: int) ->
     """
     if not 0 < fraction < 1:
         raise DataError("The validation fraction is out of range.", expected="above 0 and below 1", actual=fraction)
-    groups: dict[object, list[int]] = {}
-    for index, example in enumerate(examples):
-        groups.setdefault(_prompt_key(example), []).append(index)
+    groups = _groups(examples.prompt_keys)
     if len(groups) < 2:
         raise DataError(
             "The data cannot be split into training and validation data.",
@@ -35,12 +34,12 @@ def split_validation(examples: Sequence[Example], fraction: float, seed: int) ->
             actual=f"records: {len(examples)}, different prompts: {len(groups)}",
             hint="provide separate validation data with --val-data",
         )
-    held_out = _choose_groups(list(groups.values()), _share(len(examples), fraction), seed)
-    train = [example for index, example in enumerate(examples) if index not in held_out]
-    return train, [examples[index] for index in sorted(held_out)]
+    held_out = np.zeros(len(examples), np.bool_)
+    held_out[_choose_groups(groups, _share(len(examples), fraction), seed)] = True
+    return examples.take(np.flatnonzero(~held_out)), examples.take(np.flatnonzero(held_out))
 
 
-def sample_fraction(examples: Sequence[Example], fraction: float, seed: int) -> list[Example]:
+def sample_fraction(examples: Examples, fraction: float, seed: int) -> Examples:
     """A random fraction of the examples in the original order, at least one.
 
     With the same seed, a smaller fraction is a subset of a larger one.
@@ -60,14 +59,14 @@ def sample_fraction(examples: Sequence[Example], fraction: float, seed: int) -> 
     return sample_count(examples, _share(len(examples), fraction), seed)
 
 
-def sample_count(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+def sample_count(examples: Examples, count: int, seed: int) -> Examples:
     """A random sample of `count` examples in the original order; all examples if there are no more.
 
     With the same seed, a smaller number is a subset of a larger one.
     """
     order = list(range(len(examples)))
     random.Random(seed).shuffle(order)
-    return [examples[index] for index in sorted(order[:count])]
+    return examples.take(sorted(order[:count]))
 
 
 def _share(total: int, fraction: float) -> int:
@@ -75,20 +74,24 @@ def _share(total: int, fraction: float) -> int:
     return max(1, int(total * fraction + 0.5))
 
 
-def _prompt_key(example: Example) -> object:
-    """The key that must not occur in both splits: the prompt, or the whole of a plain text or of token ids."""
-    return (example.kind, example.prompt or example.messages or example.token_ids)
+def _groups(keys: np.ndarray) -> list[np.ndarray]:
+    """The indices of each key, the keys in the order of their first index."""
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(group, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(group))[:-1])
+    return [members[number] for number in np.argsort(first)]
 
 
-def _choose_groups(groups: list[list[int]], count: int, seed: int) -> set[int]:
+def _choose_groups(groups: list[np.ndarray], count: int, seed: int) -> np.ndarray:
     """The members of random groups, at most `count`, or of one smallest group if no group is that small."""
     random.Random(seed).shuffle(groups)
-    chosen: set[int] = set()
+    chosen: list[np.ndarray] = []
+    records = 0
     for group in groups:
-        if len(chosen) + len(group) <= count:
-            chosen.update(group)
+        if records + len(group) <= count:
+            chosen.append(group)
+            records += len(group)
     # A fraction close to 1 would leave nothing to train on.
-    if len(chosen) == sum(map(len, groups)):
-        chosen.difference_update(groups[0])
-    smallest = min(groups, key=len)
-    return chosen or set(smallest)
+    if len(chosen) == len(groups):
+        chosen = chosen[1:]
+    return np.concatenate(chosen or [min(groups, key=len)])

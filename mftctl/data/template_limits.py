@@ -36,6 +36,9 @@ _MEMORY_FILE = Path("/proc/self/statm")
 _AGAIN_SECONDS = 1.0
 """Time to the next alarm, in case the first is raised where exceptions are swallowed, such as in a destructor."""
 
+_context = threading.local()
+"""Whether this thread is within `template_limits`."""
+
 
 class _TimeUp(BaseException):
     """The time limit is exceeded."""
@@ -101,9 +104,17 @@ def template_limits() -> Iterator[None]:
     The time limit is CPU time and applies only in the main thread; the memory limit is address space and applies only
     on Linux. It is shared by all threads, so none of them should allocate much meanwhile.
 
+    Within another such context, only the time starts again: setting the limits for each of many records takes longer
+    than rendering them.
+
     Raises:
         ModelError: The limit on time or memory is exceeded.
     """
+    if getattr(_context, "is_open", False):
+        _restart_time()
+        yield
+        return
+    _context.is_open = True
     try:
         with _limited_time(), _limited_memory():
             yield
@@ -111,6 +122,8 @@ def template_limits() -> Iterator[None]:
         raise _exceeded(f"more than {MOST_SECONDS:g} s") from error
     except MemoryError as error:
         raise _exceeded("more memory than allowed") from error
+    finally:
+        _context.is_open = False
 
 
 @contextmanager
@@ -119,12 +132,17 @@ def _limited_time() -> Iterator[None]:
         yield
         return
     before = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS, _AGAIN_SECONDS)
+    _restart_time()
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def _restart_time() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS, _AGAIN_SECONDS)
 
 
 def _stop(number: int, frame: object) -> NoReturn:

@@ -1,0 +1,150 @@
+"""The token ids of the examples of a table, as an Arrow file with a row for each."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import pyarrow as pa
+
+from mftctl.data.encoding import Encoded, Encoder, PromptTooLongError
+from mftctl.data.examples import IGNORED_LABEL
+from mftctl.data.prepared.arrow_files import MappedTable
+from mftctl.data.prepared.example_table import ExampleTable
+from mftctl.data.record_issues import Remark
+from mftctl.errors import DataError
+
+SCHEMA = pa.schema(
+    [
+        ("input_ids", pa.list_(pa.int32())),
+        ("answers", pa.list_(pa.int32())),  # start, end, start, end, ...
+        ("answer_tokens", pa.int32()),
+        ("outcome", pa.uint8()),
+        ("remarks", pa.uint8()),
+    ]
+)
+
+
+class Outcome(IntEnum):
+    """Whether a record can be used."""
+
+    USED = 0
+    OVERLONG = 1
+    REFUSED = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """A column of lists of one batch: all values, and where each list begins."""
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def of(cls, column: pa.ListArray) -> _Lists:
+        return cls(column.values.to_numpy(), column.offsets.to_numpy())
+
+    def of_row(self, row: int) -> list[int]:
+        found: list[int] = self.values[self.offsets[row] : self.offsets[row + 1]].tolist()
+        return found
+
+
+class EncodedTable:
+    """The encoded rows of a table of examples, mapped into memory.
+
+    Args:
+        rows: The rows as mapped.
+        source_rows: The row of `examples` that each encodes; None for all in order.
+        refused: The errors of refused rows by row of this table.
+
+    Attributes:
+        outcomes: The `Outcome` of each row, uint8.
+        remarks: The `Remark` of each row, uint8.
+        lengths_tokens: Number of tokens of each row, 0 if it cannot be used.
+        answer_tokens: Number of tokens trained on of each row.
+        refused: The errors of refused rows by row.
+    """
+
+    def __init__(self, rows: MappedTable, source_rows: np.ndarray | None, refused: dict[int, DataError]) -> None:
+        self._rows = rows
+        self._source_rows = source_rows
+        self._ids = [_Lists.of(batch.column("input_ids")) for batch in rows.batches]
+        self._answers = [_Lists.of(batch.column("answers")) for batch in rows.batches]
+        self.outcomes = rows.numbers("outcome")
+        self.remarks = rows.numbers("remarks")
+        self.answer_tokens = rows.numbers("answer_tokens")
+        lengths = [np.diff(lists.offsets) for lists in self._ids]
+        self.lengths_tokens = np.concatenate(lengths) if lengths else np.empty(0, np.int32)
+        self.refused = refused
+
+    def rows_of(self, source_rows: np.ndarray) -> np.ndarray:
+        """The rows of this table that encode these rows of the examples."""
+        return source_rows if self._source_rows is None else np.searchsorted(self._source_rows, source_rows)
+
+    def record(self, row: int, where: str) -> Encoded:
+        """A record that can be used.
+
+        Args:
+            row: Its row.
+            where: Its origin.
+        """
+        number, within = self._rows.place(row)
+        input_ids = self._ids[number].of_row(within)
+        labels = [IGNORED_LABEL] * len(input_ids)
+        answers = self._answers[number].of_row(within)
+        for start, end in zip(answers[::2], answers[1::2], strict=True):
+            labels[start:end] = input_ids[start:end]
+        return Encoded(input_ids, labels, where, Remark(int(self.remarks[row])))
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedBatch:
+    """What encoding a batch of examples gave.
+
+    Attributes:
+        rows: The Arrow record batch in the format for streams, which can be sent between processes.
+        refused: The errors of refused examples by their number in the batch.
+    """
+
+    rows: bytes
+    refused: dict[int, DataError]
+
+
+def encode_rows(
+    encoder: Encoder, table: ExampleTable, rows: Sequence[int], max_length_tokens: int
+) -> EncodedBatch:
+    """Encodes some examples of a table.
+
+    Args:
+        encoder: The encoder.
+        table: The examples.
+        rows: The rows to encode.
+        max_length_tokens: Longer examples are truncated at the end.
+    """
+    outcomes = encoder.encode_batch([table.example(row) for row in rows], max_length_tokens)
+    refused = {
+        number: outcome
+        for number, outcome in enumerate(outcomes)
+        if isinstance(outcome, DataError) and not isinstance(outcome, PromptTooLongError)
+    }
+    columns = zip(*map(_columns, outcomes), strict=True)
+    batch = pa.record_batch(
+        [pa.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)], schema=SCHEMA
+    )
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, SCHEMA) as writer:
+        writer.write_batch(batch)
+    return EncodedBatch(sink.getvalue(), refused)
+
+
+def _columns(outcome: Encoded | DataError) -> tuple[np.ndarray, list[int], int, Outcome, int]:
+    if isinstance(outcome, DataError):
+        kind = Outcome.OVERLONG if isinstance(outcome, PromptTooLongError) else Outcome.REFUSED
+        return np.empty(0, np.int32), [], 0, kind, 0
+    labels = np.array(outcome.labels, np.int64)
+    learned = np.concatenate([[False], labels != IGNORED_LABEL, [False]])
+    answers = np.flatnonzero(learned[1:] != learned[:-1])
+    return np.array(outcome.input_ids, np.int32), answers.tolist(), outcome.answer_tokens, Outcome.USED, outcome.remarks

@@ -1,0 +1,249 @@
+"""The readable records of a data source, as an Arrow file: their content, where each comes from, and digests of it.
+
+The content is the canonical JSON of an `Example`, so that digests, splits and prompts need no second reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from mftctl.data.examples import Example
+from mftctl.data.files import Record
+from mftctl.data.formats import to_example, unused_fields
+from mftctl.data.prepared.arrow_files import MappedTable, write_batches
+from mftctl.errors import DataError
+
+BATCH_RECORDS = 1024
+_BATCH_BYTES = 1 << 26
+_KEY_BYTES = 16
+_IN_FILE = re.compile(r":\d+|, record \d+", re.ASCII)
+
+_SCHEMA = pa.schema(
+    [
+        ("file", pa.int32()),  # number of the file; -1 if the place is complete
+        ("place", pa.string()),  # such as `:17`
+        ("content", pa.binary()),
+        ("has_turns", pa.bool_()),
+        ("begins_without_system", pa.bool_()),
+        ("digest", pa.uint64()),
+        ("prompt_key", pa.binary(_KEY_BYTES)),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a record cannot be used: the fields of its error, with the place apart from the file.
+
+    Attributes:
+        file: Number of the file; -1 if the place is complete.
+        place: The place in the file, such as `:17`.
+        message: What is wrong.
+        key: The field concerned.
+        expected: What would have been valid.
+        actual: What was found.
+        hint: What to do.
+    """
+
+    file: int
+    place: str
+    message: str
+    key: str | None
+    expected: str | None
+    actual: str | None
+    hint: str | None
+
+    def plain(self) -> dict[str, Any]:
+        """The refusal as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadSummary:
+    """What reading a source found, beside the records that can be used.
+
+    Attributes:
+        records: Records read.
+        refused: Why some of them cannot be used.
+        ignored: Number of records that have each ignored field.
+    """
+
+    records: int
+    refused: list[Refusal]
+    ignored: dict[str, int]
+
+    def plain(self) -> dict[str, Any]:
+        """The summary as plain data."""
+        return asdict(self)
+
+    @classmethod
+    def parse(cls, document: dict[str, Any]) -> ReadSummary:
+        """The summary from plain data."""
+        return cls(document["records"], [Refusal(**item) for item in document["refused"]], document["ignored"])
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleTable:
+    """The readable records of a source.
+
+    Attributes:
+        path: The Arrow file.
+        digest: Digest of its content and of the code that made it.
+        files: The names of the files as the user gave them.
+        rows: The mapped rows.
+        summary: What else reading found.
+    """
+
+    path: Path
+    digest: str
+    files: tuple[str, ...]
+    rows: MappedTable
+    summary: ReadSummary
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def digests(self) -> np.ndarray:
+        """The first 8 bytes of the SHA-256 of each record's content, as uint64."""
+        return self.rows.numbers("digest")
+
+    @property
+    def prompt_keys(self) -> np.ndarray:
+        """A 16-byte digest of what must not occur in both training and validation data, as void16."""
+        return self.rows.fixed_bytes("prompt_key", _KEY_BYTES)
+
+    @property
+    def begins_without_system(self) -> np.ndarray:
+        """Whether a template may add a system prompt to each record, as bool."""
+        return self.rows.flags("begins_without_system")
+
+    def content(self, row: int) -> bytes:
+        """The canonical JSON of a record."""
+        content: bytes = self.rows.value("content", row)
+        return content
+
+    def where(self, row: int) -> str:
+        """The origin of a record, such as `train.jsonl:17`."""
+        return _whole_place(self.files, self.rows.value("file", row), self.rows.value("place", row))
+
+    def example(self, row: int) -> Example:
+        """A record."""
+        return Example.from_canonical(
+            self.content(row), self.where(row), has_turns=self.rows.value("has_turns", row)
+        )
+
+    def refused(self) -> list[DataError]:
+        """The errors of the records that cannot be used."""
+        return [error_of(item, self.files) for item in self.summary.refused]
+
+
+def write_examples(path: Path, records: Iterable[Record | DataError], files: Sequence[str]) -> ReadSummary:
+    """Writes the readable records of a source, and returns what else was found.
+
+    Args:
+        path: The Arrow file to write.
+        records: The records of the source in order, or why one is malformed.
+        files: The names of its files, with which their places begin.
+    """
+    found = _Found(files)
+    write_batches(path, _SCHEMA, found.batches(records))
+    return ReadSummary(found.records, found.refused, dict(found.ignored))
+
+
+@dataclass(slots=True)
+class _Found:
+    """Collects records and what else is found while reading."""
+
+    files: Sequence[str]
+    file: int = 0
+    records: int = 0
+    refused: list[Refusal] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+
+    def batches(self, records: Iterable[Record | DataError]) -> Iterator[pa.RecordBatch]:
+        rows: list[tuple[Any, ...]] = []
+        size_bytes = 0
+        for record in records:
+            self.records += 1
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                self.ignored.update(unused_fields(record.fields))
+                rows.append(self._row(to_example(record.fields, record.where)))
+            except DataError as error:
+                self.refused.append(refusal_of(error, self.files))
+                continue
+            size_bytes += len(rows[-1][2])
+            if len(rows) == BATCH_RECORDS or size_bytes > _BATCH_BYTES:
+                yield _batch(rows)
+                rows, size_bytes = [], 0
+        if rows:
+            yield _batch(rows)
+
+    def _row(self, example: Example) -> tuple[Any, ...]:
+        content = example.canonical()
+        return (
+            *self._place(example.where),
+            content,
+            example.has_turns,
+            example.kind in ("chat", "completion") and example.messages[0].role not in ("system", "developer"),
+            int.from_bytes(hashlib.sha256(content).digest()[:8], "big"),
+            hashlib.sha256(example.prompt_content()).digest()[:_KEY_BYTES],
+        )
+
+    def _place(self, where: str) -> tuple[int, str]:
+        place = _place(where, self.files, likely=self.file)
+        self.file = max(place[0], 0)
+        return place
+
+
+def refusal_of(error: DataError, files: Sequence[str]) -> Refusal:
+    """What is kept of the error of a record."""
+    expected, actual = (None if value is None else str(value) for value in (error.expected, error.actual))
+    return Refusal(*_place(error.path or "", files), error.message, error.key, expected, actual, error.hint)
+
+
+def error_of(refusal: Refusal, files: Sequence[str]) -> DataError:
+    """The error of a record that was kept."""
+    return DataError(
+        refusal.message,
+        path=_whole_place(files, refusal.file, refusal.place),
+        key=refusal.key,
+        expected=refusal.expected,
+        actual=refusal.actual,
+        hint=refusal.hint,
+    )
+
+
+def _place(where: str, files: Sequence[str], likely: int = 0) -> tuple[int, str]:
+    """The number of the file of a place and the rest; -1 and the whole if it lies in none.
+
+    Args:
+        where: The place, such as `train.jsonl:17`.
+        files: The names of the files.
+        likely: The file to try first.
+    """
+    for number in (likely, *range(len(files))) if files else ():
+        file = files[number]
+        if where.startswith(file) and _IN_FILE.fullmatch(where, len(file)):
+            return number, where[len(file) :]
+    return -1, where
+
+
+def _whole_place(files: Sequence[str], file: int, place: str) -> str:
+    return place if file < 0 else files[file] + place
+
+
+def _batch(rows: Sequence[tuple[Any, ...]]) -> pa.RecordBatch:
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _SCHEMA, strict=True)]
+    return pa.record_batch(columns, schema=_SCHEMA)

@@ -1,0 +1,112 @@
+"""Examples chosen from prepared sources: row numbers, not texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import overload
+
+import numpy as np
+
+from mftctl.data.examples import Example
+from mftctl.data.prepared.example_table import ExampleTable
+
+
+class Examples(Sequence[Example]):
+    """Examples in order, read from their tables when they are used.
+
+    Args:
+        tables: The tables they come from.
+        table_numbers: The number of the table of each example, int16.
+        rows: The row of each example in its table, int64.
+        offered: The rows of each table that the data was to consist of, ascending, int64; None for all.
+
+    Attributes:
+        tables: The tables they come from.
+        offered: The rows of each table that the data was to consist of; None for all.
+        table_numbers: The number of the table of each example.
+        rows: The row of each example in its table.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[ExampleTable],
+        table_numbers: np.ndarray,
+        rows: np.ndarray,
+        offered: Sequence[np.ndarray | None],
+    ) -> None:
+        self.tables = tuple(tables)
+        self.offered = tuple(offered)
+        self.table_numbers = table_numbers
+        self.rows = rows
+
+    @classmethod
+    def joined(cls, parts: Sequence[Examples]) -> Examples:
+        """The examples of all parts, one part after another."""
+        tables = [table for part in parts for table in part.tables]
+        starts = np.cumsum([0, *(len(part.tables) for part in parts)])
+        numbers = [part.table_numbers + np.int16(start) for part, start in zip(parts, starts, strict=False)]
+        return cls(
+            tables,
+            _concatenated(numbers, np.int16),
+            _concatenated([part.rows for part in parts], np.int64),
+            [rows for part in parts for rows in part.offered],
+        )
+
+    @classmethod
+    def of_table(cls, table: ExampleTable) -> Examples:
+        """All examples of a table."""
+        return cls([table], np.zeros(len(table), np.int16), np.arange(len(table), dtype=np.int64), [None])
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
+        """The examples with these numbers, in this order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Examples(self.tables, self.table_numbers[chosen], self.rows[chosen], self.offered)
+
+    def only(self) -> Examples:
+        """The same examples of one table, as all that the data was to consist of."""
+        return Examples(self.tables, self.table_numbers, self.rows, [self.rows])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return Examples(self.tables, self.table_numbers[index], self.rows[index], self.offered)
+        return self.tables[self.table_numbers[index]].example(int(self.rows[index]))
+
+    def contents(self) -> Iterator[bytes]:
+        """The canonical JSON of each example."""
+        for number, row in zip(self.table_numbers.tolist(), self.rows.tolist(), strict=True):
+            yield self.tables[number].content(row)
+
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """The first 8 bytes of the SHA-256 of each example's content, as uint64."""
+        return self._column([table.digests for table in self.tables], np.dtype(np.uint64))
+
+    @property
+    def prompt_keys(self) -> np.ndarray:
+        """A 16-byte digest of what must not occur in both training and validation data, as void16."""
+        return self._column([table.prompt_keys for table in self.tables], np.dtype("V16"))
+
+    @property
+    def any_begins_without_system(self) -> bool:
+        """Whether a template may add a system prompt to some example."""
+        flags = [table.begins_without_system for table in self.tables]
+        return bool(self._column(flags, np.dtype(np.bool_)).any())
+
+    def _column(self, columns: list[np.ndarray], kind: np.dtype) -> np.ndarray:
+        found = np.empty(len(self), kind)
+        for number, column in enumerate(columns):
+            here = self.table_numbers == number
+            found[here] = column[self.rows[here]]
+        return found
+
+
+def _concatenated(arrays: list[np.ndarray], kind: type[np.generic]) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, kind)
