@@ -1,4 +1,4 @@
-"""Reads records from local files, each with its location.
+"""Reads records from local files as streams, each with its location.
 
 JSON and CSV are read with the standard library, not with `datasets`: its JSON reader turns texts that look like dates
 into dates and texts next to a number into quoted JSON, its CSV reader turns `007` into 7, and neither keeps the line
@@ -8,16 +8,16 @@ numbers that errors report.
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
-import zlib
+import os
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from mftctl.data.formats import is_record
-from mftctl.data.hub import read_parquet
+from mftctl.data.hub import stream_parquet
+from mftctl.data.text_lines import not_utf8, text_lines
 from mftctl.errors import DataError
 
 _MOST_CHARACTERS = 2**31 - 1
@@ -36,54 +36,136 @@ class Record(NamedTuple):
     fields: dict[str, Any]
 
 
+def stream_records(path: Path) -> Iterator[Record | DataError]:
+    """The records of a local file in file order, at least one; a malformed record is yielded as its error.
+
+    The file is read as a stream, in memory bounded by the longest record, except for a `.json` file that does not hold
+    JSON lines (a list, an object, columns), which is read whole.
+
+    Malformed on its own, so that reading goes on, is a JSON line that does not parse or is not an object, a line that
+    is not UTF-8, and a CSV row with a different number of cells than the header.
+
+    Raises:
+        DataError: The file type is unknown, the file cannot be read, is damaged or contains no records.
+    """
+    read = _READERS[file_kind(path)]
+    is_empty = True
+    try:
+        for record in read(path):
+            is_empty = False
+            yield record
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if is_empty:
+        raise DataError("The data file contains no records.", path=path, expected="at least one record", actual="none")
+
+
 def read_records(path: Path) -> list[Record]:
     """All records of a local file in file order, at least one.
 
     Raises:
-        DataError: The file type is unknown, the file cannot be read or parsed, or it contains no records.
+        DataError: As for `stream_records`, or a record is malformed.
     """
-    reader = next((read for suffix, read in _READERS.items() if path.name.lower().endswith(suffix)), None)
-    if reader is None:
-        raise DataError("The data file has an unknown type.", path=path, expected=", ".join(_READERS))
-    try:
-        records = list(reader(path))
-    except OSError as error:
-        raise DataError("The data file cannot be read.", path=path, actual=str(error)) from error
-    if not records:
-        raise DataError("The data file contains no records.", path=path, expected="at least one record", actual="none")
+    records = []
+    for record in stream_records(path):
+        if isinstance(record, DataError):
+            raise record
+        records.append(record)
     return records
+
+
+def file_kind(path: Path) -> str:
+    """The suffix that tells how a data file is read, such as `.jsonl.gz`.
+
+    Raises:
+        DataError: The file type is unknown.
+    """
+    kind = next((suffix for suffix in _READERS if path.name.lower().endswith(suffix)), None)
+    if kind is None:
+        raise DataError("The data file has an unknown type.", path=path, expected=", ".join(_READERS))
+    return kind
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error about a data file that the system cannot read."""
+    return DataError("The data file cannot be read.", path=path, actual=str(error))
 
 
 def data_files(path: Path) -> list[Path]:
     """The file itself, or the data files of a folder and its subfolders in the order of their names.
 
+    Hidden files and folders are left out; links to folders are not followed.
+
     Raises:
-        DataError: The folder holds no data file.
+        DataError: The folder holds no data file, or cannot be read.
     """
     if not path.is_dir():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.name.lower().endswith(tuple(_READERS)))
+    found = []
+    for folder, subfolders, names in os.walk(path, onerror=_raise_unreadable):
+        subfolders[:] = [name for name in subfolders if not _is_hidden(name)]
+        wanted = [name for name in names if name.lower().endswith(tuple(_READERS)) and not _is_hidden(name)]
+        found += [Path(folder, name) for name in wanted]
     if not found:
         raise DataError("The folder has no data files.", path=path, expected=f"files that end in {', '.join(_READERS)}")
-    return found
+    return sorted(found)
 
 
-def _json_lines(path: Path) -> Iterator[Record]:
-    return _parse_lines(_read_text(path), path)
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise DataError("The folder cannot be read.", path=error.filename, actual=str(error)) from error
+
+
+def _json_lines(path: Path) -> Iterator[Record | DataError]:
+    # Only \n ends a line: a JSON string may contain U+2028 and other characters that splitlines() takes for line ends.
+    for number, line in enumerate(text_lines(path, newline="\n"), start=1):
+        if (error := not_utf8(line, path, number)) is not None:
+            yield error
+        elif line.strip():
+            yield _line_record(line, f"{path}:{number}")
+
+
+def _line_record(line: str, where: str) -> Record | DataError:
+    try:
+        return _record(json.loads(line.removesuffix("\n")), where)
+    except (ValueError, RecursionError) as error:
+        return _malformed(where, _problem(error))
+
+
+def _json(path: Path) -> Iterator[Record | DataError]:
     """The records of a JSON list, a JSON object or JSON lines."""
-    text = _read_text(path)
-    if text.lstrip().startswith("["):
-        values = _parse(text, path, first_line=1)
-    elif (document := _one_object(text)) is not None:
-        values = _records_of(document)
-    else:
-        yield from _parse_lines(text, path)
+    if (values := None if _starts_json_lines(path) else _document(path)) is None:
+        yield from _json_lines(path)
         return
     for number, value in enumerate(values, start=1):
         yield _record(value, f"{path}, record {number}")
+
+
+def _starts_json_lines(path: Path) -> bool:
+    """True if the first line with content is an object and another one follows: the file needs not be read whole."""
+    lines = list(islice((line for line in text_lines(path, newline="\n") if line.strip()), 2))
+    return len(lines) == 2 and _one_object(lines[0]) is not None
+
+
+def _document(path: Path) -> list[Any] | None:
+    """The records of a file that is one JSON value; None if it holds JSON lines."""
+    text = "".join(text_lines(path, newline="\n"))
+    if (error := _first_foreign_byte(text, path)) is not None:
+        raise error
+    if text.lstrip().startswith("["):
+        return _parsed_list(text, path)
+    document = _one_object(text)
+    return None if document is None else _records_of(document)
+
+
+def _first_foreign_byte(text: str, path: Path) -> DataError | None:
+    if text.isascii():
+        return None
+    errors = (not_utf8(line, path, number) for number, line in enumerate(text.split("\n"), start=1))
+    return next((error for error in errors if error is not None), None)
 
 
 def _one_object(text: str) -> dict[str, Any] | None:
@@ -121,28 +203,23 @@ def _is_columns(document: dict[str, Any]) -> bool:
     )
 
 
-def _parse_lines(text: str, path: Path) -> Iterator[Record]:
-    # Not splitlines(): a JSON string may contain U+2028 and other characters that splitlines() takes for line ends.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _record(_parse(line, path, first_line=number), f"{path}:{number}")
-
-
-def _parse(text: str, path: Path, first_line: int) -> Any:
-    """The JSON value of `text`, which starts at `first_line` of the file."""
+def _parsed_list(text: str, path: Path) -> list[Any]:
+    """The values of a JSON list that makes up the file."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{first_line + error.lineno - 1}"
-        raise _malformed(place, f"{error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a number with too many digits, or too deeply nested
-        raise _malformed(f"{path}:{first_line}", str(error)) from error
+        values: list[Any] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        raise _malformed(f"{path}:{line}", _problem(error)) from error
+    return values
 
 
-def _record(value: object, where: str) -> Record:
-    if not isinstance(value, dict):
-        raise _malformed(where, f"a JSON {type(value).__name__}")
-    return Record(where, value)
+def _problem(error: ValueError | RecursionError) -> str:
+    """What is wrong with JSON text: its syntax, a number with too many digits, or too deep nesting."""
+    return f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
+def _record(value: object, where: str) -> Record | DataError:
+    return Record(where, value) if isinstance(value, dict) else _malformed(where, f"a JSON {type(value).__name__}")
 
 
 def _malformed(where: str, actual: str) -> DataError:
@@ -155,19 +232,32 @@ def _malformed(where: str, actual: str) -> DataError:
     )
 
 
-def _csv(path: Path) -> Iterator[Record]:
+def _csv(path: Path) -> Iterator[Record | DataError]:
     """The rows below the header; an empty cell is None."""
     csv.field_size_limit(_MOST_CHARACTERS)
-    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    foreign: list[DataError] = []
+    rows = csv.reader(_watched_lines(path, foreign), strict=True)
     try:
         header = next(rows, [])
+        if foreign:
+            raise foreign[0]
         _require_names_once(header, path)
         for row in rows:
-            where = f"{path}:{rows.line_num}"
-            if row:
-                yield Record(where, _csv_fields(header, row, where))
+            if foreign:
+                yield foreign[0]
+                foreign.clear()
+            elif row:
+                yield _csv_record(header, row, f"{path}:{rows.line_num}")
     except csv.Error as error:
         raise DataError("The data file is malformed.", path=f"{path}:{rows.line_num}", actual=str(error)) from error
+
+
+def _watched_lines(path: Path, foreign: list[DataError]) -> Iterator[str]:
+    """The lines of a CSV file; appends to `foreign` an error for each that is not UTF-8."""
+    for number, line in enumerate(text_lines(path, newline=""), start=1):
+        if (error := not_utf8(line, path, number)) is not None:
+            foreign.append(error)
+        yield line
 
 
 def _require_names_once(header: list[str], path: Path) -> None:
@@ -182,57 +272,24 @@ def _require_names_once(header: list[str], path: Path) -> None:
         )
 
 
-def _csv_fields(header: list[str], row: list[str], where: str) -> dict[str, str | None]:
-    if len(row) != len(header):
-        raise DataError(
-            "A row has a different number of cells than the header.",
-            path=where,
-            expected=len(header),
-            actual=len(row),
-            hint="put cells that contain a comma or a line break in double quotes",
-        )
-    return {name: cell or None for name, cell in zip(header, row, strict=True)}
+def _csv_record(header: list[str], row: list[str], where: str) -> Record | DataError:
+    if len(row) == len(header):
+        return Record(where, {name: cell or None for name, cell in zip(header, row, strict=True)})
+    return DataError(
+        "A row has a different number of cells than the header.",
+        path=where,
+        expected=len(header),
+        actual=len(row),
+        hint="put cells that contain a comma or a line break in double quotes",
+    )
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    for number, fields in enumerate(read_parquet(path), start=1):
+def _parquet(path: Path) -> Iterator[Record | DataError]:
+    for number, fields in enumerate(stream_parquet(path), start=1):
         yield Record(f"{path}, record {number}", fields)
 
 
-def _read_text(path: Path) -> str:
-    """The file's text, decompressed if its name ends in .gz or .zst."""
-    content = path.read_bytes()
-    if path.name.lower().endswith(".zst"):
-        content = _unpacked_zstd(content, path)
-    if path.name.lower().endswith(".gz"):
-        try:
-            content = gzip.decompress(content)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise DataError("The data file is not a complete gzip file.", path=path, actual=str(error)) from error
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # Counted in error.object: decoding drops a byte order mark before counting positions.
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            "The data file is not UTF-8 text.",
-            path=f"{path}:{line}",
-            actual=f"the byte 0x{error.object[error.start]:02x}",
-            hint="convert it to UTF-8",
-        ) from error
-
-
-def _unpacked_zstd(content: bytes, path: Path) -> bytes:
-    import pyarrow  # a dependency of datasets
-
-    try:
-        with pyarrow.input_stream(pyarrow.BufferReader(content), compression="zstd") as stream:
-            return bytes(stream.read())
-    except OSError as error:
-        raise DataError("The data file is not a complete zstd file.", path=path, actual=str(error)) from error
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Record | DataError]]] = {
     ".jsonl": _json_lines,
     ".jsonl.gz": _json_lines,
     ".jsonl.zst": _json_lines,

@@ -1,26 +1,32 @@
-"""The data of a command: files, hub datasets and the built-in problems, mixed in given amounts."""
+"""The data of a command: files, folders, hub datasets and the built-in problems, mixed in given amounts."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mftctl.data.examples import Example
-from mftctl.data.files import Record, read_records
+from mftctl.data.files import Record, data_files, file_kind, stream_records, unreadable
 from mftctl.data.formats import to_example, unused_fields
-from mftctl.data.hub import read_hub
+from mftctl.data.hub import open_hub, rows_digest, stream_rows
 from mftctl.data.quickstart import built_in
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.splits import sample_count
-from mftctl.data.trees import conversations, is_message
+from mftctl.data.trees import resolve_trees
 from mftctl.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
 
 _HUB_ID = re.compile(r"(?P<identifier>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(:(?P<configuration>[\w.-]+))?", re.ASCII)
 # `owner/data-v1.5` is a name with a version, `data.jsonl` is a file.
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*$")
+_PATTERN_CHARACTERS = frozenset("*?[")
 
 _BUILT_IN: dict[str, built_in.Split] = {
     built_in.NAME: "train",
@@ -35,9 +41,9 @@ class DataSource:
     """One part of a mixture.
 
     Attributes:
-        path: A local file, a hub id (`owner/name` or `owner/name:config`), or `quickstart` with or without
-            `/train`, `/validation` or `/test`.
-        count: Number of records to take; None for all.
+        path: A local file, a folder of files, a pattern such as `part-*.jsonl`, a hub id (`owner/name` or
+            `owner/name:config`), or `quickstart` with or without `/train`, `/validation` or `/test`.
+        count: Number of records to take, over all files; None for all.
         split: The split of a hub dataset; None for `train`.
     """
 
@@ -93,15 +99,73 @@ def record_digest(example: Example) -> str:
     return hashlib.sha256(example.canonical()).hexdigest()[:16]
 
 
+def source_files(source: DataSource) -> list[Path] | None:
+    """The local files of a source in the order of their names; None for a hub dataset.
+
+    A path that exists is taken literally, even if it reads like a pattern. A folder stands for the data files in it and
+    its subfolders, a pattern (`*`, `?`, `[...]`, `**`) for the files that match it; both leave out hidden files.
+
+    Raises:
+        DataError: The path is neither an existing file nor a hub id, a folder holds no data file, a pattern matches no
+            file, or a split is given for local data.
+    """
+    if source.path in _BUILT_IN:
+        _refuse_split(source)
+        return [built_in.data_path(_BUILT_IN[source.path])]
+    path = Path(source.path)
+    if path.exists():
+        _refuse_split(source)
+        return data_files(path)
+    if source.path.startswith(f"{built_in.NAME}/"):
+        raise DataError("The built-in data has no such split.", path=source.path, expected=" | ".join(_BUILT_IN))
+    if not _PATTERN_CHARACTERS.isdisjoint(source.path):
+        _refuse_split(source)
+        return _matching_files(source.path)
+    if not _is_hub_id(source.path):
+        raise DataError("The data file does not exist.", path=path, expected="an existing file or a hub id")
+    return None
+
+
+def stream_source(source: DataSource) -> Iterator[Record | DataError]:
+    """The records of all files of a source, or of its hub dataset; a malformed record is yielded as its error.
+
+    Read in bounded memory as by `stream_records`, except for message trees, whose messages are all read first.
+
+    Raises:
+        DataError: As for `source_files` and `stream_records`, or message trees contain no answer.
+    """
+    yield from resolve_trees(_stored_records(source), source.path)
+
+
+def source_content_digest(source: DataSource) -> str:
+    """The SHA-256, in hex, of the kinds and bytes of the files of a source in order, or of the rows of a hub dataset.
+
+    Equal for equal content wherever it lies and whatever the files are called, apart from their order.
+
+    Raises:
+        DataError: As for `source_files`; a file has an unknown type or cannot be read.
+    """
+    files = source_files(source)
+    if files is None:
+        return rows_digest(_open(source))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(file_kind(path).encode() + b"\0")
+        try:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return digest.hexdigest()
+
+
 def _load_source(source: DataSource, seed: int, issues: RecordIssues) -> list[Example]:
-    records = _read(source)
-    if is_message(records[0]):
-        records = conversations(records)
-        if not records:
-            raise DataError("The message trees contain no answer.", path=source.path)
     examples = []
-    issues.records += len(records)
-    for record in records:
+    for record in stream_source(source):
+        issues.records += 1
+        if isinstance(record, DataError):
+            issues.refused.append(record)
+            continue
         issues.ignored.update(unused_fields(record.fields))
         try:
             examples.append(to_example(record.fields, record.where))
@@ -120,31 +184,38 @@ def _load_source(source: DataSource, seed: int, issues: RecordIssues) -> list[Ex
     return sample_count(examples, source.count, seed)
 
 
-def _read(source: DataSource) -> list[Record]:
-    """The records of a built-in split, a local file or a hub dataset, in this order of preference."""
-    if source.path in _BUILT_IN:
-        _refuse_split(source)
-        return read_records(built_in.data_path(_BUILT_IN[source.path]))
-    path = Path(source.path)
-    if path.is_dir():
-        raise DataError("The data path is a folder.", path=path, expected="a file", hint="name one of its files")
-    if path.exists():
-        _refuse_split(source)
-        return read_records(path)
-    if source.path.startswith(f"{built_in.NAME}/"):
-        raise DataError("The built-in data has no such split.", path=source.path, expected=" | ".join(_BUILT_IN))
-    hub_id = _HUB_ID.fullmatch(source.path)
-    if hub_id is None or _FILE_SUFFIX.search(hub_id["identifier"]):
-        raise DataError("The data file does not exist.", path=path, expected="an existing file or a hub id")
-    return _read_hub(hub_id["identifier"], hub_id["configuration"], source.split or "train")
+def _stored_records(source: DataSource) -> Iterator[Record | DataError]:
+    files = source_files(source)
+    if files is not None:
+        for path in files:
+            yield from stream_records(path)
+        return
+    where = f"{source.path}/{_split(source)}"
+    for number, row in enumerate(stream_rows(_open(source)), start=1):
+        yield Record(f"{where}, record {number}", row)
 
 
-def _read_hub(identifier: str, configuration: str | None, split: str) -> list[Record]:
-    rows = read_hub(identifier, configuration, split)
-    name = identifier if configuration is None else f"{identifier}:{configuration}"
-    if not rows:
-        raise DataError("The hub dataset is empty.", path=name, key=split)
-    return [Record(f"{name}/{split}, record {number}", row) for number, row in enumerate(rows, start=1)]
+def _matching_files(pattern: str) -> list[Path]:
+    names = glob.glob(pattern, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern and hidden files
+    # Links that lead nowhere are kept, so that reading them fails.
+    found = sorted(path for path in map(Path, set(names)) if not path.is_dir())
+    if not found:
+        raise DataError("No file matches the pattern.", path=pattern, expected="at least one file", actual="none")
+    return found
+
+
+def _is_hub_id(path: str) -> bool:
+    found = _HUB_ID.fullmatch(path)
+    return found is not None and _FILE_SUFFIX.search(found["identifier"]) is None
+
+
+def _open(source: DataSource) -> datasets.Dataset:
+    identifier, _, configuration = source.path.partition(":")
+    return open_hub(identifier, configuration or None, _split(source))
+
+
+def _split(source: DataSource) -> str:
+    return source.split or "train"
 
 
 def _refuse_split(source: DataSource) -> None:
