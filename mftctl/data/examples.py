@@ -99,6 +99,11 @@ class Example:
         """The text of the last turn, the assistant's; empty for a `tokens` record."""
         return self.messages[-1].content if self.messages else ""
 
+    @property
+    def begins_without_system(self) -> bool:
+        """Whether the conversation begins without a system turn, so that a template may add one."""
+        return self.kind in ("chat", "completion") and self.messages[0].role not in ("system", "developer")
+
     def canonical(self) -> bytes:
         """Canonical JSON of the content; equal records give equal bytes, whatever their origin."""
         document: list[Any] = [self.kind, [_canonical(message) for message in self.messages]]

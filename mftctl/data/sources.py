@@ -5,18 +5,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mftctl.data.examples import Example
 from mftctl.data.files import Record, data_files, file_kind, stream_records, unreadable
-from mftctl.data.formats import to_example, unused_fields
 from mftctl.data.hub import open_hub, rows_digest, stream_rows
 from mftctl.data.quickstart import built_in
-from mftctl.data.record_issues import RecordIssues
-from mftctl.data.splits import sample_count
 from mftctl.data.trees import resolve_trees
 from mftctl.errors import DataError
 
@@ -68,37 +64,6 @@ class DataSource:
         return source
 
 
-def load_examples(sources: Sequence[DataSource], *, seed: int = 0, issues: RecordIssues | None = None) -> list[Example]:
-    """The examples of all sources, one source after another, each in its own order.
-
-    Args:
-        sources: The parts of the mixture.
-        seed: Determines which records are taken if a source has more than its count.
-        issues: Collects problems with single records; without it, they are errors.
-
-    Raises:
-        DataError: A source cannot be read, or has fewer records than its count.
-    """
-    found = RecordIssues() if issues is None else issues
-    examples = [example for source in sources for example in _load_source(source, seed, found)]
-    if issues is None:
-        found.settle("error")
-    return examples
-
-
-def data_digest(examples: Iterable[Example]) -> str:
-    """The SHA-256 of kinds, roles and contents in hex: equal for equal data, whatever its source."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(example.canonical() + b"\n")
-    return digest.hexdigest()
-
-
-def record_digest(example: Example) -> str:
-    """The first 16 hex digits of the SHA-256 of one record's kind, roles and contents."""
-    return hashlib.sha256(example.canonical()).hexdigest()[:16]
-
-
 def source_files(source: DataSource) -> list[Path] | None:
     """The local files of a source in the order of their names; None for a hub dataset.
 
@@ -124,6 +89,16 @@ def source_files(source: DataSource) -> list[Path] | None:
     if not _is_hub_id(source.path):
         raise DataError("The data file does not exist.", path=path, expected="an existing file or a hub id")
     return None
+
+
+def source_places(source: DataSource) -> list[str]:
+    """The names with which the places of a source's records begin: those of its files, or of its hub dataset.
+
+    Raises:
+        DataError: As for `source_files`.
+    """
+    files = source_files(source)
+    return [f"{source.path}/{_split(source)}"] if files is None else list(map(str, files))
 
 
 def stream_source(source: DataSource) -> Iterator[Record | DataError]:
@@ -157,31 +132,6 @@ def source_content_digest(source: DataSource) -> str:
         except OSError as error:
             raise unreadable(path, error) from error
     return digest.hexdigest()
-
-
-def _load_source(source: DataSource, seed: int, issues: RecordIssues) -> list[Example]:
-    examples = []
-    for record in stream_source(source):
-        issues.records += 1
-        if isinstance(record, DataError):
-            issues.refused.append(record)
-            continue
-        issues.ignored.update(unused_fields(record.fields))
-        try:
-            examples.append(to_example(record.fields, record.where))
-        except DataError as error:
-            issues.refused.append(error)
-    if source.count is None:
-        return examples
-    if source.count > len(examples):
-        raise DataError(
-            "The data has fewer records than requested.",
-            path=source.path,
-            expected=source.count,
-            actual=len(examples),
-            hint="request fewer, or omit the count to take all",
-        )
-    return sample_count(examples, source.count, seed)
 
 
 def _stored_records(source: DataSource) -> Iterator[Record | DataError]:

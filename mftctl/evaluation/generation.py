@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.decoding import decode_behind
+from mftctl.data.prepared.records import answer_lengths
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.answer_room import AnswerRoom, answer_room
 from mftctl.evaluation.answer_stops import AnswerStops, answer_stops
@@ -45,7 +46,7 @@ def default_max_new_tokens(
     Returns:
         At least 1, even if the prompt fills the context; `generate_answers` then reports the example.
     """
-    longest_answer = max((sample.answer_tokens for sample in encoded), default=0)
+    longest_answer = max(answer_lengths(encoded), default=0)
     wanted = longest_answer * 3 // 2 + 16
     return wanted if limit_tokens is None else max(1, min(wanted, limit_tokens - longest_prompt_tokens))
 

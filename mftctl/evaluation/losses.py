@@ -78,9 +78,10 @@ def sample_losses(
         together: Whether all processes call this together and share the batches, which stay the same.
     """
     from mftctl.data.batching import PaddingCollator
+    from mftctl.data.prepared.records import token_lengths
     from mftctl.runtime.torch_failures import gpu_failures
 
-    batches = length_batches([len(sample.input_ids) for sample in encoded], batch_tokens)
+    batches = length_batches(token_lengths(encoded), batch_tokens)
     takers = world_size() if together else 1
     collate = PaddingCollator(pad_token_id)
     keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters

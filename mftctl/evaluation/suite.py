@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from mftctl.data import template_clock
 from mftctl.data.encoding import EncodedRecords, Encoder
 from mftctl.data.examples import Example
+from mftctl.data.prepared.examples import data_digest
+from mftctl.data.prepared.load import load_examples
 from mftctl.data.record_issues import RecordIssues
-from mftctl.data.sources import DataSource, data_digest, load_examples
+from mftctl.data.sources import DataSource
 from mftctl.data.template_limits import limited
 from mftctl.errors import ConfigError, EvaluationError, MftError
 from mftctl.evaluation.answer_room import smaller_batches
@@ -54,7 +56,7 @@ class Suite:
         benchmarks: The prepared benchmarks.
     """
 
-    examples: list[Example]
+    examples: Sequence[Example]
     issues: RecordIssues
     benchmarks: list[PreparedBenchmark]
 
@@ -96,7 +98,11 @@ def prepare_suite(recipe: Recipe, listener: Listener) -> Suite:
             benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
     with_model = options.predictions is None
     issues = RecordIssues()
-    examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues)[: options.limit] if with_model else []
+    examples = (
+        load_examples(recipe.test_data, seed=recipe.seed, issues=issues, listener=listener)[: options.limit]
+        if with_model
+        else []
+    )
     return Suite(examples, issues, benchmarks)
 
 
@@ -117,7 +123,7 @@ def encode_test_data(suite: Suite, recipe: Recipe, encoder: Encoder, listener: L
     issues.settle(recipe.bad_records)
     tell_issues("Test data", issues, length, listener)
     if suite.examples or issues.records:
-        require_records("Test data", used, issues, length)
+        require_records("Test data", used.records, issues, length)
     added = added_system_text(encoder, used.examples)
     if added is not None:
         listener.note(f"Test data: {added}")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Sized
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import Example
+from mftctl.data.prepared.examples import any_begins_without_system
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.template_choice import TemplateChoice, choose_template
 from mftctl.errors import DataError
@@ -105,13 +106,12 @@ def added_system_text(encoder: Encoder, examples: Iterable[Example]) -> str | No
     chat = encoder.renderer.chat
     if chat is None or not chat.added_system:
         return None
-    asked = (example.messages[0].role for example in examples if example.kind in ("chat", "completion"))
-    if all(role in ("system", "developer") for role in asked):
+    if not any_begins_without_system(examples):
         return None
     return f"the chat template adds a system prompt of its own: {chat.added_system!r}"
 
 
-def require_records(name: str, used: EncodedRecords, issues: RecordIssues, max_length_tokens: int) -> None:
+def require_records(name: str, used: Sized, issues: RecordIssues, max_length_tokens: int) -> None:
     """Checks that at least one record can be used.
 
     Args:
@@ -123,7 +123,7 @@ def require_records(name: str, used: EncodedRecords, issues: RecordIssues, max_l
     Raises:
         DataError: No record can be used.
     """
-    if not used.records:
+    if not len(used):
         raise DataError(
             f"{name}: no record can be used.",
             expected="at least one",

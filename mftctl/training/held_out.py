@@ -27,7 +27,7 @@ _T = TypeVar("_T")
 _FEWEST_CONFIRMING = 4
 
 
-def split_validation_records(validation: list[_T], options: MaskTrainOptions) -> tuple[list[_T], list[_T]]:
+def split_validation_records(validation: Sequence[_T], options: MaskTrainOptions) -> tuple[Sequence[_T], Sequence[_T]]:
     """Splits the validation records into those that select the best mask and those that only confirm it.
 
     The best of many masks owes part of its lead to chance; records not used in the selection show how much of it is
@@ -42,7 +42,7 @@ def split_validation_records(validation: list[_T], options: MaskTrainOptions) ->
     return validation[0::2], validation[1::2]
 
 
-def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: list[Encoded]) -> Confirmation:
+def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: Sequence[Encoded]) -> Confirmation:
     """The change in loss on records not used to select a mask, with its paired 95 % interval.
 
     Args:

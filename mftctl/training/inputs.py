@@ -8,19 +8,21 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from mftctl.data.encoding import Encoded, EncodedRecords
+from mftctl.data.encoding import Encoded
 from mftctl.data.examples import Example
+from mftctl.data.prepared.examples import Examples, data_digest
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.prepared.records import PreparedRecords, answer_lengths, encode_prepared, token_lengths
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.seen_records import LearnFrom, records_to_learn_from
-from mftctl.data.sources import data_digest, load_examples, record_digest
 from mftctl.data.splits import sample_fraction, split_validation
 from mftctl.errors import ChangedDataError, ConfigError, DataError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import (
     added_system_text,
-    encode_part,
     load_encoder,
     require_records,
     tell_issues,
@@ -41,7 +43,7 @@ class TrainingInputs:
         train: Encoded training records.
         validation: Encoded validation records.
         digests: SHA-256 of the examples of both parts.
-        records: The digest of each training record.
+        records: The digest of each training record, uint64.
         left_out: Number of training records excluded from learning.
         template: The chat template's entry in the run's record.
         issues: Number of records in each part that were refused, truncated and so on.
@@ -51,15 +53,15 @@ class TrainingInputs:
 
     checkpoint: Path
     tokenizer: PreTrainedTokenizerBase
-    train: list[Encoded]
-    validation: list[Encoded]
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
     digests: dict[str, str]
-    records: list[str]
+    records: np.ndarray
     left_out: int
     template: dict[str, Any]
     issues: dict[str, dict[str, int]]
     check: CheckpointCheck = field(default_factory=CheckpointCheck)
-    validation_examples: list[Example] = field(default_factory=list)
+    validation_examples: Sequence[Example] = ()
 
     def template_text(self) -> str:
         """The chat template as described in a model card."""
@@ -75,7 +77,7 @@ class TrainingInputs:
         return {
             "train_records": len(self.train),
             "validation_records": len(self.validation),
-            "train_answer_tokens": sum(record.answer_tokens for record in self.train),
+            "train_answer_tokens": sum(answer_lengths(self.train)),
             "digests": self.digests,
             "chat_template": self.template,
             "record_issues": self.issues,
@@ -94,8 +96,8 @@ class Parts:
         validation_issues: Issues with those of the validation part; the same object if the data was split.
     """
 
-    train: Sequence[Example]
-    validation: Sequence[Example]
+    train: Examples
+    validation: Examples
     train_issues: RecordIssues
     validation_issues: RecordIssues
 
@@ -113,7 +115,7 @@ def prepare_training(
     max_length_tokens: int,
     data_fraction: float = 1.0,
     adapters: bool = False,
-    seen: frozenset[str] = frozenset(),
+    seen: np.ndarray | None = None,
     learn_from: LearnFrom = "all",
     now: datetime | None = None,
     listener: Listener | None = None,
@@ -126,7 +128,7 @@ def prepare_training(
         max_length_tokens: Longer records are truncated at the end.
         data_fraction: Share of the records to learn from that is used.
         adapters: Whether the model may be a LoRA adapter.
-        seen: Digests of the records that the model was fine-tuned on.
+        seen: Digests of the records that the model was fine-tuned on, uint64; None for none.
         learn_from: How to treat those records; see `records_to_learn_from`.
         now: The current time as seen by a chat template; by default the clock's.
         listener: Receives notes and warnings about the records.
@@ -144,14 +146,14 @@ def prepare_training(
     encoder = load_encoder(checkpoint, recipe, now)
     check = check_checkpoint(checkpoint, encoder.tokenizer)
     tell_remarks(check, listener)
-    parts = split_examples(recipe)
-    chosen = records_to_learn_from(parts.train, seen, learn_from)
+    parts = split_examples(recipe, listener)
+    chosen = parts.train if seen is None else records_to_learn_from(parts.train, seen, learn_from)
     left_out = len(parts.train) - len(chosen)
     chosen = sample_fraction(chosen, data_fraction, recipe.seed) if data_fraction < 1 else chosen
-    train = encode_part(chosen, encoder, max_length_tokens, parts.train_issues, listener)
-    validation = encode_part(parts.validation, encoder, max_length_tokens, parts.validation_issues, listener)
+    train = encode_prepared(chosen, encoder, max_length_tokens, parts.train_issues, listener)
+    validation = encode_prepared(parts.validation, encoder, max_length_tokens, parts.validation_issues, listener)
     _settle(recipe, parts, train, validation, max_length_tokens, listener)
-    check_lengths(check, [len(record.input_ids) for record in (*train.records, *validation.records)], checkpoint)
+    check_lengths(check, [*token_lengths(train.records), *token_lengths(validation.records)], checkpoint)
     added = added_system_text(encoder, train.examples)
     if added is not None:
         listener.note(f"Training data: {added}")
@@ -161,7 +163,7 @@ def prepare_training(
         train.records,
         validation.records,
         {"train": data_digest(train.examples), "validation": data_digest(validation.examples)},
-        [record_digest(example) for example in train.examples],
+        train.examples.digests,
         left_out,
         template_record(encoder, recipe),
         {name: counts for name, issues in parts.named_issues().items() if (counts := issues.counts())},
@@ -173,8 +175,8 @@ def prepare_training(
 def _settle(
     recipe: Recipe,
     parts: Parts,
-    train: EncodedRecords,
-    validation: EncodedRecords,
+    train: PreparedRecords,
+    validation: PreparedRecords,
     max_length_tokens: int,
     listener: Listener,
 ) -> None:
@@ -182,21 +184,21 @@ def _settle(
     for name, issues in parts.named_issues().items():
         issues.settle(recipe.bad_records)
         tell_issues(name, issues, max_length_tokens, listener)
-    require_records("Training data", train, parts.train_issues, max_length_tokens)
-    require_records("Validation data", validation, parts.validation_issues, max_length_tokens)
+    require_records("Training data", train.records, parts.train_issues, max_length_tokens)
+    require_records("Validation data", validation.records, parts.validation_issues, max_length_tokens)
 
 
-def split_examples(recipe: Recipe) -> Parts:
+def split_examples(recipe: Recipe, listener: Listener) -> Parts:
     """The training and validation records of a recipe; unreadable records are listed in the issues.
 
     Raises:
         DataError: A file cannot be used, or there are too few records to split.
     """
     issues = RecordIssues()
-    train = load_examples(recipe.data, seed=recipe.seed, issues=issues)
+    train = load_examples(recipe.data, seed=recipe.seed, issues=issues, listener=listener)
     if recipe.val_data:
         of_validation = RecordIssues()
-        validation = load_examples(recipe.val_data, seed=recipe.seed, issues=of_validation)
+        validation = load_examples(recipe.val_data, seed=recipe.seed, issues=of_validation, listener=listener)
         return Parts(train, validation, issues, of_validation)
     try:
         kept, held_out = split_validation(train, recipe.val_fraction, recipe.seed)

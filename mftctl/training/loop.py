@@ -26,8 +26,9 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, pad_token_id
+from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, ProcessRecords, pad_token_id
 from mftctl.data.encoding import Encoded
+from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.losses import mean_loss, sample_losses
@@ -161,14 +162,12 @@ class SftTrainer(StepTrainer):
         self.listener = listener
         self.start_loss: float | None = None
         self._padding = pad_token_id(tokenizer)
-        self.sampler = LengthGroupedSampler(
-            [len(record.input_ids) for record in train], args.per_device_train_batch_size, args.seed
-        )
+        self.sampler = LengthGroupedSampler(token_lengths(train), args.per_device_train_batch_size, args.seed)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=list(train),
-            eval_dataset=list(validation),
+            train_dataset=ProcessRecords(train),
+            eval_dataset=ProcessRecords(validation),
             data_collator=PaddingCollator(self._padding),
             processing_class=tokenizer,
             compute_loss_func=answer_loss,  # for compute_loss; the Trainer then counts the answer tokens of a step

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from mftctl.data.batching import LengthGroupedSampler, PaddingCollator, ProcessBatches, ProcessRecords
-from mftctl.data.encoding import Encoded
 from mftctl.data.examples import IGNORED_LABEL
 from mftctl.runtime.processes import rank, world_size
 from mftctl.training.sharding.sharded_trainer import ShardedTrainer
@@ -36,14 +35,14 @@ class StepTrainer(ShardedTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Micro-batches that over all processes equal those of a single process, or whole steps with a token budget."""
-        records = cast("list[Encoded]", self.train_dataset)
+        records = cast("ProcessRecords", self.train_dataset)
         pin_memory = self.args.dataloader_pin_memory
         if self.step_size is not None:
             steps = StepBatches(self.sampler, self.step_size, rank(), world_size())
             collate = StepCollator(cast("PaddingCollator", self.data_collator))
             # torch's annotations do not cover batches whose items are lists of indices.
             return DataLoader(
-                cast("Any", StepRecords(records)),
+                cast("Any", StepRecords(records.records)),
                 batch_sampler=cast("Any", steps),
                 collate_fn=collate,
                 pin_memory=pin_memory,
@@ -51,9 +50,7 @@ class StepTrainer(ShardedTrainer):
         if world_size() == 1:
             return super().get_train_dataloader()
         batches = ProcessBatches(self.sampler, self.args.per_device_train_batch_size, rank(), world_size())
-        return DataLoader(
-            ProcessRecords(records), batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin_memory
-        )
+        return DataLoader(records, batch_sampler=batches, collate_fn=self.data_collator, pin_memory=pin_memory)
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Runs the backward passes of a micro-batch or a step and returns its loss."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mftctl.data.encoding import Encoder
+from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import ConfigError
 from mftctl.evaluation.suite import Suite, encode_test_data, measure, prepare_suite, with_fixed_clock
 from mftctl.experiments.model_source import ModelSource
@@ -66,7 +67,7 @@ def evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) 
         check = check_checkpoint(checkpoint, encoder.tokenizer)
         tell_remarks(check, listener)
         test = encode_test_data(suite, recipe, encoder, listener)
-        check_lengths(check, [len(record.input_ids) for record in test.records.records], checkpoint)
+        check_lengths(check, token_lengths(test.records.records), checkpoint)
         issues = suite.issues.counts()
         run.update(
             inputs={

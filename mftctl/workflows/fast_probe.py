@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from mftctl.data.batching import PaddingCollator, pad_token_id
-from mftctl.data.encoding import Encoded
+from mftctl.data.prepared.records import answer_lengths, token_lengths
 from mftctl.errors import RunError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.inference import length_batches
@@ -116,32 +116,32 @@ def _mean_gradients(
     Several processes share the batches.
     """
     collate = PaddingCollator(pad_token_id(inputs.tokenizer))
-    records = sorted(inputs.train, key=lambda record: -len(record.input_ids))  # so running out of memory shows at once
-    answer_tokens = sum(record.answer_tokens for record in records)
+    answer_tokens = sum(answer_lengths(inputs.train))
     checkpointed = list(decoder_layers(model)[1]) if options.gradient_checkpointing else []
     parameters = [_parameter(target) for target in targets]
     with _checkpointing(checkpointed), _accumulating(model, parameters) as gradients:
         done = 0
-        for batch_records in _batches(records, options)[rank() :: world_size()]:
-            batch = collate(batch_records)
+        for indices in _batches(token_lengths(inputs.train), options)[rank() :: world_size()]:
+            batch = collate([inputs.train[index] for index in indices])
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             positions, tokens = answer_positions(batch.pop("labels"))
             with logits_only_at(model, positions, tokens, listener.warn):
                 outputs = model(**batch, use_cache=False)
             answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
-            done += len(batch_records)
-            listener.progress(Progress("computing gradients", min(done * world_size(), len(records)), len(records)))
+            done += len(indices)
+            listener.progress(
+                Progress("computing gradients", min(done * world_size(), len(inputs.train)), len(inputs.train))
+            )
     add_up(gradients.values())
     return gradients
 
 
-def _batches(records: Sequence[Encoded], options: MaskTrainOptions) -> list[Sequence[Encoded]]:
-    """Batches of records, longest first, each as large as a forward pass takes."""
-    if options.batch_tokens is None:
-        return [records[start : start + options.batch_size] for start in range(0, len(records), options.batch_size)]
-    lengths = [len(record.input_ids) for record in records]
-    batches = length_batches(lengths, options.batch_tokens)
-    return [[records[index] for index in batch] for batch in batches]
+def _batches(lengths_tokens: Sequence[int], options: MaskTrainOptions) -> list[list[int]]:
+    """Batches of records, longest first so that running out of memory shows at once, each a forward pass."""
+    if options.batch_tokens is not None:
+        return length_batches(lengths_tokens, options.batch_tokens)
+    order = sorted(range(len(lengths_tokens)), key=lambda index: -lengths_tokens[index])
+    return [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
 
 
 @contextmanager

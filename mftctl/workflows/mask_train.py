@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -181,7 +182,7 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
     return replace(search, model=model, targets=find_targets(model, layers, options.target, options.projections))
 
 
-def _confirmation(search: MaskSearch, found: FoundMask, confirming: list[Encoded]) -> Confirmation | None:
+def _confirmation(search: MaskSearch, found: FoundMask, confirming: Sequence[Encoded]) -> Confirmation | None:
     """The mask's effect on records not used to choose it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
         which = "The last mask did not beat" if search.options.keeps_last else "No mask beat"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.data.encoding import Encoded
+from mftctl.data.prepared.records import token_lengths
 from mftctl.evaluation.benchmarks.problems import read_problems
 from mftctl.evaluation.suite import suite_problems
 from mftctl.experiments.jobs import Job, spell_out
@@ -91,7 +92,7 @@ def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings
         return
     with findings.collecting("data"):
         records = (*tokens.train, *tokens.validation)
-        check_lengths(model.check, [len(record.input_ids) for record in records], Path(model.name))
+        check_lengths(model.check, token_lengths(records), Path(model.name))
 
 
 def _jobs(recipe: Recipe, findings: ProblemList) -> list[Job]:

@@ -22,7 +22,7 @@ from mftctl.data.prepared.encoding_tasks import EncodingSetup, EncodingTask
 from mftctl.data.prepared.entries import entry
 from mftctl.data.prepared.example_table import ExampleTable, Refusal, error_of, refusal_of
 from mftctl.data.prepared.worker_pool import workers
-from mftctl.errors import ConfigError, DataError
+from mftctl.errors import ConfigError
 from mftctl.progress import Listener, Progress
 
 PROCESSES = "MFTCTL_DATA_PROCESSES"
@@ -60,7 +60,9 @@ def encoded_table(
         "max_length_tokens": max_length_tokens,
     }
     chosen = range(len(examples)) if rows is None else rows.tolist()
-    tasks = [EncodingTask(tuple(chosen[start : start + _TASK_RECORDS])) for start in range(0, len(chosen), _TASK_RECORDS)]
+    tasks = [
+        EncodingTask(tuple(chosen[start : start + _TASK_RECORDS])) for start in range(0, len(chosen), _TASK_RECORDS)
+    ]
     setup = EncodingSetup(
         examples.path, examples.files, encoder.tokenizer, encoder.learn, encoder.now, max_length_tokens
     )
@@ -70,9 +72,9 @@ def encoded_table(
         write_batches(path, SCHEMA, _batches(tasks, setup, refused, len(chosen), listener))
         return {"refused": refused}
 
-    path, summary = entry(key, make, listener)
-    errors = {int(row): error_of(Refusal(**item), examples.files) for row, item in summary["refused"].items()}
-    return EncodedTable(MappedTable(path), rows, errors)
+    made = entry(key, make, listener)
+    errors = {int(row): error_of(Refusal(**item), examples.files) for row, item in made.summary["refused"].items()}
+    return EncodedTable(MappedTable(made.table), rows, errors)
 
 
 def _batches(

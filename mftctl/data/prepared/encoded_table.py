@@ -113,9 +113,7 @@ class EncodedBatch:
     refused: dict[int, DataError]
 
 
-def encode_rows(
-    encoder: Encoder, table: ExampleTable, rows: Sequence[int], max_length_tokens: int
-) -> EncodedBatch:
+def encode_rows(encoder: Encoder, table: ExampleTable, rows: Sequence[int], max_length_tokens: int) -> EncodedBatch:
     """Encodes some examples of a table.
 
     Args:

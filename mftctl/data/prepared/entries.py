@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
-import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -30,11 +31,27 @@ _SUMMARY = "summary.json"
 _POLL_SECONDS = 0.1
 _TOLD_SECONDS = 2.0
 
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A prepared data set.
+
+    Attributes:
+        name: The digest of what it was made from.
+        table: Its Arrow file.
+        summary: What making it found, as plain data.
+    """
+
+    name: str
+    table: Path
+    summary: dict[str, Any]
+
+
 Make = Callable[[Path], dict[str, Any]]
 """Writes the Arrow file at a path and returns its summary as plain data."""
 
 
-def entry(key: object, make: Make, listener: Listener) -> tuple[Path, dict[str, Any]]:
+def entry(key: object, make: Make, listener: Listener) -> Entry:
     """The Arrow file for a key and its summary, from the cache or newly made.
 
     Without a cache, or if its folder cannot be written, the file is made for this process only and removed at its end.
@@ -62,7 +79,7 @@ def entry(key: object, make: Make, listener: Listener) -> tuple[Path, dict[str, 
         return _kept(_temporary_root() / name, make, listener)
 
 
-def _kept(folder: Path, make: Make, listener: Listener) -> tuple[Path, dict[str, Any]]:
+def _kept(folder: Path, make: Make, listener: Listener) -> Entry:
     found = _opened(folder)
     if found is not None:
         return found
@@ -79,12 +96,12 @@ def _kept(folder: Path, make: Make, listener: Listener) -> tuple[Path, dict[str,
             digest, size_bytes = _digest(temporary / TABLE), (temporary / TABLE).stat().st_size
             content = {"table": {"sha256": digest, "bytes": size_bytes}, "summary": summary}
             (temporary / _SUMMARY).write_text(json.dumps(content), encoding="utf-8")
-        return folder / TABLE, summary
+        return Entry(folder.name, folder / TABLE, summary)
     finally:
         lock.release()
 
 
-def _opened(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+def _opened(folder: Path) -> Entry | None:
     """The content of an entry; None if it is missing or differs from what was written."""
     table = folder / TABLE
     try:
@@ -93,7 +110,7 @@ def _opened(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         is_whole = table.stat().st_size == facts["bytes"] and _digest(table) == facts["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (table, summary) if is_whole and isinstance(summary, dict) else None
+    return Entry(folder.name, table, summary) if is_whole and isinstance(summary, dict) else None
 
 
 def _locked(path: Path, listener: Listener) -> FileLock:
@@ -124,6 +141,10 @@ def _is_within(error: StorageError, root: Path) -> bool:
 def _temporary_root() -> Path:
     """A folder that is removed when this process ends."""
     folder = Path(tempfile.mkdtemp(prefix="mftctl-data-"))
-    owner = os.getpid()
-    weakref.finalize(_temporary_root, lambda: shutil.rmtree(folder, ignore_errors=True) if os.getpid() == owner else None)
+    atexit.register(_remove, folder, os.getpid())
     return folder
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:  # not in a fork
+        shutil.rmtree(folder, ignore_errors=True)

@@ -21,6 +21,7 @@ from mftctl.data.files import Record
 from mftctl.data.formats import to_example, unused_fields
 from mftctl.data.prepared.arrow_files import MappedTable, write_batches
 from mftctl.errors import DataError
+from mftctl.progress import Listener
 
 BATCH_RECORDS = 1024
 _BATCH_BYTES = 1 << 26
@@ -138,24 +139,25 @@ class ExampleTable:
 
     def example(self, row: int) -> Example:
         """A record."""
-        return Example.from_canonical(
-            self.content(row), self.where(row), has_turns=self.rows.value("has_turns", row)
-        )
+        return Example.from_canonical(self.content(row), self.where(row), has_turns=self.rows.value("has_turns", row))
 
     def refused(self) -> list[DataError]:
         """The errors of the records that cannot be used."""
         return [error_of(item, self.files) for item in self.summary.refused]
 
 
-def write_examples(path: Path, records: Iterable[Record | DataError], files: Sequence[str]) -> ReadSummary:
+def write_examples(
+    path: Path, records: Iterable[Record | DataError], files: Sequence[str], listener: Listener
+) -> ReadSummary:
     """Writes the readable records of a source, and returns what else was found.
 
     Args:
         path: The Arrow file to write.
         records: The records of the source in order, or why one is malformed.
         files: The names of its files, with which their places begin.
+        listener: Receives progress updates.
     """
-    found = _Found(files)
+    found = _Found(files, listener)
     write_batches(path, _SCHEMA, found.batches(records))
     return ReadSummary(found.records, found.refused, dict(found.ignored))
 
@@ -165,6 +167,7 @@ class _Found:
     """Collects records and what else is found while reading."""
 
     files: Sequence[str]
+    listener: Listener
     file: int = 0
     records: int = 0
     refused: list[Refusal] = field(default_factory=list)
@@ -196,7 +199,7 @@ class _Found:
             *self._place(example.where),
             content,
             example.has_turns,
-            example.kind in ("chat", "completion") and example.messages[0].role not in ("system", "developer"),
+            example.begins_without_system,
             int.from_bytes(hashlib.sha256(content).digest()[:8], "big"),
             hashlib.sha256(example.prompt_content()).digest()[:_KEY_BYTES],
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import overload
 
@@ -63,8 +64,8 @@ class Examples(Sequence[Example]):
         chosen = np.asarray(indices, dtype=np.int64)
         return Examples(self.tables, self.table_numbers[chosen], self.rows[chosen], self.offered)
 
-    def only(self) -> Examples:
-        """The same examples of one table, as all that the data was to consist of."""
+    def as_whole(self) -> Examples:
+        """The same examples, all of one table, as all that the data was to consist of."""
         return Examples(self.tables, self.table_numbers, self.rows, [self.rows])
 
     def __len__(self) -> int:
@@ -77,7 +78,8 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
             return Examples(self.tables, self.table_numbers[index], self.rows[index], self.offered)
-        return self.tables[self.table_numbers[index]].example(int(self.rows[index]))
+        table: ExampleTable = self.tables[self.table_numbers[index]]
+        return table.example(int(self.rows[index]))
 
     def contents(self) -> Iterator[bytes]:
         """The canonical JSON of each example."""
@@ -95,10 +97,9 @@ class Examples(Sequence[Example]):
         return self._column([table.prompt_keys for table in self.tables], np.dtype("V16"))
 
     @property
-    def any_begins_without_system(self) -> bool:
-        """Whether a template may add a system prompt to some example."""
-        flags = [table.begins_without_system for table in self.tables]
-        return bool(self._column(flags, np.dtype(np.bool_)).any())
+    def begin_without_system(self) -> np.ndarray:
+        """Whether a template may add a system prompt to each example, as bool."""
+        return self._column([table.begins_without_system for table in self.tables], np.dtype(np.bool_))
 
     def _column(self, columns: list[np.ndarray], kind: np.dtype) -> np.ndarray:
         found = np.empty(len(self), kind)
@@ -106,6 +107,22 @@ class Examples(Sequence[Example]):
             here = self.table_numbers == number
             found[here] = column[self.rows[here]]
         return found
+
+
+def any_begins_without_system(examples: Iterable[Example]) -> bool:
+    """True if a template may add a system prompt to some example."""
+    if isinstance(examples, Examples):
+        return bool(examples.begin_without_system.any())
+    return any(example.begins_without_system for example in examples)
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """The SHA-256 of kinds, roles and contents in hex: equal for equal data, whatever its source."""
+    digest = hashlib.sha256()
+    contents = examples.contents() if isinstance(examples, Examples) else map(Example.canonical, examples)
+    for content in contents:
+        digest.update(content + b"\n")
+    return digest.hexdigest()
 
 
 def _concatenated(arrays: list[np.ndarray], kind: type[np.generic]) -> np.ndarray:

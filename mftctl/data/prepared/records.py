@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import overload
 
 import numpy as np
 
-from mftctl.data.encoding import Encoded, EncodedRecords, Encoder
+from mftctl.data.encoding import Encoded, Encoder
 from mftctl.data.prepared.encode import encoded_table
 from mftctl.data.prepared.encoded_table import EncodedTable, Outcome
 from mftctl.data.prepared.examples import Examples
@@ -55,8 +56,21 @@ class Records(Sequence[Encoded]):
         return self._column([table.answer_tokens for table in self._tables])
 
     def _column(self, columns: Sequence[np.ndarray]) -> list[int]:
-        found = _of_rows(self._examples.table_numbers, self._rows, columns, np.int64).tolist()
+        found: list[int] = _of_rows(self._examples.table_numbers, self._rows, columns, np.int64).tolist()
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRecords:
+    """The usable records.
+
+    Attributes:
+        records: The encoded records.
+        examples: Their examples, in the same order.
+    """
+
+    records: Records
+    examples: Examples
 
 
 def token_lengths(records: Sequence[Encoded]) -> list[int]:
@@ -73,7 +87,7 @@ def answer_lengths(records: Sequence[Encoded]) -> list[int]:
 
 def encode_prepared(
     examples: Examples, encoder: Encoder, max_length_tokens: int, issues: RecordIssues, listener: Listener
-) -> EncodedRecords:
+) -> PreparedRecords:
     """The examples that can be encoded, in order, from the cache or newly encoded.
 
     All rows that a table's source offers are encoded, so that other splits and fractions find theirs.
@@ -104,7 +118,7 @@ def encode_prepared(
     for value, count in zip(*np.unique(remarks[is_used], return_counts=True), strict=True):
         issues.count_remarks(Remark(int(value)), int(count))
     used = examples.take(np.flatnonzero(is_used))
-    return EncodedRecords(Records(used, tables, rows[is_used]), used)
+    return PreparedRecords(Records(used, tables, rows[is_used]), used)
 
 
 def _of_rows(

@@ -27,7 +27,7 @@ _AHEAD = 2
 Result = TypeVar("Result")
 
 
-class WorkerLost(Exception):
+class WorkerLostError(Exception):
     """A worker process ended before its answer."""
 
 
@@ -57,14 +57,14 @@ class Worker:
         """The answer to a task.
 
         Raises:
-            WorkerLost: The process has ended.
+            WorkerLostError: The process has ended.
             Exception: What the task raised.
         """
         try:
             send(self._input, pickle.dumps(task))
             answer = pickle.loads(receive(cast("IO[bytes]", self._process.stdout)))
         except (EOFError, OSError) as error:
-            raise WorkerLost(f"exit status {self._process.wait()}") from error
+            raise WorkerLostError(f"exit status {self._process.wait()}") from error
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -130,7 +130,7 @@ class WorkerPool:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        except WorkerLost as error:
+        except WorkerLostError as error:
             raise DataError(
                 "A process that prepares the data was lost.",
                 expected="an answer",

@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.encoding import Encoded, EncodedRecords, Encoder
+from mftctl.data.prepared.examples import data_digest
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.prepared.records import encode_prepared
 from mftctl.data.record_issues import RecordIssues
-from mftctl.data.sources import data_digest, load_examples
 from mftctl.data.splits import sample_count, sample_fraction
 from mftctl.errors import ConfigError, DataError, Interrupted
 from mftctl.evaluation.losses import mean_loss, sample_losses
@@ -159,13 +161,13 @@ def _training_records(corners: Corners, encoder: Encoder, count: int, listener: 
         DataError: The data has changed since then.
     """
     recipe, inputs = corners.recipe, corners.fft.record.inputs
-    read = split_examples(recipe)
+    read = split_examples(recipe, listener)
     train = read.train
     if recipe.fft.data_fraction < 1:
         train = sample_fraction(train, recipe.fft.data_fraction, recipe.seed)
     length, issues = recipe.fft.max_length_tokens, RecordIssues()
     if data_digest(train) != inputs["digests"]["train"]:  # the digest excludes records that were left out
-        train = encode_part(train, encoder, length, issues, listener).examples
+        train = encode_prepared(train, encoder, length, issues, listener).examples
     if data_digest(train) != inputs["digests"]["train"]:
         raise DataError(
             f"The training data has changed since {corners.fft.name} was trained.",
@@ -175,7 +177,7 @@ def _training_records(corners: Corners, encoder: Encoder, count: int, listener: 
             hint="restore the data, or train all three models again on the new data",
         )
     chosen = encode_part(sample_count(train, count, recipe.seed), encoder, length, issues, listener)
-    require_records("Training data", chosen, issues, length)
+    require_records("Training data", chosen.records, issues, length)
     return chosen
 
 
@@ -185,7 +187,7 @@ def _test_records(recipe: Recipe, encoder: Encoder, count: int, listener: Listen
     used = encode_part(examples, encoder, length, issues, listener)
     issues.settle(recipe.bad_records)
     tell_issues("Test data", issues, length, listener)
-    require_records("Test data", used, issues, length)
+    require_records("Test data", used.records, issues, length)
     return used
 
 
@@ -348,7 +350,7 @@ def _set(plane: WeightPlane, place: _Place) -> None:
 
 
 def _losses(
-    model: PreTrainedModel, encoded: dict[str, list[Encoded]], pad: int, listen: _Listening
+    model: PreTrainedModel, encoded: Mapping[str, Sequence[Encoded]], pad: int, listen: _Listening
 ) -> dict[str, float | None]:
     records = sum(map(len, encoded.values()))
     losses: dict[str, float | None] = {}
@@ -369,7 +371,7 @@ def _place_text(name: str, point: PlanePoint) -> str:
     return f"{name} ({point.x:.4g}, {point.y:.4g})"
 
 
-def _result(lines: Sequence[MetricsLine], encoded: dict[str, list[Encoded]]) -> SurfaceResult:
+def _result(lines: Sequence[MetricsLine], encoded: Mapping[str, Sequence[Encoded]]) -> SurfaceResult:
     grid = [line for line in lines if line.mark is None]
     trained = [(line.train_loss, line) for line in grid if line.train_loss is not None]
     tested = [(line.test_loss, line) for line in grid if line.test_loss is not None]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mftctl.data.encoding import Encoded
+from mftctl.data.prepared.records import answer_lengths, token_lengths
 from mftctl.evaluation.inference import length_batches
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.training.schedule import micro_batch_records, records_per_step
@@ -48,8 +49,8 @@ def largest_batches(
         batch_size: Records per training batch.
         batch_tokens: Padded tokens per training batch; overrides `batch_size`.
     """
-    lengths = sorted((len(record.input_ids) for record in train), reverse=True)
-    answers = sorted((record.answer_tokens for record in train), reverse=True)
+    lengths = sorted(token_lengths(train), reverse=True)
+    answers = sorted(answer_lengths(train), reverse=True)
     if batch_tokens is not None:
         batches = length_batches(lengths, batch_tokens)
         largest = max(batches, key=lambda batch: len(batch) * lengths[batch[0]])
@@ -59,7 +60,7 @@ def largest_batches(
     else:
         lengths = lengths[:batch_size]
         answer_tokens = sum(answers[:batch_size])
-    sizes = [len(record.input_ids) for record in validation]
+    sizes = token_lengths(validation)
     groups = length_batches(sizes, VALIDATION_TOKENS)
     scored = {len(group) * _scored_tokens([validation[index] for index in group]) for group in groups}
     widest = max(groups, key=lambda group: len(group) * sizes[group[0]])
@@ -91,7 +92,7 @@ def batches_of(options: TrainingOptions, train: Sequence[Encoded], validation: S
     """
     if not train or not validation:
         return assumed_batches(micro_batch_records(options, options.max_length_tokens), options.max_length_tokens)
-    at_once = micro_batch_records(options, max(len(record.input_ids) for record in train))
+    at_once = micro_batch_records(options, max(token_lengths(train)))
     # A step of few records is one forward pass, even if more tokens would fit.
     whole = options.batch_tokens is None or at_once == records_per_step(options)
     return largest_batches(train, validation, at_once, None if whole else options.batch_tokens)

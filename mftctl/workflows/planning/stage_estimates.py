@@ -7,9 +7,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mftctl.data.examples import Example
+import numpy as np
+
+from mftctl.data.prepared.examples import Examples
+from mftctl.data.prepared.records import token_lengths
 from mftctl.data.seen_records import records_to_learn_from
-from mftctl.data.sources import record_digest
 from mftctl.data.splits import sample_fraction
 from mftctl.errors import ConfigError
 from mftctl.evaluation.generation import default_max_new_tokens
@@ -159,7 +161,7 @@ class StageEstimates:
         tokens = self._data.tokens(job.recipe, options.max_length_tokens)
         if tokens is None:
             return counts
-        mean_tokens = sum(len(record.input_ids) for record in tokens.train) / len(tokens.train)
+        mean_tokens = sum(token_lengths(tokens.train)) / len(tokens.train)
         total = steps * step_records if options.max_steps else math.ceil(options.epochs * records) * runs * bool(steps)
         return {
             **counts,
@@ -167,20 +169,21 @@ class StageEstimates:
             "tokens": round(mean_tokens * total),
         }
 
-    def _learned_from(self, job: Job) -> Sequence[Example]:
+    def _learned_from(self, job: Job) -> Examples:
         """The records that a stage may learn from; a mask may exclude those seen by earlier fine-tuning."""
         train = self._data.parts(job.recipe).train
         learn_from = job.recipe.mask_train.learn_from
         if job.command == "fft" or learn_from == "all":
             return train
-        seen: set[str] = set()
+        seen = [np.empty(0, np.uint64)]
         before = job.after
         while before is not None:
             if before.command == "fft":
                 known, share = self._data.parts(before.recipe).train, before.recipe.fft.data_fraction
-                seen.update(map(record_digest, sample_fraction(known, share, before.seed) if known else []))
+                if len(known):
+                    seen.append(sample_fraction(known, share, before.seed).digests)
             before = before.after
-        return records_to_learn_from(train, frozenset(seen), learn_from)
+        return records_to_learn_from(train, np.concatenate(seen), learn_from)
 
     def _groups(self, job: Job, model: CheckedModel) -> list[list[int]]:
         """The layers to mask: a single choice, or all groups that a probe tries."""

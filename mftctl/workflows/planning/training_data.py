@@ -12,9 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from mftctl.data.decoding import decode_behind
 from mftctl.data.encoding import Encoded, EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import IGNORED_LABEL, Example
+from mftctl.data.prepared.examples import Examples
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.prepared.records import answer_lengths, token_lengths
 from mftctl.data.record_issues import BadRecords, RecordIssues
 from mftctl.data.rendering import Segment
-from mftctl.data.sources import DataSource, load_examples
+from mftctl.data.sources import DataSource
 from mftctl.data.splits import split_validation
 from mftctl.errors import DataError, MftError
 from mftctl.experiments.recipe import Recipe
@@ -38,9 +41,9 @@ class Parts:
         issues: Problems with the records read, by the recipe key of the data.
     """
 
-    train: Sequence[Example]
-    validation: Sequence[Example]
-    test: Sequence[Example]
+    train: Examples
+    validation: Examples
+    test: Examples
     issues: dict[str, RecordIssues]
 
 
@@ -48,8 +51,8 @@ class Parts:
 class Tokens:
     """The encoded training and validation records, neither of them empty."""
 
-    train: list[Encoded]
-    validation: list[Encoded]
+    train: Sequence[Encoded]
+    validation: Sequence[Encoded]
 
 
 class DataCheck:
@@ -66,7 +69,7 @@ class DataCheck:
         self._parts: dict[str, Parts] = {}
         self._tokens: dict[tuple[str, int], Tokens | None] = {}
         self._encoders: dict[str, Encoder] = {}
-        self._train: dict[tuple[str, int], list[Encoded]] = {}
+        self._train: dict[tuple[str, int], Sequence[Encoded]] = {}
 
     def parts(self, recipe: Recipe) -> Parts:
         """The readable records of a recipe's files."""
@@ -87,12 +90,12 @@ class DataCheck:
             self._tokens[key] = self._tokenize(recipe, max_length_tokens)
         return self._tokens[key]
 
-    def train(self, recipe: Recipe, max_length_tokens: int) -> list[Encoded]:
+    def train(self, recipe: Recipe, max_length_tokens: int) -> Sequence[Encoded]:
         """The encoded training records, even if no validation record is usable."""
         self.tokens(recipe, max_length_tokens)
         return self._train.get((_data_key(recipe), max_length_tokens), [])
 
-    def longest_question(self, recipe: Recipe) -> tuple[list[Encoded], int] | None:
+    def longest_question(self, recipe: Recipe) -> tuple[Sequence[Encoded], int] | None:
         """The encoded test records of an evaluation and the tokens of the longest prompt, 0 if no record has a prompt.
 
         None without a tokenizer or usable records.
@@ -145,12 +148,12 @@ def read_parts(recipe: Recipe, findings: ProblemList) -> Parts:
     """Reads the records of all data files; each unreadable file is reported as a problem."""
     issues = {"data": RecordIssues(), "test_data": RecordIssues()}
     train = _read("data", recipe.data, recipe.seed, issues["data"], findings)
-    validation: Sequence[Example] = []
+    validation = Examples.joined([])
     if recipe.val_data:
         issues["val_data"] = RecordIssues()
         validation = _read("val_data", recipe.val_data, recipe.seed, issues["val_data"], findings)
     test = _read("test_data", recipe.test_data, recipe.seed, issues["test_data"], findings)
-    if train and not recipe.val_data:
+    if len(train) and not recipe.val_data:
         with findings.collecting("val_fraction"):
             train, validation = split_validation(train, recipe.val_fraction, recipe.seed)
     parts = Parts(train, validation, test, issues)
@@ -162,7 +165,7 @@ def read_parts(recipe: Recipe, findings: ProblemList) -> Parts:
 
 def tokenize(
     key: str,
-    examples: Sequence[Example],
+    examples: Examples,
     encoder: Encoder,
     max_length_tokens: int,
     issues: RecordIssues,
@@ -180,7 +183,7 @@ def tokenize(
     """
     chosen = examples
     if len(examples) > MOST_TOKENIZED:
-        chosen = [examples[index * len(examples) // MOST_TOKENIZED] for index in range(MOST_TOKENIZED)]
+        chosen = examples.take([index * len(examples) // MOST_TOKENIZED for index in range(MOST_TOKENIZED)])
         findings.skip(f"{key}: {MOST_TOKENIZED:,} of {len(examples):,} records were tokenised as a sample")
     used = encode_all(chosen, encoder, max_length_tokens, issues)
     if issues.overlong and not used.records:
@@ -214,25 +217,23 @@ def report_issues(
 
 def token_counts(encoded: Sequence[Encoded]) -> dict[str, int | float]:
     """Counts of encoded records, their tokens and answer tokens, and the longest record's tokens."""
-    lengths = [len(record.input_ids) for record in encoded]
+    lengths = token_lengths(encoded)
     return {
         "tokenized_records": len(encoded),
         "tokens": sum(lengths),
-        "answer_tokens": sum(record.answer_tokens for record in encoded),
+        "answer_tokens": sum(answer_lengths(encoded)),
         "longest_tokens": max(lengths, default=0),
     }
 
 
-def _read(
-    key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssues, findings: ProblemList
-) -> list[Example]:
-    examples: list[Example] = []
+def _read(key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssues, findings: ProblemList) -> Examples:
+    parts = []
     for source in sources:
         try:
-            examples += load_examples([source], seed=seed, issues=issues)
+            parts.append(load_examples([source], seed=seed, issues=issues))
         except MftError as error:
             findings.problem(f"{key}: {describe(error)}")
-    return examples
+    return Examples.joined(parts)
 
 
 def _check_overlap(key: str, train: Sequence[Example], other: Sequence[Example], findings: ProblemList) -> None:

@@ -1,0 +1,82 @@
+"""Loads the examples of data sources: read once, kept in the cache, and chosen by row number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mftctl.data.prepared.arrow_files import MappedTable
+from mftctl.data.prepared.code_digest import code_digest
+from mftctl.data.prepared.entries import entry
+from mftctl.data.prepared.example_table import ExampleTable, ReadSummary, write_examples
+from mftctl.data.prepared.examples import Examples
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.sources import DataSource, source_content_digest, source_places, stream_source
+from mftctl.data.splits import sample_count
+from mftctl.errors import DataError
+from mftctl.progress import Listener, Silence
+
+
+def load_examples(
+    sources: Sequence[DataSource],
+    *,
+    seed: int = 0,
+    issues: RecordIssues | None = None,
+    listener: Listener | None = None,
+) -> Examples:
+    """The examples of all sources, one source after another, each in its own order.
+
+    Args:
+        sources: The parts of the mixture.
+        seed: Determines which records are taken if a source has more than its count.
+        issues: Collects problems with single records; without it, they are errors.
+        listener: Receives progress updates and notes on the cache.
+
+    Raises:
+        DataError: A source cannot be read, or has fewer records than its count.
+    """
+    found = RecordIssues() if issues is None else issues
+    parts = [_of_source(source, seed, found, listener or Silence()) for source in sources]
+    if issues is None:
+        found.settle("error")
+    return Examples.joined(parts)
+
+
+def _of_source(source: DataSource, seed: int, issues: RecordIssues, listener: Listener) -> Examples:
+    table = example_table(source, listener)
+    issues.records += table.summary.records
+    issues.refused.extend(table.refused())
+    issues.ignored.update(table.summary.ignored)
+    examples = Examples.of_table(table)
+    if source.count is None:
+        return examples
+    if source.count > len(examples):
+        raise DataError(
+            "The data has fewer records than requested.",
+            path=source.path,
+            expected=source.count,
+            actual=len(examples),
+            hint="request fewer, or omit the count to take all",
+        )
+    return sample_count(examples, source.count, seed).as_whole()
+
+
+def example_table(source: DataSource, listener: Listener) -> ExampleTable:
+    """The readable records of a source, from the cache or newly read.
+
+    Args:
+        source: The source; its count is ignored.
+        listener: Receives progress updates and notes on the cache.
+
+    Raises:
+        DataError: The source cannot be read.
+    """
+    places = tuple(source_places(source))
+    key = {"what": "examples", "code": code_digest(), "source": source_content_digest(source)}
+
+    def make(path: Path) -> dict[str, Any]:
+        return write_examples(path, stream_source(source), places, listener).plain()
+
+    made = entry(key, make, listener)
+    return ExampleTable(made.table, made.name, places, MappedTable(made.table), ReadSummary.parse(made.summary))
