@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -125,7 +125,6 @@ def damage(path: Path) -> list[DataError]:
     return []
 
 
-@settings(max_examples=300)
 @given(JSON_FILE, st.sampled_from(["a.jsonl", "a.json"]))
 def test_json_is_read_as_from_the_whole_text(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
@@ -133,7 +132,6 @@ def test_json_is_read_as_from_the_whole_text(
     check_same(tmp_path_factory.getbasetemp() / name, content)
 
 
-@settings(max_examples=300)
 @given(CSV_FILE)
 def test_csv_is_read_as_from_the_whole_text(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
     # A lone carriage return ends a CSV line, but not a line of the text that the place of a bad byte was counted in.
