@@ -38,7 +38,7 @@ def stream_parquet(path: Path) -> Iterator[dict[str, Any]]:
             parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_PAGE_BUFFER_BYTES) as file,
         ):
             features = _json_features(file.schema_arrow)
-            for batch in file.iter_batches(batch_size=_BATCH_RECORDS):
+            for batch in file.iter_batches(batch_size=_BATCH_RECORDS, use_threads=False):
                 yield from _rows(batch, features)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # from the system, not about the content

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mftctl.data.files import Record, read_records
+from mftctl.data.files import Record, data_files, file_kind, read_records
 from mftctl.errors import DataError
 
 RECORDS = [{"question": f"{number}+1?", "answer": f"00{number + 1}"} for number in range(9)]
@@ -187,11 +188,11 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 
 
 def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Path) -> bytes:
+    def refuse(*_: object, **__: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     path = write(tmp_path / "a.jsonl", LINES)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     error = failure(path)
     assert "cannot be read" in error.message
     assert "Permission denied" in str(error.actual)
@@ -219,3 +220,46 @@ def test_two_csv_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Two columns have the same name") as caught:
         read_records(path)
     assert (caught.value.path, caught.value.actual) == (f"{path}:1", "'question'")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.b.JSONL.GZ", ".jsonl.gz"), ("a.json", ".json"), ("a.Parquet", ".parquet")]
+)
+def test_kind_is_the_suffix_in_lower_case(name: str, kind: str) -> None:
+    assert file_kind(Path(name)) == kind
+
+
+def test_data_files_of_a_folder_are_sorted_and_not_hidden(tmp_path: Path) -> None:
+    for name in (
+        "b.jsonl",
+        "a/2.csv",
+        "a/10.CSV.GZ",
+        ".x.jsonl",
+        ".git/a.jsonl",
+        "a/.b/c.json",
+        "README.md",
+        "a.jsonl/d.json",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / name, "")
+    found = [str(path.relative_to(tmp_path)) for path in data_files(tmp_path)]
+    assert found == ["a/10.CSV.GZ", "a/2.csv", "a.jsonl/d.json", "b.jsonl"]
+    assert data_files(tmp_path / "b.jsonl") == [tmp_path / "b.jsonl"]
+    assert data_files(tmp_path / ".git") == [tmp_path / ".git" / "a.jsonl"]
+
+
+def test_folder_without_data_files(tmp_path: Path) -> None:
+    write(tmp_path / "notes.txt", "")
+    with pytest.raises(DataError, match="no data files") as caught:
+        data_files(tmp_path)
+    assert caught.value.path == str(tmp_path)
+
+
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="folder cannot be read") as caught:
+        data_files(tmp_path)
+    assert caught.value.path == str(tmp_path)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,15 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from mftctl.data.examples import Example, Message
 from mftctl.data.quickstart import built_in
-from mftctl.data.sources import DataSource, data_digest, load_examples
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.sources import (
+    DataSource,
+    data_digest,
+    load_examples,
+    source_content_digest,
+    source_files,
+    stream_source,
+)
 from mftctl.errors import DataError
 
 RECORDS = [{"question": f"{number}+1?", "answer": f"00{number + 1}"} for number in range(9)]
@@ -75,8 +85,7 @@ def test_parsing_loads_neither_torch_nor_datasets() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["part.parquet", "owner/name"])
-def test_reading_is_quiet_and_leaves_no_trace(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_from_the_hub_is_quiet_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loggers = [datasets.logging.get_logger("datasets.load"), hub_logging.get_logger("huggingface_hub.file_download")]
 
     def loudness() -> tuple[bool, ...]:
@@ -89,11 +98,10 @@ def test_reading_is_quiet_and_leaves_no_trace(name: str, tmp_path: Path, monkeyp
         inside.append(loudness())
         raise ValueError("damaged")
 
-    write(tmp_path / "part.parquet", b"")
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.chdir(tmp_path)
     before = loudness()
-    assert failure(name).actual == "damaged"
+    assert failure("owner/name").actual == "damaged"
     assert inside == [(False, False, False, False)]
     assert loudness() == before == (True, True, True, True)
 
@@ -193,8 +201,181 @@ def test_absent_file(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert error.path == str(Path(path))
 
 
-def test_folder(tmp_path: Path) -> None:
-    assert "is a folder" in failure(tmp_path).message
+def parts(folder: Path) -> list[Path]:
+    """Files with three records each, part 1 in a subfolder, beside files that are no data."""
+    (folder / "sub").mkdir(parents=True)
+    write(folder / "notes.md", "")
+    write(folder / ".part-9.jsonl", LINES)
+    lines = LINES.splitlines(keepends=True)
+    names = ("part-0.jsonl", "part-2.jsonl", "sub/part-1.jsonl")
+    return [write(folder / name, "".join(lines[3 * part : 3 * part + 3])) for part, name in enumerate(names)]
+
+
+def test_folder_is_all_its_data_files_in_order(tmp_path: Path) -> None:
+    files = parts(tmp_path / "data")
+    assert source_files(DataSource(str(tmp_path / "data"))) == files
+    assert pairs(load(f"{tmp_path / 'data'}/")) == PAIRS
+    assert len(load(tmp_path / "data", 4)) == 4
+    with pytest.raises(DataError, match="fewer records"):
+        load(tmp_path / "data", 10)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        ("part-*.jsonl", [0, 1]),
+        ("part-[02].jsonl", [0, 1]),
+        ("*/part-?.jsonl", [2]),
+        ("**/part-*", [0, 1, 2]),
+        ("part-*", [0, 1]),
+        ("s*/*", [2]),
+    ],
+)
+def test_pattern_is_the_files_that_match(
+    pattern: str, found: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = parts(tmp_path / "data")
+    expected = [files[part] for part in found]
+    assert source_files(DataSource(str(tmp_path / "data" / pattern))) == expected
+    assert pairs(load(tmp_path / "data" / pattern)) == [
+        pair for part in found for pair in PAIRS[3 * part : 3 * part + 3]
+    ]
+    monkeypatch.chdir(tmp_path)
+    assert source_files(DataSource(f"data/{pattern}", 2)) == [path.relative_to(tmp_path) for path in expected]
+
+
+def test_existing_name_with_brackets_is_no_pattern(tmp_path: Path) -> None:
+    parts(tmp_path)
+    named = write(tmp_path / "part-[02].jsonl", LINES)
+    assert source_files(DataSource(str(named))) == [named]
+    assert DataSource.parse(f"{tmp_path}/*.jsonl=7") == DataSource(f"{tmp_path}/*.jsonl", 7)
+
+
+def test_pattern_without_a_file(tmp_path: Path) -> None:
+    (tmp_path / "part-0").mkdir()
+    error = failure(tmp_path / "part-*")
+    assert "No file matches" in error.message
+    assert error.path == str(tmp_path / "part-*")
+
+
+def test_pattern_that_matches_a_file_of_unknown_type(tmp_path: Path) -> None:
+    parts(tmp_path)
+    error = failure(tmp_path / "*")
+    assert "unknown type" in error.message
+    assert error.path == str(tmp_path / "notes.md")
+
+
+def test_link_that_leads_nowhere_is_not_left_out(tmp_path: Path) -> None:
+    parts(tmp_path)
+    (tmp_path / "part-3.jsonl").symlink_to("absent")
+    assert "cannot be read" in failure(tmp_path / "part-*").message
+
+
+def test_folder_without_data_files(tmp_path: Path) -> None:
+    assert "no data files" in failure(tmp_path).message
+
+
+@pytest.mark.parametrize("path", ["", "part-*.jsonl"])
+def test_split_of_a_folder_or_a_pattern(path: str, tmp_path: Path) -> None:
+    parts(tmp_path)
+    with pytest.raises(DataError, match="Only hub datasets have splits"):
+        source_files(DataSource(str(tmp_path / path), split="test"))
+
+
+def test_hub_data_set_has_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert source_files(DataSource("owner/name:main")) is None
+
+
+def test_malformed_records_are_collected(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", LINES + "{\n")
+    second = write(tmp_path / "b.csv", "question,answer\n1,2\n1,2,3\n")
+    issues = RecordIssues()
+    examples = load_examples([DataSource(str(tmp_path / "*"))], issues=issues)
+    assert pairs(examples) == [*PAIRS, ("1", "2")]
+    assert [error.path for error in issues.refused] == [f"{first}:10", f"{second}:3"]
+    assert issues.records == 12
+    assert len(load_examples([DataSource(str(tmp_path / "*"), 10)], issues=issues)) == 10
+
+
+def test_malformed_record_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "{\n" + LINES)
+    error = failure(path)
+    assert "malformed" in error.message
+    assert error.path == f"{path}:1"
+
+
+def test_stream_reads_no_further_than_asked(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", LINES)
+    write(tmp_path / "b.jsonl", "")
+    records = stream_source(DataSource(str(tmp_path)))
+    assert [record.fields for record in islice(records, 9)] == RECORDS
+    with pytest.raises(DataError, match="no records"):
+        next(records)
+
+
+def test_hub_rows_are_those_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "more": datasets.Json()})
+    rows = [{"text": f"{number}", "more": {"a": [number]}} for number in range(200)]
+    stored = datasets.Dataset.from_list(rows, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stored)
+    monkeypatch.chdir(tmp_path)
+    assert [record.fields for record in stream_source(DataSource("owner/name"))] == list(stored) == rows
+
+
+def digest(path: Path | str, split: str | None = None) -> str:
+    return source_content_digest(DataSource(str(path), split=split))
+
+
+def test_content_digest_of_files(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.jsonl", LINES)
+    expected = hashlib.sha256(b".jsonl\0" + hashlib.sha256(LINES.encode()).digest()).hexdigest()
+    assert digest(first) == expected
+    moved = parts(tmp_path / "x")
+    parts(tmp_path / "y")
+    of_parts = digest(tmp_path / "x")
+    assert digest(tmp_path / "y") == digest(f"{tmp_path}/x/**/part-*") == of_parts
+    moved[0].rename(tmp_path / "x" / "z.jsonl")
+    swapped = digest(tmp_path / "x")
+    others = [
+        digest(write(tmp_path / "a.json", LINES)),
+        digest(write(tmp_path / "b.jsonl", LINES + "\n")),
+        digest(f"{tmp_path}/y/part-*"),
+    ]
+    assert len({expected, of_parts, swapped, *others}) == 6
+
+
+def test_content_digest_ignores_the_count(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", LINES)
+    assert source_content_digest(DataSource(str(path), 3)) == digest(path)
+
+
+def test_content_digest_of_hub_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = datasets.Dataset.from_list(RECORDS * 20)
+    stored.save_to_disk(tmp_path / "stored")
+    mapped = datasets.load_from_disk(str(tmp_path / "stored"))
+    of = {
+        "all": stored,
+        "mapped": mapped,
+        "slice": mapped.select(range(9)),
+        "other": mapped.select(range(1, 10)),
+        "renamed": stored.rename_column("answer", "response"),
+    }
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, split: of[split])
+    monkeypatch.chdir(tmp_path)
+    assert digest("owner/name", "all") == digest("owner/name", "mapped")
+    assert len({digest("owner/name", split) for split in of}) == 4
+
+
+def test_content_digest_of_an_unreadable_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("absent")
+    with pytest.raises(DataError, match="cannot be read"):
+        digest(tmp_path / "*.jsonl")
+
+
+def test_content_digest_of_a_file_of_unknown_type(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="unknown type"):
+        digest(write(tmp_path / "a.txt", "hello"))
 
 
 def test_split_of_a_file(tmp_path: Path) -> None:

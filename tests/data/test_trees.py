@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mftctl.data.examples import Message
 from mftctl.data.files import Record
 from mftctl.data.sources import DataSource, load_examples
-from mftctl.data.trees import conversations, is_message
+from mftctl.data.trees import conversations, is_message, resolve_trees
 from mftctl.errors import DataError
 
 
@@ -93,3 +93,36 @@ def test_trees_without_any_answer_are_refused(tmp_path: Path) -> None:
 def test_plain_text_is_no_message() -> None:
     assert not is_message(Record("x:1", {"text": "Once."}))
     assert is_message(Record("x:1", message(1, None)))
+
+
+def test_message_among_other_records_is_an_error() -> None:
+    other = Record("x:1", {"text": "Once."})
+    first, error = resolve_trees(iter([other, Record("x:2", message(1, None))]), "x")
+    assert first == other
+    assert isinstance(error, DataError)
+    assert error.path == "x:2"
+
+
+def test_other_records_among_messages_are_errors() -> None:
+    broken = DataError("Malformed.", path="x:1")
+    stream = [broken, *records(message(1, None), message(2, 1)), Record("y:4", {"text": "Once."})]
+    passed, foreign, conversation = resolve_trees(iter(stream), "x")
+    assert passed is broken
+    assert isinstance(foreign, DataError)
+    assert (foreign.path, foreign.actual) == ("y:4", "no message_id, parent_id, role")
+    assert texts(conversation) == ["text 1", "text 2"]
+
+
+def test_rank_that_is_no_number_is_an_error() -> None:
+    ranked = [message(1, None), {**message(2, 1), "rank": "best"}, {**message(3, 1), "rank": float("nan")}]
+    error, conversation = resolve_trees(iter(records(*ranked, {**message(4, 1), "rank": 0.0})), "x")
+    assert isinstance(error, DataError)
+    assert (error.key, error.actual) == ("rank", "'best'")
+    assert texts(conversation) == ["text 1", "text 4"]
+
+
+def test_trees_may_lie_in_several_files(tmp_path: Path) -> None:
+    for number, item in enumerate((message(1, None), message(2, 1))):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(item) + "\n")
+    (example,) = load_examples([DataSource(str(tmp_path))])
+    assert example.messages == (Message("user", "text 1"), Message("assistant", "text 2"))
