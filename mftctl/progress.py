@@ -13,16 +13,18 @@ class Progress:
     Attributes:
         task: The activity, such as `training` or `validating`.
         done: Steps done.
-        total: Total number of steps.
+        total: Total number of steps; None if it is not known yet.
         loss: The latest training loss per answer token, if any.
         tokens_per_second: Speed since the task started, if tokens are counted.
+        records_per_second: Speed since the task started, if records are counted.
     """
 
     task: str
     done: int
-    total: int
+    total: int | None
     loss: float | None = None
     tokens_per_second: float | None = None
+    records_per_second: float | None = None
 
 
 class Listener(Protocol):

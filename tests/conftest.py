@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -11,6 +14,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "80"
 os.environ["NO_COLOR"] = "1"
+if "MFTCTL_CACHE" not in os.environ:  # removed at the end by the process that made it
+    os.environ["MFTCTL_CACHE"] = tempfile.mkdtemp(prefix="mftctl-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["MFTCTL_CACHE"], ignore_errors=True)
 
 from pathlib import Path
 from typing import TYPE_CHECKING

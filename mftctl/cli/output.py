@@ -83,6 +83,8 @@ class Output:
         details = "" if state.loss is None else f"loss {state.loss:.4f}"
         if state.tokens_per_second is not None:
             details += f"  {state.tokens_per_second:,.0f} tokens/s"
+        if state.records_per_second is not None:
+            details += f"{state.records_per_second:,.0f} records/s"
         if not self._messages.is_terminal:
             self._tell_tenths(state, details)
             return
@@ -90,7 +92,7 @@ class Output:
             self._tasks[state.task] = self._bars.add_task(state.task, total=state.total, speed="")
         task = self._tasks[state.task]
         self._bars.update(task, completed=state.done, total=state.total, speed=details)
-        if state.done >= state.total:
+        if state.total is not None and state.done >= state.total:
             self._bars.remove_task(self._tasks.pop(state.task))
 
     def pin(self, view: RenderableType | None) -> None:
@@ -182,6 +184,8 @@ class Output:
             self._live.start()
 
     def _tell_tenths(self, state: State, details: str) -> None:
+        if state.total is None:
+            return
         tenths = 10 * state.done // max(state.total, 1)
         if self._told_tenths.get(state.task) != tenths and state.task not in _TOO_SHORT:
             self._told_tenths[state.task] = tenths

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mftctl.data.encoding import Encoded, Encoder, PromptTooLongError, encode_all
 from mftctl.data.examples import Example, Kind, Message, TokenIds
-from mftctl.data.record_issues import RecordIssues
-from mftctl.data.sources import DataSource, load_examples
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.record_issues import RecordIssues, Remark
+from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 from tests.conftest import build_tokenizer
 
@@ -332,7 +333,7 @@ def test_encode_all_counts_what_it_leaves_out() -> None:
     encoded = encode_all(
         records, Encoder(tokenizer), 20, issues, on_progress=lambda done, total: told.append((done, total))
     )
-    assert [record.is_cut for record in encoded.records] == [False, True]
+    assert [record.remarks for record in encoded.records] == [Remark.NONE, Remark.CUT]
     assert encoded.examples == [records[0], records[2]]
     assert (issues.overlong, issues.cut, len(issues.refused)) == (1, 1, 1)
     assert told == [(4, 4)]
@@ -369,7 +370,7 @@ def test_turn_that_is_not_to_be_learned() -> None:
 def test_token_ids_are_taken_as_they_are() -> None:
     record = Example("tokens", (), "data:1", token_ids=TokenIds((1, 5, 6, 2), (-100, -100, 6, 2)))
     assert encode(record, CHARACTERS, 100) == Encoded([1, 5, 6, 2], [-100, -100, 6, 2], "data:1")
-    assert encode(record, CHARACTERS, 3).is_cut
+    assert encode(record, CHARACTERS, 3).remarks == Remark.CUT
 
 
 def test_token_id_that_the_tokenizer_lacks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,7 @@ from hypothesis import strategies as st
 
 from mftctl.data.examples import Example, Message
 from mftctl.data.seen_records import records_to_learn_from, save_seen, seen_records
-from mftctl.data.sources import record_digest
-from mftctl.errors import DataError
+from mftctl.errors import DataError, RunError
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.run_folder import create_run
 from mftctl.progress import Silence
@@ -19,6 +19,7 @@ from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.mask_train import mask_train
 from mftctl.workflows.probe import probe
 from mftctl.workflows.validate import validate
+from tests.data.prepared_examples import prepared
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run, write_additions
 
 
@@ -27,39 +28,58 @@ def example(number: int) -> Example:
 
 
 EXAMPLES = [example(number) for number in range(100)]
+PREPARED = prepared(EXAMPLES)
 
 
 @pytest.mark.slow
 @given(st.sets(st.integers(0, 99)))
 def test_unseen_records_are_all_but_the_seen_in_their_order(seen: set[int]) -> None:
-    digests = frozenset(record_digest(EXAMPLES[number]) for number in seen)
+    digests = PREPARED.take(sorted(seen)).digests
     unseen = [item for number, item in enumerate(EXAMPLES) if number not in seen]
-    assert records_to_learn_from(EXAMPLES, digests, "all") == EXAMPLES
-    assert records_to_learn_from(EXAMPLES, digests, "auto") == (unseen if len(unseen) >= 64 else EXAMPLES)
+    assert list(records_to_learn_from(PREPARED, digests, "all")) == EXAMPLES
+    assert list(records_to_learn_from(PREPARED, digests, "auto")) == (unseen if len(unseen) >= 64 else EXAMPLES)
     if unseen:
-        assert records_to_learn_from(EXAMPLES, digests, "unseen") == unseen
+        assert list(records_to_learn_from(PREPARED, digests, "unseen")) == unseen
 
 
 def test_where_nothing_is_unseen_that_is_said() -> None:
     with pytest.raises(DataError) as caught:
-        records_to_learn_from(EXAMPLES[:3], frozenset(map(record_digest, EXAMPLES)), "unseen")
+        records_to_learn_from(PREPARED[:3], PREPARED.digests, "unseen")
     assert caught.value.actual == "3 training records, all used in fine-tuning"
     assert caught.value.hint == "give different data with --data, or use --learn-from all"
 
 
 def test_a_digest_is_of_the_content_alone() -> None:
-    moved = Example("chat", EXAMPLES[0].messages, "elsewhere.jsonl:7")
-    assert record_digest(moved) == record_digest(EXAMPLES[0]) != record_digest(EXAMPLES[1])
-    assert len(record_digest(moved)) == 16
+    moved = prepared([Example("chat", EXAMPLES[0].messages, "elsewhere.jsonl:7")])
+    assert moved.digests[0] == PREPARED.digests[0] != PREPARED.digests[1]
+    content = b'["chat", [["user", "0?"], ["assistant", "1"]]]'
+    assert moved.digests[0] == int(hashlib.sha256(content).hexdigest()[:16], 16)
 
 
 def test_the_seen_of_several_runs_are_joined(tmp_path: Path) -> None:
-    for name, part in (("001-fft", EXAMPLES[:2]), ("002-fft", EXAMPLES[1:4])):
+    for name, part in (("001-fft", PREPARED[:2]), ("002-fft", PREPARED[1:4])):
         (tmp_path / name).mkdir()
-        save_seen(tmp_path / name, map(record_digest, part))
+        save_seen(tmp_path / name, part.digests)
     (tmp_path / "003-apply").mkdir()
     found = seen_records(tmp_path, ["001-fft", "002-fft", "003-apply", "gone"])
-    assert found == frozenset(map(record_digest, EXAMPLES[:4]))
+    assert set(found.tolist()) == set(PREPARED[:4].digests.tolist())
+    assert (tmp_path / "001-fft" / "records.bin").stat().st_size == 16
+
+
+def test_records_of_an_older_run_are_read(tmp_path: Path) -> None:
+    (tmp_path / "001-fft").mkdir()
+    lines = "".join(f"{digest:016x}\n" for digest in PREPARED[:3].digests.tolist())
+    (tmp_path / "001-fft" / "records.txt").write_text(lines, encoding="utf-8")
+    assert set(seen_records(tmp_path, ["001-fft"]).tolist()) == set(PREPARED[:3].digests.tolist())
+
+
+@pytest.mark.parametrize(("name", "content"), [("records.bin", b"\0" * 7), ("records.txt", b"12g4\n")])
+def test_damaged_digests_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "001-fft").mkdir()
+    (tmp_path / "001-fft" / name).write_bytes(content)
+    with pytest.raises(RunError, match="damaged") as caught:
+        seen_records(tmp_path, ["001-fft"])
+    assert caught.value.path == str(tmp_path / "001-fft" / name)
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mftctl.data.examples import Message
 from mftctl.data.files import Record
-from mftctl.data.sources import DataSource, load_examples
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.sources import DataSource
 from mftctl.data.trees import conversations, is_message, resolve_trees
 from mftctl.errors import DataError
 

@@ -10,7 +10,8 @@ import torch
 
 from mftctl.data.batching import PaddingCollator
 from mftctl.data.encoding import Encoded
-from mftctl.data.sources import DataSource, load_examples
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.sources import DataSource
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer

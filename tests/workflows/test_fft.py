@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftctl.data.batching import LengthGroupedSampler
 from mftctl.data.encoding import Encoded
-from mftctl.data.sources import DataSource, load_examples
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, DataError, Interrupted, StorageError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.experiments.model_origin import origin_of

@@ -13,7 +13,8 @@ import torch
 from safetensors import safe_open
 from transformers import GPT2Config, GPT2LMHeadModel, get_scheduler
 
-from mftctl.data.sources import DataSource, load_examples
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, Interrupted, MaskingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
 from mftctl.experiments.run_folder import Run

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +85,7 @@ def _batches(
     total: int,
     listener: Listener,
 ) -> Iterator[pa.RecordBatch]:
-    done = 0
+    done, begun = 0, time.monotonic()
     for batch in _encoded(tasks, setup, total):
         for number, error in batch.refused.items():
             refused[str(done + number)] = refusal_of(error, setup.files).plain()
@@ -92,7 +93,8 @@ def _batches(
         yield rows
         done += rows.num_rows
         if total >= _FEW_RECORDS:
-            listener.progress(Progress("tokenising", done, total))
+            speed = done / (time.monotonic() - begun)
+            listener.progress(Progress("tokenising", done, total, records_per_second=speed))
 
 
 def _encoded(tasks: Sequence[EncodingTask], setup: EncodingSetup, total: int) -> Iterator[EncodedBatch]:

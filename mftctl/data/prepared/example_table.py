@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,9 +22,10 @@ from mftctl.data.files import Record
 from mftctl.data.formats import to_example, unused_fields
 from mftctl.data.prepared.arrow_files import MappedTable, write_batches
 from mftctl.errors import DataError
-from mftctl.progress import Listener
+from mftctl.progress import Listener, Progress
 
 BATCH_RECORDS = 1024
+_PROGRESS_RECORDS = 10_000
 _BATCH_BYTES = 1 << 26
 _KEY_BYTES = 16
 _IN_FILE = re.compile(r":\d+|, record \d+", re.ASCII)
@@ -146,6 +148,17 @@ class ExampleTable:
         return [error_of(item, self.files) for item in self.summary.refused]
 
 
+def write_table(path: Path, examples: Iterable[Example], files: Sequence[str]) -> None:
+    """Writes examples to an Arrow file.
+
+    Args:
+        path: The file to write.
+        examples: The examples in order.
+        files: The names of the files with which their places begin.
+    """
+    write_batches(path, _SCHEMA, _batches(examples, files))
+
+
 def write_examples(
     path: Path, records: Iterable[Record | DataError], files: Sequence[str], listener: Listener
 ) -> ReadSummary:
@@ -158,56 +171,67 @@ def write_examples(
         listener: Receives progress updates.
     """
     found = _Found(files, listener)
-    write_batches(path, _SCHEMA, found.batches(records))
+    write_table(path, found.usable(records), files)
     return ReadSummary(found.records, found.refused, dict(found.ignored))
 
 
 @dataclass(slots=True)
 class _Found:
-    """Collects records and what else is found while reading."""
+    """Collects what is found while reading beside the records that can be used."""
 
     files: Sequence[str]
     listener: Listener
-    file: int = 0
     records: int = 0
     refused: list[Refusal] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
 
-    def batches(self, records: Iterable[Record | DataError]) -> Iterator[pa.RecordBatch]:
-        rows: list[tuple[Any, ...]] = []
-        size_bytes = 0
+    def usable(self, records: Iterable[Record | DataError]) -> Iterator[Example]:
+        """The records that can be used."""
+        begun = time.monotonic()
         for record in records:
             self.records += 1
+            if self.records % _PROGRESS_RECORDS == 0:
+                speed = self.records / (time.monotonic() - begun)
+                self.listener.progress(Progress("reading", self.records, None, records_per_second=speed))
             try:
                 if isinstance(record, DataError):
                     raise record
                 self.ignored.update(unused_fields(record.fields))
-                rows.append(self._row(to_example(record.fields, record.where)))
+                example = to_example(record.fields, record.where)
             except DataError as error:
                 self.refused.append(refusal_of(error, self.files))
-                continue
-            size_bytes += len(rows[-1][2])
-            if len(rows) == BATCH_RECORDS or size_bytes > _BATCH_BYTES:
-                yield _batch(rows)
-                rows, size_bytes = [], 0
-        if rows:
+            else:
+                yield example
+        if self.records >= _PROGRESS_RECORDS:
+            self.listener.progress(Progress("reading", self.records, self.records))
+
+
+def _batches(examples: Iterable[Example], files: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    rows: list[tuple[Any, ...]] = []
+    size_bytes, file = 0, 0
+    for example in examples:
+        row = _row(example, *_place(example.where, files, likely=file))
+        file = max(row[0], 0)
+        rows.append(row)
+        size_bytes += len(row[2])
+        if len(rows) == BATCH_RECORDS or size_bytes > _BATCH_BYTES:
             yield _batch(rows)
+            rows, size_bytes = [], 0
+    if rows:
+        yield _batch(rows)
 
-    def _row(self, example: Example) -> tuple[Any, ...]:
-        content = example.canonical()
-        return (
-            *self._place(example.where),
-            content,
-            example.has_turns,
-            example.begins_without_system,
-            int.from_bytes(hashlib.sha256(content).digest()[:8], "big"),
-            hashlib.sha256(example.prompt_content()).digest()[:_KEY_BYTES],
-        )
 
-    def _place(self, where: str) -> tuple[int, str]:
-        place = _place(where, self.files, likely=self.file)
-        self.file = max(place[0], 0)
-        return place
+def _row(example: Example, file: int, place: str) -> tuple[Any, ...]:
+    content = example.canonical()
+    return (
+        file,
+        place,
+        content,
+        example.has_turns,
+        example.begins_without_system,
+        int.from_bytes(hashlib.sha256(content).digest()[:8], "big"),
+        hashlib.sha256(example.prompt_content()).digest()[:_KEY_BYTES],
+    )
 
 
 def refusal_of(error: DataError, files: Sequence[str]) -> Refusal:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mftctl.data.examples import Example
+from mftctl.data.prepared.load import load_examples
 from mftctl.data.seen_records import seen_records
-from mftctl.data.sources import load_examples, record_digest
 from mftctl.errors import ConfigError, DataError, Interrupted, ModelError, RunError
 from mftctl.experiments.model_source import source_of_run
 from mftctl.experiments.recipe_files import load_recipe, with_changes
@@ -186,8 +186,8 @@ def test_the_grid_has_each_point_once_and_the_three_models_well_inside(measured:
 @pytest.mark.slow
 def test_the_training_records_are_those_that_fft_saw(measured: Run, workspace: Path) -> None:
     seen = seen_records(measured.folder.parent, ["001-fft"])
-    examples = {record_digest(example): example for example in load_examples(make_recipe(workspace).data)}
-    assert seen == set(examples)
+    examples = load_examples(make_recipe(workspace).data)
+    assert set(seen.tolist()) == set(examples.digests.tolist())
     everything = measure_surface(measured.folder.parent, Silence(), points=POINTS, records=1000)
     assert everything.record.inputs["train_records"] == 48
     assert everything.record.inputs["test_records"] == 16
@@ -195,7 +195,12 @@ def test_the_training_records_are_those_that_fft_saw(measured: Run, workspace: P
     (fft, *_) = everything.record.result["marks"]
     folder = Path(load_run(measured.folder.parent / "001-fft").record.result["model"])
     assert fft["train_loss"] == pytest.approx(
-        answer_loss(corner_states(measured.folder.parent)[0], folder, list(examples.values())), abs=1e-5
+        answer_loss(
+            corner_states(measured.folder.parent)[0],
+            folder,
+            list(examples.take(np.unique(examples.digests, return_index=True)[1])),
+        ),
+        abs=1e-5,
     )
 
 
