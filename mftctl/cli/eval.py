@@ -69,6 +69,7 @@ def evaluate(
     merge_system: opt.MergeSystem = None,
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
+    bad_records_max: opt.BadRecordsMax = None,
     tasks: Annotated[Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Evaluation", parser=opt.names)] = None,
     task_data: Annotated[
         list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Evaluation", default="the hub's")

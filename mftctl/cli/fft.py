@@ -42,6 +42,7 @@ def fft(
     merge_system: opt.MergeSystem = None,
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
+    bad_records_max: opt.BadRecordsMax = None,
     method: Annotated[str | None, opt.setting(FftOptions, "method", "--method", panel=opt.METHOD)] = None,
     ratio: Annotated[float | None, opt.setting(FftOptions, "ratio", "--ratio", panel=opt.METHOD, default="0.2")] = None,
     scope: Annotated[str | None, opt.setting(FftOptions, "scope", "--scope", panel=opt.METHOD)] = None,

@@ -37,6 +37,7 @@ def mask_train(
     merge_system: opt.MergeSystem = None,
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
+    bad_records_max: opt.BadRecordsMax = None,
     method: Annotated[str | None, opt.setting(MaskTrainOptions, "method", "--method", panel=opt.MASKING)] = None,
     unit: Annotated[str | None, opt.setting(MaskTrainOptions, "unit", "--unit", panel=opt.MASKING)] = None,
     layers: Annotated[

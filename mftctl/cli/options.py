@@ -187,6 +187,10 @@ TemplateArgs = Annotated[
 MergeSystem = Annotated[bool | None, setting(Recipe, "merge_system", "--merge-system/--no-merge-system", panel=RECORDS)]
 LearnAnswers = Annotated[str | None, setting(Recipe, "learn", "--learn", panel=RECORDS)]
 BadRecords = Annotated[str | None, setting(Recipe, "bad_records", "--bad-records", panel=RECORDS)]
+BadRecordsMax = Annotated[
+    str | None,
+    setting(Recipe, "bad_records_max", "--bad-records-max", panel=RECORDS, metavar="SHARE", default="1%"),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", "-r", help="Recipe file, or the name of a built-in recipe.", rich_help_panel=INPUT),

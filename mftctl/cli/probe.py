@@ -34,6 +34,7 @@ def probe(
     merge_system: opt.MergeSystem = None,
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
+    bad_records_max: opt.BadRecordsMax = None,
     groups: Annotated[
         Any,
         opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, parser=opt.group_sizes, default=""),

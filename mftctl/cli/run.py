@@ -30,6 +30,7 @@ def run(
     merge_system: opt.MergeSystem = None,
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
+    bad_records_max: opt.BadRecordsMax = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the report.", rich_help_panel=opt.INPUT)
     ] = Path("report"),

@@ -33,6 +33,7 @@ def validate(
     merge_system: opt.MergeSystem = None,
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
+    bad_records_max: opt.BadRecordsMax = None,
     seed: opt.Seed = None,
     device: Annotated[
         str | None, opt.setting(Recipe, "device", "--device", panel=opt.GENERAL, default="this machine's")

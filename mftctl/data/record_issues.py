@@ -69,17 +69,37 @@ class RecordIssues:
         self.tools_as_text += records * (Remark.TOOLS_AS_TEXT in remarks)
         self.open_turns += records * (Remark.OPEN_TURN in remarks)
 
-    def settle(self, bad_records: BadRecords) -> None:
-        """Checks that all records can be used, or that bad ones may be skipped.
+    def settle(self, bad_records: BadRecords, most: float = 1.0) -> None:
+        """Checks that all records can be used, or that the few bad ones may be left out.
 
         Args:
-            bad_records: `skip` skips bad records.
+            bad_records: `skip` skips malformed records. Records whose prompt is too long are always left out.
+            most: Maximum share of malformed records, and of those whose prompt is too long.
 
         Raises:
             DataError: Some records cannot be used; the message names the first few.
         """
-        if not self.refused or bad_records == "skip":
+        if self.refused and bad_records == "error":
+            self._refuse()
+        self._require_few("malformed", len(self.refused), self.records, most)
+        self._require_few("longer than --max-length before the answer", self.overlong, self._looked_at, most)
+
+    def _require_few(self, what: str, count: int, total: int, most: float) -> None:
+        if count <= most * total:
             return
+        first = f"; {_described(self.refused[0])}" if what == "malformed" and self.refused else ""
+        raise DataError(
+            "Too many records cannot be used.",
+            path=self.refused[0].path if first else None,
+            key="--bad-records-max",
+            expected=f"at most {most:.3%}".replace(".000%", "%") + f" of {counted(total, 'record')}",
+            actual=f"{count:,} ({count / total:.1%}) {what}{first}",
+            hint="remove them, "
+            + ("" if first else "raise --max-length, ")
+            + "or allow more with --bad-records-max, such as 20%",
+        )
+
+    def _refuse(self) -> None:
         first = self.refused[0]
         if len(self.refused) == 1:
             leave_out = "to skip it, pass --bad-records skip"

@@ -83,12 +83,25 @@ def source_files(source: DataSource) -> list[Path] | None:
         return data_files(path)
     if source.path.startswith(f"{built_in.NAME}/"):
         raise DataError("The built-in data has no such split.", path=source.path, expected=" | ".join(_BUILT_IN))
-    if not _PATTERN_CHARACTERS.isdisjoint(source.path):
+    if is_pattern(source):
         _refuse_split(source)
         return _matching_files(source.path)
     if not _is_hub_id(source.path):
         raise DataError("The data file does not exist.", path=path, expected="an existing file or a hub id")
     return None
+
+
+def is_pattern(source: DataSource) -> bool:
+    """Whether a source stands for the files that match its path."""
+    return not _PATTERN_CHARACTERS.isdisjoint(source.path) and not Path(source.path).exists()
+
+
+def local_files(source: DataSource) -> list[Path]:
+    """The local files of a source, without an error if there are none; empty for a hub dataset."""
+    try:
+        return source_files(source) or []
+    except DataError:
+        return []
 
 
 def source_places(source: DataSource) -> list[str]:

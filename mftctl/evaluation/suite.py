@@ -120,7 +120,7 @@ def encode_test_data(suite: Suite, recipe: Recipe, encoder: Encoder, listener: L
     """
     length, issues = recipe.eval.max_length_tokens, suite.issues
     used = encode_part(suite.examples, encoder, length, issues, listener)
-    issues.settle(recipe.bad_records)
+    issues.settle(recipe.bad_records, recipe.bad_records_max)
     tell_issues("Test data", issues, length, listener)
     if suite.examples or issues.records:
         require_records("Test data", used.records, issues, length)

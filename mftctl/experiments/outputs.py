@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mftctl.data.sources import local_files
 from mftctl.errors import OutputError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import files_of_recipe
@@ -40,7 +41,8 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
         recipe_name: The name or path of the recipe.
     """
     options = recipe.eval
-    data = [source.path for source in (*recipe.data, *recipe.val_data, *recipe.test_data)]
+    sources = (*recipe.data, *recipe.val_data, *recipe.test_data)
+    data = [path for source in sources for path in (source.path, *map(str, local_files(source)))]
     named = [
         *((path, "the data") for path in data),
         *((path, "a benchmark's data") for path in options.task_data.values()),

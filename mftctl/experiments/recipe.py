@@ -50,6 +50,17 @@ def _to_source(part: object) -> object:
     return part
 
 
+def _to_share(value: object) -> object:
+    """A share given as a percentage, such as `1%`, as a number."""
+    if isinstance(value, str) and value.endswith("%"):
+        try:
+            return float(value[:-1]) / 100
+        except ValueError:
+            return value
+    return value
+
+
+BadShare = Annotated[float, Field(ge=0, le=1), BeforeValidator(_to_share)]
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_to_sources)]
 
 
@@ -193,7 +204,10 @@ class Recipe(Section):
     model: str | None = Field(None, description="Checkpoint folder, hub id, or quickstart for the built-in model.")
     model_type: str | None = Field(None, description="Model family the recipe is for, as in config.json.")
     revision: str | None = Field(None, description="Revision of a hub model.")
-    data: Sources = Field((), description="Training data: files or hub ids; FILE=COUNT for part of a file.")
+    data: Sources = Field(
+        (),
+        description="Training data: files, folders, patterns such as part-*.jsonl, or hub ids; FILE=COUNT for a part.",
+    )
     val_data: Sources = Field((), description="Validation data; by default split off from the training data.")
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.05, description="Share of training data to split off for validation."
@@ -211,7 +225,12 @@ class Recipe(Section):
     )
     merge_system: bool = Field(False, description="Merge the system prompt into the first question.")
     learn: Learn = Field("all", description="Answers of a conversation to train on: all, or only the last.")
-    bad_records: BadRecords = Field("error", description="How to handle unusable records.")
+    bad_records: BadRecords = Field("error", description="How to handle malformed records.")
+    bad_records_max: BadShare = Field(
+        0.01,
+        description="Maximum share of records to leave out as malformed, or as longer than --max-length before the "
+        "answer; more are an error.",
+    )
     seed: int = Field(0, ge=0, le=2**63 - 1, description="Random seed for order, splits and initial values.")
     seeds: tuple[int, ...] = Field((), strict=False, description="run: repeat the experiment for each seed.")
     device: Device = Field(

@@ -182,7 +182,7 @@ def _settle(
 ) -> None:
     """Refuses unusable records, or reports that they are left out."""
     for name, issues in parts.named_issues().items():
-        issues.settle(recipe.bad_records)
+        issues.settle(recipe.bad_records, recipe.bad_records_max)
         tell_issues(name, issues, max_length_tokens, listener)
     require_records("Training data", train.records, parts.train_issues, max_length_tokens)
     require_records("Validation data", validation.records, parts.validation_issues, max_length_tokens)
@@ -203,7 +203,7 @@ def split_examples(recipe: Recipe, listener: Listener) -> Parts:
     try:
         kept, held_out = split_validation(train, recipe.val_fraction, recipe.seed)
     except DataError:
-        issues.settle(recipe.bad_records)  # they explain why there are so few
+        issues.settle(recipe.bad_records, recipe.bad_records_max)  # they explain why there are so few
         raise
     return Parts(kept, held_out, issues, issues)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mftctl.data.sources import is_pattern, source_content_digest
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
@@ -195,14 +196,16 @@ def _decides(
     job: Job, fingerprint: str | None, plan: Mapping[int, Planned], files: dict[str, str | None]
 ) -> dict[str, Any]:
     keys = deciding_keys(job.recipe, job.command)
-    read = [source.path for source in (*job.recipe.data, *job.recipe.val_data, *job.recipe.test_data)]
+    sources = (*job.recipe.data, *job.recipe.val_data, *job.recipe.test_data)
+    read = [source.path for source in sources]
     if "eval" in keys:
         read += keys["eval"]["task_data"].values()
     if job.recipe.chat_template is not None:
         read.append(job.recipe.chat_template)
+    patterns = {source.path: source for source in sources if is_pattern(source)}
     for path in read:
         if path not in files:
-            files[path] = file_digest(path)
+            files[path] = source_content_digest(patterns[path]) if path in patterns else file_digest(path)
     before = plan[id(job.after)].digest if job.after else None
     if before is not None:
         del keys["model"]

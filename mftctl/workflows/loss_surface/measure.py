@@ -185,7 +185,7 @@ def _test_records(recipe: Recipe, encoder: Encoder, count: int, listener: Listen
     length, issues = recipe.eval.max_length_tokens, RecordIssues()
     examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues)[:count]
     used = encode_part(examples, encoder, length, issues, listener)
-    issues.settle(recipe.bad_records)
+    issues.settle(recipe.bad_records, recipe.bad_records_max)
     tell_issues("Test data", issues, length, listener)
     require_records("Test data", used.records, issues, length)
     return used

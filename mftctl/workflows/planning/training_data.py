@@ -15,7 +15,7 @@ from mftctl.data.examples import IGNORED_LABEL, Example
 from mftctl.data.prepared.examples import Examples
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import answer_lengths, token_lengths
-from mftctl.data.record_issues import BadRecords, RecordIssues
+from mftctl.data.record_issues import RecordIssues
 from mftctl.data.rendering import Segment
 from mftctl.data.sources import DataSource
 from mftctl.data.splits import split_validation
@@ -80,7 +80,7 @@ class DataCheck:
                 if (
                     self._tokenizer is None or name == "test_data"
                 ):  # others are reported with the results of tokenisation
-                    report_issues(name, issues, recipe.bad_records, 0, self._findings)
+                    report_issues(name, issues, recipe, 0, self._findings)
         return self._parts[key]
 
     def tokens(self, recipe: Recipe, max_length_tokens: int) -> Tokens | None:
@@ -106,7 +106,7 @@ class DataCheck:
         examples, issues = self.parts(recipe).test[: recipe.eval.limit], RecordIssues()
         length = recipe.eval.max_length_tokens
         used = tokenize("test_data", examples, encoder, length, issues, self._findings)
-        report_issues("test_data", issues, recipe.bad_records, length, self._findings)
+        report_issues("test_data", issues, recipe, length, self._findings)
         asked = sorted(
             (example for example in used.examples if recipe.eval.generate and example.prompt),
             key=lambda example: -sum(len(message.content) for message in example.prompt),
@@ -135,7 +135,7 @@ class DataCheck:
             del issues["val_data"]
         for key in ("data", "val_data"):
             if key in issues:
-                report_issues(key, issues[key], recipe.bad_records, max_length_tokens, self._findings)
+                report_issues(key, issues[key], recipe, max_length_tokens, self._findings)
         train, validation = (part.records for part in used)
         self._train[_data_key(recipe), max_length_tokens] = train
         added = added_system_text(encoder, used[0].examples)
@@ -192,20 +192,20 @@ def tokenize(
 
 
 def report_issues(
-    key: str, issues: RecordIssues, bad_records: BadRecords, max_length_tokens: int, findings: ProblemList
+    key: str, issues: RecordIssues, recipe: Recipe, max_length_tokens: int, findings: ProblemList
 ) -> None:
     """Adds issues that would stop training as a problem, and the others as warnings.
 
     Args:
         key: The recipe key of the data.
         issues: Issues of the records.
-        bad_records: The recipe's setting for unusable records.
+        recipe: Says how many unusable records may be left out.
         max_length_tokens: Length at which records were truncated.
         findings: Receives the problems and warnings.
     """
     told = issues.lines(max_length_tokens)
     try:
-        issues.settle(bad_records)
+        issues.settle(recipe.bad_records, recipe.bad_records_max)
     except DataError as error:
         findings.problem(f"{key}: {describe(error)}")
         told = told[1:]  # without the line on unusable records
