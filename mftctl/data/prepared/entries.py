@@ -68,8 +68,8 @@ def entry(key: object, make: Make, listener: Listener) -> Entry:
     root = cache_folder()
     if root is not None:
         try:
+            _require_folder(root)
             with known_failures(root):
-                root.mkdir(parents=True, exist_ok=True)
                 return _kept(root / name, make, listener)
         except StorageError as error:
             if not _is_within(error, root):
@@ -77,6 +77,13 @@ def entry(key: object, make: Make, listener: Listener) -> Entry:
             listener.note(f"The data is prepared for this command only: {root} cannot be written ({error.actual}).")
     with known_failures():
         return _kept(_temporary_root() / name, make, listener)
+
+
+def _require_folder(root: Path) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError("The cache folder cannot be created.", path=root, actual=error.strerror) from error
 
 
 def _kept(folder: Path, make: Make, listener: Listener) -> Entry:
