@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -58,7 +59,7 @@ def random_inputs(scale: Scale, shape: Shape, accumulation: int) -> TrainingInpu
 
     train = [record(number) for number in range(scale.records * accumulation * scale.steps)]
     validation = [record(number) for number in range(_VALIDATION_RECORDS)]
-    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, [], 0, {}, {})
+    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, np.empty(0, np.uint64), 0, {}, {})
 
 
 def _nothing(*_: Any) -> None:

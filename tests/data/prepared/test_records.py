@@ -45,7 +45,7 @@ records = st.one_of(
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
 @given(st.lists(records, min_size=1, max_size=20), st.sampled_from(["all", "last"]))
 def test_prepared_records_are_those_encoded_in_memory(
-    tmp_path: Path, rows: list[dict[str, object]], learn: str
+    tmp_path: Path, rows: list[dict[str, object]], learn: Learn
 ) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
