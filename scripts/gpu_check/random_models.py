@@ -59,7 +59,8 @@ def random_inputs(scale: Scale, shape: Shape, accumulation: int) -> TrainingInpu
 
     train = [record(number) for number in range(scale.records * accumulation * scale.steps)]
     validation = [record(number) for number in range(_VALIDATION_RECORDS)]
-    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, np.empty(0, np.uint64), 0, {}, {})
+    digests = np.empty(0, np.uint64)
+    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, digests, 0, {}, {})
 
 
 def _nothing(*_: Any) -> None:
