@@ -99,6 +99,6 @@ def test_problems_are_warnings(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert "datasets.test.jsonl.metrics.loss.value" in captured.out.replace("\n", "")
 
 
-def test_run_that_is_not_there_is_the_finder_s_error(root: Path) -> None:
+def test_missing_run_is_an_error_of_find_run(root: Path) -> None:
     with pytest.raises(RunError, match="There is no such run"), Output() as console:
         show_comparison(console, root, "3", "44")
