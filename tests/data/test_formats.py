@@ -1,4 +1,4 @@
-"""Every known format, and one named test per way a record can be wrong."""
+"""Every known format, and one named test per way in which a record can be invalid."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_conversation_without_a_question() -> None:
         to_example({"messages": [{"role": "assistant", "content": "a"}]}, WHERE)
 
 
-def test_half_a_surrogate_pair() -> None:
+def test_lone_surrogate() -> None:
     with pytest.raises(DataError, match="surrogate") as caught:
         to_example({"text": "ab\ud83d"}, WHERE)
     assert (caught.value.path, caught.value.key) == (WHERE, "text")
@@ -255,7 +255,7 @@ def test_preferences_are_refused(record: dict[str, Any]) -> None:
         to_example(record, WHERE)
 
 
-def test_conversation_of_which_nothing_is_learned() -> None:
+def test_conversation_without_anything_to_learn() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     with pytest.raises(DataError, match="no turn to train on"):
         to_example({"messages": turns}, WHERE)
@@ -269,7 +269,7 @@ def test_token_ids_with_labels_or_masks() -> None:
     assert to_example({"input_ids": [0, 7]}, WHERE).token_ids == TokenIds((0, 7), (0, 7))
 
 
-def test_labels_of_another_length() -> None:
+def test_labels_of_the_wrong_length() -> None:
     with pytest.raises(DataError, match="differs in length") as caught:
         to_example({"input_ids": [1, 2], "labels": [1]}, WHERE)
     assert (caught.value.key, caught.value.expected, caught.value.actual) == ("labels", "2", "1")
@@ -281,7 +281,7 @@ def test_labels_that_are_shifted_already() -> None:
     assert caught.value.key == "labels[0]"
 
 
-def test_fields_without_a_use_are_named() -> None:
+def test_unused_fields_are_named() -> None:
     turns = [{"role": "user", "content": "a", "id": 3}, {"role": "assistant", "content": "b", "weight": 1}]
     assert unused_fields({"messages": turns, "source": "x", "tools": None, "id": 1}) == {"messages.id", "source", "id"}
     assert unused_fields({"question": "a", "answer": "b"}) == set()
