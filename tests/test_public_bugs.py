@@ -1,6 +1,6 @@
-"""Public bug reports of peers that mftctl must not share: each kind with its right value, on inputs made here.
+"""Publicly reported bugs of similar tools that mftctl must not share, each with the correct value on generated inputs.
 
-The numbers are those of the list of cases that the issue names.
+The test numbers refer to the list of cases named in the issue.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ EVAL_ONLY = {"measure": {"command": "eval"}}
 
 
 class Listener(Silence):
-    """Keeps what it is told."""
+    """Records all events."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -71,7 +71,7 @@ class Listener(Silence):
 
 
 class Bench:
-    """A model folder and data, in a folder of its own."""
+    """A model folder and data, in a separate folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ class Bench:
         self.model(PLAIN)
 
     def model(self, template: Any) -> None:
-        """Gives the model a chat template, or several by name."""
+        """Gives the model a chat template, or several named ones."""
         tokenizer = build_tokenizer(chat_template=None)
         tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
         tokenizer.add_special_tokens(
@@ -104,7 +104,7 @@ class Bench:
         )
 
     def inputs(self, data: Path, max_length_tokens: int = 4096, **changes: Any) -> TrainingInputs:
-        """What a training would learn from."""
+        """The inputs of a training on these records."""
         recipe = self.recipe(data, **changes)
         return prepare_training(
             recipe,
@@ -115,11 +115,11 @@ class Bench:
         )
 
     def shown(self, *records: dict[str, Any], **changes: Any) -> list[str]:
-        """The text of each record, what is learned between » and «."""
+        """The text of each record, with learned parts between » and «."""
         return shown(self.inputs(self.data(*records), **changes))
 
     def checked(self, data: Path, **changes: Any) -> dict[str, Any]:
-        """What `validate` finds."""
+        """The findings of `validate`."""
         return validate(self.recipe(data, stages=EVAL_ONLY, test_data=str(data), **changes), None)
 
 
@@ -141,7 +141,7 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 
 def talk(*texts: str, system: str | None = None) -> dict[str, Any]:
-    """A record of turns, the user's first."""
+    """A conversation record; the user has the first turn."""
     turns = [turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)]
     return {"messages": ([] if system is None else [turn("system", system)]) + turns}
 
