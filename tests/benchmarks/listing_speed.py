@@ -21,7 +21,7 @@ _COMMANDS = ("fft", "mask-train", "eval", "eval")
 
 
 def write_runs(root: Path, runs: int) -> int:
-    """Writes finished runs of one experiment, each with a mask record of 30 layers; returns a record's size in bytes."""
+    """Writes finished runs of one experiment, each with a mask record of 30 layers; returns the size of a record."""
     recipe = load_recipe("quickstart")
     digests = {"train": "0" * 64, "validation": "1" * 64}
     run = create_run(

@@ -65,6 +65,6 @@ def test_a_value_that_cannot_be_scored(name: str, field: str, value: object) -> 
     assert caught.value.key == field
 
 
-def test_of_a_task_that_is_not_ours_everything_is_kept() -> None:
+def test_all_fields_of_other_tasks_are_kept() -> None:
     assert check_problem({"file": "x", "a": 1}, "hellaswag", "a:1") == {"a": 1}
     assert decided_by("hellaswag") == ()
