@@ -67,7 +67,7 @@ def test_number_of_several_runs_is_a_run_error_that_names_them(root: Path) -> No
         ("zzz", "012-eval or 1005-eval or 006-probe"),
     ],
 )
-def test_run_that_is_not_there_is_a_run_error_with_the_nearest_names(root: Path, text: str, hint: str) -> None:
+def test_missing_run_is_a_run_error_with_the_nearest_names(root: Path, text: str, hint: str) -> None:
     with pytest.raises(RunError, match="There is no such run") as caught:
         find_run(root, text)
     assert (caught.value.path, caught.value.actual) == (str(root), text)
@@ -75,7 +75,7 @@ def test_run_that_is_not_there_is_a_run_error_with_the_nearest_names(root: Path,
     assert set(str(caught.value.hint).split(" or ")) <= set(NAMES)
 
 
-def test_without_runs_the_hint_is_another_folder(tmp_path: Path) -> None:
+def test_without_runs_the_hint_is_a_different_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="There is no such run") as caught:
         find_run(tmp_path / "missing", "5")
     assert str(caught.value.hint).startswith("--runs DIR")

@@ -1,4 +1,4 @@
-"""From stages to jobs: order, sweeps, seeds, and stages that do not fit together."""
+"""From stages to jobs: order, sweeps, seeds, and incompatible stages."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from mftctl.experiments.recipe_files import parse_recipe
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder, the current one, with a base, data and a runs folder."""
+    """A working folder, set as the current one, with a base, data and a runs folder."""
     work = tmp_path / "work"
     for folder in ("base", "runs/001-fft", "repository/.git", "other"):
         (work / folder).mkdir(parents=True)
