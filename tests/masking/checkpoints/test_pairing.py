@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def pairs(folder: Path, base: Tensors, tuned: Tensors) -> list[tuple[str, str]]:
-    """The pairs of two checkpoints as names: in the tuned one, in the base."""
+    """The pairs of two checkpoints as (tuned name, base name)."""
     found = pair_tensors(write_checkpoint(folder / "base", base), write_checkpoint(folder / "tuned", tuned))
     return [(pair.name, pair.base.name) for pair in found]
 
