@@ -161,7 +161,7 @@ def test_an_adapter_on_a_quantised_base_without_bitsandbytes(quantized: Run, mon
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "cannot be read"), ('{"type": "fp4"}', "unsupported quantisation")])
-def test_a_base_with_another_quantisation(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_quantisation_file(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / QUANTIZED_FILE).write_text(text)
     with pytest.raises(ModelError, match=words):
         has_quantized_base(tmp_path)

@@ -160,7 +160,7 @@ def test_shape_that_the_words_cannot_stand_for_is_refused_without_allocation(zer
 
 
 def test_time_and_memory_of_a_hostile_payload_are_bounded_by_its_size() -> None:
-    """A payload of 33 KB once took 20 s and 0.8 GB: 8,192 words of 1 encoded half a billion bytes that remove nothing."""
+    """A payload of 33 KB once took 20 s and 0.8 GB: 8,192 words of 1 for half a billion bytes without removals."""
     payload = struct.pack("<8192I", *[1] * 8192)
     with pytest.raises(MaskFormatError, match="not an ANS stream for its shape"):
         read(payload, 8192 * 2**16, 0)
