@@ -109,7 +109,7 @@ def test_a_mask_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_training_steps_stand_beside_their_estimates() -> None:
+def test_training_steps_are_shown_with_their_estimates() -> None:
     with emulated_gpu():
         masks = list(mask_training(REHEARSAL, REHEARSAL.small, "mask", {"layers": "1", "low_memory": True}))
         tuning = list(fine_tuning_steps(REHEARSAL, REHEARSAL.small, "fft", {"method": "lora"}))

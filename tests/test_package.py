@@ -116,7 +116,7 @@ def test_an_import_upwards_and_a_circle_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_knows_of_data_only_the_built_in_model() -> None:
+def test_of_the_data_package_the_engine_imports_only_the_built_in_model() -> None:
     inside = {file for file in importers("mftctl.data") if file.startswith("masking/")}
     built_in = {file for file in importers("mftctl.data.quickstart.built_in") if file.startswith("masking/")}
     assert inside == built_in != set()

@@ -401,7 +401,7 @@ def test_the_clock_of_a_template_is_that_of_the_run(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_the_system_prompt_that_a_template_adds_is_said_once(bench: Bench) -> None:
+def test_the_system_prompt_that_a_template_adds_is_reported_once(bench: Bench) -> None:
     bench.model(chat_families.QWEN_2)
     bench.shown(talk("Hi", "Ho"), talk("Ho", "Hi"))
     assert [note for note in bench.listener.notes if "system prompt of its own" in note] == [
@@ -419,7 +419,7 @@ def test_switches_of_turns_and_learn_last(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_what_fine_tuning_writes_has_the_template_chosen(workspace: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_model_has_the_chosen_template(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=1, chat_template="zephyr", template_args={"kind": True})
     run, source = open_run(tmp_path, "fft", recipe)
     fine_tune(recipe, source, run, Silence())

@@ -40,7 +40,7 @@ def test_the_next_word_is_its_value_unless_it_is_a_model(
     assert with_value(words) == expected
 
 
-def test_variables_are_what_they_are_in_yaml() -> None:
+def test_variables_are_read_as_yaml() -> None:
     found = template_variables(["enable_thinking=false", "n=3", "rate=1e-4", "name=a=b", "word=low", "no="])
     assert found == {"enable_thinking": False, "n": 3, "rate": 1e-4, "name": "a=b", "word": "low", "no": ""}
 

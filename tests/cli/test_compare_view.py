@@ -30,7 +30,7 @@ def shown(root: Path, one: str, other: str, capsys: pytest.CaptureFixture[str], 
     return capsys.readouterr().out
 
 
-def test_tables_hold_what_differs_and_the_verdict(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_differences_and_the_verdict(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(root, "3", "4", capsys)
     for line in ("Settings", "│ seed", "other[b].jsonl", "Inputs", "Versions: no difference", "Results", "MFT [x]"):
         assert line in text

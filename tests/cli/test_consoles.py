@@ -45,7 +45,7 @@ def test_no_view_sends_control_sequences_to_a_terminal(text: str) -> None:
     assert not OBEYED & set(sent)
 
 
-def test_the_width_of_a_table_is_that_of_what_is_shown() -> None:
+def test_the_width_of_a_table_is_that_of_the_shown_text() -> None:
     table = Table("name", "number")
     table.add_row("\x1b]0;PWN\x07", "1")
     lines = shown(table).splitlines()
@@ -60,7 +60,7 @@ def test_no_text_makes_a_link() -> None:
 
 @pytest.mark.slow
 @given(TEXTS)
-def test_messages_results_and_errors_show_what_they_are_given(text: str) -> None:
+def test_messages_results_and_errors_escape_control_characters(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         out, messages = io.StringIO(), io.StringIO()
         patch.setattr("sys.stdout", out)
@@ -97,7 +97,7 @@ def test_a_name_with_a_line_break_cannot_fake_another_line() -> None:
         ["eval", "\u202ex"],
     ],
 )
-def test_no_argument_comes_back_as_a_control(mftctl: CommandLine, arguments: list[str]) -> None:
+def test_no_argument_is_echoed_as_a_control_sequence(mftctl: CommandLine, arguments: list[str]) -> None:
     outcome = mftctl(*arguments)
     assert outcome.code != 0
     assert not OBEYED & set(outcome.stderr + outcome.stdout)

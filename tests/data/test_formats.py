@@ -88,7 +88,7 @@ def test_conversation_keeps_system_tool_and_several_turns() -> None:
     assert example.messages == tuple(Message(role, f"{index}") for index, role in enumerate(roles))
 
 
-def test_a_system_prompt_beside_the_turns_stands_before_them() -> None:
+def test_a_separate_system_prompt_comes_before_the_turns() -> None:
     turns = [{"from": "User", "value": "2+2?"}, {"from": "Assistant", "value": "4"}]
     example = to_example({"system": "Be brief.", "conversations": turns}, WHERE)
     assert example.messages == (Message("system", "Be brief."), *QUESTION_ANSWER)
@@ -101,7 +101,7 @@ def test_null_column_counts_as_absent() -> None:
     assert to_example(record, WHERE) == Example("chat", QUESTION_ANSWER, WHERE)
 
 
-def test_null_beside_the_other_spelling_of_a_turn_counts_as_absent() -> None:
+def test_null_next_to_another_spelling_of_a_turn_counts_as_absent() -> None:
     turns = [
         {"role": None, "content": None, "from": "human", "value": "2+2?"},
         {"role": "assistant", "content": "4", "from": None, "value": None},
@@ -226,7 +226,7 @@ def test_alpaca_history_and_system_are_earlier_turns() -> None:
     assert example.has_turns
 
 
-def test_system_prompt_beside_a_question() -> None:
+def test_system_prompt_with_a_question() -> None:
     assert to_example({"question": "a", "answer": "b", "system_prompt": "S"}, WHERE).messages[0] == Message(
         "system", "S"
     )

@@ -64,7 +64,7 @@ def test_circular_messages_terminate() -> None:
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12))
-def test_every_root_with_an_answer_gives_one_conversation_of_its_own_messages(parents: list[int]) -> None:
+def test_every_root_with_an_answer_gives_one_conversation(parents: list[int]) -> None:
     tree = [message(0, None)]
     tree += [message(number, parent if parent < number else None) for number, parent in enumerate(parents, start=1)]
     found = conversations(records(*tree))

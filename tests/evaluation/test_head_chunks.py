@@ -158,7 +158,7 @@ class Whole(LlamaForCausalLM):
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("kind", [Shifting, Whole])
-def test_a_model_whose_chunks_are_not_its_own_logits_computes_all_and_says_so_once(kind: type[PreTrainedModel]) -> None:
+def test_a_model_with_different_logits_in_chunks_computes_all_with_one_note(kind: type[PreTrainedModel]) -> None:
     torch.manual_seed(0)
     model: Any = kind(LlamaConfig(**SIZES, **HEADS))
     said: list[str] = []

@@ -42,7 +42,7 @@ def test_run_is_found_by_its_folder_wherever_it_is(root: Path, tmp_path: Path, m
     assert find_run(tmp_path / "missing", "runs/001-fft").name == "001-fft"
 
 
-def test_name_in_the_runs_folder_goes_before_a_folder_beside_it(
+def test_name_in_the_runs_folder_takes_precedence_over_a_folder_next_to_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "001-fft")

@@ -75,7 +75,7 @@ def run_probe(root: Path, model: str, layers: str) -> Run:
 # Models and masks made by runs
 
 
-def test_model_that_no_run_made_is_pre_trained(root: Path) -> None:
+def test_model_without_a_run_is_pre_trained(root: Path) -> None:
     assert source_of_model("owner/name", root) == ModelSource("owner/name")
     assert ModelSource("owner/name").as_inputs() == {
         "model": "owner/name",
@@ -156,7 +156,7 @@ def test_a_preset_is_in_the_name_of_the_state(preset: str, state: str) -> None:
     assert mask_state(MaskTrainOptions.model_validate({"preset": preset})) == state
 
 
-def test_a_mask_of_rows_has_a_name_of_its_own() -> None:
+def test_a_mask_of_rows_has_a_separate_name() -> None:
     assert mask_state(MaskTrainOptions(method="magnitude", unit="row")) == "L1 row mask"
     assert mask_state(MaskTrainOptions(method="magnitude", unit="weight")) == "L1 mask"
 
@@ -168,7 +168,7 @@ def test_mask_file_written_twice_is_of_the_newest_run(root: Path) -> None:
     assert source_of_mask("base", "runs/001-mask-train/mask.bits", root).state == "MFT"
 
 
-def test_mask_that_no_run_made_is_simply_masked(root: Path) -> None:
+def test_mask_without_a_run_is_simply_masked(root: Path) -> None:
     fft = source_of_run(run_fft(root, ModelSource("base")))
     found = source_of_mask(fft.model, "elsewhere.bits", root)
     assert found == replace(fft, mask="elsewhere.bits", state="masked")
@@ -248,7 +248,7 @@ def test_layers_are_those_of_the_newest_finished_probe(root: Path) -> None:
     assert recommended_layers(root, ModelSource("base")) == Recommendation("4-7", "002-probe")
 
 
-def test_layers_of_another_model_are_not_taken(root: Path) -> None:
+def test_layers_of_another_model_are_not_used(root: Path) -> None:
     first = source_of_run(run_fft(root, ModelSource("base")))
     run_probe(root, first.model, "4-7")
     second = source_of_run(run_fft(root, ModelSource("base")))

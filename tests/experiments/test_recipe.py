@@ -294,9 +294,7 @@ SECTION_CHANGES: dict[str, dict[str, Any]] = {
         ("eval", {"eval"}),
     ],
 )
-def test_deciding_keys_change_with_what_the_command_reads_and_with_nothing_else(
-    command: str, decides: set[str]
-) -> None:
+def test_deciding_keys_change_only_with_settings_the_command_reads(command: str, decides: set[str]) -> None:
     plain = deciding_keys(Recipe(), command)
     changed = {
         key for key, change in SECTION_CHANGES.items() if deciding_keys(Recipe.model_validate(change), command) != plain

@@ -266,7 +266,7 @@ def test_interrupted_run_can_be_resumed_and_a_failed_one_cannot(
     assert (newest_run(tmp_path, "fft", unfinished=True) is not None) == resumable
 
 
-def test_a_full_disk_is_a_known_failure_whether_or_not_the_record_has_room(
+def test_a_full_disk_is_a_known_failure_even_if_the_record_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")

@@ -60,7 +60,7 @@ def test_the_longest_names_are_those_of_the_file_system(tmp_path: Path) -> None:
         assert caught.value.hint == "a shorter --output"
 
 
-def test_a_path_that_leaves_no_room_for_its_files(tmp_path: Path) -> None:
+def test_a_path_too_long_for_its_files(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["b" * 250] * 16)
     with pytest.raises(StorageError, match="name of the result is too long"):
         require_short(deep)

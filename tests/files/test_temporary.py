@@ -83,7 +83,9 @@ def test_empty_folder_of_that_name_is_removed(tmp_path: Path) -> None:
         {"target": 3},
     ],
 )
-def test_only_a_journal_of_this_host_makes_a_leftover(tmp_path: Path, journal: str | dict[str, object] | None) -> None:
+def test_only_a_folder_with_a_journal_of_this_host_is_a_leftover(
+    tmp_path: Path, journal: str | dict[str, object] | None
+) -> None:
     left = left_behind(tmp_path, "model", CONTENT)
     if isinstance(journal, dict):
         (left / "journal.json").write_text(json.dumps(json.loads((left / "journal.json").read_text()) | journal))
@@ -121,7 +123,7 @@ def test_truncated_journal_next_to_other_files_stays(tmp_path: Path) -> None:
     assert (left / CONTENT / "file").exists()
 
 
-def test_folder_with_a_file_of_the_users_is_no_leftover(tmp_path: Path) -> None:
+def test_folder_with_a_user_file_is_not_a_leftover(tmp_path: Path) -> None:
     left = left_behind(tmp_path, "model", CONTENT)
     (left / "notes.txt").write_text("mine")
     remove_leftovers(tmp_path)

@@ -33,7 +33,7 @@ def test_counts_agree_with_numpy_sets(bits: list[tuple[bool, bool]]) -> None:
     assert found.jaccard == (len(removed_a & removed_b) / either if either else 1.0)
 
 
-def test_total_is_the_sum_and_lists_what_only_one_covers() -> None:
+def test_total_is_the_sum_and_lists_tensors_covered_by_only_one() -> None:
     quarter = torch.arange(16).reshape(4, 4) >= 4
     a = build_mask(both=quarter, shared=quarter, left=quarter)
     b = build_mask(both=quarter.T, shared=quarter, right=quarter)

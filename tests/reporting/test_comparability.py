@@ -213,7 +213,7 @@ def test_each_change_gives_one_flag_only_where_it_applies(
         assert [flag for flag in found if flag not in more] == wanted, state
 
 
-def test_other_sources_are_named_with_the_records_taken_of_them() -> None:
+def test_different_sources_are_named_with_their_record_counts() -> None:
     records = experiment()
     records.of_seeds("mask", "config.data", [{"path": "a b.jsonl"}, {"path": "c.jsonl", "count": 3}])
     assert records.flags("mft") == ()  # the same records from different files
@@ -236,7 +236,7 @@ def test_without_digests_the_sources_are_compared() -> None:
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "drop"])
-def test_mask_that_learned_nothing_has_no_flag_for_what_it_might_have_learned_with(method: str) -> None:
+def test_untrained_mask_has_no_flag_for_training_settings(method: str) -> None:
     records = experiment()
     for key, value in (("method", method), ("batch_size", 2), ("max_length_tokens", 3)):
         records.of_seeds("mask", f"config.mask_train.{key}", value)

@@ -296,7 +296,7 @@ def test_a_resumed_run_keeps_the_records_of_a_step(
     assert recipe.mask_train.grad_accum_steps == expected
 
 
-def test_a_resumed_run_whose_step_cannot_be_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_with_a_step_that_cannot_be_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="keeps its number of records per step") as caught:
         resumed(tmp_path, monkeypatch, 2, 1, 3)
     assert caught.value.actual == 3

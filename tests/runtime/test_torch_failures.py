@@ -30,7 +30,7 @@ class FullDisk(io.RawIOBase):
 
 
 @pytest.mark.parametrize("room_bytes", [0, 100, 700, 5_000, 40_000])
-def test_the_systems_error_is_found_behind_torchs_own(room_bytes: int) -> None:
+def test_the_system_error_behind_torchs_own_is_found(room_bytes: int) -> None:
     with pytest.raises((RuntimeError, OSError)) as caught:
         torch.save({"weight": torch.zeros(10_000)}, FullDisk(room_bytes))
     found = failure_of_writing(caught.value)

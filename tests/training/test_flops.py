@@ -25,7 +25,7 @@ def counted(model: PreTrainedModel) -> int:
     return sum(int(flops) for name, flops in products.items() if str(name) in ("aten.mm", "aten.addmm")) // TOKENS
 
 
-def test_full_fine_tuning_costs_six_operations_a_weight() -> None:
+def test_full_fine_tuning_costs_six_operations_per_weight() -> None:
     model = build_llama(attn_implementation="eager")
     weights = sum(item.numel() for item in model.parameters() if item.dim() == 2)
     assert flops_per_token(model) == 6 * weights == counted(model)
@@ -52,7 +52,7 @@ def test_a_frozen_half_needs_no_gradients_of_its_own() -> None:
     assert flops_per_token(model) == counted(model)
 
 
-def test_an_adapter_is_counted_beside_the_frozen_weights() -> None:
+def test_an_adapter_is_counted_in_addition_to_the_frozen_weights() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(build_llama(attn_implementation="eager"), LoraConfig(r=4, target_modules=["v_proj"]))

@@ -62,7 +62,7 @@ def optimizers_made(monkeypatch: pytest.MonkeyPatch) -> list[Optimizer]:
 
 
 @pytest.mark.slow
-def test_low_memory_takes_8_bytes_a_weight(
+def test_low_memory_takes_8_bytes_per_weight(
     workspace: Path, tmp_path: Path, optimizers_made: list[Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[torch.dtype, torch.dtype | None, bool]] = []

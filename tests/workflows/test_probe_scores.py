@@ -75,7 +75,7 @@ def probed(workspace: Path, choices: str, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-def test_the_groups_are_ranked_by_the_score_with_the_loss_beside_it(probed: tuple[Run, dict[str, Any]]) -> None:
+def test_groups_are_ranked_by_score_and_also_show_the_loss(probed: tuple[Run, dict[str, Any]]) -> None:
     _, result = probed
     scores = [group["score"] for group in result["groups"]]
     assert len(set(scores)) == 4

@@ -40,7 +40,7 @@ def test_a_fenced_completion_follows_the_prompt() -> None:
     assert program(FUNCTION, "```\n    return 2 * x\n```") == FUNCTION["prompt"] + "    return 2 * x"
 
 
-def test_a_block_that_does_not_end_is_taken_to_the_end() -> None:
+def test_an_unclosed_block_extends_to_the_end() -> None:
     assert program({}, "```py\nx = 1\ny = 2") == "x = 1\ny = 2"
 
 

@@ -248,7 +248,7 @@ def judge_alpaca(
     return run, dataset, listener.texts
 
 
-def test_alpaca_eval_without_a_key_keeps_the_answers_and_says_what_is_missing(
+def test_alpaca_eval_without_a_key_keeps_the_answers_and_names_the_missing_key(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH"):

@@ -165,7 +165,7 @@ def test_every_subject_of_math_counts_as_much_as_any_other(tmp_path: Path) -> No
     assert weights == pytest.approx(4)
 
 
-def test_a_problem_of_math_500_says_its_subject_and_one_without_is_an_error(tmp_path: Path) -> None:
+def test_a_problem_of_math_500_needs_its_subject(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     without = {key: value for key, value in ASKED["math"].items() if key != "type"}
     file.write_text(f"{json.dumps({**without, 'subject': 'Geometry'})}\n{json.dumps(without)}\n")
@@ -218,7 +218,7 @@ def test_answers_of_alpaca_eval_use_the_context_left_by_the_longest_prompt(conte
     assert seen == [context - longest]
 
 
-def test_a_prompt_that_fills_the_context_leaves_no_room_and_is_an_error() -> None:
+def test_a_prompt_that_fills_the_context_is_an_error() -> None:
     model = build_llama(layers=1, max_position_embeddings=16)
     answers = ModelAnswers(
         model, build_tokenizer(), batch_size=2, max_new_tokens=None, seed=0, cache=OutputCache(), on_progress=None

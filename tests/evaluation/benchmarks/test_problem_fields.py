@@ -32,7 +32,7 @@ def test_every_benchmark_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_is_needed_is_kept_and_nothing_else(name: str) -> None:
+def test_only_required_fields_are_kept(name: str) -> None:
     assert check_problem({**SOUND[name], "file": "x", "more": 1}, name, "a:1") == SOUND[name]
     assert set(decided_by(name)) == set(SOUND[name])
 

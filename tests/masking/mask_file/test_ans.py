@@ -74,7 +74,7 @@ def test_payloads_of_every_ratio_are_those_of_the_definition(ratio: float, size_
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("weights", range(1, 18))
-def test_all_kept_and_all_removed_come_back(kept: bool, weights: int) -> None:
+def test_all_kept_and_all_removed_round_trip(kept: bool, weights: int) -> None:
     packed = np.packbits(np.full(weights, kept), bitorder="little")
     decoded = decode(encode(packed, "ans"), "ans", weights, 0 if kept else weights, path=PATH, key="w")
     assert np.array_equal(decoded, packed)

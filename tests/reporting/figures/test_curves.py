@@ -114,7 +114,7 @@ def test_seeds_that_end_at_different_steps_are_drawn_separately_afterwards(tmp_p
     assert thin.get_linewidth() < whole.get_linewidth()
 
 
-def test_a_seed_that_is_still_trained_is_drawn_beside_the_mean_and_moves_no_star(tmp_path: Path) -> None:
+def test_a_seed_in_training_is_drawn_separately_and_moves_no_star(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_training(tmp_path, 1 + seed, "FFT", {0: 1.0, 10: 0.8 - seed, 20: 0.9}, seed=seed)
     write_training(tmp_path, 3, "FFT", {0: 1.0}, seed=2, status="running")
@@ -255,7 +255,7 @@ def write_many(root: Path) -> None:
     write_training(root, 32, "MFT threshold", {0: 0.7, 4: 0.6}, options=threshold, stage="global", **on_fft)
 
 
-def test_more_lines_than_can_be_told_apart_come_as_two_figures(tmp_path: Path) -> None:
+def test_too_many_lines_to_distinguish_are_split_into_two_figures(tmp_path: Path) -> None:
     write_many(tmp_path)
     masks, updates = figures_of(tmp_path)
     assert (masks.name, updates.name) == ("loss-by-step", "loss-by-step-updates")

@@ -194,7 +194,7 @@ def test_a_damaged_model_is_named_for_each_of_its_masks(tmp_path: Path) -> None:
     assert all("not a complete safetensors file" in problem for problem in problems)
 
 
-def test_a_mask_that_was_damaged_meanwhile_hides_no_other(tmp_path: Path) -> None:
+def test_a_mask_damaged_in_the_meantime_hides_no_other(tmp_path: Path) -> None:
     weights = {"h.0.a": torch.arange(40.0)}
     mask = make_mask({"h.0.a": torch.arange(40) >= 4}, weights)
     model = write_model(tmp_path / "001-fft/model", weights)

@@ -146,7 +146,7 @@ def test_many_masks_are_chosen_evenly_from_all_states(tmp_path: Path) -> None:
     assert (len(found.pairs), found.left_out) == (66, 4)
 
 
-def test_a_mask_file_that_changed_meanwhile_is_an_error(tmp_path: Path) -> None:
+def test_a_mask_file_changed_in_the_meantime_is_an_error(tmp_path: Path) -> None:
     folder = write_mask_run(tmp_path, 1, "MFT", make_mask({"a": bits(1)}))
     groups = groups_of(tmp_path)
     damage(folder / "mask.bits")

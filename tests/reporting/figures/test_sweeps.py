@@ -118,7 +118,7 @@ def test_the_mask_ratio_is_drawn_with_the_values_and_intervals_of_the_tables(tmp
     value=st.floats(0, 1),
     ends=st.tuples(st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.floats(-0.5, 0.5)).map(sorted),
 )
-def test_a_bar_leaves_out_the_line_of_fft_just_where_the_interval_leaves_out_0(
+def test_a_bar_excludes_the_line_of_fft_exactly_if_the_interval_excludes_0(
     tmp_path_factory: pytest.TempPathFactory, ratios: list[float], value: float, ends: list[float]
 ) -> None:
     root = tmp_path_factory.mktemp("runs")
@@ -198,7 +198,7 @@ def test_masks_of_two_fine_tuned_models_share_no_line(tmp_path: Path) -> None:
     assert figures_of(tmp_path) == []
 
 
-def test_two_sweeps_of_one_state_are_two_lines_named_by_what_differs(tmp_path: Path) -> None:
+def test_two_sweeps_of_one_state_are_two_lines_named_by_their_differences(tmp_path: Path) -> None:
     study = Study(tmp_path)
     fft = study.add("FFT")
     for layers in ("0-3", "4-7"):
@@ -307,7 +307,7 @@ def test_a_state_whose_training_is_missing_is_named_once(tmp_path: Path) -> None
     assert list(numbers_of(figure, "loss", "MFT, paper", "ratio")) == [0.2, 0.4]
 
 
-def test_a_state_whose_options_are_of_another_version_is_named(tmp_path: Path) -> None:
+def test_a_state_with_options_of_another_version_is_named(tmp_path: Path) -> None:
     study = Study(tmp_path)
     write_ratios(study, [0.1, 0.2, 0.4])
     path = tmp_path / "003-mask-train" / "run.json"

@@ -85,6 +85,6 @@ def test_latex_is_for_booktabs_and_escaped() -> None:
     )
 
 
-def test_csv_quotes_what_would_break_it() -> None:
+def test_csv_quotes_special_characters() -> None:
     [row] = csv.DictReader(io.StringIO(to_csv([{"state": 'a, "b"', "runs": ("1", "2"), "value": 0.1 + 0.2}])))
     assert row == {"state": 'a, "b"', "runs": "1;2", "value": "0.30000000000000004"}

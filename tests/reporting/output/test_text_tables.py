@@ -96,7 +96,7 @@ def test_each_seed_has_a_line_on_request() -> None:
     assert second[1].runs == ("009-eval",)
 
 
-def test_a_single_seed_has_no_line_of_its_own() -> None:
+def test_a_single_seed_has_no_separate_line() -> None:
     row = dataclasses.replace(make_row(BETTER), by_seed=(SeedResult(0, 0.1, BETTER, "004-eval"),))
     assert len(metric_text(make_table("loss", row), by_seed=True).rows) == 1
 

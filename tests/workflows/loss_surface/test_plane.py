@@ -77,7 +77,7 @@ def test_corners_in_bf16_are_distinguished_in_fp32() -> None:
     assert not torch.equal(halfway.bfloat16().double(), halfway)
 
 
-def test_a_tensor_that_corners_share_stays_as_it_is() -> None:
+def test_a_tensor_shared_by_all_corners_is_unchanged() -> None:
     model = nn.Linear(6, 4)
     first, second = make_weights(1), make_weights(2)
     plane = WeightPlane(model, (first, {**second, "bias": first["bias"]}, {**make_weights(3), "bias": first["bias"]}))
