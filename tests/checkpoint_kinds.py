@@ -1,4 +1,4 @@
-"""Copies of a small checkpoint, each with one thing wrong with it or unusual about it."""
+"""Copies of a small checkpoint, each with one defect or unusual property."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROJECTION = "model.layers.1.mlp.down_proj.weight"
 
 
 def copied(checkpoint: Path, folder: Path) -> Path:
-    """A copy that may be changed."""
+    """A copy that may be modified."""
     shutil.copytree(checkpoint, folder)
     return folder
 
@@ -23,7 +23,7 @@ def copied(checkpoint: Path, folder: Path) -> Path:
 def with_weights(
     checkpoint: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 ) -> Path:
-    """A copy with other tensors."""
+    """A copy with different tensors."""
     copied(checkpoint, folder)
     weights = change(load_file(folder / "model.safetensors"))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -31,14 +31,14 @@ def with_weights(
 
 
 def with_config(folder: Path, file: str = "config.json", **changes: Any) -> Path:
-    """The same folder with keys of a configuration changed."""
+    """The same folder with some configuration keys changed."""
     document = json.loads((folder / file).read_text())
     (folder / file).write_text(json.dumps({**document, **changes}))
     return folder
 
 
 def in_8_bits(checkpoint: Path, folder: Path, scale: float = 0.5) -> Path:
-    """Projections in FP8 with a scale for each block, as block-quantised releases have them."""
+    """Projections in FP8 with one scale per block, as in block-quantised releases."""
 
     def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         stored = {}
@@ -58,7 +58,7 @@ def in_8_bits(checkpoint: Path, folder: Path, scale: float = 0.5) -> Path:
 
 
 def with_own_code(folder: Path) -> Path:
-    """The same folder as a model of a type that only its own code knows."""
+    """The same folder as a model type that only its own code defines."""
     (folder / "configuration_own.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
     )

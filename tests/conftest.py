@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Llama and a locally built tokenizer; nothing here needs the network."""
+"""Shared fixtures: a tiny Llama and a locally built tokenizer; none of them needs the network."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hypothesis import settings
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-# A first call imports what it needs, and machines are shared: a time limit a case would fail for either.
+# First calls import their dependencies and machines are shared, so a time limit per example would be flaky.
 settings.register_profile("mftctl", deadline=None)
 settings.load_profile("mftctl")
 
@@ -83,7 +83,7 @@ def build_llama(*, layers: int = 4, seed: int = 0, **overrides: object) -> Llama
 
 @pytest.fixture(scope="session", autouse=True)
 def _libraries_are_no_garbage() -> None:
-    """In a run of many files, no collection of garbage goes through the half million objects of libraries again."""
+    """Keeps the garbage collector from rescanning the half million objects of imported libraries in long runs."""
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     import datasets  # noqa: F401
@@ -106,7 +106,7 @@ def llama() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved tiny Llama with its tokenizer. Read only: copy it before changing it."""
+    """A saved tiny Llama with its tokenizer. Read-only: copy it before modifying it."""
     folder = tmp_path_factory.mktemp("tiny") / "llama"
     build_llama().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
@@ -115,7 +115,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real benchmark data, or a skip."""
+    """The folder of real benchmark data; skips the test if there is none."""
     folder = os.environ.get("MFTCTL_TEST_DATA")
     if not folder or not Path(folder).is_dir():
         pytest.skip("MFTCTL_TEST_DATA names no folder")
@@ -124,12 +124,12 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and additions to learn. Read only."""
+    """A tiny model and addition problems to learn. Read-only."""
     from tests.workflow_fixtures import make_workspace
 
     return make_workspace(tmp_path_factory.mktemp("workspace"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test begins first, so that the other worker does all the rest meanwhile."""
+    """Starts the longest test first, so that the other worker runs the rest in the meantime."""
     items.sort(key=lambda item: item.get_closest_marker("real") is None)

@@ -1,13 +1,13 @@
-"""Texts that have fallen somewhere, or would: what a terminal, a page, a table or a figure may obey."""
+"""Texts that caused failures, or could: anything that a terminal, page, table or figure might interpret."""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
 HOSTILE = (
-    "\x1b]0;PWN\x07",  # sets a terminal's title
+    "\x1b]0;PWN\x07",  # sets the terminal title
     "\x1b[2J\x1b[31mred",
-    "\x9b31m\x85next",  # the same in C1
+    "\x9b31m\x85next",  # the same as C1 controls
     "a\rb\x08\x7f\0",
     "\u202egnp.exe\u2066\u2069\u200f",
     "one\u2028two\u2029three",

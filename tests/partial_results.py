@@ -1,4 +1,4 @@
-"""Results that are not complete, such as those of records that somebody has edited."""
+"""Incomplete results, such as those of manually edited records."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mftctl.experiments.results import Result
 
 
 class PartialResult(Result):
-    """A result with whatever keys it is given."""
+    """A result with arbitrary keys."""
 
     model_config = ConfigDict(extra="allow")
 
 
 def partial_result(document: Mapping[str, Any]) -> PartialResult:
-    """A result that is stored as this document."""
+    """A result stored as this document."""
     return PartialResult.model_validate(dict(document))

@@ -1,4 +1,4 @@
-"""Several mftctl commands in the processes of one launch, whose start takes longer than a tiny training does."""
+"""Runs several mftctl commands in the processes of one launch, since starting one takes longer than a tiny training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHUNK = "CHUNK_LOGITS="
 
 
 def keep_fsdp_on_a_cpu() -> None:
-    """Makes accelerate shard as it would on GPUs, with gloo, where on a CPU it would take DDP for FSDP."""
+    """Makes accelerate shard with gloo as on GPUs; on a CPU it would replace FSDP with DDP."""
     original = AcceleratorState.__init__
 
     def as_on_gpus(self: AcceleratorState, *arguments: Any, **options: Any) -> None:
@@ -36,7 +36,7 @@ def keep_fsdp_on_a_cpu() -> None:
 
 
 def require_others_to_hold_nothing(partitions: type[FsdpModel | ZeroModel]) -> None:
-    """Makes a process fail that is given an optimizer's whole state and is not the first."""
+    """Makes every process but the first fail if it receives an optimizer's full state."""
     original = partitions.state_dict
 
     @functools.wraps(original)
@@ -50,7 +50,7 @@ def require_others_to_hold_nothing(partitions: type[FsdpModel | ZeroModel]) -> N
 
 
 def require_others_to_load_parts() -> None:
-    """Makes a process fail that shares weights, loads a whole model and is not the first, which writes."""
+    """Makes every weight-sharing process but the first, which writes, fail if it loads a whole model."""
 
     def first_alone(*arguments: Any, **options: Any) -> Any:
         if shares_weights() and not is_first():
@@ -72,5 +72,5 @@ if __name__ == "__main__":
         if words[0].startswith(CHUNK):
             head_chunks.CHUNK_LOGITS = int(words.pop(0).removeprefix(CHUNK))
         build_app()(words, standalone_mode=False)
-        AcceleratorState._reset_state(True)  # it keeps what the first command configured
+        AcceleratorState._reset_state(True)  # it keeps the configuration of the first command
     leave()

@@ -1,4 +1,4 @@
-"""A fine-tuning whose first process takes longer to save than the others may wait in a step."""
+"""A training whose first process takes longer to save than the others may wait in a step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands as they are printed for the user to type."""
+"""Commands printed for the user to type."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_a_dash_before_a_path_makes_no_option_of_it() -> None:
     assert command_line("mftctl", "eval", Path("-x"), runs=Path("-r")) == "mftctl eval ./-x --runs ./-r"
 
 
-def test_the_runs_folder_that_is_used_anyway_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_runs_folder_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command_line("mftctl", "probe", runs=Path("runs")) == "mftctl probe"
     monkeypatch.setenv("MFTCTL_RUNS", "other")
     assert command_line("mftctl", "probe", runs=Path("other")) == "mftctl probe"

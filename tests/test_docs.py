@@ -47,12 +47,12 @@ def commands(page: Path) -> list[str]:
 
 
 def inline(page: Path) -> str:
-    """The text without its blocks, its lines joined, so that code over two lines is found."""
+    """The text without its code blocks and with its lines joined, to find inline code that spans two lines."""
     return " ".join(re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL).split())
 
 
 def options(page: Path) -> list[tuple[str, str]]:
-    """A command and an option that the text names together, such as `fft --low-memory`."""
+    """Pairs of command and option that the text names, such as `fft --low-memory`."""
     known = "fft|mask-train|probe|apply|eval|report|run|validate|env"
     found = re.findall(rf"`(?:mftctl )?({known}) ([^`]*--[^`]*)`", inline(page))
     return [(command, option) for command, text in found for option in re.findall(r"--[a-z][a-z-]*", text)]
@@ -66,7 +66,7 @@ def recipes(page: Path) -> list[str]:
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors of the headings, as GitHub makes them."""
+    """The heading anchors that GitHub generates."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL), re.MULTILINE):
         slug = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
@@ -81,7 +81,7 @@ def links(page: Path) -> list[str]:
 
 
 def parse(line: str) -> None:
-    """Nothing, if the command line is one that mftctl understands, values included; runs nothing."""
+    """Parses a command line, values included, without running it; fails if mftctl does not accept it."""
     command: Any = get_command(build_app())
     words = shlex.split(line, comments=True)
     context = command.make_context("mftctl", list(words))
@@ -167,7 +167,7 @@ def test_generated_pages_are_up_to_date(name: str) -> None:
 
 
 def test_pages_are_plain_markdown() -> None:
-    """No syntax of a plug-in, which GitHub would show as it is."""
+    """No plug-in syntax, which GitHub would show verbatim."""
     for page in PAGES:
         assert not re.search(r"^(!!!|\?\?\?|=== |:::|\{%|--8<--)", text_of(page), re.MULTILINE), name_of(page)
 

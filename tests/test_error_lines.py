@@ -1,4 +1,4 @@
-"""An exception's text as one line."""
+"""The text of an exception as one line."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_the_first_line_or_the_class(error: Exception, line: str) -> None:
         (AttributeError(), "AttributeError"),
     ],
 )
-def test_a_class_that_tells_more_is_named(error: Exception, reason: str) -> None:
+def test_a_more_specific_class_is_named(error: Exception, reason: str) -> None:
     assert reason_of(error) == reason

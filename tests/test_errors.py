@@ -41,7 +41,7 @@ def test_message_says_what_where_expected_got_and_what_to_do() -> None:
     )
 
 
-def test_values_that_are_zero_or_empty_are_told() -> None:
+def test_zero_and_empty_values_are_shown() -> None:
     assert str(MftError("Too few.", expected=1, actual=0)) == "Too few.\n  expected: 1\n  got: 0"
 
 
@@ -66,7 +66,7 @@ def test_exit_code_is_2_for_configuration_130_for_interruption_and_1_for_all_els
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_error_survives_the_way_to_another_process(kind: type[MftError]) -> None:
+def test_error_survives_transfer_to_another_process(kind: type[MftError]) -> None:
     error = kind("It does not fit.", **FIELDS)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
@@ -75,7 +75,7 @@ def test_error_survives_the_way_to_another_process(kind: type[MftError]) -> None
     assert vars(copy) == vars(error)
 
 
-def test_problems_survive_the_way_to_another_process() -> None:
+def test_problems_survive_transfer_to_another_process() -> None:
     copy = pickle.loads(pickle.dumps(ConfigError("No.", problems=["a", "b"])))
     assert copy.problems == ("a", "b")
 

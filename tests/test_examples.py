@@ -1,4 +1,4 @@
-"""The notebooks in examples/ run from top to bottom, with few steps and few records."""
+"""The notebooks in examples/ run from top to bottom, with few steps and records."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both notebooks run: the second reads what the first leaves."""
+    """Working folder of both notebooks: the second reads the output of the first."""
     return tmp_path_factory.mktemp("examples")
 
 
 def run(name: str, folder: Path) -> nbformat.NotebookNode:
-    """A notebook with its outputs; the cell of its parameters asks for little."""
+    """A notebook with its outputs, run with small values in its parameters cell."""
     notebook = nbformat.read(FOLDER / name, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = f"settings = {[part for key, value in FEW.items() for part in ('--set', f'{key}={value}')]}"
@@ -34,7 +34,7 @@ def run(name: str, folder: Path) -> nbformat.NotebookNode:
 
 
 def outputs(notebook: nbformat.NotebookNode) -> str:
-    """The text that all cells print or show."""
+    """The text that all cells print or display."""
     found = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "\n".join(
         output.text
@@ -56,7 +56,7 @@ def test_a_mask_in_ten_minutes(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_report_in_pandas(folder: Path) -> None:
-    """After the notebook above, or alone on an experiment of its own."""
+    """Run after the notebook above, or alone on its own experiment."""
     shown = outputs(run("report_in_pandas.ipynb", folder))
     assert "change" in shown
     assert "tokens_per_second" in shown

@@ -1,4 +1,4 @@
-"""`scripts/gpu_check` without a GPU: its parts in a rehearsal, and what becomes of a step that fails or hangs."""
+"""`scripts/gpu_check` without a GPU: a rehearsal of its parts, and the handling of steps that fail or hang."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def works(scale: Scale) -> Iterator[Finding]:
     ("work", "status", "error"),
     [(fails, "failed", "a fault of the step"), (hangs, "stopped", "no end within"), (dies, "failed", "exit code 7")],
 )
-def test_a_step_that_does_not_end_well_keeps_what_it_found(work: object, status: str, error: str) -> None:
+def test_a_failed_step_keeps_its_findings(work: object, status: str, error: str) -> None:
     found: list[Finding] = []
     end = run_isolated(Step("step", work, 2), REHEARSAL, 2.0, found.append)  # type: ignore[arg-type]
     assert (end.status, found) == (status, [Measurement("before", 1.0)])
@@ -60,7 +60,7 @@ def test_a_step_that_does_not_end_well_keeps_what_it_found(work: object, status:
 
 
 @pytest.mark.slow
-def test_the_next_step_goes_on_and_every_line_is_kept(
+def test_the_next_step_runs_and_every_line_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_check, "all_steps", lambda: [Step("first", fails, 5), Step("second", works, 5)])
@@ -109,7 +109,7 @@ def test_a_mask_that_differs_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_training_steps_stand_beside_their_estimates() -> None:
+def test_training_steps_are_shown_with_their_estimates() -> None:
     with emulated_gpu():
         masks = list(mask_training(REHEARSAL, REHEARSAL.small, "mask", {"layers": "1", "low_memory": True}))
         tuning = list(fine_tuning_steps(REHEARSAL, REHEARSAL.small, "fft", {"method": "lora"}))
@@ -122,7 +122,7 @@ def test_training_steps_stand_beside_their_estimates() -> None:
     assert all(item.holds for item in masks if isinstance(item, Check))
 
 
-def test_the_table_shows_figures_beside_estimates_and_what_does_not_hold() -> None:
+def test_the_table_shows_values_beside_estimates_and_failed_checks() -> None:
     findings = {
         "step": [Measurement("peak", 12.345, "GB", 13.0), Check("equal", False, "3 differ"), Check("same", True)]
     }

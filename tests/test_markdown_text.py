@@ -1,4 +1,4 @@
-"""Text from outside in Markdown, as a parser of CommonMark with GitHub's tables reads it."""
+"""Untrusted text in Markdown, as parsed by a CommonMark parser with GitHub tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethroug
 
 
 def read(text: str) -> tuple[list[str], str]:
-    """The kinds of all parts of a document but plain text, and the text that is seen."""
+    """The kinds of all elements of a document except plain text, and the visible text."""
     kinds: list[str] = []
     seen: list[str] = []
 
@@ -37,7 +37,7 @@ def plain(text: str) -> str:
 
 
 @pytest.mark.parametrize("text", ["exact_match on test.jsonl", "0.8199 (-0.0609*) [-0.0720, -0.0495]", "MFT & 2 ± 1"])
-def test_what_a_report_says_anyway_stays_as_it_is(text: str) -> None:
+def test_ordinary_report_text_is_unchanged(text: str) -> None:
     assert markdown_text(text) == text
 
 

@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: its public names, what it imports and when."""
+"""Package-wide properties: public names, and which modules are imported when."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HEAVY = ("torch", "transformers", "datasets", "accelerate", "safetensors", "lm_e
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Every module imported anywhere in a file, `from a import b` as `a.b`."""
+    """Every module imported anywhere in a file; `from a import b` counts as `a.b`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -29,7 +29,7 @@ def imports(tree: ast.AST) -> Iterator[str]:
 
 
 def importers(*packages: str) -> set[str]:
-    """The files of the package that import one of these packages."""
+    """Package files that import one of these packages."""
     return {
         file
         for file, tree in MODULES.items()
@@ -38,7 +38,7 @@ def importers(*packages: str) -> set[str]:
 
 
 def loaded_after(code: str) -> set[str]:
-    """The heavy libraries that a fresh interpreter has loaded when the code is done."""
+    """Heavy libraries loaded in a fresh interpreter after running the code."""
     report = f"\nprint('LOADED', *sorted(set({HEAVY!r}) & set(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", f"import sys\n{code}{report}"], capture_output=True, text=True, check=True
@@ -116,7 +116,7 @@ def test_an_import_upwards_and_a_circle_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_knows_of_data_only_the_built_in_model() -> None:
+def test_of_the_data_package_the_engine_imports_only_the_built_in_model() -> None:
     inside = {file for file in importers("mftctl.data") if file.startswith("masking/")}
     built_in = {file for file in importers("mftctl.data.quickstart.built_in") if file.startswith("masking/")}
     assert inside == built_in != set()
@@ -141,6 +141,6 @@ def undocumented(body: list[ast.stmt], place: str) -> Iterator[str]:
 @pytest.mark.parametrize("file", sorted(MODULES))
 def test_every_public_name_is_documented(file: str) -> None:
     tree = MODULES[file]
-    # __main__ is two lines that nobody imports.
+    # __main__ is two lines and never imported.
     assert ast.get_docstring(tree) is not None
     assert list(undocumented(tree.body, file)) == []

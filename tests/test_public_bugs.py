@@ -1,6 +1,6 @@
-"""Public bug reports of peers that mftctl must not share: each kind with its right value, on inputs made here.
+"""Publicly reported bugs of similar tools that mftctl must not share, each with the correct value on generated inputs.
 
-The numbers are those of the list of cases that the issue names.
+The test numbers refer to the list of cases named in the issue.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ EVAL_ONLY = {"measure": {"command": "eval"}}
 
 
 class Listener(Silence):
-    """Keeps what it is told."""
+    """Records all events."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -71,7 +71,7 @@ class Listener(Silence):
 
 
 class Bench:
-    """A model folder and data, in a folder of its own."""
+    """A model folder and data, in a separate folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ class Bench:
         self.model(PLAIN)
 
     def model(self, template: Any) -> None:
-        """Gives the model a chat template, or several by name."""
+        """Gives the model a chat template, or several named ones."""
         tokenizer = build_tokenizer(chat_template=None)
         tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
         tokenizer.add_special_tokens(
@@ -104,7 +104,7 @@ class Bench:
         )
 
     def inputs(self, data: Path, max_length_tokens: int = 4096, **changes: Any) -> TrainingInputs:
-        """What a training would learn from."""
+        """The inputs of a training on these records."""
         recipe = self.recipe(data, **changes)
         return prepare_training(
             recipe,
@@ -115,11 +115,11 @@ class Bench:
         )
 
     def shown(self, *records: dict[str, Any], **changes: Any) -> list[str]:
-        """The text of each record, what is learned between » and «."""
+        """The text of each record, with learned parts between » and «."""
         return shown(self.inputs(self.data(*records), **changes))
 
     def checked(self, data: Path, **changes: Any) -> dict[str, Any]:
-        """What `validate` finds."""
+        """The findings of `validate`."""
         return validate(self.recipe(data, stages=EVAL_ONLY, test_data=str(data), **changes), None)
 
 
@@ -141,7 +141,7 @@ def turn(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 
 def talk(*texts: str, system: str | None = None) -> dict[str, Any]:
-    """A record of turns, the user's first."""
+    """A conversation record; the user has the first turn."""
     turns = [turn(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)]
     return {"messages": ([] if system is None else [turn("system", system)]) + turns}
 
@@ -401,7 +401,7 @@ def test_the_clock_of_a_template_is_that_of_the_run(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_the_system_prompt_that_a_template_adds_is_said_once(bench: Bench) -> None:
+def test_the_system_prompt_that_a_template_adds_is_reported_once(bench: Bench) -> None:
     bench.model(chat_families.QWEN_2)
     bench.shown(talk("Hi", "Ho"), talk("Ho", "Hi"))
     assert [note for note in bench.listener.notes if "system prompt of its own" in note] == [
@@ -419,7 +419,7 @@ def test_switches_of_turns_and_learn_last(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_what_fine_tuning_writes_has_the_template_chosen(workspace: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_model_has_the_chosen_template(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__max_steps=1, chat_template="zephyr", template_args={"kind": True})
     run, source = open_run(tmp_path, "fft", recipe)
     fine_tune(recipe, source, run, Silence())

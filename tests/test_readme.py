@@ -1,4 +1,4 @@
-"""The commands of the README and of the guides run, on small inputs and with few steps; recipes and Python run too."""
+"""Runs the commands of the README and the guides on small inputs with few steps, and their recipes and Python code."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PARSED = {
 
 
 def blocks(page: str, language: str) -> list[tuple[str, str]]:
-    """The blocks of a page in a language, each with the heading above it."""
+    """The code blocks of a page in one language, each with the heading above it."""
     text = (ROOT / page).read_text(encoding="utf-8")
     heading, blocks = "", []
     for title, written_in, block in re.findall(r"^#+ ([^\n]+)$|^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
@@ -70,7 +70,7 @@ def blocks(page: str, language: str) -> list[tuple[str, str]]:
 
 
 def block(page: str, heading: str, language: str = "console") -> str:
-    """The one block under a heading that begins so; of commands that with those of mftctl."""
+    """The only code block under a heading with this prefix; for shell blocks, the only one with mftctl commands."""
     (found,) = [
         text
         for title, text in blocks(page, language)
@@ -98,14 +98,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 
 def run_all(here: CommandLine, block: str, *first: str) -> None:
-    """Runs a block's commands; `first` are options for the first one, whose settings the others go on with."""
+    """Runs the commands of a block; `first` holds options for the first command, whose settings later ones inherit."""
     for number, command in enumerate(commands(block)):
         outcome = here(*command, *SHORTER.get(command[0], ()), *(first if number == 0 else ()))
         assert outcome.code == 0, f"{command}: {outcome.stderr}"
 
 
 def write_benchmarks(folder: Path) -> None:
-    """Two problems each of MATH and HumanEval, and outputs for the latter."""
+    """Writes two problems each of MATH and HumanEval, and outputs for HumanEval."""
     maths = [{"problem": f"{n}+1?", "solution": rf"\\boxed{{{n + 1}}}"} for n in range(2)]
     functions = [
         {
@@ -138,7 +138,7 @@ def test_the_bare_commands_in_an_empty_folder(here: CommandLine) -> None:
 
 @pytest.fixture
 def own(here: CommandLine) -> CommandLine:
-    """A folder with a model and data of one's own."""
+    """A folder with a user-supplied model and data."""
     build_llama(max_position_embeddings=8192).save_pretrained(here.folder / "my-model")
     build_tokenizer().save_pretrained(here.folder / "my-model")
     for name in ("train", "test", "gsm8k-test"):
@@ -172,7 +172,7 @@ def test_the_commands_of_the_report(here: CommandLine, monkeypatch: pytest.Monke
     def interrupt(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mftctl.cli.watch_view.time.sleep", interrupt)  # --watch goes on until Ctrl-C
+    monkeypatch.setattr("mftctl.cli.watch_view.time.sleep", interrupt)  # --watch runs until Ctrl-C
     assert here("fft", "--max-steps", 2, *FEW_RECORDS).code == 0
     assert here("fft", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0
     assert here("mask-train", "-m", "runs/001-fft/model", "--max-steps", 2).code == 0
@@ -208,7 +208,7 @@ def test_the_python_runs(here: CommandLine, workspace: Path, monkeypatch: pytest
     from transformers import AutoModelForCausalLM
 
     shutil.copytree(workspace / "tiny", here.folder / "tiny")
-    # The pages mask layer 4, which the tiny model has as its fourth: the same name is asked of a mask of layer 3.
+    # The pages mask layer 4; the tiny model's fourth layer is layer 3, so a mask of layer 3 gets the same name.
     masked = here("mask-train", "-m", "tiny", "-d", workspace / "train.jsonl", "--method", "random", "--layers", "all")
     assert masked.code == 0, masked.stderr
     model = AutoModelForCausalLM.from_pretrained(here.folder / "tiny")

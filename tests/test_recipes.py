@@ -1,4 +1,4 @@
-"""The recipes that travel in the package: each loads and is planned, and holds what the papers publish."""
+"""The recipes shipped in the package: each loads, can be planned, and matches the published settings."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BACKBONES = {
     "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "llama"),
 }
 
-# MFT, section 3.2 and appendix A.1: learning rate, and the best layers by domain.
+# MFT, section 3.2 and appendix A.1: learning rate and best layers per domain.
 MFT = {
     "llama2-7b": (2e-5, {"math": "4-7", "coding": "20-23", "instruction": "0-3"}),
     "llama3.1-8b": (5e-6, {"math": "24-27", "coding": "20-23", "instruction": "24-27"}),
@@ -45,7 +45,7 @@ MFT_TRAINING: dict[str, Any] = {"epochs": 2, "global_batch_size": 128, "batch_si
 MFT_TRAINING |= {"schedule": "linear", "warmup_ratio": 0.03, "weight_decay": 0.0}
 MFT_TRAINING |= {"precision": "bf16", "gradient_checkpointing": True}
 
-# GMT, table 4: the share of weights not updated.
+# GMT, table 4: the share of weights left unchanged.
 GMT_RATIOS = {
     "mistral-7b/math-gmt": 0.2,
     "llama3-8b/math-gmt": 0.3,
@@ -55,7 +55,7 @@ GMT_RATIOS = {
     "llama2-13b/general-gmt": 0.1,
 }
 
-# The columns of each data set on the hub, filled in.
+# Sample values for the columns of each hub data set.
 TURNS = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
 MESSAGES = {"id": "0", "messages": TURNS}
 SPOKEN = [{"from": "User", "value": "1 + 1?"}, {"from": "Assistant", "value": "2"}]
@@ -93,7 +93,7 @@ def tasks_of(name: str) -> tuple[Job, ...]:
 
 
 def stage_tasks(name: str, stage: str) -> list[Job]:
-    """The tasks of one stage, with all its swept values."""
+    """The tasks of one stage, including all swept values."""
     found = [task for task in tasks_of(name) if task.name.partition("[")[0] == stage]
     assert found, f"{name} has no stage {stage}"
     return found
@@ -105,25 +105,25 @@ def task_of(name: str, stage: str) -> Job:
 
 
 def evaluated(name: str) -> set[str]:
-    """What the evaluations of a recipe measure: the rows of its table."""
+    """Models and benchmarks that a recipe evaluates: the rows of its table."""
     return {task.label for task in tasks_of(name) if task.command == "eval"}
 
 
 def header(name: str) -> list[str]:
-    """The comment lines that open a recipe, without their marks."""
+    """The comment lines at the top of a recipe, without `#`."""
     lines = (BUILT_IN_FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     first = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     return [line.removeprefix("#").strip() for line in lines[:first]]
 
 
 def commands(name: str) -> list[list[str]]:
-    """The words of each command in a recipe's header, continued lines joined."""
+    """The words of each command in a recipe's header, with continuation lines joined."""
     text = "\n".join(header(name)).partition("Command:")[2].replace("\\\n", "")
     return [shlex.split(line) for line in text.splitlines() if line.strip()]
 
 
 def settings(name: str) -> dict[str, Any]:
-    """What a recipe does: all of it but what it is called."""
+    """All settings of a recipe except its name."""
     return recipe_of(name).model_dump(mode="json", exclude={"name", "description"})
 
 
@@ -174,7 +174,7 @@ def test_recipe_is_for_the_model_of_its_folder(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_evaluation_has_something_offered_to_measure(name: str) -> None:
+def test_every_evaluation_measures_something(name: str) -> None:
     for task in tasks_of(name):
         if task.command == "eval":
             assert task.recipe.eval.tasks or task.recipe.test_data
@@ -183,7 +183,7 @@ def test_every_evaluation_has_something_offered_to_measure(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_methods_that_choose_are_told_what(name: str) -> None:
+def test_methods_that_select_have_a_ratio_and_layers(name: str) -> None:
     for task in tasks_of(name):
         fft, mask = task.recipe.fft, task.recipe.mask_train
         if task.command == "fft" and fft.method in ("gmt", "random"):
@@ -212,7 +212,7 @@ def test_every_part_is_used() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in FOUNDATIONS])
-def test_recipe_holds_little_of_its_own(name: str) -> None:
+def test_recipe_repeats_few_settings(name: str) -> None:
     document = read_yaml(BUILT_IN_FOLDER / f"{name}.yaml")
     assert document["extends"]
     assert not {"model", "model_type", "data", "val_data", "test_data", "eval"} & set(document)
@@ -332,7 +332,7 @@ def test_mft_sweeps_ratio_and_data(backbone: str, domain: str) -> None:
 
 @pytest.mark.parametrize(("backbone", "domain"), DOMAINS)
 def test_recipes_of_one_domain_share_their_fine_tuning(backbone: str, domain: str) -> None:
-    """In one runs folder it is trained once: all that decides its result is equal."""
+    """All settings that decide its result are equal, so it is trained once per runs folder."""
     names = [f"{backbone}/{domain}{suffix}" for suffix in ("", "-probe", "-ratio", "-data")]
     names += [f"{backbone}/math-global"] if domain == "math" else []
     first, *others = [deciding_keys(task_of(name, "fft").recipe, "fft") for name in names]
@@ -396,8 +396,8 @@ def test_one_off_drop_sweeps_strategy_and_ratio(name: str) -> None:
     assert {task.recipe.mask_train.method for task in tasks} == {"drop"}
 
 
-def test_what_gmt_does_not_state_is_marked_in_one_way() -> None:
-    """The paper has no learning rate, epochs, batch or length: each of these lines says `chosen` and whose it is."""
+def test_settings_that_gmt_omits_are_marked_alike() -> None:
+    """The paper omits learning rate, epochs, batch and length; each such line says `chosen` and names its source."""
     backbones = {name.partition("/")[0] for name in GMT_RATIOS}
     files = {BUILT_IN_FOLDER / backbone / "_backbone.yaml": ["learning_rate"] for backbone in sorted(backbones)}
     files[BUILT_IN_FOLDER / "_gmt.yaml"] = ["epochs", "global_batch_size", "max_length_tokens"]

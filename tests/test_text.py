@@ -23,7 +23,7 @@ from tests.hostile_texts import OBEYED, TEXTS
         ("± 中 😀 é \u200d", "± 中 😀 é \u200d"),
     ],
 )
-def test_what_would_be_obeyed_is_spelled_and_nothing_else(text: str, shown: str) -> None:
+def test_only_control_characters_are_escaped(text: str, shown: str) -> None:
     assert visible(text) == shown
 
 
@@ -32,7 +32,7 @@ def test_a_line_is_one_line() -> None:
 
 
 @given(TEXTS)
-def test_nothing_that_is_obeyed_is_left_and_it_is_done_once(text: str) -> None:
+def test_escaping_leaves_no_control_character_and_is_idempotent(text: str) -> None:
     assert not OBEYED & set(visible(text))
     assert visible(visible(text)) == visible(text)
     assert not set("\t\n") & set(visible_line(text))

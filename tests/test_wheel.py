@@ -1,4 +1,4 @@
-"""The wheel: built from the checkout, it brings the recipes, the built-in model and its data along."""
+"""The wheel built from the checkout ships the recipes, the built-in model and its data."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_recipes_model_and_data_are_found_in_any_folder(installed: Path, tmp_pat
     assert (installed / "mftctl" / "recipes" / "accelerate" / "ddp.yaml").is_file()
 
 
-def test_nothing_else_travels(installed: Path) -> None:
+def test_nothing_else_is_shipped(installed: Path) -> None:
     top = {path.name for path in installed.iterdir()}
     assert {name.partition("-")[0] for name in top} == {"mftctl"}
     assert (installed / "mftctl" / "py.typed").is_file()

@@ -1,4 +1,4 @@
-"""Small inputs for the workflows: a tiny model, additions to learn, and a listener that can press Ctrl-C."""
+"""Small workflow inputs: a tiny model, addition problems to learn, and a listener that can press Ctrl-C."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.conftest import build_llama, build_tokenizer
 
 
 def write_additions(path: Path, count: int, seed: int) -> Path:
-    """Records such as `12+30?` / `#### 42`, one a line."""
+    """Writes records such as `12+30?` / `#### 42`, one per line."""
     generator = random.Random(seed)
     pairs = [(generator.randint(0, 50), generator.randint(0, 50)) for _ in range(count)]
     records = [{"question": f"{a}+{b}?" + " " * (a % 7), "answer": f"{a}+{b}\n#### {a + b}"} for a, b in pairs]
@@ -33,7 +33,7 @@ def write_additions(path: Path, count: int, seed: int) -> Path:
 
 
 def make_workspace(folder: Path) -> Path:
-    """A folder with `tiny/` (a Llama of 4 layers), `train.jsonl`, `val.jsonl` and `test.jsonl`."""
+    """Creates a folder with `tiny/` (a Llama of 4 layers), `train.jsonl`, `val.jsonl` and `test.jsonl`."""
     folder.mkdir(parents=True, exist_ok=True)
     build_llama().save_pretrained(folder / "tiny")
     build_tokenizer().save_pretrained(folder / "tiny")
@@ -44,7 +44,7 @@ def make_workspace(folder: Path) -> Path:
 
 
 def make_recipe(workspace: Path, **changes: Any) -> Recipe:
-    """A recipe for the workspace: 12 optimizer steps, a validation every 4."""
+    """A recipe for the workspace: 12 optimizer steps, with validation every 4 steps."""
     training = {"max_steps": 12, "batch_size": 4, "val_steps": 4}
     document: dict[str, Any] = {
         "model": str(workspace / "tiny"),
@@ -67,7 +67,7 @@ def make_recipe(workspace: Path, **changes: Any) -> Recipe:
 def encode_records(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length_tokens: int = 1024
 ) -> EncodedRecords:
-    """All records as tokens; every one of them can be used."""
+    """All records as tokens; none of them is left out."""
     issues = RecordIssues()
     encoded = encode_all(examples, Encoder(tokenizer), max_length_tokens, issues)
     issues.settle("error")
@@ -82,7 +82,7 @@ def open_run(root: Path, command: str, recipe: Recipe) -> tuple[Run, ModelSource
 
 
 def tuned(workspace: Path, root: Path, **changes: Any) -> Run:
-    """A finished `fft` run with a recipe of the workspace."""
+    """A finished `fft` run with a recipe for the workspace."""
     from mftctl.workflows.fft import fine_tune
 
     recipe = make_recipe(workspace, **changes)
@@ -92,7 +92,7 @@ def tuned(workspace: Path, root: Path, **changes: Any) -> Run:
 
 
 class Interrupter:
-    """A listener that raises SIGINT, as Ctrl-C does, once a training has come to a step; counts whole validations."""
+    """A listener that raises SIGINT, as Ctrl-C does, when training reaches a step; counts completed validations."""
 
     def __init__(self, step: int) -> None:
         self.step = step

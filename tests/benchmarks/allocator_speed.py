@@ -1,4 +1,4 @@
-"""A step of plain fine-tuning with freed memory kept, beside one with glibc's defaults; each in its own process.
+"""Compares plain fine-tuning steps with freed memory kept and with glibc's defaults, each in its own process.
 
 python -m tests.benchmarks.allocator_speed --repetitions 5
 """
@@ -23,7 +23,7 @@ SHAPES = {"smollm2-135m": SMOLLM2_135M, "tiny": TINY}
 
 
 def run_steps(shape: str, length_tokens: int, steps: int, *, keep: bool) -> dict[str, float]:
-    """The median seconds of some steps in this process, and the most memory it held."""
+    """Median step time in seconds in this process, and its peak memory."""
     if keep and not keep_freed_memory():
         raise SystemExit("the allocator's settings are not ours to choose here")
     sizes = SHAPES[shape]
@@ -39,7 +39,7 @@ def run_steps(shape: str, length_tokens: int, steps: int, *, keep: bool) -> dict
 
 
 def compare(shape: str, *, length_tokens: int, steps: int, repetitions: int) -> dict[str, str]:
-    """Seconds a step, their ratio, and peak memory, each as minimum, median and maximum."""
+    """Seconds per step, their ratio and peak memory, each as minimum, median and maximum."""
     found: dict[str, list[dict[str, float]]] = {"kept": [], "default": []}
     for repetition in range(repetitions):
         order = ["kept", "default"] if repetition % 2 == 0 else ["default", "kept"]
@@ -58,7 +58,7 @@ def compare(shape: str, *, length_tokens: int, steps: int, repetitions: int) -> 
 
 
 def main() -> None:
-    """Prints the comparison for a model of SmolLM2-135M's shape, 1,024 tokens a step."""
+    """Prints the comparison for a model of SmolLM2-135M's shape at 1,024 tokens per step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)

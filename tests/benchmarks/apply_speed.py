@@ -1,4 +1,4 @@
-"""`mftctl apply` beside `cp -r` of the same checkpoint, with all layers masked and with 4 of 30, and its peak memory.
+"""Compares `mftctl apply` with `cp -r`, with all layers masked and with 4 of 30, and measures its peak memory.
 
 python -m tests.benchmarks.apply_speed --repetitions 5
 """
@@ -42,7 +42,7 @@ print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_t
 
 @dataclass(frozen=True)
 class Took:
-    """How long something took, on the clock and of the processors' time; the most memory it held, where known."""
+    """Wall-clock and CPU time of an operation, and its peak memory where known."""
 
     seconds: float
     cpu_seconds: float
@@ -50,7 +50,7 @@ class Took:
 
 
 def make_checkpoint(folder: Path, hidden_size: int, layers: int) -> None:
-    """A random Llama in bf16 in shards of 500 MB."""
+    """Saves a random Llama in bf16, in shards of 500 MB."""
     torch.manual_seed(0)
     sizes = {"hidden_size": hidden_size, "intermediate_size": 3 * hidden_size, "num_hidden_layers": layers}
     config = LlamaConfig(vocab_size=1024, num_attention_heads=8, num_key_value_heads=4, **sizes)
@@ -58,7 +58,7 @@ def make_checkpoint(folder: Path, hidden_size: int, layers: int) -> None:
 
 
 def make_mask(path: Path, base: Path, layers: Sequence[int]) -> list[str]:
-    """Writes a mask of 10 % of all projections of these layers, and gives their names."""
+    """Writes a mask that removes 10 % of every projection in these layers, and returns the projections' names."""
     generator = torch.Generator().manual_seed(0)
     tensors, records = {}, {}
     for name, stored in tensor_index(base).items():
@@ -94,14 +94,14 @@ def copy(base: Path, output: Path) -> Took:
 
 
 def apply(base: Path, mask: Path, output: Path) -> Took:
-    """Applies a mask in a process of its own, whose start is not counted."""
+    """Applies a mask in a separate process, excluding its startup time."""
     command = [sys.executable, "-c", _APPLY, str(base), str(mask), str(output)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return Took(float(shown[0]), float(shown[1]), int(shown[2]))
 
 
 def digest(base: Path, names: Sequence[str]) -> Took:
-    """Only hashes tensors, in as many threads as there are processors: what `apply` cannot do without."""
+    """Only hashes tensors, one thread per processor: the minimum work of `apply`."""
     index = tensor_index(base)
     start_seconds, start_cpu_seconds = time.perf_counter(), time.process_time()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -110,7 +110,7 @@ def digest(base: Path, names: Sequence[str]) -> Took:
 
 
 def compare(folder: Path, *, hidden_size: int, layers: int, some: Sequence[int], repetitions: int) -> dict[str, str]:
-    """Seconds and ratios, each as minimum, median and maximum, and the most memory that apply held."""
+    """Seconds and ratios, each as minimum, median and maximum, and the peak memory of `apply`."""
     base, output = folder / "base", folder / "output"
     make_checkpoint(base, hidden_size, layers)
     masked = {"all layers": range(layers), f"{len(some)} of {layers} layers": some}
@@ -124,7 +124,7 @@ def compare(folder: Path, *, hidden_size: int, layers: int, some: Sequence[int],
         first = repetition % len(ways)
         for name in [*ways][first:] + [*ways][:first]:
             shutil.rmtree(output, ignore_errors=True)
-            os.sync()  # no way waits for what the one before it has left to be written
+            os.sync()  # no variant waits for pending writes of the previous one
             took[name].append(ways[name]())
     found = {"checkpoint, bytes": f"{sum(path.stat().st_size for path in base.iterdir()):,}"}
     for name, runs in took.items():

@@ -1,4 +1,4 @@
-"""The codecs of the mask file: bits a weight against the mask's entropy, and weights a second of one core's time.
+"""Mask-file codecs: bits per weight against the mask's entropy, and weights per second on one core.
 
 python -m tests.benchmarks.codec_speed --repetitions 5
 """
@@ -21,7 +21,7 @@ RATIOS: Final = (0.02, 0.1, 0.4)
 
 
 def compare(weights: int, repetitions: int) -> dict[str, str]:
-    """For each codec and ratio the size, and the speed both ways as minimum, median and maximum."""
+    """Size per codec and ratio, and speed in both directions as minimum, median and maximum."""
     found = {}
     for ratio in RATIOS:
         packed = np.packbits(np.random.default_rng(0).random(weights) >= ratio, bitorder="little")
@@ -45,7 +45,7 @@ def compare(weights: int, repetitions: int) -> dict[str, str]:
 
 
 def main() -> None:
-    """Prints the comparison for masks of 64 million weights that are removed at random."""
+    """Prints the comparison for masks that remove weights at random from 64 million."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", type=int, default=64_000_000)
     parser.add_argument("--repetitions", type=int, default=5)

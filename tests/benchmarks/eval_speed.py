@@ -1,4 +1,4 @@
-"""The speed of `mftctl eval` beside plain lm-eval: same task, model, problems and process.
+"""Compares the speed of `mftctl eval` with plain lm-eval on the same task, model, problems and process.
 
 python -m tests.benchmarks.eval_speed MODEL gsm8k gsm8k/test.jsonl --limit 16 --batch-size 8
 """

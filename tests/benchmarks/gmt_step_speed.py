@@ -1,4 +1,4 @@
-"""A step of Gradient-Mask Tuning beside a step of plain fine-tuning.
+"""Compares a Gradient-Mask Tuning step with a plain fine-tuning step.
 
 python -m tests.benchmarks.gmt_step_speed --repetitions 5
 python -m tests.benchmarks.gmt_step_speed --micro-batches 16 --fused --cpu-time
@@ -29,12 +29,12 @@ def compare(
     """Seconds and ratios, each as minimum, median and maximum.
 
     Args:
-        shape: Of the model.
-        length_tokens: Of each of the two records in a micro-batch.
-        repetitions: Steps that are timed of each way.
-        micro_batch_count: Of a step.
-        fused: Whether AdamW is torch's fused kernel, on both sides.
-        clock: Measures.
+        shape: Model shape.
+        length_tokens: Length of each of the two records in a micro-batch.
+        repetitions: Timed steps per variant.
+        micro_batch_count: Micro-batches per step.
+        fused: Use torch's fused AdamW kernel on both sides.
+        clock: Returns the current time in seconds.
     """
     batches = micro_batches(
         int(shape["vocab_size"]), count=micro_batch_count, records=2, length_tokens=length_tokens, answer_share=1.0
@@ -51,7 +51,7 @@ def compare(
             optimizer.step()
             optimizer.zero_grad()
 
-        step()  # the first makes the optimizer's state
+        step()  # the first step creates the optimizer state
         return step
 
     ways = {
@@ -67,7 +67,7 @@ def compare(
 
 
 def main() -> None:
-    """Prints the comparison for a model of SmolLM2-135M's shape, by default 1,024 tokens a step."""
+    """Prints the comparison for a model of SmolLM2-135M's shape, by default at 1,024 tokens per step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--micro-batches", type=int, default=2, help="of 512 tokens each")

@@ -1,4 +1,4 @@
-"""Seconds to read a runs folder of thousands of runs: for a report at once, and for `report --watch` again and again.
+"""Time to read a folder with thousands of runs, once for a report and repeatedly for `report --watch`.
 
 python -m tests.benchmarks.listing_speed FOLDER --runs 3000
 """
@@ -21,7 +21,7 @@ _COMMANDS = ("fft", "mask-train", "eval", "eval")
 
 
 def write_runs(root: Path, runs: int) -> int:
-    """Writes finished runs of an experiment, all with the record of a mask of 30 layers; the bytes of one record."""
+    """Writes finished runs of one experiment, each with a mask record of 30 layers; returns the size of a record."""
     recipe = load_recipe("quickstart")
     digests = {"train": "0" * 64, "validation": "1" * 64}
     run = create_run(
@@ -54,12 +54,12 @@ def write_runs(root: Path, runs: int) -> int:
 
 
 def compare(root: Path, runs: int, repetitions: int) -> dict[str, str]:
-    """The seconds of each way to read the folder, as minimum, median and maximum.
+    """Seconds per way of reading the folder, as minimum, median and maximum.
 
     Args:
-        root: Gets the runs; must not be there yet.
-        runs: How many.
-        repetitions: Of each way.
+        root: Folder to write the runs to; must not exist yet.
+        runs: Number of runs.
+        repetitions: Repetitions per way.
     """
     record_bytes = write_runs(root, runs)
     watched = Following(root)

@@ -1,4 +1,4 @@
-"""What mask training holds beyond the frozen model, in bytes for each masked weight, measured from outside.
+"""Memory of mask training beyond the frozen model, in bytes per masked weight, measured from outside.
 
 python -m tests.benchmarks.mask_memory --repetitions 3
 """
@@ -29,14 +29,14 @@ from tests.workflow_fixtures import write_additions
 
 
 class _AtTheStart(Silence):
-    """Notes what the process holds when the model is loaded and no score is yet there."""
+    """Records the memory held once the model is loaded and before any scores exist."""
 
     resident_bytes = 0
 
     def note(self, text: str) -> None:
         if text.startswith("Learning rate"):
             self.resident_bytes = _memory_bytes("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
 
 def _memory_bytes(name: str) -> int:
@@ -45,7 +45,7 @@ def _memory_bytes(name: str) -> int:
 
 
 def make_inputs(folder: Path, *, hidden_size: int, layers: int) -> None:
-    """A model of large projections and a small vocabulary, and short records: activations are next to nothing."""
+    """Builds a model with large projections and a small vocabulary, and short records so activations are negligible."""
     config = LlamaConfig(
         vocab_size=102,
         hidden_size=hidden_size,
@@ -57,7 +57,7 @@ def make_inputs(folder: Path, *, hidden_size: int, layers: int) -> None:
         pad_token_id=0,
         eos_token_id=1,
     )
-    import_deepspeed()  # as saving a model does wherever it is installed, with its log on stdout
+    import_deepspeed()  # saving a model imports it where installed, and it logs to stdout
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     build_tokenizer().save_pretrained(folder / "model")
     write_additions(folder / "train.jsonl", 12, seed=1)
@@ -65,7 +65,7 @@ def make_inputs(folder: Path, *, hidden_size: int, layers: int) -> None:
 
 
 def train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Bytes for each masked weight over the frozen model at the peak, and the masked weights, of this process."""
+    """Peak bytes per masked weight beyond the frozen model, and the number of masked weights, in this process."""
     recipe = parse_recipe(
         {
             "model": str(folder / "model"),
@@ -87,9 +87,9 @@ def train(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
 def compare(
     folder: Path, ways: dict[str, dict[str, Any]], *, hidden_size: int, layers: int, repetitions: int
 ) -> dict[str, str]:
-    """Bytes a masked weight of each way, as minimum, median and maximum; each measured in a process of its own."""
+    """Bytes per masked weight for each variant, as minimum, median and maximum, each measured in its own process."""
     make_inputs(folder, hidden_size=hidden_size, layers=layers)
-    # Freed blocks go back to the system, so that the peak is of what is held.
+    # Freed blocks are returned to the system, so that the peak counts only memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072"}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repetitions):

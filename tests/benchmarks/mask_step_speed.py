@@ -1,4 +1,4 @@
-"""A step of mask training beside one of plain fine-tuning, with masks sorted at each forward, and with reuse.
+"""Compares mask-training steps with plain fine-tuning, with masks sorted at each forward pass, and with reuse.
 
 python -m tests.benchmarks.mask_step_speed --repetitions 5
 """
@@ -30,7 +30,7 @@ Batches = list[dict[str, torch.Tensor]]
 
 
 class SortedMask(nn.Module):
-    """A masked projection as the reference has it: the mask is made by sorting the scores, at each forward."""
+    """A masked projection as in the reference implementation: each forward pass sorts the scores to build the mask."""
 
     def __init__(self, linear: nn.Linear, scores: torch.Tensor) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class _Sorted(torch.autograd.Function):
 
 
 def fine_tuning_step(shape: dict[str, int | bool], batches: Batches) -> Callable[[], None]:
-    """A step of AdamW on all weights, with the loss of transformers."""
+    """An AdamW step on all weights, with the loss of transformers."""
     model = build(shape)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
     return lambda: _plain_step(model, optimizer, batches)
 
 
 def sorted_step(shape: dict[str, int | bool], layers: list[int], batches: Batches) -> Callable[[], None]:
-    """The same on the scores of masks that are sorted at each forward."""
+    """An AdamW step on the scores of masks that are sorted at each forward pass."""
     model = build(shape).requires_grad_(False)
     for target in find_targets(model, layers):
         parent, _, name = target.name.rpartition(".")
@@ -81,7 +81,7 @@ def _plain_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Bat
 def mask_step(
     shape: dict[str, int | bool], layers: list[int], batches: Batches
 ) -> tuple[Callable[[], None], nn.Module]:
-    """A step of ours, and the model under its masks."""
+    """A step of mftctl's mask training, and the masked model."""
     model = build(shape)
     targets = find_targets(model, layers)
     scores = {target.name: initial_scores(target, "kaiming") for target in targets}
@@ -102,9 +102,9 @@ def mask_step(
 
 
 def selection_seconds(model: nn.Module) -> float:
-    """How long all masks and masked weights take once."""
+    """Time to build all masks and masked weights once."""
     for _, module in masked_layers(model):
-        module.scores.data.mul_(1.0)  # a new version of the scores
+        module.scores.data.mul_(1.0)  # bumps the version of the scores
         module._scores_state = None
     start_seconds = time.perf_counter()
     for _, module in masked_layers(model):
@@ -115,7 +115,7 @@ def selection_seconds(model: nn.Module) -> float:
 def compare(
     shape: dict[str, int | bool], layers: list[int], *, length_tokens: int, answer_share: float, repetitions: int
 ) -> dict[str, str]:
-    """Seconds, ratios and the share of selection, each as minimum, median and maximum."""
+    """Seconds, ratios and the share of time spent on selection, each as minimum, median and maximum."""
     batches = micro_batches(
         int(shape["vocab_size"]), count=2, records=2, length_tokens=length_tokens, answer_share=answer_share
     )
@@ -133,7 +133,7 @@ def compare(
         reusing_prefix(other, min(layers), states, print, in_training=True),
     ):
         for step in ways.values():
-            step()  # the first makes the optimizer's state, and the hidden states that are reused
+            step()  # the first step creates the optimizer state and the reused hidden states
         seconds = seconds_in_turn(ways, repetitions)
     selection = [selection_seconds(model) / total for total in seconds["mask"]]
     return {
@@ -152,7 +152,7 @@ def compare(
 
 
 def main() -> None:
-    """Prints the comparison for a model of SmolLM2-135M's shape, layers 12-15, 1,024 tokens a step."""
+    """Prints the comparison for a model of SmolLM2-135M's shape, layers 12-15, at 1,024 tokens per step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--answer-share", type=float, default=0.6)

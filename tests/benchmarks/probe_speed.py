@@ -1,4 +1,4 @@
-"""All groups in one probe, beside each group on its own without reuse; and mask training with and without reuse.
+"""Compares a probe of all groups with separate runs without reuse, and mask training with and without reuse.
 
 python -m tests.benchmarks.probe_speed MODEL DATA --group-size 4 --max-steps 4 --epochs 2 --layers 20-23
 """
@@ -44,16 +44,16 @@ def _recipe(document: dict[str, Any], section: str, **changes: Any) -> Recipe:
 def compare(
     root: Path, model: Path, data: Path, *, group_size: int, layers: str, training: dict[str, Any], repetitions: int
 ) -> dict[str, str]:
-    """Ratios as minimum, median and maximum; the results of both sides are checked to be the same.
+    """Ratios as minimum, median and maximum; checks that both sides give the same results.
 
     Args:
-        root: Gets the runs.
+        root: Folder to write the runs to.
         model: Checkpoint folder.
-        data: Records to train on and to validate with.
-        group_size: Decoder layers a group.
-        layers: Of the mask training.
-        training: Options of the section `mask_train`; without `epochs` those of one pass.
-        repetitions: Of each side.
+        data: Records for training and validation.
+        group_size: Decoder layers per group.
+        layers: Layers for mask training.
+        training: Options of the `mask_train` section; one epoch unless `epochs` is given.
+        repetitions: Repetitions per side.
     """
     document = {"model": str(model), "data": [str(data)], "mask_train": {"preset": "paper", **training}}
     alone = {**document, "mask_train": {**document["mask_train"], "prefix_cache_gb": 0}}

@@ -1,4 +1,4 @@
-"""Random models of a real one's shape, and batches as a trainer makes them."""
+"""Random models with the shape of a real one, and batches as a trainer builds them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(shape: dict[str, int | bool], seed: int = 0) -> LlamaForCausalLM:
 def micro_batches(
     vocab_size: int, *, count: int, records: int, length_tokens: int, answer_share: float
 ) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches of one step; the last part of each record is its answer."""
+    """Micro-batches of one step; the last part of each record is the answer."""
     generator = torch.Generator().manual_seed(0)
     prompt_tokens = round((1 - answer_share) * length_tokens)
     found = []

@@ -1,4 +1,4 @@
-"""The side-by-side timings run, at small sizes; no time is checked, since machines are shared."""
+"""The speed and memory comparisons run at small sizes; times are not checked because machines are shared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several ways to do the same, timed in turn in one process: the machine may be noisy, the ratio is less so."""
+"""Times several ways of doing the same work in turn in one process: ratios are less noisy than times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import median
 def seconds_in_turn(
     ways: Mapping[str, Callable[[], object]], repetitions: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
-    """The seconds of each way at each repetition by a clock; each repetition begins with another way."""
+    """Seconds per way and repetition on a clock; each repetition starts with a different way."""
     names = list(ways)
     found: dict[str, list[float]] = {name: [] for name in names}
     for repetition in range(repetitions):

@@ -1,4 +1,4 @@
-"""Command lines: in a folder for every test, and in one for all tests of a module."""
+"""Command lines in a separate folder per test, and in one shared by all tests of a module."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def mftctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that the tests of a module share, for commands that go on from each other."""
+    """A folder shared by the tests of a module, for commands that build on each other."""
     return tmp_path_factory.mktemp("folder")
 
 

@@ -1,4 +1,4 @@
-"""Runs the command line inside the test's own process."""
+"""Runs the command line within the test process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mftctl.cli.app import main
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command left behind."""
+    """The exit code and output of a command."""
 
     code: int
     stdout: str
@@ -21,7 +21,7 @@ class Outcome:
 
 
 class CommandLine:
-    """`mftctl` in a folder of its own."""
+    """`mftctl` in its own folder."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         self.folder = folder

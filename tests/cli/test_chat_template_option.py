@@ -1,4 +1,4 @@
-"""`--chat-template`: of `eval` with a value or without one, of other commands with one."""
+"""`--chat-template` of `eval`, with and without a value, and of other commands with a value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.workflow_fixtures import make_workspace
         (["--tasks", "gsm8k"], ["--tasks", "gsm8k"]),
     ],
 )
-def test_a_word_behind_it_is_its_value_unless_it_is_a_model(
+def test_the_next_word_is_its_value_unless_it_is_a_model(
     words: list[str], expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -40,7 +40,7 @@ def test_a_word_behind_it_is_its_value_unless_it_is_a_model(
     assert with_value(words) == expected
 
 
-def test_variables_are_what_they_are_in_yaml() -> None:
+def test_variables_are_read_as_yaml() -> None:
     found = template_variables(["enable_thinking=false", "n=3", "rate=1e-4", "name=a=b", "word=low", "no="])
     assert found == {"enable_thinking": False, "n": 3, "rate": 1e-4, "name": "a=b", "word": "low", "no": ""}
 
@@ -66,7 +66,7 @@ def test_commands_keep_the_template_and_eval_takes_that_of_the_model(mftctl: Com
     record = load_run(runs / "001-fft").record
     assert (record.config["chat_template"], record.config["learn"]) == ("mine.jinja", "last")
     assert record.inputs["chat_template"]["source"] == "mine.jinja"
-    mine.write_text("{{ messages[0].content }}", encoding="utf-8")  # the model has what it was trained with
+    mine.write_text("{{ messages[0].content }}", encoding="utf-8")  # the model keeps the template it was trained with
     measured = mftctl("eval", "runs/001-fft/model", "--data", "turns.jsonl", "--chat-template", "--no-generate")
     assert measured.code == 0, measured.stderr
     evaluated = load_run(runs / "002-eval").record
@@ -86,7 +86,7 @@ def test_with_one_and_without_one(mftctl: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_records_are_judged_before_a_model_is_loaded(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_checked_before_a_model_is_loaded(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     make_workspace(mftctl.folder)
     records = [
         {"question": "a", "answer": " "},

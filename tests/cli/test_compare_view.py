@@ -30,7 +30,7 @@ def shown(root: Path, one: str, other: str, capsys: pytest.CaptureFixture[str], 
     return capsys.readouterr().out
 
 
-def test_tables_hold_what_differs_and_the_verdict(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables_show_differences_and_the_verdict(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(root, "3", "4", capsys)
     for line in ("Settings", "│ seed", "other[b].jsonl", "Inputs", "Versions: no difference", "Results", "MFT [x]"):
         assert line in text
@@ -99,6 +99,6 @@ def test_problems_are_warnings(root: Path, capsys: pytest.CaptureFixture[str]) -
     assert "datasets.test.jsonl.metrics.loss.value" in captured.out.replace("\n", "")
 
 
-def test_run_that_is_not_there_is_the_finder_s_error(root: Path) -> None:
+def test_missing_run_is_an_error_of_find_run(root: Path) -> None:
     with pytest.raises(RunError, match="There is no such run"), Output() as console:
         show_comparison(console, root, "3", "44")

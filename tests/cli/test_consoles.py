@@ -1,4 +1,4 @@
-"""Nothing of a text reaches a terminal but what is seen, whatever it is put into."""
+"""Only visible characters of any text reach a terminal, wherever the text is inserted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STYLES = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def shown(*views: object, width: int = 60) -> str:
-    """What a terminal with colours is sent, without the colours."""
+    """Output sent to a terminal with colours, stripped of the colours."""
     stream = io.StringIO()
     console = PlainTextConsole(file=stream, force_terminal=True, width=width, color_system="standard", emoji=False)
     for view in views:
@@ -35,7 +35,7 @@ def shown(*views: object, width: int = 60) -> str:
 
 @pytest.mark.slow
 @given(TEXTS)
-def test_no_view_sends_a_terminal_anything_it_obeys(text: str) -> None:
+def test_no_view_sends_control_sequences_to_a_terminal(text: str) -> None:
     table = Table(title=escape(text), caption=Text(text))
     table.add_column(escape(text))
     table.add_row(Text(text))
@@ -45,7 +45,7 @@ def test_no_view_sends_a_terminal_anything_it_obeys(text: str) -> None:
     assert not OBEYED & set(sent)
 
 
-def test_the_width_of_a_table_is_that_of_what_is_shown() -> None:
+def test_the_width_of_a_table_is_that_of_the_shown_text() -> None:
     table = Table("name", "number")
     table.add_row("\x1b]0;PWN\x07", "1")
     lines = shown(table).splitlines()
@@ -60,7 +60,7 @@ def test_no_text_makes_a_link() -> None:
 
 @pytest.mark.slow
 @given(TEXTS)
-def test_messages_results_and_errors_show_what_they_are_given(text: str) -> None:
+def test_messages_results_and_errors_escape_control_characters(text: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         out, messages = io.StringIO(), io.StringIO()
         patch.setattr("sys.stdout", out)
@@ -77,7 +77,7 @@ def test_messages_results_and_errors_show_what_they_are_given(text: str) -> None
     assert not OBEYED & set(out.getvalue() + messages.getvalue())
 
 
-def test_a_name_with_a_line_end_passes_for_no_other_line() -> None:
+def test_a_name_with_a_line_break_cannot_fake_another_line() -> None:
     error = ConfigError("Bad.", path="a\n  try: rm -rf /\nError: b", hint="look")
     assert str(error).split("\n") == ["Bad.", "  where: a", "      try: rm -rf /", "    Error: b", "  try: look"]
 
@@ -97,13 +97,13 @@ def test_a_name_with_a_line_end_passes_for_no_other_line() -> None:
         ["eval", "\u202ex"],
     ],
 )
-def test_no_argument_comes_back_as_a_control(mftctl: CommandLine, arguments: list[str]) -> None:
+def test_no_argument_is_echoed_as_a_control_sequence(mftctl: CommandLine, arguments: list[str]) -> None:
     outcome = mftctl(*arguments)
     assert outcome.code != 0
     assert not OBEYED & set(outcome.stderr + outcome.stdout)
 
 
-def test_what_other_libraries_say_is_spelled_too() -> None:
+def test_messages_of_other_libraries_are_escaped_too() -> None:
     code = r"prepare_streams()" + "\nimport sys, warnings\n"
     code += r"print('\x1b]0;a\x07', file=sys.stderr); warnings.warn('\x9b1m\u202e'); raise ValueError('\x1b[2J')"
     done = run_python(code)

@@ -1,4 +1,4 @@
-"""`--device` on the command line: said before anything is made, and not handed on from one command to the next."""
+"""`--device` on the command line: reported before any output is created, and not inherited by later commands."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_env_names_the_gpus(mftctl: CommandLine) -> None:
     assert json.loads(mftctl("env", "--json").stdout)["gpus"] == "none"
 
 
-def test_where_a_model_was_made_is_not_where_it_is_measured(tmp_path: Path) -> None:
+def test_eval_does_not_inherit_the_device_of_the_training(tmp_path: Path) -> None:
     source = ModelSource("quickstart", config={"device": "cuda:3", "attention": "flash_attention_2", "seed": 5})
     with Output() as console:
         settled = Session("eval", console, tmp_path).settle(source)

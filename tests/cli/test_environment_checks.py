@@ -15,9 +15,7 @@ from tests.reporting.run_folders import write_experiment
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "RANK", "LOCAL_RANK"])
 @pytest.mark.parametrize("text", ["x", "", "-1", "1.5", "²"])
-def test_a_process_number_that_is_none(
-    mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, text: str
-) -> None:
+def test_an_invalid_process_number(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
     monkeypatch.setenv(name, text)
     outcome = mftctl("report")
     assert outcome.code == 2
@@ -25,27 +23,27 @@ def test_a_process_number_that_is_none(
     assert outcome.stderr.startswith("Error: ")
 
 
-def test_a_rank_beyond_the_processes_is_told_by_this_one(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_out_of_range_is_reported_by_this_process(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     outcome = mftctl("report")
     assert outcome.code == 2
     assert "less than WORLD_SIZE, 1" in outcome.stderr
 
 
-def test_numbers_of_several_processes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_valid_process_numbers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, text in {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, text)
     check_environment([])
 
 
 @pytest.mark.parametrize("text", ["0", "1", "19", "x", "-5", "", "²", "100000", "9" * 5000])
-def test_a_width_that_no_terminal_has_is_not_believed(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_an_implausible_terminal_width_is_ignored(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setenv("COLUMNS", text)
     settle_environment()
     assert "COLUMNS" not in os.environ
 
 
-def test_a_width_that_a_terminal_has_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plausible_terminal_width_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "20")
     monkeypatch.setenv("LINES", "24")
     settle_environment()

@@ -1,4 +1,4 @@
-"""One clear message for each mistake, on stderr, with the right exit code and nothing on stdout."""
+"""One clear message per mistake, on stderr, with the right exit code and nothing on stdout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Help as a newcomer sees it, at 80 columns, against goldens; fast, and without torch.
+"""Help as a new user sees it, at 80 columns, against golden files; fast, and without torch.
 
-After a deliberate change: `MFTCTL_UPDATE_GOLDENS=1 pytest tests/cli/test_help.py`.
+After an intended change: `MFTCTL_UPDATE_GOLDENS=1 pytest tests/cli/test_help.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def test_help_equals_its_golden(mftctl: CommandLine, command: str) -> None:
 
 
 def best_seconds(*arguments: str) -> float:
-    """The least disturbed of five processes: other tests run beside this one."""
+    """The fastest of five processes, since other tests run at the same time."""
     times_seconds = []
     for _ in range(5):
         start_seconds = time.perf_counter()
@@ -61,13 +61,13 @@ def best_seconds(*arguments: str) -> float:
 
 @pytest.mark.slow
 def test_help_takes_at_most_half_a_second() -> None:
-    """On a machine so busy that typer itself takes long to import, at most twice as long as that."""
+    """On a machine so busy that importing typer alone is slow, up to twice that import time is allowed."""
     typer_seconds = best_seconds("-c", "import typer.rich_utils")
     assert best_seconds("-m", "mftctl", "--help") <= max(0.5, 2 * typer_seconds)
 
 
 @pytest.mark.parametrize("name", COMMANDS_LISTED)
-def test_the_list_of_commands_says_what_their_own_help_says(name: str) -> None:
+def test_the_list_of_commands_matches_their_own_help(name: str) -> None:
     assert load_command(name).help.split("\n")[0] == COMMANDS_LISTED[name].summary
 
 

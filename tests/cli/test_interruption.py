@@ -1,4 +1,4 @@
-"""Ctrl-C on a real process: exit code 130, the state saved, and a resumption that ends as if nothing had happened."""
+"""Ctrl-C on a real process: exit code 130, saved state, and a resumed run equal to an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mftctl mask import`, `export` and the other mask commands on delta masks."""
+"""`mftctl mask import`, `mask export` and the other mask commands on delta masks."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def delta(tiny_checkpoint: Path, mftctl: CommandLine) -> Mask:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["masks.pt", "masks.npz"])
-def test_export_and_import_give_the_mask_back(
-    name: str, mftctl: CommandLine, mask: Mask, tiny_checkpoint: Path
-) -> None:
+def test_export_and_import_round_trip(name: str, mftctl: CommandLine, mask: Mask, tiny_checkpoint: Path) -> None:
     exported = mftctl("mask", "export", "learned.bits", "-o", name, "--json")
     assert exported.code == 0, exported.stderr
     document = json.loads(exported.stdout)

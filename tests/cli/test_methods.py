@@ -1,4 +1,4 @@
-"""The path with other methods than the default: LoRA, GMT, and undoing a part of fine-tuning."""
+"""The whole workflow with methods other than the default: LoRA, GMT, and resetting part of a fine-tuning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Commands in a folder in which a FIFO stands in the place of a file."""
+"""Commands in a folder with a FIFO in place of a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.mark.slow
-def test_a_command_with_one_goes_on(mftctl: CommandLine) -> None:
+def test_commands_run_in_spite_of_a_fifo(mftctl: CommandLine) -> None:
     root = mftctl.folder / "runs"
     write_study(root)
     record = sorted(root.iterdir())[0] / "run.json"

@@ -1,4 +1,4 @@
-"""Every command that writes, with random outputs over a tree of the user's files: nothing of theirs changes."""
+"""Every command that writes, with random output paths in a tree of user files: none of those files changes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OUTPUTS = st.builds(
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data, masks, results of mftctl and files of the user's."""
+    """A folder with a model, data, masks, mftctl results and user files."""
     with pytest.MonkeyPatch.context() as patch:
         folder = make_workspace(tmp_path_factory.mktemp("template") / "tree")
 
@@ -88,7 +88,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def state(folder: Path) -> dict[str, str | bytes]:
-    """Where each link leads, the bytes of each file, and the folders."""
+    """Link targets, file contents and folders."""
     found: dict[str, str | bytes] = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -99,7 +99,7 @@ def state(folder: Path) -> dict[str, str | bytes]:
 
 
 def lost(before: dict[str, str | bytes], after: dict[str, str | bytes], replaceable: list[str]) -> list[str]:
-    """What is gone or changed, but for results that may be replaced."""
+    """Paths that are missing or changed, except results that may be replaced."""
     return [
         name
         for name, content in before.items()
@@ -112,7 +112,7 @@ Run = Callable[[str, str, bool], None]
 
 @pytest.fixture
 def attempt(template: Path, mftctl: CommandLine) -> Run:
-    """Has a command write to an output in a fresh copy of the tree, and checks what it did."""
+    """Runs a command with an output path in a fresh copy of the tree, and checks its effects."""
 
     def run(command: str, output: str, yes: bool) -> None:
         tree = mftctl.folder / "tree"

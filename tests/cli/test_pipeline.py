@@ -1,4 +1,4 @@
-"""The path through the product on a tiny model: all commands, one after the other, as a user types them."""
+"""The whole workflow on a tiny model: all commands in sequence, as a user types them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_4_apply_writes_a_plain_checkpoint(here: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_5_eval_measures_the_result_and_what_it_came_from(here: CommandLine, workspace: Path) -> None:
+def test_5_eval_measures_the_result_and_its_source_model(here: CommandLine, workspace: Path) -> None:
     outcome = here("eval", "-d", workspace / "test.jsonl", "--json")
     assert outcome.code == 0, outcome.stderr
     states = [item["state"] for item in json.loads(outcome.stdout)["evaluations"]]
@@ -70,7 +70,7 @@ def test_5_eval_measures_the_result_and_what_it_came_from(here: CommandLine, wor
 
 
 @pytest.mark.slow
-def test_5_eval_measures_again_where_it_is_asked_to(here: CommandLine, workspace: Path) -> None:
+def test_5_eval_repeats_a_measurement_on_request(here: CommandLine, workspace: Path) -> None:
     model = here.folder / "runs" / "001-fft" / "model"
     outcome = here("eval", model, "-d", workspace / "test.jsonl", "--again", "--json")
     assert "already measured" not in outcome.stderr
@@ -81,7 +81,7 @@ def test_5_eval_measures_again_where_it_is_asked_to(here: CommandLine, workspace
 
 
 @pytest.mark.slow
-def test_5_eval_tells_how_fast_a_benchmark_was_answered(here: CommandLine, workspace: Path) -> None:
+def test_5_eval_reports_the_speed_of_a_benchmark(here: CommandLine, workspace: Path) -> None:
     task = ("--tasks", "gsm8k_0shot", "--task-data", f"gsm8k_0shot={workspace / 'test.jsonl'}")
     outcome = here("eval", workspace / "tiny", *task, "--limit", 2, "--max-new-tokens", 4, "--runs", "other")
     assert outcome.code == 0, outcome.stderr
@@ -156,7 +156,7 @@ def test_continued_fft_is_named_so(here: CommandLine) -> None:
 
 
 @pytest.mark.slow
-def test_settings_go_on_from_run_to_run(here: CommandLine) -> None:
+def test_settings_are_inherited_from_run_to_run(here: CommandLine) -> None:
     runs = {run.name: run.record.config for run in list_runs(here.folder / "runs")[0]}
     assert runs["002-probe"]["fft"]["learning_rate"] == 3e-3
     assert runs["003-mask-train"]["data"] == runs["001-fft"]["data"]

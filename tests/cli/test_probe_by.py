@@ -1,4 +1,4 @@
-"""From a probe by a score to the mask on the layers that it recommends, on the command line."""
+"""From a probe by score to a mask on the recommended layers, on the command line."""
 
 from __future__ import annotations
 

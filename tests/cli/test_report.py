@@ -1,4 +1,4 @@
-"""`mftctl report` on run folders written by hand: what the terminal shows, and what it keeps to itself."""
+"""`mftctl report` on hand-written run folders: what the terminal shows and what it omits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def words(text: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_terminal_shows_the_main_table_and_what_it_comes_to(mftctl: CommandLine) -> None:
+def test_the_terminal_shows_the_main_table_and_its_summary(mftctl: CommandLine) -> None:
     write_study(mftctl.folder / "runs")
     outcome = mftctl("report", "-o", "here")
     assert outcome.code == 0, outcome.stderr
@@ -49,7 +49,7 @@ def test_without_evaluations_the_cost_is_the_main_table(mftctl: CommandLine) -> 
 
 
 @pytest.mark.slow
-def test_of_many_problems_the_first_are_told_and_the_rest_counted(mftctl: CommandLine) -> None:
+def test_of_many_problems_the_first_are_listed_and_the_rest_counted(mftctl: CommandLine) -> None:
     runs = mftctl.folder / "runs"
     write_study(runs)
     for number in range(100, 115):
@@ -63,7 +63,7 @@ def test_of_many_problems_the_first_are_told_and_the_rest_counted(mftctl: Comman
     assert f"{len(document['problems']) - 10} more warnings in the report" in words(outcome.stderr)
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_any_work(mftctl: CommandLine, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_reported_before_any_work(mftctl: CommandLine, tmp_path: Path) -> None:
     write_study(mftctl.folder / "runs")
     (tmp_path / "file").write_text("", encoding="utf-8")
     outcome = mftctl("report", "-o", tmp_path / "file" / "report")

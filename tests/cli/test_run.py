@@ -1,4 +1,4 @@
-"""`mftctl run`: the plan, the experiment, the tree that shows it."""
+"""`mftctl run`: the plan, the experiment and its progress tree."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_experiment_is_run_reported_and_recognised(mftctl: CommandLine, recip
     assert len(list_runs(mftctl.folder / "runs")[0]) == 6
 
 
-def test_a_problem_is_told_before_anything_is_run(mftctl: CommandLine, recipe: Path) -> None:
+def test_a_problem_is_reported_before_anything_is_run(mftctl: CommandLine, recipe: Path) -> None:
     outcome = mftctl("run", "recipe.yaml", "--set", "mask_train.layers=3-4")
     assert outcome.code == 2
     assert "removed[ratio=0.1]: The model does not have that many layers" in outcome.stderr
@@ -107,7 +107,7 @@ def shown(view: Any) -> list[str]:
     return [line.rstrip() for line in capture.get().splitlines()]
 
 
-def test_the_live_tree_shows_the_seed_that_is_worked_on(recipe: Path, tmp_path: Path) -> None:
+def test_the_live_tree_shows_the_current_seed(recipe: Path, tmp_path: Path) -> None:
     settled = load_recipe(str(recipe), sets=["seeds=[3,5]"])
     plan: list[Planned] = plan_experiment(settled, "x", tmp_path / "none")
     plan[1].state = "running"
@@ -146,7 +146,7 @@ def test_two_runs_of_one_recipe_do_each_stage_once(mftctl: CommandLine, recipe: 
 
 
 @pytest.mark.slow
-def test_what_another_process_leaves_unfinished_is_taken_up(mftctl: CommandLine, recipe: Path) -> None:
+def test_stages_left_unfinished_by_another_process_are_resumed(mftctl: CommandLine, recipe: Path) -> None:
     command = [sys.executable, "-m", "mftctl", "run", "recipe.yaml", "--set", "fft.max_steps=1000000"]
     first = subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = mftctl.folder / "runs" / "001-fft" / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""Output in every encoding, and to terminals and pipes that are gone: what is said is lost, never the work."""
+"""Output in every encoding, and to closed terminals and pipes: messages may be lost, results never."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[byt
         ("utf-8", "± × − ↑ ↓ » « ü 中 😀 \\udcff\n".encode()),
     ],
 )
-def test_what_an_encoding_lacks_is_spelled_or_escaped(encoding: str, expected: bytes) -> None:
+def test_characters_that_an_encoding_lacks_are_replaced_or_escaped(encoding: str, expected: bytes) -> None:
     text = "± × − ↑ ↓ » « ü 中 😀 \udcff"
     code = f"import sys\nprepare_streams()\nprint({text!r})\nprint({text!r}, file=sys.stderr)"
     done = run_python(code, PYTHONIOENCODING=encoding)
@@ -57,7 +57,7 @@ def test_any_text_can_be_written_in_ascii(text: str) -> None:
 
 
 @pytest.mark.slow
-def test_streams_that_were_closed_take_no_files_place(tmp_path: Path) -> None:
+def test_closed_streams_are_not_replaced_by_opened_files(tmp_path: Path) -> None:
     code = "from mftctl.cli.app import main; import sys; sys.argv = ['mftctl', 'env']; main()"
     closed = f'exec {sys.executable} -c "{code}" <&- >&- 2>&-'
     assert subprocess.run(["sh", "-c", closed], cwd=tmp_path, check=False, timeout=120).returncode == 0
@@ -81,7 +81,7 @@ def test_a_result_that_cannot_be_written_is_an_error(monkeypatch: pytest.MonkeyP
         ForgivingWriter(1, frozenset({errno.EIO})).write(b"12345")
 
 
-def test_a_pipe_that_takes_nothing_just_now_is_waited_for() -> None:
+def test_a_full_pipe_is_waited_for() -> None:
     reading, writing = os.pipe()
     fcntl.fcntl(writing, fcntl.F_SETFL, fcntl.fcntl(writing, fcntl.F_GETFL) | os.O_NONBLOCK)
     data = b"x" * 500_000
@@ -121,7 +121,7 @@ def test_a_closed_pipe_of_messages_does_not_end_a_training(workspace: Path, tmp_
 
 @pytest.mark.slow
 def test_a_terminal_that_is_gone_does_not_end_a_training(workspace: Path, tmp_path: Path) -> None:
-    """Both streams are a terminal with live bars, whose other end closes amid the work; its signal is not ours."""
+    """Both streams are a terminal with live bars that closes during training; the process ignores SIGHUP."""
     master, terminal = pty.openpty()
     process = subprocess.Popen(
         training(workspace),
@@ -141,6 +141,6 @@ def test_a_terminal_that_is_gone_does_not_end_a_training(workspace: Path, tmp_pa
     assert '"status": "finished"' in (tmp_path / "runs" / "001-mask-train" / "run.json").read_text()
 
 
-def test_a_progress_bar_of_a_library_stays_in_its_line_and_nothing_else_moves() -> None:
+def test_a_progress_bar_of_a_library_stays_on_its_line() -> None:
     code = r"import sys; prepare_streams(); sys.stderr.write('\r 10%'); sys.stderr.write('a\r\x1b[2Kb\n')"
     assert run_python(code).stderr == b"\r 10%a\\x0d\\x1b[2Kb\n"

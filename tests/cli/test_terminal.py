@@ -1,4 +1,4 @@
-"""On a terminal: a missing value is asked for, and progress is live."""
+"""Interactive use: missing values are prompted for, and progress is live."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 
 def type_into(command: list[str], folder: Path, question: str, answer: str) -> tuple[int, str]:
-    """The exit code and everything shown on a terminal of 100 columns, after answering one question."""
+    """The exit code and all output on a terminal of 100 columns, after one question is answered."""
     process, terminal = pty.fork()
     if process == 0:
         os.chdir(folder)
@@ -28,7 +28,7 @@ def type_into(command: list[str], folder: Path, question: str, answer: str) -> t
             continue
         try:
             shown += os.read(terminal, 4096).decode(errors="replace")
-        except OSError:  # the program has closed its side
+        except OSError:  # the program has closed its end
             break
         if question in shown and not answered:
             os.write(terminal, f"{answer}\n".encode())
@@ -43,7 +43,7 @@ def test_missing_data_is_asked_for_and_progress_is_live(workspace: Path, tmp_pat
     assert code == 0, shown
     assert re.search(r"training .* \d+/20 loss \d\.\d+ .* tokens/s", shown)
     assert "Next: mftctl probe" in shown
-    assert "\\x1b" not in shown  # the controls of the bars reach the terminal as what they are
+    assert "\\x1b" not in shown  # control sequences of the bars reach the terminal unescaped
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`mftctl validate`: what is shown, where it goes, and how it ends."""
+"""`mftctl validate`: its output, streams and exit codes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_as_json(recipe: Path) -> None:
 
 
 @pytest.mark.slow
-def test_problems_end_it_with_2_after_all_else_is_shown(recipe: Path) -> None:
+def test_problems_give_exit_code_2_after_all_other_output(recipe: Path) -> None:
     result = _run(recipe, "--set", "mask_train.layers='9'", "--set", "eval.tasks=[gsm9k]")
     assert isinstance(result.exception, ConfigError)
     assert result.exception.exit_code == 2

@@ -68,13 +68,13 @@ def test_running_run_is_shown_in_full() -> None:
     assert "1 run: 1 running. Press Ctrl-C to stop watching." in text
 
 
-def test_run_that_has_written_nothing_for_long_says_so() -> None:
+def test_run_without_recent_output_says_so() -> None:
     quiet = "no output for"
     assert quiet not in rendered(RUNNING, now=1300.0)
     assert f"{quiet} 5:01" in rendered(RUNNING, now=1301.0)
 
 
-def test_newest_of_the_others_are_shown_and_the_rest_are_counted() -> None:
+def test_newest_other_runs_are_shown_and_the_rest_counted() -> None:
     others = [replace(RUNNING, run=f"{number:03d}-fft", status="finished", written=number) for number in range(9)]
     others[2] = replace(others[2], status="failed", error="It broke [badly].", written=90.0)
     others[3] = replace(others[3], status="killed", written=91.0)
@@ -84,18 +84,18 @@ def test_newest_of_the_others_are_shown_and_the_rest_are_counted() -> None:
     assert "11 runs: 7 finished, 1 failed, 1 killed, 1 running, 1 unreadable." in " ".join(text.split())
 
 
-def test_where_nothing_runs_the_view_says_that_it_goes_on_watching() -> None:
+def test_without_running_runs_the_view_says_that_it_keeps_watching() -> None:
     goes_on = "No runs in progress in runs; waiting for the next run until Ctrl-C."
     assert goes_on in " ".join(rendered(replace(RUNNING, status="finished")).split())
     assert goes_on in " ".join(rendered().split())
     assert goes_on not in rendered(watching=False)
 
 
-# Off a terminal
+# Without a terminal
 
 
 def after_each_look(monkeypatch: pytest.MonkeyPatch, *actions: Callable[[], object]) -> None:
-    """Does one thing after each look, and presses Ctrl-C after the last."""
+    """Performs one action after each refresh, and presses Ctrl-C after the last."""
     waiting = iter(actions)
 
     def sleep(seconds: float) -> None:
@@ -115,7 +115,7 @@ def test_each_change_is_a_line(
     after_each_look(
         monkeypatch,
         lambda: train(run, 1),
-        lambda: train(run, 2, 3),  # less than a tenth
+        lambda: train(run, 2, 3),  # less than a tenth of the steps
         lambda: train(run, 4, first_seconds=16.0),
         lambda: validate(run, 4, 0.5),
         lambda: None,
@@ -185,7 +185,7 @@ def test_on_a_terminal_the_view_is_live_and_its_last_state_stays(tmp_path: Path)
             continue
         try:
             shown += os.read(terminal, 4096).decode(errors="replace")
-        except OSError:  # the program has closed its side
+        except OSError:  # the program has closed its end
             break
         for text in [text for text in actions if text in shown]:
             actions.pop(text)()

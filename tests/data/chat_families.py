@@ -1,7 +1,7 @@
-"""Small chat templates, written here, that behave as those of the families they are named after.
+"""Small chat templates, written for the tests, that behave like those of the families they are named after.
 
-What each is known for: where the system prompt goes, what ends a turn, what becomes of thinking, what a generation
-prompt brings.
+Covered traits: position of the system prompt, end-of-turn marker, handling of thinking, and text of the generation
+prompt.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def test_batches_after_the_first_are_not_in_order_of_length() -> None:
     assert heads != sorted(heads, reverse=True)
 
 
-def test_padding_is_a_small_part_of_what_a_plain_shuffle_pads() -> None:
+def test_padding_is_a_small_part_of_that_of_a_plain_shuffle() -> None:
     generator = random.Random(0)
     lengths = [generator.randint(1, 500) for _ in range(2000)]
 

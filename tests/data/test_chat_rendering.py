@@ -1,4 +1,4 @@
-"""Every answer is found in what a template writes, whatever the family."""
+"""Every answer is located in the rendered text, whatever the template family."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, beside the special tokens of all families."""
+    """One token per byte, plus the special tokens of all families."""
     vocabulary = {token: index for index, token in enumerate(families.SPECIAL)}
     for byte in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocabulary.setdefault(byte, len(vocabulary))
@@ -85,7 +85,7 @@ def test_marker_of_a_family(family: str) -> None:
     assert renderer(template).turn_end.marker == marker
 
 
-def test_next_role_is_the_stop_where_no_marker_is() -> None:
+def test_next_role_is_the_stop_without_a_marker() -> None:
     conversation = rendered(families.GLM_4, *SHAPES["two"])
     assert learned(conversation) == ["uno<|user|>", "dos"]
     assert [answer.has_stop for answer in conversation.answers] == [True, False]
@@ -105,13 +105,13 @@ def test_each_turn_has_its_own_stop() -> None:
         ),
     ],
 )
-def test_thinking_is_learned_from_where_the_model_begins(template: str, answer: str) -> None:
+def test_thinking_is_learned_from_the_start_of_generation(template: str, answer: str) -> None:
     conversation = rendered(template, ONE, UNO, TWO, Message("assistant", "dos", thinking="Hmm."))
     assert learned(conversation)[-1] == answer
     assert not conversation.cuts_thinking
 
 
-def test_thinking_cut_from_an_earlier_turn_is_told() -> None:
+def test_thinking_cut_from_an_earlier_turn_is_reported() -> None:
     assert rendered(families.QWEN_3, ONE, Message("assistant", "uno", thinking="Hmm."), TWO, DOS).cuts_thinking
     inline = Message("assistant", "<think>Hmm.</think>dos")
     assert rendered(families.R1, ONE, inline).cuts_thinking

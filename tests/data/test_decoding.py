@@ -1,4 +1,4 @@
-"""What stands behind a prompt is decoded behind it."""
+"""Text after a prompt is decoded in the context of the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels sit on the answers alone, and a prompt's ids are the ones before its answer's labels."""
+"""Labels cover only the answers, and a prompt's ids are those before the labels of its answer."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def wrap(tokenizer: Tokenizer, chat_template: str | None, eos: str) -> PreTraine
 
 
 def train_bytes(chat_template: str | None, eos: str = "</s>") -> PreTrainedTokenizerFast:
-    """A byte-level BPE as GPT-2's, whose tokens merge over white space."""
+    """A byte-level BPE like GPT-2's, whose tokens merge across white space."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -60,11 +60,11 @@ def train_bytes(chat_template: str | None, eos: str = "</s>") -> PreTrainedToken
 
 
 def train_metaspace(chat_template: str | None, scheme: str) -> PreTrainedTokenizerFast:
-    """A BPE as Llama 2's: a space goes in front of the text, and BOS in front of that."""
+    """A BPE like Llama 2's: a space is prepended to the text, and BOS to that."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme, split=False)
-    # Line by line: Llama 2's tokens never cross a line end either.
+    # Line by line: Llama 2's tokens never span a line break either.
     lines = ["\n", *(line for text in CORPUS for line in text.split("\n"))]
     tokenizer.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=120, special_tokens=SPECIAL))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -79,7 +79,7 @@ LLAMA_PLAIN_ALWAYS = train_metaspace(None, "always")
 
 
 def example(*texts: str, kind: Kind = "chat", system: str | None = None) -> Example:
-    """User and assistant in turn, the assistant last."""
+    """Alternating user and assistant turns, ending with the assistant."""
     roles = ["assistant", "user"] * len(texts)
     messages = [Message(role, text) for role, text in zip(reversed(roles[: len(texts)]), texts, strict=True)]
     return Example(kind, tuple([*([Message("system", system)] if system else []), *messages]), "data:1")
@@ -94,7 +94,7 @@ def encode_prompt(record: Example, tokenizer: PreTrainedTokenizerFast) -> list[i
 
 
 def labelled(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """The text of each unbroken run of labels."""
+    """The text of each contiguous run of labels."""
     runs: list[list[int]] = []
     previous = -100
     for label in encoded.labels:
@@ -107,7 +107,7 @@ def labelled(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
 
 
 def assert_consistent(encoded: Encoded, prompt: Sequence[int]) -> None:
-    """Labels repeat the ids or ignore them, and the prompt is everything before the last run of labels."""
+    """Labels equal the ids or are ignored, and the prompt is everything before the last run of labels."""
     assert len(encoded.labels) == len(encoded.input_ids)
     assert all(label in (-100, token) for label, token in zip(encoded.labels, encoded.input_ids, strict=True))
     assert encoded.answer_tokens == sum(label != -100 for label in encoded.labels)
@@ -255,7 +255,7 @@ def test_completion_boundaries_hold_for_any_white_space(
     tokens = plain.convert_ids_to_tokens(encoded.input_ids[skip:])
     if tokenizer in (LLAMA_PLAIN, LLAMA_PLAIN_ALWAYS):
         assert encoded.input_ids[0] == plain.bos_token_id
-        # One space in front of the text, which the tokenizer leaves out where there is one, and none at the boundary.
+        # The tokenizer omits a space at the start of the text if there is one, and there is none at the boundary.
         text = "".join(tokens).replace("▁", " ")
         assert text in (f" {prompt}{answer}</s>", f"{prompt}{answer}</s>")
     else:

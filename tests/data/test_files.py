@@ -1,4 +1,4 @@
-"""Files of every kind, and one named test per way a file can be wrong."""
+"""Files of every kind, and one named test per way in which a file can be invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every known format, and one named test per way a record can be wrong."""
+"""Every known format, and one named test per way in which a record can be invalid."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_conversation_keeps_system_tool_and_several_turns() -> None:
     assert example.messages == tuple(Message(role, f"{index}") for index, role in enumerate(roles))
 
 
-def test_a_system_prompt_beside_the_turns_stands_before_them() -> None:
+def test_a_separate_system_prompt_comes_before_the_turns() -> None:
     turns = [{"from": "User", "value": "2+2?"}, {"from": "Assistant", "value": "4"}]
     example = to_example({"system": "Be brief.", "conversations": turns}, WHERE)
     assert example.messages == (Message("system", "Be brief."), *QUESTION_ANSWER)
@@ -101,7 +101,7 @@ def test_null_column_counts_as_absent() -> None:
     assert to_example(record, WHERE) == Example("chat", QUESTION_ANSWER, WHERE)
 
 
-def test_null_beside_the_other_spelling_of_a_turn_counts_as_absent() -> None:
+def test_null_next_to_another_spelling_of_a_turn_counts_as_absent() -> None:
     turns = [
         {"role": None, "content": None, "from": "human", "value": "2+2?"},
         {"role": "assistant", "content": "4", "from": None, "value": None},
@@ -193,7 +193,7 @@ def test_conversation_without_a_question() -> None:
         to_example({"messages": [{"role": "assistant", "content": "a"}]}, WHERE)
 
 
-def test_half_a_surrogate_pair() -> None:
+def test_lone_surrogate() -> None:
     with pytest.raises(DataError, match="surrogate") as caught:
         to_example({"text": "ab\ud83d"}, WHERE)
     assert (caught.value.path, caught.value.key) == (WHERE, "text")
@@ -226,7 +226,7 @@ def test_alpaca_history_and_system_are_earlier_turns() -> None:
     assert example.has_turns
 
 
-def test_system_prompt_beside_a_question() -> None:
+def test_system_prompt_with_a_question() -> None:
     assert to_example({"question": "a", "answer": "b", "system_prompt": "S"}, WHERE).messages[0] == Message(
         "system", "S"
     )
@@ -255,7 +255,7 @@ def test_preferences_are_refused(record: dict[str, Any]) -> None:
         to_example(record, WHERE)
 
 
-def test_conversation_of_which_nothing_is_learned() -> None:
+def test_conversation_without_anything_to_learn() -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     with pytest.raises(DataError, match="no turn to train on"):
         to_example({"messages": turns}, WHERE)
@@ -269,7 +269,7 @@ def test_token_ids_with_labels_or_masks() -> None:
     assert to_example({"input_ids": [0, 7]}, WHERE).token_ids == TokenIds((0, 7), (0, 7))
 
 
-def test_labels_of_another_length() -> None:
+def test_labels_of_the_wrong_length() -> None:
     with pytest.raises(DataError, match="differs in length") as caught:
         to_example({"input_ids": [1, 2], "labels": [1]}, WHERE)
     assert (caught.value.key, caught.value.expected, caught.value.actual) == ("labels", "2", "1")
@@ -281,7 +281,7 @@ def test_labels_that_are_shifted_already() -> None:
     assert caught.value.key == "labels[0]"
 
 
-def test_fields_without_a_use_are_named() -> None:
+def test_unused_fields_are_named() -> None:
     turns = [{"role": "user", "content": "a", "id": 3}, {"role": "assistant", "content": "b", "weight": 1}]
     assert unused_fields({"messages": turns, "source": "x", "tools": None, "id": 1}) == {"messages.id", "source", "id"}
     assert unused_fields({"question": "a", "answer": "b"}) == set()

@@ -1,4 +1,4 @@
-"""The built-in model and data: what ships is small, sound, and what the generator makes."""
+"""The built-in model and data: the shipped files are small, correct and reproducible with the generator."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def word_problems() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up by name.
+    # Dataclasses look up their module by name.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
@@ -87,7 +87,7 @@ def test_the_generator_makes_the_shipped_files_and_a_corpus_without_their_questi
     assert shipped.isdisjoint(_normalised(problem.question) for problem in corpus)
 
 
-def test_all_that_ships_is_at_most_four_mebibytes() -> None:
+def test_shipped_files_are_at_most_four_mebibytes() -> None:
     folder = built_in.model_path().parent
     assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= LARGEST_BYTES
 
@@ -120,12 +120,12 @@ def test_the_chat_template_renders_turns_and_the_answer_to_come(quickstart_token
 
 
 @pytest.mark.slow
-def test_the_tokenizer_gives_back_all_of_the_data(quickstart_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_tokenizer_round_trips_all_of_the_data(quickstart_tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [text for split in SPLITS for record in _records(split) for text in record.values()]
     assert quickstart_tokenizer.batch_decode(quickstart_tokenizer(texts)["input_ids"]) == texts
 
 
-def test_the_tokenizer_gives_back_text_it_never_saw(quickstart_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_the_tokenizer_round_trips_unseen_text(quickstart_tokenizer: PreTrainedTokenizerFast) -> None:
     text = "  Größe:\t12,5 € — 猫\n\n<b>x</b>  "
     assert quickstart_tokenizer.decode(quickstart_tokenizer(text)["input_ids"]) == text
 

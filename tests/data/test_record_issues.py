@@ -1,4 +1,4 @@
-"""What is wrong with records is counted, and told once."""
+"""Issues with records are counted, and reported once."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_several_records_are_counted_and_the_first_named() -> None:
 
 
 @pytest.mark.parametrize(("hints", "remedy"), [(["do this", "do this"], "do this"), (["do this", None], "fix them")])
-def test_a_remedy_that_all_need_is_named(hints: list[str | None], remedy: str) -> None:
+def test_a_common_remedy_is_named(hints: list[str | None], remedy: str) -> None:
     issues = issues_of(2)
     for error, hint in zip(issues.refused, hints, strict=True):
         error.hint = hint
@@ -44,7 +44,7 @@ def test_a_remedy_that_all_need_is_named(hints: list[str | None], remedy: str) -
     assert caught.value.hint == f"{remedy}, or skip them with --bad-records skip"
 
 
-def test_records_left_out_are_told() -> None:
+def test_skipped_records_are_reported() -> None:
     issues = issues_of(2)
     issues.settle("skip")
     assert issues.lines(100)[0].startswith("2 of 10 records skipped as unusable: d:0: k: It is bad (x); d:1")
@@ -61,7 +61,7 @@ def test_records_left_out_are_told() -> None:
         ("open_turns", "does not end earlier answers"),
     ],
 )
-def test_each_count_is_told(field: str, words: str) -> None:
+def test_each_count_is_reported(field: str, words: str) -> None:
     issues = issues_of(0)
     setattr(issues, field, 3)
     (line,) = issues.lines(64)
@@ -74,8 +74,8 @@ def test_ignored_fields_are_named_once() -> None:
     assert issues.lines(64) == ["ignored fields: id, source"]
 
 
-def test_that_no_end_is_learned_is_said_of_the_records_used_alone() -> None:
-    issues = issues_of(5)  # which were never tokenised
+def test_answers_without_an_end_are_counted_among_used_records_only() -> None:
+    issues = issues_of(5)  # these were never tokenised
     issues.tokenised, issues.used, issues.cut = 5, 5, 2
     assert not issues.learns_no_end
     issues.cut = 5

@@ -1,4 +1,4 @@
-"""Which records a mask is learned from."""
+"""Selection of the records that a mask is learned from."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def test_unseen_records_are_all_but_the_seen_in_their_order(seen: set[int]) -> N
         assert list(records_to_learn_from(PREPARED, digests, "unseen")) == unseen
 
 
-def test_where_nothing_is_unseen_that_is_said() -> None:
+def test_learning_from_unseen_records_needs_some() -> None:
     with pytest.raises(DataError) as caught:
         records_to_learn_from(PREPARED[:3], PREPARED.digests, "unseen")
     assert caught.value.actual == "3 training records, all used in fine-tuning"
     assert caught.value.hint == "give different data with --data, or use --learn-from all"
 
 
-def test_a_digest_is_of_the_content_alone() -> None:
+def test_a_digest_depends_on_the_content_alone() -> None:
     moved = prepared([Example("chat", EXAMPLES[0].messages, "elsewhere.jsonl:7")])
     assert moved.digests[0] == PREPARED.digests[0] != PREPARED.digests[1]
     content = b'["chat", [["user", "0?"], ["assistant", "1"]]]'
     assert moved.digests[0] == int(hashlib.sha256(content).hexdigest()[:16], 16)
 
 
-def test_the_seen_of_several_runs_are_joined(tmp_path: Path) -> None:
+def test_seen_records_of_several_runs_are_joined(tmp_path: Path) -> None:
     for name, part in (("001-fft", PREPARED[:2]), ("002-fft", PREPARED[1:4])):
         (tmp_path / name).mkdir()
         save_seen(tmp_path / name, part.digests)
@@ -83,8 +83,8 @@ def test_damaged_digests_are_refused(tmp_path: Path, name: str, content: bytes) 
 
 
 @pytest.mark.slow
-def test_a_mask_is_learned_from_what_fine_tuning_held_back(workspace: Path, tmp_path: Path) -> None:
-    """Of 160 records fine-tuning sees half: the mask, and the probe, get the others; the paper's gets all."""
+def test_a_mask_is_learned_from_records_held_back_in_fine_tuning(workspace: Path, tmp_path: Path) -> None:
+    """Fine-tuning sees half of 160 records; mask and probe get the rest, or all with the paper's settings."""
     data = str(write_additions(tmp_path / "more.jsonl", 160, seed=5))
     changes = {"data": [data], "fft__data_fraction": 0.5, "fft__max_steps": 2, "mask_train__max_steps": 2}
     recipe = make_recipe(workspace, **changes, mask_train__preset="default")
@@ -98,7 +98,7 @@ def test_a_mask_is_learned_from_what_fine_tuning_held_back(workspace: Path, tmp_
     mask_train(recipe, tuned, masking, listener)
     left = masking.record.inputs["train_records"]
     assert left >= 64
-    assert left + run.record.inputs["train_records"] <= 160  # a few additions come twice, and those were seen
+    assert left + run.record.inputs["train_records"] <= 160  # a few additions occur twice and count as seen
     assert any(
         f"Training records: {left}; left out because fine-tuning used them: {160 - left} " in note
         for note in listener.notes

@@ -1,4 +1,4 @@
-"""Mixtures out of files, hub data sets and built-in data, and one named test per way a source can be wrong."""
+"""Mixtures of files, hub data sets and built-in data, and one named test per way in which a source can be invalid."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_hub_data_set_without_records(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "dataset is empty" in failure("owner/name").message
 
 
-def test_hub_data_set_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = failure("nobody/nothing:main")
     assert "neither an existing file nor a reachable hub dataset" in error.message

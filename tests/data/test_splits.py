@@ -1,4 +1,4 @@
-"""Subsets are seeded, nested, in order, and never share a prompt across parts."""
+"""Subsets are seeded, nested and in order, and never share a prompt across parts."""
 
 from __future__ import annotations
 

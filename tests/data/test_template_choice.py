@@ -1,4 +1,4 @@
-"""Which chat template is used, and that what is chosen is written with the tokenizer."""
+"""Choice of the chat template, which is saved with the tokenizer."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_no_such_template() -> None:
     assert "rag, chatml, tulu" in str(caught.value.expected)
 
 
-def test_file_that_is_no_template(tmp_path: Path) -> None:
+def test_file_that_is_not_a_template(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ messages")
     with pytest.raises(ConfigError, match="not valid Jinja") as caught:
         choose_template(tokenizer_with(None), TemplateChoice(str(tmp_path / "own.jinja")))
@@ -114,13 +114,13 @@ def test_variable_without_a_name() -> None:
         choose_template(tokenizer_with(CHATML), TemplateChoice(variables={"a b": 1}))
 
 
-def test_model_without_template_stays_so() -> None:
+def test_model_without_template_stays_without_one() -> None:
     tokenizer = tokenizer_with(None)
     choose_template(tokenizer, TemplateChoice())
     assert tokenizer.chat_template is None
 
 
-def test_a_choice_takes_the_place_of_what_an_earlier_one_wrote() -> None:
+def test_a_choice_replaces_an_earlier_one() -> None:
     tokenizer = build_tokenizer(chat_template="{{ mode }}|{{ n }}|{% for m in messages %}{{ m.content }};{% endfor %}")
     choose_template(tokenizer, TemplateChoice(variables={"mode": 'a "b" \\ -%}', "n": 1}, merge_system=True))
     written = str(tokenizer.chat_template)

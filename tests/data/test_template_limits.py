@@ -1,4 +1,4 @@
-"""Chat templates of anyone: what they may take, and how they fail."""
+"""Untrusted chat templates: their resource limits and failures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FAILING = {
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little time, so that the tests take little."""
+    """A short time limit, so that the tests are fast."""
     monkeypatch.setattr(template_limits, "MOST_SECONDS", 0.2)
 
 
@@ -100,13 +100,13 @@ def test_a_template_that_fails_can_be_chosen(template: str) -> None:
     assert tokenizer.chat_template == template
 
 
-def test_a_template_that_takes_too_much_cannot_be_chosen() -> None:
+def test_a_template_that_exceeds_a_limit_cannot_be_chosen() -> None:
     with pytest.raises(ModelError, match="exceeds the resource limits"):
         choose_template(build_tokenizer(chat_template=TOO_MUCH["multiplied"]), TemplateChoice())
 
 
 @pytest.mark.parametrize("template", [TOO_MUCH["multiplied"], FAILING["division"]])
-def test_what_others_render_has_the_same_bounds(template: str) -> None:
+def test_rendering_by_other_libraries_has_the_same_limits(template: str) -> None:
     tokenizer: Any = build_tokenizer(chat_template=template)
     with pytest.raises((ModelError, DataError)) as caught:
         limited(tokenizer.apply_chat_template)(TURNS, tokenize=False)

@@ -1,4 +1,4 @@
-"""Conversations out of trees of messages."""
+"""Conversations extracted from message trees."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_a_last_question_is_left_out_and_so_is_a_tree_without_an_answer() -> Non
     assert texts(found) == ["text 1", "text 2"]
 
 
-def test_messages_that_name_each_other_end() -> None:
+def test_circular_messages_terminate() -> None:
     loop = records(message(1, 2), message(2, 1), message(3, None), message(4, 3))
     (found,) = conversations(loop)
     assert texts(found) == ["text 3", "text 4"]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=12))
-def test_every_root_with_an_answer_gives_one_conversation_of_its_own_messages(parents: list[int]) -> None:
+def test_every_root_with_an_answer_gives_one_conversation(parents: list[int]) -> None:
     tree = [message(0, None)]
     tree += [message(number, parent if parent < number else None) for number, parent in enumerate(parents, start=1)]
     found = conversations(records(*tree))
@@ -91,7 +91,7 @@ def test_trees_without_any_answer_are_refused(tmp_path: Path) -> None:
         load_examples([DataSource(str(path))])
 
 
-def test_plain_text_is_no_message() -> None:
+def test_plain_text_is_not_a_message() -> None:
     assert not is_message(Record("x:1", {"text": "Once."}))
     assert is_message(Record("x:1", message(1, None)))
 

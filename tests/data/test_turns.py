@@ -1,4 +1,4 @@
-"""Turns in every spelling that data sets use."""
+"""Turns in every notation that data sets use."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_older_function_call(turn: dict[str, Any]) -> None:
         ({"role": "user", "content": "\ud800"}, "k.content", "U+D800 at character 0"),
     ],
 )
-def test_turn_that_cannot_be_used(turn: dict[str, Any], key: str | None, actual: str | None) -> None:
+def test_unusable_turn(turn: dict[str, Any], key: str | None, actual: str | None) -> None:
     if key is None:
         assert to_message(turn, "d:1", "k").tool_calls == ()
         return
@@ -81,30 +81,30 @@ def test_turn_that_cannot_be_used(turn: dict[str, Any], key: str | None, actual:
     assert (caught.value.path, caught.value.key, caught.value.actual) == ("d:1", key, actual)
 
 
-def test_function_call_that_is_no_json() -> None:
+def test_function_call_that_is_not_json() -> None:
     with pytest.raises(DataError, match="not JSON") as caught:
         to_message({"from": "function_call", "value": "f(1)"}, "d:1", "k")
     assert caught.value.key == "k.value"
 
 
-def test_functions_that_are_no_list() -> None:
+def test_functions_that_are_not_a_list() -> None:
     with pytest.raises(DataError, match="wrong type"):
         functions({"name": "f"}, "d:1", "tools")
 
 
-def test_keys_without_a_use() -> None:
+def test_unused_keys() -> None:
     assert unused_keys({"role": "user", "content": "a", "id": 1, "loss": None, "emotion": "joy"}) == {"id", "emotion"}
     assert unused_keys("text") == set()
 
 
 @pytest.mark.parametrize("tools", [[{"type": "function", "function": "clock"}], ["clock"], "[1]"])
-def test_a_function_that_is_none_is_refused(tools: object) -> None:
+def test_an_invalid_function_is_refused(tools: object) -> None:
     with pytest.raises(DataError, match="wrong type") as caught:
         functions(tools, "d:1", "tools")
     assert caught.value.key == "tools[0]"
 
 
-def test_half_a_surrogate_pair_in_arguments_is_refused() -> None:
+def test_a_lone_surrogate_in_arguments_is_refused() -> None:
     call = {"function": {"name": "f", "arguments": {"x": "\ud800"}}}
     with pytest.raises(DataError, match="surrogate") as caught:
         to_message({"role": "assistant", "content": None, "tool_calls": [call]}, "d:1", "messages[1]")

@@ -1,4 +1,4 @@
-"""How many prompts are answered together, and what happens where there is no room for so many."""
+"""Number of prompts answered per batch, and behaviour when memory for a batch runs out."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_batches_are_those_of_the_lengths(lengths: list[int], most_tokens: int) 
 
 
 @pytest.mark.parametrize(("most_bytes", "rows"), [(None, 10), (1000, 10), (50, 5), (19, 1), (0, 1)])
-def test_memory_bounds_a_batch_as_tokens_do(most_bytes: int | None, rows: int) -> None:
+def test_memory_limits_a_batch_like_tokens(most_bytes: int | None, rows: int) -> None:
     assert room(100, most_bytes=most_bytes).rows(6, 4) == rows
 
 
 def test_exact_match_takes_fewer_steps_than_with_the_batches_of_the_loss() -> None:
-    """1,319 problems of GSM8K's lengths: 4,096 tokens a batch took 30 times the steps and more."""
+    """1,319 problems with GSM8K's lengths: 4,096 tokens per batch took more than 30 times as many steps."""
     lengths = [60 + (number * 37) % 150 for number in range(1319)]
     before = decode_steps(room(4096), lengths, 640)
     assert before == 640 * 278
@@ -53,7 +53,7 @@ def test_exact_match_takes_fewer_steps_than_with_the_batches_of_the_loss() -> No
 
 
 class Small:
-    """A GPU with room for a few prompts."""
+    """A GPU with memory for only a few prompts."""
 
     def __init__(self, rows: int) -> None:
         self.rows, self.tried, self.held = rows, [], []  # type: ignore[var-annotated]
@@ -79,7 +79,7 @@ def test_answers_are_the_same_however_small_the_gpu(lengths: list[int], rows: in
 
 
 @pytest.mark.slow
-def test_a_batch_without_room_is_halved_for_good_and_the_user_is_told() -> None:
+def test_batches_are_halved_for_good_when_memory_runs_out() -> None:
     told: list[int] = []
     gpu = Small(3)
     list(room(200, on_shortage=told.append).answered([5] * 20, 5, gpu.answer))
@@ -89,7 +89,7 @@ def test_a_batch_without_room_is_halved_for_good_and_the_user_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_a_single_prompt_without_room_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_prompt_that_does_not_fit_in_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tried = build_llama(layers=1), []
 
     def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_greedy_answers_are_the_same_where_memory_runs_out(monkeypatch: pytest.M
     assert len(told) == 3
 
 
-def test_the_room_follows_from_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_memory_follows_from_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_llama()
     row = row_bytes(model)(20, 30)
     free = [10 * row]
@@ -142,7 +142,7 @@ def test_processes_that_share_weights_form_the_same_batches(monkeypatch: pytest.
         list(answer_room(build_llama()).answered([5] * 8, 5, Small(2).answer))
 
 
-def test_a_row_counts_the_cache_the_prompt_and_the_logits() -> None:
+def test_memory_per_row_covers_cache_prompt_and_logits() -> None:
     model = build_llama()
     need = row_bytes(model)
     assert need(10, 20) - need(10, 19) == need(10, 21) - need(10, 20) > 0

@@ -1,4 +1,4 @@
-"""An answer ends where its turn ends."""
+"""An answer ends at the end-of-turn marker."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_stop_in_plain_text() -> None:
     assert turn_stops(tokenizer) == AnswerStops(frozenset(), ("###",))
 
 
-def test_no_template_no_stop_of_a_turn() -> None:
+def test_without_a_template_there_is_no_end_of_turn() -> None:
     assert turn_stops(build_tokenizer(chat_template=None)) == AnswerStops(frozenset())
 
 
-def test_all_that_is_named_ends_an_answer() -> None:
+def test_every_named_stop_ends_an_answer() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = families.CHATML
     model = build_llama(layers=1)
@@ -66,7 +66,7 @@ def test_all_that_is_named_ends_an_answer() -> None:
 
 @pytest.mark.parametrize(("template", "stop"), [(families.CHATML, "<|im_end|>"), (PLAIN_TEXT, " ###")])
 def test_answers_end_at_the_stop_of_the_template(template: str, stop: str) -> None:
-    """A model that goes on behind its answer, as one whose end of turn is not the end of a sequence."""
+    """A model that continues after its answer, as if its end of turn did not end the sequence."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     written = tokenizer(f" yes{stop} and on", add_special_tokens=False)["input_ids"]
@@ -88,7 +88,7 @@ def test_answers_end_at_the_stop_of_the_template(template: str, stop: str) -> No
     assert generate_answers(model, encoder, [question], max_new_tokens=12)[0].rstrip() == " yes"
 
 
-def test_settings_name_the_stop_beside_those_that_were_there(tmp_path: Path) -> None:
+def test_generation_settings_add_the_stop_to_existing_ones(tmp_path: Path) -> None:
     path = tmp_path / "generation_config.json"
     for before, after in ((2, [2, 5]), ([2, 5], [2, 5]), (5, 5), (None, 5)):
         path.write_text(json.dumps({"eos_token_id": before, "do_sample": True}))
@@ -96,7 +96,7 @@ def test_settings_name_the_stop_beside_those_that_were_there(tmp_path: Path) -> 
         assert json.loads(path.read_text()) == {"eos_token_id": after, "do_sample": True}
 
 
-def test_checkpoint_without_settings_gets_some_where_there_is_a_stop(tmp_path: Path) -> None:
+def test_checkpoint_without_generation_settings_gets_some_if_there_is_a_stop(tmp_path: Path) -> None:
     name_stops(tmp_path, [])
     assert list(tmp_path.iterdir()) == []
     name_stops(tmp_path, [5])

@@ -40,7 +40,7 @@ def room(most_tokens: int) -> AnswerRoom:
 def one_by_one(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, examples: list[Example], max_new_tokens: int
 ) -> list[str]:
-    """The highest logit each time, the whole sequence computed anew for every token."""
+    """Greedy decoding that recomputes the whole sequence for every token."""
     answers = []
     for example in examples:
         prompt = Encoder(tokenizer).prompt(example)
@@ -55,7 +55,7 @@ def one_by_one(
 
 
 def lively_llama(**options: object) -> PreTrainedModel:
-    """A random Llama with large weights, whose answers vary and sometimes end."""
+    """A random Llama with large weights, whose answers vary and sometimes end early."""
     model = build_llama(layers=2, **options)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def lively_llama(**options: object) -> PreTrainedModel:
 
 
 def lively_gpt2() -> PreTrainedModel:
-    """Learned positions: padding on the left must not shift them."""
+    """A model with learned positions, which left padding must not shift."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(2)
@@ -129,7 +129,7 @@ def test_the_mode_is_restored_and_progress_reaches_the_end() -> None:
     assert calls[-1] == (5, 5)
 
 
-def test_no_questions_no_answers() -> None:
+def test_no_questions_give_no_answers() -> None:
     assert generate_answers(build_llama(layers=1), Encoder(build_tokenizer()), [], max_new_tokens=5) == []
 
 

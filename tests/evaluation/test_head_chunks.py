@@ -1,4 +1,4 @@
-"""Losses of chunks against those of all logits at once: values, gradients, bytes, and what a model does to logits."""
+"""Chunked losses compared with losses on all logits: values, gradients, memory, and models that transform logits."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits(name: str, monkeyp
 
 
 def head_sizes(model: Any) -> list[int]:
-    """The positions of each pass of the head from now on."""
+    """The number of positions in each subsequent pass through the head."""
     sizes: list[int] = []
     hook = lambda _, inputs, output: sizes.append(output.shape[1])  # noqa: E731
     model.get_output_embeddings().register_forward_hook(hook)
@@ -139,7 +139,7 @@ def test_under_autocast_the_loss_is_that_of_all_logits(monkeypatch: pytest.Monke
 
 
 class Shifting(LlamaForCausalLM):
-    """Its logits hang on the position, so that a chunk has other ones."""
+    """A model that shifts its logits with every call, so that those of a chunk differ."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super().forward(*args, **kwargs)
@@ -151,14 +151,14 @@ class Shifting(LlamaForCausalLM):
 
 
 class Whole(LlamaForCausalLM):
-    """Says of no part that it is the decoder."""
+    """A model that does not expose its decoder."""
 
     base_model_prefix = ""
 
 
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("kind", [Shifting, Whole])
-def test_a_model_whose_chunks_are_not_its_own_logits_computes_all_and_says_so_once(kind: type[PreTrainedModel]) -> None:
+def test_a_model_with_different_logits_in_chunks_computes_all_with_one_note(kind: type[PreTrainedModel]) -> None:
     torch.manual_seed(0)
     model: Any = kind(LlamaConfig(**SIZES, **HEADS))
     said: list[str] = []
@@ -167,12 +167,12 @@ def test_a_model_whose_chunks_are_not_its_own_logits_computes_all_and_says_so_on
     assert said[0].startswith(f"{kind.__name__} computes the logits of all answer tokens at once")
     torch.manual_seed(0)
     expected = loss_of(LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS)))
-    for loss in losses:  # a constant added to all logits changes no loss
+    for loss in losses:  # a constant added to all logits does not change the loss
         torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_without_someone_to_tell_it_is_a_warning() -> None:
+def test_without_a_listener_it_is_a_warning() -> None:
     input_ids, labels = batch()
     positions, tokens = answer_positions(labels)
     model = Whole(LlamaConfig(**SIZES, **HEADS))
@@ -181,8 +181,8 @@ def test_without_someone_to_tell_it_is_a_warning() -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_nothing_to_learn_still_reaches_every_parameter() -> None:
-    """As processes need it that have no records left."""
+def test_a_batch_without_labels_still_reaches_every_parameter() -> None:
+    """Processes without remaining records rely on this."""
     model = build("llama")
     input_ids, _ = batch()
     positions, tokens = answer_positions(torch.full_like(input_ids, -100))
@@ -211,7 +211,7 @@ def test_sample_losses_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_memory_follows_the_chunk_and_not_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_depends_on_the_chunk_and_not_on_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary, at_once = 4096, 64
     config = LlamaConfig(**{**SIZES, "vocab_size": vocabulary}, **HEADS)
 

@@ -11,26 +11,26 @@ from tests.masking.architectures import build
 
 
 def kept(model: Any, tokens: int) -> int:
-    """The bytes of what a model really keeps."""
+    """Actual size of a model's cache in bytes."""
     with torch.no_grad():
         cache = model(input_ids=torch.ones(1, tokens, dtype=torch.long), use_cache=True).past_key_values
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3_moe", "llama", "phi3"])
-def test_what_a_model_keeps(name: str) -> None:
+def test_cache_size_of_a_model(name: str) -> None:
     model = build(name).eval()
     assert cache_bytes(model.config, 9, 4) == kept(model, 9)
 
 
-def test_heads_that_share_keys() -> None:
+def test_grouped_query_attention() -> None:
     model = build_llama(num_key_value_heads=1).to(torch.bfloat16)
     assert cache_bytes(model.config, 7, 2) == kept(model, 7)
     assert cache_bytes(model.config, 7, 2) < cache_bytes(build_llama(num_key_value_heads=4).config, 7, 2)
 
 
 @pytest.mark.parametrize("tokens", [3, 8, 30])
-def test_layers_that_look_back_over_a_window(tokens: int) -> None:
+def test_sliding_window_layers(tokens: int) -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -40,11 +40,11 @@ def test_layers_that_look_back_over_a_window(tokens: int) -> None:
     model = Gemma2ForCausalLM(config).eval()
     whole = 4 * 2 * 2 * 16 * 4 * tokens
     assert cache_bytes(config, tokens, 4) == whole // 2 + whole // 2 * min(tokens, 8) // tokens
-    # transformers leaves out the token that the next one pushes out of the window
+    # transformers omits the token that the next one would push out of the window
     assert 0 <= cache_bytes(config, tokens, 4) - kept(model, tokens) <= whole // tokens // 2
 
 
-def test_attention_that_keeps_what_keys_and_values_are_made_of() -> None:
+def test_latent_attention() -> None:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     config = DeepseekV3Config(

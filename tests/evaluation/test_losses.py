@@ -15,7 +15,7 @@ from tests.conftest import build_llama
 
 
 def random_samples(count: int, *, seed: int = 0) -> list[Encoded]:
-    """Samples of 2 to 40 tokens whose prompts take up anything from nothing to all but one."""
+    """Samples of 2 to 40 tokens with prompts of any length from zero to all but one token."""
     rng = random.Random(seed)
     samples = []
     for index in range(count):
@@ -26,7 +26,7 @@ def random_samples(count: int, *, seed: int = 0) -> list[Encoded]:
 
 
 def loop_losses(model: torch.nn.Module, samples: list[Encoded]) -> list[tuple[float, int]]:
-    """One sample at a time, all logits, one token at a time."""
+    """Computes one sample and one token at a time, from all logits."""
     results = []
     for sample in samples:
         with torch.no_grad():
@@ -59,7 +59,7 @@ def test_agrees_where_the_model_computes_all_logits() -> None:
     assert_same(some, [(loss.nll, loss.answer_tokens) for loss in every])
 
 
-def test_keeps_what_a_model_does_to_its_logits() -> None:
+def test_keeps_a_models_transformation_of_its_logits() -> None:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -71,7 +71,7 @@ def test_keeps_what_a_model_does_to_its_logits() -> None:
     assert_same(sample_losses(model, samples, pad_token_id=0), loop_losses(model, samples))
 
 
-def test_dropout_is_off_and_training_goes_on() -> None:
+def test_dropout_is_off_and_training_mode_is_restored() -> None:
     model, samples = build_llama(attention_dropout=0.9), random_samples(5)
     expected = sample_losses(model, samples, pad_token_id=0)
     model.train()

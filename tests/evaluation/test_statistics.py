@@ -27,7 +27,7 @@ from mftctl.evaluation.statistics import (
 
 
 def plain_bootstrap(differences: np.ndarray, weights: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
-    """Test sets drawn one after the other."""
+    """Draws one test set after another."""
     rng = np.random.default_rng(seed)
     ratios = []
     for _ in range(resamples):
@@ -63,7 +63,7 @@ def test_agrees_with_an_independent_bootstrap() -> None:
 
 
 @pytest.mark.slow
-def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_truth_at_its_level() -> None:
     rng = np.random.default_rng(0)
     covered = 0
     for trial in range(300):
@@ -71,7 +71,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
         differences = 0.1 * weights + rng.normal(0, 3, 80)
         interval = paired_difference(differences, weights, confidence=0.9, resamples=400, seed=trial)
         covered += interval.low <= 0.1 <= interval.high
-    # 300 trials at 0.9: standard deviation 0.017; the percentile method is a little short at 80 samples.
+    # 300 trials at 0.9: standard deviation 0.017; the percentile method falls slightly short with 80 samples.
     assert 0.84 <= covered / 300 <= 0.95
 
 
@@ -109,7 +109,7 @@ def test_an_interval_is_ordered_and_scales_with_the_weights(differences: np.ndar
     assert unit.high <= differences.max() + 1e-9
 
 
-def test_no_difference_anywhere_is_zero_to_zero() -> None:
+def test_without_differences_the_interval_is_zero_to_zero() -> None:
     losses = [SampleLoss(2.0, 3), SampleLoss(1.0, 4), SampleLoss(5.0, 5)]
     interval = loss_difference(losses, losses)
     assert (interval.estimate, interval.low, interval.high) == (0.0, 0.0, 0.0)
@@ -135,7 +135,7 @@ def test_a_clear_gain_excludes_zero_and_noise_does_not() -> None:
     assert not loss_difference(a, noise).excludes_zero
 
 
-def test_swapping_the_models_turns_the_sign() -> None:
+def test_swapping_the_models_flips_the_sign() -> None:
     rng = np.random.default_rng(2)
     a, b = rng.random(60), rng.random(60)
     one, two = score_difference(a, b), score_difference(b, a)
@@ -217,7 +217,7 @@ def test_differences_and_weights_of_different_length_are_an_error() -> None:
 
 @pytest.mark.slow
 @given(st.lists(st.integers(-3, 3), max_size=10))
-def test_sign_flips_counts_the_signs_that_go_as_far(differences: list[int]) -> None:
+def test_sign_flips_counts_sign_assignments_at_least_as_extreme(differences: list[int]) -> None:
     signed = itertools.product(*((value, -value) for value in differences))
     as_far = sum(abs(sum(values)) >= abs(sum(differences)) for values in signed)
     assert sign_flips(differences) == pytest.approx(as_far / 2 ** len(differences))

@@ -1,4 +1,4 @@
-"""The eval workflow: what it writes, and that a mask in memory equals an applied one."""
+"""The eval workflow: its output files, and equality of a mask in memory with an applied one."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_an_unknown_benchmark(workspace: Path, tmp_path: Path) -> None:
     assert "gsm8k" in str(caught.value.hint)
 
 
-def test_a_benchmark_file_for_no_task(workspace: Path, tmp_path: Path) -> None:
+def test_a_benchmark_file_without_its_task(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, eval__task_data={"gsm8k": "x.jsonl"})
     run, source = open_run(tmp_path, "eval", recipe)
     with pytest.raises(ConfigError, match="not run"):

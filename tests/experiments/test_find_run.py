@@ -42,7 +42,7 @@ def test_run_is_found_by_its_folder_wherever_it_is(root: Path, tmp_path: Path, m
     assert find_run(tmp_path / "missing", "runs/001-fft").name == "001-fft"
 
 
-def test_name_in_the_runs_folder_goes_before_a_folder_beside_it(
+def test_name_in_the_runs_folder_takes_precedence_over_a_folder_next_to_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "001-fft")
@@ -67,7 +67,7 @@ def test_number_of_several_runs_is_a_run_error_that_names_them(root: Path) -> No
         ("zzz", "012-eval or 1005-eval or 006-probe"),
     ],
 )
-def test_run_that_is_not_there_is_a_run_error_with_the_nearest_names(root: Path, text: str, hint: str) -> None:
+def test_missing_run_is_a_run_error_with_the_nearest_names(root: Path, text: str, hint: str) -> None:
     with pytest.raises(RunError, match="There is no such run") as caught:
         find_run(root, text)
     assert (caught.value.path, caught.value.actual) == (str(root), text)
@@ -75,7 +75,7 @@ def test_run_that_is_not_there_is_a_run_error_with_the_nearest_names(root: Path,
     assert set(str(caught.value.hint).split(" or ")) <= set(NAMES)
 
 
-def test_without_runs_the_hint_is_another_folder(tmp_path: Path) -> None:
+def test_without_runs_the_hint_is_a_different_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="There is no such run") as caught:
         find_run(tmp_path / "missing", "5")
     assert str(caught.value.hint).startswith("--runs DIR")

@@ -9,7 +9,7 @@ from mftctl.experiments import fingerprints
 from mftctl.experiments.fingerprints import file_digest
 
 
-def test_a_folder_is_told_by_names_and_contents_of_its_files(tmp_path: Path) -> None:
+def test_a_folder_is_identified_by_names_and_contents_of_its_files(tmp_path: Path) -> None:
     folder = tmp_path / "mmlu"
     (folder / "test").mkdir(parents=True)
     (folder / "test" / "a.csv").write_text("1")
@@ -23,7 +23,7 @@ def test_a_folder_is_told_by_names_and_contents_of_its_files(tmp_path: Path) -> 
     assert file_digest(str(folder)) == digests[-1]
 
 
-def test_what_is_not_on_this_machine_has_no_digest() -> None:
+def test_paths_not_on_this_machine_have_no_digest() -> None:
     assert file_digest("openai/gsm8k") is None
 
 

@@ -1,4 +1,4 @@
-"""From stages to jobs: order, sweeps, seeds, and stages that do not fit together."""
+"""From stages to jobs: order, sweeps, seeds, and incompatible stages."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_stage_that_needs_itself_is_a_circle() -> None:
         stage_order({"a": Stage(command="fft", after="a")})
 
 
-def test_a_sweep_makes_a_task_for_each_combination_and_its_dependents_follow() -> None:
+def test_a_sweep_gives_one_task_per_combination_with_its_dependents() -> None:
     tasks = tasks_of(
         {
             "fft": {"command": "fft"},

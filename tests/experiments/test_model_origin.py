@@ -1,4 +1,4 @@
-"""Where a model comes from stands in its own folder."""
+"""The origin of a model is recorded in the model's folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.workflow_fixtures import make_recipe, open_run
 
 @pytest.fixture(scope="module")
 def tuned(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fine-tuned model, far from the runs folder that made it."""
+    """A fine-tuned model outside the runs folder that it was trained in."""
     folder = tmp_path_factory.mktemp("tuned")
     recipe = make_recipe(workspace, fft__max_steps=1)
     run, source = open_run(folder / "runs", "fft", recipe)
@@ -37,7 +37,7 @@ def tuned(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_fine_tuned_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: Path) -> None:
+def test_fine_tuned_model_records_its_origin(tuned: Path, workspace: Path, tmp_path: Path) -> None:
     base = str((workspace / "tiny").resolve())
     assert told_origin(tuned) == ModelOrigin(FFT, base, base, str(model_fingerprint(base)))
     found = source_of_model(str(tuned), tmp_path / "other")
@@ -51,7 +51,7 @@ def test_fine_tuned_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_masked_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: Path) -> None:
+def test_masked_model_records_its_origin(tuned: Path, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
         workspace, model=str(tuned), mask_train__method="random", mask_train__preset="default", mask_train__ratio=0.1
     )
@@ -64,7 +64,7 @@ def test_masked_model_tells_what_it_is(tuned: Path, workspace: Path, tmp_path: P
     assert (found.state, found.base, found.origin) == ("random mask", str(tuned), source.origin)
 
 
-def test_run_of_the_runs_folder_comes_before_what_the_folder_tells(tuned: Path, tmp_path: Path) -> None:
+def test_run_takes_precedence_over_the_recorded_origin(tuned: Path, tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {}, inputs=ModelSource("base").as_inputs())
     run.finish(partial_result({"state": "GMT", "model": str(tuned)}))
     assert source_of_model(str(tuned), tmp_path).state == "GMT"
@@ -90,7 +90,7 @@ def test_model_that_another_tool_trained_is_of_unknown_origin(tmp_path: Path, tr
 
 
 @pytest.mark.parametrize("origin", [{"state": "FFT"}, {"state": 1, "base": "", "origin": "", "digest": ""}, []])
-def test_origin_that_is_not_whole_tells_nothing(tmp_path: Path, origin: Any) -> None:
+def test_incomplete_origin_is_ignored(tmp_path: Path, origin: Any) -> None:
     (tmp_path / MARKER).write_text(
         json.dumps({"purpose": "result of mftctl", "kind": "model", "files": {}, "origin": origin})
     )
@@ -103,7 +103,7 @@ def test_report_folder_has_no_origin(tmp_path: Path) -> None:
     assert "origin" not in json.loads((tmp_path / MARKER).read_text())
 
 
-def test_hub_model_is_told_by_its_name() -> None:
+def test_hub_model_is_identified_by_its_name() -> None:
     assert origin_of("FFT", "owner/name", "") == ModelOrigin("FFT", "owner/name", "owner/name", "")
 
 

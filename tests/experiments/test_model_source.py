@@ -34,7 +34,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run_fft(root: Path, source: ModelSource, output: str | None = None) -> Run:
-    """A finished fft run, as the command records it."""
+    """A finished `fft` run, as the command records it."""
     run = create_run(root, "fft", {"seed": 3}, inputs=source.as_inputs())
     folder = Path(output) if output else run.folder / "model"
     folder.mkdir(exist_ok=True)
@@ -43,7 +43,7 @@ def run_fft(root: Path, source: ModelSource, output: str | None = None) -> Run:
 
 
 def run_mask(root: Path, source: ModelSource, method: Any = "learned", output: Path | None = None) -> Run:
-    """A finished mask-train run, as the command records it."""
+    """A finished `mask-train` run, as the command records it."""
     run = create_run(root, "mask-train", {"seed": 3}, inputs=source.as_inputs(), output=output)
     run.finish(
         partial_result(
@@ -59,7 +59,7 @@ def run_mask(root: Path, source: ModelSource, method: Any = "learned", output: P
 
 
 def run_apply(root: Path, source: ModelSource) -> Run:
-    """A finished apply run, as the command records it."""
+    """A finished `apply` run, as the command records it."""
     run = create_run(root, "apply", {"seed": 3}, inputs=source.as_inputs())
     (run.folder / "model").mkdir()
     run.finish(partial_result({"state": source.state, "model": str((run.folder / "model").resolve())}))
@@ -72,10 +72,10 @@ def run_probe(root: Path, model: str, layers: str) -> Run:
     return run
 
 
-# What a run has made
+# Models and masks made by runs
 
 
-def test_model_that_no_run_made_is_pre_trained(root: Path) -> None:
+def test_model_without_a_run_is_pre_trained(root: Path) -> None:
     assert source_of_model("owner/name", root) == ModelSource("owner/name")
     assert ModelSource("owner/name").as_inputs() == {
         "model": "owner/name",
@@ -93,7 +93,7 @@ def test_model_of_an_fft_run_comes_from_it(root: Path) -> None:
     assert source_of_model("runs/001-fft/model", root) == made
 
 
-def test_mask_of_a_model_leaves_the_model_what_it_is(root: Path) -> None:
+def test_mask_of_a_model_does_not_change_the_models_state(root: Path) -> None:
     fft = source_of_run(run_fft(root, ModelSource("base")))
     run_mask(root, fft)
     assert source_of_model(fft.model, root) == fft
@@ -128,7 +128,7 @@ def test_applied_checkpoint_comes_from_mask_and_apply(root: Path) -> None:
     ("method", "state"),
     [("learned", "MFT"), ("random", "random mask"), ("magnitude", "L1 mask"), ("drop", "trivial drop")],
 )
-def test_mask_is_known_by_the_copy_in_its_run_and_by_the_one_the_user_has(root: Path, method: str, state: str) -> None:
+def test_mask_is_recognised_by_the_copy_in_its_run_and_by_the_users_copy(root: Path, method: str, state: str) -> None:
     fft = source_of_run(run_fft(root, ModelSource("base")))
     run = run_mask(root, fft, method, output=Path("mask.bits"))
     for copy in ("runs/002-mask-train/mask.bits", "mask.bits", str(run.folder / "mask.bits")):
@@ -137,7 +137,7 @@ def test_mask_is_known_by_the_copy_in_its_run_and_by_the_one_the_user_has(root: 
         )
 
 
-def test_what_a_choice_leaves_out_is_in_the_name_of_the_state() -> None:
+def test_excluded_entries_are_in_the_name_of_the_state() -> None:
     names = [
         fine_tuned_state(ModelSource("m").state, FftOptions(method=method, scope=scope, exclude=exclude))
         for method, scope, exclude in (
@@ -156,7 +156,7 @@ def test_a_preset_is_in_the_name_of_the_state(preset: str, state: str) -> None:
     assert mask_state(MaskTrainOptions.model_validate({"preset": preset})) == state
 
 
-def test_a_mask_of_rows_has_a_name_of_its_own() -> None:
+def test_a_mask_of_rows_has_a_separate_name() -> None:
     assert mask_state(MaskTrainOptions(method="magnitude", unit="row")) == "L1 row mask"
     assert mask_state(MaskTrainOptions(method="magnitude", unit="weight")) == "L1 mask"
 
@@ -168,7 +168,7 @@ def test_mask_file_written_twice_is_of_the_newest_run(root: Path) -> None:
     assert source_of_mask("base", "runs/001-mask-train/mask.bits", root).state == "MFT"
 
 
-def test_mask_that_no_run_made_is_simply_masked(root: Path) -> None:
+def test_mask_without_a_run_is_simply_masked(root: Path) -> None:
     fft = source_of_run(run_fft(root, ModelSource("base")))
     found = source_of_mask(fft.model, "elsewhere.bits", root)
     assert found == replace(fft, mask="elsewhere.bits", state="masked")
@@ -180,7 +180,7 @@ def test_mask_that_no_run_made_is_simply_masked(root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["fft", "probe", "mask-train"])
-def test_bare_command_goes_on_with_the_newest_fine_tuned_model(root: Path, command: str) -> None:
+def test_bare_command_continues_with_the_newest_fine_tuned_model(root: Path, command: str) -> None:
     first = source_of_run(run_fft(root, ModelSource("base")))
     newest = source_of_run(run_fft(root, first))
     run_mask(root, newest)
@@ -248,7 +248,7 @@ def test_layers_are_those_of_the_newest_finished_probe(root: Path) -> None:
     assert recommended_layers(root, ModelSource("base")) == Recommendation("4-7", "002-probe")
 
 
-def test_layers_of_another_model_are_not_taken(root: Path) -> None:
+def test_layers_of_another_model_are_not_used(root: Path) -> None:
     first = source_of_run(run_fft(root, ModelSource("base")))
     run_probe(root, first.model, "4-7")
     second = source_of_run(run_fft(root, ModelSource("base")))
@@ -283,7 +283,7 @@ def test_state_reached_twice_is_its_newest(root: Path) -> None:
     assert found[-1] == applied
 
 
-def test_source_stands_last_even_where_its_state_was_reached_before(root: Path) -> None:
+def test_source_comes_last_even_if_its_state_occurred_before(root: Path) -> None:
     fft = source_of_run(run_fft(root, ModelSource("base")))
     applied = source_of_run(run_apply(root, source_of_run(run_mask(root, fft))))
     masked_again = source_of_run(run_mask(root, source_of_run(run_fft(root, applied))))
@@ -292,7 +292,7 @@ def test_source_stands_last_even_where_its_state_was_reached_before(root: Path) 
     assert found[-1] == masked_again
 
 
-def test_ancestry_with_a_run_that_is_gone_is_a_run_error(root: Path) -> None:
+def test_ancestry_with_a_missing_run_is_a_run_error(root: Path) -> None:
     run = run_fft(root, ModelSource("base"))
     source = source_of_run(run)
     (run.folder / "run.json").unlink()

@@ -14,7 +14,7 @@ from mftctl.experiments.recipe_files import parse_recipe
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder, the current one, with a base, data and a runs folder."""
+    """A working folder, set as the current one, with a base, data and a runs folder."""
     work = tmp_path / "work"
     for folder in ("base", "runs/001-fft", "repository/.git", "other"):
         (work / folder).mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_output_that_touches_what_is_read_is_refused(place: Path, output: str, w
         check(output)
 
 
-def test_output_elsewhere_is_taken_without_links(place: Path) -> None:
+def test_output_elsewhere_is_accepted_with_links_resolved(place: Path) -> None:
     assert check("new") == place / "new"
     assert check("other/a/b") == place / "other" / "a" / "b"
     assert check("base2") == place / "base2"
@@ -85,7 +85,7 @@ def test_name_that_is_too_long_is_refused(place: Path) -> None:
         check("a" * 256)
 
 
-def test_longest_name_is_taken(place: Path) -> None:
+def test_longest_name_is_accepted(place: Path) -> None:
     assert check("a" * 255) == place / ("a" * 255)
 
 

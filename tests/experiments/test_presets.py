@@ -17,7 +17,7 @@ def test_a_null_leaves_an_option_unset() -> None:
         assert getattr(recipe, section).model_fields_set == set()
 
 
-def test_what_was_filled_in_is_not_given() -> None:
+def test_defaults_do_not_count_as_given() -> None:
     options = MaskTrainOptions(preset="paper", patience=3)
     assert options.ratio == DEFAULT_RATIO
     assert options.given() == {"preset": "paper", "patience": 3}
@@ -35,13 +35,13 @@ def test_what_was_filled_in_is_not_given() -> None:
     ],
     ids=str,
 )
-def test_a_change_settles_anew_what_was_not_given(changes: dict[str, Any], in_force: tuple[object, ...]) -> None:
+def test_a_change_updates_options_that_were_not_given(changes: dict[str, Any], in_force: tuple[object, ...]) -> None:
     changed = with_changes(parse_recipe({}), {f"mask_train.{key}": value for key, value in changes.items()})
     options = changed.mask_train
     assert (options.start, options.ranking, options.threshold, options.ratio, options.patience) == in_force
 
 
-def test_a_change_of_the_preset_leaves_what_was_given() -> None:
+def test_a_change_of_the_preset_keeps_given_options() -> None:
     given = {"patience": DEFAULT_PATIENCE, "start": "weights", "keep": "best"}
     changed = with_changes(parse_recipe({"mask_train": given}), {"mask_train.preset": "reference"}).mask_train
     assert (changed.patience, changed.start, changed.keep) == (DEFAULT_PATIENCE, "weights", "best")

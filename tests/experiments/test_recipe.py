@@ -18,7 +18,7 @@ from mftctl.experiments.recipe_yaml import read_yaml
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
-# Letters only: a text such as 1e5 is a number to YAML unless it is quoted.
+# Letters only: YAML reads an unquoted text such as 1e5 as a number.
 TEXT = st.text("abcxyzäß -_/.:'\"#", min_size=1)
 SOURCES = st.lists(
     st.builds(
@@ -34,7 +34,7 @@ POSITIVE = st.floats(1e-12, 1e6)
 
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
-    """Recipes as a run can have them: without stages and seeds."""
+    """Recipes of single runs: without stages and seeds."""
     indicator = draw(st.sampled_from(["ratio", "threshold", None]))
     mask_train: dict[str, Any] = {} if indicator is None else {indicator: draw(st.floats(0, 0.99))}
     if indicator == "threshold" or draw(st.booleans()):
@@ -151,7 +151,7 @@ def test_value_that_does_not_fit_is_refused(document: dict[str, Any]) -> None:
         Recipe.model_validate(document)
 
 
-def test_whole_number_is_good_for_a_fractional_one() -> None:
+def test_whole_number_is_accepted_for_a_fractional_one() -> None:
     assert Recipe.model_validate({"fft": {"epochs": 3}}).fft.epochs == 3.0
     assert Recipe.model_validate({"probe": {"data_fraction": 1}}).probe.data_fraction == 1.0
 
@@ -225,7 +225,7 @@ def test_prompts_of_olmes_without_a_benchmark_are_refused() -> None:
         ({"start_value": 0.1, "preset": "paper"}, "start_value applies only to start constant; the start is normal"),
     ],
 )
-def test_a_key_of_another_start_is_refused(document: dict[str, Any], problem: str) -> None:
+def test_a_key_of_a_different_start_is_refused(document: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=f"mask_train.{problem}"):
         MaskTrainOptions.model_validate(document)
 
@@ -247,14 +247,14 @@ def test_two_sizes_of_a_step_are_refused(section: type[FftOptions | MaskTrainOpt
         section.model_validate({"global_batch_size": 8, "grad_accum_steps": 1})
 
 
-def test_a_global_batch_that_is_no_multiple_is_refused() -> None:
+def test_a_global_batch_that_is_not_a_multiple_is_refused() -> None:
     with pytest.raises(ValidationError, match="12 is not a multiple of 8"):
         FftOptions(batch_size=8, global_batch_size=12)
     assert FftOptions(batch_size=8, global_batch_size=12, batch_tokens=100).global_batch_size == 12
 
 
 @pytest.mark.parametrize("section", ["fft", "mask_train"])
-def test_what_a_step_decides_does_not_hang_on_how_it_is_said(section: str) -> None:
+def test_deciding_keys_of_a_step_do_not_depend_on_its_notation(section: str) -> None:
     command = section.replace("_", "-")
 
     def keys(**options: int) -> dict[str, Any]:
@@ -263,7 +263,7 @@ def test_what_a_step_decides_does_not_hang_on_how_it_is_said(section: str) -> No
     assert keys(global_batch_size=8) == keys(grad_accum_steps=2) == keys(grad_accum_steps=2, batch_tokens=99)
     assert keys() == keys(grad_accum_steps=1) != keys(global_batch_size=8)
     assert keys(global_batch_size=10, batch_tokens=99) != keys(global_batch_size=11, batch_tokens=99)
-    assert "global_batch_size" not in keys(grad_accum_steps=2)[section]  # as in the records of older versions
+    assert "global_batch_size" not in keys(grad_accum_steps=2)[section]  # as in records of older versions
 
 
 OF_RECORDS = {"chat_template", "template_args", "merge_system", "learn", "bad_records"}
@@ -294,15 +294,13 @@ SECTION_CHANGES: dict[str, dict[str, Any]] = {
         ("eval", {"eval"}),
     ],
 )
-def test_deciding_keys_change_with_what_the_command_reads_and_with_nothing_else(
-    command: str, decides: set[str]
-) -> None:
+def test_deciding_keys_change_only_with_settings_the_command_reads(command: str, decides: set[str]) -> None:
     plain = deciding_keys(Recipe(), command)
     changed = {
         key for key, change in SECTION_CHANGES.items() if deciding_keys(Recipe.model_validate(change), command) != plain
     }
     assert changed == decides | {"seed", "test_data", *OF_RECORDS}
-    assert not OF_RECORDS & plain.keys()  # so that runs of earlier versions are recognised
+    assert not OF_RECORDS & plain.keys()  # so that runs of older versions are recognised
 
 
 def test_every_key_is_explained() -> None:

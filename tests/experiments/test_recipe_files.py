@@ -83,13 +83,13 @@ def test_unknown_recipe_is_a_config_error_that_names_the_built_in_ones(name: str
     ("text", "value"),
     [("1e-4", 1e-4), ("2E5", 2e5), ("1.e3", 1e3), (".5e-1", 0.05), ("+1.5e+3", 1500.0), ("1.0e-5", 1e-5)],
 )
-def test_number_with_an_exponent_is_a_number(tmp_path: Path, text: str, value: float) -> None:
+def test_number_in_exponent_notation_is_a_number(tmp_path: Path, text: str, value: float) -> None:
     assert load_recipe(write(tmp_path, f"fft: {{learning_rate: {text}}}")).fft.learning_rate == value
     assert load_recipe(sets=[f"fft.learning_rate={text}"]).fft.learning_rate == value
 
 
 @given(st.floats(1e-30, 1e30))
-def test_any_number_as_python_writes_it_is_that_number(value: float) -> None:
+def test_any_number_in_python_notation_is_read_as_that_number(value: float) -> None:
     assert load_recipe(sets=[f"fft.learning_rate={value!r}"]).fft.learning_rate == value
 
 
@@ -113,7 +113,7 @@ def test_key_that_stands_twice_is_a_config_error_with_its_line(tmp_path: Path, t
     assert "duplicate key" in str(caught.value.actual)
 
 
-def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:
+def test_merged_keys_are_not_duplicates(tmp_path: Path) -> None:
     text = "fft: &train {epochs: 2, batch_size: 4}\nmask_train: {<<: *train, epochs: 3}\n"
     recipe = load_recipe(write(tmp_path, text))
     assert (recipe.fft.epochs, recipe.mask_train.epochs, recipe.mask_train.batch_size) == (2, 3, 4)
@@ -132,7 +132,7 @@ def test_merged_keys_are_no_duplicates(tmp_path: Path) -> None:
     ],
     ids=["unclosed", "nested", "unknown alias", "python object", "list as key", "control character", "no date"],
 )
-def test_file_that_is_no_yaml_is_a_config_error(tmp_path: Path, content: bytes, place: str) -> None:
+def test_file_that_is_not_yaml_is_a_config_error(tmp_path: Path, content: bytes, place: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match="not valid YAML") as caught:
@@ -167,7 +167,7 @@ def test_option_wins_over_set_over_recipe_over_default(tmp_path: Path) -> None:
     assert fft.max_grad_norm == 1.0
 
 
-def test_base_is_gone_on_with_where_no_recipe_is_named(tmp_path: Path) -> None:
+def test_base_is_used_without_a_recipe(tmp_path: Path) -> None:
     base = {"model": "base", "seed": 5, "fft": {"epochs": 2.0}}
     recipe = load_recipe(base=base, sets=["fft.batch_size=3"], options={"seed": 6})
     assert (recipe.model, recipe.seed, recipe.fft.epochs, recipe.fft.batch_size) == ("base", 6, 2.0, 3)
@@ -199,7 +199,7 @@ def test_set_without_key_or_value_is_a_config_error(text: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["[1", "{a: 1, a: 2}", "a\x01", "2024-13-45"])
-def test_value_of_set_that_is_no_yaml_is_a_config_error(value: str) -> None:
+def test_value_of_set_that_is_not_yaml_is_a_config_error(value: str) -> None:
     with pytest.raises(ConfigError, match="--set is not valid YAML") as caught:
         load_recipe(sets=[f"name={value}"])
     assert caught.value.key == "name"
@@ -264,7 +264,7 @@ def test_both_indicators_in_one_place_are_a_config_error(tmp_path: Path, order: 
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "hft"])
-def test_only_what_is_chosen_from_can_be_excluded(method: str) -> None:
+def test_exclusions_need_a_method_that_selects_entries(method: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(options={"fft.method": method, "fft.exclude": ["head"]})
     assert caught.value.problems == (
@@ -445,7 +445,7 @@ def test_an_extended_recipe_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert (caught.value.path, caught.value.hint) == ("quikstart", "did you mean quickstart?")
 
 
-def test_extends_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_extends_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, "a.yaml", "extends: {a: 1}\n")
     with pytest.raises(ConfigError, match="extends must name recipes") as caught:
         load_recipe(str(path))
@@ -472,7 +472,7 @@ def test_a_chain_of_too_many_recipes_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_extended_recipes_are_too_large_together(tmp_path: Path) -> None:
+def test_extended_recipes_that_are_too_large_together_are_refused(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.yaml").write_text(f"{name}: [{'1, ' * 2000}]\n")
     path = write(tmp_path, "extends: [a.yaml, b.yaml, c.yaml]\n")
@@ -488,7 +488,7 @@ def test_extended_name_that_no_file_can_have_is_a_config_error(tmp_path: Path, n
 
 
 @pytest.mark.slow
-def test_of_many_problems_the_first_are_told(tmp_path: Path) -> None:
+def test_of_many_problems_the_first_are_listed(tmp_path: Path) -> None:
     path = write(tmp_path, "".join(f"k{number}: 1\n" for number in range(2000)))
     with pytest.raises(ConfigError) as caught:
         load_recipe(path)
@@ -503,7 +503,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     assert len(problem) < 300
 
 
-def test_sweeps_that_multiply_are_counted_and_not_spelled_out() -> None:
+def test_exponential_sweeps_are_counted_and_not_expanded() -> None:
     keys = ("epochs", "max_steps", "batch_size", "lora_rank", "lora_alpha", "val_steps", "patience", "batch_tokens")
     stage = {"command": "fft", "sweep": {f"fft.{key}": list(range(1, 11)) for key in keys}}
     with pytest.raises(ConfigError, match="too many stages") as caught:

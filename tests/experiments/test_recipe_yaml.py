@@ -19,7 +19,7 @@ def refused(text: str) -> ConfigError:
 
 
 def laughs(levels: int) -> str:
-    """A list of nine, then lists of nine of the one before."""
+    """A list of nine items, then lists of nine aliases of the previous one."""
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
     for level in range(1, levels):
         text += f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n"
@@ -27,7 +27,7 @@ def laughs(levels: int) -> str:
 
 
 @pytest.mark.parametrize("levels", [4, 5, 9, 90])
-def test_aliases_that_multiply_are_counted_before_they_are_written_out(levels: int) -> None:
+def test_exponential_aliases_are_counted_before_they_are_expanded(levels: int) -> None:
     assert refused(laughs(levels)).actual == f"more than {MAX_VALUES:,} keys and values, with aliases expanded"
     assert len(parse_yaml(laughs(3), "The text")["a2"]) == 9
 
@@ -51,7 +51,7 @@ def test_depth_is_bounded(opening: str, closing: str) -> None:
         assert refused(opening * depth + "1" + closing * depth).actual == f"more than {MAX_DEPTH} levels"
 
 
-def test_an_alias_inside_of_what_it_stands_for_is_refused() -> None:
+def test_a_recursive_alias_is_refused() -> None:
     assert refused("a: &a [1, *a]\n").actual == "an alias inside its own anchor"
 
 
@@ -68,7 +68,7 @@ def test_tags_that_a_value_does_not_fit_are_config_errors(value: str) -> None:
         parse_yaml(value, "The text")
 
 
-def test_a_file_is_read_no_further_than_its_bound(tmp_path: Path) -> None:
+def test_a_file_is_read_only_up_to_the_size_limit(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("# " + "x" * MAX_BYTES + "\nseed: 1\n")
     with pytest.raises(ConfigError, match="is too large") as caught:

@@ -1,4 +1,4 @@
-"""Results as they are stored and read back; the folders beside this file are those of format version 1."""
+"""Results as stored and read back; the folders next to this file have format version 1."""
 
 from __future__ import annotations
 
@@ -109,17 +109,17 @@ def test_samples_and_groups_of_version_1_are_read_typed() -> None:
     assert all(group.score is not None for group in ranked)
 
 
-def test_the_report_of_folders_of_version_1_is_the_one_of_then() -> None:
-    """The numbers are those that mftctl computed from these folders before results had types."""
+def test_the_report_of_folders_of_version_1_is_unchanged() -> None:
+    """The numbers are those that mftctl computed from these folders before results were typed."""
     text = json.dumps(to_document(make_report(FOLDERS, Silence())), default=str)
     found = json.loads(text.replace(json.dumps(str(FOLDERS))[1:-1], "RUNS"))
     expected = json.loads((FOLDERS / "report.json").read_text(encoding="utf-8"))
-    # From Python 3.12 on, `sum` of floats compensates for rounding.
+    # From Python 3.12 on, `sum` compensates for rounding errors of floats.
     assert rounded(found) == rounded(expected)
 
 
 def rounded(value: object) -> object:
-    """The same document with its numbers to 12 digits."""
+    """The same document with its numbers rounded to 12 digits."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -127,7 +127,7 @@ def rounded(value: object) -> object:
     return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
-def test_later_stages_take_what_earlier_ones_made(tmp_path: Path) -> None:
+def test_later_stages_use_results_of_earlier_ones(tmp_path: Path) -> None:
     fft, mask = load_run(FOLDERS / "002-fft"), load_run(FOLDERS / "006-mask-train")
     source = source_of_run(mask)
     assert (source.model, source.state) == (fft.result(FftResult).model, "MFT, paper")
@@ -135,7 +135,7 @@ def test_later_stages_take_what_earlier_ones_made(tmp_path: Path) -> None:
     assert (recommended.layers, recommended.run) == ("4-7", "004-probe")
 
 
-def test_a_record_says_first_what_format_it_is_of(tmp_path: Path) -> None:
+def test_a_record_begins_with_its_format_version(tmp_path: Path) -> None:
     run = create_run(tmp_path, "apply", {})
     result = ApplyResult(state="MFT", model="m", base="b", bytes_written=1, tensors_masked=2, removed=3)
     run.finish(result)
@@ -144,7 +144,7 @@ def test_a_record_says_first_what_format_it_is_of(tmp_path: Path) -> None:
     assert load_run(run.folder).result(ApplyResult) == result
 
 
-def test_a_run_of_version_1_that_goes_on_is_of_this_one(tmp_path: Path) -> None:
+def test_a_resumed_run_of_version_1_gets_the_current_version(tmp_path: Path) -> None:
     folder = shutil.copytree(FOLDERS / "044-fft", tmp_path / "044-fft")
     load_run(folder).go_on()
     assert load_run(folder).record.format_version == FORMAT_VERSION
@@ -165,7 +165,7 @@ def test_a_newer_format_is_one_clear_line_and_hides_no_other(tmp_path: Path, cha
 
 
 @pytest.mark.parametrize("version", [0, -1, "two", None, 1.5, [2]])
-def test_a_format_that_is_no_version_is_not_read(tmp_path: Path, version: Any) -> None:
+def test_an_invalid_format_version_is_not_read(tmp_path: Path, version: Any) -> None:
     run = create_run(tmp_path, "fft", {})
     document = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
     (run.folder / "run.json").write_text(json.dumps({**document, "format_version": version}), encoding="utf-8")
@@ -174,7 +174,7 @@ def test_a_format_that_is_no_version_is_not_read(tmp_path: Path, version: Any) -
 
 
 @pytest.mark.parametrize(("name", "kind"), FINISHED.items())
-def test_a_result_without_a_key_is_told_by_the_key(tmp_path: Path, name: str, kind: type[Result]) -> None:
+def test_a_key_missing_from_a_result_is_named(tmp_path: Path, name: str, kind: type[Result]) -> None:
     folder = shutil.copytree(FOLDERS / name, tmp_path / name)
     for key in [key for key, field in kind.model_fields.items() if field.is_required()]:
         run = load_run(folder)
@@ -185,7 +185,7 @@ def test_a_result_without_a_key_is_told_by_the_key(tmp_path: Path, name: str, ki
         run.result(Outcome)
 
 
-def test_of_the_two_kinds_of_a_mask_and_of_a_probe_it_is_the_right_one() -> None:
+def test_both_kinds_of_mask_and_probe_results_are_told_apart() -> None:
     assert isinstance(MaskTrainResult.read(DROPPED), DroppedMask)
     assert MaskTrainResult.read(DROPPED).document() == DROPPED
     fast = load_run(FOLDERS / "040-probe").record.result
@@ -194,7 +194,7 @@ def test_of_the_two_kinds_of_a_mask_and_of_a_probe_it_is_the_right_one() -> None
         TrainedProbe.read(fast)
 
 
-def test_a_refused_output_is_named_and_none_is_not() -> None:
+def test_only_a_refused_output_is_stored() -> None:
     refused = DroppedMask.model_validate({**DROPPED, "output_refused": "it is in the way"})
     assert refused.document()["output_refused"] == "it is in the way"
     assert "output_refused" not in DroppedMask(**DROPPED, output_refused=None).document()
@@ -245,7 +245,7 @@ def test_results_are_frozen(tmp_path: Path) -> None:
         result.state = "MFT"  # type: ignore[misc]
 
 
-def test_a_probe_that_is_not_complete_recommends_what_it_can(tmp_path: Path) -> None:
+def test_an_incomplete_probe_still_recommends_layers(tmp_path: Path) -> None:
     run = create_run(tmp_path, "probe", {})
     run.finish(partial_result({"recommended_layers": "0-3"}))
     assert recommendation_of(run).layers == "0-3"

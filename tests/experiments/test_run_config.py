@@ -23,7 +23,7 @@ EARLIER = {
 
 
 def write_earlier(root: Path, config: dict[str, Any]) -> Path:
-    """A run folder with that configuration."""
+    """A run folder with the given configuration."""
     folder = create_run(root, "mask-train", {}).folder
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, "config": config}))
@@ -31,7 +31,7 @@ def write_earlier(root: Path, config: dict[str, Any]) -> Path:
     return folder
 
 
-def test_a_document_has_what_is_in_force_and_says_what_was_not_given() -> None:
+def test_a_document_has_all_settings_and_names_the_defaults() -> None:
     document = to_document(parse_recipe({"mask_train": {"preset": "paper", "keep": "best"}, "fft": {"method": "gmt"}}))
     section = document["mask_train"]
     assert (section["start"], section["ranking"], section["ratio"]) == ("normal", "absolute", 0.1)
@@ -46,7 +46,7 @@ def test_a_document_has_what_is_in_force_and_says_what_was_not_given() -> None:
     ]
 
 
-def test_what_is_given_comes_back_from_a_document() -> None:
+def test_given_settings_are_read_back_from_a_document() -> None:
     recipe = parse_recipe({"mask_train": {"preset": "paper", "start": "normal"}, "probe": {"groups": [8]}})
     again = parse_recipe(to_document(recipe))
     assert again == recipe
@@ -67,7 +67,7 @@ def test_what_is_given_comes_back_from_a_document() -> None:
     ],
     ids=str,
 )
-def test_a_command_that_goes_on_with_a_configuration_can_change_the_preset(
+def test_a_command_that_continues_a_configuration_can_change_the_preset(
     tmp_path: Path, options: dict[str, Any], in_force: tuple[object, ...]
 ) -> None:
     run = create_run(tmp_path, "mask-train", to_document(Recipe()))
@@ -89,7 +89,7 @@ def test_a_value_that_was_changed_by_hand_counts_as_given() -> None:
 
 
 @pytest.mark.parametrize("listed", ["mask_train.start", [1], {"mask_train.start": True}])
-def test_what_was_not_given_is_a_list_of_keys(listed: object) -> None:
+def test_settings_not_given_are_a_list_of_keys(listed: object) -> None:
     with pytest.raises(ConfigError, match="must be a list of keys") as caught:
         as_given({NOT_GIVEN: listed})
     assert caught.value.key == NOT_GIVEN
@@ -102,14 +102,14 @@ def test_unknown_keys_among_those_not_given_change_nothing() -> None:
     }
 
 
-def test_a_configuration_that_does_not_fit_is_left_to_the_check_of_recipes() -> None:
+def test_an_invalid_configuration_is_left_to_the_recipe_check() -> None:
     document = {NOT_GIVEN: ["mask_train.start"], "mask_train": {"start": "normal", "epochs": -1.0}}
     assert as_given(document) == {"mask_train": {"start": "normal", "epochs": -1.0}}
     assert in_force({"mask_train": {"epochs": -1.0}}) == {"mask_train": {"epochs": -1.0}}
     assert in_force({"mask_train": None, "fft": "x"}) == {"mask_train": None, "fft": "x"}
 
 
-def test_an_earlier_run_is_read_with_what_was_in_force_in_the_names_of_today(tmp_path: Path) -> None:
+def test_an_older_run_is_read_with_its_settings_under_current_names(tmp_path: Path) -> None:
     folder = write_earlier(tmp_path, EARLIER)
     config = load_run(folder).record.config
     assert config["fft"] == {"method": "gmt", "val_steps": 8, "ratio": 0.2}
@@ -129,7 +129,7 @@ def test_an_earlier_run_is_read_with_what_was_in_force_in_the_names_of_today(tmp
     assert resumed.mask_train.given().keys() == {"preset", "benchmark_every", "benchmark_limit", "threshold"}
 
 
-def test_an_earlier_start_and_ranking_are_read_in_the_names_of_today(tmp_path: Path) -> None:
+def test_older_values_of_start_and_ranking_are_read_under_current_names(tmp_path: Path) -> None:
     given = {"preset": "reference", "start": "magnitude", "ranking": "magnitude", "method": "learned"}
     config = load_run(write_earlier(tmp_path, {"mask_train": given})).record.config
     assert (config["mask_train"]["start"], config["mask_train"]["ranking"]) == ("weights", "absolute")
@@ -137,7 +137,7 @@ def test_an_earlier_start_and_ranking_are_read_in_the_names_of_today(tmp_path: P
     assert load_run(write_earlier(tmp_path, baseline)).record.config["mask_train"]["method"] == "magnitude"
 
 
-def test_a_recipe_outside_a_run_folder_has_the_names_of_today_alone(tmp_path: Path) -> None:
+def test_a_recipe_outside_a_run_folder_has_current_names_only(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(EARLIER))
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(tmp_path / "config.yaml"))
@@ -161,7 +161,7 @@ def test_a_recipe_outside_a_run_folder_has_the_names_of_today_alone(tmp_path: Pa
         ),
     ],
 )
-def test_an_earlier_name_in_a_recipe_is_refused_with_that_of_today(document: dict[str, Any], problem: str) -> None:
+def test_an_old_name_in_a_recipe_is_refused_with_the_current_one(document: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_recipe(document)
     assert caught.value.problems == (problem,)

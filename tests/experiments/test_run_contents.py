@@ -1,4 +1,4 @@
-"""Records are checked once, on reading: what is of another type or beyond all bounds is one line, never a traceback."""
+"""Records are validated once, on reading: a wrong type or an out-of-range value gives one line, never a traceback."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEEP = "[" * 100_000
 
 
 def change(folder: Path, *path: str | int, value: Any) -> None:
-    """Puts a value into a record, which Python writes whatever it is."""
+    """Inserts a value into a record; Python's json writes any value."""
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     place = record
     for key in path[:-1]:
@@ -77,7 +77,7 @@ def run(tmp_path: Path) -> Path:
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else repr(value)[:20],
 )
-def test_a_part_of_another_type_is_one_line_and_hides_no_other(run: Path, path: tuple[str, ...], value: Any) -> None:
+def test_a_part_of_the_wrong_type_is_one_line_and_hides_no_other(run: Path, path: tuple[str, ...], value: Any) -> None:
     other = create_run(run.parent, "fft", {})
     other.finish(partial_result({"state": "FFT"}))
     change(run, *path, value=value)
@@ -88,7 +88,7 @@ def test_a_part_of_another_type_is_one_line_and_hides_no_other(run: Path, path: 
     assert ([item.name for item in runs], len(errors)) == ([other.name], 1)
 
 
-def test_what_nothing_reads_may_be_anything(run: Path) -> None:
+def test_unread_parts_may_be_anything(run: Path) -> None:
     change(run, "result", value={"state": "FFT", "unheard of": [None, {"a": float("nan")}], "best_loss": float("nan")})
     assert load_run(run).record.result["state"] == "FFT"
 
@@ -127,7 +127,7 @@ def test_a_damaged_sample_is_named_by_its_line(tmp_path: Path, line: str) -> Non
 
 
 @pytest.mark.parametrize("score", ["NaN", "Infinity", "-Infinity"])
-def test_a_score_that_is_no_number_is_told(tmp_path: Path, score: str) -> None:
+def test_a_score_that_is_not_a_number_is_reported(tmp_path: Path, score: str) -> None:
     path = tmp_path / "samples.jsonl"
     path.write_text(f'{{"id": "0", "scores": {{"loss": {score}, "exact_match": 1}}}}\n', encoding="utf-8")
     with pytest.raises(RunError, match=r"loss of a sample .* is not a number"):
@@ -149,14 +149,14 @@ def test_a_damaged_line_of_metrics_is_named_and_one_that_a_kill_cut_short_is_lef
         metrics_lines(path)
 
 
-def test_a_fault_is_told_in_a_line() -> None:
+def test_a_fault_is_reported_in_one_line() -> None:
     assert first_fault(KeyError("a\nb")) == "a b is missing"
     assert first_fault(ValueError("one\ntwo")) == "one"
     assert first_fault(RunError("said", path="x")) == "said"
 
 
 @pytest.mark.parametrize("key", ["model", "state"])
-def test_a_run_whose_record_lacks_what_it_made_is_told_by_name(tmp_path: Path, key: str) -> None:
+def test_a_run_without_outputs_in_its_record_is_named(tmp_path: Path, key: str) -> None:
     run = create_run(tmp_path, "fft", {}, inputs={"model": "m", "parents": [], "origin": "m"})
     run.finish(partial_result({name: "x" for name in ("state", "model") if name != key}))
     if key == "model":
@@ -173,13 +173,13 @@ def test_a_probe_without_a_recommendation_recommends_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("command", ["apply", "eval", "surface"])
-def test_a_run_that_does_not_say_what_it_worked_on_has_no_command(tmp_path: Path, command: str) -> None:
+def test_a_run_without_recorded_inputs_has_no_command(tmp_path: Path, command: str) -> None:
     run = create_run(tmp_path, command, {})
     with pytest.raises(RunError, match=f"{run.name} lacks its (model|points)"):
         reproduction(run)
 
 
-def test_every_part_that_is_checked_is_one_of_a_record() -> None:
+def test_every_checked_part_exists_in_a_record() -> None:
     from mftctl.experiments.run_contents import _Record
 
     assert set(_Record.model_fields) <= set(RunRecord.__dataclass_fields__)

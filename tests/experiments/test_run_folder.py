@@ -67,7 +67,7 @@ def test_configuration_reads_back_as_a_recipe_with_texts_as_texts_and_numbers_as
     assert type(found["revision"]) is type(value)
 
 
-def test_numbers_go_on_after_the_highest(tmp_path: Path) -> None:
+def test_numbers_continue_after_the_highest(tmp_path: Path) -> None:
     (tmp_path / "007-fft").mkdir()
     (tmp_path / "099-probe.txt").write_text("no folder")
     (tmp_path / "notes").mkdir()
@@ -77,7 +77,7 @@ def test_numbers_go_on_after_the_highest(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_runs_that_start_together_get_a_folder_each(tmp_path: Path) -> None:
+def test_runs_that_start_together_get_separate_folders(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         created = list(pool.map(lambda seed: create_run(tmp_path, "eval", {"seed": seed}), range(24)))
     assert sorted(run.name for run in created) == [f"{number:03d}-eval" for number in range(1, 25)]
@@ -105,7 +105,7 @@ def test_finished_run_reads_back_with_its_result(tmp_path: Path) -> None:
     )
 
 
-def test_seconds_are_those_of_all_resumptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seconds_include_all_resumptions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: clock[0])
     run = create_run(tmp_path, "fft", {})
@@ -135,7 +135,7 @@ def test_failing_write_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in run.folder.iterdir()) == ["config.yaml", "run.json"]
 
 
-def test_a_folder_appears_with_its_record_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_created_with_its_record_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
     rename = Path.rename
 
@@ -166,7 +166,7 @@ def test_a_finished_run_has_no_checkpoints_but_those_that_a_kill_left(tmp_path: 
     assert other.training.checkpoints.exists()
 
 
-def test_half_of_a_result_of_a_killed_command_goes_with_the_next_run(tmp_path: Path) -> None:
+def test_partial_results_of_a_killed_command_are_removed_by_the_next_run(tmp_path: Path) -> None:
     run = create_run(tmp_path, "apply", {})
     code = "import os, pathlib, sys\nfrom mftctl.files.temporary import temporary_folder\n"
     code += "kept = [temporary_folder(pathlib.Path(folder)) for folder in sys.argv[1:]]\n"
@@ -178,7 +178,7 @@ def test_half_of_a_result_of_a_killed_command_goes_with_the_next_run(tmp_path: P
         assert list(tmp_path.rglob(".*")) == [mine]
 
 
-def test_result_that_is_no_plain_data_leaves_the_old_record(tmp_path: Path) -> None:
+def test_result_that_is_not_plain_data_leaves_the_old_record(tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {})
     with pytest.raises(TypeError):
         run.finish(partial_result({"model": object()}))
@@ -246,7 +246,7 @@ def test_killed_run_counts_as_running_and_can_be_resumed(tmp_path: Path) -> None
         (StorageError("No room."), "interrupted", "No room."),
     ],
 )
-def test_failure_is_kept_in_the_record_and_goes_on(
+def test_failure_is_recorded_and_reraised(
     tmp_path: Path, error: BaseException, status: str, message: str | None
 ) -> None:
     run = create_run(tmp_path, "fft", {})
@@ -266,7 +266,7 @@ def test_interrupted_run_can_be_resumed_and_a_failed_one_cannot(
     assert (newest_run(tmp_path, "fft", unfinished=True) is not None) == resumable
 
 
-def test_a_full_disk_is_a_known_failure_whether_or_not_the_record_has_room(
+def test_a_full_disk_is_a_known_failure_even_if_the_record_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = OSError(errno.ENOSPC, "No space left on device")
@@ -283,14 +283,14 @@ def test_a_full_disk_is_a_known_failure_whether_or_not_the_record_has_room(
     assert newest_run(tmp_path, "fft", unfinished=True) is not None
 
 
-def test_a_known_failure_for_want_of_room_can_be_resumed(tmp_path: Path) -> None:
+def test_a_run_that_failed_for_lack_of_space_can_be_resumed(tmp_path: Path) -> None:
     run = create_run(tmp_path, "mask-train", {})
     with pytest.raises(MaskFileError), recorded(run):
         raise MaskFileError("The mask file cannot be written") from OSError(errno.ENOSPC, "No space left on device")
     assert load_run(run.folder).record.status == "interrupted"
 
 
-def test_error_of_an_earlier_try_is_gone_from_a_finished_run(tmp_path: Path) -> None:
+def test_a_finished_run_does_not_keep_an_earlier_error(tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {})
     with pytest.raises(DataError), recorded(run):
         raise DataError("Empty.")
@@ -329,10 +329,10 @@ def test_line_that_a_kill_cut_short_is_dropped(tmp_path: Path) -> None:
     assert [line.document() for line in folder.metrics()] == [{"step": 1}, {"step": 2}]
 
 
-# Several processes
+# Concurrent processes
 
 
-def test_a_run_of_a_living_process_is_not_taken_up(tmp_path: Path) -> None:
+def test_a_run_of_a_live_process_is_not_resumed(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         run = create_run(tmp_path, "fft", {})
         run.update(worker=f"{platform.node()}:{other.pid}")
@@ -352,7 +352,7 @@ def test_a_run_of_a_living_process_is_not_taken_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("worker", [None, "", "elsewhere:1", "damaged"])
-def test_a_run_of_another_machine_or_of_nobody_is_taken_up(tmp_path: Path, worker: str | None) -> None:
+def test_a_run_of_another_machine_or_without_a_process_is_resumed(tmp_path: Path, worker: str | None) -> None:
     run = create_run(tmp_path, "fft", {})
     run.update(worker=worker)
     assert not run.is_worked_on
@@ -360,14 +360,14 @@ def test_a_run_of_another_machine_or_of_nobody_is_taken_up(tmp_path: Path, worke
     assert run.record.status == "running"
 
 
-def test_going_on_sees_what_another_process_wrote_since(tmp_path: Path) -> None:
+def test_resuming_sees_later_writes_of_another_process(tmp_path: Path) -> None:
     run = create_run(tmp_path, "fft", {})
     load_run(run.folder).update(status="interrupted", inputs={"model": "m"})
     run.go_on()
     assert run.record.inputs == {"model": "m"}
 
 
-def test_a_run_that_goes_on_with_other_code_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resuming_with_changed_code_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create_run(tmp_path, "fft", {})
     before = run.record.versions
     run.go_on()
@@ -381,7 +381,7 @@ def test_a_run_that_goes_on_with_other_code_says_so(tmp_path: Path, monkeypatch:
     assert load_run(run.folder).record.versions["torch"] == f"not recorded, then {before['torch']}"
 
 
-def test_a_run_that_could_not_be_read_again_is_not_made(tmp_path: Path) -> None:
+def test_a_run_that_could_not_be_read_back_is_not_created(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="not valid UTF-8"):
         create_run(tmp_path / "runs", "fft", {}, inputs={"model": os.fsdecode(b"model-\xff")})
     with pytest.raises(ConfigError, match="not valid UTF-8"):
@@ -389,7 +389,7 @@ def test_a_run_that_could_not_be_read_again_is_not_made(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_folder_whose_name_is_not_utf_8_is_told_of(tmp_path: Path) -> None:
+def test_a_run_folder_with_a_name_that_is_not_utf_8_is_reported(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"001-\xff")).mkdir()
     create_run(tmp_path, "fft", {})
     run_folder, errors = list_runs(tmp_path)

@@ -1,4 +1,4 @@
-"""Stages that earlier versions finished: `earlier_stages.json` is what such a version planned for `STUDY`."""
+"""Stages finished by earlier versions: `earlier_stages.json` holds what such a version planned for `STUDY`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_stages_of_an_earlier_version_are_done(root: Path) -> None:
     assert all(planned.digest != stage["digest"] for planned, stage in zip(plan, EARLIER, strict=True))
 
 
-def test_a_change_is_told_in_the_names_of_today(root: Path) -> None:
+def test_a_change_is_reported_under_current_names(root: Path) -> None:
     changed = {**STUDY, "mask_train": {**SHORT, "val_steps": 1}}
     plan = {planned.job.name: planned for planned in plan_experiment(parse_recipe(changed), "study", root)}
     assert plan["gmt"].state == "done"
@@ -87,7 +87,7 @@ def test_the_records_of_this_version_keep_their_digests(root: Path) -> None:
     assert {planned.state for planned in plan_experiment(parse_recipe(STUDY), "study", root)} == {"done"}
 
 
-def test_a_run_without_a_stage_is_none(root: Path) -> None:
+def test_a_run_without_a_stage_is_ignored(root: Path) -> None:
     path = root / "001-fft" / "run.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "digest": None}))
     assert next(run.name for run in stage_runs(root)) == "002-probe"

@@ -36,7 +36,7 @@ def test_every_fine_tuning_is_a_known_state(source: str, method: str, scope: str
     assert state.is_update == (method in ("gmt", "hft", "random"))
 
 
-def test_a_label_with_more_to_it_is_no_known_state() -> None:
+def test_a_label_with_a_suffix_is_not_a_known_state() -> None:
     assert known_state("MFT (mft[ratio=0.1])") is None
     assert known_state("something new") is None
     assert place_of("something new") == place_of("GMT excluding head") == len(STATE_ORDER)

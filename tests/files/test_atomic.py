@@ -13,7 +13,7 @@ from mftctl.files.atomic import _rename, atomic_file, atomic_folder, write_text
 
 
 class StoppedError(Exception):
-    """Stands for whatever may end a write early."""
+    """Stands for any reason why a write may end early."""
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def umask() -> Iterator[int]:
 
 
 def anything(path: Path) -> None:
-    """Lets anything be replaced."""
+    """Permits any path to be replaced."""
 
 
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_write_text_makes_the_file_and_its_folders(tmp_path: Path) -> None:
+def test_write_text_creates_the_file_and_its_folders(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "note.txt"
     write_text(path, "größer\n")
     assert path.read_bytes() == "größer\n".encode()
@@ -81,7 +81,7 @@ def test_writing_from_many_threads_leaves_the_umask_alone(tmp_path: Path, umask:
     assert {mode(path) for path in tmp_path.iterdir()} == {0o666 & ~umask}
 
 
-def test_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
+def test_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.mkdir()
     (path / "old.txt").write_text("old")
@@ -93,7 +93,7 @@ def test_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("existing", [True, False])
-def test_what_replaces_an_old_folder_is_on_the_disk_first(
+def test_new_folder_is_synced_before_it_replaces_the_old_one(
     tmp_path: Path, existing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "model"
@@ -115,7 +115,7 @@ def test_what_replaces_an_old_folder_is_on_the_disk_first(
     assert sorted(synced) == ([b"new", b"other"] if existing else [])
 
 
-def test_folder_takes_the_place_of_a_file(tmp_path: Path) -> None:
+def test_folder_replaces_a_file(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("a file")
     with atomic_folder(path, anything) as temporary:

@@ -19,10 +19,10 @@ def test_any_text_is_written_and_read_again(rows: list[dict[str, str]]) -> None:
     assert [json.loads(line) for line in lines] == rows
 
 
-def test_whole_text_stays_readable() -> None:
+def test_valid_text_stays_readable() -> None:
     assert json_lines([{"a": "\u00fc"}]) == '{"a": "\u00fc"}\n'
     assert readable_json(["\u00fc"], indent=1) == '[\n "\u00fc"\n]'
 
 
-def test_half_a_character_is_escaped() -> None:
+def test_a_lone_surrogate_is_escaped() -> None:
     assert json_lines([{"a": "\ud800"}]) == '{"a": "\\ud800"}\n'

@@ -21,7 +21,7 @@ def test_only_one_holds_a_lock(tmp_path: Path) -> None:
     second.release()
 
 
-def test_a_process_that_ends_gives_its_lock_back(tmp_path: Path) -> None:
+def test_a_process_that_ends_releases_its_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = "import sys, pathlib; from mftctl.files.locks import try_lock; "
     code += "lock = try_lock(pathlib.Path(sys.argv[1]), create=True); print('held', flush=True); sys.stdin.read()"
@@ -47,7 +47,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
         try_lock(tmp_path / "link", create=True)
 
 
-def test_a_lock_on_a_file_that_was_removed_is_told(tmp_path: Path) -> None:
+def test_a_lock_on_a_removed_file_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     lock = try_lock(path, create=True)
     assert lock is not None
@@ -60,7 +60,7 @@ def test_a_lock_on_a_file_that_was_removed_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_folder_is_locked_for_the_time_of_the_block(tmp_path: Path) -> None:
+def test_a_folder_is_locked_during_the_block(tmp_path: Path) -> None:
     code = "import sys, pathlib; from mftctl.files.locks import locked_folder\n"
     code += "with locked_folder(pathlib.Path(sys.argv[1])):\n    pathlib.Path(sys.argv[1], 'in').touch()"
     with locked_folder(tmp_path):

@@ -26,12 +26,12 @@ def test_bytes_are_shown_escaped() -> None:
 
 
 @pytest.mark.parametrize("document", [BAD, {BAD: 1}, {"a": [1, {"b": (BAD,)}]}, "\ud800"])
-def test_a_text_that_no_record_could_hold(document: object) -> None:
+def test_a_text_that_cannot_be_recorded(document: object) -> None:
     with pytest.raises(ConfigError, match="not valid UTF-8"):
         require_recordable([], document)
 
 
-def test_a_link_to_a_folder_that_no_record_could_hold(tmp_path: Path) -> None:
+def test_a_link_to_a_folder_that_cannot_be_recorded(tmp_path: Path) -> None:
     (tmp_path / BAD).mkdir()
     (tmp_path / "link").symlink_to(BAD)
     require_recordable([tmp_path, None, "owner/name"])
@@ -44,7 +44,7 @@ def test_a_link_to_a_folder_that_no_record_could_hold(tmp_path: Path) -> None:
 @given(
     st.recursive(st.none() | st.integers() | st.text(), lambda part: st.lists(part) | st.dictionaries(st.text(), part))
 )
-def test_what_json_and_utf_8_hold_is_taken(document: object) -> None:
+def test_valid_json_and_utf_8_are_accepted(document: object) -> None:
     json.dumps(document, ensure_ascii=False).encode()
     require_recordable([], document)
 
@@ -60,7 +60,7 @@ def test_the_longest_names_are_those_of_the_file_system(tmp_path: Path) -> None:
         assert caught.value.hint == "a shorter --output"
 
 
-def test_a_path_that_leaves_no_room_for_its_files(tmp_path: Path) -> None:
+def test_a_path_too_long_for_its_files(tmp_path: Path) -> None:
     deep = tmp_path.joinpath(*["b" * 250] * 16)
     with pytest.raises(StorageError, match="name of the result is too long"):
         require_short(deep)

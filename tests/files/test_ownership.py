@@ -22,7 +22,7 @@ from mftctl.files.ownership import (
 
 
 def make_model(folder: Path) -> Path:
-    """A folder as fft and apply write them."""
+    """A folder as written by `fft` and `apply`."""
     (folder / "sub").mkdir(parents=True)
     (folder / "weights").write_bytes(b"\x00\x01" * 3_000_000)
     (folder / "sub" / "template").write_text("x")
@@ -30,7 +30,7 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def test_own_folder_has_no_strangers(tmp_path: Path) -> None:
+def test_own_folder_has_no_foreign_files(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     assert strangers(model, Kind.MODEL) == []
     files = json.loads((model / MARKER).read_text())["files"]
@@ -41,7 +41,7 @@ def test_own_folder_has_no_strangers(tmp_path: Path) -> None:
     ("name", "found"),
     [("notes.txt", "notes.txt"), ("sub/notes.txt", "sub/notes.txt"), (".git/HEAD", ".git"), ("empty/", "empty")],
 )
-def test_what_is_not_listed_is_a_stranger(tmp_path: Path, name: str, found: str) -> None:
+def test_unlisted_file_is_foreign(tmp_path: Path, name: str, found: str) -> None:
     model = make_model(tmp_path / "model")
     path = model / name
     if name.endswith("/"):
@@ -52,27 +52,27 @@ def test_what_is_not_listed_is_a_stranger(tmp_path: Path, name: str, found: str)
     assert strangers(model, Kind.MODEL)[0] == found
 
 
-def test_changed_file_is_a_stranger(tmp_path: Path) -> None:
+def test_changed_file_is_foreign(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     (model / "weights").write_bytes(b"\x00\x01" * 2_999_999 + b"\x00\x02")
     assert strangers(model, Kind.MODEL) == ["weights (modified)"]
 
 
-def test_link_in_the_place_of_a_listed_file_is_a_stranger(tmp_path: Path) -> None:
+def test_link_in_place_of_a_listed_file_is_foreign(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     (model / "weights").rename(tmp_path / "weights")
     (model / "weights").symlink_to(tmp_path / "weights")
     assert strangers(model, Kind.MODEL) == ["weights"]
 
 
-def test_missing_file_is_no_stranger(tmp_path: Path) -> None:
+def test_missing_file_is_not_foreign(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     (model / "weights").unlink()
     assert strangers(model, Kind.MODEL) == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"purpose": "result of mftctl", "kind": "x", "files": {}}'])
-def test_marker_that_is_none_makes_everything_a_stranger(tmp_path: Path, text: str) -> None:
+def test_invalid_marker_makes_every_file_foreign(tmp_path: Path, text: str) -> None:
     (tmp_path / MARKER).write_text(text)
     (tmp_path / "file").write_text("mine")
     assert strangers(tmp_path, Kind.MODEL) == ["file", MARKER]
@@ -122,7 +122,7 @@ def test_folder_that_appears_while_the_new_one_is_made_is_refused(tmp_path: Path
     assert [item.name for item in tmp_path.rglob("*")] == ["model", "thesis.txt"]
 
 
-def test_folder_that_changes_amid_the_exchange_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_that_changes_during_the_exchange_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_model(tmp_path / "model")
     monkeypatch.setattr("mftctl.files.atomic._write_through", lambda _: (path / "thesis.txt").write_text("mine"))
 
@@ -183,7 +183,7 @@ def test_link_to_a_folder_of_the_users_is_not_written_into(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @given(st.integers(0, 9))
-def test_write_that_ends_anywhere_can_be_done_again(tmp_path_factory: pytest.TempPathFactory, ends_at: int) -> None:
+def test_interrupted_write_can_be_repeated(tmp_path_factory: pytest.TempPathFactory, ends_at: int) -> None:
     folder = tmp_path_factory.mktemp("report")
     contents = {f"{number}.csv": bytes([number]) for number in range(5)}
     write_listed(folder, dict.fromkeys(contents, b"old"), Kind.REPORT)

@@ -1,4 +1,4 @@
-"""Something that is no file in the place of one: told in a line, and nothing waits for it."""
+"""Special files in place of regular ones: reported in one line, and never waited for."""
 
 from __future__ import annotations
 
@@ -36,16 +36,14 @@ def test_a_file_is_read_whole_also_through_a_link(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", MAKERS)
-def test_what_is_no_file_is_named_and_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
-    monkeypatch.chdir(tmp_path)  # a socket's path is short
+def test_a_special_file_is_named_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)  # socket paths must be short
     MAKERS[kind](Path("file"))
     with pytest.raises(OSError, match=kind) as caught:
         read_regular(Path("file"))
     assert caught.value.filename == "file"
 
 
-def test_a_missing_file_is_missing(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported_as_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "file")

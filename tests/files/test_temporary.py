@@ -24,7 +24,7 @@ os._exit(0)
 
 
 def left_behind(parent: Path, target: str = "", *names: str) -> Path:
-    """The temporary folder of a process that ended without removing it."""
+    """The temporary folder of a process that exited without removing it."""
     command = [sys.executable, "-c", LEAVE, str(parent), target, *names]
     return Path(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip())
 
@@ -43,19 +43,19 @@ def test_leftover_of_a_process_that_ended_is_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_folder_of_a_living_process_stays(tmp_path: Path) -> None:
+def test_folder_of_a_live_process_stays(tmp_path: Path) -> None:
     with temporary_folder(tmp_path) as folder:
         remove_leftovers(tmp_path)
         assert folder.exists()
 
 
-def test_what_was_set_aside_is_put_back_where_its_place_is_empty(tmp_path: Path) -> None:
+def test_replaced_folder_is_restored_if_the_new_one_is_missing(tmp_path: Path) -> None:
     left_behind(tmp_path, "model", CONTENT, REPLACED)
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "file"]
 
 
-def test_what_was_set_aside_goes_where_the_new_one_is_in_place(tmp_path: Path) -> None:
+def test_replaced_folder_is_removed_if_the_new_one_is_in_place(tmp_path: Path) -> None:
     left_behind(tmp_path, "model", REPLACED)
     (tmp_path / "model").mkdir()
     remove_leftovers(tmp_path)
@@ -83,7 +83,9 @@ def test_empty_folder_of_that_name_is_removed(tmp_path: Path) -> None:
         {"target": 3},
     ],
 )
-def test_only_a_journal_of_this_host_makes_a_leftover(tmp_path: Path, journal: str | dict[str, object] | None) -> None:
+def test_only_a_folder_with_a_journal_of_this_host_is_a_leftover(
+    tmp_path: Path, journal: str | dict[str, object] | None
+) -> None:
     left = left_behind(tmp_path, "model", CONTENT)
     if isinstance(journal, dict):
         (left / "journal.json").write_text(json.dumps(json.loads((left / "journal.json").read_text()) | journal))
@@ -97,7 +99,7 @@ def test_only_a_journal_of_this_host_makes_a_leftover(tmp_path: Path, journal: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("names_the_host", [True, False])
-def test_journal_that_is_cut_short_is_known_by_its_beginning(tmp_path: Path, names_the_host: bool) -> None:
+def test_truncated_journal_is_recognised_by_its_beginning(tmp_path: Path, names_the_host: bool) -> None:
     left = left_behind(tmp_path, "model")
     journal = left / "journal.json"
     text = journal.read_bytes()
@@ -106,14 +108,14 @@ def test_journal_that_is_cut_short_is_known_by_its_beginning(tmp_path: Path, nam
     assert left.exists() != names_the_host
 
 
-def test_journal_that_is_still_empty_goes_with_its_process(tmp_path: Path) -> None:
+def test_empty_journal_is_removed_once_its_process_has_ended(tmp_path: Path) -> None:
     left = left_behind(tmp_path, "model")
     (left / "journal.json").write_bytes(b"")
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_journal_that_is_cut_short_beside_something_stays(tmp_path: Path) -> None:
+def test_truncated_journal_next_to_other_files_stays(tmp_path: Path) -> None:
     left = left_behind(tmp_path, "model", CONTENT)
     journal = left / "journal.json"
     journal.write_bytes(journal.read_bytes()[:-1])
@@ -121,7 +123,7 @@ def test_journal_that_is_cut_short_beside_something_stays(tmp_path: Path) -> Non
     assert (left / CONTENT / "file").exists()
 
 
-def test_folder_with_a_file_of_the_users_is_no_leftover(tmp_path: Path) -> None:
+def test_folder_with_a_user_file_is_not_a_leftover(tmp_path: Path) -> None:
     left = left_behind(tmp_path, "model", CONTENT)
     (left / "notes.txt").write_text("mine")
     remove_leftovers(tmp_path)

@@ -1,4 +1,4 @@
-"""Counts what a training step asks of an emulated GPU: kernels, and the times that the host waits for it."""
+"""Counts the work that a training step gives an emulated GPU: kernels, and host synchronisations."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _NO_KERNEL = ("_local_scalar_dense", "empty", "empty_like", "empty_strided", "ne
 
 
 class Work(TorchDispatchMode):
-    """Counts while it is entered, within `emulated_gpu`.
+    """Counts while entered, inside `emulated_gpu`.
 
     Attributes:
-        kernels: Operations that a GPU would run, by name; views are none.
-        waits: What needs a result on the host, by name.
+        kernels: Operations that a GPU would run, by name, without views.
+        waits: Operations that need a result on the host, by name.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def _leaves(name: str, args: Any) -> bool:
 
 @contextlib.contextmanager
 def counted_work() -> Iterator[Work]:
-    """Inside it, and within `emulated_gpu`, work is counted."""
+    """Counts work inside the block, within `emulated_gpu`."""
     work = Work()
     move = emulated_gpu._move
 
@@ -83,10 +83,10 @@ def counted_work() -> Iterator[Work]:
 
 
 class StepsCounted:
-    """A listener that notes the work after each step of a training.
+    """A listener that records the work after each training step.
 
     Attributes:
-        after: Kernels and waits from the start to the end of each step, by step.
+        after: Kernels and waits from the start of training to the end of each step, by step.
     """
 
     def __init__(self, work: Work) -> None:
@@ -98,12 +98,12 @@ class StepsCounted:
             self.after[state.done] = Counter(self._work.kernels), Counter(self._work.waits)
 
     def of_step(self, step: int) -> tuple[Counter[str], Counter[str]]:
-        """Kernels and waits of one step, from the end of that before it."""
+        """Kernels and waits of one step, counted from the end of the previous one."""
         (kernels, waits), (earlier_kernels, earlier_waits) = self.after[step], self.after[step - 1]
         return kernels - earlier_kernels, waits - earlier_waits
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Ignores notes."""
 
     def warn(self, text: str) -> None:
-        """Nothing."""
+        """Ignores warnings."""

@@ -1,8 +1,8 @@
-"""GPUs for tests on machines without one: CPU tensors that say they are on `cuda:0`, and that refuse CPU tensors.
+"""GPUs for tests on machines without one: CPU tensors that report `cuda:0` and refuse to mix with CPU tensors.
 
-On which GPU a tensor lies is a property of its storage. A function mode answers for it where Python asks (`.device`,
-`.to`, `.numpy`), a dispatch mode passes it on to results and refuses operations that mix devices, as CUDA does. What
-is computed is what the CPU computes. Threads are not covered, and neither are reads of a device within the autograd
+The GPU of a tensor is a property of its storage. A function mode reports it where Python asks for it (`.device`,
+`.to`, `.numpy`); a dispatch mode propagates it to results and refuses operations that mix devices, as CUDA does. All
+results are those of the CPU. Threads are not covered, and neither are reads of a device within the autograd
 engine.
 """
 
@@ -16,7 +16,7 @@ from unittest import mock
 
 import safetensors
 import torch
-import torch._dynamo  # which torch imports at the first operation, and not under modes
+import torch._dynamo  # torch imports it at the first operation, which must not happen inside the modes
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,34 +30,34 @@ _INDEXING = ("aten.index.Tensor", "aten.index_put_.default", "aten.index_put.def
 
 
 class DeviceMismatchError(RuntimeError):
-    """What CUDA says of an operation on tensors of two devices."""
+    """Raised like CUDA's error for operations on tensors of two devices."""
 
 
 class _Current:
-    """The GPU that is meant where none is named, and all on which something was put."""
+    """The current GPU, and all GPUs that have held a tensor."""
 
     index = 0
     used: ClassVar[set[int]] = set()
 
 
 def used_gpus() -> set[int]:
-    """The numbers of the emulated GPUs on which a tensor was put since there are any."""
+    """Indices of the emulated GPUs that have held a tensor."""
     return set(_Current.used)
 
 
 def gpu_of(tensor: torch.Tensor) -> int | None:
-    """The number of the emulated GPU on which a tensor lies; None on the CPU."""
+    """Index of a tensor's emulated GPU; None on the CPU."""
     with torch._C.DisableTorchFunction():
         return None if tensor.is_meta else getattr(tensor.untyped_storage(), "gpu", None)
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
-    """Whether a tensor lies on an emulated GPU."""
+    """Whether a tensor is on an emulated GPU."""
     return gpu_of(tensor) is not None
 
 
 def _put(values: Any, gpu: int | None) -> Any:
-    """The same value, all tensors of which lie on that GPU from now on, or on the CPU."""
+    """The same value with all its tensors moved to that GPU or the CPU."""
     if gpu is not None:
         _Current.used.add(gpu)
     with torch._C.DisableTorchFunction():
@@ -72,10 +72,10 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 class _Kernels(TorchDispatchMode):
-    """Runs every operation, refuses those on both devices, and puts new results where their inputs are.
+    """Runs every operation, refuses mixed devices, and places new results on the device of their inputs.
 
     Attributes:
-        fused: Where operations belong to one kernel, the GPU on which what they make lies, whatever it is made of.
+        fused: GPU of the results while operations belong to one fused kernel, whatever their inputs.
     """
 
     fused: int | None = None
@@ -95,7 +95,7 @@ class _Kernels(TorchDispatchMode):
 
 
 def _refuse_mixture(name: str, args: Any, inputs: list[torch.Tensor]) -> None:
-    """Nothing, if CUDA takes these tensors: all its own, but for CPU scalars and indices."""
+    """Raises unless CUDA would accept these tensors: all on one GPU, except for CPU scalars and indices."""
     indices = [item for item in args[1] if item is not None] if name in _INDEXING and is_on_gpu(args[0]) else []
     foreign = [item for item in inputs if not is_on_gpu(item) and not any(item is index for index in indices)]
     several = len({gpu_of(item) for item in inputs if is_on_gpu(item)}) > 1
@@ -106,7 +106,7 @@ def _refuse_mixture(name: str, args: Any, inputs: list[torch.Tensor]) -> None:
 
 
 class _Devices(TorchFunctionMode):
-    """Answers where a tensor is, and moves it."""
+    """Reports the device of a tensor, and moves tensors."""
 
     def __init__(self, kernels: _Kernels) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ class _Devices(TorchFunctionMode):
     _array = _numpy
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> None:
-        with self:  # a mode is off while it handles a call, and backward passes run the code of custom functions
+        with self:  # the mode is off while it handles a call, but backward passes run custom functions
             torch.autograd.backward(args[0], kwargs.pop("gradient", None), *args[1:], **kwargs)
 
     def _scaled_dot_product_attention(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
@@ -162,7 +162,7 @@ class _Devices(TorchFunctionMode):
             self._kernels.fused = None
 
     def _histc(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        counted = args[0].float()  # on a CPU torch counts no whole numbers
+        counted = args[0].float()  # torch has no histogram of integers on a CPU
         return func(counted, *args[1:], **kwargs).to(args[0].dtype)  # type: ignore[no-any-return]
 
     def _pin_memory(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
@@ -194,7 +194,7 @@ class _Devices(TorchFunctionMode):
 
 
 def _move(tensor: torch.Tensor, device: torch.device, *, fresh: bool = False) -> torch.Tensor:
-    """The tensor on a device; a copy where it is on the other and no copy already."""
+    """The tensor on a device, copied only if it is on a different one."""
     gpu = _index(device)
     if gpu_of(tensor) == gpu:
         return tensor
@@ -202,7 +202,7 @@ def _move(tensor: torch.Tensor, device: torch.device, *, fresh: bool = False) ->
 
 
 def _index(device: torch.device) -> int | None:
-    """The number of a GPU, that of the current one where none is named; None of the CPU."""
+    """Index of a GPU, by default the current one; None for the CPU."""
     if device.type != "cuda":
         return None
     return _Current.index if device.index is None else device.index
@@ -215,11 +215,11 @@ def _device(value: Any) -> torch.device:
 
 @contextlib.contextmanager
 def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
-    """Inside it, torch has a GPU.
+    """Gives torch a GPU inside the block.
 
     Args:
-        count: How many are visible; the first is the current one.
-        bf16: Whether it computes in bf16.
+        count: Number of visible GPUs; the first is the current one.
+        bf16: Whether the GPUs support bf16.
     """
     kernels = _Kernels()
     state = torch.zeros(16, dtype=torch.uint8)
@@ -270,7 +270,7 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
             stack.enter_context(mock.patch(f"torch.accelerator.{name}", answer))
         for patch in (*_cpu_in_place_of_cuda(), _no_device_check_in_recomputation()):
             stack.enter_context(patch)
-        # Without threads transformers reads weights where the modes below are on.
+        # Without threads, transformers reads weights inside the modes below.
         stack.enter_context(mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1"))
         stack.enter_context(kernels)
         stack.enter_context(_Devices(kernels))
@@ -278,7 +278,7 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
 
 
 def _accelerator(of_cuda: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """What `torch.accelerator` answers."""
+    """The answers of `torch.accelerator`."""
     same = (
         "is_available",
         "device_count",
@@ -299,7 +299,7 @@ def _accelerator(of_cuda: dict[str, Callable[..., Any]]) -> dict[str, Callable[.
 
 
 def _cpu_in_place_of_cuda() -> Iterator[Any]:
-    """Autocast, generators and files of safetensors, which know devices without a tensor."""
+    """Patches autocast, generators and safetensors files, which handle devices without a tensor."""
     begin, opened = torch.autocast.__init__, safetensors.safe_open
     enabled, lower = torch.is_autocast_enabled, torch.get_autocast_dtype
 
@@ -311,7 +311,7 @@ def _cpu_in_place_of_cuda() -> Iterator[Any]:
     yield mock.patch.object(torch, "get_autocast_dtype", lambda device: lower(device.replace("cuda", "cpu")))
 
     class OnCpu(torch.Generator):
-        """A generator of random numbers of any device."""
+        """A random number generator that accepts any device."""
 
         def __new__(cls, device: Any = "cpu") -> OnCpu:
             return super().__new__(cls, "cpu")
@@ -319,7 +319,7 @@ def _cpu_in_place_of_cuda() -> Iterator[Any]:
     yield mock.patch.object(torch, "Generator", OnCpu)
 
     class OnGpu:
-        """An open file whose tensors come to the GPU."""
+        """An open file that loads its tensors to the GPU."""
 
         def __init__(self, filename: Any, framework: str = "pt", device: Any = "cpu", **kwargs: Any) -> None:
             self._file, self._gpu = opened(filename, framework, **kwargs), _index(_device(device))
@@ -341,6 +341,6 @@ def _cpu_in_place_of_cuda() -> Iterator[Any]:
 
 
 def _no_device_check_in_recomputation() -> Any:
-    """Gradient checkpointing compares devices within the autograd engine, where the function mode is off."""
+    """Gradient checkpointing compares devices in the autograd engine, where the function mode is inactive."""
     fewer = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
     return mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, fewer)

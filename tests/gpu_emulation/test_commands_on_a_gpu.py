@@ -1,4 +1,4 @@
-"""Every command on an emulated GPU: nothing meets a tensor of another device, and the figures are those of a CPU."""
+"""Every command on an emulated GPU: no operation mixes devices, and the results equal those of a CPU."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_fft_in_bf16_trains(workspace: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("command", ["fft", "mask-train"])
-def test_training_goes_on_from_a_checkpoint(workspace: Path, tmp_path: Path, command: str) -> None:
+def test_training_resumes_from_a_checkpoint(workspace: Path, tmp_path: Path, command: str) -> None:
     recipe = make_recipe(workspace, **SHORT)
     undisturbed = run_command(command, tmp_path / "undisturbed", recipe)
     run, source = open_run(tmp_path / "stopped", command, recipe)
@@ -162,7 +162,7 @@ def test_probe(workspace: Path, tmp_path: Path, fast: bool) -> None:
 
 @pytest.mark.slow
 def test_eval_of_a_masked_model(workspace: Path, tmp_path: Path) -> None:
-    """Loss, exact match and a benchmark."""
+    """Covers loss, exact match and a benchmark."""
     problems = tmp_path / "problems.jsonl"
     lines = [{"question": f"{number}+2?", "answer": f"#### {number + 2}"} for number in range(4)]
     problems.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -197,7 +197,7 @@ def test_the_loss_surface(workspace: Path, tmp_path: Path) -> None:
     assert len(surface.training.metrics()) == 3 + 4**2
     assert surface.record.device["name"] == "cuda:0: Emulated GPU"
     again = measure_surface(tmp_path, Silence(), points=4, records=4, device="cpu")
-    assert again.folder == surface.folder  # where it was measured is no part of what was
+    assert again.folder == surface.folder  # the device of the measurement does not make it a different run
 
 
 @pytest.mark.slow

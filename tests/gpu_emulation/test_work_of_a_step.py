@@ -1,4 +1,4 @@
-"""What a training step asks of a GPU, by count: kernels, and the times that the host waits for it."""
+"""Work that a training step gives a GPU, as counts of kernels and host synchronisations."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ KERNELS_A_LAYER = 150
 
 @pytest.fixture(autouse=True)
 def small_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of 8,000 entries are selected from as those of millions."""
+    """Makes selection treat tensors of 8,000 entries like those of millions."""
     for name, value in {"_SORT_ALL": 1 << 10, "_STRIDE": 7, "_INSIDE_SHARE": 4}.items():
         monkeypatch.setattr(device_selection, name, value)
 
 
 def work_of_a_step(workspace: Path, root: Path, layers: int, command: str, changes: dict[str, Any]) -> tuple[int, int]:
-    """Kernels and waits of the second step of a training, in which no loss is measured."""
+    """Kernels and waits of the second training step, in which no loss is measured."""
     section = command.replace("-", "_")
     folder = root / "model"
     build_llama(layers=layers, hidden_size=128, intermediate_size=256).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Commands to be killed, what must hold afterwards, and how to go on."""
+"""Commands to kill, conditions that must hold afterwards, and how to continue."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Order:
     """A command for the server.
 
     Attributes:
-        folder: Where it runs; must exist.
+        folder: Working folder; must exist.
         arguments: After `mftctl`.
-        log: Gets what it says.
-        kill_at_event: As `tests.killing.server.Writes` has it.
-        torn: The same.
-        kill_after_seconds: When to kill it, None for never.
+        log: File for its output.
+        kill_at_event: `kill_at` of `tests.killing.server.Writes`.
+        torn: `torn` of `tests.killing.server.Writes`.
+        kill_after_seconds: Time after which to kill it; None for never.
     """
 
     folder: str
@@ -46,9 +46,9 @@ class Answer:
     """How a command ended.
 
     Attributes:
-        code: Its exit code; -9: killed.
-        writes: For each change that it made to its folder, whether a file was written.
-        seconds: Its time.
+        code: Its exit code; -9 if it was killed.
+        writes: For each change it made to its folder, whether a file was written.
+        seconds: Its run time.
     """
 
     code: int
@@ -68,11 +68,11 @@ class Server:
         self.root = Path(f"/proc/{process.pid}/root")
 
     def sees(self, path: Path) -> str:
-        """What the server calls a path of this process."""
+        """The server's view of a path of this process."""
         return str(Path("/") / path.relative_to(self.root) if path.is_relative_to(self.root) else path)
 
     def run(self, order: Order) -> Answer:
-        """Has a command run to its end."""
+        """Runs a command to its end."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -83,10 +83,10 @@ class Server:
 
 @contextmanager
 def running_server(*within: str) -> Iterator[Server]:
-    """A server for the time of the block.
+    """Runs a server during the block.
 
     Args:
-        within: A command that becomes the one that follows it.
+        within: A command that executes the command line appended to it.
     """
     command = [*within, sys.executable, "-m", "tests.killing.server"]
     pipe = subprocess.PIPE
@@ -97,13 +97,13 @@ def running_server(*within: str) -> Iterator[Server]:
 
 @dataclass(frozen=True)
 class Command:
-    """A command that is killed.
+    """A command to kill.
 
     Attributes:
-        name: Of the command.
-        arguments: Without the result's place.
-        result: The file or folder it writes, which is there already with something else; None for none but its run.
-        resumes: Whether it has `--resume`; otherwise it is done a second time.
+        name: Name of the command.
+        arguments: Arguments without the output path.
+        result: File or folder that it replaces; None if it writes nothing but its run.
+        resumes: Whether it has `--resume`; otherwise it is run again.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Command:
 
     @property
     def line(self) -> list[str]:
-        """All its arguments."""
+        """All command-line arguments."""
         place = [] if self.result is None else ["-o", self.result, "--yes"]
         return [self.name, *self.arguments, *place]
 
@@ -122,9 +122,9 @@ def make_commands(workspace: Path, server: Server, steps: int = 6) -> list[Comma
     """The four commands on a tiny model.
 
     Args:
-        workspace: An empty folder for what they read.
+        workspace: An empty folder for their inputs.
         server: Makes the mask that `apply` applies.
-        steps: That fft and mask-train take, with a validation and a checkpoint every third of them.
+        steps: Steps of fft and mask-train, with a validation and a checkpoint every third step.
     """
     make_workspace(workspace)
     model, train, validation = (str(workspace / name) for name in ("tiny", "train.jsonl", "val.jsonl"))
@@ -144,7 +144,7 @@ def make_commands(workspace: Path, server: Server, steps: int = 6) -> list[Comma
 
 
 class Scene:
-    """One command in a folder of its own, with an older result in its place."""
+    """One command in its own folder, with an older result at its output path."""
 
     def __init__(self, command: Command, server: Server, folder: Path, older: Path, log: Path | None = None) -> None:
         self.command = command
@@ -161,17 +161,17 @@ class Scene:
         self.before = contents(folder)
 
     def run(self, arguments: list[str] | None = None, **kill: Any) -> Answer:
-        """The command, or another one."""
+        """Runs the command, or a different one."""
         return self._server.run(
             Order(self._server.sees(self.folder), arguments or self.command.line, str(self._log), **kill)
         )
 
     def log(self) -> str:
-        """What the last command said."""
+        """Output of the last command."""
         return self._log.read_text()
 
     def go_on(self) -> None:
-        """What a user does after the kill: resumes, begins again where there is nothing to resume, or does the next."""
+        """Acts as a user after the kill: resumes, starts again if nothing can be resumed, or runs something else."""
         if any(run["status"] == "finished" for run in self.runs()):
             shutil.rmtree(create_run(self.folder / "runs", "report", {}).folder)
             return
@@ -182,12 +182,12 @@ class Scene:
         assert answer.code == 0, self.log()
 
     def runs(self) -> list[dict[str, Any]]:
-        """The records of all runs; every folder has a readable one."""
+        """The records of all runs; every folder has a readable record."""
         folders = [path for path in (self.folder / "runs").glob("*") if not path.name.startswith(".")]
         return [json.loads((path / "run.json").read_text()) for path in sorted(folders)]
 
     def check_killed(self, undisturbed: Scene) -> None:
-        """Nothing half-written is where a result belongs, and no run says that it is finished but with its result."""
+        """Checks that no partial result is in place, and that every run recorded as finished has its result."""
         if self.command.result is not None:
             now = below(contents(self.folder), self.command.result)
             old, new = (below(scene, self.command.result) for scene in (self.before, contents(undisturbed.folder)))
@@ -197,7 +197,7 @@ class Scene:
                 assert _same(run["result"], self.folder) == _same(undisturbed.runs()[0]["result"], undisturbed.folder)
 
     def check_result(self, undisturbed: Scene) -> None:
-        """Every file of the finished run and its result is bit for bit that of an undisturbed one; nothing is left."""
+        """Checks that the finished run and its result equal those of an undisturbed command, without leftovers."""
         mine, right = (self._finished(scene.folder) for scene in (self, undisturbed))
         assert mine.keys() == right.keys(), {name: {**mine, **right}[name] for name in mine.keys() ^ right.keys()}
         for name in mine:
@@ -209,7 +209,7 @@ class Scene:
 
     @staticmethod
     def _finished(folder: Path) -> dict[str, Any]:
-        """The files of the result and of the finished run, whatever its number, without times."""
+        """Files of the result and of the finished run without times, whatever the run's number."""
         run = next(
             path for path in sorted((folder / "runs").glob("[0-9]*")) if '"finished"' in (path / "run.json").read_text()
         )
@@ -223,12 +223,12 @@ class Scene:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The bytes of all files below a folder, by relative path."""
+    """The bytes of all files in a folder, by relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def below(files: dict[str, bytes], name: str) -> dict[str, bytes]:
-    """Those files that are `name` or in it."""
+    """The files that are `name` or inside it."""
     return {path: content for path, content in files.items() if path == name or path.startswith(f"{name}/")}
 
 

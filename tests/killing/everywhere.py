@@ -1,4 +1,4 @@
-"""Kills fft, mask-train, probe and apply at random moments and before and amid every change that they make to files.
+"""Kills fft, mask-train, probe and apply at random moments, and before and during each of their file changes.
 
 python -m tests.killing.everywhere --moments 30
 python -m tests.killing.everywhere --moments 0 --every-change
@@ -20,7 +20,7 @@ from tests.killing.commands import Command, Scene, Server, make_commands, runnin
 
 
 def phase(scene: Scene) -> str:
-    """What a killed command was at, by what it left."""
+    """The phase in which a command was killed, judged by its files."""
     runs = scene.runs()
     if runs and runs[-1]["status"] == "finished":
         return "after"
@@ -37,7 +37,7 @@ def phase(scene: Scene) -> str:
 
 
 def kills(command: Command, undisturbed: Scene, moments: int, every_change: bool) -> Iterator[dict[str, Any]]:
-    """When to kill a command: at moments spread over its time, and at its changes."""
+    """Kill points: moments spread over the run time, and file changes."""
     answer = undisturbed.run()
     assert answer.code == 0, undisturbed.log()
     generator = random.Random(command.name)
@@ -49,7 +49,7 @@ def kills(command: Command, undisturbed: Scene, moments: int, every_change: bool
 
 
 def kill_everywhere(folder: Path, server: Server, options: argparse.Namespace) -> Iterator[str]:
-    """A line for each command: how many kills came when; raises where something does not hold."""
+    """One line per command with the number of kills per phase; raises if a check fails."""
     commands = make_commands(folder / "given", server, options.steps)
     for command in commands:
         undisturbed = Scene(command, server, folder / command.name / "undisturbed", folder / "given" / "tiny")
@@ -70,7 +70,7 @@ def kill_everywhere(folder: Path, server: Server, options: argparse.Namespace) -
 
 
 def main() -> None:
-    """Prints how many kills came when, and ends at the first that something does not survive."""
+    """Prints the number of kills per phase; stops at the first failed check."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", type=int, default=30, help="random ones of each command")
     parser.add_argument("--steps", type=int, default=6, help="of fft and mask-train")

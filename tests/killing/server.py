@@ -1,7 +1,7 @@
-"""A process with everything imported that forks one mftctl command after another, and kills them where it is told to.
+"""A process with all imports done that forks one mftctl command after another, and kills them on request.
 
-A command so costs its work, and not the seconds of its imports. It reads one JSON document a line from stdin, with the
-fields of `tests.killing.commands.Order`, and answers with one.
+A command thus costs only its work and no import time. The server reads one JSON document per line from stdin, with the
+fields of `tests.killing.commands.Order`, and answers each with one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_EVENTS = 1 << 16
 
 
 def import_everything() -> None:
-    """Imports what commands import when they are called."""
+    """Imports the modules that commands import when called."""
     import torch
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
@@ -43,13 +43,13 @@ def import_everything() -> None:
 
 
 class Writes:
-    """Counts what a command does to files below a folder, and kills it at one of these events.
+    """Counts a command's changes to files in a folder, and kills it at one of these events.
 
     Args:
-        folder: Files elsewhere do not count.
+        folder: Only changes inside it count.
         kill_at: The number of the event before which the process is killed, from 1; 0 for none.
-        torn: Whether the file that the event writes is to be there in half.
-        kinds: Shared memory, a byte an event: 1 where a file is written, 2 for any other change.
+        torn: Whether to leave the file of that event half-written.
+        kinds: Shared memory with one byte per event: 1 where a file is written, 2 for any other change.
     """
 
     def __init__(self, folder: Path, kill_at: int, torn: bool, kinds: mmap.mmap) -> None:
@@ -61,14 +61,14 @@ class Writes:
         self._dying = False
 
     def watch(self) -> None:
-        """From now on for the rest of this process."""
+        """Starts counting, for the rest of this process."""
         import safetensors.torch
         import torch
         import transformers.modeling_utils
 
         import mftctl.training.score_trainer
 
-        # These open their files in Rust and C++, where Python sees nothing.
+        # These open their files in Rust and C++, which Python hooks do not see.
         torch.save = self._around(torch.save)
         save_file = self._around(safetensors.torch.save_file)
         transformers.modeling_utils.safe_save_file = save_file  # type: ignore[attr-defined]
@@ -117,7 +117,7 @@ class Writes:
 
 
 def _write_half(path: Any, flags: int) -> None:
-    """What is there of a file whose writing was killed after some bytes."""
+    """Leaves a file as if its writing had been killed halfway."""
     descriptor = os.open(path, flags | os.O_CREAT, 0o600)
     begin = {"purpose": "temporary folder of mftctl", "host": platform.node()}
     is_journal = Path(os.fsdecode(path)).name == "journal.json"
@@ -126,7 +126,7 @@ def _write_half(path: Any, flags: int) -> None:
 
 
 def _run(order: dict[str, Any], kinds: mmap.mmap) -> None:
-    """The command, in a forked process; ends it."""
+    """Runs the command in a forked process, and ends that process."""
     folder = Path(order["folder"])
     os.chdir(folder)
     log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -147,7 +147,7 @@ def _run(order: dict[str, Any], kinds: mmap.mmap) -> None:
 
 
 def _wait(process: int, kill_after_seconds: float | None) -> int:
-    """The exit status of a process, which is killed after some time."""
+    """The exit status of a process, which is killed after a given time."""
     if kill_after_seconds is not None:
         end_seconds = time.monotonic() + kill_after_seconds
         while time.monotonic() < end_seconds:
@@ -160,7 +160,7 @@ def _wait(process: int, kill_after_seconds: float | None) -> int:
 
 
 def main() -> None:
-    """Answers orders until stdin ends."""
+    """Processes orders until stdin ends."""
     import_everything()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,6 +1,6 @@
-"""Commands killed at their changes to files, without room on the disk, and with a read-only output.
+"""Commands killed at their file changes, on a full disk, and with a read-only output.
 
-`python -m tests.killing.everywhere` kills them at random moments, and before and amid every change.
+`python -m tests.killing.everywhere` kills them at random moments, and before and during every change.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ exec "$@"
 
 
 class Stage:
-    """The server and what all scenes share.
+    """The server and other state shared by all scenes.
 
     Attributes:
-        commands: To be killed, by name.
-        disk: The small disk as this process sees it, or why there is none.
+        commands: Commands to kill, by name.
+        disk: Path of the small disk in this process, or the reason why there is none.
     """
 
     def __init__(self, server: Server, folder: Path, disk: Path | str) -> None:
@@ -44,12 +44,12 @@ class Stage:
         self.commands: dict[str, Command] = {item.name: item for item in make_commands(folder / "given", server)}
 
     def scene(self, name: str, part: str, folder: Path | None = None) -> Scene:
-        """A scene of a command, in the given folder or beside the others."""
+        """A scene of a command, in the given folder or next to the others."""
         place, log = (folder or self._folder) / f"{name}-{part}", self._folder / f"{name}-{part}.log"
         return Scene(self.commands[name], self.server, place, self._folder / "given" / "tiny", log)
 
     def undisturbed(self, name: str) -> tuple[Scene, list[bool]]:
-        """A command that nothing happened to, and for each of its changes whether it wrote a file."""
+        """An undisturbed run of a command, and for each of its changes whether it wrote a file."""
         if name not in self._undisturbed:
             scene = self.scene(name, "undisturbed")
             answer = scene.run()
@@ -102,7 +102,7 @@ def disk(stage: Stage) -> Path:
     ],
 )
 def test_a_killed_command_ends_as_if_nothing_had_happened(stage: Stage, name: str, place: float, torn: bool) -> None:
-    """Killed before one of its changes to files, or with the file half-written; then resumed, or done again."""
+    """Killed before a file change or with the file half-written, then resumed or run again."""
     undisturbed, writes = stage.undisturbed(name)
     event = 1 + int(place * len(writes))
     while torn and not writes[event - 1]:
@@ -119,7 +119,7 @@ def test_a_killed_command_ends_as_if_nothing_had_happened(stage: Stage, name: st
     ("name", "free_kb"), [("fft", 0), ("fft", 512), ("fft", 1500), ("mask-train", 256), ("probe", 256), ("apply", 32)]
 )
 def test_a_full_disk(stage: Stage, disk: Path, name: str, free_kb: int) -> None:
-    """One clear message; the older result stays, and with more room what was begun ends as if nothing had happened."""
+    """One clear message; the older result stays, with more space the command continues as if nothing had happened."""
     undisturbed, _ = stage.undisturbed(name)
     scene, ballast = stage.scene(name, "full", disk), disk / "ballast"
     try:
@@ -140,7 +140,7 @@ def test_a_full_disk(stage: Stage, disk: Path, name: str, free_kb: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fft", "mask-train", "apply"])
-def test_a_read_only_output_is_told_before_anything_is_done(stage: Stage, disk: Path, name: str) -> None:
+def test_a_read_only_output_is_reported_before_any_work(stage: Stage, disk: Path, name: str) -> None:
     scene = stage.scene(name, "read-only")
     command = stage.commands[name]
     before = contents(disk / "read-only")

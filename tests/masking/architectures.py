@@ -1,4 +1,4 @@
-"""Small random decoders of many families, each with the weights that a mask may cover as its checkpoint stores them."""
+"""Small random decoders of many families, each with its maskable weights under their names in the checkpoint."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ class Architecture:
     """A family of decoders.
 
     Attributes:
-        build: A random model of 2 layers.
-        attention: What the attention projections of layer 1 are called on disk, with their shapes.
-        mlp: The same of its MLP projections.
-        start: What those names begin with.
+        build: Returns a random model of 2 layers.
+        attention: Names on disk of the attention projections of layer 1, with their shapes.
+        mlp: The same for its MLP projections.
+        start: Common prefix of those names.
     """
 
     build: Callable[[], PreTrainedModel]
@@ -120,7 +120,7 @@ DENSE = {
 
 
 def expert_shapes(path: str, gate: str, up: str, down: str, width: int) -> dict[str, tuple[int, ...]]:
-    """Four experts."""
+    """Names and shapes of four experts."""
     shapes = {gate: (width, 32), up: (width, 32), down: (32, width)}
     return {f"{path}.{expert}.{name}.weight": shape for expert in range(4) for name, shape in shapes.items()}
 
@@ -150,7 +150,7 @@ ARCHITECTURES = DENSE | EXPERTS | STORED_FUSED
 
 
 def build(name: str, *, seed: int = 0) -> PreTrainedModel:
-    """A model of a family with random weights: all of them, so that biases and norms take part too."""
+    """A model of a family with all weights random, including biases and norms, so that these matter too."""
     torch.manual_seed(seed)
     model = ARCHITECTURES[name].build().eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Tiny checkpoints and masks for them."""
+"""Tiny checkpoints, and masks for them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SAFETENSORS_NAMES = {
 
 
 def stored_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, through the safetensors library."""
+    """All tensors of a checkpoint, read with the safetensors library."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
 def raw_tensors(path: Path) -> dict[str, bytes]:
-    """The bytes of each tensor of one file, read from the container's definition."""
+    """The bytes of each tensor in a file, parsed from the format's definition."""
     content = path.read_bytes()
     start = 8 + struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8:start])
@@ -44,7 +44,7 @@ def raw_tensors(path: Path) -> dict[str, bytes]:
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], *, shards: int = 1) -> Path:
-    """A folder with these tensors in one safetensors file or dealt out to several."""
+    """A folder with these tensors in one safetensors file or distributed over several."""
     folder.mkdir()
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], *, shards: 
 
 
 def write_tuned(base: Path, folder: Path, *, seed: int = 7, shards: int = 1) -> Path:
-    """A copy of a checkpoint whose floating-point weights moved a little, most of them."""
+    """A copy of a checkpoint with small changes to most of its floating-point weights."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, tensor in stored_tensors(base).items():
@@ -82,7 +82,7 @@ def learn_mask(
     seed: int = 0,
     tuned: dict[str, torch.Tensor] | None = None,
 ) -> Mask:
-    """A random mask for these base tensors; a delta mask where there are tuned ones."""
+    """A random mask for these base tensors, or a delta mask if tuned tensors are given."""
     generator = torch.Generator().manual_seed(seed)
     keep = {name: torch.rand(tensor.shape, generator=generator) >= ratio for name, tensor in tensors.items()}
     records = {

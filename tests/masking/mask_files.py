@@ -1,4 +1,4 @@
-"""Mask files written and read from the format's definition alone, without mftctl, to compare with and to attack it."""
+"""Mask files written and read from the format's definition alone, to compare with mftctl and to attack it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def same(a: Mask, b: Mask) -> bool:
 
 
 def plain_packed(keep: torch.Tensor) -> bytes:
-    """The packed codec, bit by bit."""
+    """The packed codec, one bit at a time."""
     packed = bytearray((keep.numel() + 7) // 8)
     for position, bit in enumerate(keep.reshape(-1).tolist()):
         packed[position // 8] |= int(bit) << (position % 8)
@@ -86,7 +86,7 @@ def plain_deflate(packed: bytes, strategy: int = zlib.Z_HUFFMAN_ONLY) -> bytes:
 
 
 def plain_ans_model(size_bytes: int, zeros: int) -> tuple[list[int], list[int]]:
-    """The frequency of each byte, and the sum of those before it."""
+    """The frequency of each byte, and the sum of the preceding frequencies."""
     bits = 8 * size_bytes
     frequencies = []
     for byte in range(256):
@@ -108,7 +108,7 @@ def _ans_state(words: list[int], state: int) -> int:
 
 
 def plain_ans(packed: bytes) -> bytes:
-    """The ans codec, word by word."""
+    """The ans codec, one word at a time."""
     zeros = sum(8 - byte.bit_count() for byte in packed)
     frequencies, before = plain_ans_model(len(packed), zeros)
     words = plain_ans_start(len(packed), zeros)
@@ -123,7 +123,7 @@ def plain_ans(packed: bytes) -> bytes:
 
 
 def plain_ans_read(payload: bytes, weights: int, removed: int) -> bytes:
-    """The packed bytes of a payload that is sound."""
+    """The packed bytes of a valid payload."""
     size_bytes = (weights + 7) // 8
     frequencies, before = plain_ans_model(size_bytes, removed + -weights % 8)
     words = list(struct.unpack(f"<{len(payload) // 4}I", payload))
@@ -205,13 +205,13 @@ def compact(value: object) -> bytes:
 
 
 def plain_file(document: dict[str, Any] | bytes, payloads: dict[str, bytes]) -> bytes:
-    """A whole mask file with a right digest, whatever the document says."""
+    """A whole mask file with a correct digest, whatever the document contains."""
     text = document if isinstance(document, bytes) else compact(document)
     return plain_bytes(plain_header(text, payloads), b"".join(payloads[name] for name in sorted(payloads)))
 
 
 def plain_read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The document and the bool arrays, through the safetensors library and numpy."""
+    """The document and the bool arrays, read with the safetensors library and numpy."""
     arrays = {}
     with safe_open(path, framework="np") as reader:
         document = json.loads(reader.metadata()["mftctl"])
@@ -236,7 +236,7 @@ def parts_of_small_mask(metadata: MaskMetadata = METADATA) -> tuple[dict[str, An
 
 
 def refuse(tmp_path: Path, content: bytes, message: str) -> MaskFormatError:
-    """The error of a file that must be refused with this message."""
+    """The error raised for a file that must be refused with this message."""
     path = tmp_path / "hostile.bits"
     path.write_bytes(content)
     with pytest.raises(MaskFormatError, match=message) as caught:

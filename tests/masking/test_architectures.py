@@ -1,4 +1,4 @@
-"""Every family of decoders: scores trained, a mask saved and applied, and the same logits from the new checkpoint."""
+"""Every decoder family: train scores, save and apply a mask, and get the same logits from the new checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.masking.built_checkpoints import stored_tensors
 from tests.masking.mask_files import METADATA
 
 IDS = torch.randint(6, 102, (3, 11), generator=torch.Generator().manual_seed(0))
-RATIO = 0.137  # of no shape a whole number
+RATIO = 0.137  # not a whole number of weights for any shape
 THRESHOLDS: dict[ScoreStart, float] = {"kaiming": -0.1, "constant": 0.01, "weights": 0.0}
 RULES = ["absolute", "signed", "threshold"]
 
@@ -33,7 +33,7 @@ def indicator_of(rule: str, start: ScoreStart) -> MaskRule:
 
 
 def train_scores(model: PreTrainedModel, start: ScoreStart, rule: MaskRule, steps: int = 2) -> None:
-    """Puts masks on layer 1 and takes some steps of their scores."""
+    """Masks layer 1 and trains the scores for some steps."""
     targets = find_targets(model, [1])
     scores = {target.name: initial_scores(target, start, constant=0.01, seed=3) for target in targets}
     attach_masks(model, targets, scores, rule)

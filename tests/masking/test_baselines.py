@@ -1,4 +1,4 @@
-"""The masks that need no training."""
+"""Masks that need no training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_magnitude_removes_the_smallest_weights() -> None:
 
 
 def removed_rows(target: MaskTarget, weight: np.ndarray, ratio: float) -> np.ndarray:
-    """The outputs removed, as an independent version finds them: a stable sort of the means."""
+    """The removed outputs according to an independent version: a stable sort of the means."""
     means = np.abs(weight.astype(np.float64)).mean(target.inputs_dim).astype(np.float32).reshape(-1)
     chosen = np.argsort(means, kind="stable")[: int(ratio * means.size + 0.5)]
     return np.isin(np.arange(means.size), chosen)
@@ -53,7 +53,7 @@ def test_an_output_of_a_conv1d_is_a_column_and_that_of_a_linear_a_row() -> None:
         assert int(removed.sum()) == target.fan_in
 
 
-def test_of_equal_rows_the_first_go() -> None:
+def test_of_equal_rows_the_first_are_removed() -> None:
     [target] = find_targets(build_llama(), [0], projections=["q_proj"])
     with torch.no_grad():
         target.weight.fill_(-0.5)
@@ -69,7 +69,7 @@ def test_rows_are_the_same_whatever_order_they_are_summed_in() -> None:
     with torch.no_grad():
         target.weight[7] = target.weight[3].flip(0)
         target.weight[3:8:4] *= 0.01
-    assert not row_mask(target, 1 / 256)[3].any()  # as large as row 7, and the first of them
+    assert not row_mask(target, 1 / 256)[3].any()  # as large as row 7 and before it
     assert row_mask(target, 1 / 256)[7].all()
 
 
@@ -91,11 +91,11 @@ def test_random_spreads_over_rows_and_columns() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_random_mask_does_not_know_where_training_starts(seed: int) -> None:
+def test_a_random_mask_is_independent_of_the_random_start(seed: int) -> None:
     [target] = find_targets(build_llama(hidden_size=256), [0], projections=["q_proj"])
     removed = ~random_mask(target, 0.1, seed)
     start = initial_scores(target, "kaiming", seed=seed).abs()
     begun = ~keep_highest(start, 0.1)
     both = int((removed & begun).sum())
-    # Of 65,536 weights both take a tenth: by chance 655, give or take 24.
+    # Both masks remove a tenth of 65,536 weights: 655 in common by chance, with a standard deviation of 24.
     assert abs(both - 655) < 5 * 24

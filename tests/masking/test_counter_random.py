@@ -1,4 +1,4 @@
-"""Random bits by number: the published generator, the same however they are asked for, evenly spread."""
+"""Counter-based random bits: the published generator, independent of chunking, and uniform."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 def split_mix(state: int, count: int) -> list[int]:
-    """SplitMix64 as published, one number after the other, as signed integers."""
+    """SplitMix64 as published, one number at a time, as signed integers."""
     found = []
     for _ in range(count):
         state = (state + 0x9E3779B97F4A7C15) % (1 << 64)
@@ -42,7 +42,7 @@ def test_devices_agree(start: int, stop: int, step: int) -> None:
     assert torch.equal(random_bits(key, start, stop, step, device=CPU), on_gpu(key, start, stop, step))
 
 
-def test_the_first_number_that_the_authors_give() -> None:
+def test_the_first_published_number() -> None:
     assert random_bits(1234567, 0, 1, device=CPU).tolist() == [6457827717110365317]
 
 
@@ -53,8 +53,8 @@ def test_chunks_of_any_size_give_the_same() -> None:
 
 
 @pytest.mark.slow
-def test_each_bit_is_set_half_the_time_and_knows_nothing_of_others() -> None:
-    """Within five standard deviations: of a bit, of a pair of bits, of neighbours, and of two streams."""
+def test_bits_are_uniform_and_independent() -> None:
+    """Within five standard deviations, for single bits, pairs of bits, neighbours and two streams."""
     count = 1 << 16
     streams = [random_bits(stream_key("a", 0, index), 0, count, device=CPU) for index in range(2)]
     bits = torch.stack([(streams[0] >> bit) & 1 for bit in range(64)]).double() * 2 - 1
@@ -66,7 +66,7 @@ def test_each_bit_is_set_half_the_time_and_knows_nothing_of_others() -> None:
     assert ((bits @ other.T) / count).abs().max() < bound
 
 
-def test_sixteen_bits_take_all_values_evenly() -> None:
+def test_sixteen_bits_are_uniform() -> None:
     low = random_bits(stream_key("b"), 0, 1 << 18, device=CPU).view(torch.int16).view(-1, 4)
     for field in range(4):
         counts = torch.bincount(low[:, field].int() + (1 << 15) >> 6, minlength=1024).double()
@@ -74,7 +74,7 @@ def test_sixteen_bits_take_all_values_evenly() -> None:
         assert abs(float(chi_squared) - 1023) < 5 * (2 * 1023) ** 0.5
 
 
-def test_names_make_keys() -> None:
+def test_keys_follow_from_names() -> None:
     keys = {stream_key("x", step, index) for step in range(30) for index in range(30)}
     assert len(keys) == 900
     assert stream_key("x", 1, 2) == stream_key("x", 1, 2) != stream_key("x", 12)

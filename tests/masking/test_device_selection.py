@@ -1,4 +1,4 @@
-"""The selection of accelerators, computed here: bit for bit that of the CPU, whichever way finds it."""
+"""Selection on accelerators, computed here on the CPU: bit-identical to CPU selection, whatever the algorithm."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ REAL = {name: getattr(device_selection, name) for name in SMALL}
 
 @pytest.fixture(scope="module", autouse=True)
 def small_passes() -> Iterator[None]:
-    """Everything that happens in millions of entries happens in a few."""
+    """Exercises the code paths for millions of entries with a few entries."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SMALL.items():
             patch.setattr(device_selection, name, value)
@@ -127,7 +127,7 @@ def test_gradients_are_selected_as_on_the_cpu(
 @pytest.mark.usefixtures("real_passes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_projection_of_an_8b_model(dtype: torch.dtype) -> None:
-    """16.8 million scores, among them zeros of both signs and ties."""
+    """16.8 million scores, including zeros of both signs and ties."""
     scores = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)) * 0.01
     scores[::7, ::3] = 0.0
     scores[1::7, ::3] = -0.0
@@ -140,7 +140,7 @@ def test_a_projection_of_an_8b_model(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("way", ["_by_sorting", "_by_counting"])
-def test_what_is_no_number_is_told_of_its_tensor(way: str) -> None:
+def test_nan_is_attributed_to_its_tensor(way: str) -> None:
     tensors = [torch.ones(20), torch.empty(0), torch.cat([torch.ones(17), torch.tensor([float("nan")]), torch.ones(3)])]
     assert getattr(device_selection, way)(list(map(numbers, tensors)), 5).holds_nan == [False, False, True]
 
@@ -156,7 +156,7 @@ def test_scores_that_are_not_numbers() -> None:
 @pytest.mark.usefixtures("real_passes")
 @pytest.mark.parametrize("kind", ["normal", "equal", "zeros"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_it_holds_no_more_than_it_says(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_allocates_no_more_than_estimated(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_selection, "_MOST_SAMPLES", 1 << 12)
     monkeypatch.setattr(device_selection, "_SORT_ALL", 1 << 12)
     monkeypatch.setattr(device_selection, "_PART_ENTRIES", 1 << 17)

@@ -1,4 +1,4 @@
-"""Fused experts against a model that keeps each projection of each expert by itself, with plain autograd."""
+"""Fused experts compared with a model with a separate tensor per projection and expert, using plain autograd."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NAMES = {"mixtral": ("w1", "w3", "w2"), "qwen3_moe": ("gate_proj", "up_proj", "d
 
 
 def straight_through(weight: torch.Tensor, scores: torch.Tensor, rule: MaskRule) -> torch.Tensor:
-    """Equation 5 by the detach trick: forward the hard mask, backward the score or its size."""
+    """Equation 5 via the detach trick: forward with the hard mask, backward with the score or its magnitude."""
     values = scores.detach().numpy()
     if rule.ratio is None:
         return weight * (torch.from_numpy(values >= rule.threshold).float() + scores - scores.detach())
@@ -51,7 +51,7 @@ def straight_through(weight: torch.Tensor, scores: torch.Tensor, rule: MaskRule)
 
 @dataclass
 class Routed:
-    """The experts of one layer with inputs and routes for them."""
+    """The experts of one layer, with inputs and routes for them."""
 
     model: PreTrainedModel
     targets: list[MaskTarget]
@@ -69,7 +69,7 @@ class Routed:
 
 
 def make(family: str = "mixtral", *, kernel: str = "grouped_mm") -> Routed:
-    """Two of four experts a token; nobody goes to the last one."""
+    """Routes each token to two of four experts, and none to the last one."""
     model = build(family)
     model.set_experts_implementation(kernel)
     generator = torch.Generator().manual_seed(1)
@@ -81,7 +81,7 @@ def make(family: str = "mixtral", *, kernel: str = "grouped_mm") -> Routed:
 
 
 def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor], rule: MaskRule) -> torch.Tensor:
-    """What the experts compute, token by token, each projection a tensor of its own."""
+    """The output of the experts, computed token by token with one tensor per projection."""
     weights = {target.name: target.weight.detach().clone() for target in made.targets}
     start = made.targets[0].name.rpartition(".experts.")[0] + ".experts"
     masked = {name: straight_through(weights[name], scores[name], rule) for name in weights}
@@ -117,13 +117,13 @@ def test_outputs_and_gradients_equal_those_of_separate_experts(family: str, rule
     for name, module in masked_layers(made.model):
         reference = apart[name].grad
         if reference is None:
-            reference = torch.zeros_like(module.scores)  # of the expert that no token went to
+            reference = torch.zeros_like(module.scores)  # gradient of an expert without tokens
         torch.testing.assert_close(module.scores.grad, reference, rtol=1e-4, atol=1e-6)
     assert made.model.model.layers[1].mlp.experts.experts.gate_up_proj.grad is None
 
 
 def test_each_stored_tensor_loses_its_own_share() -> None:
-    """Not the fused parameter as a whole: scores of one expert that are all low change nothing for another."""
+    """The ratio holds per stored tensor and not per fused parameter: low scores in one expert do not affect another."""
     made = make()
     low = made.targets[0].name
     made.scores[low] = made.scores[low] * 1e-6
@@ -176,7 +176,7 @@ def test_every_kind_of_optimizer_step_renews_the_products(options: dict[str, boo
             assert torch.equal(product, module.weight * module.keep())
 
 
-def test_weights_are_never_touched_and_come_back() -> None:
+def test_weights_are_never_modified_and_are_restored() -> None:
     made = make()
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     logits, experts = made.model(input_ids=IDS).logits, made.experts
@@ -191,7 +191,7 @@ def test_weights_are_never_touched_and_come_back() -> None:
     assert torch.equal(made.model(input_ids=IDS).logits, logits)
 
 
-def test_weights_that_are_spread_over_processes() -> None:
+def test_weights_that_are_sharded_over_processes() -> None:
     made = make()
     attach_masks(made.model, made.targets, made.scores, MaskRule())
     with pytest.raises(TrainingError, match="Fused experts cannot be masked") as caught:
@@ -208,8 +208,8 @@ def test_only_scores_are_trainable() -> None:
     assert [name for name, _ in masked_layers(made.model)] == [target.name for target in made.targets]
 
 
-def test_projections_without_scores_compute_with_their_weights() -> None:
-    """Gate and up projections share a parameter; only one of them is masked here."""
+def test_projections_without_scores_use_their_weights() -> None:
+    """Gate and up projections share a parameter, and only one of them is masked here."""
     made = make()
     made.targets = find_targets(made.model, [1], "mlp", ["w3"])
     attach_masks(made.model, made.targets, made.scores, MaskRule(0.3))

@@ -1,4 +1,4 @@
-"""The workflows on decoders whose experts are fused in memory and separate on disk."""
+"""The workflows on decoders with experts that are fused in memory and separate on disk."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_masks_without_training(experts: Path, tmp_path: Path, method: str) -> N
 
 
 @pytest.mark.slow
-def test_a_ratio_for_each_projection_as_it_is_called_on_disk(experts: Path, tmp_path: Path) -> None:
+def test_a_ratio_per_projection_by_its_name_on_disk(experts: Path, tmp_path: Path) -> None:
     gate, down = ("w1", "w2") if "mixtral" in experts.name else ("gate_proj", "down_proj")
     ratios = {gate: 0.3, down: 0.05}
     _, _, mask = learn(experts, tmp_path, mask_train__layers="1", mask_train__ratio=ratios, mask_train__max_steps=2)
@@ -154,7 +154,7 @@ def test_probing(experts: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "gmt", "random", "hft", "lora"])
 def test_fine_tuning(experts: Path, tmp_path: Path, method: str) -> None:
-    """Weights in memory are what is updated: GMT's ratio holds for each fused parameter; LoRA adapts the attention."""
+    """Updates apply to weights in memory: GMT's ratio holds per fused parameter; LoRA adapts the attention."""
     merge = {"fft__merge": True} if method == "lora" else {}
     recipe = make_recipe(experts, fft__method=method, fft__max_steps=1, fft__keep="last", **merge)
     run, source = open_run(tmp_path, "fft", recipe)

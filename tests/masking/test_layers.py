@@ -1,4 +1,4 @@
-"""MaskedLinear against the paper's equations in numpy, a hand-written gradient, and a sort-at-each-forward model."""
+"""MaskedLinear compared with the paper's equations in numpy, a manual gradient, and sorting at each forward pass."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_forward_equals_the_equations(rule: MaskRule, transposed: bool) -> None:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_gradients_equal_the_formula(rule: MaskRule, transposed: bool) -> None:
-    """Equation 5: dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked; dL/dx goes through the masked weight."""
+    """Equation 5: dL/dS = dL/d(W * M) * W, times sign(S) if |S| is ranked; dL/dx goes through the masked weight."""
     layer, x = make(rule, transposed=transposed)
     x.requires_grad_()
     upstream = torch.randn(2, 3, 5)
@@ -80,7 +80,7 @@ def test_gradients_equal_the_formula(rule: MaskRule, transposed: bool) -> None:
 
 
 class SortingLinear(nn.Module):
-    """The reference's way, for this test only: sorts at every forward, gradient by the detach trick."""
+    """The reference implementation, for this test only: sorts at every forward pass, with a detach-trick gradient."""
 
     def __init__(self, linear: nn.Linear, scores: torch.Tensor, ratio: float) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class SortingLinear(nn.Module):
 
 
 def test_training_steps_equal_a_sort_at_each_forward() -> None:
-    """Several whole steps of Adam on a Llama: the same losses and the same masks."""
+    """Several full Adam steps on a Llama give the same losses and the same masks."""
     input_ids = torch.randint(6, 102, (2, 12), generator=torch.Generator().manual_seed(0))
     outcomes = []
     for kind in ("engine", "reference"):
@@ -148,7 +148,7 @@ def test_the_mask_is_selected_once_an_optimizer_step(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("rule", [MaskRule(0.3), MaskRule(None, 0.01), MaskRule(0.0)], ids=str)
-def test_a_product_that_is_made_anew_in_each_pass_gives_the_same(rule: MaskRule) -> None:
+def test_recomputing_the_product_in_each_pass_gives_the_same(rule: MaskRule) -> None:
     kept, x = make(rule)
     anew, _ = make(rule)
     anew.keeps_product = False
@@ -177,7 +177,7 @@ def test_every_kind_of_optimizer_step_renews_the_mask(options: dict[str, bool]) 
         assert torch.equal(layer.masked_weight(), expected)
 
 
-def test_weights_are_never_touched_and_come_back() -> None:
+def test_weights_are_never_modified_and_are_restored() -> None:
     model = build_llama()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     logits = model(input_ids=torch.arange(6, 16)[None]).logits
@@ -193,7 +193,7 @@ def test_weights_are_never_touched_and_come_back() -> None:
 
 
 @pytest.mark.parametrize("keeps", [True, False])
-def test_masks_can_be_left_out_for_a_while(keeps: bool) -> None:
+def test_masks_can_be_disabled_temporarily(keeps: bool) -> None:
     model = build_llama()
     ids = torch.arange(6, 16)[None]
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_bf16_weights_with_fp32_scores() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_bias_rounds_as_in_the_layer_without_scores(transposed: bool, dtype: torch.dtype) -> None:
-    """Sizes at which a bias that is added afterwards gives other last bits."""
+    """Sizes at which adding the bias afterwards changes the last bits."""
     torch.manual_seed(0)
     linear = (Conv1D(96, 576) if transposed else nn.Linear(576, 96)).to(dtype)
     nn.init.normal_(linear.bias)
@@ -276,7 +276,7 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 def test_the_magnitude_start_removes_what_training_carries_through_zero() -> None:
-    """Against Adam in numpy on the weights themselves: a weight is gone while its trained self has the other sign."""
+    """Compared with Adam in numpy on the weights: a weight is removed while its trained value has the opposite sign."""
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(4, 6)) * 0.1
     inputs, wanted = generator.normal(size=(30, 5, 6)), generator.normal(size=(30, 5, 4))
@@ -303,7 +303,7 @@ def test_the_magnitude_start_removes_what_training_carries_through_zero() -> Non
 
 
 def test_kaiming_start_is_uniform_within_its_bound() -> None:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)); fan_in of a Conv1D is its first dimension."""
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)); the fan-in of a Conv1D is its first dimension."""
     model = build_llama(hidden_size=64, intermediate_size=256)
     target = next(item for item in find_targets(model) if item.name.endswith("down_proj"))
     scores = initial_scores(target, "kaiming")
@@ -331,6 +331,6 @@ def test_a_constant_start() -> None:
 
 
 @pytest.mark.parametrize("options", [{"ratio": 0.1, "threshold": 0.0}, {"ratio": None}])
-def test_an_indicator_has_one_rule(options: dict[str, float | None]) -> None:
+def test_an_indicator_needs_either_ratio_or_threshold(options: dict[str, float | None]) -> None:
     with pytest.raises(ValueError, match="either a ratio or a threshold"):
         MaskRule(**options)

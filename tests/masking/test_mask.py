@@ -61,7 +61,7 @@ def random_mask(parts: dict[str, tuple[list[int], float, int]]) -> Mask:
 # The mask in memory
 
 
-def test_mask_gives_back_the_tensors_it_was_built_from() -> None:
+def test_mask_returns_the_tensors_it_was_built_from() -> None:
     mask = small_mask()
     assert mask.names() == ["even.weight", "odd.weight"]
     assert len(mask) == 2
@@ -87,7 +87,7 @@ def test_changing_a_returned_tensor_leaves_the_mask_as_it_is() -> None:
     assert int(mask["odd.weight"].sum()) == 12
 
 
-def test_mask_is_held_in_one_bit_a_weight() -> None:
+def test_mask_takes_one_bit_per_weight() -> None:
     mask = build_mask(w=torch.ones(1000, 80, dtype=torch.bool))
     assert mask.packed("w").nbytes == 10_000
 
@@ -276,7 +276,7 @@ def test_order_of_the_tensors_does_not_change_the_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "ab.bits").read_bytes() == (tmp_path / "ba.bits").read_bytes()
 
 
-def test_metadata_without_optional_values_comes_back(tmp_path: Path) -> None:
+def test_metadata_without_optional_values_is_read_back(tmp_path: Path) -> None:
     metadata = replace(
         METADATA,
         kind="delta",

@@ -33,7 +33,7 @@ def test_counts_agree_with_numpy_sets(bits: list[tuple[bool, bool]]) -> None:
     assert found.jaccard == (len(removed_a & removed_b) / either if either else 1.0)
 
 
-def test_total_is_the_sum_and_lists_what_only_one_covers() -> None:
+def test_total_is_the_sum_and_lists_tensors_covered_by_only_one() -> None:
     quarter = torch.arange(16).reshape(4, 4) >= 4
     a = build_mask(both=quarter, shared=quarter, left=quarter)
     b = build_mask(both=quarter.T, shared=quarter, right=quarter)
@@ -44,7 +44,7 @@ def test_total_is_the_sum_and_lists_what_only_one_covers() -> None:
     assert found.total.expected_both == 2.0
 
 
-def test_chance_is_met_by_independent_random_masks() -> None:
+def test_independent_random_masks_overlap_as_expected_by_chance() -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = (build_mask(w=torch.rand(200_000, generator=generator) >= 0.1) for _ in range(2))
     found = diff(a, b).total
@@ -84,7 +84,7 @@ def test_other_shapes_are_refused() -> None:
     assert (caught.value.key, caught.value.expected, caught.value.actual) == ("w", (2, 3), (3, 2))
 
 
-def test_pairwise_overlaps_are_those_of_each_two() -> None:
+def test_pairwise_overlaps_equal_those_of_each_pair() -> None:
     generator = torch.Generator().manual_seed(1)
     names = ("ab", "abc", "b", "c")
     masks = [build_mask(**{name: torch.rand(5, 7, generator=generator) >= 0.3 for name in have}) for have in names]

@@ -1,4 +1,4 @@
-"""Which stored tensor is which part of a parameter: compared with the files that transformers writes."""
+"""Mapping of stored tensors to parts of parameters, compared with files written by transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stored_as(model: PreTrainedModel, *converters: WeightConverter) -> PreTrainedModel:
-    """The model as if it had been loaded with these conversions, which its next saving reverts."""
+    """The model as if loaded with these conversions, which the next save reverts."""
     model._weight_conversions = list(converters)
     return model
 
@@ -59,7 +59,7 @@ def test_parts_come_in_the_order_of_the_parameter() -> None:
     ]
 
 
-def test_a_model_without_weights_is_known_too() -> None:
+def test_a_model_without_weights_has_the_same_layout() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(build("mixtral").config)
         found = stored_parts(model, dict(model.named_parameters()))
@@ -97,7 +97,7 @@ def test_experts_with_three_tensors_each() -> None:
     [[Transpose(0, 1)], [Interleave(dim=0)]],
     ids=["transposed", "interleaved"],
 )
-def test_rows_that_are_no_rows_on_disk_are_refused(operations: list[object]) -> None:
+def test_rows_that_are_not_rows_on_disk_are_refused(operations: list[object]) -> None:
     model = stored_as(build("llama"), WeightConverter("stored", "weight", operations=operations))
     with pytest.raises(MaskingError, match="masks do not support") as caught:
         stored_parts(model, {"weight": torch.zeros(24, 8)})
@@ -105,7 +105,7 @@ def test_rows_that_are_no_rows_on_disk_are_refused(operations: list[object]) -> 
     assert "stored on disk" in str(caught.value.actual)
 
 
-def test_rows_that_cannot_be_shared_evenly_are_refused() -> None:
+def test_rows_that_cannot_be_split_evenly_are_refused() -> None:
     model = stored_as(build("llama"), WeightConverter(["a", "b"], "weight", operations=[Concatenate(dim=0)]))
     with pytest.raises(MaskingError, match="masks do not support"):
         stored_parts(model, {"weight": torch.zeros(7, 8)})

@@ -1,4 +1,4 @@
-"""Selection against a plain sort, and its promises: exact counts, deterministic ties, monotone, identity at ratio 0."""
+"""Selection compared with a plain sort, and its guarantees: exact, deterministic, monotone, identity at ratio 0."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from mftctl.errors import MaskingError
 from mftctl.masking.selection import keep_above, keep_highest, rank, removed_count
 
-# A coarse grid of values makes ties the rule.
+# A coarse grid of values makes ties common.
 VALUES = hnp.arrays(
     np.float32, st.integers(1, 200), elements=st.integers(-4, 4).map(lambda value: np.float32(value / 4))
 )
@@ -20,7 +20,7 @@ RATIOS = st.floats(0, 0.999)
 
 
 def keep_by_sorting(values: np.ndarray, ratio: float) -> np.ndarray:
-    """The paper's ratio indicator, written as a stable sort: lowest first, equal values by flat index."""
+    """The paper's ratio indicator as a stable sort: lowest first, equal values by flat index."""
     order = np.argsort(values.ravel(), kind="stable")
     keep = np.ones(values.size, dtype=bool)
     keep[order[: int(np.floor(ratio * values.size + 0.5))]] = False

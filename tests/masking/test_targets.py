@@ -1,4 +1,4 @@
-"""Which projections are found, in every family of decoders, and which layers a choice names."""
+"""Which projections are found in each decoder family, and which layers an option value selects."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_experts_are_found_by_what_the_checkpoint_stores_and_routers_never() -> 
 
 
 def test_dense_layers_shared_experts_and_their_gates_beside_fused_experts() -> None:
-    """Qwen2-MoE: a router, a shared expert with a gate of its own, and layers without any of them."""
+    """Qwen2-MoE: a router, a shared expert with its own gate, and layers without any of them."""
     sizes = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SIZES, **sizes, mlp_only_layers=[0]))
     assert isinstance(model.model.layers[1].mlp.shared_expert_gate, nn.Linear)
@@ -136,8 +136,8 @@ def test_dense_layers_shared_experts_and_their_gates_beside_fused_experts() -> N
     }
 
 
-def test_routers_with_linear_layers_inside_are_no_targets() -> None:
-    """JetMoE: its attention has experts too."""
+def test_routers_with_linear_layers_inside_are_not_targets() -> None:
+    """JetMoE: its attention has experts as well."""
     model = JetMoeForCausalLM(JetMoeConfig(**SIZES, num_local_experts=4, kv_channels=8))
     routers = {name for name, module in model.named_modules() if "router" in name and isinstance(module, nn.Linear)}
     assert len(routers) == 2 * model.config.num_hidden_layers
@@ -145,7 +145,7 @@ def test_routers_with_linear_layers_inside_are_no_targets() -> None:
 
 
 def test_experts_that_are_stored_fused_are_one_target_each() -> None:
-    """GPT-OSS: transposed, with biases, which carry no mask."""
+    """GPT-OSS: transposed, with biases, which are not masked."""
     model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4, head_dim=8))
     found = find_targets(model, [1], "mlp")
     assert [(target.projection, tuple(target.weight.shape)) for target in found] == [
@@ -172,7 +172,7 @@ def test_projections_that_are_modules_for_adapters() -> None:
     }
 
 
-def test_nothing_for_adapters() -> None:
+def test_no_modules_for_adapters() -> None:
     model = nn.Module()
     model.layers = nn.ModuleList([nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))])
     with pytest.raises(MaskingError, match="No projection matches"):
@@ -194,7 +194,7 @@ def test_layer_choices(text: str, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-", "-3", "7-4", "1,,2", "1.5", "all,1"])
-def test_layers_that_are_no_choice(text: str) -> None:
+def test_invalid_layer_choices(text: str) -> None:
     with pytest.raises(MaskingError, match="numbers and ranges") as caught:
         parse_layers(text, 12)
     assert (caught.value.key, caught.value.actual) == ("layers", text)
@@ -227,13 +227,13 @@ def test_a_group_size_that_does_not_fit(size: int) -> None:
     assert caught.value.key == "groups"
 
 
-def test_all_is_a_group_and_none_comes_twice() -> None:
+def test_all_layers_are_a_group_and_no_group_repeats() -> None:
     assert layer_groups(6, [4, "all"]) == [[0, 1, 2, 3], [4, 5], [0, 1, 2, 3, 4, 5]]
     assert layer_groups(6, [2, 6, "all", 2]) == [[0, 1], [2, 3], [4, 5], [0, 1, 2, 3, 4, 5]]
     assert layer_groups(6, ["all"], [3, 1]) == [[1, 3]]
 
 
-def test_embeddings_and_norms_are_no_targets() -> None:
+def test_embeddings_and_norms_are_not_targets() -> None:
     model = build_llama()
     targets = {id(target.module.weight) for target in find_targets(model)}
     others = [parameter for name, parameter in model.named_parameters() if "embed" in name or "norm" in name]

@@ -1,4 +1,4 @@
-"""A runs folder with a run of every kind that a report reads, small, for what is tried many times."""
+"""A small runs folder with one run of every kind that a report reads, for tests that repeat often."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _SAMPLES = 8
 def write_every_kind(
     root: Path, *, stage: str = "stage", data: str = "train.jsonl", dataset: str | None = None
 ) -> None:
-    """Trainings with their evaluations, two of them of a sweep, probes, masks and a loss surface.
+    """Writes trainings with evaluations, including two of a sweep, probes, masks and a loss surface.
 
     Args:
         root: The runs folder.
-        stage: Of the swept masks, as it is shown to tell them apart.
-        data: What was trained on.
-        dataset: What was measured on; None for `test.jsonl`.
+        stage: Stage of the swept masks, shown to distinguish them.
+        data: Name of the training data.
+        dataset: Name of the test data; None for `test.jsonl`.
     """
     write_timed_training(root, 1, "fft", "FFT", stage="fft", recipe="study")
     write_training(root, 2, "continued FFT", {0: 0.8, 10: 0.9}, parents=["001-fft"], before="FFT", data=data)

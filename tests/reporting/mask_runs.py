@@ -1,4 +1,4 @@
-"""`mask-train` runs written by hand, with a mask file of a model of any tensors."""
+"""Hand-written `mask-train` runs, with a mask file of a model with arbitrary tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def digest(weights: torch.Tensor) -> str:
 
 
 def write_model(folder: Path, weights: Tensors, shards: int = 1) -> Path:
-    """A checkpoint folder, in one file or in several."""
+    """Writes a checkpoint folder in one file or in several."""
     folder.mkdir(parents=True)
     if shards == 1:
         save_file(dict(weights), folder / "model.safetensors")
@@ -64,7 +64,7 @@ def write_mask_run(
     status: str = "finished",
     options: Mapping[str, object] | None = None,
 ) -> Path:
-    """The folder of a new `mask-train` run."""
+    """Writes a new `mask-train` run folder and returns it."""
     folder = root / f"{number:03d}-mask-train"
     folder.mkdir(parents=True)
     save_mask(mask, folder / "mask.bits")
@@ -89,7 +89,7 @@ def random_keep(seed: int, ratio: float = 0.2, **shapes: tuple[int, ...]) -> dic
 
 
 def damage(path: Path) -> None:
-    """Changes one bit of a file's last byte."""
+    """Flips one bit of a file's last byte."""
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

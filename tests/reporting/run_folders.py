@@ -1,4 +1,4 @@
-"""Evaluation runs written by hand, as `run.json` and a file of samples."""
+"""Hand-written evaluation runs, as `run.json` and a samples file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mftctl.experiments.run_folder import list_runs
 from mftctl.progress import Silence
 from mftctl.reporting.state_tables import MetricTable, metric_tables
 
-# Loss summed over the answer, answer tokens, exact match: one sample.
+# One sample: loss summed over the answer, number of answer tokens, exact match.
 Sample = tuple[float, int, float]
 
 
 def make_samples(seed: int, *, loss: float, correct: float, noise: float = 0.05, samples: int = 60) -> list[Sample]:
-    """Samples with a common difficulty; `loss` and `correct` shift all of them, `seed` draws the noise around that."""
+    """Samples with a common difficulty; `loss` and `correct` shift all of them, and `seed` determines the noise."""
     common, own = np.random.default_rng(0), np.random.default_rng(seed)
     tokens = common.integers(2, 12, samples)
     difficulty = common.uniform(0, 1, samples)
@@ -42,7 +42,7 @@ def write_evaluation(
     data: str = "train.jsonl",
     task: str | None = None,
 ) -> Path:
-    """The folder of a new `eval` run that measured loss and exact match on `test.jsonl`, or on a benchmark."""
+    """Writes a new `eval` run with loss and exact match on `test.jsonl` or on a benchmark; returns its folder."""
     folder = root / f"{number:03d}-eval"
     folder.mkdir(parents=True)
     nll, tokens, right = (np.array(column, dtype=float) for column in zip(*samples, strict=True))
@@ -72,7 +72,7 @@ def write_evaluation(
 
 
 def write_experiment(root: Path) -> None:
-    """Two seeds of pre-trained, FFT, continued FFT, random mask and MFT, as `mftctl run` names them."""
+    """Writes two seeds of pre-trained, FFT, continued FFT, random mask and MFT, named as by `mftctl run`."""
     for seed in (0, 1):
         first = 1 + 10 * seed
         fft = f"{first:03d}-fft"
@@ -89,7 +89,7 @@ def write_experiment(root: Path) -> None:
 
 
 def compare_runs(root: Path) -> tuple[list[MetricTable], list[str]]:
-    """The tables of a runs folder, and a line for each run that could not be used."""
+    """The tables of a runs folder, and one line per unusable run."""
     runs, errors = list_runs(root)
     tables, problems = metric_tables(runs, Silence())
     return tables, [*(f"{error.path}: {error.message}" for error in errors), *problems]

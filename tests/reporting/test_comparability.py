@@ -1,4 +1,4 @@
-"""Records of an experiment of two seeds; each test changes one thing in them and names the flags that makes."""
+"""Records of an experiment with two seeds; each test changes one thing and checks the resulting flags."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Records(dict[str, RunRecord]):
     """The records of all runs, by kind and seed: `fft-0`, `eval-of-mft-1`."""
 
     def change(self, name: str, key: str, value: Any) -> None:
-        """Sets one dotted key of a record; None takes it away. A slash is a dot within a part."""
+        """Sets the value at a dotted key of a record; None deletes it. A slash stands for a dot within a key."""
         head, *parts = key.split(".")
         changed: Any = getattr(self[name], head)
         if not parts:
@@ -39,7 +39,7 @@ class Records(dict[str, RunRecord]):
             changed[parts[-1]] = value
 
     def of_seeds(self, name: str, key: str, value: Any) -> None:
-        """The same in the records of both seeds."""
+        """Makes the same change in the records of both seeds."""
         for seed in (0, 1):
             self.change(f"{name}-{seed}", key, value)
 
@@ -56,7 +56,7 @@ def folder_name(name: str) -> str:
 
 
 def experiment() -> Records:
-    """Two seeds of FFT, GMT and a mask of the FFT, by itself and applied, with all their evaluations."""
+    """Two seeds of FFT, GMT and a mask of the FFT, unapplied and applied, with all evaluations."""
     records = Records()
     for seed in (0, 1):
         for kind, command in COMMANDS.items():
@@ -118,7 +118,9 @@ METHOD = st.sampled_from(
 
 @pytest.mark.slow
 @given(st.lists(METHOD, max_size=6), st.sampled_from(STATES))
-def test_what_methods_are_compared_by_is_no_flag(changes: list[tuple[str, str, Any]], rows: tuple[str, str]) -> None:
+def test_intended_differences_between_methods_are_not_flagged(
+    changes: list[tuple[str, str, Any]], rows: tuple[str, str]
+) -> None:
     records = experiment()
     for change in changes:
         records.of_seeds(*change)
@@ -199,7 +201,7 @@ CASES: list[tuple[str, str, Any, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("name", "key", "value", "expected"), CASES, ids=lambda item: str(item)[:40])
-def test_one_change_makes_one_flag_where_it_belongs_and_none_elsewhere(
+def test_each_change_gives_one_flag_only_where_it_applies(
     name: str, key: str, value: Any, expected: dict[str, str]
 ) -> None:
     records = experiment()
@@ -211,10 +213,10 @@ def test_one_change_makes_one_flag_where_it_belongs_and_none_elsewhere(
         assert [flag for flag in found if flag not in more] == wanted, state
 
 
-def test_other_sources_are_named_with_the_records_taken_of_them() -> None:
+def test_different_sources_are_named_with_their_record_counts() -> None:
     records = experiment()
     records.of_seeds("mask", "config.data", [{"path": "a b.jsonl"}, {"path": "c.jsonl", "count": 3}])
-    assert records.flags("mft") == ()  # the same records from other files
+    assert records.flags("mft") == ()  # the same records from different files
     records.of_seeds("mask", "inputs.digests.train", "other")
     records.of_seeds("mask", "inputs.train_records", 99)
     assert records.flags("mft") == (
@@ -223,7 +225,7 @@ def test_other_sources_are_named_with_the_records_taken_of_them() -> None:
     )
 
 
-def test_without_digests_the_sources_tell() -> None:
+def test_without_digests_the_sources_are_compared() -> None:
     records = experiment()
     records.of_seeds("gmt", "inputs.digests", None)
     assert records.flags("gmt") == ()
@@ -234,7 +236,7 @@ def test_without_digests_the_sources_tell() -> None:
 
 
 @pytest.mark.parametrize("method", ["random", "magnitude", "drop"])
-def test_mask_that_learned_nothing_has_no_flag_for_what_it_might_have_learned_with(method: str) -> None:
+def test_untrained_mask_has_no_flag_for_training_settings(method: str) -> None:
     records = experiment()
     for key, value in (("method", method), ("batch_size", 2), ("max_length_tokens", 3)):
         records.of_seeds("mask", f"config.mask_train.{key}", value)
@@ -242,7 +244,7 @@ def test_mask_that_learned_nothing_has_no_flag_for_what_it_might_have_learned_wi
     assert records.flags("mft") == ()
 
 
-# Seeds of one row
+# Differences between the seeds of a row
 
 
 @given(st.sampled_from(["learning_rate", "epochs", "method", "ratio"]))
@@ -280,7 +282,7 @@ def test_difference_between_seeds_is_the_first_flag(name: str, key: str, value: 
 def test_file_that_changed_between_seeds_is_a_flag() -> None:
     records = experiment()
     records.change("fft-0", "decides.files", {"train.jsonl": "0123456789abcdef"})
-    assert records.flags("fft") == ()  # where nothing is known of the other
+    assert records.flags("fft") == ()  # nothing is known about the other file
     records.change("fft-1", "decides.files", {"train.jsonl": "f"})
     assert records.flags("fft") == ("Seeds differ in the contents of train.jsonl: 0123456789ab (seed 0), f (seed 1)",)
 
@@ -293,7 +295,7 @@ def test_seeds_made_in_different_ways_are_one_flag() -> None:
     )
 
 
-def test_continued_fine_tuning_is_told_from_the_first() -> None:
+def test_continued_fine_tuning_is_distinguished_from_the_first() -> None:
     records = experiment()
     for seed in (0, 1):
         records[f"eval-of-gmt-{seed}"].inputs["parents"].insert(0, folder_name(f"fft-{seed}"))
@@ -302,7 +304,7 @@ def test_continued_fine_tuning_is_told_from_the_first() -> None:
     assert records.flags("gmt") == ("Seeds differ in epochs of fft 2: 1.0 (seed 0), 8 (seed 1)",)
 
 
-# Seeds against those of the baseline
+# Seeds of a row compared with those of the baseline
 
 
 def test_baseline_of_more_seeds_is_a_flag() -> None:
@@ -318,7 +320,7 @@ def test_mask_of_another_seed_than_its_model_is_a_flag() -> None:
     assert records.flags("mft") == ("Seed 4 is compared with seed 1 of the baseline",)
 
 
-# Code that was not recorded, and runs that are gone
+# Unrecorded code, and missing runs
 
 
 def forget(records: Records, keep: Callable[[str], bool]) -> None:
@@ -327,13 +329,13 @@ def forget(records: Records, keep: Callable[[str], bool]) -> None:
             del record.versions[SOURCE]
 
 
-def test_code_that_no_run_tells_is_no_flag() -> None:
+def test_code_recorded_by_no_run_is_not_flagged() -> None:
     records = experiment()
     forget(records, lambda name: False)
     assert [records.flags(state, baseline) for state, baseline in STATES] == [()] * len(STATES)
 
 
-def test_code_that_one_side_does_not_tell_is_one_flag() -> None:
+def test_code_recorded_by_only_one_side_is_one_flag() -> None:
     records = experiment()
     forget(records, lambda name: name.startswith(("mask", "eval-of-mft")))
     assert records.flags("mft") == (
@@ -345,7 +347,7 @@ def test_code_that_one_side_does_not_tell_is_one_flag() -> None:
     assert records.flags("mft") == ("Code version not recorded: 0mask-mask-train, 1mask-mask-train",)
 
 
-def test_run_that_is_gone_is_a_flag_of_what_it_made_alone() -> None:
+def test_missing_run_is_flagged_only_for_its_own_results() -> None:
     records = experiment()
     for seed in (0, 1):
         del records[f"mask-{seed}"]

@@ -1,4 +1,4 @@
-"""A damaged run folder is told in one line and hides no other run, whatever of it is damaged."""
+"""A damaged run folder is reported in one line and hides no other run, whichever part is damaged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def record(*path: str | int, value: Any) -> Damage:
-    """Another value somewhere in the record."""
+    """Replaces a value in the record."""
 
     def damage(folder: Path) -> None:
         document = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def record(*path: str | int, value: Any) -> Damage:
 
 
 def lines(file: str, change: Callable[[dict[str, Any]], object]) -> Damage:
-    """A change of each line of a file."""
+    """Changes every line of a file."""
 
     def damage(folder: Path) -> None:
         rows = [json.loads(line) for line in (folder / file).read_text(encoding="utf-8").split("\n")[:-1]]
@@ -62,7 +62,7 @@ def lines(file: str, change: Callable[[dict[str, Any]], object]) -> Damage:
 
 
 def content(file: str, text: bytes) -> Damage:
-    """Another file in its place."""
+    """Replaces the content of a file."""
 
     def damage(folder: Path) -> None:
         (folder / file).write_bytes(text)
@@ -98,7 +98,7 @@ DAMAGES: list[tuple[str, Damage]] = [
 
 
 def outputs_of(report: Report) -> None:
-    """All that is written of a report, but its drawings."""
+    """All outputs of a report, except figures."""
     assert json.loads(json_text(to_document(report)), parse_constant=pytest.fail)["runs"] == str(report.root)
     to_markdown(report)
     table_files(report)
@@ -111,7 +111,9 @@ def measured(report: Report) -> set[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "damage"), DAMAGES, ids=[f"{n}-{name}" for n, (name, _) in enumerate(DAMAGES)])
-def test_it_is_one_line_and_hides_no_other(sound: Path, tmp_path: Path, name: str, damage: Damage) -> None:
+def test_damage_is_reported_in_one_line_and_hides_no_other_run(
+    sound: Path, tmp_path: Path, name: str, damage: Damage
+) -> None:
     before = make_report(sound, Silence())
     root = tmp_path / "runs"
     shutil.copytree(sound, root)
@@ -135,7 +137,7 @@ def test_too_few_samples_are_a_known_failure(samples: Samples) -> None:
         paired_change([(samples, samples)], "loss")
 
 
-def test_a_sound_folder_has_no_line_of_a_damage(sound: Path) -> None:
+def test_an_undamaged_folder_has_no_problems(sound: Path) -> None:
     report = make_report(sound, Silence())
     outputs_of(report)
     assert not [line for line in report.problems if "cannot be read" in line or "is not valid" in line]

@@ -36,7 +36,7 @@ def test_seeds_of_a_stage_are_averaged_and_the_newest_of_a_seed_counts(tmp_path:
     assert entry.peak_memory_bytes == 2_000_000_000
 
 
-def test_states_are_in_the_order_of_the_papers_and_told_apart_by_their_stages(tmp_path: Path) -> None:
+def test_states_are_in_the_order_of_the_papers_and_distinguished_by_stage(tmp_path: Path) -> None:
     write_training(tmp_path, 1, "mask-train", "MFT", recipe="study", stage="mft", parents=["000-fft"])
     write_training(tmp_path, 2, "fft", "GMT", recipe="study", stage="gmt[ratio=0.2]")
     write_training(tmp_path, 3, "fft", "GMT", recipe="study", stage="gmt[ratio=0.4]")
@@ -45,7 +45,7 @@ def test_states_are_in_the_order_of_the_papers_and_told_apart_by_their_stages(tm
     assert [entry.state for entry in entries] == ["FFT", "GMT (gmt[ratio=0.2])", "GMT (gmt[ratio=0.4])", "MFT"]
 
 
-def test_what_trains_by_no_steps_or_did_not_time_them_is_not_listed(tmp_path: Path) -> None:
+def test_trainings_without_timed_steps_are_not_listed(tmp_path: Path) -> None:
     write_training(tmp_path, 1, "mask-train", "random mask", result={"steps": 0})
     write_training(tmp_path, 2, "fft", "FFT", status="interrupted")
     folder = write_training(tmp_path, 3, "fft", "FFT")
@@ -67,7 +67,7 @@ def test_a_damaged_training_is_named_and_hides_no_other(tmp_path: Path) -> None:
     ]
 
 
-def test_a_count_of_operations_that_some_seeds_lack_is_left_out(tmp_path: Path) -> None:
+def test_an_operation_count_missing_for_some_seeds_is_left_out(tmp_path: Path) -> None:
     folder = write_training(tmp_path, 1, "fft", "FFT")
     text = (folder / "run.json").read_text("utf-8").replace('"flops_per_token": 6000, ', "")
     (folder / "run.json").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Text from outside stays text in every output of a report: page, Markdown, CSV, LaTeX, figures, terminal, JSON."""
+"""Untrusted text stays text in every report output: page, Markdown, CSV, LaTeX, figures, terminal, JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NO_DRAWING = Drawing("<svg></svg>", b"")
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """A report with the word MARK wherever a name from outside stands."""
+    """A report with the word MARK in place of every untrusted name."""
     root = tmp_path_factory.mktemp("hostile") / "runs"
     write_every_kind(root, stage=MARK, data=MARK, dataset=MARK)
     made = make_report(root, Silence())
@@ -53,7 +53,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 def put(value: Any, text: str) -> Any:
-    """The same plain data or record with another text in place of each MARK."""
+    """A copy of plain data or a record with each MARK replaced by a text."""
     if isinstance(value, str):
         return value.replace(MARK, text)
     if isinstance(value, tuple):
@@ -67,7 +67,7 @@ def put(value: Any, text: str) -> Any:
 
 
 class Page(HTMLParser):
-    """The elements and the attributes of a page."""
+    """The elements and attributes of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def test_the_page_has_the_same_elements_whatever_the_names_are(report: Report, t
 
 
 def kinds_of(markdown: str) -> list[str]:
-    """All parts of a document that are no plain text."""
+    """All elements of a document that are not plain text."""
     parser = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
     tokens = parser.parse(markdown)
     every = [part for token in tokens for part in (token, *(token.children or []))]
@@ -139,7 +139,7 @@ def is_formula(cell: str) -> bool:
 
 
 def plain_cells(latex: str) -> str:
-    """The cells without what the table is made of."""
+    """The cells without table markup."""
     for own in (r"$\pm$", r"$\times$", r"$\uparrow$", r"$\downarrow$", "$-$", " & "):
         latex = latex.replace(own, " ")
     return latex
@@ -154,7 +154,7 @@ def test_a_formula_is_a_text_in_csv_and_a_number_a_number(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["[8pt]x", "*x"])
-def test_a_row_of_latex_is_no_argument_of_the_line_end_before_it(text: str) -> None:
+def test_a_latex_row_is_not_an_argument_of_the_line_break_before_it(text: str) -> None:
     table = TextTable("n", "t", ("state", "x"), ((TextCell(text), TextCell("1")),), (False, True))
     assert f"\n{{}}{text} & 1" in to_latex(table)
 
@@ -162,7 +162,7 @@ def test_a_row_of_latex_is_no_argument_of_the_line_end_before_it(text: str) -> N
 @pytest.mark.slow
 @settings(max_examples=30)
 @given(TEXTS)
-def test_the_terminal_is_sent_nothing_that_it_obeys(report: Report, text: str) -> None:
+def test_no_control_sequences_reach_the_terminal(report: Report, text: str) -> None:
     made = put(report, text)
     stream = io.StringIO()
     console = PlainTextConsole(file=stream, force_terminal=True, width=100, color_system=None, emoji=False)
@@ -174,7 +174,7 @@ def test_the_terminal_is_sent_nothing_that_it_obeys(report: Report, text: str) -
 
 @settings(max_examples=30)
 @given(TEXTS)
-def test_json_gives_every_text_back(report: Report, text: str) -> None:
+def test_json_round_trips_every_text(report: Report, text: str) -> None:
     written = json_text(to_document(put(report, text)))
     assert written.isascii()
     document = json.loads(written, parse_constant=pytest.fail)
@@ -213,18 +213,18 @@ def test_a_figure_draws_any_text(text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", [text for text in HOSTILE if set("$_\\\x1b\ud800{") & set(text)])
-def test_a_figure_draws_what_has_fallen(text: str) -> None:
+def test_a_figure_draws_texts_that_failed_before(text: str) -> None:
     check_drawing(text)
 
 
 @pytest.mark.slow
-def test_a_name_is_no_mathematics_and_is_not_left_out_of_a_legend() -> None:
+def test_a_name_is_not_read_as_mathtext_and_not_left_out_of_a_legend() -> None:
     texts = [item.text or "" for item in ET.fromstring(render(one_figure("_$x^{$")).svg).iter()]
     assert sum("_$x^{$" in text for text in texts) == 4
 
 
 @pytest.mark.slow
-def test_every_figure_of_a_report_is_drawn_with_names_that_have_fallen(tmp_path: Path) -> None:
+def test_every_figure_of_a_report_is_drawn_with_names_that_failed_before(tmp_path: Path) -> None:
     name = "_$x^{$ <b>|\x1b]0;PWN\x07 =1\u2028"
     write_every_kind(tmp_path / "runs", stage=name, data=name, dataset=name)
     made = make_report(tmp_path / "runs", Silence())

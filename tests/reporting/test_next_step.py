@@ -47,7 +47,7 @@ def trained(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_first_there_must_be_a_model_then_a_mask_then_figures(tmp_path: Path) -> None:
+def test_first_comes_a_model_then_a_mask_then_an_evaluation(tmp_path: Path) -> None:
     assert next_step([], []).command == "mftctl fft"
     write_training(tmp_path, 1, "fft", "FFT")
     assert next_step([], list_runs(tmp_path)[0]).command == "mftctl mask-train"
@@ -68,16 +68,16 @@ def test_first_there_must_be_a_model_then_a_mask_then_figures(tmp_path: Path) ->
         (make_tables("better", baseline="pre-trained"), "mftctl eval MODEL"),
     ],
 )
-def test_the_figures_decide_what_is_next(trained: Path, tables: list[MetricTable], command: str) -> None:
+def test_the_results_decide_the_next_step(trained: Path, tables: list[MetricTable], command: str) -> None:
     assert next_step(tables, list_runs(trained)[0]).command == command
 
 
-def test_a_mask_that_helps_on_one_of_two_is_no_failure(trained: Path) -> None:
+def test_a_mask_that_helps_on_one_of_two_is_not_a_failure(trained: Path) -> None:
     tables = [*make_tables("worse", seeds=3), *make_tables("better", seeds=3, is_benchmark=True)]
     assert next_step(tables, list_runs(trained)[0]).command == "mftctl apply"
 
 
-def test_without_a_recipe_more_seeds_are_not_proposed(tmp_path: Path) -> None:
+def test_without_a_recipe_more_seeds_are_not_suggested(tmp_path: Path) -> None:
     write_training(tmp_path, 1, "fft", "FFT")
     write_training(tmp_path, 2, "mask-train", "MFT")
     advice = next_step(make_tables("better", is_benchmark=True), list_runs(tmp_path)[0])

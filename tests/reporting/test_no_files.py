@@ -1,4 +1,4 @@
-"""A report of a runs folder in which something that is no file stands in the place of one."""
+"""A report on a runs folder with special files in place of regular ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def replaced_by_fifo(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "samples.jsonl", "mask.bits"])
-def test_a_report_names_each_that_is_no_file_and_tells_the_rest(tmp_path: Path, name: str) -> None:
+def test_a_report_names_each_special_file_and_reports_the_rest(tmp_path: Path, name: str) -> None:
     root = tmp_path / "runs"
     write_study(root)
     chosen = next(folder for folder in sorted(root.iterdir()) if (folder / name).exists() or name == "mask.bits")
@@ -38,7 +38,7 @@ def test_a_report_names_each_that_is_no_file_and_tells_the_rest(tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_fifo_in_the_place_of_an_earlier_reports_document(tmp_path: Path) -> None:
+def test_a_fifo_in_place_of_an_earlier_reports_document(tmp_path: Path) -> None:
     write_study(tmp_path / "runs")
     (tmp_path / "report").mkdir()
     os.mkfifo(tmp_path / "report" / "report.json")
@@ -47,7 +47,7 @@ def test_a_fifo_in_the_place_of_an_earlier_reports_document(tmp_path: Path) -> N
     assert caught.value.actual == "report.json"
 
 
-def test_following_counts_it_as_not_readable(tmp_path: Path) -> None:
+def test_watching_counts_it_as_unreadable(tmp_path: Path) -> None:
     write_study(tmp_path)
     chosen = sorted(tmp_path.iterdir())[0]
     replaced_by_fifo(chosen / "run.json")

@@ -1,4 +1,4 @@
-"""All states on all benchmarks: one column a benchmark, domain by domain, and several trainings side by side."""
+"""All states on all benchmarks: one column per benchmark, ordered by domain, with several trainings side by side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def overview_of(root: Path) -> Overview:
 
 
 def write_domain(root: Path, first: int, recipe: str) -> None:
-    """FFT and MFT of one domain, each on a benchmark of maths, one of code and a data file."""
+    """Writes FFT and MFT of one domain, each on a maths benchmark, a code benchmark and a data file."""
     made_by: list[str] = []
     for stage, state, samples in (("fft", "FFT", FFT), ("mft", "MFT", MFT)):
         made_by = [*made_by, f"{first:03d}-{'fft' if stage == 'fft' else 'mask-train'}"]
@@ -72,7 +72,7 @@ def test_each_domain_is_compared_with_its_own_fine_tuning(tmp_path: Path) -> Non
     assert [row.runs for row in tables[0].rows][::2] == [("110-eval",), ("210-eval",)]
 
 
-def test_what_was_tuned_in_another_way_belongs_to_the_fine_tuning_on_its_data(tmp_path: Path) -> None:
+def test_other_methods_belong_to_the_fine_tuning_on_their_data(tmp_path: Path) -> None:
     write_domain(tmp_path, 100, "maths")
     write_domain(tmp_path, 200, "code")
     shifted = [(nll + tokens, tokens, right) for nll, tokens, right in FFT]
@@ -105,7 +105,7 @@ def test_of_two_measurements_the_one_on_more_samples_counts(tmp_path: Path) -> N
     assert cell.value == pytest.approx(sum(nll for nll, _, _ in more) / sum(tokens for _, tokens, _ in more))
 
 
-def test_a_single_figure_needs_no_overview(tmp_path: Path) -> None:
+def test_a_single_value_needs_no_overview(tmp_path: Path) -> None:
     write_evaluation(tmp_path, 1, "FFT", ["001-fft"], FFT, task="gsm8k")
     tables, _ = compare_runs(tmp_path)
     assert overviews(tables) == []
@@ -124,7 +124,7 @@ def test_a_state_that_was_not_measured_has_an_empty_cell(tmp_path: Path) -> None
     ]
 
 
-def test_its_text_marks_what_is_more_than_noise(tmp_path: Path) -> None:
+def test_its_text_marks_significant_changes(tmp_path: Path) -> None:
     write_domain(tmp_path, 100, "maths")
     text = overview_text(overview_of(tmp_path))
     assert text.columns[-2:] == ("math: gsm8k, loss", "coding: humaneval, loss")

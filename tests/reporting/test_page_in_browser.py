@@ -1,4 +1,4 @@
-"""The page in a real browser: no error, nothing from outside, no overflow on a phone, the numbers of `report.json`."""
+"""The page in a real browser: no errors, no external requests, no overflow on a phone, the numbers of `report.json`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def page(browser: Browser, folder: Path, request: pytest.FixtureRequest) -> Iter
 
 
 @pytest.mark.slow
-def test_it_loads_without_an_error_and_asks_for_nothing(browser: Browser, folder: Path) -> None:
+def test_it_loads_without_errors_and_external_requests(browser: Browser, folder: Path) -> None:
     page = browser.new_page()
     told: list[str] = []
     page.on("console", lambda message: told.append(message.text))
@@ -66,7 +66,7 @@ def test_it_loads_without_an_error_and_asks_for_nothing(browser: Browser, folder
 
 
 @pytest.mark.slow
-def test_nothing_hangs_over_the_side(page: Page) -> None:
+def test_nothing_overflows_horizontally(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     beyond = page.evaluate(
         """() => [...document.querySelectorAll('body *')]
@@ -103,7 +103,7 @@ def test_the_main_table_is_that_of_the_document(page: Page, folder: Path) -> Non
 
 
 @pytest.mark.slow
-def test_figures_are_drawn_and_not_wider_than_their_place(page: Page) -> None:
+def test_figures_are_drawn_and_fit_their_container(page: Page) -> None:
     boxes = [item.bounding_box() for item in page.locator("figure svg").all()]
     assert boxes
     assert all(box is not None and box["width"] > 300 and box["height"] > 100 for box in boxes)
@@ -111,7 +111,7 @@ def test_figures_are_drawn_and_not_wider_than_their_place(page: Page) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out_from_the_page_by_day_and_by_night(browser: Browser, folder: Path, scheme: str) -> None:
+def test_text_has_enough_contrast_in_light_and_dark_mode(browser: Browser, folder: Path, scheme: str) -> None:
     page = browser.new_page(color_scheme=scheme)
     page.goto((folder / "index.html").as_uri())
     colours = page.evaluate(
@@ -129,7 +129,7 @@ def test_text_stands_out_from_the_page_by_day_and_by_night(browser: Browser, fol
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of `rgb(...)`, after WCAG 2."""
+    """Relative luminance of `rgb(...)`, as defined by WCAG 2."""
     parts = [int(part) / 255 for part in colour[colour.index("(") + 1 : -1].split(",")[:3]]
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

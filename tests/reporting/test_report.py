@@ -1,4 +1,4 @@
-"""What a report is made of, and what it makes of bad input."""
+"""Contents of a report, and its handling of bad input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def change_record(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.slow
-def test_every_part_of_a_study_is_there(tmp_path: Path) -> None:
+def test_every_part_of_a_study_is_reported(tmp_path: Path) -> None:
     write_study(tmp_path)
     report = make_report(tmp_path, Silence())
     assert [table.metric for table in report.tables] == ["loss", "exact_match"]
@@ -33,7 +33,7 @@ def test_every_part_of_a_study_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_runs_of_all_numbers_are_named_with_those_that_made_them(tmp_path: Path) -> None:
+def test_the_runs_behind_all_numbers_are_named(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(tmp_path, 50, "fft", "FFT", status="interrupted")
     report = make_report(tmp_path, Silence())
@@ -69,7 +69,7 @@ def test_trainings_alone_are_reported_without_a_comparison(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_half_finished_runs_are_listed_with_how_to_go_on(tmp_path: Path) -> None:
+def test_unfinished_runs_are_listed_with_the_command_to_resume(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(tmp_path, 30, "fft", "FFT", status="interrupted")
     write_training(tmp_path, 31, "mask-train", "MFT", status="running")
@@ -111,7 +111,7 @@ def test_a_damaged_record_is_named_and_hides_no_other(tmp_path: Path, content: s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", ["result", "inputs", "config"])
-def test_a_record_with_a_part_of_another_kind_is_named_and_hides_no_other(tmp_path: Path, key: str) -> None:
+def test_a_record_with_a_part_of_the_wrong_type_is_named_and_hides_no_other(tmp_path: Path, key: str) -> None:
     write_study(tmp_path)
     before = make_report(tmp_path, Silence())
     for number, command in ((41, "eval"), (42, "fft"), (43, "mask-train"), (44, "probe")):
@@ -127,7 +127,7 @@ def test_a_record_with_a_part_of_another_kind_is_named_and_hides_no_other(tmp_pa
 
 
 @pytest.mark.slow
-def test_what_was_measured_in_another_way_is_flagged(tmp_path: Path) -> None:
+def test_results_measured_differently_are_flagged(tmp_path: Path) -> None:
     write_study(tmp_path)
     folder = write_evaluation(
         tmp_path, 60, "MFT", ["001-fft", "004-mask-train"], make_samples(5, loss=0.25, correct=0.7), stage="mft"

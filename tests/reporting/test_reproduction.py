@@ -1,4 +1,4 @@
-"""The printed command is typed in, and its result compared with that of the run it was printed for."""
+"""Runs the printed command and compares its result with that of the run it was printed for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEASURED_ANEW = ("peak_memory_bytes", "model", "mask", "output", "prefix_reuse")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose name must be quoted."""
+    """A folder with a name that must be quoted."""
     return tmp_path_factory.mktemp("it's a folder")
 
 
@@ -39,7 +39,7 @@ def make(here: CommandLine, *arguments: object) -> Run:
 
 
 def make_again(here: CommandLine, run: Run) -> Run:
-    """The run of the printed command, which must be a new one."""
+    """The run of the printed command, which must be new."""
     program, *arguments = shlex.split(reproduction(run))
     assert program == "mftctl"
     again = make(here, *arguments)
@@ -85,7 +85,7 @@ def test_3_mask_train_with_the_layers_of_a_probe_that_has_been_repeated(here: Co
 
 
 @pytest.mark.slow
-def test_4_a_mask_that_is_there_is_not_replaced(here: CommandLine) -> None:
+def test_4_an_existing_mask_is_not_replaced(here: CommandLine) -> None:
     run = load_run(here.folder / "runs" / "005-mask-train")
     before = (here.folder / "mask.bits").read_bytes()
     outcome = here(*shlex.split(reproduction(run))[1:])
@@ -134,14 +134,14 @@ def test_7_drop_its_apply_and_its_eval(here: CommandLine, workspace: Path) -> No
 
 
 @pytest.mark.slow
-def test_outputs_written_before_are_scored_again_without_a_model(tmp_path: Path) -> None:
+def test_saved_outputs_are_scored_again_without_a_model(tmp_path: Path) -> None:
     record = RunRecord("eval", "finished", "", {"eval": {"predictions": "out.jsonl"}}, inputs={"model": "out.jsonl"})
     run = Run(tmp_path / "runs" / "001-eval", record)
     assert reproduction(run) == f"mftctl eval --recipe {run.folder / 'config.yaml'} --runs {tmp_path / 'runs'}"
 
 
 @pytest.mark.slow
-def test_mask_of_an_experiment_goes_to_a_file_of_its_own_and_several_processes_are_started(tmp_path: Path) -> None:
+def test_mask_of_an_experiment_gets_a_separate_file_and_multi_gpu_runs_are_launched(tmp_path: Path) -> None:
     run = Run(tmp_path / "006-mask-train", RunRecord("mask-train", "finished", "", {}, processes=4))
     assert reproduction(run) == (
         f"torchrun --nproc-per-node 4 -m mftctl mask-train --recipe {run.folder / 'config.yaml'} "

@@ -15,7 +15,7 @@ FFT = make_samples(1, loss=0.3, correct=0.5)
 
 
 def shifted(samples: list[Sample], *, loss: float = 0.0, match: float = 0.0) -> list[Sample]:
-    """The samples with every loss a token and every score moved by the same."""
+    """The samples with every loss per token and every score shifted by the same amount."""
     return [(nll + loss * tokens, tokens, right + match) for nll, tokens, right in samples]
 
 
@@ -32,7 +32,7 @@ def row_of(table: MetricTable, state: str) -> Row:
 
 
 def bootstrap(pairs: list[tuple[list[Sample], list[Sample]]], column: int) -> tuple[float, float, float]:
-    """Estimate and 95 % interval of a difference averaged over seeds, straight from the definition."""
+    """Estimate and 95 % interval of a difference averaged over seeds, computed from the definition."""
     base, new = (np.array([pair[side] for pair in pairs])[:, :, column] for side in (0, 1))
     differences = (new - base).mean(axis=0)
     weights = np.array(pairs[0][0])[:, 1] if column == 0 else np.ones(len(differences))
@@ -59,7 +59,7 @@ def test_change_and_interval_are_those_of_an_independent_bootstrap(
     assert change is not None
     estimate, low, high = bootstrap(pairs, column)
     assert change.value == pytest.approx(estimate, abs=1e-12)
-    # A share of correct answers moves in steps of one answer of one seed.
+    # A share of correct answers changes in steps of one answer of one seed.
     tolerance = 0.05 * (high - low) + (0 if column == 0 else 1 / (len(pairs) * len(pairs[0][0])))
     assert (change.low, change.high) == pytest.approx((low, high), abs=tolerance)
 
@@ -75,7 +75,9 @@ def test_change_and_interval_are_those_of_an_independent_bootstrap(
         ("exact_match", {}, "within noise"),
     ],
 )
-def test_verdict_knows_which_way_is_better(tmp_path: Path, metric: str, change: dict[str, float], verdict: str) -> None:
+def test_verdict_depends_on_which_direction_is_better(
+    tmp_path: Path, metric: str, change: dict[str, float], verdict: str
+) -> None:
     write_evaluation(tmp_path, 3, "FFT", ["001-fft"], FFT)
     write_evaluation(tmp_path, 4, "MFT", ["001-fft", "002-mask-train"], shifted(FFT, **change))
     found = row_of(table_of(tmp_path, metric), "MFT").change
@@ -142,7 +144,7 @@ def test_without_fft_changes_are_against_the_pre_trained_model(tmp_path: Path) -
     assert change.value == pytest.approx(-0.1)
 
 
-def test_applied_mask_is_the_state_that_the_mask_made(tmp_path: Path) -> None:
+def test_applied_mask_is_the_same_state_as_the_mask(tmp_path: Path) -> None:
     write_evaluation(tmp_path, 4, "FFT", ["001-fft"], FFT)
     write_evaluation(tmp_path, 5, "MFT", ["001-fft", "002-mask-train"], shifted(FFT, loss=0.1))
     write_evaluation(tmp_path, 6, "MFT", ["001-fft", "002-mask-train", "003-apply"], shifted(FFT, loss=-0.1))
@@ -150,14 +152,14 @@ def test_applied_mask_is_the_state_that_the_mask_made(tmp_path: Path) -> None:
     assert row.runs == ("006-eval",)
 
 
-def test_evaluation_done_again_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_repeated_evaluation_replaces_the_old_one(tmp_path: Path) -> None:
     write_evaluation(tmp_path, 2, "FFT", ["001-fft"], FFT)
     write_evaluation(tmp_path, 3, "FFT", ["001-fft"], shifted(FFT, loss=1.0))
     [row] = table_of(tmp_path, "loss").rows
     assert row.runs == ("003-eval",)
 
 
-def test_states_of_the_same_name_are_told_apart_by_their_runs(tmp_path: Path) -> None:
+def test_states_of_the_same_name_are_distinguished_by_their_runs(tmp_path: Path) -> None:
     for number in (1, 2):
         write_evaluation(tmp_path, 4 + number, "FFT", [f"00{number}-fft"], shifted(FFT, loss=float(number)))
     write_evaluation(tmp_path, 9, "MFT", ["002-fft", "003-mask-train"], shifted(FFT, loss=1.5))
@@ -181,7 +183,7 @@ def test_models_and_data_have_a_table_each(tmp_path: Path) -> None:
     ]
 
 
-# What cannot be compared, and what is damaged
+# Results that cannot be compared, and damaged runs
 
 
 def change_samples(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -35,7 +35,7 @@ def run(name: str = "001-fft", **fields: Any) -> Run:
 
 
 def leaves(value: Any, place: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Every value that is no mapping, by where it stands."""
+    """Every value that is not a mapping, by its path."""
     if isinstance(value, dict):
         return {key: leaf for name, item in value.items() for key, leaf in leaves(item, (*place, name)).items()}
     return {} if value is None else {place: value}
@@ -91,7 +91,7 @@ def test_data_models_code_and_processes_are_told_apart() -> None:
     assert found.versions == (Difference("mftctl source", None, "abc", None),)
 
 
-def test_results_have_their_difference_and_lists_are_told_by_what_names_them() -> None:
+def test_results_have_their_difference_and_list_entries_are_identified_by_name() -> None:
     group = {"layers": "0-3", "best_loss": 0.75, "best_step": 4}
     groups = [group, {**group, "layers": "4-7", "best_loss": 0.5}]
     one = run(result={"groups": groups, "model": "a", "layer_ratios": {"9": 0.1, "10": 0.1}, "fast": False})
@@ -114,7 +114,7 @@ def test_results_have_their_difference_and_lists_are_told_by_what_names_them() -
     )
 
 
-def test_entries_of_the_same_name_are_told_by_their_number() -> None:
+def test_entries_of_the_same_name_are_identified_by_their_position() -> None:
     lines = [{"step": 1, "loss": 0.5}, {"step": 1, "loss": 0.25}]
     found = compare_two(run(result={"lines": lines}), run(result={"lines": [lines[0], {**lines[1], "loss": 1.0}]}))
     assert found.results == (Difference("lines.1.loss", 0.25, 1.0, 0.75),)
@@ -125,7 +125,7 @@ def test_ratio_of_another_kind_is_one_difference() -> None:
     assert found.settings == (Difference("ratio", 0.1, {"q_proj": 0.1}, None),)
 
 
-def test_unfinished_runs_are_compared_as_far_as_they_are() -> None:
+def test_unfinished_runs_are_compared_as_far_as_possible() -> None:
     running = run("002-fft", status="running")
     found = compare_two(run(result={"best_loss": 1.0}), running)
     assert found.problems == ("002-fft is not finished (running)",)
@@ -133,7 +133,7 @@ def test_unfinished_runs_are_compared_as_far_as_they_are() -> None:
     assert compare_two(running, running).problems == ("002-fft is not finished (running)",)
 
 
-def test_runs_of_the_same_name_are_told_by_their_folders() -> None:
+def test_runs_of_the_same_name_are_identified_by_their_folders() -> None:
     found = compare_two(run(), Run(Path("again") / "001-fft", run().record))
     assert (found.one, found.other) == ("runs/001-fft", "again/001-fft")
 
@@ -164,7 +164,7 @@ def test_metrics_are_paired_as_an_independent_bootstrap_has_them(tmp_path: Path)
     assert match.change.corrected_p_value == match.change.p_value < 0.01
 
 
-def test_the_other_way_round_better_is_worse(tmp_path: Path) -> None:
+def test_swapping_the_runs_turns_better_into_worse(tmp_path: Path) -> None:
     folders = [
         write_evaluation(tmp_path, number, "FFT", [], make_samples(number, loss=loss, correct=0.4))
         for number, loss in ((1, 0.3), (2, 0.25))
@@ -204,7 +204,7 @@ def test_p_values_are_corrected_for_the_number_of_benchmarks(tmp_path: Path) -> 
         ("no data in common", ()),
     ],
 )
-def test_what_cannot_be_paired_is_said(tmp_path: Path, kind: str, problems: tuple[str, ...]) -> None:
+def test_unpaired_samples_are_reported(tmp_path: Path, kind: str, problems: tuple[str, ...]) -> None:
     samples = make_samples(1, loss=0.3, correct=0.4)
     one = write_evaluation(tmp_path, 1, "FFT", [], samples)
     changes = {"other data": {"digest": "d2"}, "no data in common": {"task": "gsm8k"}}.get(kind, {})

@@ -26,7 +26,7 @@ def start(root: Path, command: str = "fft", **config: Any) -> Run:
 
 
 def train(run: Run, *steps: int, first_seconds: float = 10.0, folder: Path | None = None) -> None:
-    """The lines of these steps: two seconds and 100 tokens a second each, with a loss of 1 / step."""
+    """Writes the lines of these steps: two seconds and 100 tokens per second each, with a loss of 1 / step."""
     path = (folder or run.folder) / "metrics.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as stream:
@@ -45,7 +45,7 @@ def only(root: Path) -> RunProgress:
     return found
 
 
-def test_running_training_is_told_in_full(tmp_path: Path) -> None:
+def test_running_training_is_reported_in_full(tmp_path: Path) -> None:
     run = start(tmp_path)
     validate(run, 0, 3.0)
     train(run, 1, 2, 3, 4)
@@ -60,14 +60,14 @@ def test_running_training_is_told_in_full(tmp_path: Path) -> None:
         3,
         "running",
     )
-    assert (found.step, found.steps) == (5, 20)  # 40 records twice, 4 a step
+    assert (found.step, found.steps) == (5, 20)  # 40 records, 2 epochs, 4 records per step
     assert (found.train_loss, found.validation_loss, found.best_validation_loss) == (0.2, 2.0, 1.0)
     assert found.tokens_per_second == 100.0
     assert found.seconds_left == pytest.approx(15 * 2.0)
     assert found.written == pytest.approx(time.time(), abs=30)
 
 
-def test_run_without_a_step_is_told_by_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_a_step_is_shown_with_its_age(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start(tmp_path, "eval")
     written = (tmp_path / "001-eval" / "run.json").stat().st_mtime
     monkeypatch.setattr(watch.time, "time", lambda: written + 7.0)
@@ -76,7 +76,7 @@ def test_run_without_a_step_is_told_by_its_age(tmp_path: Path, monkeypatch: pyte
     assert found.seconds == pytest.approx(7.0)
 
 
-def test_finished_run_is_told_by_its_record_alone(tmp_path: Path) -> None:
+def test_finished_run_is_shown_from_its_record_alone(tmp_path: Path) -> None:
     run = start(tmp_path)
     (run.folder / "metrics.jsonl").write_text("no metrics\n")
     run.finish(partial_result({"steps": 20, "best_loss": 0.5, "last_loss": 0.75}))
@@ -92,7 +92,7 @@ def test_stopped_run_has_its_status_and_the_first_line_of_its_error(tmp_path: Pa
     assert (found.status, found.error) == (status, "It broke.")
 
 
-def test_run_whose_process_is_gone_from_this_machine_was_killed(tmp_path: Path) -> None:
+def test_run_without_a_live_process_on_this_machine_was_killed(tmp_path: Path) -> None:
     with subprocess.Popen(["true"]) as dead:
         dead.wait()
     workers = {
@@ -109,7 +109,7 @@ def test_run_whose_process_is_gone_from_this_machine_was_killed(tmp_path: Path) 
     assert found[0].seconds_left is None
 
 
-def test_probe_is_told_by_the_group_it_is_at(tmp_path: Path) -> None:
+def test_probe_is_shown_with_its_current_group(tmp_path: Path) -> None:
     run = start(tmp_path, "probe", probe={"epochs": 4.0})
     for layers in ("0-3", "4-7"):
         train(run, 1, 2, folder=run.folder / "groups" / layers)
@@ -135,7 +135,7 @@ def test_probe_is_told_by_the_group_it_is_at(tmp_path: Path) -> None:
         ("apply", {}, None),
     ],
 )
-def test_steps_to_be_done_follow_from_records_and_options(
+def test_total_steps_follow_from_records_and_options(
     tmp_path: Path, command: str, config: dict[str, Any], steps: int | None
 ) -> None:
     start(tmp_path, command, **config)
@@ -147,10 +147,10 @@ def test_processes_share_the_records_of_a_step(tmp_path: Path) -> None:
     assert only(tmp_path).steps == 10
 
 
-# Reading while others write
+# Reading during writing
 
 
-def test_half_a_line_waits_until_it_is_whole(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_read_once_it_is_complete(tmp_path: Path) -> None:
     run, watched = start(tmp_path), Following(tmp_path)
     train(run, 1)
     path = run.folder / "metrics.jsonl"
@@ -163,7 +163,7 @@ def test_half_a_line_waits_until_it_is_whole(tmp_path: Path) -> None:
     assert (watched.refresh()[0].step, watched.refresh()[0].train_loss) == (2, 0.25)
 
 
-def test_line_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> None:
+def test_line_truncated_by_a_kill_is_skipped(tmp_path: Path) -> None:
     run = start(tmp_path)
     train(run, 1)
     with (run.folder / "metrics.jsonl").open("a") as stream:
@@ -172,7 +172,7 @@ def test_line_that_a_kill_cut_short_is_passed_over(tmp_path: Path) -> None:
     assert only(tmp_path).step == 3
 
 
-def test_resumed_training_is_counted_from_where_it_goes_on(tmp_path: Path) -> None:
+def test_resumed_training_is_counted_from_where_it_resumes(tmp_path: Path) -> None:
     run, watched = start(tmp_path), Following(tmp_path)
     validate(run, 0, 3.0)
     train(run, 1, 2, 3)
@@ -181,7 +181,7 @@ def test_resumed_training_is_counted_from_where_it_goes_on(tmp_path: Path) -> No
     run.training.rewind(2)
     found = watched.refresh()[0]
     assert (found.step, found.best_validation_loss) == (2, 3.0)
-    train(run, 3, 4, 5, first_seconds=1.0)  # the clock of the training begins anew
+    train(run, 3, 4, 5, first_seconds=1.0)  # the training clock restarts
     found = watched.refresh()[0]
     assert (found.step, found.seconds_left) == (5, pytest.approx(15 * 2.0))
 
@@ -189,7 +189,7 @@ def test_resumed_training_is_counted_from_where_it_goes_on(tmp_path: Path) -> No
 @pytest.mark.slow
 @settings(max_examples=40)
 @given(st.lists(st.sampled_from(["step", "validation", "rewind", "look"]), max_size=30))
-def test_looking_on_the_way_changes_nothing(tmp_path_factory: pytest.TempPathFactory, actions: list[str]) -> None:
+def test_intermediate_reads_change_nothing(tmp_path_factory: pytest.TempPathFactory, actions: list[str]) -> None:
     root = tmp_path_factory.mktemp("runs")
     run, watched, step = start(root), Following(root), 0
     for action in actions:
@@ -208,7 +208,7 @@ def test_looking_on_the_way_changes_nothing(tmp_path_factory: pytest.TempPathFac
     assert [getattr(seen, name) for name in names] == [getattr(fresh, name) for name in names]
 
 
-def test_nothing_is_read_again_that_has_not_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_files_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(5):
         start(tmp_path).finish(partial_result({}))
     run, watched = start(tmp_path), Following(tmp_path)

@@ -1,4 +1,4 @@
-"""Training runs written by hand, as `run.json` and `metrics.jsonl`."""
+"""Hand-written training runs, as `run.json` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_training(
     result: Mapping[str, Any] | None = None,
     error: str | None = None,
 ) -> Path:
-    """The folder of a new training of one epoch, 2 records and 100 tokens a step, with a validation at its end."""
+    """Writes a new training run of one epoch, with 2 records and 100 tokens per step and a validation at its end."""
     folder = root / f"{number:03d}-{command}"
     folder.mkdir(parents=True)
     steps = len(step_seconds)
@@ -76,7 +76,7 @@ def write_training(
 
 
 def write_study(root: Path) -> None:
-    """The two seeds of `write_experiment` with the trainings that made their states."""
+    """Writes the two seeds of `write_experiment` with the trainings of their states."""
     from tests.reporting.run_folders import write_experiment
 
     write_experiment(root)

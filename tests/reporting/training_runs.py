@@ -1,4 +1,4 @@
-"""Runs of training and of probes written by hand, as `run.json` and `metrics.jsonl`."""
+"""Hand-written training and probe runs, as `run.json` and `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_training(
     scores: Mapping[str, Scores] | None = None,
     digest: str = "d1",
 ) -> str:
-    """The name of a new `fft` or `mask-train` run with these validation losses and scores by step.
+    """Writes a new `fft` or `mask-train` run with these validation losses and scores by step; returns its name.
 
     Without losses the run has trained nothing and measured nothing.
     """
@@ -96,7 +96,7 @@ def write_probe(
     scores: Mapping[str, float] | None = None,
     by: str = "gsm8k",
 ) -> str:
-    """The name of a new `probe` run that found these changes of the loss by group of layers."""
+    """Writes a new `probe` run with these changes of the loss by group of layers; returns its name."""
     folder = root / f"{number:03d}-probe"
     folder.mkdir(parents=True)
     probing: dict[str, Any] = {"fast": fast} | ({} if groups is None else {"groups": list(groups)})
@@ -129,6 +129,6 @@ def write_probe(
 
 
 def layer_count(layers: str) -> int:
-    """How many layers a choice such as `0,3,8-11` names."""
+    """Number of layers in a selection such as `0,3,8-11`."""
     ends = [part.split("-") for part in layers.split(",")]
     return sum(int(pair[-1]) - int(pair[0]) + 1 for pair in ends)

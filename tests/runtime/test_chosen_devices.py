@@ -1,4 +1,4 @@
-"""`--device` and `--attention`: what is used is what was asked for, or it is an error."""
+"""`--device` and `--attention`: the requested device and kernel are used, or there is an error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FLASH = "flash_attention_2"
 
 
 def work(command: str, root: Path, workspace: Path, **changes: Any) -> tuple[Run, dict[str, Any], list[str]]:
-    """The run of a command, its result, and what was said."""
+    """The run of a command, its result, and its notes."""
     recipe = make_recipe(workspace, **{**SHORT, "eval__limit": 3, "probe__fast": True, **changes})
     run, source = open_run(root, command, recipe)
     listener = Interrupter(-1)
@@ -63,7 +63,7 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def flash_attn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """A flash-attn that is installed, and the attention that models were loaded with, which is not computed."""
+    """Installs a fake flash-attn and records the attention that models are loaded with, without computing it."""
     asked: list[Any] = []
     load = AutoModelForCausalLM.from_pretrained
 
@@ -86,7 +86,7 @@ def test_on_the_cpu_of_a_machine_with_a_gpu_nothing_is_put_on_it(workspace: Path
                 run, result, _ = work(command, tmp_path, workspace, device="cpu")
                 assert used_gpus() == set()
             assert run.record.device["name"] == "cpu"
-            assert result["peak_memory_bytes"] > 0  # the emulated GPU says 0
+            assert result["peak_memory_bytes"] > 0  # the emulated GPU reports 0
         else:
             _, result, _ = work(command, tmp_path, workspace)
         figures[place] = {key: value for key, value in result.items() if key in ("best_loss", "groups", "start_loss")}
@@ -96,7 +96,7 @@ def test_on_the_cpu_of_a_machine_with_a_gpu_nothing_is_put_on_it(workspace: Path
 
 
 @pytest.mark.slow
-def test_an_adapter_is_gone_on_with_on_the_cpu(workspace: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_continued_on_the_cpu(workspace: Path, tmp_path: Path) -> None:
     first, result, _ = work("fft", tmp_path, workspace, fft__method="lora")
     first.finish(partial_result(result))
     source = source_of_run(first)
@@ -130,7 +130,7 @@ def test_the_second_gpu_alone(workspace: Path, tmp_path: Path, command: str, mon
 
 
 @pytest.mark.slow
-def test_a_baseline_of_files_is_found_on_the_cpu_and_says_so(workspace: Path, tmp_path: Path) -> None:
+def test_a_drop_is_computed_and_recorded_on_the_cpu(workspace: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "tuned"
     build_llama(seed=1).save_pretrained(tuned)
     changes = {"mask_train__method": "drop", "mask_train__base": str(workspace / "tiny"), "model": str(tuned)}
@@ -149,7 +149,7 @@ def test_a_baseline_of_files_is_found_on_the_cpu_and_says_so(workspace: Path, tm
         (1, "xpu", "auto, cpu, cuda, cuda:0"),
     ],
 )
-def test_a_device_that_is_not_there(workspace: Path, tmp_path: Path, count: int, name: str, expected: str) -> None:
+def test_a_missing_device(workspace: Path, tmp_path: Path, count: int, name: str, expected: str) -> None:
     for command in WORK:
         with emulated_gpu(count=count), pytest.raises(ConfigError, match="not available") as caught:
             work(command, tmp_path, workspace, device=name)
@@ -167,7 +167,7 @@ def test_on_a_machine_without_a_gpu(workspace: Path) -> None:
     assert device_names() == []
 
 
-def test_an_experiment_says_so_before_its_first_stage(workspace: Path) -> None:
+def test_an_experiment_reports_it_before_its_first_stage(workspace: Path) -> None:
     recipe = make_recipe(workspace, device="cuda:3")
     with pytest.raises(ConfigError, match="not available"):
         check_jobs([Job("fft", "fft", "fft", 0, recipe)])
@@ -190,7 +190,7 @@ def test_accelerate_launch_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("mac")
-def test_what_is_not_tested_says_so_once(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untested_devices_are_noted_once(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = open_run(tmp_path, "fft", make_recipe(workspace))
     listener = Interrupter(-1)
     for _ in range(2):
@@ -200,13 +200,13 @@ def test_what_is_not_tested_says_so_once(workspace: Path, tmp_path: Path, monkey
             assert not counts_memory(best_device())
     assert listener.notes == ["mftctl is not tested on mps, only on CUDA GPUs and with --device cpu."]
     assert run.record.device["name"] == "mps"
-    monkeypatch.setenv("LOCAL_RANK", "0")  # processes find each other on its CPU alone
+    monkeypatch.setenv("LOCAL_RANK", "0")  # processes find each other on the machine's CPU alone
     assert find_device("auto").type == "cpu"
     with pytest.raises(ConfigError, match="not available"):
         find_device("mps")
 
 
-def test_a_mac_without_room() -> None:
+def test_a_mac_without_enough_memory() -> None:
     text = (
         "MPS backend out of memory (MPS allocated: 17.90 GB, other allocations: 1.00 GB, max allowed: 18.13 GB). "
         "Tried to allocate 512.00 MB on private pool."
@@ -218,20 +218,20 @@ def test_a_mac_without_room() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", "cuda:-1", "cuda:1234"])
-def test_a_word_that_is_no_device(name: str) -> None:
+def test_an_invalid_device_name(name: str) -> None:
     with pytest.raises(ConfigError, match="device") as caught:
         parse_recipe({"device": name})
     assert any("auto, cpu, cuda, cuda:N, mps or xpu" in problem for problem in caught.value.problems)
 
 
-def test_where_and_by_what_kernels_decides_no_result() -> None:
+def test_device_and_kernels_are_not_deciding_keys() -> None:
     elsewhere = Recipe(device="cuda:1", attention="eager")
     for command in WORK:
         assert deciding_keys(elsewhere, command) == deciding_keys(Recipe(), command)
 
 
 @pytest.mark.parametrize("before", [None, "4,5,GPU-1"])
-def test_a_process_that_is_started_sees_one_gpu(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_started_process_sees_one_gpu(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if before is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
@@ -243,7 +243,7 @@ def test_a_process_that_is_started_sees_one_gpu(before: str | None, monkeypatch:
 
 
 @pytest.mark.parametrize("changes", [{"device": "cpu"}, {"attention": "eager"}])
-def test_vllm_computes_on_what_it_was_built_for(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_uses_the_device_it_was_built_for(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: object())
     recipe = parse_recipe({"eval": {"engine": "vllm", "tasks": ["gsm8k"]}, **changes})
     with pytest.raises(ConfigError, match="vLLM chooses its device"):
@@ -259,7 +259,7 @@ def test_eager_attention_is_used_and_recorded(workspace: Path, tmp_path: Path, c
     if command == "fft":
         assert result["best_loss"] == pytest.approx(expected["best_loss"], abs=1e-4)
         configs = [(Path(made["model"]) / "config.json").read_text() for made in (result, expected)]
-        assert configs[0] == configs[1]  # a checkpoint says nothing of the kernels it was made by
+        assert configs[0] == configs[1]  # a checkpoint does not record the kernels it was trained with
 
 
 @pytest.mark.parametrize("command", WORK)

@@ -1,4 +1,4 @@
-"""How a command computes on a GPU, and what is said where that does not go."""
+"""How commands compute on a GPU, and errors when they cannot."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHORT = {f"{section}__{key}": 2 for section in ("fft", "mask_train") for key in 
 
 @pytest.fixture
 def workspace_config(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment without a setting of cuBLAS, and whatever the test makes of it undone."""
+    """Removes the cuBLAS setting from the environment, and undoes changes made by the test."""
     monkeypatch.setenv(WORKSPACE, "")
     monkeypatch.delenv(WORKSPACE)
 
@@ -63,7 +63,7 @@ def opened(root: Path, workspace: Path, command: str = "fft", **changes: Any) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["fft", "mask-train"])
-def test_of_two_gpus_one_is_used_and_it_is_said_once(workspace: Path, tmp_path: Path, command: str) -> None:
+def test_of_two_gpus_one_is_used_with_a_single_note(workspace: Path, tmp_path: Path, command: str) -> None:
     work = {"fft": fine_tune, "mask-train": mask_train}[command]
     listener = Interrupter(-1)
     recipe, run, source = opened(tmp_path, workspace, command)
@@ -221,7 +221,7 @@ def test_an_operation_that_is_not_deterministic_is_named() -> None:
         ("eval", "mftctl.evaluation.generation.continue_prompts", "generating answers"),
     ],
 )
-def test_without_room_on_the_gpu(
+def test_out_of_gpu_memory(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, place: str, doing: str
 ) -> None:
     work: Any = {"fft": fine_tune, "mask-train": mask_train, "probe": probe, "eval": evaluate}[command]
@@ -250,7 +250,7 @@ def test_without_room_on_the_gpu(
     ],
     ids=["memory", "NCCL"],
 )
-def test_a_checkpoint_that_fails_otherwise_is_no_full_disk(
+def test_other_checkpoint_failures_are_not_reported_as_a_full_disk(
     workspace: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -268,13 +268,13 @@ def test_a_checkpoint_that_fails_otherwise_is_no_full_disk(
     assert "space" not in str(caught.value)
 
 
-def test_what_torch_says_in_other_words_is_passed_on() -> None:
+def test_other_torch_errors_are_passed_on() -> None:
     with pytest.raises(DeviceMemoryError) as caught, gpu_failures("training"):
         raise torch.OutOfMemoryError("HIP out of memory\nmore")
     assert caught.value.actual == "HIP out of memory"
 
 
-def test_options_with_less_memory_are_those_not_in_use() -> None:
+def test_memory_saving_options_are_those_not_in_use() -> None:
     assert training_with_less_memory(FftOptions(batch_size=7, grad_accum_steps=2)) == [
         "--batch-size 2 --grad-accum 7",
         "--gradient-checkpointing",

@@ -1,4 +1,4 @@
-"""Free memory as the cgroups of a container leave it."""
+"""Free memory within the cgroup limits of a container."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_version_2_in_a_container(tmp_path: Path, group: str) -> None:
     member(tmp_path, f"0::{group}")
     stat = f"anon 5\ninactive_file {3 * GB}"
     write(tmp_path / "sys/fs/cgroup", memory__max=16 * GB, memory__current=9 * GB, memory__stat=stat)
-    assert available_bytes(tmp_path) == 10 * GB  # what was read from files can go
+    assert available_bytes(tmp_path) == 10 * GB  # page cache can be reclaimed
     assert total_bytes(tmp_path) == 16 * GB
 
 

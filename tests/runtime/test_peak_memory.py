@@ -1,4 +1,4 @@
-"""Freed memory is kept where nobody chose otherwise."""
+"""Freed memory is kept unless the user set otherwise."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def test_a_freed_block_stays_with_the_process() -> None:
     [{"MALLOC_MMAP_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=131072"}],
     ids=lambda chosen: next(iter(chosen)),
 )
-def test_what_the_user_set_stays(chosen: dict[str, str]) -> None:
+def test_settings_of_the_user_are_kept(chosen: dict[str, str]) -> None:
     assert told(**chosen) == ["False", "True", "False"]

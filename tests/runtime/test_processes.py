@@ -1,4 +1,4 @@
-"""Two processes on one machine, over gloo, against one: the same results, written once."""
+"""Two processes on one machine over gloo give the same results as one, written once."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def start(folder: Path, launcher: tuple[str, ...], *arguments: object) -> subpro
 
 
 def run(folder: Path, launcher: tuple[str, ...], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a launch."""
+    """Exit code, stdout and stderr of a launched command."""
     process = start(folder, launcher, *arguments)
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, errors
@@ -61,7 +61,7 @@ def several(*commands: tuple[object, ...]) -> tuple[str, ...]:
 
 
 def accelerate(recipe: str) -> tuple[str, ...]:
-    """The launcher of a recipe, which takes a module and its arguments."""
+    """The accelerate launcher for a configuration; takes a module and its arguments."""
     file = ROOT / "recipes" / "accelerate" / f"{recipe}.yaml"
     return ("accelerate.commands.launch", "--config_file", str(file), "-m")
 
@@ -71,7 +71,7 @@ def data(workspace: Path, model: Path | None = None) -> tuple[object, ...]:
 
 
 def weights(folder: Path, number: int) -> dict[str, torch.Tensor]:
-    """The weights that a fine-tuning wrote."""
+    """The weights written by a fine-tuning."""
     return load_file(folder / "runs" / f"{number:03d}-fft" / "model" / "model.safetensors")
 
 
@@ -87,7 +87,7 @@ def half(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes of the same records a step: a mask, models by GMT, and one by plain fine-tuning."""
+    """Results of one process with the same records per step: a mask, GMT models and a fully fine-tuned one."""
     folder = tmp_path_factory.mktemp("one")
     accumulated = ("--grad-accum", 2)
     commands = several(
@@ -102,7 +102,7 @@ def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def figures(trained: Run) -> list[dict[str, float]]:
-    """What a training says of each step, without the time it took."""
+    """The metrics of each training step, without times."""
     names = ("step", "loss", "grad_norm", "learning_rate", "num_input_tokens_seen", "eval_loss", "removed", "restored")
     return [
         {name: line[name] for name in names if name in line}
@@ -146,10 +146,10 @@ def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_
 
 
 @pytest.mark.slow
-def test_a_slow_save_by_one_process_ends_nothing(
+def test_a_slow_save_by_one_process_does_not_end_the_run(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The group is made with the time limit that was asked for; saving takes longer than a later, shorter one."""
+    """The process group gets the configured timeout; saving takes longer than a shorter timeout set later."""
     monkeypatch.setenv("MFTCTL_DDP_TIMEOUT", "345")
     launcher = (*TORCHRUN[:-1], "tests.slow_saving")
     few = ("--max-steps", "2", "--val-steps", "1", "--batch-size", "4")
@@ -159,7 +159,7 @@ def test_a_slow_save_by_one_process_ends_nothing(
 
 
 def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> None:
-    """Starts to learn a mask, kills the second process at the first checkpoint and waits for the end of the others."""
+    """Starts a mask training, kills the second process at the first checkpoint and waits for the others to end."""
     process = start(folder, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING)
     checkpoint = folder / "runs" / "001-mask-train" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
     deadline = time.monotonic() + 120
@@ -176,7 +176,7 @@ def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> Non
 
 @pytest.fixture(scope="module")
 def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is left of a training whose second process was killed: under ZeRO-3, if DeepSpeed is there."""
+    """Remains of a training whose second process was killed, under ZeRO-3 if DeepSpeed is installed."""
     folder = tmp_path_factory.mktemp("killed")
     kill_second(folder, (*accelerate("zero3" if HAS_DEEPSPEED else "ddp"), "mftctl"), workspace)
     return folder
@@ -184,7 +184,7 @@ def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_zero_training(one: Path, killed: Path, tmp_path: Path) -> None:
     shutil.copytree(killed / "runs", tmp_path / "runs")
     code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume", "--yes")
     assert code == 0, errors
@@ -196,7 +196,7 @@ def test_one_process_resumes_what_zero_began(one: Path, killed: Path, tmp_path: 
     "recipe",
     [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed), "fsdp2"],
 )
-def test_spread_parameters_give_what_one_process_gives(
+def test_sharded_parameters_give_the_result_of_one_process(
     one: Path, killed: Path, half: Path, workspace: Path, tmp_path: Path, recipe: str
 ) -> None:
     shutil.copytree(killed / "runs", tmp_path / "killed")
@@ -204,7 +204,7 @@ def test_spread_parameters_give_what_one_process_gives(
         ("mask-train", "--resume", "--yes", "--runs", "killed"),
         ("mask-train", *MASK, "-o", "whole.bits", *data(workspace), *TRAINING, "--json"),
         (*FEW, *data(workspace)),
-        # The same records a step in other forward passes, and the loss of some 20 answer tokens at a time.
+        # The same records per step in different forward passes, with the loss in chunks of about 20 answer tokens.
         ("CHUNK_LOGITS=2000", *FULL, *data(workspace, half), "--batch-tokens", 60),
     )
     code, output, errors = run(tmp_path, accelerate(recipe), *commands)
@@ -233,14 +233,14 @@ def test_spread_parameters_give_what_one_process_gives(
 
 
 def second_process(launcher: int) -> Iterator[int]:
-    """The process of rank 1 among the launcher's children."""
+    """The rank 1 process among the launcher's children."""
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
             yield int(child)
 
 
 @pytest.mark.slow
-def test_bad_input_is_told_once(workspace: Path, tmp_path: Path) -> None:
+def test_bad_input_is_reported_once(workspace: Path, tmp_path: Path) -> None:
     arguments = ("mask-train", "-m", workspace / "tiny", "-d", "missing.jsonl")
     code, output, errors = run(tmp_path, TORCHRUN, *arguments)
     assert code != 0
@@ -280,7 +280,7 @@ def test_shares_are_equally_long_and_leave_nothing_out(items: int, world_size: i
     assert sum(map(len, shares)) < items + world_size
 
 
-def test_what_fills_up_has_nothing_to_learn() -> None:
+def test_padding_micro_batches_have_nothing_to_learn() -> None:
     first, second = Encoded([1, 2, 3], [-100, 2, 3], "a:1"), Encoded([4, 5], [-100, 5], "a:2")
     records = ProcessRecords([first, second])
     assert records[1] == second
@@ -296,14 +296,14 @@ def test_a_resumed_run_keeps_the_records_of_a_step(
     assert recipe.mask_train.grad_accum_steps == expected
 
 
-def test_a_resumed_run_whose_step_cannot_be_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_with_a_step_that_cannot_be_divided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="keeps its number of records per step") as caught:
         resumed(tmp_path, monkeypatch, 2, 1, 3)
     assert caught.value.actual == 3
 
 
 def resumed(folder: Path, monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int, now: int) -> Recipe:
-    """The recipe of a run that was started with some processes and goes on with others."""
+    """The recipe of a run that was started with one number of processes and resumed with another."""
     from mftctl.cli import resumption
     from mftctl.experiments.run_config import to_document
     from mftctl.experiments.run_folder import create_run

@@ -1,4 +1,4 @@
-"""Signals on real processes: what they end, and what a run says afterwards."""
+"""Signals sent to real processes: which of them end it, and the status recorded in the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ with recorded(run):
 
 
 def work(folder: Path, how: str, number: int | None) -> tuple[int, str]:
-    """The exit status and the messages of a command that gets a signal while it works."""
+    """Exit status and messages of a command that receives a signal while it works."""
     process = subprocess.Popen(
         [sys.executable, "-c", WORK, str(folder), how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -45,7 +45,7 @@ def work(folder: Path, how: str, number: int | None) -> tuple[int, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_evaluation_that_is_ended_says_how_to_go_on(tmp_path: Path, number: int) -> None:
+def test_a_terminated_evaluation_says_how_to_resume(tmp_path: Path, number: int) -> None:
     _, errors = work(tmp_path, "", number)
     assert "mftctl.errors.Interrupted: Stopped." in errors
     assert "the same command with --resume" in errors
@@ -53,13 +53,13 @@ def test_an_evaluation_that_is_ended_says_how_to_go_on(tmp_path: Path, number: i
 
 
 @pytest.mark.slow
-def test_a_command_under_nohup_goes_on(tmp_path: Path) -> None:
+def test_a_command_under_nohup_continues(tmp_path: Path) -> None:
     assert work(tmp_path, "nohup", signal.SIGHUP) == (0, "")
     assert load_run(tmp_path / "001-eval").record.status == "finished"
 
 
 @pytest.mark.slow
-def test_a_run_that_ends_with_an_unknown_error_says_so(tmp_path: Path) -> None:
+def test_a_run_that_fails_with_an_unknown_error_records_it(tmp_path: Path) -> None:
     _, errors = work(tmp_path, "error", None)
     assert "ValueError: unknown" in errors
     record = load_run(tmp_path / "001-eval").record

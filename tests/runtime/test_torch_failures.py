@@ -14,7 +14,7 @@ from mftctl.runtime.torch_failures import failure_of_writing, reason_of
 
 
 class FullDisk(io.RawIOBase):
-    """Takes the first few bytes."""
+    """A file that accepts only the first few bytes."""
 
     def __init__(self, room_bytes: int) -> None:
         self._left_bytes = room_bytes
@@ -30,7 +30,7 @@ class FullDisk(io.RawIOBase):
 
 
 @pytest.mark.parametrize("room_bytes", [0, 100, 700, 5_000, 40_000])
-def test_the_systems_error_is_found_behind_torchs_own(room_bytes: int) -> None:
+def test_the_system_error_behind_torchs_own_is_found(room_bytes: int) -> None:
     with pytest.raises((RuntimeError, OSError)) as caught:
         torch.save({"weight": torch.zeros(10_000)}, FullDisk(room_bytes))
     found = failure_of_writing(caught.value)
@@ -40,7 +40,7 @@ def test_the_systems_error_is_found_behind_torchs_own(room_bytes: int) -> None:
 
 
 @pytest.mark.slow
-def test_where_torch_keeps_no_reason_none_of_its_source_is_told(tmp_path: Path) -> None:
+def test_without_a_system_error_no_torch_source_is_shown(tmp_path: Path) -> None:
     code = f"""if True:
         import resource, torch
         from mftctl.runtime.torch_failures import reason_of
@@ -54,6 +54,6 @@ def test_where_torch_keeps_no_reason_none_of_its_source_is_told(tmp_path: Path) 
     assert done.stdout == "disk full, file size limit or broken disk: torch could not finish writing a file\n"
 
 
-def test_another_error_is_told_as_it_is() -> None:
+def test_other_errors_are_reported_unchanged() -> None:
     assert reason_of(RuntimeError("CUDA error")) == "CUDA error"
     assert failure_of_writing(RuntimeError("CUDA error")) is None

@@ -1,4 +1,4 @@
-"""The loss over answer tokens, against cross entropy on the logits of all positions."""
+"""The loss over answer tokens, compared with cross entropy on the logits of all positions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def gemma2() -> PreTrainedModel:
-    """Its logits pass a soft cap after the head."""
+    """A model that applies a soft cap to its logits."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -27,7 +27,7 @@ def gemma2() -> PreTrainedModel:
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels of three records whose answers begin and end at different places; one has a gap."""
+    """Ids and labels of three records whose answers start and end at different positions; one answer has a gap."""
     input_ids = torch.randint(6, 102, (3, 12), generator=torch.Generator().manual_seed(0))
     labels = input_ids.clone()
     labels[0, :5] = labels[1, :8] = labels[2, 9:] = labels[2, 3:6] = -100
@@ -65,7 +65,7 @@ def test_positions_come_before_their_tokens() -> None:
     assert tokens.tolist() == [7, 8, 6]
 
 
-def test_the_head_is_as_before_afterwards() -> None:
+def test_the_head_is_restored_afterwards() -> None:
     model, (input_ids, labels) = build_llama(), batch()
     positions, _ = answer_positions(labels)
     with pytest.raises(ZeroDivisionError), logits_only_at(model, positions):

@@ -1,4 +1,4 @@
-"""A checkpoint in 8 bits is trained and written in bf16."""
+"""An 8-bit checkpoint is trained and written in bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The count of a training step's operations, beside torch's counter of the products it really computes."""
+"""Operation counts of a training step, compared with torch's counter of actual matrix products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS = 12
 
 
 def counted(model: PreTrainedModel) -> int:
-    """Operations a token of the products with weights in a forward and a backward pass, as torch counts them."""
+    """Operations per token in products with weights, forward and backward, as counted by torch."""
     input_ids = torch.arange(TOKENS).unsqueeze(0) + 6
     with FlopCounterMode(display=False) as counter:
         model(input_ids=input_ids, labels=input_ids, use_cache=False).loss.backward()
@@ -25,7 +25,7 @@ def counted(model: PreTrainedModel) -> int:
     return sum(int(flops) for name, flops in products.items() if str(name) in ("aten.mm", "aten.addmm")) // TOKENS
 
 
-def test_full_fine_tuning_costs_six_operations_a_weight() -> None:
+def test_full_fine_tuning_costs_six_operations_per_weight() -> None:
     model = build_llama(attn_implementation="eager")
     weights = sum(item.numel() for item in model.parameters() if item.dim() == 2)
     assert flops_per_token(model) == 6 * weights == counted(model)
@@ -39,20 +39,20 @@ def test_below_the_first_mask_only_the_forward_pass_is_computed(layers: list[int
     told = flops_per_token(model, targets)
     scores = {target.name: initial_scores(target, "kaiming") for target in targets}
     attach_masks(model, targets, scores, MaskRule(0.1))
-    # Of the lowest masked layer torch computes no gradient for the input of q, k and v, which nothing needs.
+    # In the lowest masked layer, torch computes no gradient for the input of q, k and v, since nothing needs it.
     attention = model.model.layers[layers[0]].self_attn
     spared = 2 * sum(getattr(attention, name).weight.numel() for name in ("q_proj", "k_proj", "v_proj"))
     assert told - spared == counted(model)
 
 
-def test_a_frozen_half_spares_its_own_gradients() -> None:
+def test_a_frozen_half_needs_no_gradients_of_its_own() -> None:
     model = build_llama(attn_implementation="eager")
     for layer in model.model.layers:
         layer.mlp.requires_grad_(False)
     assert flops_per_token(model) == counted(model)
 
 
-def test_an_adapter_is_counted_beside_the_frozen_weights() -> None:
+def test_an_adapter_is_counted_in_addition_to_the_frozen_weights() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(build_llama(attn_implementation="eager"), LoraConfig(r=4, target_modules=["v_proj"]))
@@ -62,7 +62,7 @@ def test_an_adapter_is_counted_beside_the_frozen_weights() -> None:
     assert flops_per_token(model) == 4 * (frozen + layers) + 2 * own
 
 
-def test_of_experts_those_count_that_a_token_passes() -> None:
+def test_only_the_experts_of_a_token_count() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4, num_experts_per_tok=2))

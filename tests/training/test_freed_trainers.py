@@ -1,4 +1,4 @@
-"""Nothing of a training is in memory once its mask is found: a GPU has no room for both."""
+"""A training leaves nothing in memory once its mask is found, since a GPU cannot hold both."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.workflow_fixtures import make_recipe, open_run
 
 
 class Alive:
-    """Weak references to all that trainings hold in vain.
+    """Weak references to objects that trainings should release.
 
     Attributes:
-        trainings: How many optimizers were made.
+        trainings: Number of optimizers created.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Alive:
 
 @pytest.fixture
 def alive(monkeypatch: pytest.MonkeyPatch) -> Iterator[Alive]:
-    """What is alive of the trainings of a test, in which no collection comes by chance."""
+    """Objects of a test's trainings that are still alive, with automatic garbage collection off."""
     watched = Alive()
     create = ScoreTrainer.create_optimizer
 

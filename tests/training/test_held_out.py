@@ -1,4 +1,4 @@
-"""Which validation records decide and which confirm, and a mask in a model's own weights."""
+"""Which validation records decide and which confirm, and a mask applied to a model's own weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_too_few_records_for_two_parts_all_decide() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_mask_is_in_the_weights_and_then_gone_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+def test_a_mask_is_applied_to_the_weights_and_undone_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     model = build(name).to(dtype)
     targets = find_targets(model)
     targets[0].weight.detach().flatten()[:3] = torch.tensor([-0.0, float("inf"), float("nan")])

@@ -1,4 +1,4 @@
-"""Hidden states in memory and in a file: what goes in comes out, within the limits."""
+"""Hidden states in memory and in a file are read back unchanged, within the size limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ puts = st.lists(
 @pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(puts, st.integers(0, 200), st.integers(0, 200))
-def test_gives_back_the_last_that_was_kept_within_the_limits(
+def test_returns_the_last_value_kept_within_the_limits(
     tmp_path: Path, calls: list[tuple[int, int, int, int, int]], memory_bytes: int, file_bytes: int
 ) -> None:
     expected: dict[bytes, tuple[int, torch.Tensor]] = {}
@@ -53,16 +53,16 @@ def test_memory_comes_first_then_the_file_then_nothing(tmp_path: Path) -> None:
         assert states.put(b"b", 1, hidden_states)
         assert states._file is not None
         assert not states.put(b"c", 1, hidden_states)
-        assert states.put(b"b", 2, 2 * hidden_states)  # in its place
+        assert states.put(b"b", 2, 2 * hidden_states)  # replaces the other one
         found = states.get(b"b", 2)
         assert found is not None
         assert torch.equal(found[1], 2 * hidden_states)
-        assert list(tmp_path.iterdir()) == []  # so that nothing is left by a killed process
+        assert list(tmp_path.iterdir()) == []  # so that a killed process leaves no file
         file = states._file
     assert file.closed
 
 
-def test_what_is_read_is_the_readers_own(tmp_path: Path) -> None:
+def test_reads_return_copies(tmp_path: Path) -> None:
     with HiddenStates(tmp_path, 0, 64) as states:
         states.put(b"a", 1, torch.ones(1, 4, 4))
         for _ in range(2):

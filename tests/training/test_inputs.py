@@ -1,4 +1,4 @@
-"""Training data ready for the model."""
+"""Preparation of training data for the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mftctl.training.inputs import prepare_training
 from tests.workflow_fixtures import make_recipe
 
 
-def test_validation_of_its_own(workspace: Path) -> None:
+def test_separate_validation_data(workspace: Path) -> None:
     inputs = prepare_training(make_recipe(workspace), str(workspace / "tiny"), max_length_tokens=64)
     assert (len(inputs.train), len(inputs.validation)) == (48, 12)
     assert inputs.summary()["train_answer_tokens"] == sum(record.answer_tokens for record in inputs.train)

@@ -1,4 +1,4 @@
-"""Scores against steps: what is measured on the way, that it changes nothing, and that a stop loses none of it."""
+"""Evaluation during training: what is measured, that it changes nothing, and that interruptions lose no result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def problems(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def measuring(workspace: Path, section: str, problems: str, **changes: Any) -> Recipe:
-    """A recipe that measures four of everything each 5 of 12 steps."""
+    """A recipe with 12 steps that measures four samples of everything every 5 steps."""
     every = {f"{section}__benchmark_every": 5, f"{section}__benchmark_limit": 4}
     tasks = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}, "max_new_tokens": 4}
     return make_recipe(workspace, eval=tasks, **every, **changes)
@@ -41,7 +41,7 @@ def measuring(workspace: Path, section: str, problems: str, **changes: Any) -> R
 
 @pytest.fixture(scope="module")
 def measured(workspace: Path, problems: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A fine-tuning whose last state is kept."""
+    """A fine-tuning that keeps its last state."""
     recipe = measuring(workspace, "fft", problems, fft__keep="last")
     run, source = open_run(tmp_path_factory.mktemp("measured"), "fft", recipe)
     run.finish(fine_tune(recipe, source, run, Silence()))
@@ -49,7 +49,7 @@ def measured(workspace: Path, problems: str, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-def test_measures_at_the_start_each_so_many_steps_and_at_the_end(measured: Run) -> None:
+def test_measures_at_the_start_every_n_steps_and_at_the_end(measured: Run) -> None:
     found = measured.record.result["evaluations"]
     assert [(line["step"], line["dataset"]) for line in found] == [
         (step, name) for step in (0, 5, 10, 12) for name in ("test.jsonl", "gsm8k_0shot")
@@ -61,7 +61,7 @@ def test_measures_at_the_start_each_so_many_steps_and_at_the_end(measured: Run) 
 
 
 @pytest.mark.slow
-def test_the_last_figures_are_those_of_an_evaluation_of_the_model(measured: Run, problems: str, tmp_path: Path) -> None:
+def test_the_last_results_equal_an_evaluation_of_the_model(measured: Run, problems: str, tmp_path: Path) -> None:
     recipe = Recipe.model_validate(
         {
             "model": measured.record.result["model"],
@@ -100,7 +100,7 @@ def test_measuring_changes_no_dropout(workspace: Path, problems: str, tmp_path: 
 
 
 @pytest.mark.slow
-def test_a_mask_is_measured_on_the_way_and_stays_the_same(workspace: Path, problems: str, tmp_path: Path) -> None:
+def test_measuring_during_mask_training_changes_no_mask(workspace: Path, problems: str, tmp_path: Path) -> None:
     masks = []
     for recipe in (make_recipe(workspace), measuring(workspace, "mask_train", problems)):
         run, source = open_run(tmp_path, "mask-train", recipe)
@@ -113,7 +113,7 @@ def test_a_mask_is_measured_on_the_way_and_stays_the_same(workspace: Path, probl
 
 
 class StopWhileMeasuring(Silence):
-    """Presses Ctrl-C in the middle of the measurement that comes after some others."""
+    """Presses Ctrl-C in the middle of a measurement, after a given number of completed ones."""
 
     def __init__(self, measurement: int) -> None:
         self._left = measurement
@@ -129,7 +129,7 @@ class StopWhileMeasuring(Silence):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("measurement", "step"), [(0, 0), (1, 5)])
-def test_a_stop_during_a_measurement_is_resumed_to_the_same_figures(
+def test_an_interrupted_measurement_is_resumed_to_the_same_results(
     measured: Run, workspace: Path, problems: str, tmp_path: Path, measurement: int, step: int
 ) -> None:
     recipe = measuring(workspace, "fft", problems, fft__keep="last", eval__batch_size=1)
@@ -159,7 +159,7 @@ def test_a_benchmark_file_with_wrong_fields_is_found_before_the_first_step(works
     assert run.training.metrics() == []
 
 
-def test_what_is_measured_decides_the_result_only_where_it_is_measured_on_the_way(workspace: Path) -> None:
+def test_measurement_settings_are_deciding_keys_only_during_training(workspace: Path) -> None:
     plain, other = (make_recipe(workspace, eval={"limit": limit}) for limit in (1, 2))
     assert deciding_keys(plain, "fft") == deciding_keys(other, "fft")
     plain, other = (make_recipe(workspace, eval={"limit": limit}, fft__benchmark_every=5) for limit in (1, 2))

@@ -1,4 +1,4 @@
-"""Learning a mask by default: scores that start at the size of the weight, and a threshold of 0."""
+"""Mask training with default settings: scores start at the weights' magnitudes, with a threshold of 0."""
 
 from __future__ import annotations
 
@@ -32,9 +32,7 @@ def undisturbed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
 
 
 @pytest.mark.slow
-def test_it_starts_from_no_mask_and_lowers_the_loss(
-    undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path
-) -> None:
+def test_it_starts_unmasked_and_lowers_the_loss(undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path) -> None:
     _, result, mask = undisturbed
     assert result["start_loss"] == result["unmasked_loss"]
     assert validation_loss(workspace, workspace / "tiny", mask) == pytest.approx(result["best_loss"], abs=1e-6)
@@ -45,12 +43,12 @@ def test_it_starts_from_no_mask_and_lowers_the_loss(
 
 
 @pytest.mark.slow
-def test_the_smallest_weights_go_first(undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path) -> None:
+def test_the_smallest_weights_are_removed_first(undisturbed: tuple[Run, dict[str, Any], Mask], workspace: Path) -> None:
     _, _, mask = undisturbed
     index = tensor_index(workspace / "tiny")
     for name in mask.names():
         sizes = read_tensor(index[name]).float().abs()
-        # Adam goes about one learning rate a step, of a schedule with a mean of half of its peak.
+        # Adam moves about one learning rate per step; the schedule's mean is half of its peak.
         assert sizes[~mask[name]].max() < 12 * 3e-3
         assert sizes[~mask[name]].mean() < sizes.mean()
 
@@ -62,7 +60,7 @@ def test_the_unmasked_model_is_measured_once(workspace: Path, tmp_path: Path) ->
     listener = Interrupter(-1)
     result = mask_train(recipe, source, run, listener).document()
     assert result["confirmation"]
-    assert listener.validations == 1 + 3 + 2  # without a mask, three of the training, two that confirm
+    assert listener.validations == 1 + 3 + 2  # one unmasked, three during training, two that confirm
 
 
 @pytest.mark.slow
@@ -109,7 +107,7 @@ def test_a_ratio_is_kept_exactly(workspace: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def ever_worse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every validation of the training is worse than the one before, and all than the model without a mask."""
+    """Makes every validation worse than the previous one and than the unmasked model."""
     losses = count(100)
     monkeypatch.setattr(loop, "mean_loss", lambda _: float(next(losses)))
 
@@ -129,7 +127,7 @@ def test_without_a_gain_the_mask_removes_nothing(workspace: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ever_worse")
-def test_it_stops_when_nothing_has_lowered_the_loss_for_a_while(workspace: Path, tmp_path: Path) -> None:
+def test_it_stops_early_when_the_loss_does_not_improve(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, **DEFAULT, mask_train__patience=2)
     run, source = open_run(tmp_path, "mask-train", recipe)
     assert mask_train(recipe, source, run, Silence()).document()["steps"] == 8

@@ -1,4 +1,4 @@
-"""The parts of the training loop that stand by themselves."""
+"""Independent parts of the training loop."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mftctl.training.schedule import warmup_steps
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, 0), (2, 1), (30, 1), (100, 3), (101, 4)])
-def test_warmup_is_rounded_up_but_never_everything(steps: int, expected: int) -> None:
+def test_warmup_is_rounded_up_but_never_the_whole_training(steps: int, expected: int) -> None:
     assert warmup_steps(steps, FftOptions()) == expected
 
 
-def test_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step, state in ((9, json.dumps({"global_step": 9})), (10, json.dumps({"global_step": 10})), (11, '{"glob')):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -1,4 +1,4 @@
-"""`fft` with weights, gradients and moments in bf16, with moments in 8 bits, and with a fused step on a GPU."""
+"""`fft` with weights, gradients and moments in bf16, with 8-bit moments, and with a fused optimizer step on a GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def losses(run: Run) -> list[float]:
 
 @pytest.fixture
 def optimizers_made(monkeypatch: pytest.MonkeyPatch) -> list[Optimizer]:
-    """The optimizer of each training, as it was at the last step."""
+    """The optimizer of each training, in its state at the last step."""
     made: list[Optimizer] = []
     create = SftTrainer.create_optimizer
 
@@ -62,7 +62,7 @@ def optimizers_made(monkeypatch: pytest.MonkeyPatch) -> list[Optimizer]:
 
 
 @pytest.mark.slow
-def test_low_memory_takes_8_bytes_a_weight(
+def test_low_memory_takes_8_bytes_per_weight(
     workspace: Path, tmp_path: Path, optimizers_made: list[Optimizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[torch.dtype, torch.dtype | None, bool]] = []
@@ -150,8 +150,8 @@ def test_low_memory_updates_no_more_than_gmt_selects(workspace: Path, tmp_path: 
     assert sum(changed.values()) > 0
 
 
-def test_parameters_have_noise_of_their_own_also_when_stepped_one_at_a_time() -> None:
-    """As a masked optimizer does; with the same noise, alike parameters would stay alike."""
+def test_parameters_have_independent_noise_even_when_stepped_one_at_a_time() -> None:
+    """As in a masked optimizer; with the same noise, equal parameters would stay equal."""
     parameters = [torch.nn.Parameter(torch.ones(1000, dtype=torch.bfloat16)) for _ in range(3)]
     together = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     settings = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.0, "seed": 3}
@@ -179,13 +179,13 @@ def test_parameters_have_noise_of_their_own_also_when_stepped_one_at_a_time() ->
         ({"quantize": "nf4"}, "fft.quantize applies only to the method lora; the method is full"),
     ],
 )
-def test_options_that_do_not_go_together(options: dict[str, Any], words: str) -> None:
+def test_incompatible_options(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         FftOptions(**options)
 
 
 @pytest.mark.slow
-def test_moments_of_8_bits_learn_the_same(workspace: Path, tmp_path: Path, optimizers_made: list[Optimizer]) -> None:
+def test_8_bit_moments_learn_the_same(workspace: Path, tmp_path: Path, optimizers_made: list[Optimizer]) -> None:
     from bitsandbytes.optim.optimizer import GlobalOptimManager
 
     usual = tuned(workspace, tmp_path / "usual", fft__batch_size=8).record.result
@@ -196,11 +196,11 @@ def test_moments_of_8_bits_learn_the_same(workspace: Path, tmp_path: Path, optim
     assert type(optimizers_made[1]).__module__.startswith("bitsandbytes")
 
 
-def test_pages_need_a_gpu(workspace: Path, tmp_path: Path) -> None:
+def test_paged_optimizers_need_a_gpu(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, data=[str(tmp_path / "missing.jsonl")], fft__optimizer="paged_adamw_8bit")
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(ConfigError, match="moves moments between GPU and main memory") as caught:
-        fine_tune(recipe, source, run, Silence())  # before the data, which is not there, is read
+        fine_tune(recipe, source, run, Silence())  # raised before the missing data is read
     assert (caught.value.key, caught.value.expected) == ("fft.optimizer", "adamw_8bit, or a GPU")
     optimizers.check_memory_options(recipe.fft, torch.device("cuda"))
 
@@ -254,6 +254,6 @@ def test_adamw_is_fused_on_a_gpu(workspace: Path, tmp_path: Path, optimizers_mad
         ({"method": "lora", "quantize": "nf4"}, []),
     ],
 )
-def test_options_with_less_memory_go_with_those_in_use(options: dict[str, Any], expected: list[str]) -> None:
+def test_memory_saving_options_are_compatible_with_those_in_use(options: dict[str, Any], expected: list[str]) -> None:
     least = FftOptions(batch_size=1, gradient_checkpointing=True, max_length_tokens=64, **options)
     assert training_with_less_memory(least) == [*expected, "--max-length below 64"]

@@ -1,4 +1,4 @@
-"""The frozen layers below the first masked one: computed once, the same bits, and given up where they are not."""
+"""Reuse of the frozen layers below the first masked one: computed once, bit-identical, disabled if outputs vary."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def mask_layer(model: PreTrainedModel, layer: int) -> None:
 
 
 def train(model: PreTrainedModel, epochs: int = 2) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The logits of every training step and validation, and the scores after the last."""
+    """The logits of every training step and validation, and the scores after the last one."""
     logits = []
     modules = [module for _, module in masked_layers(model)]
     optimizer = torch.optim.AdamW([module.scores for module in modules], lr=0.02)
@@ -56,7 +56,7 @@ def train(model: PreTrainedModel, epochs: int = 2) -> tuple[list[torch.Tensor], 
 
 
 def count_forwards(model: PreTrainedModel, layer: int) -> Callable[[], int]:
-    """How often a layer was really computed: how often a norm of it was."""
+    """A counter of a layer's actual forward passes, measured on one of its norms."""
     calls = []
     parts = decoder_layers(model)[1][layer].named_children()
     norm = next(module for name, module in parts if "norm" in name or name.startswith("ln_"))
@@ -97,7 +97,7 @@ def test_the_same_bits_with_and_without(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory_bytes", "file_bytes"), [(0, MEMORY_BYTES), (2500, 0), (2500, 2000)])
-def test_the_same_bits_whatever_there_is_room_for(tmp_path: Path, memory_bytes: int, file_bytes: int) -> None:
+def test_the_same_bits_whatever_the_memory_limit(tmp_path: Path, memory_bytes: int, file_bytes: int) -> None:
     plain, model = build_llama(), build_llama()
     for one in (plain, model):
         mask_layer(one, 2)
@@ -113,7 +113,7 @@ def test_the_same_bits_whatever_there_is_room_for(tmp_path: Path, memory_bytes: 
 
 
 @pytest.mark.slow
-def test_a_higher_group_goes_on_where_the_one_below_entered(tmp_path: Path) -> None:
+def test_a_higher_group_starts_from_the_states_of_the_one_below(tmp_path: Path) -> None:
     model = build_llama()
     computed = [count_forwards(model, layer) for layer in range(4)]
     with HiddenStates(tmp_path, MEMORY_BYTES, 0) as states:
@@ -126,12 +126,12 @@ def test_a_higher_group_goes_on_where_the_one_below_entered(tmp_path: Path) -> N
                 logits, _ = train(model, 1)
             detach_masks(model)
             assert all(torch.equal(mine, its) for mine, its in zip(logits, expected[0], strict=True))
-    # 6 batches once, and the first of training and of validation once more at each of the other two boundaries.
+    # 6 batches once, plus the first training and validation batch again at each of the other two boundaries
     assert [count() for count in computed[:3]] == [6 + 4, (6 + 2) + 6 + 2, (6 + 2) * 2 + 6]
 
 
 @pytest.mark.slow
-def test_a_lower_group_afterwards_is_not_given_what_is_above_it(tmp_path: Path) -> None:
+def test_a_later_lower_group_does_not_reuse_higher_states(tmp_path: Path) -> None:
     model, plain = build_llama(), build_llama()
     with HiddenStates(tmp_path, MEMORY_BYTES, 0) as states:
         for layer in (3, 1):
@@ -143,7 +143,7 @@ def test_a_lower_group_afterwards_is_not_given_what_is_above_it(tmp_path: Path) 
     assert all(torch.equal(mine, its) for mine, its in zip(logits, train(plain)[0], strict=True))
 
 
-def test_dropout_is_noticed_in_training_and_reuse_goes_on_in_validation(tmp_path: Path) -> None:
+def test_dropout_is_detected_in_training_and_reuse_continues_in_validation(tmp_path: Path) -> None:
     refusals: list[str] = []
     results = []
     for reuse in (False, True):
@@ -156,13 +156,13 @@ def test_dropout_is_noticed_in_training_and_reuse_goes_on_in_validation(tmp_path
             reusing_prefix(model, 1 if reuse else 0, states, refusals.append, in_training=True),
         ):
             results.append(train(model))
-            assert len(states) == (3 if reuse else 0)  # those of validation
+            assert len(states) == (3 if reuse else 0)  # states of validation batches
     assert len(refusals) == 1
     assert refusals[0].startswith("Hidden states are not reused in training: the model's logits differ")
     assert all(torch.equal(mine, its) for mine, its in zip(*(logits for logits, _ in results), strict=True))
 
 
-def test_layers_that_share_more_than_hidden_states_are_noticed(tmp_path: Path) -> None:
+def test_layers_that_share_more_than_hidden_states_are_detected(tmp_path: Path) -> None:
     model = build_llama()
     layers = decoder_layers(model)[1]
     seen: list[torch.Tensor] = []
@@ -179,7 +179,7 @@ def test_layers_that_share_more_than_hidden_states_are_noticed(tmp_path: Path) -
     assert len(refusals) == 1
 
 
-def test_a_layer_that_gives_more_than_a_tensor_is_not_reused(tmp_path: Path) -> None:
+def test_a_layer_that_returns_more_than_a_tensor_is_not_reused(tmp_path: Path) -> None:
     model = build_llama()
     layer = decoder_layers(model)[1][1]
     plain = layer.forward
@@ -193,7 +193,7 @@ def test_a_layer_that_gives_more_than_a_tensor_is_not_reused(tmp_path: Path) -> 
     ):
         model(**BATCHES[0], use_cache=False)
     assert len(refusals) == 1
-    assert layer.__dict__["forward"].__name__ == "<lambda>"  # what was there before is put back
+    assert layer.__dict__["forward"].__name__ == "<lambda>"  # the previous forward method is restored
 
 
 def test_a_file_that_cannot_be_written_ends_the_reuse_and_nothing_else(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_file_that_cannot_be_written_ends_the_reuse_and_nothing_else(tmp_path:
     assert "their file cannot be written" in refusals[0]
 
 
-def test_generation_is_left_alone_and_the_model_is_as_before(tmp_path: Path) -> None:
+def test_generation_is_unaffected_and_the_model_is_restored(tmp_path: Path) -> None:
     model = build_llama()
     expected = model.generate(BATCHES[0]["input_ids"], max_new_tokens=5, do_sample=False)
     with (

@@ -1,4 +1,4 @@
-"""The room that the hidden states of frozen layers get."""
+"""The memory reserved for hidden states of frozen layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("on_this_machine", [1, 8])
 @pytest.mark.parametrize(("limit_gb", "memory_gb", "file_gb"), [(None, 16, 100), (40.0, 16, 24), (8.0, 8, 0)])
-def test_a_machine_gives_its_share_once(
+def test_the_memory_of_a_machine_is_divided_among_its_processes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     on_this_machine: int,

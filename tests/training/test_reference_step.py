@@ -1,6 +1,6 @@
-"""The paper's settings, held to a version of the training step that shares no code with mftctl.
+"""The paper's settings, compared with an implementation of the training step that shares no code with mftctl.
 
-Plain torch, written from the papers' facts: scores from N(0, 0.02), ranking of |S| by sorting, a straight-through
+Plain torch, written from the papers: scores from N(0, 0.02), ranking of |S| by sorting, a straight-through
 gradient, AdamW, clipped gradients, a linear schedule with warm-up.
 """
 
@@ -30,12 +30,12 @@ from tests.workflow_fixtures import make_recipe, open_run, write_additions
 from tests.workflows.test_mask_train import learn
 
 STEPS, WARMUP_RATIO, RATIO, RATE = 20, 0.1, 0.1, 2e-3
-LARGEST_NORM = 0.0125  # the paper's is 1.0; the gradients of this model are from 0.011 to 0.016
+LARGEST_NORM = 0.0125  # the paper's is 1.0; this model's gradient norms are between 0.011 and 0.016
 MaskRule = Callable[[torch.Tensor], torch.Tensor]
 
 
 def smallest_removed(scores: torch.Tensor) -> torch.Tensor:
-    """1 but for the tenth with the smallest |S|, as fp32 that passes gradients to |S|."""
+    """0 for the tenth with the smallest |S|, else 1, as fp32 that passes gradients to |S|."""
     order = scores.detach().abs().flatten().argsort(stable=True)
     keep = torch.ones(scores.numel())
     keep[order[: math.floor(RATIO * scores.numel() + 0.5)]] = 0.0
@@ -59,7 +59,7 @@ class Masked(torch.nn.Module):
 
 
 def batch(tokenizer: Any, data: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All records in one batch, in the chat template; the answer and its end of turn are learned."""
+    """All records in one batch in the chat template; the answer and its end-of-turn marker are learned."""
     rows, answers = [], []
     for line in data.read_text().splitlines():
         record = json.loads(line)
@@ -84,7 +84,7 @@ def batch(tokenizer: Any, data: Path) -> tuple[torch.Tensor, torch.Tensor, torch
 def train_by_the_book(
     model: Any, tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor], *, mean_of: str, steps: int
 ) -> None:
-    """Steps on all records: AdamW on the scores alone, clipped, its rate rising, then falling to 0."""
+    """Steps on all records: AdamW on the scores alone, clipped gradients, linear warm-up, then decay to 0."""
     scores = [module.scores for module in model.modules() if isinstance(module, Masked)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -109,7 +109,7 @@ def train_by_the_book(
 def by_the_book(
     workspace: Path, start: Mapping[str, torch.Tensor], rule: MaskRule, *, mean_of: str
 ) -> dict[str, np.ndarray]:
-    """The masks after the training, bool, by the name of the weight."""
+    """The masks after training, as bool tensors by weight name."""
     model = AutoModelForCausalLM.from_pretrained(workspace / "tiny", dtype=torch.float32)
     model.eval()
     masked = {}
@@ -127,7 +127,7 @@ def by_the_book(
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["paper", "reference"])
 @pytest.mark.parametrize("rule", ["ratio", "threshold"])
-def test_the_same_bits_are_removed_as_by_an_independent_step(
+def test_the_same_weights_are_removed_as_by_an_independent_step(
     workspace: Path, tmp_path: Path, preset: str, rule: str
 ) -> None:
     few = workspace / "few.jsonl"
@@ -166,7 +166,7 @@ def test_the_same_bits_are_removed_as_by_an_independent_step(
         first = smallest_removed(begun) if rule == "ratio" else below_removed(begun)
         turned += int((first.numpy().round().astype(bool) ^ keep).sum())
         total += keep.size
-    assert turned > 0.005 * total  # the training did something
+    assert turned > 0.005 * total  # training had an effect
 
 
 @pytest.mark.slow
@@ -180,7 +180,7 @@ def test_the_two_means_of_the_loss_differ(workspace: Path, tmp_path: Path) -> No
 
 
 def test_a_threshold_of_the_paper_removes_4_percent_at_the_start() -> None:
-    """Of N(0, 0.02), whatever the width; of a Kaiming start at width 4096 it removes nothing."""
+    """With N(0, 0.02), whatever the width; a Kaiming start at width 4096 removes nothing."""
     wide = torch.nn.Linear(4096, 512, bias=False)
     model = torch.nn.ModuleDict({"wide": wide})
     target = MaskTarget("wide", 0, "mlp", model["wide"])

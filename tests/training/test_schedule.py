@@ -42,7 +42,7 @@ def test_accumulation_follows_from_the_global_batch(world_size: int, expected: i
     assert records_per_step(options, world_size) == 32
 
 
-def test_a_global_batch_that_the_processes_cannot_share_out() -> None:
+def test_a_global_batch_that_cannot_be_divided_among_the_processes() -> None:
     with pytest.raises(ConfigError, match="cannot be divided evenly") as caught:
         announce_step(FftOptions(batch_size=8, global_batch_size=32), 3, Silence())
     assert (caught.value.key, caught.value.actual) == ("global_batch_size", 32)
@@ -67,7 +67,7 @@ def test_a_token_budget_needs_no_multiple() -> None:
         ({"batch_size": 2, "batch_tokens": 10}, True),
     ],
 )
-def test_whether_gradients_add_up(options: dict[str, int], expected: bool) -> None:
+def test_gradient_accumulation(options: dict[str, int], expected: bool) -> None:
     assert accumulates(FftOptions.model_validate(options)) is expected
 
 
@@ -79,7 +79,7 @@ def test_whether_gradients_add_up(options: dict[str, int], expected: bool) -> No
         ({"batch_size": 4, "global_batch_size": 32}, 8, []),
     ],
 )
-def test_the_records_of_a_step_are_told_where_they_depend_on_the_processes(
+def test_the_records_per_step_are_reported_if_they_depend_on_the_processes(
     options: dict[str, int], world_size: int, expected: list[str]
 ) -> None:
     notes = Notes()
@@ -88,7 +88,7 @@ def test_the_records_of_a_step_are_told_where_they_depend_on_the_processes(
 
 
 class Notes(Silence):
-    """Remembers what it is told."""
+    """A listener that records notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []

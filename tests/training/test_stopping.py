@@ -1,4 +1,4 @@
-"""A request to stop, by signals."""
+"""Stop requests by signal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mftctl.training.stopping import stop_on_signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_closed_terminal_and_a_request_to_terminate_ask_too(number: signal.Signals) -> None:
+def test_sighup_and_sigterm_request_a_stop_too(number: signal.Signals) -> None:
     with stop_on_signal(Silence()) as stop:
         signal.raise_signal(number)
         assert stop.requested
@@ -29,7 +29,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_first_signal_asks_and_the_second_ends() -> None:
+def test_the_first_signal_requests_a_stop_and_the_second_ends_the_process() -> None:
     before = signal.getsignal(signal.SIGINT)
     with stop_on_signal(Silence()) as stop:
         assert not stop.requested
@@ -40,7 +40,7 @@ def test_the_first_signal_asks_and_the_second_ends() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_signals_are_left_alone_in_another_thread() -> None:
+def test_signals_are_not_handled_in_another_thread() -> None:
     before, seen = signal.getsignal(signal.SIGTERM), []
 
     def work() -> None:

@@ -1,4 +1,4 @@
-"""Micro-batches by tokens: what they hold, and that a training comes out as with any other split."""
+"""Micro-batches by token budget: their contents, and the same training result as with any other split."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_every_record_is_in_one_micro_batch_within_the_budget(lengths: list[int]
     assert sorted(index for batch in batches for index in batch if index >= 0) == list(range(len(lengths)))
     assert len({len(share) for share in shares}) == 1
     for batch in batches:
-        assert batch[0] >= 0 or len(batch) == 1  # what fills up goes alone
+        assert batch[0] >= 0 or len(batch) == 1  # a padding record is alone
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
 
 
@@ -62,17 +62,21 @@ def test_the_same_records_give_the_same_micro_batches(
     )
 
 
-def test_records_of_like_length_go_together() -> None:
+def test_records_of_similar_length_are_batched_together() -> None:
     lengths = [100, 95, 300, 94, 290, 700]
     (share,) = shared_out(range(6), lengths, 640, 1)
     assert share == [[5], [2, 4], [0, 1, 3]]
-    assert packed([5, 2, 4, 0, 1, 3], lengths, 2100) == [[5], [2, 4], [0, 1, 3]]  # padding costs more than passes do
+    assert packed([5, 2, 4, 0, 1, 3], lengths, 2100) == [
+        [5],
+        [2, 4],
+        [0, 1, 3],
+    ]  # padding costs more than additional passes
     assert packed([0, 1, 3], lengths, 2100) == [[0, 1, 3]]
 
 
 @given(lengths_of_records, budgets)
-def test_passes_and_padding_cost_least(lengths: list[int], budget: int) -> None:
-    """Against all ways to cut the first records."""
+def test_splits_minimise_the_cost_of_passes_and_padding(lengths: list[int], budget: int) -> None:
+    """Compared with every possible split of the first records."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])[:8]
 
     def cost(batches: list[list[int]]) -> float:
@@ -140,7 +144,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_fine_tuning_is_that_of_a_fixed_batch_size(
+def test_fine_tuning_equals_that_with_a_fixed_batch_size(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """48 records in steps of 20: the last step of an epoch has 8."""
@@ -162,7 +166,7 @@ def test_fine_tuning_is_that_of_a_fixed_batch_size(
 
 
 def counted_passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The shapes of the batches that models are trained with from now on."""
+    """The shapes of all later training batches."""
     shapes: list[tuple[int, int]] = []
     call = nn.Module.__call__
 
@@ -193,10 +197,10 @@ def test_a_resumed_training_by_tokens_is_identical(workspace: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("records", "reused"), [(20, 0), (48, 1)])
-def test_hidden_states_are_reused_where_micro_batches_come_again(
+def test_hidden_states_are_reused_where_micro_batches_repeat(
     workspace: Path, tmp_path: Path, records: int, reused: int
 ) -> None:
-    """With all records in one step, each epoch has the same micro-batches; otherwise only validation has."""
+    """With all records in one step, micro-batches repeat every epoch; otherwise only those of validation do."""
     changes: dict[str, Any] = {"max_steps": None, "epochs": 2, "global_batch_size": records, "batch_tokens": 150}
     changes |= {"val_steps": 1, "patience": 100}
     recipe = make_recipe(workspace, **{f"mask_train__{key}": value for key, value in changes.items()})
@@ -214,12 +218,12 @@ def test_hidden_states_are_reused_where_micro_batches_come_again(
     masks = [found[gigabytes][1] for gigabytes in (0.0, 1.0)]
     assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0].names())
     kept = found[1.0][2]["batches"]
-    validations = 2  # a batch of the records that decide, and one of those that confirm
+    validations = 2  # one batch of deciding records, and one of confirming records
     assert (kept > validations) == bool(reused)
 
 
 class Remembering(Silence):
-    """Remembers notes."""
+    """A listener that records notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -229,7 +233,7 @@ class Remembering(Silence):
 
 
 @pytest.mark.slow
-def test_the_device_is_asked_for_tokens_once_a_step(
+def test_token_counts_are_read_from_the_device_once_per_step(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []

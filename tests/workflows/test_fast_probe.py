@@ -1,4 +1,4 @@
-"""What masks promise: against a computation of its own, against what removal does, and against trained probes."""
+"""The estimates of a fast probe, compared with a separate computation, actual removal and trained probes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def encoded_records(workspace: Path) -> list[Encoded]:
 
 
 def gains_by_projection(workspace: Path) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-    """Weight and weight times gradient of each projection, from one record at a time and torch's own loss."""
+    """Weight and weight times gradient of each projection, from one record at a time with torch's own loss."""
     model = load_model(workspace / "tiny", dtype=torch.float32)
     records = encoded_records(workspace)
     total = sum(record.answer_tokens for record in records)
@@ -58,7 +58,7 @@ def gains_by_projection(workspace: Path) -> dict[tuple[int, str], tuple[torch.Te
 
 
 @pytest.mark.slow
-def test_a_threshold_promises_what_scores_can_reach(workspace: Path, tmp_path: Path) -> None:
+def test_with_a_threshold_the_estimate_covers_what_scores_can_reach(workspace: Path, tmp_path: Path) -> None:
     _, result = estimate(workspace, tmp_path, mask_train__preset="default", fft__learning_rate=1e-3)
     options = make_recipe(workspace, mask_train__preset="default").mask_train
     reach = 4e-3 * sum(schedule_factors(total_steps(48, options), options))
@@ -75,7 +75,7 @@ def test_a_threshold_promises_what_scores_can_reach(workspace: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_a_ratio_promises_the_weights_that_lower_the_loss_most(workspace: Path, tmp_path: Path) -> None:
+def test_with_a_ratio_the_estimate_covers_the_weights_that_lower_the_loss_most(workspace: Path, tmp_path: Path) -> None:
     _, result = estimate(workspace, tmp_path, mask_train__ratio={"up_proj": 0.1, "o_proj": 0.3})
     expected = dict.fromkeys(range(4), 0.0)
     for (layer, name), (_, gains) in gains_by_projection(workspace).items():
@@ -87,8 +87,8 @@ def test_a_ratio_promises_the_weights_that_lower_the_loss_most(workspace: Path, 
 
 
 @pytest.mark.slow
-def test_few_weights_change_the_loss_by_what_they_promise(workspace: Path) -> None:
-    """First order is right where little is removed: the loss with and without the ten best weights of a layer."""
+def test_removing_few_weights_changes_the_loss_as_estimated(workspace: Path) -> None:
+    """The first-order estimate holds for few weights: compares the loss with and without a layer's ten best weights."""
     model = load_model(workspace / "tiny", dtype=torch.float32)
     records = encoded_records(workspace)
     before = mean_loss(sample_losses(model, records, pad_token_id=0))
@@ -113,7 +113,7 @@ def test_groups_add_up_their_layers_and_are_ranked_within_a_size(workspace: Path
 
 
 @pytest.mark.slow
-def test_the_model_is_left_as_it_was(workspace: Path, tmp_path: Path) -> None:
+def test_the_model_is_unchanged(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "probe", recipe)
     inputs = prepare_mask_training(recipe, source, run, Silence(), 1.0).inputs
@@ -153,7 +153,7 @@ def test_gradient_checkpointing_keeps_less_for_the_same_gradients(workspace: Pat
 @pytest.mark.slow
 def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Path, tmp_path: Path) -> None:
     _, alone = estimate(workspace, tmp_path)
-    assert alone["agreement"] is None  # an estimate is no trained probe
+    assert alone["agreement"] is None  # an estimate is not a trained probe
     recipe = make_recipe(workspace, probe__groups=[1], mask_train__max_steps=2)
     run, source = open_run(tmp_path, "probe", recipe)
     run.finish(probe(recipe, source, run, Silence()))
@@ -170,7 +170,7 @@ def test_it_is_compared_with_the_newest_trained_probe_of_the_model(workspace: Pa
 
 
 @pytest.mark.slow
-def test_a_token_budget_changes_no_promise(workspace: Path, tmp_path: Path) -> None:
+def test_a_token_budget_does_not_change_the_estimate(workspace: Path, tmp_path: Path) -> None:
     (_, alone), (_, together) = (
         estimate(workspace, tmp_path / str(budget), mask_train__batch_tokens=budget) for budget in (1, 200)
     )

@@ -1,4 +1,4 @@
-"""Fine-tuning against a plain torch loop, its resumption, and what it keeps."""
+"""Fine-tuning compared with a plain torch loop, its resumption, and the states that it keeps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def plain_loop(records: list[Encoded], *, steps: int, batch_size: int, accumulate: int, lr: float) -> torch.nn.Module:
-    """AdamW over the sum of answer-token losses divided by the answer tokens of the whole optimizer step."""
+    """AdamW on the sum of answer-token losses divided by the answer tokens of the whole optimizer step."""
     model = build_llama().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     sampler = LengthGroupedSampler([len(record.input_ids) for record in records], batch_size, 0)
@@ -119,7 +119,7 @@ def test_resuming_gives_the_identical_model(undisturbed: Run, workspace: Path, t
 
 
 @pytest.mark.slow
-def test_resuming_passes_over_a_half_written_checkpoint(undisturbed: Run, workspace: Path, tmp_path: Path) -> None:
+def test_resuming_skips_a_half_written_checkpoint(undisturbed: Run, workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(Interrupted):
@@ -140,7 +140,7 @@ def test_resuming_passes_over_a_half_written_checkpoint(undisturbed: Run, worksp
     ids=["last", "best", "out of patience"],
 )
 def test_resuming_after_the_last_step_takes_none(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    """As after a kill while the model was written."""
+    """As after a kill while the model was being written."""
     recipe = make_recipe(workspace, **changes)
     run, source = open_run(tmp_path, "fft", recipe)
     before = fine_tune(recipe, source, run, Silence()).document()
@@ -154,10 +154,10 @@ def test_resuming_after_the_last_step_takes_none(workspace: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_a_checkpoint_without_room(
+def test_a_checkpoint_on_a_full_disk(
     undisturbed: Run, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch says of a full disk what it says of other failures; what was saved before is gone on from."""
+    """Torch reports a full disk like other failures; training resumes from what was saved before."""
     recipe = make_recipe(workspace)
     run, source = open_run(tmp_path, "fft", recipe)
     save = torch.save
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_room(
     assert all(torch.equal(tensor, found[name]) for name, tensor in weights(undisturbed.folder / "model").items())
 
 
-def test_a_model_without_room(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_on_a_full_disk(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old.txt").write_text("old")
 
@@ -197,7 +197,7 @@ def test_a_model_without_room(tmp_path: Path, tokenizer: Any, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_keep_last_keeps_the_last_state(workspace: Path, tmp_path: Path) -> None:
-    few = [f"{workspace / 'train.jsonl'}=4"]  # to be learnt by heart
+    few = [f"{workspace / 'train.jsonl'}=4"]  # to be memorised
     recipe = make_recipe(workspace, data=few, fft__keep="last", fft__learning_rate=2e-2, fft__max_steps=48)
     run, source = open_run(tmp_path, "fft", recipe)
     result = fine_tune(recipe, source, run, Silence()).document()
@@ -221,7 +221,7 @@ def test_epochs_give_the_steps(workspace: Path, tmp_path: Path) -> None:
     run, source = open_run(tmp_path, "fft", recipe)
     assert (
         fine_tune(recipe, source, run, Silence()).document()["steps"] == 6
-    )  # 48 records: 10 batches, 4 steps an epoch
+    )  # 48 records: 10 batches, 4 steps per epoch
 
 
 @pytest.mark.slow
@@ -233,7 +233,7 @@ def test_bf16_and_gradient_checkpointing_train(workspace: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_lost(workspace: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, fft__learning_rate=1e30, fft__max_grad_norm=0)
     run, source = open_run(tmp_path, "fft", recipe)
     with pytest.raises(TrainingError, match="no longer finite") as caught:
@@ -260,6 +260,6 @@ def test_a_bad_record_stops_before_any_training(workspace: Path, tmp_path: Path)
 
 
 def _losses(run: Run) -> list[tuple[int, float | None, float | None]]:
-    """What was logged at each step, without times; a line of the end of the training has neither loss."""
+    """Logged values of each step, without times; a line at the end of training has neither loss."""
     lines = [(line.step, line.loss, line.eval_loss) for line in run.training.metrics()]
     return [line for line in lines if line[1:] != (None, None)]

@@ -1,4 +1,4 @@
-"""Learning a mask: what it reports, what it keeps, its resumption and its checkpoints."""
+"""Mask training: reported values, kept masks, resumption and checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALL = slice(None)
 
 
 def validation_loss(workspace: Path, checkpoint: Path, mask: Mask | None, part: slice = DECIDING) -> float:
-    """Computed apart from the training: a fresh model, the mask applied to its weights."""
+    """Computed independently of the training: a fresh model with the mask applied to its weights."""
     model = load_model(checkpoint, dtype=torch.float32)
     if mask is not None:
         apply_mask(model, mask)
@@ -58,7 +58,7 @@ def learn(workspace: Path, root: Path, **changes: Any) -> tuple[Run, dict[str, A
 
 
 def spread(check: Callable[[ScoreTrainer], None]) -> Callable[[ScoreTrainer], None]:
-    """A check of a trainer as it is made under DeepSpeed."""
+    """A check of a trainer as it is created under DeepSpeed."""
 
     def check_spread(trainer: ScoreTrainer) -> None:
         trainer.is_deepspeed_enabled = True
@@ -128,7 +128,7 @@ def test_resuming_gives_the_identical_mask(
 @pytest.mark.parametrize("layers", ["2-3", "1"])
 def test_hidden_states_of_the_frozen_layers_change_no_bit(workspace: Path, tmp_path: Path, layers: str) -> None:
     results = []
-    for number, limit_gb in enumerate((0.0, None, 2e-5)):  # 12 steps take each of 12 batches, 24 each of them twice
+    for number, limit_gb in enumerate((0.0, None, 2e-5)):  # 12 steps use each of 12 batches once, 24 use each twice
         changes = {"mask_train__layers": layers, "mask_train__prefix_cache_gb": limit_gb, "mask_train__max_steps": 24}
         results.append(learn(workspace, tmp_path / str(number), **changes))
     for run, result, mask in results[1:]:
@@ -140,14 +140,12 @@ def test_hidden_states_of_the_frozen_layers_change_no_bit(workspace: Path, tmp_p
         assert losses == [line.loss for line in results[0][0].training.metrics()]
     none, all_of_them, some = (result["prefix_reuse"] for _, result, _ in results)
     assert none == {"batches": 0, "size_bytes": 0, "reused": 0}
-    assert all_of_them["batches"] == 12 + 2  # those of training, and of deciding and confirming records
-    assert (
-        all_of_them["reused"] == 12 + 7 + 1
-    )  # a second epoch, validations after the unmasked one, and the confirmation
+    assert all_of_them["batches"] == 12 + 2  # training batches, one of deciding and one of confirming records
+    assert all_of_them["reused"] == 12 + 7 + 1  # second epoch, validations after the unmasked one, and confirmation
     assert 0 < some["size_bytes"] <= 2e4 < all_of_them["size_bytes"]
 
 
-def test_batches_that_do_not_come_again_are_not_kept(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
+def test_batches_that_do_not_repeat_are_not_kept(undisturbed: tuple[Run, dict[str, Any], Mask]) -> None:
     _, result, _ = undisturbed
     assert result["prefix_reuse"]["batches"] == 2
 
@@ -161,7 +159,9 @@ def test_low_memory_learns_about_the_same_in_bf16_and_is_resumed(workspace: Path
     _, low, mask = learn(workspace, tmp_path / "low", **changes)
     gain = usual["start_loss"] - usual["best_loss"]
     assert gain > 0.01
-    assert low["start_loss"] == pytest.approx(usual["start_loss"], abs=0.1 * gain)  # ties of bf16 are cut otherwise
+    assert low["start_loss"] == pytest.approx(
+        usual["start_loss"], abs=0.1 * gain
+    )  # ties in bf16 are broken differently
     assert low["best_loss"] == pytest.approx(usual["best_loss"], abs=0.3 * gain)
 
     recipe = make_recipe(workspace, **changes)
@@ -176,7 +176,7 @@ def test_low_memory_learns_about_the_same_in_bf16_and_is_resumed(workspace: Path
 
 
 @pytest.mark.slow
-def test_low_memory_is_not_for_scores_that_are_spread(
+def test_low_memory_is_refused_for_sharded_scores(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ScoreTrainer, "_require_whole", spread(ScoreTrainer._require_whole))
@@ -194,7 +194,7 @@ def test_flips_are_counted_between_validations(undisturbed: tuple[Run, dict[str,
     assert all(line["removed"] == line["restored"] > 0 for line in told["rounds"])  # the ratio is kept
     assert told["turned"] == sum(2 * line["removed"] for line in told["rounds"])
     assert 0 <= told["undone_share"] < 1
-    # The first-order promise of a training that lowers the loss is a fall.
+    # In a training that lowers the loss, the first-order estimate is a decrease.
     assert told["promised"] > 0
 
 
@@ -214,13 +214,13 @@ def test_a_checkpoint_holds_scores_and_no_weights(workspace: Path, tmp_path: Pat
     assert not list(newest.glob("model*.safetensors"))
     weights = sum(int(np.prod(shape)) for shape in shapes.values())
     size_bytes = sum(path.stat().st_size for path in newest.iterdir())
-    # Scores and two moments in fp32, the bits of the last validation's mask, and the training's state.
+    # Scores and two moments in fp32, mask bits of the last validation, and the training state.
     assert size_bytes < 12.125 * weights + 60_000
 
 
 @pytest.mark.slow
 def test_the_start_is_a_candidate(workspace: Path, tmp_path: Path) -> None:
-    """Scores that hardly move leave the identity they started from, which no later state beats."""
+    """Scores that hardly move keep the identity mask of the start, which no later state beats."""
     _, result, mask = learn(
         workspace,
         tmp_path,
@@ -258,7 +258,7 @@ def test_a_threshold_removes_what_falls_below_it(workspace: Path, tmp_path: Path
     _, result, mask = learn(workspace, tmp_path, mask_train__threshold=-0.035, mask_train__layers="all")
     assert mask.metadata.threshold == -0.035
     assert mask.metadata.ratio is None
-    assert 0.041 < result["ratio"] < 0.3  # N(0, 0.02) starts with 0.040 below
+    assert 0.041 < result["ratio"] < 0.3  # N(0, 0.02) starts with 0.040 below the threshold
     assert result["layers"] == "0-3"
 
 
@@ -290,7 +290,7 @@ def test_a_mask_of_rows(workspace: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_says_so_where_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
+def test_reports_that_no_mask_helps(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, mask_train__method="magnitude", mask_train__ratio=0.9, mask_train__layers="all")
     run, source = open_run(tmp_path, "mask-train", recipe)
     listener = Interrupter(-1)
@@ -309,7 +309,7 @@ def test_attention_only(workspace: Path, tmp_path: Path) -> None:
 def test_bf16_and_gradient_checkpointing(workspace: Path, tmp_path: Path) -> None:
     _, result, mask = learn(workspace, tmp_path, mask_train__precision="bf16", mask_train__gradient_checkpointing=True)
     assert result["best_loss"] <= result["start_loss"]
-    assert mask.records[mask.names()[0]].dtype == "F32"  # of the checkpoint, not of the training
+    assert mask.records[mask.names()[0]].dtype == "F32"  # dtype of the checkpoint, not of the training
 
 
 @pytest.mark.slow
@@ -357,7 +357,7 @@ def test_auto_cannot_scale_to_nothing(workspace: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 12, 500])
 def test_auto_learning_rate_sums_to_the_travel(steps: int, schedule: Any) -> None:
-    """The sum of the scheduler's own learning rates, over the scale of the scores."""
+    """The sum of the scheduler's own learning rates, divided by the scale of the scores."""
     options = MaskTrainOptions(schedule=schedule)
     rate = auto_learning_rate(1.6, 0.04, schedule_factors(steps, options))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)

@@ -1,4 +1,4 @@
-"""Probing: every group once, best first, and no group twice after an interruption."""
+"""Probing: every group once, best first, and no group repeated after an interruption."""
 
 from __future__ import annotations
 

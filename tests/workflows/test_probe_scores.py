@@ -1,4 +1,4 @@
-"""Probing by a score: the groups ranked by what an evaluation of each mask measures, and nothing measured twice."""
+"""Probing by a score: groups ranked by an evaluation of each mask, and nothing measured twice."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CHOICES = [
 
 @pytest.fixture(scope="module")
 def workspace(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a model of more positions, for solved examples in prompts."""
+    """The same workspace with more positions in the model, for few-shot prompts."""
     folder = tmp_path_factory.mktemp("wide") / "workspace"
     shutil.copytree(workspace, folder)
     config = json.loads((folder / "tiny" / "config.json").read_text())
@@ -75,13 +75,13 @@ def probed(workspace: Path, choices: str, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.slow
-def test_the_groups_are_ranked_by_the_score_with_the_loss_beside_it(probed: tuple[Run, dict[str, Any]]) -> None:
+def test_groups_are_ranked_by_score_and_also_show_the_loss(probed: tuple[Run, dict[str, Any]]) -> None:
     _, result = probed
     scores = [group["score"] for group in result["groups"]]
     assert len(set(scores)) == 4
     assert scores == sorted(scores, reverse=True)
     losses = [group["best_loss"] for group in result["groups"]]
-    assert losses != sorted(losses)  # or the loss would do as well
+    assert losses != sorted(losses)  # otherwise ranking by loss would give the same order
     unmasked = result["unmasked_score"]
     assert (result["by"], unmasked["metric"], unmasked["samples"]) == (TASK, "acc,none", 4)
     for group in result["groups"]:
@@ -156,7 +156,7 @@ def test_the_masks_are_those_of_a_probe_by_the_loss(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scores", [1, 3])
-def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
+def test_interrupted_scoring_is_resumed_to_the_same_results(
     probed: tuple[Run, dict[str, Any]],
     workspace: Path,
     choices: str,
@@ -182,11 +182,11 @@ def test_a_stop_while_scoring_is_resumed_to_the_same_figures(
     assert result["groups"] == probed[1]["groups"]
     assert result["unmasked_score"] == probed[1]["unmasked_score"]
     everything = ["unmasked", "0", "1", "2", "3"]
-    assert scored == [*everything[:scores], *everything[scores - 1 :]]  # what was whole is not scored again
+    assert scored == [*everything[:scores], *everything[scores - 1 :]]  # completed scores are not repeated
 
 
 @pytest.mark.slow
-def test_a_stop_while_training_is_resumed_to_the_same_figures(
+def test_interrupted_training_is_resumed_to_the_same_results(
     probed: tuple[Run, dict[str, Any]], workspace: Path, choices: str, tmp_path: Path
 ) -> None:
     recipe = by_job(workspace, choices, probe__groups=[1])
@@ -213,7 +213,7 @@ def test_exact_match_is_of_the_deciding_validation_records(workspace: Path, tmp_
     samples = run.folder / "groups" / "0-1" / "samples.jsonl"
     references = [json.loads(line)["reference"] for line in samples.read_text().splitlines()]
     assert references == [record["answer"] for record in deciding]
-    # Where scores are equal, as they are of a model that has learned nothing, the loss decides.
+    # Scores are equal for a model that has learned nothing, so the loss decides.
     assert {group["score"] for group in result["groups"]} == {0.0}
     losses = [group["best_loss"] for group in result["groups"]]
     assert losses == sorted(losses)
@@ -229,7 +229,7 @@ def test_a_limit_leaves_problems_out(workspace: Path, choices: str, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_says_that_test_problems_choose(
+def test_warns_that_test_problems_choose_the_layers(
     workspace: Path, choices: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mftctl.evaluation.benchmarks import measure
@@ -246,7 +246,7 @@ def test_says_that_test_problems_choose(
     ("by", "text"),
     [("coding", "humaneval, humaneval_plus"), ("group:math", "gsm8k, math"), ("alpaca_eval", "its own score")],
 )
-def test_what_cannot_rank_groups(by: str, text: str) -> None:
+def test_metrics_that_cannot_rank_groups(by: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         check_by(Recipe(probe={"by": by}))
 
@@ -271,12 +271,12 @@ def test_texts_without_questions_have_no_exact_match(workspace: Path, tmp_path: 
         probe(recipe, source, run, Silence())
 
 
-def test_what_decides_a_probe_by_a_score_is_what_the_score_is_of() -> None:
+def test_deciding_keys_of_a_probe_by_a_score_include_those_of_the_score() -> None:
     def keys(by: str, **of_eval: Any) -> dict[str, Any]:
         return deciding_keys(Recipe(probe={"by": by}, eval=of_eval), "probe")
 
     assert keys("loss") == deciding_keys(Recipe(), "probe")
-    assert "by" not in keys("loss")["probe"]  # so that probes of before are still recognised
+    assert "by" not in keys("loss")["probe"]  # so that older probes are still recognised
     assert keys("loss", limit=3) == keys("loss")
     assert keys("gsm8k") != keys("math")
     same = keys("gsm8k", tasks=["gsm8k"], task_data={"math": "m.jsonl"}, save_samples=True)

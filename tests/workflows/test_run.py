@@ -1,4 +1,4 @@
-"""Whole experiments: order, skipping, re-running what a change touches, resuming."""
+"""Whole experiments: order, skipping, re-running stages affected by a change, and resuming."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def test_changed_problems_of_a_benchmark_are_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_experiment_goes_on_where_it_was(finished: Path, own_workspace: Path, tmp_path: Path) -> None:
+def test_an_interrupted_experiment_resumes_where_it_stopped(
+    finished: Path, own_workspace: Path, tmp_path: Path
+) -> None:
     root = tmp_path / "runs"
     with pytest.raises(Interrupted):
         run_all(experiment(own_workspace), root, Interrupter(2))
@@ -148,7 +150,7 @@ def test_an_interrupted_experiment_goes_on_where_it_was(finished: Path, own_work
 
 
 @pytest.mark.slow
-def test_a_lost_output_is_made_again(own_workspace: Path, tmp_path: Path) -> None:
+def test_a_missing_output_is_recreated(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {"fft": STAGES["fft"]}
     run_all(experiment(own_workspace, stages=stages), root)
@@ -168,7 +170,7 @@ def test_a_recipe_without_a_model(own_workspace: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_says_what_would_be_done_and_why(own_workspace: Path, tmp_path: Path) -> None:
+def test_a_plan_states_what_would_be_done_and_why(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {name: STAGES[name] for name in ("fft", "random")} | {"random": {**STAGES["random"], "layers_from": None}}
     assert [planned.state for planned in plan_experiment(experiment(own_workspace, stages=stages), "test", root)] == [
@@ -202,7 +204,7 @@ def test_changed_weights_of_the_model_are_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_failed_task_goes_on_where_it_was(own_workspace: Path, tmp_path: Path) -> None:
+def test_a_failed_task_resumes_where_it_stopped(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     stages = {"fft": STAGES["fft"]}
     with pytest.raises(Interrupted):
@@ -216,7 +218,7 @@ def test_a_failed_task_goes_on_where_it_was(own_workspace: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_states_are_told_as_they_change(own_workspace: Path, tmp_path: Path) -> None:
+def test_status_changes_are_reported(own_workspace: Path, tmp_path: Path) -> None:
     root = tmp_path / "runs"
     seen: list[tuple[str, str]] = []
     plan = plan_experiment(experiment(own_workspace, stages={"fft": STAGES["fft"]}), "test", root)

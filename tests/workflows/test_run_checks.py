@@ -1,4 +1,4 @@
-"""What is found before the first training of an experiment starts."""
+"""Problems found before an experiment's first training starts."""
 
 from __future__ import annotations
 
@@ -89,21 +89,21 @@ def test_all_problems_are_listed_at_once(workspace: Path) -> None:
     assert [problem.split(":")[0] for problem in problems_of(workspace, stages)] == ["far", "odd"]
 
 
-def test_a_model_that_is_not_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_model(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     recipe = make_recipe(workspace, stages={"fft": FFT}, model="./nowhere/at all")
     with pytest.raises(ModelError, match="no such model"):
         check_jobs(spell_out(recipe))
 
 
-def test_a_configuration_that_is_no_json(workspace: Path, tmp_path: Path) -> None:
+def test_a_configuration_that_is_not_json(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ModelError, match="configuration cannot be read"):
         check_jobs(spell_out(make_recipe(workspace, stages={"fft": FFT}, model=str(tmp_path))))
 
 
-def test_nothing_is_run_before_a_problem_is_told(workspace: Path, tmp_path: Path) -> None:
+def test_nothing_is_run_before_a_problem_is_reported(workspace: Path, tmp_path: Path) -> None:
     stages = {"fft": FFT, "mft": {"command": "mask-train", "after": "fft", "set": {"mask_train.layers": "9"}}}
     plan = plan_experiment(make_recipe(workspace, stages=stages), "test", tmp_path)
     with pytest.raises(ConfigError):

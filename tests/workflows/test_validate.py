@@ -1,4 +1,4 @@
-"""The `validate` workflow: what it says of sound recipes, and all that it finds wrong at once."""
+"""The `validate` workflow: its output for valid recipes, and all problems it finds at once."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
+def test_incompatible_settings_of_stages(workspace: Path) -> None:
     recipe = _staged(
         workspace,
         mft={"command": "mask-train", "sweep": {"mask_train.layers": ["0-1", "3-4"]}},
@@ -132,7 +132,7 @@ def test_settings_of_stages_that_do_not_fit(workspace: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_probe_is_to_rank_by(workspace: Path) -> None:
+def test_the_metric_a_probe_ranks_by(workspace: Path) -> None:
     recipe = _staged(
         workspace,
         known={"command": "probe", "set": {"probe.by": "gsm8k"}},
@@ -160,7 +160,7 @@ def test_stages_in_a_circle(workspace: Path) -> None:
     assert "cycle" in _one(validate(recipe, None)["problems"], "stages")
 
 
-def test_nothing_given() -> None:
+def test_no_model_and_no_data() -> None:
     problems = validate(parse_recipe({}), None)["problems"]
     assert "names no model" in _one(problems, "model:")
     assert "needs data" in _one(problems, "fft:")
@@ -171,7 +171,7 @@ def test_an_eval_stage_with_nothing_to_measure(workspace: Path) -> None:
     assert "nothing to evaluate" in _one(validate(recipe, None)["problems"], "scores")
 
 
-def test_a_model_that_is_not_there(workspace: Path) -> None:
+def test_a_missing_model(workspace: Path) -> None:
     problems = validate(make_recipe(workspace, model="nobody/nothing"), None)["problems"]
     assert "configuration cannot be read" in _one(problems, "model:")
 
@@ -183,7 +183,7 @@ def test_questions_of_the_test_data_in_the_training_data(workspace: Path) -> Non
 
 
 @pytest.mark.slow
-def test_longer_than_the_model_was_made_for(workspace: Path) -> None:
+def test_max_length_beyond_the_models_context(workspace: Path) -> None:
     warnings = validate(make_recipe(workspace, fft__max_length_tokens=513, stages={"fft": {"command": "fft"}}), None)[
         "warnings"
     ]
@@ -201,7 +201,7 @@ def test_a_tokenizer_larger_than_the_model(workspace: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_shard_that_is_missing(workspace: Path, tmp_path: Path) -> None:
+def test_a_missing_shard(workspace: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(workspace / "tiny", tmp_path / "tiny")
     (folder / "model.safetensors").write_bytes(b"cut off")
     assert "not a complete safetensors" in _one(
@@ -214,7 +214,7 @@ _LARGE_PARAMETERS = 68_976_648_192
 
 @pytest.fixture
 def large(tmp_path: Path) -> Path:
-    """A folder with nothing but the configuration of a model of 70 billion parameters."""
+    """A folder with only the configuration of a 70-billion-parameter model."""
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=32_000,
@@ -256,7 +256,7 @@ def test_a_table_of_seventy_billion_parameters_without_weights(workspace: Path, 
     assert fft["weights_bytes"] == pytest.approx(4 * _LARGE_PARAMETERS, rel=1e-6)
     assert mft["weights_bytes"] == pytest.approx(2 * _LARGE_PARAMETERS, rel=1e-6)
     assert fft["gradients_bytes"] == 4 * _LARGE_PARAMETERS
-    # Inputs of 80 layers of 1024 tokens and 8192 numbers of 2 bytes are kept.
+    # The inputs of 80 layers are kept: 1024 tokens, 8192 numbers of 2 bytes.
     assert fft["activations_bytes"] > 80 * 1024 * 8192 * 2
     assert lora["gradients_bytes"] < 0.01 * fft["gradients_bytes"]
     assert (l1["gradients_bytes"], l1["optimizer_bytes"]) == (0, 0)

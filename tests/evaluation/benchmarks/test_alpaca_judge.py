@@ -1,4 +1,4 @@
-"""AlpacaEval's own package, asking a stand-in for the API on this machine."""
+"""AlpacaEval's own package, calling a local stand-in for the API."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ REFERENCES = [Answer(f"Say {n}.", f"reference {n}", "gpt4") for n in range(3)]
 
 
 class StandIn(ThreadingHTTPServer):
-    """Finds any answer with `good` in it better, in 9 of 10 cases; counts what it is asked."""
+    """Prefers any answer containing `good` in 9 of 10 cases, and counts requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -54,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def verdict(request: dict[str, Any]) -> dict[str, Any]:
-    """The chat completion that prefers the model whose output has `good` in it, of the two called m and M."""
+    """A chat completion that prefers whichever of the models m and M has `good` in its output."""
     prompt = request["messages"][-1]["content"]
     first = prompt.index('"model_identifier": "m"')
     second = prompt.index('"model_identifier": "M"')
@@ -84,7 +84,7 @@ def verdict(request: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[StandIn]:
-    # The package reads the key when it is first imported.
+    # The package reads the key on first import.
     assert "alpaca_eval" not in sys.modules
     server = StandIn()
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -143,7 +143,7 @@ def test_nothing_is_printed(judge: StandIn, tmp_path: Path, capfd: pytest.Captur
 
 
 def gamed(folder: Path) -> Path:
-    """A file like AlpacaEval's `df_gamed.csv`: verdicts on two models that play on length, and difficulties."""
+    """A file like AlpacaEval's `df_gamed.csv`: verdicts on two models that exploit answer length, and difficulties."""
     lines = ["model,index,instruction_difficulty,preference,std_delta_len,not_gamed_baseline"]
     for model, length, share in (("concise", 1.0, 0.2), ("verbose", -1.0, 0.65)):
         lines += [f"{model},{index},{(index - 10) / 10},{share},{length},False" for index in range(20)]
@@ -168,11 +168,11 @@ def test_shorter_answers_gain_by_the_control_for_length(
     short = length_controlled(answers[:10], references[:10], [0.4] * 10, ALPACA_EVAL_DIGEST)
     assert len(shown) == 20
     assert all(0 < share < 1 for share in shown)
-    assert sum(short) / 10 > 0.4  # they won as often as that though they were shorter
+    assert sum(short) / 10 > 0.4  # the win rate is that high in spite of shorter answers
     assert capfd.readouterr() == ("", "")
 
 
-def test_length_is_not_controlled_for_without_the_packages_data_or_on_other_instructions(
+def test_length_control_needs_the_packages_data_and_instructions(
     running: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from alpaca_eval.metrics import glm_winrate

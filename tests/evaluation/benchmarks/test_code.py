@@ -20,7 +20,7 @@ FUNCTION = {
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5])
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(samples: int) -> None:
+def test_pass_at_k_is_the_share_of_draws_with_a_correct_sample(samples: int) -> None:
     for correct in range(samples + 1):
         for k in range(1, samples + 1):
             draws = list(combinations([True] * correct + [False] * (samples - correct), k))
@@ -40,7 +40,7 @@ def test_a_fenced_completion_follows_the_prompt() -> None:
     assert program(FUNCTION, "```\n    return 2 * x\n```") == FUNCTION["prompt"] + "    return 2 * x"
 
 
-def test_a_block_that_does_not_end_is_taken_to_the_end() -> None:
+def test_an_unclosed_block_extends_to_the_end() -> None:
     assert program({}, "```py\nx = 1\ny = 2") == "x = 1\ny = 2"
 
 
@@ -66,8 +66,8 @@ HELPED = {
 
 
 @pytest.mark.slow
-def test_a_helper_of_the_prompt_is_the_tests_own() -> None:
-    """HumanEval/32, 38 and 50: with the answer's, `shifted = str` would pass."""
+def test_tests_use_the_helper_of_the_prompt() -> None:
+    """HumanEval/32, 38 and 50: with the helper of the answer, `shifted = str` would pass."""
     test = checks(HELPED)
     program = "import math\ndef back(s):\n    return s\nshifted = str\n"
     right = "import math\ndef back(s):\n    return s[-1:] + s[:-1]\n"
@@ -98,7 +98,7 @@ def test_all_answers_are_judged_at_once_and_scored_by_problem() -> None:
     assert config["repeats"] == 2
 
 
-def test_what_was_written_before_is_not_cut_and_generation_is() -> None:
+def test_saved_outputs_are_not_truncated_but_generation_is() -> None:
     plain = {"generation_kwargs": {"until": ["\ndef"]}}
     config = code_config(plain, lambda trials: [], samples=1, temperature=0.0)
     assert config["generation_kwargs"]["until"] == ["\ndef"]
@@ -106,7 +106,7 @@ def test_what_was_written_before_is_not_cut_and_generation_is() -> None:
     assert config["generation_kwargs"]["until"] == []
 
 
-def test_the_rest_of_a_function_ends_at_a_stop_string_also_where_it_was_written_before() -> None:
+def test_saved_function_bodies_also_end_at_a_stop_string() -> None:
     seen: list[Trial] = []
 
     def judge(trials: Sequence[Trial]) -> list[bool]:

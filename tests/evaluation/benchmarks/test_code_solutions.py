@@ -1,4 +1,4 @@
-"""The benchmarks' own solutions pass their tests in the sandbox, and wrong ones do not."""
+"""The benchmarks' own solutions pass their tests in the sandbox, and wrong ones fail."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMS = {
     "after thoughts": "<think>\nHm.\n</think>\n\n```python\n{}\n```",
 }
 SOURCES = {
-    # Every so manieth: all of them took minutes, and passed.
+    # Every Nth problem: running all of them took minutes, and all passed.
     "humaneval": ("humaneval/HumanEval.jsonl.gz", "canonical_solution", 8),
     "humaneval_plus": ("humanevalplus/HumanEvalPlus-OriginFmt.jsonl.gz", "canonical_solution", 20),
     "mbpp": ("mbpp/mbpp.jsonl", "code", 25),
@@ -50,7 +50,7 @@ def judged(problem: Mapping[str, Any], output: str) -> Program:
 
 
 def returning_nothing(problem: Mapping[str, Any], solution: str) -> str:
-    """The solution with another body of the function under test."""
+    """The solution with the body of the tested function replaced."""
     name = entry_point(problem)
     if "prompt" in problem:
         return "    return None\n"
@@ -76,7 +76,7 @@ def parsed(source: str) -> ast.Module:
 @pytest.mark.real
 @pytest.mark.parametrize("name", SOURCES)
 def test_own_solutions_are_the_same_programs_in_every_form_of_an_answer(real_data: Path, name: str) -> None:
-    """Every fifth, without running them: the solution is in the program, and nothing else that does something."""
+    """Every fifth, without running it: the program contains the solution and no other code with an effect."""
     for problem in read_problems(real_data / SOURCES[name][0], name).records[::5]:
         solution = WHOLE[name](problem)
         wanted = parsed(program(problem, solution))

@@ -1,4 +1,4 @@
-"""EvalPlus's release files: inputs and a solution become a test, which the sandbox runs."""
+"""EvalPlus release files: inputs and a solution become a test that the sandbox runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HALF: dict[str, Any] = {
     "atol": 1e-6,
 }
 PAIRS: dict[str, Any] = {
-    "task_id": "Mbpp/273",  # whose arguments are tuples
+    "task_id": "Mbpp/273",  # a problem with tuples as arguments
     "prompt": '"""\nWrite a function to subtract\nelementwise.\nassert minus((10, 4), (2, 5)) == (8, -1)\n"""\n',
     "entry_point": "minus",
     "canonical_solution": "\ndef minus(a, b):\n    return tuple(x - y for x, y in zip(a, b))\n",
@@ -107,14 +107,14 @@ def test_a_problem_without_further_inputs_has_an_empty_object() -> None:
         (722, [{"a": [1]}, 2], [{"a": (1,)}, 2]),
     ],
 )
-def test_what_json_cannot_hold_is_what_the_problem_has(number: int, arguments: list[Any], expected: list[Any]) -> None:
+def test_values_that_json_cannot_hold_are_restored(number: int, arguments: list[Any], expected: list[Any]) -> None:
     record = {**PAIRS, "task_id": f"Mbpp/{number}", "base_input": [arguments], "plus_input": []}
     assert f", [{expected!r}], " in mbpp_plus_problem(record, "a:1")["test"]
 
 
 @pytest.mark.parametrize("field", ["prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol"])
 @pytest.mark.parametrize("convert", [humaneval_plus_problem, mbpp_plus_problem])
-def test_a_field_that_is_missing_or_another_is_named(convert: Any, field: str) -> None:
+def test_a_missing_or_null_field_is_named(convert: Any, field: str) -> None:
     sound = HALF if convert is humaneval_plus_problem else PAIRS
     for record in ({k: v for k, v in sound.items() if k != field}, {**sound, field: None}):
         with pytest.raises(EvaluationError, match="EvalPlus release lacks a required field") as caught:
@@ -145,8 +145,8 @@ def test_a_result_that_cannot_leave_the_sandbox_is_left_out_of_a_published_test_
 
 @pytest.mark.real
 @pytest.mark.parametrize(("file", "step"), [("HumanEvalPlus-Mini.jsonl.gz", 20), ("HumanEvalPlus.jsonl.gz", 40)])
-def test_real_problems_pass_their_own_solution_and_not_pass(real_data: Path, file: str, step: int) -> None:
-    """Every so manieth: all of them took minutes, and passed."""
+def test_real_problems_accept_their_solution_and_reject_an_empty_one(real_data: Path, file: str, step: int) -> None:
+    """Every Nth problem: running all of them took minutes, and all passed."""
     every = read_problems(real_data / "humanevalplus" / file, "humaneval_plus").records
     problems = [*every[2::step], *(problem for problem in every if problem["entry_point"] == "find_zero")]
     right = [Trial(reference(p), checks(p), entry_point(p), reference(p)) for p in problems]

@@ -1,4 +1,4 @@
-"""IFEval on answers whose verdict is known, and against lm-eval's checker, one of each kind of instruction at least."""
+"""IFEval on answers with known verdicts, and compared with lm-eval's checker on every kind of instruction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mftctl.evaluation.lm.hf import WrittenAnswers
 
 @pytest.fixture
 def sentence_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NLTK's data, which the test requirement llama-index-core happens to carry."""
+    """NLTK's data, shipped with the test requirement llama-index-core."""
     import nltk
 
     found = importlib.util.find_spec("llama_index")
@@ -81,7 +81,7 @@ def test_every_kind_of_instruction_as_lm_evals_checker_judges_it(sentence_data: 
         asked = checker.InputExample(
             problem["key"], problem["instruction_id_list"], problem["prompt"], problem["kwargs"]
         )
-        random.seed(0)  # as for ours: for some instructions it draws what they are about
+        random.seed(0)  # same seed as for our checker: some instructions draw their keywords
         strict = checker.test_instruction_following_strict(asked, output)
         loose = checker.test_instruction_following_loose(asked, output)
         assert sample.scores == {

@@ -16,7 +16,7 @@ OFFLINE = sorted(set(BENCHMARKS) - {"ifeval"})
 """ifeval's checker, once imported, fetches data."""
 
 
-def test_a_benchmark_is_lm_evals_own_task_but_for_what_its_file_says() -> None:
+def test_a_benchmark_is_lm_evals_task_with_the_changes_of_its_file() -> None:
     config = task_config("gsm8k")
     assert config["dataset_path"] == "openai/gsm8k"
     assert config["num_fewshot"] == len(config["fewshot_config"]["samples"]) == 8
@@ -31,7 +31,7 @@ def test_every_benchmark_has_a_task_with_its_data_and_shots(name: str) -> None:
     assert config["task"] == name
     assert config["test_split"]
     assert config["dataset_path"]
-    in_the_prompt = {"bbh", "tydiqa"}  # their examples differ by problem, and come with it
+    in_the_prompt = {"bbh", "tydiqa"}  # their examples differ per problem and are part of it
     assert config["num_fewshot"] == (0 if name in in_the_prompt else BENCHMARKS[name].shots)
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks through the workflow: what is kept, what is resumed, and outputs scored without a model."""
+"""Benchmarks in the eval workflow: what is saved, what is resumed, and scoring of saved outputs without a model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> str:
 def scored(
     workspace: Path, tmp_path: Path, listener: Listener | None = None, **options: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The data set of the one task, and its samples."""
+    """The data set of the only task, and its samples."""
     recipe = make_recipe(workspace, test_data=[], **{f"eval__{key}": value for key, value in options.items()})
     run, source = open_run(tmp_path, "eval", recipe)
     (dataset,) = evaluate(recipe, source, run, listener or Silence()).document()["datasets"]
@@ -46,7 +46,7 @@ def scored(
 
 
 @pytest.mark.slow
-def test_programs_written_before_are_run_and_scored_without_a_model(workspace: Path, tmp_path: Path) -> None:
+def test_saved_programs_are_run_and_scored_without_a_model(workspace: Path, tmp_path: Path) -> None:
     written = [{"task_id": record["task_id"], "completion": record["canonical_solution"]} for record in FUNCTIONS]
     written[2]["completion"] = "    return x\n"
     dataset, rows = scored(
@@ -63,7 +63,7 @@ def test_programs_written_before_are_run_and_scored_without_a_model(workspace: P
 
 
 @pytest.mark.slow
-def test_ten_samples_a_problem_give_pass_at_ten(workspace: Path, tmp_path: Path) -> None:
+def test_ten_samples_per_problem_give_pass_at_ten(workspace: Path, tmp_path: Path) -> None:
     written = [{"task_id": "T/0", "outputs": ["    return x\n"] * 9 + ["    return x + 0\n"]}]
     right = FUNCTIONS[1]["canonical_solution"]
     written.append({"task_id": "T/1", "outputs": [right] * 2 + ["    return x\n"] * 8})
@@ -92,7 +92,7 @@ def test_saved_samples_can_be_scored_again(workspace: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_chat_template_is_put_around_the_prompt_and_named(workspace: Path, tmp_path: Path) -> None:
+def test_a_chat_template_is_applied_to_the_prompt_and_named(workspace: Path, tmp_path: Path) -> None:
     problems = write(tmp_path / "p.jsonl", [{"question": "1+1?", "answer": "#### 2"}])
     options = {"tasks": ["gsm8k_0shot"], "task_data": {"gsm8k_0shot": problems}, "max_new_tokens": 5}
     plain, _ = scored(workspace, tmp_path / "a", **options)
@@ -105,9 +105,7 @@ def test_a_chat_template_is_put_around_the_prompt_and_named(workspace: Path, tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_plus"])
-def test_a_chat_model_is_asked_for_a_whole_function_and_nothing_cuts_it(
-    workspace: Path, tmp_path: Path, task: str
-) -> None:
+def test_a_chat_model_writes_a_whole_function_without_truncation(workspace: Path, tmp_path: Path, task: str) -> None:
     options = {"task_data": {task: write(tmp_path / "p.jsonl", FUNCTIONS[:1])}, "max_new_tokens": 5}
     options |= {"tasks": [task], "save_samples": True}
     plain, rows = scored(workspace, tmp_path / "a", **options)
@@ -124,7 +122,7 @@ def test_a_chat_model_is_asked_for_a_whole_function_and_nothing_cuts_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval", "humaneval_instruct"])
-def test_whole_functions_written_before_are_right_in_every_form(workspace: Path, tmp_path: Path, task: str) -> None:
+def test_saved_whole_functions_are_correct_in_every_form(workspace: Path, tmp_path: Path, task: str) -> None:
     whole = ["{}", "# It adds.\n{}", "Here it is:\n\n```python\nfrom typing import List\n\n\n{}```\nDone.", "```\n{}"]
     solutions = [f"{record['prompt']}{record['canonical_solution']}" for record in FUNCTIONS]
     for solution, value in ((solutions, 1.0), ([text.replace("x +", "1 - x +") for text in solutions], 0.0)):
@@ -163,7 +161,7 @@ def test_mbpp_asked_of_a_chat_model_and_answers_with_comments(workspace: Path, t
     assert "assert add(1) == 2" in rows[0]["prompt"]
 
 
-def test_gsm8ks_own_form_is_right_beside_lm_evals(workspace: Path, tmp_path: Path) -> None:
+def test_gsm8ks_own_form_is_correct_besides_lm_evals(workspace: Path, tmp_path: Path) -> None:
     problems = write(tmp_path / "p.jsonl", [{"question": f"{n}+1?", "answer": f"#### {n + 1}"} for n in range(2)])
     written = write(tmp_path / "w.jsonl", [{"id": 0, "output": "0+1=1\n#### 1"}, {"id": 1, "output": "#### 3"}])
     dataset, _ = scored(
@@ -177,7 +175,7 @@ def test_gsm8ks_own_form_is_right_beside_lm_evals(workspace: Path, tmp_path: Pat
 
 
 class Warnings(Silence):
-    """A listener that keeps warnings."""
+    """A listener that collects warnings."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -187,8 +185,8 @@ class Warnings(Silence):
 
 
 @pytest.mark.slow
-def test_predictions_that_are_no_text_fail_their_problems_alone(workspace: Path, tmp_path: Path) -> None:
-    """Half of a surrogate pair, which JSON can express, ended the run once all were judged."""
+def test_predictions_that_are_not_text_fail_only_their_problems(workspace: Path, tmp_path: Path) -> None:
+    """A lone surrogate, which JSON can express, used to end the run after all answers were judged."""
     written = [{"task_id": record["task_id"], "completion": record["canonical_solution"]} for record in FUNCTIONS]
     written[0]["completion"] += "    # \ud800"
     written[3]["completion"] = "\udfff"
@@ -207,7 +205,7 @@ def test_predictions_that_are_no_text_fail_their_problems_alone(workspace: Path,
 
 
 @pytest.mark.slow
-def test_formulas_without_end_are_named(workspace: Path, tmp_path: Path) -> None:
+def test_formulas_that_take_too_long_are_named(workspace: Path, tmp_path: Path) -> None:
     problems = [
         {"problem": f"What is {n}?", "solution": f"$\\boxed{{{n}}}$", "level": "Level 1", "type": "Algebra"}
         for n in range(8)
@@ -230,7 +228,7 @@ def test_formulas_without_end_are_named(workspace: Path, tmp_path: Path) -> None
 def judge_alpaca(
     workspace: Path, tmp_path: Path, outputs: list[str], prompts: str = "lm-eval"
 ) -> tuple[Run, dict[str, Any], list[str]]:
-    """An evaluation of outputs written before, with its one data set and its warnings."""
+    """An evaluation of saved outputs, with its only data set and its warnings."""
     tmp_path.mkdir(exist_ok=True)
     asked = [
         {"instruction": f"Say {n}.", "output": f"reference {n}", "generator": "gpt4", "dataset": "helpful_base"}
@@ -250,7 +248,7 @@ def judge_alpaca(
     return run, dataset, listener.texts
 
 
-def test_alpaca_eval_without_a_key_keeps_the_answers_and_says_what_is_missing(
+def test_alpaca_eval_without_a_key_keeps_the_answers_and_names_the_missing_key(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_API_KEYS", "OPENAI_CLIENT_CONFIG_PATH"):
@@ -281,7 +279,7 @@ def test_alpaca_eval_with_a_judge_has_its_win_rate(
 
 
 @pytest.mark.slow
-def test_olmess_form_is_asked_recorded_and_begins_no_text(
+def test_the_olmes_form_is_used_and_recorded_without_bos(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = []
@@ -319,12 +317,12 @@ def test_olmes_takes_the_mean_of_maths_subjects_and_needs_them(workspace: Path, 
 
 
 @pytest.mark.parametrize("changes", [{"tasks": ["mbpp"]}, {"tasks": ["gsm8k"], "chat_template": True}])
-def test_olmes_with_what_it_has_not(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_olmes_with_unsupported_settings(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(MftError, match=r"no OLMES form|no chat template"):
         scored(workspace, tmp_path, **changes, prompts="olmes")
 
 
-def test_a_win_rate_controlled_for_length_comes_first_or_is_missed_aloud(
+def test_a_length_controlled_win_rate_comes_first_or_its_absence_is_reported(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(alpaca_judge, "what_is_missing", list)
@@ -393,7 +391,7 @@ def test_vllm_and_a_data_file(workspace: Path, tmp_path: Path, monkeypatch: pyte
         evaluate(recipe, source, run, Silence())
 
 
-def test_vllm_and_a_mask_apart_from_its_model(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_with_a_mask_that_is_not_applied(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: name)
     recipe = vllm_recipe(workspace, tmp_path)
     run, source = open_run(tmp_path, "eval", recipe)

@@ -1,4 +1,4 @@
-"""Benchmarks in OLMES's form: prompts to the last character, what counts as right, and the mean over subjects."""
+"""Benchmarks in OLMES's form: exact prompts, correct answers, and the mean over subjects."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ LENGTHS = {"gsm8k": 512, "math": 1024, "humaneval": 512, "humaneval_plus": 512, 
 
 
 def written_run(name: str, records: list[dict[str, Any]], outputs: list[str], tmp_path: Path) -> BenchmarkResult:
-    """The result of outputs written before, cut at what ends an answer."""
+    """The result of saved outputs, truncated at the stop strings."""
     file = tmp_path / "p.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     problems = read_problems(file, name)
@@ -73,7 +73,7 @@ def written_run(name: str, records: list[dict[str, Any]], outputs: list[str], tm
 
 
 def passes(trial: Any) -> bool:
-    """Of our own solutions, whose running needs no sandbox."""
+    """Runs a trial of our own solutions, which needs no sandbox."""
     names: dict[str, Any] = {}
     exec(f"{trial.code}\n{trial.test}", names)
     return True
@@ -81,7 +81,7 @@ def passes(trial: Any) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIGESTS)
-def test_a_prompt_is_olmess_to_the_last_character(name: str, request: pytest.FixtureRequest) -> None:
+def test_a_prompt_is_exactly_that_of_olmes(name: str, request: pytest.FixtureRequest) -> None:
     if name == "ifeval":
         request.getfixturevalue("sentence_data")
     config = task_config(name, "olmes")
@@ -141,7 +141,7 @@ def test_the_last_number_counts_digit_by_digit() -> None:
         ("2", "", 0, 0),
     ],
 )
-def test_a_maths_answer_is_looked_for_in_the_likeliest_place(
+def test_a_maths_answer_is_taken_from_the_likeliest_place(
     gold: str, output: str, strict: float, flexible: float
 ) -> None:
     scores = olmes_maths_scores({"solution": f"So it is $\\boxed{{{gold}}}$."}, [output])
@@ -165,7 +165,7 @@ def test_every_subject_of_math_counts_as_much_as_any_other(tmp_path: Path) -> No
     assert weights == pytest.approx(4)
 
 
-def test_a_problem_of_math_500_says_its_subject_and_one_without_is_an_error(tmp_path: Path) -> None:
+def test_a_problem_of_math_500_needs_its_subject(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     without = {key: value for key, value in ASKED["math"].items() if key != "type"}
     file.write_text(f"{json.dumps({**without, 'subject': 'Geometry'})}\n{json.dumps(without)}\n")
@@ -176,7 +176,7 @@ def test_a_problem_of_math_500_says_its_subject_and_one_without_is_an_error(tmp_
     assert (caught.value.path, caught.value.key) == (f"{file}#1", "type")
 
 
-def test_words_around_a_function_are_no_program() -> None:
+def test_words_around_a_function_are_not_part_of_the_program() -> None:
     ends = task_config("humaneval", "olmes")["generation_kwargs"]["until"]
     words = "Sure:\n```python\ndef add(x):\n    return x + 1\n```"
     assert continued(FUNCTION, words, ends) == f"{FUNCTION['prompt']}Sure:"
@@ -196,7 +196,7 @@ def test_a_benchmark_without_that_form_is_an_error() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("context", "prompt_words"), [(64, 1), (64, 40)])
-def test_answers_of_alpaca_eval_take_what_the_longest_prompt_leaves(context: int, prompt_words: int) -> None:
+def test_answers_of_alpaca_eval_use_the_context_left_by_the_longest_prompt(context: int, prompt_words: int) -> None:
     model, tokenizer = build_llama(layers=1, max_position_embeddings=context), build_tokenizer()
     seen: list[int] = []
     plain = model.generate
@@ -218,7 +218,7 @@ def test_answers_of_alpaca_eval_take_what_the_longest_prompt_leaves(context: int
     assert seen == [context - longest]
 
 
-def test_a_prompt_that_fills_the_context_leaves_no_room_and_is_an_error() -> None:
+def test_a_prompt_that_fills_the_context_is_an_error() -> None:
     model = build_llama(layers=1, max_position_embeddings=16)
     answers = ModelAnswers(
         model, build_tokenizer(), batch_size=2, max_new_tokens=None, seed=0, cache=OutputCache(), on_progress=None

@@ -80,19 +80,19 @@ def outcome(function: Any, reference: str, inputs: list[list[Any]], rule: str = 
         ("padded digits", "def f(a, b): return 1", lambda a, b: 2, lambda a, b: 3),
     ],
 )
-def test_a_rule_counts_what_else_is_right(rule: str, reference: str, right: Any, wrong: Any) -> None:
+def test_a_rule_accepts_other_correct_results(rule: str, reference: str, right: Any, wrong: Any) -> None:
     inputs = {"upright height": [[3, 4]], "padded digits": [[12, 1]]}.get(rule, [[1]])
     assert outcome(right, reference, inputs, rule)
     assert not outcome(wrong, reference, inputs, rule)
 
 
-def test_a_root_counts_whichever_it_is() -> None:
+def test_any_root_is_accepted() -> None:
     reference = "def poly(xs, x): return sum(c * x**i for i, c in enumerate(xs))\ndef f(xs): return -1.0"
     assert outcome(lambda xs: 1.0, reference, [[[-1, 0, 1]]], "root", 1e-4)
     assert not outcome(lambda xs: 1.1, reference, [[[-1, 0, 1]]], "root", 1e-4)
 
 
-def test_neither_side_sees_what_the_other_did_to_the_input() -> None:
+def test_solution_and_answer_get_separate_copies_of_the_input() -> None:
     inputs = [[[1, 2]]]
     assert outcome(lambda xs: xs.pop(), "def f(xs): return xs.pop()", inputs)
     assert inputs == [[[1, 2]]]

@@ -32,7 +32,7 @@ def test_every_benchmark_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", SOUND)
-def test_what_is_needed_is_kept_and_nothing_else(name: str) -> None:
+def test_only_required_fields_are_kept(name: str) -> None:
     assert check_problem({**SOUND[name], "file": "x", "more": 1}, name, "a:1") == SOUND[name]
     assert set(decided_by(name)) == set(SOUND[name])
 
@@ -65,6 +65,6 @@ def test_a_value_that_cannot_be_scored(name: str, field: str, value: object) -> 
     assert caught.value.key == field
 
 
-def test_of_a_task_that_is_not_ours_everything_is_kept() -> None:
+def test_all_fields_of_other_tasks_are_kept() -> None:
     assert check_problem({"file": "x", "a": 1}, "hellaswag", "a:1") == {"a": 1}
     assert decided_by("hellaswag") == ()

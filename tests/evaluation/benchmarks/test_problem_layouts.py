@@ -31,7 +31,7 @@ def test_a_hard_task_is_named_by_its_file_and_gets_its_examples() -> None:
     assert found["examples"].count("A: Let's think step by step.\n") == 3
 
 
-def test_a_hard_task_that_is_none() -> None:
+def test_an_unknown_hard_task() -> None:
     with pytest.raises(EvaluationError, match="not from a BIG-Bench Hard task") as caught:
         one({"file": "chess", "input": "?", "target": "!"}, "bbh")
     assert (caught.value.path, caught.value.actual) == ("a:1", "chess")

@@ -56,7 +56,7 @@ def test_a_folder_without_data(tmp_path: Path) -> None:
         ("a.txt", '{"x": 1}', "unknown type", ""),
     ],
 )
-def test_what_is_no_record_is_named(tmp_path: Path, name: str, text: str, message: str, where: str) -> None:
+def test_anything_but_a_record_is_named(tmp_path: Path, name: str, text: str, message: str, where: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message) as caught:
         list(read_problem_records(tmp_path / name))
@@ -68,6 +68,6 @@ def test_an_object_without_a_list_is_one_record(tmp_path: Path) -> None:
     assert [record for _, record in read_problem_records(tmp_path / "a.json")] == [{"file": "a", "x": [], "y": []}]
 
 
-def test_an_empty_cell_is_no_value_as_in_training_data(tmp_path: Path) -> None:
+def test_an_empty_cell_is_a_missing_value_as_in_training_data(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x,y\n1,\n")
     assert [record for _, record in read_problem_records(tmp_path / "a.csv")] == [{"file": "a", "x": "1", "y": None}]

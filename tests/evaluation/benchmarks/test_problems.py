@@ -25,7 +25,7 @@ def test_records_in_order_without_further_fields(tmp_path: Path) -> None:
     assert problems.source == str(path)
 
 
-def test_the_digest_is_of_the_records_however_they_are_written(tmp_path: Path) -> None:
+def test_the_digest_does_not_depend_on_the_file_format(tmp_path: Path) -> None:
     plain = read_problems(write(tmp_path / "p.jsonl", *map(json.dumps, RECORDS)), "gsm8k")
     spaced = [json.dumps({"id": 1, **record}, ensure_ascii=False, indent=None) + "  " for record in RECORDS]
     with gzip.open(tmp_path / "q.jsonl.gz", "wt", encoding="utf-8") as stream:
@@ -82,7 +82,7 @@ def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, record: object, ke
 
 
 @pytest.mark.parametrize(("line", "message"), [("{", "malformed"), ("[1]", "malformed")])
-def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str, message: str) -> None:
+def test_a_line_that_is_not_a_record_is_named(tmp_path: Path, line: str, message: str) -> None:
     path = write(tmp_path / "p.jsonl", json.dumps(RECORDS[0]), "", line)
     with pytest.raises(DataError, match=message) as caught:
         read_problems(path, "gsm8k")
@@ -126,7 +126,7 @@ def test_the_parts_of_a_data_set_come_one_after_the_other(monkeypatch: pytest.Mo
     assert fetched.source == "maths:test"
 
 
-def test_half_a_character_is_one_error_that_names_the_line(tmp_path: Path) -> None:
+def test_a_lone_surrogate_is_one_error_that_names_the_line(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", json.dumps(RECORDS[0]), json.dumps({**RECORDS[1], "question": "\ud800?"}))
     with pytest.raises(EvaluationError, match="surrogate") as caught:
         read_problems(path, "gsm8k")

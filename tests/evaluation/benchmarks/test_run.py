@@ -45,7 +45,7 @@ def problems(tmp_path: Path) -> Path:
 
 
 def scripted_llama(prompts: list[str]) -> LlamaForCausalLM:
-    """A model that writes `ANSWERS`, whichever person the last question is about, and keeps the prompts it saw."""
+    """A model that writes `ANSWERS` depending on the person in the last question, and records its prompts."""
     model, tokenizer = build_llama(layers=1, max_position_embeddings=8192), build_tokenizer()
 
     def generate(input_ids: torch.Tensor, **_: object) -> torch.Tensor:
@@ -100,7 +100,7 @@ def test_scores_of_known_answers_under_both_filters(problems: Path) -> None:
         assert score.standard_error == pytest.approx(standard_error_of_share(correct))
 
 
-def test_samples_keep_what_was_written_and_what_was_taken(problems: Path) -> None:
+def test_samples_keep_outputs_and_extracted_answers(problems: Path) -> None:
     samples = run(scripted_llama([]), "gsm8k_0shot", problems).samples
     assert [sample.doc_id for sample in samples] == [0, 1, 2, 3]
     bob = samples[1]
@@ -115,7 +115,7 @@ def test_samples_keep_what_was_written_and_what_was_taken(problems: Path) -> Non
         "exact_match,flexible-extract": 1,
         "exact_match,marked-match": 0,
     }
-    # What comes after the stop string is not part of the answer.
+    # Text after the stop string is not part of the answer.
     assert samples[2].outputs == (" The answer is 12.\n\n",)
     assert samples[2].answers["flexible-extract"] == "12."
 
@@ -184,8 +184,8 @@ def test_real_problems_through_lm_eval(real_data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_gold_answers_of_real_problems_are_found_right(real_data: Path) -> None:
-    """lm-eval's flexible filter takes the last number, which in a gold solution is the answer."""
+def test_gold_answers_of_real_problems_are_correct(real_data: Path) -> None:
+    """lm-eval's flexible filter takes the last number, which is the answer in a gold solution."""
     model, tokenizer = build_llama(layers=1, max_position_embeddings=8192), build_tokenizer()
     path = real_data / "gsm8k" / "test.jsonl"
     with path.open(encoding="utf-8") as lines:
@@ -229,7 +229,7 @@ def passage(id: str, context: str, answer: str) -> dict[str, object]:
 
 
 def fixed_llama(text: str) -> LlamaForCausalLM:
-    """A model that always writes the same."""
+    """A model that always generates the same text."""
     model, tokenizer = build_llama(layers=1, max_position_embeddings=8192), build_tokenizer()
 
     def generate(input_ids: torch.Tensor, **_: object) -> torch.Tensor:
@@ -255,7 +255,7 @@ def test_a_passage_question_has_an_example_of_its_language_and_scores_words(tmp_
     assert result.samples[0].prompt == (
         "Passage: Green.\nQuestion: Which?\nAnswer: green\n\nPassage: Red and blue.\nQuestion: Which?\nAnswer:"
     )
-    # "the" counts for nothing in English: one word of two is right.
+    # The article "the" is ignored in English, so one word of two is correct.
     assert [sample.scores["f1,none"] for sample in result.samples] == pytest.approx([2 / 3, 0, 0, 0])
     assert [sample.scores["exact_match,none"] for sample in result.samples] == [0, 0, 0, 0]
 

@@ -63,8 +63,8 @@ def test_a_maths_answer(gold: str, output: str, expected: tuple[float, float]) -
     ],
     ids=lambda output: output[:12],
 )
-def test_a_formula_without_end_is_wrong_at_once(output: str) -> None:
-    """A million digits took 150 s and more."""
+def test_a_huge_formula_is_wrong_at_once(output: str) -> None:
+    """Such a formula with a million digits took 150 s and more."""
     start_seconds = time.process_time()
     assert maths("1", output) == (0, 0)
     assert is_too_long(output)
@@ -77,7 +77,7 @@ def test_a_long_way_to_a_short_answer_is_not_too_long() -> None:
     assert maths("25", output) == (1, 1)
 
 
-def test_a_sum_without_end_beside_the_answer_in_its_form() -> None:
+def test_a_huge_sum_beside_the_answer_in_its_form() -> None:
     assert maths("2", "1+" * 10**4 + "1\n" + r"\boxed{2}") == (1, 1)
 
 
@@ -133,7 +133,7 @@ def test_strict_and_flexible_agree_with_lm_evals_own_on_the_same_outputs(real_da
 
 @pytest.mark.slow
 def test_gold_solutions_are_right(real_data: Path) -> None:
-    """All 5,000 are, in eight minutes; here every fiftieth."""
+    """All 5,000 are correct, which takes eight minutes to check; here every fiftieth."""
     with gzip.open(real_data / "math" / "MATH_test.jsonl.gz", "rt", encoding="utf-8") as lines:
         for line in islice(lines, 0, None, 50):
             problem = json.loads(line)
@@ -148,7 +148,7 @@ def test_words_of_a_passage_answer_in_other_languages_keep_their_articles() -> N
     assert finnish == {"exact_match": 0, "f1": pytest.approx(0.8)}
 
 
-def test_the_best_of_several_right_answers_counts() -> None:
+def test_the_best_of_several_reference_answers_counts() -> None:
     assert passage_scores({"answers": ["a b", "c"], "language": "korean"}, ["c"])["exact_match"] == 1
 
 

@@ -1,4 +1,4 @@
-"""Answers get the time and memory that the problem's own solution needs, and no more than the floor otherwise."""
+"""Answers get the time and memory that the problem's own solution needs, or the floor if that is higher."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_answer_as_slow_as_the_solution_passes_and_a_wrong_one_fails() -> Non
 
 
 @pytest.mark.slow
-def test_an_answer_slower_than_the_floor_and_the_solution_runs_out_of_time() -> None:
+def test_an_answer_slower_than_the_floor_and_the_solution_times_out() -> None:
     assert outcomes(Trial(ENDLESS, TEST, "f", QUICK), Trial(QUICK, TEST, "f", QUICK)) == ["timed out", "passed"]
 
 
@@ -84,6 +84,6 @@ def test_limits_are_a_multiple_of_what_the_solution_used_in_steps_of_two(
 
 
 @pytest.mark.slow
-def test_no_answers_no_verdicts() -> None:
+def test_no_answers_give_no_verdicts() -> None:
     found: list[Verdict] = run_trials(find_sandbox(), [])
     assert found == []

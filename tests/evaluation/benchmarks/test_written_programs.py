@@ -1,4 +1,4 @@
-"""Every right form of an answer stands for a program that is right, whatever is around it."""
+"""Every correct form of an answer becomes a correct program, whatever text surrounds it."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def run(source: str) -> Any:
 
 
 @pytest.mark.parametrize("form", RESTS)
-def test_a_right_rest_of_a_function(form: str) -> None:
+def test_a_correct_function_body(form: str) -> None:
     assert run(written_program(RESTS[form], ASKED, ENDS)) == [2, 4]
 
 
 @pytest.mark.parametrize("form", [form for form in RESTS if "another function" not in form])
-def test_a_right_rest_of_a_function_where_nothing_ends_it(form: str) -> None:
+def test_a_correct_function_body_without_a_stop_string(form: str) -> None:
     assert run(written_program(RESTS[form], ASKED)) == [2, 4]
 
 
@@ -99,7 +99,7 @@ def test_a_right_rest_of_a_function_where_nothing_ends_it(form: str) -> None:
 @pytest.mark.parametrize("ends", [(), ENDS], ids=["no ends", "ends"])
 @pytest.mark.parametrize("asked", [ASKED, NAMED, Function("")], ids=["prompt", "name", "neither"])
 @pytest.mark.parametrize("form", WHOLES)
-def test_a_right_whole_function(form: str, asked: Function, ends: tuple[str, ...]) -> None:
+def test_a_correct_whole_function(form: str, asked: Function, ends: tuple[str, ...]) -> None:
     if not asked.name and form in ("a named lambda", "the question repeated first", "its helper in a fence before"):
         pytest.skip("without a name the first definition counts")
     if not asked.name and form == "an announcement first":
@@ -117,31 +117,31 @@ def test_a_wrong_answer_of_the_same_form_stays_wrong(form: str, ends: tuple[str,
     assert run(written_program(wrong, ASKED, ends)) == [3, 6]
 
 
-def test_a_whole_function_keeps_what_the_prompt_has_before_it() -> None:
+def test_a_whole_function_keeps_preceding_code_of_the_prompt() -> None:
     assert written_program(f"```python\n{WHOLE}```", ASKED) == f"{ASKED.before}{WHOLE.rstrip()}"
 
 
-def test_what_is_no_program_goes_behind_the_prompt() -> None:
+def test_text_that_is_not_a_program_is_appended_to_the_prompt() -> None:
     assert written_program("I cannot.", ASKED, ENDS) == f"{PROMPT}I cannot."
     assert written_program("", NAMED) == ""
 
 
-def test_an_announcement_alone_is_what_it_is() -> None:
+def test_an_empty_body_alone_is_the_answer() -> None:
     assert run(written_program("    pass\n", ASKED, ENDS)) is None
     assert run(written_program("```python\ndef double(xs):\n    pass\n```", NAMED)) is None
 
 
-def test_thoughts_that_were_cut_off_do_not_hide_the_question() -> None:
+def test_truncated_thinking_does_not_hide_the_question() -> None:
     assert "double" in written_program("<think>\nLet me see", ASKED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nasty", ["-" * 100_000 + "1", "(" * 5_000, "a" + ".b" * 100_000, "x\0", "```\n" * 3_000])
-def test_code_too_deep_to_compile_is_an_answer_like_any(nasty: str) -> None:
+def test_code_too_deeply_nested_to_compile_is_treated_as_any_answer(nasty: str) -> None:
     assert nasty[:20].strip("`\n") in written_program(nasty, ASKED, ENDS)
 
 
-def test_warnings_of_an_answer_are_its_own_matter() -> None:
+def test_warnings_of_an_answer_are_ignored() -> None:
     with warnings.catch_warnings(action="error"):
         source = written_program("    '\\d'\n    return [2, 4]\n", ASKED, ENDS)
     assert source.endswith("    return [2, 4]\n")

@@ -81,21 +81,21 @@ def test_a_likelihood_whose_prompt_is_too_long_is_an_error(llama: LlamaForCausal
     assert caught.value.key == "problem 7"
 
 
-def test_sampling_in_a_way_that_is_not_known_is_an_error(llama: LlamaForCausalLM) -> None:
+def test_unknown_sampling_options_are_an_error(llama: LlamaForCausalLM) -> None:
     with pytest.raises(EvaluationError, match="unsupported sampling settings") as caught:
         answers(llama).generate_until(requests(["one"], do_sample=True, temperature=1.0, top_p=0.9))
     assert caught.value.actual == "top_p"
     answers(llama, max_new_tokens=1).generate_until(requests(["one"], top_p=0.9))
 
 
-def test_most_new_tokens_hold_for_every_task(llama: LlamaForCausalLM) -> None:
+def test_the_limit_on_new_tokens_applies_to_every_task(llama: LlamaForCausalLM) -> None:
     model = answers(llama, max_new_tokens=3)
     model.generate_until(requests(["one", "two"]))
     assert model.generated_tokens == 6
 
 
 @pytest.mark.slow
-def test_an_interrupted_evaluation_goes_on_where_it_was(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_an_interrupted_evaluation_resumes_where_it_stopped(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     path, prompts = tmp_path / "outputs.jsonl", ["one", "two", "three"]
     whole = answers(llama, batch_size=1).generate_until(requests(prompts))
 
@@ -115,7 +115,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(llama: LlamaForCausalLM,
     assert resumed.generated_tokens <= 12
 
 
-def test_outputs_of_another_model_are_not_taken_for_its_own(tmp_path: Path) -> None:
+def test_outputs_of_another_model_are_not_reused(tmp_path: Path) -> None:
     first, other = (OutputCache(tmp_path / "outputs.jsonl", written_by) for written_by in ("one model", "another"))
     first.add({first.keys([("p", {})])[0]: "its output"})
     assert OutputCache(tmp_path / "outputs.jsonl", "one model")[first.keys([("p", {})])[0]] == "its output"
@@ -128,7 +128,7 @@ def test_a_damaged_file_of_outputs_is_an_error(tmp_path: Path) -> None:
         OutputCache(tmp_path / "outputs.jsonl")
 
 
-def test_equal_requests_are_samples_of_their_own() -> None:
+def test_equal_requests_are_separate_samples() -> None:
     keys = OutputCache().keys([("p", {"a": 1}), ("p", {"a": 1}), ("p", {"a": 2}), ("q", {"a": 1})])
     assert len(set(keys)) == 4
 
@@ -151,7 +151,7 @@ def test_a_row_stops_once_a_stop_string_is_in_its_new_text() -> None:
     assert not StopStrings(tokenizer, [], 0)(torch.tensor([prompt]), torch.empty(0)).any()
 
 
-def test_written_outputs_are_given_problem_by_problem_and_cut() -> None:
+def test_saved_outputs_are_returned_by_problem_and_truncated() -> None:
     asked = [
         Instance("generate_until", {}, ("p", {"until": "\n\n"}), 0, metadata=("task", number, 2))
         for number in (0, 0, 1, 1)
@@ -160,6 +160,6 @@ def test_written_outputs_are_given_problem_by_problem_and_cut() -> None:
     assert WrittenAnswers(given_outputs).generate_until(asked) == ["a", "c", "d", "e"]
 
 
-def test_written_outputs_have_no_probabilities() -> None:
+def test_saved_outputs_have_no_probabilities() -> None:
     with pytest.raises(EvaluationError, match="probabilities"):
         WrittenAnswers([]).loglikelihood([])

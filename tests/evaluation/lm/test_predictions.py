@@ -42,7 +42,7 @@ def test_several_samples_in_one_record_or_in_several(written) -> None:  # type: 
     assert read_predictions(path, UNNAMED, limit=None) == [["a", "b"], ["c", "d"]]
 
 
-def test_a_limit_asks_for_the_first_alone(written) -> None:  # type: ignore[no-untyped-def]
+def test_a_limit_needs_only_the_first_predictions(written) -> None:  # type: ignore[no-untyped-def]
     assert read_predictions(written({"id": 0, "output": "a"}), UNNAMED, limit=1) == [["a"]]
 
 
@@ -62,7 +62,7 @@ def test_a_limit_asks_for_the_first_alone(written) -> None:  # type: ignore[no-u
     ],
     ids=["missing", "repeated", "unknown", "nameless", "empty", "not text"],
 )
-def test_what_does_not_fit_is_an_error(written, records: list[object], message: str, key: str) -> None:  # type: ignore[no-untyped-def]
+def test_mismatched_predictions_are_an_error(written, records: list[object], message: str, key: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(EvaluationError, match=message) as caught:
         read_predictions(written(*records), UNNAMED, limit=None)
     assert caught.value.key == key

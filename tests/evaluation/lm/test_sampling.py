@@ -14,7 +14,7 @@ WARM = {"do_sample": True, "temperature": 1.5}
 
 
 @pytest.mark.slow
-def test_samples_do_not_depend_on_what_is_answered_beside_them(llama: LlamaForCausalLM) -> None:
+def test_samples_do_not_depend_on_the_rest_of_the_batch(llama: LlamaForCausalLM) -> None:
     prompts = ["one", "one", "a much longer prompt than the first", "mid length", "one"]
     alone = answers(llama, batch_size=1).generate_until(requests(prompts, **WARM))
     assert answers(llama, batch_size=2).generate_until(requests(prompts, **WARM)) == alone
@@ -23,7 +23,7 @@ def test_samples_do_not_depend_on_what_is_answered_beside_them(llama: LlamaForCa
     assert len(set(alone)) == 5
 
 
-def test_samples_of_a_resumed_evaluation_are_those_of_one_that_ran_through(
+def test_samples_of_a_resumed_evaluation_equal_those_of_an_uninterrupted_one(
     llama: LlamaForCausalLM, tmp_path: Path
 ) -> None:
     asked = requests(["one", "two", "three", "one"], **WARM)
@@ -39,14 +39,14 @@ def test_samples_of_a_resumed_evaluation_are_those_of_one_that_ran_through(
     assert answers(llama, OutputCache(cache)).generate_until(asked) == whole
 
 
-def test_seeds_tell_requests_apart() -> None:
+def test_seeds_differ_between_requests() -> None:
     asked = [("p", {"a": 1}), ("p", {"a": 1}), ("p", {"a": 2}), ("q", {"a": 1})]
     assert len(set(sample_seeds(0, asked) + sample_seeds(1, asked))) == 8
     assert sample_seeds(0, asked)[2:] == sample_seeds(0, asked[2:])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_tokens_come_as_often_as_their_probability_says(temperature: float) -> None:
+def test_tokens_are_as_frequent_as_their_probability(temperature: float) -> None:
     rows = 4000
     scores = torch.tensor([2.0, -torch.inf, 1.0, 0.0, -1.0]).repeat(rows, 1)
     sampling = SeededSampling(range(rows), temperature=temperature, width_tokens=3, new_tokens=2)

@@ -1,4 +1,4 @@
-"""vLLM's answers against those of transformers; skipped where vLLM is not installed."""
+"""vLLM's answers compared with those of transformers; skipped where vLLM is not installed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mftctl.evaluation.lm.vllm import VllmAnswers
 
 pytest.importorskip("vllm")
-pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of vLLM
 
 PROMPTS = ["one", "a much longer prompt than the first", "mid length"]
 GREEDY = {"until": ["zzz"], "max_gen_toks": 12, "do_sample": False}
@@ -39,7 +39,7 @@ def requests(prompts: list[str], **settings: object) -> list[Instance]:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm") / "llama"
-    # vLLM's kernels for CPUs want heads of at least 32.
+    # vLLM's CPU kernels need a head size of at least 32.
     build_llama(hidden_size=128, intermediate_size=128, head_dim=32).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
@@ -98,7 +98,7 @@ def test_samples_of_one_prompt_differ_and_repeat(answers: VllmAnswers) -> None:
     assert len(set(first)) > 1
 
 
-def test_what_was_kept_is_not_written_again(answers: VllmAnswers, tmp_path: Path) -> None:
+def test_saved_outputs_are_not_generated_again(answers: VllmAnswers, tmp_path: Path) -> None:
     answers.keep_outputs(OutputCache(tmp_path / "kept.jsonl"), max_new_tokens=3, on_progress=None)
     first = answers.generate_until(requests(PROMPTS))
     answers.keep_outputs(OutputCache(tmp_path / "kept.jsonl"), max_new_tokens=3, on_progress=None)

@@ -1,4 +1,4 @@
-"""What vLLM is started with, told by a stand-in for it."""
+"""The settings that vLLM is started with, recorded by a stand-in."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NEW_TOKENS = 12
 
 
 class Vllm:
-    """A stand-in: keeps what it is started with and asked, and answers with nothing but an end."""
+    """A stand-in that records its settings and requests, and answers every request with nothing but an end token."""
 
     started: dict[str, Any]
     failure: Exception | None = None
@@ -127,13 +127,13 @@ def test_the_models_own_length_is_never_passed(workspace: Path, checkpoint: Path
     assert "--max-model-length" in str(caught.value.hint)
 
 
-def test_settings_reach_it_under_its_names(workspace: Path, checkpoint: Path, vllm: Vllm) -> None:
+def test_settings_reach_vllm_under_its_names(workspace: Path, checkpoint: Path, vllm: Vllm) -> None:
     run(workspace, checkpoint, tensor_parallel=2, gpu_memory_share=0.5, max_model_length_tokens=300)
     names = ("tensor_parallel_size", "gpu_memory_utilization", "max_model_len")
     assert [vllm.started[name] for name in names] == [2, 0.5, 300]
 
 
-def test_where_it_does_not_start_the_options_that_help_are_named(workspace: Path, checkpoint: Path, vllm: Vllm) -> None:
+def test_a_failed_start_names_the_options_that_help(workspace: Path, checkpoint: Path, vllm: Vllm) -> None:
     vllm.failure = ValueError("The model's max seq len is larger than the KV cache.")
     with pytest.raises(EvaluationError, match="does not start") as caught:
         run(workspace, checkpoint)
@@ -141,7 +141,7 @@ def test_where_it_does_not_start_the_options_that_help_are_named(workspace: Path
     assert "--max-model-length" in str(caught.value.hint)
 
 
-def test_they_decide_nothing(workspace: Path, checkpoint: Path) -> None:
+def test_vllm_settings_are_not_deciding_keys(workspace: Path, checkpoint: Path) -> None:
     changes = {"tensor_parallel": 2, "gpu_memory_share": 0.5, "max_model_length_tokens": 300}
     plain, other = recipe(workspace, checkpoint), recipe(workspace, checkpoint, **changes)
     assert deciding_keys(plain, "eval") == deciding_keys(other, "eval")

@@ -1,4 +1,4 @@
-"""What a process is asked for by the kernel, and which paths it may name."""
+"""Which system calls the kernel passes to the gatekeeper, and which paths a process may name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WITHOUT_PATH = {"fstat", "fchdir", "ftruncate", "restart_syscall"}
 
 
 def decision(lines: list[gate.Instruction], machine: str, number: int, arguments: tuple[int, ...]) -> int:
-    """What the kernel makes of a filter."""
+    """The kernel's decision under a filter."""
     words = {0: number, 4: ARCHITECTURES[machine]} | {16 + 8 * n: value for n, value in enumerate(arguments)}
     at = loaded = 0
     while True:
@@ -39,7 +39,7 @@ def decision(lines: list[gate.Instruction], machine: str, number: int, arguments
 
 
 @pytest.mark.parametrize("machine", ARCHITECTURES)
-def test_every_call_that_takes_a_path_is_asked_for_where_paths_are(machine: str) -> None:
+def test_every_call_with_a_path_is_checked_if_paths_are_checked(machine: str) -> None:
     lines = gate.assemble(machine, asks_for_paths=True)
     for name in NUMBERS:
         number = number_of(name, machine)
@@ -61,9 +61,7 @@ def test_every_call_that_takes_a_path_is_asked_for_where_paths_are(machine: str)
         ("unlinkat", 0, False),
     ],
 )
-def test_only_what_makes_something_is_asked_for_where_paths_are_not(
-    machine: str, name: str, flags: int, asked: bool
-) -> None:
+def test_only_creating_calls_are_checked_if_paths_are_not(machine: str, name: str, flags: int, asked: bool) -> None:
     lines = gate.assemble(machine, asks_for_paths=False)
     number = number_of(name, machine)
     assert number is not None
@@ -72,7 +70,7 @@ def test_only_what_makes_something_is_asked_for_where_paths_are_not(
 
 @pytest.fixture
 def around(tmp_path: Path) -> Path:
-    """A library with a hidden folder and links, a working folder, and what is outside."""
+    """A library with a hidden folder and links, a working folder, and files outside them."""
     for folder in ("library/open", "library/hidden", "outside/deep/deeper", "work/sub"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "outside" / "secret").touch()
@@ -115,7 +113,7 @@ def view(around: Path) -> VisiblePaths:
         ("..", True, False),
     ],
 )
-def test_what_may_be_named(around: Path, path: str, follows: bool, seen: bool) -> None:
+def test_allowed_paths(around: Path, path: str, follows: bool, seen: bool) -> None:
     assert view(around).shows(f"{around}/{path}", follows=follows) is seen
 
 
@@ -125,8 +123,8 @@ def test_what_may_be_named(around: Path, path: str, follows: bool, seen: bool) -
     st.lists(st.sampled_from(["..", ".", "", "library", "open", "hidden", "link", "inner", "work", "sub", "outside"])),
     st.booleans(),
 )
-def test_what_is_seen_lies_where_it_may(around: Path, parts: list[str], follows: bool) -> None:
-    """Found by another way: the kernel's own resolution."""
+def test_visible_paths_lie_in_allowed_folders(around: Path, parts: list[str], follows: bool) -> None:
+    """Checked independently through the kernel's own path resolution."""
     path = "/".join([str(around), *parts])
     if not view(around).shows(path, follows=follows):
         return
@@ -138,7 +136,7 @@ def test_what_is_seen_lies_where_it_may(around: Path, parts: list[str], follows:
 
 
 def test_no_other_package_is_readable() -> None:
-    """Neither beside the running Python nor among the system's libraries, but for what is granted by name."""
+    """Neither next to the running Python nor among the system's libraries, unless granted by name."""
     installation = find_installation()
     for text in Sandbox("landlock", installation).order(Path("/none"))["landlock"]["readable"]:
         if Path(text) not in (*installation.packages.values(), *installation.package_libraries):

@@ -1,7 +1,7 @@
-"""Attacks on the sandbox: none gets anything out, none passes, and the runner survives each.
+"""Attacks on the sandbox: none leaks anything, none passes, and the runner survives each.
 
-A break-out is a function that returns True where it worked, so that its test would pass; a fake is a wrong answer
-dressed up as a right one. All run as one batch in each kind of sandbox that this machine has.
+A break-out is a function that returns True on success, so that its test would pass; a fake is a wrong answer
+disguised as a correct one. All run as one batch in each kind of sandbox that this machine supports.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ BREAKOUTS = {
 
 
 def tells(call: str) -> str:
-    """Whether the error of a call tells a file outside from none."""
+    """Whether the error of a call reveals if a file outside the sandbox exists."""
     return (
         "import os\ndef attack():\n    found = []\n    for name in ('{outside}/secret', '{outside}/none'):\n"
         f"        try: found.append({call})\n        except OSError as error: found.append(error.errno)\n"
@@ -234,7 +234,7 @@ TEST = "def check(f):\n    assert f(2) == 4\n    assert all(abs(f(n) - 2 * n) < 
 
 @dataclass
 class Outside:
-    """What lies around the sandbox, and must be as it was."""
+    """State around the sandbox that must not change."""
 
     home: Path
     folder: Path
@@ -286,7 +286,7 @@ def _accept(server: socket.socket, connections: list[object]) -> None:
 
 
 def fill(code: str, outside: Outside) -> str:
-    """The code with what it is to attack."""
+    """The code with its attack target filled in."""
     values = {
         "home": outside.home,
         "outside": outside.folder,
@@ -320,7 +320,7 @@ def test_the_attack_does_not_pass(verdicts: dict[str, Verdict], name: str) -> No
 
 
 @pytest.mark.slow
-def test_all_is_as_it_was_outside(verdicts: dict[str, Verdict], outside: Outside) -> None:
+def test_nothing_changed_outside(verdicts: dict[str, Verdict], outside: Outside) -> None:
     assert [path.name for path in outside.home.iterdir()] == ["secret"]
     assert sorted(path.name for path in outside.folder.iterdir()) == ["secret", "socket"]
     assert all((place / "secret").read_text() == SECRET for place in (outside.home, outside.folder))
@@ -336,7 +336,7 @@ def test_no_process_is_left_behind(verdicts: dict[str, Verdict]) -> None:
         if folder.name.isdecimal():
             try:
                 command = (folder / "cmdline").read_bytes()
-            except OSError:  # it has ended meanwhile
+            except OSError:  # the process has ended in the meantime
                 continue
             if b"77.7" in command.split(b"\0") or b"sandbox/child/bootstrap.py" in command:
                 parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
@@ -387,7 +387,7 @@ HARMLESS = (
 
 @pytest.mark.slow
 def test_the_attacks_work_where_nothing_is_confined(outside: Outside, sandbox: Sandbox) -> None:
-    """Those that do no harm: an attack that cannot work would prove nothing."""
+    """Harmless attacks only: an attack that cannot succeed would prove nothing."""
     unconfined = find_sandbox(unsafe=True)
     programs = [Program(fill(BREAKOUTS[name], outside), "assert attack() is True") for name in HARMLESS]
     found = judge_programs(unconfined, programs, limits=LIMITS)
@@ -397,7 +397,7 @@ def test_the_attacks_work_where_nothing_is_confined(outside: Outside, sandbox: S
 
 
 @pytest.mark.slow
-def test_without_a_sandbox_code_does_not_run_unless_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_sandbox_code_runs_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(find, "candidates", lambda installation: [])
     find._holding_sandbox.cache_clear()
     try:
@@ -411,8 +411,8 @@ def test_without_a_sandbox_code_does_not_run_unless_that_is_wanted(monkeypatch: 
     assert judge_programs(unsafe, [Program("def f():\n    return 1", "assert f() == 1")])[0].passed
 
 
-def test_a_sandbox_that_leaks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The one without confinement, called by the name of another."""
+def test_a_leaking_sandbox_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only candidate is the sandbox without confinement."""
     installation = find_installation()
     monkeypatch.setattr(find, "candidates", lambda _: [Sandbox("none", installation)])
     find._holding_sandbox.cache_clear()
@@ -424,7 +424,7 @@ def test_a_sandbox_that_leaks_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> N
     assert "a file outside the sandbox was written" in str(caught.value.actual)
 
 
-def test_the_kind_in_use_is_named_with_what_it_lacks() -> None:
+def test_the_kind_in_use_is_named_with_its_limitations() -> None:
     bubblewrap, landlock = (
         Sandbox(kind, find_installation(), passed_over="of this") for kind in ("bubblewrap", "landlock")
     )  # type: ignore[arg-type]
@@ -435,15 +435,15 @@ def test_the_kind_in_use_is_named_with_what_it_lacks() -> None:
 
 
 @pytest.mark.slow
-def test_where_memory_runs_out_a_program_ends_first() -> None:
-    """The kernel's own order: 1000 is the first to go."""
+def test_out_of_memory_a_program_is_killed_first() -> None:
+    """The kernel's own order: a score of 1000 is killed first."""
     code = "def f():\n    return open('/proc/self/oom_score_adj').read()"
     unconfined = Sandbox("none", find_installation())
     assert judge_programs(unconfined, [Program(code, "assert int(f()) == 1000")])[0].passed
 
 
 @pytest.mark.parametrize("limits", [{"cpu_seconds": 0}, {"memory_bytes": -1}])
-def test_a_limit_of_nothing(limits: dict[str, int]) -> None:
+def test_a_limit_of_zero(limits: dict[str, int]) -> None:
     with pytest.raises(SandboxError, match="above 0"):
         Limits(**limits)  # type: ignore[arg-type]
 

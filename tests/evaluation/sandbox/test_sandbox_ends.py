@@ -1,4 +1,4 @@
-"""Nothing of a sandboxed program outlives mftctl, however mftctl ends."""
+"""No sandboxed process outlives mftctl, however mftctl ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KINDS = [*candidates(find_installation()), Sandbox("none", find_installation())]
 
 
 def wait_until(holds: object, seconds: float = 20) -> bool:
-    """Whether something holds before the time is over."""
+    """Whether a condition becomes true before the timeout."""
     deadline_seconds = time.monotonic() + seconds
     while time.monotonic() < deadline_seconds:
         if holds():  # type: ignore[operator]
@@ -44,7 +44,7 @@ def wait_until(holds: object, seconds: float = 20) -> bool:
 
 
 def programs(pid: int) -> list[psutil.Process]:
-    """The sandboxed processes of a process."""
+    """The sandboxed child processes of a process."""
     return [
         child
         for child in psutil.Process(pid).children(recursive=True)
@@ -55,7 +55,7 @@ def programs(pid: int) -> list[psutil.Process]:
 @pytest.mark.slow
 @pytest.mark.parametrize("sandbox", KINDS, ids=lambda sandbox: sandbox.kind)
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_nothing_is_left(tmp_path: Path, sandbox: Sandbox, number: signal.Signals) -> None:
+def test_no_process_is_left(tmp_path: Path, sandbox: Sandbox, number: signal.Signals) -> None:
     if sandbox.kind != "none" and why_it_leaks(sandbox) is not None:
         pytest.skip(f"{sandbox.kind} does not hold here")
     environment = {**os.environ, "TMPDIR": str(tmp_path)}

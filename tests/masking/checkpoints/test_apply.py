@@ -37,7 +37,7 @@ def apply(base: Path, mask: Mask, output: Path, *, replace: bool = False) -> App
 
 
 def check_bytes(base: Path, output: Path, mask: Mask) -> None:
-    """Every byte of every weight file: headers, kept weights and other tensors as before, removed weights zero."""
+    """Checks all bytes of all weight files: headers, kept weights and other tensors unchanged, removed weights zero."""
     for path in base.glob("*.safetensors"):
         before, after = raw_tensors(path), raw_tensors(output / path.name)
         header_bytes = path.stat().st_size - sum(map(len, before.values()))
@@ -58,7 +58,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def check_model(base: Path, output: Path, mask: Mask) -> None:
-    """The output loads as any checkpoint does and computes what the masked base computes, bit for bit."""
+    """Checks that the output loads like any checkpoint and computes the same as the masked base, bit for bit."""
     masked = AutoModelForCausalLM.from_pretrained(base)
     unmasked = logits(masked)
     apply_mask(masked, mask)
@@ -118,7 +118,7 @@ def test_gpt2_checkpoint_without_the_prefix_is_masked(tmp_path: Path) -> None:
     check_model(base, output, mask)
 
 
-def test_configuration_tokenizer_and_template_come_along_and_weights_of_other_kinds_do_not(
+def test_configuration_tokenizer_and_template_are_copied_and_other_weight_files_are_not(
     base: Path, tmp_path: Path
 ) -> None:
     mask = learn_mask(projections(base))

@@ -169,7 +169,7 @@ def test_tensor_the_model_lacks_is_refused() -> None:
 
 
 def delta_of(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Path, torch.Tensor, torch.Tensor, Mask]:
-    """A base with one tensor, its values, the tuned ones and a delta mask."""
+    """A base with one tensor, its values, the tuned values and a delta mask."""
     generator = torch.Generator().manual_seed(0)
     base, tuned = (torch.randn(6, 5, generator=generator).to(dtype) for _ in range(2))
     mask = learn_mask({"w": base}, tuned={"w": tuned})
@@ -299,7 +299,7 @@ def test_an_expert_the_model_lacks_is_refused() -> None:
 
 
 def gemma_with_vision() -> PreTrainedModel:
-    """A Gemma 3 of 4 B parameters and more has another name for each layer in memory than on disk."""
+    """A Gemma 3 with a vision tower (4 B parameters and up), whose layers have other names in memory than on disk."""
     torch.manual_seed(0)
     text = {**SIZES, "head_dim": 16, "num_hidden_layers": 3}
     vision = {**SIZES, "image_size": 28, "patch_size": 14}

@@ -1,4 +1,4 @@
-"""What is not trained of a model comes unchanged into what is written."""
+"""Parts of a model that are not trained are copied to the output unchanged."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def trained(source: Path, folder: Path, tokenizer: Any, **options: Any) -> Path:
-    """The language model of a checkpoint, changed and written as `fft` writes it."""
+    """The language model of a checkpoint, changed and saved as `fft` saves it."""
     model = load_model(source, dtype=options.pop("dtype", torch.float32))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -94,7 +94,7 @@ def test_quantised_vision_tower_is_refused(tmp_path: Path, tokenizer: Any) -> No
     assert "AutoModelForCausalLM" in str(caught.value.hint)
 
 
-def test_other_spelling_of_names_is_no_other_part(tmp_path: Path, tokenizer: Any) -> None:
+def test_different_spelling_of_names_is_not_a_different_part(tmp_path: Path, tokenizer: Any) -> None:
     config = GPT2Config(vocab_size=102, n_embd=32, n_layer=1, n_head=2, n_positions=24, bos_token_id=1, eos_token_id=1)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
     hub = with_weights(
@@ -102,7 +102,7 @@ def test_other_spelling_of_names_is_no_other_part(tmp_path: Path, tokenizer: Any
         tmp_path / "hub",
         lambda weights: {
             **{name.removeprefix("transformer."): tensor for name, tensor in weights.items()},
-            "h.0.attn.bias": torch.ones(1),  # as old files have it
+            "h.0.attn.bias": torch.ones(1),  # as in old files
         },
     )
     assert parts_left_out(hub, load_model(hub, dtype=torch.float32)) == {}

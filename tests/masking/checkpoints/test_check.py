@@ -1,4 +1,4 @@
-"""A checkpoint is what its configuration says, or one error names what is not."""
+"""A checkpoint matches its configuration, or one error names the mismatch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refused(folder: Path, **options: Any) -> ModelError:
     return caught.value
 
 
-def test_sound_checkpoint_has_nothing_to_be_said_of(tiny_checkpoint: Path, tokenizer: Any) -> None:
+def test_valid_checkpoint_has_no_findings(tiny_checkpoint: Path, tokenizer: Any) -> None:
     assert check_checkpoint(tiny_checkpoint, tokenizer) == CheckpointCheck()
 
 
@@ -42,7 +42,7 @@ def test_missing_tensor(tiny_checkpoint: Path, tmp_path: Path) -> None:
         tiny_checkpoint, tmp_path / "m", lambda weights: {k: v for k, v in weights.items() if k != PROJECTION}
     )
     assert refused(folder).actual == f"1 missing: {PROJECTION}"
-    with pytest.raises(ModelError, match="tensors do not match the model"):  # also where nothing was checked before
+    with pytest.raises(ModelError, match="tensors do not match the model"):  # loading without a prior check fails too
         load_model(folder, dtype=torch.float32)
 
 
@@ -144,7 +144,7 @@ def test_tokenizer_with_more_tokens_than_the_model(tiny_checkpoint: Path) -> Non
     assert (error.expected, error.actual) == ("at most 102", "103")
 
 
-def test_other_head_where_the_configuration_ties_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_separate_head_where_the_configuration_ties_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
     def with_head(weights: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
         return {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] * scale}
 
@@ -155,12 +155,12 @@ def test_other_head_where_the_configuration_ties_it(tiny_checkpoint: Path, tmp_p
     assert check_checkpoint(same) == CheckpointCheck()
 
 
-def test_vision_tower_is_said(tmp_path: Path, tokenizer: Any) -> None:
+def test_vision_tower_is_reported(tmp_path: Path, tokenizer: Any) -> None:
     (remark,) = check_checkpoint(build_composite(tmp_path / "m", tokenizer)).remarks
     assert "21 tensors outside the language model, such as model.visual." in remark
 
 
-def test_remarks_are_told_once() -> None:
+def test_remarks_are_reported_once() -> None:
     listener = Interrupter(-1)
     tell_remarks(CheckpointCheck(("one", "two")), listener)
     assert listener.notes == ["Model: one.", "Model: two."]
@@ -178,13 +178,13 @@ def test_learned_positions(tmp_path: Path) -> None:
     assert caught.value.hint == "--max-length 24"
 
 
-def test_transformers_is_as_loud_afterwards_as_before(tiny_checkpoint: Path) -> None:
+def test_log_level_of_transformers_is_restored(tiny_checkpoint: Path) -> None:
     before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     check_checkpoint(tiny_checkpoint)
     assert (transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()) == before
 
 
-def test_loading_says_nothing(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_is_silent(tiny_checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     check_checkpoint(tiny_checkpoint)
     load_model(tiny_checkpoint, dtype=torch.float32)
     assert capfd.readouterr() == ("", "")

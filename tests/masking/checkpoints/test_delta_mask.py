@@ -1,4 +1,4 @@
-"""One-off drop against a stable argsort in numpy, and end to end."""
+"""One-off drop, compared with a stable argsort in numpy, and end to end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_mask(base: Path, tuned: Path, ratio: float = 0.3, strategy: Strategy = 
 
 
 def kept_by_sorting(base: np.ndarray, tuned: np.ndarray, ratio: float, strategy: str) -> np.ndarray:
-    """The definition: a stable sort of all absolute differences, the first of them reset."""
+    """The definition: a stable sort of all absolute differences, of which the first ones are reset."""
     sizes = np.abs(tuned.astype(np.float64) - base.astype(np.float64)).reshape(-1)
     order = np.argsort(sizes if strategy == "trivial" else -sizes, kind="stable")
     keep = np.ones(sizes.size, dtype=bool)
@@ -41,7 +41,7 @@ def kept_by_sorting(base: np.ndarray, tuned: np.ndarray, ratio: float, strategy:
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
-    """A base and a tuned checkpoint with a fifth of the weights unchanged, sharded differently."""
+    """A base and a tuned checkpoint, with a fifth of the weights unchanged and different shards."""
     generator = torch.Generator().manual_seed(0)
     shapes = {"a.weight": (9, 7), "b.weight": (16, 4), "norm.weight": (13,), "conv": (2, 3, 5)}
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -58,7 +58,7 @@ def test_smallest_or_largest_differences_are_reset_in_every_tensor(
     mask = make_mask(*pair, ratio, strategy)
     assert mask.names() == sorted(before)
     for name in mask.names():
-        # The differences are taken in fp32, as the product does, so that their order is the same.
+        # Differences are taken in fp32, as in the code under test, so that their order is the same.
         size = (after[name] - before[name]).numpy()
         assert np.array_equal(mask[name].numpy(), kept_by_sorting(np.zeros_like(size), size, ratio, strategy))
 

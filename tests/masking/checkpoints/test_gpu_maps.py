@@ -1,4 +1,4 @@
-"""Models that are too large for one GPU."""
+"""Models that are too large for a single GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def stored_bytes(folder: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
-def test_whole_layers_lie_on_both_gpus(tmp_path: Path, tied: bool, dtype: torch.dtype | str) -> None:
+def test_whole_layers_are_placed_on_both_gpus(tmp_path: Path, tied: bool, dtype: torch.dtype | str) -> None:
     build_llama(layers=8, tie_word_embeddings=tied).save_pretrained(tmp_path)
     size = stored_bytes(tmp_path) // (2 if dtype == torch.bfloat16 else 1)
     assert spread_over(tmp_path, dtype, {0: 2 * size, 1: 2 * size}) is None
@@ -39,7 +39,7 @@ def test_whole_layers_lie_on_both_gpus(tmp_path: Path, tied: bool, dtype: torch.
         (place,) = {gpu for path, gpu in found.items() if not path or name.startswith(f"{path}.")}
         loads[place] += 0 if parameter in places else parameter.nbytes
         places.setdefault(parameter, set()).add(place)
-    assert all(len(gpus) == 1 for gpus in places.values())  # what is tied lies on one
+    assert all(len(gpus) == 1 for gpus in places.values())  # tied weights are on one GPU
     assert max(loads.values()) < 0.9 * stored_bytes(tmp_path)
 
 
@@ -64,11 +64,13 @@ def test_one_device_needs_no_map(tiny_checkpoint: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert gpu_map(tiny_checkpoint, torch.float32) is None
     monkeypatch.setattr(gpu_maps, "best_device", lambda: torch.device("cuda:1"))
-    assert gpu_map(tiny_checkpoint, torch.float32) is None  # that GPU was asked for
+    assert gpu_map(tiny_checkpoint, torch.float32) is None  # that GPU was requested explicitly
 
 
 @pytest.mark.slow
-def test_an_evaluation_uses_it_and_says_so(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_evaluation_uses_the_map_and_reports_it(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make_recipe(workspace, eval__generate=False)
     run, source = open_run(tmp_path, "eval", recipe)
     expected = evaluate(recipe, source, run, notes := Notes()).document()

@@ -1,4 +1,4 @@
-"""Each checkpoint of anyone is loaded or refused by name, whatever its files hold."""
+"""Every untrusted checkpoint is loaded or refused by name, whatever its files contain."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_configuration(name: str, model: Path) -> None:
 
 
 @pytest.mark.parametrize("content", TEXTS.values(), ids=TEXTS)
-def test_configuration_that_is_no_object(content: str | bytes, model: Path) -> None:
+def test_configuration_that_is_not_an_object(content: str | bytes, model: Path) -> None:
     write(model / "config.json", content)
     for use in (load, check_checkpoint, skeleton):
         refused(lambda use=use: use(model))  # type: ignore[misc]
@@ -133,7 +133,7 @@ def test_tokenizer(keys: dict[str, Any], model: Path) -> None:
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{}", "[]", b"\xff"])
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
-def test_tokenizer_that_is_no_json(file: str, content: str | bytes, model: Path) -> None:
+def test_tokenizer_that_is_not_json(file: str, content: str | bytes, model: Path) -> None:
     write(model / file, content)
     if (file, content) == ("tokenizer_config.json", "{}"):
         load_tokenizer(model)

@@ -1,4 +1,4 @@
-"""Loading checkpoints, and what is said where that fails."""
+"""Loading checkpoints, and messages when it fails."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_checkpoint_without_a_tokenizer(tiny_checkpoint: Path, tmp_path: Path)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel keeps no such count")
-def test_peak_memory_begins_anew_with_a_new_piece_of_work() -> None:
+def test_peak_memory_is_reset_for_each_piece_of_work() -> None:
     held = torch.ones(256 << 20, dtype=torch.uint8)
     most = peak_memory_bytes()
     del held
@@ -47,7 +47,7 @@ def test_peak_memory_begins_anew_with_a_new_piece_of_work() -> None:
     assert peak_memory_bytes() < most - (200 << 20)
 
 
-def test_peak_memory_grows_with_what_is_held() -> None:
+def test_peak_memory_grows_with_allocated_memory() -> None:
     before = peak_memory_bytes()
     held = torch.ones(100_000_000, dtype=torch.uint8)
     assert peak_memory_bytes() >= max(before, held.numel())

@@ -39,7 +39,7 @@ def test_hub_model_is_downloaded_without_pickles(tiny_checkpoint: Path, monkeypa
 
 
 @pytest.mark.parametrize("model", ["mftctl-test/no-such-model", "./no/such/folder", "a b"])
-def test_name_of_nothing_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_name_is_refused(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="no such model") as caught:
         resolve_checkpoint(model)
@@ -47,7 +47,7 @@ def test_name_of_nothing_is_refused(model: str, tmp_path: Path, monkeypatch: pyt
     assert caught.value.hint
 
 
-def test_revision_of_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_revision_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="no such model") as caught:
         resolve_checkpoint("mftctl-test/no-such-model", "v2")

@@ -1,4 +1,4 @@
-"""Streaming a tuned checkpoint past its base; the zeros of weight masks are tested in test_checkpoint."""
+"""Streaming a tuned checkpoint against its base; the zeros of weight masks are tested in test_apply."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.flo
 
 
 def random_tensors(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Six matrices; random bits, so that infinities, NaN and zeros of both signs are among them."""
+    """Six matrices of random bits, which include infinities, NaN and zeros of both signs."""
     generator = np.random.default_rng(seed)
     return {
         f"layers.{number}.w": torch.from_numpy(
@@ -39,7 +39,7 @@ def apply(base: Path, tuned: Path, mask: Mask, output: Path) -> None:
 
 
 def expected_bytes(mask: Mask, name: str, base: bytes, tuned: bytes) -> bytes:
-    """The tuned bytes of kept weights and the base's of removed ones."""
+    """The tuned bytes of kept weights and the base's bytes of removed ones."""
     keep = mask[name].reshape(-1, 1).numpy()
     rows = [np.frombuffer(content, np.uint8).reshape(len(keep), -1) for content in (tuned, base)]
     return np.where(keep, *rows).tobytes()
@@ -98,7 +98,7 @@ def test_memory_is_bounded_by_pieces_and_not_by_the_checkpoints(
     tuned = write_checkpoint(tmp_path / "tuned", {name: tensor * 2 for name, tensor in tensors.items()})
     mask = learn_mask(tensors, tuned={name: tensor * 2 for name, tensor in tensors.items()})
     del tensors
-    apply(base, tuned, mask, tmp_path / "first")  # which imports what the next one needs
+    apply(base, tuned, mask, tmp_path / "first")  # does the imports of the measured call
     tracemalloc.start()
     apply(base, tuned, mask, tmp_path / "out")
     peak_bytes = tracemalloc.get_traced_memory()[1]

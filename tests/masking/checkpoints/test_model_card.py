@@ -1,4 +1,4 @@
-"""The card of a masked checkpoint: names of models and tensors stay text in its Markdown and in its front matter."""
+"""The card of a masked checkpoint: names of models and tensors stay text in its Markdown and front matter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def named(text: str, kind: str) -> Mask:
 
 
 def parts(text: str, kind: str) -> tuple[str, str, list[str]]:
-    """Front matter and body of a card, and all parts of the body that are no plain text."""
+    """Front matter and body of a card, and all elements of the body that are not plain text."""
     card = write_model_card(named(text, kind), base_model=text, mask_path=None)
     front, _, body = card.removeprefix("---\n").partition("\n---\n\n# ")
     tokens = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(f"# {body}")

@@ -1,4 +1,4 @@
-"""Models without their weights, and the weights by parts: what transformers loads as a whole."""
+"""Models without weights, and weights loaded in parts: the same as transformers loads as a whole."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_parts_are_those_of_the_whole_model(family: str, dtype: torch.dtype, tmp
     outline = build_outline(tmp_path, dtype)
     weights = StoredWeights(tmp_path, outline)
     found = dict(outline.named_parameters())
-    assert list(found) == [name for name, _ in whole.named_parameters()]  # tied ones are one parameter
+    assert list(found) == [name for name, _ in whole.named_parameters()]  # tied weights are one parameter
     assert outline.config.to_dict() == whole.config.to_dict()
     assert outline.generation_config.to_dict() == whole.generation_config.to_dict()
     assert not outline.training
@@ -77,7 +77,7 @@ def test_tied_weights_that_are_stored_twice(tmp_path: Path, alike: bool) -> None
     model = load_to_share(tmp_path, dtype=torch.float32, note=notes.append)
     assert model.get_input_embeddings().weight.is_meta == alike
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == alike
-    assert bool(notes) != alike  # where they differ, transformers loads both
+    assert bool(notes) != alike  # if they differ, transformers loads both
     if not alike:
         assert "Each process loads the whole model" in notes[0]
         with pytest.raises(MaskingError, match="different values"):

@@ -15,7 +15,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def pairs(folder: Path, base: Tensors, tuned: Tensors) -> list[tuple[str, str]]:
-    """The pairs of two checkpoints as names: in the tuned one, in the base."""
+    """The pairs of two checkpoints as (tuned name, base name)."""
     found = pair_tensors(write_checkpoint(folder / "base", base), write_checkpoint(folder / "tuned", tuned))
     return [(pair.name, pair.base.name) for pair in found]
 
@@ -125,7 +125,7 @@ def test_head_without_embeddings_to_stand_for_it_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "transformer.wte.weight", "wte.weight"])
-def test_embeddings_stand_for_the_head_and_nothing_else(name: str, tmp_path: Path) -> None:
+def test_embeddings_stand_only_for_the_head(name: str, tmp_path: Path) -> None:
     index = tensor_index(write_checkpoint(tmp_path / "c", {name: matrix(), "model.wte.weights": matrix()}))
     assert counterpart(HEAD, index) == index[name]
     assert counterpart(name, index) == index[name]

@@ -1,4 +1,4 @@
-"""LoRA on a base of 4 bits a weight, and on one in bf16: trained, resumed, loaded and merged as it was trained."""
+"""LoRA on a base in 4 bits and on one in bf16: trained, resumed, and loaded and merged as trained."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_base_in_4_bits(workspace: Path) -> None:
     assert not any(item.requires_grad for item in model.parameters())
 
 
-def test_dequantised_it_is_a_plain_model_of_the_same_values(workspace: Path, tmp_path: Path) -> None:
+def test_a_dequantised_model_is_a_plain_one_with_the_same_values(workspace: Path, tmp_path: Path) -> None:
     model, input_ids = load_quantized(workspace / "tiny", CPU), torch.arange(4, 20)[None]
     with torch.no_grad():
         before = model(input_ids=input_ids).logits
@@ -86,7 +86,7 @@ def test_a_weight_of_4_bits_counts_as_one(workspace: Path, quantized: Run, tmp_p
 
 
 @pytest.mark.slow
-def test_an_adapter_says_that_its_base_was_quantised(quantized: Run, workspace: Path) -> None:
+def test_an_adapter_records_that_its_base_was_quantised(quantized: Run, workspace: Path) -> None:
     folder = quantized.folder / "model"
     assert has_quantized_base(folder)
     assert json.loads((folder / QUANTIZED_FILE).read_text())["type"] == "nf4"
@@ -161,7 +161,7 @@ def test_an_adapter_on_a_quantised_base_without_bitsandbytes(quantized: Run, mon
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "cannot be read"), ('{"type": "fp4"}', "unsupported quantisation")])
-def test_a_base_that_was_quantised_otherwise(tmp_path: Path, text: str, words: str) -> None:
+def test_an_invalid_quantisation_file(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / QUANTIZED_FILE).write_text(text)
     with pytest.raises(ModelError, match=words):
         has_quantized_base(tmp_path)

@@ -1,4 +1,4 @@
-"""Code that a model brings is run where the user says so, and nobody is asked."""
+"""Code shipped with a model is run only if the user trusts it, and there are no prompts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_trust_ends_with_its_block() -> None:
     assert not trusts_code()
 
 
-def test_nothing_of_it_is_loaded_untrusted(own: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_untrusted_code_is_not_loaded(own: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for load in (load_tokenizer, lambda folder: load_model(folder, dtype=torch.float32), read_config):
         with pytest.raises(ModelError, match="comes with its own code"):
             load(own if load is not read_config else str(own))

@@ -74,7 +74,7 @@ def test_payloads_of_every_ratio_are_those_of_the_definition(ratio: float, size_
 
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("weights", range(1, 18))
-def test_all_kept_and_all_removed_come_back(kept: bool, weights: int) -> None:
+def test_all_kept_and_all_removed_round_trip(kept: bool, weights: int) -> None:
     packed = np.packbits(np.full(weights, kept), bitorder="little")
     decoded = decode(encode(packed, "ans"), "ans", weights, 0 if kept else weights, path=PATH, key="w")
     assert np.array_equal(decoded, packed)
@@ -160,7 +160,7 @@ def test_shape_that_the_words_cannot_stand_for_is_refused_without_allocation(zer
 
 
 def test_time_and_memory_of_a_hostile_payload_are_bounded_by_its_size() -> None:
-    """A payload of 33 KB once took 20 s and 0.8 GB: 8,192 words of 1 for half a billion bytes that remove nothing."""
+    """A payload of 33 KB once took 20 s and 0.8 GB: 8,192 words of 1 for half a billion bytes without removals."""
     payload = struct.pack("<8192I", *[1] * 8192)
     with pytest.raises(MaskFormatError, match="not an ANS stream for its shape"):
         read(payload, 8192 * 2**16, 0)
@@ -180,7 +180,7 @@ def test_no_mask_has_a_payload_too_small_for_a_reader(
     size_bytes: int, ratio: float, whole_bytes: bool, seed: int
 ) -> None:
     packed = random_packed(size_bytes, ratio, seed)
-    if whole_bytes:  # which takes the fewest bits for each removed weight
+    if whole_bytes:  # takes the fewest bits per removed weight
         packed = np.where(np.random.default_rng(seed).random(size_bytes) < ratio, 0, 255).astype(np.uint8)
     payload = encode_ans(packed, zeros_of(packed))
     assert size_bytes <= MAX_BYTES_A_WORD * len(payload) // WORD_BYTES
@@ -202,11 +202,11 @@ def test_any_words_are_refused_or_are_the_one_payload_of_their_bytes(
         packed = read(payload, size_bytes, zeros)
     except MaskFormatError:
         return
-    if zeros_of(packed) == zeros:  # else the mask file's reader refuses the count
+    if zeros_of(packed) == zeros:  # otherwise the mask file's reader refuses the count
         assert plain_ans(packed.tobytes()) == payload
 
 
-# Without the package
+# Without the constriction package
 
 
 def test_missing_package_is_one_clear_error_for_writing_and_for_reading(

@@ -51,13 +51,13 @@ def test_pack_agrees_with_bit_arithmetic_and_comes_back(bits: list[bool]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("codec", CODECS)
 @given(bits=bit_lists)
-def test_decode_gives_back_what_encode_took(codec: Codec, bits: list[bool]) -> None:
+def test_decode_inverts_encode(codec: Codec, bits: list[bool]) -> None:
     packed = pack(torch.tensor(bits))
     decoded = decode(encode(packed, codec), codec, len(bits), bits.count(False), path=PATH, key="w")
     assert np.array_equal(decoded, packed)
 
 
-def test_deflate_takes_at_most_049_bits_a_weight_at_ratio_01() -> None:
+def test_deflate_takes_at_most_049_bits_per_weight_at_ratio_01() -> None:
     weights = 1_000_000
     keep = torch.rand(weights, generator=torch.Generator().manual_seed(0)) >= 0.1
     assert len(encode(pack(keep), "deflate")) * 8 / weights <= 0.49
@@ -96,7 +96,7 @@ def test_shape_that_no_huffman_stream_can_fill_is_refused_without_decompression(
         decode(b"\x03\x00", "deflate", 8 * MAX_EXPANSION * 2, 0, path=PATH, key="w")
 
 
-def test_deflate_bomb_is_refused_and_never_unfolded() -> None:
+def test_deflate_bomb_is_refused_and_never_decompressed() -> None:
     bomb = plain_deflate(bytes(10_000_000), zlib.Z_DEFAULT_STRATEGY)
     assert len(bomb) < 20_000
     with pytest.raises(MaskFormatError, match="does not match its shape") as caught:
@@ -123,6 +123,6 @@ def test_bytes_after_the_deflate_stream_are_refused() -> None:
     assert "1 bytes of the payload left over" in str(caught.value.actual)
 
 
-def test_bytes_that_are_no_deflate_stream_are_refused() -> None:
+def test_bytes_that_are_not_a_deflate_stream_are_refused() -> None:
     with pytest.raises(MaskFormatError, match="not a DEFLATE stream"):
         decode(b"\xff\xff\xff", "deflate", 8, 0, path=PATH, key="w")

@@ -77,7 +77,7 @@ def test_header_with_a_number_too_long_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path, plain_bytes(b'{"a":' + b"9" * 5000 + b"}", b""), "not valid JSON")
 
 
-def test_header_that_is_no_object_is_refused(tmp_path: Path) -> None:
+def test_header_that_is_not_an_object_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path, plain_bytes(b"[]", b""), "not that of a mask file")
 
 

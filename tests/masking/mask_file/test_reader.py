@@ -1,4 +1,4 @@
-"""The mask in an open file; what is refused of a file's contents is tested in test_bits, through load_mask."""
+"""The mask in an open file; refusals of invalid contents are tested in test_mask, through load_mask."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     assert peak_bytes < 500_000 < sum(len(mask.packed(name)) for name in mask.names()) / 3
 
 
-def test_threads_get_what_they_asked_for(tmp_path: Path) -> None:
+def test_threads_get_the_tensors_they_request(tmp_path: Path) -> None:
     mask = build_mask(**{f"layers.{number}.w": random_keep(70, 101, seed=number) for number in range(9)})
     save_mask(mask, tmp_path / "mask.bits")
     names = mask.names() * 20
@@ -83,7 +83,7 @@ def test_file_that_changes_while_it_is_open_is_refused(change: str, tmp_path: Pa
             else:
                 stream.seek(-1, os.SEEK_END)
                 stream.write(b"\0")
-        os.utime(path, ns=(0, 1))  # a clock too coarse to tell the two writings apart must not hide the second
+        os.utime(path, ns=(0, 1))  # a clock too coarse to distinguish the two writes must not hide the second
         with pytest.raises(MaskFormatError, match="changed while it was being read"):
             mask.packed("odd.weight")
 
@@ -97,6 +97,6 @@ def test_file_that_is_replaced_while_it_is_open_is_still_the_old_one(tmp_path: P
     assert load_mask(path).names() == ["w"]
 
 
-def test_an_error_of_the_caller_is_left_alone() -> None:
+def test_an_error_of_the_caller_is_passed_through() -> None:
     with pytest.raises(OSError, match="no space"), open_mask(GOLDEN / "packed.bits"):
         raise OSError("no space")

@@ -1,4 +1,4 @@
-"""A study of FFT, continued FFT and two masks, and what its curves show."""
+"""A study of FFT, continued FFT and two masks, and helpers that read its curves."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drawn(figure: Figure) -> Canvas:
 
 
 def lines_of(figure: Figure) -> list[Any]:
-    """The lines of the whole picture; not those of its closer part."""
+    """The lines of the main axes, without those of the inset."""
     return drawn(figure).axes[0].get_lines()
 
 
@@ -53,7 +53,7 @@ def labels_of(figure: Figure) -> list[str]:
 
 
 def write_study(root: Path, seed: int = 0, shift: float = 0.0) -> None:
-    """FFT, continued FFT, a learned and a random mask of one seed; `shift` is what its losses lie higher."""
+    """FFT, continued FFT, a learned and a random mask of one seed; `shift` is added to all losses."""
     first = 1 + 10 * seed
     options = {"seed": seed}
     losses = {step: loss + shift for step, loss in FFT_LOSSES.items()}
@@ -61,7 +61,7 @@ def write_study(root: Path, seed: int = 0, shift: float = 0.0) -> None:
     on_fft: dict[str, Any] = {**options, "parents": [fft], "before": "FFT"}
     continued = {0: 0.8 + shift, 10: 0.95 + shift}
     write_training(root, first + 1, "continued FFT", continued, options={"keep": "last"}, stage="more", **on_fft)
-    # A learned mask is validated on one half of the records, where the same model has another loss.
+    # A learned mask is validated on half of the records, on which the same model has a different loss.
     mask = {0: 0.7 + shift, 4: 0.6 + shift}
     masks = {"command": "mask-train", **on_fft}
     write_training(root, first + 2, "MFT", mask, stage="mft", unmasked_loss=0.7 + shift, **masks)

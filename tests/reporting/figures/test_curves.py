@@ -1,4 +1,4 @@
-"""Figures of training: where lines begin, what they are against, and which are drawn."""
+"""Training figures: where lines begin, what they are relative to, and which are drawn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.reporting.training_runs import write_training
 PAPER = {"preset": "paper"}
 
 
-def test_each_line_is_against_the_best_fft_on_its_own_records_and_begins_where_its_model_was(tmp_path: Path) -> None:
+def test_each_line_is_relative_to_the_best_fft_and_begins_at_its_model(tmp_path: Path) -> None:
     write_study(tmp_path)
     [figure] = figures_of(tmp_path)
     assert points_of(figure, "FFT") == pytest.approx({0: 1.2, 10: 0.2, 20: 0.0, 30: 0.1})
@@ -70,7 +70,7 @@ def test_the_best_fft_is_zero_and_a_mask_is_measured_from_it(
     )
 
 
-def test_a_continued_training_that_kept_its_last_state_is_where_the_next_one_begins(tmp_path: Path) -> None:
+def test_a_line_begins_at_the_last_state_kept_by_a_continued_training(tmp_path: Path) -> None:
     write_study(tmp_path)
     parents = ["001-fft", "002-fft"]
     losses = {0: 0.9, 5: 0.85}
@@ -86,7 +86,7 @@ def test_a_continued_training_that_kept_its_last_state_is_where_the_next_one_beg
         options={**PAPER, "threshold": -0.035},
     )
     [figure] = figures_of(tmp_path)
-    # 20 steps to the best FFT, 10 more; what it masks lies 0.15 above the best FFT.
+    # 20 steps to the best FFT and 10 more; the model to mask is 0.15 above the best FFT.
     assert points_of(figure, "MFT threshold") == pytest.approx({30: 0.15, 35: 0.10})
 
 
@@ -103,7 +103,7 @@ def test_seeds_with_the_same_steps_are_one_line_with_a_band(tmp_path: Path) -> N
     assert "The loss at the star is 1.0500." in figure.caption
 
 
-def test_seeds_that_end_at_different_steps_go_on_alone(tmp_path: Path) -> None:
+def test_seeds_that_end_at_different_steps_are_drawn_separately_afterwards(tmp_path: Path) -> None:
     for seed, steps in ((0, (0, 10, 20)), (1, (0, 10, 20, 30))):
         losses = {step: 1.0 - 0.01 * step for step in steps}
         write_training(tmp_path, 1 + seed, "FFT", losses, seed=seed)
@@ -114,7 +114,7 @@ def test_seeds_that_end_at_different_steps_go_on_alone(tmp_path: Path) -> None:
     assert thin.get_linewidth() < whole.get_linewidth()
 
 
-def test_a_seed_that_is_still_trained_is_drawn_beside_the_mean_and_moves_no_star(tmp_path: Path) -> None:
+def test_a_seed_in_training_is_drawn_separately_and_moves_no_star(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_training(tmp_path, 1 + seed, "FFT", {0: 1.0, 10: 0.8 - seed, 20: 0.9}, seed=seed)
     write_training(tmp_path, 3, "FFT", {0: 1.0}, seed=2, status="running")
@@ -125,7 +125,7 @@ def test_a_seed_that_is_still_trained_is_drawn_beside_the_mean_and_moves_no_star
     assert star_of(figure) == (10.0, 0.0)
 
 
-def test_seeds_measured_at_other_steps_are_drawn_each_alone(tmp_path: Path) -> None:
+def test_seeds_measured_at_different_steps_are_drawn_separately(tmp_path: Path) -> None:
     write_training(tmp_path, 1, "FFT", {0: 1.0, 10: 0.8, 20: 0.7}, seed=0)
     write_training(tmp_path, 2, "FFT", {0: 1.2, 7: 0.9, 20: 0.8}, seed=1)
     [figure] = figures_of(tmp_path)
@@ -155,7 +155,7 @@ def test_the_variants_of_a_sweep_are_never_averaged_and_the_best_is_drawn(tmp_pa
     assert "MFT, paper (ratio=0.1) of 3" in figure.caption
 
 
-def test_a_stage_of_its_own_is_drawn_rather_than_a_variant_of_a_sweep(tmp_path: Path) -> None:
+def test_a_separate_stage_is_drawn_rather_than_a_variant_of_a_sweep(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(
         tmp_path,
@@ -174,14 +174,14 @@ def test_a_stage_of_its_own_is_drawn_rather_than_a_variant_of_a_sweep(tmp_path: 
     assert "MFT of 2" in figure.caption
 
 
-def test_of_a_run_made_again_the_newest_finished_one_counts(tmp_path: Path) -> None:
+def test_of_repeated_runs_the_newest_finished_one_counts(tmp_path: Path) -> None:
     for number, (status, last) in enumerate((("finished", 0.9), ("finished", 0.8), ("interrupted", 0.7)), start=1):
         write_training(tmp_path, number, "FFT", {0: 1.0, 10: last}, status=status)
     [figure] = figures_of(tmp_path)
     assert figure.runs == ("002-fft",)
 
 
-def test_a_training_that_runs_is_drawn_as_far_as_it_has_come(tmp_path: Path) -> None:
+def test_a_running_training_is_drawn_up_to_its_last_step(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(tmp_path, 6, "", {0: 2.0, 10: 1.1}, status="running", options={"method": "gmt"}, stage="gmt")
     write_training(tmp_path, 7, "", {}, status="running", options={"method": "lora"}, stage="lora")
@@ -189,12 +189,12 @@ def test_a_training_that_runs_is_drawn_as_far_as_it_has_come(tmp_path: Path) -> 
     write_training(tmp_path, 8, "", {0: 0.75, 4: 0.72}, options=PAPER, stage="paper", **mask)
     [figure] = figures_of(tmp_path)
     assert points_of(figure, "GMT") == pytest.approx({0: 1.2, 10: 0.3})
-    # The unmasked loss on its half of the records is known from the finished mask beside it.
+    # The unmasked loss on the first half of the records is known from the finished mask.
     assert points_of(figure, "MFT, paper") == pytest.approx({20: 0.05, 24: 0.02})
     assert "Not finished: 006-fft, 008-mask-train." in figure.caption
 
 
-def test_a_mask_that_runs_and_whose_unmasked_loss_is_not_known_is_said_to_be_missing(tmp_path: Path) -> None:
+def test_a_running_mask_training_without_an_unmasked_loss_is_reported_as_missing(tmp_path: Path) -> None:
     fft = write_training(tmp_path, 1, "FFT", FFT_LOSSES)
     mask = {"command": "mask-train", "parents": [fft], "before": "FFT", "status": "running"}
     write_training(tmp_path, 2, "", {0: 0.75, 4: 0.72}, options=PAPER, **mask)
@@ -204,7 +204,7 @@ def test_a_mask_that_runs_and_whose_unmasked_loss_is_not_known_is_said_to_be_mis
     assert problem.endswith("is unknown")
 
 
-def test_masks_of_a_model_that_no_run_made_are_against_that_model(tmp_path: Path) -> None:
+def test_masks_of_a_model_without_a_run_are_relative_to_that_model(tmp_path: Path) -> None:
     losses = {0: 0.7, 4: 0.65}
     write_training(tmp_path, 1, "MFT", losses, command="mask-train", unmasked_loss=0.7)
     [figure] = figures_of(tmp_path)
@@ -223,7 +223,7 @@ def test_without_fft_the_losses_themselves_are_drawn(tmp_path: Path) -> None:
 def test_two_domains_of_one_model_have_a_figure_each(tmp_path: Path) -> None:
     write_training(tmp_path, 1, "FFT", FFT_LOSSES, data="maths.jsonl")
     code = write_training(tmp_path, 2, "FFT", FFT_LOSSES, data="code.jsonl")
-    # Learned on maths alone, of a model tuned on code: it belongs to its model.
+    # Learned on maths alone, from a model tuned on code: it belongs to that model.
     write_training(
         tmp_path,
         3,
@@ -255,7 +255,7 @@ def write_many(root: Path) -> None:
     write_training(root, 32, "MFT threshold", {0: 0.7, 4: 0.6}, options=threshold, stage="global", **on_fft)
 
 
-def test_more_lines_than_can_be_told_apart_come_as_two_figures(tmp_path: Path) -> None:
+def test_too_many_lines_to_distinguish_are_split_into_two_figures(tmp_path: Path) -> None:
     write_many(tmp_path)
     masks, updates = figures_of(tmp_path)
     assert (masks.name, updates.name) == ("loss-by-step", "loss-by-step-updates")
@@ -272,7 +272,7 @@ def test_more_lines_than_can_be_told_apart_come_as_two_figures(tmp_path: Path) -
     ]
 
 
-def test_what_is_far_worse_than_all_starts_lies_above_the_picture_and_is_named(tmp_path: Path) -> None:
+def test_a_line_far_above_all_starts_is_off_the_figure_and_named(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(
         tmp_path,
@@ -303,14 +303,14 @@ def write_scored(root: Path) -> None:
     random: dict[str, Any] = {"options": {"method": "random"}, "unmasked_loss": 0.8, **masks}
     made = write_training(root, 3, "random mask", {0: 0.9}, **random)
     write_evaluation(root, 4, "random mask", [fft, made], make_samples(1, loss=1, correct=0.2, samples=100))
-    # As many samples, but others.
+    # As many samples, but different ones.
     drop: dict[str, Any] = {"options": {"method": "drop"}, **masks}
     made = write_training(root, 5, "trivial drop", {}, **drop)
     samples = make_samples(1, loss=1, correct=0.2, samples=100)
     write_evaluation(root, 6, "trivial drop", [fft, made], samples, digest="other")
 
 
-def test_scores_measured_on_the_way_are_drawn_with_what_eval_says_of_the_same_samples(tmp_path: Path) -> None:
+def test_interim_scores_are_drawn_with_those_of_eval_on_the_same_samples(tmp_path: Path) -> None:
     write_scored(tmp_path)
     figure = next(figure for figure in figures_of(tmp_path) if figure.name.startswith("score"))
     assert figure.name == "score-by-step-test-jsonl-exact-match"
@@ -323,7 +323,9 @@ def test_scores_measured_on_the_way_are_drawn_with_what_eval_says_of_the_same_sa
     assert "standard error of up to 0.020" in figure.caption
 
 
-def test_the_star_of_a_score_is_where_training_went_on_from_it_if_its_own_step_was_not_measured(tmp_path: Path) -> None:
+def test_the_star_of_a_score_is_at_the_start_of_the_next_training_if_its_own_step_was_not_measured(
+    tmp_path: Path,
+) -> None:
     few: dict[str, Any] = {"scores": {"exact_match": {0: 0.1, 15: 0.3, 30: 0.4}}}
     fft = write_training(tmp_path, 1, "FFT", FFT_LOSSES, **few)
     figure = next(figure for figure in figures_of(tmp_path) if figure.name.startswith("score"))
@@ -350,7 +352,7 @@ def test_long_labels_stay_inside_the_figure(tmp_path: Path) -> None:
     assert whole.x0 <= box.x0 < box.x1 <= whole.x1
 
 
-def test_masks_too_short_to_be_seen_are_drawn_once_more_closer(tmp_path: Path) -> None:
+def test_masks_too_short_to_be_seen_get_an_inset(tmp_path: Path) -> None:
     write_training(tmp_path, 1, "FFT", {0: 2.0, 100: 0.8, 200: 0.9})
     on_fft: dict[str, Any] = {"parents": ["001-fft"], "before": "FFT", "unmasked_loss": 0.7}
     write_training(tmp_path, 2, "MFT", {0: 0.7, 4: 0.6}, command="mask-train", **on_fft)
@@ -361,7 +363,7 @@ def test_masks_too_short_to_be_seen_are_drawn_once_more_closer(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("status", ["failed", "running"])
-def test_there_is_no_figure_of_nothing(tmp_path: Path, status: str) -> None:
+def test_without_trainings_there_is_no_figure(tmp_path: Path, status: str) -> None:
     write_training(tmp_path, 1, "FFT", {} if status == "running" else FFT_LOSSES, status=status)
     assert figures_of(tmp_path) == []
 

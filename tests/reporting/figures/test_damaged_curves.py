@@ -1,4 +1,4 @@
-"""Figures of training from damaged or incomplete run folders: what is named, and what is drawn all the same."""
+"""Training figures from damaged or incomplete run folders: the problems that are named, and the remaining lines."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_damaged_file_of_metrics_is_named_and_hides_no_other_run(tmp_path: Pat
     assert labels_of(figure) == ["FFT", "random mask", "MFT", "best FFT"]
 
 
-def test_a_training_whose_options_are_of_another_version_is_named(tmp_path: Path) -> None:
+def test_a_training_with_options_of_another_version_is_named(tmp_path: Path) -> None:
     write_study(tmp_path)
     write_training(tmp_path, 6, "", {0: 2.0, 10: 1.1}, status="running")
     path = tmp_path / "006-fft" / "run.json"
@@ -70,7 +70,7 @@ def test_a_damaged_evaluation_or_probe_hides_no_training(tmp_path: Path, damage:
     assert len(figure.runs) == 4
 
 
-def test_a_mask_whose_model_is_missing_is_drawn_from_the_start_and_said_so(tmp_path: Path) -> None:
+def test_a_mask_whose_model_is_missing_is_drawn_from_step_0_with_a_note(tmp_path: Path) -> None:
     on_fft: dict[str, Any] = {"command": "mask-train", "parents": ["001-fft"], "before": "FFT", "unmasked_loss": 0.7}
     write_training(tmp_path, 2, "MFT", {0: 0.7, 4: 0.6}, **on_fft)
     [figure], [problem] = figures_and_problems_of(tmp_path)

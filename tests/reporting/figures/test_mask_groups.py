@@ -71,11 +71,11 @@ def test_of_many_groups_those_with_most_seeds_then_the_newest(tmp_path: Path) ->
     assert [group.label for group in family.groups] == expected
 
 
-def test_masks_of_other_kind_or_shape_are_a_family_of_their_own(tmp_path: Path) -> None:
+def test_masks_of_a_different_kind_or_shape_are_a_separate_family(tmp_path: Path) -> None:
     write_mask_run(tmp_path, 1, "MFT", MASK)
     write_mask_run(tmp_path, 2, "trivial drop", make_mask(random_keep(0, **{Q.format(4): (4, 4)}), kind="delta"))
     write_mask_run(tmp_path, 3, "MFT", make_mask(random_keep(0, **{Q.format(4): (4, 5)})), origin="models/wide")
-    # No tensor in common with the first, but its layers are of one shape.
+    # No tensor in common with the first mask, but its layers have the same shape.
     write_mask_run(tmp_path, 4, "MFT, paper", make_mask(random_keep(0, **{Q.format(11): (4, 4)})))
     found, problems = families(tmp_path)
     assert problems == []
@@ -104,7 +104,7 @@ def test_a_damaged_mask_hides_no_other(tmp_path: Path) -> None:
     assert problem.startswith(f"{broken / 'mask.bits'}: The mask file is damaged")
 
 
-def test_a_mask_file_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_mask_file_is_named(tmp_path: Path) -> None:
     folder = write_mask_run(tmp_path, 1, "MFT", MASK)
     (folder / "mask.bits").unlink()
     assert families(tmp_path) == ([], [f"{folder / 'mask.bits'}: The mask file cannot be read."])
@@ -134,7 +134,7 @@ def test_a_record_that_lacks_something_is_named(tmp_path: Path, key: str) -> Non
     assert families(tmp_path) == ([], [f"{folder / 'run.json'}: The run record of this mask is incomplete."])
 
 
-def test_a_copied_runs_folder_is_read_and_not_what_it_was_copied_from(tmp_path: Path) -> None:
+def test_masks_are_read_from_a_copied_runs_folder_and_not_from_the_original(tmp_path: Path) -> None:
     original = write_mask_run(tmp_path / "runs", 1, "MFT", MASK)
     shutil.copytree(tmp_path / "runs", tmp_path / "copy")
     damage(original / "mask.bits")

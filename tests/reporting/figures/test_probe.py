@@ -1,4 +1,4 @@
-"""Figures of probes: each group against its layers, by size and over seeds."""
+"""Probe figures: each group by its layers, by group size and over seeds."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def changes_of(figure: Figure) -> dict[str, float]:
 
 
 def lines_of(figure: Figure) -> dict[str, Any]:
-    """The lines of the legend by their labels."""
+    """The lines in the legend, by label."""
     canvas = Canvas(layout="constrained")
     figure.draw(canvas)
     [axes] = canvas.axes
     return {line.get_label(): line for line in axes.get_lines() if not line.get_label().startswith("_")}
 
 
-def test_each_group_stands_at_its_loss_over_the_middle_of_its_layers(tmp_path: Path) -> None:
+def test_each_group_is_drawn_at_the_middle_of_its_layers(tmp_path: Path) -> None:
     write_probe(tmp_path, 1, FOURS, unmasked_loss=0.5)
     [figure] = figures_of(tmp_path)
     lines = lines_of(figure)
@@ -94,7 +94,7 @@ def test_sizes_of_groups_not_given_are_the_default(tmp_path: Path) -> None:
     assert list(lines_of(figure)) == ["FFT, no mask", "groups of 4", "all layers together", "recommended"]
 
 
-def test_layers_that_are_not_together_are_drawn_where_they_are(tmp_path: Path) -> None:
+def test_layers_that_are_not_adjacent_are_drawn_at_their_positions(tmp_path: Path) -> None:
     write_probe(tmp_path, 1, {"0,2-3": -0.01, "8-10": 0.01}, groups=[3])
     [figure] = figures_of(tmp_path)
     canvas = Canvas(layout="constrained")
@@ -103,7 +103,7 @@ def test_layers_that_are_not_together_are_drawn_where_they_are(tmp_path: Path) -
     assert bars == [[-0.4, 0.4], [1.6, 3.4], [7.6, 10.4]]
 
 
-def test_several_seeds_are_averaged_as_changes_of_their_own_models(tmp_path: Path) -> None:
+def test_several_seeds_are_averaged_as_changes_from_their_own_models(tmp_path: Path) -> None:
     write_probe(tmp_path, 1, {"0-3": 0.1, "4-7": -0.1}, unmasked_loss=0.5, seed=0)
     write_probe(tmp_path, 2, {"0-3": 0.3, "4-7": -0.2}, unmasked_loss=0.7, seed=1, parents=["002-fft"])
     [figure] = figures_of(tmp_path)
@@ -135,7 +135,7 @@ def test_probes_of_one_model_with_other_groups_share_a_figure_and_the_newest_cou
 @pytest.mark.parametrize(
     "changed", [{"parents": ["009-fft"]}, {"options": {"preset": "paper"}}, {"state": "continued FFT"}]
 )
-def test_probes_of_other_models_or_masks_have_figures_of_their_own(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_probes_of_other_models_or_masks_have_separate_figures(tmp_path: Path, changed: dict[str, Any]) -> None:
     write_probe(tmp_path, 1, FOURS)
     write_probe(tmp_path, 2, FOURS, **changed)
     assert [(figure.name, figure.runs) for figure in figures_of(tmp_path)] == [
@@ -144,7 +144,7 @@ def test_probes_of_other_models_or_masks_have_figures_of_their_own(tmp_path: Pat
     ]
 
 
-def test_what_a_fast_probe_promises_has_a_figure_of_its_own(tmp_path: Path) -> None:
+def test_the_estimates_of_a_fast_probe_have_a_separate_figure(tmp_path: Path) -> None:
     agreement = {"run": "002-probe", "groups": 4, "rank_correlation": 0.8}
     write_probe(tmp_path, 1, {"0-3": -1.0, "4-7": -2.0}, fast=True, agreement=agreement)
     write_probe(tmp_path, 2, {"0-3": -0.1, "4-7": -0.2})
@@ -157,7 +157,7 @@ def test_what_a_fast_probe_promises_has_a_figure_of_its_own(tmp_path: Path) -> N
     assert "Nothing was trained" not in trained.caption
 
 
-def test_a_probe_by_a_score_has_a_figure_of_its_own_with_the_loss_in_its_data(tmp_path: Path) -> None:
+def test_a_probe_by_a_score_has_a_separate_figure_with_the_loss_in_its_data(tmp_path: Path) -> None:
     scores = {"0-3": -0.05, "4-7": 0.025, "8-11": 0.05, "12-13": 0.0}
     write_probe(tmp_path, 1, FOURS)
     write_probe(tmp_path, 2, FOURS, scores=scores, recommended="8-11")
@@ -192,7 +192,7 @@ def test_a_probe_that_is_not_finished_is_in_no_figure(tmp_path: Path, status: st
     assert figures_of(tmp_path) == []
 
 
-def test_a_single_group_is_nothing_to_compare(tmp_path: Path) -> None:
+def test_a_single_group_has_no_figure(tmp_path: Path) -> None:
     write_probe(tmp_path, 1, {"4-7": -0.1})
     assert figures_of(tmp_path) == []
 

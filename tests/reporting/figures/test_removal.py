@@ -21,7 +21,7 @@ def figures_of(root: Path) -> tuple[dict[str, Figure], list[str]]:
 
 
 def write_experiment(root: Path, layers: int = 3, kind: str = "weight") -> None:
-    """Two seeds of a random mask and of one that removes the smallest weights of the first layers."""
+    """Writes two seeds of a random mask and of one that removes the smallest weights of the first layers."""
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         weights = {
@@ -95,7 +95,7 @@ def test_the_data_of_the_figures(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [3, 20])
-def test_they_can_be_drawn(tmp_path: Path, layers: int) -> None:
+def test_the_figures_can_be_drawn(tmp_path: Path, layers: int) -> None:
     write_experiment(tmp_path / "runs", layers)
     figures, _ = figures_of(tmp_path / "runs")
     svg = render(figures["removed-by-layer"]).svg
@@ -113,7 +113,7 @@ def test_masks_that_remove_nothing_can_be_drawn(tmp_path: Path) -> None:
     weights = {UP.format(0): torch.randn(4, 8), UP.format(1): torch.randn(4, 8)}
     model = write_model(tmp_path / "001-fft/model", weights)
     for number, state in enumerate(["MFT", "L1 mask"]):
-        # One of them covers one layer only, so that there is a map.
+        # One mask covers one layer only, so there is a map.
         keep = {name: torch.ones(4, 8, dtype=torch.bool) for name in list(weights)[number:]}
         write_mask_run(tmp_path, 2 + number, state, make_mask(keep, weights), model=str(model))
     figures, _ = figures_of(tmp_path)
@@ -144,7 +144,7 @@ def test_nothing_without_masks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_drops_have_figures_and_words_of_their_own(tmp_path: Path) -> None:
+def test_drops_have_separate_figures_and_captions(tmp_path: Path) -> None:
     write_experiment(tmp_path / "drops", kind="delta")
     write_experiment(tmp_path)
     for number, run in enumerate(sorted((tmp_path / "drops").glob("*-mask-train"))):
@@ -170,7 +170,7 @@ def test_models_of_other_shapes_are_named(tmp_path: Path) -> None:
     assert [figure.title for figure in figures.values()] == titles
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_omissions_are_reported(tmp_path: Path) -> None:
     number = 0
     for stage in range(10):
         for seed in range(2):

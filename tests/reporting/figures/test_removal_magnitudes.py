@@ -30,7 +30,7 @@ def shares_of(root: Path) -> tuple[list[MagnitudeShares], list[str]]:
 
 
 def plain_shares(weights: Tensors, keep: Tensors) -> list[Fraction]:
-    """Weight by weight: of those in order of size, each lies in the bins that its part of 0 to 1 meets."""
+    """Bins weight by weight: in order of size, each weight counts in the bins that its part of 0 to 1 overlaps."""
     removed = [Fraction(0)] * BINS
     for name, tensor in weights.items():
         values, kept = tensor.flatten().tolist(), keep[name].flatten().tolist()
@@ -66,7 +66,7 @@ SMALL = st.integers(-3, 3).map(float)
 
 @pytest.mark.slow
 @given(st.lists(st.tuples(SMALL, st.booleans()), min_size=1, max_size=70))
-def test_any_tensor_also_with_equal_weights(pairs: list[tuple[float, bool]]) -> None:
+def test_any_tensor_including_equal_weights(pairs: list[tuple[float, bool]]) -> None:
     weights = {"h.0.a": torch.tensor([weight for weight, _ in pairs])}
     keep = {"h.0.a": torch.tensor([kept for _, kept in pairs])}
     with tempfile.TemporaryDirectory() as folder:
@@ -106,9 +106,7 @@ def test_seeds_are_averaged_each_with_its_own_model(tmp_path: Path) -> None:
     assert (found.label, found.state, found.seeds) == ("MFT", "MFT", (0, 1))
 
 
-def test_of_a_large_tensor_a_sample_is_drawn_and_always_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_tensors_are_sampled_deterministically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = {"h.0.a": torch.randn(300, 100, generator=torch.Generator().manual_seed(1)), "h.0.b": torch.ones(100)}
     keep = {name: tensor.abs() > 0.5 for name, tensor in weights.items()}
     model = write_model(tmp_path / "001-fft/model", weights)
@@ -122,12 +120,14 @@ def test_of_a_large_tensor_a_sample_is_drawn_and_always_the_same(
     assert (whole.is_sampled, sampled.is_sampled) == (False, True)
     assert sampled == again
     assert sampled.shares != whole.shares
-    assert sampled.shares == pytest.approx(whole.shares, abs=0.25)  # in the bin of the border; elsewhere they are equal
+    assert sampled.shares == pytest.approx(
+        whole.shares, abs=0.25
+    )  # only in the bin at the border; the others are equal
     assert sampled.flat == whole.flat
 
 
 @pytest.mark.parametrize(("weights", "most"), [(10, 4), (4, 4), (1000, 7), (7, 100)])
-def test_a_sample_has_a_place_of_each_piece(weights: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_has_one_position_per_piece(weights: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(removal_magnitudes, "MAX_SAMPLE", most)
     removal_magnitudes._sample.cache_clear()
     places = removal_magnitudes._sample(weights).tolist()
@@ -147,7 +147,7 @@ def test_a_drop_is_measured_on_the_fine_tuned_model(tmp_path: Path) -> None:
     assert found.shares[:3] == (1.0, 1.0, 0.0)
 
 
-def test_a_model_that_is_gone_hides_no_other(tmp_path: Path) -> None:
+def test_a_missing_model_hides_no_other(tmp_path: Path) -> None:
     weights = {"h.0.a": torch.arange(40.0)}
     mask = make_mask({"h.0.a": torch.arange(40) >= 4}, weights)
     model = write_model(tmp_path / "001-fft/model", weights)
@@ -194,7 +194,7 @@ def test_a_damaged_model_is_named_for_each_of_its_masks(tmp_path: Path) -> None:
     assert all("not a complete safetensors file" in problem for problem in problems)
 
 
-def test_a_mask_that_was_damaged_meanwhile_hides_no_other(tmp_path: Path) -> None:
+def test_a_mask_damaged_in_the_meantime_hides_no_other(tmp_path: Path) -> None:
     weights = {"h.0.a": torch.arange(40.0)}
     mask = make_mask({"h.0.a": torch.arange(40) >= 4}, weights)
     model = write_model(tmp_path / "001-fft/model", weights)

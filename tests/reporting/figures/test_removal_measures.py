@@ -119,7 +119,7 @@ def test_jaccard_and_chance_agree_with_plain_sets(masks: list[tuple[set[int], se
         assert pair.by_chance == pytest.approx(float(chance / (total - chance)) if total - chance else 1)
 
 
-def test_only_tensors_that_both_cover_count(tmp_path: Path) -> None:
+def test_only_tensors_covered_by_both_masks_count(tmp_path: Path) -> None:
     shared, own = LAYER.format(4) + "up.weight", LAYER.format(0) + "up.weight"
     write_mask_run(tmp_path, 1, "L1 mask", make_mask({shared: bits(0, 1)}))
     write_mask_run(tmp_path, 2, "MFT", make_mask({shared: bits(1, 2), own: bits(1, 2, 3, 4)}))
@@ -131,7 +131,7 @@ def test_only_tensors_that_both_cover_count(tmp_path: Path) -> None:
     assert pair.by_chance == pytest.approx(0.5 / 3.5)
 
 
-def test_of_many_masks_every_state_has_one_before_another_has_two(tmp_path: Path) -> None:
+def test_many_masks_are_chosen_evenly_from_all_states(tmp_path: Path) -> None:
     number = 0
     for state, seeds in (("L1 mask", 1), ("random mask", 10), ("MFT", 5)):
         for seed in range(seeds):
@@ -146,7 +146,7 @@ def test_of_many_masks_every_state_has_one_before_another_has_two(tmp_path: Path
     assert (len(found.pairs), found.left_out) == (66, 4)
 
 
-def test_a_mask_file_that_changed_meanwhile_is_an_error(tmp_path: Path) -> None:
+def test_a_mask_file_changed_in_the_meantime_is_an_error(tmp_path: Path) -> None:
     folder = write_mask_run(tmp_path, 1, "MFT", make_mask({"a": bits(1)}))
     groups = groups_of(tmp_path)
     damage(folder / "mask.bits")

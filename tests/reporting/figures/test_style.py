@@ -26,7 +26,7 @@ def test_no_two_states_look_alike_even_without_colour() -> None:
     assert len(set(shapes)) == len(STATE_ORDER)
 
 
-def test_the_maker_of_a_state_does_not_change_its_look() -> None:
+def test_unknown_states_get_a_numbered_style() -> None:
     assert style_of("FFT").color == INK
     assert style_of("something new") == numbered_style(len(STATE_ORDER))
 
@@ -66,7 +66,7 @@ def test_the_picture_is_on_white_and_always_the_same() -> None:
 
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.combinations(range(6), 2)))
-def test_lines_that_are_no_states_differ_in_all_ways(one: int, other: int) -> None:
+def test_lines_that_are_not_states_differ_in_every_respect(one: int, other: int) -> None:
     first, second = numbered_style(one), numbered_style(other)
     assert first.color != second.color
     assert first.marker != second.marker

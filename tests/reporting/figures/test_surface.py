@@ -1,4 +1,4 @@
-"""The figure of a loss surface: what is drawn, from which runs, and what is said of those that cannot be."""
+"""The figure of a loss surface: its contents, the runs it uses, and notes on runs that cannot be drawn."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_surface(
     test: Loss = held_out_loss,
     mask: str = "003-mask-train",
 ) -> Run:
-    """A surface run of a known function, unfinished where only some cells are asked for."""
+    """Writes a surface run of a known function; with `cells`, an unfinished one with only that many points."""
     names = ("001-fft", "002-fft", mask)
     inputs = {
         "points": side,
@@ -84,7 +84,7 @@ def test_one_figure_with_every_point_and_the_runs_it_is_from(tmp_path: Path) -> 
     json.dumps(figure.data, allow_nan=False)
 
 
-def test_the_caption_says_from_how_much_and_what_it_cannot_tell(tmp_path: Path) -> None:
+def test_the_caption_states_sample_sizes_and_limits(tmp_path: Path) -> None:
     write_surface(tmp_path)
     ((figure,), _) = figures(tmp_path)
     assert "on 100 training records of 001-fft and on 60 test records, at 7 × 7 points." in figure.caption
@@ -104,7 +104,7 @@ def test_the_svg_names_the_three_models_and_is_the_same_each_time(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_marks_lie_where_the_models_are_and_the_lines_where_the_losses_are(tmp_path: Path) -> None:
+def test_marks_and_contours_are_at_the_right_positions(tmp_path: Path) -> None:
     write_surface(tmp_path, side=41)
     ((figure,), _) = figures(tmp_path)
     for axes, loss in zip(canvas_of(figure).axes, (train_loss, held_out_loss), strict=True):
@@ -115,7 +115,7 @@ def test_marks_lie_where_the_models_are_and_the_lines_where_the_losses_are(tmp_p
 
 
 @pytest.mark.slow
-@settings(max_examples=10)  # each draws a figure
+@settings(max_examples=10)  # each example draws a figure
 @given(st.lists(st.floats(0.01, 20), min_size=25, max_size=25, unique=True))
 def test_each_band_has_its_share_of_the_grid(tmp_path_factory: pytest.TempPathFactory, losses: list[float]) -> None:
     root = tmp_path_factory.mktemp("bands")
@@ -128,7 +128,7 @@ def test_each_band_has_its_share_of_the_grid(tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-def test_a_part_of_a_grid_is_drawn_and_said_to_be_one(tmp_path: Path) -> None:
+def test_a_partial_grid_is_drawn_and_labelled_as_such(tmp_path: Path) -> None:
     write_surface(tmp_path, cells=20)
     (figure,), problems = figures(tmp_path)
     assert problems == []
@@ -136,7 +136,7 @@ def test_a_part_of_a_grid_is_drawn_and_said_to_be_one(tmp_path: Path) -> None:
     assert "MFT, paper" in render(figure).svg
 
 
-def test_too_few_points_are_said_to_be(tmp_path: Path) -> None:
+def test_too_few_points_are_reported(tmp_path: Path) -> None:
     write_surface(tmp_path, cells=15)
     found, problems = figures(tmp_path)
     assert found == []
@@ -158,27 +158,27 @@ def test_one_bad_run_does_not_hide_the_others(tmp_path: Path) -> None:
     assert problems[1:] == ["002-surface: its loss surface cannot be read: corners is missing"]
 
 
-def test_a_line_that_is_no_mapping_is_a_bad_run_too(tmp_path: Path) -> None:
+def test_a_line_that_is_not_a_mapping_is_a_bad_run_too(tmp_path: Path) -> None:
     write_surface(tmp_path).training.log([1])  # type: ignore[arg-type]
     found, (problem,) = figures(tmp_path)
     assert found == []
     assert problem.endswith("metrics.jsonl:53 cannot be read: Input should be a valid dictionary.")
 
 
-def test_points_on_one_line_are_no_surface(tmp_path: Path) -> None:
+def test_collinear_points_are_not_a_surface(tmp_path: Path) -> None:
     log = write_surface(tmp_path).folder / "metrics.jsonl"
     rows = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
     log.write_text("".join(json.dumps({**row, "y": 2 * row["x"]}) + "\n" for row in rows))
     assert figures(tmp_path) == ([], ["001-surface: the points of its loss surface do not span a plane"])
 
 
-def test_the_same_loss_everywhere_is_no_surface(tmp_path: Path) -> None:
+def test_the_same_loss_everywhere_is_not_a_surface(tmp_path: Path) -> None:
     write_surface(tmp_path, test=lambda x, y: 0.5)
     assert figures(tmp_path) == ([], ["001-surface: constant over the whole plane: test loss"])
 
 
 @pytest.mark.slow
-def test_where_the_model_gives_no_number_the_highest_is_drawn(tmp_path: Path) -> None:
+def test_infinite_losses_are_drawn_at_the_highest_value(tmp_path: Path) -> None:
     write_surface(tmp_path, test=lambda x, y: None if x > 7 else held_out_loss(x, y))
     (figure,), problems = figures(tmp_path)
     assert problems == []

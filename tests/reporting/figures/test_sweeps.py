@@ -1,4 +1,4 @@
-"""Figures of sweeps: which states belong in one line, and what their bars are."""
+"""Sweep figures: which states form a line, and what their error bars show."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def figures_and_problems_of(root: Path) -> tuple[list[Figure], list[str]]:
 
 
 class Study:
-    """Runs of training, each followed by its evaluation."""
+    """Trainings, each followed by its evaluation."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -52,7 +52,7 @@ class Study:
         data: str = "train.jsonl",
         is_applied: bool = False,
     ) -> str:
-        """The name of the run that made the state; the state is evaluated."""
+        """Writes the run of a state and its evaluation; returns the name of the first."""
         self._number += 2
         command = "mask-train" if on else "fft"
         made = write_training(
@@ -77,7 +77,7 @@ class Study:
 
 
 def write_ratios(study: Study, ratios: Sequence[float], *, seed: int = 0, **changed: Any) -> None:
-    """FFT, and MFT, paper with each ratio."""
+    """Writes FFT, and `MFT, paper` with each ratio."""
     fft = study.add("FFT", seed=seed, stage="fft")
     for place, ratio in enumerate(ratios):
         options = {**PAPER, "ratio": ratio, **changed}
@@ -86,7 +86,7 @@ def write_ratios(study: Study, ratios: Sequence[float], *, seed: int = 0, **chan
 
 
 def numbers_of(figure: Figure, metric: str, state: str, key: str) -> dict[float, tuple[float, float, float]]:
-    """Value, low and high end by what was swept."""
+    """Value, low end and high end by swept value."""
     return {
         point[key]: (point["value"], point["low"], point["high"])
         for point in figure.data
@@ -118,7 +118,7 @@ def test_the_mask_ratio_is_drawn_with_the_values_and_intervals_of_the_tables(tmp
     value=st.floats(0, 1),
     ends=st.tuples(st.floats(-0.5, 0.5), st.floats(-0.5, 0.5), st.floats(-0.5, 0.5)).map(sorted),
 )
-def test_a_bar_leaves_out_the_line_of_fft_just_where_the_interval_leaves_out_0(
+def test_a_bar_excludes_the_line_of_fft_exactly_if_the_interval_excludes_0(
     tmp_path_factory: pytest.TempPathFactory, ratios: list[float], value: float, ends: list[float]
 ) -> None:
     root = tmp_path_factory.mktemp("runs")
@@ -161,7 +161,7 @@ def test_the_ratio_not_given_is_the_default(tmp_path: Path) -> None:
     assert list(numbers_of(figure, "loss", "MFT, paper", "ratio")) == [0.1, 0.4]
 
 
-def test_a_mask_by_threshold_and_one_by_projection_have_no_ratio_to_be_drawn_at(tmp_path: Path) -> None:
+def test_masks_by_threshold_or_projection_have_no_single_ratio_and_are_not_drawn(tmp_path: Path) -> None:
     study = Study(tmp_path)
     fft = study.add("FFT")
     for stage, options in (("one", {"threshold": 0.0}), ("two", {"threshold": 0.1}), ("three", {"ratio": {"q": 0.1}})):
@@ -182,7 +182,7 @@ def test_states_that_differ_in_more_than_the_option_share_no_line(tmp_path: Path
 
 
 @pytest.mark.parametrize("changed", [{"prefix_cache_gb": 0.0}, {"benchmark_every": 5}, {"benchmark_limit": 50}])
-def test_what_decides_nothing_keeps_states_in_one_line(tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_options_that_decide_nothing_keep_states_in_one_line(tmp_path: Path, changed: dict[str, Any]) -> None:
     study = Study(tmp_path)
     fft = study.add("FFT")
     study.add("MFT, paper", options={**PAPER, "ratio": 0.1}, on=[fft], stage="one")
@@ -198,7 +198,7 @@ def test_masks_of_two_fine_tuned_models_share_no_line(tmp_path: Path) -> None:
     assert figures_of(tmp_path) == []
 
 
-def test_two_sweeps_of_one_state_are_two_lines_named_by_what_differs(tmp_path: Path) -> None:
+def test_two_sweeps_of_one_state_are_two_lines_named_by_their_differences(tmp_path: Path) -> None:
     study = Study(tmp_path)
     fft = study.add("FFT")
     for layers in ("0-3", "4-7"):
@@ -213,13 +213,13 @@ def test_two_sweeps_of_one_state_are_two_lines_named_by_what_differs(tmp_path: P
 def test_seeds_are_averaged_and_a_seed_that_lacks_a_value_does_not_break_the_line(tmp_path: Path) -> None:
     study = Study(tmp_path)
     write_ratios(study, [0.1, 0.2, 0.4], seed=0)
-    # The probe of another seed may choose other layers.
+    # With a different seed, the probe may choose other layers.
     write_ratios(study, [0.1, 0.2], seed=1, layers="0-3")
     [figure] = figures_of(tmp_path)
     seeds = {point["ratio"]: point["seeds"] for point in figure.data if "ratio" in point and point["metric"] == "loss"}
     assert seeds == {0.1: 2, 0.2: 2, 0.4: 1}
     assert "Seeds per point: 1 to 2." in figure.caption
-    # The state of one seed was compared with the FFT of that seed, and so stands as far from the line of both.
+    # Each seed's state was compared with the FFT of that seed, so it has the same distance from the line of both.
     tables = {table.metric: table for table in compare_runs(tmp_path)[0]}
     for metric, table in tables.items():
         [row] = [row for row in table.rows if row.seeds == (0,)]
@@ -265,7 +265,7 @@ def test_the_ratio_of_updates_is_swept_with_the_fft_of_the_same_data_as_its_line
     assert legend_of(figure) == ["FFT (fft)", "random update", "GMT"]
 
 
-def test_a_state_of_which_only_one_value_was_tried_is_in_no_figure(tmp_path: Path) -> None:
+def test_a_state_with_only_one_value_is_in_no_figure(tmp_path: Path) -> None:
     study = Study(tmp_path)
     write_ratios(study, [0.1, 0.2])
     study.add("random mask", options={"method": "random", "layers": "4-7"}, on=["001-fft"], stage="random")
@@ -297,7 +297,7 @@ def test_without_a_paired_baseline_the_bars_are_over_seeds(tmp_path: Path) -> No
     assert "The baseline was not measured." in figure.caption
 
 
-def test_a_state_whose_maker_is_missing_is_named_once(tmp_path: Path) -> None:
+def test_a_state_whose_training_is_missing_is_named_once(tmp_path: Path) -> None:
     study = Study(tmp_path)
     write_ratios(study, [0.1, 0.2, 0.4])
     (tmp_path / "003-mask-train" / "run.json").write_text("{", encoding="utf-8")
@@ -307,7 +307,7 @@ def test_a_state_whose_maker_is_missing_is_named_once(tmp_path: Path) -> None:
     assert list(numbers_of(figure, "loss", "MFT, paper", "ratio")) == [0.2, 0.4]
 
 
-def test_a_state_whose_options_are_of_another_version_is_named(tmp_path: Path) -> None:
+def test_a_state_with_options_of_another_version_is_named(tmp_path: Path) -> None:
     study = Study(tmp_path)
     write_ratios(study, [0.1, 0.2, 0.4])
     path = tmp_path / "003-mask-train" / "run.json"

@@ -18,7 +18,7 @@ def make_table(*rows: Row, origin: str = "models/base", metric: str = "loss") ->
     return MetricTable(origin, "test.jsonl", metric, "FFT", rows)
 
 
-def test_the_best_learned_mask_is_told_with_its_interval() -> None:
+def test_the_best_learned_mask_is_stated_with_its_interval() -> None:
     rows = (
         make_row("FFT", 0.5, None),
         make_row("MFT, paper", 0.49, BETTER, "005-eval"),
@@ -44,6 +44,6 @@ def test_seeds_and_models_are_named_where_there_are_several() -> None:
     assert one.text.endswith("(1,500 samples, 3 seeds).")
 
 
-def test_without_a_learned_mask_there_is_nothing_to_tell() -> None:
+def test_without_a_learned_mask_there_is_no_headline() -> None:
     assert headlines([make_table(make_row("FFT", 0.5, None), make_row("random mask", 0.6, BETTER))]) == []
     assert headlines([make_table(make_row("MFT", 0.5, None))]) == []

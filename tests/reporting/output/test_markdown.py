@@ -44,14 +44,14 @@ def test_numbers_are_followed_by_their_runs_and_bars_are_escaped() -> None:
     ]
 
 
-def test_what_was_made_in_another_way_is_told_below_its_table(report: Report) -> None:
+def test_differences_in_settings_are_listed_below_the_table(report: Report) -> None:
     table = report.tables[0]
     rows = (dataclasses.replace(table.rows[0], flags=("Measured with torch 1",)), *table.rows[1:])
     text = to_markdown(dataclasses.replace(report, tables=(dataclasses.replace(table, rows=rows),)))
     assert f"Not comparable with its baseline:\n\n- {rows[0].state}: Measured with torch 1\n" in text
 
 
-def test_sections_without_content_are_not_there(report: Report) -> None:
+def test_empty_sections_are_left_out(report: Report) -> None:
     bare = dataclasses.replace(report, figures=(), efficiency=(), problems=(), unfinished=())
     text = to_markdown(bare)
     assert "Left out" not in text

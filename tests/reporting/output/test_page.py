@@ -1,4 +1,4 @@
-"""The page as text; `test_page_in_browser.py` opens it."""
+"""The HTML page as text; `test_page_in_browser.py` opens it in a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.reporting.training_folders import write_study
 
 
 class Elements(HTMLParser):
-    """The ids of a page, where its links lead, and the tags in it."""
+    """The ids, link targets and tags of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -56,14 +56,14 @@ def page(report: Report, root: Path) -> str:
 
 
 @pytest.mark.slow
-def test_the_page_needs_nothing_else(page: str) -> None:
+def test_the_page_is_self_contained(page: str) -> None:
     assert page.lstrip().startswith("<!doctype html>")
     assert not Elements(page).tags & {"script", "link", "iframe", "object", "base", "form"}
     outside = re.findall(r'(?:src|xlink:href|url)\s*[=(]\s*["\']?(?!#|data:)([^"\')\s>]+)', page)
     assert outside == []
 
 
-def test_every_number_leads_to_its_runs_and_their_commands(page: str, report: Report, root: Path) -> None:
+def test_every_number_links_to_its_runs_and_their_commands(page: str, report: Report, root: Path) -> None:
     found = Elements(page)
     inside = [link.removeprefix("#") for link in found.links if link.startswith("#")]
     assert set(inside) <= set(found.ids)
@@ -76,7 +76,7 @@ def test_every_number_leads_to_its_runs_and_their_commands(page: str, report: Re
     assert {run.name for run in report.sources} >= {"001-fft", "004-mask-train", "005-eval", "019-eval"}
 
 
-def test_no_id_is_given_twice(page: str) -> None:
+def test_ids_are_unique(page: str) -> None:
     ids = Elements(page).ids
     assert len(ids) == len(set(ids))
 
@@ -88,7 +88,7 @@ def test_figures_take_the_colour_of_the_text(page: str, report: Report) -> None:
 
 
 @pytest.mark.slow
-def test_names_from_runs_are_text_and_no_markup(report: Report, tmp_path: Path) -> None:
+def test_names_from_runs_are_text_and_not_markup(report: Report, tmp_path: Path) -> None:
     bad = "<img src=x onerror=alert(1)>"
     table = report.tables[0]
     rows = (dataclasses.replace(table.rows[0], state=bad, flags=(bad,)), *table.rows[1:])

@@ -22,7 +22,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 
 def write_tables(report: Report, folder: Path) -> list[Path]:
-    """The files of the tables, written to a folder."""
+    """Writes the table files to a folder."""
     for name, text in table_files(report).items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in table_files(report)]
@@ -33,14 +33,14 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_every_table_is_there_to_be_set_and_to_compute_with(report: Report, tmp_path: Path) -> None:
+def test_every_table_has_a_latex_and_a_csv_file(report: Report, tmp_path: Path) -> None:
     files = write_tables(report, tmp_path)
     names = ["all-states-of-base", "exact-match-on-test-jsonl-base", "loss-on-test-jsonl-base", "efficiency"]
     assert sorted(file.name for file in files) == sorted(f"{name}{end}" for name in names for end in (".csv", ".tex"))
     assert sorted(tmp_path.iterdir()) == sorted(files)
 
 
-def test_numbers_are_whole_in_csv_and_each_seed_has_a_line(report: Report, tmp_path: Path) -> None:
+def test_csv_has_full_precision_and_one_line_per_seed(report: Report, tmp_path: Path) -> None:
     write_tables(report, tmp_path)
     rows = read(tmp_path / "loss-on-test-jsonl-base.csv")
     [table] = [table for table in report.tables if table.metric == "loss"]
@@ -85,6 +85,6 @@ def test_latex_is_for_booktabs_and_escaped() -> None:
     )
 
 
-def test_csv_quotes_what_would_break_it() -> None:
+def test_csv_quotes_special_characters() -> None:
     [row] = csv.DictReader(io.StringIO(to_csv([{"state": 'a, "b"', "runs": ("1", "2"), "value": 0.1 + 0.2}])))
     assert row == {"state": 'a, "b"', "runs": "1;2", "value": "0.30000000000000004"}

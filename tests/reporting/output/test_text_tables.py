@@ -48,7 +48,7 @@ def test_change_has_an_arrow_its_interval_and_a_verdict(value: float, arrow: str
     assert change_texts(change, is_baseline=False) == (f"{arrow} {interval}", "better")
 
 
-def test_a_corrected_p_value_is_told_where_it_differs() -> None:
+def test_a_corrected_p_value_is_shown_where_it_differs() -> None:
     change = dataclasses.replace(BETTER, p_value=0.01, corrected_p_value=0.02)
     assert change_texts(change, is_baseline=False)[1] == "better (p = 0.01, corrected 0.02)"
     same = dataclasses.replace(BETTER, p_value=0.01, corrected_p_value=0.01)
@@ -66,13 +66,13 @@ def test_value_has_its_spread_over_seeds() -> None:
 
 
 @pytest.mark.parametrize(("metric", "direction"), [("loss", "lower"), ("exact_match", "higher")])
-def test_title_says_which_way_is_better(metric: str, direction: str) -> None:
+def test_title_states_which_direction_is_better(metric: str, direction: str) -> None:
     table = make_table(metric, make_row())
     assert title(table) == f"{metric} on test.jsonl, {direction} is better (base)"
     assert change_header(table) == "change against FFT [95 %]"
 
 
-def test_numbers_know_their_runs_and_whether_they_are_more_than_noise() -> None:
+def test_numbers_have_their_runs_and_significance() -> None:
     rows = metric_text(make_table("loss", make_row(is_baseline=True), make_row(BETTER), make_row(NOISE))).rows
     assert rows[1] == (
         TextCell("MFT"),
@@ -96,17 +96,17 @@ def test_each_seed_has_a_line_on_request() -> None:
     assert second[1].runs == ("009-eval",)
 
 
-def test_a_single_seed_has_no_line_of_its_own() -> None:
+def test_a_single_seed_has_no_separate_line() -> None:
     row = dataclasses.replace(make_row(BETTER), by_seed=(SeedResult(0, 0.1, BETTER, "004-eval"),))
     assert len(metric_text(make_table("loss", row), by_seed=True).rows) == 1
 
 
-def test_what_several_states_have_in_common_is_told_once() -> None:
+def test_notes_shared_by_several_states_are_shown_once() -> None:
     one, two = (dataclasses.replace(make_row(), state=name, flags=("other code", name)) for name in ("A", "B"))
     assert flag_lines(make_table("loss", one, two)) == [("A, B", "other code"), ("A", "A"), ("B", "B")]
 
 
-def test_an_overview_marks_what_is_more_than_noise() -> None:
+def test_an_overview_marks_significant_changes() -> None:
     columns = (Column(None, "test.jsonl", "loss"), Column("math", "gsm8k", "exact_match"))
     cells = (Cell(0.5, BETTER, 0.01, ("004-eval",)), None)
     view = overview_text(Overview("models/base", columns, (("MFT", cells),)))
@@ -132,7 +132,7 @@ def test_the_overview_of_runs_names_them(tmp_path: Path) -> None:
     assert [row[1].runs for row in view.rows] == [row.runs for row in tables[0].rows]
 
 
-def test_cost_is_beside_that_of_fine_tuning() -> None:
+def test_cost_is_shown_relative_to_fine_tuning() -> None:
     view = efficiency_text([make_efficiency("FFT", 1000.0), make_efficiency("MFT", 1500.0, flops=None)])
     assert [cell.text for cell in view.rows[0]] == ["FFT", "2.50", "1,000 (1.00×)", "4,000", "1.5e+12", "3.21", "61"]
     assert [cell.text for cell in view.rows[1]][2:5] == ["1,500 (1.50×)", "4,000", ""]

@@ -59,7 +59,7 @@ def test_the_document_has_every_number_with_its_runs(report: Report) -> None:
 
 
 @pytest.mark.slow
-def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, tmp_path: Path) -> None:
+def test_files_of_an_earlier_report_are_removed_and_others_stay(report: Report, tmp_path: Path) -> None:
     write_report(report, tmp_path, Silence())
     old = [path for path in (tmp_path / "figures").iterdir() if path.suffix == ".png"]
     own = [tmp_path / "figures" / "own.svg", tmp_path / "mine.txt"]
@@ -73,7 +73,7 @@ def test_files_of_an_earlier_report_go_and_those_of_others_stay(report: Report, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["index.html", "report.md", "report.json", "tables"])
-def test_a_file_of_the_users_is_not_written_over(report: Report, tmp_path: Path, name: str) -> None:
+def test_a_user_file_is_not_overwritten(report: Report, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine", encoding="utf-8")
     with pytest.raises(OutputError, match="would be replaced"):
         write_report(report, tmp_path, Silence())
@@ -81,7 +81,7 @@ def test_a_file_of_the_users_is_not_written_over(report: Report, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_files_that_a_document_of_the_users_lists_stay(report: Report, tmp_path: Path) -> None:
+def test_files_listed_by_a_user_document_stay(report: Report, tmp_path: Path) -> None:
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "mine.png").write_text("mine", encoding="utf-8")
     (tmp_path / "report.json").write_text('{"files": ["figures/mine.png"]}', encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A selection from gradients that are read one by one is that of all of them together."""
+"""Selection from gradients read one at a time equals selection from all of them together."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def selected(gradients: list[torch.Tensor], rule: UpdateRule, step: int) -> list
     scope=st.sampled_from(["tensor", "global"]),
     seed=st.integers(0, 99),
 )
-def test_it_is_the_selection_of_one_process(
+def test_it_equals_the_selection_of_one_process(
     sizes: list[int], ratio: float, scope: Literal["tensor", "global"], seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)

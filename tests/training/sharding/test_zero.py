@@ -1,4 +1,4 @@
-"""What ZeRO cannot do is said by name; what it does is compared with one process in `test_processes.py`."""
+"""Unsupported ZeRO settings are refused by name; results are compared with one process in `test_processes.py`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from mftctl.workflows.fft import _trainable_model
 
 
 def plugin(stage: int, *, fp16: bool = False) -> SimpleNamespace:
-    """A configuration, as accelerate holds it."""
+    """A DeepSpeed configuration as accelerate stores it."""
     return SimpleNamespace(zero_stage=stage, hf_ds_config=SimpleNamespace(is_true=lambda key: fp16))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_plans_that_hold(stage: int) -> None:
+def test_supported_plans(stage: int) -> None:
     check_plan(plugin(stage))
 
 

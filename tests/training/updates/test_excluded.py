@@ -1,4 +1,4 @@
-"""What a choice of entries leaves out is updated whole, and the ratio holds for all else."""
+"""Entries excluded from selection are always updated, and the ratio applies to all others."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_embeddings_and_head_by_their_names() -> None:
     assert "tied" not in excluded_text(model, ("head",))
 
 
-def test_tied_weights_are_one_tensor_that_either_word_means() -> None:
+def test_tied_weights_are_one_tensor_that_either_name_excludes() -> None:
     model = build_llama(layers=1, tie_word_embeddings=True)
     assert names(model, "embeddings") == names(model, "head") == ["model.embed_tokens.weight"]
     share = model.model.embed_tokens.weight.numel() / sum(item.numel() for item in model.parameters())
@@ -58,7 +58,7 @@ def with_gradients(seed: int = 0) -> list[torch.Tensor]:
 @pytest.mark.parametrize("unselected", ["unchanged", "momentum"])
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("method", ["gmt", "random"])
-def test_what_is_excluded_moves_as_without_a_rule_and_the_rest_as_without_it(
+def test_excluded_entries_are_updated_as_without_a_rule_and_others_as_without_exclusion(
     method: Literal["gmt", "random"],
     scope: Literal["tensor", "global"],
     unselected: Literal["unchanged", "momentum"],
@@ -82,7 +82,7 @@ def test_what_is_excluded_moves_as_without_a_rule_and_the_rest_as_without_it(
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_counts_are_of_what_is_chosen_from(scope: Literal["tensor", "global"]) -> None:
+def test_counts_cover_only_the_entries_selected_from(scope: Literal["tensor", "global"]) -> None:
     parameters = with_gradients()
     before = [parameter.detach().clone() for parameter in parameters]
     optimizer = MaskedOptimizer(SGD(parameters, lr=1.0), UpdateRule("gmt", 0.37, scope), excluded=parameters[:1])
@@ -97,7 +97,7 @@ def test_counts_are_of_what_is_chosen_from(scope: Literal["tensor", "global"]) -
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("method", ["gmt", "random"])
-def test_processes_that_share_gradients_choose_the_same(
+def test_processes_with_sharded_gradients_select_the_same_entries(
     method: Literal["gmt", "random"], scope: Literal["tensor", "global"]
 ) -> None:
     gradients = [parameter.grad for parameter in with_gradients() if parameter.grad is not None]

@@ -1,4 +1,4 @@
-"""Selection of entries against a stable sort of everything, and the promises of random selection."""
+"""Selection of entries, compared with a stable sort of all of them, and the guarantees of random selection."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.gpu_emulation.emulated_gpu import emulated_gpu
 
 SCOPES = st.sampled_from(["tensor", "global"])
 RATIOS = st.floats(0, 0.999)
-# Few values make ties the rule; some of them differ in their last bits only.
+# Few values make ties common; some differ only in their last bits.
 VALUES = [np.float32(value) for value in (0, 1, -1, 1 + 2**-20, -1 - 2**-20, 1 + 2**-19, 2)]
 GRADIENTS = st.lists(
     hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=12), elements=st.sampled_from(VALUES)),
@@ -26,7 +26,7 @@ GRADIENTS = st.lists(
 
 
 def keep_by_sorting(gradients: list[np.ndarray], ratio: float, scope: Scope) -> list[np.ndarray]:
-    """Equation 3 with exact counts: a stable sort of all magnitudes, lowest first, equal ones by position."""
+    """Equation 3 with exact counts: a stable sort of all magnitudes, lowest first, ties by position."""
     if scope == "tensor":
         return [keep_by_sorting([gradient], ratio, "global")[0] for gradient in gradients]
     everything = np.abs(np.concatenate([gradient.ravel() for gradient in gradients]))
@@ -143,8 +143,8 @@ def test_random_depends_on_seed_step_and_place_alone(scope: Scope) -> None:
     assert not torch.equal(first, choose([torch.zeros(100)] * 2, step=3))
 
 
-def test_random_masks_stay_what_they_were() -> None:
-    """A resumed training must go on with the selections that it would have made."""
+def test_random_masks_are_stable_across_versions() -> None:
+    """A resumed training must repeat the selections of an uninterrupted one."""
     masks = keep_random([torch.zeros(8), torch.zeros(2, 4)], 0.5, "tensor", seed=3, step=7)
     assert [mask.flatten().int().tolist() for mask in masks] == [[0, 0, 1, 0, 1, 1, 1, 0], [0, 1, 1, 0, 1, 0, 1, 0]]
 
@@ -152,7 +152,7 @@ def test_random_masks_stay_what_they_were() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_random_is_uniform(scope: Scope) -> None:
-    """Over 600 steps every entry is left out in 30 % of them, within five standard deviations of 1.9 %."""
+    """Over 600 steps every entry is left out 30 % of the time, within five standard deviations of 1.9 %."""
     gradients = [torch.zeros(10), torch.zeros(5, 6)]
     steps = 600
     left_out = torch.zeros(40)
@@ -175,7 +175,7 @@ def test_ratio_out_of_range(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_a_gradient_that_is_no_number_is_named(scope: Scope) -> None:
+def test_a_nan_gradient_is_named(scope: Scope) -> None:
     with pytest.raises(MaskingError, match="NaN") as caught:
         keep_largest([torch.ones(3), torch.tensor([[1.0, float("nan")]])], 0.0, scope)
     assert caught.value.key == "gradients[1], shape (1, 2)"
@@ -193,8 +193,8 @@ def test_random_entries_are_the_same_on_a_gpu(scope: Scope) -> None:
     assert all(torch.equal(one, right) for one, right in zip(found, expected, strict=True))
 
 
-def test_random_choices_of_steps_and_tensors_know_nothing_of_each_other() -> None:
-    """Of 40,000 entries two choices of half share a quarter, give or take five standard deviations."""
+def test_random_choices_of_steps_and_tensors_are_independent() -> None:
+    """Two choices of half of 40,000 entries share a quarter of them, within five standard deviations."""
     like = [torch.zeros(40_000), torch.zeros(40_000)]
     choices = [mask for step in range(6) for mask in keep_random(like, 0.5, seed=0, step=step)]
     choices += keep_random(like, 0.5, seed=1, step=0)

@@ -1,4 +1,4 @@
-"""Clearing entries and putting them back, against torch's `where`, bit by bit."""
+"""Clearing entries and restoring them, compared with torch's `where` bit by bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bits(tensor: torch.Tensor) -> list[int]:
 
 @pytest.mark.slow
 @given(st.lists(st.tuples(st.sampled_from(STRANGE), st.booleans()), max_size=40), st.sampled_from(DTYPES))
-def test_held_entries_come_back_bit_by_bit(drawn: list[tuple[float, bool]], dtype: torch.dtype) -> None:
+def test_held_entries_are_restored_bit_by_bit(drawn: list[tuple[float, bool]], dtype: torch.dtype) -> None:
     selected = torch.tensor([choice for _, choice in drawn], dtype=torch.bool)
     old = [torch.tensor([value for value, _ in drawn], dtype=kind) for kind in (dtype, torch.float32)]
     tensors = [tensor.clone() for tensor in old]

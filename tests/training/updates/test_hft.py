@@ -1,4 +1,4 @@
-"""Half Fine-Tuning: what is frozen is counted by hand, and stays bit-identical in a training."""
+"""Half Fine-Tuning: frozen parameters are counted by hand, and stay bit-identical in training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ATTENTION, MLP, NORM = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "
 
 
 def counts(names: list[str], parts: tuple[str, ...], layers: int) -> list[int]:
-    """How many of the names are weights of these parts, for each layer of a Llama-like model."""
+    """The number of names that are weights of these parts, per layer of a Llama-like model."""
     found = Counter(
         int(name.split(".")[2])
         for name in names
@@ -53,7 +53,7 @@ def test_the_seed_decides_the_choice(llama: LlamaForCausalLM) -> None:
 
 def test_every_tensor_of_a_layer_can_be_chosen(llama: LlamaForCausalLM) -> None:
     chosen = {name for seed in range(60) for name in hft_frozen_names(llama, seed)}
-    # A Llama ties its head to the embeddings here; neither these nor the final norm belong to a layer.
+    # This Llama ties its head to the embeddings; neither these nor the final norm belong to a layer.
     assert {name for name, _ in llama.named_parameters()} - chosen == {"model.embed_tokens.weight", "model.norm.weight"}
 
 
@@ -69,7 +69,7 @@ def test_gpt2_freezes_biases_with_their_weights(seed: int) -> None:
 
 
 def test_norms_inside_the_attention_are_norms() -> None:
-    """Qwen3 normalises queries and keys: four attention projections remain, and four norms."""
+    """Qwen3 normalises queries and keys, which leaves four attention projections and four norms."""
     config = Qwen3Config(
         vocab_size=20,
         hidden_size=16,

@@ -1,4 +1,4 @@
-"""Selection by bracket and by digits against a stable sort, with brackets and passes of a few entries."""
+"""Selection by bracket and by digits compared with a stable sort, with brackets and passes of a few entries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 
 @pytest.fixture(scope="module", autouse=True)
 def small_passes() -> Iterator[None]:
-    """Everything that happens in millions of entries happens in a few."""
+    """Exercises the code paths for millions of entries with a few entries."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {
             "_CHUNK_ENTRIES": 8,
@@ -83,7 +83,7 @@ def number_of_bits(pattern: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.slow
 @given(st.data(), st.sampled_from(DTYPES), st.floats(0, 0.99), st.sampled_from(["tensor", "global"]))
 def test_any_bit_patterns_are_ranked_by_magnitude(data: st.DataObject, dtype: torch.dtype, ratio: float, scope) -> None:
-    """Zeros of both signs, subnormal numbers and infinity, ties wherever they fall."""
+    """Zeros of both signs, subnormal numbers and infinity, with ties anywhere."""
     width = 8 * dtype.itemsize
     infinity = int(torch.tensor(torch.inf, dtype=dtype).view(getattr(torch, f"int{width}")))
     few = [0, 1, 2, infinity, infinity - 1, infinity // 2]
@@ -125,9 +125,9 @@ def real_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_many_entries_are_selected_by_one_pass(
     kind: str, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The result of a sort, and without counting digits wherever a sample can tell."""
+    """The result of a sort, without counting digits wherever a sample suffices."""
     values = torch.randn(400, 500, generator=torch.Generator().manual_seed(0)) * 1e-3
-    if kind == "rows of zeros":  # the embeddings of tokens that a batch lacks
+    if kind == "rows of zeros":  # embeddings of tokens that do not occur in a batch
         values[:250] = 0.0
     if kind == "constant":
         values[:] = 0.5
@@ -150,4 +150,4 @@ def test_many_entries_are_selected_by_one_pass(
     expected[order[:60_000]] = False
     assert torch.equal(found.flatten(), expected)
     if kind != "constant":
-        assert counted in ([], [1])  # 1: of the three ones, which all are equal
+        assert counted in ([], [1])  # 1: one of the three ones, all of which are equal

@@ -1,4 +1,4 @@
-"""The masked optimizer against loops over single numbers, against the inner optimizers, and within training loops."""
+"""The masked optimizer compared with loops over single numbers, with its inner optimizers, and in training loops."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def make_parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
 
 
 def set_gradients(parameters: Sequence[torch.Tensor], step: int) -> None:
-    """Gradients that depend on the step alone."""
+    """Sets gradients that depend only on the step."""
     generator = torch.Generator().manual_seed(100 + step)
     for parameter in parameters:
         gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -94,7 +94,7 @@ def adamw_on_one_number(
 def sgd_on_one_number(
     state: dict[str, float], gradient: float, step: int, *, lr: float, decay: float
 ) -> dict[str, float]:
-    """Gradient descent with a momentum of 0.9 that starts from 0, and weight decay as an L2 penalty."""
+    """Gradient descent with a momentum of 0.9 that starts at 0, and weight decay as an L2 penalty."""
     velocity = 0.9 * state["momentum_buffer"] + gradient + decay * state["weight"]
     return {"weight": state["weight"] - lr * velocity, "momentum_buffer": velocity}
 
@@ -109,7 +109,7 @@ def sgd_on_one_number(
     ids=["adamw", "sgd"],
 )
 def test_equals_a_loop_over_single_numbers(make: Make, one_number: Any, keys: tuple[str, ...], scope: Any) -> None:
-    """Selected entries are updated by the textbook rule, all others keep weight and state, over several steps."""
+    """Over several steps, selected entries follow the textbook rule; all others keep weight and state."""
     parameters = make_parameters(torch.float64)
     states = [
         [{"weight": value, **dict.fromkeys(keys, 0.0)} for value in parameter.flatten().tolist()]
@@ -136,7 +136,7 @@ def test_equals_a_loop_over_single_numbers(make: Make, one_number: Any, keys: tu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", INNER)
 def test_exactly_the_selected_entries_change(name: str, dtype: torch.dtype, rule: UpdateRule) -> None:
-    """Selected entries become what the inner optimizer makes of them; others keep weight and state bit by bit."""
+    """Selected entries are updated as by the inner optimizer; others keep weight and state bit by bit."""
     parameters = make_parameters(dtype)
     optimizer = MaskedOptimizer(INNER[name](parameters), rule)
     for step in range(4):
@@ -154,14 +154,14 @@ def test_exactly_the_selected_entries_change(name: str, dtype: torch.dtype, rule
                 assert torch.equal(new[key][mask], alone[key][mask])
             for key in old:
                 assert torch.equal(new[key][~mask], old[key][~mask])
-            if dtype == torch.float32 and name != "rprop":  # which waits where the sign of the gradient changes
+            if dtype == torch.float32 and name != "rprop":  # Rprop skips an update where the gradient's sign changes
                 assert (new["weight"] != old["weight"])[mask].all()
     if "adam" in name:
         assert {int(optimizer.state[parameter]["step"]) for parameter in parameters} == {4}
 
 
 def copy_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter], make: Make) -> tuple[Optimizer, list[Any]]:
-    """An optimizer of the same kind and state on copies of the parameters and their gradients."""
+    """An optimizer of the same type and state on copies of the parameters and their gradients."""
     copies = [nn.Parameter(parameter.detach().clone()) for parameter in parameters]
     for copy, parameter in zip(copies, parameters, strict=True):
         copy.grad = None if parameter.grad is None else parameter.grad.clone()
@@ -206,7 +206,7 @@ def test_the_plain_variant_is_the_inner_optimizer_on_masked_gradients(name: str)
     assert moved.all()
 
 
-def test_weight_decay_does_not_enter_the_state_of_entries_that_were_never_selected() -> None:
+def test_weight_decay_does_not_change_the_state_of_never_selected_entries() -> None:
     parameter = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = MaskedOptimizer(SGD([parameter], lr=0.1, momentum=0.9, weight_decay=0.5), UpdateRule("gmt", 0.5))
     parameter.grad = torch.tensor([0.1, 3.0])
@@ -215,7 +215,7 @@ def test_weight_decay_does_not_enter_the_state_of_entries_that_were_never_select
 
 
 def test_selects_from_the_accumulated_gradient() -> None:
-    """The largest sum wins, not the largest part: algorithm 1, lines 3 to 7."""
+    """The largest sum is selected, not the largest addend: algorithm 1, lines 3 to 7."""
     parameter = nn.Parameter(torch.zeros(3))
     optimizer = MaskedOptimizer(SGD([parameter], lr=1.0), UpdateRule("gmt", 0.6))
     for factors in ([5.0, 2.0, 1.0], [-5.0, 2.0, 1.0]):
@@ -235,7 +235,7 @@ def test_clipping_after_selection_sees_the_masked_gradient() -> None:
 
 
 def test_a_second_selection_changes_nothing() -> None:
-    """In the plain variant it would be seen at once: a random choice among the chosen."""
+    """In the plain variant, a random choice among the chosen would show up immediately."""
     parameters = make_parameters()
     optimizer = MaskedOptimizer(SGD(parameters, lr=1.0), UpdateRule("random", 0.4))
     set_gradients(parameters, 0)
@@ -260,8 +260,8 @@ def test_a_skipped_step_leaves_no_selection_behind(set_to_none: bool) -> None:
     assert parameter.tolist() == [0.0, -2.0]
 
 
-def test_a_step_skipped_without_its_knowledge_leaves_no_selection_behind() -> None:
-    """Gradients that the model, not the optimizer, reset, as `transformers.Trainer` does."""
+def test_a_step_skipped_by_the_caller_leaves_no_selection_behind() -> None:
+    """Gradients reset by the model and not the optimizer, as in `transformers.Trainer`."""
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = MaskedOptimizer(SGD([parameter], lr=1.0), UpdateRule("gmt", 0.5))
     parameter.grad = torch.tensor([2.0, 1.0])
@@ -291,7 +291,7 @@ def test_a_step_without_gradients_does_nothing() -> None:
 
 
 def test_a_single_number_is_a_parameter_like_any_other() -> None:
-    """Its step counter has its shape, but is none of its entries."""
+    """Its step counter has the parameter's shape, but is not part of its entries."""
     scalar, vector = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(3))
     optimizer = MaskedOptimizer(AdamW([scalar, vector], lr=0.1), UpdateRule("gmt", 0.25, "global"))
     for step in range(1, 4):
@@ -304,7 +304,7 @@ def test_a_single_number_is_a_parameter_like_any_other() -> None:
 
 
 @pytest.mark.parametrize("scope", ["tensor", "global"])
-def test_random_updates_other_entries_at_each_step_in_exact_numbers(scope: Any) -> None:
+def test_random_updates_different_entries_in_exact_numbers_at_each_step(scope: Any) -> None:
     parameters = make_parameters()
     optimizer = MaskedOptimizer(SGD(parameters, lr=1.0), UpdateRule("random", 0.3, scope))
     sizes = [parameter.numel() for parameter in parameters]
@@ -325,8 +325,8 @@ def test_random_updates_other_entries_at_each_step_in_exact_numbers(scope: Any) 
     assert len(choices) == 6
 
 
-def test_entries_that_overflow_do_not_reach_others() -> None:
-    """An infinite gradient ruins the entry that it updates, and no other."""
+def test_entries_that_overflow_do_not_affect_others() -> None:
+    """An infinite gradient corrupts only the entry that it updates."""
     parameter = nn.Parameter(torch.ones(3))
     optimizer = MaskedOptimizer(SGD([parameter], lr=1.0), UpdateRule("gmt", 0.6))
     parameter.grad = torch.tensor([1.0, -float("inf"), 2.0])
@@ -346,7 +346,7 @@ def test_a_transposed_parameter() -> None:
 @pytest.mark.parametrize("ratio", [0.2, 0.7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", INNER)
-def test_parts_of_a_parameter_are_updated_as_the_whole_is(
+def test_parts_of_a_parameter_are_updated_like_the_whole(
     name: str, dtype: torch.dtype, ratio: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mftctl.training.updates.masked_optimizer._PART_ENTRIES", 64)

@@ -1,4 +1,4 @@
-"""The masked optimizer as an `Optimizer`: resuming, schedulers, groups, hooks, and what it refuses."""
+"""The masked optimizer as an `Optimizer`: resuming, schedulers, groups, hooks, and unsupported uses."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_sparse_gradient_is_refused() -> None:
     assert "sparse" in caught.value.actual
 
 
-def test_a_gradient_that_is_no_number_stops_before_any_update() -> None:
+def test_a_nan_gradient_stops_before_any_update() -> None:
     parameters = make_parameters()
     optimizer = MaskedOptimizer(AdamW(parameters), GMT)
     set_gradients(parameters, 0)
@@ -126,7 +126,7 @@ def test_a_gradient_that_is_no_number_stops_before_any_update() -> None:
     assert all_equal(parameters, make_parameters())
 
 
-def test_a_failing_inner_step_leaves_the_groups_whole() -> None:
+def test_a_failing_inner_step_leaves_the_groups_intact() -> None:
     parameters = make_parameters()
     optimizer = MaskedOptimizer(SGD(parameters), GMT)
     optimizer.param_groups[0]["lr"] = "fast"

@@ -1,4 +1,4 @@
-"""The masked optimizer inside `transformers.Trainer`: a tiny Llama, accumulation, clipping, schedule and resuming."""
+"""The masked optimizer in `transformers.Trainer`: a tiny Llama, accumulation, clipping, schedule and resuming."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.updates.test_gradient_selection import keep_by_sorting
 
 
 class MaskedTrainer(Trainer):
-    """Wraps the Trainer's own AdamW, and selects before the gradients are clipped."""
+    """Wraps the Trainer's own AdamW, and selects entries before gradients are clipped."""
 
     rule: UpdateRule
 
@@ -31,7 +31,7 @@ class MaskedTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Compares the selection with the whole gradient, and the weights after a step with those before it."""
+    """Compares the selection with the full gradient, and the weights after a step with those before."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
@@ -55,10 +55,10 @@ class Watch(TrainerCallback):
         self.check(state.global_step)
 
     def check(self, step: int) -> None:
-        """GMT with a ratio of 0.3: what changed is what a sort of the accumulated gradient selects."""
+        """GMT with a ratio of 0.3: exactly the entries selected by sorting the accumulated gradient change."""
         keep = keep_by_sorting([gradient.numpy() for gradient in self.gradients.values()], 0.3, "tensor")
         for (name, gradient), selected in zip(self.gradients.items(), keep, strict=True):
-            # A selected entry with a gradient of 0 and no momentum yet has nothing to move it.
+            # Selected entries with zero gradient and no momentum do not move.
             nonzero = gradient != 0
             changed = self.steps[-1][name]
             assert not changed[~torch.from_numpy(selected)].any(), (step, name)

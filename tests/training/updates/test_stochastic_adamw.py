@@ -1,4 +1,4 @@
-"""AdamW in bf16: right on average, the same noise every time, and close to torch's in fp32."""
+"""AdamW in bf16: unbiased on average, with reproducible noise, and close to torch's AdamW in fp32."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL_NOISE = torch.arange(1 << 16, dtype=torch.int32)
 
 @pytest.mark.slow
 @given(st.floats(width=32, allow_nan=False))
-def test_over_all_noise_the_mean_of_the_rounded_is_the_value(value: float) -> None:
+def test_the_mean_of_rounded_values_over_all_noise_is_the_value(value: float) -> None:
     rounded = round_stochastically(torch.full((1 << 16,), value), ALL_NOISE)
     near = rounded.unique()
     assert len(near) <= 2
@@ -29,7 +29,7 @@ def test_over_all_noise_the_mean_of_the_rounded_is_the_value(value: float) -> No
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), 0.0, -0.0, 1.0, -2.5])
-def test_what_bf16_holds_stays(value: float) -> None:
+def test_values_representable_in_bf16_are_unchanged(value: float) -> None:
     rounded = round_stochastically(torch.full((1 << 16,), value), ALL_NOISE)
     assert (rounded == value).all()
     assert round_stochastically(torch.full((4,), float("nan")), ALL_NOISE[-4:]).isnan().all()
@@ -46,8 +46,8 @@ def parameter(seed: int = 0, shape: tuple[int, ...] = (300, 1000)) -> torch.nn.P
     return torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16())
 
 
-def test_on_average_it_goes_where_adamw_in_fp32_goes() -> None:
-    """Steps of a thousandth of a bf16 spacing: rounded to the nearest, nothing would move."""
+def test_on_average_it_follows_adamw_in_fp32() -> None:
+    """Steps of a thousandth of a bf16 spacing, which rounding to nearest would lose entirely."""
     low = torch.nn.Parameter(torch.ones(200, 1000).bfloat16())
     high = torch.nn.Parameter(torch.ones(200, 1000))
     options = {"lr": 1e-5, "eps": 1e-8, "weight_decay": 0.1}
@@ -66,7 +66,7 @@ def test_on_average_it_goes_where_adamw_in_fp32_goes() -> None:
         assert ours.state[low][key].dtype == torch.bfloat16
 
 
-def test_one_step_is_that_of_adamw_but_for_its_rounding() -> None:
+def test_one_step_equals_adamw_except_for_rounding() -> None:
     low, high = parameter(), torch.nn.Parameter(parameter().detach().float())
     options = {"lr": 0.1, "eps": 1e-8, "weight_decay": 0.1}
     train(StochasticAdamW([low], seed=0, **options), low, range(1))
@@ -76,7 +76,7 @@ def test_one_step_is_that_of_adamw_but_for_its_rounding() -> None:
     assert ((low.detach().float() - high.detach()).abs() <= spacing).all()
 
 
-def test_the_noise_follows_from_the_seed_and_goes_on_after_a_resumption() -> None:
+def test_the_noise_follows_from_the_seed_and_continues_after_resuming() -> None:
     options = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0}
     whole, other, resumed = parameter(), parameter(), parameter()
     train(StochasticAdamW([whole], seed=1, **options), whole, range(6))
@@ -95,7 +95,7 @@ def test_the_noise_follows_from_the_seed_and_goes_on_after_a_resumption() -> Non
     assert torch.equal(whole, resumed)
 
 
-def test_parameters_without_a_gradient_stay_and_equal_ones_get_noise_of_their_own() -> None:
+def test_parameters_without_a_gradient_stay_and_equal_ones_get_independent_noise() -> None:
     one, two, idle = parameter(), parameter(), parameter()
     optimizer = StochasticAdamW(
         [{"params": [one, idle], "lr": 1e-3}, {"params": [two]}], eps=1e-8, weight_decay=0.0, seed=0
@@ -136,7 +136,7 @@ def test_a_gpu_rounds_with_the_same_noise() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entries", [1 << 12, 1 << 20])
-def test_a_step_holds_what_it_says(entries: int) -> None:
+def test_a_step_allocates_the_estimated_memory(entries: int) -> None:
     low = parameter(shape=(300, 2000))
     optimizer = StochasticAdamW([low], seed=1, lr=1e-2, eps=1e-8, weight_decay=0.1)
     train(optimizer, low, range(1))

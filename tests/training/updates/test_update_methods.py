@@ -1,4 +1,4 @@
-"""`fft` with the methods that update only a part: GMT, random updates, HFT and LoRA."""
+"""`fft` with methods that update only a part of the weights: GMT, random updates, HFT and LoRA."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_one_step_changes_as_many_weights_as_the_ratio_leaves(workspace: Path, t
     for name, count in changed(before, weights(run.folder / "model")).items():
         selected = before[name].numel() - removed_count(before[name].numel(), 0.7)
         if "embed" in name or "lm_head" in name or method == "random":
-            assert count <= selected, name  # a token that does not occur has no gradient
+            assert count <= selected, name  # tokens that do not occur have no gradient
         else:
             assert count == selected, name
 
 
 @pytest.mark.slow
-def test_gmt_global_leaves_the_ratio_of_all_weights(workspace: Path, tmp_path: Path) -> None:
+def test_gmt_global_leaves_the_ratio_of_all_weights_unchanged(workspace: Path, tmp_path: Path) -> None:
     run = tuned(
         workspace,
         tmp_path,
@@ -65,7 +65,7 @@ def test_gmt_global_leaves_the_ratio_of_all_weights(workspace: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_embeddings_left_out_of_the_choice_are_updated_whole(workspace: Path, tmp_path: Path) -> None:
+def test_embeddings_excluded_from_selection_are_fully_updated(workspace: Path, tmp_path: Path) -> None:
     steps = {"fft__max_steps": 1, "fft__keep": "last"}
     recipe = make_recipe(workspace, fft__method="gmt", fft__ratio=0.7, fft__exclude=["embeddings"], **steps)
     run, source = open_run(tmp_path / "gmt", "fft", recipe)
@@ -109,7 +109,7 @@ def test_a_ratio_of_0_is_full_fine_tuning(workspace: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "rmsprop", "adagrad"])
-def test_any_optimizer_leaves_unselected_weights_alone(workspace: Path, tmp_path: Path, optimizer: str) -> None:
+def test_any_optimizer_leaves_unselected_weights_unchanged(workspace: Path, tmp_path: Path, optimizer: str) -> None:
     changes = {"fft__method": "gmt", "fft__ratio": 0.7, "fft__max_steps": 1, "fft__keep": "last"}
     run = tuned(workspace, tmp_path, fft__optimizer=optimizer, **changes)
     before = weights(workspace / "tiny")
@@ -121,7 +121,7 @@ def test_any_optimizer_leaves_unselected_weights_alone(workspace: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_hft_leaves_its_half_bit_for_bit(workspace: Path, tmp_path: Path) -> None:
+def test_hft_leaves_its_half_unchanged_bit_for_bit(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path, fft__method="hft", fft__max_steps=4, fft__keep="last")
     frozen = hft_frozen_names(load_model(workspace / "tiny", dtype=torch.float32), 0)
     counts = changed(weights(workspace / "tiny"), weights(run.folder / "model"))
@@ -243,7 +243,7 @@ def test_cosine_schedule_ends_at_zero(workspace: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_part_of_the_data_is_used(workspace: Path, tmp_path: Path) -> None:
+def test_data_fraction_uses_part_of_the_data(workspace: Path, tmp_path: Path) -> None:
     run = tuned(workspace, tmp_path, fft__data_fraction=0.25, fft__max_steps=2)
     assert run.record.inputs["train_records"] == 12
     assert ModelSource(run.record.inputs["model"]).state == "pre-trained"

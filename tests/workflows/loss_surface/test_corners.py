@@ -1,4 +1,4 @@
-"""Which three runs a loss surface goes through, and what is said where one is missing."""
+"""The three runs that a loss surface goes through, and messages if one is missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Notes:
         self.notes: list[str] = []
 
     def progress(self, state: object) -> None:
-        """Nothing is measured here."""
+        """Ignored, since nothing is measured here."""
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -28,7 +28,7 @@ class Notes:
 
 
 def add(root: Path, command: str, state: str, source: Run | None = None, **result: Any) -> Run:
-    """A finished run that made a model, or a mask, of the model of another."""
+    """A finished run with a model, or a mask, made from another run's model."""
     config = {"data": ["train.jsonl"], "test_data": ["test.jsonl"]}
     model = "base" if source is None else source.record.result["model"]
     inputs = {"model": model, "mask": None, "state": "", "parents": [], "origin": "base"}
@@ -48,7 +48,7 @@ def names(corners: Corners) -> list[str]:
     return [run.name for run in corners.runs()]
 
 
-def test_takes_the_newest_family(tmp_path: Path) -> None:
+def test_uses_the_newest_family(tmp_path: Path) -> None:
     for _ in range(2):
         fft = add(tmp_path, "fft", "FFT")
         add(tmp_path, "fft", "continued FFT", fft)
@@ -58,7 +58,7 @@ def test_takes_the_newest_family(tmp_path: Path) -> None:
     assert listener.notes == ["Surface through 004-fft (FFT), 005-fft (continued FFT), 006-mask-train (MFT)"]
 
 
-def test_a_newer_fft_that_nothing_starts_from_is_passed_over_aloud(tmp_path: Path) -> None:
+def test_a_newer_fft_without_successors_is_skipped_with_a_note(tmp_path: Path) -> None:
     fft = add(tmp_path, "fft", "FFT")
     add(tmp_path, "fft", "continued FFT", fft)
     add_mask(tmp_path, fft, -0.1)
@@ -77,7 +77,7 @@ def test_the_newest_continued_fft_and_the_mask_that_helps_most(tmp_path: Path) -
     assert names(find_corners(tmp_path, Notes())) == ["001-fft", "006-fft", "005-mask-train"]
 
 
-def test_an_applied_model_stands_in_for_a_mask_that_is_gone(tmp_path: Path) -> None:
+def test_an_applied_model_replaces_a_missing_mask(tmp_path: Path) -> None:
     fft = add(tmp_path, "fft", "FFT")
     add(tmp_path, "fft", "continued FFT", fft)
     mask = add_mask(tmp_path, fft, -0.1)
@@ -87,7 +87,7 @@ def test_an_applied_model_stands_in_for_a_mask_that_is_gone(tmp_path: Path) -> N
     assert names(find_corners(tmp_path, Notes()))[2] == "004-apply"
 
 
-def test_without_fft_it_says_what_there_is(tmp_path: Path) -> None:
+def test_without_fft_the_existing_runs_are_listed(tmp_path: Path) -> None:
     add(tmp_path, "fft", "LoRA")
     with pytest.raises(RunError) as caught:
         find_corners(tmp_path, Notes())
@@ -130,7 +130,7 @@ def test_without_a_learned_mask_it_names_the_command(tmp_path: Path) -> None:
     )
 
 
-def test_test_data_may_be_that_of_an_evaluation(tmp_path: Path) -> None:
+def test_test_data_may_come_from_an_evaluation(tmp_path: Path) -> None:
     fft = add(tmp_path, "fft", "FFT")
     add(tmp_path, "fft", "continued FFT", fft)
     add_mask(tmp_path, fft, -0.1)

@@ -1,4 +1,4 @@
-"""The loss surface: what is measured at each point, and that a stop, a kill or a second call changes nothing."""
+"""The loss surface: measurements per point, unaffected by interruptions, kills and repeated calls."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PLACES = 3 + POINTS**2
 
 
 class Stopper:
-    """A listener that presses Ctrl-C once so many points are measured, and so many records of the next."""
+    """A listener that presses Ctrl-C after a number of points, and of records of the next point."""
 
     def __init__(self, points: int, records: int = 0) -> None:
         self.done = points * 2 * RECORDS + records
@@ -54,7 +54,7 @@ class Stopper:
 
 @pytest.fixture(scope="module")
 def family(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A runs folder with FFT, continued FFT and MFT. Read only."""
+    """A runs folder with FFT, continued FFT and MFT. Read-only."""
     root = tmp_path_factory.mktemp("family") / "runs"
     recipe = make_recipe(workspace)
     run, source = open_run(root, "fft", recipe)
@@ -75,13 +75,13 @@ def root(family: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished surface run. Read only."""
+    """A finished surface run. Read-only."""
     root = Path(shutil.copytree(family, tmp_path_factory.mktemp("measured") / "runs"))
     return measure_surface(root, Silence(), points=POINTS, records=RECORDS)
 
 
 def in_half_precision(root: Path) -> None:
-    """Rewrites all three models in bf16, in several files, the masked one as `apply` writes it."""
+    """Rewrites all three models in bf16 in several files, the masked one as `apply` writes it."""
     fft, continued, mask = (load_run(root / name) for name in ("001-fft", "002-fft", "003-mask-train"))
     applied = create_run(root, "apply", mask.record.config, inputs=fft.record.inputs)
     applied.finish(apply(source_of_run(mask), applied, Silence()))
@@ -102,7 +102,7 @@ def state_dict(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def corner_states(root: Path) -> list[dict[str, np.ndarray]]:
-    """The weights of the three models, as their files have them."""
+    """The weights of the three models, as stored."""
     states = [state_dict(Path(load_run(root / name).record.result["model"])) for name in ("001-fft", "002-fft")]
     if (root / "003-mask-train").exists():
         mask = load_mask(root / "003-mask-train" / "mask.bits")
@@ -113,7 +113,7 @@ def corner_states(root: Path) -> list[dict[str, np.ndarray]]:
 
 
 def answer_loss(state: dict[str, np.ndarray], folder: Path, examples: list[Example]) -> float:
-    """The loss per answer token, one record and one token at a time."""
+    """The loss per answer token, computed one record and one token at a time."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     missing = model.load_state_dict(
         {name: torch.tensor(values).float() for name, values in state.items()}, strict=False
@@ -130,7 +130,7 @@ def answer_loss(state: dict[str, np.ndarray], folder: Path, examples: list[Examp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("half_precision", [False, True])
-def test_points_are_what_state_dicts_on_the_plane_give(root: Path, workspace: Path, half_precision: bool) -> None:
+def test_points_equal_the_losses_of_state_dicts_on_the_plane(root: Path, workspace: Path, half_precision: bool) -> None:
     if half_precision:
         in_half_precision(root)
     run = measure_surface(root, Silence(), points=POINTS, records=RECORDS)
@@ -206,7 +206,7 @@ def test_the_training_records_are_those_that_fft_saw(measured: Run, workspace: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("within", [0, RECORDS])
-def test_ctrl_c_keeps_every_point_and_the_same_command_goes_on(root: Path, measured: Run, within: int) -> None:
+def test_ctrl_c_keeps_every_point_and_the_same_command_resumes(root: Path, measured: Run, within: int) -> None:
     with pytest.raises(Interrupted) as caught:
         measure_surface(root, Stopper(7, within), points=POINTS, records=RECORDS)
     assert caught.value.exit_code == 130
@@ -220,7 +220,7 @@ def test_ctrl_c_keeps_every_point_and_the_same_command_goes_on(root: Path, measu
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_after_its_last_whole_line(root: Path, measured: Run) -> None:
+def test_a_killed_run_resumes_after_its_last_complete_line(root: Path, measured: Run) -> None:
     with pytest.raises(Interrupted):
         measure_surface(root, Stopper(9), points=POINTS, records=RECORDS)
     killed = load_run(root / "004-surface")
@@ -243,7 +243,7 @@ def assert_same(run: Run, expected: Run) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_call_does_nothing_and_another_grid_is_another_run(root: Path) -> None:
+def test_a_second_call_does_nothing_and_a_different_grid_is_a_new_run(root: Path) -> None:
     first = measure_surface(root, Silence(), points=POINTS, records=4)
     before = (first.folder / "run.json").read_bytes()
     listener = Stopper(1)
@@ -256,7 +256,7 @@ def test_a_second_call_does_nothing_and_another_grid_is_another_run(root: Path) 
 
 
 @pytest.mark.slow
-def test_a_newer_mask_is_measured_anew(root: Path) -> None:
+def test_a_newer_mask_is_measured_in_a_new_run(root: Path) -> None:
     first = measure_surface(root, Silence(), points=POINTS, records=2)
     newer = Path(shutil.copytree(root / "003-mask-train", root / "009-mask-train"))
     run = load_run(newer)
@@ -267,7 +267,7 @@ def test_a_newer_mask_is_measured_anew(root: Path) -> None:
     assert first.record.status == "finished"
 
 
-def test_where_a_piece_is_missing_no_run_is_made(root: Path) -> None:
+def test_without_all_three_models_no_run_is_created(root: Path) -> None:
     shutil.rmtree(root / "002-fft")
     with pytest.raises(RunError, match=r"No continued FFT starts from 001-fft\."):
         measure_surface(root, Silence(), points=POINTS, records=RECORDS)
@@ -275,7 +275,7 @@ def test_where_a_piece_is_missing_no_run_is_made(root: Path) -> None:
 
 
 @pytest.mark.slow
-def test_other_training_data_than_then_is_refused(root: Path, tmp_path: Path, workspace: Path) -> None:
+def test_changed_training_data_is_refused(root: Path, tmp_path: Path, workspace: Path) -> None:
     fft = load_run(root / "001-fft")
     shorter = tmp_path / "shorter.jsonl"
     shorter.write_text("".join((workspace / "train.jsonl").read_text().splitlines(keepends=True)[:40]))

@@ -44,7 +44,7 @@ def test_distances_on_the_plane_are_those_of_the_weights(seed: int, x: float, y:
 
 @pytest.mark.slow
 @given(st.integers(0, 99))
-def test_the_corners_lie_on_the_plane_where_it_says(seed: int) -> None:
+def test_the_corners_have_the_stated_coordinates(seed: int) -> None:
     model = nn.Linear(6, 4)
     corners = make_weights(seed), make_weights(seed + 100), make_weights(seed + 200)
     plane = WeightPlane(model, corners)
@@ -55,7 +55,7 @@ def test_the_corners_lie_on_the_plane_where_it_says(seed: int) -> None:
         torch.testing.assert_close(weights_at(plane, model, point), flat(weights), atol=1e-5, rtol=0)
 
 
-def test_a_corner_has_its_very_weights_and_a_point_does_not_depend_on_what_was_set_before() -> None:
+def test_a_corner_has_its_exact_weights_and_points_do_not_depend_on_earlier_ones() -> None:
     model = nn.Linear(6, 4)
     corners = make_weights(1), make_weights(2), make_weights(3)
     plane = WeightPlane(model, corners)
@@ -66,7 +66,7 @@ def test_a_corner_has_its_very_weights_and_a_point_does_not_depend_on_what_was_s
     assert torch.equal(weights_at(plane, model, PlanePoint(0.3, 0.7)), fresh)
 
 
-def test_corners_in_bf16_are_told_apart_in_fp32() -> None:
+def test_corners_in_bf16_are_distinguished_in_fp32() -> None:
     model = nn.Linear(6, 4)
     first = make_weights(1, torch.bfloat16)
     second = {name: torch.nextafter(tensor, torch.full_like(tensor, 9.0)) for name, tensor in first.items()}
@@ -77,7 +77,7 @@ def test_corners_in_bf16_are_told_apart_in_fp32() -> None:
     assert not torch.equal(halfway.bfloat16().double(), halfway)
 
 
-def test_a_tensor_that_corners_share_stays_as_it_is() -> None:
+def test_a_tensor_shared_by_all_corners_is_unchanged() -> None:
     model = nn.Linear(6, 4)
     first, second = make_weights(1), make_weights(2)
     plane = WeightPlane(model, (first, {**second, "bias": first["bias"]}, {**make_weights(3), "bias": first["bias"]}))

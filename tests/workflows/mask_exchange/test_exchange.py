@@ -1,4 +1,4 @@
-"""Round trips through the other formats, names, and files that must be refused."""
+"""Round trips through the other formats, tensor names, and files that must be refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def take(file: Path, base: Path) -> Mask:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_exported_mask_comes_back_with_the_records_of_its_base(
+def test_exported_mask_is_imported_with_the_records_of_its_base(
     suffix: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     mask = learn_mask(projections(tiny_checkpoint))
@@ -68,7 +68,7 @@ def test_imported_mask_is_applied_to_its_base(tiny_checkpoint: Path, tmp_path: P
 
 @pytest.mark.parametrize("spelling", ["{}", "{}.weight", "{}.mask", "{}.weight.mask"])
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_names_come_with_and_without_weight_and_mask(spelling: str, suffix: str, tmp_path: Path) -> None:
+def test_names_with_and_without_weight_and_mask(spelling: str, suffix: str, tmp_path: Path) -> None:
     base = write_checkpoint(tmp_path / "base", {"layers.0.up.weight": torch.randn(4, 8)})
     keep = torch.rand(4, 8) < 0.5
     name = spelling.format("layers.0.up")
@@ -217,7 +217,7 @@ def test_delta_mask_is_not_exported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["masks", "masks.bits", "masks.safetensors", "masks.NPZ"])
-def test_suffix_of_no_format_is_refused(name: str, tmp_path: Path) -> None:
+def test_unknown_suffix_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(MaskFileError, match="not a known export format") as caught:
         export_mask(small_mask(), tmp_path / name)
     assert caught.value.expected == ".pt or .npz"
@@ -247,8 +247,8 @@ def test_full_disk_keeps_the_old_file(suffix: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("limit_bytes", [0, 100, 400])
-def test_what_a_disk_does_not_take_is_told_in_its_words(suffix: str, limit_bytes: int, tmp_path: Path) -> None:
-    """In a process of its own, whose files can grow no further: the same path through torch as a full disk."""
+def test_a_failed_write_reports_the_system_error(suffix: str, limit_bytes: int, tmp_path: Path) -> None:
+    """In a separate process with a file-size limit, which takes the same path through torch as a full disk."""
     save_mask(small_mask(), tmp_path / "mask.bits")
     file = tmp_path / f"masks{suffix}"
     code = (

@@ -93,7 +93,7 @@ def test_padding_bits_that_are_not_zero_are_refused(tmp_path: Path) -> None:
         NpzMasks(tmp_path / "masks.npz").packed("a", (5, 7))
 
 
-def test_member_that_is_no_array_is_refused(tmp_path: Path) -> None:
+def test_member_that_is_not_an_array_is_refused(tmp_path: Path) -> None:
     file = write_archive(tmp_path / "masks.npz", {"a.npy": npy(np.packbits(KEEP)), "readme.txt": b"hello"})
     with pytest.raises(MaskFormatError, match="not a numpy array") as caught:
         NpzMasks(file)

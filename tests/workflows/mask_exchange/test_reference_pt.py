@@ -38,14 +38,14 @@ def test_masks_are_read_in_every_dtype_and_both_formats_of_torch(
     assert np.array_equal(unpack(masks.packed("a", (7, 5)), 35).reshape(7, 5), KEEP.numpy().T)
 
 
-def test_parameters_are_read_as_the_tensors_they_are(tmp_path: Path) -> None:
+def test_parameters_are_read_as_tensors(tmp_path: Path) -> None:
     masks = TorchMasks(save(tmp_path, {"a": torch.nn.Parameter(KEEP.float())}))
     assert np.array_equal(unpack(masks.packed("a", (5, 7)), 35).reshape(5, 7), KEEP.numpy())
 
 
 @pytest.mark.parametrize("value", [0.5, -1.0, 2.0, float("nan"), float("inf"), 1e-30])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_value_other_than_zero_and_one_is_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_value_other_than_zero_or_one_is_refused(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
     scores = KEEP.to(dtype)
     scores[3, 2] = value
     with pytest.raises(MaskFormatError, match="values other than 0 and 1") as caught:
@@ -61,7 +61,7 @@ def test_another_shape_is_refused(shape: tuple[int, ...], tmp_path: Path) -> Non
 
 
 def _nested(layout: torch.layout) -> torch.Tensor:
-    with warnings.catch_warnings(action="ignore"):  # that they are a prototype
+    with warnings.catch_warnings(action="ignore"):  # nested tensors are a prototype feature
         return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
 
 
@@ -80,7 +80,7 @@ def _nested(layout: torch.layout) -> torch.Tensor:
     ],
     ids=["int", "complex", "sparse", "meta", "nested", "jagged", "dict", "number", "none"],
 )
-def test_entry_that_is_no_mask_is_refused(value: object, tmp_path: Path) -> None:
+def test_entry_that_is_not_a_mask_is_refused(value: object, tmp_path: Path) -> None:
     with pytest.raises(MaskFormatError, match="entry of the pickle is not a mask") as caught:
         TorchMasks(save(tmp_path, {"a": value})).packed("a", (5, 7))
     assert caught.value.key == "a"
@@ -93,7 +93,7 @@ def test_pickle_without_masks_is_refused(content: object, tmp_path: Path) -> Non
 
 
 class Hostile:
-    """A pickle that makes a file when it is opened carelessly."""
+    """A pickle that creates a file if it is opened carelessly."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -133,7 +133,7 @@ def test_damage_gives_a_mask_or_a_known_error(zipped: bool, data: st.DataObject,
     content = bytearray(save(tmp_path, {"a": KEEP.float()}, _use_new_zipfile_serialization=zipped).read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(2, len(content) - 1))] = data.draw(st.integers(0, 255))
-    # The file of the last example may still be mapped, so a new one takes its place.
+    # The file of the last example may still be mapped, so a new file replaces it.
     (tmp_path / "damaged.pt").unlink(missing_ok=True)
     (tmp_path / "damaged.pt").write_bytes(content)
     with suppress(MaskFormatError, MaskMismatchError):

@@ -1,4 +1,4 @@
-"""Commands that start two processes themselves, on a CPU: the results of one, told and ended as by one."""
+"""Commands that start two processes on a CPU: results, messages and interruption as with one process."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def mftctl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 
 @pytest.mark.slow
-def test_an_evaluation_is_that_of_one_process(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
-    """More than one batch of each kind: losses, greedy answers, likelihoods, and samples of programs, which are run."""
+def test_an_evaluation_equals_that_of_one_process(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
+    """More than one batch of each kind: losses, greedy answers, likelihoods, and sampled programs, which are run."""
     files = {
         "gsm8k_0shot": write(tmp_path / "sums.jsonl", SUMS),
         "mmlu": write(tmp_path / "mmlu.jsonl", MMLU),
@@ -72,7 +72,7 @@ def test_an_evaluation_is_that_of_one_process(mftctl: CommandLine, workspace: Pa
         folders = (Path(result["run"]) for result in (together, alone))
         rows, expected = ((tmp_path / folder / mine["samples"]).read_text() for folder in folders)
         assert rows == expected
-    drawn = [json.loads(line)["output"] for line in rows.splitlines()]  # of humaneval, the last
+    drawn = [json.loads(line)["output"] for line in rows.splitlines()]  # from humaneval, the last benchmark
     assert len(set(drawn)) > 1
     one, two = list_runs(tmp_path / "runs")[0]
     assert (one.record.processes, two.record.processes, two.record.status) == (1, 2, "finished")
@@ -80,8 +80,8 @@ def test_an_evaluation_is_that_of_one_process(mftctl: CommandLine, workspace: Pa
 
 
 @pytest.mark.slow
-def test_an_experiment_goes_on_after_ctrl_c(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
-    """A probe that is stopped, and the mask of the layers it recommends, end as those of one process."""
+def test_an_experiment_resumes_after_ctrl_c(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
+    """An interrupted probe and the mask of its recommended layers end as with one process."""
     alone = finished(mftctl, experiment(workspace, tmp_path / "alone.yaml", grad_accum_steps=2), "--runs", "alone")
     command = ("run", experiment(workspace, tmp_path / "together.yaml", grad_accum_steps=1), *TOGETHER)
 
@@ -111,7 +111,7 @@ def test_an_experiment_goes_on_after_ctrl_c(mftctl: CommandLine, workspace: Path
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_others(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
-    """It is killed before it has joined them, so that they wait for it."""
+    """It is killed before it joins the others, so that they wait for it."""
 
     def is_started() -> bool:
         return any(True for _ in workers(1))
@@ -137,7 +137,7 @@ CHECKPOINT = Path("checkpoints") / "checkpoint-4" / "trainer_state.json"
 
 
 def experiment(workspace: Path, path: Path, **training: Any) -> Path:
-    """A recipe of a probe and a mask training."""
+    """A recipe with a probe and a mask training."""
     document = to_document(make_recipe(workspace, probe__data_fraction=1.0, mask_train__layers=None))
     document["mask_train"] |= training
     document["stages"] = {"probe": {"command": "probe"}, "mft": {"command": "mask-train", "layers_from": "probe"}}
@@ -146,7 +146,7 @@ def experiment(workspace: Path, path: Path, **training: Any) -> Path:
 
 
 def finished(mftctl: CommandLine, *arguments: object) -> list[Run]:
-    """The runs of an experiment, which comes to its end."""
+    """The runs of an experiment, which must succeed."""
     outcome = mftctl("run", *arguments)
     assert outcome.code == 0, outcome.stderr
     root = arguments[arguments.index("--runs") + 1] if "--runs" in arguments else "runs"
@@ -155,7 +155,7 @@ def finished(mftctl: CommandLine, *arguments: object) -> list[Run]:
 
 @contextmanager
 def once(act: Callable[[], None], is_time: Callable[[], bool]) -> Iterator[None]:
-    """Does something from another thread, once it is time."""
+    """Performs an action from another thread once a condition holds."""
 
     def watch() -> None:
         while not is_time():
@@ -174,17 +174,17 @@ def once(act: Callable[[], None], is_time: Callable[[], bool]) -> Iterator[None]
 
 
 def workers(rank: int) -> Iterator[psutil.Process]:
-    """The process of a rank that this one has started."""
+    """The processes of a rank started by this process."""
     for child in psutil.Process().children():
         with suppress(psutil.Error):
             if child.environ().get("RANK") == str(rank):
                 yield child
 
 
-# What needs no second process.
+# Tests that need no second process
 
 
-def test_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_settings_follow_from_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settle_launch("run", None, None) == Launch() == settle_launch("run", 1, None)
     assert settle_launch("run", None, None).words == ()
     assert settle_launch("run", 3, Shard.ZERO2).words == ("--processes", "3", "--shard", "zero2")
@@ -198,7 +198,7 @@ def test_what_the_options_say(monkeypatch: pytest.MonkeyPatch) -> None:
         ("eval", 2, Shard.ZERO3, "cannot shard the model"),
     ],
 )
-def test_launches_that_cannot_be(command: str, processes: int | None, shard: Shard, message: str) -> None:
+def test_impossible_launches(command: str, processes: int | None, shard: Shard, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settle_launch(command, processes, shard)
 
@@ -236,7 +236,7 @@ def test_processes_that_accelerate_has_started_start_none(monkeypatch: pytest.Mo
         settle_launch("fft", 2, None)
 
 
-def test_of_an_experiment_what_cannot_be_shared_out_is_done_by_one() -> None:
+def test_stages_of_an_experiment_that_cannot_be_distributed_use_one_process() -> None:
     many = Launch(4, Shard.ZERO3)
     drops = parse_recipe({"mask_train": {"method": "drop"}})
     written = parse_recipe({"eval": {"predictions": "written.jsonl", "tasks": ["humaneval"]}})
@@ -246,8 +246,8 @@ def test_of_an_experiment_what_cannot_be_shared_out_is_done_by_one() -> None:
         assert launch_of(command, recipe, many) == Launch()
 
 
-def test_a_batch_of_each_process_makes_their_number_decide(workspace: Path, tmp_path: Path) -> None:
-    """Twice as many processes take twice as large steps."""
+def test_with_a_batch_size_per_process_their_number_is_a_deciding_key(workspace: Path, tmp_path: Path) -> None:
+    """Twice as many processes make steps twice as large."""
     recipe = load_recipe(str(experiment(workspace, tmp_path / "recipe.yaml")))
     digests = {
         number: [planned.digest for planned in plan_experiment(recipe, "x", tmp_path, Launch(number))]
@@ -257,7 +257,7 @@ def test_a_batch_of_each_process_makes_their_number_decide(workspace: Path, tmp_
     assert not set(digests[1]) & set(digests[2])
 
 
-def test_what_a_process_says_is_heard_however_it_is_cut() -> None:
+def test_messages_of_a_process_are_received_however_they_are_split() -> None:
     said, heard = Listened(), Listened()
     reader, writer = os.pipe()
     speaker = Speaker(writer, tells=True)
@@ -281,7 +281,7 @@ def test_what_a_process_says_is_heard_however_it_is_cut() -> None:
 
 
 class Listened:
-    """A listener that remembers."""
+    """A listener that records all messages."""
 
     def __init__(self) -> None:
         self.heard: list[object] = []

@@ -1,7 +1,7 @@
-"""Measures the peak memory of trainings, one after the other in a process of its own; the script of the test beside it.
+"""Measures the peak memory of trainings, one after the other in its own process; used by the test next to it.
 
-The process is to be started with MALLOC_MMAP_THRESHOLD_=131072: then glibc gives every large tensor back to the system,
-so that one training leaves nothing to the next, and what is measured is what was asked for.
+Start the process with MALLOC_MMAP_THRESHOLD_=131072: glibc then returns every large tensor to the system,
+so that one training leaves nothing to the next, and only requested memory is measured.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.workflow_fixtures import make_recipe, open_run
 
 @dataclass(frozen=True)
 class Case:
-    """A training whose memory is measured: 2 optimizer steps and the validations around them."""
+    """A training to measure: 2 optimizer steps and the validations around them."""
 
     command: str
     model: dict[str, int]
@@ -35,9 +35,9 @@ class Case:
 
 
 def make_case(folder: Path, case: Case) -> Recipe:
-    """The recipe of a case, with its model and its data in the folder."""
+    """The recipe of a case, with its model and data in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    import_deepspeed()  # as saving a model does wherever it is installed, with its log on stdout
+    import_deepspeed()  # saving a model imports it where installed, and it logs to stdout
     build_llama(**case.model).save_pretrained(folder / "tiny")
     build_tokenizer().save_pretrained(folder / "tiny")
     half = case.record_tokens // 2
@@ -52,12 +52,12 @@ def make_case(folder: Path, case: Case) -> Recipe:
 
 
 def measure(case: Case, folder: Path) -> dict[str, int]:
-    """The bytes resident before a training and at its peak."""
+    """Resident bytes before a training and at its peak."""
     recipe = make_case(folder, case)
     run, source = open_run(folder / "runs", case.command, recipe)
     gc.collect()
     before = resident_bytes()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     train = fft.fine_tune if case.command == "fft" else mask_train.mask_train
     train(recipe, source, run, Silence())
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -66,7 +66,7 @@ def measure(case: Case, folder: Path) -> dict[str, int]:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
-        measure(Case("fft", {}, 2, 20), Path(place) / "first")  # loads what the libraries load late
+        measure(Case("fft", {}, 2, 20), Path(place) / "first")  # triggers the lazy imports of the libraries
         cases = [Case(**case) for case in json.loads(sys.argv[1])]
         found = [measure(case, Path(place) / str(number)) for number, case in enumerate(cases)]
         sys.stdout.write(json.dumps(found))

@@ -1,4 +1,4 @@
-"""The meter against tensors whose sizes are known."""
+"""The allocation meter, tested with tensors of known sizes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ def test_peak_and_rest() -> None:
     with AllocationMeter() as meter:
         kept = torch.zeros(1000)
         for _ in range(3):
-            kept = kept + 1  # two at once while it is computed
+            kept = kept + 1  # both exist during the computation
         assert add_up(meter.events).live_bytes == 4000
     assert add_up(meter.events).peak_bytes == 8000
 
 
-def test_views_and_what_was_there_before_do_not_count() -> None:
+def test_views_and_earlier_tensors_do_not_count() -> None:
     before = torch.zeros(10, 10)
     with AllocationMeter([before]) as meter:
         views = (before.t(), before.view(100), before.add_(1))
         assert (meter.events, len(views)) == ([], 3)
 
 
-def test_gradients_are_told_apart() -> None:
+def test_gradients_are_counted_separately() -> None:
     weight = torch.zeros(100, 50, requires_grad=True)
     with AllocationMeter([weight]) as meter:
         weight.register_post_accumulate_grad_hook(meter.mark_gradient)
@@ -38,7 +38,7 @@ def test_gradients_are_told_apart() -> None:
     assert add_up(meter.events).gradient_bytes == 0
 
 
-def test_events_know_when_they_were_and_when_their_storage_was_made() -> None:
+def test_events_have_their_time_and_that_of_their_storage() -> None:
     first, second = Stretch("forward", 0), Stretch("forward", 1)
     with AllocationMeter() as meter:
         meter.stretch = first
@@ -48,14 +48,14 @@ def test_events_know_when_they_were_and_when_their_storage_was_made() -> None:
     assert meter.events == [Event(first, first, 40), Event(second, first, -40)]
 
 
-def test_a_gradient_is_no_longer_something_else() -> None:
+def test_a_gradient_is_counted_only_as_a_gradient() -> None:
     now = Stretch()
     events = [Event(now, now, 100), Event(now, now, 0, 100), Event(now, now, 30), Event(now, now, -100, -100)]
     assert add_up(events) == Tally(live_bytes=30, gradient_bytes=0, peak_bytes=130, peak_other_bytes=100)
 
 
 @pytest.mark.slow
-def test_a_model_without_data_allocates_what_the_real_one_does() -> None:
+def test_a_model_without_data_allocates_as_much_as_the_real_one() -> None:
     real = build_llama().train()
     fake = build_skeleton(real.config, torch.float32).train()
 

@@ -1,4 +1,4 @@
-"""Estimates against the bytes counted of real trainings: several families, every kind of training."""
+"""Memory estimates compared with counted bytes of real trainings: several families, every kind of training."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ _LOWEST, _HIGHEST = 0.97, 1.08
 
 @pytest.fixture(scope="module")
 def ratios() -> Iterator[dict[str, float]]:
-    """Estimate to count of every case that ran."""
+    """Estimate divided by count for every case that ran."""
     found: dict[str, float] = {}
     yield found
     if found:
@@ -93,7 +93,7 @@ def _recipe(workspace: Path, folder: Path, family: str, command: str, options: d
     else:
         build(family).save_pretrained(folder / family)
     build_tokenizer().save_pretrained(folder / family)
-    # All of one length: then the largest batch is also one that meets the optimizer's moments.
+    # All of the same length, so that a largest batch also coincides with existing optimizer moments.
     record = json.dumps({"question": "12+30? ", "answer": "12+30\n#### 42"}) + "\n"
     for name, count in (("train", 8), ("val", 8)):
         (folder / f"{name}.jsonl").write_text(record * count, encoding="utf-8")
@@ -105,7 +105,7 @@ def _recipe(workspace: Path, folder: Path, family: str, command: str, options: d
 
 @contextmanager
 def _counting(module: Any) -> Iterator[list[int]]:
-    """Inside it, the list gets the most bytes alive at once in a training, the model's included."""
+    """Appends the peak live bytes of each training inside the block, including the model."""
     peaks: list[int] = []
     train = module.train
 
@@ -121,7 +121,7 @@ def _counting(module: Any) -> Iterator[list[int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _CASES)
-def test_estimates_are_near_what_is_counted(
+def test_estimates_are_close_to_the_counts(
     name: str, workspace: Path, tmp_path: Path, ratios: dict[str, float]
 ) -> None:
     family, command, options = _CASES[name]

@@ -1,4 +1,4 @@
-"""Estimates from a few layers against the same estimates from all layers."""
+"""Estimates from a few layers compared with the same estimates from all layers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _PLANS = {
     "full": _fft(),
     "accumulation": _fft(grad_accum_steps=2),
     "bf16": _fft(precision="bf16"),
-    # Autocast keeps the cast weights of all layers to the end of the forward pass, and frees them there.
+    # Autocast keeps the cast weights of all layers until the end of the forward pass, and frees them then.
     "checkpointing, bf16": _fft(**_CHECKPOINTED),
     "lora": _fft(method="lora", lora_rank=2, lora_dropout=0.1, **_CHECKPOINTED),
     "hft": _fft(method="hft", **_CHECKPOINTED),
@@ -81,7 +81,7 @@ def test_llama(plan: TrainingPlan) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bf16", "mask on the first layers"])
-def test_two_kinds_of_attention_in_turn(name: str) -> None:
+def test_alternating_kinds_of_attention(name: str) -> None:
     _check_against_all_layers(_GEMMA, _PLANS[name])
 
 
@@ -109,9 +109,9 @@ def test_masks_anywhere(
     _check_against_all_layers(build_llama(layers=layers).config, plan, batches)
 
 
-def test_the_first_and_the_last_of_a_structure_stand_for_themselves() -> None:
+def test_the_first_and_last_layer_of_a_structure_are_always_sampled() -> None:
     layers = build_llama(layers=9).model.layers
-    # The first layer is not like the others: gradients need not go further than to it.
+    # The first layer differs: gradients need not go below it.
     assert stand_ins(layers) == [0, 1, 2, 2, 2, 2, 2, 2, 8]
     layers.requires_grad_(False)
     assert stand_ins(layers) == [0, 1, 1, 1, 1, 1, 1, 1, 8]
@@ -137,7 +137,7 @@ def test_a_shortened_model_keeps_the_kinds_of_its_layers() -> None:
     assert len(_GEMMA.layer_types) == 10
 
 
-def test_what_each_layer_left_is_freed_outside_as_often_as_it_was_made() -> None:
+def test_allocations_left_by_each_layer_are_freed_outside_as_often_as_made() -> None:
     before, after = Stretch(), Stretch()
     first, second, back = Stretch("forward", 0), Stretch("forward", 1), Stretch("backward", 1)
     events = [

@@ -1,4 +1,4 @@
-"""Mask sizes against the files that are written."""
+"""Estimated mask sizes compared with written files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_deflate_sizes_are_within_3_percent(weights: int, share: float) -> None:
     assert deflate_size_bytes(weights, removed) == pytest.approx(written, rel=0.03)
 
 
-def test_bits_a_weight_at_a_tenth() -> None:
+def test_bits_per_weight_at_ratio_01() -> None:
     assert 8 * deflate_size_bytes(10_000_000, 1_000_000) / 10_000_000 == pytest.approx(0.478, rel=0.005)
 
 
@@ -60,7 +60,7 @@ def test_a_ratio_by_projection_and_a_threshold() -> None:
     assert [(tensor.removed, tensor.deflate_bytes) for tensor in by_threshold] == [(None, None)] * 2
 
 
-def test_a_saved_mask_file_has_the_size_expected(tmp_path: Path) -> None:
+def test_a_saved_mask_file_has_the_expected_size(tmp_path: Path) -> None:
     weights, removed = 512 * 1024, 52_429
     keep = _random_mask(weights, removed).reshape(512, 1024)
     save_mask(build_mask(a=keep, b=keep), tmp_path / "mask.bits")

@@ -1,4 +1,4 @@
-"""Memory estimates: against measured peaks, against counts by hand, and their reaction to options."""
+"""Memory estimates, compared with measured peaks and manual counts, and their response to options."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _TINY = Batches(4, 24, True, 4, 24, 12, 92)
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, dict[str, int]]:
-    """The peak of each case, measured in a process of its own."""
+    """The peak of each case, measured in a separate process."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("this system does not let a process measure its peak anew")
     finished = subprocess.run(
@@ -79,7 +79,7 @@ def test_estimates_are_within_15_percent_of_measured_peaks(
     plan = plan_fine_tuning(options, 0) if isinstance(options, FftOptions) else plan_mask_training(options, [0, 1])
     batches = largest_batches(inputs.train, inputs.validation, options.batch_size)
     estimate = estimate_memory(read_config(str(recipe.model)), plan, batches, process_bytes=0)
-    # Without the process, which is most of a small training and would hide any mistake.
+    # Without the process, which dominates small trainings and would hide any error.
     expected = measured[name]["peak_bytes"] - measured[name]["process_bytes"]
     assert expected > 50e6, "too small to tell anything"
     assert estimate.peak_bytes == pytest.approx(expected, rel=0.15)
@@ -98,7 +98,7 @@ def test_fine_tuning_by_hand() -> None:
     found = _fft()
     assert found.gradients_bytes == 4 * parameters
     assert found.optimizer_bytes == 8 * parameters
-    assert 0 <= found.weights_bytes - 4 * parameters < 1000  # and the few numbers of the rotary embedding
+    assert 0 <= found.weights_bytes - 4 * parameters < 1000  # plus the few numbers of the rotary embedding
     assert (found.scores_bytes, found.masked_weights_bytes, found.process_bytes) == (0, 0, 7)
     standing = found.process_bytes + found.weights_bytes + found.optimizer_bytes
     assert standing < found.peak_bytes <= standing + found.gradients_bytes + found.activations_bytes
@@ -134,10 +134,10 @@ def test_a_mask_without_training_needs_no_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_trained_decides() -> None:
+def test_the_trained_weights_decide() -> None:
     full = _fft()
     lora = _fft(method="lora", lora_rank=2)
-    # Factors of rank 2 for 7 projections of 2 layers, (inputs + outputs) numbers a rank each.
+    # Rank-2 factors for 7 projections in 2 layers, with (inputs + outputs) numbers per rank.
     assert lora.gradients_bytes == 4 * 2 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     assert lora.weights_bytes == full.weights_bytes + lora.gradients_bytes
     assert full.gradients_bytes * 0.3 < _fft(method="hft").gradients_bytes < full.gradients_bytes * 0.7
@@ -152,7 +152,7 @@ def test_optimizers(optimizer: str, moments: int) -> None:
 
 
 @pytest.mark.slow
-def test_low_memory_fine_tuning_takes_8_bytes_a_weight() -> None:
+def test_low_memory_fine_tuning_takes_8_bytes_per_weight() -> None:
     parameters = sum(parameter.numel() for parameter in build_llama(layers=2).parameters())
     found = _fft(low_memory=True)
     assert (found.gradients_bytes, found.optimizer_bytes) == (2 * parameters, 4 * parameters)
@@ -163,12 +163,12 @@ def test_low_memory_fine_tuning_takes_8_bytes_a_weight() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
-def test_moments_of_8_bits(optimizer: str) -> None:
+def test_8_bit_moments(optimizer: str) -> None:
     config = build_llama(layers=2, hidden_size=64, intermediate_size=128, tie_word_embeddings=False).config
     plan = plan_fine_tuning(FftOptions(optimizer=optimizer), 0)  # type: ignore[arg-type]
     found = estimate_memory(config, plan, _TINY, process_bytes=0)
-    embedding, head = 102 * 64, 102 * 64  # in 32 bits the one, in 8 the other
-    wide = 2 * 2 * 64 * 32 + 5 * 64  # keys and values, and norms, are too small
+    embedding, head = 102 * 64, 102 * 64  # moments in 32 bits for the former, in 8 for the latter
+    wide = 2 * 2 * 64 * 32 + 5 * 64  # keys, values and norms are too small for 8 bits
     narrow = 2 * (2 * 64 * 64 + 3 * 64 * 128)
     scales = 2 * (2 * 16 + 3 * 32) + -(-head // 256)
     assert found.optimizer_bytes == 8 * (embedding + wide) + 2 * (narrow + head) + 8 * scales
@@ -176,7 +176,7 @@ def test_moments_of_8_bits(optimizer: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_quantised_base_takes_about_half_a_byte_a_weight() -> None:
+def test_a_quantised_base_takes_about_half_a_byte_per_weight() -> None:
     plain, quantized = _fft(method="lora"), _fft(method="lora", quantize="nf4")
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     assert plain.weights_bytes - quantized.weights_bytes == pytest.approx((4 - 0.516) * weights, rel=1e-3)
@@ -231,7 +231,7 @@ def test_largest_batches() -> None:
 
     found = largest_batches([record(length, 2) for length in (5, 9, 3, 9)], [record(6, 4), record(4, 1)], 2)
     assert (found.records, found.length_tokens, found.padded) == (2, 9, False)
-    # Labels of positions 4 and 5, and 1 to 3, are predicted one position before.
+    # Labels at positions 4 and 5, and 1 to 3, are each predicted one position earlier.
     assert (found.validation_records, found.validation_tokens, found.scored_tokens) == (2, 6, 5)
     assert largest_batches([record(5, 1)], [record(5, 1)], 8).records == 1
 
@@ -251,15 +251,15 @@ def test_a_model_whose_computation_depends_on_values() -> None:
         estimate_memory(config, replace(plan, prepare=prepare), _TINY, process_bytes=0)
 
 
-def test_a_projection_that_is_not_there() -> None:
+def test_a_missing_projection() -> None:
     plan = plan_mask_training(MaskTrainOptions(ratio={"c_attn": 0.1}), [0])
     with pytest.raises(MaskingError, match="no projection"):
         estimate_memory(build_llama(layers=2).config, plan, _TINY, process_bytes=0)
 
 
-def test_resident_bytes_grow_with_what_is_held() -> None:
+def test_resident_bytes_grow_with_allocated_memory() -> None:
     before = resident_bytes()
-    # Straight from the kernel: an allocator may have a block that is resident already.
+    # Directly from the kernel: an allocator may return a block that is already resident.
     with mmap.mmap(-1, 100_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as held:
         held.write(b"x" * len(held))
         assert resident_bytes() - before >= 0.9 * len(held)

@@ -1,4 +1,4 @@
-"""A stop before weights are loaded where a GPU has no room, and the way to go on all the same."""
+"""The check before loading weights stops if GPU memory is insufficient, and how to override it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.workflow_fixtures import make_recipe
 
 
 @pytest.mark.slow
-def test_no_room_is_one_error_before_anything_is_loaded(workspace: Path) -> None:
+def test_too_little_memory_is_one_error_before_anything_is_loaded(workspace: Path) -> None:
     recipe = make_recipe(workspace)
     inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)
     with (
@@ -33,7 +33,7 @@ def test_no_room_is_one_error_before_anything_is_loaded(workspace: Path) -> None
 
 
 @pytest.mark.slow
-def test_a_lack_of_memory_is_told_with_options(workspace: Path) -> None:
+def test_a_lack_of_memory_is_reported_with_options(workspace: Path) -> None:
     recipe = make_recipe(workspace)
     inputs = prepare_training(recipe, str(recipe.model), max_length_tokens=recipe.fft.max_length_tokens)
 

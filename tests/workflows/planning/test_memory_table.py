@@ -1,4 +1,4 @@
-"""The table of docs/reference/memory-table.md is what the planning code says today; one model stands for the others."""
+"""docs/reference/memory-table.md matches the planning code; one model is checked as a sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fits, and the search for the smallest set of options with which something would."""
+"""What fits in memory, and the search for the smallest change of options that makes a training fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _smallest(command: str, recipe: Recipe, fits: Callable[[Recipe], bool], laye
     )
 
 
-def test_what_may_fit_is_never_called_too_large() -> None:
+def test_a_training_that_may_fit_is_never_reported_as_too_large() -> None:
     assert [judge(needed, 100) for needed in (95, 96, 117, 118)] == [
         Verdict.FITS,
         Verdict.CLOSELY,
@@ -50,14 +50,14 @@ def test_then_checkpointing_then_precision_then_another_method() -> None:
     assert flags(lambda recipe: False) == ""
 
 
-def test_a_mask_goes_to_fewer_layers_last() -> None:
+def test_fewer_mask_layers_come_last() -> None:
     found = _smallest(
         "mask-train",
         parse_recipe({"mask_train": {"batch_size": 1}}),
         lambda recipe: recipe.mask_train.low_memory and recipe.mask_train.layers == "6-7",
         layers=8,
     )
-    assert found is None  # what saves more must fit as well
+    assert found is None  # an option that saves more must fit as well
     found = _smallest(
         "mask-train",
         parse_recipe({"mask_train": {"batch_size": 1}}),
@@ -68,7 +68,7 @@ def test_a_mask_goes_to_fewer_layers_last() -> None:
     assert found.flags == "--low-memory --layers 6-7"
 
 
-def test_a_probe_leaves_all_layers_out() -> None:
+def test_a_probe_omits_the_group_of_all_layers() -> None:
     found = _smallest("probe", parse_recipe({}), lambda recipe: recipe.probe.groups == (4,))
     assert found is not None
     assert found.flags == "--groups 4"
@@ -86,7 +86,7 @@ def test_sizes_of_memory() -> None:
             parse_memory(text)
 
 
-def test_a_device_asked_about_is_a_gpu_with_bf16() -> None:
+def test_a_given_memory_size_means_a_gpu_with_bf16() -> None:
     device = asked_device("auto", 80 * 10**9)
     assert (device.kind, device.has_bf16, device.free_bytes) == ("cuda", True, 80 * 10**9 - CONTEXT_BYTES)
     assert asked_device("cpu", 10).free_bytes == 10
@@ -101,7 +101,7 @@ def test_smaller_batches_keep_the_records_of_a_step(batch_size: int, accumulated
     assert found.flags == f"--batch-size 1 --grad-accum {batch_size * accumulated}"
 
 
-def test_settings_that_are_named_can_be_typed() -> None:
+def test_suggested_settings_can_be_typed() -> None:
     recipe = parse_recipe({"probe": {"groups": [8, 4, "all"]}})
     groups = _smallest("probe", recipe, lambda recipe: recipe.probe.groups == (8, 4))
     layer = _smallest("mask-train", Recipe(), lambda recipe: recipe.mask_train.layers == "7", layers=8)
@@ -114,6 +114,6 @@ def test_settings_that_are_named_can_be_typed() -> None:
 
 
 @pytest.mark.parametrize("text", [f"{'9' * 400}GB", "0.0000001KB"])
-def test_memory_that_no_device_has(text: str) -> None:
+def test_invalid_memory_sizes(text: str) -> None:
     with pytest.raises(ConfigError, match="number with a unit"):
         parse_memory(text)

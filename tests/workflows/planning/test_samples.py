@@ -1,4 +1,4 @@
-"""What is shown of a record is what is trained."""
+"""The shown parts of a record are those that are trained."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_prompt_and_answer(tokenizer: PreTrainedTokenizerFast) -> None:
     ]
 
 
-def test_a_cut_answer_is_shown_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_truncated_answer_is_shown_truncated(tokenizer: PreTrainedTokenizerFast) -> None:
     example = Example("chat", (Message("user", "1+1?"), Message("assistant", "two")), "here")
     assert _shown(Encoder(tokenizer).encode(example, 9), tokenizer)[-1] == ("tw", True)
 
