@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -23,6 +22,29 @@ from mftctl.workflows.planning.problem_list import ProblemList, describe
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """The properties of a model that are shown.
+
+    Attributes:
+        name: Name in the recipe.
+        model_type: Model family.
+        parameters: Number of parameters.
+        layers: Number of decoder layers.
+        projections: Number of attention and MLP projections.
+        tokenizer: Class of the tokenizer; None if there is none to load.
+        chat_template: Whether the tokenizer has a chat template; None without a tokenizer.
+    """
+
+    name: str
+    model_type: str
+    parameters: int
+    layers: int
+    projections: int
+    tokenizer: str | None
+    chat_template: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,18 +69,18 @@ class CheckedModel:
     projections: list[MaskTarget]
     check: CheckpointCheck
 
-    def summary(self) -> dict[str, Any]:
-        """The properties as plain data."""
+    def summary(self) -> ModelSummary:
+        """Returns the properties to show."""
         tokenizer = self.tokenizer
-        return {
-            "name": self.name,
-            "model_type": self.config.model_type,
-            "parameters": self.parameters,
-            "layers": self.layer_count,
-            "projections": len(self.projections),
-            "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
-            "chat_template": None if tokenizer is None else bool(tokenizer.chat_template),
-        }
+        return ModelSummary(
+            name=self.name,
+            model_type=self.config.model_type,
+            parameters=self.parameters,
+            layers=self.layer_count,
+            projections=len(self.projections),
+            tokenizer=None if tokenizer is None else type(tokenizer).__name__,
+            chat_template=None if tokenizer is None else bool(tokenizer.chat_template),
+        )
 
 
 def check_model(recipe: Recipe, findings: ProblemList) -> CheckedModel | None:

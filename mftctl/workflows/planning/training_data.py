@@ -52,6 +52,23 @@ class Tokens:
     validation: list[Encoded]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Counts of encoded records.
+
+    Attributes:
+        tokenized_records: Number of records.
+        tokens: Their tokens.
+        answer_tokens: Those of them that are learned.
+        longest_tokens: Tokens of the longest record.
+    """
+
+    tokenized_records: int
+    tokens: int
+    answer_tokens: int
+    longest_tokens: int
+
+
 class DataCheck:
     """The data of a recipe and its stages; each file is read and each record tokenised once.
 
@@ -212,15 +229,11 @@ def report_issues(
         findings.warn(f"{key}: {no_end_text(max_length_tokens)}")
 
 
-def token_counts(encoded: Sequence[Encoded]) -> dict[str, int | float]:
-    """Counts of encoded records, their tokens and answer tokens, and the longest record's tokens."""
+def token_counts(encoded: Sequence[Encoded]) -> TokenCounts:
+    """Counts the tokens of encoded records."""
     lengths = [len(record.input_ids) for record in encoded]
-    return {
-        "tokenized_records": len(encoded),
-        "tokens": sum(lengths),
-        "answer_tokens": sum(record.answer_tokens for record in encoded),
-        "longest_tokens": max(lengths, default=0),
-    }
+    answer_tokens = sum(record.answer_tokens for record in encoded)
+    return TokenCounts(len(encoded), sum(lengths), answer_tokens, max(lengths, default=0))
 
 
 def _read(
