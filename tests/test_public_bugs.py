@@ -397,7 +397,7 @@ def test_77_data_changed_before_a_resumption(workspace: Path, tmp_path: Path) ->
 def test_the_clock_of_a_template_is_that_of_the_run(bench: Bench) -> None:
     bench.model("{{ strftime_now('%d %b %Y') }}|" + PLAIN)
     assert bench.shown(talk("Hi", "Ho")) == ["05 Mar 2026|<s><|user|>Hi</s><|assistant|>»Ho</s>«"]
-    assert bench.inputs(bench.data(talk("Hi", "Ho"))).template["now"] == "2026-03-05T00:00:00+00:00"
+    assert bench.inputs(bench.data(talk("Hi", "Ho"))).template.now == "2026-03-05T00:00:00+00:00"
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.state_names import WRITTEN
 from mftctl.workflows.multi_process.dispatch import work
 from mftctl.workflows.multi_process.process_count import settle_launch
@@ -240,8 +241,9 @@ def _is_same(run: Run, recipe: Recipe, source: ModelSource) -> bool:
     record = run.record
     if recipe.chat_template is not None and Path(recipe.chat_template).exists():
         return False  # the file may have changed since
+    inputs = RunInputs.read(record.inputs)
     return (
         record.command == "eval"
-        and (record.inputs.get("model"), record.inputs.get("mask")) == (source.model, source.mask)
+        and (inputs.model, inputs.mask) == (source.model, source.mask)
         and deciding_keys(parse_recipe(record.config), "eval") == deciding_keys(recipe, "eval")
     )

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
     from mftctl.experiments.measured_lines import MetricsLine
     from mftctl.experiments.results import Result
+    from mftctl.experiments.value_types import Part
 
-ResultKind = TypeVar("ResultKind", bound="Result")
+PartKind = TypeVar("PartKind", bound="Part")
 
 _PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval")
 _NUMBERED = re.compile(r"\d+-")
@@ -187,14 +188,25 @@ class Run:
         if is_first():
             write_text(self.folder / "run.json", _to_json(self.record))
 
-    def result(self, kind: type[ResultKind]) -> ResultKind:
+    def result(self, kind: type[PartKind]) -> PartKind:
         """Returns the result of the run, or the fields of it that the given class reads.
 
         Raises:
             RunError: A field is missing in the record.
         """
+        return self._read(kind, self.record.result)
+
+    def inputs(self, kind: type[PartKind]) -> PartKind:
+        """Returns the inputs of the run that the given class reads.
+
+        Raises:
+            RunError: One of them is missing in the record.
+        """
+        return self._read(kind, self.record.inputs)
+
+    def _read(self, kind: type[PartKind], document: Mapping[str, Any]) -> PartKind:
         try:
-            return kind.read(self.record.result)
+            return kind.read(document)
         except ValueError as error:
             from mftctl.experiments.run_contents import first_fault
 
@@ -239,6 +251,8 @@ def create_run(
         RunError: The folder cannot be created.
         ConfigError: A path, or a text in the configuration, is not UTF-8.
     """
+    from mftctl.experiments.run_inputs import PLACES
+
     record = RunRecord(
         command=command,
         status="running",
@@ -255,7 +269,7 @@ def create_run(
         processes=processes or world_size(),
         format_version=FORMAT_VERSION,
     )
-    places = (root, output, *((inputs or {}).get(name) for name in ("model", "mask", "origin")))
+    places = (root, output, *((inputs or {}).get(name) for name in PLACES))
     require_recordable(places, asdict(record))
     try:
         folder = _new_folder(root, record)

@@ -25,7 +25,7 @@ class RunRecord:
         started: The UTC time of the first start, ISO 8601.
         config: The resolved configuration, as in `config.yaml`.
         recipe: The name or path of the recipe, None without one.
-        inputs: The inputs of the command: model, mask, digests, the runs they came from.
+        inputs: The inputs of the command as stored, read by the classes of `run_inputs`.
         output: Where the user wants the result in addition to the run folder, or None.
         result: The result of the command as stored, read by `Run.result`; empty until it is finished.
         seconds: The working time, including resumed parts.

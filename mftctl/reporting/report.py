@@ -12,6 +12,7 @@ from mftctl.errors import RunError
 from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.comparability import flags
 from mftctl.reporting.efficiency import Efficiency, efficiencies
@@ -160,7 +161,7 @@ def _with_makers(names: Sequence[str], runs: Sequence[Run], by_name: dict[str, R
     wanted = set(names)
     for name in names:
         if name in by_name:
-            wanted.update(by_name[name].record.inputs.get("parents", []))
+            wanted.update(RunInputs.read(by_name[name].record.inputs).parents)
     return [run for run in runs if run.name in wanted]
 
 
@@ -179,7 +180,7 @@ def _sources(runs: Sequence[Run]) -> tuple[list[RunSource], list[str]]:
 
 def _source(run: Run, command: str) -> RunSource:
     record = run.record
-    state = run.result(Outcome).state or record.inputs.get("state") or record.command
+    state = run.result(Outcome).state or RunInputs.read(record.inputs).state or record.command
     made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")
     return RunSource(
         run.name,

@@ -18,6 +18,7 @@ from mftctl.errors import MftError
 from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import metrics_line
 from mftctl.experiments.run_folder import Run, load_run, run_folders
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.run_record import RunRecord
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.atomic import is_alive
@@ -271,7 +272,7 @@ def _training_folder(run: Run) -> tuple[str | None, Path]:
 
 def _planned_steps(record: RunRecord) -> int | None:
     """The planned training steps; None if nothing is trained or the records are not counted yet."""
-    section, records = _SECTIONS.get(record.command), record.inputs.get("train_records")
+    section, records = _SECTIONS.get(record.command), RunInputs.read(record.inputs).train_records
     if section is None or records is None:
         return None
     config = dict(record.config.get(section, {}))
@@ -281,7 +282,7 @@ def _planned_steps(record: RunRecord) -> int | None:
         return None
     known = {key: value for key, value in config.items() if key in TrainingOptions.model_fields}
     try:
-        return total_steps(int(records), TrainingOptions.model_validate(known), record.processes)
+        return total_steps(records, TrainingOptions.model_validate(known), record.processes)
     except ValidationError:  # written by a different version
         return None
 

@@ -59,6 +59,8 @@ def run(tmp_path: Path) -> Path:
         (("inputs",), {"model": "/".join(["a" * 300])}),
         (("inputs",), {"corners": ["001-fft"]}),
         (("inputs",), {"points": 10**9}),
+        (("inputs",), {"chat_template": {"digest": 1}}),
+        (("inputs",), {"fft_learning_rate": "0.1"}),
         (("result", "state"), ["FFT"]),
         (("result", "state"), ""),
         (("result", "datasets"), {}),

@@ -225,7 +225,7 @@ def test_other_sources_are_named_with_the_records_taken_of_them() -> None:
 
 def test_without_digests_the_sources_tell() -> None:
     records = experiment()
-    records.of_seeds("gmt", "inputs.digests", None)
+    records.of_seeds("gmt", "inputs.digests", {})
     assert records.flags("gmt") == ()
     records.of_seeds("gmt", "config.data", ["train.jsonl"])
     assert records.flags("gmt") == (

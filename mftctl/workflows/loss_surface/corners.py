@@ -11,6 +11,7 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe, with_changes
 from mftctl.experiments.results import MadeModel, MaskLosses, Outcome
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.state_names import CONTINUED_FFT, FFT, known_state
 from mftctl.progress import Listener
 
@@ -140,7 +141,7 @@ def _recipe(fft: Run, runs: Sequence[Run]) -> Recipe:
 
 def _starts_from(run: Run, fft: Run) -> bool:
     """True if a run worked on the model of `fft`, possibly under a different path."""
-    model = run.record.inputs.get("model")
+    model = RunInputs.read(run.record.inputs).model
     return model is not None and Path(model).resolve() == Path(fft.result(MadeModel).model).resolve()
 
 
