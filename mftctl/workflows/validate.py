@@ -131,18 +131,18 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
 
 def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validation:
     """Checks a recipe for a device."""
-    findings = ProblemList()
-    model = check_model(recipe, findings)
-    data = DataCheck(None if model is None else model.tokenizer, findings)
-    jobs = _jobs(recipe, findings)
+    problems = ProblemList()
+    model = check_model(recipe, problems)
+    data = DataCheck(None if model is None else model.tokenizer, problems)
+    jobs = _jobs(recipe, problems)
     parts = data.parts(recipe)
     length = _first_length(recipe, jobs)
     tokens = data.tokens(recipe, length)
-    _check_positions(tokens, model, findings)
-    estimates = StageEstimates(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
-    stages = [_stage(job, estimates, findings) for job in jobs]
+    _check_positions(tokens, model, problems)
+    estimates = StageEstimates(model, data, problems, resident_bytes(), device, staged=bool(recipe.stages))
+    stages = [_stage(job, estimates, problems) for job in jobs]
     if recipe.eval.tasks or recipe.eval.task_data:
-        _check_suite(recipe, findings, "eval")
+        _check_suite(recipe, problems, "eval")
     counts = {
         "train": PartCounts(len(parts.train), None if tokens is None else token_counts(tokens.train)),
         "validation": PartCounts(len(parts.validation), None if tokens is None else token_counts(tokens.validation)),
@@ -150,9 +150,9 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
     }
     return Validation(
         recipe=name,
-        problems=findings.problems,
-        warnings=findings.warnings,
-        not_checked=findings.not_checked,
+        problems=problems.problems,
+        warnings=problems.warnings,
+        not_checked=problems.not_checked,
         model=None if model is None else model.summary(),
         data=counts,
         samples=_samples(data.train(recipe, length), model),
@@ -164,21 +164,21 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
     )
 
 
-def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings: ProblemList) -> None:
+def _check_positions(tokens: Tokens | None, model: CheckedModel | None, problems: ProblemList) -> None:
     """Checks that every record fits the learned positions of the model, if it has any."""
     if tokens is None or model is None:
         return
-    with findings.collecting("data"):
+    with problems.collecting("data"):
         records = (*tokens.train, *tokens.validation)
         check_lengths(model.check, [len(record.input_ids) for record in records], Path(model.name))
 
 
-def _jobs(recipe: Recipe, findings: ProblemList) -> list[Job]:
+def _jobs(recipe: Recipe, problems: ProblemList) -> list[Job]:
     """Returns the jobs for the first seed; without stages, `fft` and `mask-train` as configured."""
     if not recipe.stages:
         return [Job(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
     jobs: list[Job] = []
-    with findings.collecting("stages"):
+    with problems.collecting("stages"):
         jobs = spell_out(recipe)
     return [job for job in jobs if job.seed == jobs[0].seed]
 
@@ -189,27 +189,27 @@ def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:
     return lengths[0] if lengths else recipe.fft.max_length_tokens
 
 
-def _stage(job: Job, estimates: StageEstimates, findings: ProblemList) -> PlannedStage:
+def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> PlannedStage:
     of = job.after.name if job.command in ("apply", "eval") and job.after is not None else None
     stage = PlannedStage(job.name, job.command, of)
-    with findings.collecting(job.name):
+    with problems.collecting(job.name):
         if job.command in TRAINING_COMMANDS:
             stage = estimates.training(job)
             if job.command == "probe":
                 check_by(job.recipe)
         elif job.command == "eval":
-            _check_suite(job.recipe, findings, job.name)
+            _check_suite(job.recipe, problems, job.name)
             estimates.evaluation(job)
     return stage
 
 
-def _check_suite(recipe: Recipe, findings: ProblemList, where: str) -> None:
+def _check_suite(recipe: Recipe, problems: ProblemList, where: str) -> None:
     """Reports problems of a recipe's evaluation settings, and reads each local file of a benchmark."""
     for problem in suite_problems(recipe):
-        findings.problem(f"{where}: {describe(problem)}")
+        problems.problem(f"{where}: {describe(problem)}")
     for task, file in recipe.eval.task_data.items():
         if Path(file).exists():
-            with findings.collecting(f"eval.task_data.{task}"):
+            with problems.collecting(f"eval.task_data.{task}"):
                 read_problems(Path(file), task)
 
 

@@ -39,7 +39,7 @@ class StageEstimates:
     Args:
         model: The recipe's model; None omits all values that depend on it.
         data: The recipe's data.
-        findings: Receives problems that concern the model.
+        problems: Receives problems that concern the model.
         process_bytes: Memory of the process without a model.
         device: Device that the stages run on.
         staged: Whether these are stages of an experiment, which does not accept options of single commands.
@@ -53,7 +53,7 @@ class StageEstimates:
         self,
         model: CheckedModel | None,
         data: DataCheck,
-        findings: ProblemList,
+        problems: ProblemList,
         process_bytes: int,
         device: PlannedDevice,
         *,
@@ -63,7 +63,7 @@ class StageEstimates:
         self.memory: list[StageMemory] = []
         self._model = model
         self._data = data
-        self._findings = findings
+        self._problems = problems
         self._process_bytes = process_bytes
         self._device = device
         self._staged = staged
@@ -113,7 +113,7 @@ class StageEstimates:
         memory.asked = self._asked(recipe)
         generation, batches = memory.generation(recipe), memory.asked.batches
         if recipe.eval.tasks:
-            self._findings.skip(
+            self._problems.skip(
                 f"{job.name}: length of benchmark prompts, assumed to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
             )
         records, length_tokens = (1, 0) if batches is None else (batches.records, batches.length_tokens)
@@ -223,7 +223,7 @@ class StageEstimates:
             options = None if smaller is None else smaller.sets if self._staged else smaller.flags
             room = Room(free, verdict, options)
             if verdict is not Verdict.FITS:
-                tell = self._findings.problem if verdict is Verdict.NO else self._findings.warn
+                tell = self._problems.problem if verdict is Verdict.NO else self._problems.warn
                 tell(f"{job.name}: {_room_text(found.peak_bytes, free, verdict, options)}")
         self.memory.append(StageMemory(job.name, records, length_tokens, batches, found, room))
 
@@ -232,7 +232,7 @@ class StageEstimates:
             return
         known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if known is not None and options.max_length_tokens > known:
-            self._findings.warn(
+            self._problems.warn(
                 "max_length_tokens: exceeds the model's context length "
                 f"(expected: at most {known}; got: {options.max_length_tokens})"
             )
