@@ -17,6 +17,7 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import MadeState, Outcome, Recommended
 from mftctl.experiments.run_folder import Run, list_runs, load_run, newest_run
 from mftctl.experiments.run_inputs import Lineage, RunInputs, Source, UsedModel
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
 from mftctl.experiments.training_options import FftOptions
 
@@ -170,7 +171,7 @@ def recommended_layers(root: Path, source: ModelSource) -> Recommendation | None
     """Returns the recommendation of the latest probe of this model; None without one."""
     for run in reversed(list_runs(root)[0]):
         record, inputs = run.record, RunInputs.read(run.record.inputs)
-        if record.command == "probe" and record.status == "finished" and inputs.model == source.model:
+        if record.command == "probe" and record.status == RunStatus.FINISHED and inputs.model == source.model:
             with suppress(RunError):
                 return recommendation_of(run)
     return None

@@ -11,6 +11,7 @@ from mftctl.experiments.results import Outcome, TrainingCost
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import RunInputs, TrainRecords
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import place_of
 from mftctl.reporting.state_tables import state_label
 
@@ -62,7 +63,7 @@ def efficiencies(runs: Sequence[Run]) -> tuple[list[Efficiency], list[str]]:
     newest: dict[tuple[str, str, tuple[str, str]], dict[int, Run]] = {}
     for run in runs:
         record, result = run.record, run.result(Outcome)
-        if record.command in TRAINING and record.status == "finished" and result.steps:
+        if record.command in TRAINING and record.status == RunStatus.FINISHED and result.steps:
             maker = (record.recipe or "", record.stage or ("" if record.recipe else run.name))
             key = (RunInputs.read(record.inputs).origin, result.state, maker)
             newest.setdefault(key, {})[int(record.config.get("seed", 0))] = run

@@ -13,6 +13,7 @@ from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.run_record import RunStatus
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.comparability import flags
 from mftctl.reporting.efficiency import Efficiency, efficiencies
@@ -196,7 +197,7 @@ def _source(run: Run, command: str) -> RunSource:
 
 def _unfinished(runs: Sequence[Run]) -> tuple[str, ...]:
     """One line per recent unfinished run, and one that counts the rest."""
-    found = [run for run in runs if run.record.status != "finished" and not run.is_worked_on]
+    found = [run for run in runs if run.record.status != RunStatus.FINISHED and not run.is_worked_on]
     lines = [f"{run.name}: {_ending(run)}" for run in reversed(found[-_MOST_LISTED:])]
     older = Counter(_status(run) for run in found[:-_MOST_LISTED])
     if older:
@@ -206,11 +207,11 @@ def _unfinished(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _status(run: Run) -> str:
-    return "killed" if run.record.status == "running" else run.record.status
+    return "killed" if run.record.status == RunStatus.RUNNING else run.record.status
 
 
 def _ending(run: Run) -> str:
-    if run.record.status == "failed":
+    if run.record.status == RunStatus.FAILED:
         return f"failed: {(run.record.error or 'the reason was not recorded').partition(_LINE_END)[0]}"
     if run.record.command in ("fft", "probe", "mask-train", "eval"):
         return f"{_status(run)}; {run.resume_command} resumes the latest run of this command"

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from typing import TypeVar
 
 from pydantic import ValidationError
 
 from mftctl.errors import RunError
 from mftctl.experiments.results import Outcome
+from mftctl.experiments.run_contents import PartKind
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import AppliedMask, Origin, RunInputs, StartingState, SurfaceSize, UsedModel
 from mftctl.experiments.state_names import known_state
-from mftctl.experiments.value_types import Part
-
-PartKind = TypeVar("PartKind", bound=Part)
 
 
 def reproduction(run: Run) -> str:

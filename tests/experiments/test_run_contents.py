@@ -76,6 +76,7 @@ def run(tmp_path: Path) -> Path:
         (("worker",), "host:" + "9" * 5000),
         (("decides",), {"files": [1]}),
         (("versions",), {"torch": 2}),
+        (("status",), "paused"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else repr(value)[:20],
 )

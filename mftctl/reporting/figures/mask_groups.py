@@ -14,6 +14,7 @@ from mftctl.experiments.results import MadeMask, MadeState
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Origin
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import place_of
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def mask_families(runs: Sequence[Run]) -> tuple[list[MaskFamily], list[str]]:
     found: list[tuple[dict[str, tuple[int, ...]], list[ShownMask]]] = []
     problems = []
     for run in runs:
-        if run.record.command != "mask-train" or run.record.status != "finished":
+        if run.record.command != "mask-train" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             mask = _read_mask(run)

@@ -17,6 +17,7 @@ from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, Tra
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Origin, Parents, StartingState, UsedModel
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import PRE_TRAINED
 from mftctl.reporting.figures.curve_drawing import STAR
 from mftctl.reporting.figures.style import (
@@ -144,7 +145,7 @@ def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     together: dict[str, list[list[Run]]] = {}
     problems = []
     for run in runs:
-        if run.record.command != "probe" or run.record.status != "finished":
+        if run.record.command != "probe" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             _ = _figure(_probe([run])), _model(run)

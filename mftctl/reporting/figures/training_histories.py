@@ -13,6 +13,7 @@ from mftctl.experiments.results import EvalResult, MadeState, Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Lineage, Parents, RunInputs, StartingState
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
@@ -65,7 +66,7 @@ class History:
     @property
     def is_finished(self) -> bool:
         """True if the run has finished."""
-        return self.run.record.status == "finished"
+        return self.run.record.status == RunStatus.FINISHED
 
     @property
     def stage(self) -> str:
@@ -132,7 +133,7 @@ def read_histories(runs: Sequence[Run]) -> tuple[list[History], list[str]]:
     measured: dict[str, _Measured] = {}
     problems = []
     for run in runs:
-        if run.record.command in _SECTIONS and run.record.status != "failed":
+        if run.record.command in _SECTIONS and run.record.status != RunStatus.FAILED:
             try:
                 found = _measured(run)
             except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,7 +162,7 @@ def _measured(run: Run) -> _Measured | None:
     losses = {line.step: line.eval_loss for line in lines if line.eval_loss is not None}
     if not losses and result.best_loss is not None:
         losses = {result.best_step or 0: result.best_loss}
-    if not losses and record.status != "finished":
+    if not losses and record.status != RunStatus.FINISHED:
         return None
     scores: dict[Measure, dict[int, float]] = {}
     standard_errors: dict[Measure, float] = {}
@@ -180,7 +181,7 @@ def _measured(run: Run) -> _Measured | None:
     lineage = Lineage.read(record.inputs)
     return _Measured(
         run=run,
-        state=run.result(MadeState).state if record.status == "finished" else _expected_state(run),
+        state=run.result(MadeState).state if record.status == RunStatus.FINISHED else _expected_state(run),
         losses=losses,
         scores=scores,
         standard_errors=standard_errors,
@@ -223,7 +224,7 @@ def _expected_state(run: Run) -> str:
 def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> None:
     """Adds results of evaluations on the same samples for states that were not measured during training."""
     for run in runs:
-        if run.record.command != "eval" or run.record.status != "finished":
+        if run.record.command != "eval" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             evaluated = _evaluated(run)
@@ -325,5 +326,5 @@ def _best_fft(item: _Measured, measured: Mapping[str, _Measured]) -> _Measured |
         for other in measured.values()
         if other.is_fft and (other.origin, other.seed, other.validation) == (item.origin, item.seed, item.validation)
     ]
-    finished = [other for other in same if other.run.record.status == "finished"]
+    finished = [other for other in same if other.run.record.status == RunStatus.FINISHED]
     return next(reversed(finished or same), None)

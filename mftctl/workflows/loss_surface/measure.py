@@ -32,6 +32,7 @@ from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, create_run, list_runs
 from mftctl.experiments.run_inputs import Corner, Digests, KnownData, SurfaceInputs
+from mftctl.experiments.run_record import RunStatus
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
 from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer
@@ -141,7 +142,7 @@ def _surface(root: Path, corners: Corners, listener: Listener, points: int, reco
     check_lengths(check, [len(record.input_ids) for record in measured], checkpoint)
     find_device(device)
     run = _open_run(root, corners, parts, points, records, listener)
-    if run.record.status != "finished":
+    if run.record.status != RunStatus.FINISHED:
         with recorded(run):
             with device_for(run, listener, less_memory=["--surface-records below " + str(records)], device=device):
                 run.finish(_measure(run, corners, parts, points, listener))
@@ -209,7 +210,7 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
         and (_without_machine(run.record.config), run.record.inputs) == (config, inputs)
     ]
     for run in same:
-        if run.record.status == "finished":
+        if run.record.status == RunStatus.FINISHED:
             listener.note(f"Already measured: {run.folder}")
             return run
     if same:
