@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 
+_PEAK = "peak (not all at once)"
 _MEMORY: dict[str, Callable[[MemoryEstimate], int]] = {
     "weights": lambda need: need.weights_bytes,
     "scores": lambda need: need.scores_bytes,
@@ -33,7 +34,7 @@ _MEMORY: dict[str, Callable[[MemoryEstimate], int]] = {
     "validation": lambda need: need.validation_bytes,
     "answer to a problem": lambda need: need.generation_bytes,
     "process": lambda need: need.process_bytes,
-    "peak (not all at once)": lambda need: need.peak_bytes,
+    _PEAK: lambda need: need.peak_bytes,
 }
 
 
@@ -137,7 +138,7 @@ def _memory(memory: Sequence[StageMemory]) -> Table:
     view.add_row("largest batch", *(f"{item.records} × {item.length_tokens}" for _, item in columns))
     for label, part in _MEMORY.items():
         sizes = [f"{size / unit:,.1f}" if (size := part(item.estimate)) else "" for _, item in columns]
-        view.add_row(label, *sizes, style="bold" if label.startswith("peak") else None)
+        view.add_row(label, *sizes, style="bold" if label == _PEAK else None)
     rooms = [item.room for _, item in columns if item.room is not None]
     if rooms:
         view.add_row("free", *(f"{room.free_bytes / unit:,.1f}" for room in rooms))
