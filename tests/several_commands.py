@@ -35,9 +35,9 @@ def keep_fsdp_on_a_cpu() -> None:
     AcceleratorState.__init__ = as_on_gpus  # type: ignore[method-assign]
 
 
-def require_others_to_hold_nothing(partitions: type[FsdpModel | ZeroModel]) -> None:
+def require_others_to_hold_nothing(kind: type[FsdpModel | ZeroModel]) -> None:
     """Makes every process but the first fail if it receives an optimizer's full state."""
-    original = partitions.state_dict
+    original = kind.state_dict
 
     @functools.wraps(original)
     def watched(self: Any) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def require_others_to_hold_nothing(partitions: type[FsdpModel | ZeroModel]) -> N
             raise AssertionError("a process that does not write holds an optimizer's state")
         return state
 
-    partitions.state_dict = watched  # type: ignore[method-assign]
+    kind.state_dict = watched  # type: ignore[method-assign]
 
 
 def require_others_to_load_parts() -> None:

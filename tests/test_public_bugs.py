@@ -24,7 +24,7 @@ from mftctl.progress import Silence
 from mftctl.training.inputs import TrainingInputs, prepare_training
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.planning.training_data import trained_segments
-from mftctl.workflows.validate import validate
+from mftctl.workflows.validate import Validation, validate
 from tests.conftest import build_llama, build_tokenizer
 from tests.data import chat_families
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
@@ -118,7 +118,7 @@ class Bench:
         """The text of each record, with learned parts between » and «."""
         return shown(self.inputs(self.data(*records), **changes))
 
-    def checked(self, data: Path, **changes: Any) -> dict[str, Any]:
+    def checked(self, data: Path, **changes: Any) -> Validation:
         """The findings of `validate`."""
         return validate(self.recipe(data, stages=EVAL_ONLY, test_data=str(data), **changes), None)
 
@@ -255,14 +255,14 @@ def test_18_bad_records_are_counted_and_can_be_left_out(bench: Bench) -> None:
         bench.inputs(data)
     assert all(f"data.jsonl:{line}" in str(caught.value.actual) for line in (1, 2, 3))
     assert "--bad-records skip" in str(caught.value.hint)
-    assert any("3 of 4 records cannot be used" in text for text in bench.checked(data)["problems"])
+    assert any("3 of 4 records cannot be used" in text for text in bench.checked(data).problems)
     inputs = bench.inputs(data, bad_records="skip")
     assert shown(inputs) == ["<s><|user|>Yo</s><|assistant|>»Ho</s>«"]
     assert inputs.summary()["record_issues"]["Training data"] == {"refused": 3}
     assert any(note.startswith("Training data: 3 of 4 records") for note in bench.listener.notes)
     found = bench.checked(data, bad_records="skip")
-    assert found["problems"] == []
-    assert any("3 of 4 records skipped as unusable" in text for text in found["warnings"])
+    assert found.problems == []
+    assert any("3 of 4 records skipped as unusable" in text for text in found.warnings)
 
 
 @pytest.mark.slow
@@ -326,7 +326,7 @@ def test_36_named_templates_without_a_default(bench: Bench) -> None:
     with pytest.raises(ConfigError, match="several chat templates") as caught:
         bench.inputs(data)
     assert (caught.value.key, caught.value.expected) == ("--chat-template", "rag, tool_use")
-    assert any("several chat templates" in text for text in bench.checked(data)["problems"])
+    assert any("several chat templates" in text for text in bench.checked(data).problems)
     assert shown(bench.inputs(data, chat_template="rag")) == ["<s><|user|>Hi</s><|assistant|>»Ho</s>«"]
 
 
@@ -357,7 +357,7 @@ def test_71_cut_answers_are_counted(bench: Bench) -> None:
     assert inputs.issues["Training data"] == {"cut": 8}
     assert any("8 of 8 answers (100.0%) truncated at --max-length 64" in note for note in bench.listener.notes)
     assert any("does not learn to stop" in warning for warning in bench.listener.warnings)
-    warnings = bench.checked(data, fft={"max_length_tokens": 64})["warnings"]
+    warnings = bench.checked(data, fft={"max_length_tokens": 64}).warnings
     assert any("8 of 8 answers" in text for text in warnings)
     bench.listener.warnings.clear()
     mixed = bench.data({"question": "a", "answer": "b"}, {"question": "c", "answer": "word " * 40})
@@ -397,7 +397,7 @@ def test_77_data_changed_before_a_resumption(workspace: Path, tmp_path: Path) ->
 def test_the_clock_of_a_template_is_that_of_the_run(bench: Bench) -> None:
     bench.model("{{ strftime_now('%d %b %Y') }}|" + PLAIN)
     assert bench.shown(talk("Hi", "Ho")) == ["05 Mar 2026|<s><|user|>Hi</s><|assistant|>»Ho</s>«"]
-    assert bench.inputs(bench.data(talk("Hi", "Ho"))).template["now"] == "2026-03-05T00:00:00+00:00"
+    assert bench.inputs(bench.data(talk("Hi", "Ho"))).template.now == "2026-03-05T00:00:00+00:00"
 
 
 @pytest.mark.slow

@@ -21,6 +21,8 @@ from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import WRITTEN
 from mftctl.workflows.multi_process.dispatch import work
 from mftctl.workflows.multi_process.process_count import settle_launch
@@ -224,7 +226,7 @@ def _evaluate_once(session: Session, source: ModelSource, *, resume: bool, again
 def _interrupted(session: Session, recipe: Recipe, source: ModelSource) -> Run | None:
     """Returns the latest stopped or killed evaluation of the same model and data, or None."""
     for run in reversed(list_runs(session.root)[0]):
-        if run.record.status in ("running", "interrupted") and _is_same(run, recipe, source):
+        if run.record.status in (RunStatus.RUNNING, RunStatus.INTERRUPTED) and _is_same(run, recipe, source):
             run.go_on()
             session.console.note(f"Resuming: {run.folder}")
             return run
@@ -233,7 +235,7 @@ def _interrupted(session: Session, recipe: Recipe, source: ModelSource) -> Run |
 
 def _measured(run: Run, recipe: Recipe, source: ModelSource) -> bool:
     # Only files in a run folder are certain not to have changed since.
-    return run.record.status == "finished" and bool(source.parents) and _is_same(run, recipe, source)
+    return run.record.status == RunStatus.FINISHED and bool(source.parents) and _is_same(run, recipe, source)
 
 
 def _is_same(run: Run, recipe: Recipe, source: ModelSource) -> bool:
@@ -241,8 +243,9 @@ def _is_same(run: Run, recipe: Recipe, source: ModelSource) -> bool:
     record = run.record
     if recipe.chat_template is not None and Path(recipe.chat_template).exists():
         return False  # the file may have changed since
+    inputs = RunInputs.read(record.inputs)
     return (
         record.command == "eval"
-        and (record.inputs.get("model"), record.inputs.get("mask")) == (source.model, source.mask)
+        and (inputs.model, inputs.mask) == (source.model, source.mask)
         and deciding_keys(parse_recipe(record.config), "eval") == deciding_keys(recipe, "eval")
     )

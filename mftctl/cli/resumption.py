@@ -10,6 +10,7 @@ from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_folder import Run, load_run, newest_run
+from mftctl.experiments.run_inputs import Source
 from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size
 
@@ -60,16 +61,13 @@ def take_up(command: str, root: Path, settle_output: Callable[[Run], None]) -> R
 
 
 def source_of_resumed(run: Run) -> ModelSource:
-    """Returns the source model of a run, from its record."""
-    inputs = run.record.inputs
-    return ModelSource(
-        inputs["model"],
-        inputs["mask"],
-        inputs["state"],
-        tuple(inputs["parents"]),
-        inputs["origin"],
-        run.record.config,
-    )
+    """Returns the source model of a run, from its record.
+
+    Raises:
+        RunError: The record is incomplete.
+    """
+    source = run.inputs(Source)
+    return ModelSource(source.model, source.mask, source.state, tuple(source.parents), source.origin, run.record.config)
 
 
 def with_same_step_records(recipe: Recipe, run: Run, processes: int) -> Recipe:

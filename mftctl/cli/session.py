@@ -20,6 +20,7 @@ from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.results import FftResult, MaskTrainResult
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run, newest_run
+from mftctl.experiments.run_inputs import Source
 from mftctl.files.atomic import Permit
 from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size
@@ -201,7 +202,8 @@ class Session:
     def _settle_resumed_output(self, run: Run, permit: MakePermit | None) -> None:
         if run.record.output is not None and permit is not None:
             recipe = load_recipe(base=run.record.config)
-            inputs = inputs_of(recipe, models=(run.record.inputs["model"], run.record.inputs["origin"]))
+            source = run.inputs(Source)
+            inputs = inputs_of(recipe, models=(source.model, source.origin))
             self.settle_output(Path(run.record.output), inputs, permit)
 
     def _processes(self, recipe: Recipe) -> int:

@@ -60,13 +60,12 @@ def validate(
         from mftctl.workflows.validate import validate as check
 
         result = check(settled, recipe, device_memory=device_memory)
-        console.result(result, *validation_views(result))
-        for text in result["warnings"]:
+        console.result(result.document(), *validation_views(result))
+        for text in result.warnings:
             console.warn(text)
-        for text in result["not_checked"]:
+        for text in result.not_checked:
             console.note(f"Not checked: {text}")
-        if result["problems"]:
-            problems = result["problems"]
+        if problems := result.problems:
             raise ConfigError(f"The recipe has {counted(len(problems), 'problem')}.", path=recipe, problems=problems)
         if recipe is not None:
             console.next_command("mftctl", *(("run",) if settled.stages else ("fft", "--recipe")), recipe)

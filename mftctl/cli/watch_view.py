@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import Output
+from mftctl.experiments.run_record import RunStatus
 from mftctl.files.json_files import json_text
 from mftctl.reporting.watch import Following, RunProgress
 from mftctl.text import counted, visible_line
@@ -25,10 +26,10 @@ _QUIET_SECONDS = 300
 """A run that has written nothing for this long may hang, or be working on a long benchmark."""
 _TENTHS = 10
 _MARKS = {
-    "running": "[cyan]▸[/]",
-    "finished": "[green]✓[/]",
-    "interrupted": "[yellow]↻[/]",
-    "failed": "[red]✗[/]",
+    RunStatus.RUNNING: "[cyan]▸[/]",
+    RunStatus.FINISHED: "[green]✓[/]",
+    RunStatus.INTERRUPTED: "[yellow]↻[/]",
+    RunStatus.FAILED: "[red]✗[/]",
     "killed": "[red]✗[/]",
 }
 
@@ -52,7 +53,7 @@ def watch(console: Output, root: Path, *, interval_seconds: float = INTERVAL_SEC
                 console.pin(view(progress, following.unreadable, root, time.time()))
             else:
                 _tell_changes(console, progress, told)
-                running = any(item.status == "running" for item in progress)
+                running = any(item.status == RunStatus.RUNNING for item in progress)
                 if not running and not quiet:
                     console.note(f"{_nothing_runs(root)} {_counts(progress, following.unreadable)}")
                 quiet = not running
@@ -75,8 +76,8 @@ def view(
         now: Seconds since 1970.
         watching: Whether the view will be updated until Ctrl-C.
     """
-    running = [item for item in progress if item.status == "running"]
-    others = sorted((item for item in progress if item.status != "running"), key=lambda item: item.written)
+    running = [item for item in progress if item.status == RunStatus.RUNNING]
+    others = sorted((item for item in progress if item.status != RunStatus.RUNNING), key=lambda item: item.written)
     parts: list[RenderableType] = [Group(*_in_full(item, now)) for item in running]
     if others:
         parts.append(_newest(others[-_NEWEST:]))
@@ -107,7 +108,7 @@ def _newest(items: Sequence[RunProgress]) -> Table:
     table = Table.grid(padding=(0, 2, 0, 0))
     for item in items:
         best = "" if item.best_validation_loss is None else f"best {item.best_validation_loss:.4f}"
-        said = "" if item.status == "finished" else item.error or item.status
+        said = "" if item.status == RunStatus.FINISHED else item.error or item.status
         name = f"{_MARKS[item.status]} {escape(item.run)}"
         table.add_row(name, escape(_origin(item).strip()), best, _duration(item.seconds), escape(said))
     return table
@@ -132,7 +133,7 @@ def _tell_changes(console: Output, progress: Sequence[RunProgress], told: dict[s
     for item in progress:
         tenth = None if not item.steps or item.step is None else _TENTHS * item.step // item.steps
         state = (item.status, item.part, tenth, item.validation_loss, item.best_validation_loss)
-        if told.get(item.run) != state and (item.status == "running" or not first):
+        if told.get(item.run) != state and (item.status == RunStatus.RUNNING or not first):
             console.text(json_text(asdict(item), indent=None) if console.as_json else f"{visible_line(_line(item))}\n")
         told[item.run] = state
 
@@ -163,7 +164,7 @@ def _numbers(item: RunProgress) -> str:
 
 
 def _times(item: RunProgress) -> str:
-    if item.status != "running":
+    if item.status != RunStatus.RUNNING:
         return _duration(item.seconds)
     left = f", about {_duration(item.seconds_left)} left" if item.seconds_left else ""
     return f"{_duration(item.seconds)} so far{left}"

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import ConfigError, RunError
 from mftctl.experiments.deciding_keys import IN_THE_MODEL
@@ -14,6 +16,8 @@ from mftctl.experiments.model_origin import told_origin, was_trained
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import MadeState, Outcome, Recommended
 from mftctl.experiments.run_folder import Run, list_runs, load_run, newest_run
+from mftctl.experiments.run_inputs import Lineage, RunInputs, Source, UsedModel
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
 from mftctl.experiments.training_options import FftOptions
 
@@ -42,14 +46,15 @@ class ModelSource:
 
     def as_inputs(self) -> dict[str, Any]:
         """Returns the record of this source for the `inputs` of a run."""
-        return {
-            "model": self.model,
-            "mask": self.mask,
-            "state": self.state,
-            "parents": list(self.parents),
-            "origin": self.origin or self.model,
-            **({"base": self.base} if self.base else {}),
-        }
+        # Not checked here: a new run reports a path that cannot be recorded.
+        return Source.model_construct(
+            model=self.model,
+            mask=self.mask,
+            state=self.state,
+            parents=list(self.parents),
+            origin=self.origin or self.model,
+            base=self.base or None,
+        ).document()
 
 
 def source_of_run(run: Run) -> ModelSource:
@@ -60,17 +65,18 @@ def source_of_run(run: Run) -> ModelSource:
     """
     inputs, state, made = run.record.inputs, run.result(MadeState).state, run.result(Outcome)
     try:
+        lineage = Lineage.read(inputs)
         return ModelSource(
-            model=made.model or inputs["model"],
+            model=made.model or UsedModel.read(inputs).model,
             mask=made.mask,
             state=state,
-            parents=(*inputs["parents"], run.name),
-            origin=inputs["origin"],
+            parents=(*lineage.parents, run.name),
+            origin=lineage.origin,
             config=run.record.config,
         )
-    except KeyError as error:
-        path = run.folder / "run.json"
-        raise RunError("The record of this run is incomplete.", path=path, key=str(error.args[0])) from error
+    except ValidationError as error:
+        path, key = run.folder / "run.json", error.errors()[0]["loc"][0]
+        raise RunError("The record of this run is incomplete.", path=path, key=str(key)) from error
 
 
 def source_of_model(model: str, root: Path) -> ModelSource:
@@ -164,8 +170,8 @@ def recommendation_of(run: Run) -> Recommendation:
 def recommended_layers(root: Path, source: ModelSource) -> Recommendation | None:
     """Returns the recommendation of the latest probe of this model; None without one."""
     for run in reversed(list_runs(root)[0]):
-        record = run.record
-        if record.command == "probe" and record.status == "finished" and record.inputs.get("model") == source.model:
+        record, inputs = run.record, RunInputs.read(run.record.inputs)
+        if record.command == "probe" and record.status == RunStatus.FINISHED and inputs.model == source.model:
             with suppress(RunError):
                 return recommendation_of(run)
     return None

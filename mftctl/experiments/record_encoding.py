@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence, Sized
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import Example
@@ -15,6 +14,7 @@ from mftctl.data.record_issues import RecordIssues
 from mftctl.data.template_choice import TemplateChoice, choose_template
 from mftctl.errors import DataError
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.run_inputs import TemplateRecord
 from mftctl.masking.checkpoints.load import load_tokenizer
 from mftctl.progress import Listener, Progress
 
@@ -44,18 +44,18 @@ def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) 
     return Encoder(tokenizer, learn=recipe.learn, now=now)
 
 
-def template_record(encoder: Encoder, recipe: Recipe) -> dict[str, Any]:
+def template_record(encoder: Encoder, recipe: Recipe) -> TemplateRecord:
     """The chat template's entry in a run's record: how it was chosen, its SHA-256, and the time it may use."""
     template = encoder.tokenizer.chat_template
     if not template:
-        return {"source": None}
-    return {
-        "source": recipe.chat_template or "the tokenizer's",
-        "args": recipe.template_args,
-        "merge_system": recipe.merge_system,
-        "digest": hashlib.sha256(str(template).encode()).hexdigest(),
-        **({"now": encoder.now.isoformat(timespec="seconds")} if "strftime_now" in str(template) else {}),
-    }
+        return TemplateRecord(source=None)
+    return TemplateRecord(
+        source=recipe.chat_template or "the tokenizer's",
+        args=recipe.template_args,
+        merge_system=recipe.merge_system,
+        digest=hashlib.sha256(str(template).encode()).hexdigest(),
+        now=encoder.now.isoformat(timespec="seconds") if "strftime_now" in str(template) else None,
+    )
 
 
 def encode_part(

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 
 from mftctl.errors import ChangedDataError, Interrupted, LostProcessError, MftError
 from mftctl.experiments.run_folder import OPEN_RUNS, Run
+from mftctl.experiments.run_record import RunStatus
 from mftctl.files.atomic import is_failure_of_storage, known_failures
 
 
@@ -25,20 +26,20 @@ def recorded(run: Run) -> Iterator[None]:
         with known_failures(run.folder):
             yield
     except Interrupted:
-        run.update(status="interrupted")
+        run.update(status=RunStatus.INTERRUPTED)
         raise
     except KeyboardInterrupt:
-        run.update(status="interrupted")
+        run.update(status=RunStatus.INTERRUPTED)
         raise Interrupted("Stopped.", path=run.folder, hint=how_to_go_on(run)) from None
     except MftError as error:
         with suppress(OSError):  # if the record cannot be written, it remains as after a kill
             can_go_on = isinstance(error, (LostProcessError, ChangedDataError)) or is_failure_of_storage(error)
-            run.update(status="interrupted" if can_go_on else "failed", error=str(error))
+            run.update(status=RunStatus.INTERRUPTED if can_go_on else RunStatus.FAILED, error=str(error))
         raise
     finally:
-        if run.record.status == "running":  # an error unknown to mftctl
+        if run.record.status == RunStatus.RUNNING:  # an error unknown to mftctl
             with suppress(OSError):
-                run.update(status="interrupted", error=f"{sys.exc_info()[0]}: {sys.exc_info()[1]}")
+                run.update(status=RunStatus.INTERRUPTED, error=f"{sys.exc_info()[0]}: {sys.exc_info()[1]}")
 
 
 def how_to_go_on(run: Run) -> str:
@@ -58,4 +59,4 @@ def end_open_runs() -> None:
     for run in list(OPEN_RUNS.values()):
         if (run.folder / "run.json").is_file():
             with suppress(OSError):
-                run.update(status="interrupted")
+                run.update(status=RunStatus.INTERRUPTED)

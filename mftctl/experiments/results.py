@@ -25,15 +25,6 @@ Refused = Annotated[str | None, Field(default=None, exclude_if=lambda value: val
 class Result(Part):
     """Result of a command, or part of it."""
 
-    @classmethod
-    def read(cls, document: Mapping[str, Any]) -> Self:
-        """Returns the result stored in a record.
-
-        Raises:
-            pydantic.ValidationError: A value is missing, out of bounds or of the wrong type.
-        """
-        return cls.model_validate(dict(document))
-
 
 class Outcome(Result):
     """Fields common to the results of several commands; None if the result has no such field.

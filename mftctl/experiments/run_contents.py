@@ -16,7 +16,8 @@ from pydantic_core import from_json
 from mftctl.errors import MftError, RunError
 from mftctl.experiments.measured_lines import MetricsLine, Sample
 from mftctl.experiments.results import Outcome, read_result
-from mftctl.experiments.value_types import LARGEST_COUNT, Count, Number, Part, Place, Several
+from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.value_types import LARGEST_COUNT, Count, Number, Part, Several
 from mftctl.files.regular import read_regular
 from mftctl.text import visible_line
 
@@ -66,26 +67,6 @@ class _Config(Part):
     eval: _Evaluating = _Evaluating()
 
 
-class _Corner(Part):
-    run: str
-
-
-class _Inputs(Part):
-    model: Place | None = None
-    mask: Place | None = None
-    state: str = ""
-    parents: list[str] = Field(default_factory=list)
-    origin: Place = ""
-    base: Place | None = None
-    digests: dict[str, str | None] = Field(default_factory=dict)
-    train_records: Count | None = None
-    validation_records: Count | None = None
-    test_records: Count | None = None
-    corners: list[_Corner] = Field(default_factory=list)
-    points: Annotated[int, Field(ge=2, le=10_000)] | None = None
-    records: Count | None = None
-
-
 class _Decides(Part):
     files: dict[str, str | None] = Field(default_factory=dict)
 
@@ -95,7 +76,7 @@ class _Record(Part):
     processes: Annotated[int, Field(ge=1, le=1_000_000)]
     worker: _Worker | None
     config: _Config
-    inputs: _Inputs
+    inputs: RunInputs
     result: Outcome
     decides: _Decides
     format_version: Several

@@ -25,7 +25,7 @@ import yaml
 
 from mftctl.errors import RunError
 from mftctl.experiments.fingerprints import source_digest
-from mftctl.experiments.run_record import FORMAT_VERSION, RunRecord, require_known_format, told_format
+from mftctl.experiments.run_record import FORMAT_VERSION, RunRecord, RunStatus, require_known_format, told_format
 from mftctl.experiments.yaml_numbers import NumberDumper
 from mftctl.files.atomic import is_alive, write_text
 from mftctl.files.names import is_recordable, require_recordable, shown_name
@@ -39,8 +39,9 @@ if TYPE_CHECKING:
 
     from mftctl.experiments.measured_lines import MetricsLine
     from mftctl.experiments.results import Result
+    from mftctl.experiments.value_types import Part
 
-ResultKind = TypeVar("ResultKind", bound="Result")
+PartKind = TypeVar("PartKind", bound="Part")
 
 _PACKAGES = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval")
 _NUMBERED = re.compile(r"\d+-")
@@ -138,7 +139,7 @@ class Run:
     def is_worked_on(self) -> bool:
         """True if another process of this machine is working on it; unknown for other machines."""
         host, _, process = (self.record.worker or "").rpartition(":")
-        if self.record.status != "running" or host != platform.node() or not process.isdecimal():
+        if self.record.status != RunStatus.RUNNING or host != platform.node() or not process.isdecimal():
             return False
         return int(process) != os.getpid() and is_alive(int(process))
 
@@ -157,7 +158,7 @@ class Run:
                 actual=f"process {self.record.worker}",
                 hint="wait for it, or stop it first",
             )
-        self.update(status="running", worker=_worker(), versions=_then(self.record.versions, _versions()))
+        self.update(status=RunStatus.RUNNING, worker=_worker(), versions=_then(self.record.versions, _versions()))
 
     def look_again(self) -> None:
         """Reloads the record after worker processes have updated it."""
@@ -180,21 +181,32 @@ class Run:
         seconds = self.record.seconds + now_seconds - self._clock_start_seconds
         self._clock_start_seconds = now_seconds
         self.record = replace(self.record, seconds=round(seconds, 3), format_version=FORMAT_VERSION, **changes)
-        if self.record.status == "running":
+        if self.record.status == RunStatus.RUNNING:
             OPEN_RUNS[self.folder] = self
         else:
             OPEN_RUNS.pop(self.folder, None)
         if is_first():
             write_text(self.folder / "run.json", _to_json(self.record))
 
-    def result(self, kind: type[ResultKind]) -> ResultKind:
+    def result(self, kind: type[PartKind]) -> PartKind:
         """Returns the result of the run, or the fields of it that the given class reads.
 
         Raises:
             RunError: A field is missing in the record.
         """
+        return self._read(kind, self.record.result)
+
+    def inputs(self, kind: type[PartKind]) -> PartKind:
+        """Returns the inputs of the run that the given class reads.
+
+        Raises:
+            RunError: One of them is missing in the record.
+        """
+        return self._read(kind, self.record.inputs)
+
+    def _read(self, kind: type[PartKind], document: Mapping[str, Any]) -> PartKind:
         try:
-            return kind.read(self.record.result)
+            return kind.read(document)
         except ValueError as error:
             from mftctl.experiments.run_contents import first_fault
 
@@ -203,7 +215,7 @@ class Run:
 
     def finish(self, result: Result) -> None:
         """Stores the result; other commands can build on the run from now on, and its checkpoints are removed."""
-        self.update(status="finished", result=result.document(), error=None)
+        self.update(status=RunStatus.FINISHED, result=result.document(), error=None)
         if is_first():
             shutil.rmtree(self.training.checkpoints, ignore_errors=True)
 
@@ -239,9 +251,11 @@ def create_run(
         RunError: The folder cannot be created.
         ConfigError: A path, or a text in the configuration, is not UTF-8.
     """
+    from mftctl.experiments.run_inputs import PLACES
+
     record = RunRecord(
         command=command,
-        status="running",
+        status=RunStatus.RUNNING,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         config=dict(config),
         recipe=recipe,
@@ -255,7 +269,7 @@ def create_run(
         processes=processes or world_size(),
         format_version=FORMAT_VERSION,
     )
-    places = (root, output, *((inputs or {}).get(name) for name in ("model", "mask", "origin")))
+    places = (root, output, *((inputs or {}).get(name) for name in PLACES))
     require_recordable(places, asdict(record))
     try:
         folder = _new_folder(root, record)
@@ -362,7 +376,7 @@ def newest_run(root: Path, *commands: str, unfinished: bool = False) -> Run | No
 
     Damaged run folders are skipped, as an older one may be valid.
     """
-    wanted = ("running", "interrupted") if unfinished else ("finished",)
+    wanted = (RunStatus.RUNNING, RunStatus.INTERRUPTED) if unfinished else (RunStatus.FINISHED,)
     for run in reversed(list_runs(root)[0]):
         if run.record.command in commands and run.record.status in wanted:
             return run
@@ -395,5 +409,5 @@ def _tidy_up(root: Path) -> None:
     remove_leftovers(root)
     for run in list_runs(root)[0]:
         remove_leftovers(run.folder)
-        if run.record.status == "finished":
+        if run.record.status == RunStatus.FINISHED:
             shutil.rmtree(run.training.checkpoints, ignore_errors=True)

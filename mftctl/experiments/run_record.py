@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mftctl.errors import RunError
 
 FORMAT_VERSION = 2
 """Format version written. Records of version 1 do not state theirs; their keys are the same."""
 
-Status = Literal["running", "finished", "interrupted", "failed"]
+
+class RunStatus(StrEnum):
+    """How far a run has come."""
+
+    RUNNING = "running"
+    """Worked on, or killed without a chance to say so."""
+    FINISHED = "finished"
+    """Its result is complete."""
+    INTERRUPTED = "interrupted"
+    """Stopped; it can be resumed."""
+    FAILED = "failed"
+    """Ended by an error that would come again."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +33,11 @@ class RunRecord:
 
     Attributes:
         command: The mftctl command.
-        status: `finished` only if the result is complete.
+        status: How far it has come.
         started: The UTC time of the first start, ISO 8601.
         config: The resolved configuration, as in `config.yaml`.
         recipe: The name or path of the recipe, None without one.
-        inputs: The inputs of the command: model, mask, digests, the runs they came from.
+        inputs: The inputs of the command as stored, read by the classes of `run_inputs`.
         output: Where the user wants the result in addition to the run folder, or None.
         result: The result of the command as stored, read by `Run.result`; empty until it is finished.
         seconds: The working time, including resumed parts.
@@ -42,7 +54,7 @@ class RunRecord:
     """
 
     command: str
-    status: Status
+    status: RunStatus
     started: str
     config: dict[str, Any]
     recipe: str | None = None

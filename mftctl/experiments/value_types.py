@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -49,6 +50,15 @@ class Part(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    @classmethod
+    def read(cls, document: Mapping[str, Any]) -> Self:
+        """Returns the part that is stored in a record.
+
+        Raises:
+            pydantic.ValidationError: A value is missing, out of bounds or of the wrong type.
+        """
+        return cls.model_validate(dict(document))
 
     def document(self) -> dict[str, Any]:
         """Returns the part as plain data, in its stored form."""

@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from mftctl.experiments.recipe import EvalOptions
 from mftctl.experiments.results import MeasuredData
 from mftctl.experiments.run_folder import SOURCE, Run
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 _SECTIONS: dict[str, tuple[str, type[BaseModel]]] = {
@@ -39,7 +40,7 @@ class _Measured:
 
     @property
     def parents(self) -> list[str]:
-        return list(self.run.record.inputs.get("parents") or ())
+        return RunInputs.read(self.run.record.inputs).parents
 
     @property
     def trainings(self) -> tuple[Run, ...]:
@@ -83,7 +84,7 @@ def flags(item_runs: Sequence[Run], baseline_runs: Sequence[Run], by_name: Mappi
 
 
 def _measured(run: Run, by_name: Mapping[str, Run]) -> _Measured:
-    names = run.record.inputs.get("parents") or ()
+    names = RunInputs.read(run.record.inputs).parents
     makers = tuple(by_name[name] for name in names if name in by_name)
     return _Measured(run, makers, tuple(name for name in names if name not in by_name))
 
@@ -199,16 +200,17 @@ def _other_data(one: _Measured, other: _Measured) -> Iterator[str]:
             yield f"Validated on records that differ from {whose}: {difference}"
 
 
-def _difference_of_data(run: Run, reference: Run, part: str, key: str) -> str:
+def _difference_of_data(run: Run, reference: Run, part: Literal["train", "validation"], key: str) -> str:
     """The sources and record counts of both runs; empty if the data is the same.
 
     Data is compared by digest, or by configured source if a run has no digest.
     """
-    digests = [(item.record.inputs.get("digests") or {}).get(part) for item in (run, reference)]
+    known = [RunInputs.read(item.record.inputs).of_part(part) for item in (run, reference)]
+    digests = [digest for digest, _ in known]
     texts = [_sources(item, key) for item in (run, reference)]
     if digests[0] == digests[1] if all(digests) else texts[0] == texts[1]:
         return ""
-    counts = [item.record.inputs.get(f"{part}_records", "some") for item in (run, reference)]
+    counts = ["some" if records is None else str(records) for _, records in known]
     if texts[0] == texts[1]:
         return f"{counts[0]} and {counts[1]} of {texts[0]}"
     return f"{counts[0]} of {texts[0]} instead of {counts[1]} of {texts[1]}"

@@ -10,6 +10,8 @@ from mftctl.errors import RunError
 from mftctl.experiments.results import Outcome, TrainingCost
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import RunInputs, TrainRecords
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import place_of
 from mftctl.reporting.state_tables import state_label
 
@@ -61,9 +63,9 @@ def efficiencies(runs: Sequence[Run]) -> tuple[list[Efficiency], list[str]]:
     newest: dict[tuple[str, str, tuple[str, str]], dict[int, Run]] = {}
     for run in runs:
         record, result = run.record, run.result(Outcome)
-        if record.command in TRAINING and record.status == "finished" and result.steps:
+        if record.command in TRAINING and record.status == RunStatus.FINISHED and result.steps:
             maker = (record.recipe or "", record.stage or ("" if record.recipe else run.name))
-            key = (str(record.inputs.get("origin")), result.state, maker)
+            key = (RunInputs.read(record.inputs).origin, result.state, maker)
             newest.setdefault(key, {})[int(record.config.get("seed", 0))] = run
     found, problems = [], []
     for (origin, state, maker), by_seed in newest.items():
@@ -112,7 +114,7 @@ def _timed(run: Run) -> _Timed | None:
         raise KeyError("epoch")
     if first.num_input_tokens_seen is None or last.num_input_tokens_seen is None:
         raise KeyError("num_input_tokens_seen")
-    samples = (last.epoch - first.epoch) * int(run.record.inputs["train_records"])
+    samples = (last.epoch - first.epoch) * TrainRecords.read(run.record.inputs).train_records
     tokens = int(last.num_input_tokens_seen) - int(first.num_input_tokens_seen)
     return _Timed(run, cost, samples / seconds, tokens / seconds)
 

@@ -7,13 +7,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mftctl.errors import RunError
 from mftctl.experiments.measured_lines import Dataset, Metric
 from mftctl.experiments.results import EvalResult, Outcome
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import Lineage, Parents, RunInputs, UsedModel
 from mftctl.experiments.state_names import FFT, PRE_TRAINED
 from mftctl.reporting.paired_change import Samples, read_samples
 
@@ -39,7 +39,7 @@ class Measurement:
     @property
     def key(self) -> tuple[str, str, str]:
         """Model, data and metric, which are the same throughout a table."""
-        return (self.inputs["origin"], f"{self.dataset.name}:{self.dataset.digest}", self.metric.name)
+        return (self.lineage.origin, f"{self.dataset.name}:{self.dataset.digest}", self.metric.name)
 
     @property
     def is_number(self) -> bool:
@@ -48,9 +48,9 @@ class Measurement:
         return math.isfinite(self.metric.value) and (error is None or math.isfinite(error))
 
     @property
-    def inputs(self) -> dict[str, Any]:
-        """The recorded inputs: the evaluated model and its origin."""
-        return self.run.record.inputs
+    def lineage(self) -> Lineage:
+        """The runs that made the evaluated model, and its origin."""
+        return Lineage.read(self.run.record.inputs)
 
     @property
     def seed(self) -> int:
@@ -65,7 +65,7 @@ class Measurement:
     @property
     def maker(self) -> tuple[str, str]:
         """Distinguishes states of the same name: recipe and stage, or else the run that made the state."""
-        makers = [name for name in self.inputs["parents"] if not name.endswith("-apply")]
+        makers = [name for name in self.lineage.parents if not name.endswith("-apply")]
         record = next((run.record for run in self.made_by if makers and run.name == makers[-1]), self.run.record)
         if self.state == PRE_TRAINED:
             return "", ""
@@ -74,7 +74,7 @@ class Measurement:
     @property
     def first_state(self) -> str | None:
         """State of the model that the first run in the lineage produced; None if unknown."""
-        first = [run for run in self.made_by if run.name in self.inputs["parents"][:1]]
+        first = [run for run in self.made_by if run.name in self.lineage.parents[:1]]
         return first[0].result(Outcome).state if first else None
 
     def samples(self) -> Samples:
@@ -90,7 +90,7 @@ def measurements_of(run: Run, by_name: Mapping[str, Run]) -> list[Measurement]:
     """
     record = run.record
     try:
-        made_by = tuple(by_name[name] for name in record.inputs["parents"] if name in by_name)
+        made_by = tuple(by_name[name] for name in Parents.read(record.inputs).parents if name in by_name)
         result = run.result(EvalResult)
         found = [
             Measurement(run, data, metric, result.state, made_by) for data in result.datasets for metric in data.metrics
@@ -109,12 +109,17 @@ def belong_together(base: Measurement, item: Measurement) -> bool:
     A state made from a fine-tuned model is compared with that model, any state with its pre-trained model, and a model
     tuned by a different method, such as GMT, with the baseline of the same pre-trained model, training data and seed.
     """
-    same_origin = bool(base.inputs["origin"] == item.inputs["origin"])
+    same_origin = base.lineage.origin == item.lineage.origin
     if PRE_TRAINED in (base.state, item.state):
         return same_origin
-    if not item.inputs["parents"]:  # as for a model folder from a different runs folder
-        base_model = item.inputs.get("base")
-        return base_model is not None and base_model == str(Path(base.inputs["model"]).resolve())
+    parents = item.lineage.parents
+    if not parents:  # as for a model folder from a different runs folder
+        base_model = RunInputs.read(item.run.record.inputs).base
+        return base_model is not None and base_model == str(_model_folder(base.run))
     if item.first_state in (None, FFT):
-        return bool(base.inputs["parents"] == item.inputs["parents"][:1])
+        return base.lineage.parents == parents[:1]
     return same_origin and (base.seed, base.trained_on) == (item.seed, item.trained_on)
+
+
+def _model_folder(run: Run) -> Path:
+    return Path(UsedModel.read(run.record.inputs).model).resolve()

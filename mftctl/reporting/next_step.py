@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import State, StateKind
 from mftctl.reporting.state_tables import MetricTable, Row
 
@@ -36,7 +37,7 @@ def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
         tables: The comparison tables.
         runs: The runs of the runs folder, oldest first.
     """
-    made = {run.record.command for run in runs if run.record.status == "finished"}
+    made = {run.record.command for run in runs if run.record.status == RunStatus.FINISHED}
     states = {row.made for table in tables for row in table.rows}
     masks = [(table, row) for table in tables for row in table.rows if is_learned_mask(row)]
     if "fft" not in made and "mask-train" not in made:

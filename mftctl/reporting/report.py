@@ -12,6 +12,8 @@ from mftctl.errors import RunError
 from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.run_record import RunStatus
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.comparability import flags
 from mftctl.reporting.efficiency import Efficiency, efficiencies
@@ -160,7 +162,7 @@ def _with_makers(names: Sequence[str], runs: Sequence[Run], by_name: dict[str, R
     wanted = set(names)
     for name in names:
         if name in by_name:
-            wanted.update(by_name[name].record.inputs.get("parents", []))
+            wanted.update(RunInputs.read(by_name[name].record.inputs).parents)
     return [run for run in runs if run.name in wanted]
 
 
@@ -179,7 +181,7 @@ def _sources(runs: Sequence[Run]) -> tuple[list[RunSource], list[str]]:
 
 def _source(run: Run, command: str) -> RunSource:
     record = run.record
-    state = run.result(Outcome).state or record.inputs.get("state") or record.command
+    state = run.result(Outcome).state or RunInputs.read(record.inputs).state or record.command
     made = {"eval": f"measures {state}", "probe": f"probes {state}"}.get(record.command, f"makes {state}")
     return RunSource(
         run.name,
@@ -195,7 +197,7 @@ def _source(run: Run, command: str) -> RunSource:
 
 def _unfinished(runs: Sequence[Run]) -> tuple[str, ...]:
     """One line per recent unfinished run, and one that counts the rest."""
-    found = [run for run in runs if run.record.status != "finished" and not run.is_worked_on]
+    found = [run for run in runs if run.record.status != RunStatus.FINISHED and not run.is_worked_on]
     lines = [f"{run.name}: {_ending(run)}" for run in reversed(found[-_MOST_LISTED:])]
     older = Counter(_status(run) for run in found[:-_MOST_LISTED])
     if older:
@@ -205,11 +207,11 @@ def _unfinished(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def _status(run: Run) -> str:
-    return "killed" if run.record.status == "running" else run.record.status
+    return "killed" if run.record.status == RunStatus.RUNNING else run.record.status
 
 
 def _ending(run: Run) -> str:
-    if run.record.status == "failed":
+    if run.record.status == RunStatus.FAILED:
         return f"failed: {(run.record.error or 'the reason was not recorded').partition(_LINE_END)[0]}"
     if run.record.command in ("fft", "probe", "mask-train", "eval"):
         return f"{_status(run)}; {run.resume_command} resumes the latest run of this command"

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import shlex
 
+from pydantic import ValidationError
+
 from mftctl.errors import RunError
 from mftctl.experiments.results import Outcome
+from mftctl.experiments.run_contents import PartKind
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import AppliedMask, Origin, RunInputs, StartingState, SurfaceSize, UsedModel
 from mftctl.experiments.state_names import known_state
 
 
@@ -43,26 +47,29 @@ def _mask_train(run: Run) -> list[str]:
 
 
 def _apply(run: Run) -> list[str]:
-    model, mask = _input(run, "model"), _input(run, "mask")
+    inputs = _inputs(run, AppliedMask)
+    model, mask = inputs.model, inputs.mask
     base = run.result(Outcome).base
     if base is None:  # an unfinished run, or one of an earlier version
-        state = known_state(_input(run, "state"))
-        base = _input(run, "origin") if state is not None and state.is_drop else model
+        state = known_state(_inputs(run, StartingState).state)
+        base = _inputs(run, Origin).origin if state is not None and state.is_drop else model
     tuned = [] if base == model else ["--tuned", model]
     return [str(base), mask, *tuned, *_output(run)]
 
 
 def _eval(run: Run) -> list[str]:
-    inputs, config = run.record.inputs, ["--recipe", str(run.folder / "config.yaml")]
+    config = ["--recipe", str(run.folder / "config.yaml")]
     if run.record.config.get("eval", {}).get("predictions") is not None:
         return config  # the configuration names the scored outputs; there is no model
-    mask = ["--mask", str(inputs["mask"])] if inputs.get("mask") else []
-    return [_input(run, "model"), *mask, *config, "--again"]
+    applied = RunInputs.read(run.record.inputs).mask
+    mask = ["--mask", applied] if applied else []
+    return [_inputs(run, UsedModel).model, *mask, *config, "--again"]
 
 
 def _surface(run: Run) -> list[str]:
     # If the run folder exists, the surface is already measured; without it, the same models are found and measured.
-    sizes = ["--surface-points", _input(run, "points"), "--surface-records", _input(run, "records")]
+    size = _inputs(run, SurfaceSize)
+    sizes = ["--surface-points", str(size.points), "--surface-records", str(size.records)]
     return ["report", "--surface", *sizes]
 
 
@@ -70,13 +77,14 @@ def _output(run: Run) -> list[str]:
     return ["-o", run.record.output] if run.record.output else []
 
 
-def _input(run: Run, name: str) -> str:
-    """Returns an input from the record.
+def _inputs(run: Run, kind: type[PartKind]) -> PartKind:
+    """Returns inputs from the record.
 
     Raises:
-        RunError: The record does not have it.
+        RunError: The record does not have one of them.
     """
-    value = run.record.inputs.get(name)
-    if value is None:
-        raise RunError(f"The record of {run.name} lacks its {name}.", path=run.folder / "run.json", key=name)
-    return str(value)
+    try:
+        return kind.read(run.record.inputs)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise RunError(f"The record of {run.name} lacks its {name}.", path=run.folder / "run.json", key=name) from error

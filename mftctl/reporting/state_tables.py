@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from mftctl.errors import EvaluationError, RunError
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import FFT, PRE_TRAINED, State, known_state, place_of
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.evaluation_runs import Measurement, belong_together, measurements_of
@@ -127,7 +128,7 @@ def _measured(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Meas
     groups: dict[tuple[str, str, str], list[Measurement]] = {}
     problems = []
     for run in runs:
-        if run.record.command != "eval" or run.record.status != "finished":
+        if run.record.command != "eval" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             for item in measurements_of(run, by_name):

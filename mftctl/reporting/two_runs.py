@@ -12,6 +12,7 @@ from mftctl.experiments.results import LABELS, PLACES, EvalResult
 from mftctl.experiments.run_config import NOT_GIVEN
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_record import RunStatus
 from mftctl.reporting.paired_change import Change, paired_change, read_samples
 
 _LONG_NUMBER = 20
@@ -120,7 +121,7 @@ def compare_two(one: Run, other: Run) -> RunComparison:
     unfinished = [
         f"{name} is not finished ({run.record.status})"
         for name, run in {names[0]: one, names[1]: other}.items()
-        if run.record.status != "finished"
+        if run.record.status != RunStatus.FINISHED
     ]
     metrics, unpaired = _paired(one, other)
     mask, unread = _overlap(one, other)
@@ -255,7 +256,7 @@ def _with_corrected_p_values(metrics: Sequence[PairedMetric]) -> tuple[PairedMet
 
 def _overlap(one: Run, other: Run) -> tuple[MaskOverlap | None, list[str]]:
     """Overlap of the masks of two runs, None if either has no mask; and the reason if they cannot be compared."""
-    if any(run.record.command != "mask-train" or run.record.status != "finished" for run in (one, other)):
+    if any(run.record.command != "mask-train" or run.record.status != RunStatus.FINISHED for run in (one, other)):
         return None, []
     from mftctl.masking.mask import open_mask
     from mftctl.masking.overlap import diff

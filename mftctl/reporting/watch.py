@@ -18,13 +18,14 @@ from mftctl.errors import MftError
 from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import metrics_line
 from mftctl.experiments.run_folder import Run, load_run, run_folders
-from mftctl.experiments.run_record import RunRecord
+from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.run_record import RunRecord, RunStatus
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.atomic import is_alive
 from mftctl.files.regular import open_regular
 from mftctl.training.schedule import total_steps
 
-ProgressStatus = Literal["running", "finished", "interrupted", "failed", "killed"]
+ProgressStatus = RunStatus | Literal["killed"]
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train", "probe": "mask_train"}
 
@@ -131,7 +132,7 @@ class _Followed:
         self.stamp = stamp
         self.metrics = metrics
         self._run = run
-        self._settled = None if run.record.status == "running" else _settled(run, stamp.written)
+        self._settled = None if run.record.status == RunStatus.RUNNING else _settled(run, stamp.written)
 
     def progress(self) -> RunProgress:
         """The current progress."""
@@ -154,7 +155,7 @@ class _Followed:
             command=record.command,
             stage=record.stage,
             seed=int(record.config.get("seed", 0)),
-            status="killed" if killed else "running",
+            status="killed" if killed else RunStatus.RUNNING,
             part=part,
             step=metrics.step,
             steps=steps,
@@ -271,7 +272,7 @@ def _training_folder(run: Run) -> tuple[str | None, Path]:
 
 def _planned_steps(record: RunRecord) -> int | None:
     """The planned training steps; None if nothing is trained or the records are not counted yet."""
-    section, records = _SECTIONS.get(record.command), record.inputs.get("train_records")
+    section, records = _SECTIONS.get(record.command), RunInputs.read(record.inputs).train_records
     if section is None or records is None:
         return None
     config = dict(record.config.get(section, {}))
@@ -281,7 +282,7 @@ def _planned_steps(record: RunRecord) -> int | None:
         return None
     known = {key: value for key, value in config.items() if key in TrainingOptions.model_fields}
     try:
-        return total_steps(int(records), TrainingOptions.model_validate(known), record.processes)
+        return total_steps(records, TrainingOptions.model_validate(known), record.processes)
     except ValidationError:  # written by a different version
         return None
 

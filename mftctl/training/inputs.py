@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from mftctl.experiments.record_encoding import (
     tell_issues,
     template_record,
 )
+from mftctl.experiments.run_inputs import Digests, RunInputs, TemplateRecord, TrainingData
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.progress import Listener, Silence
@@ -55,34 +56,38 @@ class TrainingInputs:
     tokenizer: PreTrainedTokenizerBase
     train: Sequence[Encoded]
     validation: Sequence[Encoded]
-    digests: dict[str, str]
+    digests: Digests
     records: np.ndarray
     left_out: int
-    template: dict[str, Any]
+    template: TemplateRecord
     issues: dict[str, dict[str, int]]
     check: CheckpointCheck = field(default_factory=CheckpointCheck)
     validation_examples: Sequence[Example] = ()
 
     def template_text(self) -> str:
         """The chat template as described in a model card."""
-        source = self.template.get("source")
-        if source is None:
+        if self.template.source is None:
             return "none"
-        args = [f"{name}={value}" for name, value in self.template["args"].items()]
-        merged = ["the system prompt merged into the first question"] if self.template["merge_system"] else []
-        return ", ".join([str(source), *args, *merged])
+        args = [f"{name}={value}" for name, value in self.template.args.items()]
+        merged = ["the system prompt merged into the first question"] if self.template.merge_system else []
+        return ", ".join([self.template.source, *args, *merged])
 
-    def summary(self) -> dict[str, Any]:
-        """Counts and digests for the run's record."""
-        return {
-            "train_records": len(self.train),
-            "validation_records": len(self.validation),
-            "train_answer_tokens": sum(answer_lengths(self.train)),
-            "digests": self.digests,
-            "chat_template": self.template,
-            "record_issues": self.issues,
-            "model_remarks": list(self.check.remarks),
-        }
+    def summary(self, fft_learning_rate: float | None = None) -> dict[str, Any]:
+        """Returns counts and digests for the run's record.
+
+        Args:
+            fft_learning_rate: Learning rate of the model's fine-tuning; None for `fft`.
+        """
+        return TrainingData(
+            train_records=len(self.train),
+            validation_records=len(self.validation),
+            train_answer_tokens=sum(answer_lengths(self.train)),
+            digests=self.digests,
+            chat_template=self.template,
+            record_issues=self.issues,
+            model_remarks=list(self.check.remarks),
+            fft_learning_rate=fft_learning_rate,
+        ).document()
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +167,7 @@ def prepare_training(
         encoder.tokenizer,
         train.records,
         validation.records,
-        {"train": data_digest(train.examples), "validation": data_digest(validation.examples)},
+        Digests(train=data_digest(train.examples), validation=data_digest(validation.examples)),
         train.examples.digests,
         left_out,
         template_record(encoder, recipe),
@@ -208,7 +213,7 @@ def split_examples(recipe: Recipe, listener: Listener) -> Parts:
     return Parts(kept, held_out, issues, issues)
 
 
-def require_same_data(before: Mapping[str, Any], inputs: TrainingInputs) -> None:
+def require_same_data(before: RunInputs, inputs: TrainingInputs) -> None:
     """Checks that a resumed run has the same data and chat template as when it began.
 
     Args:
@@ -218,8 +223,8 @@ def require_same_data(before: Mapping[str, Any], inputs: TrainingInputs) -> None
     Raises:
         ChangedDataError: The data or the template has changed.
     """
-    began = {**before.get("digests", {}), "chat template": before.get("chat_template", {}).get("digest")}
-    now = {**inputs.digests, "chat template": inputs.template.get("digest")}
+    began = {**before.digests.document(), "chat template": before.chat_template.digest}
+    now = {**inputs.digests.document(), "chat template": inputs.template.digest}
     changed = [name for name, digest in began.items() if digest is not None and digest != now[name]]
     if changed:
         raise ChangedDataError(

@@ -15,6 +15,7 @@ from mftctl.experiments.model_source import ModelSource, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Flips
 from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.outlines import StoredWeights
@@ -163,15 +164,16 @@ def prepare_mask_training(
         now=run.started,
         listener=listener,
     )
-    require_same_data(run.record.inputs, inputs)
+    before = RunInputs.read(run.record.inputs)
+    require_same_data(before, inputs)
     if inputs.left_out:
         listener.note(
             f"Training records: {len(inputs.train)}; left out because fine-tuning used them: {inputs.left_out} "
             "(--learn-from all includes them)"
         )
     # A resumed run continues with its original rate, even if its source no longer records it.
-    rate = float(run.record.inputs.get("fft_learning_rate") or fft_learning_rate(source, recipe))
-    run.update(inputs={**source.as_inputs(), **inputs.summary(), "fft_learning_rate": rate})
+    rate = before.fft_learning_rate or fft_learning_rate(source, recipe)
+    run.update(inputs={**source.as_inputs(), **inputs.summary(rate)})
     return MaskTrainingInputs(inputs, rate)
 
 

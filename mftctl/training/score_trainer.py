@@ -82,7 +82,7 @@ class ScoreTrainer(SftTrainer):
     def after_spreading(self) -> None:
         """Disables caches that need whole weights; runs evaluations that had to wait for the model's values."""
         model = self.accelerator.unwrap_model(self.model)
-        if self.partitions is not None and self.partitions.shares_weights:
+        if self.sharded_model is not None and self.sharded_model.shares_weights:
             share_weights(model)
         if self.rows is not None:
             self.start_masks = self.packed_masks()
@@ -143,8 +143,8 @@ class ScoreTrainer(SftTrainer):
         """Loads the scores of all modules or some."""
         modules = self.masked()
         for name, values in scores.items():
-            if self.partitions is not None:
-                self.partitions.put(modules[name].scores, values)
+            if self.sharded_model is not None:
+                self.sharded_model.put(modules[name].scores, values)
             else:
                 with torch.no_grad():
                     modules[name].scores.copy_(values)
@@ -178,8 +178,8 @@ class ScoreTrainer(SftTrainer):
 
     def _mean_gradient(self, scores: torch.nn.Parameter) -> torch.Tensor:
         """Adam's running mean of the gradients of a score tensor."""
-        if self.partitions is not None:
-            return self.partitions.state(scores, "exp_avg")
+        if self.sharded_model is not None:
+            return self.sharded_model.state(scores, "exp_avg")
         mean: torch.Tensor = self.create_optimizer().state[scores]["exp_avg"]
         return mean
 

@@ -35,8 +35,8 @@ class UpdateTrainer(SftTrainer):
     def trained_model(self) -> PreTrainedModel | PeftModel | None:
         """The trained model in the first process; None in the others."""
         model: PreTrainedModel = self.accelerator.unwrap_model(self.model)
-        if self.partitions is not None:
-            return whole_model(self.partitions, model)
+        if self.sharded_model is not None:
+            return whole_model(self.sharded_model, model)
         return model if is_first() else None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -52,18 +52,18 @@ class UpdateTrainer(SftTrainer):
         self._choose()
         super().before_step()
 
-    def optimizer_state(self, partitions: ShardedModel) -> dict[str, Any]:
+    def optimizer_state(self, sharded_model: ShardedModel) -> dict[str, Any]:
         """The optimizer's state, including what a masked optimizer adds to it."""
         steps = {} if self._choosing is None else {STEPS_KEY: self.state.global_step}
-        return {**super().optimizer_state(partitions), **steps}
+        return {**super().optimizer_state(sharded_model), **steps}
 
     def _excluded(self) -> Collection[torch.nn.Parameter]:
         """The current parameters that the rule does not apply to; DeepSpeed and FSDP replace parameters."""
         return excluded_parameters(self.accelerator.unwrap_model(self.model), self.exclude) if self.exclude else ()
 
     def _choose(self) -> None:
-        if self._choosing is not None and self.partitions is not None:
-            chosen = self.partitions.select(self._choosing.rule, self.state.global_step, self._excluded())
+        if self._choosing is not None and self.sharded_model is not None:
+            chosen = self.sharded_model.select(self._choosing.rule, self.state.global_step, self._excluded())
             self._choosing.give(chosen)
         elif self._choosing is not None:
             self._choosing.select()
@@ -80,19 +80,19 @@ class UpdateTrainer(SftTrainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.partitions is not None:
-            state_dict = model_state(self.partitions, cast("PreTrainedModel", self.model))
+        if self.sharded_model is not None:
+            state_dict = model_state(self.sharded_model, cast("PreTrainedModel", self.model))
         super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.partitions is None:
+        if self.sharded_model is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             stored = _weights(Path(resume_from_checkpoint)) if is_first() else {}
-            put_model(self.partitions, cast("PreTrainedModel", self.model), stored)
+            put_model(self.sharded_model, cast("PreTrainedModel", self.model), stored)
 
     def _load_best_model(self) -> None:
-        if self.partitions is None:
+        if self.sharded_model is None:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))

@@ -19,6 +19,7 @@ from mftctl.experiments.record_encoding import (
 from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import EvaluationData
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
 from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.gpu_maps import gpu_map
@@ -69,14 +70,12 @@ def evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) 
         test = encode_test_data(suite, recipe, encoder, listener)
         check_lengths(check, token_lengths(test.records.records), checkpoint)
         issues = suite.issues.counts()
-        run.update(
-            inputs={
-                **source.as_inputs(),
-                "chat_template": template_record(encoder, recipe),
-                "record_issues": {"Test data": issues} if issues else {},
-                "model_remarks": list(check.remarks),
-            }
+        data = EvaluationData(
+            chat_template=template_record(encoder, recipe),
+            record_issues={"Test data": issues} if issues else {},
+            model_remarks=list(check.remarks),
         )
+        run.update(inputs={**source.as_inputs(), **data.document()})
     with device_for(
         run,
         listener,

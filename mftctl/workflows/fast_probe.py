@@ -21,6 +21,8 @@ from mftctl.evaluation.inference import length_batches
 from mftctl.evaluation.losses import exact_sum
 from mftctl.experiments.results import Agreement, TrainedProbe
 from mftctl.experiments.run_folder import list_runs
+from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
@@ -91,7 +93,7 @@ def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -
     """
     for run in reversed(list_runs(root)[0]):
         record = run.record
-        if (record.command, record.status, record.inputs.get("model")) != ("probe", "finished", model):
+        if (record.command, record.status, RunInputs.read(record.inputs).model) != ("probe", RunStatus.FINISHED, model):
             continue
         try:
             trained = {group.layers: group.change for group in run.result(TrainedProbe).groups}

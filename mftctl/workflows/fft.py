@@ -19,6 +19,7 @@ from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.state_names import fine_tuned_state
 from mftctl.experiments.training_options import FftOptions
 from mftctl.files.atomic import atomic_folder, known_failures
@@ -117,7 +118,7 @@ def _fine_tune(
         now=run.started,
         listener=listener,
     )
-    require_same_data(run.record.inputs, inputs)
+    require_same_data(RunInputs.read(run.record.inputs), inputs)
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs)

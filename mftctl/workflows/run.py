@@ -21,6 +21,7 @@ from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.stage_runs import stage_runs
 from mftctl.files.locks import locked_folder
 from mftctl.progress import Listener
@@ -186,7 +187,7 @@ def _of_digest(same: Sequence[Run]) -> tuple[State, Run | None, str] | None:
     worked_on = next((run for run in same if run.is_worked_on), None)
     if worked_on is not None:
         return "elsewhere", worked_on, ""
-    unfinished = [run for run in same if run.record.status != "finished"]
+    unfinished = [run for run in same if run.record.status != RunStatus.FINISHED]
     if unfinished:
         return "resumed", unfinished[-1], ""
     return "changed", None, f"the output of {same[-1].name} is missing"
@@ -313,7 +314,7 @@ def _finished(planned: Planned) -> Run:
 
 def _is_complete(run: Run) -> bool:
     """Checks that a run is finished and its outputs still exist."""
-    if run.record.status != "finished":
+    if run.record.status != RunStatus.FINISHED:
         return False
     result = run.result(Outcome)
     made = (result.model, result.mask) if run.record.command in _MODEL_MAKERS else (result.mask,)

@@ -3,37 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mftctl.data.encoding import Encoded
 from mftctl.data.prepared.records import token_lengths
+from mftctl.data.rendering import Segment
 from mftctl.evaluation.benchmarks.problems import read_problems
 from mftctl.evaluation.suite import suite_problems
 from mftctl.experiments.jobs import Job, spell_out
 from mftctl.experiments.recipe import Command, Recipe
 from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.masking.checkpoints.remote_code import trusting_code
+from mftctl.workflows.planning.mask_sizes import MaskEstimate
 from mftctl.workflows.planning.memory import resident_bytes
-from mftctl.workflows.planning.model_check import CheckedModel, check_model
+from mftctl.workflows.planning.model_check import CheckedModel, ModelSummary, check_model
 from mftctl.workflows.planning.planned_device import PlannedDevice, asked_device, parse_memory
+from mftctl.workflows.planning.planned_stages import PlannedStage, StageMemory
 from mftctl.workflows.planning.problem_list import ProblemList, describe
 from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageEstimates, training_options
-from mftctl.workflows.planning.training_data import DataCheck, Tokens, token_counts, trained_segments
+from mftctl.workflows.planning.training_data import DataCheck, TokenCounts, Tokens, token_counts, trained_segments
 from mftctl.workflows.probe_by import check_by
 
 SAMPLES = 2
 _WITHOUT_STAGES: tuple[Command, ...] = ("fft", "mask-train")
 
 
-def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = None) -> dict[str, Any]:
-    """Checks a recipe and returns the result as plain data, without training or reading weights.
+@dataclass(frozen=True, slots=True)
+class PartCounts:
+    """Counts of a part of the data.
 
-    Keys: `recipe`; `problems`, `warnings` and `not_checked`, one text each; `model`; `data` (records and tokens of
-    each part); `samples` (records with their `segments`); `masks` (tensors and counts by stage); `stages` (steps and
-    tokens); `device` and `memory` (bytes on it by stage, and options with which a stage that does not fit would fit).
-    Seeds repeat the same stages, so only one is shown.
+    Attributes:
+        records: Number of records.
+        tokens: Counts of their tokens; None if they were not tokenised.
+    """
+
+    records: int
+    tokens: TokenCounts | None = None
+
+    def document(self) -> dict[str, int]:
+        """Returns the counts as plain data."""
+        return {"records": self.records, **({} if self.tokens is None else asdict(self.tokens))}
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A training record in the form used for training.
+
+    Attributes:
+        where: File and line of the record.
+        tokens: Its tokens.
+        answer_tokens: Those of them that are learned.
+        segments: Its text, split where labels begin and end.
+    """
+
+    where: str
+    tokens: int
+    answer_tokens: int
+    segments: list[Segment]
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Everything `validate` finds out about a recipe.
+
+    Attributes:
+        recipe: Name or path of the recipe.
+        problems: Problems that would stop the experiment or invalidate it.
+        warnings: Points for the user to review.
+        not_checked: Items that could not be checked, with the reason.
+        model: The model; None if its shapes cannot be determined.
+        data: Counts by part of the data.
+        samples: The first training records.
+        seeds: Number of seeds; they repeat the same stages, so the rest describes one.
+        stages: The stages with their steps and tokens.
+        masks: Masks by stage.
+        device: The device to check for.
+        memory: Memory estimates of the stages.
+    """
+
+    recipe: str | None
+    problems: list[str]
+    warnings: list[str]
+    not_checked: list[str]
+    model: ModelSummary | None
+    data: dict[str, PartCounts]
+    samples: list[Sample]
+    seeds: int
+    stages: list[PlannedStage]
+    masks: dict[str, MaskEstimate]
+    device: PlannedDevice
+    memory: list[StageMemory]
+
+    def document(self) -> dict[str, Any]:
+        """Returns the result as plain data."""
+        return {
+            "recipe": self.recipe,
+            "problems": self.problems,
+            "warnings": self.warnings,
+            "not_checked": self.not_checked,
+            "model": {} if self.model is None else asdict(self.model),
+            "data": {name: counts.document() for name, counts in self.data.items()},
+            "samples": [asdict(sample) for sample in self.samples],
+            "seeds": self.seeds,
+            "stages": [stage.document() for stage in self.stages],
+            "masks": {name: mask.document() for name, mask in self.masks.items()},
+            "device": {"kind": self.device.kind, "free_bytes": self.device.free_bytes},
+            "memory": [memory.document() for memory in self.memory],
+        }
+
+
+def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = None) -> Validation:
+    """Checks a recipe without training or reading weights.
 
     Args:
         recipe: The complete recipe.
@@ -48,59 +130,56 @@ def validate(recipe: Recipe, name: str | None, *, device_memory: str | None = No
         return _checked(recipe, name, device)
 
 
-def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> dict[str, Any]:
+def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validation:
     """Checks a recipe for a device."""
-    findings = ProblemList()
-    model = check_model(recipe, findings)
-    data = DataCheck(None if model is None else model.tokenizer, findings)
-    jobs = _jobs(recipe, findings)
+    problems = ProblemList()
+    model = check_model(recipe, problems)
+    data = DataCheck(None if model is None else model.tokenizer, problems)
+    jobs = _jobs(recipe, problems)
     parts = data.parts(recipe)
     length = _first_length(recipe, jobs)
     tokens = data.tokens(recipe, length)
-    _check_positions(tokens, model, findings)
-    estimates = StageEstimates(model, data, findings, resident_bytes(), device, staged=bool(recipe.stages))
-    stages = [_stage(job, estimates, findings) for job in jobs]
+    _check_positions(tokens, model, problems)
+    estimates = StageEstimates(model, data, problems, resident_bytes(), device, staged=bool(recipe.stages))
+    stages = [_stage(job, estimates, problems) for job in jobs]
     if recipe.eval.tasks or recipe.eval.task_data:
-        _check_suite(recipe, findings, "eval")
-    counts: dict[str, dict[str, Any]] = {
-        "train": {"records": len(parts.train)},
-        "validation": {"records": len(parts.validation)},
-        "test": {"records": len(parts.test)},
+        _check_suite(recipe, problems, "eval")
+    counts = {
+        "train": PartCounts(len(parts.train), None if tokens is None else token_counts(tokens.train)),
+        "validation": PartCounts(len(parts.validation), None if tokens is None else token_counts(tokens.validation)),
+        "test": PartCounts(len(parts.test)),
     }
-    if tokens is not None:
-        counts["train"] |= token_counts(tokens.train)
-        counts["validation"] |= token_counts(tokens.validation)
-    return {
-        "recipe": name,
-        "problems": findings.problems,
-        "warnings": findings.warnings,
-        "not_checked": findings.not_checked,
-        "model": {} if model is None else model.summary(),
-        "data": counts,
-        "samples": _samples(data.train(recipe, length), model),
-        "seeds": len(recipe.seeds) or 1,
-        "stages": stages,
-        "masks": estimates.masks,
-        "device": {"kind": device.kind, "free_bytes": device.free_bytes},
-        "memory": estimates.memory,
-    }
+    return Validation(
+        recipe=name,
+        problems=problems.problems,
+        warnings=problems.warnings,
+        not_checked=problems.not_checked,
+        model=None if model is None else model.summary(),
+        data=counts,
+        samples=_samples(data.train(recipe, length), model),
+        seeds=len(recipe.seeds) or 1,
+        stages=stages,
+        masks=estimates.masks,
+        device=device,
+        memory=estimates.memory,
+    )
 
 
-def _check_positions(tokens: Tokens | None, model: CheckedModel | None, findings: ProblemList) -> None:
+def _check_positions(tokens: Tokens | None, model: CheckedModel | None, problems: ProblemList) -> None:
     """Checks that every record fits the learned positions of the model, if it has any."""
     if tokens is None or model is None:
         return
-    with findings.collecting("data"):
+    with problems.collecting("data"):
         records = (*tokens.train, *tokens.validation)
         check_lengths(model.check, token_lengths(records), Path(model.name))
 
 
-def _jobs(recipe: Recipe, findings: ProblemList) -> list[Job]:
+def _jobs(recipe: Recipe, problems: ProblemList) -> list[Job]:
     """Returns the jobs for the first seed; without stages, `fft` and `mask-train` as configured."""
     if not recipe.stages:
         return [Job(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
     jobs: list[Job] = []
-    with findings.collecting("stages"):
+    with problems.collecting("stages"):
         jobs = spell_out(recipe)
     return [job for job in jobs if job.seed == jobs[0].seed]
 
@@ -111,41 +190,35 @@ def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:
     return lengths[0] if lengths else recipe.fft.max_length_tokens
 
 
-def _stage(job: Job, estimates: StageEstimates, findings: ProblemList) -> dict[str, Any]:
-    row: dict[str, Any] = {"stage": job.name, "command": job.command}
-    if job.command in ("apply", "eval") and job.after is not None:
-        row["of"] = job.after.name
-    with findings.collecting(job.name):
+def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> PlannedStage:
+    of = job.after.name if job.command in ("apply", "eval") and job.after is not None else None
+    stage = PlannedStage(job.name, job.command, of)
+    with problems.collecting(job.name):
         if job.command in TRAINING_COMMANDS:
-            row |= estimates.row(job)
+            stage = estimates.training(job)
             if job.command == "probe":
                 check_by(job.recipe)
         elif job.command == "eval":
-            _check_suite(job.recipe, findings, job.name)
+            _check_suite(job.recipe, problems, job.name)
             estimates.evaluation(job)
-    return row
+    return stage
 
 
-def _check_suite(recipe: Recipe, findings: ProblemList, where: str) -> None:
+def _check_suite(recipe: Recipe, problems: ProblemList, where: str) -> None:
     """Reports problems of a recipe's evaluation settings, and reads each local file of a benchmark."""
     for problem in suite_problems(recipe):
-        findings.problem(f"{where}: {describe(problem)}")
+        problems.problem(f"{where}: {describe(problem)}")
     for task, file in recipe.eval.task_data.items():
         if Path(file).exists():
-            with findings.collecting(f"eval.task_data.{task}"):
+            with problems.collecting(f"eval.task_data.{task}"):
                 read_problems(Path(file), task)
 
 
-def _samples(train: Sequence[Encoded], model: CheckedModel | None) -> list[dict[str, Any]]:
+def _samples(train: Sequence[Encoded], model: CheckedModel | None) -> list[Sample]:
     """Returns the first training records in the form used for training."""
     if model is None or model.tokenizer is None:
         return []
     return [
-        {
-            "where": record.where,
-            "tokens": len(record.input_ids),
-            "answer_tokens": record.answer_tokens,
-            "segments": [asdict(segment) for segment in trained_segments(record, model.tokenizer)],
-        }
+        Sample(record.where, len(record.input_ids), record.answer_tokens, trained_segments(record, model.tokenizer))
         for record in train[:SAMPLES]
     ]

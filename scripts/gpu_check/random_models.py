@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from mftctl.data.encoding import Encoded
+from mftctl.experiments.run_inputs import Digests, TemplateRecord
 from mftctl.masking.checkpoints.load import load_tokenizer
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.training import loop
@@ -60,7 +61,9 @@ def random_inputs(scale: Scale, shape: Shape, accumulation: int) -> TrainingInpu
     train = [record(number) for number in range(scale.records * accumulation * scale.steps)]
     validation = [record(number) for number in range(_VALIDATION_RECORDS)]
     digests = np.empty(0, np.uint64)
-    return TrainingInputs(checkpoint, load_tokenizer(checkpoint), train, validation, {}, digests, 0, {}, {})
+    return TrainingInputs(
+        checkpoint, load_tokenizer(checkpoint), train, validation, Digests(), digests, 0, TemplateRecord(), {}
+    )
 
 
 def _nothing(*_: Any) -> None:

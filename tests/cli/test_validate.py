@@ -13,8 +13,10 @@ from typer.testing import CliRunner, Result
 
 from mftctl.cli import validate as command
 from mftctl.cli import validate_view
+from mftctl.data.rendering import Segment
 from mftctl.errors import ConfigError
 from mftctl.experiments.run_config import to_document
+from mftctl.workflows.validate import Sample
 from tests.workflow_fixtures import make_recipe
 
 
@@ -81,12 +83,7 @@ def test_an_unknown_key_names_the_nearest(recipe: Path) -> None:
 
 
 def test_colours_instead_of_marks_on_a_terminal() -> None:
-    sample = {
-        "where": "train.jsonl:1",
-        "tokens": 3,
-        "answer_tokens": 1,
-        "segments": [{"text": "1 + [b]1", "is_answer": False}, {"text": "2", "is_answer": True}],
-    }
+    sample = Sample("train.jsonl:1", 3, 1, [Segment("1 + [b]1", False), Segment("2", True)])
     console = Console(force_terminal=True, color_system="standard", no_color=False, width=80)
     with console.capture() as capture:
         console.print(validate_view._sample(sample, marked=False))

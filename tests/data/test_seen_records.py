@@ -116,7 +116,7 @@ def test_a_mask_is_learned_from_records_held_back_in_fine_tuning(workspace: Path
         make_recipe(workspace, **changes, mask_train__preset="default", stages={"fft": {"command": "fft"}, **stages}),
         None,
     )
-    records = {row["stage"]: row["records"] for row in planned["stages"]}
+    records = {stage.stage: stage.records for stage in planned.stages}
     assert records == {"fft": 80, "probe": int(left * 0.5 + 0.5), "mask-train": left}
 
     whole = create_run(tmp_path / "runs", "mask-train", {}, inputs=tuned.as_inputs())

@@ -29,7 +29,7 @@ from mftctl.experiments.results import (
 )
 from mftctl.experiments.run_contents import metrics_lines, read_part, sample_lines
 from mftctl.experiments.run_folder import create_run, list_runs, load_run
-from mftctl.experiments.run_record import FORMAT_VERSION
+from mftctl.experiments.run_record import FORMAT_VERSION, RunStatus
 from mftctl.progress import Silence
 from mftctl.reporting.output.write import to_document
 from mftctl.reporting.report import make_report
@@ -76,6 +76,7 @@ def test_the_folders_of_version_1_are_all_read() -> None:
     assert {run.record.format_version for run in runs} == {1}
     statuses = {run.name: run.record.status for run in runs}
     assert statuses == {**dict.fromkeys(FINISHED, "finished"), "043-fft": "failed", "044-fft": "interrupted"}
+    assert {type(status) for status in statuses.values()} == {RunStatus}
 
 
 @pytest.mark.parametrize(("name", "kind"), FINISHED.items())

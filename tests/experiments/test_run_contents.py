@@ -59,6 +59,8 @@ def run(tmp_path: Path) -> Path:
         (("inputs",), {"model": "/".join(["a" * 300])}),
         (("inputs",), {"corners": ["001-fft"]}),
         (("inputs",), {"points": 10**9}),
+        (("inputs",), {"chat_template": {"digest": 1}}),
+        (("inputs",), {"fft_learning_rate": "0.1"}),
         (("result", "state"), ["FFT"]),
         (("result", "state"), ""),
         (("result", "datasets"), {}),
@@ -74,6 +76,7 @@ def run(tmp_path: Path) -> Path:
         (("worker",), "host:" + "9" * 5000),
         (("decides",), {"files": [1]}),
         (("versions",), {"torch": 2}),
+        (("status",), "paused"),
     ],
     ids=lambda value: ".".join(map(str, value)) if isinstance(value, tuple) else repr(value)[:20],
 )

@@ -187,13 +187,13 @@ def test_fine_tuning(experts: Path, tmp_path: Path, method: str) -> None:
 def test_validate_plans_what_training_does(experts: Path, tmp_path: Path) -> None:
     changes = {**LAYER_1, "mask_train__ratio": 0.1, "mask_train__max_steps": 1}
     found = validate(make_recipe(experts, **changes), None)
-    assert (found["problems"], found["not_checked"]) == ([], [])
-    planned = {tensor["name"]: tensor for tensor in found["masks"]["mask-train"]["tensors"]}
+    assert (found.problems, found.not_checked) == ([], [])
+    planned = {tensor.name: tensor for tensor in found.masks["mask-train"].tensors}
     _, _, mask = learn(experts, tmp_path, **changes)
     assert planned.keys() == set(mask.names())
     for name, tensor in planned.items():
-        assert (tuple(tensor["shape"]), tensor["removed"]) == (mask.records[name].shape, mask.records[name].removed)
-    memory = found["memory"][-1]
-    weights = sum(tensor["weights"] for tensor in planned.values())
-    assert (memory["scores_bytes"], memory["masked_weights_bytes"], memory["gradients_bytes"]) == (4 * weights,) * 3
-    assert memory["peak_bytes"] > memory["weights_bytes"]
+        assert (tensor.shape, tensor.removed) == (mask.records[name].shape, mask.records[name].removed)
+    memory = found.memory[-1].estimate
+    weights = sum(tensor.weights for tensor in planned.values())
+    assert (memory.scores_bytes, memory.masked_weights_bytes, memory.gradients_bytes) == (4 * weights,) * 3
+    assert memory.peak_bytes > memory.weights_bytes

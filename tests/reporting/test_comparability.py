@@ -227,7 +227,7 @@ def test_different_sources_are_named_with_their_record_counts() -> None:
 
 def test_without_digests_the_sources_are_compared() -> None:
     records = experiment()
-    records.of_seeds("gmt", "inputs.digests", None)
+    records.of_seeds("gmt", "inputs.digests", {})
     assert records.flags("gmt") == ()
     records.of_seeds("gmt", "config.data", ["train.jsonl"])
     assert records.flags("gmt") == (

@@ -36,6 +36,7 @@ from mftctl.experiments.fingerprints import digest_of, file_digest, model_finger
 from mftctl.experiments.measured_lines import Dataset, Metric
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import Source
 from mftctl.files.atomic import write_text
 from mftctl.files.json_files import json_lines
 from mftctl.progress import Listener, Progress
@@ -211,8 +212,8 @@ def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:
         benchmark: Gives the file its name.
         run: The evaluation run.
     """
-    inputs = run.record.inputs
-    written_by = [model_fingerprint(inputs["model"]), inputs["mask"] and file_digest(inputs["mask"])]
+    source = run.inputs(Source)
+    written_by = [model_fingerprint(source.model), source.mask and file_digest(source.mask)]
     return OutputCache(run.folder / f"{benchmark.name}.outputs.jsonl", digest_of(written_by))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import Parents
 from mftctl.experiments.state_names import FFT, known_state, place_of
 from mftctl.reporting.figures.curve_drawing import Curve, CurvePicture, SeedCurve, curve_figure
 from mftctl.reporting.figures.style import Figure, with_own_names
@@ -193,7 +194,7 @@ def _measured_best(methods: Sequence[_Method], measure: Measure) -> list[tuple[i
             after = [
                 item.scores.get(measure, {}).get(0)
                 for item in histories
-                if item.run.record.command == "fft" and item.run.record.inputs["parents"] == parents
+                if item.run.record.command == "fft" and Parents.read(item.run.record.inputs).parents == parents
             ]
             value = next((score for score in after if score is not None), None)
         if value is not None:

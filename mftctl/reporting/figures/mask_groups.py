@@ -13,6 +13,8 @@ from mftctl.errors import MaskFileError, RunError
 from mftctl.experiments.results import MadeMask, MadeState
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import Origin
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import place_of
 
 if TYPE_CHECKING:
@@ -121,7 +123,7 @@ def mask_families(runs: Sequence[Run]) -> tuple[list[MaskFamily], list[str]]:
     found: list[tuple[dict[str, tuple[int, ...]], list[ShownMask]]] = []
     problems = []
     for run in runs:
-        if run.record.command != "mask-train" or run.record.status != "finished":
+        if run.record.command != "mask-train" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             mask = _read_mask(run)
@@ -155,7 +157,7 @@ def _read_mask(run: Run) -> ShownMask:
         path = run.folder / "mask.bits"
         path = path if path.is_file() else Path(run.result(MadeMask).mask)
         state, seed = run.result(MadeState).state, int(record.config.get("seed", 0))
-        origin = record.inputs["origin"]
+        origin = Origin.read(record.inputs).origin
     except (OSError, RunError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             "The run record of this mask is incomplete.", path=run.folder / "run.json", actual=first_fault(error)

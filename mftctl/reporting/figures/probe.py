@@ -16,6 +16,8 @@ from mftctl.errors import RunError
 from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, TrainedGroup, TrainedProbe
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import Origin, Parents, StartingState, UsedModel
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import PRE_TRAINED
 from mftctl.reporting.figures.curve_drawing import STAR
 from mftctl.reporting.figures.style import (
@@ -123,7 +125,7 @@ class _Probe:
     @property
     def unmasked_state(self) -> str:
         """State of the model that the masks are applied to."""
-        return str(self.runs[0].record.inputs["state"])
+        return StartingState.read(self.runs[0].record.inputs).state
 
 
 def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
@@ -143,7 +145,7 @@ def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
     together: dict[str, list[list[Run]]] = {}
     problems = []
     for run in runs:
-        if run.record.command != "probe" or run.record.status != "finished":
+        if run.record.command != "probe" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             _ = _figure(_probe([run])), _model(run)
@@ -167,7 +169,7 @@ def _seed(run: Run) -> int:
 
 
 def _model(run: Run) -> tuple[str, ...]:
-    return (str(run.record.inputs["model"]), *run.record.inputs["parents"])
+    return (UsedModel.read(run.record.inputs).model, *Parents.read(run.record.inputs).parents)
 
 
 def _settings(run: Run) -> str:
@@ -175,7 +177,8 @@ def _settings(run: Run) -> str:
     record = run.record
     training = {key: value for key, value in record.config["mask_train"].items() if key not in _NO_PART}
     probing = {key: record.config["probe"].get(key) for key in ("data_fraction", "epochs")}
-    inputs = [record.inputs["origin"], record.inputs["state"], record.config.get("data")]
+    origin, state = Origin.read(record.inputs).origin, StartingState.read(record.inputs).state
+    inputs = [origin, state, record.config.get("data")]
     result = _result(run)
     score = _unmasked_score(result)
     by = [] if score is None or not isinstance(result, TrainedProbe) else [result.by, score.metric, score.samples]
@@ -266,7 +269,8 @@ def _figure(probe: _Probe) -> Figure:
     share = first.config["probe"].get("data_fraction", 1.0)
     ranked_by = probe.ranked_by[0].upper() + probe.ranked_by[1:] if probe.score is None else probe.ranked_by
     what = "Predicted loss change by group of layers" if probe.is_fast else f"{ranked_by} by group of layers"
-    captions = [f"{first.inputs['origin']}, {probe.unmasked_state}: masks based on {share:.0%} of the training data."]
+    origin = Origin.read(first.inputs).origin
+    captions = [f"{origin}, {probe.unmasked_state}: masks based on {share:.0%} of the training data."]
     if probe.is_fast:
         captions.append(
             "Nothing was trained: first-order predictions from one pass of gradients. They rank groups of one size; "

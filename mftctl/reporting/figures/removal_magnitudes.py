@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.data.quickstart.built_in import model_path
 from mftctl.errors import MaskFileError, MaskMismatchError, ModelError
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.reporting.figures.mask_groups import MaskGroup, ShownMask
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def magnitude_shares(groups: Sequence[MaskGroup]) -> tuple[list[MagnitudeShares]
     for mask in (mask for group in groups for mask in group.masks):
         folder = _model_folder(mask)
         if folder is None:
-            model = mask.run.record.inputs.get("model")
+            model = RunInputs.read(mask.run.record.inputs).model
             problems.append(f"{mask.run.name}: left out of the magnitude figure; its model is not on disk: {model}")
         else:
             by_model.setdefault(folder, []).append(mask)
@@ -107,7 +108,7 @@ def _of_group(group: MaskGroup, found: Mapping[Path, NDArray[np.float64]]) -> Ma
 
 def _model_folder(mask: ShownMask) -> Path | None:
     """The folder of the model that the mask is applied to; None if it is not on this disk."""
-    model = str(mask.run.record.inputs.get("model"))
+    model = str(RunInputs.read(mask.run.record.inputs).model)
     path = Path(model)
     # The same runs folder first: records in a copied runs folder still point to the original.
     for folder in (mask.run.folder.parent / path.parent.name / path.name, path):

@@ -12,6 +12,7 @@ from mftctl.errors import RunError
 from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import MeasuredSurface
 from mftctl.reporting.figures.style import COLOUR_MAP, INK, Figure, style_of
 
 if TYPE_CHECKING:
@@ -141,13 +142,13 @@ def _spans_a_plane(cells: Sequence[SurfacePoint]) -> bool:
 
 
 def _read(run: Run) -> Surface:
-    inputs = run.record.inputs
+    inputs = MeasuredSurface.read(run.record.inputs)
     lines = [_point(line) for line in run.training.metrics()]
     return Surface(
         run.name,
-        tuple(str(corner["run"]) for corner in inputs["corners"]),
-        int(inputs["points"]),
-        (int(inputs["train_records"]), int(inputs["test_records"])),
+        tuple(corner.run for corner in inputs.corners),
+        inputs.points,
+        (inputs.train_records, inputs.test_records),
         tuple(point for point in lines if point.mark is not None),
         tuple(point for point in lines if point.mark is None),
     )

@@ -13,6 +13,7 @@ from mftctl.errors import RunError
 from mftctl.experiments.results import MadeState
 from mftctl.experiments.run_contents import first_fault
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import Parents
 from mftctl.experiments.state_names import STATE_ORDER
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 from mftctl.reporting.figures.style import (
@@ -216,7 +217,7 @@ def _point(row: Row, command: str, option: _Option, by_name: Mapping[str, Run]) 
 
 
 def _made_by(evaluation: Run) -> list[str]:
-    return [name for name in evaluation.record.inputs["parents"] if not name.endswith("-apply")]
+    return [name for name in Parents.read(evaluation.record.inputs).parents if not name.endswith("-apply")]
 
 
 def _lines(points: Sequence[_Point]) -> tuple[_SweptLine, ...]:

@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mftctl.errors import RunError
-from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.results import EvalResult, MadeState, Outcome
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_inputs import Lineage, Parents, RunInputs, StartingState
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
@@ -65,7 +66,7 @@ class History:
     @property
     def is_finished(self) -> bool:
         """True if the run has finished."""
-        return self.run.record.status == "finished"
+        return self.run.record.status == RunStatus.FINISHED
 
     @property
     def stage(self) -> str:
@@ -132,7 +133,7 @@ def read_histories(runs: Sequence[Run]) -> tuple[list[History], list[str]]:
     measured: dict[str, _Measured] = {}
     problems = []
     for run in runs:
-        if run.record.command in _SECTIONS and run.record.status != "failed":
+        if run.record.command in _SECTIONS and run.record.status != RunStatus.FAILED:
             try:
                 found = _measured(run)
             except (RunError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -161,7 +162,7 @@ def _measured(run: Run) -> _Measured | None:
     losses = {line.step: line.eval_loss for line in lines if line.eval_loss is not None}
     if not losses and result.best_loss is not None:
         losses = {result.best_step or 0: result.best_loss}
-    if not losses and record.status != "finished":
+    if not losses and record.status != RunStatus.FINISHED:
         return None
     scores: dict[Measure, dict[int, float]] = {}
     standard_errors: dict[Measure, float] = {}
@@ -177,17 +178,18 @@ def _measured(run: Run) -> _Measured | None:
     losses = {step: loss for step, loss in losses.items() if math.isfinite(loss)}
     best = min(losses, key=lambda step: losses[step], default=0)
     is_last = record.config.get("fft", {}).get("keep") == "last" and record.command == "fft"
+    lineage = Lineage.read(record.inputs)
     return _Measured(
         run=run,
-        state=run.result(MadeState).state if record.status == "finished" else _expected_state(run),
+        state=run.result(MadeState).state if record.status == RunStatus.FINISHED else _expected_state(run),
         losses=losses,
         scores=scores,
         standard_errors=standard_errors,
         kept_step=max(losses) if is_last and losses else best,
-        parents=tuple(record.inputs["parents"]),
-        before=str(record.inputs["state"]),
-        origin=str(record.inputs["origin"]),
-        validation=record.inputs.get("digests", {}).get("validation"),
+        parents=tuple(lineage.parents),
+        before=StartingState.read(record.inputs).state,
+        origin=lineage.origin,
+        validation=RunInputs.read(record.inputs).digests.validation,
         seed=int(record.config.get("seed", 0)),
         method=_method(run),
         unmasked_loss=_finite(result.unmasked_loss),
@@ -213,21 +215,20 @@ def _method(run: Run) -> str:
 
 def _expected_state(run: Run) -> str:
     """The state that an unfinished training run will produce."""
-    config, inputs = run.record.config, run.record.inputs
+    config = run.record.config
     if run.record.command == "fft":
-        source = ModelSource(str(inputs["model"]), state=str(inputs["state"]))
-        return fine_tuned_state(source.state, FftOptions.model_validate(config["fft"]))
+        return fine_tuned_state(StartingState.read(run.record.inputs).state, FftOptions.model_validate(config["fft"]))
     return mask_state(MaskTrainOptions.model_validate(config["mask_train"]))
 
 
 def _add_evaluations(runs: Sequence[Run], measured: Mapping[str, _Measured]) -> None:
     """Adds results of evaluations on the same samples for states that were not measured during training."""
     for run in runs:
-        if run.record.command != "eval" or run.record.status != "finished":
+        if run.record.command != "eval" or run.record.status != RunStatus.FINISHED:
             continue
         try:
             evaluated = _evaluated(run)
-            parents = [name for name in run.record.inputs["parents"] if not name.endswith("-apply")]
+            parents = [name for name in Parents.read(run.record.inputs).parents if not name.endswith("-apply")]
         except (RunError, KeyError, TypeError, ValueError, AttributeError):
             continue  # reported by the comparison, which needs all of them
         if parents and parents[-1] in measured:
@@ -254,7 +255,7 @@ def _unmasked_losses(runs: Sequence[Run]) -> dict[tuple[object, ...], float]:
         try:
             if _is_learned(run):
                 loss = _finite(run.result(Outcome).unmasked_loss)
-                found |= {} if loss is None else {_validated_on(run.record.inputs): loss}
+                found |= {} if loss is None else {_validated_on(run): loss}
         except (KeyError, TypeError, ValueError, AttributeError):
             continue  # missing, or damaged, which is reported where the run itself is drawn
     return found
@@ -264,8 +265,9 @@ def _is_learned(run: Run) -> bool:
     return bool(run.record.config.get("mask_train", {}).get("method", "learned") == "learned")
 
 
-def _validated_on(inputs: Mapping[str, Any]) -> tuple[object, ...]:
-    return (inputs.get("model"), tuple(inputs.get("parents", ())), inputs.get("digests", {}).get("validation"))
+def _validated_on(run: Run) -> tuple[object, ...]:
+    inputs = RunInputs.read(run.record.inputs)
+    return (inputs.model, tuple(inputs.parents), inputs.digests.validation)
 
 
 def _missing_parents(item: _Measured, measured: Mapping[str, _Measured]) -> list[str]:
@@ -302,7 +304,7 @@ def _reference_loss(
         return best.kept_loss if best is not None and same_records else None
     without_mask = item.unmasked_loss
     if without_mask is None:
-        without_mask = unmasked.get(_validated_on(item.run.record.inputs))
+        without_mask = unmasked.get(_validated_on(item.run))
     if without_mask is None or best is None or item.before == FFT:
         return without_mask
     masked = [measured[name] for name in item.parents if name in measured]
@@ -324,5 +326,5 @@ def _best_fft(item: _Measured, measured: Mapping[str, _Measured]) -> _Measured |
         for other in measured.values()
         if other.is_fft and (other.origin, other.seed, other.validation) == (item.origin, item.seed, item.validation)
     ]
-    finished = [other for other in same if other.run.record.status == "finished"]
+    finished = [other for other in same if other.run.record.status == RunStatus.FINISHED]
     return next(reversed(finished or same), None)

@@ -44,30 +44,30 @@ class ShardedModel(Protocol):
         """Loads a state from `state_dict`, or from a torch optimizer in a single process."""
 
 
-def model_state(partitions: ShardedModel, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def model_state(sharded_model: ShardedModel, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The model's state with whole tensors on the CPU, trained ones in fp32; empty except in the first process.
 
     Args:
-        partitions: The model's partitions; must be called in all processes at once.
+        sharded_model: The sharded model; must be called in all processes at once.
         model: The model.
     """
-    trained = set(partitions.parameters())
+    trained = set(sharded_model.parameters())
     is_first = torch.distributed.get_rank() == 0
     values: dict[torch.Tensor, torch.Tensor] = {}
     state: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor not in values:
-            value = partitions.value(cast("torch.nn.Parameter", tensor)) if tensor in trained else whole(tensor)
+            value = sharded_model.value(cast("torch.nn.Parameter", tensor)) if tensor in trained else whole(tensor)
             values[tensor] = value.cpu() if is_first else torch.empty(0)
         state[name] = values[tensor]
     return state if is_first else {}
 
 
-def put_model(partitions: ShardedModel, model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
+def put_model(sharded_model: ShardedModel, model: torch.nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
     """Replaces the trained parameters of a model in all processes with those of the first process.
 
     Args:
-        partitions: The model's partitions; must be called in all processes at once.
+        sharded_model: The sharded model; must be called in all processes at once.
         model: The model.
         stored: Whole tensors by name; only read in the first process.
     """
@@ -77,17 +77,17 @@ def put_model(partitions: ShardedModel, model: torch.nn.Module, stored: Mapping[
             if name in stored:
                 value.copy_(stored[name].detach())
             torch.distributed.broadcast(value, 0)
-            partitions.put(parameter, value)
+            sharded_model.put(parameter, value)
 
 
-def whole_model(partitions: ShardedModel, model: PreTrainedModel) -> PreTrainedModel | None:
+def whole_model(sharded_model: ShardedModel, model: PreTrainedModel) -> PreTrainedModel | None:
     """A copy of the model with whole parameters on the CPU, in the first process; None in the others.
 
     Args:
-        partitions: The model's partitions; must be called in all processes at once.
+        sharded_model: The sharded model; must be called in all processes at once.
         model: The model.
     """
-    state = model_state(partitions, model)
+    state = model_state(sharded_model, model)
     if not state:
         return None
     with torch.device("meta"):

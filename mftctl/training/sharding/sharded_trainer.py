@@ -23,13 +23,13 @@ class ShardedTrainer(Trainer):
     Subclasses save and load the trained parameters (`_save`, `_load_from_checkpoint`, `_load_best_model`).
 
     Attributes:
-        partitions: The sharded parameters; None where each process holds all of them, and before training.
+        sharded_model: The sharded parameters; None where each process holds all of them, and before training.
         exact_norm: Whether DeepSpeed clips gradients by exactly the norm that a single process would compute; this
             gathers all gradients once per step.
         rows: Source of the values for a model with parameters on the meta device; None for any other model.
     """
 
-    partitions: ShardedModel | None = None
+    sharded_model: ShardedModel | None = None
     exact_norm = True
     rows: Rows | None = None
     _grad_norm: float | None = None
@@ -40,21 +40,21 @@ class ShardedTrainer(Trainer):
 
     def before_step(self) -> None:
         """Called by DeepSpeed's engine before its step, when all gradients are available."""
-        if isinstance(self.partitions, ZeroModel) and self.exact_norm:
+        if isinstance(self.sharded_model, ZeroModel) and self.exact_norm:
             model = cast("torch.nn.Module", self.model)
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-            self._grad_norm = self.partitions.clip(trained, self.args.max_grad_norm)
+            self._grad_norm = self.sharded_model.clip(trained, self.args.max_grad_norm)
 
     def after_spreading(self) -> None:
-        """Called once `partitions` is set, before a checkpoint is loaded."""
+        """Called once `sharded_model` is set, before a checkpoint is loaded."""
 
-    def optimizer_state(self, partitions: ShardedModel) -> dict[str, Any]:
+    def optimizer_state(self, sharded_model: ShardedModel) -> dict[str, Any]:
         """The optimizer's state for a checkpoint, in the first process; must be called in all processes at once."""
-        return partitions.state_dict()
+        return sharded_model.state_dict()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes the trained parameters."""
-        if self.partitions is None:
+        if self.sharded_model is None:
             super().save_model(output_dir, _internal_call)
         else:
             self._save(output_dir)
@@ -74,10 +74,10 @@ class ShardedTrainer(Trainer):
         if self.is_deepspeed_enabled:
             # Models loaded from now on are not sharded.
             unset_hf_deepspeed_config()  # type: ignore[no-untyped-call]
-            self.partitions = ZeroModel(self.deepspeed)
+            self.sharded_model = ZeroModel(self.deepspeed)
             self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self.before_step)
         else:
-            self.partitions = FsdpModel(cast(Any, self.optimizer).optimizer)
+            self.sharded_model = FsdpModel(cast(Any, self.optimizer).optimizer)
         self.after_spreading()
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
@@ -114,18 +114,18 @@ class ShardedTrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.partitions is None:
+        if self.sharded_model is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = self.optimizer_state(self.partitions)
+        state = self.optimizer_state(self.sharded_model)
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
         wait_for_all()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.partitions is None or checkpoint is None:
+        if self.sharded_model is None or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.partitions.load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True))
+        self.sharded_model.load_state_dict(torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True))
         cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME))

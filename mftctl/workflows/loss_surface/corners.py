@@ -11,6 +11,8 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe, with_changes
 from mftctl.experiments.results import MadeModel, MaskLosses, Outcome
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import CONTINUED_FFT, FFT, known_state
 from mftctl.progress import Listener
 
@@ -49,7 +51,7 @@ def find_corners(root: Path, listener: Listener) -> Corners:
         RunError: One of the three is missing for the latest FFT run, or no test data is known; the error names the
             command that creates it.
     """
-    runs = [run for run in list_runs(root)[0] if run.record.status == "finished"]
+    runs = [run for run in list_runs(root)[0] if run.record.status == RunStatus.FINISHED]
     tuned = [run for run in reversed(runs) if run.record.command == "fft" and state_of(run) == FFT and _is_there(run)]
     problems: list[RunError] = []
     for fft in tuned:
@@ -140,7 +142,7 @@ def _recipe(fft: Run, runs: Sequence[Run]) -> Recipe:
 
 def _starts_from(run: Run, fft: Run) -> bool:
     """True if a run worked on the model of `fft`, possibly under a different path."""
-    model = run.record.inputs.get("model")
+    model = RunInputs.read(run.record.inputs).model
     return model is not None and Path(model).resolve() == Path(fft.result(MadeModel).model).resolve()
 
 

@@ -33,6 +33,8 @@ from mftctl.experiments.results import LowestPoints, MadeModel, SurfaceResult
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, create_run, list_runs
+from mftctl.experiments.run_inputs import Corner, Digests, KnownData, SurfaceInputs
+from mftctl.experiments.run_record import RunStatus
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
 from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer
@@ -142,7 +144,7 @@ def _surface(root: Path, corners: Corners, listener: Listener, points: int, reco
     check_lengths(check, [len(record.input_ids) for record in measured], checkpoint)
     find_device(device)
     run = _open_run(root, corners, parts, points, records, listener)
-    if run.record.status != "finished":
+    if run.record.status != RunStatus.FINISHED:
         with recorded(run):
             with device_for(run, listener, less_memory=["--surface-records below " + str(records)], device=device):
                 run.finish(_measure(run, corners, parts, points, listener))
@@ -160,19 +162,19 @@ def _training_records(corners: Corners, encoder: Encoder, count: int, listener: 
     Raises:
         DataError: The data has changed since then.
     """
-    recipe, inputs = corners.recipe, corners.fft.record.inputs
+    recipe, known = corners.recipe, corners.fft.inputs(KnownData)
     read = split_examples(recipe, listener)
     train = read.train
     if recipe.fft.data_fraction < 1:
         train = sample_fraction(train, recipe.fft.data_fraction, recipe.seed)
     length, issues = recipe.fft.max_length_tokens, RecordIssues()
-    if data_digest(train) != inputs["digests"]["train"]:  # the digest excludes records that were left out
+    if data_digest(train) != known.digests.train:  # the digest excludes records that were left out
         train = encode_prepared(train, encoder, length, issues, listener).examples
-    if data_digest(train) != inputs["digests"]["train"]:
+    if data_digest(train) != known.digests.train:
         raise DataError(
             f"The training data has changed since {corners.fft.name} was trained.",
             path=", ".join(source.path for source in recipe.data),
-            expected=f"{inputs['train_records']} records with SHA-256 {inputs['digests']['train']}",
+            expected=f"{known.train_records} records with SHA-256 {known.digests.train}",
             actual=f"{len(train)} records with SHA-256 {data_digest(train)}",
             hint="restore the data, or train all three models again on the new data",
         )
@@ -194,15 +196,15 @@ def _test_records(recipe: Recipe, encoder: Encoder, count: int, listener: Listen
 def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records: int, listener: Listener) -> Run:
     """The latest run with exactly these inputs, finished or resumed; otherwise a new one."""
     config = _without_machine(to_document(corners.recipe))
-    inputs = {
-        **source_of_run(corners.fft).as_inputs(),
-        "points": points,
-        "records": records,
-        "train_records": len(parts.train.records),
-        "test_records": len(parts.test.records),
-        "corners": [_identity(run) for run in corners.runs()],
-        "digests": {"train": data_digest(parts.train.examples), "test": data_digest(parts.test.examples)},
-    }
+    asked = SurfaceInputs(
+        points=points,
+        records=records,
+        train_records=len(parts.train.records),
+        test_records=len(parts.test.records),
+        corners=[_identity(run) for run in corners.runs()],
+        digests=Digests(train=data_digest(parts.train.examples), test=data_digest(parts.test.examples)),
+    )
+    inputs = {**source_of_run(corners.fft).as_inputs(), **asked.document()}
     same = [
         run
         for run in list_runs(root)[0]
@@ -210,7 +212,7 @@ def _open_run(root: Path, corners: Corners, parts: _Parts, points: int, records:
         and (_without_machine(run.record.config), run.record.inputs) == (config, inputs)
     ]
     for run in same:
-        if run.record.status == "finished":
+        if run.record.status == RunStatus.FINISHED:
             listener.note(f"Already measured: {run.folder}")
             return run
     if same:
@@ -227,17 +229,17 @@ def _without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in OF_THE_MACHINE}
 
 
-def _identity(run: Run) -> dict[str, Any]:
+def _identity(run: Run) -> Corner:
     """Identifies a corner, so that a change can be detected."""
     source = source_of_run(run)
-    return {
-        "state": state_of(run),
-        "run": run.name,
-        "model": source.model,
-        "mask": source.mask,
-        "fingerprint": model_fingerprint(source.model),
-        "mask_digest": None if source.mask is None else file_digest(source.mask),
-    }
+    return Corner(
+        state=state_of(run),
+        run=run.name,
+        model=source.model,
+        mask=source.mask,
+        fingerprint=model_fingerprint(source.model),
+        mask_digest=None if source.mask is None else file_digest(source.mask),
+    )
 
 
 def _measure(run: Run, corners: Corners, parts: _Parts, points: int, listener: Listener) -> SurfaceResult:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import heapq
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.mask_file.codecs import packed_size_bytes
@@ -36,6 +37,57 @@ class MaskedTensor:
     removed: int | None
     packed_bytes: int
     deflate_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class MaskEstimate:
+    """The mask of a stage.
+
+    Attributes:
+        layers: Masked layers in words.
+        tensors: The tensors that it covers.
+    """
+
+    layers: str
+    tensors: tuple[MaskedTensor, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of entries."""
+        return sum(tensor.weights for tensor in self.tensors)
+
+    @property
+    def removed(self) -> int | None:
+        """Entries that the mask removes; None if a threshold decides."""
+        return _total(tensor.removed for tensor in self.tensors)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of the mask bits."""
+        return sum(tensor.packed_bytes for tensor in self.tensors)
+
+    @property
+    def deflate_bytes(self) -> int | None:
+        """Expected size in the mask file; None if a threshold decides."""
+        return _total(tensor.deflate_bytes for tensor in self.tensors)
+
+    def document(self) -> dict[str, Any]:
+        """Returns the mask as plain data."""
+        return {
+            "layers": self.layers,
+            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors],
+            "weights": self.weights,
+            "removed": self.removed,
+            "packed_bytes": self.packed_bytes,
+            "deflate_bytes": self.deflate_bytes,
+        }
+
+
+def _total(counts: Iterable[int | None]) -> int | None:
+    """The sum of counts, or None if one of them is unknown."""
+    found = list(counts)
+    known = [count for count in found if count is not None]
+    return sum(known) if len(known) == len(found) else None
 
 
 def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[MaskedTensor]:

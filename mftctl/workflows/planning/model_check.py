@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -23,6 +22,29 @@ from mftctl.workflows.planning.problem_list import ProblemList, describe
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors*", "*.bin*", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSummary:
+    """The properties of a model that are shown.
+
+    Attributes:
+        name: Name in the recipe.
+        model_type: Model family.
+        parameters: Number of parameters.
+        layers: Number of decoder layers.
+        projections: Number of attention and MLP projections.
+        tokenizer: Class of the tokenizer; None if there is none to load.
+        chat_template: Whether the tokenizer has a chat template; None without a tokenizer.
+    """
+
+    name: str
+    model_type: str
+    parameters: int
+    layers: int
+    projections: int
+    tokenizer: str | None
+    chat_template: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,41 +69,41 @@ class CheckedModel:
     projections: list[MaskTarget]
     check: CheckpointCheck
 
-    def summary(self) -> dict[str, Any]:
-        """The properties as plain data."""
+    def summary(self) -> ModelSummary:
+        """Returns the properties to show."""
         tokenizer = self.tokenizer
-        return {
-            "name": self.name,
-            "model_type": self.config.model_type,
-            "parameters": self.parameters,
-            "layers": self.layer_count,
-            "projections": len(self.projections),
-            "tokenizer": None if tokenizer is None else type(tokenizer).__name__,
-            "chat_template": None if tokenizer is None else bool(tokenizer.chat_template),
-        }
+        return ModelSummary(
+            name=self.name,
+            model_type=self.config.model_type,
+            parameters=self.parameters,
+            layers=self.layer_count,
+            projections=len(self.projections),
+            tokenizer=None if tokenizer is None else type(tokenizer).__name__,
+            chat_template=None if tokenizer is None else bool(tokenizer.chat_template),
+        )
 
 
-def check_model(recipe: Recipe, findings: ProblemList) -> CheckedModel | None:
+def check_model(recipe: Recipe, problems: ProblemList) -> CheckedModel | None:
     """Returns the recipe's model, or None if not even its shapes can be determined.
 
     Args:
         recipe: The recipe with the model and its revision.
-        findings: Receives problems with its files, tokenizer and family.
+        problems: Receives problems with its files, tokenizer and family.
     """
     if recipe.model is None:
-        findings.problem("model: the recipe names no model (try: --set model=DIR)")
+        problems.problem("model: the recipe names no model (try: --set model=DIR)")
         return None
     checked = None
-    with findings.collecting("model"):
+    with problems.collecting("model"):
         name = _base_of(recipe.model)
         config = read_config(name, recipe.revision)
-        _check_family(recipe, config, findings)
-        tokenizer = _find_tokenizer(name, recipe.revision, findings)
-        check = _check_weights(name, tokenizer, findings)
-        tokenizer = _with_template(tokenizer, recipe, findings)
+        _check_family(recipe, config, problems)
+        tokenizer = _find_tokenizer(name, recipe.revision, problems)
+        check = _check_weights(name, tokenizer, problems)
+        tokenizer = _with_template(tokenizer, recipe, problems)
         model = build_skeleton(config, torch.float32)
         if check is None:
-            _check_vocabulary(config, tokenizer, findings)
+            _check_vocabulary(config, tokenizer, problems)
             check = CheckpointCheck((), learned_positions(model))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         layer_count = len(decoder_layers(model)[1])
@@ -99,40 +121,40 @@ def _base_of(model: str) -> str:
     return adapter_base(folder)
 
 
-def _check_family(recipe: Recipe, config: PreTrainedConfig, findings: ProblemList) -> None:
+def _check_family(recipe: Recipe, config: PreTrainedConfig, problems: ProblemList) -> None:
     if recipe.model_type is not None and recipe.model_type != config.model_type:
-        findings.problem(
+        problems.problem(
             f"model_type: the recipe is for a different model family (expected: {recipe.model_type}; "
             f"got: {config.model_type})"
         )
 
 
 def _check_weights(
-    model: str, tokenizer: PreTrainedTokenizerBase | None, findings: ProblemList
+    model: str, tokenizer: PreTrainedTokenizerBase | None, problems: ProblemList
 ) -> CheckpointCheck | None:
     """Checks a checkpoint; returns None if it has no weights or they are faulty."""
     folder = _local_folder(model)
     check = None
     if folder is None:
-        findings.skip("model: weights, which the first command downloads")
+        problems.skip("model: weights, which the first command downloads")
     elif not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_FILES):
-        findings.skip(f"model: weights, since {folder} has none; all values are derived from config.json")
+        problems.skip(f"model: weights, since {folder} has none; all values are derived from config.json")
     else:
         check = CheckpointCheck()
-        with findings.collecting("model"):
+        with problems.collecting("model"):
             check = check_checkpoint(resolve_checkpoint(model), tokenizer)
             for remark in check.remarks:
-                findings.warn(f"model: {remark}")
+                problems.warn(f"model: {remark}")
     return check
 
 
-def _find_tokenizer(model: str, revision: str | None, findings: ProblemList) -> PreTrainedTokenizerBase | None:
+def _find_tokenizer(model: str, revision: str | None, problems: ProblemList) -> PreTrainedTokenizerBase | None:
     folder = _local_folder(model)
     if folder is None:
         return checked_tokenizer(model, model, revision=revision)
     if any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return load_tokenizer(folder)
-    findings.skip(
+    problems.skip(
         f"model: chat template, labels and token counts, since {folder} has no tokenizer; every batch is assumed to "
         "have max_length_tokens"
     )
@@ -140,7 +162,7 @@ def _find_tokenizer(model: str, revision: str | None, findings: ProblemList) -> 
 
 
 def _with_template(
-    tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, findings: ProblemList
+    tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, problems: ProblemList
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer with the recipe's chat template; None if the template cannot be used."""
     if tokenizer is None:
@@ -148,17 +170,17 @@ def _with_template(
     try:
         choose_template(tokenizer, template_choice(recipe))
     except ConfigError as error:
-        findings.problem(f"chat_template: {describe(error)}")
+        problems.problem(f"chat_template: {describe(error)}")
         return None
     return tokenizer
 
 
 def _check_vocabulary(
-    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, findings: ProblemList
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None, problems: ProblemList
 ) -> None:
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     if tokenizer is not None and vocabulary is not None and len(tokenizer) > vocabulary:
-        findings.problem(
+        problems.problem(
             f"model: the tokenizer has more tokens than the model (expected: at most {vocabulary:,}; "
             f"got: {len(tokenizer):,})"
         )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,13 +20,14 @@ from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, Tr
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
 from mftctl.text import counted
 from mftctl.training.schedule import records_per_step, total_steps
-from mftctl.workflows.planning.batches import assumed_batches, largest_batches
+from mftctl.workflows.planning.batches import Batches, assumed_batches, largest_batches
 from mftctl.workflows.planning.command_memory import Asked, CommandMemory
 from mftctl.workflows.planning.evaluation_memory import BENCHMARK_PROMPT_TOKENS, Generation
-from mftctl.workflows.planning.mask_sizes import masked_tensors
+from mftctl.workflows.planning.mask_sizes import MaskEstimate, masked_tensors
 from mftctl.workflows.planning.memory import MemoryEstimate
 from mftctl.workflows.planning.model_check import CheckedModel
 from mftctl.workflows.planning.planned_device import PlannedDevice
+from mftctl.workflows.planning.planned_stages import PlannedStage, Room, StageMemory
 from mftctl.workflows.planning.problem_list import ProblemList
 from mftctl.workflows.planning.room import Verdict, judge
 from mftctl.workflows.planning.training_data import DataCheck
@@ -41,66 +41,66 @@ class StageEstimates:
     Args:
         model: The recipe's model; None omits all values that depend on it.
         data: The recipe's data.
-        findings: Receives problems that concern the model.
+        problems: Receives problems that concern the model.
         process_bytes: Memory of the process without a model.
         device: Device that the stages run on.
         staged: Whether these are stages of an experiment, which does not accept options of single commands.
 
     Attributes:
         masks: Mask estimates by stage name.
-        memory: Memory estimate of each training stage.
+        memory: Memory estimates of the stages.
     """
 
     def __init__(
         self,
         model: CheckedModel | None,
         data: DataCheck,
-        findings: ProblemList,
+        problems: ProblemList,
         process_bytes: int,
         device: PlannedDevice,
         *,
         staged: bool = False,
     ) -> None:
-        self.masks: dict[str, dict[str, Any]] = {}
-        self.memory: list[dict[str, Any]] = []
+        self.masks: dict[str, MaskEstimate] = {}
+        self.memory: list[StageMemory] = []
         self._model = model
         self._data = data
-        self._findings = findings
+        self._problems = problems
         self._process_bytes = process_bytes
         self._device = device
         self._staged = staged
         self._known: dict[Hashable, MemoryEstimate] = {}
 
-    def row(self, job: Job) -> dict[str, Any]:
+    def training(self, job: Job) -> PlannedStage:
         """Returns method, layers, records, steps and tokens of a training stage, and stores its masks and memory.
 
         Raises:
             MftError: The stage does not fit the model.
         """
         method = job.recipe.fft.method if job.command == "fft" else job.recipe.mask_train.method
-        row: dict[str, Any] = {"method": method}
+        stage = PlannedStage(job.name, job.command, method=method)
         if method == "drop" and job.command == "mask-train":
             _check_drop(job)
             if self._model is not None:
                 self._note_mask(job, self._model.projections, "all")
-            return row
+            return stage
         if not job.recipe.data:
             raise ConfigError("Training needs data.", key="data", expected="a file or a hub id", actual="none given")
         self._check_length(training_options(job))
-        row |= self._steps(job)
+        stage = self._with_steps(stage, job)
         if self._model is None:
-            return row
+            return stage
         groups = None
         if job.command != "fft":
             groups = self._groups(job, self._model)
-            row["layers"] = _layers_text(job, groups)
-        if groups is not None and not _is_fast(job):
-            layers = max(groups, key=len)
-            options = job.recipe.mask_train
-            masked = [target for target in self._model.projections if target.layer in layers]
-            self._note_mask(job, _chosen(masked, options), row["layers"])
+            text = _layers_text(job, groups)
+            stage = replace(stage, layers=text)
+            if not _is_fast(job):
+                layers = max(groups, key=len)
+                masked = [target for target in self._model.projections if target.layer in layers]
+                self._note_mask(job, _chosen(masked, job.recipe.mask_train), text)
         self._note_training_memory(job, self._model, groups)
-        return row
+        return stage
 
     def evaluation(self, job: Job) -> None:
         """Stores the memory estimate of an evaluation.
@@ -115,14 +115,13 @@ class StageEstimates:
         memory.asked = self._asked(recipe)
         generation, batches = memory.generation(recipe), memory.asked.batches
         if recipe.eval.tasks:
-            self._findings.skip(
+            self._problems.skip(
                 f"{job.name}: length of benchmark prompts, assumed to be {BENCHMARK_PROMPT_TOKENS:,} tokens"
             )
-        largest = {"records": 1, "length_tokens": 0} if batches is None else asdict(batches)
+        records, length_tokens = (1, 0) if batches is None else (batches.records, batches.length_tokens)
         if generation is not None:
-            tokens = generation.prompt_tokens + generation.new_tokens
-            largest |= {"records": generation.records, "length_tokens": tokens}
-        self._note_memory(job, memory, largest)
+            records, length_tokens = generation.records, generation.prompt_tokens + generation.new_tokens
+        self._note_memory(job, memory, records, length_tokens, batches)
 
     def _asked(self, recipe: Recipe) -> Asked:
         """The work of an evaluation on the test data."""
@@ -144,30 +143,27 @@ class StageEstimates:
         room = default_max_new_tokens(encoded, longest_prompt_tokens=prompt_tokens, limit_tokens=limit)
         return Asked(batches, Generation(prompt_tokens, room))
 
-    def _steps(self, job: Job) -> dict[str, Any]:
+    def _with_steps(self, stage: PlannedStage, job: Job) -> PlannedStage:
+        """The stage with its records, steps and tokens, as far as they are known."""
         options = training_options(job)
         train = self._learned_from(job)
         share = job.recipe.probe.data_fraction if job.command == "probe" else options.data_fraction
         records = max(1, int(len(train) * share + 0.5)) if share < 1 else len(train)
         if records == 0:
-            return {}
+            return stage
         runs = 1
         if job.command == "probe" and self._model is not None:
             runs = len(self._groups(job, self._model))
         learns = job.command == "fft" or (job.recipe.mask_train.method == "learned" and not _is_fast(job))
         steps = total_steps(records, options) * runs if learns else 0
         step_records = min(records_per_step(options), records)
-        counts = {"records": records, "trainings": runs, "steps": steps, "records_per_step": step_records}
+        stage = replace(stage, records=records, trainings=runs, steps=steps, records_per_step=step_records)
         tokens = self._data.tokens(job.recipe, options.max_length_tokens)
         if tokens is None:
-            return counts
+            return stage
         mean_tokens = sum(token_lengths(tokens.train)) / len(tokens.train)
         total = steps * step_records if options.max_steps else math.ceil(options.epochs * records) * runs * bool(steps)
-        return {
-            **counts,
-            "tokens_per_step": round(mean_tokens * step_records),
-            "tokens": round(mean_tokens * total),
-        }
+        return replace(stage, tokens_per_step=round(mean_tokens * step_records), tokens=round(mean_tokens * total))
 
     def _learned_from(self, job: Job) -> Examples:
         """The records that a stage may learn from; a mask may exclude those seen by earlier fine-tuning."""
@@ -195,18 +191,7 @@ class StageEstimates:
         return layer_groups(count, probe.recipe.probe.groups, wanted)
 
     def _note_mask(self, job: Job, targets: Sequence[MaskTarget], layers: str) -> None:
-        tensors = masked_tensors(targets, job.recipe.mask_train)
-        counted = [tensor.removed for tensor in tensors if tensor.removed is not None]
-        sizes = [tensor.deflate_bytes for tensor in tensors if tensor.deflate_bytes is not None]
-        whole = len(counted) == len(tensors)
-        self.masks[job.name] = {
-            "layers": layers,
-            "tensors": [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in tensors],
-            "weights": sum(tensor.weights for tensor in tensors),
-            "removed": sum(counted) if whole else None,
-            "packed_bytes": sum(tensor.packed_bytes for tensor in tensors),
-            "deflate_bytes": sum(sizes) if whole else None,
-        }
+        self.masks[job.name] = MaskEstimate(layers, tuple(masked_tensors(targets, job.recipe.mask_train)))
 
     def _note_training_memory(self, job: Job, model: CheckedModel, groups: Sequence[Sequence[int]] | None) -> None:
         memory = self._command_memory(job, model)
@@ -215,7 +200,8 @@ class StageEstimates:
         tokens = self._data.tokens(job.recipe, training_options(job).max_length_tokens)
         if tokens is not None:
             memory.train, memory.validation = tokens.train, tokens.validation
-        self._note_memory(job, memory, asdict(memory.batches(job.recipe)))
+        batches = memory.batches(job.recipe)
+        self._note_memory(job, memory, batches.records, batches.length_tokens, batches)
 
     def _command_memory(self, job: Job, model: CheckedModel) -> CommandMemory:
         return CommandMemory(
@@ -228,27 +214,28 @@ class StageEstimates:
             known=self._known,
         )
 
-    def _note_memory(self, job: Job, memory: CommandMemory, largest: Mapping[str, Any]) -> None:
+    def _note_memory(
+        self, job: Job, memory: CommandMemory, records: int, length_tokens: int, batches: Batches | None
+    ) -> None:
         """Stores an estimate with the available memory and, if it does not fit, the options with which it would."""
         found = memory.estimate(job.recipe)
-        row = {"stage": job.name, **largest, **asdict(found)}
-        free = self._device.free_bytes
+        room, free = None, self._device.free_bytes
         if free is not None:
             verdict = judge(found.peak_bytes, free)
             smaller = None if verdict is Verdict.FITS else memory.smaller(job.recipe, free)
             options = None if smaller is None else smaller.sets if self._staged else smaller.flags
-            row |= {"free_bytes": free, "fits": verdict.value, "options": options}
+            room = Room(free, verdict, options)
             if verdict is not Verdict.FITS:
-                tell = self._findings.problem if verdict is Verdict.NO else self._findings.warn
+                tell = self._problems.problem if verdict is Verdict.NO else self._problems.warn
                 tell(f"{job.name}: {_room_text(found.peak_bytes, free, verdict, options)}")
-        self.memory.append(row)
+        self.memory.append(StageMemory(job.name, records, length_tokens, batches, found, room))
 
     def _check_length(self, options: TrainingOptions) -> None:
         if self._model is None:
             return
         known = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if known is not None and options.max_length_tokens > known:
-            self._findings.warn(
+            self._problems.warn(
                 "max_length_tokens: exceeds the model's context length "
                 f"(expected: at most {known}; got: {options.max_length_tokens})"
             )

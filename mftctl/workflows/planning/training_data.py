@@ -55,17 +55,34 @@ class Tokens:
     validation: Sequence[Encoded]
 
 
+@dataclass(frozen=True, slots=True)
+class TokenCounts:
+    """Counts of encoded records.
+
+    Attributes:
+        tokenized_records: Number of records.
+        tokens: Their tokens.
+        answer_tokens: Those of them that are learned.
+        longest_tokens: Tokens of the longest record.
+    """
+
+    tokenized_records: int
+    tokens: int
+    answer_tokens: int
+    longest_tokens: int
+
+
 class DataCheck:
     """The data of a recipe and its stages; each file is read and each record tokenised once.
 
     Args:
         tokenizer: The model's tokenizer with the recipe's chat template; None skips tokenisation.
-        findings: Receives problems with files and records.
+        problems: Receives problems with files and records.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, findings: ProblemList) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, problems: ProblemList) -> None:
         self._tokenizer = tokenizer
-        self._findings = findings
+        self._problems = problems
         self._parts: dict[str, Parts] = {}
         self._tokens: dict[tuple[str, int], Tokens | None] = {}
         self._encoders: dict[str, Encoder] = {}
@@ -75,12 +92,12 @@ class DataCheck:
         """The readable records of a recipe's files."""
         key = _data_key(recipe)
         if key not in self._parts:
-            parts = self._parts[key] = read_parts(recipe, self._findings)
+            parts = self._parts[key] = read_parts(recipe, self._problems)
             for name, issues in parts.issues.items():
                 if (
                     self._tokenizer is None or name == "test_data"
                 ):  # others are reported with the results of tokenisation
-                    report_issues(name, issues, recipe, 0, self._findings)
+                    report_issues(name, issues, recipe, 0, self._problems)
         return self._parts[key]
 
     def tokens(self, recipe: Recipe, max_length_tokens: int) -> Tokens | None:
@@ -105,8 +122,8 @@ class DataCheck:
             return None
         examples, issues = self.parts(recipe).test[: recipe.eval.limit], RecordIssues()
         length = recipe.eval.max_length_tokens
-        used = tokenize("test_data", examples, encoder, length, issues, self._findings)
-        report_issues("test_data", issues, recipe, length, self._findings)
+        used = tokenize("test_data", examples, encoder, length, issues, self._problems)
+        report_issues("test_data", issues, recipe, length, self._problems)
         asked = sorted(
             (example for example in used.examples if recipe.eval.generate and example.prompt),
             key=lambda example: -sum(len(message.content) for message in example.prompt),
@@ -128,38 +145,38 @@ class DataCheck:
         if "val_data" not in issues:
             issues["val_data"] = issues["data"]
         used = [
-            tokenize(key, examples, encoder, max_length_tokens, issues[key], self._findings)
+            tokenize(key, examples, encoder, max_length_tokens, issues[key], self._problems)
             for key, examples in (("data", parts.train), ("val_data", parts.validation))
         ]
         if not recipe.val_data:
             del issues["val_data"]
         for key in ("data", "val_data"):
             if key in issues:
-                report_issues(key, issues[key], recipe, max_length_tokens, self._findings)
+                report_issues(key, issues[key], recipe, max_length_tokens, self._problems)
         train, validation = (part.records for part in used)
         self._train[_data_key(recipe), max_length_tokens] = train
         added = added_system_text(encoder, used[0].examples)
         if added is not None:
-            self._findings.warn(f"data: {added}")
+            self._problems.warn(f"data: {added}")
         return Tokens(train, validation) if train and validation else None
 
 
-def read_parts(recipe: Recipe, findings: ProblemList) -> Parts:
+def read_parts(recipe: Recipe, problems: ProblemList) -> Parts:
     """Reads the records of all data files; each unreadable file is reported as a problem."""
     issues = {"data": RecordIssues(), "test_data": RecordIssues()}
-    train = _read("data", recipe.data, recipe.seed, issues["data"], findings)
+    train = _read("data", recipe.data, recipe.seed, issues["data"], problems)
     validation = Examples.joined([])
     if recipe.val_data:
         issues["val_data"] = RecordIssues()
-        validation = _read("val_data", recipe.val_data, recipe.seed, issues["val_data"], findings)
-    test = _read("test_data", recipe.test_data, recipe.seed, issues["test_data"], findings)
+        validation = _read("val_data", recipe.val_data, recipe.seed, issues["val_data"], problems)
+    test = _read("test_data", recipe.test_data, recipe.seed, issues["test_data"], problems)
     if len(train) and not recipe.val_data:
-        with findings.collecting("val_fraction"):
+        with problems.collecting("val_fraction"):
             train, validation = split_validation(train, recipe.val_fraction, recipe.seed)
     parts = Parts(train, validation, test, issues)
-    _check_overlap("test_data", parts.train, parts.test, findings)
+    _check_overlap("test_data", parts.train, parts.test, problems)
     if recipe.val_data:
-        _check_overlap("val_data", parts.train, parts.validation, findings)
+        _check_overlap("val_data", parts.train, parts.validation, problems)
     return parts
 
 
@@ -169,7 +186,7 @@ def tokenize(
     encoder: Encoder,
     max_length_tokens: int,
     issues: RecordIssues,
-    findings: ProblemList,
+    problems: ProblemList,
 ) -> EncodedRecords:
     """Returns the encoded records.
 
@@ -179,20 +196,20 @@ def tokenize(
         encoder: Encoder of the model's tokenizer.
         max_length_tokens: Length at which longer records are truncated.
         issues: Receives problems with records.
-        findings: Receives a note if the records are sampled.
+        problems: Receives a note if the records are sampled.
     """
     chosen = examples
     if len(examples) > MOST_TOKENIZED:
         chosen = examples.take([index * len(examples) // MOST_TOKENIZED for index in range(MOST_TOKENIZED)])
-        findings.skip(f"{key}: {MOST_TOKENIZED:,} of {len(examples):,} records were tokenised as a sample")
+        problems.skip(f"{key}: {MOST_TOKENIZED:,} of {len(examples):,} records were tokenised as a sample")
     used = encode_all(chosen, encoder, max_length_tokens, issues)
     if issues.overlong and not used.records:
-        findings.problem(f"{key}: no record can be used at --max-length {max_length_tokens}")
+        problems.problem(f"{key}: no record can be used at --max-length {max_length_tokens}")
     return used
 
 
 def report_issues(
-    key: str, issues: RecordIssues, recipe: Recipe, max_length_tokens: int, findings: ProblemList
+    key: str, issues: RecordIssues, recipe: Recipe, max_length_tokens: int, problems: ProblemList
 ) -> None:
     """Adds issues that would stop training as a problem, and the others as warnings.
 
@@ -201,46 +218,42 @@ def report_issues(
         issues: Issues of the records.
         recipe: Says how many unusable records may be left out.
         max_length_tokens: Length at which records were truncated.
-        findings: Receives the problems and warnings.
+        problems: Receives the problems and warnings.
     """
     told = issues.lines(max_length_tokens)
     try:
         issues.settle(recipe.bad_records, recipe.bad_records_max)
     except DataError as error:
-        findings.problem(f"{key}: {describe(error)}")
+        problems.problem(f"{key}: {describe(error)}")
         told = told[1:]  # without the line on unusable records
     for line in told:
-        findings.warn(f"{key}: {line}")
+        problems.warn(f"{key}: {line}")
     if issues.learns_no_end:
-        findings.warn(f"{key}: {no_end_text(max_length_tokens)}")
+        problems.warn(f"{key}: {no_end_text(max_length_tokens)}")
 
 
-def token_counts(encoded: Sequence[Encoded]) -> dict[str, int | float]:
-    """Counts of encoded records, their tokens and answer tokens, and the longest record's tokens."""
+def token_counts(encoded: Sequence[Encoded]) -> TokenCounts:
+    """Counts the tokens of encoded records."""
     lengths = token_lengths(encoded)
-    return {
-        "tokenized_records": len(encoded),
-        "tokens": sum(lengths),
-        "answer_tokens": sum(answer_lengths(encoded)),
-        "longest_tokens": max(lengths, default=0),
-    }
+    answer_tokens = sum(answer_lengths(encoded))
+    return TokenCounts(len(encoded), sum(lengths), answer_tokens, max(lengths, default=0))
 
 
-def _read(key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssues, findings: ProblemList) -> Examples:
+def _read(key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssues, problems: ProblemList) -> Examples:
     parts = []
     for source in sources:
         try:
             parts.append(load_examples([source], seed=seed, issues=issues))
         except MftError as error:
-            findings.problem(f"{key}: {describe(error)}")
+            problems.problem(f"{key}: {describe(error)}")
     return Examples.joined(parts)
 
 
-def _check_overlap(key: str, train: Sequence[Example], other: Sequence[Example], findings: ProblemList) -> None:
+def _check_overlap(key: str, train: Sequence[Example], other: Sequence[Example], problems: ProblemList) -> None:
     known = {_question(example) for example in train}
     shared = sum(_question(example) in known for example in other)
     if shared:
-        findings.warn(f"{key}: questions also in the training data: {shared:,} of {len(other):,} records")
+        problems.warn(f"{key}: questions also in the training data: {shared:,} of {len(other):,} records")
 
 
 def _question(example: Example) -> tuple[object, ...]:

@@ -14,7 +14,7 @@ from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.masking.mask import save_mask
 from mftctl.masking.mask_file.codecs import encode, pack
 from mftctl.masking.targets import find_targets
-from mftctl.workflows.planning.mask_sizes import deflate_size_bytes, masked_tensors
+from mftctl.workflows.planning.mask_sizes import MaskEstimate, deflate_size_bytes, masked_tensors
 from tests.conftest import build_llama
 from tests.masking.mask_files import build_mask
 
@@ -58,6 +58,8 @@ def test_a_ratio_by_projection_and_a_threshold() -> None:
     assert [tensor.removed for tensor in by_projection] == [512, 512]
     by_threshold = masked_tensors(targets, MaskTrainOptions(preset="paper", threshold=0.0))
     assert [(tensor.removed, tensor.deflate_bytes) for tensor in by_threshold] == [(None, None)] * 2
+    mask = MaskEstimate("1", tuple(by_threshold))
+    assert (mask.removed, mask.deflate_bytes, mask.weights) == (None, None, sum(item.weights for item in by_threshold))
 
 
 def test_a_saved_mask_file_has_the_expected_size(tmp_path: Path) -> None:
