@@ -20,11 +20,11 @@ class Examples(Sequence[Example]):
         tables: The tables they come from.
         table_numbers: The number of the table of each example, int16.
         rows: The row of each example in its table, int64.
-        offered: The rows of each table that the data was to consist of, ascending, int64; None for all.
+        selected: The rows of each table that the count of its source selects, ascending, int64; None for all.
 
     Attributes:
         tables: The tables they come from.
-        offered: The rows of each table that the data was to consist of; None for all.
+        selected: The rows of each table that the count of its source selects; None for all.
         table_numbers: The number of the table of each example.
         rows: The row of each example in its table.
     """
@@ -34,10 +34,10 @@ class Examples(Sequence[Example]):
         tables: Sequence[ExampleTable],
         table_numbers: np.ndarray,
         rows: np.ndarray,
-        offered: Sequence[np.ndarray | None],
+        selected: Sequence[np.ndarray | None],
     ) -> None:
         self.tables = tuple(tables)
-        self.offered = tuple(offered)
+        self.selected = tuple(selected)
         self.table_numbers = table_numbers
         self.rows = rows
 
@@ -51,7 +51,7 @@ class Examples(Sequence[Example]):
             tables,
             _concatenated(numbers, np.int16),
             _concatenated([part.rows for part in parts], np.int64),
-            [rows for part in parts for rows in part.offered],
+            [rows for part in parts for rows in part.selected],
         )
 
     @classmethod
@@ -62,10 +62,10 @@ class Examples(Sequence[Example]):
     def take(self, indices: Sequence[int] | np.ndarray) -> Examples:
         """The examples with these numbers, in this order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return Examples(self.tables, self.table_numbers[chosen], self.rows[chosen], self.offered)
+        return Examples(self.tables, self.table_numbers[chosen], self.rows[chosen], self.selected)
 
-    def as_whole(self) -> Examples:
-        """The same examples, all of one table, as all that the data was to consist of."""
+    def as_selection(self) -> Examples:
+        """The same examples, all of one table, as those that the count of their source selects."""
         return Examples(self.tables, self.table_numbers, self.rows, [self.rows])
 
     def __len__(self) -> int:
@@ -77,7 +77,7 @@ class Examples(Sequence[Example]):
     def __getitem__(self, index: slice) -> Examples: ...
     def __getitem__(self, index: int | slice) -> Example | Examples:
         if isinstance(index, slice):
-            return Examples(self.tables, self.table_numbers[index], self.rows[index], self.offered)
+            return Examples(self.tables, self.table_numbers[index], self.rows[index], self.selected)
         table: ExampleTable = self.tables[self.table_numbers[index]]
         return table.example(int(self.rows[index]))
 

@@ -59,7 +59,7 @@ def _of_source(source: DataSource, seed: int, issues: RecordIssues, listener: Li
             actual=len(examples),
             hint="request fewer, or omit the count to take all",
         )
-    return sample_count(examples, source.count, seed).as_whole()
+    return sample_count(examples, source.count, seed).as_selection()
 
 
 def example_table(source: DataSource, listener: Listener) -> ExampleTable:

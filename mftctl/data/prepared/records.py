@@ -90,7 +90,7 @@ def encode_prepared(
 ) -> PreparedRecords:
     """The examples that can be encoded, in order, from the cache or newly encoded.
 
-    All rows that a table's source offers are encoded, so that other splits and fractions find theirs.
+    All records that the sources select are encoded, so that other splits and fractions find theirs in the cache.
 
     Args:
         examples: The examples to encode.
@@ -100,8 +100,8 @@ def encode_prepared(
         listener: Receives progress updates.
     """
     tables = [
-        encoded_table(table, offered, encoder, max_length_tokens, listener)
-        for table, offered in zip(examples.tables, examples.offered, strict=True)
+        encoded_table(table, selected, encoder, max_length_tokens, listener)
+        for table, selected in zip(examples.tables, examples.selected, strict=True)
     ]
     numbers = examples.table_numbers
     rows = np.empty(len(examples), np.int64)
