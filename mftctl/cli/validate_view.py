@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import pairs_table
+from mftctl.cli.record_view import needs_marks, record_text, trained_on
 from mftctl.text import counted
 
 _MEMORY = {
@@ -31,7 +32,7 @@ _MEMORY = {
 def validation_views(result: Mapping[str, Any]) -> list[RenderableType]:
     """Returns the tables and samples to print, in reading order."""
     views: list[RenderableType] = [_overview(result)]
-    marked = Console().color_system is None
+    marked = needs_marks()
     views += [_sample(sample, marked=marked) for sample in result["samples"]]
     views.append(_stages(result["stages"]))
     views += [_mask(names, mask) for names, mask in _alike(result["masks"].items())]
@@ -62,15 +63,9 @@ def _part(counts: Mapping[str, int]) -> str:
 
 
 def _sample(sample: Mapping[str, Any], *, marked: bool) -> Text:
-    """Returns a record with the text trained on in green, or between marks without colour support."""
-    head = f"{sample['where']}: trains on {sample['answer_tokens']} of {sample['tokens']} tokens, "
-    text = Text(head + ("those between » and «" if marked else "in green") + "\n", style="bold")
-    for segment in sample["segments"]:
-        if segment["is_answer"]:
-            text.append(f"»{segment['text']}«" if marked else segment["text"], style="not bold green")
-        else:
-            text.append(segment["text"], style="not bold dim")
-    return text.append("\n")
+    counts = trained_on(sample["answer_tokens"], sample["tokens"], marked=marked)
+    segments = ((segment["text"], segment["is_answer"]) for segment in sample["segments"])
+    return record_text(f"{sample['where']}: {counts}", segments, marked=marked)
 
 
 def _stages(stages: Sequence[Mapping[str, Any]]) -> Table:
