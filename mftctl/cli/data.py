@@ -77,8 +77,6 @@ def show(
     with Output(as_json=as_json) as console:
         session = Session("data show", console, runs, options=opt.given(context, "fft"))
         recipe, source = session.settle_with_model("fft")
-        if not recipe.data:
-            raise _no_data("DATA")
         from mftctl.workflows.data_show import Choice, show_data
 
         shown = show_data(recipe, source.model, Choice(index, sample), _max_length_tokens(recipe), console)
@@ -120,8 +118,6 @@ def stats(
         settled = session.settle()
         if settled.model is not None or not (settled.data or settled.val_data or settled.test_data):
             settled, _ = session.settle_with_model("fft")
-        if not (settled.data or settled.val_data or settled.test_data):
-            raise _no_data("--data")
         from mftctl.workflows.data_stats import data_stats
 
         found = data_stats(settled, settled.model, _max_length_tokens(settled), console)
@@ -133,7 +129,3 @@ def _max_length_tokens(recipe: Recipe) -> int:
     only_mask = "max_length_tokens" not in recipe.fft.model_fields_set
     options = recipe.mask_train if only_mask and recipe.mask_train.model_fields_set else recipe.fft
     return options.max_length_tokens
-
-
-def _no_data(key: str) -> ConfigError:
-    return ConfigError("There is no data to look at.", key=key, expected="a file or a hub id", actual="none given")

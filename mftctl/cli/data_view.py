@@ -86,7 +86,7 @@ def _rows(part: PartStats, max_length_tokens: int) -> Iterator[tuple[str, str]]:
 def _histogram(part: str, bins: Sequence[LengthBin]) -> Table:
     view = Table(title=f"Lengths: {part}", title_justify="left", show_header=False, box=None, pad_edge=False)
     for justify in ("right", "right", "left"):
-        view.add_column(justify=justify)  # type: ignore[arg-type]
+        view.add_column(justify=justify)
     highest = max(one.records for one in bins)
     for one in bins:
         bar = "#" * -(-_BAR_CHARACTERS * one.records // highest)

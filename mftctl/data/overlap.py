@@ -35,8 +35,7 @@ def question_keys(examples: Examples) -> np.ndarray:
     The question is the texts before the answer, or the whole of a plain text or of token ids.
     """
     keys = (
-        hashlib.blake2b(json.dumps(_question(example)).encode(), digest_size=8).digest()
-        for example in parsed(examples)
+        hashlib.blake2b(json.dumps(_question(example)).encode(), digest_size=8).digest() for example in parsed(examples)
     )
     return np.fromiter((int.from_bytes(key, "big") for key in keys), np.uint64, len(examples))
 

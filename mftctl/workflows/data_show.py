@@ -18,8 +18,7 @@ from mftctl.data.rendering import Segment
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, DataError
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.record_encoding import added_system_text, load_encoder
-from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.experiments.record_encoding import added_system_text, load_model_encoder
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.progress import Listener
 from mftctl.workflows.planning.problem_list import describe
@@ -116,12 +115,15 @@ def show_data(recipe: Recipe, model: str, choice: Choice, max_length_tokens: int
         listener: Receives progress updates and notes.
 
     Raises:
-        ConfigError: A record that does not exist is chosen, or the chat template does not exist.
+        ConfigError: The recipe names no data, a record that does not exist is chosen, or the chat template does not
+            exist.
         DataError: The data cannot be read.
         ModelError: The tokenizer cannot be loaded.
     """
+    if not recipe.data:
+        raise ConfigError("There is no data to look at.", key="DATA", expected="a file or a hub id", actual="none")
     with trusting_code(recipe.trust_remote_code):
-        encoder = load_encoder(resolve_checkpoint(model, recipe.revision, adapters=True), recipe)
+        encoder = load_model_encoder(model, recipe)
         issues = RecordIssues()
         parts = [_Part(source, recipe.seed, issues, listener) for source in recipe.data]
         ends = np.cumsum([0, *map(len, parts)])
@@ -189,4 +191,6 @@ def _shown(
 
 def _reason(error: DataError) -> str:
     """The error without the place of the record, which is shown beside it."""
-    return describe(DataError(error.message, key=error.key, expected=error.expected, actual=error.actual, hint=error.hint))
+    return describe(
+        DataError(error.message, key=error.key, expected=error.expected, actual=error.actual, hint=error.hint)
+    )

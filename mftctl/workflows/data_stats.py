@@ -19,8 +19,7 @@ from mftctl.data.record_issues import RecordIssues
 from mftctl.data.splits import split_validation
 from mftctl.errors import ConfigError, DataError
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.record_encoding import load_encoder
-from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.experiments.record_encoding import load_model_encoder
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.progress import Listener, Progress
 from mftctl.workflows.planning.problem_list import describe
@@ -201,7 +200,7 @@ def data_stats(recipe: Recipe, model: str | None, max_length_tokens: int, listen
     with trusting_code(recipe.trust_remote_code):
         encoder = None
         if model is not None:
-            encoder = load_encoder(resolve_checkpoint(model, recipe.revision, adapters=True), recipe)
+            encoder = load_model_encoder(model, recipe)
         parts = _parts(recipe, listener)
         stats = tuple(_part_stats(part, encoder, max_length_tokens, listener) for part in parts)
         return DataStats(model, max_length_tokens, stats, tuple(_overlaps(parts, listener)))
@@ -210,7 +209,7 @@ def data_stats(recipe: Recipe, model: str | None, max_length_tokens: int, listen
 def _parts(recipe: Recipe, listener: Listener) -> list[_Part]:
     """The parts that have data."""
     if not (recipe.data or recipe.val_data or recipe.test_data):
-        raise ConfigError("There is no data to look at.", key="--data", expected="a file or a hub id", actual="none given")
+        raise ConfigError("There is no data to look at.", key="--data", expected="a file or a hub id", actual="none")
     read = []
     for name, sources in (("train", recipe.data), ("validation", recipe.val_data), ("test", recipe.test_data)):
         if sources:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.checkpoints.load_weights import attention_settings, load_weights, stored_dtype
-from mftctl.masking.checkpoints.locate import is_adapter
+from mftctl.masking.checkpoints.locate import is_adapter, local_folder
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_code
 from mftctl.runtime.devices import best_device, has_bf16, record_attention
@@ -86,6 +86,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     require_trusted_code(folder)
     return checked_tokenizer(folder, folder, local_files_only=True)
+
+
+def model_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which needs no weights: of a hub model, only the tokenizer's files are downloaded.
+
+    Args:
+        model: A local folder, the built-in name "quickstart", or a model on the hub.
+        revision: Branch, tag or commit on the hub; ignored for the other two.
+
+    Raises:
+        ModelError: transformers cannot load it, or it needs untrusted code.
+    """
+    folder = local_folder(model)
+    return checked_tokenizer(model, model, revision=revision) if folder is None else load_tokenizer(folder)
 
 
 def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> PreTrainedTokenizerBase:
