@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from itertools import pairwise
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mftctl.data import contamination
-from mftctl.data.contamination import NgramIndex, words
+from mftctl.data.contamination import NgramIndex, compared_text
 from mftctl.data.examples import Example, Message
 
 
@@ -48,14 +48,16 @@ _parts = st.tuples(st.integers(0, 8), st.integers(9, 25)).map(lambda ends: " ".j
 _texts = st.lists(st.one_of(_words, _repeats, _parts, st.tuples(_words, _parts).map(" ".join)), max_size=7)
 
 
-@given(_texts, _texts, st.integers(1, 3))
+@given(_texts, _texts, st.sampled_from([1, 30, 10_000]))
 def test_as_with_sets_of_tuples(checked: list[str], train: list[str], batch: int) -> None:
-    size = contamination._BATCH_RECORDS
-    contamination._BATCH_RECORDS = batch
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contamination, "_BATCH_CHARACTERS", batch)
         assert pairs_of(checked, train) == expected(checked, train)
-    finally:
-        contamination._BATCH_RECORDS = size
+
+
+@given(st.lists(st.text(max_size=9), max_size=5), st.lists(st.text(max_size=9), max_size=5))
+def test_short_texts_of_any_characters(checked: list[str], train: list[str]) -> None:
+    assert pairs_of(checked, train) == expected(checked, train)
 
 
 def test_thirteen_words_in_a_row_are_enough_and_twelve_are_not() -> None:
@@ -93,22 +95,27 @@ def test_an_ngram_never_spans_two_records() -> None:
     assert pairs_of([" ".join(_NUMBERS[:18])], halves) == []
 
 
-def test_words_of_a_conversation_without_its_system_prompt() -> None:
+def test_a_conversation_without_its_system_prompt() -> None:
     turns = (
         Message("system", "Be brief."),
-        Message("user", "What's 2_000+1?"),
-        Message("assistant", "ÉTÉ", thinking="Hm"),
+        Message("user", "What's 2?"),
+        Message("assistant", "Two", thinking="Hm"),
     )
-    assert words(Example("chat", turns, "d:1")) == ["what", "s", "2", "000", "1", "hm", "été"]
+    assert compared_text(Example("chat", turns, "d:1")).split() == ["What's", "2?", "Hm", "Two"]
 
 
-@given(st.text(max_size=40))
-def test_words_are_runs_of_letters_and_digits(text: str) -> None:
-    assert words(plain(text)) == re.sub(r"[\W_]", " ", text.lower()).split()
+@given(st.text(max_size=40), st.text(max_size=40))
+def test_words_are_runs_of_letters_and_digits(one: str, other: str) -> None:
+    hashes, owners = contamination._words([one.lower(), other.lower()])
+    words = [re.sub(r"[\W_]", " ", text.lower()).split() for text in (one, other)]
+    assert owners.tolist() == [0] * len(words[0]) + [1] * len(words[1])
+    numbers = {word: int(value) for word, value in zip(words[0] + words[1], hashes, strict=True)}
+    assert [numbers[word] for word in words[0] + words[1]] == hashes.tolist()
+    assert len(set(numbers.values())) == len(numbers)
 
 
-def test_different_places_of_the_same_words_have_different_hashes() -> None:
-    orders = [[1 + (word + turn) % 13 for word in range(13)] for turn in range(13)]
-    hashes, owners = contamination._ngrams(orders)
+def test_different_orders_of_the_same_words_have_different_hashes() -> None:
+    orders = [[(word + turn) % 13 for word in range(13)] for turn in range(13)]
+    hashes, owners = contamination._ngrams(np.array(orders, np.uint64).ravel(), np.repeat(np.arange(13), 13), 13)
     assert len(np.unique(hashes)) == 13
-    assert all(one + 1 == other for one, other in pairwise(owners.tolist()))
+    assert owners.tolist() == list(range(13))

@@ -15,6 +15,8 @@ from mftctl.workflows.data_show import Choice, ShownData, show_data
 from tests.conftest import build_tokenizer
 from tests.workflow_fixtures import make_recipe
 
+_FIRST = Choice()
+
 
 class Notes:
     """A listener that keeps notes."""
@@ -43,7 +45,7 @@ def qa(question: str, answer: str, **more: object) -> dict[str, object]:
 
 
 def show(
-    workspace: Path, *data: str, choice: Choice = Choice(), length: int = 64, notes: Notes | None = None, **more: Any
+    workspace: Path, *data: str, choice: Choice = _FIRST, length: int = 64, notes: Notes | None = None, **more: Any
 ) -> ShownData:
     recipe = make_recipe(workspace, data=list(data), **more)
     return show_data(recipe, str(workspace / "tiny"), choice, length, notes or Notes())
