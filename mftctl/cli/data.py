@@ -32,7 +32,7 @@ def show(
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="DATA...",
+            metavar="DATA",
             help="Files or hub ids, as for --data of fft; FILE=COUNT for part of a file. By default the source run's.",
             show_default=False,
         ),
@@ -125,7 +125,7 @@ def stats(
 
 
 def _max_length_tokens(recipe: Recipe) -> int:
-    """Returns the maximum length of fft, or of mask-train if only that is given."""
-    only_mask = "max_length_tokens" not in recipe.fft.model_fields_set
-    options = recipe.mask_train if only_mask and recipe.mask_train.model_fields_set else recipe.fft
-    return options.max_length_tokens
+    """Returns the maximum length of fft, or that of mask-train if only that is given."""
+    sections = (recipe.fft, recipe.mask_train)
+    given = [section for section in sections if "max_length_tokens" in section.model_fields_set]
+    return (given or sections)[0].max_length_tokens

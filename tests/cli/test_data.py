@@ -140,6 +140,21 @@ def test_stats_of_a_recipe(mftctl: CommandLine) -> None:
     assert document["overlaps"][0]["same_prompt"]["records"] == 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "length"),
+    [
+        ((), 1024),
+        (("--set", "mask_train.max_length_tokens=99"), 99),
+        (("--set", "mask_train.max_length_tokens=99", "--max-length", 50), 50),
+    ],
+)
+def test_the_maximum_length_is_that_of_training(
+    mftctl: CommandLine, workspace: Path, arguments: tuple[object, ...], length: int
+) -> None:
+    outcome = mftctl("data", "stats", "-d", workspace / "train.jsonl", "--json", *arguments)
+    assert json.loads(outcome.stdout)["max_length_tokens"] == length
+
+
 @pytest.mark.slow
 def test_no_cache_leaves_nothing(
     mftctl: CommandLine, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
