@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mftctl.data.record_issues import REMARK_TEXTS, Remark
-from mftctl.errors import ConfigError
+from mftctl.errors import ConfigError, ModelError
 from mftctl.progress import Progress
 from mftctl.workflows.data_show import Choice, ShownData, show_data
 from tests.conftest import build_tokenizer
@@ -152,6 +152,17 @@ def test_only_the_last_answer(workspace: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "d.jsonl", {"messages": turns})
     counts = [show(workspace, data, learn=learn).shown[0].answer_tokens for learn in ("all", "last")]
     assert counts == [4, 2]
+
+
+def test_a_model_that_is_not_there(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, data=[write(tmp_path / "d.jsonl", qa("q", "a"))])
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded") as caught:
+        show_data(recipe, "nobody/nothing", Choice(), 64, Notes())
+    assert "spelling" in str(caught.value.hint)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded") as caught:
+        show_data(recipe, str(tmp_path / "empty"), Choice(), 64, Notes())
+    assert "copy tokenizer.json" in str(caught.value.hint)
 
 
 def test_a_folder_with_only_a_tokenizer(workspace: Path, tmp_path: Path) -> None:

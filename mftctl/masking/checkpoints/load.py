@@ -17,6 +17,9 @@ from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_
 from mftctl.runtime.devices import best_device, has_bf16, record_attention
 from mftctl.runtime.torch_failures import gpu_failures
 
+_COPY_HINT = "copy tokenizer.json and tokenizer_config.json from the base model into this folder"
+_HUB_HINT = "check the spelling and the network; for a private or gated model, log in with: hf auth login"
+
 
 def load_model(
     folder: Path,
@@ -116,7 +119,7 @@ def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> P
     with model_failures(
         "The tokenizer cannot be loaded.",
         path=path,
-        hint="copy tokenizer.json and tokenizer_config.json from the base model into this folder",
+        hint=_COPY_HINT if isinstance(source, Path) else _HUB_HINT,
     ):
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trusts_code(), **options
