@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -84,10 +85,12 @@ def parse(line: str) -> None:
     """Parses a command line, values included, without running it; fails if mftctl does not accept it."""
     command: Any = get_command(build_app())
     words = shlex.split(line, comments=True)
-    context = command.make_context("mftctl", list(words))
-    while hasattr(command, "resolve_command"):
-        name, command, words = command.resolve_command(context, words)
-        context = command.make_context(name, list(words), parent=context)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MFTCTL_CACHE", os.environ["MFTCTL_CACHE"])  # which --no-cache changes
+        context = command.make_context("mftctl", list(words))
+        while hasattr(command, "resolve_command"):
+            name, command, words = command.resolve_command(context, words)
+            context = command.make_context(name, list(words), parent=context)
 
 
 def script(name: str) -> ModuleType:

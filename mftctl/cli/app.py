@@ -67,6 +67,8 @@ COMMANDS = {
         _MORE,
         "Check everything in a recipe that can be checked before training: files, labels, masks, memory, steps.",
     ),
+    "data": Listed("data.data_app", _MORE, "Look at training data: its records and its statistics."),
+    "cache": Listed("cache.cache_app", _MORE, "Manage the cache of prepared data."),
     "mask": Listed("mask.mask_app", _MORE, "Inspect, compare, import and export mask files."),
     "env": Listed("env.env", _MORE, "Show versions and hardware for a bug report."),
 }

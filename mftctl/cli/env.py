@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 from mftctl.cli import options as opt
+from mftctl.cli.cache import cache_text
 from mftctl.cli.output import Output, pairs_table
 
 
@@ -15,6 +16,7 @@ def env(as_json: opt.AsJson = False) -> None:
 
     import torch
 
+    from mftctl.data.prepared.cache_folder import cache_use
     from mftctl.runtime.devices import device_names
 
     packages = ("mftctl", "torch", "transformers", "datasets", "accelerate", "safetensors", "lm_eval", "typer")
@@ -25,5 +27,6 @@ def env(as_json: opt.AsJson = False) -> None:
         "cpu_threads": str(torch.get_num_threads()),
         **{name: version(name) for name in packages},
         "gpus": ", ".join(device_names()) or "none",
+        "cache": cache_text(cache_use()),
     }
     Output(as_json=as_json).result(facts, pairs_table("Environment", list(facts.items())))

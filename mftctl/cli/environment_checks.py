@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from mftctl.data.prepared.cache_folder import VARIABLE as CACHE
+from mftctl.data.prepared.process_count import data_processes
 from mftctl.errors import ConfigError
 from mftctl.files.names import is_recordable, shown_name
 from mftctl.runtime.processes import world_size
@@ -15,7 +17,8 @@ _SIZES = {"COLUMNS": (20, 9_999), "LINES": (5, 9_999)}
 _PROCESS_NUMBERS = {"WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
 """Variables set by torchrun and `accelerate launch`, with the smallest valid value of each."""
 
-_RUNS = "MFTCTL_RUNS"
+_FOLDERS = ("MFTCTL_RUNS", CACHE)
+"""Variables that name folders of mftctl."""
 
 
 def settle_environment() -> None:
@@ -35,7 +38,7 @@ def check_environment(arguments: Sequence[str]) -> None:
         arguments: The command-line arguments, without the program name.
 
     Raises:
-        ConfigError: A process variable is not a valid number, or a name cannot be recorded.
+        ConfigError: A variable for processes is not a valid number, or a name cannot be recorded.
     """
     for name, least in _PROCESS_NUMBERS.items():
         _check_number(name, least)
@@ -48,6 +51,7 @@ def check_environment(arguments: Sequence[str]) -> None:
             actual=actual,
             hint="unset RANK, or start mftctl with torchrun or accelerate launch",
         )
+    data_processes()
     _check_names(arguments)
 
 
@@ -71,7 +75,7 @@ def _check_names(arguments: Sequence[str]) -> None:
         folder = os.getcwd()  # noqa: PTH109 - Path.cwd() is the same call, and a name is all that is needed
     except FileNotFoundError as error:
         raise ConfigError("The current folder was deleted.", hint="cd to another folder") from error
-    places = {"the current folder": folder, _RUNS: os.environ.get(_RUNS, "")}
+    places = {"the current folder": folder, **{name: os.environ.get(name, "") for name in _FOLDERS}}
     places |= {f"argument {number}": text for number, text in enumerate(arguments, start=1)}
     for place, text in places.items():
         if not is_recordable(text):

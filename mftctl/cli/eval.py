@@ -124,6 +124,7 @@ def evaluate(
     device: opt.Device = None,
     attention: opt.Attention = None,
     trust_remote_code: opt.TrustRemoteCode = None,
+    no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Measure loss and exact match on a data file, or run benchmarks.

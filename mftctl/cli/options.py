@@ -5,6 +5,7 @@ A command parameter that sets a recipe field has the name of that field; `given`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -13,6 +14,8 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mftctl.data.prepared.cache_folder import OFF as CACHE_OFF
+from mftctl.data.prepared.cache_folder import VARIABLE as CACHE
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_yaml import parse_yaml
@@ -169,6 +172,13 @@ def whole_number_or_word(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
 
+def _turn_off_cache(is_off: bool) -> bool:
+    """Turns the cache of prepared data off for this process and those that it starts."""
+    if is_off:
+        os.environ[CACHE] = CACHE_OFF
+    return is_off
+
+
 Model = Annotated[
     str | None,
     setting(Recipe, "model", "--model", "-m", panel=INPUT, default="the latest suitable run's"),
@@ -207,6 +217,15 @@ Device = Annotated[str | None, setting(Recipe, "device", "--device", panel=GENER
 Attention = Annotated[str | None, setting(Recipe, "attention", "--attention", panel=GENERAL)]
 TrustRemoteCode = Annotated[
     bool | None, setting(Recipe, "trust_remote_code", "--trust-remote-code", panel=GENERAL, default="off")
+]
+NoCache = Annotated[
+    bool,
+    typer.Option(
+        "--no-cache",
+        help="Prepare the data for this command only.",
+        callback=_turn_off_cache,
+        rich_help_panel=GENERAL,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=GENERAL)]
 Yes = Annotated[

@@ -75,6 +75,7 @@ def probe(
     device: opt.Device = None,
     attention: opt.Attention = None,
     trust_remote_code: opt.TrustRemoteCode = None,
+    no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Find the layers that benefit most from a mask.

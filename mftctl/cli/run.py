@@ -44,6 +44,7 @@ def run(
     seed: opt.Seed = None,
     device: opt.Device = None,
     attention: opt.Attention = None,
+    no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Run a whole experiment from a recipe and write its report.

@@ -71,6 +71,22 @@ class Session:
             name = QUICKSTART if base is None and source.model == QUICKSTART else None
         return load_recipe(name, base=base, sets=self._sets, options=self._options, stages=False)
 
+    def settle_with_model(self, command: str) -> tuple[Recipe, ModelSource]:
+        """Returns the resolved recipe for the given model, or for the one that a training command would use.
+
+        Args:
+            command: That command.
+
+        Raises:
+            ConfigError: Options are not valid, or no model was given and none was found.
+        """
+        settled = self.settle()
+        source = model_for_training(settled.model, self.root, command)
+        if settled.model is None:
+            self.console.note(f"Model: {source.model} ({source.state}{_made_by(source)})")
+        self._options["model"] = source.model
+        return self.settle(source), source
+
     def open_training(
         self, *, resume: bool, output: Path | None = None, permit: MakePermit | None = None
     ) -> tuple[Run, Recipe, ModelSource]:
@@ -88,12 +104,7 @@ class Session:
         """
         if resume:
             return self._resume(permit)
-        settled = self.settle()
-        source = model_for_training(settled.model, self.root, self.command)
-        if settled.model is None:
-            self.console.note(f"Model: {source.model} ({source.state}{_made_by(source)})")
-        self._options["model"] = source.model
-        recipe = self.settle(source)
+        recipe, source = self.settle_with_model(self.command)
         check_measuring(self.command, recipe, self._options)
         check_scoring(self.command, recipe, self._options)
         drops = self.command == "mask-train" and recipe.mask_train.method == "drop"

@@ -49,6 +49,7 @@ def validate(
         ),
     ] = None,
     trust_remote_code: opt.TrustRemoteCode = None,
+    no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Check everything in a recipe that can be checked before training: files, labels, masks, memory, steps.

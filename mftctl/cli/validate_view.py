@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import pairs_table
+from mftctl.cli.record_view import needs_marks, record_text, trained_on
 from mftctl.text import counted
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _MEMORY: dict[str, Callable[[MemoryEstimate], int]] = {
 def validation_views(result: Validation) -> list[RenderableType]:
     """Returns the tables and samples to print, in reading order."""
     views: list[RenderableType] = [_overview(result)]
-    marked = Console().color_system is None
+    marked = needs_marks()
     views += [_sample(sample, marked=marked) for sample in result.samples]
     views.append(_stages(result.stages))
     views += [_mask(names, mask) for names, mask in _alike(result.masks.items())]
@@ -72,15 +73,9 @@ def _part(counts: PartCounts) -> str:
 
 
 def _sample(sample: Sample, *, marked: bool) -> Text:
-    """Returns a record with the text trained on in green, or between marks without colour support."""
-    head = f"{sample.where}: trains on {sample.answer_tokens} of {sample.tokens} tokens, "
-    text = Text(head + ("those between » and «" if marked else "in green") + "\n", style="bold")
-    for segment in sample.segments:
-        if segment.is_answer:
-            text.append(f"»{segment.text}«" if marked else segment.text, style="not bold green")
-        else:
-            text.append(segment.text, style="not bold dim")
-    return text.append("\n")
+    counts = trained_on(sample.answer_tokens, sample.tokens, marked=marked)
+    segments = ((segment.text, segment.is_answer) for segment in sample.segments)
+    return record_text(f"{sample.where}: {counts}", segments, marked=marked)
 
 
 def _stages(stages: Sequence[PlannedStage]) -> Table:

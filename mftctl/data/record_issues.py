@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from enum import IntFlag
-from typing import Literal
+from typing import Final, Literal
 
 from mftctl.errors import DataError
 from mftctl.text import counted
@@ -28,6 +28,15 @@ class Remark(IntFlag):
     """Functions or calls are written as JSON text."""
     OPEN_TURN = 16
     """An earlier answer is trained on without an end-of-turn marker."""
+
+
+REMARK_TEXTS: Final = {
+    Remark.WITHOUT_THINKING: "the chat template drops the thinking before answers",
+    Remark.LAST_ONLY: "answers that the chat template changes later are not trained on",
+    Remark.TOOLS_AS_TEXT: "tools are written as JSON text: the chat template does not support them",
+    Remark.OPEN_TURN: "the chat template does not end earlier answers: their end is not trained on",
+}
+"""What the user is told about records with these remarks."""
 
 
 class RecordIssues:
@@ -162,22 +171,14 @@ class RecordIssues:
             )
         if self.ignored:
             lines.append(f"ignored fields: {', '.join(sorted(self.ignored))}")
-        for count, noun, words in (
-            (self.without_thinking, "record", "the chat template drops the thinking before answers"),
-            (self.last_only, "conversation", "answers that the chat template changes later are not trained on"),
-            (
-                self.tools_as_text,
-                "conversation",
-                "tools are written as JSON text: the chat template does not support them",
-            ),
-            (
-                self.open_turns,
-                "conversation",
-                "the chat template does not end earlier answers: their end is not trained on",
-            ),
+        for count, noun, remark in (
+            (self.without_thinking, "record", Remark.WITHOUT_THINKING),
+            (self.last_only, "conversation", Remark.LAST_ONLY),
+            (self.tools_as_text, "conversation", Remark.TOOLS_AS_TEXT),
+            (self.open_turns, "conversation", Remark.OPEN_TURN),
         ):
             if count:
-                lines.append(f"in {counted(count, noun)} {words}")
+                lines.append(f"in {counted(count, noun)} {REMARK_TEXTS[remark]}")
         return lines
 
 

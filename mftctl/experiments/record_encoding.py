@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence, Sized
 from datetime import datetime
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from mftctl.data.encoding import EncodedRecords, Encoder, encode_all
 from mftctl.data.examples import Example
 from mftctl.data.prepared.examples import any_begins_without_system
@@ -15,7 +17,7 @@ from mftctl.data.template_choice import TemplateChoice, choose_template
 from mftctl.errors import DataError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_inputs import TemplateRecord
-from mftctl.masking.checkpoints.load import load_tokenizer
+from mftctl.masking.checkpoints.load import load_tokenizer, model_tokenizer
 from mftctl.progress import Listener, Progress
 
 _FEW_RECORDS = 1_000
@@ -39,7 +41,24 @@ def load_encoder(checkpoint: Path, recipe: Recipe, now: datetime | None = None) 
         ModelError: The tokenizer cannot be loaded.
         ConfigError: The template does not exist, or one must be chosen.
     """
-    tokenizer = load_tokenizer(checkpoint)
+    return _encoder(load_tokenizer(checkpoint), recipe, now)
+
+
+def load_model_encoder(model: str, recipe: Recipe) -> Encoder:
+    """The encoder for a model's tokenizer with the recipe's chat template; needs no weights.
+
+    Args:
+        model: Checkpoint folder, hub id or `quickstart`.
+        recipe: Names the revision, the template and the answers to learn from.
+
+    Raises:
+        ModelError: The tokenizer cannot be loaded.
+        ConfigError: The template does not exist, or one must be chosen.
+    """
+    return _encoder(model_tokenizer(model, recipe.revision), recipe)
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, now: datetime | None = None) -> Encoder:
     choose_template(tokenizer, template_choice(recipe))
     return Encoder(tokenizer, learn=recipe.learn, now=now)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from mftctl.files.locks import try_lock
+from mftctl.files.temporary import remove_leftovers
 
 VARIABLE: Final = "MFTCTL_CACHE"
 OFF: Final = "off"
@@ -16,6 +20,8 @@ OFF: Final = "off"
 
 _ENTRIES = "data"
 LOCK_SUFFIX: Final = ".lock"
+_NAME = re.compile(r"[0-9a-f]{32}")
+"""The name of an entry, a digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +54,11 @@ def cache_folder() -> Path | None:
 
 
 def cache_use() -> CacheUse:
-    """The number and size of the entries in the cache."""
+    """The number and size of the entries in the cache, and of what is left of others."""
     folder = cache_folder()
     if folder is None or not folder.is_dir():
         return CacheUse(folder, 0, 0)
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
-    entries = [entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    return CacheUse(folder, len(entries), sum(file.stat().st_size for file in files))
+    return CacheUse(folder, sum(name.is_dir() for name in _entries(folder)), _size_bytes(folder))
 
 
 def clear_cache() -> CacheUse:
@@ -65,22 +69,44 @@ def clear_cache() -> CacheUse:
     Raises:
         OSError: An entry cannot be removed.
     """
-    before = cache_use()
-    if before.folder is not None and before.folder.is_dir():
-        for entry in before.folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                _remove(entry)
-    after = cache_use()
-    return CacheUse(before.folder, before.entries - after.entries, before.size_bytes - after.size_bytes)
+    folder = cache_folder()
+    if folder is None or not folder.is_dir():
+        return CacheUse(folder, 0, 0)
+    before_bytes = _size_bytes(folder)
+    remove_leftovers(folder)  # of commands that were killed
+    left_bytes = _size_bytes(folder)
+    removed = [size for entry in _entries(folder) if (size := _remove(entry)) is not None]
+    return CacheUse(folder, len(removed), sum(removed) + max(before_bytes - left_bytes, 0))
 
 
-def _remove(entry: Path) -> None:
+def _entries(folder: Path) -> list[Path]:
+    """The folders of the entries, and the places of those that only have a lock."""
+    names = {path.name.removesuffix(LOCK_SUFFIX) for path in folder.iterdir() if not path.is_symlink()}
+    return sorted(folder / name for name in names if _NAME.fullmatch(name))
+
+
+def _size_bytes(folder: Path) -> int:
+    found = 0
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # removed meanwhile by another command
+            status = file.lstat()
+            found += status.st_size if stat.S_ISREG(status.st_mode) else 0
+    return found
+
+
+def _remove(entry: Path) -> int | None:
+    """The size of the entry that was removed; None if there is none or a command is preparing it."""
     lock_file = entry.with_name(f"{entry.name}{LOCK_SUFFIX}")
     lock = try_lock(lock_file, create=True)
     if lock is None:
-        return
+        return None
     try:
-        shutil.rmtree(entry)
+        if not lock.is_on(lock_file):
+            return None
+        size_bytes = _size_bytes(entry) if entry.is_dir() else None
+        if size_bytes is not None:
+            shutil.rmtree(entry)
         lock_file.unlink(missing_ok=True)
+        return size_bytes
     finally:
         lock.release()

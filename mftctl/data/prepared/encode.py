@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import tempfile
 import time
@@ -22,11 +21,10 @@ from mftctl.data.prepared.encoded_table import SCHEMA, EncodedBatch, EncodedTabl
 from mftctl.data.prepared.encoding_tasks import EncodingSetup, EncodingTask
 from mftctl.data.prepared.entries import entry
 from mftctl.data.prepared.example_table import ExampleTable, Refusal, error_of, refusal_of
+from mftctl.data.prepared.process_count import data_processes
 from mftctl.data.prepared.worker_pool import workers
-from mftctl.errors import ConfigError
 from mftctl.progress import Listener, Progress
 
-PROCESSES = "MFTCTL_DATA_PROCESSES"
 _TASK_RECORDS = 512
 _FEW_RECORDS = 4_096
 """Fewer records are encoded sooner than processes start."""
@@ -104,20 +102,6 @@ def _encoded(tasks: Sequence[EncodingTask], setup: EncodingSetup, total: int) ->
         return
     with workers(count, setup) as pool:
         yield from pool.answers(tasks)
-
-
-def data_processes() -> int:
-    """The number of processes that prepare data: one per core, or what `MFTCTL_DATA_PROCESSES` says.
-
-    Raises:
-        ConfigError: The variable is not a positive number.
-    """
-    named = os.environ.get(PROCESSES)
-    if named is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if not (named.isascii() and named.isdigit() and int(named) > 0):
-        raise ConfigError("The number of processes is invalid.", key=PROCESSES, expected="1 or more", actual=named)
-    return int(named)
 
 
 def _tokenizer_digest(encoder: Encoder) -> str:

@@ -84,6 +84,15 @@ class EncodedTable:
         """The rows of this table that encode these rows of the examples."""
         return source_rows if self._source_rows is None else np.searchsorted(self._source_rows, source_rows)
 
+    def answer_tokens_between(self, start: int, end: int) -> np.ndarray:
+        """Number of tokens trained on among those from `start` up to, not including, `end` of each row, int64."""
+        found = [np.empty(0, np.int64)]
+        for lists in self._answers:
+            spans = np.clip(lists.values, start, end).reshape(-1, 2)
+            sums = np.concatenate([[0], np.cumsum(spans[:, 1] - spans[:, 0], dtype=np.int64)])
+            found.append(np.diff(sums[lists.offsets // 2]))
+        return np.concatenate(found)
+
     def record(self, row: int, where: str) -> Encoded:
         """A record that can be used.
 

@@ -55,6 +55,7 @@ class Refusal:
         expected: What would have been valid.
         actual: What was found.
         hint: What to do.
+        number: Number of the record among all records read, from 1; 0 if it is not kept.
     """
 
     file: int
@@ -64,6 +65,7 @@ class Refusal:
     expected: str | None
     actual: str | None
     hint: str | None
+    number: int = 0
 
     def plain(self) -> dict[str, Any]:
         """The refusal as plain data."""
@@ -129,6 +131,12 @@ class ExampleTable:
     def begins_without_system(self) -> np.ndarray:
         """Whether a template may add a system prompt to each record, as bool."""
         return self.rows.flags("begins_without_system")
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The number of each record among all records read, from 1; those refused have the others, int64."""
+        refused = [item.number for item in self.summary.refused]
+        return np.setdiff1d(np.arange(1, self.summary.records + 1), refused)
 
     def content(self, row: int) -> bytes:
         """The canonical JSON of a record."""
@@ -199,7 +207,7 @@ class _Found:
                 self.ignored.update(unused_fields(record.fields))
                 example = to_example(record.fields, record.where)
             except DataError as error:
-                self.refused.append(refusal_of(error, self.files))
+                self.refused.append(refusal_of(error, self.files, self.records))
             else:
                 yield example
         if self.records >= _PROGRESS_RECORDS:
@@ -234,10 +242,10 @@ def _row(example: Example, file: int, place: str) -> tuple[Any, ...]:
     )
 
 
-def refusal_of(error: DataError, files: Sequence[str]) -> Refusal:
-    """What is kept of the error of a record."""
+def refusal_of(error: DataError, files: Sequence[str], number: int = 0) -> Refusal:
+    """What is kept of the error of a record, with the record's number among all records read."""
     expected, actual = (None if value is None else str(value) for value in (error.expected, error.actual))
-    return Refusal(*_place(error.path or "", files), error.message, error.key, expected, actual, error.hint)
+    return Refusal(*_place(error.path or "", files), error.message, error.key, expected, actual, error.hint, number)
 
 
 def error_of(refusal: Refusal, files: Sequence[str]) -> DataError:

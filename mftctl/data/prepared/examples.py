@@ -81,6 +81,11 @@ class Examples(Sequence[Example]):
         table: ExampleTable = self.tables[self.table_numbers[index]]
         return table.example(int(self.rows[index]))
 
+    def where(self, index: int) -> str:
+        """The origin of an example, such as `train.jsonl:17`."""
+        table: ExampleTable = self.tables[self.table_numbers[index]]
+        return table.where(int(self.rows[index]))
+
     def contents(self) -> Iterator[bytes]:
         """The canonical JSON of each example."""
         for number, row in zip(self.table_numbers.tolist(), self.rows.tolist(), strict=True):

@@ -55,6 +55,11 @@ class Records(Sequence[Encoded]):
         """Number of tokens trained on of each record."""
         return self._column([table.answer_tokens for table in self._tables])
 
+    def answer_tokens_between(self, start: int, end: int) -> np.ndarray:
+        """Number of tokens trained on among those from `start` up to, not including, `end` of each record, int64."""
+        columns = [table.answer_tokens_between(start, end) for table in self._tables]
+        return _of_rows(self._examples.table_numbers, self._rows, columns, np.int64)
+
     def _column(self, columns: Sequence[np.ndarray]) -> list[int]:
         found: list[int] = _of_rows(self._examples.table_numbers, self._rows, columns, np.int64).tolist()
         return found

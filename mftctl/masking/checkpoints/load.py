@@ -11,11 +11,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.errors import MaskingError, ModelError
 from mftctl.masking.checkpoints.load_weights import attention_settings, load_weights, stored_dtype
-from mftctl.masking.checkpoints.locate import is_adapter
+from mftctl.masking.checkpoints.locate import is_adapter, local_folder
 from mftctl.masking.checkpoints.model_failures import model_failures
 from mftctl.masking.checkpoints.remote_code import require_trusted_code, trusts_code
 from mftctl.runtime.devices import best_device, has_bf16, record_attention
 from mftctl.runtime.torch_failures import gpu_failures
+
+_COPY_HINT = "copy tokenizer.json and tokenizer_config.json from the base model into this folder"
+_HUB_HINT = "check the spelling and the network; for a private or gated model, log in with: hf auth login"
 
 
 def load_model(
@@ -88,6 +91,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return checked_tokenizer(folder, folder, local_files_only=True)
 
 
+def model_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, which needs no weights: of a hub model, only the tokenizer's files are downloaded.
+
+    Args:
+        model: A local folder, the built-in name "quickstart", or a model on the hub.
+        revision: Branch, tag or commit on the hub; ignored for the other two.
+
+    Raises:
+        ModelError: transformers cannot load it, or it needs untrusted code.
+    """
+    folder = local_folder(model)
+    return checked_tokenizer(model, model, revision=revision) if folder is None else load_tokenizer(folder)
+
+
 def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or a hub model, after checking that its chat templates are strings.
 
@@ -102,7 +119,7 @@ def checked_tokenizer(source: Path | str, path: Path | str, **options: Any) -> P
     with model_failures(
         "The tokenizer cannot be loaded.",
         path=path,
-        hint="copy tokenizer.json and tokenizer_config.json from the base model into this folder",
+        hint=_COPY_HINT if isinstance(source, Path) else _HUB_HINT,
     ):
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source, trust_remote_code=trusts_code(), **options

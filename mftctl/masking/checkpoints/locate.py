@@ -56,6 +56,14 @@ def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: boo
     return _checked(_download(model, revision), model)
 
 
+def local_folder(model: str) -> Path | None:
+    """The folder of a model on this machine, whatever it holds; None for a model on the hub."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    return built_in.model_path() if model == built_in.NAME else None
+
+
 def is_adapter(folder: Path) -> bool:
     """True if a folder holds a LoRA adapter and not a whole model."""
     return (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file()

@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from mftctl.data.quickstart import built_in
 from mftctl.data.template_choice import choose_template
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import template_choice
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, learned_positions
-from mftctl.masking.checkpoints.load import checked_tokenizer, load_tokenizer
-from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
+from mftctl.masking.checkpoints.load import model_tokenizer
+from mftctl.masking.checkpoints.locate import is_adapter, local_folder, resolve_checkpoint
 from mftctl.masking.checkpoints.meta_models import build_skeleton, read_config
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets
 from mftctl.workflows.planning.problem_list import ProblemList, describe
@@ -133,7 +132,7 @@ def _check_weights(
     model: str, tokenizer: PreTrainedTokenizerBase | None, problems: ProblemList
 ) -> CheckpointCheck | None:
     """Checks a checkpoint; returns None if it has no weights or they are faulty."""
-    folder = _local_folder(model)
+    folder = local_folder(model)
     check = None
     if folder is None:
         problems.skip("model: weights, which the first command downloads")
@@ -149,11 +148,9 @@ def _check_weights(
 
 
 def _find_tokenizer(model: str, revision: str | None, problems: ProblemList) -> PreTrainedTokenizerBase | None:
-    folder = _local_folder(model)
-    if folder is None:
-        return checked_tokenizer(model, model, revision=revision)
-    if any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        return load_tokenizer(folder)
+    folder = local_folder(model)
+    if folder is None or any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        return model_tokenizer(model, revision)
     problems.skip(
         f"model: chat template, labels and token counts, since {folder} has no tokenizer; every batch is assumed to "
         "have max_length_tokens"
@@ -184,10 +181,3 @@ def _check_vocabulary(
             f"model: the tokenizer has more tokens than the model (expected: at most {vocabulary:,}; "
             f"got: {len(tokenizer):,})"
         )
-
-
-def _local_folder(model: str) -> Path | None:
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    return built_in.model_path() if model == built_in.NAME else None

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mftctl.data.decoding import decode_behind
 from mftctl.data.encoding import Encoded, EncodedRecords, Encoder, encode_all
-from mftctl.data.examples import IGNORED_LABEL, Example
+from mftctl.data.examples import IGNORED_LABEL
+from mftctl.data.overlap import question_keys, shared
 from mftctl.data.prepared.examples import Examples
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import answer_lengths, token_lengths
@@ -174,9 +176,11 @@ def read_parts(recipe: Recipe, problems: ProblemList) -> Parts:
         with problems.collecting("val_fraction"):
             train, validation = split_validation(train, recipe.val_fraction, recipe.seed)
     parts = Parts(train, validation, test, issues)
-    _check_overlap("test_data", parts.train, parts.test, problems)
-    if recipe.val_data:
-        _check_overlap("val_data", parts.train, parts.validation, problems)
+    if recipe.test_data or recipe.val_data:
+        known = question_keys(train)
+        _check_overlap("test_data", known, test, problems)
+        if recipe.val_data:
+            _check_overlap("val_data", known, validation, problems)
     return parts
 
 
@@ -249,18 +253,10 @@ def _read(key: str, sources: Sequence[DataSource], seed: int, issues: RecordIssu
     return Examples.joined(parts)
 
 
-def _check_overlap(key: str, train: Sequence[Example], other: Sequence[Example], problems: ProblemList) -> None:
-    known = {_question(example) for example in train}
-    shared = sum(_question(example) in known for example in other)
-    if shared:
-        problems.warn(f"{key}: questions also in the training data: {shared:,} of {len(other):,} records")
-
-
-def _question(example: Example) -> tuple[object, ...]:
-    """The texts before the answer, or the whole of a plain text or of token IDs."""
-    if example.token_ids is not None:
-        return example.token_ids.input_ids
-    return tuple(message.content.strip() for message in example.prompt or example.messages)
+def _check_overlap(key: str, known: np.ndarray, other: Examples, problems: ProblemList) -> None:
+    found = len(shared(question_keys(other), known))
+    if found:
+        problems.warn(f"{key}: questions also in the training data: {found:,} of {len(other):,} records")
 
 
 def _data_key(recipe: Recipe) -> str:
