@@ -71,6 +71,13 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.slow
+def test_training_loads_no_benchmarks() -> None:
+    assert "lm_eval" not in loaded_after(
+        "import mftctl.workflows.probe, mftctl.workflows.run, mftctl.workflows.validate"
+    )
+
+
+@pytest.mark.slow
 def test_help_loads_nothing_heavy() -> None:
     code = """
 import contextlib, io, runpy

@@ -23,7 +23,6 @@ from mftctl.data.template_limits import limited
 from mftctl.errors import ConfigError, EvaluationError, MftError
 from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks.catalog import expand_groups
-from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.experiments.measured_lines import Dataset, Metric
 from mftctl.experiments.recipe import Recipe
@@ -218,7 +217,10 @@ def suite_problems(recipe: Recipe) -> Iterator[MftError]:
         )
     tasks = expand_groups(options.tasks)
     checks: list[Callable[[], None]] = [partial(_check_vllm, recipe)] if options.engine == "vllm" else []
-    checks += [partial(check_task, task, options.prompts) for task in tasks]
+    if tasks:
+        from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task  # lm-eval takes seconds to import
+
+        checks += [partial(check_task, task, options.prompts) for task in tasks]
     for task, file in options.task_data.items():
         checks += [partial(_check_is_run, task, recipe), partial(_check_exists, task, file)]
     if options.predictions is not None:

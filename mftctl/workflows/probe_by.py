@@ -6,7 +6,6 @@ from pathlib import Path
 
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.benchmarks.catalog import GROUPS
-from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task
 from mftctl.experiments.recipe import Recipe
 
 EXACT_MATCH = "exact_match"
@@ -32,6 +31,8 @@ def check_by(recipe: Recipe) -> None:
             actual=by,
             hint=f"one of {', '.join(GROUPS[by])}" if by in GROUPS else None,
         )
+    from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task  # lm-eval takes seconds to import
+
     check_task(by)
     file = recipe.eval.task_data.get(by)
     if file is not None and not Path(file).exists():
