@@ -47,7 +47,7 @@ RUN = {
 }
 """Where the blocks are whose commands run here, by the beginning of their headings."""
 PARSED = {
-    "docs/guides/data.md": ("Data and chat templates",),
+    "docs/guides/data.md": ("Data and chat templates", "Look at the data", "Prepared once"),
     "docs/guides/memory.md": ("Memory",),
     "docs/guides/methods.md": ("Choosing layers",),
     "docs/guides/multi-gpu.md": ("Several GPUs",),
