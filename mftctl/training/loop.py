@@ -207,6 +207,11 @@ class SftTrainer(StepTrainer):
             ) from error
         wait_for_all()  # otherwise processes with nothing to write could time out in the next step
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The trainer's state, written next, marks the checkpoint as complete: also what other processes write.
+        wait_for_all()
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:

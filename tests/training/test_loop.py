@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from mftctl.experiments.training_options import FftOptions
+from mftctl.progress import Silence
+from mftctl.training import loop
 from mftctl.training.loop import latest_checkpoint
 from mftctl.training.schedule import warmup_steps
+from mftctl.workflows.fft import fine_tune
+from tests.workflow_fixtures import make_recipe, open_run
 
 
 @pytest.mark.parametrize(("steps", "expected"), [(1, 0), (2, 1), (30, 1), (100, 3), (101, 4)])
@@ -24,3 +28,23 @@ def test_the_newest_complete_checkpoint(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
     (tmp_path / "checkpoint-12").mkdir()
     assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_marked_as_complete_after_all_processes_wrote(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process killed while it writes must leave no checkpoint that looks complete."""
+    written: list[set[str]] = []
+
+    def meet() -> None:
+        checkpoints = tmp_path.rglob("checkpoint-2")
+        written.extend({file.name for file in folder.iterdir()} for folder in checkpoints)
+
+    monkeypatch.setattr(loop, "wait_for_all", meet)
+    recipe = make_recipe(workspace, fft__max_steps=2, fft__val_steps=2)
+    run, source = open_run(tmp_path / "runs", "fft", recipe)
+    fine_tune(recipe, source, run, Silence())
+    assert "rng_state.pth" in written[0]
+    assert "trainer_state.json" not in written[0]
+    assert "trainer_state.json" in written[1]
