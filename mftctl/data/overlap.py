@@ -43,7 +43,7 @@ def question_keys(examples: Examples) -> np.ndarray:
 def parsed(examples: Examples) -> Iterator[Example]:
     """The examples without their places, one at a time."""
     for content in examples.contents():
-        yield Example.from_canonical(content, "", has_turns=False)
+        yield Example.from_canonical(bytes(content), "", has_turns=False)
 
 
 def repeated(keys: np.ndarray) -> Matches:

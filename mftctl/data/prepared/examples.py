@@ -86,10 +86,11 @@ class Examples(Sequence[Example]):
         table: ExampleTable = self.tables[self.table_numbers[index]]
         return table.where(int(self.rows[index]))
 
-    def contents(self) -> Iterator[bytes]:
+    def contents(self) -> Iterator[memoryview]:
         """The canonical JSON of each example."""
+        contents = [table.rows.binary("content") for table in self.tables]
         for number, row in zip(self.table_numbers.tolist(), self.rows.tolist(), strict=True):
-            yield self.tables[number].content(row)
+            yield contents[number](row)
 
     @cached_property
     def digests(self) -> np.ndarray:
@@ -126,7 +127,8 @@ def data_digest(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     contents = examples.contents() if isinstance(examples, Examples) else map(Example.canonical, examples)
     for content in contents:
-        digest.update(content + b"\n")
+        digest.update(content)
+        digest.update(b"\n")
     return digest.hexdigest()
 
 
