@@ -256,11 +256,11 @@ def test_18_bad_records_are_counted_and_can_be_left_out(bench: Bench) -> None:
     assert all(f"data.jsonl:{line}" in str(caught.value.actual) for line in (1, 2, 3))
     assert "--bad-records skip" in str(caught.value.hint)
     assert any("3 of 4 records cannot be used" in text for text in bench.checked(data).problems)
-    inputs = bench.inputs(data, bad_records="skip")
+    inputs = bench.inputs(data, bad_records="skip", bad_records_max=0.8)
     assert shown(inputs) == ["<s><|user|>Yo</s><|assistant|>»Ho</s>«"]
     assert inputs.summary()["record_issues"]["Training data"] == {"refused": 3}
     assert any(note.startswith("Training data: 3 of 4 records") for note in bench.listener.notes)
-    found = bench.checked(data, bad_records="skip")
+    found = bench.checked(data, bad_records="skip", bad_records_max=0.8)
     assert found.problems == []
     assert any("3 of 4 records skipped as unusable" in text for text in found.warnings)
 
@@ -368,11 +368,11 @@ def test_71_cut_answers_are_counted(bench: Bench) -> None:
 @pytest.mark.slow
 def test_an_overlong_prompt_is_left_out_with_a_count(bench: Bench) -> None:
     data = bench.data({"question": "q" * 100, "answer": "a"}, {"question": "q", "answer": "a"})
-    inputs = bench.inputs(data, 64)
+    inputs = bench.inputs(data, 64, bad_records_max=0.5)
     assert len(inputs.train) == len(inputs.records) == 1
     assert any("1 of 2 records skipped: the prompt alone" in note for note in bench.listener.notes)
     with pytest.raises(DataError, match="no record can be used"):
-        bench.inputs(bench.data({"question": "q" * 100, "answer": "a"}), 64)
+        bench.inputs(bench.data({"question": "q" * 100, "answer": "a"}), 64, bad_records_max=1.0)
 
 
 @pytest.mark.slow

@@ -100,7 +100,7 @@ def test_records_are_checked_before_a_model_is_loaded(mftctl: CommandLine, monke
         refused = mftctl(*asked)
     assert refused.code == 1
     assert "The answer is empty" in refused.stderr
-    done = mftctl(*asked, "--bad-records", "skip", "--json")
+    done = mftctl(*asked, "--bad-records", "skip", "--bad-records-max", "50%", "--json")
     assert done.code == 0, done.stderr
     assert "1 of 3 records skipped as unusable" in done.stderr
     assert "1 of 2 records skipped: the prompt alone" in done.stderr

@@ -80,3 +80,23 @@ def test_answers_without_an_end_are_counted_among_used_records_only() -> None:
     assert not issues.learns_no_end
     issues.cut = 5
     assert issues.learns_no_end
+
+
+@pytest.mark.parametrize(("refused", "overlong", "records"), [(3, 0, 200), (0, 3, 200), (1, 0, 3)])
+def test_more_than_a_few_unusable_records_are_an_error(refused: int, overlong: int, records: int) -> None:
+    issues = issues_of(refused)
+    issues.records = issues.tokenised = records
+    issues.overlong = overlong
+    with pytest.raises(DataError, match="Too many records cannot be used") as caught:
+        issues.settle("skip", 0.01)
+    assert caught.value.key == "--bad-records-max"
+    assert caught.value.expected == f"at most 1% of {records} records"
+    assert str(caught.value.actual).startswith(f"{max(refused, overlong)} (")
+    issues.settle("skip", 0.4)
+
+
+def test_a_few_unusable_records_are_left_out() -> None:
+    issues = issues_of(2)
+    issues.records = issues.tokenised = 200
+    issues.overlong = 2
+    issues.settle("skip", 0.01)
