@@ -88,6 +88,7 @@ def prepare(model: Path, data: Path, length: int) -> int:
 def map_like_trl(model: Path, data: Path, length: int) -> int:
     """Tokenises records as TRL's SFTTrainer does for prompts and completions, with the result kept in Arrow files."""
     import datasets
+    import pyarrow.compute as pc
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -106,7 +107,7 @@ def map_like_trl(model: Path, data: Path, length: int) -> int:
         rows = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=cache)
         processes = len(os.sched_getaffinity(0))
         mapped = rows.map(tokenized, num_proc=processes, remove_columns=rows.column_names)
-        return sum(len(ids) for ids in mapped.with_format("numpy")["input_ids"])
+        return int(pc.sum(pc.list_value_length(mapped.data["input_ids"])).as_py())
 
 
 def measured(what: str, model: Path, data: Path, length: int, environment: dict[str, str]) -> dict[str, float]:

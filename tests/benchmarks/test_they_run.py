@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from tests.benchmarks import (
     allocator_speed,
     apply_speed,
     codec_speed,
+    data_speed,
     eval_speed,
     gmt_step_speed,
     listing_speed,
@@ -97,3 +100,14 @@ def test_listing_speed(tmp_path: Path) -> None:
     runs, errors = list_runs(tmp_path / "runs")
     assert (len(runs), errors) == (12, [])
     assert all(run.record.status == "finished" for run in runs)
+
+
+@pytest.mark.slow
+def test_data_speed(tmp_path: Path) -> None:
+    build_tokenizer().save_pretrained(tmp_path / "model")
+    problems = "".join(json.dumps({"question": f"{n}?", "answer": "1"}) + "\n" for n in range(9))
+    (tmp_path / "gsm8k.jsonl.gz").write_bytes(gzip.compress(problems.encode()))
+    data_speed.make_records(tmp_path / "gsm8k.jsonl.gz", 20, tmp_path / "data.jsonl")
+    ours, trls = (data_speed.run(what, tmp_path / "model", tmp_path / "data.jsonl", 100) for what in ("prepare", "map"))
+    assert ours["tokens"] == trls["tokens"] > 20 * 4
+    assert min(*ours.values(), trls["wall_seconds"]) >= 0
