@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["COLUMNS"] = "80"
 os.environ["NO_COLOR"] = "1"
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,8 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from tests.forked_commands.commands import ForkedCommands
 
 # First calls import their dependencies and machines are shared, so a time limit per example would be flaky.
 settings.register_profile("mftctl", deadline=None)
@@ -122,6 +125,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.workflow_fixtures import make_workspace
 
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def forked_commands() -> Iterator[ForkedCommands]:
+    """Starts commands as processes that need no time for imports."""
+    from tests.forked_commands.commands import running_server
+
+    with running_server() as commands:
+        yield commands
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
