@@ -25,9 +25,14 @@ class ForkedCommands:
     address: str
 
     @property
+    def python(self) -> list[str]:
+        """In place of `python -m`."""
+        return [sys.executable, "-I", "-S", str(ROOT / "tests" / "forked_commands" / "forward.py"), self.address]
+
+    @property
     def mftctl(self) -> list[str]:
         """In place of `python -m mftctl`."""
-        return [sys.executable, "-I", "-S", str(ROOT / "tests" / "forked_commands" / "forward.py"), self.address, "mftctl"]
+        return [*self.python, "mftctl"]
 
     @property
     def module(self) -> tuple[str, ...]:
