@@ -87,8 +87,13 @@ def _libraries_are_no_garbage() -> None:
     import lm_eval.api.task  # noqa: F401
     import transformers.trainer  # noqa: F401
 
-    gc.collect()
-    gc.freeze()
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_earlier_modules_left_is_no_garbage(_libraries_are_no_garbage: None) -> None:
+    """The same for what is imported and kept on the way, before a module makes anything of its own."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
