@@ -133,7 +133,9 @@ def test_two_runs_of_one_recipe_do_each_stage_once(
     mftctl: CommandLine, recipe: Path, forked_commands: ForkedCommands
 ) -> None:
     both = [
-        subprocess.Popen([*start, "run", "recipe.yaml"], cwd=mftctl.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*start, "run", "recipe.yaml"], cwd=mftctl.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for start in ([sys.executable, "-m", "mftctl"], forked_commands.mftctl)
     ]
     ends = [process.communicate(timeout=200) for process in both]

@@ -49,13 +49,12 @@ class Order:
 
 def import_everything() -> None:
     """Imports the modules that commands import when called, under the settings that `main` makes."""
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU in another way would forbid its use after a fork
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = (
+        "1"  # looking for a GPU in another way would forbid its use after a fork
+    )
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import accelerate.commands.launch
-    import datasets
-    import numpy
     import torch
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
@@ -72,6 +71,7 @@ def import_everything() -> None:
     import mftctl.workflows.eval
     import mftctl.workflows.fft
     import mftctl.workflows.mask_train
+    import mftctl.workflows.multi_process.worker
     import mftctl.workflows.probe
     import mftctl.workflows.run  # noqa: F401
     from mftctl.runtime.process_group import import_deepspeed
@@ -88,13 +88,16 @@ def require_one_thread() -> None:
     Raises:
         RuntimeError: There is one.
     """
-    names = {Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")[1:]}
+    others = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    names = {(task / "comm").read_text().strip() for task in others}
     if threading.active_count() > 1 or names - _KNOWN_THREADS:
         raise RuntimeError(f"the server has other threads: {names}, {threading.enumerate()}")
 
 
 class Server:
-    """Forks a process for each connection, and reports its id and its end there. A connection that is closed kills its process.
+    """Forks a process for each connection, and reports its id and its end there.
+
+    A connection that is closed kills its process.
 
     Args:
         address: Path of the socket to listen on.
@@ -178,6 +181,7 @@ def read_order(fields: dict[str, Any], descriptors: list[int]) -> Order:
 def become(order: Order) -> None:
     """Gives this process the state that Python would start with."""
     import numpy
+    import torch
 
     os.setpgid(0, 0)
     for number in SIGNALS:
@@ -187,6 +191,7 @@ def become(order: Order) -> None:
     os.environ.update(order.environment)
     os.chdir(order.folder)
     numpy.random.seed()
+    torch.seed()
     for number, (name, descriptor) in enumerate(zip(STREAMS, order.streams, strict=True)):
         if descriptor is None:
             os.close(number)
@@ -203,9 +208,10 @@ def become(order: Order) -> None:
 
 def open_stream(number: int) -> io.TextIOWrapper:
     """A standard stream as Python opens it."""
-    file = open(number, "wb" if number else "rb", closefd=False)  # noqa: PTH123, SIM115 - a descriptor, not a path
-    errors = ("strict", "strict", "backslashreplace")[number]
-    return io.TextIOWrapper(file, encoding="utf-8", errors=errors, line_buffering=number == 2 or file.isatty())
+    file = open(number, "wb" if number else "rb", closefd=False)
+    usual = getattr(sys, f"__{STREAMS[number]}__")
+    line_buffering = number == 2 or file.isatty()
+    return io.TextIOWrapper(file, encoding=usual.encoding, errors=usual.errors, line_buffering=line_buffering)
 
 
 def main() -> None:

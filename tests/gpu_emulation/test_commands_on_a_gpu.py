@@ -142,7 +142,9 @@ def test_fft_in_bf16_trains(workspace: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("command", ["fft", "mask-train"])
 def test_training_resumes_from_a_checkpoint(workspace: Path, tmp_path: Path, command: str) -> None:
-    recipe = make_recipe(workspace, **{**SHORT, "fft__max_steps": 3, "mask_train__max_steps": 3, "mask_train__layers": "1"})
+    recipe = make_recipe(
+        workspace, **{**SHORT, "fft__max_steps": 3, "mask_train__max_steps": 3, "mask_train__layers": "1"}
+    )
     undisturbed = run_command(command, tmp_path / "undisturbed", recipe)
     run, source = open_run(tmp_path / "stopped", command, recipe)
     with pytest.raises(Interrupted):

@@ -89,9 +89,7 @@ def half(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(
-    workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory, forked_commands: ForkedCommands
-) -> Path:
+def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory, forked_commands: ForkedCommands) -> Path:
     """Results of one process with the same records per step: a mask, GMT models and a fully fine-tuned one."""
     folder = tmp_path_factory.mktemp("one")
     accumulated = ("--grad-accum", 2)
@@ -218,7 +216,9 @@ def test_sharded_parameters_give_the_result_of_one_process(
         # The same records per step in different forward passes, with the loss in chunks of about 20 answer tokens.
         ("CHUNK_LOGITS=2000", *FULL, *data(workspace, half), "--batch-tokens", 60),
     )
-    code, output, errors = run(tmp_path, *forked_commands.python, *accelerate(recipe), *forked_commands.module, *commands)
+    code, output, errors = run(
+        tmp_path, *forked_commands.python, *accelerate(recipe), *forked_commands.module, *commands
+    )
     assert code == 0, errors
     for mask in ("whole.bits", "killed/001-mask-train/mask.bits"):
         assert (tmp_path / mask).read_bytes() == (one / "mask.bits").read_bytes()
