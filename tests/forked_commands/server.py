@@ -210,8 +210,11 @@ def open_stream(number: int) -> io.TextIOWrapper:
     """A standard stream as Python opens it."""
     file = open(number, "wb" if number else "rb", closefd=False)
     usual = getattr(sys, f"__{STREAMS[number]}__")
-    line_buffering = number == 2 or file.isatty()
-    return io.TextIOWrapper(file, encoding=usual.encoding, errors=usual.errors, line_buffering=line_buffering)
+    at_once = usual.write_through  # under PYTHONUNBUFFERED
+    lines = not at_once and (number == 2 or file.isatty())
+    return io.TextIOWrapper(
+        file, encoding=usual.encoding, errors=usual.errors, line_buffering=lines, write_through=at_once
+    )
 
 
 def main() -> None:
