@@ -18,6 +18,7 @@ if "MFTCTL_CACHE" not in os.environ:  # removed at the end by the process that m
     os.environ["MFTCTL_CACHE"] = tempfile.mkdtemp(prefix="mftctl-test-cache-")
     atexit.register(shutil.rmtree, os.environ["MFTCTL_CACHE"], ignore_errors=True)
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,8 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from tests.forked_commands.commands import ForkedCommands
 
 # First calls import their dependencies and machines are shared, so a time limit per example would be flaky.
 settings.register_profile("mftctl", deadline=None)
@@ -90,8 +93,13 @@ def _libraries_are_no_garbage() -> None:
     import lm_eval.api.task  # noqa: F401
     import transformers.trainer  # noqa: F401
 
-    gc.collect()
-    gc.freeze()
+
+@pytest.fixture(scope="module", autouse=True)
+def _what_earlier_modules_left_is_no_garbage(_libraries_are_no_garbage: None) -> None:
+    """The same for what is imported and kept on the way, before a module makes anything of its own."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -128,6 +136,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.workflow_fixtures import make_workspace
 
     return make_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def forked_commands() -> Iterator[ForkedCommands]:
+    """Starts commands as processes that need no time for imports."""
+    from tests.forked_commands.commands import running_server
+
+    with running_server() as commands:
+        yield commands
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

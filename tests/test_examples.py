@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.forked_commands.commands import ForkedCommands
+
 FOLDER = Path(__file__).parent.parent / "examples"
 FEW = {
     "fft.max_steps": 2,
     "mask_train.max_steps": 2,
+    "data": "quickstart=64",
     "val_data": "quickstart/validation=8",
     "eval.limit": 4,
 }
+REAL = ("probe", "eval")
+"""Commands that the notebook starts by itself, with all their imports; the others are forked."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -25,11 +32,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("examples")
 
 
-def run(name: str, folder: Path) -> nbformat.NotebookNode:
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory, forked_commands: ForkedCommands) -> Path:
+    """An executable for the notebook's `python -m mftctl`, which forks most of its commands."""
+    path = tmp_path_factory.mktemp("python") / "python"
+    forked = shlex.join(forked_commands.mftctl)
+    real = shlex.join([sys.executable, "-m", "mftctl"])
+    choice = f'case "$1" in {"|".join(REAL)}) exec {real} "$@";; *) exec {forked} "$@";; esac'
+    path.write_text(f"#!/bin/sh\nshift 2\n{choice}\n")
+    path.chmod(0o700)
+    return path
+
+
+def run(name: str, folder: Path, python: Path) -> nbformat.NotebookNode:
     """A notebook with its outputs, run with small values in its parameters cell."""
     notebook = nbformat.read(FOLDER / name, as_version=4)
     (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     parameters.source = f"settings = {[part for key, value in FEW.items() for part in ('--set', f'{key}={value}')]}"
+    parameters.source += f"\nimport sys\n\nsys.executable = {str(python)!r}"
     return NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(folder)}}).execute()
 
 
@@ -45,8 +65,8 @@ def outputs(notebook: nbformat.NotebookNode) -> str:
 
 
 @pytest.mark.slow
-def test_a_mask_in_ten_minutes(folder: Path) -> None:
-    shown = outputs(run("mask_in_ten_minutes.ipynb", folder))
+def test_a_mask_in_ten_minutes(folder: Path, python: Path) -> None:
+    shown = outputs(run("mask_in_ten_minutes.ipynb", folder, python))
     assert (folder / "mask.bits").is_file()
     assert (folder / "better" / "model.safetensors").is_file()
     assert "of the masked weights are removed" in shown
@@ -55,9 +75,9 @@ def test_a_mask_in_ten_minutes(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_report_in_pandas(folder: Path) -> None:
+def test_a_report_in_pandas(folder: Path, python: Path) -> None:
     """Run after the notebook above, or alone on its own experiment."""
-    shown = outputs(run("report_in_pandas.ipynb", folder))
+    shown = outputs(run("report_in_pandas.ipynb", folder, python))
     assert "change" in shown
     assert "tokens_per_second" in shown
     assert "exact-match-on-quickstart-test-quickstart" in shown

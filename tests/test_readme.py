@@ -21,7 +21,7 @@ from tests.workflow_fixtures import write_additions
 
 ROOT = Path(__file__).parent.parent
 FEW_STEPS = ("--set", "fft.max_steps=2", "--set", "mask_train.max_steps=2")
-FEW_RECORDS = ("--set", "val_data=quickstart/validation=8", "--set", "eval.limit=4")
+FEW_RECORDS = ("--set", "data=quickstart=64", "--set", "val_data=quickstart/validation=8", "--set", "eval.limit=4")
 SHORTER = {
     "fft": ("--max-steps", 2),
     "probe": ("--set", "mask_train.max_steps=2"),

@@ -18,6 +18,7 @@ from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.run_folder import list_runs
 from mftctl.workflows.run import Planned, plan_experiment
 from tests.cli.running import CommandLine
+from tests.forked_commands.commands import ForkedCommands
 
 SHORT = {"max_steps": 2, "val_steps": 2, "batch_size": 4}
 STAGES: dict[str, Any] = {
@@ -128,11 +129,14 @@ def test_the_live_tree_shows_the_current_seed(recipe: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_two_runs_of_one_recipe_do_each_stage_once(mftctl: CommandLine, recipe: Path) -> None:
-    command = [sys.executable, "-m", "mftctl", "run", "recipe.yaml"]
+def test_two_runs_of_one_recipe_do_each_stage_once(
+    mftctl: CommandLine, recipe: Path, forked_commands: ForkedCommands
+) -> None:
     both = [
-        subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
+        subprocess.Popen(
+            [*start, "run", "recipe.yaml"], cwd=mftctl.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for start in ([sys.executable, "-m", "mftctl"], forked_commands.mftctl)
     ]
     ends = [process.communicate(timeout=200) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
@@ -146,8 +150,10 @@ def test_two_runs_of_one_recipe_do_each_stage_once(mftctl: CommandLine, recipe: 
 
 
 @pytest.mark.slow
-def test_stages_left_unfinished_by_another_process_are_resumed(mftctl: CommandLine, recipe: Path) -> None:
-    command = [sys.executable, "-m", "mftctl", "run", "recipe.yaml", "--set", "fft.max_steps=1000000"]
+def test_stages_left_unfinished_by_another_process_are_resumed(
+    mftctl: CommandLine, recipe: Path, forked_commands: ForkedCommands
+) -> None:
+    command = [*forked_commands.mftctl, "run", "recipe.yaml", "--set", "fft.max_steps=1000000"]
     first = subprocess.Popen(command, cwd=mftctl.folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     metrics = mftctl.folder / "runs" / "001-fft" / "metrics.jsonl"
     deadline_seconds = time.monotonic() + 120

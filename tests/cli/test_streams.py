@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from mftctl.cli.streams import ForgivingWriter, prepare_streams
 from mftctl.masking.mask import load_mask
+from tests.forked_commands.commands import ForkedCommands
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
@@ -103,16 +104,19 @@ def test_a_full_pipe_is_waited_for() -> None:
 
 
 def training(workspace: Path) -> list[str]:
-    options = ["--layers", "0-3", "--batch-size", "1", "--val-steps", "10", "--max-steps", "40"]
+    options = ["--layers", "0-3", "--batch-size", "1", "--val-steps", "10", "--max-steps", "20"]
     data = ["-m", str(workspace / "tiny"), "-d", str(workspace / "train.jsonl")]
-    return [sys.executable, "-m", "mftctl", "mask-train", *data, *options]
+    return ["mask-train", *data, *options]
 
 
 @pytest.mark.slow
-def test_a_closed_pipe_of_messages_does_not_end_a_training(workspace: Path, tmp_path: Path) -> None:
+def test_a_closed_pipe_of_messages_does_not_end_a_training(
+    workspace: Path, tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(training(workspace), cwd=tmp_path, stderr=writing, stdout=subprocess.PIPE, check=False)
+    command = [*forked_commands.mftctl, *training(workspace)]
+    done = subprocess.run(command, cwd=tmp_path, stderr=writing, stdout=subprocess.PIPE, check=False)
     os.close(writing)
     assert done.returncode == 0
     assert b"validation loss" in done.stdout
@@ -124,7 +128,7 @@ def test_a_terminal_that_is_gone_does_not_end_a_training(workspace: Path, tmp_pa
     """Both streams are a terminal with live bars that closes during training; the process ignores SIGHUP."""
     master, terminal = pty.openpty()
     process = subprocess.Popen(
-        training(workspace),
+        [sys.executable, "-m", "mftctl", *training(workspace)],
         cwd=tmp_path,
         stdin=terminal,
         stdout=terminal,

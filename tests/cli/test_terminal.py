@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_commands.commands import ForkedCommands
+
 
 def type_into(command: list[str], folder: Path, question: str, answer: str) -> tuple[int, str]:
     """The exit code and all output on a terminal of 100 columns, after one question is answered."""
@@ -47,9 +49,11 @@ def test_missing_data_is_asked_for_and_progress_is_live(workspace: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_result_is_replaced_only_after_asking(workspace: Path, tmp_path: Path) -> None:
+def test_a_result_is_replaced_only_after_asking(
+    workspace: Path, tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
     options = ["-m", str(workspace / "tiny"), "-d", str(workspace / "train.jsonl"), "--method", "random"]
-    command = [sys.executable, "-m", "mftctl", "mask-train", *options]
+    command = [*forked_commands.mftctl, "mask-train", *options]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     old = (tmp_path / "mask.bits").stat().st_ino
     code, shown = type_into(command, tmp_path, "Replace mask.bits?", "n")

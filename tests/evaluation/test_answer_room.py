@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mftctl.data.encoding import Encoder
@@ -70,6 +70,7 @@ class Small:
 
 
 @pytest.mark.slow
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 9), st.integers(60, 3000))
 def test_answers_are_the_same_however_small_the_gpu(lengths: list[int], rows: int, most_tokens: int) -> None:
     found: dict[int, int] = {}

@@ -25,21 +25,32 @@ from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.loss_surface.measure import measure_surface
 from mftctl.workflows.mask_train import mask_train
 from mftctl.workflows.probe import probe
-from tests.conftest import build_tokenizer
+from tests.conftest import build_llama, build_tokenizer
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.masking.architectures import build
-from tests.workflow_fixtures import Interrupter, make_recipe, open_run
+from tests.workflow_fixtures import Interrupter, make_recipe, open_run, write_additions
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
 WORK = {"fft": fine_tune, "mask-train": mask_train, "probe": probe}
 SHORT = {
-    f"{section}__{key}": 4 if key == "max_steps" else 2
+    f"{section}__{key}": value
     for section in ("fft", "mask_train")
-    for key in ("max_steps", "val_steps")
+    for key, value in (("max_steps", 2), ("val_steps", 1))
 }
 HELPFUL = {"mask_train__preset": "default", "mask_train__layers": "all", "mask_train__learning_rate": 3e-3}
 """A mask that is better than none, so that it is confirmed."""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two layers and few records, as the emulation takes time for every operation."""
+    folder = tmp_path_factory.mktemp("workspace")
+    build_llama(layers=2).save_pretrained(folder / "tiny")
+    build_tokenizer().save_pretrained(folder / "tiny")
+    for seed, (name, count) in enumerate({"train": 16, "val": 8, "test": 8}.items()):
+        write_additions(folder / f"{name}.jsonl", count, seed)
+    return folder
 
 
 @pytest.fixture
@@ -76,12 +87,12 @@ def losses(run: Run) -> list[float]:
 
 MASKS = {
     "default": HELPFUL,
-    "paper": {"mask_train__layers": "1-2", "mask_train__grad_accum_steps": 2},
+    "paper": {"mask_train__layers": "1", "mask_train__grad_accum_steps": 2},
     "threshold": {"mask_train__threshold": -0.035, "mask_train__layers": "all"},
     "low memory": {**HELPFUL, "mask_train__low_memory": True},
     "bf16, checkpointing": {**HELPFUL, "mask_train__precision": "bf16", "mask_train__gradient_checkpointing": True},
-    "random": {"mask_train__method": "random"},
-    "magnitude": {"mask_train__method": "magnitude"},
+    "random": {"mask_train__method": "random", "mask_train__layers": "1"},
+    "magnitude": {"mask_train__method": "magnitude", "mask_train__layers": "1"},
 }
 
 
@@ -131,11 +142,13 @@ def test_fft_in_bf16_trains(workspace: Path, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("command", ["fft", "mask-train"])
 def test_training_resumes_from_a_checkpoint(workspace: Path, tmp_path: Path, command: str) -> None:
-    recipe = make_recipe(workspace, **SHORT)
+    recipe = make_recipe(
+        workspace, **{**SHORT, "fft__max_steps": 3, "mask_train__max_steps": 3, "mask_train__layers": "1"}
+    )
     undisturbed = run_command(command, tmp_path / "undisturbed", recipe)
     run, source = open_run(tmp_path / "stopped", command, recipe)
     with pytest.raises(Interrupted):
-        WORK[command](recipe, source, run, Interrupter(3))
+        WORK[command](recipe, source, run, Interrupter(2))
     WORK[command](recipe, source, run, Silence(), resume=True)
     assert losses(run) == losses(undisturbed)
 
@@ -155,7 +168,7 @@ def test_lora_is_trained_loaded_again_and_measured(workspace: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("fast", [False, True])
 def test_probe(workspace: Path, tmp_path: Path, fast: bool) -> None:
-    on_gpu, on_cpu = both("probe", workspace, tmp_path, probe__fast=fast)
+    on_gpu, on_cpu = both("probe", workspace, tmp_path, probe__fast=fast, probe__groups=[1])
     changes = [{group["layers"]: group["change"] for group in run.record.result["groups"]} for run in (on_gpu, on_cpu)]
     assert changes[0] == pytest.approx(changes[1], abs=1e-5)
 
@@ -170,11 +183,9 @@ def test_eval_of_a_masked_model(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(
         workspace, **changes, eval__tasks=["gsm8k_0shot"], eval__task_data={"gsm8k_0shot": str(problems)}
     )
-    run, source = open_run(tmp_path, "mask-train", make_recipe(workspace, mask_train__method="random"))
-    masked = replace(
-        source,
-        mask=mask_train(make_recipe(workspace, mask_train__method="random"), source, run, Silence()).document()["mask"],
-    )
+    random = make_recipe(workspace, mask_train__method="random", mask_train__layers="1")
+    run, source = open_run(tmp_path, "mask-train", random)
+    masked = replace(source, mask=mask_train(random, source, run, Silence()).document()["mask"])
     with emulated_gpu():
         on_gpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence()).document()
     on_cpu = evaluate(recipe, masked, open_run(tmp_path, "eval", recipe)[0], Silence()).document()

@@ -6,6 +6,7 @@ fields of `tests.killing.commands.Order`, and answers each with one.
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import os
@@ -40,6 +41,8 @@ def import_everything() -> None:
     import mftctl.workflows.probe  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
 
 
 class Writes:

@@ -28,9 +28,10 @@ from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.runtime.process_group import share_of
+from tests.forked_commands.commands import ForkedCommands
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "mftctl")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
 TRAINING = ("--max-steps", "12", "--val-steps", "4", "--batch-size", "4")
 MASK = ("--layers", "1-2", "--preset", "paper")
 GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
@@ -41,16 +42,18 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is an extra, which the dev extra has")
 
 
-def start(folder: Path, launcher: tuple[str, ...], *arguments: object) -> subprocess.Popen[str]:
+PYTHON = (sys.executable, "-m")
+
+
+def start(folder: Path, *command: object) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", *launcher, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+    return subprocess.Popen(list(map(str, command)), cwd=folder, env=environment, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
 
-def run(folder: Path, launcher: tuple[str, ...], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a launched command."""
-    process = start(folder, launcher, *arguments)
+def run(folder: Path, *command: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    process = start(folder, *command)
     output, errors = process.communicate(timeout=120)
     return process.returncode, output, errors
 
@@ -86,7 +89,7 @@ def half(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory, forked_commands: ForkedCommands) -> Path:
     """Results of one process with the same records per step: a mask, GMT models and a fully fine-tuned one."""
     folder = tmp_path_factory.mktemp("one")
     accumulated = ("--grad-accum", 2)
@@ -96,7 +99,7 @@ def one(workspace: Path, half: Path, tmp_path_factory: pytest.TempPathFactory) -
         (*FEW, *data(workspace), *accumulated),
         (*FULL, *data(workspace, half), *accumulated),
     )
-    code, _, errors = run(folder, commands)
+    code, _, errors = run(folder, *forked_commands.python, *commands)
     assert code == 0, errors
     return folder
 
@@ -115,7 +118,7 @@ def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
     one: Path, workspace: Path, tmp_path: Path
 ) -> None:
     arguments = ("mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING, "--json")
-    code, output, errors = run(tmp_path, (*accelerate("ddp"), "mftctl"), *arguments)
+    code, output, errors = run(tmp_path, *PYTHON, *accelerate("ddp"), "mftctl", *arguments)
     assert code == 0, errors
     assert json.loads(output)["steps"] == 12
     assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
@@ -128,8 +131,11 @@ def test_accelerate_launch_learns_the_mask_of_one_process_and_writes_once(
 
 
 @pytest.mark.slow
-def test_gmt_selects_the_same_entries(one: Path, workspace: Path, tmp_path: Path) -> None:
-    code, _, errors = run(tmp_path, TORCHRUN, *GMT, *data(workspace), *TRAINING)
+def test_gmt_selects_the_same_entries(
+    one: Path, workspace: Path, tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
+    launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module)
+    code, _, errors = run(tmp_path, *launcher, "mftctl", *GMT, *data(workspace), *TRAINING)
     assert code == 0, errors
     found = weights(tmp_path, 1)
     assert all(torch.equal(tensor, found[name]) for name, tensor in weights(one, 2).items())
@@ -137,30 +143,30 @@ def test_gmt_selects_the_same_entries(one: Path, workspace: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_mask(
-    one: Path, workspace: Path, tmp_path: Path
+    one: Path, workspace: Path, tmp_path: Path, forked_commands: ForkedCommands
 ) -> None:
-    kill_second(tmp_path, TORCHRUN, workspace)
-    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume", "--yes")
+    kill_second(tmp_path, (*TORCHRUN, *forked_commands.module, "mftctl"), workspace)
+    code, _, errors = run(tmp_path, *forked_commands.mftctl, "mask-train", "--resume", "--yes")
     assert code == 0, errors
     assert (tmp_path / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
 
 @pytest.mark.slow
 def test_a_slow_save_by_one_process_does_not_end_the_run(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked_commands: ForkedCommands
 ) -> None:
     """The process group gets the configured timeout; saving takes longer than a shorter timeout set later."""
     monkeypatch.setenv("MFTCTL_DDP_TIMEOUT", "345")
-    launcher = (*TORCHRUN[:-1], "tests.slow_saving")
+    launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module, "tests.slow_saving")
     few = ("--max-steps", "2", "--val-steps", "1", "--batch-size", "4")
-    code, _, errors = run(tmp_path, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *few)
+    code, _, errors = run(tmp_path, *launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *few)
     assert code == 0, errors
     assert (tmp_path / "mask.bits").is_file()
 
 
 def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> None:
     """Starts a mask training, kills the second process at the first checkpoint and waits for the others to end."""
-    process = start(folder, launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING)
+    process = start(folder, *PYTHON, *launcher, "mask-train", *MASK, "-o", "mask.bits", *data(workspace), *TRAINING)
     checkpoint = folder / "runs" / "001-mask-train" / "checkpoints" / "checkpoint-4" / "trainer_state.json"
     deadline = time.monotonic() + 120
     while not checkpoint.exists():
@@ -175,18 +181,21 @@ def kill_second(folder: Path, launcher: tuple[str, ...], workspace: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory, forked_commands: ForkedCommands) -> Path:
     """Remains of a training whose second process was killed, under ZeRO-3 if DeepSpeed is installed."""
     folder = tmp_path_factory.mktemp("killed")
-    kill_second(folder, (*accelerate("zero3" if HAS_DEEPSPEED else "ddp"), "mftctl"), workspace)
+    launcher = accelerate("zero3" if HAS_DEEPSPEED else "ddp")
+    kill_second(folder, (*launcher, *forked_commands.module, "mftctl"), workspace)
     return folder
 
 
 @pytest.mark.slow
 @needs_deepspeed
-def test_one_process_resumes_a_zero_training(one: Path, killed: Path, tmp_path: Path) -> None:
+def test_one_process_resumes_a_zero_training(
+    one: Path, killed: Path, tmp_path: Path, forked_commands: ForkedCommands
+) -> None:
     shutil.copytree(killed / "runs", tmp_path / "runs")
-    code, _, errors = run(tmp_path, ("mftctl",), "mask-train", "--resume", "--yes")
+    code, _, errors = run(tmp_path, *forked_commands.mftctl, "mask-train", "--resume", "--yes")
     assert code == 0, errors
     assert (tmp_path / "runs" / "001-mask-train" / "mask.bits").read_bytes() == (one / "mask.bits").read_bytes()
 
@@ -197,7 +206,7 @@ def test_one_process_resumes_a_zero_training(one: Path, killed: Path, tmp_path: 
     [pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed), "fsdp2"],
 )
 def test_sharded_parameters_give_the_result_of_one_process(
-    one: Path, killed: Path, half: Path, workspace: Path, tmp_path: Path, recipe: str
+    one: Path, killed: Path, half: Path, workspace: Path, tmp_path: Path, forked_commands: ForkedCommands, recipe: str
 ) -> None:
     shutil.copytree(killed / "runs", tmp_path / "killed")
     commands = several(
@@ -207,7 +216,9 @@ def test_sharded_parameters_give_the_result_of_one_process(
         # The same records per step in different forward passes, with the loss in chunks of about 20 answer tokens.
         ("CHUNK_LOGITS=2000", *FULL, *data(workspace, half), "--batch-tokens", 60),
     )
-    code, output, errors = run(tmp_path, accelerate(recipe), *commands)
+    code, output, errors = run(
+        tmp_path, *forked_commands.python, *accelerate(recipe), *forked_commands.module, *commands
+    )
     assert code == 0, errors
     for mask in ("whole.bits", "killed/001-mask-train/mask.bits"):
         assert (tmp_path / mask).read_bytes() == (one / "mask.bits").read_bytes()
@@ -240,9 +251,10 @@ def second_process(launcher: int) -> Iterator[int]:
 
 
 @pytest.mark.slow
-def test_bad_input_is_reported_once(workspace: Path, tmp_path: Path) -> None:
+def test_bad_input_is_reported_once(workspace: Path, tmp_path: Path, forked_commands: ForkedCommands) -> None:
+    launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module, "mftctl")
     arguments = ("mask-train", "-m", workspace / "tiny", "-d", "missing.jsonl")
-    code, output, errors = run(tmp_path, TORCHRUN, *arguments)
+    code, output, errors = run(tmp_path, *launcher, *arguments)
     assert code != 0
     assert errors.count("The data file does not exist") == 1
     assert output == ""

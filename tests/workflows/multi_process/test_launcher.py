@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -35,6 +37,7 @@ from mftctl.workflows.multi_process.process_count import Launch, Shard, require_
 from mftctl.workflows.run import plan_experiment
 from tests.cli.running import CommandLine
 from tests.evaluation.benchmarks.test_measure import FUNCTIONS, write
+from tests.forked_commands.commands import ForkedCommands
 from tests.workflow_fixtures import make_recipe, write_additions
 
 TOGETHER = ("--processes", "2")
@@ -79,7 +82,17 @@ def test_an_evaluation_equals_that_of_one_process(mftctl: CommandLine, workspace
     assert not (two.folder / "logs").exists()
 
 
+@pytest.fixture
+def forked_workers(tmp_path: Path, forked_commands: ForkedCommands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes are forked with their imports done, instead of started with the Python program given them."""
+    path = tmp_path / "python"
+    path.write_text(f"#!/bin/sh\nexec {shlex.join(forked_commands.python)} tests.forked_commands.worker\n")
+    path.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_workers")
 def test_an_experiment_resumes_after_ctrl_c(mftctl: CommandLine, workspace: Path, tmp_path: Path) -> None:
     """An interrupted probe and the mask of its recommended layers end as with one process."""
     alone = finished(mftctl, experiment(workspace, tmp_path / "alone.yaml", grad_accum_steps=2), "--runs", "alone")
