@@ -44,6 +44,8 @@ def cache_text(use: CacheUse) -> str:
     """Where the cache lies and what it holds, such as `/home/u/.cache/mftctl/data: 3 data sets, 1.2 GB`."""
     if use.folder is None:
         return OFF
+    if use.problem is not None:
+        return f"{use.folder}: cannot be read ({use.problem})"
     return f"{use.folder}: {counted(use.entries, 'data set')}, {_size_text(use.size_bytes)}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ _FILE = "records.bin"
 """The digests, 8 bytes each, with the first byte first."""
 _TEXT_FILE = "records.txt"
 """The same in hexadecimal, one per line, as written before."""
+_DIGEST = re.compile(rb"[0-9a-f]{16}")
 _STORED = np.dtype(">u8")
 _FEWEST_UNSEEN = 64
 """With fewer unseen records, `auto` uses all records."""
@@ -86,10 +88,11 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _read_text(path: Path) -> np.ndarray:
-    try:
-        return np.array([int(line, 16) for line in read_regular(path).decode().split()], np.uint64)
-    except (ValueError, OverflowError) as error:
-        raise _damaged(path, str(error)) from error
+    lines = read_regular(path).split()
+    wrong = next((line for line in lines if _DIGEST.fullmatch(line) is None), None)
+    if wrong is not None:
+        raise _damaged(path, f"the line {wrong[:40].decode(errors='replace')!r}")
+    return np.frombuffer(bytes.fromhex(b"".join(lines).decode()), _STORED).astype(np.uint64)
 
 
 def _damaged(path: Path, actual: str) -> RunError:
@@ -98,5 +101,5 @@ def _damaged(path: Path, actual: str) -> RunError:
         path=path,
         expected="8 bytes or a line of 16 hexadecimal digits for each record",
         actual=actual,
-        hint="--learn-from all",
+        hint="use all records with --learn-from all",
     )

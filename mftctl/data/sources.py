@@ -15,6 +15,7 @@ from mftctl.data.hub import open_hub, rows_digest, stream_rows
 from mftctl.data.quickstart import built_in
 from mftctl.data.trees import resolve_trees
 from mftctl.errors import DataError
+from mftctl.files.regular import open_regular
 
 if TYPE_CHECKING:
     import datasets
@@ -131,7 +132,8 @@ def source_content_digest(source: DataSource) -> str:
     Equal for equal content wherever it lies and whatever the files are called, apart from their order.
 
     Raises:
-        DataError: As for `source_files`; a file has an unknown type or cannot be read.
+        DataError: As for `source_files`; a file has an unknown type, cannot be read, or is a pipe or a device, which
+            could be read only once.
     """
     files = source_files(source)
     if files is None:
@@ -140,7 +142,7 @@ def source_content_digest(source: DataSource) -> str:
     for path in files:
         digest.update(file_kind(path).encode() + b"\0")
         try:
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise unreadable(path, error) from error

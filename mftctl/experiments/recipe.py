@@ -6,6 +6,7 @@ A recipe is a YAML file. Shared keys (`model`, `data`, `seed`, ...) come first, 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Annotated, Any, Literal
 
@@ -51,13 +52,20 @@ def _to_source(part: object) -> object:
 
 
 def _to_share(value: object) -> object:
-    """A share given as a percentage, such as `1%`, as a number."""
-    if isinstance(value, str) and value.endswith("%"):
-        try:
-            return float(value[:-1]) / 100
-        except ValueError:
-            return value
-    return value
+    """A share given as text, such as `1%` or `0.01`, as a number.
+
+    Raises:
+        ValueError: The text is not a share from 0 to 1.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        share = float(value[:-1]) / 100 if value.endswith("%") else float(value)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"a share is a percentage such as 1%, or a number from 0 to 1, not {value!r}")
+    return share
 
 
 BadShare = Annotated[float, Field(ge=0, le=1), BeforeValidator(_to_share)]

@@ -7,6 +7,7 @@ to the user and stays.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import platform
@@ -23,12 +24,13 @@ from mftctl.files.locks import FileLock, try_lock
 
 PREFIX = ".mftctl-tmp-"
 SANDBOX_PREFIX = "mftctl-sandbox-"
+DATA_PREFIX = "mftctl-data-"
 CONTENT = "content"
 """The new file or folder."""
 REPLACED = "replaced"
 """The old content while it is being replaced; restored if its place is empty."""
 _JOURNAL = "journal.json"
-_PREFIXES = (PREFIX, SANDBOX_PREFIX)
+_PREFIXES = (PREFIX, SANDBOX_PREFIX, DATA_PREFIX)
 _PURPOSE = "temporary folder of mftctl"
 _MOST_JOURNAL_BYTES = 65536
 
@@ -59,16 +61,40 @@ def temporary_folder(parent: Path, *, target: str = "", prefix: str = PREFIX) ->
     Args:
         parent: An existing folder to create it in.
         target: The final name of the content in `parent`.
-        prefix: The prefix of its name: `PREFIX` or `SANDBOX_PREFIX`.
+        prefix: The prefix of its name: `PREFIX`, `SANDBOX_PREFIX` or `DATA_PREFIX`.
     """
     folder, lock = _make(parent, prefix)
     try:
-        journal = _Journal(_PURPOSE, platform.node(), os.getpid(), _start_time(), target)
-        (folder / _JOURNAL).write_bytes(json.dumps(asdict(journal)).encode())
+        _write_journal(folder, target)
         yield folder
     finally:
         _remove(folder)
         lock.release()
+
+
+def folder_until_exit(parent: Path, *, prefix: str) -> Path:
+    """Returns a folder with a journal, in which `CONTENT` can be created; removed when this process ends.
+
+    Args:
+        parent: An existing folder to create it in.
+        prefix: The prefix of its name.
+    """
+    folder, lock = _make(parent, prefix)
+    atexit.register(_remove_at_exit, folder, lock, os.getpid())
+    _write_journal(folder, "")
+    return folder
+
+
+def _remove_at_exit(folder: Path, lock: FileLock, owner: int) -> None:
+    if os.getpid() == owner:  # not in a fork
+        with suppress(OSError):
+            _remove(folder)
+        lock.release()
+
+
+def _write_journal(folder: Path, target: str) -> None:
+    journal = _Journal(_PURPOSE, platform.node(), os.getpid(), _start_time(), target)
+    (folder / _JOURNAL).write_bytes(json.dumps(asdict(journal)).encode())
 
 
 def remove_leftovers(parent: Path) -> None:

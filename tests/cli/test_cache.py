@@ -81,6 +81,21 @@ def test_clear_leaves_files_of_others(cache: Path, mftctl: CommandLine) -> None:
     assert (cache / "mine" / "notes.txt").exists()
 
 
+def test_clear_leaves_files_of_others_with_names_like_digests(cache: Path, mftctl: CommandLine) -> None:
+    make("a", 10)
+    photos = cache / f"{1:032x}"
+    photos.mkdir()
+    (photos / "table.arrow").write_text("mine")
+    (photos / "photo.jpg").write_text("mine")
+    (cache / f"{2:032x}").mkdir()
+    (cache / f"{3:032x}.lock").write_text("mine")
+    (cache / f"{4:032x}").symlink_to(photos)
+    (cache / f"{4:032x}.lock").touch()
+    before = {path for path in cache.rglob("*") if path.name.startswith("0000") or path.parent == photos}
+    assert json.loads(mftctl("cache", "clear", "--json").stdout)["removed"] == 1
+    assert set(cache.rglob("*")) == before
+
+
 def test_clear_without_a_cache(mftctl: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MFTCTL_CACHE", "off")
     outcome = mftctl("cache", "clear")
@@ -94,7 +109,16 @@ def test_where_it_lies_and_how_large_it_is() -> None:
     assert cache_text(CacheUse(folder, 3, 1_234_000_000)) == f"{folder}: 3 data sets, 1.2 GB"
     assert cache_text(CacheUse(folder, 1, 2_000_000)) == f"{folder}: 1 data set, 2.0 MB"
     assert cache_text(CacheUse(folder, 0, 0)) == f"{folder}: 0 data sets, 0 bytes"
+    assert cache_text(CacheUse(folder, 0, 0, "Permission denied")) == f"{folder}: cannot be read (Permission denied)"
     assert cache_text(CacheUse(None, 0, 0)) == "off"
+
+
+def test_a_cache_that_cannot_be_read_is_told(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert cache_use() == CacheUse(cache, 0, 0, "Permission denied")
 
 
 @pytest.mark.slow

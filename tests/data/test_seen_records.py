@@ -73,7 +73,16 @@ def test_records_of_an_older_run_are_read(tmp_path: Path) -> None:
     assert set(seen_records(tmp_path, ["001-fft"]).tolist()) == set(PREPARED[:3].digests.tolist())
 
 
-@pytest.mark.parametrize(("name", "content"), [("records.bin", b"\0" * 7), ("records.txt", b"12g4\n")])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("records.bin", b"\0" * 7),
+        ("records.txt", b"12g4\n"),
+        ("records.txt", b"1_1\n"),
+        ("records.txt", b"-1\n"),
+        ("records.txt", b"1" * 20),
+    ],
+)
 def test_damaged_digests_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / "001-fft").mkdir()
     (tmp_path / "001-fft" / name).write_bytes(content)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -371,6 +372,13 @@ def test_content_digest_of_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").symlink_to("absent")
     with pytest.raises(DataError, match="cannot be read"):
         digest(tmp_path / "*.jsonl")
+
+
+def test_content_digest_of_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        source_content_digest(DataSource(str(tmp_path / "data.jsonl")))
+    assert "a FIFO instead of a file" in str(caught.value.actual)
 
 
 def test_content_digest_of_a_file_of_unknown_type(tmp_path: Path) -> None:

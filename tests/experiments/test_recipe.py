@@ -320,3 +320,14 @@ def test_configuration_of_a_run_is_plain_data() -> None:
     document = to_document(Recipe(data=("a.jsonl=3",), model="m"))  # type: ignore[arg-type]
     assert document["data"] == [{"path": "a.jsonl", "count": 3}]
     assert yaml.safe_load(yaml.safe_dump(document)) == document
+
+
+@pytest.mark.parametrize(("text", "share"), [("1%", 0.01), ("0%", 0.0), ("0", 0.0), ("0.5", 0.5), ("100%", 1.0)])
+def test_share_of_bad_records_as_text(text: str, share: float) -> None:
+    assert Recipe.model_validate({"bad_records_max": text}).bad_records_max == share
+
+
+@pytest.mark.parametrize("text", ["", "%", "5", "101%", "-1", "nan", "nan%", "inf", "few"])
+def test_text_that_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match="a share is a percentage such as 1%, or a number from 0 to 1"):
+        Recipe.model_validate({"bad_records_max": text})

@@ -29,7 +29,8 @@ _TASK_RECORDS = 512
 _FEW_RECORDS = 4_096
 """Fewer records are encoded sooner than processes start."""
 
-_DIRECTIVE = re.compile(r"%-?[A-Za-z]")
+_DIRECTIVE = re.compile(r"(?<!\{)%[-_0^#]*[0-9]*[EO]?[A-Za-z+]")
+"""A part of the time as strftime writes it, with the flags of the C library; not the start of a tag, `{%if`."""
 
 
 def encoded_table(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
@@ -15,19 +14,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from mftctl.data.prepared.cache_folder import LOCK_SUFFIX, cache_folder
+from mftctl.data.prepared.cache_folder import LOCK_SUFFIX, OFF, SUMMARY, TABLE, VARIABLE, cache_folder, is_entry
 from mftctl.errors import StorageError
 from mftctl.files.atomic import atomic_folder, known_failures
 from mftctl.files.json_files import read_json_object
 from mftctl.files.locks import FileLock, try_lock
+from mftctl.files.temporary import CONTENT, DATA_PREFIX, folder_until_exit, remove_leftovers
 from mftctl.progress import Listener
 from mftctl.runtime.processes import is_first
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 """The version of the layout of entries, part of their names."""
 
-TABLE: Final = "table.arrow"
-_SUMMARY = "summary.json"
 _POLL_SECONDS = 0.1
 _TOLD_SECONDS = 2.0
 
@@ -71,10 +69,13 @@ def entry(key: object, make: Make, listener: Listener) -> Entry:
             _require_folder(root)
             with known_failures(root):
                 return _kept(root / name, make, listener)
-        except StorageError as error:
-            if not _is_within(error, root):
+        except (StorageError, OSError) as error:
+            reason = _reason_within(error, root)
+            if reason is None:
                 raise
-            listener.note(f"The data is prepared for this command only: {root} cannot be written ({error.actual}).")
+            listener.note(f"The data is prepared for this command only: {root} cannot be written ({reason}).")
+    elif os.environ.get(VARIABLE) != OFF:
+        listener.note(f"The data is prepared for this command only: there is no home folder; {VARIABLE} may name one.")
     with known_failures():
         return _kept(_temporary_root() / name, make, listener)
 
@@ -95,14 +96,25 @@ def _kept(folder: Path, make: Make, listener: Listener) -> Entry:
         found = _opened(folder)
         if found is not None:
             return found
-        if folder.exists():
+        if os.path.lexists(folder):
+            if not is_entry(folder):
+                raise StorageError(
+                    "Something else lies in the place of prepared data.",
+                    path=folder,
+                    actual=f"{folder.name} is not prepared data",
+                    hint="move it elsewhere",
+                )
             listener.note(f"The prepared data in {folder} is damaged; preparing it again.")
             shutil.rmtree(folder)
         with atomic_folder(folder, permit=lambda path: None) as temporary:
             summary = make(temporary / TABLE)
             digest, size_bytes = _digest(temporary / TABLE), (temporary / TABLE).stat().st_size
-            content = {"table": {"sha256": digest, "bytes": size_bytes}, "summary": summary}
-            (temporary / _SUMMARY).write_text(json.dumps(content), encoding="utf-8")
+            content = {
+                "table": {"sha256": digest, "bytes": size_bytes},
+                "summary": summary,
+                "summary_sha256": _summary_digest(summary),
+            }
+            (temporary / SUMMARY).write_text(json.dumps(content), encoding="utf-8")
         return Entry(folder.name, folder / TABLE, summary)
     finally:
         lock.release()
@@ -112,9 +124,13 @@ def _opened(folder: Path) -> Entry | None:
     """The content of an entry; None if it is missing or differs from what was written."""
     table = folder / TABLE
     try:
-        content = read_json_object(folder / _SUMMARY)
+        content = read_json_object(folder / SUMMARY)
         facts, summary = content["table"], content["summary"]
-        is_whole = table.stat().st_size == facts["bytes"] and _digest(table) == facts["sha256"]
+        is_whole = (
+            _summary_digest(summary) == content["summary_sha256"]
+            and table.stat().st_size == facts["bytes"]
+            and _digest(table) == facts["sha256"]
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return Entry(folder.name, table, summary) if is_whole and isinstance(summary, dict) else None
@@ -140,18 +156,21 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _is_within(error: StorageError, root: Path) -> bool:
-    return error.path is not None and Path(error.path).is_relative_to(root)
+def _summary_digest(summary: object) -> str:
+    return hashlib.sha256(json.dumps(summary, sort_keys=True).encode()).hexdigest()
+
+
+def _reason_within(error: StorageError | OSError, root: Path) -> str | None:
+    """Why the cache cannot be used; None if the error is about something outside it."""
+    path, reason = (error.path, error.actual) if isinstance(error, StorageError) else (error.filename, error.strerror)
+    return str(reason) if path is not None and Path(path).is_relative_to(root) else None
 
 
 @cache
 def _temporary_root() -> Path:
-    """A folder that is removed when this process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="mftctl-data-"))
-    atexit.register(_remove, folder, os.getpid())
-    return folder
-
-
-def _remove(folder: Path, owner: int) -> None:
-    if os.getpid() == owner:  # not in a fork
-        shutil.rmtree(folder, ignore_errors=True)
+    """A folder that is removed when this process ends, or by a later command if it is killed."""
+    parent = Path(tempfile.gettempdir())
+    remove_leftovers(parent)
+    root = folder_until_exit(parent, prefix=DATA_PREFIX) / CONTENT
+    root.mkdir()
+    return root

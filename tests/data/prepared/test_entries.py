@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mftctl.data.prepared import encode, entries
-from mftctl.data.prepared.cache_folder import cache_folder, cache_use, clear_cache
-from mftctl.data.prepared.entries import TABLE, entry
+from mftctl.data.prepared.cache_folder import TABLE, cache_folder, cache_use, clear_cache
+from mftctl.data.prepared.entries import entry
 from mftctl.errors import DataError, StorageError
 from tests.data.prepared.preparing import Notes, prepare, write_questions
 
@@ -50,19 +53,22 @@ def test_an_entry_is_made_once(root: Path) -> None:
     assert cache_use().entries == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no summary", "not JSON"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "no summary", "not JSON", "other summary"])
 def test_a_damaged_entry_is_made_again(root: Path, damage: str) -> None:
     make, notes = Made(), Notes()
     table = entry("a", make, notes).table
     summary = table.with_name("summary.json")
-    {
+    damages: dict[str, Callable[[], object]] = {
         "cut": lambda: table.write_text("conten"),
         "flipped": lambda: table.write_text("c0ntent"),
         "gone": table.unlink,
         "no summary": summary.unlink,
         "not JSON": lambda: summary.write_text("{"),
-    }[damage]()
-    assert entry("a", make, notes).table.read_text() == "content"
+        "other summary": lambda: summary.write_text(summary.read_text().replace('"n": 1', '"n": 2')),
+    }
+    damages[damage]()
+    again = entry("a", make, notes)
+    assert (again.table.read_text(), again.summary) == ("content", {"n": 1})
     assert make.times == 2
     assert notes.notes == [f"The prepared data in {table.parent} is damaged; preparing it again."]
 
@@ -132,9 +138,65 @@ def test_without_a_cache_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Mon
     assert entry(str(tmp_path), make, notes) == found
     assert make.times == 1
     assert notes.notes == []
-    entries._remove(found.table.parents[1], os.getpid())
-    assert not found.table.exists()
-    entries._temporary_root.cache_clear()
+
+
+_KILLED = """
+import os, signal
+from pathlib import Path
+from mftctl.data.prepared.entries import entry
+from mftctl.progress import Silence
+
+entry("a", lambda path: {"bytes": path.write_bytes(bytes(1000))}, Silence())
+if KILLED:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_a_later_command_removes_what_a_killed_one_without_a_cache_left(tmp_path: Path) -> None:
+    environment = {**os.environ, "MFTCTL_CACHE": "off", "TMPDIR": str(tmp_path)}
+    for killed, left in ((True, 1), (False, 0)):
+        program = _KILLED.replace("KILLED", str(killed))
+        subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+        assert len(list(tmp_path.iterdir())) == left
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "link", "lock"])
+def test_what_the_user_put_in_the_place_of_an_entry_stays(root: Path, tmp_path: Path, kind: str) -> None:
+    place = entry("a", Made(), Notes()).table.parent
+    clear_cache()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / TABLE).write_text("mine")
+    things: dict[str, Callable[[], object]] = {
+        "file": lambda: place.write_text("mine"),
+        "folder": lambda: (place / "photos").mkdir(parents=True),
+        "link": lambda: place.symlink_to(elsewhere),
+        "lock": place.with_name(f"{place.name}.lock").mkdir,
+    }
+    things[kind]()
+    before = set(root.rglob("*"))
+    assert clear_cache().entries == 0
+    _without_cache(root, Notes())
+    clear_cache()
+    assert set(root.rglob("*")) - before <= {place.with_name(f"{place.name}.lock")}
+    assert before <= set(root.rglob("*"))
+    assert (elsewhere / TABLE).read_text() == "mine"
+
+
+def test_without_a_home_folder_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MFTCTL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    notes = Notes()
+    assert entry("without a home", Made(), notes).table.read_text() == "content"
+    assert notes.notes == [
+        "The data is prepared for this command only: there is no home folder; MFTCTL_CACHE may name one."
+    ]
+    assert (cache_use().folder, clear_cache().entries) == (None, 0)
 
 
 def test_a_full_disk_of_temporary_files_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

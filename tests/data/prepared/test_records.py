@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -162,3 +163,19 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, monkeypatch: pyte
         assert told[-1].records_per_second
     assert found["1"] == found["3"]
     assert found["1"][1]["overlong"] == sum(number % 7 == 3 for number in range(3000))
+
+
+@pytest.mark.parametrize(
+    ("template", "parts"),
+    [
+        ("{{ strftime_now('%d %b') }}", ["18", "Nov"]),
+        ("{{ strftime_now('%_H|%^b|%-M') }}", ["5", " 9", "NOV"]),
+        ("{%if x%}{%set y = 1%}{{ strftime_now('%Y') }}{%endif%}", ["2026"]),
+    ],
+)
+def test_the_parts_of_the_time_that_a_template_writes(template: str, parts: list[str]) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = f"{tokenizer.chat_template}{template}"
+    used = encode._time_used(Encoder(tokenizer, now=datetime(2026, 11, 18, 9, 5)))
+    assert used is not None
+    assert sorted(used) == sorted(parts)
