@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from mftctl.data.prepared.entries import entry
 from mftctl.data.prepared.example_table import ExampleTable, ReadSummary, write_examples
 from mftctl.data.prepared.examples import Examples
 from mftctl.data.record_issues import RecordIssues
-from mftctl.data.sources import DataSource, source_content_digest, source_places, stream_source
+from mftctl.data.sources import DataSource, local_files, source_content_digest, source_places, stream_source
 from mftctl.data.splits import sample_count
 from mftctl.errors import DataError
 from mftctl.progress import Listener, Silence
@@ -70,13 +71,31 @@ def example_table(source: DataSource, listener: Listener) -> ExampleTable:
         listener: Receives progress updates and notes on the cache.
 
     Raises:
-        DataError: The source cannot be read.
+        DataError: The source cannot be read, or changes meanwhile.
     """
     places = tuple(source_places(source))
+    before = _file_states(source)
     key = {"what": "examples", "code": code_digest(), "source": source_content_digest(source)}
 
     def make(path: Path) -> dict[str, Any]:
-        return write_examples(path, stream_source(source), places, listener).plain()
+        summary = write_examples(path, stream_source(source), places, listener)
+        if _file_states(source) != before:
+            raise DataError(
+                "The data changed while it was read.",
+                path=source.path,
+                hint="run the command again once nothing writes to it",
+            )
+        return summary.plain()
 
     made = entry(key, make, listener)
     return ExampleTable(made.table, made.name, places, MappedTable(made.table), ReadSummary.parse(made.summary))
+
+
+def _file_states(source: DataSource) -> list[tuple[Path, int, int]]:
+    """Path, size and modification time in ns of each local file; those that cannot be read are told on reading."""
+    states = []
+    for path in local_files(source):
+        with suppress(OSError):
+            status = path.stat()
+            states.append((path, status.st_size, status.st_mtime_ns))
+    return states

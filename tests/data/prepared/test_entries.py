@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from mftctl.data.prepared import encode, entries
+from mftctl.data.prepared import encode, entries, load
 from mftctl.data.prepared.cache_folder import TABLE, cache_folder, cache_use, clear_cache
 from mftctl.data.prepared.entries import entry
+from mftctl.data.sources import DataSource
 from mftctl.errors import DataError, StorageError
 from tests.data.prepared.preparing import Notes, prepare, write_questions
 
@@ -255,3 +256,21 @@ def test_a_lost_process_is_one_error(root: Path, tmp_path: Path, monkeypatch: py
         prepare(path)
     assert caught.value.actual == "exit status -9"
     assert [entry.name for entry in root.iterdir() if entry.is_dir() and entry.name.startswith(".")] == []
+
+
+def test_data_that_changes_while_it_is_read_is_not_kept(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_questions(tmp_path / "data.jsonl", 5)
+    digest = load.source_content_digest
+
+    def then_grow(source: DataSource) -> str:
+        found = digest(source)
+        write_questions(path, 6)
+        return found
+
+    monkeypatch.setattr(load, "source_content_digest", then_grow)
+    with pytest.raises(DataError, match="changed while it was read") as caught:
+        prepare(path)
+    assert caught.value.path == str(path)
+    assert cache_use().entries == 0
