@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,10 @@ def test_a_result_that_cannot_leave_the_sandbox_is_left_out_of_a_published_test_
 def test_real_problems_accept_their_solution_and_reject_an_empty_one(real_data: Path, file: str, step: int) -> None:
     """Every Nth problem: running all of them took minutes, and all passed."""
     every = read_problems(real_data / "humanevalplus" / file, "humaneval_plus").records
-    problems = [*every[2::step], *(problem for problem in every if problem["entry_point"] == "find_zero")]
+    problems = every[2::step]
+    # The stored results of find_zero are those of a `sum` that does not compensate, as before Python 3.12.
+    if sys.version_info < (3, 12) or "Mini" in file:
+        problems = [*problems, *(problem for problem in every if problem["entry_point"] == "find_zero")]
     right = [Trial(reference(p), checks(p), entry_point(p), reference(p)) for p in problems]
     wrong = [Trial(program(p, "    pass\n"), checks(p), entry_point(p), reference(p)) for p in problems]
     verdicts = run_trials(find_sandbox(), [*right, *wrong])
