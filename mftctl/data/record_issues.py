@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from enum import IntFlag
 from typing import Final, Literal
@@ -90,23 +91,9 @@ class RecordIssues:
         """
         if self.refused and bad_records == "error":
             self._refuse()
-        self._require_few("malformed", len(self.refused), self.records, most)
-        self._require_few("longer than --max-length before the answer", self.overlong, self._looked_at, most)
-
-    def _require_few(self, what: str, count: int, total: int, most: float) -> None:
-        if count <= most * total:
-            return
-        first = f"; {_described(self.refused[0])}" if what == "malformed" and self.refused else ""
-        raise DataError(
-            "Too many records cannot be used.",
-            path=self.refused[0].path if first else None,
-            key="--bad-records-max",
-            expected=f"at most {most:.3%}".replace(".000%", "%") + f" of {counted(total, 'record')}",
-            actual=f"{count:,} ({count / total:.1%}) {what}{first}",
-            hint="remove them, "
-            + ("" if first else "raise --max-length, ")
-            + "or allow more with --bad-records-max, such as 20%",
-        )
+        first = self.refused[0] if self.refused else None
+        _require_few("malformed", len(self.refused), self.records, most, first=first)
+        _require_few("with a prompt longer than --max-length", self.overlong, self._looked_at, most)
 
     def _refuse(self) -> None:
         first = self.refused[0]
@@ -180,6 +167,29 @@ class RecordIssues:
             if count:
                 lines.append(f"in {counted(count, noun)} {REMARK_TEXTS[remark]}")
         return lines
+
+
+def _require_few(what: str, count: int, total: int, most: float, *, first: DataError | None = None) -> None:
+    """Checks that a kind of unusable records is rare.
+
+    Args:
+        what: The kind, in words that follow a number.
+        count: Their number.
+        total: The number of records that it refers to.
+        most: Maximum share.
+        first: The first of them, if it is known; otherwise the prompts are too long.
+    """
+    if count <= most * total:
+        return
+    raise DataError(
+        "Too many records cannot be used.",
+        path=None if first is None else first.path,
+        key="--bad-records-max",
+        expected=f"at most {100 * most:g}% of {counted(total, 'record')}",
+        actual=f"{count:,} ({count / total:.1%}) {what}" + ("" if first is None else f"; {_described(first)}"),
+        hint=("remove them, raise --max-length, " if first is None else "remove them, ")
+        + f"or leave them out with --bad-records-max {math.ceil(100 * count / total)}%",
+    )
 
 
 def _described(error: DataError) -> str:

@@ -165,7 +165,13 @@ def _matching_files(pattern: str) -> list[Path]:
     # Links that lead nowhere are kept, so that reading them fails.
     found = sorted(path for path in map(Path, set(names)) if not path.is_dir())
     if not found:
-        raise DataError("No file matches the pattern.", path=pattern, expected="at least one file", actual="none")
+        raise DataError(
+            "No file matches the pattern.",
+            path=pattern,
+            expected="at least one file",
+            actual="none",
+            hint="check the folder and the pattern, and quote it for the shell",
+        )
     return found
 
 

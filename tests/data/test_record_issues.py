@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from mftctl.data.record_issues import RecordIssues
@@ -92,6 +94,8 @@ def test_more_than_a_few_unusable_records_are_an_error(refused: int, overlong: i
     assert caught.value.key == "--bad-records-max"
     assert caught.value.expected == f"at most 1% of {records} records"
     assert str(caught.value.actual).startswith(f"{max(refused, overlong)} (")
+    share = max(refused, overlong) / records
+    assert str(caught.value.hint).endswith(f"--bad-records-max {math.ceil(100 * share)}%")
     issues.settle("skip", 0.4)
 
 
@@ -100,3 +104,4 @@ def test_a_few_unusable_records_are_left_out() -> None:
     issues.records = issues.tokenised = 200
     issues.overlong = 2
     issues.settle("skip", 0.01)
+    assert [line.split(" skipped")[0] for line in issues.lines(64)] == ["2 of 200 records", "2 of 200 records"]
