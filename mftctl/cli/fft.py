@@ -60,6 +60,9 @@ def fft(
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
     learning_rate: opt.FftRate = None,
+    schedule: opt.Schedule = None,
+    average: opt.Average = None,
+    average_device: opt.AverageDevice = None,
     batch_size: opt.BatchSize = None,
     grad_accum_steps: opt.GradAccum = None,
     global_batch_size: opt.GlobalBatch = None,
@@ -111,6 +114,9 @@ def fft(
 
 def show(console: Output, run: Run, result: FftResult) -> None:
     """Prints the result of fine-tuning."""
+    kept = f"{result.kept} checkpoint"
+    if result.kept_average is not None:
+        kept += f", average over {100 * result.kept_average:g} % of the steps"
     console.result(
         {"run": str(run.folder), **result.document()},
         pairs_table(
@@ -119,7 +125,7 @@ def show(console: Output, run: Run, result: FftResult) -> None:
                 ("validation loss", f"{result.start_loss:.4f} at the start"),
                 ("", f"{result.best_loss:.4f} at the best step ({result.best_step} of {result.steps})"),
                 ("", f"{result.last_loss:.4f} at the last step"),
-                ("model", f"{result.model} ({result.kept} checkpoint)"),
+                ("model", f"{result.model} ({kept})"),
                 ("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"),
             ],
         ),

@@ -71,6 +71,9 @@ def mask_train(
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,
     learning_rate: opt.MaskRate = None,
+    schedule: opt.Schedule = None,
+    average: opt.Average = None,
+    average_device: opt.AverageDevice = None,
     batch_size: opt.BatchSize = None,
     grad_accum_steps: opt.GradAccum = None,
     global_batch_size: opt.GlobalBatch = None,
@@ -136,6 +139,8 @@ def _losses(result: MeasuredMask) -> list[tuple[str, str]]:
     rows = [("validation loss", f"{result.unmasked_loss:.4f} without a mask")]
     if result.steps:
         step = f"the {result.kept} mask, step {result.best_step} of {result.steps}"
+        if result.kept_average is not None:
+            step += f", scores averaged over {100 * result.kept_average:g} % of the steps"
         rows += [("", f"{result.start_loss:.4f} with the initial mask")]
         rows += [("", f"{result.best_loss:.4f} with {step}")]
     else:

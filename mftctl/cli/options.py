@@ -227,6 +227,14 @@ NoCache = Annotated[
         rich_help_panel=GENERAL,
     ),
 ]
+NoControls = Annotated[
+    bool,
+    typer.Option(
+        "--no-controls",
+        help="Compare masks without training the controls: the same as --set controls=[].",
+        rich_help_panel=GENERAL,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.", rich_help_panel=GENERAL)]
 Yes = Annotated[
     bool, typer.Option("--yes", "-y", help="Replace existing results without asking.", rich_help_panel=GENERAL)
@@ -283,6 +291,9 @@ PrefixCache = Annotated[
     float | None,
     setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="by free memory"),
 ]
+Schedule = Annotated[str | None, setting(TrainingOptions, "schedule", "--schedule", panel=TRAINING)]
+Average = Annotated[str | None, setting(TrainingOptions, "average", "--average", panel=TRAINING)]
+AverageDevice = Annotated[str | None, setting(TrainingOptions, "average_device", "--average-device", panel=TRAINING)]
 Deterministic = Annotated[
     bool | None,
     setting(TrainingOptions, "deterministic", "--deterministic", panel=TRAINING),
@@ -304,6 +315,11 @@ MaskRate = Annotated[Any, setting(MaskTrainOptions, "learning_rate", "--lr", pan
 Preset = Annotated[str | None, setting(MaskTrainOptions, "preset", "--preset", panel=MASKING)]
 Ratio = Annotated[Any, setting(MaskTrainOptions, "ratio", "--ratio", panel=MASKING, parser=ratios)]
 Target = Annotated[str | None, setting(MaskTrainOptions, "target", "--target", panel=MASKING)]
+
+
+def sets_with(sets: list[str] | None, *, no_controls: bool) -> list[str]:
+    """Returns the --set options together with that which --no-controls stands for."""
+    return [*(sets or ()), *(["controls=[]"] if no_controls else [])]
 
 
 def given(context: typer.Context, *sections: str) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def run(
     seed: opt.Seed = None,
     device: opt.Device = None,
     attention: opt.Attention = None,
+    no_controls: opt.NoControls = False,
     no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -54,7 +55,7 @@ def run(
     """
     launch = settle_launch("run", processes, shard)
     with Output(as_json=as_json) as console:
-        settled = load_recipe(recipe, sets=sets or (), options=opt.given(context))
+        settled = load_recipe(recipe, sets=opt.sets_with(sets, no_controls=no_controls), options=opt.given(context))
         require_devices(launch, settled.device)
         plan = plan_experiment(settled, recipe, runs, launch)
         if dry_run:

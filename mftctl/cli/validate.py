@@ -49,6 +49,7 @@ def validate(
         ),
     ] = None,
     trust_remote_code: opt.TrustRemoteCode = None,
+    no_controls: opt.NoControls = False,
     no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:
@@ -57,7 +58,7 @@ def validate(
     Needs no weights: a folder with just config.json is enough. Exits with code 2 if there are problems.
     """
     with Output(as_json=as_json) as console:
-        settled = load_recipe(recipe, sets=sets or (), options=opt.given(context))
+        settled = load_recipe(recipe, sets=opt.sets_with(sets, no_controls=no_controls), options=opt.given(context))
         from mftctl.workflows.validate import validate as check
 
         result = check(settled, recipe, device_memory=device_memory)

@@ -14,8 +14,8 @@ OF_THE_MACHINE = ("device", "attention", "trust_remote_code")
 """Keys for device, kernels and trust, which later commands need not share."""
 
 _WITHOUT_EFFECT = {
-    "fft": {"batch_tokens"},
-    "mask_train": {"batch_tokens", "prefix_cache_gb"},
+    "fft": {"batch_tokens", "average_device"},
+    "mask_train": {"batch_tokens", "average_device", "prefix_cache_gb"},
     "eval": {"tensor_parallel", "gpu_memory_share", "max_model_length_tokens"},
 }
 """Keys that affect where and how fast something is computed, but not its result."""
@@ -27,9 +27,10 @@ IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
 _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
 """Keys added later: omitted at their defaults, so that earlier runs are still recognised."""
 
+_OF_TRAINING = ("average", "average_horizons", "decay_ratio")
 _OF_SECTIONS = {
-    "fft": ("exclude",),
-    "mask_train": ("keep", "start_std", "unit"),
+    "fft": ("exclude", *_OF_TRAINING),
+    "mask_train": ("keep", "start_std", "unit", *_OF_TRAINING),
     "probe": ("by",),
     "eval": ("prompts",),
 }

@@ -32,6 +32,7 @@ class Job:
         after: The job whose model is the input; None for the recipe's model.
         layers_from: The probe job that selects the layers.
         variant: The swept keys and values.
+        candidates: Jobs of which the one with the lowest validation loss gives the model; empty if `after` does.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Job:
     after: Job | None = None
     layers_from: Job | None = None
     variant: Mapping[str, Any] = field(default_factory=dict)
+    candidates: tuple[Job, ...] = ()
 
 
 def spell_out(recipe: Recipe) -> list[Job]:

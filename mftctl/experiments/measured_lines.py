@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -33,6 +34,7 @@ class MetricsLine(Part):
         epoch: Passes over the training data so far.
         loss: Training loss.
         eval_loss: Validation loss.
+        average_losses: Validation loss of each running average, by its horizon.
         num_input_tokens_seen: Training tokens so far.
         train_runtime: Seconds since training started or was resumed.
         train_tokens_per_second: Average over that time.
@@ -59,6 +61,7 @@ class MetricsLine(Part):
     epoch: Exact | None = None
     loss: Measured | None = None
     eval_loss: Measured | None = None
+    average_losses: dict[str, Measured] = Field(default_factory=dict)
     num_input_tokens_seen: Exact | None = None
     train_runtime: Exact | None = None
     train_tokens_per_second: Exact | None = None
@@ -82,6 +85,12 @@ class MetricsLine(Part):
     def is_place(self) -> bool:
         """True if the line fully describes a point on a loss surface."""
         return {"x", "y", "train_loss", "test_loss"} <= self.model_fields_set
+
+    @property
+    def lowest_loss(self) -> float | None:
+        """The lowest validation loss at this step, of the trained values and their averages."""
+        losses = [loss for loss in (self.eval_loss, *self.average_losses.values()) if loss is not None]
+        return min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss, default=None)
 
     def without_epoch(self) -> MetricsLine:
         """The same line without its epoch."""

@@ -185,6 +185,7 @@ class EvalOptions(Section):
 
 
 Command = Literal["fft", "probe", "mask-train", "apply", "eval"]
+Control = Literal["annealed", "averaged", "interpolated"]
 
 
 class Stage(Section):
@@ -256,6 +257,13 @@ class Recipe(Section):
     mask_train: MaskTrainOptions = MaskTrainOptions()
     eval: EvalOptions = EvalOptions()
     stages: dict[str, Stage] = Field(default_factory=dict)
+    controls: tuple[Control, ...] = Field(
+        ("annealed", "averaged", "interpolated"),
+        strict=False,
+        description="run: what to compare every learned mask with, from the same model. annealed: as many steps of "
+        "plain training; averaged: the same with running averages of the weights; interpolated: the way from the model "
+        "before fine-tuning, to the best point.",
+    )
 
     @model_validator(mode="after")
     def _settle_the_probe(self) -> Recipe:

@@ -19,6 +19,7 @@ PLACES = ("model", "mask", "output")
 LABELS = ("name", "dataset", "layers", "step")
 """Keys that identify the entries of a list in a result, such as the name of a dataset or the layers of a group."""
 
+KeptAverage = Annotated[float | None, Field(default=None, exclude_if=lambda value: value is None)]
 Refused = Annotated[str | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
@@ -72,6 +73,12 @@ class MadeModel(MadeState):
     model: Place
 
 
+class BestLoss(Result):
+    """Lowest validation loss of a run."""
+
+    best_loss: Measured
+
+
 class MadeMask(MadeState):
     """Mask made by `mask-train`."""
 
@@ -105,6 +112,7 @@ class FftResult(Result):
         best_loss: Lowest validation loss.
         last_loss: Validation loss after the last step.
         best_step: Step with the lowest validation loss.
+        kept_average: Horizon of the running average that was kept; None if the trained weights themselves were.
         steps: Number of optimizer steps.
         trained_parameters: Number of trained parameters.
         tokens: Number of training tokens.
@@ -121,6 +129,7 @@ class FftResult(Result):
     best_loss: Measured
     last_loss: Measured
     best_step: Count
+    kept_average: KeptAverage
     steps: Count
     trained_parameters: Count
     tokens: Count
@@ -384,6 +393,7 @@ class MeasuredMask(MaskTrainResult):
         start_loss: Validation loss with the mask of the initial scores.
         best_loss: Validation loss with this mask.
         best_step: Optimizer step at which this mask was found; 0 is the start.
+        kept_average: Horizon of the running average of the scores that gave this mask; None for the scores themselves.
         tokens: Number of training tokens.
         learning_rate: Peak learning rate, the largest if it differs between tensors; None without training.
         helps: Whether the mask lowers the validation loss.
@@ -400,6 +410,7 @@ class MeasuredMask(MaskTrainResult):
     start_loss: Measured
     best_loss: Measured
     best_step: Count
+    kept_average: KeptAverage
     tokens: Count
     learning_rate: Measured | None
     helps: bool

@@ -37,4 +37,7 @@ def stage_runs(root: Path) -> list[Run]:
 
 
 def _on_digests(decides: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, Any]:
-    return {key: digests.get(value, value) if key in _ON_STAGES else value for key, value in decides.items()}
+    def current(value: Any) -> Any:
+        return [current(item) for item in value] if isinstance(value, list) else digests.get(value, value)
+
+    return {key: current(value) if key in _ON_STAGES else value for key, value in decides.items()}

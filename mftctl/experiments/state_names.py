@@ -77,6 +77,11 @@ class State:
         return self.kind in _UPDATES
 
     @property
+    def is_plain_training(self) -> bool:
+        """True if all weights were fine-tuned, once or continued."""
+        return self.kind is StateKind.FFT
+
+    @property
     def is_drop(self) -> bool:
         """True if weights were reset to their values before fine-tuning."""
         return self.kind in _DROPS.values()

@@ -37,6 +37,7 @@ def _layers_text(value: object) -> object:
 
 LayersText = Annotated[str, BeforeValidator(_layers_text)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
 
 class TrainingOptions(Section):
@@ -59,8 +60,13 @@ class TrainingOptions(Section):
         "this size, regardless of the batch size; a longer record gets its own pass.",
     )
     max_length_tokens: int = Field(1024, gt=1, description="Longer records are truncated at the end.")
-    schedule: Literal["linear", "cosine"] = Field("linear", description="Decay of the learning rate to 0.")
+    schedule: Schedule = Field(
+        "linear",
+        description="Learning rate after the warmup. linear and cosine: decays to 0; constant: does not decay; wsd: "
+        "stays constant, then decays linearly to 0 (warmup, stable, decay).",
+    )
     warmup_ratio: Share = Field(0.03, description="Share of steps for learning rate warmup.")
+    decay_ratio: float = Field(0.2, gt=0, le=1, description="wsd: share of steps for the decay.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm; 0 disables clipping.")
     precision: Precision = Field("auto", description="auto: bf16 on a GPU that supports it, otherwise fp32.")
@@ -72,12 +78,33 @@ class TrainingOptions(Section):
     )
     val_steps: int | None = Field(None, gt=0, description="Steps between validations; a tenth of all steps by default.")
     patience: int | None = Field(None, gt=0, description="Stop early after this many validations without improvement.")
+    average: Literal["none", "ema"] = Field(
+        "none",
+        description="ema: also keep running averages of what is trained, one per horizon; each is validated beside the "
+        "current values, and the one with the lowest loss is kept.",
+    )
+    average_horizons: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.02, 0.05, 0.1, 0.2),
+        strict=False,
+        min_length=1,
+        max_length=4,
+        description="Horizons of the averages as shares of all steps; each takes as much memory as what is trained.",
+    )
+    average_device: Literal["device", "cpu"] = Field(
+        "device", description="Memory that holds the averages: that of the training's device, or main memory."
+    )
     benchmark_every: int | None = Field(
         None, gt=0, description="Measure benchmarks and test data every N steps, at the start and at the end."
     )
     benchmark_limit: int = Field(
         100, gt=0, description="--benchmark-every: use only the first N problems or records of each."
     )
+
+    @model_validator(mode="after")
+    def _horizons_differ(self) -> Self:
+        if len(set(self.average_horizons)) < len(self.average_horizons):
+            raise ValueError("average_horizons must differ from each other")
+        return self
 
     @model_validator(mode="after")
     def _one_step_size(self) -> Self:
@@ -287,6 +314,8 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError(f"a threshold needs learned scores; the method {self.method} takes a ratio")
         if self.unit == "row" and self.method != "magnitude":
             raise ValueError(f"mask_train.unit: row applies only to the method magnitude; the method is {self.method}")
+        if self.average != "none" and self.method != "learned":
+            raise ValueError(f"mask_train.average needs learned scores; the method {self.method} has none")
         if isinstance(self.ratio, dict) and self.method == "drop":
             raise ValueError("drop takes one ratio for all tensors")
         if self.ratio == {}:

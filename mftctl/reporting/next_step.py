@@ -54,8 +54,11 @@ def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
 def _after_a_mask(
     masks: Sequence[tuple[MetricTable, Row]], tables: Sequence[MetricTable], runs: Sequence[Run]
 ) -> Advice:
-    verdicts = {row.change.verdict for _, row in masks if row.change is not None}
+    verdicts = {_verdict(row) for _, row in masks}
     seeds = max(len(row.seeds) for _, row in masks)
+    stronger = _better_without_a_mask(masks)
+    if stronger is not None:
+        return stronger
     if "worse" in verdicts and "better" not in verdicts:
         return Advice("mftctl probe", "The mask made the model worse. Masking only some of the layers may still help.")
     if "better" not in verdicts:
@@ -72,3 +75,25 @@ def _after_a_mask(
             "mftctl eval --tasks gsm8k", "The mask helps on its own data. A benchmark shows its effect on other data."
         )
     return Advice("mftctl apply", "The mask helps. apply writes a standard checkpoint that any server loads.")
+
+
+def _verdict(row: Row) -> str | None:
+    """The verdict on a mask against its strongest control, or against the baseline if no control is stronger."""
+    if row.against_control is not None:
+        return row.against_control.change.verdict
+    return None if row.change is None else row.change.verdict
+
+
+def _better_without_a_mask(masks: Sequence[tuple[MetricTable, Row]]) -> Advice | None:
+    """Advice to use a control, if no mask is better than it anywhere; None if one is, or if there is no control."""
+    found = [(table, row, row.against_control) for table, row in masks if row.against_control is not None]
+    stronger = [(table, row, control) for table, row, control in found if not control.is_baseline]
+    if not stronger or any(control.change.verdict == "better" for _, _, control in found):
+        return None
+    table, row, control = stronger[0]
+    relation = "is better than" if control.change.verdict == "worse" else "is not worse than"
+    return Advice(
+        "mftctl report --each-seed",
+        f"{control.control}, which needs no mask, {relation} {row.state} on {table.dataset} "
+        f"({table.metric} {control.change.value:+.4f} with the mask). Use that model.",
+    )

@@ -15,6 +15,7 @@ from mftctl.experiments.state_names import FFT, PRE_TRAINED, State, known_state,
 from mftctl.progress import Listener, Progress
 from mftctl.reporting.evaluation_runs import Measurement, belong_together, measurements_of
 from mftctl.reporting.paired_change import Change, paired_change
+from mftctl.reporting.strongest_control import AgainstControl, against_strongest, is_control
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Row:
         by_seed: The result of each run.
         flags: Differences from the baseline that affect comparability, other than those that define the method.
         made: The state; None if its label is not known to this version.
+        against_control: Change against the strongest control; None for a control itself or if there is none.
     """
 
     state: str
@@ -65,6 +67,7 @@ class Row:
     by_seed: tuple[SeedResult, ...] = ()
     flags: tuple[str, ...] = ()
     made: State | None = None
+    against_control: AgainstControl | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +190,11 @@ def _table(
         return domain, place_of(first.state), first.maker
 
     rows, problems = [], []
-    for group in sorted(states.values(), key=order):
+    ordered = sorted(states.values(), key=order)
+    labels = [state_label(group[0].state, group[0].maker, makers[group[0].state]) for group in ordered]
+    by_label = dict(zip(labels, ordered, strict=True))
+    for label, group in by_label.items():
         state = group[0].state
-        label = state_label(state, group[0].maker, makers[state])
         changes: list[Change | None] = [None] * (1 + len(group))
         if state != baseline:
             parts = [group] if len(group) == 1 else [group, *([item] for item in group)]
@@ -197,7 +202,11 @@ def _table(
                 changes = [_change(part, measurements, metric, baseline) for part in parts]
             except (RunError, EvaluationError) as error:
                 problems.append(told(error, label))
-        rows.append(_row(label, group, changes, is_baseline=state == baseline))
+        row = _row(label, group, changes, is_baseline=state == baseline)
+        if not (is_control(state) or state == PRE_TRAINED):
+            control = against_strongest(group, by_label, metric, baseline=baseline, baseline_change=row.change)
+            row = replace(row, against_control=control)
+        rows.append(row)
         advance(len(group))
     dataset = measurements[0].dataset
     table = MetricTable(origin, dataset.name, metric, baseline, tuple(rows), is_benchmark=dataset.task is not None)

@@ -107,6 +107,7 @@ def _train(search: MaskSearch) -> FoundMask:
         trainer.args.learning_rate,
         summarise_flips(search.folder.metrics(), changed),
         confirming,
+        trainer.kept_horizon(),
     )
 
 
@@ -126,6 +127,7 @@ def _trainer(search: MaskSearch) -> ScoreTrainer:
     trainer = ScoreTrainer(search.model, arguments, inputs.train, inputs.validation, inputs.tokenizer, search.listener)
     arguments.load_best_model_at_end = options.keep == "best"
     trainer.step_size = step_size(options)
+    trainer.keep_averages(options, start.steps)
     trainer.averages_records = options.averages_records
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -43,8 +43,8 @@ from mftctl.runtime.processes import is_first, timeout_seconds, world_size
 from mftctl.runtime.torch_failures import gpu_failures, reason_of
 from mftctl.text import first_line
 from mftctl.training.answer_loss import answer_loss, record_shares
-from mftctl.training.schedule import accumulation, records_per_step, warmup_steps
-from mftctl.training.step_trainer import StepTrainer
+from mftctl.training.averaging_trainer import AVERAGE_LOSSES, LOWEST_LOSS, AveragingTrainer, lowest_loss
+from mftctl.training.schedule import accumulation, decay_steps, records_per_step, warmup_steps
 from mftctl.training.stopping import EndedBefore, NoStepTooMany, StopRequest
 from mftctl.training.token_batches import StepSize
 from mftctl.training.watch import TrainingWatch
@@ -89,8 +89,7 @@ def training_arguments(
         # With a token budget, the Trainer treats a step as one batch.
         gradient_accumulation_steps=1 if options.batch_tokens else accumulation(options, world_size()),
         learning_rate=learning_rate,
-        lr_scheduler_type=options.schedule,
-        warmup_steps=warmup_steps(steps, options),
+        **_schedule_arguments(steps, options),
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         optim="adamw_torch",
@@ -120,6 +119,19 @@ def training_arguments(
     )
 
 
+def _schedule_arguments(steps: int, options: TrainingOptions) -> dict[str, Any]:
+    """The schedule in the Trainer's terms; `schedule_factors` describes the same one."""
+    warmup = {"warmup_steps": warmup_steps(steps, options)}
+    match options.schedule:
+        case "constant":
+            return {"lr_scheduler_type": "constant_with_warmup", **warmup}
+        case "wsd":
+            decay = {"num_decay_steps": decay_steps(steps, options), "decay_type": "linear"}
+            return {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": decay, **warmup}
+        case "linear" | "cosine":
+            return {"lr_scheduler_type": options.schedule, **warmup}
+
+
 class _Arguments(TrainingArguments):
     """Arguments for a Trainer on the device in use; by default it takes the first GPU, or all with DataParallel."""
 
@@ -142,7 +154,7 @@ def step_size(options: TrainingOptions) -> StepSize | None:
     return StepSize(records_per_step(options, world_size()), options.batch_tokens)
 
 
-class SftTrainer(StepTrainer):
+class SftTrainer(AveragingTrainer):
     """A Trainer for answer tokens: exact token-mean losses, a record order that depends only on the seed, no printing.
 
     Attributes:
@@ -216,22 +228,29 @@ class SftTrainer(StepTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The validation loss per answer token over the whole validation set, weighted by tokens, not by batches."""
-        model = self.accelerator.unwrap_model(self.model)
+        return self._record(self._validation_loss(), metric_key_prefix, self.measure_averages(self._validation_loss))
+
+    def _validation_loss(self) -> float:
         losses = sample_losses(
-            model,
+            self.accelerator.unwrap_model(self.model),
             self.validation,
             pad_token_id=self._padding,
             on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
             together=True,
         )
-        return self._record(mean_loss(losses), metric_key_prefix)
+        return mean_loss(losses)
 
-    def _record(self, loss: float, metric_key_prefix: str) -> dict[str, float]:
-        """Passes a validation loss to the log and the callbacks, and returns it as metrics."""
+    def _record(
+        self, loss: float, metric_key_prefix: str, average_losses: Mapping[str, float] | None = None
+    ) -> dict[str, float]:
+        """Passes validation losses to the log and the callbacks, and returns them as metrics."""
         metrics = {f"{metric_key_prefix}_loss": loss}
         if self.start_loss is None:
             self.start_loss = loss
-        self.log(metrics)
+        line: dict[str, Any] = {**metrics, **({AVERAGE_LOSSES: average_losses} if average_losses else {})}
+        self.log(line)
+        if self.averages is not None:
+            metrics[f"{metric_key_prefix}_{LOWEST_LOSS}"] = lowest_loss(line)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -287,6 +306,8 @@ def train(
     except EndedBefore:
         if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
             trainer._load_best_model()
+    if not stop.requested or trainer.state.global_step >= trainer.state.max_steps:
+        trainer.take_kept()
     wait_for_all()  # the first process may now remove what all have read
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(

@@ -100,6 +100,7 @@ class FoundMask:
         learning_rate: The peak learning rate, the largest if it differs between tensors; None without training.
         flips: From `summarise_flips`; None without training.
         confirming: The losses of the confirming records without and with the mask; None if not measured.
+        kept_average: Horizon of the running average of the scores that gave this mask; None for the scores themselves.
     """
 
     keep: dict[str, torch.Tensor]
@@ -112,6 +113,7 @@ class FoundMask:
     learning_rate: float | None = None
     flips: Flips | None = None
     confirming: tuple[list[SampleLoss], list[SampleLoss]] | None = None
+    kept_average: float | None = None
 
     @property
     def helps(self) -> bool:

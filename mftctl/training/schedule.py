@@ -118,12 +118,23 @@ def warmup_steps(steps: int, options: TrainingOptions) -> int:
     return min(math.ceil(steps * options.warmup_ratio), steps - 1)
 
 
+def decay_steps(steps: int, options: TrainingOptions) -> int:
+    """The number of steps over which the schedule `wsd` decays, at the end; at most those after the warmup."""
+    return min(max(1, round(steps * options.decay_ratio)), steps - warmup_steps(steps, options))
+
+
 def schedule_factors(steps: int, options: TrainingOptions) -> list[float]:
-    """The share of the peak learning rate at each step: a linear rise, then a decay to 0 after the last step."""
+    """The share of the peak learning rate at each step: a linear rise, then what the schedule says."""
     rising = warmup_steps(steps, options)
-    fallen = [(step - rising) / (steps - rising) for step in range(rising, steps)]
-    if options.schedule == "cosine":
-        falling = [0.5 * (1 + math.cos(math.pi * share)) for share in fallen]
-    else:
-        falling = [1 - share for share in fallen]
-    return [step / rising for step in range(rising)] + falling
+    later = steps - rising
+    match options.schedule:
+        case "constant":
+            after = [1.0] * later
+        case "wsd":
+            decay = decay_steps(steps, options)
+            after = [1.0] * (later - decay) + [1 - step / decay for step in range(decay)]
+        case "cosine":
+            after = [0.5 * (1 + math.cos(math.pi * step / later)) for step in range(later)]
+        case "linear":
+            after = [1 - step / later for step in range(later)]
+    return [step / rising for step in range(rising)] + after

@@ -19,6 +19,7 @@ from mftctl.masking.full_tensor import whole, whole_shape
 from mftctl.masking.layers import MaskedLinear, masked_layers, share_weights, unmasked
 from mftctl.masking.mask_file.codecs import Packed, count_kept, pack, unpack
 from mftctl.progress import Progress
+from mftctl.training.averaging_trainer import lowest_loss
 from mftctl.training.loop import SftTrainer
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW
 
@@ -131,8 +132,8 @@ class ScoreTrainer(SftTrainer):
         """The validation loss and optimizer step of the mask to keep; None if there was no validation."""
         if keep == "best":
             return self.state.best_metric, self.state.best_global_step
-        measured = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]
-        return (measured[-1] if measured else None), self.state.global_step
+        measured = [line for line in self.state.log_history if "eval_loss" in line]
+        return (lowest_loss(measured[-1]) if measured else None), self.state.global_step
 
     def masked(self) -> dict[str, MaskedLinear | MaskedPart]:
         """The modules with scores, by the name of their target, in model order."""

@@ -135,9 +135,9 @@ def _fine_tune(
         if options.has_8bit_moments:
             forget_8bit_overrides()
     saved = _save_trained(trainer.trained_model(), inputs, source, run, options, may_replace=may_replace)
-    validation = [line.eval_loss for line in run.training.metrics() if line.eval_loss is not None]
+    validated = [line for line in run.training.metrics() if line.eval_loss is not None]
     best_loss, best_step = trainer.state.best_metric, trainer.state.best_global_step
-    if trainer.start_loss is None or best_loss is None or best_step is None or not validation:
+    if trainer.start_loss is None or best_loss is None or best_step is None or not validated:
         raise TrainingError("The training ended without a validation.", path=run.folder)
     return FftResult(
         state=fine_tuned_state(source.state, options),
@@ -146,8 +146,9 @@ def _fine_tune(
         kept=options.keep,
         start_loss=trainer.start_loss,
         best_loss=best_loss,
-        last_loss=validation[-1],
+        last_loss=cast("float", validated[-1].lowest_loss),
         best_step=best_step,
+        kept_average=trainer.kept_horizon(),
         steps=trainer.state.global_step,
         trained_parameters=trained_parameters,
         tokens=int(trainer.state.num_input_tokens_seen),
@@ -216,6 +217,7 @@ def _trainer(
     arguments.optim = optimizer_name(options, arguments.device)
     trainer = UpdateTrainer(model, arguments, inputs.train, inputs.validation, inputs.tokenizer, listener)
     trainer.step_size = step_size(options)
+    trainer.keep_averages(options, arguments.max_steps)
     if options.low_memory:
         trainer.optimizer_cls_and_kwargs = low_memory_optimizer(arguments)
     if options.method in ("gmt", "random"):

@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 from mftctl.data.sources import is_pattern, source_content_digest
 from mftctl.errors import ConfigError, RunError
+from mftctl.experiments.controls import jobs_with_controls
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
-from mftctl.experiments.jobs import Job, spell_out
+from mftctl.experiments.jobs import Job
 from mftctl.experiments.model_source import ModelSource, recommendation_of, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.recording import recorded
-from mftctl.experiments.results import Outcome
+from mftctl.experiments.results import BestLoss, Outcome
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run
 from mftctl.experiments.run_record import RunStatus
@@ -89,7 +90,7 @@ def plan_experiment(recipe: Recipe, name: str, root: Path, launch: Launch | None
     fingerprint = model_fingerprint(recipe.model)
     files: dict[str, str | None] = {}
     plan: dict[int, Planned] = {}
-    for job in spell_out(recipe):
+    for job in jobs_with_controls(recipe):
         decides = _decides(job, fingerprint, plan, files)
         its_launch = launch_of(job.command, job.recipe, launch or Launch())
         if its_launch.processes > 1 and _has_steps_that_follow_them(job):
@@ -146,7 +147,8 @@ def _head(planned: Planned) -> str:
 
 
 def _needs(job: Job) -> list[Job]:
-    return [other for other in (job.after, job.layers_from) if other is not None]
+    before = job.candidates or (job.after,)
+    return [other for other in (*before, job.layers_from) if other is not None]
 
 
 def _claim(planned: Planned, by_job: Mapping[int, Planned], name: str, root: Path, listener: Listener) -> bool:
@@ -207,7 +209,9 @@ def _decides(
     for path in read:
         if path not in files:
             files[path] = source_content_digest(patterns[path]) if path in patterns else file_digest(path)
-    before = plan[id(job.after)].digest if job.after else None
+    before: str | list[str] | None = plan[id(job.after)].digest if job.after else None
+    if job.candidates:
+        before = [plan[id(candidate)].digest for candidate in job.candidates]
     if before is not None:
         del keys["model"]
         if job.command != "fft":  # the fine-tuning rate is then that of the previous stage
@@ -272,7 +276,7 @@ def _open(planned: Planned, by_job: Mapping[int, Planned], name: str, root: Path
     job = planned.job
     planned.source, changes = ModelSource(str(job.recipe.model)), {}
     if job.after is not None:
-        planned.source = source_of_run(_finished(by_job[id(job.after)]))
+        planned.source = source_of_run(_source_run(job, by_job))
         changes["model"] = planned.source.model
     if job.layers_from is not None:
         recommendation = recommendation_of(_finished(by_job[id(job.layers_from)]))
@@ -292,6 +296,12 @@ def _open(planned: Planned, by_job: Mapping[int, Planned], name: str, root: Path
         decides=planned.decides,
         processes=planned.launch.processes,
     )
+
+
+def _source_run(job: Job, by_job: Mapping[int, Planned]) -> Run:
+    """The run that makes a job's model; of several candidates, the first with the lowest validation loss."""
+    runs = [_finished(by_job[id(other)]) for other in job.candidates or (job.after,) if other is not None]
+    return min(runs, key=lambda run: run.result(BestLoss).best_loss) if job.candidates else runs[0]
 
 
 def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned], None]) -> None:

@@ -12,7 +12,8 @@ from mftctl.data.prepared.records import token_lengths
 from mftctl.data.rendering import Segment
 from mftctl.evaluation.benchmarks.problems import read_problems
 from mftctl.evaluation.suite import suite_problems
-from mftctl.experiments.jobs import Job, spell_out
+from mftctl.experiments.controls import jobs_with_controls
+from mftctl.experiments.jobs import Job
 from mftctl.experiments.recipe import Command, Recipe
 from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.masking.checkpoints.remote_code import trusting_code
@@ -180,7 +181,7 @@ def _jobs(recipe: Recipe, problems: ProblemList) -> list[Job]:
         return [Job(command, command, command, recipe.seed, recipe) for command in _WITHOUT_STAGES]
     jobs: list[Job] = []
     with problems.collecting("stages"):
-        jobs = spell_out(recipe)
+        jobs = jobs_with_controls(recipe)
     return [job for job in jobs if job.seed == jobs[0].seed]
 
 

@@ -10,6 +10,7 @@ from mftctl.experiments.state_names import known_state
 from mftctl.reporting.next_step import next_step
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.state_tables import MetricTable, Row
+from mftctl.reporting.strongest_control import AgainstControl
 from tests.reporting.training_folders import write_training
 
 CHANGES = {
@@ -83,3 +84,20 @@ def test_without_a_recipe_more_seeds_are_not_suggested(tmp_path: Path) -> None:
     advice = next_step(make_tables("better", is_benchmark=True), list_runs(tmp_path)[0])
     assert advice.command == "mftctl apply"
     assert dataclasses.astuple(advice)[1].startswith("The mask helps")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "relation"), [("worse", "is better than"), ("within noise", "is not worse than"), ("better", "")]
+)
+def test_a_mask_no_better_than_its_strongest_control_is_not_recommended(
+    trained: Path, verdict: str, relation: str
+) -> None:
+    [table] = make_tables("better", seeds=3, is_benchmark=True)
+    control = AgainstControl("continued FFT (averaged)", CHANGES[verdict], is_baseline=False)
+    rows = (table.rows[0], dataclasses.replace(table.rows[1], against_control=control))
+    advice = next_step([dataclasses.replace(table, rows=rows)], list_runs(trained)[0])
+    if relation:
+        assert advice.reason.startswith(f"continued FFT (averaged), which needs no mask, {relation} MFT")
+        assert advice.command == "mftctl report --each-seed"
+    else:
+        assert advice.command == "mftctl apply"

@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
+from transformers import get_scheduler
 
 from mftctl.errors import ConfigError
 from mftctl.experiments.training_options import FftOptions
 from mftctl.progress import Silence
+from mftctl.training.loop import training_arguments
 from mftctl.training.schedule import (
     accumulates,
     accumulation,
     announce_step,
     micro_batch_records,
     records_per_step,
+    schedule_factors,
     total_steps,
 )
 
@@ -95,3 +101,31 @@ class Notes(Silence):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.5, 0.9])
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "wsd"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 37])
+def test_factors_are_those_of_the_trainer(schedule: str, warmup_ratio: float, steps: int, tmp_path: Path) -> None:
+    options = FftOptions(schedule=schedule, warmup_ratio=warmup_ratio, decay_ratio=0.3)  # type: ignore[arg-type]
+    arguments = training_arguments(tmp_path, options, steps=steps, learning_rate=2.0, seed=0, bf16=False)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = get_scheduler(
+        arguments.lr_scheduler_type,
+        optimizer,
+        int(arguments.warmup_steps),
+        steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs or {},
+    )
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([2.0 * factor for factor in schedule_factors(steps, options)])
+
+
+def test_a_stable_rate_decays_over_its_share_of_the_steps() -> None:
+    options = FftOptions(schedule="wsd", warmup_ratio=0.2, decay_ratio=0.4)
+    assert schedule_factors(10, options) == pytest.approx([0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert schedule_factors(10, FftOptions(schedule="constant", warmup_ratio=0.2))[2:] == [1.0] * 8

@@ -42,11 +42,23 @@ def headlines(tables: Sequence[MetricTable]) -> list[Headline]:
 def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
     if row.change is None:
         raise ValueError(f"{row.state} has no change to report")
-    change = row.change
     of = f" for {Path(table.origin).name}" if several_models else ""
     seeds = f", {len(row.seeds)} seeds" if len(row.seeds) > 1 else ""
+    measured = f"{row.samples:,} samples{seeds}"
+    found = row.against_control
+    if found is None or found.is_baseline:
+        change = row.change
+        text = (
+            f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"
+            f" against {table.baseline}: {change.verdict} ({measured})."
+        )
+        return Headline(text, change.verdict, row.runs)
+    change = found.change
     text = (
         f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"
-        f" against {table.baseline}: {change.verdict} ({row.samples:,} samples{seeds})."
+        f" against {found.control}, its strongest control: {change.verdict} ({measured}). Against {table.baseline}:"
+        f" {row.change.value:+.4f} {interval_text(row.change)}, {row.change.verdict}."
     )
+    if row.change.verdict == "better" and change.verdict != "better":
+        text += f" {row.state} beats only the weaker of the two."
     return Headline(text, change.verdict, row.runs)

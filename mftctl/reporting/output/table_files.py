@@ -11,7 +11,7 @@ from mftctl.reporting.file_names import own_name
 from mftctl.reporting.output.text_tables import TextTable, efficiency_text, metric_text, overview_text
 from mftctl.reporting.overview import Overview
 from mftctl.reporting.paired_change import Change
-from mftctl.reporting.state_tables import MetricTable
+from mftctl.reporting.state_tables import MetricTable, Row
 from mftctl.text import visible_line
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def _metric_rows(table: MetricTable) -> Iterator[dict[str, Any]]:
             "standard_error": row.standard_error,
             "samples": row.samples,
             **_change_values(row.change),
+            **_control_values(row),
             "runs": row.runs,
         }
         for single in row.by_seed if len(row.by_seed) > 1 else ():
@@ -115,6 +116,14 @@ def _overview_rows(overview: Overview) -> Iterator[dict[str, Any]]:
                     **_change_values(cell.change),
                     "runs": cell.runs,
                 }
+
+
+def _control_values(row: Row) -> dict[str, Any]:
+    found = row.against_control
+    if found is None:
+        return {}
+    values = {f"{key}_against_control": value for key, value in _change_values(found.change).items()}
+    return {"control": found.control, **values}
 
 
 def _change_values(change: Change | None) -> dict[str, Any]:

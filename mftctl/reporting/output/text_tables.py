@@ -50,6 +50,10 @@ class TextTable:
     is_numeric: tuple[bool, ...]
 
 
+CONTROL_HEADER = "change against the strongest control [95 %]"
+_NO_CONTROL = (TextCell(""), TextCell(""))
+
+
 def metric_text(table: MetricTable, *, by_seed: bool = False) -> TextTable:
     """All states for one metric, each with its change, interval and verdict.
 
@@ -57,28 +61,47 @@ def metric_text(table: MetricTable, *, by_seed: bool = False) -> TextTable:
         table: The comparison table.
         by_seed: Whether to add one line per seed below a state with several seeds.
     """
+    has_controls = any(row.against_control is not None for row in table.rows)
     rows = []
     for row in table.rows:
-        rows.append(_metric_row(row.state, value_text(row), row.change, row, row.runs))
+        rows.append(_metric_row(row.state, value_text(row), row.change, row, row.runs, _control_cells(row)))
         for single in row.by_seed if by_seed and len(row.by_seed) > 1 else ():
             name, value = f"  seed {single.seed}", f"{single.value:.4f}"
-            rows.append(_metric_row(name, value, single.change, row, (single.run,)))
+            rows.append(_metric_row(name, value, single.change, row, (single.run,), _NO_CONTROL))
+    columns = ("state", "value", change_header(table), "verdict", CONTROL_HEADER, "verdict")
+    shown = len(columns) if has_controls else 4
     return TextTable(
         slug(f"{table.metric} on {table.dataset} {Path(table.origin).name}"),
         title(table),
-        ("state", "value", change_header(table), "verdict"),
-        tuple(rows),
-        (False, True, True, False),
+        columns[:shown],
+        tuple(row[:shown] for row in rows),
+        (False, True, True, False, True, False)[:shown],
     )
 
 
-def _metric_row(name: str, value: str, change: Change | None, row: Row, runs: tuple[str, ...]) -> tuple[TextCell, ...]:
+def _metric_row(
+    name: str, value: str, change: Change | None, row: Row, runs: tuple[str, ...], control: tuple[TextCell, ...]
+) -> tuple[TextCell, ...]:
     change_text, verdict_text = change_texts(change, is_baseline=row.is_baseline)
     verdict = "" if change is None or change.verdict == "within noise" else change.verdict
     return (
         TextCell(name),
         TextCell(value, runs=runs),
         TextCell(change_text, verdict=verdict, runs=runs),
+        TextCell(verdict_text, verdict=verdict),
+        *control,
+    )
+
+
+def _control_cells(row: Row) -> tuple[TextCell, ...]:
+    """The change against the strongest control, with the control's name, and the verdict."""
+    found = row.against_control
+    if found is None:
+        return _NO_CONTROL
+    change_text, verdict_text = change_texts(found.change, is_baseline=False)
+    verdict = "" if found.change.verdict == "within noise" else found.change.verdict
+    return (
+        TextCell(change_text, detail=f"against {found.control}", verdict=verdict, runs=row.runs),
         TextCell(verdict_text, verdict=verdict),
     )
 

@@ -47,6 +47,14 @@ class FsdpModel:
         with torch.no_grad():
             parameter.copy_(_part(value, parameter))
 
+    def local_values(self) -> list[torch.Tensor]:
+        """Views of this process's part of each trained parameter; may be called in one process alone."""
+        values: list[Any] = [parameter.detach() for parameter in self.parameters()]
+        return [value.to_local() for value in values]
+
+    def refresh(self) -> None:
+        """Does nothing: the optimizer and the model share their values."""
+
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         """A whole tensor of optimizer state with one number per entry, such as Adam's `exp_avg`."""
         return whole(self.inner.state[parameter][key])

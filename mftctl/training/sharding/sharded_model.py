@@ -29,6 +29,12 @@ class ShardedModel(Protocol):
     def put(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         """Replaces a parameter with the value given in each process, in the optimizer and in the model."""
 
+    def local_values(self) -> list[torch.Tensor]:
+        """Views of this process's part of each trained parameter, as held by the optimizer; not a collective call."""
+
+    def refresh(self) -> None:
+        """Gives the model the values held by the optimizer, after `local_values` were changed in all processes."""
+
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         """A whole tensor of optimizer state with one number per entry, such as Adam's `exp_avg`."""
 

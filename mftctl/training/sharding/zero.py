@@ -113,6 +113,16 @@ class ZeroModel:
             if self.stage == 3:
                 parameter.ds_tensor.narrow(0, 0, part.numel).copy_(part.of(value))  # type: ignore[attr-defined]
 
+    def local_values(self) -> list[torch.Tensor]:
+        """Views of this process's part of each trained parameter, in fp32; may be called in one process alone."""
+        parts = map(self.fragment, self.parameters())
+        return [part.within(part.flat).detach() for part in parts]
+
+    def refresh(self) -> None:
+        """Gives the model the values held by the optimizer."""
+        for parameter in self.parameters():
+            self.put(parameter, self.value(parameter))
+
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         """A whole tensor of optimizer state with one number per entry, such as Adam's `exp_avg`."""
         return self._gather(parameter, lambda part: self.inner.state[part.flat][key])

@@ -14,7 +14,7 @@ _CPU_ENTRIES = 1 << 17  # intermediate results of this many entries stay in the 
 _DEVICE_ENTRIES = 1 << 24  # few kernels per tensor, and temporary tensors of bounded size
 _TEMPORARY_BYTES = 44
 """Temporary bytes per entry being computed: six fp32 numbers, random bits and values derived from them."""
-_LOST_BITS = 16
+LOST_BITS = 16
 
 
 def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -28,7 +28,7 @@ def round_stochastically(values: torch.Tensor, noise: torch.Tensor) -> torch.Ten
         noise: int32, uniform over the integers from 0 to 65,535; of the values' shape.
     """
     # torch's infinities and NaN end in 16 zero bits, so adding noise causes no carry.
-    return (values.view(torch.int32) + noise).bitwise_and_(-(1 << _LOST_BITS)).view(torch.float32).bfloat16()
+    return (values.view(torch.int32) + noise).bitwise_and_(-(1 << LOST_BITS)).view(torch.float32).bfloat16()
 
 
 def step_workspace_bytes(largest: int, device: torch.device) -> int:
@@ -38,10 +38,11 @@ def step_workspace_bytes(largest: int, device: torch.device) -> int:
         largest: Number of entries of the largest parameter.
         device: Device of the parameters.
     """
-    return min(largest, _chunk_entries(device)) * _TEMPORARY_BYTES
+    return min(largest, chunk_entries(device)) * _TEMPORARY_BYTES
 
 
-def _chunk_entries(device: torch.device) -> int:
+def chunk_entries(device: torch.device) -> int:
+    """Entries of a tensor to compute at a time, so that temporary tensors stay small."""
     return _CPU_ENTRIES if device.type == "cpu" else _DEVICE_ENTRIES
 
 
@@ -103,7 +104,7 @@ class StochasticAdamW(Optimizer):
         beta1, beta2 = group["betas"]
         step_size = group["lr"] / (1 - beta1**step)
         correction = (1 - beta2**step) ** 0.5
-        size = _chunk_entries(parameter.device)
+        size = chunk_entries(parameter.device)
         flat = [
             torch.split(tensor.view(-1), size)
             for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"], whole_gradient.reshape(-1))
@@ -120,4 +121,4 @@ class StochasticAdamW(Optimizer):
             start += wide.numel()
             noise = drawn.view(torch.int16).view(-1, 4)
             for index, (kept, new) in enumerate(((mean, new_mean), (square, new_square), (weight, new_weight))):
-                kept.copy_(round_stochastically(new, noise[:, index].int().bitwise_and_((1 << _LOST_BITS) - 1)))
+                kept.copy_(round_stochastically(new, noise[:, index].int().bitwise_and_((1 << LOST_BITS) - 1)))

@@ -11,6 +11,7 @@ _KEYS = {
     "--batch-size ": "--set mask_train.batch_size=",
     "--grad-accum ": "--set mask_train.grad_accum_steps=",
     "--gradient-checkpointing": "--set mask_train.gradient_checkpointing=true",
+    "--average-device cpu": "--set mask_train.average_device=cpu",
     "--max-length below ": "mask_train.max_length_tokens below ",
     "fewer --layers": "smaller --groups",
 }
@@ -29,6 +30,8 @@ def training_with_less_memory(options: TrainingOptions) -> list[str]:
         found.append(f"--batch-size {smaller}{steps}")
     if not options.gradient_checkpointing:
         found.append("--gradient-checkpointing")
+    if options.average != "none" and options.average_device == "device":
+        found.append("--average-device cpu")
     if isinstance(options, MaskTrainOptions):
         if not options.low_memory:
             found.append("--low-memory")

@@ -55,7 +55,7 @@ class MemoryEstimate:
         scores_bytes: Trainable mask scores.
         masked_weights_bytes: Cached products of weights and masks.
         gradients_bytes: Gradients of everything that is trained or whose gradients are summed.
-        optimizer_bytes: Optimizer state kept between steps.
+        optimizer_bytes: Optimizer state and running averages kept between steps.
         activations_bytes: Peak additional memory of forward, loss and backward.
         step_bytes: Peak additional memory of the optimizer step.
         validation_bytes: Peak memory of a validation batch.
@@ -163,7 +163,7 @@ def _standing(model: PreTrainedModel, plan: TrainingPlan, process: int) -> Memor
         scores_bytes=scores,
         masked_weights_bytes=sum(_product_sizes(model)),
         gradients_bytes=gradients,
-        optimizer_bytes=0 if plan.adds_up else optimizer,
+        optimizer_bytes=0 if plan.adds_up else optimizer + plan.averages * sum(map(_size, trained)),
         step_bytes=_step_bytes(trained, plan) if trained else 0,
         process_bytes=process,
     )

@@ -160,11 +160,14 @@ def _axes(command: str, recipe: Recipe, layers: Sequence[int]) -> list[list[Chan
 
 
 def _training_axes(section: str, options: TrainingOptions) -> list[list[Change]]:
-    """Recomputed activations and smaller batches."""
+    """Averages in main memory, recomputed activations and smaller batches."""
+    averages = [Change()]
+    if options.average != "none" and options.average_device == "device":
+        averages.append(Change("--average-device cpu", {f"{section}.average_device": "cpu"}))
     checkpointing = [Change()]
     if not options.gradient_checkpointing:
         checkpointing.append(Change("--gradient-checkpointing", {f"{section}.gradient_checkpointing": True}))
-    return [checkpointing, [Change(), *_smaller_batches(section, options)]]
+    return [checkpointing, averages, [Change(), *_smaller_batches(section, options)]]
 
 
 def _smaller_batches(section: str, options: TrainingOptions) -> list[Change]:

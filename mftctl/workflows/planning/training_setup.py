@@ -38,6 +38,7 @@ class TrainingPlan:
         decays: Whether weight decay is used.
         quantized: Whether the base model's linear projections are in 4 bits.
         adds_up: Whether gradients are summed in fp32 without training, as in `probe --fast`.
+        averages: Number of running averages on the device.
     """
 
     prepare: Callable[[PreTrainedModel], None] = field(compare=False)
@@ -53,6 +54,7 @@ class TrainingPlan:
     decays: bool = False
     quantized: bool = False
     adds_up: bool = False
+    averages: int = 0
 
 
 def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | None = None) -> TrainingPlan:
@@ -89,6 +91,7 @@ def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | Non
         on_gpu=device.is_gpu,
         decays=options.weight_decay > 0,
         quantized=options.quantize is not None,
+        averages=_averages(options, device),
     )
 
 
@@ -129,6 +132,7 @@ def plan_mask_training(
         optimizer="stochastic_adamw" if options.low_memory else "adamw",
         on_gpu=on_gpu,
         decays=options.weight_decay > 0,
+        averages=_averages(options, device),
     )
 
 
@@ -215,6 +219,12 @@ def _rule(options: MaskTrainOptions) -> MaskRule:
     if options.threshold is not None:
         return MaskRule(None, options.threshold, options.ranking)
     return MaskRule(ranking=options.ranking)
+
+
+def _averages(options: TrainingOptions, device: PlannedDevice) -> int:
+    if options.average == "none" or (options.average_device == "cpu" and device.is_gpu):
+        return 0
+    return len(options.average_horizons)
 
 
 def _repeats(options: TrainingOptions) -> tuple[bool, bool]:

@@ -6,6 +6,7 @@ from mftctl.experiments.state_names import known_state
 from mftctl.reporting.output.headlines import Headline, headlines
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.state_tables import MetricTable, Row
+from mftctl.reporting.strongest_control import AgainstControl
 
 BETTER = Change(-0.02, -0.03, -0.01, "better")
 
@@ -47,3 +48,25 @@ def test_seeds_and_models_are_named_where_there_are_several() -> None:
 def test_without_a_learned_mask_there_is_no_headline() -> None:
     assert headlines([make_table(make_row("FFT", 0.5, None), make_row("random mask", 0.6, BETTER))]) == []
     assert headlines([make_table(make_row("MFT", 0.5, None))]) == []
+
+
+def test_the_strongest_control_is_named_first() -> None:
+    control = AgainstControl("continued FFT (fft averaged)", Change(0.01, -0.01, 0.03, "within noise"), False)
+    row = dataclasses.replace(make_row("MFT", 0.48, BETTER), against_control=control)
+    [found] = headlines([make_table(row)])
+    assert found.verdict == "within noise"
+    assert found.text == (
+        "MFT changes loss on test.jsonl by +0.0100 [-0.0100, +0.0300] against continued FFT (fft averaged), its "
+        "strongest control: within noise (1,500 samples). Against FFT: -0.0200 [-0.0300, -0.0100], better. MFT beats "
+        "only the weaker of the two."
+    )
+    better = dataclasses.replace(row, against_control=dataclasses.replace(control, change=BETTER))
+    [found] = headlines([make_table(better)])
+    assert found.verdict == "better"
+    assert found.text.endswith("Against FFT: -0.0200 [-0.0300, -0.0100], better.")
+
+
+def test_a_baseline_that_is_the_strongest_control_is_named_once() -> None:
+    row = dataclasses.replace(make_row("MFT", 0.48, BETTER), against_control=AgainstControl("FFT", BETTER, True))
+    [found] = headlines([make_table(row)])
+    assert found.text.endswith("against FFT: better (1,500 samples).")
