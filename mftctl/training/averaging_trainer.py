@@ -114,7 +114,8 @@ class AveragingTrainer(StepTrainer):
 
 
 def _average_folder(checkpoint: Path, horizon: float) -> Path:
-    return checkpoint / f"average-{horizon}"
+    # One level further down: peft takes folders in a checkpoint for adapters of the model.
+    return checkpoint / "averages" / str(horizon)
 
 
 def lowest_loss(line: Mapping[str, Any]) -> float:

@@ -26,6 +26,7 @@ from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.runtime.process_group import share_of
 from tests.forked_commands.commands import ForkedCommands
@@ -37,7 +38,9 @@ MASK = ("--layers", "1-2", "--preset", "paper")
 GMT = ("fft", "--method", "gmt", "--lr", "3e-3")
 FEW = ("fft", "--method", "gmt", "--ratio", "0.9", "--exclude", "embeddings", "--max-steps", "4", "--val-steps", "2")
 FEW += ("--batch-size", "4")
-FULL = ("fft", "--max-steps", "4", "--val-steps", "2", "--batch-size", "4")
+# At this rate, an average of the weights has a lower loss than they have themselves.
+FULL = ("fft", "--max-steps", "4", "--val-steps", "2", "--batch-size", "4", "--average", "ema", "--lr", "0.06")
+FULL += ("--schedule", "constant", "--set", "fft.average_horizons=[0.5,1.0]")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is an extra, which the dev extra has")
 
@@ -233,6 +236,10 @@ def test_sharded_parameters_give_the_result_of_one_process(
         assert torch.equal(entries[name] != before[name], value != before[name])
         assert torch.allclose(entries[name], value, rtol=0, atol=0 if recipe == "zero2" else 1e-6)
 
+    averaged, expected = (list_runs(folder / "runs")[0][number] for folder, number in ((tmp_path, 2), (one, 3)))
+    assert averaged.result(FftResult).kept_average == expected.result(FftResult).kept_average == 0.5
+    for line, other in zip(averaged.training.metrics(), expected.training.metrics(), strict=True):
+        assert line.average_losses == pytest.approx(other.average_losses, rel=0.01)
     full, alone = weights(tmp_path, 3), weights(one, 4)
     assert full.keys() == alone.keys()
     for name, value in alone.items():

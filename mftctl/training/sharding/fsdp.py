@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -27,12 +28,14 @@ class FsdpModel:
 
     Args:
         optimizer: An optimizer with `DTensor` parameters, as created by FSDP2.
+        model: The model that they belong to.
     """
 
     shares_weights = True
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
         self.inner = optimizer
+        self._sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """The trained parameters in the optimizer's order."""
@@ -46,6 +49,7 @@ class FsdpModel:
         """Replaces a parameter with the value given in each process."""
         with torch.no_grad():
             parameter.copy_(_part(value, parameter))
+        self.refresh()
 
     def local_values(self) -> list[torch.Tensor]:
         """Views of this process's part of each trained parameter; may be called in one process alone."""
@@ -53,7 +57,9 @@ class FsdpModel:
         return [value.to_local() for value in values]
 
     def refresh(self) -> None:
-        """Does nothing: the optimizer and the model share their values."""
+        """Frees whole parameters that FSDP2 has kept since the last forward pass, as it does those of the root module."""
+        for module in self._sharded:
+            module.reshard()
 
     def state(self, parameter: torch.nn.Parameter, key: str) -> torch.Tensor:
         """A whole tensor of optimizer state with one number per entry, such as Adam's `exp_avg`."""

@@ -77,7 +77,7 @@ class ShardedTrainer(Trainer):
             self.sharded_model = ZeroModel(self.deepspeed)
             self.accelerator.deepspeed_engine_wrapped = SteppingEngine(self.deepspeed, self.before_step)
         else:
-            self.sharded_model = FsdpModel(cast(Any, self.optimizer).optimizer)
+            self.sharded_model = FsdpModel(cast(Any, self.optimizer).optimizer, cast("torch.nn.Module", self.model))
         self.after_spreading()
         if resume_from_checkpoint is not None:
             self._load_from_checkpoint(resume_from_checkpoint)
