@@ -57,7 +57,7 @@ class FsdpModel:
         return [value.to_local() for value in values]
 
     def refresh(self) -> None:
-        """Frees whole parameters that FSDP2 has kept since the last forward pass, as it does those of the root module."""
+        """Frees whole parameters that FSDP2 keeps after a forward pass, such as those of the root module."""
         for module in self._sharded:
             module.reshard()
 
