@@ -87,13 +87,15 @@ def _verdict(row: Row) -> str | None:
 def _better_without_a_mask(masks: Sequence[tuple[MetricTable, Row]]) -> Advice | None:
     """Advice to use a control, if no mask is better than it anywhere; None if one is, or if there is no control."""
     found = [(table, row, row.against_control) for table, row in masks if row.against_control is not None]
-    stronger = [(table, row, control) for table, row, control in found if not control.is_baseline]
-    if not stronger or any(control.change.verdict == "better" for _, _, control in found):
+    if any(control.change.verdict == "better" for _, _, control in found):
         return None
-    table, row, control = stronger[0]
-    relation = "is better than" if control.change.verdict == "worse" else "is not worse than"
-    return Advice(
-        "mftctl report --each-seed",
-        f"{control.control}, which needs no mask, {relation} {row.state} on {table.dataset} "
-        f"({table.metric} {control.change.value:+.4f} with the mask). Use that model.",
-    )
+    for table, row, control in found:
+        is_worse = control.change.verdict == "worse"
+        is_better_than_baseline = row.change is not None and row.change.verdict == "better"
+        if not control.is_baseline and (is_worse or is_better_than_baseline):
+            return Advice(
+                "mftctl report --each-seed",
+                f"{control.control}, which needs no mask, is {'better than' if is_worse else 'no worse than'} {row.state}"
+                f" on {table.dataset} ({table.metric} {control.change.value:+.4f} with the mask). Use that model.",
+            )
+    return None

@@ -87,7 +87,7 @@ def test_without_a_recipe_more_seeds_are_not_suggested(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "relation"), [("worse", "is better than"), ("within noise", "is not worse than"), ("better", "")]
+    ("verdict", "relation"), [("worse", "is better than"), ("within noise", "is no worse than"), ("better", "")]
 )
 def test_a_mask_no_better_than_its_strongest_control_is_not_recommended(
     trained: Path, verdict: str, relation: str
