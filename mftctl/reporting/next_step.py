@@ -95,7 +95,7 @@ def _better_without_a_mask(masks: Sequence[tuple[MetricTable, Row]]) -> Advice |
         if not control.is_baseline and (is_worse or is_better_than_baseline):
             return Advice(
                 "mftctl report --each-seed",
-                f"{control.control}, which needs no mask, is {'better than' if is_worse else 'no worse than'} {row.state}"
+                f"{control.control}, which needs no mask, is {'better' if is_worse else 'no worse'} than {row.state}"
                 f" on {table.dataset} ({table.metric} {control.change.value:+.4f} with the mask). Use that model.",
             )
     return None
