@@ -74,6 +74,7 @@ def fft(
     check_memory: opt.CheckMemory = None,
     val_steps: opt.ValSteps = None,
     patience: opt.Patience = None,
+    best_by: opt.BestBy = None,
     keep: Annotated[str | None, opt.setting(FftOptions, "keep", "--keep", panel=opt.TRAINING)] = None,
     benchmark_every: opt.BenchmarkEvery = None,
     benchmark_limit: opt.BenchmarkLimit = None,

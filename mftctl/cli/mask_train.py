@@ -87,6 +87,7 @@ def mask_train(
     check_memory: opt.CheckMemory = None,
     val_steps: opt.ValSteps = None,
     patience: opt.MaskPatience = None,
+    best_by: opt.BestBy = None,
     benchmark_every: opt.BenchmarkEvery = None,
     benchmark_limit: opt.BenchmarkLimit = None,
     tasks: opt.InterimTasks = None,

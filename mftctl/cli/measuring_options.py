@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mftctl.errors import ConfigError
+from mftctl.evaluation.score_choice import LOSS, check_score
 from mftctl.experiments.recipe import Recipe
-from mftctl.workflows.probe_by import check_by
 
 
 def check_measuring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> None:
@@ -43,17 +43,20 @@ def check_scoring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> N
     Raises:
         ConfigError: A file or a limit has no effect, or `--by` names no score.
     """
+    section = recipe.fft if command == "fft" else recipe.mask_train
+    check_score(section.best_by, recipe.eval.task_data, "--best-by")
     if command != "probe":
         return
-    check_by(recipe)
-    files, by = options.get("eval.task_data", {}), recipe.probe.by
-    unused = [f"--task-data {task}={file}" for task, file in files.items() if task != by]
-    unused += ["--limit"] if "eval.limit" in options and by == "loss" else []
+    check_score(recipe.probe.by, recipe.eval.task_data, "--by")
+    used = {recipe.probe.by, section.best_by}
+    files = options.get("eval.task_data", {})
+    unused = [f"--task-data {task}={file}" for task, file in files.items() if task not in used]
+    unused += ["--limit"] if "eval.limit" in options and used == {LOSS} else []
     if unused:
         raise ConfigError(
-            "A probe uses only the problems of the benchmark that it ranks groups by.",
+            "A probe uses only the problems of the benchmark that it ranks groups or steps by.",
             key="--by",
             expected="the benchmark of the file; for --limit, exact_match or a benchmark",
-            actual=f"{by}, with {' '.join(unused)}",
+            actual=f"{', '.join(sorted(used))}, with {' '.join(unused)}",
             hint=f"mftctl probe --by {next(iter(files), 'exact_match')} ...",
         )

@@ -291,6 +291,10 @@ PrefixCache = Annotated[
     float | None,
     setting(MaskTrainOptions, "prefix_cache_gb", "--prefix-cache-gb", panel=TRAINING, default="by free memory"),
 ]
+BestBy = Annotated[
+    str | None,
+    setting(TrainingOptions, "best_by", "--best-by", panel=TRAINING, metavar="loss|exact_match|TASK"),
+]
 Schedule = Annotated[str | None, setting(TrainingOptions, "schedule", "--schedule", panel=TRAINING)]
 Average = Annotated[str | None, setting(TrainingOptions, "average", "--average", panel=TRAINING)]
 AverageDevice = Annotated[str | None, setting(TrainingOptions, "average_device", "--average-device", panel=TRAINING)]

@@ -61,6 +61,7 @@ def probe(
         float | None,
         opt.setting(ProbeOptions, "epochs", "--epochs", panel=opt.TRAINING, default="mask-train's"),
     ] = None,
+    best_by: opt.BestBy = None,
     fast: Annotated[bool | None, opt.setting(ProbeOptions, "fast", "--fast/--no-fast", panel=opt.TRAINING)] = None,
     batch_tokens: opt.BatchTokens = None,
     low_memory: opt.LowMemory = None,

@@ -27,7 +27,7 @@ IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
 _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
 """Keys added later: omitted at their defaults, so that earlier runs are still recognised."""
 
-_OF_TRAINING = ("average", "average_horizons", "decay_ratio")
+_OF_TRAINING = ("average", "best_by", "average_horizons", "decay_ratio")
 _OF_SECTIONS = {
     "fft": ("exclude", *_OF_TRAINING),
     "mask_train": ("keep", "start_std", "unit", *_OF_TRAINING),
@@ -52,8 +52,8 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
     """Returns the part of a recipe that determines a command's result, as plain data."""
     sections = dict(_SECTIONS.get(command, {}))
     training = {"fft": recipe.fft, "mask-train": recipe.mask_train}.get(command)
-    if training is not None and training.benchmark_every is not None:
-        sections["eval"] = True  # the result then includes what was measured during training
+    if training is not None and (training.benchmark_every is not None or training.best_by != "loss"):
+        sections["eval"] = True  # the result then depends on what was measured during training
     changed = [key for key in _OF_RECORDS if getattr(recipe, key) != getattr(Recipe(), key)]
     included: dict[str, Any] = {**dict.fromkeys((*_SHARED, *changed), True), **sections}
     keys = recipe.model_dump(mode="json", include=included, exclude=_WITHOUT_EFFECT)

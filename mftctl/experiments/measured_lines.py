@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 from pydantic import ConfigDict, Field
@@ -85,12 +84,6 @@ class MetricsLine(Part):
     def is_place(self) -> bool:
         """True if the line fully describes a point on a loss surface."""
         return {"x", "y", "train_loss", "test_loss"} <= self.model_fields_set
-
-    @property
-    def lowest_loss(self) -> float | None:
-        """The lowest validation loss at this step, of the trained values and their averages."""
-        losses = [loss for loss in (self.eval_loss, *self.average_losses.values()) if loss is not None]
-        return min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss, default=None)
 
     def without_epoch(self) -> MetricsLine:
         """The same line without its epoch."""

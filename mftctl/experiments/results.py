@@ -100,6 +100,32 @@ class MaskLosses(Result):
     unmasked_loss: Measured
 
 
+class Score(Part):
+    """Score of a model, with or without a mask.
+
+    Attributes:
+        metric: Name of the metric, such as `exact_match` or `exact_match,strict-match`.
+        value: Value of the metric.
+        standard_error: Standard error over samples, if known.
+        samples: Number of records or problems.
+        higher_is_better: Whether higher values are better.
+    """
+
+    metric: str
+    value: Measured
+    standard_error: Measured | None
+    samples: Several
+    higher_is_better: bool = True
+
+    @property
+    def rank(self) -> float:
+        """Value to rank by; lower is better."""
+        return -self.value if self.higher_is_better else self.value
+
+
+DecidingScore = Annotated[Score | None, Field(default=None, exclude_if=lambda value: value is None)]
+
+
 class FftResult(Result):
     """Result of `fft`.
 
@@ -109,10 +135,11 @@ class FftResult(Result):
         output_refused: Reason why the model is not at the output path; None if it is, or if no path was given.
         kept: Checkpoint that was kept, `best` or `last`.
         start_loss: Validation loss per answer token before the first step.
-        best_loss: Lowest validation loss.
+        best_loss: Validation loss at the best step.
         last_loss: Validation loss after the last step.
-        best_step: Step with the lowest validation loss.
+        best_step: Step with the lowest validation loss, or the best score if a score decided.
         kept_average: Horizon of the running average that was kept; None if the trained weights themselves were.
+        best_score: Score at the best step, if a score decided.
         steps: Number of optimizer steps.
         trained_parameters: Number of trained parameters.
         tokens: Number of training tokens.
@@ -130,6 +157,7 @@ class FftResult(Result):
     last_loss: Measured
     best_step: Count
     kept_average: KeptAverage
+    best_score: DecidingScore
     steps: Count
     trained_parameters: Count
     tokens: Count
@@ -188,29 +216,6 @@ class TrainedGroup(Group):
     score_standard_error: Measured | None = None
     score_change: Measured | None = None
     score_rank: Measured | None = None
-
-
-class Score(Part):
-    """Score of a model, with or without a mask.
-
-    Attributes:
-        metric: Name of the metric, such as `exact_match` or `exact_match,strict-match`.
-        value: Value of the metric.
-        standard_error: Standard error over samples, if known.
-        samples: Number of records or problems.
-        higher_is_better: Whether higher values are better.
-    """
-
-    metric: str
-    value: Measured
-    standard_error: Measured | None
-    samples: Several
-    higher_is_better: bool = True
-
-    @property
-    def rank(self) -> float:
-        """Value to rank by; lower is better."""
-        return -self.value if self.higher_is_better else self.value
 
 
 class Agreement(Part):
@@ -394,9 +399,11 @@ class MeasuredMask(MaskTrainResult):
         best_loss: Validation loss with this mask.
         best_step: Optimizer step at which this mask was found; 0 is the start.
         kept_average: Horizon of the running average of the scores that gave this mask; None for the scores themselves.
+        unmasked_score: Score without a mask, if a score decided between masks.
+        best_score: Score with this mask.
         tokens: Number of training tokens.
         learning_rate: Peak learning rate, the largest if it differs between tensors; None without training.
-        helps: Whether the mask lowers the validation loss.
+        helps: Whether the mask improves the deciding score, or without one lowers the validation loss.
         flips: Summary of mask flips; None without training.
         kept: Mask that was kept, `best` or `last`; None without training.
         start_std: Standard deviation of the initial scores, if they were drawn from a normal distribution.
@@ -411,6 +418,8 @@ class MeasuredMask(MaskTrainResult):
     best_loss: Measured
     best_step: Count
     kept_average: KeptAverage
+    unmasked_score: DecidingScore
+    best_score: DecidingScore
     tokens: Count
     learning_rate: Measured | None
     helps: bool

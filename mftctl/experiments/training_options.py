@@ -78,6 +78,12 @@ class TrainingOptions(Section):
     )
     val_steps: int | None = Field(None, gt=0, description="Steps between validations; a tenth of all steps by default.")
     patience: int | None = Field(None, gt=0, description="Stop early after this many validations without improvement.")
+    best_by: str = Field(
+        "loss",
+        min_length=1,
+        description="What makes a step the best: the loss on validation records, exact_match of their answers, or the "
+        "score of a benchmark.",
+    )
     average: Literal["none", "ema"] = Field(
         "none",
         description="ema: also keep running averages of what is trained, one per horizon; each is validated beside the "
@@ -314,8 +320,9 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError(f"a threshold needs learned scores; the method {self.method} takes a ratio")
         if self.unit == "row" and self.method != "magnitude":
             raise ValueError(f"mask_train.unit: row applies only to the method magnitude; the method is {self.method}")
-        if self.average != "none" and self.method != "learned":
-            raise ValueError(f"mask_train.average needs learned scores; the method {self.method} has none")
+        if self.method != "learned" and (self.average != "none" or self.best_by != "loss"):
+            key = "average" if self.average != "none" else "best_by"
+            raise ValueError(f"mask_train.{key} applies only to learned masks; the method is {self.method}")
         if isinstance(self.ratio, dict) and self.method == "drop":
             raise ValueError("drop takes one ratio for all tensors")
         if self.ratio == {}:

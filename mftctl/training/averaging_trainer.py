@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mftctl.experiments.training_options import TrainingOptions
+from mftctl.training.candidates import Candidate, best_candidate, logged_candidates
 from mftctl.training.step_trainer import StepTrainer
 from mftctl.training.weight_averages import WeightAverages
-
-AVERAGE_LOSSES = "average_losses"
-"""Key of the log entry with the validation loss of each average, by horizon."""
-
-LOWEST_LOSS = "lowest_loss"
-"""Metric that selects the best step: the lowest of the losses of the current values and all averages."""
 
 
 class AveragingTrainer(StepTrainer):
@@ -43,18 +37,18 @@ class AveragingTrainer(StepTrainer):
             return
         device = torch.device("cpu") if options.average_device == "cpu" else None
         self.averages = WeightAverages(options.average_horizons, steps, self.args.seed, device)
-        self.args.metric_for_best_model = f"eval_{LOWEST_LOSS}"
         self.add_callback(_Averaging(self))
 
-    def measure_averages(self, loss: Callable[[], float]) -> dict[str, float]:
-        """The validation loss of each average, by horizon; empty before the first step.
+    def measure_candidates(self, measured: Callable[[float | None], Candidate]) -> list[Candidate]:
+        """The trained values and, after the first step, each average.
 
         Args:
-            loss: Measures the model as it is.
+            measured: Measures the model as it is, for the given horizon.
         """
-        if self.averages is None or self.state.global_step == 0:
-            return {}
-        return {str(horizon): loss() for horizon in self._averaged(self.averages)}
+        candidates = [measured(None)]
+        if self.averages is not None and self.state.global_step > 0:
+            candidates += [measured(horizon) for horizon in self._averaged(self.averages)]
+        return candidates
 
     def _averaged(self, averages: WeightAverages) -> Iterator[float]:
         """The horizon of each average, while the model holds that average instead of its current values."""
@@ -73,27 +67,24 @@ class AveragingTrainer(StepTrainer):
         if self.sharded_model is not None:
             self.sharded_model.refresh()
 
-    def kept_horizon(self) -> float | None:
-        """The horizon of the average that is kept; None if the trained values themselves are."""
-        line = self._kept_line()
-        if line is None:
-            return None
-        losses: dict[float | None, float] = {None: line["eval_loss"]}
-        losses |= {float(horizon): loss for horizon, loss in line[AVERAGE_LOSSES].items()}
-        return min(losses, key=lambda horizon: nan_last(losses[horizon]))
-
-    def _kept_line(self) -> dict[str, Any] | None:
-        """The log entry of the validation at the step that is kept; None if no average was measured there."""
-        lines: list[dict[str, Any]] = [line for line in self.state.log_history if "eval_loss" in line]
+    def kept_candidate(self) -> Candidate | None:
+        """The candidate that is kept: the best one of the best step, or of the last; None without a validation."""
         if self.args.load_best_model_at_end:
-            lines = [line for line in lines if line["step"] == self.state.best_global_step]
-        return lines[-1] if lines and AVERAGE_LOSSES in lines[-1] else None
+            return None if self.state.best_global_step is None else self.candidate_at(self.state.best_global_step)
+        return self.candidate_at(None)
+
+    def candidate_at(self, step: int | None) -> Candidate | None:
+        """The best candidate of the validation after a step, or of the last validation; None if there was none."""
+        lines: list[dict[str, Any]] = [line for line in self.state.log_history if "eval_loss" in line]
+        lines = [line for line in lines if step is None or line["step"] == step]
+        return best_candidate(logged_candidates(lines[-1])) if lines else None
 
     def take_kept(self) -> None:
         """Replaces the model's values, those of the step that is kept, with an average if that is kept instead."""
-        horizon = self.kept_horizon()
-        if self.averages is None or horizon is None:
+        kept = self.kept_candidate()
+        if self.averages is None or kept is None or kept.horizon is None:
             return
+        horizon = kept.horizon
         if self.args.load_best_model_at_end:
             self._load_from_checkpoint(str(_average_folder(Path(str(self.state.best_model_checkpoint)), horizon)))
         else:
@@ -116,17 +107,6 @@ class AveragingTrainer(StepTrainer):
 def _average_folder(checkpoint: Path, horizon: float) -> Path:
     # One level further down: peft takes folders in a checkpoint for adapters of the model.
     return checkpoint / "averages" / str(horizon)
-
-
-def lowest_loss(line: Mapping[str, Any]) -> float:
-    """The lowest validation loss in a log entry, of the trained values and their averages."""
-    losses: list[float] = [line["eval_loss"], *line.get(AVERAGE_LOSSES, {}).values()]
-    return min(losses, key=nan_last)
-
-
-def nan_last(loss: float) -> float:
-    """A loss as a sorting key under which NaN is the worst."""
-    return math.inf if math.isnan(loss) else loss
 
 
 class _Averaging(TrainerCallback):

@@ -70,6 +70,7 @@ def _train(search: MaskSearch) -> FoundMask:
         start = trainer.start_masks = trainer.packed_masks()
         removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
         trainer.known_start_loss = search.unmasked_loss if removes_none else None
+        trainer.known_start_score = search.unmasked_score
     with stop_on_signal(search.listener) as stop:
         train(
             trainer,
@@ -79,13 +80,14 @@ def _train(search: MaskSearch) -> FoundMask:
             resume=search.resume,
             interim=search.interim,
         )
-    start_loss, (best_loss, best_step) = trainer.start_loss, trainer.kept(options.keep)
-    if start_loss is None or best_loss is None or best_step is None:
+    start_loss, kept = trainer.start_loss, trainer.kept_candidate()
+    best_step = trainer.state.best_global_step if options.keep == "best" else trainer.state.global_step
+    if start_loss is None or kept is None or best_step is None:
         raise TrainingError("The training ended without a validation.", path=search.folder.folder)
     start = trainer.start_masks
     unmasked_loss = mean_loss(trainer.unmasked_losses) if search.unmasked_loss is None else search.unmasked_loss
     confirming = None
-    if search.confirming and best_loss < unmasked_loss:
+    if search.confirming and kept.loss < unmasked_loss:
         if best_step == 0:  # the model holds the last state
             for name in trainer.masked():
                 trainer.load_scores({name: _start_rows(search)(f"{name}.scores", 0, None)})
@@ -100,14 +102,16 @@ def _train(search: MaskSearch) -> FoundMask:
         },
         unmasked_loss,
         start_loss,
-        best_loss,
+        kept.loss,
         best_step,
         trainer.state.global_step,
         int(trainer.state.num_input_tokens_seen),
         trainer.args.learning_rate,
         summarise_flips(search.folder.metrics(), changed),
         confirming,
-        trainer.kept_horizon(),
+        kept.horizon,
+        search.unmasked_score,
+        kept.score,
     )
 
 
@@ -128,6 +132,7 @@ def _trainer(search: MaskSearch) -> ScoreTrainer:
     arguments.load_best_model_at_end = options.keep == "best"
     trainer.step_size = step_size(options)
     trainer.keep_averages(options, start.steps)
+    trainer.scores = search.scores
     trainer.averages_records = options.averages_records
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory

@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,8 @@ from mftctl.runtime.processes import is_first, timeout_seconds, world_size
 from mftctl.runtime.torch_failures import gpu_failures, reason_of
 from mftctl.text import first_line
 from mftctl.training.answer_loss import answer_loss, record_shares
-from mftctl.training.averaging_trainer import AVERAGE_LOSSES, LOWEST_LOSS, AveragingTrainer, lowest_loss
+from mftctl.training.averaging_trainer import AveragingTrainer
+from mftctl.training.candidates import RANK, Candidate, best_candidate, log_entry
 from mftctl.training.schedule import accumulation, decay_steps, records_per_step, warmup_steps
 from mftctl.training.stopping import EndedBefore, NoStepTooMany, StopRequest
 from mftctl.training.token_batches import StepSize
@@ -51,6 +52,7 @@ from mftctl.training.watch import TrainingWatch
 
 if TYPE_CHECKING:
     from mftctl.training.interim_evaluation import InterimEvaluation
+    from mftctl.training.step_scores import StepScores
 
 VALIDATIONS = 10
 _FAILED_WRITE = re.compile("PytorchStreamWriter|inline_container|iostream|unexpected pos")
@@ -103,7 +105,7 @@ def training_arguments(
         save_steps=val_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model=f"eval_{RANK}",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=True,
         logging_steps=1,
@@ -159,7 +161,10 @@ class SftTrainer(AveragingTrainer):
 
     Attributes:
         start_loss: Validation loss per answer token before the first step; None until measured.
+        scores: Scores that decide between steps; None if the loss does.
     """
+
+    scores: StepScores | None = None
 
     def __init__(
         self,
@@ -228,29 +233,33 @@ class SftTrainer(AveragingTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The validation loss per answer token over the whole validation set, weighted by tokens, not by batches."""
-        return self._record(self._validation_loss(), metric_key_prefix, self.measure_averages(self._validation_loss))
+        return self._record(self.measure_candidates(self._measured), metric_key_prefix)
 
-    def _validation_loss(self) -> float:
+    def _measured(self, horizon: float | None) -> Candidate:
+        """Measures the model as it is; the horizon says which average it holds."""
+        model = self.accelerator.unwrap_model(self.model)
         losses = sample_losses(
-            self.accelerator.unwrap_model(self.model),
+            model,
             self.validation,
             pad_token_id=self._padding,
             on_progress=lambda done, total: self.listener.progress(Progress("validating", done, total)),
             together=True,
         )
-        return mean_loss(losses)
+        score = None if self.scores is None else self.scores.score(model, self.state.global_step, horizon)
+        return Candidate(horizon, mean_loss(losses), score)
 
-    def _record(
-        self, loss: float, metric_key_prefix: str, average_losses: Mapping[str, float] | None = None
-    ) -> dict[str, float]:
-        """Passes validation losses to the log and the callbacks, and returns them as metrics."""
-        metrics = {f"{metric_key_prefix}_loss": loss}
+    def _record(self, candidates: Sequence[Candidate], metric_key_prefix: str) -> dict[str, float]:
+        """Passes what was measured to the log and the callbacks, and returns it as metrics."""
+        metrics = {f"{metric_key_prefix}_loss": candidates[0].loss}
         if self.start_loss is None:
-            self.start_loss = loss
-        line: dict[str, Any] = {**metrics, **({AVERAGE_LOSSES: average_losses} if average_losses else {})}
-        self.log(line)
-        if self.averages is not None:
-            metrics[f"{metric_key_prefix}_{LOWEST_LOSS}"] = lowest_loss(line)
+            self.start_loss = candidates[0].loss
+        entry, best = log_entry(candidates), best_candidate(candidates)
+        if self.scores is not None:
+            before_step = self.state.best_global_step
+            before = None if before_step is None else self.candidate_at(before_step)
+            entry |= self.scores.change(best, self.state.global_step, before, before_step or 0)
+        self.log(entry)
+        metrics[f"{metric_key_prefix}_{RANK}"] = best.rank
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

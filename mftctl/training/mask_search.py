@@ -13,7 +13,7 @@ from mftctl.data.seen_records import seen_records
 from mftctl.evaluation.losses import SampleLoss
 from mftctl.experiments.model_source import ModelSource, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import Flips
+from mftctl.experiments.results import Flips, Score
 from mftctl.experiments.run_folder import Run, TrainingFolder
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_options import MaskTrainOptions
@@ -28,6 +28,7 @@ from mftctl.training.inputs import TrainingInputs, prepare_training, require_sam
 from mftctl.training.interim_evaluation import InterimEvaluation
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.score_start import ScoreStart, score_start
+from mftctl.training.step_scores import StepScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,8 @@ class MaskSearch:
         interim: Evaluation during training.
         weights: The values of a model that was built without them.
         confirming: Records that confirm the mask of such a model, which has its values only during training.
+        scores: Scores that decide between steps; None if the loss does.
+        unmasked_score: The score of the unmasked model.
     """
 
     model: PreTrainedModel
@@ -63,6 +66,8 @@ class MaskSearch:
     interim: InterimEvaluation | None = None
     weights: StoredWeights | None = None
     confirming: Sequence[Encoded] = ()
+    scores: StepScores | None = None
+    unmasked_score: Score | None = None
 
     @property
     def start(self) -> ScoreStart:
@@ -101,6 +106,8 @@ class FoundMask:
         flips: From `summarise_flips`; None without training.
         confirming: The losses of the confirming records without and with the mask; None if not measured.
         kept_average: Horizon of the running average of the scores that gave this mask; None for the scores themselves.
+        unmasked_score: The score without a mask; None if the loss decides.
+        best_score: The score with this mask.
     """
 
     keep: dict[str, torch.Tensor]
@@ -114,10 +121,14 @@ class FoundMask:
     flips: Flips | None = None
     confirming: tuple[list[SampleLoss], list[SampleLoss]] | None = None
     kept_average: float | None = None
+    unmasked_score: Score | None = None
+    best_score: Score | None = None
 
     @property
     def helps(self) -> bool:
-        """True if the validation loss is lower with the mask than without it."""
+        """True if the deciding score, or without one the validation loss, is better with the mask than without it."""
+        if self.unmasked_score is not None and self.best_score is not None:
+            return self.best_score.rank < self.unmasked_score.rank
         return self.best_loss < self.unmasked_loss
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from mftctl.data.encoding import Encoded
 from mftctl.errors import ConfigError
 from mftctl.evaluation.losses import SampleLoss, mean_loss, sample_losses
+from mftctl.experiments.results import Score
 from mftctl.masking.experts import MaskedPart
 from mftctl.masking.full_tensor import whole, whole_shape
 from mftctl.masking.layers import MaskedLinear, masked_layers, share_weights, unmasked
 from mftctl.masking.mask_file.codecs import Packed, count_kept, pack, unpack
 from mftctl.progress import Progress
-from mftctl.training.averaging_trainer import lowest_loss
+from mftctl.training.candidates import RANK, Candidate
 from mftctl.training.loop import SftTrainer
 from mftctl.training.updates.stochastic_adamw import StochasticAdamW
 
@@ -36,6 +37,7 @@ class ScoreTrainer(SftTrainer):
         learning_rates: The peak learning rate of each masked module, by its name.
         epsilon: Epsilon of AdamW.
         known_start_loss: The validation loss of the initial scores; None if it has yet to be measured.
+        known_start_score: The score with them, if a score decides and the loss is known.
         low_memory: Whether scores and moments are kept in bf16 and no masked weights are cached.
         counted: The mask of each module at the last validation, as packed bits.
         start_masks: The masks of the initial scores; for a model without values, known once training has begun.
@@ -48,6 +50,7 @@ class ScoreTrainer(SftTrainer):
     learning_rates: Mapping[str, float]
     epsilon: float
     known_start_loss: float | None
+    known_start_score: Score | None = None
     low_memory: bool
     counted: dict[str, Packed]
 
@@ -124,16 +127,10 @@ class ScoreTrainer(SftTrainer):
         if self.known_start_loss is None:
             metrics = super().evaluate(metric_key_prefix=metric_key_prefix)
         else:
-            metrics = self._record(self.known_start_loss, metric_key_prefix)
-        self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_loss"], 0
+            start = Candidate(None, self.known_start_loss, self.known_start_score)
+            metrics = self._record([start], metric_key_prefix)
+        self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_{RANK}"], 0
         return metrics
-
-    def kept(self, keep: Literal["best", "last"]) -> tuple[float | None, int | None]:
-        """The validation loss and optimizer step of the mask to keep; None if there was no validation."""
-        if keep == "best":
-            return self.state.best_metric, self.state.best_global_step
-        measured = [line for line in self.state.log_history if "eval_loss" in line]
-        return (lowest_loss(measured[-1]) if measured else None), self.state.global_step
 
     def masked(self) -> dict[str, MaskedLinear | MaskedPart]:
         """The modules with scores, by the name of their target, in model order."""

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from mftctl.data.encoding import EncodedRecords
 from mftctl.data.seen_records import save_seen
 from mftctl.errors import ConfigError, OutputError, StorageError, TrainingError
 from mftctl.evaluation.answer_stops import name_stops, turn_stops
@@ -40,6 +41,7 @@ from mftctl.training.inputs import TrainingInputs, prepare_training, require_sam
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.loop import step_size, train, training_arguments
 from mftctl.training.schedule import announce_step, total_steps
+from mftctl.training.step_scores import step_scores
 from mftctl.training.stopping import stop_on_signal
 from mftctl.training.tuned_card import write_tuned_card
 from mftctl.training.update_trainer import UpdateTrainer
@@ -128,6 +130,8 @@ def _fine_tune(
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
+    records = EncodedRecords(inputs.validation, inputs.validation_examples)
+    trainer.scores = step_scores(recipe, "fft", options, inputs, records, run, listener)
     try:
         with stop_on_signal(listener) as stop:
             train(trainer, run.training, stop, patience=options.patience, resume=resume, interim=interim)
@@ -135,9 +139,9 @@ def _fine_tune(
         if options.has_8bit_moments:
             forget_8bit_overrides()
     saved = _save_trained(trainer.trained_model(), inputs, source, run, options, may_replace=may_replace)
-    validated = [line for line in run.training.metrics() if line.eval_loss is not None]
-    best_loss, best_step = trainer.state.best_metric, trainer.state.best_global_step
-    if trainer.start_loss is None or best_loss is None or best_step is None or not validated:
+    best_step, kept = trainer.state.best_global_step, trainer.kept_candidate()
+    best, last = (trainer.candidate_at(step) for step in (best_step, None))
+    if trainer.start_loss is None or best_step is None or best is None or last is None or kept is None:
         raise TrainingError("The training ended without a validation.", path=run.folder)
     return FftResult(
         state=fine_tuned_state(source.state, options),
@@ -145,10 +149,11 @@ def _fine_tune(
         output_refused=saved.refused,
         kept=options.keep,
         start_loss=trainer.start_loss,
-        best_loss=best_loss,
-        last_loss=cast("float", validated[-1].lowest_loss),
+        best_loss=best.loss,
+        last_loss=last.loss,
         best_step=best_step,
-        kept_average=trainer.kept_horizon(),
+        kept_average=kept.horizon,
+        best_score=best.score,
         steps=trainer.state.global_step,
         trained_parameters=trained_parameters,
         tokens=int(trainer.state.num_input_tokens_seen),

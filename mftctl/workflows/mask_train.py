@@ -8,7 +8,7 @@ from typing import cast
 
 from transformers import PreTrainedModel
 
-from mftctl.data.encoding import Encoded
+from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
@@ -41,6 +41,7 @@ from mftctl.training.prefix_cache import (
     reusing_prefix,
     token_batches_change,
 )
+from mftctl.training.step_scores import step_scores
 from mftctl.workflows.mask_result import build_mask, keep_mask, layer_ratios, mask_metadata
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
@@ -107,6 +108,15 @@ def _search(
     flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
     deciding, confirming = split_validation_records(inputs.validation, options)
+    examples = split_validation_records(inputs.validation_examples, options)[0]
+    scores = step_scores(recipe, "mask_train", options, inputs, EncodedRecords(deciding, examples), run, listener)
+    if scores is not None and weights is not None:
+        raise ConfigError(
+            "A score of the unmasked model needs whole weights in each process.",
+            key="mask_train.best_by",
+            expected="loss, or one process, or --shard ddp or zero2",
+            actual=f"{options.best_by} with shared weights",
+        )
     inputs = replace(inputs, validation=deciding)
     come_again = _batches_come_again(len(inputs.train), layers, options, listener)
     with (
@@ -128,6 +138,8 @@ def _search(
             interim=interim,
             weights=weights,
             confirming=[] if weights is None else confirming,
+            scores=scores,
+            unmasked_score=None if scores is None else scores.unmasked(model),
         )
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {search.start.learning_rate_text(targets)}")
@@ -148,6 +160,9 @@ def _search(
         start_loss=found.start_loss,
         best_loss=found.best_loss,
         best_step=found.best_step,
+        kept_average=found.kept_average,
+        unmasked_score=found.unmasked_score,
+        best_score=found.best_score,
         steps=found.steps,
         tokens=found.tokens,
         learning_rate=found.learning_rate,

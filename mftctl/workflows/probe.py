@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from mftctl.data.encoding import EncodedRecords
+from mftctl.evaluation.score_choice import LOSS
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe
@@ -30,6 +32,7 @@ from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import forget_plan, shares_weights, wait_for_all
 from mftctl.runtime.processes import is_first
 from mftctl.training.held_out import masked, split_validation_records, validation_loss
+from mftctl.training.inputs import TrainingInputs
 from mftctl.training.learn_mask import find_mask
 from mftctl.training.mask_search import (
     FoundMask,
@@ -39,9 +42,10 @@ from mftctl.training.mask_search import (
     prepare_mask_training,
 )
 from mftctl.training.prefix_cache import HiddenStates, hidden_states, prefix_reuse, reusing_prefix
+from mftctl.training.step_scores import StepScores
+from mftctl.training.validation_scores import ValidationScorer
 from mftctl.workflows.fast_probe import agreement_with_training, promised_changes
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
-from mftctl.workflows.probe_scores import ProbeScorer
 
 
 def probe(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, resume: bool = False) -> ProbeResult:
@@ -80,10 +84,11 @@ def _train_groups(
     options = _options(recipe)
     prepared = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = prepared.inputs
-    scorer = None if recipe.probe.by == "loss" else ProbeScorer(recipe, inputs, run, listener)
+    scorer = _scorer(recipe, recipe.probe.by, "probe.by", "The layers are", inputs, run, listener)
+    of_steps = _scorer(recipe, options.best_by, "mask_train.best_by", "The best step is", inputs, run, listener)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     room.require(inputs)
-    probed = _ProbedModel(recipe, options, replace(prepared, inputs=inputs), listener, scorer)
+    probed = _ProbedModel(recipe, options, replace(prepared, inputs=inputs), listener, scorer, of_steps, run)
     # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
     groups = sorted(_groups(recipe, probed.model), key=min)
     results = []
@@ -115,6 +120,19 @@ def _train_groups(
     )
 
 
+def _scorer(
+    recipe: Recipe, by: str, key: str, chosen: str, inputs: TrainingInputs, run: Run, listener: Listener
+) -> ValidationScorer | None:
+    """Scores masks by a criterion on the deciding validation records; None for the loss."""
+    if by == LOSS:
+        return None
+    records = EncodedRecords(
+        split_validation_records(inputs.validation, recipe.mask_train)[0],
+        split_validation_records(inputs.validation_examples, recipe.mask_train)[0],
+    )
+    return ValidationScorer(recipe, by, key, chosen, inputs, records, run.started, listener)
+
+
 class _ProbedModel:
     """The model of a probe, which is trained with the mask of one group after another.
 
@@ -130,16 +148,21 @@ class _ProbedModel:
         options: MaskTrainOptions,
         prepared: MaskTrainingInputs,
         listener: Listener,
-        scorer: ProbeScorer | None,
+        scorer: ValidationScorer | None,
+        of_steps: ValidationScorer | None,
+        run: Run,
     ) -> None:
         self._options, self._inputs, self._listener = options, prepared.inputs, listener
         self._fft_learning_rate = prepared.fft_learning_rate
         self._seed = recipe.seed
-        self._scorer = scorer
+        self._scorer, self._of_steps = scorer, of_steps
         self.model = load_frozen_model(self._inputs, options)
         self._is_whole = True
         self.unmasked_loss = validation_loss(self.model, self._inputs, listener)
-        self.unmasked = None if scorer is None else scorer.unmasked(self.model)
+        self.unmasked = None if scorer is None else scorer.score_once(self.model, run.folder / "unmasked")
+        self._unmasked_of_steps = (
+            None if of_steps is None else of_steps.score_once(self.model, run.folder / "scores" / "unmasked")
+        )
 
     def outcome(self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool) -> TrainedGroup:
         """Trains the mask of a group and returns its result.
@@ -164,11 +187,17 @@ class _ProbedModel:
             fft_learning_rate=self._fft_learning_rate,
             seed=self._seed,
             resume=resume,
+            scores=self._step_scores(folder.folder),
+            unmasked_score=self._unmasked_of_steps,
         )
         lowest = 0 if shares_weights() else min(group)
         with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):
             found = find_mask(search)
         return self._scored(_outcome(group, found), group, found, folder.folder)
+
+    def _step_scores(self, folder: Path) -> StepScores | None:
+        """The scores that decide between the masks of a group; None if the loss does."""
+        return None if self._of_steps is None else StepScores(self._of_steps, folder / "scores", self._listener)
 
     def _scored(self, outcome: TrainedGroup, group: list[int], found: FoundMask, folder: Path) -> TrainedGroup:
         """The score of the mask; empty if groups are ranked by loss."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import ConfigError, MftError, ModelError
+from mftctl.evaluation.score_choice import check_score
 from mftctl.evaluation.suite import check_suite
 from mftctl.experiments.jobs import Job
 from mftctl.files.json_files import read_json_object
@@ -14,7 +15,6 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.targets import layer_groups, parse_layers
 from mftctl.runtime.devices import best_device, find_device
 from mftctl.training.updates.optimizers import check_memory_options
-from mftctl.workflows.probe_by import check_by
 
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -48,13 +48,9 @@ def _problems(job: Job) -> Iterator[str]:
         yield "there is no training data (key data)"
     if drops and recipe.mask_train.base is None and job.after is None:
         yield "drop needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
-    if job.command == "fft":
-        problem = _message(lambda: check_memory_options(recipe.fft, best_device()))
-        if problem is not None:
-            yield problem
     if job.command in ("probe", "mask-train", "apply") and _is_adapter(job.after):
         yield f"a mask needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
-    checks = {"eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
+    checks = {"fft": _fft_problem, "eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
     if job.command in checks:
         problem = checks[job.command](job, _layer_count(config))
         if problem is not None:
@@ -68,13 +64,20 @@ def _is_adapter(job: Job | None) -> bool:
     return job.recipe.fft.method == "lora" and not job.recipe.fft.merge
 
 
+def _fft_problem(job: Job, layer_count: int | None) -> str | None:
+    options, task_data = job.recipe.fft, job.recipe.eval.task_data
+    return _message(lambda: check_memory_options(options, best_device())) or _message(
+        lambda: check_score(options.best_by, task_data, "fft.best_by")
+    )
+
+
 def _eval_problem(job: Job, layer_count: int | None) -> str | None:
     return _message(lambda: check_suite(job.recipe))
 
 
 def _probe_problem(job: Job, layer_count: int | None) -> str | None:
     recipe = job.recipe
-    problem = _message(lambda: check_by(recipe))
+    problem = _message(lambda: check_score(recipe.probe.by, recipe.eval.task_data, "probe.by"))
     if problem is not None or layer_count is None:
         return problem
     return _message(
@@ -83,7 +86,10 @@ def _probe_problem(job: Job, layer_count: int | None) -> str | None:
 
 
 def _mask_problem(job: Job, layer_count: int | None) -> str | None:
-    options = job.recipe.mask_train
+    options, task_data = job.recipe.mask_train, job.recipe.eval.task_data
+    problem = _message(lambda: check_score(options.best_by, task_data, "mask_train.best_by"))
+    if problem is not None:
+        return problem
     if layer_count is None or job.layers_from is not None or options.layers is None:
         return None
     layers = options.layers

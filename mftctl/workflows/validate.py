@@ -11,6 +11,7 @@ from mftctl.data.encoding import Encoded
 from mftctl.data.prepared.records import token_lengths
 from mftctl.data.rendering import Segment
 from mftctl.evaluation.benchmarks.problems import read_problems
+from mftctl.evaluation.score_choice import check_score
 from mftctl.evaluation.suite import suite_problems
 from mftctl.experiments.controls import jobs_with_controls
 from mftctl.experiments.jobs import Job
@@ -25,7 +26,6 @@ from mftctl.workflows.planning.planned_stages import PlannedStage, StageMemory
 from mftctl.workflows.planning.problem_list import ProblemList, describe
 from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageEstimates, training_options
 from mftctl.workflows.planning.training_data import DataCheck, TokenCounts, Tokens, token_counts, trained_segments
-from mftctl.workflows.probe_by import check_by
 
 SAMPLES = 2
 _WITHOUT_STAGES: tuple[Command, ...] = ("fft", "mask-train")
@@ -198,7 +198,7 @@ def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> Planne
         if job.command in TRAINING_COMMANDS:
             stage = estimates.training(job)
             if job.command == "probe":
-                check_by(job.recipe)
+                check_score(job.recipe.probe.by, job.recipe.eval.task_data, "probe.by")
         elif job.command == "eval":
             _check_suite(job.recipe, problems, job.name)
             estimates.evaluation(job)

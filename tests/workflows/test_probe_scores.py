@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError, EvaluationError, Interrupted
+from mftctl.evaluation.score_choice import check_score
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.model_source import ModelSource, Recommendation, recommended_layers
 from mftctl.experiments.recipe import Recipe
@@ -27,11 +28,10 @@ from mftctl.masking.targets import find_targets
 from mftctl.progress import Silence
 from mftctl.training.held_out import split_validation_records
 from mftctl.training.mask_search import FoundMask
+from mftctl.training.validation_scores import ValidationScorer
 from mftctl.workflows.eval import evaluate
 from mftctl.workflows.mask_result import build_mask
 from mftctl.workflows.probe import probe
-from mftctl.workflows.probe_by import check_by
-from mftctl.workflows.probe_scores import ProbeScorer
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 
 TASK = "truthfulqa_mc2"
@@ -164,16 +164,16 @@ def test_interrupted_scoring_is_resumed_to_the_same_results(
     monkeypatch: pytest.MonkeyPatch,
     scores: int,
 ) -> None:
-    score, scored = ProbeScorer.score, []
+    score, scored = ValidationScorer.score, []
 
-    def stopping(self: ProbeScorer, model: Any, folder: Path) -> Score:
+    def stopping(self: ValidationScorer, model: Any, folder: Path) -> Score:
         found = score(self, model, folder)
         scored.append(folder.name)
         if len(scored) == scores:
             raise KeyboardInterrupt
         return found
 
-    monkeypatch.setattr(ProbeScorer, "score", stopping)
+    monkeypatch.setattr(ValidationScorer, "score", stopping)
     recipe = by_job(workspace, choices, probe__groups=[1])
     run, source = open_run(tmp_path, "probe", recipe)
     with pytest.raises(KeyboardInterrupt):
@@ -248,12 +248,12 @@ def test_warns_that_test_problems_choose_the_layers(
 )
 def test_metrics_that_cannot_rank_groups(by: str, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
-        check_by(Recipe(probe={"by": by}))
+        check_score(by, {}, "probe.by")
 
 
-def test_a_missing_file_of_problems(workspace: Path) -> None:
+def test_a_missing_file_of_problems() -> None:
     with pytest.raises(EvaluationError, match="does not exist"):
-        check_by(make_recipe(workspace, probe__by="gsm8k", eval__task_data={"gsm8k": "missing.jsonl"}))
+        check_score("gsm8k", {"gsm8k": "missing.jsonl"}, "probe.by")
 
 
 def test_nothing_is_scored_where_nothing_is_trained() -> None:

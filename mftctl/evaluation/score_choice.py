@@ -1,32 +1,37 @@
-"""Check of the value of `probe --by`."""
+"""Check of the score that decides between groups of layers or between steps of a training."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from mftctl.errors import ConfigError, EvaluationError
 from mftctl.evaluation.benchmarks.catalog import GROUPS
-from mftctl.experiments.recipe import Recipe
 
+LOSS = "loss"
 EXACT_MATCH = "exact_match"
 _WITHOUT_A_SCORE = ("alpaca_eval",)
 """Benchmarks scored only by a judge model, which costs money."""
 
 
-def check_by(recipe: Recipe) -> None:
-    """Checks that a probe can rank groups by the criterion in its recipe.
+def check_score(by: str, task_data: Mapping[str, str], key: str) -> None:
+    """Checks that a criterion is the loss, exact match or a single benchmark with its own score.
+
+    Args:
+        by: The criterion.
+        task_data: Local files of benchmarks.
+        key: The recipe key that names the criterion.
 
     Raises:
         ConfigError: The criterion is a group of benchmarks, or a benchmark without its own score.
         EvaluationError: The benchmark is unknown, or its local file is missing.
     """
-    by = recipe.probe.by
-    if by in ("loss", EXACT_MATCH):
+    if by in (LOSS, EXACT_MATCH):
         return
     if by in GROUPS or by in _WITHOUT_A_SCORE:
         raise ConfigError(
-            "A probe needs a single benchmark with its own score.",
-            key="probe.by",
+            "The criterion must be a single benchmark with its own score.",
+            key=key,
             expected="loss, exact_match or such a benchmark",
             actual=by,
             hint=f"one of {', '.join(GROUPS[by])}" if by in GROUPS else None,
@@ -34,6 +39,6 @@ def check_by(recipe: Recipe) -> None:
     from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task  # lm-eval takes seconds to import
 
     check_task(by)
-    file = recipe.eval.task_data.get(by)
+    file = task_data.get(by)
     if file is not None and not Path(file).exists():
         raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"task_data.{by}")

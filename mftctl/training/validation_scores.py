@@ -1,42 +1,48 @@
-"""Scores other than the loss by which `probe --by` ranks groups of layers: exact match or a benchmark score."""
+"""Scores of a model on validation records or a benchmark, which decide between masks or between steps."""
 
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.record_issues import RecordIssues
 from mftctl.errors import ConfigError
+from mftctl.evaluation.score_choice import EXACT_MATCH, check_score
+from mftctl.evaluation.statistics import Interval, paired_difference
 from mftctl.evaluation.suite import Suite, SuiteRecords, measure, prepare_suite, with_fixed_clock
 from mftctl.experiments.measured_lines import Metric
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.record_encoding import load_encoder
 from mftctl.experiments.results import Score
-from mftctl.experiments.run_contents import read_part
-from mftctl.experiments.run_folder import Run
+from mftctl.experiments.run_contents import read_part, sample_lines
 from mftctl.files.atomic import write_text
 from mftctl.progress import Listener
 from mftctl.runtime.processes import is_first
 from mftctl.text import counted
-from mftctl.training.held_out import split_validation_records
 from mftctl.training.inputs import TrainingInputs
-from mftctl.workflows.probe_by import EXACT_MATCH, check_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class ProbeScorer:
-    """Scores a probe's model with the mask of each group and without one, always on the same samples.
+class ValidationScorer:
+    """Scores a model, always on the same samples: exact match of validation records, or a benchmark.
 
     Args:
-        recipe: Provides `probe.by`, which names the score, and the `eval` section.
-        inputs: Inputs of the probe, with all of its validation records.
-        run: Receives the samples of each score.
-        listener: Receives progress updates, and a warning if the benchmark's own problems choose the layers.
+        recipe: Provides the `eval` section.
+        by: `exact_match` or a benchmark.
+        key: The recipe key that names the score.
+        chosen: What the score chooses, in words.
+        inputs: Inputs of the training.
+        records: The validation records and their examples, for exact match.
+        now: The time as seen by a chat template.
+        listener: Receives progress updates, and a warning if a benchmark's own problems choose.
 
     Raises:
         MftError: A task, a file or the sandbox cannot be used, or the records have no questions.
@@ -44,14 +50,22 @@ class ProbeScorer:
     Source: MFT, figures 3 and 7, which show benchmark scores.
     """
 
-    def __init__(self, recipe: Recipe, inputs: TrainingInputs, run: Run, listener: Listener) -> None:
-        self.by = recipe.probe.by
-        self._run = run
+    def __init__(
+        self,
+        recipe: Recipe,
+        by: str,
+        key: str,
+        chosen: str,
+        inputs: TrainingInputs,
+        records: EncodedRecords,
+        now: datetime,
+        listener: Listener,
+    ) -> None:
         self._listener = listener
-        encoder = load_encoder(inputs.checkpoint, recipe, run.started)
+        encoder = load_encoder(inputs.checkpoint, recipe, now)
         self._tokenizer = with_fixed_clock(encoder)
         self._test: SuiteRecords | None = None
-        if self.by == EXACT_MATCH:
+        if by == EXACT_MATCH:
             self._recipe = recipe.model_copy(
                 update={
                     "test_data": recipe.val_data or recipe.data,
@@ -59,26 +73,16 @@ class ProbeScorer:
                 }
             )
             self._measures = Suite([], RecordIssues(), [])
-            self._test = SuiteRecords(encoder, _questions(recipe, inputs))
+            self._test = SuiteRecords(encoder, _questions(records, recipe.eval.limit, key))
             return
-        check_by(recipe)
-        self._recipe = _of_task(recipe)
+        check_score(by, recipe.eval.task_data, key)
+        self._recipe = _of_task(recipe, by)
         if not self._recipe.eval.task_data:
             listener.warn(
-                f"The layers are chosen on the problems of {self.by} itself, so later scores on them are biased; "
-                f"to choose them on different problems: --task-data {self.by}=FILE."
+                f"{chosen} chosen on the problems of {by} itself, so later scores on them are biased; "
+                f"to use different problems: --task-data {by}=FILE."
             )
         self._measures = prepare_suite(self._recipe, listener)
-
-    def unmasked(self, model: PreTrainedModel) -> Score:
-        """The score without a mask, measured once even if the run is resumed."""
-        path = self._run.folder / "unmasked.json"
-        if not path.exists():
-            score = self.score(model, self._run.folder / "unmasked")
-            if is_first():
-                write_text(path, json.dumps(score.document(), indent=2) + "\n")
-            return score
-        return read_part(path, Score)
 
     def score(self, model: PreTrainedModel, folder: Path) -> Score:
         """The model's current score: the first metric that a benchmark reports.
@@ -107,6 +111,21 @@ class ProbeScorer:
             higher_is_better=self._is_better_higher(first),
         )
 
+    def score_once(self, model: PreTrainedModel, folder: Path) -> Score:
+        """The score of a model that does not change, measured once even if the run is resumed.
+
+        Args:
+            model: The model.
+            folder: Receives the samples; the score is stored beside it.
+        """
+        path = folder.with_suffix(".json")
+        if path.exists():
+            return read_part(path, Score)
+        score = self.score(model, folder)
+        if is_first():
+            write_text(path, json.dumps(score.document(), indent=2) + "\n")
+        return score
+
     def _is_better_higher(self, metric: Metric) -> bool:
         directions: dict[str, bool] = {}
         for benchmark in self._measures.benchmarks:
@@ -114,9 +133,24 @@ class ProbeScorer:
         return directions.get(metric.name.partition(",")[0], True)
 
 
-def _of_task(recipe: Recipe) -> Recipe:
+def score_change(before: Path, after: Path, score: Score) -> Interval:
+    """The change of a score between two measurements of the same samples, with its paired 95 % interval.
+
+    Args:
+        before: Folder given to `ValidationScorer.score`.
+        after: The folder of the later score.
+        score: The later score, which names the metric.
+    """
+    values = []
+    for folder in (before, after):
+        [file] = folder.glob("*.jsonl")
+        values.append({row.id: row.scores[score.metric] for row in sample_lines(file) if score.metric in row.scores})
+    old, new = values
+    return paired_difference(np.array([new[key] - old[key] for key in old]), np.ones(len(old)))
+
+
+def _of_task(recipe: Recipe, by: str) -> Recipe:
     """The recipe that evaluates only that benchmark."""
-    by = recipe.probe.by
     file = recipe.eval.task_data.get(by)
     changes = {
         "test_data": [],
@@ -128,21 +162,19 @@ def _of_task(recipe: Recipe) -> Recipe:
     return with_changes(recipe, changes)
 
 
-def _questions(recipe: Recipe, inputs: TrainingInputs) -> EncodedRecords:
-    """The deciding validation records, for which answers are generated.
+def _questions(records: EncodedRecords, limit: int | None, key: str) -> EncodedRecords:
+    """The validation records for which answers are generated.
 
     Raises:
         ConfigError: None of them has a question.
     """
-    options, limit = recipe.mask_train, recipe.eval.limit
-    records = split_validation_records(inputs.validation, options)[0][:limit]
-    examples = split_validation_records(inputs.validation_examples, options)[0][:limit]
+    encoded, examples = records.records[:limit], records.examples[:limit]
     if not any(example.prompt for example in examples):
         raise ConfigError(
             "Exact match needs questions to answer.",
-            key="probe.by",
+            key=key,
             expected="validation records with a question and an answer",
             actual=f"{counted(len(examples), 'record')} of plain text",
-            hint="--by loss",
+            hint="choose by the loss",
         )
-    return EncodedRecords(records, examples)
+    return EncodedRecords(encoded, examples)

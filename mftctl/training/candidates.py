@@ -1,0 +1,74 @@
+"""The candidates for the state to keep at each validation: the trained values and their running averages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mftctl.experiments.results import Score
+
+RANK = "rank"
+"""Metric that selects the best step; lower is better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """What was measured of the trained values, or of an average of them, at one validation.
+
+    Attributes:
+        horizon: Horizon of the average; None for the trained values themselves.
+        loss: Validation loss per answer token.
+        score: The score that decides; None if the loss does.
+    """
+
+    horizon: float | None
+    loss: float
+    score: Score | None = None
+
+    @property
+    def rank(self) -> float:
+        """The value to compare; lower is better, and NaN counts as infinite."""
+        value = self.loss if self.score is None else self.score.rank
+        return math.inf if math.isnan(value) else value
+
+
+def best_candidate(candidates: Sequence[Candidate]) -> Candidate:
+    """The candidate with the best score, or without scores the lowest loss; of equal scores, that with the lower loss.
+
+    Args:
+        candidates: At least one; the trained values come first.
+    """
+    return min(candidates, key=lambda one: (one.rank, math.inf if math.isnan(one.loss) else one.loss))
+
+
+def log_entry(candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """The candidates of a validation as an entry of the Trainer's log and a line of metrics.
+
+    Args:
+        candidates: The trained values, then their averages.
+    """
+    current, *averages = candidates
+    entry: dict[str, Any] = {"eval_loss": current.loss}
+    if averages:
+        entry["average_losses"] = {str(one.horizon): one.loss for one in averages}
+    if current.score is not None:
+        entry["score"] = current.score.document()
+        scores = {str(one.horizon): one.score.document() for one in averages if one.score is not None}
+        entry |= {"average_scores": scores} if scores else {}
+    return entry
+
+
+def logged_candidates(entry: dict[str, Any]) -> list[Candidate]:
+    """The candidates in an entry made by `log_entry`."""
+    scores = {None: entry.get("score"), **entry.get("average_scores", {})}
+    losses = {None: entry["eval_loss"], **entry.get("average_losses", {})}
+    return [
+        Candidate(
+            None if key is None else float(key),
+            loss,
+            None if (score := scores.get(key)) is None else Score.read(score),
+        )
+        for key, loss in losses.items()
+    ]
