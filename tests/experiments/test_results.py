@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from mftctl.errors import RunError
 from mftctl.experiments.model_source import recommendation_of, source_of_run
+from mftctl.experiments.result_kinds import read_result
 from mftctl.experiments.results import (
     ApplyResult,
     DroppedMask,
@@ -25,7 +26,6 @@ from mftctl.experiments.results import (
     Result,
     TrainedGroup,
     TrainedProbe,
-    read_result,
 )
 from mftctl.experiments.run_contents import metrics_lines, read_part, sample_lines
 from mftctl.experiments.run_folder import create_run, list_runs, load_run

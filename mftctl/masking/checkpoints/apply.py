@@ -14,9 +14,9 @@ from mftctl.errors import MaskMismatchError
 from mftctl.masking.checkpoints.mask_match import masked_tensors
 from mftctl.masking.checkpoints.masked_shards import with_base_values, without_removed
 from mftctl.masking.checkpoints.model_card import write_model_card
+from mftctl.masking.checkpoints.new_checkpoint import permit_output, write_checkpoint
 from mftctl.masking.checkpoints.shards import write_shards
 from mftctl.masking.checkpoints.tensors import tensor_index
-from mftctl.masking.checkpoints.new_checkpoint import permit_output, write_checkpoint
 from mftctl.masking.mask import Mask
 
 
