@@ -27,7 +27,7 @@ def write_combined(root: Path, number: int, command: str, parents: list[str], re
 
 
 def write_study(root: Path) -> None:
-    """Two fine-tunings, their average, a model before the first, a mask on that, and evaluations of all but the mask."""
+    """Two fine-tunings, their average, a model before the first, a mask on that, and evaluations of all models."""
     ffts = [write_training(root, number, "FFT", {0: 1.2, 10: 0.7}, stage=f"fft{number}") for number in (1, 2)]
     averaged = {"state": "averaged", "weights": [0.5, 0.5], "tensors_averaged": 1, "bytes_written": 1}
     average = write_combined(root, 3, "average", ffts, averaged)
