@@ -67,6 +67,12 @@ COMMANDS = {
         _MORE,
         "Check everything in a recipe that can be checked before training: files, labels, masks, memory, steps.",
     ),
+    "average": Listed("average.average", _MORE, "Average checkpoints of the same model into an ordinary checkpoint."),
+    "interpolate": Listed(
+        "interpolate.interpolate",
+        _MORE,
+        "Choose by validation how far to go from the model before fine-tuning to the fine-tuned one.",
+    ),
     "data": Listed("data.data_app", _MORE, "Look at training data: its records and its statistics."),
     "cache": Listed("cache.cache_app", _MORE, "Manage the cache of prepared data."),
     "mask": Listed("mask.mask_app", _MORE, "Inspect, compare, import and export mask files."),

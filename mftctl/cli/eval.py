@@ -15,7 +15,14 @@ from mftctl.cli.session import Session, use_device
 from mftctl.cli.template_option import OWN
 from mftctl.errors import ConfigError
 from mftctl.experiments.deciding_keys import deciding_keys
-from mftctl.experiments.model_source import ModelSource, ancestry, newest_source, source_of_mask, source_of_model
+from mftctl.experiments.model_source import (
+    MODEL_MAKERS,
+    ModelSource,
+    ancestry,
+    newest_source,
+    source_of_mask,
+    source_of_model,
+)
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.recording import recorded
@@ -195,7 +202,7 @@ def show(console: Output, runs: list[Run]) -> None:
 def _sources(model: str | None, mask: Path | None, session: Session) -> list[ModelSource]:
     if model is not None:
         return [source_of_mask(model, str(mask), session.root) if mask else source_of_model(model, session.root)]
-    newest = newest_source(session.root, "apply", "mask-train", "fft")
+    newest = newest_source(session.root, *MODEL_MAKERS, "mask-train")
     if newest is None or mask is not None:
         raise ConfigError(
             "eval needs a model.",

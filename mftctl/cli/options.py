@@ -118,6 +118,20 @@ def names(text: str) -> list[str]:
     return text.split(",")
 
 
+def numbers(text: str) -> list[float]:
+    """Splits comma-separated numbers such as `0.5,1`.
+
+    Raises:
+        ConfigError: A part is not a number.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            "The list must consist of numbers with commas between them.", expected="such as 0.5,1", actual=text
+        ) from error
+
+
 def files_by_task(pairs: list[str]) -> dict[str, str]:
     """Returns files by task from texts such as `gsm8k=test.jsonl`, one per option.
 

@@ -12,6 +12,7 @@ from mftctl.cli.output import Output
 from mftctl.cli.resumption import check_settings_kept, source_of_resumed, take_up, with_same_step_records
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import StorageError
+from mftctl.experiments.combined_results import InterpolateResult
 from mftctl.experiments.deciding_keys import IN_THE_MODEL, OF_THE_MACHINE
 from mftctl.experiments.model_source import ModelSource, model_for_training, recommended_layers
 from mftctl.experiments.outputs import Input, check_output, inputs_of
@@ -67,7 +68,7 @@ class Session:
         """Returns the resolved recipe: options over `--set` over the recipe over the source run's configuration."""
         name, base = self._recipe_name, None
         if name is None and source is not None:
-            base = _inherited(source)
+            base = inherited(source)
             name = QUICKSTART if base is None and source.model == QUICKSTART else None
         return load_recipe(name, base=base, sets=self._sets, options=self._options, stages=False)
 
@@ -175,7 +176,7 @@ class Session:
         inputs = inputs_of(recipe, models=models, recipe_name=self._recipe_name)
         return Path(from_first(lambda: str(self.settle_output(output, inputs, permit))))
 
-    def end(self, result: FftResult | MaskTrainResult) -> None:
+    def end(self, result: FftResult | MaskTrainResult | InterpolateResult) -> None:
         """Checks that the result was written to the requested output.
 
         Raises:
@@ -235,8 +236,12 @@ def use_device(recipe: Recipe, launch: Launch) -> None:
     join_on(recipe.device)
 
 
-def _inherited(source: ModelSource) -> dict[str, Any] | None:
-    """Returns the configuration of the run that made a model, without machine settings and keys stored in the model."""
+def inherited(source: ModelSource) -> dict[str, Any] | None:
+    """Returns the configuration of the run that made a model, without machine settings and keys stored in the model.
+
+    Args:
+        source: The model; None is returned if no run made it.
+    """
     if source.config is None:
         return None
     has_template = bool(source.parents) and source.parents[-1].endswith("-fft")

@@ -29,7 +29,7 @@ class MetricsLine(Part):
     """Line of `metrics.jsonl`: the values measured at one step; None for values not measured there.
 
     Attributes:
-        step: Optimizer step, or index of a point on a loss surface.
+        step: Optimizer step, or index of a point on a loss surface or of a share.
         epoch: Passes over the training data so far.
         loss: Training loss.
         eval_loss: Validation loss.
@@ -38,6 +38,7 @@ class MetricsLine(Part):
         train_runtime: Seconds since training started or was resumed.
         train_tokens_per_second: Average over that time.
         step_seconds: Duration of this step.
+        share: Share of the change made by fine-tuning, in an interpolation.
         dataset: Dataset or benchmark of an evaluation during training.
         digest: Digest of that data.
         metrics: Metrics on that data.
@@ -65,6 +66,7 @@ class MetricsLine(Part):
     train_runtime: Exact | None = None
     train_tokens_per_second: Exact | None = None
     step_seconds: Exact | None = None
+    share: Exact | None = None
     dataset: str | None = None
     digest: str | None = None
     metrics: list[Metric] = Field(default_factory=list)

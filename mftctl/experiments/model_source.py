@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,9 @@ from mftctl.experiments.run_inputs import Lineage, RunInputs, Source, UsedModel
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
 from mftctl.experiments.training_options import FftOptions
+
+MODEL_MAKERS = ("fft", "apply", "average", "interpolate")
+"""Commands that write a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +62,7 @@ class ModelSource:
 
 
 def source_of_run(run: Run) -> ModelSource:
-    """Returns the result of a finished `fft`, `mask-train` or `apply` run as a source.
+    """Returns the model or mask that a finished run made as a source.
 
     Raises:
         RunError: The record of the run is incomplete.
@@ -92,7 +96,7 @@ def source_of_model(model: str, root: Path) -> ModelSource:
     if path.is_dir():
         for run in reversed(list_runs(root)[0]):
             # The result of mask-train also names a model: the one it left unchanged.
-            made = run.result(Outcome).model if run.record.command in ("fft", "apply") else None
+            made = run.result(Outcome).model if run.record.command in MODEL_MAKERS else None
             if made is not None and Path(made).resolve() == path.resolve():
                 return source_of_run(run)
         told = told_origin(path)
@@ -143,6 +147,43 @@ def model_for_training(model: str | None, root: Path, command: str) -> ModelSour
         actual=f"none given, and no finished fft run in {root}",
         hint=f"mftctl fft, or mftctl {command} --model DIR --data FILE",
     )
+
+
+def model_before(source: ModelSource, given: str | None, *, key: str, what: str) -> str:
+    """Returns the model before fine-tuning: the given one, or the one that the lineage of a model started from.
+
+    Args:
+        source: The fine-tuned model.
+        given: The model before fine-tuning, if named.
+        key: The recipe key that names it.
+        what: What needs it, such as "The drop method".
+
+    Raises:
+        ConfigError: None is given, and none is known.
+    """
+    if given is not None:
+        return given
+    if source.origin and source.origin != source.model:
+        return source.origin
+    raise ConfigError(
+        f"{what} needs the model before fine-tuning.",
+        key=key,
+        expected="a checkpoint folder or a hub id",
+        actual=f"none given, and no run in the runs folder produced {source.model}",
+        hint="--base MODEL",
+    )
+
+
+def combined_source(sources: Sequence[ModelSource]) -> ModelSource:
+    """Returns several models as one source: the first one, with the runs that made any of them.
+
+    Args:
+        sources: The models, at least one.
+    """
+    first = sources[0]
+    parents = tuple(dict.fromkeys(name for source in sources for name in source.parents))
+    config = next((source.config for source in sources if source.config is not None), None)
+    return replace(first, parents=parents, config=config)
 
 
 @dataclass(frozen=True, slots=True)

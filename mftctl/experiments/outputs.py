@@ -42,11 +42,12 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
     """
     options = recipe.eval
     sources = (*recipe.data, *recipe.val_data, *recipe.test_data)
+    bases = (recipe.mask_train.base, recipe.interpolate.base)
     data = [path for source in sources for path in (source.path, *map(str, local_files(source)))]
     named = [
         *((path, "the data") for path in data),
         *((path, "a benchmark's data") for path in options.task_data.values()),
-        *((path, "an input model or mask") for path in (recipe.model, recipe.mask_train.base, *models)),
+        *((path, "an input model or mask") for path in (recipe.model, *bases, *models)),
         (options.predictions, "the predictions"),
         (recipe.chat_template, "the chat template"),
     ]

@@ -184,7 +184,26 @@ class EvalOptions(Section):
         return self
 
 
-Command = Literal["fft", "probe", "mask-train", "apply", "eval"]
+class InterpolateOptions(Section):
+    """Settings for how far to go from the model before fine-tuning to the fine-tuned one."""
+
+    shares: tuple[float, ...] = Field(
+        (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2),
+        min_length=1,
+        strict=False,
+        description="Shares of the change made by fine-tuning to try: 0 is the model before it, 1 the fine-tuned one, "
+        "more goes beyond.",
+    )
+    base: str | None = Field(None, description="The model before fine-tuning; by default that of the fft run.")
+
+    @model_validator(mode="after")
+    def _shares_differ(self) -> InterpolateOptions:
+        if len(set(self.shares)) < len(self.shares):
+            raise ValueError(f"interpolate.shares must differ, but {list(self.shares)} has one twice")
+        return self
+
+
+Command = Literal["fft", "probe", "mask-train", "apply", "interpolate", "eval"]
 Control = Literal["annealed", "averaged", "interpolated"]
 
 
@@ -255,6 +274,7 @@ class Recipe(Section):
     fft: FftOptions = FftOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()
+    interpolate: InterpolateOptions = InterpolateOptions()
     eval: EvalOptions = EvalOptions()
     stages: dict[str, Stage] = Field(default_factory=dict)
     controls: tuple[Control, ...] = Field(

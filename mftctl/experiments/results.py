@@ -1,4 +1,6 @@
-"""Results of all commands as stored in `run.json` and read back; the only module that knows their keys.
+"""Results of commands as stored in `run.json` and read back; the only module that knows their keys.
+
+Those of commands that combine checkpoints are in `combined_results`.
 
 A class may read less than a command writes: `MadeState` reads a single key from the result of any command but `probe`.
 """
@@ -35,7 +37,7 @@ class Outcome(Result):
         model: Folder of the model that was made, or that the mask is for.
         mask: Mask file in the run folder.
         output: Mask file at the requested output path.
-        base: Model that a mask was applied to; for the method `drop`, the model before fine-tuning.
+        base: Model that a mask was applied to; for the method `drop` and `interpolate`, the model before fine-tuning.
         steps: Number of optimizer steps.
         best_step: Step with the lowest validation loss.
         best_loss: Validation loss at that step.
@@ -68,7 +70,7 @@ class MadeState(Result):
 
 
 class MadeModel(MadeState):
-    """Model made by `fft` or `apply`."""
+    """Model made by `fft`, `apply`, `average` or `interpolate`."""
 
     model: Place
 
@@ -512,23 +514,3 @@ class SurfaceResult(Result):
     train_answer_tokens: Count
     test_answer_tokens: Count
     peak_memory_bytes: Count
-
-
-RESULTS: Mapping[str, type[Result]] = {
-    "fft": FftResult,
-    "probe": ProbeResult,
-    "mask-train": MaskTrainResult,
-    "apply": ApplyResult,
-    "eval": EvalResult,
-    "surface": SurfaceResult,
-}
-"""Result class of each command."""
-
-
-def read_result(command: str, document: Mapping[str, Any]) -> Result:
-    """Returns a complete result from its stored form, or from that sent by another process.
-
-    Raises:
-        pydantic.ValidationError: It is not a result of that command.
-    """
-    return RESULTS.get(command, Outcome).read(document)

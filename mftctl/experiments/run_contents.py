@@ -15,7 +15,8 @@ from pydantic_core import from_json
 
 from mftctl.errors import MftError, RunError
 from mftctl.experiments.measured_lines import MetricsLine, Sample
-from mftctl.experiments.results import Outcome, read_result
+from mftctl.experiments.result_kinds import read_result
+from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.value_types import LARGEST_COUNT, Count, Number, Part, Several
 from mftctl.files.regular import read_regular

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mftctl.experiments.value_types import Count, Measured, Part, Place
+from mftctl.experiments.value_types import Count, Measured, Number, Part, Place
 
 PLACES = ("model", "mask", "origin")
 """Keys of inputs that hold paths."""
@@ -114,6 +114,18 @@ class Source(Part):
     parents: list[str]
     origin: Place
     base: Annotated[Place | None, _Optional] = None
+
+
+class AveragedCheckpoints(Part):
+    """The checkpoints that `average` read, and the weights it was given for them.
+
+    Attributes:
+        checkpoints: Checkpoint folders, hub ids or `quickstart`.
+        weights: The weights as given; None for equal ones.
+    """
+
+    checkpoints: list[Place]
+    weights: list[Number] | None = None
 
 
 class TrainRecords(Part):

@@ -17,6 +17,8 @@ class StateKind(Enum):
     PRE_TRAINED = auto()
     UNKNOWN = auto()
     FFT = auto()
+    AVERAGED = auto()
+    INTERPOLATED = auto()
     LORA = auto()
     HFT = auto()
     RANDOM_UPDATE = auto()
@@ -102,6 +104,8 @@ _TABLE: Final = {
     State(StateKind.UNKNOWN): "unknown origin",
     State(StateKind.FFT): "FFT",
     State(StateKind.FFT, is_continued=True): "continued FFT",
+    State(StateKind.AVERAGED): "averaged",
+    State(StateKind.INTERPOLATED): "interpolated",
     State(StateKind.LORA): "LoRA",
     State(StateKind.LORA, is_continued=True): "continued LoRA",
     State(StateKind.HFT): "HFT",
@@ -145,6 +149,8 @@ PRE_TRAINED: Final = State(StateKind.PRE_TRAINED).label
 UNKNOWN: Final = State(StateKind.UNKNOWN).label
 FFT: Final = State(StateKind.FFT).label
 CONTINUED_FFT: Final = State(StateKind.FFT, is_continued=True).label
+AVERAGED: Final = State(StateKind.AVERAGED).label
+INTERPOLATED: Final = State(StateKind.INTERPOLATED).label
 MASKED: Final = State(StateKind.MASKED).label
 WRITTEN: Final = State(StateKind.WRITTEN).label
 

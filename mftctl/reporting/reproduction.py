@@ -10,7 +10,15 @@ from mftctl.errors import RunError
 from mftctl.experiments.results import Outcome
 from mftctl.experiments.run_contents import PartKind
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.run_inputs import AppliedMask, Origin, RunInputs, StartingState, SurfaceSize, UsedModel
+from mftctl.experiments.run_inputs import (
+    AppliedMask,
+    AveragedCheckpoints,
+    Origin,
+    RunInputs,
+    StartingState,
+    SurfaceSize,
+    UsedModel,
+)
 from mftctl.experiments.state_names import known_state
 
 
@@ -29,7 +37,8 @@ def reproduction(run: Run) -> str:
     record = run.record
     if record.command == "surface":
         return shlex.join(["mftctl", *_surface(run), "--runs", str(run.folder.parent)])
-    arguments = {"apply": _apply, "eval": _eval, "mask-train": _mask_train}.get(record.command, _configured)(run)
+    makers = {"apply": _apply, "average": _average, "eval": _eval, "mask-train": _mask_train}
+    arguments = makers.get(record.command, _configured)(run)
     program = ["mftctl"]
     if record.processes > 1:
         program = ["torchrun", "--nproc-per-node", str(record.processes), "-m", "mftctl"]
@@ -55,6 +64,12 @@ def _apply(run: Run) -> list[str]:
         base = _inputs(run, Origin).origin if state is not None and state.is_drop else model
     tuned = [] if base == model else ["--tuned", model]
     return [str(base), mask, *tuned, *_output(run)]
+
+
+def _average(run: Run) -> list[str]:
+    inputs = _inputs(run, AveragedCheckpoints)
+    weights = [] if inputs.weights is None else [f"--weights={','.join(map(repr, inputs.weights))}"]
+    return [*inputs.checkpoints, *weights, *_output(run)]
 
 
 def _eval(run: Run) -> list[str]:

@@ -10,6 +10,7 @@ from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
+from mftctl.masking.checkpoints.companions import tell_left_out
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.mask import open_mask
 from mftctl.progress import Listener, Progress
@@ -54,11 +55,7 @@ def apply(
             replace=replace or run.record.output is None,
             origin=origin_of(source.state, source.model, source.origin).as_document(),
         )
-    if done.left_out:
-        listener.warn(
-            f"Not copied, because they link to files outside the model's folder: {', '.join(done.left_out)}. "
-            "Copy them yourself if the model needs them."
-        )
+    tell_left_out(done.left_out, listener)
     return ApplyResult(
         state=source.state,
         model=str(folder.resolve()),

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import ModelSource
+from mftctl.experiments.model_source import ModelSource, model_before
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_device import device_for
@@ -220,15 +220,7 @@ def _drop(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
     Source: GMT, section 4, "Analysis of Drop Strategy".
     """
     options = recipe.mask_train
-    base = options.base or (source.origin if source.origin != source.model else None) or None
-    if base is None:
-        raise ConfigError(
-            "The drop method needs the model before fine-tuning.",
-            key="mask_train.base",
-            expected="a checkpoint folder or a hub id",
-            actual=f"none given, and no run in the runs folder produced {source.model}",
-            hint="--base MODEL",
-        )
+    base = model_before(source, options.base, key="mask_train.base", what="The drop method")
     run.update(inputs=source.as_inputs())
     mask = drop_mask(
         resolve_checkpoint(base),

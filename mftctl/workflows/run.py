@@ -15,7 +15,7 @@ from mftctl.experiments.controls import jobs_with_controls
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
 from mftctl.experiments.jobs import Job
-from mftctl.experiments.model_source import ModelSource, recommendation_of, source_of_run
+from mftctl.experiments.model_source import MODEL_MAKERS, ModelSource, recommendation_of, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.recording import recorded
@@ -33,8 +33,6 @@ State = Literal["done", "resumed", "new", "changed", "running", "failed", "elsew
 
 _LOOK_AGAIN_SECONDS = 1.0
 """Time between checks of another process's job while there is nothing else to do."""
-
-_MODEL_MAKERS = ("fft", "apply")
 
 
 @dataclass
@@ -214,7 +212,7 @@ def _decides(
         before = [plan[id(candidate)].digest for candidate in job.candidates]
     if before is not None:
         del keys["model"]
-        if job.command != "fft":  # the fine-tuning rate is then that of the previous stage
+        if job.command not in ("fft", "interpolate"):  # the fine-tuning rate is then that of the previous stage
             keys.pop("fft", None)
     return {
         "command": job.command,
@@ -327,5 +325,5 @@ def _is_complete(run: Run) -> bool:
     if run.record.status != RunStatus.FINISHED:
         return False
     result = run.result(Outcome)
-    made = (result.model, result.mask) if run.record.command in _MODEL_MAKERS else (result.mask,)
+    made = (result.model, result.mask) if run.record.command in MODEL_MAKERS else (result.mask,)
     return all(Path(place).exists() for place in made if place)

@@ -44,10 +44,12 @@ def _problems(job: Job) -> Iterator[str]:
     if recipe.model_type is not None and config.get("model_type") != recipe.model_type:
         yield f"the recipe is for models of type {recipe.model_type}, but {recipe.model} is {config.get('model_type')}"
     drops = job.command == "mask-train" and recipe.mask_train.method == "drop"
-    if job.command in ("fft", "probe", "mask-train") and not drops and not recipe.data:
+    if job.command in ("fft", "probe", "mask-train", "interpolate") and not drops and not recipe.data:
         yield "there is no training data (key data)"
     if drops and recipe.mask_train.base is None and job.after is None:
         yield "drop needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
+    if job.command == "interpolate":
+        yield from _interpolation_problems(job)
     if job.command in ("probe", "mask-train", "apply") and _is_adapter(job.after):
         yield f"a mask needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
     checks = {"fft": _fft_problem, "eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
@@ -55,6 +57,15 @@ def _problems(job: Job) -> Iterator[str]:
         problem = checks[job.command](job, _layer_count(config))
         if problem is not None:
             yield problem
+
+
+def _interpolation_problems(job: Job) -> Iterator[str]:
+    if job.recipe.interpolate.base is None and job.after is None:
+        yield "interpolate needs the model before fine-tuning: put it after an fft stage, or set interpolate.base"
+    if _is_adapter(job.after):
+        yield f"interpolate needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
+    if job.after is not None and job.after.command == "mask-train":
+        yield f"interpolate needs a checkpoint, but {job.after.name} makes a mask (put an apply stage between them)"
 
 
 def _is_adapter(job: Job | None) -> bool:

@@ -192,13 +192,15 @@ def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:
 
 
 def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> PlannedStage:
-    of = job.after.name if job.command in ("apply", "eval") and job.after is not None else None
+    of = job.after.name if job.command in ("apply", "interpolate", "eval") and job.after is not None else None
     stage = PlannedStage(job.name, job.command, of)
     with problems.collecting(job.name):
         if job.command in TRAINING_COMMANDS:
             stage = estimates.training(job)
             if job.command == "probe":
                 check_score(job.recipe.probe.by, job.recipe.eval.task_data, "probe.by")
+        elif job.command == "interpolate":
+            estimates.interpolation(job)
         elif job.command == "eval":
             _check_suite(job.recipe, problems, job.name)
             estimates.evaluation(job)

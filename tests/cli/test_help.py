@@ -24,6 +24,8 @@ COMMANDS = [
     "probe",
     "mask-train",
     "apply",
+    "average",
+    "interpolate",
     "eval",
     "report",
     "run",

@@ -22,6 +22,7 @@ WRITERS: dict[str, list[str]] = {
     "fft": ["fft", "-m", "tiny", *TRAIN, *STEPS],
     "mask-train": ["mask-train", "-m", "tiny", *TRAIN, "--method", "magnitude", "--layers", "1"],
     "apply": ["apply", "tiny", "given.bits"],
+    "average": ["average", "tiny", "tiny"],
     "import": ["mask", "import", "given.npz", "-m", "tiny"],
     "export": ["mask", "export", "given.bits"],
     "report": ["report"],
@@ -30,6 +31,7 @@ WRITERS: dict[str, list[str]] = {
 OWN = {
     "fft": ["made"],
     "apply": ["made"],
+    "average": ["made"],
     "mask-train": ["old.bits", "given.bits"],
     "import": ["old.bits", "given.bits"],
     "export": ["old.bits", "given.npz"],
@@ -144,7 +146,7 @@ MANY = settings(FEW, max_examples=40)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["apply", "mask-train", "import", "export", "report"])
+@pytest.mark.parametrize("command", ["apply", "average", "mask-train", "import", "export", "report"])
 @MANY
 @example(output="", yes=True)
 @example(output=".", yes=True)

@@ -11,7 +11,9 @@ from mftctl.experiments.model_source import (
     ModelSource,
     Recommendation,
     ancestry,
+    combined_source,
     fft_learning_rate,
+    model_before,
     model_for_training,
     newest_source,
     recommended_layers,
@@ -318,3 +320,39 @@ def test_the_rate_of_fine_tuning_is_that_of_the_run(made_with: dict[str, Any], e
 def test_the_rate_of_fine_tuning_without_a_run_is_that_of_the_recipe() -> None:
     recipe = Recipe.model_validate({"fft": {"learning_rate": 3e-4}})
     assert fft_learning_rate(ModelSource("tuned"), recipe) == 3e-4
+
+
+# Combined models, and the model before fine-tuning
+
+
+def test_combined_models_have_the_runs_of_all_and_the_rest_of_the_first() -> None:
+    first = ModelSource("a", state=FFT, parents=("001-fft", "002-fft"), origin="base")
+    second = ModelSource("b", state=FFT, parents=("001-fft", "003-fft"), origin="other", config={"seed": 1})
+    assert combined_source([first, second]) == replace(
+        first, parents=("001-fft", "002-fft", "003-fft"), config={"seed": 1}
+    )
+    assert combined_source([ModelSource("hub/a"), ModelSource("hub/b")]) == ModelSource("hub/a")
+
+
+def test_the_model_before_fine_tuning_is_the_given_one_or_the_origin() -> None:
+    tuned = ModelSource("tuned", state=FFT, origin="base")
+    assert model_before(tuned, None, key="k", what="It") == "base"
+    assert model_before(tuned, "given", key="k", what="It") == "given"
+
+
+@pytest.mark.parametrize("origin", ["", "tuned"])
+def test_an_unknown_model_before_fine_tuning_is_an_error(origin: str) -> None:
+    with pytest.raises(ConfigError, match="It needs the model before fine-tuning") as caught:
+        model_before(ModelSource("tuned", origin=origin), None, key="a.base", what="It")
+    assert (caught.value.key, caught.value.hint) == ("a.base", "--base MODEL")
+    assert "tuned" in str(caught.value.actual)
+
+
+@pytest.mark.parametrize("command", ["average", "interpolate"])
+def test_a_model_of_a_command_that_combines_comes_from_its_run(root: Path, command: str) -> None:
+    fft = source_of_run(run_fft(root, ModelSource("base")))
+    run = create_run(root, command, {"seed": 3}, inputs=fft.as_inputs())
+    (run.folder / "model").mkdir()
+    run.finish(partial_result({"state": "combined", "model": str((run.folder / "model").resolve())}))
+    made = source_of_model(f"runs/{run.name}/model", root)
+    assert (made.state, made.parents, made.origin) == ("combined", ("001-fft", run.name), "base")

@@ -11,7 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from mftctl.errors import RunError
+from mftctl.experiments.combined_results import AverageResult, InterpolateResult, ShareLoss
 from mftctl.experiments.model_source import recommendation_of, source_of_run
+from mftctl.experiments.result_kinds import read_result
 from mftctl.experiments.results import (
     ApplyResult,
     DroppedMask,
@@ -25,7 +27,6 @@ from mftctl.experiments.results import (
     Result,
     TrainedGroup,
     TrainedProbe,
-    read_result,
 )
 from mftctl.experiments.run_contents import metrics_lines, read_part, sample_lines
 from mftctl.experiments.run_folder import create_run, list_runs, load_run
@@ -200,6 +201,30 @@ def test_both_kinds_of_mask_and_probe_results_are_told_apart() -> None:
     assert isinstance(ProbeResult.read(fast), FastProbe)
     with pytest.raises(ValidationError):
         TrainedProbe.read(fast)
+
+
+def test_results_of_combined_checkpoints_are_read_as_they_were_written(tmp_path: Path) -> None:
+    average = AverageResult(state="averaged", model="m", weights=[1.5, -0.5], tensors_averaged=2, bytes_written=3)
+    between = InterpolateResult(
+        state="interpolated",
+        model="m",
+        output_refused=None,
+        base="b",
+        share=0.5,
+        best_loss=0.6,
+        losses=[ShareLoss(share=0.5, loss=0.6), ShareLoss(share=1.0, loss=float("inf"))],
+        tensors=2,
+        peak_memory_bytes=1,
+    )
+    for command, result in (("average", average), ("interpolate", between)):
+        run = create_run(tmp_path, command, {})
+        run.finish(result)
+        record = load_run(run.folder).record
+        assert read_result(command, record.result) == result
+        assert load_run(run.folder).result(type(result)) == result
+    outcome = load_run(tmp_path / "002-interpolate").result(Outcome)
+    assert (outcome.best_loss, outcome.base, outcome.state) == (0.6, "b", "interpolated")
+    assert between.tuned_loss == float("inf")
 
 
 def test_only_a_refused_output_is_stored() -> None:

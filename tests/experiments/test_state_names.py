@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from mftctl.experiments.state_names import (
+    AVERAGED,
     CONTINUED_FFT,
     FFT,
+    INTERPOLATED,
     STATE_ORDER,
     State,
     StateKind,
@@ -47,6 +49,8 @@ def test_states_stand_in_the_order_of_the_papers() -> None:
     assert [place_of(label) for label in labels] == list(range(len(labels)))
     assert labels.index(FFT) + 1 == labels.index(CONTINUED_FFT)
     assert labels[0] == "pre-trained"
+    after_fft = labels.index(CONTINUED_FFT) + 1
+    assert labels[after_fft : after_fft + 2] == [AVERAGED, INTERPOLATED] == ["averaged", "interpolated"]
     assert labels[-5:] == ["MFT, paper", "MFT, reference", "MFT", "MFT threshold", "masked"]
 
 

@@ -61,15 +61,19 @@ def import_everything() -> None:
 
     import mftctl.cli.app
     import mftctl.cli.apply
+    import mftctl.cli.average
     import mftctl.cli.eval
     import mftctl.cli.fft
+    import mftctl.cli.interpolate
     import mftctl.cli.mask_train
     import mftctl.cli.probe
     import mftctl.cli.report
     import mftctl.cli.run
     import mftctl.workflows.apply
+    import mftctl.workflows.average
     import mftctl.workflows.eval
     import mftctl.workflows.fft
+    import mftctl.workflows.interpolate
     import mftctl.workflows.mask_train
     import mftctl.workflows.multi_process.worker
     import mftctl.workflows.probe

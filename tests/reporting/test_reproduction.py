@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mftctl.errors import RunError
 from mftctl.experiments.run_folder import Run, list_runs, load_run
 from mftctl.experiments.run_record import RunRecord
 from mftctl.reporting.reproduction import reproduction
@@ -147,3 +148,16 @@ def test_mask_of_an_experiment_gets_a_separate_file_and_multi_gpu_runs_are_launc
         f"torchrun --nproc-per-node 4 -m mftctl mask-train --recipe {run.folder / 'config.yaml'} "
         f"-o 006-mask-train.bits --runs {tmp_path}"
     )
+
+
+@pytest.mark.parametrize(("weights", "option"), [(None, ""), ([1.5, -0.5], "--weights=1.5,-0.5 ")])
+def test_an_average_names_its_checkpoints_and_weights(weights: list[float] | None, option: str, tmp_path: Path) -> None:
+    inputs = {"model": "a", "checkpoints": ["a", "b c"], "weights": weights}
+    run = Run(tmp_path / "001-average", RunRecord("average", "finished", "", {}, inputs=inputs, output="out"))
+    assert reproduction(run) == f"mftctl average a 'b c' {option}-o out --runs {tmp_path}"
+
+
+def test_an_average_without_its_checkpoints_is_an_error(tmp_path: Path) -> None:
+    run = Run(tmp_path / "001-average", RunRecord("average", "finished", "", {}, inputs={"model": "a"}))
+    with pytest.raises(RunError, match="lacks its checkpoints"):
+        reproduction(run)

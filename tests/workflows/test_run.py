@@ -257,3 +257,15 @@ def test_a_sweep_is_measured_value_by_value(own_workspace: Path, tmp_path: Path)
         "random mask (random[ratio=0.1])",
         "random mask (random[ratio=0.5])",
     ]
+
+
+def test_what_decides_an_interpolation(workspace: Path, tmp_path: Path) -> None:
+    def digest(**settings: Any) -> str:
+        between = {"command": "interpolate", "after": "fft", "set": settings}
+        recipe = experiment(workspace, stages={"fft": {"command": "fft"}, "between": between})
+        return plan_experiment(recipe, "test", tmp_path)[1].digest
+
+    plain = digest()
+    assert digest(**{"interpolate.shares": [0.5]}) != plain
+    assert digest(**{"fft.max_length_tokens": 64}) != plain
+    assert digest(**{"fft.learning_rate": 0.5}) == digest(**{"mask_train.max_steps": 9}) == plain

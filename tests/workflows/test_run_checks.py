@@ -16,6 +16,7 @@ from mftctl.workflows.run_checks import check_jobs
 from tests.workflow_fixtures import make_recipe
 
 FFT: dict[str, Any] = {"command": "fft"}
+BETWEEN: dict[str, Any] = {"fft": FFT, "between": {"command": "interpolate", "after": "fft"}}
 
 
 def problems_of(workspace: Path, stages: dict[str, Any], **changes: Any) -> tuple[str, ...]:
@@ -69,6 +70,30 @@ def test_a_mask_on_an_adapter(workspace: Path) -> None:
     )
     merged = {"command": "fft", "set": {"fft.method": "lora", "fft.merge": True}}
     check_jobs(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
+
+
+def test_an_interpolation_without_its_base(workspace: Path) -> None:
+    (problem,) = problems_of(workspace, {"between": {"command": "interpolate"}})
+    assert "needs the model before fine-tuning" in problem
+    check_jobs(spell_out(make_recipe(workspace, stages=BETWEEN)))
+
+
+def test_an_interpolation_to_an_adapter(workspace: Path) -> None:
+    lora = {"command": "fft", "set": {"fft.method": "lora"}}
+    assert problems_of(workspace, {**BETWEEN, "fft": lora}) == (
+        "between: interpolate needs a full model, but fft writes an adapter (fft.merge)",
+    )
+
+
+def test_an_interpolation_to_a_mask(workspace: Path) -> None:
+    mask = {"command": "mask-train", "set": {"mask_train.layers": "all"}}
+    (problem,) = problems_of(workspace, {**BETWEEN, "fft": mask})
+    assert problem == "between: interpolate needs a checkpoint, but fft makes a mask (put an apply stage between them)"
+
+
+def test_an_interpolation_without_data(workspace: Path) -> None:
+    problems = problems_of(workspace, BETWEEN, data=[])
+    assert "between: there is no training data (key data)" in problems
 
 
 def test_no_training_data(workspace: Path) -> None:

@@ -274,3 +274,21 @@ def test_a_table_of_seventy_billion_parameters_without_weights(workspace: Path, 
     assert (l1.estimate.gradients_bytes, l1.estimate.optimizer_bytes) == (0, 0)
     assert mft.estimate.scores_bytes == 4 * found.masks["mft"].weights
     assert found.stages[-1].steps == 12
+
+
+@pytest.mark.slow
+def test_an_interpolation_is_planned_like_its_validations(workspace: Path) -> None:
+    stages = {"fft": {"command": "fft"}, "between": {"command": "interpolate", "after": "fft"}}
+    found = validate(make_recipe(workspace, stages=stages), None)
+    assert found.problems == []
+    stage = found.stages[1]
+    assert (stage.command, stage.of, stage.steps) == ("interpolate", "fft", None)
+    memory = found.memory[1]
+    assert memory.stage == "between"
+    assert 0 < memory.estimate.validation_bytes < found.memory[0].estimate.peak_bytes
+    assert memory.estimate.generation_bytes == 0
+
+
+def test_an_interpolation_without_a_base_is_a_problem(workspace: Path) -> None:
+    found = validate(make_recipe(workspace, stages={"between": {"command": "interpolate"}}), None)
+    assert "needs the model before fine-tuning" in _one(found.problems, "between")

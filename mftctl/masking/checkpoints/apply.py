@@ -6,22 +6,17 @@ complete, and is discarded if a tensor does not match the mask's record.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from mftctl.errors import MaskMismatchError, ModelError
-from mftctl.files.atomic import atomic_folder
-from mftctl.files.ownership import Kind, permit_folder, write_marker
-from mftctl.masking.checkpoints.companions import CARD_FILE, copy_companions
+from mftctl.errors import MaskMismatchError
 from mftctl.masking.checkpoints.mask_match import masked_tensors
-from mftctl.masking.checkpoints.masked_shards import with_base_values, without_removed, write_shards
+from mftctl.masking.checkpoints.masked_shards import with_base_values, without_removed
 from mftctl.masking.checkpoints.model_card import write_model_card
-from mftctl.masking.checkpoints.tensors import (
-    WEIGHTS_FILE,
-    tensor_index,
-)
+from mftctl.masking.checkpoints.new_checkpoint import permit_output, write_checkpoint
+from mftctl.masking.checkpoints.shards import write_shards
+from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.mask import Mask
 
 
@@ -80,31 +75,24 @@ def apply_to_checkpoint(
     _require_tuned_for_delta(mask, tuned)
     base, output = base.resolve(), output.resolve()
     source = base if tuned is None else tuned.resolve()
-    permit = permit_folder(Kind.MODEL, replace=replace)
-    _require_apart(output, [base, source], mask_path)
-    if os.path.lexists(output):
-        permit(output)
+    permit = permit_output(
+        output, [base, source, *([] if mask_path is None else [mask_path.resolve()])], replace=replace
+    )
     copy_tensor = without_removed(mask)
     originals = masked_tensors(mask, base, "base")
     if tuned is not None:
         masked_tensors(mask, source, "tuned checkpoint")
         copy_tensor = with_base_values(mask, originals)
-    try:
-        with atomic_folder(output, permit) as folder:
-            write_shards(tensor_index(source).values(), mask, copy_tensor, folder, on_progress)
-            left_out = copy_companions(source, folder, sharded=not (source / WEIGHTS_FILE).is_file())
-            card = write_model_card(mask, base_model=base_model, mask_path=mask_path)
-            (folder / CARD_FILE).write_text(card, encoding="utf-8")
-            write_marker(folder, Kind.MODEL, origin)
-            bytes_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    except OSError as error:
-        raise ModelError(
-            "The masked checkpoint could not be written; no partial output was left.",
-            path=output,
-            actual=str(error),
-            hint="free some space or give another folder with -o",
-        ) from error
-    return ApplyResult(bytes_written, len(mask), mask.removed, left_out)
+    written = write_checkpoint(
+        output,
+        permit,
+        source,
+        lambda folder: write_shards(tensor_index(source).values(), mask, copy_tensor, folder, on_progress),
+        what="masked",
+        card=write_model_card(mask, base_model=base_model, mask_path=mask_path),
+        origin=origin,
+    )
+    return ApplyResult(written.bytes_written, len(mask), mask.removed, written.left_out)
 
 
 def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
@@ -124,21 +112,3 @@ def _require_tuned_for_delta(mask: Mask, tuned: Path | None) -> None:
             expected="no tuned checkpoint",
             hint=f"apply it to {mask.metadata.base_label} only, or give a delta mask",
         )
-
-
-def _require_apart(output: Path, folders: list[Path], mask_path: Path | None) -> None:
-    for path in [*folders, *([] if mask_path is None else [mask_path.resolve()])]:
-        if path.is_relative_to(output):
-            raise ModelError(
-                "The output folder contains an input, which would be lost.",
-                path=output,
-                actual=str(path),
-                hint="give another folder with -o",
-            )
-        if output.is_relative_to(path):
-            raise ModelError(
-                "The output folder is inside an input's folder.",
-                path=output,
-                actual=str(path),
-                hint="give a folder outside it with -o",
-            )

@@ -91,7 +91,7 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
         ModelError: The base cannot be read.
     """
     _require_base_for_delta(mask, base)
-    targets = _masked_parameters(model, mask.names())
+    targets = stored_parameters(model, mask.names())
     for name, parameter in targets.items():
         _require_model(name, parameter, mask)
     if base is None:
@@ -99,6 +99,27 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
             bits(parameter).masked_fill_(~mask[name].to(parameter.device), 0)
     else:
         _reset(targets, mask, base)
+
+
+def stored_parameters(model: torch.nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The parameter for each checkpoint name, or a view of the part stored under that name.
+
+    Args:
+        model: A transformers model, or any module with parameters under checkpoint names.
+        names: Names of tensors in a checkpoint.
+
+    Raises:
+        MaskMismatchError: A tensor is not in the model.
+        MaskingError: A tensor is not a parameter, and the model's storage layout cannot be determined.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    tensors: dict[str, torch.Tensor] = {
+        name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    if not all(_candidates(name, tensors, prefix) for name in names):
+        for name, parts in stored_parts(model, tensors).items():
+            tensors |= {part.name: part.of(tensors[name]) for part in parts}
+    return {name: tensors[found] for name, found in checkpoint_names(names, tensors, prefix).items()}
 
 
 def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
@@ -118,18 +139,6 @@ def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
             expected="no base",
             hint="omit the base, or give a delta mask",
         )
-
-
-def _masked_parameters(model: torch.nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """The parameter for each checkpoint name, or a view of the part stored under that name."""
-    prefix = getattr(model, "base_model_prefix", "")
-    tensors: dict[str, torch.Tensor] = {
-        name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    if not all(_candidates(name, tensors, prefix) for name in names):
-        for name, parts in stored_parts(model, tensors).items():
-            tensors |= {part.name: part.of(tensors[name]) for part in parts}
-    return {name: tensors[found] for name, found in checkpoint_names(names, tensors, prefix).items()}
 
 
 def _reset(targets: Mapping[str, torch.Tensor], mask: Mask, base: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from mftctl.errors import ModelError
 from mftctl.files.ownership import MARKER
 from mftctl.masking.checkpoints.tensors import INDEX_FILE
+from mftctl.progress import Listener
 
 CARD_FILE: Final = "README.md"
 _TEMPLATE_FOLDER: Final = "additional_chat_templates"
@@ -49,6 +51,20 @@ def copy_companions(source: Path, folder: Path, *, sharded: bool) -> tuple[str, 
             hint="replace the link with a copy of the file",
         )
     return tuple(left_out)
+
+
+def tell_left_out(left_out: Sequence[str], listener: Listener) -> None:
+    """Warns of files that were not copied.
+
+    Args:
+        left_out: From `copy_companions`.
+        listener: Receives the warning.
+    """
+    if left_out:
+        listener.warn(
+            f"Not copied, because they link to files outside the model's folder: {', '.join(left_out)}. "
+            "Copy them yourself if the model needs them."
+        )
 
 
 def _companions(source: Path, *, sharded: bool) -> list[Path]:

@@ -36,7 +36,7 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
         facts.append(("Mask file (SHA-256)", f"`{digest}`"))
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts)
     tensors = "\n".join(
-        f"| {_in_table(markdown_code(name))} | {record.weights:,} | {record.removed:,} |"
+        f"| {in_table(markdown_code(name))} | {record.weights:,} | {record.removed:,} |"
         for name, record in mask.records.items()
     )
     title = f"{markdown_text(tuned_model or base_model)}, masked"
@@ -48,8 +48,12 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
     )
 
 
-def _in_table(code: str) -> str:
-    """Escapes vertical bars in code within a table cell, where they would end the cell."""
+def in_table(code: str) -> str:
+    """Escapes vertical bars in code within a table cell, where they would end the cell.
+
+    Args:
+        code: From `markdown_code`.
+    """
     return code.replace("|", "\\|")
 
 

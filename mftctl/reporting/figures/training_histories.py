@@ -18,6 +18,8 @@ from mftctl.experiments.state_names import FFT, fine_tuned_state, mask_state
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 _SECTIONS = {"fft": "fft", "mask-train": "mask_train"}
+_WITHOUT_TRAINING = ("-apply", "-average", "-interpolate")
+"""Ends of the names of runs that make a model without training it."""
 DECIDES_NOTHING = ("prefix_cache_gb", "benchmark_every", "benchmark_limit")
 
 
@@ -271,7 +273,7 @@ def _validated_on(run: Run) -> tuple[object, ...]:
 
 
 def _missing_parents(item: _Measured, measured: Mapping[str, _Measured]) -> list[str]:
-    return [name for name in item.parents if name not in measured and not name.endswith("-apply")]
+    return [name for name in item.parents if name not in measured and not name.endswith(_WITHOUT_TRAINING)]
 
 
 def _placed(

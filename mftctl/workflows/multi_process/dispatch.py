@@ -56,7 +56,7 @@ def launch_of(command: str, recipe: Recipe, launch: Launch) -> Launch:
     """
     drops = command == "mask-train" and recipe.mask_train.method == "drop"
     scores_alone = command == "eval" and recipe.eval.predictions is not None
-    if command == "apply" or drops or scores_alone:
+    if command in ("apply", "interpolate") or drops or scores_alone:
         return Launch()
     return replace(launch, shard=Shard.DDP) if command == "eval" else launch
 
@@ -87,6 +87,10 @@ def work_here(
                 from mftctl.workflows.apply import apply
 
                 return apply(source, run, listener)
+            case "interpolate":
+                from mftctl.workflows.interpolate import interpolate
+
+                return interpolate(recipe, source, run, listener, may_replace=may_replace)
             case "eval":
                 from mftctl.workflows.eval import evaluate
 

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mftctl.errors import MftError
-from mftctl.experiments.results import Result, read_result
+from mftctl.experiments.result_kinds import read_result
+from mftctl.experiments.results import Result
 from mftctl.progress import Listener, Progress
 
 

@@ -24,6 +24,9 @@ from mftctl.workflows.planning.planned_device import PlannedDevice
 from mftctl.workflows.planning.room import SPARE_SHARE, Smaller, smallest_options
 from mftctl.workflows.planning.training_setup import TrainingPlan, plan_fast_probe, plan_fine_tuning, plan_mask_training
 
+_MEASURING = ("interpolate", "eval")
+"""Commands that run the model without training anything."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -43,7 +46,7 @@ class CommandMemory:
     """The memory that a command needs on a device.
 
     Attributes:
-        command: `fft`, `probe`, `mask-train` or `eval`.
+        command: `fft`, `probe`, `mask-train`, `interpolate` or `eval`.
         config: Model configuration.
         layer_count: Number of decoder layers.
         device: Device that the command runs on.
@@ -74,7 +77,7 @@ class CommandMemory:
         Raises:
             MftError: The options do not fit the model, or its architecture cannot run without data.
         """
-        if self.command == "eval":
+        if self.command in _MEASURING:
             return self._evaluation(recipe)
         plan, batches = self.plan(recipe), self.batches(recipe)
         return self._once(
@@ -108,7 +111,7 @@ class CommandMemory:
     def fits(self, recipe: Recipe, free_bytes: int) -> bool:
         """True if the command fits, with room to spare."""
         most = (1 - SPARE_SHARE) * free_bytes
-        if self.command != "eval" and least_memory(self.config, self.plan(recipe)) > most:
+        if self.command not in _MEASURING and least_memory(self.config, self.plan(recipe)) > most:
             return False
         return self.estimate(recipe).peak_bytes <= most
 
@@ -131,7 +134,9 @@ class CommandMemory:
         return smallest_options(self.command, recipe, fits=fits, estimate=self.estimate, layers=layers)
 
     def generation(self, recipe: Recipe) -> Generation | None:
-        """The longest problem of an evaluation."""
+        """The longest problem of an evaluation; None for a command that only measures losses."""
+        if self.command != "eval":
+            return None
         options = recipe.eval
         found = [self.asked.generation] if self.asked.generation is not None and options.generate else []
         if options.tasks:

@@ -144,6 +144,8 @@ def _axes(command: str, recipe: Recipe, layers: Sequence[int]) -> list[list[Chan
     as_it_is = Change()
     if command == "fft":
         return [[as_it_is, *_methods(recipe.fft)], *_training_axes("fft", recipe.fft)]
+    if command == "interpolate":
+        return []
     if command == "eval":
         return [_evaluation_axis(recipe), [as_it_is, *_single(recipe)]]
     options = recipe.mask_train

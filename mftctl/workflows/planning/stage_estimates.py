@@ -123,6 +123,29 @@ class StageEstimates:
             records, length_tokens = generation.records, generation.prompt_tokens + generation.new_tokens
         self._note_memory(job, memory, records, length_tokens, batches)
 
+    def interpolation(self, job: Job) -> None:
+        """Stores the memory estimate of the validations of an interpolation.
+
+        Raises:
+            MftError: The stage lacks an input, or the model cannot run without data.
+        """
+        recipe = job.recipe
+        if recipe.interpolate.base is None and job.after is None:
+            raise _no_base("interpolate", "interpolate.base")
+        if not recipe.data:
+            raise ConfigError("Validation needs data.", key="data", expected="a file or a hub id", actual="none given")
+        self._check_length(recipe.fft)
+        if self._model is None:
+            return
+        memory, length_tokens = self._command_memory(job, self._model), recipe.fft.max_length_tokens
+        tokens = self._data.tokens(recipe, length_tokens)
+        if tokens is None or not tokens.validation:
+            batches = assumed_batches(1, length_tokens)
+        else:
+            batches = largest_batches(tokens.validation, tokens.validation, 1)
+        memory.asked = Asked(batches)
+        self._note_memory(job, memory, batches.validation_records, batches.validation_tokens, batches)
+
     def _asked(self, recipe: Recipe) -> Asked:
         """The work of an evaluation on the test data."""
         examples = self._data.parts(recipe).test[: recipe.eval.limit]
@@ -274,12 +297,16 @@ def _layers_text(job: Job, groups: Sequence[Sequence[int]]) -> str:
 
 def _check_drop(job: Job) -> None:
     if job.recipe.mask_train.base is None and job.after is None:
-        raise ConfigError(
-            "drop needs the model before fine-tuning.",
-            key="mask_train.base",
-            expected="a checkpoint folder or a hub id, or a stage that comes after an fft stage",
-            actual="none given",
-        )
+        raise _no_base("drop", "mask_train.base")
+
+
+def _no_base(what: str, key: str) -> ConfigError:
+    return ConfigError(
+        f"{what} needs the model before fine-tuning.",
+        key=key,
+        expected="a checkpoint folder or a hub id, or a stage that comes after an fft stage",
+        actual="none given",
+    )
 
 
 def _room_text(needed_bytes: int, free_bytes: int, verdict: Verdict, options: str | None) -> str:

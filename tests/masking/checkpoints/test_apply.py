@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from mftctl.errors import MaskMismatchError, ModelError, OutputError
-from mftctl.masking.checkpoints import masked_shards
+from mftctl.masking.checkpoints import shards
 from mftctl.masking.checkpoints.apply import ApplyResult, apply_to_checkpoint
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
 from mftctl.masking.checkpoints.tensors import INDEX_FILE
@@ -387,7 +387,7 @@ def test_full_disk_leaves_nothing_and_keeps_the_old_output(
     output = tmp_path / "out"
     apply(base, learn_mask(projections(base)), output)
     before, old = sorted(tmp_path.iterdir()), sorted(output.iterdir())
-    monkeypatch.setattr(masked_shards.os, "fsync", full)
+    monkeypatch.setattr(shards.os, "fsync", full)
     with pytest.raises(ModelError, match="could not be written") as caught:
         apply(base, learn_mask(projections(base)), output, replace=True)
     assert "No space left" in str(caught.value.actual)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mftctl.errors import MaskFormatError, MaskMismatchError
-from mftctl.masking.checkpoints import masked_shards
+from mftctl.masking.checkpoints import shards
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.tensors import CHUNK_BYTES
 from mftctl.masking.mask import Mask, open_mask
@@ -92,7 +92,7 @@ def test_head_that_the_base_ties_is_reset_to_its_embeddings(tmp_path: Path) -> N
 def test_memory_is_bounded_by_pieces_and_not_by_the_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(masked_shards, "_MOST_THREADS", 2)
+    monkeypatch.setattr(shards, "_MOST_THREADS", 2)
     tensors = {f"layers.{number}.w": torch.full((1024, 1024), 1.0 + number).bfloat16() for number in range(16)}
     base = write_checkpoint(tmp_path / "base", tensors)
     tuned = write_checkpoint(tmp_path / "tuned", {name: tensor * 2 for name, tensor in tensors.items()})
@@ -160,8 +160,8 @@ def test_mask_of_a_wrong_count_is_refused_and_leaves_nothing(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 3])
 def test_first_failure_ends_the_work(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(masked_shards, "_MOST_THREADS", threads)
-    monkeypatch.setattr(masked_shards.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(shards, "_MOST_THREADS", threads)
+    monkeypatch.setattr(shards.os, "cpu_count", lambda: 8)
     begun = []
 
     def fail() -> None:
@@ -172,5 +172,5 @@ def test_first_failure_ends_the_work(threads: int, monkeypatch: pytest.MonkeyPat
         time.sleep(0.001)
 
     with pytest.raises(MaskMismatchError, match="not the one"):
-        masked_shards._run_together([fail, *[work] * 1000])
+        shards._run_together([fail, *[work] * 1000])
     assert len(begun) < 500
