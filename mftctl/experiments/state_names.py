@@ -80,8 +80,8 @@ class State:
 
     @property
     def is_plain_training(self) -> bool:
-        """True if all weights were fine-tuned, once or continued."""
-        return self.kind is StateKind.FFT
+        """True for plain fine-tuning, once or continued, and for averages and interpolations of its weights."""
+        return self.kind in (StateKind.FFT, StateKind.AVERAGED, StateKind.INTERPOLATED)
 
     @property
     def is_drop(self) -> bool:
