@@ -193,7 +193,7 @@ def test_a_mask_of_averaged_scores(workspace: Path, tmp_path: Path) -> None:
         ({"fft": {"average_horizons": [0.1] * 5}}, "fft.average_horizons"),
         ({"fft": {"average_horizons": [0.1, 0.1]}}, "must differ"),
         ({"fft": {"average_horizons": [0.0]}}, "fft.average_horizons"),
-        ({"mask_train": {"method": "random", "average": "ema"}}, "needs learned scores"),
+        ({"mask_train": {"method": "random", "average": "ema"}}, "applies only to learned masks"),
     ],
 )
 def test_options_that_cannot_be_used(changes: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from mftctl.errors import ConfigError, Interrupted
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.progress import Listener, Silence
 from mftctl.workflows.run import Planned, plan_experiment, run_experiment
@@ -35,6 +36,7 @@ def experiment(workspace: Path, **changes: Any) -> Recipe:
             "fft": {**short, "learning_rate": 3e-3},
             "mask_train": short,
             "eval__generate": False,
+            "controls": [],
             **changes,
         },
     )
@@ -97,6 +99,36 @@ def test_a_second_time_nothing_is_done_again(finished: Path, own_workspace: Path
     runs = run_all(experiment(own_workspace, seeds=[0, 1]), finished)
     assert names(finished) == before
     assert [run.name for run in runs] == before
+
+
+@pytest.mark.slow
+def test_of_the_controls_the_one_with_the_lowest_validation_loss_is_measured(
+    own_workspace: Path, tmp_path: Path
+) -> None:
+    stages = {"fft": STAGES["fft"], "mft": {"command": "mask-train", "after": "fft"}}
+    recipe = experiment(
+        own_workspace,
+        stages={**stages, "results": {"command": "eval", "of": ["fft", "mft"]}},
+        controls=["averaged", "interpolated"],
+    )
+    run_all(recipe, tmp_path / "runs")
+    runs = list_runs(tmp_path / "runs")[0]
+    commands = [run.record.command for run in runs]
+    assert commands == ["fft", "mask-train", "eval", "eval", "fft", "fft", "fft", "interpolate", "eval", "eval"]
+    rates, between, (measured, last) = runs[4:7], runs[7], runs[8:]
+    assert len({run.record.config["fft"]["learning_rate"] for run in rates}) == 3
+    best = min(rates, key=lambda run: run.result(FftResult).best_loss)
+    assert measured.record.stage == "fft averaged"
+    assert measured.record.inputs["model"] == best.result(FftResult).model
+    assert {run.name for run in rates} & set(measured.record.inputs["parents"]) == {best.name}
+    assert (last.record.stage, last.record.result["state"]) == ("fft interpolated", "interpolated")
+    assert between.name in last.record.inputs["parents"]
+    (table,), problems = compare_runs(tmp_path / "runs")
+    assert not problems
+    [mask] = [row for row in table.rows if row.state == "MFT"]
+    assert mask.against_control is not None
+    run_all(recipe, tmp_path / "runs")
+    assert len(list_runs(tmp_path / "runs")[0]) == len(runs)
 
 
 @pytest.mark.slow
