@@ -22,7 +22,7 @@ from mftctl.masking.checkpoints.average_weights import settled_weights
 
 def average(
     checkpoints: Annotated[
-        list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more checkpoint folders or hub ids.")
+        list[str], typer.Argument(metavar="CHECKPOINT", help="Two or more checkpoint folders or hub ids.")
     ],
     output: Annotated[
         Path | None,

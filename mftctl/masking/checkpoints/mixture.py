@@ -100,7 +100,7 @@ def _writing_sums(parts: Parts, weights: Sequence[float]) -> WriteTensor:
                 tensors = [torch.frombuffer(chunk, dtype=dtype) for chunk in together]
                 found = weighted_sum(tensors, their_weights)
                 _require_finite(found, tensors, stored)
-                writer.write(found.view(torch.uint8).numpy())
+                writer.write(found.view(torch.uint8).numpy().data)
                 advance(len(together[0]))
 
     return write_tensor
