@@ -49,9 +49,9 @@ RUN = {
 PARSED = {
     "docs/guides/data.md": ("Data and chat templates", "Look at the data", "Prepared once"),
     "docs/guides/memory.md": ("Memory",),
-    "docs/guides/methods.md": ("Choosing layers",),
+    "docs/guides/methods.md": ("Choosing layers", "Schedules", "The best step"),
     "docs/guides/multi-gpu.md": ("Several GPUs",),
-    "docs/guides/recipes.md": ("Recipes",),
+    "docs/guides/recipes.md": ("Recipes", "Controls"),
     "docs/reference/differences.md": ("Differences",),
 }
 """Blocks whose commands `test_docs.py` parses alone: they want a GPU, a hub, or what another block runs already."""
