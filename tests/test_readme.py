@@ -47,6 +47,7 @@ RUN = {
 }
 """Where the blocks are whose commands run here, by the beginning of their headings."""
 PARSED = {
+    "docs/guides/averaging.md": ("Average checkpoints", "Interpolate"),
     "docs/guides/data.md": ("Data and chat templates", "Look at the data", "Prepared once"),
     "docs/guides/memory.md": ("Memory",),
     "docs/guides/methods.md": ("Choosing layers", "Schedules", "The best step"),
