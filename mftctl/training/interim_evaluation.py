@@ -20,8 +20,8 @@ from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size
+from mftctl.runtime.stop_request import StopRequest
 from mftctl.training.inputs import TrainingInputs
-from mftctl.training.stopping import StopRequest
 
 
 class InterimEvaluation(TrainerCallback):

@@ -23,6 +23,7 @@ from mftctl.masking.layers import (
 from mftctl.masking.mask_file.codecs import count_kept, unpack
 from mftctl.masking.targets import MaskTarget
 from mftctl.runtime.peak_memory import free_unreachable
+from mftctl.runtime.stop_request import stop_on_signal
 from mftctl.training.held_out import masked, validation_loss
 from mftctl.training.loop import (
     step_size,
@@ -31,7 +32,6 @@ from mftctl.training.loop import (
 )
 from mftctl.training.mask_search import FoundMask, MaskSearch
 from mftctl.training.score_trainer import ScoreTrainer
-from mftctl.training.stopping import stop_on_signal
 
 _USUAL_EPSILON = 1e-8
 _SMALL_EPSILON = 1e-20

@@ -40,13 +40,14 @@ from mftctl.runtime.devices import best_device, is_launched, numbered, require_d
 from mftctl.runtime.peak_memory import keep_freed_memory
 from mftctl.runtime.process_group import wait_for_all
 from mftctl.runtime.processes import is_first, timeout_seconds, world_size
+from mftctl.runtime.stop_request import StopRequest
 from mftctl.runtime.torch_failures import gpu_failures, reason_of
 from mftctl.text import first_line
 from mftctl.training.answer_loss import answer_loss, record_shares
 from mftctl.training.averaging_trainer import AveragingTrainer
 from mftctl.training.candidates import RANK, Candidate, best_candidate, log_entry
 from mftctl.training.schedule import accumulation, decay_steps, records_per_step, warmup_steps
-from mftctl.training.stopping import EndedBefore, NoStepTooMany, StopRequest
+from mftctl.training.stopping import EndedBefore, NoStepTooMany
 from mftctl.training.token_batches import StepSize
 from mftctl.training.watch import TrainingWatch
 

@@ -12,7 +12,7 @@ from mftctl.errors import TrainingError
 from mftctl.experiments.run_folder import TrainingFolder
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import any_process
-from mftctl.training.stopping import StopRequest
+from mftctl.runtime.stop_request import StopRequest
 
 
 class TrainingWatch(TrainerCallback):

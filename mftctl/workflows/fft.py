@@ -35,6 +35,7 @@ from mftctl.runtime.devices import best_device, frozen_dtype, uses_bf16
 from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import shares_weights
 from mftctl.runtime.processes import is_first, spreads_parameters, world_size
+from mftctl.runtime.stop_request import stop_on_signal
 from mftctl.runtime.torch_failures import gpu_failures
 from mftctl.training.flops import flops_per_token
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
@@ -42,7 +43,6 @@ from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.loop import step_size, train, training_arguments
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.step_scores import step_scores
-from mftctl.training.stopping import stop_on_signal
 from mftctl.training.tuned_card import write_tuned_card
 from mftctl.training.update_trainer import UpdateTrainer
 from mftctl.training.updates.excluded import excluded_text

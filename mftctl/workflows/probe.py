@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from mftctl.data.encoding import EncodedRecords
+from mftctl.errors import Interrupted
 from mftctl.evaluation.score_choice import LOSS
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
@@ -31,6 +32,7 @@ from mftctl.progress import Listener
 from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import forget_plan, shares_weights, wait_for_all
 from mftctl.runtime.processes import is_first
+from mftctl.runtime.stop_request import take_late_stop
 from mftctl.training.held_out import masked, split_validation_records, validation_loss
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.learn_mask import find_mask
@@ -92,6 +94,7 @@ def _train_groups(
     # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
     groups = sorted(_groups(recipe, probed.model), key=min)
     results = []
+    take_late_stop()  # one from before this probe
     with hidden_states(options, run.folder) as states:
         for number, group in enumerate(groups, start=1):
             layers = format_layers(group)
@@ -107,6 +110,10 @@ def _train_groups(
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)
             wait_for_all()
             results.append(read_part(stored, TrainedGroup))
+            if take_late_stop() and number < len(groups):
+                raise Interrupted(
+                    f"Stopped after group {number} of {len(groups)}.", path=run.folder, hint=run.resume_command
+                )
         reuse = prefix_reuse(states)
     ranked = sorted(results, key=lambda item: (item.score_rank or 0.0, item.best_loss))
     return TrainedProbe(

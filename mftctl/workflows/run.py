@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mftctl.data.sources import is_pattern, source_content_digest
-from mftctl.errors import ConfigError, RunError
+from mftctl.errors import ConfigError, Interrupted, RunError
 from mftctl.experiments.controls import jobs_with_controls
 from mftctl.experiments.deciding_keys import deciding_keys
 from mftctl.experiments.fingerprints import digest_of, file_digest, model_fingerprint
@@ -26,6 +26,7 @@ from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.stage_runs import stage_runs
 from mftctl.files.locks import locked_folder
 from mftctl.progress import Listener
+from mftctl.runtime.stop_request import take_late_stop
 from mftctl.workflows.multi_process.dispatch import launch_of, work
 from mftctl.workflows.multi_process.process_count import Launch
 
@@ -116,12 +117,14 @@ def run_experiment(
 
     Raises:
         ConfigError: A job would fail, found before the first one starts.
+        Interrupted: The user stopped it.
         MftError: A job failed, with the error of its command.
     """
     from mftctl.workflows.run_checks import check_jobs
 
     check_jobs(planned.job for planned in plan if planned.state != "done")
     root.mkdir(parents=True, exist_ok=True)
+    take_late_stop()  # one from before this experiment
     by_job = {id(planned.job): planned for planned in plan}
     for planned in plan:
         if planned.state == "done" and planned.run is not None:
@@ -134,9 +137,20 @@ def run_experiment(
         on_change(ready[0] if mine is None else mine)
         if mine is not None:
             _work_on(mine, listener, on_change)
+            _stop_if_asked(mine, plan)
         elif any(planned.state == "elsewhere" for planned in ready):
             time.sleep(_LOOK_AGAIN_SECONDS)
     return [planned.run for planned in plan if planned.run is not None]
+
+
+def _stop_if_asked(last: Planned, plan: Sequence[Planned]) -> None:
+    """Ends the experiment if the user asked to stop in a job's last step, which then finished.
+
+    Raises:
+        Interrupted: The user asked to stop, and jobs are left.
+    """
+    if take_late_stop() and any(planned.state != "done" for planned in plan):
+        raise Interrupted(f"Stopped after {_head(last)}.", hint="run the same command again to continue")
 
 
 def _head(planned: Planned) -> str:

@@ -21,11 +21,11 @@ from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.targets import find_targets, parse_layers
 from mftctl.progress import Silence
 from mftctl.runtime.peak_memory import free_unreachable, peak_memory_bytes, restart_peak_memory
+from mftctl.runtime.stop_request import stop_on_signal
 from mftctl.training.held_out import confirm, split_validation_records, validation_loss
 from mftctl.training.learn_mask import learn_mask
 from mftctl.training.loop import train
 from mftctl.training.mask_search import MaskSearch
-from mftctl.training.stopping import stop_on_signal
 from mftctl.workflows import fft
 from scripts.gpu_check.estimates import estimated_peak_gb
 from scripts.gpu_check.findings import Check, Finding, Measurement

@@ -11,7 +11,7 @@ from mftctl.errors import ConfigError, Interrupted
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, list_runs
-from mftctl.progress import Listener, Silence
+from mftctl.progress import Listener, Progress, Silence
 from mftctl.workflows.run import Planned, plan_experiment, run_experiment
 from tests.reporting.run_folders import compare_runs
 from tests.workflow_fixtures import Interrupter, make_recipe, make_workspace
@@ -129,6 +129,25 @@ def test_of_the_controls_the_one_with_the_lowest_validation_loss_is_measured(
     assert mask.against_control is not None
     run_all(recipe, tmp_path / "runs")
     assert len(list_runs(tmp_path / "runs")[0]) == len(runs)
+
+
+@pytest.mark.slow
+def test_a_stop_in_the_last_step_of_a_job_ends_the_experiment_after_it(own_workspace: Path, tmp_path: Path) -> None:
+    stages = {"fft": STAGES["fft"], "mft": {"command": "mask-train", "after": "fft"}}
+    recipe, root = experiment(own_workspace, stages=stages), tmp_path / "runs"
+    with pytest.raises(Interrupted, match="Stopped after Seed 0, fft") as caught:
+        run_all(recipe, root, Interrupter(3))
+    assert caught.value.hint == "run the same command again to continue"
+    assert [(run.record.command, run.record.status) for run in list_runs(root)[0]] == [("fft", "finished")]
+    assert [run.record.command for run in run_all(recipe, root)] == ["fft", "mask-train"]
+    # With nothing left to do, there is nothing to stop.
+    run_all(recipe, tmp_path / "other", StopsInLastJob(3))
+
+
+class StopsInLastJob(Interrupter):
+    def progress(self, state: Progress) -> None:
+        if any("mft: new" in note for note in self.notes):
+            super().progress(state)
 
 
 @pytest.mark.slow

@@ -46,8 +46,8 @@ from mftctl.masking.mask import open_mask
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import find_device
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
+from mftctl.runtime.stop_request import StopRequest, stop_on_signal
 from mftctl.training.inputs import split_examples
-from mftctl.training.stopping import StopRequest, stop_on_signal
 from mftctl.workflows.loss_surface.corners import Corners, find_corners, state_of
 from mftctl.workflows.loss_surface.plane import PlanePoint, WeightPlane, Weights
 

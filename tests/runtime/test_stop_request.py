@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from mftctl.progress import Silence
-from mftctl.training.stopping import stop_on_signal
+from mftctl.runtime.stop_request import stop_on_signal, take_late_stop
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -51,3 +51,25 @@ def test_signals_are_not_handled_in_another_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [(before, False)]
+
+
+def test_a_request_that_came_too_late_is_told_once() -> None:
+    take_late_stop()
+    with stop_on_signal(Silence()):
+        pass
+    assert not take_late_stop()
+    with stop_on_signal(Silence()):
+        signal.raise_signal(signal.SIGINT)
+    assert take_late_stop()
+    assert not take_late_stop()
+
+
+def test_a_request_that_stopped_the_training_is_not_told_again() -> None:
+    def stopped() -> None:
+        with stop_on_signal(Silence()):
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError("stopped")
+
+    with pytest.raises(ValueError, match="stopped"):
+        stopped()
+    assert not take_late_stop()
