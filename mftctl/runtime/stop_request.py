@@ -27,6 +27,11 @@ def take_late_stop() -> bool:
     return requested
 
 
+def note_late_stop() -> None:
+    """Records that the user asked to stop work that then finished."""
+    _late_stop.requested = True
+
+
 @contextmanager
 def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop request; a second Ctrl-C ends the program at once.
@@ -54,7 +59,8 @@ def stop_on_signal(listener: Listener) -> Iterator[StopRequest]:
     before = {number: signal.signal(number, remember) for number in heeded}
     try:
         yield stop
-        _late_stop.requested |= stop.requested
+        if stop.requested:
+            note_late_stop()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

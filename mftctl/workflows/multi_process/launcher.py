@@ -28,6 +28,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.progress import Listener, Silence
 from mftctl.runtime.process_group import SUPERVISED
 from mftctl.runtime.signals import ENDING, is_heeded
+from mftctl.runtime.stop_request import note_late_stop
 from mftctl.workflows.multi_process.messages import Hearing, Order
 from mftctl.workflows.multi_process.process_count import Launch
 
@@ -157,6 +158,8 @@ class _Team:
         """
         found = self._heard[0].result
         if found is not None:
+            if self._received:
+                note_late_stop()
             return found
         errors = [self._heard[rank].error for rank in (*self._failed, *range(len(self._heard)))]
         told = [error for error in errors if error is not None]
