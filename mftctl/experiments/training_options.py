@@ -90,7 +90,7 @@ class TrainingOptions(Section):
         "current values, and the one with the lowest loss is kept.",
     )
     average_horizons: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
-        (0.02, 0.05, 0.1, 0.2),
+        (0.1, 0.3, 1.0),
         strict=False,
         min_length=1,
         max_length=4,

@@ -118,7 +118,9 @@ class _Averaging(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Reads the averages of a resumed training."""
+        """Starts the averages, or reads those of a resumed training."""
+        if self._trainer.averages is not None:
+            self._trainer.averages.start(self._trainer.trained_values())
         if state.global_step > 0:
             self._trainer.load_averages(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 

@@ -15,12 +15,12 @@ MAX_HORIZONS = 4
 
 
 class WeightAverages:
-    """Exponential moving averages of the values that trained tensors have after each optimizer step.
+    """Exponential moving averages of trained tensors over the optimizer steps of a training.
 
-    An average with horizon `h` gives the values after step `n` the weight `max(1 / (h * steps), 1 / n)`: it is the
-    plain mean of all values so far until it covers its horizon, and an exponential moving average from then on. The
-    values before the first step are not part of it. Averages have the dtype of the tensors; those in bf16 are computed
-    in fp32 and rounded stochastically, with noise that depends only on the seed, the step and the entry's position.
+    They start as the initial values. After each step, an average with horizon `h` moves towards the values by
+    `1 / (h * steps)` of the difference, at most all of it. Averages have the dtype of the tensors; those in bf16 are
+    computed in fp32 and rounded stochastically, with noise that depends only on the seed, the step and the entry's
+    position.
 
     Attributes:
         horizons: Lengths of the averages as shares of all steps.
@@ -32,7 +32,7 @@ class WeightAverages:
         device: Device that holds the averages; None for that of the tensors.
 
     Source: Not from the papers. Tarvainen and Valpola, "Mean teachers are better role models" (NeurIPS 2017), section
-        2, with the same warm-up; several horizons at once and stochastic rounding are ours.
+        2; several horizons at once, measured in shares of the steps, and stochastic rounding are ours.
     """
 
     def __init__(self, horizons: Sequence[float], steps: int, seed: int, device: torch.device | None = None) -> None:
@@ -42,16 +42,25 @@ class WeightAverages:
         self._device = device
         self._averages: list[list[torch.Tensor]] = []
 
+    def start(self, values: Sequence[torch.Tensor]) -> None:
+        """Starts all averages with the initial values.
+
+        Args:
+            values: The trained tensors in fp32 or bf16, always in the same order.
+        """
+        self._averages = [
+            [value.detach().to(self._device or value.device, copy=True) for value in values] for _ in self.horizons
+        ]
+
     @torch.no_grad()
     def update(self, values: Sequence[torch.Tensor], step: int) -> None:
         """Includes the values after an optimizer step.
 
         Args:
-            values: The trained tensors in fp32 or bf16, always in the same order.
+            values: The trained tensors.
             step: Number of optimizer steps taken, from 1.
         """
-        self._allocate(values)
-        shares = [max(1 / max(1.0, horizon * self._steps), 1 / step) for horizon in self.horizons]
+        shares = [1 / max(1.0, horizon * self._steps) for horizon in self.horizons]
         for number, value in enumerate(values):
             means = [average[number] for average in self._averages]
             key = stream_key("average", self._seed, step, number)
@@ -83,20 +92,12 @@ class WeightAverages:
             values: The trained tensors.
             refresh: Called afterwards, for a model that holds copies of the tensors.
         """
-        self._allocate(values)
         for value, mean in zip(values, self._averages[index], strict=True):
             for mine, its in _pieces(value.detach(), mean):
                 kept = mine.clone()
                 mine.copy_(its)
                 its.copy_(kept)
         refresh()
-
-    def _allocate(self, values: Sequence[torch.Tensor]) -> None:
-        if not self._averages:
-            self._averages = [
-                [torch.zeros_like(value.detach(), device=self._device or value.device) for value in values]
-                for _ in self.horizons
-            ]
 
 
 def _include(means: Sequence[torch.Tensor], value: torch.Tensor, shares: Sequence[float], key: int) -> None:

@@ -27,14 +27,24 @@ AVERAGES: dict[str, Any] = {"fft__average": "ema", "fft__average_horizons": [0.2
 
 
 def expected_average(values: np.ndarray, horizon_steps: float) -> np.ndarray:
-    """The average of values `(steps, ...)` from the weight of each of them, in fp64."""
-    weights = np.zeros(len(values))
-    for step in range(1, len(values) + 1):
-        share = max(1 / max(1.0, horizon_steps), 1 / step)
-        weights *= 1 - share
-        weights[step - 1] = share
+    """The average of values `(1 + steps, ...)`, the initial ones first, from the weight of each of them, in fp64."""
+    share = 1 / max(1.0, horizon_steps)
+    ages = np.arange(len(values))[::-1]
+    weights = np.where(ages == len(values) - 1, 1.0, share) * (1 - share) ** ages
     assert weights.sum() == pytest.approx(1)
     return np.tensordot(weights, values, axes=1)
+
+
+def averages_of(horizons: list[float], path: np.ndarray, steps: int) -> list[np.ndarray]:
+    """The averages after all values of a path, the initial ones first."""
+    value = torch.from_numpy(path[0].copy())
+    averages = WeightAverages(horizons, steps, seed=0)
+    averages.start([value])
+    for step in range(1, len(path)):
+        averages.update([value.copy_(torch.from_numpy(path[step]))], step)
+    found = [held(averages, index, [value])[0].numpy() for index in range(len(horizons))]
+    assert torch.equal(value, torch.from_numpy(path[-1]))
+    return found
 
 
 def held(averages: WeightAverages, index: int, values: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -48,42 +58,34 @@ def held(averages: WeightAverages, index: int, values: list[torch.Tensor]) -> li
     seed=st.integers(0, 9),
 )
 def test_averages_equal_weighted_sums(steps: int, horizons: list[float], seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    path = generator.normal(size=(steps, 3, 5)).astype(np.float32)
-    averages = WeightAverages(horizons, 12, seed=0)
-    value = torch.zeros(3, 5)
-    for step in range(1, steps + 1):
-        value.copy_(torch.from_numpy(path[step - 1]))
-        averages.update([value], step)
-    for index, horizon in enumerate(horizons):
-        (found,) = held(averages, index, [value])
-        assert found.numpy() == pytest.approx(expected_average(path.astype(np.float64), 12 * horizon), abs=1e-5)
-    assert torch.equal(value, torch.from_numpy(path[-1]))
+    path = np.random.default_rng(seed).normal(size=(1 + steps, 3, 5)).astype(np.float32)
+    for found, horizon in zip(averages_of(horizons, path, 12), horizons, strict=True):
+        assert found == pytest.approx(expected_average(path.astype(np.float64), 12 * horizon), abs=1e-5)
 
 
-def test_a_full_horizon_is_the_plain_mean() -> None:
-    averages, value = WeightAverages([1.0], 4, seed=0), torch.zeros(1)
-    for step, number in enumerate((1.0, 2.0, 3.0, 6.0), start=1):
-        averages.update([value.fill_(number)], step)
-    assert held(averages, 0, [value])[0].item() == pytest.approx(3.0)
+def test_a_horizon_of_one_step_is_the_latest_value() -> None:
+    path = np.array([[1.0], [2.0], [5.0]], dtype=np.float32)
+    assert averages_of([0.1, 1.0], path, 2) == [pytest.approx(5.0), pytest.approx(3.25)]
 
 
 def test_averages_in_bf16_are_unbiased() -> None:
     steps, value = 64, torch.full((20_000,), 1.0, dtype=torch.bfloat16)
     averages = WeightAverages([0.5], steps, seed=3)
+    averages.start([value])
+    path = [1.0] * (1 + steps // 2) + [1.0078125] * (steps // 2)  # neighbours in bf16
     for step in range(1, steps + 1):
-        averages.update([value.fill_(1.0 if step <= steps // 2 else 1.0078125)], step)  # neighbours in bf16
+        averages.update([value.fill_(path[step])], step)
     (found,) = held(averages, 0, [value])
-    path = np.array([1.0] * (steps // 2) + [1.0078125] * (steps // 2))
     assert found.dtype == torch.bfloat16
     assert set(found.unique().tolist()) == {1.0, 1.0078125}
-    assert found.float().mean().item() == pytest.approx(expected_average(path, steps / 2).item(), abs=1.5e-4)
+    assert found.float().mean().item() == pytest.approx(expected_average(np.array(path), steps / 2).item(), abs=1.5e-4)
 
 
 def test_noise_differs_between_horizons_and_is_the_same_for_the_same_seed() -> None:
     def averaged(seed: int) -> list[torch.Tensor]:
         value = torch.linspace(0.5, 2, 999).bfloat16()
         averages = WeightAverages([0.5, 0.6], 10, seed=seed)
+        averages.start([value])
         for step in range(1, 9):
             averages.update([value.mul_(1.01)], step)
         return [held(averages, index, [value])[0] for index in (0, 1)]
@@ -96,8 +98,8 @@ def test_noise_differs_between_horizons_and_is_the_same_for_the_same_seed() -> N
 def test_averages_can_be_held_elsewhere_and_of_tensors_that_are_not_contiguous() -> None:
     value = torch.arange(6.0).view(2, 3).t()
     averages = WeightAverages([0.5], 4, seed=0, device=torch.device("cpu"))
-    averages.update([value], 1)
-    averages.update([value.add_(1)], 2)
+    averages.start([value])
+    averages.update([value.add_(1)], 1)
     before = value.clone()
     assert torch.equal(held(averages, 0, [value])[0], before - 0.5)
     assert torch.equal(value, before)
@@ -105,9 +107,9 @@ def test_averages_can_be_held_elsewhere_and_of_tensors_that_are_not_contiguous()
 
 def test_the_model_is_refreshed_after_each_exchange() -> None:
     value, copies = torch.ones(1), []
-    averages = WeightAverages([1.0], 4, seed=0)
-    averages.update([value], 1)
-    averages.update([value.fill_(3)], 2)
+    averages = WeightAverages([0.5], 4, seed=0)
+    averages.start([value])
+    averages.update([value.fill_(3)], 1)
     with averages.exchanged(0, [value], lambda: copies.append(value.item())):
         pass
     assert copies == [2.0, 3.0]
