@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -11,8 +11,10 @@ from mftctl.experiments.jobs import Job, spell_out
 from mftctl.experiments.recipe import Control, Recipe
 from mftctl.experiments.recipe_files import with_changes
 
-RATE_FACTORS = (1.0, 0.3, 0.1)
-"""Learning rates that a control tries, relative to that of the fine-tuning; validation chooses among them."""
+RATE_FACTORS: Mapping[str, tuple[float, ...]] = {"annealed": (0.3, 0.1, 0.03), "averaged": (1.0, 0.3)}
+"""Learning rates that a control tries, relative to that of the fine-tuning; validation chooses among them.
+
+An average tolerates, and needs, a higher rate than weights that have to settle by themselves."""
 
 _SAME_STEPS = (
     "data_fraction",
@@ -107,7 +109,7 @@ def _trainings(mask: Job, control: Literal["annealed", "averaged"], label: str) 
     settings: dict[str, Any] = {key: getattr(options, key) for key in _SAME_STEPS}
     settings |= {key: given[key] for key in _OF_PLAIN_TRAINING if key in given}
     settings |= {"method": "full", "keep": "best", **_SCHEDULES[control]}
-    for factor in RATE_FACTORS:
+    for factor in RATE_FACTORS[control]:
         rate = factor * tuning.learning_rate
         recipe = with_changes(mask.recipe.model_copy(update={"fft": type(tuning)()}), _under("fft", settings, rate))
         name = f"{label}[learning_rate={rate:.3g}]"
