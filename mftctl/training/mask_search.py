@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,7 @@ class MaskSearch:
         interim: Evaluation during training.
         weights: The values of a model that was built without them.
         confirming: Records that confirm the mask of such a model, which has its values only during training.
+        base: For a delta mask, the weight before fine-tuning of each target, on the weight's device.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,11 @@ class MaskSearch:
     interim: InterimEvaluation | None = None
     weights: StoredWeights | None = None
     confirming: Sequence[Encoded] = ()
+    base: Mapping[str, torch.Tensor] | None = None
+
+    def base_of(self, target: MaskTarget) -> torch.Tensor | None:
+        """The target's weight before fine-tuning; None for a weight mask."""
+        return None if self.base is None else self.base[target.name]
 
     @property
     def start(self) -> ScoreStart:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from mftctl.experiments.model_source import ModelSource
@@ -17,6 +18,9 @@ from mftctl.experiments.run_contents import read_part
 from mftctl.experiments.run_folder import Run, TrainingFolder
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
+from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.targets import (
     MaskTarget,
     decoder_layers,
@@ -40,7 +44,9 @@ from mftctl.training.mask_search import (
 )
 from mftctl.training.prefix_cache import HiddenStates, hidden_states, prefix_reuse, reusing_prefix
 from mftctl.workflows.fast_probe import agreement_with_training, promised_changes
+from mftctl.workflows.model_before import model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
+from mftctl.workflows.probe_by import check_kind
 from mftctl.workflows.probe_scores import ProbeScorer
 
 
@@ -67,6 +73,7 @@ def probe(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
     with the lowest loss, whatever ranks the groups.
     """
     options = recipe.mask_train
+    check_kind(recipe)
     with training_on_device("probe", recipe, options, run, listener) as room:
         if recipe.probe.fast:
             return _estimate(recipe, source, run, listener, room)
@@ -78,14 +85,17 @@ def _train_groups(
 ) -> TrainedProbe:
     """Trains a mask for each group and returns the result."""
     options = _options(recipe)
+    base = model_before_measured(options, source)
+    base_folder = None if base is None else resolve_checkpoint(base)
     prepared = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = prepared.inputs
     scorer = None if recipe.probe.by == "loss" else ProbeScorer(recipe, inputs, run, listener)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     room.require(inputs)
-    probed = _ProbedModel(recipe, options, replace(prepared, inputs=inputs), listener, scorer)
+    probed = _ProbedModel(recipe, options, replace(prepared, inputs=inputs), listener, scorer, base_folder)
     # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
     groups = sorted(_groups(recipe, probed.model), key=min)
+    probed.check(groups)
     results = []
     with hidden_states(options, run.folder) as states:
         for number, group in enumerate(groups, start=1):
@@ -131,15 +141,27 @@ class _ProbedModel:
         prepared: MaskTrainingInputs,
         listener: Listener,
         scorer: ProbeScorer | None,
+        base: Path | None = None,
     ) -> None:
         self._options, self._inputs, self._listener = options, prepared.inputs, listener
         self._fft_learning_rate = prepared.fft_learning_rate
         self._seed = recipe.seed
         self._scorer = scorer
+        self._base, self._pairs = base, dict[str, TensorPair]()
         self.model = load_frozen_model(self._inputs, options)
         self._is_whole = True
         self.unmasked_loss = validation_loss(self.model, self._inputs, listener)
         self.unmasked = None if scorer is None else scorer.unmasked(self.model)
+
+    def check(self, groups: list[list[int]]) -> None:
+        """Checks, for delta masks, that the model before fine-tuning has the same tensors and other weights.
+
+        Args:
+            groups: All groups that will be masked.
+        """
+        if self._base is not None:
+            targets = self._targets(sorted({layer for group in groups for layer in group}))
+            self._pairs = pair_targets(targets, self.model, self._base, self._inputs.checkpoint)
 
     def outcome(self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool) -> TrainedGroup:
         """Trains the mask of a group and returns its result.
@@ -153,9 +175,10 @@ class _ProbedModel:
         self._make_whole()
         self._is_whole = not shares_weights()
         forget_plan()
+        targets = self._targets(group)
         search = MaskSearch(
             self.model,
-            self._targets(group),
+            targets,
             self._options,
             self._inputs,
             folder,
@@ -164,6 +187,7 @@ class _ProbedModel:
             fft_learning_rate=self._fft_learning_rate,
             seed=self._seed,
             resume=resume,
+            base=self._before(targets),
         )
         lowest = 0 if shares_weights() else min(group)
         with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):
@@ -175,7 +199,8 @@ class _ProbedModel:
         if self._scorer is None or self.unmasked is None:
             return outcome
         self._make_whole()
-        with masked(self._targets(group), found.keep):
+        targets = self._targets(group)
+        with masked(targets, found.keep, self._before(targets)):
             score = self._scorer.score(self.model, folder)
         return TrainedGroup(
             **outcome.document(),
@@ -184,6 +209,10 @@ class _ProbedModel:
             score_change=score.value - self.unmasked.value,
             score_rank=score.rank,
         )
+
+    def _before(self, targets: list[MaskTarget]) -> dict[str, torch.Tensor] | None:
+        """The weights of the targets before fine-tuning; None for weight masks."""
+        return None if self._base is None else read_base(targets, self._pairs)
 
     def _targets(self, group: list[int]) -> list[MaskTarget]:
         return find_targets(self.model, group, self._options.target, self._options.projections)

@@ -46,8 +46,10 @@ def _problems(job: Job) -> Iterator[str]:
     drops = job.command == "mask-train" and recipe.mask_train.method == "drop"
     if job.command in ("fft", "probe", "mask-train") and not drops and not recipe.data:
         yield "there is no training data (key data)"
-    if drops and recipe.mask_train.base is None and job.after is None:
-        yield "drop needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
+    resets = job.command in ("probe", "mask-train") and recipe.mask_train.kind == "delta"
+    if resets and recipe.mask_train.base is None and job.after is None:
+        what = "drop" if recipe.mask_train.method == "drop" else "kind delta"
+        yield f"{what} needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
     if job.command == "fft":
         problem = _message(lambda: check_memory_options(recipe.fft, best_device()))
         if problem is not None:
