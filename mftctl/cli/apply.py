@@ -43,7 +43,7 @@ def apply(
         str | None,
         typer.Option(
             "--tuned",
-            help="The fine-tuned checkpoint, for a delta mask (mask-train --method drop).",
+            help="The fine-tuned checkpoint, for a delta mask (mask-train --kind delta, --method drop).",
             show_default="the one named in the mask file",
             rich_help_panel=opt.INPUT,
         ),
@@ -123,7 +123,7 @@ def _masked_model(base: str, mask: Path, tuned: str | None) -> str:
         return tuned or metadata.tuned_model or base
     if tuned is not None:
         raise ConfigError(
-            "--tuned applies only to delta masks (mask-train --method drop).",
+            "--tuned applies only to delta masks (mask-train --kind delta, --method drop).",
             key="--tuned",
             expected="a delta mask",
             actual=f"{mask}, a {metadata.kind} mask",

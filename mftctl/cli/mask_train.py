@@ -39,6 +39,7 @@ def mask_train(
     bad_records: opt.BadRecords = None,
     bad_records_max: opt.BadRecordsMax = None,
     method: Annotated[str | None, opt.setting(MaskTrainOptions, "method", "--method", panel=opt.MASKING)] = None,
+    kind: Annotated[str | None, opt.setting(MaskTrainOptions, "kind", "--kind", panel=opt.MASKING)] = None,
     unit: Annotated[str | None, opt.setting(MaskTrainOptions, "unit", "--unit", panel=opt.MASKING)] = None,
     layers: Annotated[
         str | None,
@@ -109,6 +110,8 @@ def mask_train(
     The model is frozen; each weight of the selected layers gets a score, and the scores are trained. Half of the
     validation data selects the best mask, or none if none helps; the other half confirms the choice. The mask is
     written to a small file separate from the model.
+
+    With --kind delta, removed weights return to their values before fine-tuning instead of becoming 0.
     """
     launch = settle_launch("mask-train", processes, shard)
     with Output(as_json=as_json) as console:

@@ -8,6 +8,7 @@ from typing import Any
 from mftctl.errors import ConfigError
 from mftctl.evaluation.score_choice import LOSS, check_score
 from mftctl.experiments.recipe import Recipe
+from mftctl.workflows.probe_kind import check_kind
 
 
 def check_measuring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> None:
@@ -47,6 +48,7 @@ def check_scoring(command: str, recipe: Recipe, options: Mapping[str, Any]) -> N
     check_score(section.best_by, recipe.eval.task_data, "--best-by")
     if command != "probe":
         return
+    check_kind(recipe)
     check_score(recipe.probe.by, recipe.eval.task_data, "--by")
     used = {recipe.probe.by, section.best_by}
     files = options.get("eval.task_data", {})

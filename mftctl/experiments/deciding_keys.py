@@ -30,7 +30,7 @@ _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
 _OF_TRAINING = ("average", "best_by", "average_horizons", "decay_ratio")
 _OF_SECTIONS = {
     "fft": ("exclude", *_OF_TRAINING),
-    "mask_train": ("keep", "start_std", "unit", *_OF_TRAINING),
+    "mask_train": ("keep", "kind", "start_std", "unit", *_OF_TRAINING),
     "probe": ("by",),
     "eval": ("prompts",),
 }
@@ -62,8 +62,7 @@ def deciding_keys(recipe: Recipe, command: str) -> dict[str, Any]:
         keys["eval"] = _of_score(recipe)
     for section, later in _OF_SECTIONS.items():
         for key in later:
-            default = getattr(getattr(Recipe(), section), key)
-            if section in keys and getattr(getattr(recipe, section), key) == default:
+            if section in keys and _is_default(section, key, dict(getattr(recipe, section))):
                 keys[section].pop(key, None)
     for section in ("fft", "mask_train"):
         if "grad_accum_steps" in keys.get(section, {}):
@@ -87,9 +86,16 @@ def in_names_of_today(decides: Mapping[str, Any]) -> dict[str, Any]:
             continue
         later = _OF_SECTIONS.get(name, ())
         values = {key: settled[name][key] for key in keys if key in section or key in later}
-        same = {key for key in later if key in keys and values[key] == getattr(getattr(Recipe(), name), key)}
+        same = {key for key in later if key in keys and _is_default(name, key, settled[name])}
         renamed[name] = {key: value for key, value in {**section, **values}.items() if key not in same}
     return renamed
+
+
+def _is_default(section: str, key: str, options: Mapping[str, Any]) -> bool:
+    """True if a key added later has the value that it implicitly had before."""
+    if (section, key) == ("mask_train", "kind") and options["method"] == "drop":
+        return True  # has always made delta masks
+    return bool(options[key] == getattr(getattr(Recipe(), section), key))
 
 
 def _of_score(recipe: Recipe) -> dict[str, Any]:

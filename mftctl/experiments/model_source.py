@@ -149,7 +149,7 @@ def model_for_training(model: str | None, root: Path, command: str) -> ModelSour
     )
 
 
-def model_before(source: ModelSource, given: str | None, *, key: str, what: str) -> str:
+def known_base(source: ModelSource, given: str | None, *, key: str, what: str) -> str:
     """Returns the model before fine-tuning: the given one, or the one that the lineage of a model started from.
 
     Args:

@@ -11,6 +11,7 @@ LearnFrom = Literal["auto", "all", "unseen"]
 ScoreStart = Literal["weights", "normal", "kaiming", "constant"]
 Ranking = Literal["absolute", "signed"]
 Keep = Literal["best", "last"]
+MaskKind = Literal["weight", "delta"]
 GroupSize = int | Literal["all"]
 
 DEFAULT_RATIO = 0.1
@@ -21,7 +22,7 @@ DEFAULT_GROUPS: tuple[GroupSize, ...] = (4, "all")
 SETTLED: Final[Mapping[str, tuple[str, ...]]] = {
     "fft": ("ratio",),
     "probe": ("groups",),
-    "mask_train": ("learn_from", "ratio", "patience", "threshold", "ranking", "start", "keep"),
+    "mask_train": ("kind", "learn_from", "ratio", "patience", "threshold", "ranking", "start", "keep"),
 }
 """Options, by recipe section, whose defaults depend on other options."""
 
@@ -83,6 +84,7 @@ def mask_train_in_force(given: Mapping[str, Any], preset: PresetName, method: st
     has_threshold = is_learned and start in ("weights", "constant") and "ratio" not in given
     threshold: float | None = given.get("threshold", values.threshold if has_threshold else None)
     in_force = {
+        "kind": "delta" if method == "drop" else "weight",
         "learn_from": values.learn_from,
         "ratio": DEFAULT_RATIO if threshold is None else None,
         "patience": None if is_learned and keep == "last" else values.patience,

@@ -37,7 +37,7 @@ class Outcome(Result):
         model: Folder of the model that was made, or that the mask is for.
         mask: Mask file in the run folder.
         output: Mask file at the requested output path.
-        base: Model that a mask was applied to; for the method `drop` and `interpolate`, the model before fine-tuning.
+        base: Model that a mask was applied to; for a delta mask and `interpolate`, the model before fine-tuning.
         steps: Number of optimizer steps.
         best_step: Step with the lowest validation loss.
         best_loss: Validation loss at that step.
@@ -388,7 +388,7 @@ class MaskTrainResult(KeptMask):
         """
         if cls is not MaskTrainResult:
             return super().read(document)
-        kind = DroppedMask if "base" in document else MeasuredMask
+        kind = DroppedMask if "base" in document and "unmasked_loss" not in document else MeasuredMask
         return cast("Self", kind.read(document))
 
 
@@ -413,6 +413,7 @@ class MeasuredMask(MaskTrainResult):
         confirmation: Effect on records not used to choose the mask; None if there is nothing to confirm.
         prefix_reuse: Use of the cache of hidden states.
         evaluations: Results of evaluations during training.
+        base: Model before fine-tuning, for a delta mask.
     """
 
     unmasked_loss: Measured
@@ -432,6 +433,7 @@ class MeasuredMask(MaskTrainResult):
     confirmation: Confirmation | None
     prefix_reuse: PrefixReuse
     evaluations: list[MetricsLine]
+    base: Annotated[Place | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
 class DroppedMask(MaskTrainResult):

@@ -60,6 +60,7 @@ class State:
         is_global: Whether an update ratio applied to all tensors together.
         excluded: Parts that an update ratio did not apply to, in alphabetical order.
         preset: Preset of mask training.
+        is_delta: Whether a mask, other than a drop, returned weights to their values before fine-tuning.
     """
 
     kind: StateKind
@@ -67,6 +68,7 @@ class State:
     is_global: bool = False
     excluded: tuple[str, ...] = ()
     preset: PresetName = "default"
+    is_delta: bool = False
 
     @property
     def label(self) -> str:
@@ -87,6 +89,11 @@ class State:
     def is_drop(self) -> bool:
         """True if weights were reset to their values before fine-tuning."""
         return self.kind in _DROPS.values()
+
+    @property
+    def resets(self) -> bool:
+        """True if a mask returned weights to their values before fine-tuning."""
+        return self.is_drop or self.is_delta
 
     @property
     def is_mft(self) -> bool:
@@ -123,6 +130,12 @@ _TABLE: Final = {
     State(StateKind.MFT, preset="reference"): "MFT, reference",
     State(StateKind.MFT): "MFT",
     State(StateKind.MFT_THRESHOLD): "MFT threshold",
+    State(StateKind.RANDOM_MASK, is_delta=True): "random mask delta",
+    State(StateKind.L1_MASK, is_delta=True): "L1 mask delta",
+    State(StateKind.MFT, preset="paper", is_delta=True): "MFT delta, paper",
+    State(StateKind.MFT, preset="reference", is_delta=True): "MFT delta, reference",
+    State(StateKind.MFT, is_delta=True): "MFT delta",
+    State(StateKind.MFT_THRESHOLD, is_delta=True): "MFT delta threshold",
     State(StateKind.MASKED): "masked",
 }
 """Labels in the order of the papers' tables."""
@@ -192,14 +205,16 @@ def mask_state(options: MaskTrainOptions) -> str:
 
 
 def _mask_state(options: MaskTrainOptions) -> State:
+    is_delta = options.kind == "delta"
     match options.method:
         case "drop":
             return State(_DROPS[options.strategy])
         case "random":
-            return State(StateKind.RANDOM_MASK)
+            return State(StateKind.RANDOM_MASK, is_delta=is_delta)
         case "magnitude":
-            return State(StateKind.L1_ROW_MASK if options.unit == "row" else StateKind.L1_MASK)
+            kind = StateKind.L1_ROW_MASK if options.unit == "row" else StateKind.L1_MASK
+            return State(kind, is_delta=is_delta)
         case "learned":
             if options.preset == "default" or options.threshold is None:
-                return State(StateKind.MFT, preset=options.preset)
-            return State(StateKind.MFT_THRESHOLD)
+                return State(StateKind.MFT, preset=options.preset, is_delta=is_delta)
+            return State(StateKind.MFT_THRESHOLD, is_delta=is_delta)

@@ -10,6 +10,7 @@ from mftctl.experiments.presets import (
     PRESETS,
     Keep,
     LearnFrom,
+    MaskKind,
     PresetName,
     Ranking,
     ScoreStart,
@@ -228,6 +229,11 @@ class MaskTrainOptions(TrainingOptions):
         description="learned: Mask Fine-Tuning; random and magnitude: baselines without training; drop: revert "
         "weights to their values before fine-tuning.",
     )
+    kind: MaskKind = Field(
+        "weight",
+        description="What becomes of removed weights. weight: 0; delta: their value before fine-tuning, so that the "
+        "change made by fine-tuning is removed, as always with drop.",
+    )
     unit: Literal["weight", "row"] = Field(
         "weight",
         description="magnitude: remove single weights, or whole rows (all weights of one output) by their mean.",
@@ -267,8 +273,8 @@ class MaskTrainOptions(TrainingOptions):
     )
     start: ScoreStart = Field(
         "weights",
-        description="Initial scores. weights: |weight| (the default); normal: N(0, start_std) (paper, reference); "
-        "kaiming: uniform within 1/sqrt(fan_in); constant: all equal.",
+        description="Initial scores. weights: |weight|, or |change| with --kind delta (the default); normal: "
+        "N(0, start_std) (paper, reference); kaiming: uniform within 1/sqrt(fan_in); constant: all equal.",
     )
     start_std: float | None = Field(
         None,
@@ -294,7 +300,9 @@ class MaskTrainOptions(TrainingOptions):
     strategy: Literal["trivial", "salient", "random"] = Field(
         "trivial", description="drop: revert the smallest changes made by fine-tuning, the largest, or random ones."
     )
-    base: str | None = Field(None, description="drop: the model before fine-tuning; by default that of the fft run.")
+    base: str | None = Field(
+        None, description="drop and --kind delta: the model before fine-tuning; by default that of the fft run."
+    )
     low_memory: bool = Field(
         False,
         description="Scores and moments in stochastically rounded bf16, and no copy of masked weights: 8 bytes per "
@@ -323,10 +331,18 @@ class MaskTrainOptions(TrainingOptions):
         if self.method != "learned" and (self.average != "none" or self.best_by != "loss"):
             key = "average" if self.average != "none" else "best_by"
             raise ValueError(f"mask_train.{key} applies only to learned masks; the method is {self.method}")
+        if self.kind == "delta" and self.unit == "row":
+            raise ValueError("mask_train.unit: row ranks rows by their weights; it applies only to kind weight")
         if isinstance(self.ratio, dict) and self.method == "drop":
             raise ValueError("drop takes one ratio for all tensors")
         if self.ratio == {}:
             raise ValueError("a ratio by projection must name at least one projection")
+        return self
+
+    @model_validator(mode="after")
+    def _drop_resets(self) -> MaskTrainOptions:
+        if self.method == "drop" and self.given().get("kind") == "weight":
+            raise ValueError("mask_train.kind: weight does not apply to the method drop, which makes delta masks only")
         return self
 
     @model_validator(mode="after")

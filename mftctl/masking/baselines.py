@@ -6,6 +6,7 @@ import hashlib
 
 import torch
 
+from mftctl.masking.masked_values import removable
 from mftctl.masking.selection import keep_highest
 from mftctl.masking.targets import MaskTarget
 
@@ -31,19 +32,20 @@ def random_mask(target: MaskTarget, ratio: float, seed: int) -> torch.Tensor:
     return keep_highest(scores.to(target.weight.device), ratio)
 
 
-def magnitude_mask(target: MaskTarget, ratio: float) -> torch.Tensor:
+def magnitude_mask(target: MaskTarget, ratio: float, base: torch.Tensor | None = None) -> torch.Tensor:
     """The keep mask that removes the ratio's share of a target's weights, smallest absolute values first.
 
     Args:
         target: The projection to mask.
         ratio: Share to remove, in [0, 1).
+        base: For a delta mask, the weight before fine-tuning: the smallest changes are removed first.
 
     Returns:
         Bool tensor of the weight's shape.
 
     Source: MFT, section 3.1, baseline 6 (L1 mask), as in the authors' implementation since its commit 43d5384.
     """
-    return keep_highest(target.weight.detach().abs(), ratio)
+    return keep_highest(removable(target.weight.detach(), base, torch.float32).abs(), ratio)
 
 
 def row_mask(target: MaskTarget, ratio: float) -> torch.Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from mftctl.masking.dtypes import bits
 from mftctl.masking.full_tensor import whole
+from mftctl.masking.masked_values import mask_in_place, removable
 from mftctl.masking.rule import MaskRule, scores_state
 from mftctl.masking.targets import MaskTarget
 
@@ -22,11 +22,15 @@ class MaskedPart(nn.Module):
         target: What is masked.
         scores: Trainable scores of the stored tensor's shape, in fp32 unless given in another dtype.
         rule: The rule from scores to mask.
+        base: The frozen tensor before fine-tuning, which removed weights return to; None if they become 0.
     """
 
-    def __init__(self, target: MaskTarget, scores: torch.Tensor, rule: MaskRule) -> None:
+    def __init__(
+        self, target: MaskTarget, scores: torch.Tensor, rule: MaskRule, base: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.target = target
+        self.base = None if base is None else nn.Parameter(base, requires_grad=False)
         self.scores = nn.Parameter(scores)
         self.rule = rule
 
@@ -47,8 +51,9 @@ class MaskedPart(nn.Module):
 class MaskedExperts(nn.Module):
     """The frozen experts of a layer, fused in parameters `(experts, ...)`, with a mask for each stored tensor.
 
-    Computes the experts' output with their configured kernel, with W * M in place of W. The products are recomputed
-    only when scores have changed, that is once per optimizer step rather than in every forward pass.
+    Computes the experts' output with their configured kernel, with W * M in place of W, or B + M * (W - B) for parts
+    with a base. The products are recomputed only when scores have changed, that is once per optimizer step rather than
+    in every forward pass.
 
     Attributes:
         experts: The original module; its parameters are not modified.
@@ -76,7 +81,7 @@ class MaskedExperts(nn.Module):
 
     @torch.no_grad()
     def product(self, parameter: str) -> torch.Tensor:
-        """W * M of a fused parameter, of its shape and dtype, recomputed only if scores have changed.
+        """The masked values of a fused parameter, of its shape and dtype, recomputed only if scores have changed.
 
         Args:
             parameter: The parameter's name in the original module.
@@ -87,12 +92,12 @@ class MaskedExperts(nn.Module):
         if state != known or product.device != weight.device:
             product = weight.clone()
             for part in parts:
-                bits(part.target.part_of(product)).mul_(part.keep())
+                mask_in_place(part.target.part_of(product), part.keep(), part.base)
             self._products[parameter] = state, product
         return product
 
     def products(self) -> list[torch.Tensor]:
-        """W * M of every masked parameter."""
+        """The masked values of every masked parameter."""
         return [self.product(parameter) for parameter in self._parts]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -112,11 +117,11 @@ class MaskedExperts(nn.Module):
 
 
 class _StraightThroughProduct(torch.autograd.Function):
-    """W * M of a fused parameter, with a straight-through gradient for the scores.
+    """The masked values V of a fused parameter, with a straight-through gradient for the scores.
 
-    dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked, for each part.
+    For each part dL/dS = dL/dV * W or, with a base, dL/dV * (W - B); times sign(S) where |S| is ranked.
 
-    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation.
+    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation. Delta masks are ours.
     """
 
     @staticmethod
@@ -137,6 +142,6 @@ class _StraightThroughProduct(torch.autograd.Function):
                 continue
             target = part.target
             wide = torch.promote_types(values.dtype, torch.float32)
-            grad = target.part_of(grad_product).to(wide) * target.part_of(weight)
+            grad = target.part_of(grad_product).to(wide) * removable(target.part_of(weight), part.base, wide)
             grads.append((grad.mul_(values.sign()) if part.rule.uses_magnitude else grad).to(values.dtype))
         return None, None, None, *grads

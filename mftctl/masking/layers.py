@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from mftctl.errors import TrainingError
-from mftctl.masking.dtypes import bits
 from mftctl.masking.experts import MaskedExperts, MaskedPart
 from mftctl.masking.full_tensor import whole
+from mftctl.masking.masked_values import masked_values, removable
 from mftctl.masking.rule import MaskRule, scores_state
 from mftctl.masking.selection import Cut
 from mftctl.masking.targets import MaskTarget
@@ -28,11 +28,12 @@ DEFAULT_START_STD = 0.02
 class MaskedLinear(nn.Module):
     """A frozen linear projection whose weights are masked according to trainable scores.
 
-    Computes `x @ (W * M)^T + b`. The mask and the masked weight are recomputed only when the scores have changed, that
-    is once per optimizer step rather than in every forward pass.
+    Computes `x @ (W * M)^T + b` or, with a base, `x @ (B + M * (W - B))^T + b`. The mask and the masked weight are
+    recomputed only when the scores have changed, that is once per optimizer step rather than in every forward pass.
 
     Attributes:
         weight: The frozen weight: `(out_features, in_features)`, or `(in_features, out_features)` of a Conv1D.
+        base: The frozen weight before fine-tuning, which removed weights return to; None if they become 0.
         bias: The frozen bias `(out_features,)`, or None.
         scores: Trainable scores of the weight's shape, in fp32 unless given in another dtype.
         rule: The rule from scores to mask.
@@ -43,9 +44,12 @@ class MaskedLinear(nn.Module):
     Source: MFT, equations 4 and 5.
     """
 
-    def __init__(self, linear: nn.Linear | Conv1D, scores: torch.Tensor, rule: MaskRule) -> None:
+    def __init__(
+        self, linear: nn.Linear | Conv1D, scores: torch.Tensor, rule: MaskRule, base: torch.Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = linear.weight.requires_grad_(False)
+        self.base = None if base is None else nn.Parameter(base, requires_grad=False)
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
         self.scores = nn.Parameter(scores)
         self.rule = rule
@@ -67,7 +71,7 @@ class MaskedLinear(nn.Module):
 
     @torch.no_grad()
     def masked_weight(self) -> torch.Tensor:
-        """W * M of the weight's shape and dtype, recomputed only if the scores have changed."""
+        """The masked weight, of the weight's shape and dtype, recomputed only if the scores have changed."""
         if self.passes_all:
             return self.weight
         state = scores_state([self.scores])
@@ -80,8 +84,7 @@ class MaskedLinear(nn.Module):
         return self._masked_weight
 
     def _product(self, keep: torch.Tensor) -> torch.Tensor:
-        # On the raw bits: gives +0.0 for every removed weight, and on a CPU is 8 times as fast as masked_fill.
-        return (bits(self.weight) * keep).view(self.weight.dtype)
+        return masked_values(self.weight, keep, self.base)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The projection of `x` `(..., in_features)` to `(..., out_features)`."""
@@ -90,6 +93,7 @@ class MaskedLinear(nn.Module):
             self.scores,
             self.masked_weight(),
             self.weight,
+            self.base,
             self.bias,
             self.transposed,
             self.rule.uses_magnitude,
@@ -103,11 +107,11 @@ class MaskedLinear(nn.Module):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`x @ (W * M)^T + b` with a straight-through gradient for the scores.
+    """`x @ V^T + b` for the masked weight V, with a straight-through gradient for the scores.
 
-    dL/dS = dL/d(W * M) * W, times sign(S) where |S| is ranked.
+    dL/dS = dL/dV * W for V = W * M, and dL/dV * (W - B) for V = B + M * (W - B); times sign(S) where |S| is ranked.
 
-    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation.
+    Source: MFT, equation 5; the sign is the derivative of |S| in the authors' implementation. Delta masks are ours.
     """
 
     @staticmethod
@@ -117,6 +121,7 @@ class _StraightThrough(torch.autograd.Function):
         scores: torch.Tensor,
         masked_weight: torch.Tensor,
         weight: torch.Tensor,
+        base: torch.Tensor | None,
         bias: torch.Tensor | None,
         transposed: bool,
         uses_magnitude: bool,
@@ -127,7 +132,7 @@ class _StraightThrough(torch.autograd.Function):
             torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
         )
         x, masked_weight = x.to(compute_dtype), masked_weight.to(compute_dtype)
-        ctx.save_for_backward(x, scores, masked_weight if make_again is None else None, weight)
+        ctx.save_for_backward(x, scores, masked_weight if make_again is None else None, weight, base)
         ctx.make_again = make_again
         ctx.transposed = transposed
         ctx.uses_magnitude = uses_magnitude
@@ -142,7 +147,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, scores, masked_weight, weight = ctx.saved_tensors
+        x, scores, masked_weight, weight, base = ctx.saved_tensors
         grad_x = grad_scores = None
         if ctx.needs_input_grad[0]:
             if masked_weight is None:
@@ -152,11 +157,12 @@ class _StraightThrough(torch.autograd.Function):
             rows_x = x.reshape(-1, x.shape[-1])
             rows_grad = grad_output.reshape(-1, grad_output.shape[-1])
             grad_masked = rows_x.t() @ rows_grad if ctx.transposed else rows_grad.t() @ rows_x
-            grad_scores = grad_masked.to(torch.promote_types(scores.dtype, torch.float32)).mul_(weight)
+            wide = torch.promote_types(scores.dtype, torch.float32)
+            grad_scores = grad_masked.to(wide).mul_(removable(weight, base, wide))
             if ctx.uses_magnitude:
                 grad_scores.mul_(scores.sign())
             grad_scores = grad_scores.to(scores.dtype)
-        return grad_x, grad_scores, None, None, None, None, None, None
+        return grad_x, grad_scores, None, None, None, None, None, None, None
 
 
 ScoreStart = Literal["normal", "kaiming", "constant", "weights"]
@@ -170,24 +176,26 @@ def initial_scores(
     constant: float = 0.01,
     seed: int = 0,
     weight: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The initial scores of a target, fp32, of its weight's shape and on its device.
 
     Args:
         target: The projection to mask.
         start: `normal`: N(0, std); `kaiming`: U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `constant`: all equal;
-            `weights`: the absolute value of the weight.
+            `weights`: the absolute value of the weight or, with a base, of its change.
         std: Standard deviation of the normal start.
         constant: Value of the constant start.
         seed: Together with the target's name, decides the values, independently of other targets.
         weight: Values of the target's weight, if the target itself has none.
+        base: The weight before fine-tuning, for a delta mask.
 
     Source: the authors' implementation of MFT. Its layers request Kaiming-uniform (a = sqrt(5)), but loading a
         checkpoint then draws all scores from N(0, initializer_range) instead, in bf16; this draws in fp32.
     """
     weight = target.weight if weight is None else weight
     if start == "weights":
-        return weight.detach().abs().float()
+        return removable(weight.detach(), base, torch.float32).abs().float()
     if start == "constant":
         return torch.full(weight.shape, constant, dtype=torch.float32, device=weight.device)
     digest = hashlib.sha256(f"{seed}:{target.name}".encode()).digest()
@@ -211,6 +219,7 @@ def attach_masks(
     targets: Sequence[MaskTarget],
     scores: Mapping[str, torch.Tensor],
     rule: MaskRule | Mapping[str, MaskRule],
+    base: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Freezes the model and replaces every target with a `MaskedLinear` or `MaskedExperts`.
 
@@ -219,15 +228,18 @@ def attach_masks(
         targets: From `find_targets` on this model.
         scores: One tensor per target name, of its weight's shape.
         rule: The rule from scores to mask, one for all targets or one per target name.
+        base: For delta masks, the weight before fine-tuning of each target name, of the weight's shape, dtype and
+            device; not copied. None if removed weights become 0.
     """
     model.requires_grad_(False)
     experts: dict[str, list[MaskedPart]] = {}
     for target in targets:
         own = rule if isinstance(rule, MaskRule) else rule[target.name]
+        before = None if base is None else base[target.name]
         if isinstance(target.module, nn.Linear | Conv1D):
-            _replace(model, target.module_name, MaskedLinear(target.module, scores[target.name], own))
+            _replace(model, target.module_name, MaskedLinear(target.module, scores[target.name], own, before))
         else:
-            experts.setdefault(target.module_name, []).append(MaskedPart(target, scores[target.name], own))
+            experts.setdefault(target.module_name, []).append(MaskedPart(target, scores[target.name], own, before))
     for name, parts in experts.items():
         _replace(model, name, MaskedExperts(model.get_submodule(name), parts))
 

@@ -61,7 +61,7 @@ def _apply(run: Run) -> list[str]:
     base = run.result(Outcome).base
     if base is None:  # an unfinished run, or one of an earlier version
         state = known_state(_inputs(run, StartingState).state)
-        base = _inputs(run, Origin).origin if state is not None and state.is_drop else model
+        base = _inputs(run, Origin).origin if state is not None and state.resets else model
     tuned = [] if base == model else ["--tuned", model]
     return [str(base), mask, *tuned, *_output(run)]
 

@@ -18,6 +18,7 @@ from mftctl.evaluation.statistics import paired_difference
 from mftctl.experiments.results import Confirmation
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.dtypes import bits
+from mftctl.masking.masked_values import mask_in_place
 from mftctl.masking.targets import MaskTarget
 from mftctl.progress import Listener, Progress
 from mftctl.training.inputs import TrainingInputs
@@ -52,7 +53,7 @@ def confirm(search: MaskSearch, keep: Mapping[str, torch.Tensor], records: Seque
     """
     inputs = replace(search.inputs, validation=records)
     before = validation_losses(search.model, inputs, search.listener)
-    with masked(search.targets, keep):
+    with masked(search.targets, keep, search.base):
         after = validation_losses(search.model, inputs, search.listener)
     return compare(before, after, search.listener)
 
@@ -87,22 +88,27 @@ def compare(before: Sequence[SampleLoss], after: Sequence[SampleLoss], listener:
 
 
 @contextmanager
-def masked(targets: Sequence[MaskTarget], keep: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Context in which removed weights are +0.0 in the model itself; afterwards all are restored bit for bit.
+def masked(
+    targets: Sequence[MaskTarget],
+    keep: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor] | None = None,
+) -> Iterator[None]:
+    """Context in which the model's own weights are masked; afterwards all are restored bit for bit.
 
     Meanwhile the mask (one byte per weight) and the removed values are held on the weights' device.
 
     Args:
         targets: From `find_targets` on a model without masks; the model then computes with the mask.
         keep: Bool keep mask by target name, on any device.
+        base: For a delta mask, the weight before fine-tuning by target name, on the weight's device.
     """
     removed: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     try:
         for target in targets:
-            weight = bits(target.weight.detach())
-            gone = keep[target.name].to(weight.device).logical_not()
-            removed.append((weight, gone, weight[gone]))
-            weight.masked_fill_(gone, 0)
+            weight, kept = target.weight.detach(), keep[target.name].to(target.weight.device)
+            gone = kept.logical_not()
+            removed.append((bits(weight), gone, bits(weight)[gone]))
+            mask_in_place(weight, kept, None if base is None else base[target.name])
         yield
     finally:
         for weight, gone, values in removed:

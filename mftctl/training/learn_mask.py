@@ -62,7 +62,7 @@ def learn_mask(search: MaskSearch) -> FoundMask:
 def _train(search: MaskSearch) -> FoundMask:
     """Trains with the scores attached to the model; `learn_mask` detaches them."""
     model, options = search.model, search.options
-    attach_masks(model, search.targets, _start_scores(search), search.rules)
+    attach_masks(model, search.targets, _start_scores(search), search.rules, search.base)
     if options.low_memory:
         keep_no_products(model)
     trainer = _trainer(search)
@@ -137,9 +137,10 @@ def _trainer(search: MaskSearch) -> ScoreTrainer:
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
     trainer.rows = None if search.weights is None else _start_rows(search)
-    # The gradient of a score is proportional to the weight, so the usual epsilon would hold back the scores of the
-    # smallest weights, which cost least to remove.
-    trainer.epsilon = _SMALL_EPSILON if options.start == "weights" else _USUAL_EPSILON
+    # The gradient of a score is proportional to the weight, or to its change, so the usual epsilon would hold back the
+    # scores of the smallest weights, which cost least to remove, and those of almost all changes.
+    has_small_gradients = options.start == "weights" or search.base is not None
+    trainer.epsilon = _SMALL_EPSILON if has_small_gradients else _USUAL_EPSILON
     return trainer
 
 
@@ -166,7 +167,8 @@ def _start_scores(search: MaskSearch) -> dict[str, torch.Tensor]:
     dtype = torch.bfloat16 if options.low_memory else torch.float32
     if search.weights is not None:
         return {target.name: torch.empty_like(target.weight, dtype=dtype) for target in search.targets}
-    return {target.name: search.start.scores(target).to(dtype) for target in search.targets}
+    start = search.start
+    return {target.name: start.scores(target, base=search.base_of(target)).to(dtype) for target in search.targets}
 
 
 def _start_rows(search: MaskSearch) -> Rows:
@@ -196,7 +198,7 @@ def find_mask(search: MaskSearch) -> FoundMask:
     if search.options.method == "learned":
         return learn_mask(search)
     keep = {target.name: _baseline(target, search) for target in search.targets}
-    with masked(search.targets, keep):
+    with masked(search.targets, keep, search.base):
         loss = validation_loss(search.model, search.inputs, search.listener)
     unmasked_loss = cast("float", search.unmasked_loss)  # None only for a model without values
     return FoundMask({name: bits.cpu() for name, bits in keep.items()}, unmasked_loss, loss, loss)
@@ -206,4 +208,6 @@ def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:
     ratio = search.options.ratio_of(target.projection) or 0.0
     if search.options.method == "random":
         return random_mask(target, ratio, search.seed)
-    return row_mask(target, ratio) if search.options.unit == "row" else magnitude_mask(target, ratio)
+    if search.options.unit == "row":
+        return row_mask(target, ratio)
+    return magnitude_mask(target, ratio, search.base_of(target))

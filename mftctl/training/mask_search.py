@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,7 @@ class MaskSearch:
         confirming: Records that confirm the mask of such a model, which has its values only during training.
         scores: Scores that decide between steps; None if the loss does.
         unmasked_score: The score of the unmasked model.
+        base: For a delta mask, the weight before fine-tuning of each target, on the weight's device.
     """
 
     model: PreTrainedModel
@@ -68,6 +69,11 @@ class MaskSearch:
     confirming: Sequence[Encoded] = ()
     scores: StepScores | None = None
     unmasked_score: Score | None = None
+    base: Mapping[str, torch.Tensor] | None = None
+
+    def base_of(self, target: MaskTarget) -> torch.Tensor | None:
+        """The target's weight before fine-tuning; None for a weight mask."""
+        return None if self.base is None else self.base[target.name]
 
     @property
     def start(self) -> ScoreStart:

@@ -37,12 +37,15 @@ class ScoreStart:
     fft_learning_rate: float
     steps: int
 
-    def scores(self, target: MaskTarget, weight: torch.Tensor | None = None) -> torch.Tensor:
+    def scores(
+        self, target: MaskTarget, weight: torch.Tensor | None = None, base: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The initial scores of a target, fp32, of its weight's shape.
 
         Args:
             target: The projection.
             weight: Values of its weight, if the target itself has none.
+            base: Its weight before fine-tuning, for a delta mask.
         """
         options = self.options
         return initial_scores(
@@ -52,6 +55,7 @@ class ScoreStart:
             constant=options.start_value,
             seed=self.seed,
             weight=weight,
+            base=base,
         )
 
     def learning_rate(self, target: MaskTarget) -> float:

@@ -20,7 +20,7 @@ from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import EvaluationData
-from mftctl.masking.checkpoints.apply_in_memory import apply_mask
+from mftctl.masking.checkpoints.apply_in_memory import apply_mask, base_folder
 from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.gpu_maps import gpu_map
 from mftctl.masking.checkpoints.load import evaluation_dtype, load_model
@@ -103,8 +103,7 @@ def _load(
     with nullcontext() if source.mask is None else open_mask(Path(source.mask)) as mask:
         model = load_model(checkpoint, dtype=dtype, device_map=spread)
         if mask is not None:
-            delta_base = mask.metadata.base_model if mask.metadata.kind == "delta" else None
-            apply_mask(model, mask, None if delta_base is None else resolve_checkpoint(delta_base))
+            apply_mask(model, mask, base_folder(mask))
     return model, tokenizer
 
 

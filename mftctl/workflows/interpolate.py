@@ -10,7 +10,7 @@ from pathlib import Path
 from mftctl.errors import ConfigError, OutputError, TrainingError
 from mftctl.experiments.combined_results import InterpolateResult, ShareLoss
 from mftctl.experiments.model_origin import origin_of
-from mftctl.experiments.model_source import ModelSource, model_before
+from mftctl.experiments.model_source import ModelSource, known_base
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
@@ -52,7 +52,7 @@ def interpolate(
 
     Source: WiSE-FT (Wortsman et al. 2022, arXiv 2109.01903), section 3, with shares beyond 1.
     """
-    base_model = model_before(source, recipe.interpolate.base, key="interpolate.base", what="interpolate")
+    base_model = known_base(source, recipe.interpolate.base, key="interpolate.base", what="interpolate")
     if source.mask is not None:
         raise ConfigError(
             "interpolate needs a checkpoint without a separate mask.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import KeptMask
 from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.apply_in_memory import target_names
+from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_digest, tensor_index
 from mftctl.masking.mask import Mask, mask_permit, save_mask
 from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord
@@ -66,6 +68,7 @@ def build_mask(
     model: PreTrainedModel,
     base: Path,
     metadata: MaskMetadata,
+    pairs: Mapping[str, TensorPair] | None = None,
 ) -> Mask:
     """The mask of some projections under the names, shapes and digests of the base checkpoint's tensors.
 
@@ -75,6 +78,7 @@ def build_mask(
         model: The model in memory.
         base: Its checkpoint folder.
         metadata: The origin stated in the mask file.
+        pairs: For a delta mask, from `pair_targets`.
 
     Raises:
         MaskMismatchError: A parameter is not in the checkpoint.
@@ -88,22 +92,39 @@ def build_mask(
         stored = index[name]
         tensors[name] = bits
         removed = bits.numel() - int(bits.sum())
-        records[name] = TensorRecord(stored.shape, removed, tensor_digest(stored), stored.dtype)
+        digest = tensor_digest(stored)
+        records[name] = TensorRecord(stored.shape, removed, digest, stored.dtype)
+        if pairs is not None:
+            before = tensor_digest(pairs[target].base)
+            records[name] = replace(records[name], sha256=before, tuned_sha256=digest)
     return Mask(tensors, records, metadata)
 
 
-def mask_metadata(recipe: Recipe, source: ModelSource, run: Run, layers: list[int]) -> MaskMetadata:
-    """The metadata of a mask: its base, its method and the run that made it."""
+def mask_metadata(
+    recipe: Recipe, source: ModelSource, run: Run, layers: list[int], base: str | None = None
+) -> MaskMetadata:
+    """The metadata of a mask: its models, its method and the run that made it.
+
+    Args:
+        recipe: The recipe of the run.
+        source: The fine-tuned model.
+        run: The run.
+        layers: The masked layers.
+        base: The model before fine-tuning, for a delta mask.
+    """
     options = recipe.mask_train
     ratio = options.ratio
+    is_delta = base is not None
     return MaskMetadata(
-        kind="weight",
-        base_model=source.model,
-        base_revision=recipe.revision,
+        kind="delta" if is_delta else "weight",
+        base_model=base or source.model,
+        base_revision=None if is_delta else recipe.revision,
         method=options.method,
         ratio=None if isinstance(ratio, dict) else ratio,
         threshold=options.threshold,
         layers=format_layers(layers),
         seed=recipe.seed,
         run_id=run.name,
+        tuned_model=source.model if is_delta else None,
+        tuned_revision=recipe.revision if is_delta else None,
     )

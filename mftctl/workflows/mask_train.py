@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import ModelSource, model_before
+from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_device import device_for
@@ -19,6 +19,7 @@ from mftctl.experiments.state_names import mask_state
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.apply_in_memory import target_names
 from mftctl.masking.checkpoints.delta_mask import drop_mask
+from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
 from mftctl.masking.checkpoints.load import load_to_share
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.outlines import StoredWeights
@@ -43,6 +44,7 @@ from mftctl.training.prefix_cache import (
 )
 from mftctl.training.step_scores import step_scores
 from mftctl.workflows.mask_result import build_mask, keep_mask, layer_ratios, mask_metadata
+from mftctl.workflows.model_before import model_before, model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
 
@@ -70,11 +72,13 @@ def mask_train(
         DataError: A data file or record cannot be used.
         ModelError: The model cannot be loaded.
         MaskingError: The chosen layers or projections cannot be masked.
+        MaskMismatchError: The model before fine-tuning does not match the model, or has the same weights.
         TrainingError: The loss is no longer finite.
         DeviceMemoryError: The GPU runs out of memory.
         Interrupted: The user stopped the run; its state is saved.
 
-    Source: MFT, section 2, equations 2 to 5; local masks of section 3.2, global ones of section 3.3.
+    Source: MFT, section 2, equations 2 to 5; local masks of section 3.2, global ones of section 3.3. Learned delta
+        masks are ours.
     """
     options = recipe.mask_train
     if options.method == "drop":
@@ -98,6 +102,8 @@ def _search(
 ) -> MeasuredMask:
     """Runs the methods that evaluate masks on the model and returns the result."""
     options = recipe.mask_train
+    base = model_before_measured(options, source)
+    base_folder = None if base is None else resolve_checkpoint(base)
     prepared = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
     inputs = prepared.inputs
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
@@ -107,6 +113,7 @@ def _search(
     targets = find_targets(model, layers, options.target, options.projections)
     flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
+    pairs = None if base_folder is None else pair_targets(targets, model, base_folder, inputs.checkpoint)
     deciding, confirming = split_validation_records(inputs.validation, options)
     examples = split_validation_records(inputs.validation_examples, options)[0]
     scores = step_scores(recipe, "mask_train", options, inputs, EncodedRecords(deciding, examples), run, listener)
@@ -140,6 +147,7 @@ def _search(
             confirming=[] if weights is None else confirming,
             scores=scores,
             unmasked_score=None if scores is None else scores.unmasked(model),
+            base=None if pairs is None else read_base(targets, pairs),
         )
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {search.start.learning_rate_text(targets)}")
@@ -147,13 +155,13 @@ def _search(
         search = _with_whole_model(search, layers)
         confirmation = _confirmation(search, found, confirming)
         reuse = prefix_reuse(states)
-    mask = build_mask(
-        found.keep, search.targets, search.model, inputs.checkpoint, mask_metadata(recipe, source, run, layers)
-    )
+    metadata = mask_metadata(recipe, source, run, layers, base)
+    mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata, pairs)
     return MeasuredMask(
         **keep_mask(mask, run, may_replace=may_replace).document(),
         state=mask_state(options),
         model=source.model,
+        base=base,
         layers=format_layers(layers),
         layer_ratios=layer_ratios(found.keep, targets),
         unmasked_loss=found.unmasked_loss,
@@ -220,7 +228,7 @@ def _drop(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
     Source: GMT, section 4, "Analysis of Drop Strategy".
     """
     options = recipe.mask_train
-    base = model_before(source, options.base, key="mask_train.base", what="The drop method")
+    base = model_before(options, source)
     run.update(inputs=source.as_inputs())
     mask = drop_mask(
         resolve_checkpoint(base),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from mftctl.data.encoding import EncodedRecords
@@ -20,6 +21,9 @@ from mftctl.experiments.run_contents import read_part
 from mftctl.experiments.run_folder import Run, TrainingFolder
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
+from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.targets import (
     MaskTarget,
     decoder_layers,
@@ -47,7 +51,9 @@ from mftctl.training.prefix_cache import HiddenStates, hidden_states, prefix_reu
 from mftctl.training.step_scores import StepScores
 from mftctl.training.validation_scores import ValidationScorer
 from mftctl.workflows.fast_probe import agreement_with_training, promised_changes
+from mftctl.workflows.model_before import model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
+from mftctl.workflows.probe_kind import check_kind
 
 
 def probe(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, resume: bool = False) -> ProbeResult:
@@ -73,6 +79,7 @@ def probe(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
     with the lowest loss, whatever ranks the groups.
     """
     options = recipe.mask_train
+    check_kind(recipe)
     with training_on_device("probe", recipe, options, run, listener) as room:
         if recipe.probe.fast:
             return _estimate(recipe, source, run, listener, room)
@@ -84,15 +91,20 @@ def _train_groups(
 ) -> TrainedProbe:
     """Trains a mask for each group and returns the result."""
     options = _options(recipe)
+    base = model_before_measured(options, source)
+    base_folder = None if base is None else resolve_checkpoint(base)
     prepared = prepare_mask_training(recipe, source, run, listener, recipe.probe.data_fraction)
     inputs = prepared.inputs
     scorer = _scorer(recipe, recipe.probe.by, "probe.by", "The layers are", inputs, run, listener)
     of_steps = _scorer(recipe, options.best_by, "mask_train.best_by", "The best step is", inputs, run, listener)
     inputs = replace(inputs, validation=split_validation_records(inputs.validation, options)[0])
     room.require(inputs)
-    probed = _ProbedModel(recipe, options, replace(prepared, inputs=inputs), listener, scorer, of_steps, run)
+    probed = _ProbedModel(
+        recipe, options, replace(prepared, inputs=inputs), listener, run, scorer, of_steps, base_folder
+    )
     # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
     groups = sorted(_groups(recipe, probed.model), key=min)
+    probed.check(groups)
     results = []
     take_late_stop()  # one from before this probe
     with hidden_states(options, run.folder) as states:
@@ -155,14 +167,16 @@ class _ProbedModel:
         options: MaskTrainOptions,
         prepared: MaskTrainingInputs,
         listener: Listener,
+        run: Run,
         scorer: ValidationScorer | None,
         of_steps: ValidationScorer | None,
-        run: Run,
+        base: Path | None = None,
     ) -> None:
         self._options, self._inputs, self._listener = options, prepared.inputs, listener
         self._fft_learning_rate = prepared.fft_learning_rate
         self._seed = recipe.seed
         self._scorer, self._of_steps = scorer, of_steps
+        self._base, self._pairs = base, dict[str, TensorPair]()
         self.model = load_frozen_model(self._inputs, options)
         self._is_whole = True
         self.unmasked_loss = validation_loss(self.model, self._inputs, listener)
@@ -170,6 +184,16 @@ class _ProbedModel:
         self._unmasked_of_steps = (
             None if of_steps is None else of_steps.score_once(self.model, run.folder / "scores" / "unmasked")
         )
+
+    def check(self, groups: list[list[int]]) -> None:
+        """Checks, for delta masks, that the model before fine-tuning has the same tensors and other weights.
+
+        Args:
+            groups: All groups that will be masked.
+        """
+        if self._base is not None:
+            targets = self._targets(sorted({layer for group in groups for layer in group}))
+            self._pairs = pair_targets(targets, self.model, self._base, self._inputs.checkpoint)
 
     def outcome(self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool) -> TrainedGroup:
         """Trains the mask of a group and returns its result.
@@ -183,9 +207,10 @@ class _ProbedModel:
         self._make_whole()
         self._is_whole = not shares_weights()
         forget_plan()
+        targets = self._targets(group)
         search = MaskSearch(
             self.model,
-            self._targets(group),
+            targets,
             self._options,
             self._inputs,
             folder,
@@ -196,6 +221,7 @@ class _ProbedModel:
             resume=resume,
             scores=self._step_scores(folder.folder),
             unmasked_score=self._unmasked_of_steps,
+            base=self._before(targets),
         )
         lowest = 0 if shares_weights() else min(group)
         with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):
@@ -211,7 +237,8 @@ class _ProbedModel:
         if self._scorer is None or self.unmasked is None:
             return outcome
         self._make_whole()
-        with masked(self._targets(group), found.keep):
+        targets = self._targets(group)
+        with masked(targets, found.keep, self._before(targets)):
             score = self._scorer.score(self.model, folder)
         return TrainedGroup(
             **outcome.document(),
@@ -220,6 +247,10 @@ class _ProbedModel:
             score_change=score.value - self.unmasked.value,
             score_rank=score.rank,
         )
+
+    def _before(self, targets: list[MaskTarget]) -> dict[str, torch.Tensor] | None:
+        """The weights of the targets before fine-tuning; None for weight masks."""
+        return None if self._base is None else read_base(targets, self._pairs)
 
     def _targets(self, group: list[int]) -> list[MaskTarget]:
         return find_targets(self.model, group, self._options.target, self._options.projections)

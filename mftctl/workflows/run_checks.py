@@ -15,6 +15,7 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.targets import layer_groups, parse_layers
 from mftctl.runtime.devices import best_device, find_device
 from mftctl.training.updates.optimizers import check_memory_options
+from mftctl.workflows.probe_kind import check_kind
 
 _LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
@@ -46,8 +47,10 @@ def _problems(job: Job) -> Iterator[str]:
     drops = job.command == "mask-train" and recipe.mask_train.method == "drop"
     if job.command in ("fft", "probe", "mask-train", "interpolate") and not drops and not recipe.data:
         yield "there is no training data (key data)"
-    if drops and recipe.mask_train.base is None and job.after is None:
-        yield "drop needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
+    resets = job.command in ("probe", "mask-train") and recipe.mask_train.kind == "delta"
+    if resets and recipe.mask_train.base is None and job.after is None:
+        what = "drop" if recipe.mask_train.method == "drop" else "kind delta"
+        yield f"{what} needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
     if job.command == "interpolate":
         yield from _interpolation_problems(job)
     if job.command in ("probe", "mask-train", "apply") and _is_adapter(job.after):
@@ -88,7 +91,9 @@ def _eval_problem(job: Job, layer_count: int | None) -> str | None:
 
 def _probe_problem(job: Job, layer_count: int | None) -> str | None:
     recipe = job.recipe
-    problem = _message(lambda: check_score(recipe.probe.by, recipe.eval.task_data, "probe.by"))
+    problem = _message(lambda: check_kind(recipe)) or _message(
+        lambda: check_score(recipe.probe.by, recipe.eval.task_data, "probe.by")
+    )
     if problem is not None or layer_count is None:
         return problem
     return _message(

@@ -26,6 +26,7 @@ from mftctl.workflows.planning.planned_stages import PlannedStage, StageMemory
 from mftctl.workflows.planning.problem_list import ProblemList, describe
 from mftctl.workflows.planning.stage_estimates import TRAINING_COMMANDS, StageEstimates, training_options
 from mftctl.workflows.planning.training_data import DataCheck, TokenCounts, Tokens, token_counts, trained_segments
+from mftctl.workflows.probe_kind import check_kind
 
 SAMPLES = 2
 _WITHOUT_STAGES: tuple[Command, ...] = ("fft", "mask-train")
@@ -198,6 +199,7 @@ def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> Planne
         if job.command in TRAINING_COMMANDS:
             stage = estimates.training(job)
             if job.command == "probe":
+                check_kind(job.recipe)
                 check_score(job.recipe.probe.by, job.recipe.eval.task_data, "probe.by")
         elif job.command == "interpolate":
             estimates.interpolation(job)

@@ -125,3 +125,42 @@ def test_lora_that_is_not_merged_is_evaluated_as_it_is(here: CommandLine, worksp
     masked = here("mask-train", *runs, "-o", "no.bits")
     assert masked.code == 1
     assert "--merge" in masked.stderr
+
+
+@pytest.mark.slow
+def test_91_a_learned_delta_mask(here: CommandLine, workspace: Path) -> None:
+    learn = ("--kind", "delta", "--max-steps", 4, "--val-steps", 2, "--batch-size", 4, "--layers", "all")
+    outcome = here("mask-train", *learn, "-o", "delta.bits", "--json")
+    assert outcome.code == 0, outcome.stderr
+    document = json.loads(outcome.stdout)
+    assert (document["state"], document["base"]) == ("MFT delta", str(workspace / "tiny"))
+    by_itself = here("apply", "-o", "delta")
+    assert by_itself.code == 0, by_itself.stderr
+    by_name = here("apply", workspace / "tiny", "delta.bits", "-o", "delta-2", "--tuned", "runs/001-fft/model")
+    assert by_name.code == 0, by_name.stderr
+    data = ("-d", workspace / "test.jsonl", "--no-generate", "--json")
+    losses = []
+    for model in (("runs/001-fft/model", "--mask", "delta.bits"), ("delta",), ("delta-2",)):
+        outcome = here("eval", *model, *data)
+        assert outcome.code == 0, outcome.stderr
+        losses.append(json.loads(outcome.stdout)["datasets"][0]["metrics"][0]["value"])
+    assert losses[0] == losses[1] == losses[2]
+    described = here("mask", "info", "delta.bits", "--json")
+    assert described.code == 0, described.stderr
+    assert "delta" in described.stdout
+    compared = here("mask", "diff", "delta.bits", "drop.bits")
+    assert compared.code == 0, compared.stderr
+
+
+@pytest.mark.slow
+def test_92_delta_masks_and_weight_masks_where_they_do_not_apply(here: CommandLine, workspace: Path) -> None:
+    model = workspace / "tiny"
+    for options, message in (
+        (("-m", model, "--kind", "delta", "-d", workspace / "train.jsonl"), "needs the model before fine-tuning"),
+        (("--method", "drop", "--kind", "weight"), "kind: weight does not apply to the method drop"),
+        (("--method", "magnitude", "--kind", "delta", "--unit", "row"), "applies only to kind weight"),
+    ):
+        outcome = here("mask-train", *options, "-o", "no.bits")
+        assert outcome.code == 2
+        assert message in " ".join(outcome.stderr.split())
+        assert not (here.folder / "no.bits").exists()

@@ -13,7 +13,7 @@ from mftctl.experiments.model_source import (
     ancestry,
     combined_source,
     fft_learning_rate,
-    model_before,
+    known_base,
     model_for_training,
     newest_source,
     recommended_layers,
@@ -336,14 +336,14 @@ def test_combined_models_have_the_runs_of_all_and_the_rest_of_the_first() -> Non
 
 def test_the_model_before_fine_tuning_is_the_given_one_or_the_origin() -> None:
     tuned = ModelSource("tuned", state=FFT, origin="base")
-    assert model_before(tuned, None, key="k", what="It") == "base"
-    assert model_before(tuned, "given", key="k", what="It") == "given"
+    assert known_base(tuned, None, key="k", what="It") == "base"
+    assert known_base(tuned, "given", key="k", what="It") == "given"
 
 
 @pytest.mark.parametrize("origin", ["", "tuned"])
 def test_an_unknown_model_before_fine_tuning_is_an_error(origin: str) -> None:
     with pytest.raises(ConfigError, match="It needs the model before fine-tuning") as caught:
-        model_before(ModelSource("tuned", origin=origin), None, key="a.base", what="It")
+        known_base(ModelSource("tuned", origin=origin), None, key="a.base", what="It")
     assert (caught.value.key, caught.value.hint) == ("a.base", "--base MODEL")
     assert "tuned" in str(caught.value.actual)
 

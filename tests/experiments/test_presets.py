@@ -7,6 +7,7 @@ import pytest
 from mftctl.experiments.presets import DEFAULT_PATIENCE, DEFAULT_RATIO, DEFAULT_UPDATE_RATIO, SETTLED
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe, with_changes
+from mftctl.experiments.run_config import as_given, to_document
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 
@@ -69,3 +70,13 @@ def test_a_method_without_training_keeps_no_last_mask() -> None:
     assert not MaskTrainOptions(preset="reference", method="random").keeps_last
     assert not MaskTrainOptions(keep="last", method="random").keeps_last
     assert not MaskTrainOptions().keeps_last
+
+
+def test_a_drop_is_a_delta_mask_whatever_it_inherits() -> None:
+    assert MaskTrainOptions().kind == MaskTrainOptions(method="magnitude").kind == "weight"
+    assert MaskTrainOptions(method="drop").kind == MaskTrainOptions(method="drop", kind="delta").kind == "delta"
+    inherited = as_given(to_document(Recipe()))
+    assert with_changes(parse_recipe(inherited), {"mask_train.method": "drop"}).mask_train.kind == "delta"
+    dropped = parse_recipe(as_given(to_document(parse_recipe({"mask_train": {"method": "drop"}}))))
+    assert dropped.mask_train.kind == "delta"
+    assert with_changes(dropped, {"mask_train.method": "learned"}).mask_train.kind == "weight"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from mftctl.data.sources import DataSource
-from mftctl.experiments.deciding_keys import deciding_keys
+from mftctl.experiments.deciding_keys import deciding_keys, in_names_of_today
 from mftctl.experiments.presets import DEFAULT_PATIENCE, DEFAULT_RATIO
 from mftctl.experiments.recipe import EvalOptions, Recipe, Stage
 from mftctl.experiments.recipe_files import parse_recipe
@@ -264,6 +264,22 @@ def test_deciding_keys_of_a_step_do_not_depend_on_its_notation(section: str) -> 
     assert keys() == keys(grad_accum_steps=1) != keys(global_batch_size=8)
     assert keys(global_batch_size=10, batch_tokens=99) != keys(global_batch_size=11, batch_tokens=99)
     assert "global_batch_size" not in keys(grad_accum_steps=2)[section]  # as in records of older versions
+
+
+@pytest.mark.parametrize("command", ["mask-train", "probe"])
+def test_deciding_keys_name_a_kind_only_where_it_is_new(command: str) -> None:
+    """Earlier versions made weight masks, and delta masks with the method drop only."""
+
+    def keys(**options: str) -> dict[str, Any]:
+        found = deciding_keys(Recipe.model_validate({"mask_train": options}), command)
+        assert in_names_of_today(found) == found
+        return found
+
+    assert "kind" not in keys()["mask_train"]
+    assert keys() == keys(kind="weight") != keys(kind="delta")
+    assert keys(kind="delta")["mask_train"]["kind"] == "delta"
+    assert keys(method="drop") == keys(method="drop", kind="delta")
+    assert "kind" not in keys(method="drop")["mask_train"]
 
 
 OF_RECORDS = {"chat_template", "template_args", "merge_system", "learn", "bad_records"}

@@ -280,6 +280,23 @@ def test_rows_are_for_the_magnitude_mask(method: str) -> None:
     assert caught.value.problems == (expected,)
 
 
+def test_weight_masks_are_not_dropped() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(options={"mask_train.method": "drop", "mask_train.kind": "weight"})
+    assert caught.value.problems == (
+        "mask_train: mask_train.kind: weight does not apply to the method drop, which makes delta masks only",
+    )
+
+
+def test_rows_are_for_weight_masks() -> None:
+    options = {"mask_train.method": "magnitude", "mask_train.unit": "row", "mask_train.kind": "delta"}
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(options=options)
+    assert caught.value.problems == (
+        "mask_train: mask_train.unit: row ranks rows by their weights; it applies only to kind weight",
+    )
+
+
 # Checking
 
 

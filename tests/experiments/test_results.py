@@ -284,3 +284,14 @@ def test_an_incomplete_probe_still_recommends_layers(tmp_path: Path) -> None:
     assert recommendation_of(run).layers == "0-3"
     with pytest.raises(RunError, match="is missing"):
         run.result(ProbeResult)
+
+
+def test_a_measured_delta_mask_is_told_from_a_dropped_one() -> None:
+    measured = load_run(FOLDERS / "005-mask-train").record.result
+    delta = MaskTrainResult.read({**measured, "base": "b"})
+    assert isinstance(delta, MeasuredMask)
+    assert (delta.base, delta.document()) == ("b", {**measured, "base": "b"})
+    assert isinstance(MaskTrainResult.read(DROPPED), DroppedMask)
+    plain = MaskTrainResult.read(measured)
+    assert isinstance(plain, MeasuredMask)
+    assert plain.base is None

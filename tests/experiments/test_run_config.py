@@ -39,6 +39,7 @@ def test_a_document_has_all_settings_and_names_the_defaults() -> None:
     assert document[NOT_GIVEN] == [
         "fft.ratio",
         "probe.groups",
+        "mask_train.kind",
         "mask_train.learn_from",
         "mask_train.ratio",
         "mask_train.ranking",
@@ -118,6 +119,7 @@ def test_an_older_run_is_read_with_its_settings_under_current_names(tmp_path: Pa
         "benchmark_every": 5,
         "benchmark_limit": 7,
         "threshold": -0.1,
+        "kind": "weight",
         "learn_from": "all",
         "ranking": "absolute",
         "start": "normal",

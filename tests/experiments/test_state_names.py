@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from mftctl.experiments.state_names import (
@@ -51,7 +53,8 @@ def test_states_stand_in_the_order_of_the_papers() -> None:
     assert labels[0] == "pre-trained"
     after_fft = labels.index(CONTINUED_FFT) + 1
     assert labels[after_fft : after_fft + 2] == [AVERAGED, INTERPOLATED] == ["averaged", "interpolated"]
-    assert labels[-5:] == ["MFT, paper", "MFT, reference", "MFT", "MFT threshold", "masked"]
+    assert labels[-11:-7] == ["MFT, paper", "MFT, reference", "MFT", "MFT threshold"]
+    assert labels[-5:] == ["MFT delta, paper", "MFT delta, reference", "MFT delta", "MFT delta threshold", "masked"]
 
 
 def test_masks_and_drops_are_told_apart() -> None:
@@ -69,3 +72,29 @@ def test_masks_and_drops_are_told_apart() -> None:
     masked = State(StateKind.MASKED)
     assert masked.is_masked_by_learning
     assert not masked.is_mft
+
+
+@pytest.mark.parametrize(
+    ("options", "label"),
+    [
+        ({}, "MFT delta"),
+        ({"preset": "paper"}, "MFT delta, paper"),
+        ({"preset": "reference"}, "MFT delta, reference"),
+        ({"preset": "paper", "threshold": -0.1}, "MFT delta threshold"),
+        ({"method": "random"}, "random mask delta"),
+        ({"method": "magnitude"}, "L1 mask delta"),
+    ],
+    ids=str,
+)
+def test_delta_masks_are_named_and_told_apart_from_drops(options: dict[str, Any], label: str) -> None:
+    assert mask_state(MaskTrainOptions.model_validate({**options, "kind": "delta"})) == label
+    state = known_state(label)
+    assert state is not None
+    assert (state.is_delta, state.resets, state.is_drop, state.is_update) == (True, True, False, False)
+    assert state.is_mft == state.is_masked_by_learning == ("MFT" in label)
+    drop = known_state(mask_state(MaskTrainOptions(method="drop")))
+    assert drop is not None
+    assert (drop.is_delta, drop.resets) == (False, True)
+    weight = known_state(mask_state(MaskTrainOptions.model_validate(options)))
+    assert weight is not None
+    assert not weight.resets

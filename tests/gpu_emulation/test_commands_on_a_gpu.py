@@ -91,6 +91,13 @@ MASKS = {
     "threshold": {"mask_train__threshold": -0.035, "mask_train__layers": "all"},
     "low memory": {**HELPFUL, "mask_train__low_memory": True},
     "bf16, checkpointing": {**HELPFUL, "mask_train__precision": "bf16", "mask_train__gradient_checkpointing": True},
+    "delta": {**HELPFUL, "mask_train__kind": "delta"},
+    "delta, low memory, bf16": {
+        **HELPFUL,
+        "mask_train__kind": "delta",
+        "mask_train__low_memory": True,
+        "mask_train__precision": "bf16",
+    },
     "random": {"mask_train__method": "random", "mask_train__layers": "1"},
     "magnitude": {"mask_train__method": "magnitude", "mask_train__layers": "1"},
 }
@@ -99,6 +106,9 @@ MASKS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", MASKS.values(), ids=MASKS)
 def test_mask_train(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    if changes.get("mask_train__kind") == "delta":
+        build_llama(layers=2, seed=1).save_pretrained(tmp_path / "base")
+        changes = {**changes, "mask_train__base": str(tmp_path / "base")}
     on_gpu, on_cpu = both("mask-train", workspace, tmp_path, **changes)
     assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-5)
     masks = [load_mask(Path(run.record.result["mask"])) for run in (on_gpu, on_cpu)]

@@ -80,11 +80,20 @@ def make(family: str = "mixtral", *, kernel: str = "grouped_mm") -> Routed:
     return Routed(model, targets, scores, inputs, chosen, torch.rand(10, 2, generator=generator))
 
 
-def separate_experts(made: Routed, family: str, scores: dict[str, torch.Tensor], rule: MaskRule) -> torch.Tensor:
+def separate_experts(
+    made: Routed,
+    family: str,
+    scores: dict[str, torch.Tensor],
+    rule: MaskRule,
+    base: dict[str, torch.Tensor] | None = None,
+) -> torch.Tensor:
     """The output of the experts, computed token by token with one tensor per projection."""
     weights = {target.name: target.weight.detach().clone() for target in made.targets}
     start = made.targets[0].name.rpartition(".experts.")[0] + ".experts"
-    masked = {name: straight_through(weights[name], scores[name], rule) for name in weights}
+    zero = dict.fromkeys(weights, torch.zeros(()))
+    masked = {
+        name: its + straight_through(weights[name] - its, scores[name], rule) for name, its in (base or zero).items()
+    }
     gate, up, down = NAMES[family]
     rows = []
     for x, chosen, shares in zip(made.inputs, made.chosen.tolist(), made.shares, strict=True):

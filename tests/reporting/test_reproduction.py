@@ -135,6 +135,21 @@ def test_7_drop_its_apply_and_its_eval(here: CommandLine, workspace: Path) -> No
 
 
 @pytest.mark.slow
+def test_8_a_learned_delta_mask_and_its_apply(here: CommandLine, workspace: Path) -> None:
+    model = load_run(here.folder / "runs" / "001-fft").record.result["model"]
+    run = make(here, "mask-train", "-m", model, "--kind", "delta", "--max-steps", 2, "-o", "delta.bits")
+    assert run.record.result["state"] == "MFT delta"
+    (here.folder / "delta.bits").unlink()
+    again = make_again(here, run)
+    assert again.record.result["best_loss"] == run.record.result["best_loss"]
+    applied = make(here, "apply", workspace / "tiny", here.folder / "delta.bits")
+    assert (applied.record.inputs["model"], applied.record.result["base"]) == (model, str(workspace / "tiny"))
+    assert same_weights(applied.record.result["model"], make_again(here, applied).record.result["model"])
+    unfinished = Run(applied.folder, replace(applied.record, result={}))
+    assert reproduction(unfinished) == reproduction(applied)
+
+
+@pytest.mark.slow
 def test_saved_outputs_are_scored_again_without_a_model(tmp_path: Path) -> None:
     record = RunRecord("eval", "finished", "", {"eval": {"predictions": "out.jsonl"}}, inputs={"model": "out.jsonl"})
     run = Run(tmp_path / "runs" / "001-eval", record)

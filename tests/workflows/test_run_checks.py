@@ -62,6 +62,24 @@ def test_a_drop_without_its_base(workspace: Path) -> None:
     assert "needs the model before fine-tuning" in problem
 
 
+@pytest.mark.parametrize("command", ["mask-train", "probe"])
+def test_a_delta_mask_without_its_base(workspace: Path, command: str) -> None:
+    stages: dict[str, Any] = {"delta": {"command": command, "set": {"mask_train.kind": "delta"}}}
+    assert problems_of(workspace, stages) == (
+        "delta: kind delta needs the model before fine-tuning: put it after an fft stage, or set mask_train.base",
+    )
+    after = {"fft": FFT, "delta": {**stages["delta"], "after": "fft"}}
+    check_jobs(spell_out(make_recipe(workspace, stages=after)))
+    check_jobs(spell_out(make_recipe(workspace, stages=stages, mask_train__base="base")))
+
+
+def test_a_fast_probe_of_delta_masks(workspace: Path) -> None:
+    changes = {"probe.fast": True, "mask_train.kind": "delta"}
+    stages = {"fft": FFT, "probe": {"command": "probe", "after": "fft", "set": changes}}
+    (problem,) = problems_of(workspace, stages)
+    assert problem.startswith("probe: A fast probe predicts weight masks only.")
+
+
 def test_a_mask_on_an_adapter(workspace: Path) -> None:
     lora = {"command": "fft", "set": {"fft.method": "lora"}}
     mask = {"command": "mask-train", "after": "lora", "set": {"mask_train.layers": "all"}}

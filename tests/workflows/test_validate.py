@@ -135,12 +135,14 @@ def test_incompatible_settings_of_stages(workspace: Path) -> None:
         workspace,
         mft={"command": "mask-train", "sweep": {"mask_train.layers": ["0-1", "3-4"]}},
         drop={"command": "mask-train", "set": {"mask_train.method": "drop"}},
+        delta={"command": "mask-train", "set": {"mask_train.kind": "delta"}},
         named={"command": "mask-train", "set": {"mask_train.ratio": {"c_attn": 0.1}}},
     )
     problems = validate(recipe, None).problems
-    assert len(problems) == 3
+    assert len(problems) == 4
     assert "got: 3-4" in _one(problems, "mft[layers=3-4]")
-    assert "before fine-tuning" in _one(problems, "drop:")
+    assert "drop needs the model before fine-tuning" in _one(problems, "drop:")
+    assert "kind delta needs the model before fine-tuning" in _one(problems, "delta:")
     assert "c_attn" in _one(problems, "named:")
 
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from mftctl.errors import MaskingError, MaskMismatchError
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.mask_match import masked_tensors, require_digest
 from mftctl.masking.checkpoints.tensors import read_tensor, tensor_digest
 from mftctl.masking.dtypes import TORCH_DTYPES, bits, can_hold
 from mftctl.masking.mask import Mask
+from mftctl.masking.masked_values import mask_in_place
 from mftctl.masking.parameter_layout import stored_parts
 
 if TYPE_CHECKING:
@@ -94,11 +96,22 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
     targets = stored_parameters(model, mask.names())
     for name, parameter in targets.items():
         _require_model(name, parameter, mask)
-    if base is None:
-        for name, parameter in targets.items():
-            bits(parameter).masked_fill_(~mask[name].to(parameter.device), 0)
-    else:
-        _reset(targets, mask, base)
+    originals = {} if base is None else masked_tensors(mask, base, "base")
+    for name, stored in originals.items():
+        require_digest(tensor_digest(stored), stored, name, mask, "base")
+    for name, parameter in targets.items():
+        original = read_tensor(originals[name]).to(parameter) if originals else None
+        mask_in_place(parameter, mask[name].to(parameter.device), original)
+
+
+def base_folder(mask: Mask) -> Path | None:
+    """The folder of the base that a delta mask names, for `apply_mask`; None for a weight mask.
+
+    Raises:
+        ModelError: There is no such model.
+    """
+    metadata = mask.metadata
+    return resolve_checkpoint(metadata.base_model, metadata.base_revision) if metadata.kind == "delta" else None
 
 
 def stored_parameters(model: torch.nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -139,16 +152,6 @@ def _require_base_for_delta(mask: Mask, base: Path | None) -> None:
             expected="no base",
             hint="omit the base, or give a delta mask",
         )
-
-
-def _reset(targets: Mapping[str, torch.Tensor], mask: Mask, base: Path) -> None:
-    originals = masked_tensors(mask, base, "base")
-    for name, stored in originals.items():
-        require_digest(tensor_digest(stored), stored, name, mask, "base")
-    for name, parameter in targets.items():
-        original = read_tensor(originals[name]).to(parameter)
-        keep = mask[name].to(parameter.device)
-        bits(parameter).copy_(torch.where(keep, bits(parameter), bits(original)))
 
 
 def _counterpart(name: str, names: Container[str], prefix: str) -> str:

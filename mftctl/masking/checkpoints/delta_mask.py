@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import torch
 
-from mftctl.errors import MaskingError, MaskMismatchError, ModelError
-from mftctl.masking.checkpoints.pairing import TensorPair, pair_tensors
+from mftctl.errors import MaskingError, ModelError
+from mftctl.masking.checkpoints.pairing import TensorPair, pair_tensors, same_weights
 from mftctl.masking.checkpoints.tensors import read_tensor, tensor_digest
 from mftctl.masking.mask import Mask
 from mftctl.masking.mask_file.codecs import pack
@@ -73,7 +73,8 @@ def drop_mask(
         done_bytes += pair.tuned.length_bytes
         if on_progress is not None:
             on_progress(done_bytes, total_bytes)
-    _require_difference(records, base, tuned)
+    if all(record.sha256 == record.tuned_sha256 for record in records.values()):
+        raise same_weights(base, tuned)
     metadata = MaskMetadata(
         kind="delta",
         base_model=base_model,
@@ -123,13 +124,3 @@ def _record(pair: TensorPair, ratio: float) -> TensorRecord:
         dtype=pair.tuned.dtype,
         tuned_sha256=tensor_digest(pair.tuned),
     )
-
-
-def _require_difference(records: dict[str, TensorRecord], base: Path, tuned: Path) -> None:
-    if all(record.sha256 == record.tuned_sha256 for record in records.values()):
-        raise MaskMismatchError(
-            "The base and the tuned checkpoint have the same weights, so there is nothing to drop.",
-            path=tuned,
-            expected=f"weights that differ from those in {base}",
-            hint="give the checkpoint from before fine-tuning as the base",
-        )

@@ -24,10 +24,11 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
         mask_path: The mask file, whose SHA-256 the card states.
     """
     tuned_model = mask.metadata.tuned_model
+    is_drop = mask.metadata.method.startswith("drop-")
     front_matter = ModelCardData(
         base_model=base_model if tuned_model is None else [base_model, tuned_model],
         library_name="transformers",
-        tags=["mask-fine-tuning" if tuned_model is None else "one-off-drop", "mftctl"],
+        tags=["one-off-drop" if is_drop else "mask-fine-tuning", "mftctl"],
     ).to_yaml()
     facts = [*_facts(mask)]
     if mask_path is not None:
@@ -44,7 +45,7 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
         f"---\n{front_matter}\n---\n\n# {title}\n\n{_summary(mask, base_model)}\n\n"
         f"| Mask | |\n| --- | --- |\n{rows}\n\n"
         f"| Tensor | Weights | Removed |\n| --- | ---: | ---: |\n{tensors}\n\n"
-        f"Made with mftctl ({_MASK_PAPER if tuned_model is None else _DROP_PAPER}).\n"
+        f"Made with mftctl ({_DROP_PAPER if is_drop else _MASK_PAPER}).\n"
     )
 
 

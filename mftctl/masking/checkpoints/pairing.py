@@ -8,7 +8,7 @@ learned but computed when a model is built.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -81,6 +81,32 @@ def pair_tensors(base: Path, tuned: Path) -> list[TensorPair]:
         else:
             _require_same_bytes(pair)
     return pairs
+
+
+def pair_named(names: Iterable[str], base: Path, tuned: Path) -> dict[str, TensorPair]:
+    """Pairs some tensors of the tuned checkpoint with the base's, by their name in the tuned checkpoint.
+
+    Args:
+        names: Names of tensors of the tuned checkpoint.
+        base: The base's folder.
+        tuned: The folder of the checkpoint tuned from it. The two may be sharded differently.
+
+    Raises:
+        MaskMismatchError: A tensor is not in the base, or differs in dtype or shape.
+        ModelError: One of the checkpoints cannot be read.
+    """
+    base_index, tuned_index = tensor_index(base), tensor_index(tuned)
+    return {name: _paired(name, base_index, tuned_index, base, tuned) for name in names}
+
+
+def same_weights(base: Path, tuned: Path) -> MaskMismatchError:
+    """The error if no tensor of a pair of checkpoints that a delta mask covers differs."""
+    return MaskMismatchError(
+        "The base and the tuned checkpoint have the same weights, so there is nothing to reset.",
+        path=tuned,
+        expected=f"weights that differ from those in {base}",
+        hint="give the checkpoint from before fine-tuning as the base",
+    )
 
 
 def _paired(

@@ -106,7 +106,7 @@ def _layer_figure(groups: Sequence[LayerShares], names: _Names) -> Figure:
     )
     return Figure(
         name=f"removed-by-layer{names.ending}",
-        title=f"Weights {'reset by drops' if names.resets else 'removed by masks'}, by layer{names.about}",
+        title=f"Weights {'reset' if names.resets else 'removed'} by masks, by layer{names.about}",
         caption=caption,
         data=tuple(
             {
@@ -141,7 +141,7 @@ def _magnitude_figure(groups: Sequence[MagnitudeShares], names: _Names) -> Figur
     )
     return Figure(
         name=f"removed-by-magnitude{names.ending}",
-        title=f"Weights {'reset by drops' if names.resets else 'removed by masks'}, by magnitude{names.about}",
+        title=f"Weights {'reset' if names.resets else 'removed'} by masks, by magnitude{names.about}",
         caption=caption,
         data=tuple(
             {
@@ -174,7 +174,7 @@ def _overlap_figure(overlaps: MaskOverlaps, names: _Names) -> Figure:
     )
     return Figure(
         name=f"mask-overlap{names.ending}",
-        title=f"Overlap between {'drops' if names.resets else 'masks'}{names.about}",
+        title=f"Overlap between {'delta masks' if names.resets else 'masks'}{names.about}",
         caption=caption,
         data=tuple(
             {

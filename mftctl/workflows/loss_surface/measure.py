@@ -35,7 +35,7 @@ from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run, create_run, list_runs
 from mftctl.experiments.run_inputs import Corner, Digests, KnownData, SurfaceInputs
 from mftctl.experiments.run_record import RunStatus
-from mftctl.masking.checkpoints.apply_in_memory import apply_mask
+from mftctl.masking.checkpoints.apply_in_memory import apply_mask, base_folder
 from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.load import load_model, load_tokenizer
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
@@ -312,7 +312,7 @@ def _stored(run: Run) -> dict[str, torch.Tensor]:
     model = load_model(checkpoint, dtype=only or torch.float32)
     if source.mask is not None:
         with open_mask(Path(source.mask)) as mask:
-            apply_mask(model, mask)
+            apply_mask(model, mask, base_folder(mask))
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 

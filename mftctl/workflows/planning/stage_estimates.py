@@ -79,8 +79,9 @@ class StageEstimates:
         """
         method = job.recipe.fft.method if job.command == "fft" else job.recipe.mask_train.method
         stage = PlannedStage(job.name, job.command, method=method)
+        if job.command != "fft" and job.recipe.mask_train.kind == "delta":
+            _check_base(job)
         if method == "drop" and job.command == "mask-train":
-            _check_drop(job)
             if self._model is not None:
                 self._note_mask(job, self._model.projections, "all")
             return stage
@@ -295,9 +296,10 @@ def _layers_text(job: Job, groups: Sequence[Sequence[int]]) -> str:
     return counted(len(groups), "group") if job.command == "probe" else f"{len(max(groups, key=len))} of a probe"
 
 
-def _check_drop(job: Job) -> None:
+def _check_base(job: Job) -> None:
     if job.recipe.mask_train.base is None and job.after is None:
-        raise _no_base("drop", "mask_train.base")
+        what = "drop" if job.recipe.mask_train.method == "drop" else "kind delta"
+        raise _no_base(what, "mask_train.base")
 
 
 def _no_base(what: str, key: str) -> ConfigError:

@@ -111,7 +111,7 @@ def plan_mask_training(
     def prepare(model: PreTrainedModel) -> None:
         dtype = torch.bfloat16 if options.low_memory else torch.float32
         targets = find_targets(model, layers, options.target, options.projections)
-        attach_without_data(model, targets, dtype, _rule(options), on_gpu=on_gpu)
+        attach_without_data(model, targets, dtype, _rule(options), on_gpu=on_gpu, has_base=options.kind == "delta")
         if options.low_memory:
             keep_no_products(model)
         if options.method != "learned":
@@ -121,6 +121,7 @@ def plan_mask_training(
         prepare,
         (
             options.method == "learned",
+            options.kind,
             tuple(layers),
             options.target,
             tuple(options.projections or ()),
@@ -173,11 +174,13 @@ def attach_without_data(
     rule: MaskRule | None = None,
     *,
     on_gpu: bool = False,
+    has_base: bool = False,
 ) -> None:
     """Attaches masks to a model without data, where scores cannot be compared."""
     rule = rule or MaskRule()
     scores = {target.name: torch.empty(target.weight.shape, dtype=dtype) for target in targets}
-    attach_masks(model, targets, scores, rule)
+    base = {target.name: torch.empty_like(target.weight) for target in targets} if has_base else None
+    attach_masks(model, targets, scores, rule, base)
     kind = _OnGpu if on_gpu else _OnCpu
     for _, module in masked_layers(model):
         module.rule = kind(rule.ratio, rule.threshold, rule.ranking)

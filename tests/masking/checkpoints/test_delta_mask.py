@@ -250,7 +250,7 @@ def test_checkpoints_with_different_tensors_are_refused(pair: tuple[Path, Path],
 
 
 def test_a_checkpoint_and_itself_are_refused(pair: tuple[Path, Path]) -> None:
-    with pytest.raises(MaskMismatchError, match="nothing to drop"):
+    with pytest.raises(MaskMismatchError, match="nothing to reset"):
         make_mask(pair[0], pair[0])
 
 

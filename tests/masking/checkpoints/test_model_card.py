@@ -47,3 +47,23 @@ def test_a_card_has_the_same_parts_whatever_the_names_are(kind: str, text: str) 
     assert not OBEYED & set(body)
     stated = yaml.safe_load(front)["base_model"]
     assert (stated if kind == "weight" else stated[0]) is not None
+
+
+@pytest.mark.parametrize(
+    ("kind", "method", "tag", "paper"),
+    [
+        ("weight", "learned", "mask-fine-tuning", "2503.22764"),
+        ("delta", "learned", "mask-fine-tuning", "2503.22764"),
+        ("delta", "random", "mask-fine-tuning", "2503.22764"),
+        ("delta", "drop-trivial", "one-off-drop", "2406.15330"),
+    ],
+)
+def test_a_card_cites_the_paper_of_the_method(kind: str, method: str, tag: str, paper: str) -> None:
+    mask = named("name", kind)
+    made = Mask(
+        {name: mask[name] for name in mask.names()}, mask.records, dataclasses.replace(mask.metadata, method=method)
+    )
+    card = write_model_card(made, base_model="name", mask_path=None)
+    assert yaml.safe_load(card.split("---")[1])["tags"] == [tag, "mftctl"]
+    assert f"arxiv.org/abs/{paper}" in card
+    assert ("reset to the values of" in card) == (kind == "delta")

@@ -153,9 +153,9 @@ def test_drops_have_separate_figures_and_captions(tmp_path: Path) -> None:
     assert problems == []
     assert list(figures)[3:] == ["removed-by-layer-2", "removed-by-magnitude-2", "mask-overlap-2"]
     assert [figure.title for figure in list(figures.values())[3:]] == [
-        "Weights reset by drops, by layer",
-        "Weights reset by drops, by magnitude",
-        "Overlap between drops",
+        "Weights reset by masks, by layer",
+        "Weights reset by masks, by magnitude",
+        "Overlap between delta masks",
     ]
     assert all("values before fine-tuning" in figure.caption for figure in list(figures.values())[3:])
     assert "share reset" in render(figures["removed-by-magnitude-2"]).svg

@@ -106,7 +106,10 @@ def corner_states(root: Path) -> list[dict[str, np.ndarray]]:
     states = [state_dict(Path(load_run(root / name).record.result["model"])) for name in ("001-fft", "002-fft")]
     if (root / "003-mask-train").exists():
         mask = load_mask(root / "003-mask-train" / "mask.bits")
-        states.append({name: w * mask[name] if name in mask else w for name, w in states[0].items()})
+        reset = state_dict(Path(mask.metadata.base_model)) if mask.metadata.kind == "delta" else {}
+        keep = {name: mask[name] if name in mask else torch.ones(()).bool() for name in states[0]}
+        zero = torch.zeros(())
+        states.append({name: torch.where(keep[name], w, reset.get(name, zero)) for name, w in states[0].items()})
     else:
         states.append(state_dict(Path(load_run(root / "004-apply").record.result["model"])))
     return [{name: tensor.double().numpy() for name, tensor in state.items()} for state in states]
@@ -153,6 +156,23 @@ def test_points_equal_the_losses_of_state_dicts_on_the_plane(root: Path, workspa
             state[name] = weights[start : start + values.size].reshape(values.shape)
             start += values.size
         assert line["test_loss"] == pytest.approx(answer_loss(state, folder, test), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_delta_mask_is_a_corner(root: Path, workspace: Path) -> None:
+    fft, learned = load_run(root / "001-fft"), load_run(root / "003-mask-train")
+    recipe = with_changes(load_recipe(base=learned.record.config, stages=False), {"mask_train.kind": "delta"})
+    shutil.rmtree(learned.folder)
+    source = source_of_run(fft)
+    run = create_run(root, "mask-train", to_document(recipe), inputs=source.as_inputs())
+    assert run.name == "003-mask-train"
+    run.finish(mask_train(recipe, source, run, Silence()))
+    surface = measure_surface(root, Silence(), points=4, records=RECORDS)
+    mark = surface.record.result["marks"][2]
+    assert mark["mark"] == "MFT delta, paper"
+    test = load_examples(make_recipe(workspace).test_data)[:RECORDS]
+    state = corner_states(root)[2]
+    assert mark["test_loss"] == pytest.approx(answer_loss(state, Path(source.model), test), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -47,6 +47,9 @@ def make_case(folder: Path, case: Case) -> Recipe:
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
     section = "fft" if case.command == "fft" else "mask_train"
     options = {"max_steps": 2, "val_steps": 2, "batch_size": case.records, **case.options}
+    if options.get("kind") == "delta":
+        build_llama(**case.model, seed=1).save_pretrained(folder / "base")
+        options["base"] = str(folder / "base")
     changes = {f"{section}__{key}": value for key, value in options.items()}
     return make_recipe(folder, mask_train__layers="0-1", **changes)
 

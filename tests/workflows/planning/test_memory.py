@@ -40,6 +40,7 @@ _ACTIVATIONS = {"layers": 8, "hidden_size": 128, "intermediate_size": 512}
 _CASES = {
     "fft, weights": Case("fft", _WEIGHTS, 2, 60),
     "mask-train, weights": Case("mask-train", _WEIGHTS, 2, 60, {"grad_accum_steps": 2}),
+    "mask-train, delta": Case("mask-train", _WEIGHTS, 2, 60, {"kind": "delta", "grad_accum_steps": 2}),
     "fft, logits": Case("fft", _LOGITS, 4, 120),
     "fft, checkpointing": Case("fft", _ACTIVATIONS, 8, 256, {"gradient_checkpointing": True}),
 }
@@ -111,6 +112,22 @@ def test_a_mask_by_hand() -> None:
     weights = 2 * 3 * 32 * 64  # layers, projections, hidden size, intermediate size
     assert (found.scores_bytes, found.masked_weights_bytes, found.gradients_bytes) == (4 * weights,) * 3
     assert found.optimizer_bytes == 8 * weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_delta_mask_needs_a_second_copy_of_the_masked_weights(low_memory: bool) -> None:
+    found = {}
+    for kind in ("weight", "delta"):
+        options = MaskTrainOptions.model_validate({"target": "mlp", "kind": kind, "low_memory": low_memory})
+        plan = plan_mask_training(options, [0, 1])
+        found[kind] = estimate_memory(build_llama(layers=2).config, plan, _TINY, process_bytes=0)
+    weights = 2 * 3 * 32 * 64
+    weight, delta = found["weight"], found["delta"]
+    assert delta.weights_bytes == weight.weights_bytes + 4 * weights
+    assert delta.scores_bytes == weight.scores_bytes
+    more = delta.peak_bytes - weight.peak_bytes - 4 * weights
+    assert 0 <= more <= 2 * 4 * 32 * 64  # the change of a tensor in its backward pass
 
 
 @pytest.mark.slow
