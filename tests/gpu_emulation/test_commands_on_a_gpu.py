@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import ModelSource, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.results import Result
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.mask import load_mask
@@ -34,7 +35,12 @@ from tests.workflow_fixtures import Interrupter, make_recipe, open_run, write_ad
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
-WORK = {"fft": fine_tune, "interpolate": interpolate, "mask-train": mask_train, "probe": probe}
+WORK: dict[str, Callable[..., Result]] = {
+    "fft": fine_tune,
+    "interpolate": interpolate,
+    "mask-train": mask_train,
+    "probe": probe,
+}
 SHORT = {
     f"{section}__{key}": value
     for section in ("fft", "mask_train")
