@@ -17,6 +17,7 @@ from mftctl.experiments.run_folder import list_runs
 from mftctl.reporting.reproduction import reproduction
 from tests.cli.running import CommandLine
 from tests.conftest import build_llama, build_tokenizer
+from tests.masking.built_checkpoints import write_tuned
 from tests.workflow_fixtures import write_additions
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,7 @@ RUN = {
         "5. Measure",
         "On your own model",
     ),
+    "docs/guides/averaging.md": ("Average checkpoints", "Interpolate"),
     "docs/guides/benchmarks.md": ("Benchmarks", "During training"),
     "docs/guides/methods.md": ("Fine-tuning", "Masks", "Inspect"),
     "docs/guides/recipes.md": ("Check before you train",),
@@ -166,6 +168,18 @@ def test_the_guides_on_ones_own_model(own: CommandLine) -> None:
         run_all(own, block("docs/guides/methods.md", heading))
     assert (own.folder / "dropped" / "model.safetensors").is_file()
     assert (own.folder / "imported.bits").is_file()
+
+
+@pytest.mark.slow
+def test_averages_and_interpolation(own: CommandLine) -> None:
+    assert own("fft", "-m", "my-model", "-d", "train.jsonl", "-o", "first", "--max-steps", 2).code == 0
+    for seed, name in enumerate(("second", "third")):
+        write_tuned(own.folder / "first", own.folder / name, seed=seed)
+    for heading in RUN["docs/guides/averaging.md"]:
+        run_all(own, block("docs/guides/averaging.md", heading))
+    assert all((own.folder / name / "model.safetensors").is_file() for name in ("averaged", "weighted", "between"))
+    (own.folder / "recipe.yaml").write_text(block("docs/guides/averaging.md", "Interpolate", "yaml"))
+    assert load_recipe(str(own.folder / "recipe.yaml")).stages["between"].command == "interpolate"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,31 @@ from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import ModelSource, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
+from mftctl.experiments.results import Result
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.mask import load_mask
 from mftctl.progress import Silence
 from mftctl.workflows.eval import evaluate
 from mftctl.workflows.fft import fine_tune
+from mftctl.workflows.interpolate import interpolate
 from mftctl.workflows.loss_surface.measure import measure_surface
 from mftctl.workflows.mask_train import mask_train
 from mftctl.workflows.probe import probe
 from tests.conftest import build_llama, build_tokenizer
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.masking.architectures import build
+from tests.masking.built_checkpoints import write_tuned
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run, write_additions
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
 
-WORK = {"fft": fine_tune, "mask-train": mask_train, "probe": probe}
+WORK: dict[str, Callable[..., Result]] = {
+    "fft": fine_tune,
+    "interpolate": interpolate,
+    "mask-train": mask_train,
+    "probe": probe,
+}
 SHORT = {
     f"{section}__{key}": value
     for section in ("fft", "mask_train")
@@ -83,6 +91,16 @@ def losses(run: Run) -> list[float]:
         for key in ("loss", "eval_loss")
         if key in line
     ]
+
+
+@pytest.mark.slow
+def test_interpolate(workspace: Path, tmp_path: Path) -> None:
+    tuned = write_tuned(workspace / "tiny", tmp_path / "tuned")
+    changes = {"model": str(tuned), "interpolate__base": str(workspace / "tiny"), "interpolate__shares": [0.5, 1.0]}
+    on_gpu, on_cpu = both("interpolate", workspace, tmp_path, **changes)
+    assert losses(on_gpu) == pytest.approx(losses(on_cpu), abs=1e-5)
+    written = [Path(run.record.result["model"]) / "model.safetensors" for run in (on_gpu, on_cpu)]
+    assert written[0].read_bytes() == written[1].read_bytes()
 
 
 MASKS = {
