@@ -23,7 +23,6 @@ from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
 from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
-from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.targets import (
     MaskTarget,
     decoder_layers,
@@ -104,7 +103,6 @@ def _train_groups(
     )
     # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
     groups = sorted(_groups(recipe, probed.model), key=min)
-    probed.check(groups)
     results = []
     take_late_stop()  # one from before this probe
     with hidden_states(options, run.folder) as states:
@@ -176,24 +174,16 @@ class _ProbedModel:
         self._fft_learning_rate = prepared.fft_learning_rate
         self._seed = recipe.seed
         self._scorer, self._of_steps = scorer, of_steps
-        self._base, self._pairs = base, dict[str, TensorPair]()
         self.model = load_frozen_model(self._inputs, options)
         self._is_whole = True
+        layers = {layer for group in _groups(recipe, self.model) for layer in group}
+        targets = self._targets(sorted(layers))
+        self._pairs = None if base is None else pair_targets(targets, self.model, base, self._inputs.checkpoint)
         self.unmasked_loss = validation_loss(self.model, self._inputs, listener)
         self.unmasked = None if scorer is None else scorer.score_once(self.model, run.folder / "unmasked")
         self._unmasked_of_steps = (
             None if of_steps is None else of_steps.score_once(self.model, run.folder / "scores" / "unmasked")
         )
-
-    def check(self, groups: list[list[int]]) -> None:
-        """Checks, for delta masks, that the model before fine-tuning has the same tensors and other weights.
-
-        Args:
-            groups: All groups that will be masked.
-        """
-        if self._base is not None:
-            targets = self._targets(sorted({layer for group in groups for layer in group}))
-            self._pairs = pair_targets(targets, self.model, self._base, self._inputs.checkpoint)
 
     def outcome(self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool) -> TrainedGroup:
         """Trains the mask of a group and returns its result.
@@ -250,7 +240,7 @@ class _ProbedModel:
 
     def _before(self, targets: list[MaskTarget]) -> dict[str, torch.Tensor] | None:
         """The weights of the targets before fine-tuning; None for weight masks."""
-        return None if self._base is None else read_base(targets, self._pairs)
+        return None if self._pairs is None else read_base(targets, self._pairs)
 
     def _targets(self, group: list[int]) -> list[MaskTarget]:
         return find_targets(self.model, group, self._options.target, self._options.projections)

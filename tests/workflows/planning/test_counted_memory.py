@@ -28,6 +28,7 @@ from mftctl.workflows.planning.planned_device import PlannedDevice
 from tests.conftest import build_llama, build_tokenizer
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
 from tests.masking.architectures import build
+from tests.masking.built_checkpoints import write_tuned
 from tests.workflow_fixtures import make_recipe, open_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true")
@@ -67,6 +68,9 @@ _CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mask, checkpointing": ("llama", "mask-train", {"preset": "default", "gradient_checkpointing": True}),
     "mask, gpt2": ("gpt2", "mask-train", {"preset": "paper"}),
     "mask, mixtral": ("mixtral", "mask-train", {"preset": "paper"}),
+    "mask, delta": ("llama", "mask-train", {"preset": "default", "kind": "delta"}),
+    "mask, delta, low memory": ("llama", "mask-train", {"preset": "default", "kind": "delta", "low_memory": True}),
+    "mask, delta, mixtral": ("mixtral", "mask-train", {"preset": "paper", "kind": "delta"}),
     "gpu: mask": ("llama", "mask-train", {"preset": "default"}),
     "gpu: mask, low memory": ("llama", "mask-train", {"preset": "default", "low_memory": True}),
     "gpu: sgd": ("llama", "fft", {"optimizer": "sgd"}),
@@ -93,6 +97,8 @@ def _recipe(workspace: Path, folder: Path, family: str, command: str, options: d
     else:
         build(family).save_pretrained(folder / family)
     build_tokenizer().save_pretrained(folder / family)
+    if options.get("kind") == "delta":
+        options = {**options, "base": str(write_tuned(folder / family, folder / "base"))}
     # All of the same length, so that a largest batch also coincides with existing optimizer moments.
     record = json.dumps({"question": "12+30? ", "answer": "12+30\n#### 42"}) + "\n"
     for name, count in (("train", 8), ("val", 8)):
