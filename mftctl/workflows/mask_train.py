@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 from transformers import PreTrainedModel
@@ -12,7 +12,7 @@ from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask
+from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask, PrefixReuse
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import mask_state
@@ -23,6 +23,7 @@ from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
 from mftctl.masking.checkpoints.load import load_to_share
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.outlines import StoredWeights
+from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_index
 from mftctl.masking.targets import decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.progress import Listener, Progress
@@ -42,7 +43,7 @@ from mftctl.training.prefix_cache import (
     reusing_prefix,
     token_batches_change,
 )
-from mftctl.training.step_scores import step_scores
+from mftctl.training.step_scores import StepScores, step_scores
 from mftctl.workflows.mask_result import build_mask, keep_mask, layer_ratios, mask_metadata
 from mftctl.workflows.model_before import model_before, model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
@@ -87,20 +88,39 @@ def mask_train(
             restart_peak_memory()
             return _drop(recipe, source, run, listener, may_replace=may_replace)
     with training_on_device("mask-train", recipe, options, run, listener) as room:
-        return _search(recipe, source, run, listener, room, resume=resume, may_replace=may_replace)
+        searched = _search(recipe, source, run, listener, room, resume=resume)
+        return _written(searched, recipe, source, run, may_replace=may_replace)
+
+
+@dataclass(frozen=True, slots=True)
+class _Searched:
+    """A mask that was measured on the model.
+
+    Attributes:
+        search: The search, with the whole model.
+        found: Its result.
+        layers: The masked layers.
+        base: For a delta mask, the model before fine-tuning.
+        pairs: For a delta mask, the tensors of both models by target name.
+        flops: FLOPs per training token.
+        confirmation: Effect on records not used to choose the mask.
+        reuse: Use of the cache of hidden states.
+    """
+
+    search: MaskSearch
+    found: FoundMask
+    layers: list[int]
+    base: str | None
+    pairs: Mapping[str, TensorPair] | None
+    flops: float
+    confirmation: Confirmation | None
+    reuse: PrefixReuse
 
 
 def _search(
-    recipe: Recipe,
-    source: ModelSource,
-    run: Run,
-    listener: Listener,
-    room: RoomOnGpu,
-    *,
-    resume: bool,
-    may_replace: bool,
-) -> MeasuredMask:
-    """Runs the methods that evaluate masks on the model and returns the result."""
+    recipe: Recipe, source: ModelSource, run: Run, listener: Listener, room: RoomOnGpu, *, resume: bool
+) -> _Searched:
+    """Runs the methods that evaluate masks on the model."""
     options = recipe.mask_train
     base = model_before_measured(options, source)
     base_folder = None if base is None else resolve_checkpoint(base)
@@ -115,15 +135,7 @@ def _search(
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
     pairs = None if base_folder is None else pair_targets(targets, model, base_folder, inputs.checkpoint)
     deciding, confirming = split_validation_records(inputs.validation, options)
-    examples = split_validation_records(inputs.validation_examples, options)[0]
-    scores = step_scores(recipe, "mask_train", options, inputs, EncodedRecords(deciding, examples), run, listener)
-    if scores is not None and weights is not None:
-        raise ConfigError(
-            "A score of the unmasked model needs whole weights in each process.",
-            key="mask_train.best_by",
-            expected="loss, or one process, or --shard ddp or zero2",
-            actual=f"{options.best_by} with shared weights",
-        )
+    scores = _step_scores(recipe, inputs, weights, run, listener)
     inputs = replace(inputs, validation=deciding)
     come_again = _batches_come_again(len(inputs.train), layers, options, listener)
     with (
@@ -155,15 +167,21 @@ def _search(
         search = _with_whole_model(search, layers)
         confirmation = _confirmation(search, found, confirming)
         reuse = prefix_reuse(states)
-    metadata = mask_metadata(recipe, source, run, layers, base)
-    mask = build_mask(found.keep, search.targets, search.model, inputs.checkpoint, metadata, pairs)
+    return _Searched(search, found, layers, base, pairs, flops, confirmation, reuse)
+
+
+def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run, *, may_replace: bool) -> MeasuredMask:
+    """Writes the mask and returns the result."""
+    search, found, options = searched.search, searched.found, recipe.mask_train
+    metadata = mask_metadata(recipe, source, run, searched.layers, searched.base)
+    mask = build_mask(found.keep, search.targets, search.model, search.inputs.checkpoint, metadata, searched.pairs)
     return MeasuredMask(
         **keep_mask(mask, run, may_replace=may_replace).document(),
         state=mask_state(options),
         model=source.model,
-        base=base,
-        layers=format_layers(layers),
-        layer_ratios=layer_ratios(found.keep, targets),
+        base=searched.base,
+        layers=format_layers(searched.layers),
+        layer_ratios=layer_ratios(found.keep, search.targets),
         unmasked_loss=found.unmasked_loss,
         start_loss=found.start_loss,
         best_loss=found.best_loss,
@@ -178,12 +196,34 @@ def _search(
         flips=found.flips,
         kept=options.keep if options.method == "learned" else None,
         start_std=search.start.std if (options.method, options.start) == ("learned", "normal") else None,
-        flops_per_token=flops,
-        confirmation=confirmation,
-        prefix_reuse=reuse,
+        flops_per_token=searched.flops,
+        confirmation=searched.confirmation,
+        prefix_reuse=searched.reuse,
         evaluations=measurements(run.training),
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _step_scores(
+    recipe: Recipe, inputs: TrainingInputs, weights: StoredWeights | None, run: Run, listener: Listener
+) -> StepScores | None:
+    """The scores that decide between masks; None if the loss does.
+
+    Raises:
+        ConfigError: The processes share their weights, so that the unmasked model cannot be scored.
+    """
+    options = recipe.mask_train
+    deciding = split_validation_records(inputs.validation, options)[0]
+    examples = split_validation_records(inputs.validation_examples, options)[0]
+    scores = step_scores(recipe, "mask_train", options, inputs, EncodedRecords(deciding, examples), run, listener)
+    if scores is not None and weights is not None:
+        raise ConfigError(
+            "A score of the unmasked model needs whole weights in each process.",
+            key="mask_train.best_by",
+            expected="loss, or one process, or --shard ddp or zero2",
+            actual=f"{options.best_by} with shared weights",
+        )
+    return scores
 
 
 def _batches_come_again(records: int, layers: list[int], options: MaskTrainOptions, listener: Listener) -> bool:
