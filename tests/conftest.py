@@ -39,6 +39,34 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+LONGEST_FILES = (
+    "test_real.py",
+    "runtime/test_processes.py",
+    "test_readme.py",
+    "test_examples.py",
+    "workflows/multi_process/test_launcher.py",
+    "benchmarks/test_they_run.py",
+    "killing/test_killing.py",
+    "gpu_emulation/test_commands_on_a_gpu.py",
+    "cli/test_run.py",
+    "cli/test_interruption.py",
+    "cli/test_outputs.py",
+    "cli/test_terminal.py",
+    "workflows/planning/test_memory.py",
+    "workflows/planning/test_counted_memory.py",
+    "workflows/planning/test_layer_sampling.py",
+    "gpu_emulation/test_work_of_a_step.py",
+    "training/updates/test_update_methods.py",
+    "masking/test_experts_training.py",
+    "runtime/test_devices.py",
+    "workflows/test_mask_train.py",
+    "training/test_low_memory_tuning.py",
+    "evaluation/sandbox/test_sandbox_attacks.py",
+    "evaluation/benchmarks/test_code_solutions.py",
+    "evaluation/benchmarks/test_trials.py",
+)
+"""Those of more than 15 seconds, in the order in which workers start them."""
+
 
 def build_tokenizer(*, chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A character-level tokenizer: printable ASCII, newline and five special tokens."""
@@ -148,5 +176,7 @@ def forked_commands() -> Iterator[ForkedCommands]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Starts the longest test first, so that the other worker runs the rest in the meantime."""
-    items.sort(key=lambda item: item.get_closest_marker("real") is None)
+    """Starts the longest files first, so that no worker still runs one of them when the others have ended."""
+    tests = Path(__file__).parent
+    ranks = {tests / name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))

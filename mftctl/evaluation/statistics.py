@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
 from mftctl.errors import EvaluationError
 
@@ -117,6 +116,8 @@ def paired_difference(
     Raises:
         EvaluationError: Fewer than two samples, arrays of different length, or weights that sum to zero.
     """
+    from scipy import stats  # takes as long to import as a short command to run
+
     if differences.shape != weights.shape or differences.ndim != 1:
         raise EvaluationError(
             "Differences and weights do not cover the same samples.",

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from scipy import stats
 from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -91,6 +90,8 @@ def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -
         model: Folder or hub id.
         changes: From `promised_changes`.
     """
+    from scipy import stats  # takes as long to import as a short command to run
+
     for run in reversed(list_runs(root)[0]):
         record = run.record
         if (record.command, record.status, RunInputs.read(record.inputs).model) != ("probe", RunStatus.FINISHED, model):

@@ -92,7 +92,6 @@ def map_like_trl(model: Path, data: Path, length: int) -> int:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    datasets.disable_progress_bars()
 
     def tokenized(example: dict[str, Any]) -> dict[str, Any]:
         prompt = [{"role": "user", "content": example["question"]}]

@@ -9,18 +9,16 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mftctl.progress import Progress
 from tests.gpu_emulation import emulated_gpu
-from tests.gpu_emulation.emulated_gpu import is_on_gpu
+from tests.gpu_emulation.emulated_gpu import Mode, is_on_gpu, tensors_in
 
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive")
 _NO_KERNEL = ("_local_scalar_dense", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach")
 
 
-class Work(TorchDispatchMode):
+class Work(Mode):
     """Counts while entered, inside `emulated_gpu`.
 
     Attributes:
@@ -47,7 +45,7 @@ class Work(TorchDispatchMode):
 
 
 def _gpu_tensors(values: Any) -> list[torch.Tensor]:
-    return [item for item in tree_leaves(values) if isinstance(item, torch.Tensor) and is_on_gpu(item)]
+    return [item for item in tensors_in(values) if is_on_gpu(item)]
 
 
 def _has_mask(args: Any) -> bool:

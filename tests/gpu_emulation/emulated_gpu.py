@@ -9,6 +9,7 @@ engine.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -17,10 +18,13 @@ from unittest import mock
 import safetensors
 import torch
 import torch._dynamo  # torch imports it at the first operation, which must not happen inside the modes
+from torch import overrides
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from mftctl.workflows.planning import command_memory
+from mftctl.workflows.planning.memory import estimate_memory
 
 CPU = torch.device("cpu")
 TOTAL_BYTES = 80 << 30
@@ -56,13 +60,24 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
     return gpu_of(tensor) is not None
 
 
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors in nested arguments or results of an operation."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, tuple | list):
+        return []
+    return [tensor for value in values for tensor in tensors_in(value)]
+
+
 def _put(values: Any, gpu: int | None) -> Any:
     """The same value with all its tensors moved to that GPU or the CPU."""
     if gpu is not None:
         _Current.used.add(gpu)
     with torch._C.DisableTorchFunction():
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+        for tensor in tensors_in(values):
+            if not tensor.is_meta:
                 tensor.untyped_storage().gpu = gpu  # type: ignore[attr-defined]
     return values
 
@@ -71,7 +86,15 @@ def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _Kernels(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """A dispatch mode without the wrapper for compiled models, which takes as long as the rest of an operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _Kernels(Mode):
     """Runs every operation, refuses mixed devices, and places new results on the device of their inputs.
 
     Attributes:
@@ -82,15 +105,18 @@ class _Kernels(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor) and not item.is_meta]
-        gpu = next((gpu_of(item) for item in inputs if is_on_gpu(item)), None) if self.fused is None else self.fused
-        if gpu is not None and self.fused is None and str(func) not in _TAKE_BOTH:
-            _refuse_mixture(str(func), args, inputs)
-        known = {_storage(tensor) for tensor in inputs}
+        with torch._C.DisableTorchFunction():
+            inputs = [item for item in (*tensors_in(args), *tensors_in(kwargs)) if not item.is_meta]
+            gpus = [getattr(item.untyped_storage(), "gpu", None) for item in inputs]
+        gpu = next((gpu for gpu in gpus if gpu is not None), None) if self.fused is None else self.fused
+        if gpu is not None and self.fused is None and any(other != gpu for other in gpus):
+            name = str(func)
+            if name not in _TAKE_BOTH:
+                _refuse_mixture(name, args, inputs)
         result = func(*args, **kwargs)
-        made = [item for item in tree_leaves(result) if isinstance(item, torch.Tensor) and not item.is_meta]
         if gpu is not None:
-            _put([tensor for tensor in made if _storage(tensor) not in known], gpu)
+            known = {_storage(tensor) for tensor in inputs}
+            _put([item for item in tensors_in(result) if not item.is_meta and _storage(item) not in known], gpu)
         return result
 
 
@@ -151,7 +177,7 @@ class _Devices(TorchFunctionMode):
             torch.autograd.backward(args[0], kwargs.pop("gradient", None), *args[1:], **kwargs)
 
     def _scaled_dot_product_attention(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
-        tensors = [item for item in tree_leaves((args, kwargs)) if isinstance(item, torch.Tensor)]
+        tensors = [*tensors_in(args), *tensors_in(kwargs)]
         if not is_on_gpu(args[0]):
             return func(*args, **kwargs)  # type: ignore[no-any-return]
         _refuse_mixture("scaled_dot_product_attention", args, tensors)
@@ -268,7 +294,7 @@ def emulated_gpu(*, count: int = 1, bf16: bool = False) -> Iterator[None]:
                 stack.enter_context(mock.patch(f"torch.cuda.random.{name}", answer))
         for name, answer in _accelerator(answers).items():
             stack.enter_context(mock.patch(f"torch.accelerator.{name}", answer))
-        for patch in (*_cpu_in_place_of_cuda(), _no_device_check_in_recomputation()):
+        for patch in (*_cpu_in_place_of_cuda(), _no_device_check_in_recomputation(), _estimates_outside_the_modes()):
             stack.enter_context(patch)
         # Without threads, transformers reads weights inside the modes below.
         stack.enter_context(mock.patch.dict("os.environ", HF_DEACTIVATE_ASYNC_LOAD="1"))
@@ -344,3 +370,17 @@ def _no_device_check_in_recomputation() -> Any:
     """Gradient checkpointing compares devices in the autograd engine, where the function mode is inactive."""
     fewer = {"default": lambda tensor: {"shape": tensor.shape, "dtype": tensor.dtype}}
     return mock.patch.dict(checkpoint._allowed_determinism_checks_to_fns, fewer)
+
+
+def _estimates_outside_the_modes() -> Any:
+    """Memory estimates only count with fake tensors, none of which is on a GPU: the modes would only slow them down."""
+
+    @functools.wraps(estimate_memory)
+    def estimate(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            while torch._C._len_torch_function_stack():
+                stack.enter_context(overrides._pop_mode_temporarily())
+            stack.enter_context(_disable_current_modes())
+            return estimate_memory(*args, **kwargs)
+
+    return mock.patch.object(command_memory, "estimate_memory", estimate)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.interpolate import interpolate
 from mftctl.workflows.loss_surface.measure import measure_surface
 from mftctl.workflows.mask_train import mask_train
+from mftctl.workflows.planning.memory_check import RoomOnGpu
 from mftctl.workflows.probe import probe
 from tests.conftest import build_llama, build_tokenizer
 from tests.gpu_emulation.emulated_gpu import emulated_gpu
@@ -77,9 +79,9 @@ def run_command(command: str, root: Path, recipe: Recipe, source: ModelSource | 
 
 
 def both(command: str, workspace: Path, root: Path, **changes: Any) -> tuple[Run, Run]:
-    """The same run on the emulated GPU and on the CPU."""
+    """The same run on the emulated GPU and on the CPU; other tests include the estimate of its memory."""
     recipe = make_recipe(workspace, **{**SHORT, **changes})
-    with emulated_gpu():
+    with emulated_gpu(), mock.patch.object(RoomOnGpu, "require"):
         on_gpu = run_command(command, root / "gpu", recipe)
     return on_gpu, run_command(command, root / "cpu", recipe)
 

@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
+from mftctl.data.encoding import EncodedRecords
+from mftctl.data.prepared.examples import Examples
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.training.inputs import prepare_training
 from mftctl.training.schedule import total_steps
+from mftctl.workflows.planning import training_data
 from mftctl.workflows.validate import PartCounts, validate
 from tests.conftest import build_llama
 from tests.workflow_fixtures import make_recipe
@@ -66,6 +69,26 @@ def test_samples_are_the_first_training_records(workspace: Path) -> None:
     assert prompt.text.endswith("<|assistant|>")
     assert answer.text.endswith("<|end|>")
     assert (prompt.is_answer, answer.is_answer) == (False, True)
+
+
+@pytest.mark.slow
+def test_evaluations_of_the_same_records_have_them_tokenised_once(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+    real = training_data.tokenize
+
+    def tokenize(key: str, examples: Examples, *rest: Any) -> EncodedRecords:
+        if key == "test_data":
+            counted.append(len(examples))
+        return real(key, examples, *rest)
+
+    monkeypatch.setattr(training_data, "tokenize", tokenize)
+    limits = {"first": 5, "second": 7, "third": 5}
+    stages = {name: {"command": "eval", "set": {"eval.limit": limit}} for name, limit in limits.items()}
+    found = validate(make_recipe(workspace, stages=stages), None)
+    assert counted == [5, 7]
+    assert [row.stage for row in found.memory] == list(limits)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -89,6 +89,7 @@ class DataCheck:
         self._tokens: dict[tuple[str, int], Tokens | None] = {}
         self._encoders: dict[str, Encoder] = {}
         self._train: dict[tuple[str, int], Sequence[Encoded]] = {}
+        self._questions: dict[Hashable, tuple[Sequence[Encoded], int] | None] = {}
 
     def parts(self, recipe: Recipe) -> Parts:
         """The readable records of a recipe's files."""
@@ -119,6 +120,14 @@ class DataCheck:
 
         None without a tokenizer or usable records.
         """
+        options = recipe.eval
+        said = (recipe.bad_records, recipe.bad_records_max)
+        key = (_data_key(recipe), options.limit, options.max_length_tokens, options.generate, said)
+        if key not in self._questions:
+            self._questions[key] = self._longest_question(recipe)
+        return self._questions[key]
+
+    def _longest_question(self, recipe: Recipe) -> tuple[Sequence[Encoded], int] | None:
         encoder = self._encoder(recipe)
         if encoder is None:
             return None

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as 
 
 _SHORT = {"max_steps": 2, "val_steps": 2, "batch_size": 4}
 _SIZES = {
-    "layers": 4,
+    "layers": 3,
     "vocab_size": 102,
     "hidden_size": 64,
     "intermediate_size": 192,

@@ -21,7 +21,7 @@ from mftctl.workflows.planning.training_setup import TrainingPlan, plan_fine_tun
 from tests.conftest import build_llama
 
 _BATCHES = Batches(3, 24, True, 4, 24, 12, 69)
-_LLAMA = build_llama(layers=8).config
+_LLAMA = build_llama(layers=7).config
 _GPT2 = GPT2Config(vocab_size=102, n_embd=32, n_layer=7, n_head=4, n_positions=64)
 _GEMMA = Gemma3TextConfig(
     vocab_size=102,
@@ -53,10 +53,10 @@ _PLANS = {
     "checkpointing, bf16": _fft(**_CHECKPOINTED),
     "lora": _fft(method="lora", lora_rank=2, lora_dropout=0.1, **_CHECKPOINTED),
     "hft": _fft(method="hft", **_CHECKPOINTED),
-    "mask on all layers": _mask(*range(8)),
+    "mask on all layers": _mask(*range(7)),
     "mask on the first layers": _mask(0, 1, grad_accum_steps=2),
     "mask on middle layers": _mask(2, 3, **_CHECKPOINTED),
-    "mask on the last layers": _mask(3, 4, 5, 6, 7, precision="bf16"),
+    "mask on the last layers": _mask(3, 4, 5, 6, precision="bf16"),
     "mask without training": _mask(4, 5, method="magnitude"),
 }
 
