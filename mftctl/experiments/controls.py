@@ -32,9 +32,9 @@ _SAME_STEPS = (
 _OF_PLAIN_TRAINING = ("optimizer", "low_memory", "precision", "weight_decay", "max_grad_norm", "save_dtype")
 """Options of the fine-tuning that a control shares with it, whatever selection of weights it used."""
 
-_SCHEDULES = {
+_SCHEDULES: Mapping[str, dict[str, Any]] = {
     "annealed": {"schedule": "linear", "average": "none"},
-    "averaged": {"schedule": "constant", "average": "ema"},
+    "averaged": {"schedule": "constant", "average": "ema", "average_horizons": (0.3, 1.0)},
 }
 
 

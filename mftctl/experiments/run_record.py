@@ -10,6 +10,9 @@ from typing import Any
 
 from mftctl.errors import RunError
 
+STAGE_BEFORE = "the stage before"
+"""Key of `decides` with the digest of the job that a job builds on, or those of several to choose from."""
+
 FORMAT_VERSION = 2
 """Format version written. Records of version 1 do not state theirs; their keys are the same."""
 
@@ -71,6 +74,11 @@ class RunRecord:
     error: str | None = None
     device: dict[str, Any] = field(default_factory=dict)
     format_version: int = 1
+
+    @property
+    def chose_its_model(self) -> bool:
+        """True if validation chose the model among several jobs, as for a control."""
+        return isinstance(self.decides.get(STAGE_BEFORE), list)
 
 
 def told_format(content: bytes) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 from mftctl.experiments.deciding_keys import in_names_of_today
 from mftctl.experiments.fingerprints import digest_of
 from mftctl.experiments.run_folder import Run, list_runs
+from mftctl.experiments.run_record import STAGE_BEFORE
 
-_ON_STAGES = ("the stage before", "the probe")
+_ON_STAGES = (STAGE_BEFORE, "the probe")
 """Keys that hold the digests of other stages."""
 
 

@@ -133,6 +133,8 @@ def _aspects(measured: _Measured) -> dict[str, str]:
             found[f"the contents of {path}"] = _text(digest)[:12]
         versions = {SOURCE: "not recorded", **run.record.versions}
         found |= {f"{name} of {of}": version for name, version in versions.items() if name != "mftctl"}
+        if measured.run.record.chose_its_model and run in measured.trainings[-1:]:
+            found.pop(f"learning_rate of {of}", None)  # chosen for each seed
     return found
 
 

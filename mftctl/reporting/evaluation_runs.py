@@ -69,6 +69,8 @@ class Measurement:
         record = next((run.record for run in self.made_by if makers and run.name == makers[-1]), self.run.record)
         if self.state == PRE_TRAINED:
             return "", ""
+        if self.run.record.chose_its_model:  # the chosen one may be another for each seed
+            record = self.run.record
         return record.recipe or "", record.stage or self.run.record.stage or (makers[-1] if makers else "")
 
     @property

@@ -22,7 +22,7 @@ from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import BestLoss, Outcome
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run
-from mftctl.experiments.run_record import RunStatus
+from mftctl.experiments.run_record import STAGE_BEFORE, RunStatus
 from mftctl.experiments.stage_runs import stage_runs
 from mftctl.files.locks import locked_folder
 from mftctl.progress import Listener
@@ -233,7 +233,7 @@ def _decides(
         **keys,
         "files": {path: files[path] for path in read},
         "the model's weights": fingerprint if before is None else None,
-        "the stage before": before,
+        STAGE_BEFORE: before,
         "the probe": plan[id(job.layers_from)].digest if job.layers_from else None,
     }
 

@@ -41,6 +41,7 @@ def write_evaluation(
     recipe: str | None = None,
     data: str = "train.jsonl",
     task: str | None = None,
+    decides: dict[str, object] | None = None,
 ) -> Path:
     """Writes a new `eval` run with loss and exact match on `test.jsonl` or on a benchmark; returns its folder."""
     folder = root / f"{number:03d}-eval"
@@ -61,6 +62,7 @@ def write_evaluation(
         "inputs": {"model": "m", "mask": None, "state": state, "parents": list(parents), "origin": origin},
         "result": {"state": state, "datasets": [measured]} if status == "finished" else {},
         "stage": stage,
+        "decides": decides or {},
     }
     (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
     rows = [

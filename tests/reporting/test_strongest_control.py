@@ -7,6 +7,7 @@ import pytest
 from mftctl.reporting.output.text_tables import metric_text
 from mftctl.reporting.state_tables import MetricTable, Row
 from tests.reporting.run_folders import compare_runs, make_samples, write_evaluation
+from tests.reporting.training_folders import write_training
 
 MASK = ["001-fft", "004-mask-train"]
 
@@ -112,3 +113,33 @@ def test_both_changes_are_in_the_table(tmp_path: Path) -> None:
     [row] = [row for row in text.rows if row[0].text == "MFT"]
     assert (row[3].text, row[4].detail, row[5].text) == ("better", "against continued FFT (fft averaged)", "worse")
     assert [cell.text for cell in text.rows[0][4:]] == ["", ""]
+
+
+def test_a_control_may_have_another_rate_for_each_seed(tmp_path: Path) -> None:
+    for seed, rate in ((0, "0.1"), (1, "0.3")):
+        first = 10 * seed
+        fft, control, mask = f"{first:03d}-fft", f"{first + 1:03d}-fft", f"{first + 2:03d}-mask-train"
+        tuned = {"loss": 0.3, "correct": 0.5}
+        write_training(tmp_path, first, "fft", "FFT", stage="fft", recipe="r", seed=seed)
+        write_training(
+            tmp_path, first + 1, "fft", "continued FFT", stage=f"fft annealed[{rate}]", recipe="r", seed=seed
+        )
+        write_evaluation(tmp_path, first + 3, "FFT", [fft], make_samples(first, **tuned), seed=seed, recipe="r")
+        write_evaluation(
+            tmp_path,
+            first + 4,
+            "continued FFT",
+            [fft, control],
+            make_samples(first + 1, loss=0.1, correct=0.5),
+            seed=seed,
+            stage="fft annealed",
+            recipe="r",
+            decides={"the stage before": ["digest", "other"]},
+        )
+        samples = make_samples(first + 2, loss=0.2, correct=0.5)
+        write_evaluation(tmp_path, first + 5, "MFT", [fft, mask], samples, seed=seed, stage="mft", recipe="r")
+    table = table_of(tmp_path)
+    assert row_of(table, "continued FFT").seeds == (0, 1)
+    found = row_of(table, "MFT").against_control
+    assert found is not None
+    assert (found.control, found.change.verdict) == ("continued FFT", "worse")
