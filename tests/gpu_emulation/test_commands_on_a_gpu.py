@@ -80,7 +80,7 @@ def run_command(command: str, root: Path, recipe: Recipe, source: ModelSource | 
 
 
 def both(command: str, workspace: Path, root: Path, **changes: Any) -> tuple[Run, Run]:
-    """The same run on the emulated GPU and on the CPU; but for probe, other tests include the estimate of its memory."""
+    """The same run on the emulated GPU and on the CPU; only for a probe with the estimate of its memory."""
     recipe = make_recipe(workspace, **{**SHORT, **changes})
     estimated = contextlib.nullcontext() if command == "probe" else mock.patch.object(RoomOnGpu, "require")
     with emulated_gpu(), estimated:
