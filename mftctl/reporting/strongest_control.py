@@ -8,7 +8,7 @@ from statistics import fmean
 
 from mftctl.errors import EvaluationError, RunError
 from mftctl.experiments.state_names import known_state
-from mftctl.reporting.evaluation_runs import Measurement
+from mftctl.reporting.evaluation_runs import Measurement, belong_together
 from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change, paired_change
 
 
@@ -19,7 +19,7 @@ class AgainstControl:
     Attributes:
         control: Name of the control's row.
         change: New minus control.
-        is_baseline: Whether the control is the table's baseline, because no other is stronger.
+        is_baseline: Whether the control is what the state is compared with anyway, because no other is stronger.
     """
 
     control: str
@@ -62,7 +62,7 @@ def against_strongest(
     sign = 1 if metric in LOWER_IS_BETTER else -1
     by_value = sorted(paired, key=lambda name: sign * fmean(other.metric.value for other, _ in paired[name]))
     for name in by_value:
-        is_baseline = paired[name][0][0].state == baseline
+        is_baseline = all(other.state == baseline and belong_together(other, item) for other, item in paired[name])
         if is_baseline and baseline_change is not None:
             return AgainstControl(name, baseline_change, is_baseline)
         try:

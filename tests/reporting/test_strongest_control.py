@@ -81,6 +81,21 @@ def test_the_baseline_may_be_the_strongest(tmp_path: Path) -> None:
     assert row.against_control.change == row.change
 
 
+def test_another_fine_tuning_of_the_same_data_is_a_control_of_its_own(tmp_path: Path) -> None:
+    write_evaluation(tmp_path, 10, "FFT", ["001-fft"], make_samples(1, loss=0.3, correct=0.5), stage="fft", recipe="r")
+    strong = make_samples(2, loss=0.1, correct=0.5)
+    write_evaluation(tmp_path, 11, "FFT", ["002-fft"], strong, stage="strong", recipe="r")
+    write_evaluation(tmp_path, 12, "MFT", MASK, make_samples(3, loss=0.25, correct=0.5), stage="mft", recipe="r")
+    table = table_of(tmp_path)
+    row = row_of(table, "MFT")
+    assert row.change is not None
+    assert row.change.verdict == "better"
+    assert row.against_control is not None
+    assert (row.against_control.control, row.against_control.is_baseline) == ("FFT (strong)", False)
+    assert row.against_control.change.verdict == "worse"
+    assert row.against_control.change.value == pytest.approx(row.value - row_of(table, "FFT (strong)").value)
+
+
 def test_a_control_must_have_seen_the_same_data_with_every_seed(tmp_path: Path) -> None:
     write_study(tmp_path, averaged=0.1)
     write_study(tmp_path, averaged=0.1, seed=1, first=30)
