@@ -50,7 +50,7 @@ def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
         change = row.change
         text = (
             f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"
-            f" against {table.baseline}: {change.verdict} ({measured})."
+            f" against {table.baseline if found is None else found.control}: {change.verdict} ({measured})."
         )
         return Headline(text, change.verdict, row.runs)
     change = found.change
