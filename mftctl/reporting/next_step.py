@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import State, StateKind
+from mftctl.reporting.paired_change import LOWER_IS_BETTER
 from mftctl.reporting.state_tables import MetricTable, Row
+from mftctl.reporting.strongest_control import AgainstControl
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +91,21 @@ def _better_without_a_mask(masks: Sequence[tuple[MetricTable, Row]]) -> Advice |
     found = [(table, row, row.against_control) for table, row in masks if row.against_control is not None]
     if any(control.change.verdict == "better" for _, _, control in found):
         return None
-    for table, row, control in found:
-        is_worse = control.change.verdict == "worse"
-        is_better_than_baseline = row.change is not None and row.change.verdict == "better"
-        if not control.is_baseline and (is_worse or is_better_than_baseline):
-            return Advice(
-                "mftctl report --each-seed",
-                f"{control.control}, which needs no mask, is {'better' if is_worse else 'no worse'} than {row.state}"
-                f" on {table.dataset} ({table.metric} {control.change.value:+.4f} with the mask). Use that model.",
-            )
-    return None
+    weaker = [(table, row, control) for table, row, control in found if _is_the_weaker(row, control)]
+    if not weaker:
+        return None
+    table = weaker[0][0]
+    sign = 1 if table.metric in LOWER_IS_BETTER else -1
+    _, row, control = min((item for item in weaker if item[0] is table), key=lambda item: sign * item[1].value)
+    relation = "better" if control.change.verdict == "worse" else "no worse"
+    return Advice(
+        "mftctl report --each-seed",
+        f"A model without a mask, {control.control}, is {relation} than {row.state} on {table.dataset} "
+        f"({table.metric} {control.change.value:+.4f} with the mask). Use that model.",
+    )
+
+
+def _is_the_weaker(row: Row, control: AgainstControl) -> bool:
+    """True if a control is better than a mask, or as good as one that is better than the baseline."""
+    is_better_than_baseline = row.change is not None and row.change.verdict == "better"
+    return not control.is_baseline and (control.change.verdict == "worse" or is_better_than_baseline)

@@ -87,7 +87,7 @@ def test_without_a_recipe_more_seeds_are_not_suggested(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("verdict", "relation"), [("worse", "is better than"), ("within noise", "is no worse than"), ("better", "")]
+    ("verdict", "relation"), [("worse", "better than"), ("within noise", "no worse than"), ("better", "")]
 )
 def test_a_mask_no_better_than_its_strongest_control_is_not_recommended(
     trained: Path, verdict: str, relation: str
@@ -97,7 +97,7 @@ def test_a_mask_no_better_than_its_strongest_control_is_not_recommended(
     rows = (table.rows[0], dataclasses.replace(table.rows[1], against_control=control))
     advice = next_step([dataclasses.replace(table, rows=rows)], list_runs(trained)[0])
     if relation:
-        assert advice.reason.startswith(f"continued FFT (averaged), which needs no mask, {relation} MFT")
+        assert advice.reason.startswith(f"A model without a mask, continued FFT (averaged), is {relation} MFT")
         assert advice.command == "mftctl report --each-seed"
     else:
         assert advice.command == "mftctl apply"
