@@ -29,6 +29,14 @@ _SAME_STEPS = (
 )
 """Options of mask training that determine its records and steps."""
 
+_OF_A_CONTROL: Mapping[str, Any] = {
+    "data": True,
+    "val_data": True,
+    "val_fraction": True,
+    "mask_train": set(_SAME_STEPS),
+}
+"""Keys of a mask's recipe that determine its controls."""
+
 _OF_PLAIN_TRAINING = ("optimizer", "low_memory", "precision", "weight_decay", "max_grad_norm", "save_dtype")
 """Options of the fine-tuning that a control shares with it, whatever selection of weights it used."""
 
@@ -63,14 +71,14 @@ def jobs_with_controls(recipe: Recipe) -> list[Job]:
 
 
 def _added(jobs: Sequence[Job], wanted: Sequence[Control]) -> Iterator[Job]:
-    """The controls of the masks of one seed, each followed by its evaluations."""
+    """The controls of the masks of one seed, and their evaluations."""
     made: dict[tuple[int, str], list[_Trained]] = {}
     measured: set[tuple[str, str]] = set()
     for job in jobs:
         mask = _evaluated_mask(job)
         if mask is None:
             continue
-        key = (id(mask.after), mask.recipe.mask_train.model_dump_json(include=set(_SAME_STEPS)))
+        key = (id(mask.after), mask.recipe.model_dump_json(include=_OF_A_CONTROL))
         if key not in made:
             several = any(start == key[0] for start, _ in made)
             made[key] = list(_controls(mask, wanted, f" of {mask.name}" if several else ""))

@@ -76,6 +76,13 @@ def test_masks_with_the_same_steps_share_their_controls_and_others_do_not() -> N
     assert labels == ["fft annealed", "fft annealed of c"]
 
 
+def test_masks_of_different_data_have_their_own_controls() -> None:
+    other = {**MASK, "set": {"data": ["other.jsonl"]}}
+    stages = {"fft": FFT, "a": MASK, "b": other, **evaluated("a", "b")}
+    controls = [job for job in added(stages, controls=["averaged"], data=["d.jsonl"]) if job.command == "fft"]
+    assert [job.recipe.data[0].path for job in controls] == ["d.jsonl"] * 2 + ["other.jsonl"] * 2
+
+
 def test_masks_applied_to_the_model_have_controls_too() -> None:
     stages = {"fft": FFT, "mft": MASK, "apply": {"command": "apply", "after": "mft"}, **evaluated("apply")}
     assert {job.label for job in added(stages) if job.command == "eval"} == {
