@@ -43,6 +43,7 @@ def fft(
     learn: opt.LearnAnswers = None,
     bad_records: opt.BadRecords = None,
     bad_records_max: opt.BadRecordsMax = None,
+    learn_from: Annotated[str | None, opt.setting(FftOptions, "learn_from", "--learn-from", panel=opt.RECORDS)] = None,
     method: Annotated[str | None, opt.setting(FftOptions, "method", "--method", panel=opt.METHOD)] = None,
     ratio: Annotated[float | None, opt.setting(FftOptions, "ratio", "--ratio", panel=opt.METHOD, default="0.2")] = None,
     scope: Annotated[str | None, opt.setting(FftOptions, "scope", "--scope", panel=opt.METHOD)] = None,

@@ -50,7 +50,9 @@ def _add_seed(tree: Tree, seed: int, jobs: Sequence[Planned]) -> None:
     branch = tree.add(f"seed {seed}")
     nodes: dict[int, Tree] = {}
     for planned in jobs:
-        parent = branch if planned.job.after is None else nodes[id(planned.job.after)]
+        job = planned.job
+        before = job.candidates[0].after if job.candidates else job.after  # which candidate it is will be known later
+        parent = branch if before is None else nodes[id(before)]
         nodes[id(planned.job)] = parent.add(_line(planned))
 
 
@@ -70,6 +72,8 @@ def _line(planned: Planned) -> str:
 
 
 def _title(job: Job) -> str:
+    if job.candidates:
+        return f"{job.name} of {job.label} ({job.command})"
     probe = f", layers from {job.layers_from.name}" if job.layers_from else ""
     named = "" if job.name.partition("[")[0] == job.command else f" ({job.command}{probe})"
     return f"{job.name}{named}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,17 @@ def check_score(by: str, task_data: Mapping[str, str], key: str) -> None:
         )
     from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task  # lm-eval takes seconds to import
 
-    check_task(by)
+    try:
+        check_task(by)
+    except EvaluationError as error:
+        close = difflib.get_close_matches(by, (LOSS, EXACT_MATCH), n=1)
+        raise EvaluationError(
+            error.message,
+            key=key,
+            expected=f"loss, exact_match, or {error.expected}",
+            actual=by,
+            hint=f"did you mean {close[0]}?" if close else error.hint,
+        ) from error
     file = task_data.get(by)
     if file is not None and not Path(file).exists():
         raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"task_data.{by}")

@@ -17,6 +17,7 @@ RATE_FACTORS: Mapping[str, tuple[float, ...]] = {"annealed": (0.3, 0.1, 0.03), "
 An average tolerates, and needs, a higher rate than weights that have to settle by themselves."""
 
 _SAME_STEPS = (
+    "learn_from",
     "data_fraction",
     "epochs",
     "max_steps",
@@ -73,19 +74,24 @@ def jobs_with_controls(recipe: Recipe) -> list[Job]:
 def _added(jobs: Sequence[Job], wanted: Sequence[Control]) -> Iterator[Job]:
     """The controls of the masks of one seed, and their evaluations."""
     made: dict[tuple[int, str], list[_Trained]] = {}
+    between: dict[int, list[_Trained]] = {}
     measured: set[tuple[str, str]] = set()
     for job in jobs:
         mask = _evaluated_mask(job)
         if mask is None:
             continue
-        key = (id(mask.after), mask.recipe.model_dump_json(include=_OF_A_CONTROL))
-        if key not in made:
-            several = any(start == key[0] for start, _ in made)
-            made[key] = list(_controls(mask, wanted, f" of {mask.name}" if several else ""))
-            yield from (candidate for control in made[key] for candidate in control.candidates)
-        for control in made[key]:
-            if (control.label, job.name) not in measured:
-                measured.add((control.label, job.name))
+        start, settings = id(mask.after), mask.recipe.model_dump_json(include=_OF_A_CONTROL)
+        if (start, settings) not in made:
+            several = any(other == start for other, _ in made)
+            made[start, settings] = list(_trained(mask, wanted, f" of {mask.name}" if several else ""))
+            yield from (candidate for control in made[start, settings] for candidate in control.candidates)
+        if start not in between:
+            between[start] = list(_interpolated(mask, wanted))
+            yield from (candidate for control in between[start] for candidate in control.candidates)
+        asked = job.recipe.model_dump_json(include={"eval", "test_data"})
+        for control in (*made[start, settings], *between[start]):
+            if (control.label, asked) not in measured:
+                measured.add((control.label, asked))
                 yield _evaluation(job, control)
 
 
@@ -99,14 +105,22 @@ def _evaluated_mask(job: Job) -> Job | None:
     return before
 
 
-def _controls(mask: Job, wanted: Sequence[Control], suffix: str) -> Iterator[_Trained]:
-    start = "model" if mask.after is None else mask.after.name
+def _trained(mask: Job, wanted: Sequence[Control], suffix: str) -> Iterator[_Trained]:
     for control in wanted:
-        label = f"{start} {control}{suffix}"
         if control != "interpolated":
+            label = f"{_start_name(mask)} {control}{suffix}"
             yield _Trained(label, tuple(_trainings(mask, control, label)))
-        elif mask.after is not None and mask.after.command == "fft":
-            yield _Trained(label, (Job(label, label, "interpolate", mask.seed, mask.after.recipe, mask.after),))
+
+
+def _interpolated(mask: Job, wanted: Sequence[Control]) -> Iterator[_Trained]:
+    """The interpolation of the model that is masked; none if it was not fine-tuned here."""
+    if "interpolated" in wanted and mask.after is not None and mask.after.command == "fft":
+        label = f"{_start_name(mask)} interpolated"
+        yield _Trained(label, (Job(label, label, "interpolate", mask.seed, mask.after.recipe, mask.after),))
+
+
+def _start_name(mask: Job) -> str:
+    return "model" if mask.after is None else mask.after.name
 
 
 def _trainings(mask: Job, control: Literal["annealed", "averaged"], label: str) -> Iterator[Job]:
@@ -131,5 +145,10 @@ def _under(section: str, settings: dict[str, Any], rate: float) -> dict[str, Any
 def _evaluation(job: Job, control: _Trained) -> Job:
     """The evaluation of a control, as a mask was evaluated."""
     return replace(
-        job, label=control.label, after=control.candidates[0], candidates=control.candidates, layers_from=None
+        job,
+        name=job.name.partition("[")[0],
+        label=control.label,
+        after=control.candidates[0],
+        candidates=control.candidates,
+        layers_from=None,
     )

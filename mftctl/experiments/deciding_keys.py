@@ -29,7 +29,7 @@ _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
 
 _OF_TRAINING = ("average", "best_by", "average_horizons", "decay_ratio")
 _OF_SECTIONS = {
-    "fft": ("exclude", *_OF_TRAINING),
+    "fft": ("exclude", "learn_from", *_OF_TRAINING),
     "mask_train": ("keep", "kind", "start_std", "unit", *_OF_TRAINING),
     "probe": ("by",),
     "eval": ("prompts",),

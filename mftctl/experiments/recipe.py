@@ -286,6 +286,12 @@ class Recipe(Section):
     )
 
     @model_validator(mode="after")
+    def _controls_differ(self) -> Recipe:
+        if len(set(self.controls)) < len(self.controls):
+            raise ValueError(f"controls must differ, but {', '.join(self.controls)} has one twice")
+        return self
+
+    @model_validator(mode="after")
     def _settle_the_probe(self) -> Recipe:
         """Fills in the probe options left unset, without marking them as given."""
         self.__dict__["probe"] = probe = self.probe.model_copy()

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.renamed import KEYS, VALUES
+from mftctl.text import counted
 
 
 def shortened(value: object, most: int = 200) -> str:
@@ -79,9 +80,22 @@ def _describe(problem: Any, location: Sequence[str]) -> str:
     if problem["type"] == "value_error":
         text = str(problem["ctx"]["error"])
         return f"{key}: {text}" if key else text
+    if problem["type"] in ("too_short", "too_long", "tuple_type"):
+        return f"{key}: {_list_problem(problem)}, got {shortened(repr(problem['input']))}"
     now = VALUES.get((location[-1], problem["input"])) if isinstance(problem["input"], str) else None
     hint = f"; did you mean {now}?" if now else ""
     return f"{key}: {_lowered(problem['msg'])}, got {shortened(repr(problem['input']))}{hint}"
+
+
+def _list_problem(problem: Any) -> str:
+    """What is wrong with the length of a list, or with a value that is none."""
+    match problem["type"]:
+        case "too_short":
+            return f"at least {counted(problem['ctx']['min_length'], 'value')} expected"
+        case "too_long":
+            return f"at most {counted(problem['ctx']['max_length'], 'value')} expected"
+        case _:
+            return "a list such as [a, b] expected"
 
 
 def _lowered(sentence: str) -> str:

@@ -25,8 +25,10 @@ def recorded(run: Run) -> Iterator[None]:
     try:
         with known_failures(run.folder):
             yield
-    except Interrupted:
+    except Interrupted as error:
         run.update(status=RunStatus.INTERRUPTED)
+        if run.record.stage is not None:
+            error.hint = how_to_go_on(run)
         raise
     except KeyboardInterrupt:
         run.update(status=RunStatus.INTERRUPTED)

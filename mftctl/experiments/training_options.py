@@ -153,6 +153,11 @@ class FftOptions(TrainingOptions):
         description="gmt and random: parts always updated in full: embeddings, head or both; if tied, either word "
         "means the shared tensor.",
     )
+    learn_from: LearnFrom = Field(
+        "all",
+        description="Training records to use: all; unseen: those not seen in earlier fine-tuning of the model; auto: "
+        "unseen if there are at least 64, otherwise all.",
+    )
     lora_rank: int = Field(16, gt=0, description="lora: rank of the adapter.")
     lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
     lora_dropout: Share = Field(0.0, description="lora: dropout before the adapter.")

@@ -180,7 +180,7 @@ def _table(
     states: dict[tuple[str, tuple[str, str]], list[Measurement]] = {}
     for item in measurements:
         states.setdefault((item.state, item.maker), []).append(item)
-    baseline = FFT if any(state == FFT for state, _ in states) else PRE_TRAINED
+    baseline = FFT if any(_may_be_baseline(item) and item.state == FFT for item in measurements) else PRE_TRAINED
     domains = list(dict.fromkeys(item.trained_on for item in measurements))
 
     def order(group: Sequence[Measurement]) -> tuple[int, int, tuple[str, str]]:
@@ -196,13 +196,14 @@ def _table(
     for label, group in by_label.items():
         state = group[0].state
         changes: list[Change | None] = [None] * (1 + len(group))
-        if state != baseline:
+        is_baseline = state == baseline and _may_be_baseline(group[0])
+        if not is_baseline:
             parts = [group] if len(group) == 1 else [group, *([item] for item in group)]
             try:
                 changes = [_change(part, measurements, metric, baseline) for part in parts]
             except (RunError, EvaluationError) as error:
                 problems.append(told(error, label))
-        row = _row(label, group, changes, is_baseline=state == baseline)
+        row = _row(label, group, changes, is_baseline=is_baseline)
         if not (is_control(state) or state == PRE_TRAINED):
             control = against_strongest(group, by_label, metric, baseline=baseline, baseline_change=row.change)
             row = replace(row, against_control=control)
@@ -211,6 +212,11 @@ def _table(
     dataset = measurements[0].dataset
     table = MetricTable(origin, dataset.name, metric, baseline, tuple(rows), is_benchmark=dataset.task is not None)
     return table, problems
+
+
+def _may_be_baseline(item: Measurement) -> bool:
+    """True unless it is a control that `run` added, which for a mask of a given model is its first fine-tuning."""
+    return not item.run.record.chose_its_model
 
 
 def state_label(state: str, maker: tuple[str, str], makers: Sequence[tuple[str, str]]) -> str:
@@ -253,7 +259,7 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
 
 def _change(group: Sequence[Measurement], others: Iterable[Measurement], metric: str, baseline: str) -> Change | None:
     """The change of a state: each run is paired by sample with its own baseline, then averaged over seeds."""
-    candidates = [item for item in others if item.state == baseline]
+    candidates = [item for item in others if item.state == baseline and _may_be_baseline(item)]
     pairs = [(base, item) for item in group for base in candidates if belong_together(base, item)]
     if not pairs:
         return None

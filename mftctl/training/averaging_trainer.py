@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ class AveragingTrainer(StepTrainer):
         lines: list[dict[str, Any]] = [line for line in self.state.log_history if "eval_loss" in line]
         lines = [line for line in lines if step is None or line["step"] == step]
         return best_candidate(logged_candidates(lines[-1])) if lines else None
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        best_step, now = self.state.best_global_step, self.candidate_at(None)
+        best = self.candidate_at(best_step) if best_step is not None and self.state.best_metric is not None else None
+        if now is not None and best is not None and now.rank == best.rank and now.loss < best.loss:
+            self.state.best_metric = math.inf  # of equal scores, that with the lower loss is the best
+        return bool(super()._determine_best_metric(metrics, trial))
 
     def take_kept(self) -> None:
         """Replaces the model's values, those of the step that is kept, with an average if that is kept instead."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_UNMASKED = "unmasked"
+
+
 class StepScores:
     """Measures scores during a training and keeps their samples.
 
@@ -37,11 +40,11 @@ class StepScores:
 
     def unmasked(self, model: PreTrainedModel) -> Score:
         """The score of a model without a mask."""
-        return self._scorer.score_once(model, self._root / "unmasked")
+        return self._scorer.score_once(model, self._root / _UNMASKED)
 
     def score(self, model: PreTrainedModel, step: int, horizon: float | None) -> Score:
         """The score of the trained values at a step, or of their average with a horizon."""
-        return self._scorer.score(model, self._folder(step, horizon))
+        return self._scorer.score(model, self._root / _name(step, horizon))
 
     def change(self, best: Candidate, step: int, before: Candidate | None, before_step: int) -> dict[str, Any]:
         """The log entry for the change from the best candidate so far, with its paired 95 % interval; empty for none.
@@ -63,7 +66,13 @@ class StepScores:
         return {"score_change": {"value": found.estimate, "low": found.low, "high": found.high}}
 
     def _folder(self, step: int, horizon: float | None) -> Path:
-        return self._root / (f"step-{step}" if horizon is None else f"step-{step}-average-{horizon}")
+        folder = self._root / _name(step, horizon)
+        # Initial scores that remove nothing have the score of the unmasked model, which is not measured again.
+        return folder if step > 0 or folder.exists() else self._root / _UNMASKED
+
+
+def _name(step: int, horizon: float | None) -> str:
+    return f"step-{step}" if horizon is None else f"step-{step}-average-{horizon}"
 
 
 def _text(change: Interval) -> str:

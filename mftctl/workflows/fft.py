@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mftctl.data.encoding import EncodedRecords
-from mftctl.data.seen_records import save_seen
+from mftctl.data.seen_records import save_seen, seen_records
 from mftctl.errors import ConfigError, OutputError, StorageError, TrainingError
 from mftctl.evaluation.answer_stops import name_stops, turn_stops
 from mftctl.experiments.model_origin import ModelOrigin, origin_of
@@ -117,9 +117,15 @@ def _fine_tune(
         max_length_tokens=options.max_length_tokens,
         data_fraction=options.data_fraction,
         adapters=True,
+        seen=None if options.learn_from == "all" else seen_records(run.folder.parent, source.parents),
+        learn_from=options.learn_from,
         now=run.started,
         listener=listener,
     )
+    if inputs.left_out:
+        listener.note(
+            f"Training records: {len(inputs.train)}; left out because fine-tuning used them: {inputs.left_out}"
+        )
     require_same_data(RunInputs.read(run.record.inputs), inputs)
     run.update(inputs={**source.as_inputs(), **inputs.summary()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)

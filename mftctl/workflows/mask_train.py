@@ -87,6 +87,8 @@ def mask_train(
         with device_for(run, listener, less_memory=[], device="cpu"):  # only compares files
             restart_peak_memory()
             return _drop(recipe, source, run, listener, may_replace=may_replace)
+    if options.base is not None and options.kind == "weight":
+        listener.warn("The model before fine-tuning (mask_train.base) has no effect on a mask of kind weight.")
     with training_on_device("mask-train", recipe, options, run, listener) as room:
         searched = _search(recipe, source, run, listener, room, resume=resume)
         return _written(searched, recipe, source, run, may_replace=may_replace)

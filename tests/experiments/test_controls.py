@@ -76,6 +76,22 @@ def test_masks_with_the_same_steps_share_their_controls_and_others_do_not() -> N
     assert labels == ["fft annealed", "fft annealed of c"]
 
 
+def test_controls_learn_from_the_records_that_the_mask_learns_from() -> None:
+    stages = {"fft": FFT, "mft": MASK, **evaluated("mft")}
+    for learn_from in ("auto", "unseen", "all"):
+        found = added(stages, controls=["averaged"], mask_train={"learn_from": learn_from})
+        assert {job.recipe.fft.learn_from for job in found if job.command == "fft"} == {learn_from}
+
+
+def test_a_swept_mask_adds_each_control_and_its_evaluation_once() -> None:
+    swept = {**MASK, "sweep": {"mask_train.ratio": [0.1, 0.2], "mask_train.epochs": [1, 2]}}
+    found = added({"fft": FFT, "mft": swept, **evaluated("mft")})
+    labels = [job.label for job in found if job.command == "eval"]
+    assert len(labels) == len(set(labels)) == 5  # two controls for each number of epochs, and the interpolation
+    assert [job.command for job in found].count("interpolate") == 1
+    assert {job.name for job in found if job.command == "eval"} == {"results"}
+
+
 def test_masks_of_different_data_have_their_own_controls() -> None:
     other = {**MASK, "set": {"data": ["other.jsonl"]}}
     stages = {"fft": FFT, "a": MASK, "b": other, **evaluated("a", "b")}
@@ -109,8 +125,10 @@ def test_controls_can_be_chosen_or_left_out() -> None:
     stages = {"fft": FFT, "mft": MASK, **evaluated("mft")}
     assert added(stages, controls=[]) == []
     assert [job.label for job in added(stages, controls=["interpolated"])] == ["fft interpolated"] * 2
-    with pytest.raises(ConfigError, match="controls"):
-        jobs_of(stages, controls=["ema"])
+    for wrong in (["ema"], ["annealed", "annealed"]):
+        with pytest.raises(ConfigError) as caught:
+            jobs_of(stages, controls=wrong)
+        assert "controls" in str(caught.value)
 
 
 def test_a_mask_of_the_given_model_has_no_interpolation() -> None:

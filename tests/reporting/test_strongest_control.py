@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,25 @@ def test_without_a_fine_tuned_model_there_is_no_control(tmp_path: Path) -> None:
     table = table_of(tmp_path)
     assert row_of(table, "MFT").against_control is None
     assert metric_text(table).columns == ("state", "value", "change against pre-trained [95 %]", "verdict")
+
+
+def test_a_mask_of_a_given_model_is_compared_with_that_model_and_with_its_controls(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"recipe": "r", "origin": "models/tuned"}
+    chosen = {"decides": {"the stage before": ["one", "two"]}, **keys}
+    base, other = make_samples(1, loss=0.3, correct=0.5), make_samples(4, loss=0.27, correct=0.5)
+    write_evaluation(tmp_path, 10, "pre-trained", [], base, **keys)
+    write_evaluation(tmp_path, 11, "MFT", ["001-mask-train"], make_samples(2, loss=0.2, correct=0.5), **keys)
+    averaged = make_samples(3, loss=0.1, correct=0.5)
+    write_evaluation(tmp_path, 12, "FFT", ["002-fft"], averaged, stage="model averaged", **chosen)
+    write_evaluation(tmp_path, 13, "FFT", ["003-fft"], other, stage="model annealed", **chosen)
+    table = table_of(tmp_path)
+    assert table.baseline == "pre-trained"
+    row = row_of(table, "MFT")
+    assert row.change is not None
+    assert row.change.value == pytest.approx(row.value - row_of(table, "pre-trained").value)
+    assert row.against_control is not None
+    assert (row.against_control.control, row.against_control.change.verdict) == ("FFT (model averaged)", "worse")
+    assert row.against_control.change.value == pytest.approx(row.value - row_of(table, "FFT (model averaged)").value)
 
 
 def test_both_changes_are_in_the_table(tmp_path: Path) -> None:

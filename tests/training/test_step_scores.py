@@ -109,7 +109,7 @@ def test_a_resumed_training_keeps_the_same_step(workspace: Path, tmp_path: Path,
     with pytest.raises(Interrupted):
         fine_tune(recipe, source, run, Interrupter(3))
     result = fine_tune(recipe, source, run, Silence(), resume=True)
-    assert result.best_step == undisturbed.best_step == 2  # of equal scores the first
+    assert result.best_step == undisturbed.best_step == 6  # of equal scores that with the lower loss
     assert result.best_loss == undisturbed.best_loss
 
 
@@ -124,6 +124,30 @@ def test_a_mask_is_kept_by_its_score(workspace: Path, tmp_path: Path, scores: di
     assert result.unmasked_score is not None
     assert result.best_score is not None
     assert (result.unmasked_score.value, result.best_score.value) == (0.5, 1.0)
+
+
+@pytest.mark.slow
+def test_initial_scores_that_remove_nothing_have_the_score_of_the_unmasked_model(
+    workspace: Path, tmp_path: Path, scores: dict[str, float]
+) -> None:
+    scores |= {"unmasked": 0.25, "step-4": 0.75}
+    recipe = make_recipe(workspace, mask_train__best_by="exact_match", mask_train__preset="default")
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    result = mask_train(recipe, source, run, Silence())
+    assert isinstance(result, MeasuredMask)
+    assert result.best_step == 4
+    [change] = [line.document()["score_change"] for line in run.training.metrics() if line.step == 4 and line.eval_loss]
+    assert change["value"] == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_of_equal_scores_that_with_the_lower_loss_is_kept(
+    workspace: Path, tmp_path: Path, scores: dict[str, float]
+) -> None:
+    result = scored_run(workspace, tmp_path).result(FftResult)
+    assert result.best_score is not None
+    assert result.best_score.value == 0.0
+    assert (result.best_step, result.best_loss) == (6, result.last_loss)
 
 
 @pytest.mark.slow

@@ -256,6 +256,13 @@ def test_a_missing_file_of_problems() -> None:
         check_score("gsm8k", {"gsm8k": "missing.jsonl"}, "probe.by")
 
 
+def test_a_misspelt_criterion_names_its_key_and_the_nearest_one() -> None:
+    with pytest.raises(EvaluationError, match="no benchmark named") as caught:
+        check_score("exactmatch", {}, "--best-by")
+    assert (caught.value.key, caught.value.hint) == ("--best-by", "did you mean exact_match?")
+    assert str(caught.value.expected).startswith("loss, exact_match, or ")
+
+
 def test_nothing_is_scored_where_nothing_is_trained() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_recipe({"probe": {"fast": True, "by": "gsm8k"}})

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mftctl.errors import MaskingError, MaskMismatchError
+from mftctl.errors import MaskingError, MaskMismatchError, ModelError
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.mask_match import masked_tensors, require_digest
 from mftctl.masking.checkpoints.tensors import read_tensor, tensor_digest
@@ -111,7 +111,19 @@ def base_folder(mask: Mask) -> Path | None:
         ModelError: There is no such model.
     """
     metadata = mask.metadata
-    return resolve_checkpoint(metadata.base_model, metadata.base_revision) if metadata.kind == "delta" else None
+    if metadata.kind != "delta":
+        return None
+    try:
+        return resolve_checkpoint(metadata.base_model, metadata.base_revision)
+    except ModelError as error:
+        raise ModelError(
+            "A delta mask needs the model before fine-tuning, which is missing.",
+            path=error.path,
+            key=metadata.base_model,
+            expected="the model that the mask was learned with",
+            actual=error.actual,
+            hint="mftctl apply BASE MASK --tuned TUNED names it, and its result needs no base",
+        ) from error
 
 
 def stored_parameters(model: torch.nn.Module, names: Collection[str]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Final
 
 from mftctl.errors import ConfigError
 
+_LARGEST: Final = 1e100
 _ROUNDING: Final = 1e-12
 """A sum of weights below this share of their magnitudes is 0 but for rounding, as in 0.1 + 0.2 - 0.3."""
 
@@ -34,8 +35,8 @@ def settled_weights(weights: Sequence[float] | None, count: int) -> tuple[float,
         return (1 / count,) * count
     if len(weights) != count:
         raise _wrong_weights("There must be one weight per checkpoint.", f"{count} numbers", weights)
-    if not all(math.isfinite(weight) for weight in weights):
-        raise _wrong_weights("The weights of an average must be finite.", "finite numbers", weights)
+    if not all(abs(weight) <= _LARGEST for weight in weights):  # false for NaN too
+        raise _wrong_weights("A weight of the average cannot be used.", f"numbers up to {_LARGEST:g}", weights)
     largest = max(map(abs, weights))
     shares = [weight / largest for weight in weights] if largest else [0.0] * count
     total = math.fsum(shares)

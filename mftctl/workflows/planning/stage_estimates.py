@@ -192,8 +192,8 @@ class StageEstimates:
     def _learned_from(self, job: Job) -> Examples:
         """The records that a stage may learn from; a mask may exclude those seen by earlier fine-tuning."""
         train = self._data.parts(job.recipe).train
-        learn_from = job.recipe.mask_train.learn_from
-        if job.command == "fft" or learn_from == "all":
+        learn_from = (job.recipe.fft if job.command == "fft" else job.recipe.mask_train).learn_from
+        if learn_from == "all":
             return train
         seen = [np.empty(0, np.uint64)]
         before = job.after
