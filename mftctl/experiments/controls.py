@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from mftctl.experiments.jobs import Job, spell_out
+from mftctl.experiments.presets import LearnFrom
 from mftctl.experiments.recipe import Control, Recipe
 from mftctl.experiments.recipe_files import with_changes
 
@@ -17,7 +18,6 @@ RATE_FACTORS: Mapping[str, tuple[float, ...]] = {"annealed": (0.3, 0.1, 0.03), "
 An average tolerates, and needs, a higher rate than weights that have to settle by themselves."""
 
 _SAME_STEPS = (
-    "learn_from",
     "data_fraction",
     "epochs",
     "max_steps",
@@ -80,7 +80,8 @@ def _added(jobs: Sequence[Job], wanted: Sequence[Control]) -> Iterator[Job]:
         mask = _evaluated_mask(job)
         if mask is None:
             continue
-        start, settings = id(mask.after), mask.recipe.model_dump_json(include=_OF_A_CONTROL)
+        start = id(mask.after)
+        settings = mask.recipe.model_dump_json(include=_OF_A_CONTROL) + _learn_from(mask)
         if (start, settings) not in made:
             several = any(other == start for other, _ in made)
             made[start, settings] = list(_trained(mask, wanted, f" of {mask.name}" if several else ""))
@@ -130,12 +131,23 @@ def _trainings(mask: Job, control: Literal["annealed", "averaged"], label: str) 
     given = tuning.given()
     settings: dict[str, Any] = {key: getattr(options, key) for key in _SAME_STEPS}
     settings |= {key: given[key] for key in _OF_PLAIN_TRAINING if key in given}
+    settings["learn_from"] = _learn_from(mask)
     settings |= {"method": "full", "keep": "best", **_SCHEDULES[control]}
     for factor in RATE_FACTORS[control]:
         rate = factor * tuning.learning_rate
         recipe = with_changes(mask.recipe.model_copy(update={"fft": type(tuning)()}), _under("fft", settings, rate))
         name = f"{label}[learning_rate={rate:.3g}]"
         yield Job(name, name, "fft", mask.seed, recipe, mask.after)
+
+
+def _learn_from(mask: Job) -> LearnFrom:
+    """The records that a mask learns from: all, if it is known that fine-tuning has used every one of them."""
+    options, before = mask.recipe.mask_train, mask.after
+    if options.learn_from == "auto" and before is not None and before.command == "fft":
+        same = [(job.recipe.data, job.recipe.val_data, job.recipe.val_fraction) for job in (mask, before)]
+        if same[0] == same[1] and before.recipe.fft.data_fraction == 1 and before.recipe.fft.learn_from == "all":
+            return "all"
+    return options.learn_from
 
 
 def _under(section: str, settings: dict[str, Any], rate: float) -> dict[str, Any]:

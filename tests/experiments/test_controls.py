@@ -78,9 +78,16 @@ def test_masks_with_the_same_steps_share_their_controls_and_others_do_not() -> N
 
 def test_controls_learn_from_the_records_that_the_mask_learns_from() -> None:
     stages = {"fft": FFT, "mft": MASK, **evaluated("mft")}
-    for learn_from in ("auto", "unseen", "all"):
-        found = added(stages, controls=["averaged"], mask_train={"learn_from": learn_from})
-        assert {job.recipe.fft.learn_from for job in found if job.command == "fft"} == {learn_from}
+
+    def learned_from(stages: dict[str, Any], learn_from: str) -> set[str]:
+        found = added(stages, controls=["averaged"], mask_train={"learn_from": learn_from}, data=["d.jsonl"])
+        return {job.recipe.fft.learn_from for job in found if job.command == "fft"}
+
+    assert [learned_from(stages, name) for name in ("auto", "unseen", "all")] == [{"all"}, {"unseen"}, {"all"}]
+    half = {**stages, "fft": {**FFT, "set": {"fft.data_fraction": 0.5}}}
+    assert learned_from(half, "auto") == {"auto"}
+    other = {**stages, "mft": {**MASK, "set": {"data": ["more.jsonl"]}}}
+    assert learned_from(other, "auto") == {"auto"}
 
 
 def test_a_swept_mask_adds_each_control_and_its_evaluation_once() -> None:

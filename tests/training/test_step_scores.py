@@ -130,7 +130,7 @@ def test_a_mask_is_kept_by_its_score(workspace: Path, tmp_path: Path, scores: di
 def test_initial_scores_that_remove_nothing_have_the_score_of_the_unmasked_model(
     workspace: Path, tmp_path: Path, scores: dict[str, float]
 ) -> None:
-    scores |= {"unmasked": 0.25, "step-4": 0.75}
+    scores |= {"unmasked": 1 / 3, "step-4": 5 / 6}
     recipe = make_recipe(workspace, mask_train__best_by="exact_match", mask_train__preset="default")
     run, source = open_run(tmp_path, "mask-train", recipe)
     result = mask_train(recipe, source, run, Silence())

@@ -18,7 +18,7 @@ from mftctl.masking.checkpoints.average_weights import settled_weights
         ([3, 1, 0, 0], (0.75, 0.25, 0.0, 0.0)),
         ([2, -1, 0, 0], (2.0, -1.0, 0.0, 0.0)),
         ([-2, 1, 0, 0], (2.0, -1.0, 0.0, 0.0)),
-        ([1e308, 1e308, 1e308, 1e308], (0.25,) * 4),
+        ([1e100, 1e100, 1e100, 1e100], (0.25,) * 4),
         ([0, 5e-324, 0, 0], (0.0, 1.0, 0.0, 0.0)),
     ],
 )
@@ -26,7 +26,7 @@ def test_weights_are_divided_by_their_sum(given_weights: list[float] | None, exp
     assert settled_weights(given_weights, 4) == expected
 
 
-@given(st.lists(st.floats(0, 1e300), min_size=2, max_size=9).filter(any))
+@given(st.lists(st.floats(0, 1e100), min_size=2, max_size=9).filter(any))
 def test_settled_weights_sum_to_1_and_keep_their_proportions(weights: list[float]) -> None:
     found = settled_weights(weights, len(weights))
     assert math.fsum(found) == pytest.approx(1)
@@ -48,14 +48,14 @@ def test_weights_of_another_number_are_refused() -> None:
     assert (caught.value.key, caught.value.expected, caught.value.actual) == ("--weights", "3 numbers", "0.5,0.5")
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_refused(weight: float) -> None:
-    with pytest.raises(ConfigError, match="must be finite") as caught:
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e308])
+def test_weights_that_are_too_large_or_no_numbers_are_refused(weight: float) -> None:
+    with pytest.raises(ConfigError, match="cannot be used") as caught:
         settled_weights([1, weight], 2)
-    assert caught.value.actual == f"1,{weight}"
+    assert caught.value.actual == f"1,{weight:g}"
 
 
-@pytest.mark.parametrize("weights", [[0, 0], [1, -1], [0.1, 0.2, -0.3], [1e308, -1e308], [5e-324, -5e-324]])
+@pytest.mark.parametrize("weights", [[0, 0], [1, -1], [0.1, 0.2, -0.3], [1e100, -1e100], [5e-324, -5e-324]])
 def test_weights_of_sum_0_are_refused(weights: list[float]) -> None:
     with pytest.raises(ConfigError, match="must not be 0"):
         settled_weights(weights, len(weights))
