@@ -150,7 +150,7 @@ def _stop_if_asked(last: Planned, plan: Sequence[Planned]) -> None:
         Interrupted: The user asked to stop, and jobs are left.
     """
     if take_late_stop() and any(planned.state != "done" for planned in plan):
-        raise Interrupted(f"Stopped after {_head(last)}.", hint="run the same command again to continue")
+        raise Interrupted(f"Stopped after {_head(last)}.", hint="the same mftctl run command continues")
 
 
 def _head(planned: Planned) -> str:

@@ -45,6 +45,18 @@ def problems_of(document: dict[str, Any]) -> tuple[str, ...]:
     return caught.value.problems
 
 
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ([], "fft.average_horizons: at least 1 value expected, got []"),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], "fft.average_horizons: at most 4 values expected, got [0.1, 0.2, 0.3, 0.4, 0.5]"),
+        (0.3, "fft.average_horizons: a list such as [a, b] expected, got 0.3"),
+    ],
+)
+def test_lists_are_described_without_python_words(value: object, problem: str) -> None:
+    assert problems_of({"fft": {"average_horizons": value}}) == (problem,)
+
+
 # Finding
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from mftctl.workflows.probe import probe
 from tests.conftest import build_tokenizer
 from tests.masking.built_checkpoints import stored_tensors, write_tuned
 from tests.masking.test_selection import keep_by_sorting
-from tests.workflow_fixtures import Interrupter, encode_records, make_recipe, tuned
+from tests.workflow_fixtures import Interrupter, encode_records, make_recipe, open_run, tuned
 
 DEFAULT: dict[str, Any] = {
     "mask_train__kind": "delta",
@@ -111,6 +112,25 @@ def test_training_measures_exactly_what_the_applied_checkpoint_gives(
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     losses = {line.step: line.eval_loss for line in run.training.metrics() if line.eval_loss is not None}
     assert losses[result.best_step] == result.best_loss
+
+
+@pytest.mark.slow
+def test_a_mask_whose_base_is_gone_says_what_is_missing(learned: Learned, tmp_path: Path) -> None:
+    mask = learned[2]
+    metadata = dataclasses.replace(mask.metadata, base_model=str(tmp_path / "gone"))
+    moved = Mask({name: mask[name] for name in mask.names()}, mask.records, metadata)
+    with pytest.raises(ModelError, match="needs the model before fine-tuning, which is missing") as caught:
+        base_folder(moved)
+    assert caught.value.key == str(tmp_path / "gone")
+
+
+@pytest.mark.slow
+def test_a_base_without_effect_is_told(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, mask_train__base=str(workspace / "tiny"), mask_train__method="random")
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    listener = Interrupter(-1)
+    mask_train(recipe, source, run, listener)
+    assert any("has no effect on a mask of kind weight" in note for note in listener.notes)
 
 
 @pytest.mark.slow

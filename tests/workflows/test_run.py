@@ -137,7 +137,7 @@ def test_a_stop_in_the_last_step_of_a_job_ends_the_experiment_after_it(own_works
     recipe, root = experiment(own_workspace, stages=stages), tmp_path / "runs"
     with pytest.raises(Interrupted, match="Stopped after Seed 0, fft") as caught:
         run_all(recipe, root, Interrupter(3))
-    assert caught.value.hint == "run the same command again to continue"
+    assert caught.value.hint == "the same mftctl run command continues"
     assert [(run.record.command, run.record.status) for run in list_runs(root)[0]] == [("fft", "finished")]
     assert [run.record.command for run in run_all(recipe, root)] == ["fft", "mask-train"]
     # With nothing left to do, there is nothing to stop.
@@ -188,8 +188,9 @@ def test_an_interrupted_experiment_resumes_where_it_stopped(
     finished: Path, own_workspace: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "runs"
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as caught:
         run_all(experiment(own_workspace), root, Interrupter(2))
+    assert caught.value.hint == "the same mftctl run command resumes it"
     assert [run.record.status for run in list_runs(root)[0]] == ["finished", "interrupted"]
     run_all(experiment(own_workspace), root)
     resumed = {run.name: run.record.result for run in list_runs(root)[0]}
