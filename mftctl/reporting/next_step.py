@@ -65,6 +65,12 @@ def _after_a_mask(
         return Advice("mftctl probe", "The mask made the model worse. Masking only some of the layers may still help.")
     if "better" not in verdicts:
         return Advice("mftctl eval", "The change is within noise. More test records (no --limit) narrow the interval.")
+    if _has_no_control(masks, tables):
+        return Advice(
+            "mftctl fft --schedule constant --average ema",
+            "The mask beats the model it was learned on, but no control was measured: what more plain training on the "
+            "same data gives. mftctl run measures controls by itself.",
+        )
     if seeds < 3:
         recipe = next((run.record.recipe for run in reversed(runs) if run.record.recipe), None)
         if recipe is not None:
@@ -103,6 +109,13 @@ def _better_without_a_mask(masks: Sequence[tuple[MetricTable, Row]]) -> Advice |
         f"A model without a mask, {control.control}, is {relation} than {row.state} on {table.dataset} "
         f"({table.metric} {control.change.value:+.4f} with the mask). Use that model.",
     )
+
+
+def _has_no_control(masks: Sequence[tuple[MetricTable, Row]], tables: Sequence[MetricTable]) -> bool:
+    """True if masks were compared with nothing but the model that they were learned on."""
+    compared = [row.against_control for _, row in masks if row.against_control is not None]
+    controls = [row for table in tables for row in table.rows if row.made is not None and row.made.is_plain_training]
+    return bool(compared) and all(item.is_baseline for item in (*compared, *controls))
 
 
 def _is_the_weaker(row: Row, control: AgainstControl) -> bool:

@@ -164,6 +164,17 @@ def test_fft(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device", ["device", "cpu"])
+def test_averages_on_either_device(workspace: Path, tmp_path: Path, device: str) -> None:
+    changes = {"fft__average": "ema", "fft__average_horizons": [0.5], "fft__average_device": device}
+    runs = both("fft", workspace, tmp_path, **changes)
+    on_gpu, on_cpu = ([line.average_losses for line in run.training.metrics()] for run in runs)
+    assert any(on_gpu)
+    for found, expected in zip(on_gpu, on_cpu, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_fft_in_bf16_trains(workspace: Path, tmp_path: Path) -> None:
     with emulated_gpu(bf16=True):
         run = run_command("fft", tmp_path, make_recipe(workspace, **SHORT))

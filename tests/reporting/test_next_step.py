@@ -73,6 +73,17 @@ def test_the_results_decide_the_next_step(trained: Path, tables: list[MetricTabl
     assert next_step(tables, list_runs(trained)[0]).command == command
 
 
+def test_a_mask_compared_with_its_own_model_alone_wants_a_control(trained: Path) -> None:
+    [table] = make_tables("better", seeds=3, is_benchmark=True)
+    control = AgainstControl("FFT", CHANGES["better"], is_baseline=True)
+    mask = dataclasses.replace(table.rows[1], against_control=control)
+    alone = dataclasses.replace(table, rows=(table.rows[0], mask))
+    assert next_step([alone], list_runs(trained)[0]).command == "mftctl fft --schedule constant --average ema"
+    other = dataclasses.replace(table.rows[0], state="continued FFT", is_baseline=False)
+    both = dataclasses.replace(table, rows=(table.rows[0], other, mask))
+    assert next_step([both], list_runs(trained)[0]).command == "mftctl apply"
+
+
 def test_a_mask_that_helps_on_one_of_two_is_not_a_failure(trained: Path) -> None:
     tables = [*make_tables("worse", seeds=3), *make_tables("better", seeds=3, is_benchmark=True)]
     assert next_step(tables, list_runs(trained)[0]).command == "mftctl apply"

@@ -39,6 +39,10 @@ def headlines(tables: Sequence[MetricTable]) -> list[Headline]:
     return found
 
 
+def _is_control(row: Row) -> bool:
+    return row.made is not None and row.made.is_plain_training
+
+
 def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
     if row.change is None:
         raise ValueError(f"{row.state} has no change to report")
@@ -52,6 +56,8 @@ def _headline(table: MetricTable, row: Row, several_models: bool) -> Headline:
             f"{row.state} changes {table.metric} on {table.dataset}{of} by {change.value:+.4f} {interval_text(change)}"
             f" against {table.baseline if found is None else found.control}: {change.verdict} ({measured})."
         )
+        if found is not None and sum(1 for other in table.rows if _is_control(other)) == 1:
+            text += " No other control was measured."
         return Headline(text, change.verdict, row.runs)
     change = found.change
     text = (

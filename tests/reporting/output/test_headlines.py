@@ -68,5 +68,8 @@ def test_the_strongest_control_is_named_first() -> None:
 
 def test_a_baseline_that_is_the_strongest_control_is_named_once() -> None:
     row = dataclasses.replace(make_row("MFT", 0.48, BETTER), against_control=AgainstControl("FFT", BETTER, True))
-    [found] = headlines([make_table(row)])
+    fft, more = make_row("FFT", 0.5, None), make_row("continued FFT", 0.6, BETTER)
+    [found] = headlines([make_table(fft, row)])
+    assert found.text.endswith("against FFT: better (1,500 samples). No other control was measured.")
+    [found] = headlines([make_table(fft, more, row)])
     assert found.text.endswith("against FFT: better (1,500 samples).")
