@@ -115,7 +115,8 @@ def _has_no_control(masks: Sequence[tuple[MetricTable, Row]], tables: Sequence[M
     """True if masks were compared with nothing but the model that they were learned on."""
     compared = [row.against_control for _, row in masks if row.against_control is not None]
     controls = [row for table in tables for row in table.rows if row.made is not None and row.made.is_plain_training]
-    return bool(compared) and all(item.is_baseline for item in (*compared, *controls))
+    alone = all(control.is_baseline for control in compared) and all(row.is_baseline for row in controls)
+    return bool(compared) and alone
 
 
 def _is_the_weaker(row: Row, control: AgainstControl) -> bool:
