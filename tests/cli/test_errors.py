@@ -59,7 +59,7 @@ from tests.cli.running import CommandLine
         (["mask-train", "--method", "random", "--threshold", "0", "-m", "m"], 2, "needs learned scores"),
         (["mask", "info", "missing.bits"], 1, "missing.bits"),
         (["probe", "--groups", "four", "-m", "m", "-d", "d"], 2, "Group sizes must be whole numbers"),
-        (["probe", "--by", "coding", "-m", "m", "-d", "d"], 2, "needs a single benchmark"),
+        (["probe", "--by", "coding", "-m", "m", "-d", "d"], 2, "must be a single benchmark"),
         (["probe", "--by", "gsm8k", "--fast", "-m", "m", "-d", "d"], 2, "only predicts the loss"),
         (["probe", "--task-data", "gsm8k=g.jsonl", "-m", "m", "-d", "d"], 2, "mftctl probe --by gsm8k"),
         (["probe", "--limit", "5", "-m", "m", "-d", "d"], 2, "uses only the problems"),
