@@ -106,7 +106,7 @@ def test_an_experiment_resumes_after_ctrl_c(mftctl: CommandLine, workspace: Path
     assert (outcome.code, outcome.stdout) == (130, "")
     assert outcome.stderr.count("Error:") == 1
     assert "of 12; the state is saved" in outcome.stderr
-    assert "mftctl probe --resume --processes 2" in outcome.stderr
+    assert "try: the same mftctl run command resumes it" in outcome.stderr
     assert outcome.stderr.count("Stopping after this step") == 1
     assert list_runs(tmp_path / "runs")[0][0].record.status == "interrupted"
 
