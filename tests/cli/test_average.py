@@ -66,7 +66,7 @@ def test_an_existing_result_is_replaced_only_with_yes(here: CommandLine) -> None
         (["a"], "at least two checkpoints"),
         (["a", "b", "--weights", "1"], "one weight per checkpoint"),
         (["a", "b", "--weights", "1,-1"], "must not be 0"),
-        (["a", "b", "--weights", "nan,1"], "must be finite"),
+        (["a", "b", "--weights", "nan,1"], "cannot be used"),
         (["a", "b", "--weights", "1;2"], "numbers with commas"),
         (["a", "b", "-o", "a"], "is or contains an input model"),
     ],
