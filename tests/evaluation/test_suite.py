@@ -86,6 +86,7 @@ def test_nothing_to_measure(workspace: Path, tmp_path: Path) -> None:
         evaluate(recipe, source, run, Silence())
 
 
+@pytest.mark.slow
 def test_an_unknown_benchmark(workspace: Path, tmp_path: Path) -> None:
     recipe = make_recipe(workspace, eval__tasks=["gsm9k"])
     run, source = open_run(tmp_path, "eval", recipe)

@@ -256,6 +256,7 @@ def test_a_missing_file_of_problems() -> None:
         check_score("gsm8k", {"gsm8k": "missing.jsonl"}, "probe.by")
 
 
+@pytest.mark.slow
 def test_a_misspelt_criterion_names_its_key_and_the_nearest_one() -> None:
     with pytest.raises(EvaluationError, match="no benchmark named") as caught:
         check_score("exactmatch", {}, "--best-by")
