@@ -119,6 +119,7 @@ def show(console: Output, run: Run, result: FftResult) -> None:
     kept = f"{result.kept} checkpoint"
     if result.kept_average is not None:
         kept += f", average over {100 * result.kept_average:g} % of the steps"
+    score = result.best_score
     console.result(
         {"run": str(run.folder), **result.document()},
         pairs_table(
@@ -127,6 +128,7 @@ def show(console: Output, run: Run, result: FftResult) -> None:
                 ("validation loss", f"{result.start_loss:.4f} at the start"),
                 ("", f"{result.best_loss:.4f} at the best step ({result.best_step} of {result.steps})"),
                 ("", f"{result.last_loss:.4f} at the last step"),
+                *([] if score is None else [(score.metric, f"{score.value:.4f} at the best step")]),
                 ("model", f"{result.model} ({kept})"),
                 ("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"),
             ],

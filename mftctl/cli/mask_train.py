@@ -11,7 +11,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.experiments.recording import recorded
-from mftctl.experiments.results import MaskTrainResult, MeasuredMask
+from mftctl.experiments.results import DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.workflows.multi_process.dispatch import work
@@ -128,7 +128,9 @@ def mask_train(
 
 def show(console: Output, run: Run, result: MaskTrainResult) -> None:
     """Prints the result of mask training."""
-    rows = [("layers", result.layers), ("removed", f"{result.removed:,} of {result.weights:,} weights")]
+    resets = isinstance(result, DroppedMask) or (isinstance(result, MeasuredMask) and result.base is not None)
+    done = "reset" if resets else "removed"
+    rows = [("layers", result.layers), (done, f"{result.removed:,} of {result.weights:,} weights")]
     if len(set(result.layer_ratios.values())) > 1:
         rows += [("", f"{100 * ratio:.2g} % of layer {layer}") for layer, ratio in result.layer_ratios.items()]
     if isinstance(result, MeasuredMask):
@@ -149,6 +151,9 @@ def _losses(result: MeasuredMask) -> list[tuple[str, str]]:
         rows += [("", f"{result.best_loss:.4f} with {step}")]
     else:
         rows += [("", f"{result.best_loss:.4f} with the mask")]
+    if result.unmasked_score is not None and result.best_score is not None:
+        name, before, after = result.best_score.metric, result.unmasked_score.value, result.best_score.value
+        rows += [(name, f"{before:.4f} without a mask"), ("", f"{after:.4f} with the mask")]
     if found := result.confirmation:
         change = f"{found.change:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
         rows += [("confirmation", f"{change} {'confirmed' if found.confirmed else 'not confirmed'}")]

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from mftctl.errors import DeviceMemoryError
 from mftctl.experiments.training_options import TrainingOptions
+from mftctl.runtime.memory import available_bytes
+from mftctl.runtime.processes import local_world_size, spreads_parameters
+from mftctl.text import counted
 from mftctl.training.candidates import Candidate, best_candidate, logged_candidates
 from mftctl.training.step_trainer import StepTrainer
 from mftctl.training.weight_averages import WeightAverages
@@ -33,12 +37,33 @@ class AveragingTrainer(StepTrainer):
         Args:
             options: Options of the training.
             steps: Optimizer steps of the training.
+
+        Raises:
+            DeviceMemoryError: Main memory, where averages of a GPU's training are to be held, is too small for them.
         """
         if options.average == "none":
             return
         device = torch.device("cpu") if options.average_device == "cpu" else None
+        if device is not None and self.args.device.type != "cpu":
+            self._require_main_memory(options)
         self.averages = WeightAverages(options.average_horizons, steps, self.args.seed, device)
         self.add_callback(_Averaging(self))
+
+    def _require_main_memory(self, options: TrainingOptions) -> None:
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.model)
+        trained = sum(item.numel() * item.element_size() for item in model.parameters() if item.requires_grad)
+        horizons = options.average_horizons
+        # Each process on this machine holds averages of all parameters, or of its shard.
+        copies = 1 if spreads_parameters() else local_world_size()
+        needed, free = len(horizons) * trained * copies, available_bytes()
+        if needed > free:
+            raise DeviceMemoryError(
+                "Main memory is too small for the running averages.",
+                key="average_device",
+                expected=f"{needed / 1e9:.1f} GB free for {counted(len(horizons), 'average')}",
+                actual=f"{free / 1e9:.1f} GB",
+                hint="fewer average_horizons, --low-memory, or --average none",
+            )
 
     def measure_candidates(self, measured: Callable[[float | None], Candidate]) -> list[Candidate]:
         """The trained values and, after the first step, each average.

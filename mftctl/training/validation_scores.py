@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_MANY_QUESTIONS = 1_000
+
+
 class ValidationScorer:
     """Scores a model, always on the same samples: exact match of validation records, or a benchmark.
 
@@ -73,7 +76,13 @@ class ValidationScorer:
                 }
             )
             self._measures = Suite([], RecordIssues(), [])
-            self._test = SuiteRecords(encoder, _questions(records, recipe.eval.limit, key))
+            questions = _questions(records, recipe.eval.limit, key)
+            if len(questions.records) > _MANY_QUESTIONS:
+                listener.note(
+                    f"Every score takes answers to {len(questions.records):,} validation records; "
+                    "--set eval.limit=N uses the first N."
+                )
+            self._test = SuiteRecords(encoder, questions)
             return
         check_score(by, recipe.eval.task_data, key)
         self._recipe = _of_task(recipe, by)

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 
-from mftctl.errors import Interrupted
+from mftctl.errors import DeviceMemoryError, Interrupted
 from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import ModelSource, source_of_run
 from mftctl.experiments.recipe import Recipe
@@ -23,6 +23,7 @@ from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.masking.mask import load_mask
 from mftctl.progress import Silence
+from mftctl.training import averaging_trainer
 from mftctl.workflows.eval import evaluate
 from mftctl.workflows.fft import fine_tune
 from mftctl.workflows.interpolate import interpolate
@@ -172,6 +173,17 @@ def test_averages_on_either_device(workspace: Path, tmp_path: Path, device: str)
     assert any(on_gpu)
     for found, expected in zip(on_gpu, on_cpu, strict=True):
         assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_averages_that_main_memory_cannot_hold(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(averaging_trainer, "available_bytes", lambda: 1_000)
+    recipe = make_recipe(workspace, **{**SHORT, "fft__average": "ema", "fft__average_device": "cpu"})
+    with emulated_gpu(), pytest.raises(DeviceMemoryError, match="too small for the running averages") as caught:
+        run_command("fft", tmp_path, recipe)
+    assert caught.value.hint == "fewer average_horizons, --low-memory, or --average none"
 
 
 @pytest.mark.slow
