@@ -34,7 +34,7 @@ def test_2_drop_needs_neither_data_nor_the_base_of_a_run(here: CommandLine, work
     document = json.loads(outcome.stdout)
     assert (document["state"], document["base"]) == ("trivial drop", str(workspace / "tiny"))
     assert document["ratio"] == pytest.approx(0.3, abs=0.01)
-    assert "removed" in here("mask-train", *drop, "-o", "drop.bits", "--yes").stdout
+    assert "reset" in here("mask-train", *drop, "-o", "drop.bits", "--yes").stdout
 
 
 @pytest.mark.slow
