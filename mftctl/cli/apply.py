@@ -17,6 +17,7 @@ from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import ApplyResult
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.state_names import known_state
 from mftctl.files.ownership import Kind, permit_folder
 from mftctl.text import counted
 
@@ -82,9 +83,13 @@ def apply(
 
 def show(console: Output, run: Run, result: ApplyResult) -> None:
     """Prints the result of applying a mask."""
+    made = known_state(result.state)
     rows = [
         ("model", result.model),
-        ("removed", f"{counted(result.removed, 'weight')} in {counted(result.tensors_masked, 'tensor')}"),
+        (
+            "reset" if made is not None and made.resets else "removed",
+            f"{counted(result.removed, 'weight')} in {counted(result.tensors_masked, 'tensor')}",
+        ),
         ("written", f"{result.bytes_written / 1e6:,.1f} MB"),
     ]
     console.result(

@@ -95,5 +95,5 @@ def show(console: Output, run: Run, result: InterpolateResult) -> None:
         ("model", result.model),
         ("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"),
     ]
-    title = f"{result.state} in {run.record.seconds:.0f} s"
+    title = f"{result.state.capitalize()} in {run.record.seconds:.0f} s"
     console.result({"run": str(run.folder), **result.document()}, pairs_table(title, rows))

@@ -41,6 +41,7 @@ def test_2_drop_needs_neither_data_nor_the_base_of_a_run(here: CommandLine, work
 def test_3_apply_gives_base_and_tuned_weights(here: CommandLine, workspace: Path) -> None:
     by_itself = here("apply", "-o", "dropped")
     assert by_itself.code == 0, by_itself.stderr
+    assert "reset" in by_itself.stdout
     by_name = here("apply", workspace / "tiny", "drop.bits", "-o", "again", "--tuned", "runs/001-fft/model")
     assert by_name.code == 0, by_name.stderr
     base, tuned = parameters(workspace / "tiny"), parameters(here.folder / "runs" / "001-fft" / "model")
