@@ -56,6 +56,7 @@ def evaluate(
             "--data", "-d", help="Test data to measure on.", show_default="the run's", rich_help_panel=opt.INPUT
         ),
     ] = None,
+    retain_data: opt.RetainData = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
     chat_template: Annotated[

@@ -36,6 +36,7 @@ def interpolate(
     base: Annotated[str | None, opt.setting(InterpolateOptions, "base", "--base", panel=opt.INPUT)] = None,
     val_data: opt.ValData = None,
     val_fraction: opt.ValFraction = None,
+    retain_data: opt.RetainData = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
     shares: Annotated[

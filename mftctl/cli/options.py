@@ -200,6 +200,7 @@ Model = Annotated[
 Data = Annotated[list[str] | None, setting(Recipe, "data", "--data", "-d", panel=INPUT, default="the source run's")]
 ValData = Annotated[list[str] | None, setting(Recipe, "val_data", "--val-data", panel=INPUT)]
 ValFraction = Annotated[float | None, setting(Recipe, "val_fraction", "--val-fraction", panel=INPUT)]
+RetainData = Annotated[list[str] | None, setting(Recipe, "retain_data", "--retain", panel=INPUT)]
 ChatTemplate = Annotated[
     str | None,
     setting(Recipe, "chat_template", "--chat-template", panel=RECORDS, metavar="FILE|NAME", default="the tokenizer's"),
@@ -310,6 +311,7 @@ BestBy = Annotated[
     setting(TrainingOptions, "best_by", "--best-by", panel=TRAINING, metavar="loss|exact_match|TASK"),
 ]
 Schedule = Annotated[str | None, setting(TrainingOptions, "schedule", "--schedule", panel=TRAINING)]
+RetainWeight = Annotated[float | None, setting(TrainingOptions, "retain_weight", "--retain-weight", panel=TRAINING)]
 Average = Annotated[str | None, setting(TrainingOptions, "average", "--average", panel=TRAINING)]
 AverageDevice = Annotated[str | None, setting(TrainingOptions, "average_device", "--average-device", panel=TRAINING)]
 Deterministic = Annotated[

@@ -24,10 +24,10 @@ _SHARED = ("model", "revision", "data", "val_data", "val_fraction", "test_data",
 IN_THE_MODEL = ("chat_template", "template_args", "merge_system")
 """Keys that fine-tuning saves in the tokenizer of its model, so that later commands do not need them."""
 
-_OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records")
+_OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records", "retain_data")
 """Keys added later: omitted at their defaults, so that earlier runs are still recognised."""
 
-_OF_TRAINING = ("average", "best_by", "average_horizons", "decay_ratio")
+_OF_TRAINING = ("average", "best_by", "average_horizons", "decay_ratio", "retain_weight")
 _OF_SECTIONS = {
     "fft": ("exclude", "learn_from", *_OF_TRAINING),
     "mask_train": ("keep", "kind", "start_std", "unit", *_OF_TRAINING),

@@ -241,6 +241,11 @@ class Recipe(Section):
         0.05, description="Share of training data to split off for validation."
     )
     test_data: Sources = Field((), description="Test data, which eval measures on.")
+    retain_data: Sources = Field(
+        (),
+        description="Data of another domain, to measure forgetting: about half of its records, chosen by their prompts, "
+        "are held out and measured; --retain-weight trains on the others.",
+    )
     chat_template: str | None = Field(
         None,
         min_length=1,

@@ -85,6 +85,12 @@ class TrainingOptions(Section):
         description="What makes a step the best: the loss on validation records, exact_match of their answers, or the "
         "score of a benchmark.",
     )
+    retain_weight: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the KL divergence to the model before fine-tuning on --retain data, added to the loss; "
+        "0 only measures.",
+    )
     average: Literal["none", "ema"] = Field(
         "none",
         description="ema: also keep running averages of what is trained, one per horizon; each is validated beside the "

@@ -211,7 +211,7 @@ def _decides(
     job: Job, fingerprint: str | None, plan: Mapping[int, Planned], files: dict[str, str | None]
 ) -> dict[str, Any]:
     keys = deciding_keys(job.recipe, job.command)
-    sources = (*job.recipe.data, *job.recipe.val_data, *job.recipe.test_data)
+    sources = (*job.recipe.data, *job.recipe.val_data, *job.recipe.test_data, *job.recipe.retain_data)
     read = [source.path for source in sources]
     if "eval" in keys:
         read += keys["eval"]["task_data"].values()
