@@ -243,8 +243,8 @@ class Recipe(Section):
     test_data: Sources = Field((), description="Test data, which eval measures on.")
     retain_data: Sources = Field(
         (),
-        description="Data of another domain, to measure forgetting: about half of its records, chosen by their prompts, "
-        "are held out and measured; --retain-weight trains on the others.",
+        description="Data of another domain, to measure forgetting. About half of its records, chosen by their "
+        "prompts, are held out and measured; --retain-weight trains on the others.",
     )
     chat_template: str | None = Field(
         None,
