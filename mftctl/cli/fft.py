@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mftctl.cli import options as opt
-from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.output import Output, pairs_table, retained_rows
 from mftctl.cli.session import Session
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import FftResult
@@ -131,6 +131,7 @@ def show(console: Output, run: Run, result: FftResult) -> None:
                 ("", f"{result.best_loss:.4f} at the best step ({result.best_step} of {result.steps})"),
                 ("", f"{result.last_loss:.4f} at the last step"),
                 *([] if score is None else [(score.metric, f"{score.value:.4f} at the best step")]),
+                *retained_rows(result.retained, "at the start"),
                 ("model", f"{result.model} ({kept})"),
                 ("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"),
             ],

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mftctl.cli import options as opt
-from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.output import Output, pairs_table, retained_rows
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import DroppedMask, MaskTrainResult, MeasuredMask
@@ -156,6 +156,7 @@ def _losses(result: MeasuredMask) -> list[tuple[str, str]]:
     if result.unmasked_score is not None and result.best_score is not None:
         name, before, after = result.best_score.metric, result.unmasked_score.value, result.best_score.value
         rows += [(name, f"{before:.4f} without a mask"), ("", f"{after:.4f} with the mask")]
+    rows += retained_rows(result.retained, "without a mask")
     if found := result.confirmation:
         change = f"{found.change:+.4f} [{found.low:+.4f}, {found.high:+.4f}]"
         rows += [("confirmation", f"{change} {'confirmed' if found.confirmed else 'not confirmed'}")]

@@ -19,12 +19,13 @@ from rich.table import Table
 
 from mftctl.cli.streams import PlainTextConsole, unfiltered_messages
 from mftctl.errors import ConfigError, MftError
+from mftctl.experiments.results import RetainedLosses
 from mftctl.files.json_files import json_text
 from mftctl.progress import Progress as State
 from mftctl.runtime.processes import is_first, world_size
 from mftctl.text import command_line, visible, visible_line
 
-_TOO_SHORT = ("validating", "comparing", "reporting", "drawing")
+_TOO_SHORT = ("validating", "measuring retained data", "comparing", "reporting", "drawing")
 """Tasks too short for one line per tenth."""
 
 _FULL_COLUMNS = 80
@@ -200,3 +201,15 @@ def pairs_table(title: str, pairs: Sequence[tuple[str, str]]) -> Table:
     for name, value in pairs:
         table.add_row(escape(name), escape(value))
     return table
+
+
+def retained_rows(losses: RetainedLosses | None, before: str) -> list[tuple[str, str]]:
+    """Returns the rows of a result for data of another domain; none without such data.
+
+    Args:
+        losses: The losses on it.
+        before: When the first of them was measured, such as "at the start".
+    """
+    if losses is None:
+        return []
+    return [("retained loss", f"{losses.start_loss:.4f} {before}"), ("", f"{losses.kept_loss:.4f} of what was kept")]

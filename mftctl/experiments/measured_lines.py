@@ -34,6 +34,9 @@ class MetricsLine(Part):
         loss: Training loss.
         eval_loss: Validation loss.
         average_losses: Validation loss of each running average, by its horizon.
+        retained_loss: Loss on held-out records of another domain.
+        average_retained_losses: The same for each running average, by its horizon.
+        divergence: Divergence from the model before fine-tuning at the last step, per retained answer token.
         num_input_tokens_seen: Training tokens so far.
         train_runtime: Seconds since training started or was resumed.
         train_tokens_per_second: Average over that time.
@@ -62,6 +65,9 @@ class MetricsLine(Part):
     loss: Measured | None = None
     eval_loss: Measured | None = None
     average_losses: dict[str, Measured] = Field(default_factory=dict)
+    retained_loss: Measured | None = None
+    average_retained_losses: dict[str, Measured] = Field(default_factory=dict)
+    divergence: Measured | None = None
     num_input_tokens_seen: Exact | None = None
     train_runtime: Exact | None = None
     train_tokens_per_second: Exact | None = None

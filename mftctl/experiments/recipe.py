@@ -297,6 +297,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _weight_has_data(self) -> Recipe:
+        for name, section in (("fft", self.fft), ("mask_train", self.mask_train)):
+            if section.retain_weight > 0 and not self.retain_data:
+                raise ValueError(f"{name}.retain_weight needs retain_data (--retain DATA)")
+        return self
+
+    @model_validator(mode="after")
     def _settle_the_probe(self) -> Recipe:
         """Fills in the probe options left unset, without marking them as given."""
         self.__dict__["probe"] = probe = self.probe.model_copy()

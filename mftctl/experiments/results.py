@@ -128,6 +128,23 @@ class Score(Part):
 DecidingScore = Annotated[Score | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
+class RetainedLosses(Part):
+    """Loss on held-out records of another domain.
+
+    Attributes:
+        records: Number of records.
+        start_loss: Loss per answer token of the model that the command started from, without a mask.
+        kept_loss: Loss of the model, or with the mask, that was kept.
+    """
+
+    records: Several
+    start_loss: Measured
+    kept_loss: Measured
+
+
+KeptRetained = Annotated[RetainedLosses | None, Field(default=None, exclude_if=lambda value: value is None)]
+
+
 class FftResult(Result):
     """Result of `fft`.
 
@@ -148,6 +165,7 @@ class FftResult(Result):
         flops_per_token: FLOPs per training token.
         evaluations: Results of evaluations during training.
         peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
+        retained: Losses on data of another domain, if there is any.
     """
 
     state: Name
@@ -166,6 +184,7 @@ class FftResult(Result):
     flops_per_token: Exact
     evaluations: list[MetricsLine]
     peak_memory_bytes: Count
+    retained: KeptRetained
 
 
 class PrefixReuse(Part):
@@ -414,6 +433,7 @@ class MeasuredMask(MaskTrainResult):
         prefix_reuse: Use of the cache of hidden states.
         evaluations: Results of evaluations during training.
         base: Model before fine-tuning, for a delta mask.
+        retained: Losses on data of another domain, if there is any.
     """
 
     unmasked_loss: Measured
@@ -434,6 +454,7 @@ class MeasuredMask(MaskTrainResult):
     prefix_reuse: PrefixReuse
     evaluations: list[MetricsLine]
     base: Annotated[Place | None, Field(default=None, exclude_if=lambda value: value is None)]
+    retained: KeptRetained
 
 
 class DroppedMask(MaskTrainResult):

@@ -25,6 +25,7 @@ class Digests(Part):
     train: str | None = None
     validation: str | None = None
     test: str | None = None
+    retained: Annotated[str | None, _Optional] = None
 
 
 class TemplateRecord(Part):

@@ -339,8 +339,13 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError(f"a threshold needs learned scores; the method {self.method} takes a ratio")
         if self.unit == "row" and self.method != "magnitude":
             raise ValueError(f"mask_train.unit: row applies only to the method magnitude; the method is {self.method}")
-        if self.method != "learned" and (self.average != "none" or self.best_by != "loss"):
-            key = "average" if self.average != "none" else "best_by"
+        given = {
+            "average": self.average != "none",
+            "best_by": self.best_by != "loss",
+            "retain_weight": self.retain_weight,
+        }
+        if self.method != "learned" and any(given.values()):
+            key = next(name for name, is_given in given.items() if is_given)
             raise ValueError(f"mask_train.{key} applies only to learned masks; the method is {self.method}")
         if self.kind == "delta" and self.unit == "row":
             raise ValueError("mask_train.unit: row ranks rows by their weights; it applies only to kind weight")

@@ -21,11 +21,13 @@ class Candidate:
         horizon: Horizon of the average; None for the trained values themselves.
         loss: Validation loss per answer token.
         score: The score that decides; None if the loss does.
+        retained_loss: Loss on data of another domain; None without such data.
     """
 
     horizon: float | None
     loss: float
     score: Score | None = None
+    retained_loss: float | None = None
 
     @property
     def rank(self) -> float:
@@ -53,6 +55,10 @@ def log_entry(candidates: Sequence[Candidate]) -> dict[str, Any]:
     entry: dict[str, Any] = {"eval_loss": current.loss}
     if averages:
         entry["average_losses"] = {str(one.horizon): one.loss for one in averages}
+    if current.retained_loss is not None:
+        entry["retained_loss"] = current.retained_loss
+        retained = {str(one.horizon): one.retained_loss for one in averages}
+        entry |= {"average_retained_losses": retained} if retained else {}
     if current.score is not None:
         entry["score"] = current.score.document()
         scores = {str(one.horizon): one.score.document() for one in averages if one.score is not None}
@@ -64,11 +70,13 @@ def logged_candidates(entry: dict[str, Any]) -> list[Candidate]:
     """The candidates in an entry made by `log_entry`."""
     scores = {None: entry.get("score"), **entry.get("average_scores", {})}
     losses = {None: entry["eval_loss"], **entry.get("average_losses", {})}
+    retained = {None: entry.get("retained_loss"), **entry.get("average_retained_losses", {})}
     return [
         Candidate(
             None if key is None else float(key),
             loss,
             None if (score := scores.get(key)) is None else Score.read(score),
+            retained.get(key),
         )
         for key, loss in losses.items()
     ]

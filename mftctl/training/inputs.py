@@ -32,6 +32,7 @@ from mftctl.experiments.run_inputs import Digests, RunInputs, TemplateRecord, Tr
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.progress import Listener, Silence
+from mftctl.training.retained_data import PART, RetainedData, prepare_retained
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class TrainingInputs:
         issues: Number of records in each part that were refused, truncated and so on.
         check: Facts about the checkpoint.
         validation_examples: The examples behind the validation records.
+        retained: Records of another domain; None if the recipe names none, or the command does not use them.
     """
 
     checkpoint: Path
@@ -63,6 +65,7 @@ class TrainingInputs:
     issues: dict[str, dict[str, int]]
     check: CheckpointCheck = field(default_factory=CheckpointCheck)
     validation_examples: Sequence[Example] = ()
+    retained: RetainedData | None = None
 
     def template_text(self) -> str:
         """The chat template as described in a model card."""
@@ -122,6 +125,7 @@ def prepare_training(
     adapters: bool = False,
     seen: np.ndarray | None = None,
     learn_from: LearnFrom = "all",
+    retain_weight: float | None = None,
     now: datetime | None = None,
     listener: Listener | None = None,
 ) -> TrainingInputs:
@@ -135,6 +139,7 @@ def prepare_training(
         adapters: Whether the model may be a LoRA adapter.
         seen: Digests of the records that the model was fine-tuned on, uint64; None for none.
         learn_from: How to treat those records; see `records_to_learn_from`.
+        retain_weight: Weight of the divergence on the recipe's retained data; None if the command does not use it.
         now: The current time as seen by a chat template; by default the clock's.
         listener: Receives notes and warnings about the records.
 
@@ -158,23 +163,36 @@ def prepare_training(
     train = encode_prepared(chosen, encoder, max_length_tokens, parts.train_issues, listener)
     validation = encode_prepared(parts.validation, encoder, max_length_tokens, parts.validation_issues, listener)
     _settle(recipe, parts, train, validation, max_length_tokens, listener)
-    check_lengths(check, [*token_lengths(train.records), *token_lengths(validation.records)], checkpoint)
+    retained = None
+    if retain_weight is not None and recipe.retain_data:
+        known = np.concatenate([parts.train.digests, parts.validation.digests])
+        count, trains = len(validation.records), retain_weight > 0
+        retained = prepare_retained(recipe, encoder, max_length_tokens, known, count, trains=trains, listener=listener)
+    used = (train.records, validation.records, *([retained.measured, retained.trained] if retained else []))
+    check_lengths(check, [length for records in used for length in token_lengths(records)], checkpoint)
     added = added_system_text(encoder, train.examples)
     if added is not None:
         listener.note(f"Training data: {added}")
+    named = {**parts.named_issues(), **({PART: retained.issues} if retained else {})}
     return TrainingInputs(
         checkpoint,
         encoder.tokenizer,
         train.records,
         validation.records,
-        Digests(train=data_digest(train.examples), validation=data_digest(validation.examples)),
+        _digests(train, validation, retained),
         train.examples.digests,
         left_out,
         template_record(encoder, recipe),
-        {name: counts for name, issues in parts.named_issues().items() if (counts := issues.counts())},
+        {name: counts for name, issues in named.items() if (counts := issues.counts())},
         check,
         validation.examples,
+        retained,
     )
+
+
+def _digests(train: PreparedRecords, validation: PreparedRecords, retained: RetainedData | None) -> Digests:
+    found = Digests(train=data_digest(train.examples), validation=data_digest(validation.examples))
+    return found if retained is None else found.model_copy(update={"retained": retained.digest})
 
 
 def _settle(
@@ -225,12 +243,12 @@ def require_same_data(before: RunInputs, inputs: TrainingInputs) -> None:
     """
     began = {**before.digests.document(), "chat template": before.chat_template.digest}
     now = {**inputs.digests.document(), "chat template": inputs.template.digest}
-    changed = [name for name, digest in began.items() if digest is not None and digest != now[name]]
+    changed = [name for name, digest in began.items() if digest is not None and digest != now.get(name)]
     if changed:
         raise ChangedDataError(
             "The data has changed since this run began.",
             key=", ".join(changed),
             expected=", ".join(f"SHA-256 {began[name]}" for name in changed),
-            actual=", ".join(str(now[name]) for name in changed),
+            actual=", ".join(str(now.get(name)) for name in changed),
             hint="restore the data, or start a new run without --resume",
         )

@@ -10,7 +10,7 @@ import torch
 from mftctl.errors import TrainingError
 from mftctl.evaluation.losses import mean_loss
 from mftctl.experiments.measured_lines import MetricsLine
-from mftctl.experiments.results import Flips
+from mftctl.experiments.results import Flips, RetainedLosses
 from mftctl.masking.baselines import magnitude_mask, random_mask, row_mask
 from mftctl.masking.checkpoints.outlines import Rows, StoredWeights
 from mftctl.masking.full_tensor import whole_shape
@@ -71,6 +71,7 @@ def _train(search: MaskSearch) -> FoundMask:
         removes_none = all(count_kept(start[name]) == module.scores.numel() for name, module in masked_layers(model))
         trainer.known_start_loss = search.unmasked_loss if removes_none else None
         trainer.known_start_score = search.unmasked_score
+        trainer.unmasked_retained_loss = search.unmasked_retained_loss
     with stop_on_signal(search.listener) as stop:
         train(
             trainer,
@@ -112,7 +113,15 @@ def _train(search: MaskSearch) -> FoundMask:
         kept.horizon,
         search.unmasked_score,
         kept.score,
+        _retained_losses(search, trainer.unmasked_retained_loss, kept.retained_loss),
     )
+
+
+def _retained_losses(search: MaskSearch, unmasked: float | None, kept: float | None) -> RetainedLosses | None:
+    """The losses on retained data without and with the mask; None without such data."""
+    if search.retention is None or unmasked is None or kept is None:
+        return None
+    return RetainedLosses(records=search.retention.records, start_loss=unmasked, kept_loss=kept)
 
 
 def _trainer(search: MaskSearch) -> ScoreTrainer:
@@ -133,6 +142,7 @@ def _trainer(search: MaskSearch) -> ScoreTrainer:
     trainer.step_size = step_size(options)
     trainer.keep_averages(options, start.steps)
     trainer.scores = search.scores
+    trainer.retention = search.retention
     trainer.averages_records = options.averages_records
     trainer.learning_rates = rates
     trainer.low_memory = options.low_memory
@@ -200,8 +210,15 @@ def find_mask(search: MaskSearch) -> FoundMask:
     keep = {target.name: _baseline(target, search) for target in search.targets}
     with masked(search.targets, keep, search.base):
         loss = validation_loss(search.model, search.inputs, search.listener)
+        retained = None if search.retention is None else search.retention.loss(search.model)
     unmasked_loss = cast("float", search.unmasked_loss)  # None only for a model without values
-    return FoundMask({name: bits.cpu() for name, bits in keep.items()}, unmasked_loss, loss, loss)
+    return FoundMask(
+        {name: bits.cpu() for name, bits in keep.items()},
+        unmasked_loss,
+        loss,
+        loss,
+        retained=_retained_losses(search, search.unmasked_retained_loss, retained),
+    )
 
 
 def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:

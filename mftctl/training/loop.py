@@ -44,8 +44,8 @@ from mftctl.runtime.stop_request import StopRequest
 from mftctl.runtime.torch_failures import gpu_failures, reason_of
 from mftctl.text import first_line
 from mftctl.training.answer_loss import answer_loss, record_shares
-from mftctl.training.averaging_trainer import AveragingTrainer
 from mftctl.training.candidates import RANK, Candidate, best_candidate, log_entry
+from mftctl.training.retaining_trainer import RetainingTrainer
 from mftctl.training.schedule import accumulation, decay_steps, records_per_step, warmup_steps
 from mftctl.training.stopping import EndedBefore, NoStepTooMany
 from mftctl.training.token_batches import StepSize
@@ -157,7 +157,7 @@ def step_size(options: TrainingOptions) -> StepSize | None:
     return StepSize(records_per_step(options, world_size()), options.batch_tokens)
 
 
-class SftTrainer(AveragingTrainer):
+class SftTrainer(RetainingTrainer):
     """A Trainer for answer tokens: exact token-mean losses, a record order that depends only on the seed, no printing.
 
     Attributes:
@@ -247,7 +247,7 @@ class SftTrainer(AveragingTrainer):
             together=True,
         )
         score = None if self.scores is None else self.scores.score(model, self.state.global_step, horizon)
-        return Candidate(horizon, mean_loss(losses), score)
+        return Candidate(horizon, mean_loss(losses), score, self.retained_loss())
 
     def _record(self, candidates: Sequence[Candidate], metric_key_prefix: str) -> dict[str, float]:
         """Passes what was measured to the log and the callbacks, and returns it as metrics."""
@@ -255,6 +255,7 @@ class SftTrainer(AveragingTrainer):
         if self.start_loss is None:
             self.start_loss = candidates[0].loss
         entry, best = log_entry(candidates), best_candidate(candidates)
+        entry |= {} if self.divergence is None else {"divergence": self.divergence}
         if self.scores is not None:
             before_step = self.state.best_global_step
             before = None if before_step is None else self.candidate_at(before_step)

@@ -13,7 +13,7 @@ from mftctl.data.seen_records import seen_records
 from mftctl.evaluation.losses import SampleLoss
 from mftctl.experiments.model_source import ModelSource, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import Flips, Score
+from mftctl.experiments.results import Flips, RetainedLosses, Score
 from mftctl.experiments.run_folder import Run, TrainingFolder
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_options import MaskTrainOptions
@@ -26,6 +26,7 @@ from mftctl.runtime.devices import frozen_dtype
 from mftctl.runtime.processes import world_size
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import InterimEvaluation
+from mftctl.training.retention import Retention
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.score_start import ScoreStart, score_start
 from mftctl.training.step_scores import StepScores
@@ -52,6 +53,8 @@ class MaskSearch:
         scores: Scores that decide between steps; None if the loss does.
         unmasked_score: The score of the unmasked model.
         base: For a delta mask, the weight before fine-tuning of each target, on the weight's device.
+        retention: Measures data of another domain; None without such data.
+        unmasked_retained_loss: Loss of the unmasked model on that data; None for a model without values.
     """
 
     model: PreTrainedModel
@@ -70,6 +73,8 @@ class MaskSearch:
     scores: StepScores | None = None
     unmasked_score: Score | None = None
     base: Mapping[str, torch.Tensor] | None = None
+    retention: Retention | None = None
+    unmasked_retained_loss: float | None = None
 
     def base_of(self, target: MaskTarget) -> torch.Tensor | None:
         """The target's weight before fine-tuning; None for a weight mask."""
@@ -114,6 +119,7 @@ class FoundMask:
         kept_average: Horizon of the running average of the scores that gave this mask; None for the scores themselves.
         unmasked_score: The score without a mask; None if the loss decides.
         best_score: The score with this mask.
+        retained: Losses on data of another domain; None without such data.
     """
 
     keep: dict[str, torch.Tensor]
@@ -129,6 +135,7 @@ class FoundMask:
     kept_average: float | None = None
     unmasked_score: Score | None = None
     best_score: Score | None = None
+    retained: RetainedLosses | None = None
 
     @property
     def helps(self) -> bool:
@@ -152,7 +159,12 @@ class MaskTrainingInputs:
 
 
 def prepare_mask_training(
-    recipe: Recipe, source: ModelSource, run: Run, listener: Listener, data_fraction: float
+    recipe: Recipe,
+    source: ModelSource,
+    run: Run,
+    listener: Listener,
+    data_fraction: float,
+    retain_weight: float | None = None,
 ) -> MaskTrainingInputs:
     """Data for mask training: by default, records that the model was not fine-tuned on.
 
@@ -164,6 +176,7 @@ def prepare_mask_training(
         run: Open run, in the same runs folder as the runs that produced the model.
         listener: Receives a note on the records left out.
         data_fraction: Share of the records to use.
+        retain_weight: Weight of the divergence on the recipe's retained data; None if the command does not use it.
 
     Raises:
         ConfigError: The recipe names no data.
@@ -180,6 +193,7 @@ def prepare_mask_training(
         data_fraction=data_fraction,
         seen=seen_records(run.folder.parent, source.parents),
         learn_from=options.learn_from,
+        retain_weight=retain_weight,
         now=run.started,
         listener=listener,
     )

@@ -42,10 +42,12 @@ class ScoreTrainer(SftTrainer):
         counted: The mask of each module at the last validation, as packed bits.
         start_masks: The masks of the initial scores; for a model without values, known once training has begun.
         unmasked_losses: Unmasked losses of the validation records, for such a model.
+        unmasked_retained_loss: Unmasked loss on the retained data, if there is any; for such a model, known as above.
     """
 
     start_masks: dict[str, Packed]
     unmasked_losses: Sequence[SampleLoss] = ()
+    unmasked_retained_loss: float | None = None
 
     learning_rates: Mapping[str, float]
     epsilon: float
@@ -91,6 +93,8 @@ class ScoreTrainer(SftTrainer):
         if self.rows is not None:
             self.start_masks = self.packed_masks()
             self.unmasked_losses = self.losses(self.validation, masked=False)
+            with unmasked(model):
+                self.unmasked_retained_loss = self.retained_loss()
             kept = (
                 count_kept(self.start_masks[name]) == whole_shape(module.scores).numel()
                 for name, module in self.masked().items()
@@ -127,7 +131,7 @@ class ScoreTrainer(SftTrainer):
         if self.known_start_loss is None:
             metrics = super().evaluate(metric_key_prefix=metric_key_prefix)
         else:
-            start = Candidate(None, self.known_start_loss, self.known_start_score)
+            start = Candidate(None, self.known_start_loss, self.known_start_score, self.unmasked_retained_loss)
             metrics = self._record([start], metric_key_prefix)
         self.state.best_metric, self.state.best_global_step = metrics[f"{metric_key_prefix}_{RANK}"], 0
         return metrics

@@ -72,6 +72,7 @@ class ValidationScorer:
             self._recipe = recipe.model_copy(
                 update={
                     "test_data": recipe.val_data or recipe.data,
+                    "retain_data": (),
                     "eval": recipe.eval.model_copy(update={"generate": True, "tasks": ()}),
                 }
             )
@@ -163,6 +164,7 @@ def _of_task(recipe: Recipe, by: str) -> Recipe:
     file = recipe.eval.task_data.get(by)
     changes = {
         "test_data": [],
+        "retain_data": [],
         "eval.tasks": [by],
         "eval.task_data": {} if file is None else {by: file},
         "eval.predictions": None,

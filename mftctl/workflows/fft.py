@@ -18,7 +18,7 @@ from mftctl.evaluation.answer_stops import name_stops, turn_stops
 from mftctl.experiments.model_origin import ModelOrigin, origin_of
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import FftResult
+from mftctl.experiments.results import FftResult, RetainedLosses
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.state_names import fine_tuned_state
@@ -41,6 +41,7 @@ from mftctl.training.flops import flops_per_token
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.loop import step_size, train, training_arguments
+from mftctl.training.retention import make_retention
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.step_scores import step_scores
 from mftctl.training.tuned_card import write_tuned_card
@@ -119,6 +120,7 @@ def _fine_tune(
         adapters=True,
         seen=None if options.learn_from == "all" else seen_records(run.folder.parent, source.parents),
         learn_from=options.learn_from,
+        retain_weight=options.retain_weight,
         now=run.started,
         listener=listener,
     )
@@ -136,6 +138,8 @@ def _fine_tune(
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
+    before = None if options.method == "lora" else inputs.checkpoint
+    trainer.retention = make_retention(inputs, options, model, before, seed=recipe.seed, listener=listener)
     records = EncodedRecords(inputs.validation, inputs.validation_examples)
     trainer.scores = step_scores(recipe, "fft", options, inputs, records, run, listener)
     try:
@@ -166,6 +170,19 @@ def _fine_tune(
         flops_per_token=flops,
         evaluations=measurements(run.training),
         peak_memory_bytes=peak_memory_bytes(),
+        retained=_retained_losses(trainer),
+    )
+
+
+def _retained_losses(trainer: UpdateTrainer) -> RetainedLosses | None:
+    """The losses on retained data at the start and of the kept model; None without such data."""
+    start, kept = trainer.candidate_at(0), trainer.kept_candidate()
+    if trainer.retention is None or start is None or kept is None:
+        return None
+    if start.retained_loss is None or kept.retained_loss is None:
+        return None
+    return RetainedLosses(
+        records=trainer.retention.records, start_loss=start.retained_loss, kept_loss=kept.retained_loss
     )
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import Encoded, EncodedRecords
 from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import ModelSource
+from mftctl.experiments.model_source import ModelSource, known_base
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Confirmation, DroppedMask, MaskTrainResult, MeasuredMask, PrefixReuse
 from mftctl.experiments.run_device import device_for
@@ -43,6 +43,7 @@ from mftctl.training.prefix_cache import (
     reusing_prefix,
     token_batches_change,
 )
+from mftctl.training.retention import make_retention
 from mftctl.training.step_scores import StepScores, step_scores
 from mftctl.workflows.mask_result import build_mask, keep_mask, layer_ratios, mask_metadata
 from mftctl.workflows.model_before import model_before, model_before_measured
@@ -87,7 +88,7 @@ def mask_train(
         with device_for(run, listener, less_memory=[], device="cpu"):  # only compares files
             restart_peak_memory()
             return _drop(recipe, source, run, listener, may_replace=may_replace)
-    if options.base is not None and options.kind == "weight":
+    if options.base is not None and options.kind == "weight" and not options.retain_weight:
         listener.warn("The model before fine-tuning (mask_train.base) has no effect on a mask of kind weight.")
     with training_on_device("mask-train", recipe, options, run, listener) as room:
         searched = _search(recipe, source, run, listener, room, resume=resume)
@@ -126,7 +127,10 @@ def _search(
     options = recipe.mask_train
     base = model_before_measured(options, source)
     base_folder = None if base is None else resolve_checkpoint(base)
-    prepared = prepare_mask_training(recipe, source, run, listener, options.data_fraction)
+    before = base_folder
+    if options.retain_weight and before is None:
+        before = resolve_checkpoint(known_base(source, options.base, key="mask_train.base", what="--retain-weight"))
+    prepared = prepare_mask_training(recipe, source, run, listener, options.data_fraction, options.retain_weight)
     inputs = prepared.inputs
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs, split_validation_records(inputs.validation, options)[0])
@@ -138,6 +142,7 @@ def _search(
     pairs = None if base_folder is None else pair_targets(targets, model, base_folder, inputs.checkpoint)
     deciding, confirming = split_validation_records(inputs.validation, options)
     scores = _step_scores(recipe, inputs, weights, run, listener)
+    retention = make_retention(inputs, options, model, before, seed=recipe.seed, listener=listener)
     inputs = replace(inputs, validation=deciding)
     come_again = _batches_come_again(len(inputs.train), layers, options, listener)
     with (
@@ -162,6 +167,8 @@ def _search(
             scores=scores,
             unmasked_score=None if scores is None else scores.unmasked(model),
             base=None if pairs is None else read_base(targets, pairs),
+            retention=retention,
+            unmasked_retained_loss=None if retention is None or weights is not None else retention.loss(model),
         )
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {search.start.learning_rate_text(targets)}")
@@ -203,6 +210,7 @@ def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run,
         prefix_reuse=searched.reuse,
         evaluations=measurements(run.training),
         peak_memory_bytes=peak_memory_bytes(),
+        retained=found.retained,
     )
 
 

@@ -35,6 +35,9 @@ CPU_SELECTING_TENSORS = 2
 HELD_COPIES = 5
 """Per parameter with held entries: its weight twice at the first step, an empty gradient, and two moments."""
 
+DIVERGENCE_LOGITS = 4
+"""Tensors of fp32 logits that the divergence on retained data holds beyond those of the training loss."""
+
 PROMISED_BYTES = 13
 """Per entry of the projection whose gain `probe --fast` is summing: three fp32 numbers and a bool."""
 

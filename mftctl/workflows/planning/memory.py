@@ -39,7 +39,14 @@ from mftctl.training.answer_loss import answer_loss
 from mftctl.training.loop import CHECKPOINTING
 from mftctl.workflows.planning.allocation_meter import AllocationMeter, Event, add_up
 from mftctl.workflows.planning.batches import Batches
-from mftctl.workflows.planning.entry_costs import NF4_BYTES, PROMISED_BYTES, kept_bytes, selecting_bytes, step_bytes
+from mftctl.workflows.planning.entry_costs import (
+    DIVERGENCE_LOGITS,
+    NF4_BYTES,
+    PROMISED_BYTES,
+    kept_bytes,
+    selecting_bytes,
+    step_bytes,
+)
 from mftctl.workflows.planning.layer_sampling import keep_stand_ins, repeat_layers, stand_ins, telling_stretches
 from mftctl.workflows.planning.training_setup import TrainingPlan
 
@@ -51,7 +58,7 @@ class MemoryEstimate:
     """Estimated memory on one device, in bytes.
 
     Attributes:
-        weights_bytes: All parameters and buffers of the model, including adapters.
+        weights_bytes: All parameters and buffers of the model, including adapters, and of a frozen model beside it.
         scores_bytes: Trainable mask scores.
         masked_weights_bytes: Cached products of weights and masks.
         gradients_bytes: Gradients of everything that is trained or whose gradients are summed.
@@ -151,6 +158,8 @@ def _standing(model: PreTrainedModel, plan: TrainingPlan, process: int) -> Memor
     """The part of the estimate that follows from parameter sizes alone: resident memory and step temporaries."""
     scores = sum(_size(module.scores) for _, module in masked_layers(model))
     weights = sum(map(_size, {*model.parameters(), *model.buffers()})) - scores
+    if plan.reference_dtype is not None:
+        weights += weights * plan.reference_dtype.itemsize // plan.weights_dtype.itemsize
     weights -= _quantized_bytes(model)[0] if plan.quantized else 0
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = sum(4 * parameter.numel() if plan.adds_up else _size(parameter) for parameter in trained)
@@ -188,8 +197,9 @@ def _with_passes(
     trains = any(parameter.requires_grad for parameter in model.parameters())
     events = _training_events(model, kept, plan, batches) if trains else []
     training = add_up(repeat_layers(events, chosen))
-    activations = dequantized + max(training.peak_other_bytes - masked, 0)
-    passes, validation = training.peak_bytes + dequantized if trains else 0, 0
+    extra = dequantized + (_divergence_bytes(model, batches) if plan.retains else 0)
+    activations = extra + max(training.peak_other_bytes - masked, 0)
+    passes, validation = training.peak_bytes + extra if trains else 0, 0
     before = standing.process_bytes + standing.weights_bytes + standing.scores_bytes + standing.optimizer_bytes
     if plan.adds_up:
         passes += standing.gradients_bytes
@@ -203,6 +213,15 @@ def _with_passes(
         validation_bytes=validation,
         peak_bytes=max(standing.peak_bytes, before + passes, before + masked + validation),
     )
+
+
+def _divergence_bytes(model: PreTrainedModel, batches: Batches) -> int:
+    """What a pass over retained data holds beyond one over training data: fp32 logits of both models, in several forms.
+
+    Its records are assumed to have as many answer tokens as training records.
+    """
+    positions = min(batches.answer_tokens, positions_at_once(model))
+    return DIVERGENCE_LOGITS * 4 * positions * model.config.get_text_config().vocab_size
 
 
 def _product_sizes(model: nn.Module) -> list[int]:

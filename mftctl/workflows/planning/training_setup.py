@@ -39,6 +39,8 @@ class TrainingPlan:
         quantized: Whether the base model's linear projections are in 4 bits.
         adds_up: Whether gradients are summed in fp32 without training, as in `probe --fast`.
         averages: Number of running averages on the device.
+        reference_dtype: Dtype of the frozen model before fine-tuning that is held beside the trained one; None without.
+        retains: Whether a step also runs on retained data.
     """
 
     prepare: Callable[[PreTrainedModel], None] = field(compare=False)
@@ -55,6 +57,8 @@ class TrainingPlan:
     quantized: bool = False
     adds_up: bool = False
     averages: int = 0
+    reference_dtype: torch.dtype | None = None
+    retains: bool = False
 
 
 def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | None = None) -> TrainingPlan:
@@ -92,6 +96,8 @@ def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | Non
         decays=options.weight_decay > 0,
         quantized=options.quantize is not None,
         averages=_averages(options, device),
+        reference_dtype=None if is_lora else _reference_dtype(options, device),
+        retains=options.retain_weight > 0,
     )
 
 
@@ -134,6 +140,8 @@ def plan_mask_training(
         on_gpu=on_gpu,
         decays=options.weight_decay > 0,
         averages=_averages(options, device),
+        reference_dtype=_reference_dtype(options, device),
+        retains=options.retain_weight > 0,
     )
 
 
@@ -222,6 +230,12 @@ def _rule(options: MaskTrainOptions) -> MaskRule:
     if options.threshold is not None:
         return MaskRule(None, options.threshold, options.ranking)
     return MaskRule(ranking=options.ranking)
+
+
+def _reference_dtype(options: TrainingOptions, device: PlannedDevice) -> torch.dtype | None:
+    if options.retain_weight == 0:
+        return None
+    return torch.bfloat16 if device.uses_bf16(options.precision) else torch.float32
 
 
 def _averages(options: TrainingOptions, device: PlannedDevice) -> int:

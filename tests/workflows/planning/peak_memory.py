@@ -50,7 +50,11 @@ def make_case(folder: Path, case: Case) -> Recipe:
     if options.get("kind") == "delta":
         build_llama(**case.model, seed=1).save_pretrained(folder / "base")
         options["base"] = str(folder / "base")
-    changes = {f"{section}__{key}": value for key, value in options.items()}
+    changes: dict[str, Any] = {f"{section}__{key}": value for key, value in options.items()}
+    if "retain_weight" in options:
+        others = [{"question": f"{number:02}" + "r" * (half - 6), "answer": "b" * half} for number in range(24)]
+        (folder / "other.jsonl").write_text("".join(json.dumps(record) + "\n" for record in others), encoding="utf-8")
+        changes["retain_data"] = [str(folder / "other.jsonl")]
     return make_recipe(folder, mask_train__layers="0-1", **changes)
 
 

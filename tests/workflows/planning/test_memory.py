@@ -42,6 +42,8 @@ _CASES = {
     "mask-train, weights": Case("mask-train", _WEIGHTS, 2, 60, {"grad_accum_steps": 2}),
     "mask-train, delta": Case("mask-train", _WEIGHTS, 2, 60, {"kind": "delta", "grad_accum_steps": 2}),
     "fft, logits": Case("fft", _LOGITS, 4, 120),
+    "fft, retained weights": Case("fft", _WEIGHTS, 2, 60, {"retain_weight": 1.0}),
+    "fft, retained logits": Case("fft", _LOGITS, 4, 120, {"retain_weight": 1.0}),
     "fft, checkpointing": Case("fft", _ACTIVATIONS, 8, 256, {"gradient_checkpointing": True}),
 }
 _TINY = Batches(4, 24, True, 4, 24, 12, 92)
