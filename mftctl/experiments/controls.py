@@ -89,7 +89,7 @@ def _added(jobs: Sequence[Job], wanted: Sequence[Control]) -> Iterator[Job]:
         if start not in between:
             between[start] = list(_interpolated(mask, wanted))
             yield from (candidate for control in between[start] for candidate in control.candidates)
-        asked = job.recipe.model_dump_json(include={"eval", "test_data"})
+        asked = job.recipe.model_dump_json(include={"eval", "test_data", "retain_data"})
         for control in (*made[start, settings], *between[start]):
             if (control.label, asked) not in measured:
                 measured.add((control.label, asked))

@@ -33,6 +33,7 @@ class MetricsLine(Part):
         epoch: Passes over the training data so far.
         loss: Training loss.
         eval_loss: Validation loss.
+        retained_loss: Loss on the held-out records of the data to retain.
         average_losses: Validation loss of each running average, by its horizon.
         num_input_tokens_seen: Training tokens so far.
         train_runtime: Seconds since training started or was resumed.
@@ -61,6 +62,7 @@ class MetricsLine(Part):
     epoch: Exact | None = None
     loss: Measured | None = None
     eval_loss: Measured | None = None
+    retained_loss: Measured | None = None
     average_losses: dict[str, Measured] = Field(default_factory=dict)
     num_input_tokens_seen: Exact | None = None
     train_runtime: Exact | None = None

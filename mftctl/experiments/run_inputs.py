@@ -20,11 +20,15 @@ _Optional = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Digests(Part):
-    """SHA-256 of the examples of each part of the data; None for a part that a command does not use."""
+    """SHA-256 of the examples of each part of the data; None for a part that a command does not use.
+
+    `retained` covers the held-out records of the data to retain.
+    """
 
     train: str | None = None
     validation: str | None = None
     test: str | None = None
+    retained: Annotated[str | None, _Optional] = None
 
 
 class TemplateRecord(Part):

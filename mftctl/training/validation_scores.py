@@ -163,6 +163,7 @@ def _of_task(recipe: Recipe, by: str) -> Recipe:
     file = recipe.eval.task_data.get(by)
     changes = {
         "test_data": [],
+        "retain_data": [],
         "eval.tasks": [by],
         "eval.task_data": {} if file is None else {by: file},
         "eval.predictions": None,
