@@ -94,6 +94,7 @@ def stats(
     val_data: opt.ValData = None,
     val_fraction: opt.ValFraction = None,
     test_data: Annotated[list[str] | None, opt.setting(Recipe, "test_data", "--test-data", panel=opt.INPUT)] = None,
+    retain_data: opt.RetainData = None,
     recipe: opt.RecipeName = None,
     sets: opt.Sets = None,
     chat_template: opt.ChatTemplate = None,
@@ -116,7 +117,8 @@ def stats(
     with Output(as_json=as_json) as console:
         session = Session("data stats", console, runs, recipe=recipe, sets=sets, options=opt.given(context, "fft"))
         settled = session.settle()
-        if settled.model is not None or not (settled.data or settled.val_data or settled.test_data):
+        given = settled.data or settled.val_data or settled.test_data or settled.retain_data
+        if settled.model is not None or not given:
             settled, _ = session.settle_with_model("fft")
         from mftctl.workflows.data_stats import data_stats
 

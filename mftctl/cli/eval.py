@@ -218,8 +218,8 @@ def _sources(model: str | None, mask: Path | None, session: Session) -> list[Mod
 def _evaluate_once(session: Session, source: ModelSource, *, resume: bool, again: bool) -> Run:
     """Returns a finished evaluation: an earlier identical one unless `again`, otherwise a new one."""
     recipe = session.settle(source)
-    if not recipe.test_data and not recipe.eval.tasks:
-        recipe = session.with_answer("test_data", "Data to measure on", "--data (or --tasks)", source)
+    if not (recipe.test_data or recipe.retain_data or recipe.eval.tasks):
+        recipe = session.with_answer("test_data", "Data to measure on", "--data (or --retain, --tasks)", source)
     for run in list_runs(session.root)[0]:
         if not again and _measured(run, recipe, source):
             session.console.note(f"{source.state}: already measured by {run.name}")

@@ -10,7 +10,7 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
-from mftctl.experiments.combined_results import InterpolateResult
+from mftctl.experiments.combined_results import InterpolateResult, ShareLoss
 from mftctl.experiments.recipe import InterpolateOptions
 from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_folder import Run
@@ -88,7 +88,7 @@ def interpolate(
 def show(console: Output, run: Run, result: InterpolateResult) -> None:
     """Prints the result of an interpolation."""
     rows = [
-        ("validation loss" if number == 0 else "", f"{entry.loss:.4f} at share {entry.share:g}")
+        ("validation loss" if number == 0 else "", f"{entry.loss:.4f} at share {entry.share:g}{_retained(entry)}")
         for number, entry in enumerate(result.losses)
     ]
     rows += [
@@ -98,3 +98,7 @@ def show(console: Output, run: Run, result: InterpolateResult) -> None:
     ]
     title = f"{result.state.capitalize()} in {run.record.seconds:.0f} s"
     console.result({"run": str(run.folder), **result.document()}, pairs_table(title, rows))
+
+
+def _retained(entry: ShareLoss) -> str:
+    return "" if entry.retained_loss is None else f", retained loss {entry.retained_loss:.4f}"

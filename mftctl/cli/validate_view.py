@@ -58,7 +58,7 @@ def _overview(result: Validation) -> Table:
         rows.append(("model", f"{model.name}: {model.model_type}, {sizes}"))
         template = {True: "the tokenizer's", False: "none; question and answer are concatenated", None: "unknown"}
         rows.append(("chat template", template[model.chat_template]))
-    rows += [(name, _part(counts)) for name, counts in result.data.items()]
+    rows += [(name.replace("_", " "), _part(counts)) for name, counts in result.data.items()]
     return pairs_table("Recipe", rows)
 
 

@@ -7,6 +7,9 @@ import numpy as np
 from mftctl.data.prepared.examples import Examples
 from mftctl.errors import DataError
 
+RETAINED = "retained"
+"""Name of the held-out records as a dataset of an evaluation."""
+
 
 def split_retained(examples: Examples) -> tuple[Examples, Examples]:
     """The records to measure and the records to train on, about half each, in the original order.

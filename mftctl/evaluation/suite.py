@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
@@ -17,7 +17,9 @@ from mftctl.data.encoding import EncodedRecords, Encoder
 from mftctl.data.examples import Example
 from mftctl.data.prepared.examples import data_digest
 from mftctl.data.prepared.load import load_examples
+from mftctl.data.prepared.records import token_lengths
 from mftctl.data.record_issues import RecordIssues
+from mftctl.data.retained import RETAINED
 from mftctl.data.sources import DataSource
 from mftctl.data.template_limits import limited
 from mftctl.errors import ConfigError, EvaluationError, MftError
@@ -26,12 +28,7 @@ from mftctl.evaluation.benchmarks.catalog import expand_groups
 from mftctl.evaluation.data_file import evaluate_examples
 from mftctl.experiments.measured_lines import Dataset, Metric
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.record_encoding import (
-    added_system_text,
-    encode_part,
-    require_records,
-    tell_issues,
-)
+from mftctl.experiments.retained_records import RETAINED_DATA, encode_measured, load_held_out
 from mftctl.experiments.run_folder import Run
 from mftctl.files.atomic import write_text
 from mftctl.files.json_files import json_lines
@@ -45,6 +42,9 @@ if TYPE_CHECKING:
     from mftctl.evaluation.benchmarks.measure import Loaded, PreparedBenchmark
 
 
+_TEST_DATA = "Test data"
+
+
 @dataclass(frozen=True, slots=True)
 class Suite:
     """Test data and benchmarks, read and checked.
@@ -53,36 +53,52 @@ class Suite:
         examples: The test records.
         issues: Problems found while reading the records.
         benchmarks: The prepared benchmarks.
+        retained: The held-out records of the data to retain.
+        retained_issues: Problems found while reading that data.
     """
 
     examples: Sequence[Example]
     issues: RecordIssues
     benchmarks: list[PreparedBenchmark]
+    retained: Sequence[Example] = ()
+    retained_issues: RecordIssues = field(default_factory=RecordIssues)
+
+    def issue_counts(self) -> dict[str, dict[str, int]]:
+        """Number of records in each part that were refused, truncated and so on."""
+        named = {_TEST_DATA: self.issues, RETAINED_DATA: self.retained_issues}
+        return {name: counts for name, issues in named.items() if (counts := issues.counts())}
 
 
 @dataclass(frozen=True, slots=True)
 class SuiteRecords:
-    """The test data, tokenised for a model.
+    """The test data and the data to retain, tokenised for a model.
 
     Attributes:
         encoder: Encoder for the model's tokenizer.
         records: The usable records; empty without test data.
+        retained: The usable held-out records of the data to retain; empty without such data.
     """
 
     encoder: Encoder
     records: EncodedRecords
+    retained: EncodedRecords = EncodedRecords((), ())
+
+    @property
+    def lengths_tokens(self) -> list[int]:
+        """The length of each record in tokens."""
+        return [*token_lengths(self.records.records), *token_lengths(self.retained.records)]
 
 
 def prepare_suite(recipe: Recipe, listener: Listener) -> Suite:
     """Reads and checks the test data and benchmarks of a recipe, before any model is loaded.
 
     Args:
-        recipe: With the `eval` section and `test_data`.
+        recipe: With the `eval` section, `test_data` and `retain_data`.
         listener: Receives progress updates while model-written code runs.
 
     Raises:
         ConfigError: The options conflict, or there is nothing to measure.
-        DataError: The test data cannot be read.
+        DataError: The data cannot be read, or no record of the data to retain is held out.
         EvaluationError: A benchmark is unknown, or its data is missing or malformed.
         SandboxError: Model-written code cannot be confined on this machine.
     """
@@ -95,21 +111,19 @@ def prepare_suite(recipe: Recipe, listener: Listener) -> Suite:
 
         with first_before_others():  # the others find its downloads in the cache
             benchmarks = [prepare_benchmark(task, options, listener) for task in tasks]
-    with_model = options.predictions is None
-    issues = RecordIssues()
-    examples = (
-        load_examples(recipe.test_data, seed=recipe.seed, issues=issues, listener=listener)[: options.limit]
-        if with_model
-        else []
-    )
-    return Suite(examples, issues, benchmarks)
+    if options.predictions is not None:
+        return Suite([], RecordIssues(), benchmarks)
+    issues, retained_issues = RecordIssues(), RecordIssues()
+    examples = load_examples(recipe.test_data, seed=recipe.seed, issues=issues, listener=listener)
+    retained = load_held_out(recipe, retained_issues, listener)
+    return Suite(examples[: options.limit], issues, benchmarks, retained[: options.limit], retained_issues)
 
 
 def encode_test_data(suite: Suite, recipe: Recipe, encoder: Encoder, listener: Listener) -> SuiteRecords:
-    """Tokenises the test data and reports problems with it.
+    """Tokenises the test data and the data to retain, and reports problems with them.
 
     Args:
-        suite: The recipe's test data and benchmarks.
+        suite: The recipe's data and benchmarks.
         recipe: With the `eval` section.
         encoder: Encoder for the model's tokenizer.
         listener: Receives warnings about the records.
@@ -117,16 +131,11 @@ def encode_test_data(suite: Suite, recipe: Recipe, encoder: Encoder, listener: L
     Raises:
         DataError: Some records cannot be used.
     """
-    length, issues = recipe.eval.max_length_tokens, suite.issues
-    used = encode_part(suite.examples, encoder, length, issues, listener)
-    issues.settle(recipe.bad_records, recipe.bad_records_max)
-    tell_issues("Test data", issues, length, listener)
-    if suite.examples or issues.records:
-        require_records("Test data", used.records, issues, length)
-    added = added_system_text(encoder, used.examples)
-    if added is not None:
-        listener.note(f"Test data: {added}")
-    return SuiteRecords(encoder, used)
+    length = recipe.eval.max_length_tokens
+    test = encode_measured(_TEST_DATA, suite.examples, recipe, encoder, length, suite.issues, listener)
+    issues = suite.retained_issues
+    retained = encode_measured(RETAINED_DATA, suite.retained, recipe, encoder, length, issues, listener)
+    return SuiteRecords(encoder, test, retained)
 
 
 def with_fixed_clock(encoder: Encoder) -> PreTrainedTokenizerBase:
@@ -157,12 +166,12 @@ def measure(
     writes the files.
 
     Args:
-        suite: The recipe's test data and benchmarks.
+        suite: The recipe's data and benchmarks.
         recipe: With the `eval` section and `test_data`.
         loaded: Model and tokenizer, or the vLLM engine; None when existing predictions are scored.
         folder: Receives the samples.
         listener: Receives progress updates.
-        test: The tokenised test data; None when existing predictions are scored.
+        test: The tokenised data; None when existing predictions are scored.
         model_name: Name of the model in the files written for a judge.
         run: Stores benchmark outputs, so that an interrupted evaluation can be resumed. Without one (during training),
             no outputs are stored and no judge is called.
@@ -173,8 +182,14 @@ def measure(
         SandboxError: A sandboxed process could not be started.
     """
     datasets = []
-    if test is not None and test.records.records and isinstance(loaded, tuple):
-        datasets.append(_data_file(test, recipe, loaded[0], folder, listener))
+    if test is not None and isinstance(loaded, tuple):
+        asked = (
+            _DataFile(_data_name(recipe.test_data), "samples.jsonl", test.records, recipe.eval.generate),
+            _DataFile(RETAINED, "retained-samples.jsonl", test.retained, generate=False),
+        )
+        datasets += [
+            _measured(data, test.encoder, loaded[0], folder, listener) for data in asked if data.records.records
+        ]
     for benchmark in suite.benchmarks:
         from mftctl.evaluation.benchmarks.measure import measure_benchmark, output_cache
 
@@ -207,10 +222,10 @@ def check_suite(recipe: Recipe) -> None:
 def suite_problems(recipe: Recipe) -> Iterator[MftError]:
     """Problems of a recipe's evaluation settings, such as unknown benchmarks, and missing or unused files."""
     options = recipe.eval
-    if not recipe.test_data and not options.tasks:
+    if not recipe.test_data and not recipe.retain_data and not options.tasks:
         yield ConfigError(
             "There is nothing to evaluate.",
-            key="--data or --tasks; in a recipe test_data or eval.tasks",
+            key="--data, --retain or --tasks; in a recipe test_data, retain_data or eval.tasks",
             expected="a data file or a benchmark",
             actual="neither",
             hint="mftctl eval MODEL --data FILE, or --tasks gsm8k",
@@ -271,12 +286,13 @@ def _check_vllm(recipe: Recipe) -> None:
             actual=f"{recipe.device}, {recipe.attention}",
             hint="omit --device and --attention, or use --engine hf",
         )
-    if recipe.test_data:
+    sources = (*recipe.test_data, *recipe.retain_data)
+    if sources:
         raise ConfigError(
             "vLLM runs benchmarks only; the loss on a data file is computed with transformers.",
             key="eval.engine",
-            actual=f"vllm with the data {recipe.test_data[0].path}",
-            hint="run two commands: one with --data, one with --tasks and --engine vllm",
+            actual=f"vllm with the data {sources[0].path}",
+            hint="run two commands: one with --data or --retain, one with --tasks and --engine vllm",
         )
 
 
@@ -293,21 +309,31 @@ def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:
         raise EvaluationError("The predictions file does not exist.", path=predictions, key="predictions")
 
 
-def _data_file(
-    test: SuiteRecords,
-    recipe: Recipe,
-    model: PreTrainedModel,
-    folder: Path,
-    listener: Listener,
-) -> Dataset:
-    name = _data_name(recipe.test_data)
+@dataclass(frozen=True, slots=True)
+class _DataFile:
+    """Records to measure as one dataset.
+
+    Attributes:
+        name: Name of the dataset.
+        file: Name of its samples file.
+        records: The records; empty if there is no such data.
+        generate: Whether to generate answers.
+    """
+
+    name: str
+    file: str
+    records: EncodedRecords
+    generate: bool
+
+
+def _measured(data: _DataFile, encoder: Encoder, model: PreTrainedModel, folder: Path, listener: Listener) -> Dataset:
     found = evaluate_examples(
         model,
-        test.encoder,
-        test.records,
-        generate=recipe.eval.generate,
-        on_progress=lambda done, total: listener.progress(Progress(f"evaluating {name}", done, total)),
-        on_shortage=lambda tokens: listener.note(smaller_batches(name, tokens)),
+        encoder,
+        data.records,
+        generate=data.generate,
+        on_progress=lambda done, total: listener.progress(Progress(f"evaluating {data.name}", done, total)),
+        on_shortage=lambda tokens: listener.note(smaller_batches(data.name, tokens)),
     )
     rows = []
     for number, row in enumerate(found.rows):
@@ -329,20 +355,15 @@ def _data_file(
         error = found.exact_match_standard_error
         exact = Metric(name="exact_match", value=found.exact_match, standard_error=error, samples=found.predictions)
         metrics.append(exact)
+    if is_first():
+        write_text(folder / data.file, json_lines(rows))
     return Dataset(
-        name=name,
-        digest=data_digest(test.records.examples),
-        samples=_write_samples(folder, rows),
+        name=data.name,
+        digest=data_digest(data.records.examples),
+        samples=data.file,
         max_new_tokens=found.max_new_tokens,
         metrics=metrics,
     )
-
-
-def _write_samples(folder: Path, rows: Iterable[Mapping[str, Any]]) -> str:
-    file = "samples.jsonl"
-    if is_first():
-        write_text(folder / file, json_lines(rows))
-    return file
 
 
 def _data_name(sources: Iterable[DataSource]) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from mftctl.experiments.results import Refused, Result
 from mftctl.experiments.value_types import Count, Measured, Name, Number, Part, Place
 
@@ -30,10 +34,12 @@ class ShareLoss(Part):
     Attributes:
         share: The share; 1 is the fine-tuned model.
         loss: Validation loss per answer token.
+        retained_loss: Loss per answer token on the held-out records of the data to retain; None without such data.
     """
 
     share: Number
     loss: Measured
+    retained_loss: Annotated[float | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
 class InterpolateResult(Result):

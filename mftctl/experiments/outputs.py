@@ -41,7 +41,7 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
         recipe_name: The name or path of the recipe.
     """
     options = recipe.eval
-    sources = (*recipe.data, *recipe.val_data, *recipe.test_data)
+    sources = (*recipe.data, *recipe.val_data, *recipe.test_data, *recipe.retain_data)
     bases = (recipe.mask_train.base, recipe.interpolate.base)
     data = [path for source in sources for path in (source.path, *map(str, local_files(source)))]
     named = [

@@ -20,7 +20,10 @@ _Optional = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class Digests(Part):
-    """SHA-256 of the examples of each part of the data; None for a part that a command does not use."""
+    """SHA-256 of the examples of each part of the data; None for a part that a command does not use.
+
+    `retained` covers the held-out records of the data to retain.
+    """
 
     train: str | None = None
     validation: str | None = None

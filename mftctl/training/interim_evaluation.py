@@ -7,7 +7,6 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mftctl.data.encoding import Encoder
-from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import Interrupted
 from mftctl.evaluation.suite import encode_test_data, measure, prepare_suite, with_fixed_clock
 from mftctl.experiments.measured_lines import MetricsLine
@@ -66,8 +65,8 @@ class InterimEvaluation(TrainerCallback):
 
     @property
     def test_lengths(self) -> list[int]:
-        """The lengths of the test records in tokens."""
-        return token_lengths(self._test.records.records)
+        """The lengths of the test records and of those to retain in tokens."""
+        return self._test.lengths_tokens
 
     def watch(self, stop: StopRequest) -> None:
         """Aborts an evaluation, which can take long, as soon as the user asks to stop.

@@ -16,6 +16,7 @@ from mftctl.data.prepared.examples import Examples
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import Records, encode_prepared
 from mftctl.data.record_issues import RecordIssues
+from mftctl.data.retained import split_retained
 from mftctl.data.splits import split_validation
 from mftctl.errors import ConfigError, DataError
 from mftctl.experiments.recipe import Recipe
@@ -119,7 +120,8 @@ class PartStats:
     """The statistics of a part of the data.
 
     Attributes:
-        part: `train`, `validation` or `test`.
+        part: `train`, `validation`, `test`, or a half of the data to retain: `retained_held_out` or
+            `retained_to_train`.
         records: Records that can be read.
         refused: Records that cannot be read or tokenised; those of data that is split count as training data.
         refused_examples: Why the first few are refused.
@@ -158,7 +160,7 @@ class Overlap:
 
 @dataclass(frozen=True, slots=True)
 class DataStats:
-    """The statistics of training, validation and test data.
+    """The statistics of training, validation and test data, and of the data to retain.
 
     Attributes:
         model: The model that tokenises; None without one.
@@ -208,7 +210,7 @@ def data_stats(recipe: Recipe, model: str | None, max_length_tokens: int, listen
 
 def _parts(recipe: Recipe, listener: Listener) -> list[_Part]:
     """The parts that have data."""
-    if not (recipe.data or recipe.val_data or recipe.test_data):
+    if not (recipe.data or recipe.val_data or recipe.test_data or recipe.retain_data):
         raise ConfigError("There is no data to look at.", key="--data", expected="a file or a hub id", actual="none")
     read = []
     for name, sources in (("train", recipe.data), ("validation", recipe.val_data), ("test", recipe.test_data)):
@@ -223,6 +225,11 @@ def _parts(recipe: Recipe, listener: Listener) -> list[_Part]:
             listener.warn(f"No validation data: {describe(error)}")
         else:
             read[0:1] = [(name, kept, issues), ("validation", held_out, RecordIssues())]
+    if recipe.retain_data:
+        issues = RecordIssues()
+        examples = load_examples(recipe.retain_data, seed=recipe.seed, issues=issues, listener=listener)
+        held_out, to_train = split_retained(examples)
+        read += [("retained_held_out", held_out, issues), ("retained_to_train", to_train, RecordIssues())]
     return [_Part(name, examples, issues, question_keys(examples)) for name, examples, issues in read]
 
 

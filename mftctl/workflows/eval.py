@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mftctl.data.encoding import Encoder
-from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import ConfigError
 from mftctl.evaluation.suite import Suite, encode_test_data, measure, prepare_suite, with_fixed_clock
 from mftctl.experiments.model_source import ModelSource
@@ -45,14 +44,14 @@ def evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) 
     and `weights`. A metric is the sum of its scores over the sum of its weights; weights default to 1.
 
     Args:
-        recipe: With the `eval` section and `test_data`.
+        recipe: With the `eval` section, `test_data` and `retain_data`.
         source: The model, optionally with a mask.
         run: Open run; receives the samples and the result.
         listener: Receives progress updates.
 
     Raises:
         ConfigError: The options conflict, or there is nothing to measure.
-        DataError: The test data cannot be read or used.
+        DataError: The data cannot be read or used.
         DeviceMemoryError: The GPU runs out of memory.
         EvaluationError: A benchmark or its data is missing, or a prompt does not fit the model's context.
         MaskFileError: The mask is damaged or does not match the model.
@@ -68,11 +67,10 @@ def evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) 
         check = check_checkpoint(checkpoint, encoder.tokenizer)
         tell_remarks(check, listener)
         test = encode_test_data(suite, recipe, encoder, listener)
-        check_lengths(check, token_lengths(test.records.records), checkpoint)
-        issues = suite.issues.counts()
+        check_lengths(check, test.lengths_tokens, checkpoint)
         data = EvaluationData(
             chat_template=template_record(encoder, recipe),
-            record_issues={"Test data": issues} if issues else {},
+            record_issues=suite.issue_counts(),
             model_remarks=list(check.remarks),
         )
         run.update(inputs={**source.as_inputs(), **data.document()})

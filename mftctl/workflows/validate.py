@@ -151,6 +151,9 @@ def _checked(recipe: Recipe, name: str | None, device: PlannedDevice) -> Validat
         "validation": PartCounts(len(parts.validation), None if tokens is None else token_counts(tokens.validation)),
         "test": PartCounts(len(parts.test)),
     }
+    if recipe.retain_data:
+        counts["retained_held_out"] = PartCounts(len(parts.retained))
+        counts["retained_to_train"] = PartCounts(len(parts.retained_train))
     return Validation(
         recipe=name,
         problems=problems.problems,

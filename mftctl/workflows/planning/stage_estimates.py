@@ -148,17 +148,19 @@ class StageEstimates:
         self._note_memory(job, memory, batches.validation_records, batches.validation_tokens, batches)
 
     def _asked(self, recipe: Recipe) -> Asked:
-        """The work of an evaluation on the test data."""
-        examples = self._data.parts(recipe).test[: recipe.eval.limit]
-        if not examples:
-            return Asked()
-        options = recipe.eval
+        """The work of an evaluation on the test data and the data to retain."""
+        parts = self._data.parts(recipe)
+        retained, tokens = self._data.retained(recipe), recipe.eval.max_length_tokens
+        if not parts.test:
+            if not parts.retained:
+                return Asked()
+            return Asked(largest_batches(retained, retained, 1) if retained else assumed_batches(1, tokens))
         found = self._data.longest_question(recipe)
         if found is None:
-            tokens = options.max_length_tokens
             return Asked(assumed_batches(1, tokens), Generation(tokens, tokens))
         encoded, prompt_tokens = found
-        batches = largest_batches(encoded, encoded, 1)
+        measured = [*encoded, *retained]
+        batches = largest_batches(measured, measured, 1)
         if prompt_tokens == 0:
             return Asked(batches)
         limit = None

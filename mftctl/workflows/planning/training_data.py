@@ -19,6 +19,7 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import answer_lengths, token_lengths
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.rendering import Segment
+from mftctl.data.retained import split_retained
 from mftctl.data.sources import DataSource
 from mftctl.data.splits import split_validation
 from mftctl.errors import DataError, MftError
@@ -40,12 +41,16 @@ class Parts:
         train: Training records.
         validation: Validation records, from separate files or split off.
         test: Test records for `eval`.
+        retained: Held-out records of the data to retain, for `eval`.
+        retained_train: Its other records, for training.
         issues: Problems with the records read, by the recipe key of the data.
     """
 
     train: Examples
     validation: Examples
     test: Examples
+    retained: Examples
+    retained_train: Examples
     issues: dict[str, RecordIssues]
 
 
@@ -90,6 +95,7 @@ class DataCheck:
         self._encoders: dict[str, Encoder] = {}
         self._train: dict[tuple[str, int], Sequence[Encoded]] = {}
         self._questions: dict[Hashable, tuple[Sequence[Encoded], int] | None] = {}
+        self._retained: dict[Hashable, Sequence[Encoded]] = {}
 
     def parts(self, recipe: Recipe) -> Parts:
         """The readable records of a recipe's files."""
@@ -97,8 +103,9 @@ class DataCheck:
         if key not in self._parts:
             parts = self._parts[key] = read_parts(recipe, self._problems)
             for name, issues in parts.issues.items():
-                if (
-                    self._tokenizer is None or name == "test_data"
+                if self._tokenizer is None or name in (
+                    "test_data",
+                    "retain_data",
                 ):  # others are reported with the results of tokenisation
                     report_issues(name, issues, recipe, 0, self._problems)
         return self._parts[key]
@@ -120,12 +127,27 @@ class DataCheck:
 
         None without a tokenizer or usable records.
         """
-        options = recipe.eval
-        said = (recipe.bad_records, recipe.bad_records_max)
-        key = (_data_key(recipe), options.limit, options.max_length_tokens, options.generate, said)
+        key = _evaluation_key(recipe)
         if key not in self._questions:
             self._questions[key] = self._longest_question(recipe)
         return self._questions[key]
+
+    def retained(self, recipe: Recipe) -> Sequence[Encoded]:
+        """The encoded held-out records that an evaluation measures; empty without a tokenizer."""
+        key = _evaluation_key(recipe)
+        if key not in self._retained:
+            self._retained[key] = self._encode_retained(recipe)
+        return self._retained[key]
+
+    def _encode_retained(self, recipe: Recipe) -> Sequence[Encoded]:
+        encoder = self._encoder(recipe)
+        if encoder is None:
+            return []
+        examples, issues = self.parts(recipe).retained[: recipe.eval.limit], RecordIssues()
+        length = recipe.eval.max_length_tokens
+        used = tokenize("retain_data", examples, encoder, length, issues, self._problems)
+        report_issues("retain_data", issues, recipe, length, self._problems)
+        return used.records
 
     def _longest_question(self, recipe: Recipe) -> tuple[Sequence[Encoded], int] | None:
         encoder = self._encoder(recipe)
@@ -174,20 +196,27 @@ class DataCheck:
 
 def read_parts(recipe: Recipe, problems: ProblemList) -> Parts:
     """Reads the records of all data files; each unreadable file is reported as a problem."""
-    issues = {"data": RecordIssues(), "test_data": RecordIssues()}
+    issues = {"data": RecordIssues(), "test_data": RecordIssues(), "retain_data": RecordIssues()}
     train = _read("data", recipe.data, recipe.seed, issues["data"], problems)
     validation = Examples.joined([])
     if recipe.val_data:
         issues["val_data"] = RecordIssues()
         validation = _read("val_data", recipe.val_data, recipe.seed, issues["val_data"], problems)
     test = _read("test_data", recipe.test_data, recipe.seed, issues["test_data"], problems)
+    retained = held_out = retained_train = _read(
+        "retain_data", recipe.retain_data, recipe.seed, issues["retain_data"], problems
+    )
+    if len(retained):
+        with problems.collecting("retain_data"):
+            held_out, retained_train = split_retained(retained)
     if len(train) and not recipe.val_data:
         with problems.collecting("val_fraction"):
             train, validation = split_validation(train, recipe.val_fraction, recipe.seed)
-    parts = Parts(train, validation, test, issues)
-    if recipe.test_data or recipe.val_data:
+    parts = Parts(train, validation, test, held_out, retained_train, issues)
+    if recipe.test_data or recipe.val_data or recipe.retain_data:
         known = question_keys(train)
         _check_overlap("test_data", known, test, problems)
+        _check_overlap("retain_data", known, retained, problems)
         if recipe.val_data:
             _check_overlap("val_data", known, validation, problems)
     return parts
@@ -269,7 +298,14 @@ def _check_overlap(key: str, known: np.ndarray, other: Examples, problems: Probl
 
 
 def _data_key(recipe: Recipe) -> str:
-    return repr((recipe.data, recipe.val_data, recipe.val_fraction, recipe.test_data, recipe.seed, recipe.learn))
+    sources = (recipe.data, recipe.val_data, recipe.test_data, recipe.retain_data)
+    return repr((*sources, recipe.val_fraction, recipe.seed, recipe.learn))
+
+
+def _evaluation_key(recipe: Recipe) -> Hashable:
+    options = recipe.eval
+    said = (recipe.bad_records, recipe.bad_records_max)
+    return (_data_key(recipe), options.limit, options.max_length_tokens, options.generate, said)
 
 
 def trained_segments(record: Encoded, tokenizer: PreTrainedTokenizerBase) -> list[Segment]:
