@@ -81,7 +81,7 @@ class SuiteRecords:
 
     encoder: Encoder
     records: EncodedRecords
-    retained: EncodedRecords = EncodedRecords((), ())
+    retained: EncodedRecords = field(default_factory=lambda: EncodedRecords((), ()))
 
     @property
     def lengths_tokens(self) -> list[int]:

@@ -33,7 +33,6 @@ class MetricsLine(Part):
         epoch: Passes over the training data so far.
         loss: Training loss.
         eval_loss: Validation loss.
-        retained_loss: Loss on the held-out records of the data to retain.
         average_losses: Validation loss of each running average, by its horizon.
         retained_loss: Loss on held-out records of another domain.
         average_retained_losses: The same for each running average, by its horizon.
@@ -65,7 +64,6 @@ class MetricsLine(Part):
     epoch: Exact | None = None
     loss: Measured | None = None
     eval_loss: Measured | None = None
-    retained_loss: Measured | None = None
     average_losses: dict[str, Measured] = Field(default_factory=dict)
     retained_loss: Measured | None = None
     average_retained_losses: dict[str, Measured] = Field(default_factory=dict)

@@ -28,11 +28,12 @@ from mftctl.experiments.record_encoding import (
     tell_issues,
     template_record,
 )
+from mftctl.experiments.retained_records import RETAINED_DATA
 from mftctl.experiments.run_inputs import Digests, RunInputs, TemplateRecord, TrainingData
 from mftctl.masking.checkpoints.check import CheckpointCheck, check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.progress import Listener, Silence
-from mftctl.training.retained_data import PART, RetainedData, prepare_retained
+from mftctl.training.retained_data import RetainedData, prepare_retained
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def prepare_training(
     added = added_system_text(encoder, train.examples)
     if added is not None:
         listener.note(f"Training data: {added}")
-    named = {**parts.named_issues(), **({PART: retained.issues} if retained else {})}
+    named = {**parts.named_issues(), **({RETAINED_DATA: retained.issues} if retained else {})}
     return TrainingInputs(
         checkpoint,
         encoder.tokenizer,

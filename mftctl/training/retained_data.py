@@ -16,9 +16,8 @@ from mftctl.data.retained import split_retained
 from mftctl.errors import DataError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import require_records, tell_issues
+from mftctl.experiments.retained_records import RETAINED_DATA
 from mftctl.progress import Listener
-
-PART = "Retained data"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +78,9 @@ def prepare_retained(
     measured = encode_prepared(held_out[:most_measured], encoder, max_length_tokens, issues, listener)
     trained = encode_prepared(rest if trains else rest[:0], encoder, max_length_tokens, issues, listener)
     issues.settle(recipe.bad_records, recipe.bad_records_max)
-    tell_issues(PART, issues, max_length_tokens, listener)
-    require_records(PART, measured.records, issues, max_length_tokens)
+    tell_issues(RETAINED_DATA, issues, max_length_tokens, listener)
+    require_records(RETAINED_DATA, measured.records, issues, max_length_tokens)
     if trains:
-        require_records(f"{PART} to train on", trained.records, issues, max_length_tokens)
+        require_records(f"{RETAINED_DATA} to train on", trained.records, issues, max_length_tokens)
     digest = data_digest(Examples.joined([measured.examples, trained.examples]))
     return RetainedData(measured.records, trained.records, digest, issues)

@@ -7,21 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mftctl.data.encoding import Encoded, Encoder
-from mftctl.data.prepared.examples import data_digest
-from mftctl.data.prepared.records import token_lengths
-from mftctl.data.record_issues import RecordIssues
 from mftctl.errors import ConfigError, OutputError, TrainingError
 from mftctl.experiments.combined_results import InterpolateResult, ShareLoss
 from mftctl.experiments.model_origin import origin_of
 from mftctl.experiments.model_source import ModelSource, known_base
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.retained_records import RETAINED_DATA, encode_measured, load_held_out
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import INTERPOLATED
 from mftctl.files.atomic import write_text
-from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.masking.checkpoints.combined_card import write_interpolated_card
 from mftctl.masking.checkpoints.companions import tell_left_out
 from mftctl.masking.checkpoints.interpolate import changed_tensors, go_to, parameters_of, write_interpolated
@@ -77,12 +71,13 @@ def interpolate(
         attention=recipe.attention,
     ):
         restart_peak_memory()
-        inputs = prepare_training(recipe, source.model, max_length_tokens=length, now=run.started, listener=listener)
-        inputs, retained = _with_retained(inputs, recipe, run, listener)
+        inputs = prepare_training(
+            recipe, source.model, max_length_tokens=length, retain_weight=0.0, now=run.started, listener=listener
+        )
         run.update(inputs={**source.as_inputs(), **inputs.summary()})
         ends = _Ends(base_model, resolve_checkpoint(base_model), source, inputs)
         pairs = changed_tensors(ends.base, inputs.checkpoint)
-        losses = _losses(recipe.interpolate.shares, pairs, inputs, retained, run, listener)
+        losses = _losses(recipe.interpolate.shares, pairs, inputs, run, listener)
         kept = _lowest(losses, run)
         folder, refused = _save(kept, pairs, ends, run, listener, may_replace=may_replace)
         return InterpolateResult(
@@ -115,28 +110,10 @@ class _Ends:
     inputs: TrainingInputs
 
 
-def _with_retained(
-    inputs: TrainingInputs, recipe: Recipe, run: Run, listener: Listener
-) -> tuple[TrainingInputs, Sequence[Encoded]]:
-    """The inputs with digest and issues of the data to retain, and its held-out records; empty without such data."""
-    if not recipe.retain_data:
-        return inputs, []
-    issues, length = RecordIssues(), recipe.fft.max_length_tokens
-    encoder = Encoder(inputs.tokenizer, learn=recipe.learn, now=run.started)
-    examples = load_held_out(recipe, issues, listener)
-    used = encode_measured(RETAINED_DATA, examples, recipe, encoder, length, issues, listener)
-    check_lengths(inputs.check, token_lengths(used.records), inputs.checkpoint)
-    digests = inputs.digests.model_copy(update={"retained": data_digest(used.examples)})
-    counts = issues.counts()
-    told = {**inputs.issues, **({RETAINED_DATA: counts} if counts else {})}
-    return replace(inputs, digests=digests, issues=told), used.records
-
-
 def _losses(
     shares: Sequence[float],
     pairs: Sequence[TensorPair],
     inputs: TrainingInputs,
-    retained: Sequence[Encoded],
     run: Run,
     listener: Listener,
 ) -> list[ShareLoss]:
@@ -147,11 +124,11 @@ def _losses(
     found = []
     for number, share in enumerate(shares):
         go_to(share, parameters, pairs)
-        entry = ShareLoss(share=share, loss=validation_loss(model, inputs, listener))
+        entry = ShareLoss(share=share, loss=validation_loss(model, inputs, listener), retained_loss=None)
         told = f"Share {share:g}: validation loss {entry.loss:.4f}"
         line = {"step": number, "share": share, "eval_loss": entry.loss}
-        if retained:
-            loss = validation_loss(model, replace(inputs, validation=retained), listener)
+        if inputs.retained is not None:
+            loss = validation_loss(model, replace(inputs, validation=inputs.retained.measured), listener)
             entry = entry.model_copy(update={"retained_loss": loss})
             line["retained_loss"] = loss
             told += f", retained loss {loss:.4f}"

@@ -221,7 +221,8 @@ def _divergence_bytes(model: PreTrainedModel, batches: Batches) -> int:
     Its records are assumed to have as many answer tokens as training records.
     """
     positions = min(batches.answer_tokens, positions_at_once(model))
-    return DIVERGENCE_LOGITS * 4 * positions * model.config.get_text_config().vocab_size
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return DIVERGENCE_LOGITS * 4 * positions * vocabulary
 
 
 def _product_sizes(model: nn.Module) -> list[int]:
