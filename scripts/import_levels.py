@@ -24,6 +24,7 @@ LEVELS = (
     ("evaluation",),
     ("training",),
     ("reporting", "workflows"),
+    ("api",),
     ("cli",),
 )
 """The parts of mftctl from the lowest to the highest; a part imports itself and lower ones only."""

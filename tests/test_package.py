@@ -47,7 +47,9 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_public_names_resolve() -> None:
-    assert {"Mask", "load_mask", "save_mask", "apply_mask"} <= set(mftctl.__all__)
+    commands = {"Finished", "Recipe", "evaluate", "fine_tune", "learn_mask", "load_recipe"}
+    masks = {"Mask", "load_mask", "save_mask", "apply_mask", "attach_masks", "collect_mask", "detach_masks"}
+    assert {*commands, *masks, "__version__"} == set(mftctl.__all__)
     from mftctl.masking.checkpoints.apply_in_memory import apply_mask
     from mftctl.masking.mask import Mask, load_mask, save_mask
 

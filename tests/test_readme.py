@@ -222,16 +222,17 @@ def test_the_recipe_is_one(tmp_path: Path) -> None:
 def test_the_python_runs(here: CommandLine, workspace: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
     from transformers import AutoModelForCausalLM
 
-    shutil.copytree(workspace / "tiny", here.folder / "tiny")
+    for name in ("tiny", "tuned"):
+        shutil.copytree(workspace / "tiny", here.folder / name, dirs_exist_ok=True)
     # The pages mask layer 4; the tiny model's fourth layer is layer 3, so a mask of layer 3 gets the same name.
     masked = here("mask-train", "-m", "tiny", "-d", workspace / "train.jsonl", "--method", "random", "--layers", "all")
     assert masked.code == 0, masked.stderr
     model = AutoModelForCausalLM.from_pretrained(here.folder / "tiny")
     monkeypatch.chdir(here.folder)
-    names = {"model": model}
+    names = {"model": model, "print": lambda *values: None}
     for _, python in blocks(page, "python"):
         exec(python.replace("layers.4.", "layers.3."), names)
-    assert (model.get_parameter("model.layers.3.mlp.up_proj.weight")[~names["keep"]] == 0).all()
+    assert (names["model"].get_parameter("model.layers.3.mlp.up_proj.weight")[~names["keep"]] == 0).all()
     assert (here.folder / "copy.bits").is_file()
 
 

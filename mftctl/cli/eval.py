@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
-from mftctl.cli.session import Session, use_device
+from mftctl.cli.session import Session
 from mftctl.cli.template_option import OWN
 from mftctl.errors import ConfigError
 from mftctl.experiments.deciding_keys import deciding_keys
@@ -25,13 +25,12 @@ from mftctl.experiments.model_source import (
 )
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_files import parse_recipe
-from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import WRITTEN
-from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.command_run import run_to_end, use_device
 from mftctl.workflows.multi_process.process_count import settle_launch
 
 
@@ -227,8 +226,7 @@ def _evaluate_once(session: Session, source: ModelSource, *, resume: bool, again
     session.console.note(f"{source.state}: {source.model}" + (f" with mask {source.mask}" if source.mask else ""))
     use_device(recipe, session.launch)
     run = (_interrupted(session, recipe, source) if resume else None) or session.create(recipe, source)
-    with recorded(run):
-        run.finish(work(recipe, source, run, session.console, session.launch))
+    run_to_end(run, recipe, source, session.console, session.launch)
     return run
 
 

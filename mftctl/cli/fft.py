@@ -10,12 +10,11 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table, retained_rows
 from mftctl.cli.session import Session
-from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_options import FftOptions
 from mftctl.files.ownership import Kind, permit_folder
-from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.command_run import run_to_end
 from mftctl.workflows.multi_process.process_count import settle_launch
 
 
@@ -108,8 +107,7 @@ def fft(
         run, settled, source = session.open_training(
             resume=resume, output=output, permit=lambda agreed: permit_folder(Kind.MODEL, replace=agreed)
         )
-        with recorded(run):
-            run.finish(work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces))
+        run_to_end(run, settled, source, console, launch, resume=resume, may_replace=session.replaces)
         result = run.result(FftResult)
         show(console, run, result)
         session.end(result)

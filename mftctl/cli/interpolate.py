@@ -12,10 +12,9 @@ from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.experiments.combined_results import InterpolateResult, ShareLoss
 from mftctl.experiments.recipe import InterpolateOptions
-from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_folder import Run
 from mftctl.files.ownership import Kind, permit_folder
-from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.command_run import run_to_end
 from mftctl.workflows.multi_process.process_count import Launch
 
 
@@ -77,8 +76,7 @@ def interpolate(
         run, settled, source = session.open_training(
             resume=False, output=output, permit=lambda agreed: permit_folder(Kind.MODEL, replace=agreed)
         )
-        with recorded(run):
-            run.finish(work(settled, source, run, console, Launch(), may_replace=session.replaces))
+        run_to_end(run, settled, source, console, Launch(), may_replace=session.replaces)
         result = run.result(InterpolateResult)
         show(console, run, result)
         session.end(result)

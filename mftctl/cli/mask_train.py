@@ -10,11 +10,10 @@ import typer
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table, retained_rows
 from mftctl.cli.session import Session, mask_file_permit
-from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import DroppedMask, MaskTrainResult, MeasuredMask
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_options import MaskTrainOptions
-from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.command_run import run_to_end
 from mftctl.workflows.multi_process.process_count import settle_launch
 
 
@@ -120,8 +119,7 @@ def mask_train(
         chosen = opt.given(context, "mask_train", "eval")
         session = Session("mask-train", console, runs, recipe=recipe, sets=sets, options=chosen, yes=yes, launch=launch)
         run, settled, source = session.open_training(resume=resume, output=output, permit=mask_file_permit)
-        with recorded(run):
-            run.finish(work(settled, source, run, console, launch, resume=resume, may_replace=session.replaces))
+        run_to_end(run, settled, source, console, launch, resume=resume, may_replace=session.replaces)
         result = run.result(MaskTrainResult)
         show(console, run, result)
         session.end(result)

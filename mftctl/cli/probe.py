@@ -13,11 +13,10 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.experiments.recipe import EvalOptions, ProbeOptions
-from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, TrainedProbe
 from mftctl.experiments.run_folder import Run
 from mftctl.text import counted
-from mftctl.workflows.multi_process.dispatch import work
+from mftctl.workflows.command_run import run_to_end
 from mftctl.workflows.multi_process.process_count import settle_launch
 
 
@@ -93,8 +92,7 @@ def probe(
         chosen = opt.given(context, "probe", "mask_train", "eval")
         session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         run, settled, source = session.open_training(resume=resume)
-        with recorded(run):
-            run.finish(work(settled, source, run, console, launch, resume=resume))
+        run_to_end(run, settled, source, console, launch, resume=resume)
         show(console, run, run.result(ProbeResult))
         console.next_command("mftctl", "mask-train", *launch.words, runs=runs)
 

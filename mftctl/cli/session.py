@@ -19,14 +19,14 @@ from mftctl.experiments.outputs import Input, check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.results import FftResult, MaskTrainResult
-from mftctl.experiments.run_config import to_document
-from mftctl.experiments.run_folder import Run, create_run, load_run, newest_run
+from mftctl.experiments.run_folder import Run, newest_run
 from mftctl.experiments.run_inputs import Source
 from mftctl.files.atomic import Permit
 from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size
+from mftctl.workflows.command_run import new_run, use_device
 from mftctl.workflows.multi_process.dispatch import launch_of
-from mftctl.workflows.multi_process.process_count import Launch, require_devices
+from mftctl.workflows.multi_process.process_count import Launch
 
 MakePermit = Callable[[bool], Permit]
 """Makes the permit for a kind of result, with or without the user's consent to replace an existing one."""
@@ -119,20 +119,15 @@ class Session:
 
     def create(self, recipe: Recipe, source: ModelSource, *, output: Path | None = None) -> Run:
         """Creates a run of this command and returns it in all processes that work on it."""
-        made = from_first(
-            lambda: str(
-                create_run(
-                    self.root,
-                    self.command,
-                    to_document(recipe),
-                    recipe=self._recipe_name,
-                    inputs=source.as_inputs(),
-                    output=output,
-                    processes=self._processes(recipe),
-                ).folder
-            )
+        run = new_run(
+            self.root,
+            self.command,
+            recipe,
+            source,
+            recipe_name=self._recipe_name,
+            output=output,
+            processes=self._processes(recipe),
         )
-        run = load_run(Path(made))
         self.console.note(f"Run: {run.folder}")
         return run
 
@@ -221,19 +216,6 @@ class Session:
     def _processes(self, recipe: Recipe) -> int:
         """Returns the number of processes that work on a run, started by this command or by a launcher."""
         return max(world_size(), launch_of(self.command, recipe, self.launch).processes)
-
-
-def use_device(recipe: Recipe, launch: Launch) -> None:
-    """Connects the processes of this command on the recipe's device, before anything of a run is created.
-
-    Raises:
-        ConfigError: The device is not available, or not for each process.
-    """
-    from mftctl.runtime.devices import find_device, join_on, require_attention
-
-    require_devices(launch, recipe.device)
-    require_attention(recipe.attention, find_device(recipe.device))
-    join_on(recipe.device)
 
 
 def inherited(source: ModelSource) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import mask_state
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.apply_in_memory import target_names
+from mftctl.masking.checkpoints.build_mask import build_mask
 from mftctl.masking.checkpoints.delta_mask import drop_mask
 from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
 from mftctl.masking.checkpoints.load import load_to_share
@@ -45,7 +46,7 @@ from mftctl.training.prefix_cache import (
 )
 from mftctl.training.retention import make_retention
 from mftctl.training.step_scores import StepScores, step_scores
-from mftctl.workflows.mask_result import build_mask, keep_mask, layer_ratios, mask_metadata
+from mftctl.workflows.mask_result import keep_mask, layer_ratios, mask_metadata
 from mftctl.workflows.model_before import model_before, model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 

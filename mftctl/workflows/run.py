@@ -18,7 +18,6 @@ from mftctl.experiments.jobs import Job
 from mftctl.experiments.model_source import MODEL_MAKERS, ModelSource, recommendation_of, source_of_run
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
-from mftctl.experiments.recording import recorded
 from mftctl.experiments.results import BestLoss, Outcome
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run, load_run
@@ -27,7 +26,8 @@ from mftctl.experiments.stage_runs import stage_runs
 from mftctl.files.locks import locked_folder
 from mftctl.progress import Listener
 from mftctl.runtime.stop_request import take_late_stop
-from mftctl.workflows.multi_process.dispatch import launch_of, work
+from mftctl.workflows.command_run import run_to_end
+from mftctl.workflows.multi_process.dispatch import launch_of
 from mftctl.workflows.multi_process.process_count import Launch
 
 State = Literal["done", "resumed", "new", "changed", "running", "failed", "elsewhere"]
@@ -321,8 +321,7 @@ def _work_on(planned: Planned, listener: Listener, on_change: Callable[[Planned]
     run = _finished(planned)
     gc.collect()  # frees the previous model, held in a reference cycle of a trainer and its callbacks
     try:
-        with recorded(run):
-            run.finish(work(planned.recipe, planned.source, run, listener, planned.launch, resume=planned.resumes))
+        run_to_end(run, planned.recipe, planned.source, listener, planned.launch, resume=planned.resumes)
     finally:
         planned.state = "done" if _is_complete(run) else "failed"
         on_change(planned)

@@ -1,0 +1,111 @@
+"""Masks in a training loop of one's own: scores on a loaded model, and the mask that they select."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from mftctl.errors import ConfigError, MaskingError
+from mftctl.masking import layers as masked
+from mftctl.masking.checkpoints.build_mask import build_mask
+from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.layers import DEFAULT_START_STD, ScoreStart, initial_scores, masked_layers
+from mftctl.masking.mask import Mask
+from mftctl.masking.mask_file.document import MaskMetadata
+from mftctl.masking.rule import MaskRule
+from mftctl.masking.selection import Ranking
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    targets: list[MaskTarget]
+    rule: MaskRule
+    layers: list[int]
+    seed: int
+
+
+_attached: weakref.WeakKeyDictionary[nn.Module, _Attached] = weakref.WeakKeyDictionary()
+
+
+def attach_masks(
+    model: PreTrainedModel,
+    *,
+    layers: str = "all",
+    target: Literal["attn", "mlp", "both"] = "both",
+    ratio: float | None = None,
+    threshold: float | None = None,
+    ranking: Ranking = "signed",
+    start: ScoreStart = "weights",
+    start_std: float = DEFAULT_START_STD,
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Freezes a model, gives its projections scores, and returns these, its only trainable parameters.
+
+    The model then computes with the mask that the scores select, and any Trainer can train them. The gradient of a
+    score is proportional to its weight, so use an Adam with an epsilon of 1e-20. With the default start, use four times
+    the learning rate of fine-tuning, and no weight decay.
+
+    Args:
+        model: Loaded from a checkpoint; modified in place.
+        layers: Decoder layers, such as `4-7`, `0,3,8-11` or `all`.
+        target: Projections to mask.
+        ratio: Share to remove from each tensor.
+        threshold: Remove weights with scores below this value instead; 0 if neither is given.
+        ranking: Whether a ratio ranks by the score (`signed`) or by |score| (`absolute`, as in the paper).
+        start: Initial scores: `weights` is |weight|; `normal` is that of the paper.
+        start_std: Standard deviation of the normal start.
+        seed: Decides random starts.
+
+    Raises:
+        ConfigError: Both a ratio and a threshold are given.
+        MaskingError: The model has masks already, or no projections to mask in these layers.
+
+    Source: MFT, section 2, equations 2 to 5; the default start and threshold are ours.
+    """
+    if ratio is not None and threshold is not None:
+        raise ConfigError("Give either a ratio or a threshold.", key="ratio", actual=f"{ratio} and {threshold}")
+    if any(True for _ in masked_layers(model)):
+        raise MaskingError("The model has masks already.", expected="a model without masks", hint="detach_masks first")
+    chosen = parse_layers(layers, len(decoder_layers(model)[1]))
+    targets = find_targets(model, chosen, target)
+    rule = MaskRule(ratio, (0.0 if threshold is None else threshold) if ratio is None else None, ranking)
+    scores = {one.name: initial_scores(one, start, std=start_std, seed=seed) for one in targets}
+    masked.attach_masks(model, targets, scores, rule)
+    _attached[model] = _Attached(targets, rule, chosen, seed)
+    return [module.scores for _, module in masked_layers(model)]
+
+
+def collect_mask(model: PreTrainedModel, checkpoint: str | Path | None = None) -> Mask:
+    """Returns the mask that the scores of a model select now; the model keeps its scores.
+
+    Args:
+        model: From `attach_masks`.
+        checkpoint: Folder or hub id that the model was loaded from; by default the one it remembers.
+
+    Raises:
+        MaskingError: The model has no masks of `attach_masks`.
+        MaskMismatchError: A masked parameter is not in the checkpoint.
+        ModelError: The checkpoint cannot be found.
+    """
+    attached = _attached.get(model)
+    if attached is None:
+        raise MaskingError("The model has no masks.", expected="a model that attach_masks was called on")
+    name = str(checkpoint or model.config._name_or_path)
+    metadata = MaskMetadata(
+        base_model=name,
+        base_revision=None,
+        method="learned",
+        ratio=attached.rule.ratio,
+        threshold=attached.rule.threshold,
+        layers=format_layers(attached.layers),
+        seed=attached.seed,
+        run_id=None,
+    )
+    keep = {name: module.keep().cpu() for name, module in masked_layers(model)}
+    return build_mask(keep, attached.targets, model, resolve_checkpoint(name), metadata)
