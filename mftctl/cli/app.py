@@ -73,6 +73,9 @@ COMMANDS = {
         _MORE,
         "Choose by validation how far to go from the model before fine-tuning to the fine-tuned one.",
     ),
+    "generate": Listed(
+        "generate.generate", _MORE, "Show answers of a model to a few prompts, with and without a mask."
+    ),
     "data": Listed("data.data_app", _MORE, "Look at training data: its records and its statistics."),
     "cache": Listed("cache.cache_app", _MORE, "Manage the cache of prepared data."),
     "mask": Listed("mask.mask_app", _MORE, "Inspect, compare, import and export mask files."),

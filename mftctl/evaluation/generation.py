@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
 from mftctl.data.batching import pad_token_id
 from mftctl.data.decoding import decode_behind
@@ -153,6 +153,7 @@ def continue_prompts(
     pad_id: int,
     stop_texts: Sequence[str],
     logits_processors: Sequence[LogitsProcessor] = (),
+    streamer: TextStreamer | None = None,
 ) -> list[list[int]]:
     """The new token ids of each prompt, including padding after the end.
 
@@ -163,6 +164,7 @@ def continue_prompts(
         pad_id: The padding before shorter prompts.
         stop_texts: Texts that end an answer.
         logits_processors: Processors that draw the tokens of samples.
+        streamer: Receives the tokens of a single prompt as they are generated.
     """
     width = max(len(prompt) for prompt in prompts)
     input_ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
@@ -175,6 +177,7 @@ def continue_prompts(
         attention_mask=attention_mask.to(model.device),
         stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stop_texts, width)] if stop_texts else []),
         logits_processor=LogitsProcessorList(logits_processors),
+        streamer=streamer,
     )
     new_ids: list[list[int]] = output[:, width:].tolist()
     return new_ids

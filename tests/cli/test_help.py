@@ -30,6 +30,7 @@ COMMANDS = [
     "report",
     "run",
     "validate",
+    "generate",
     "data",
     "data show",
     "data stats",
