@@ -1,8 +1,10 @@
-"""The wheel built from the checkout ships the recipes, the built-in model and its data."""
+"""The wheel, built from what a container build sees, ships the recipes, the built-in model and its data."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -27,10 +29,16 @@ print(home, *built_in_names())
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    folder, context = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("context")
+    for pattern in re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE):
+        for path in ROOT.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, context / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(path, context)
     subprocess.run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)],
-        cwd=ROOT,
+        cwd=context,
         check=True,
         capture_output=True,
     )
@@ -62,3 +70,13 @@ def test_nothing_else_is_shipped(installed: Path) -> None:
     top = {path.name for path in installed.iterdir()}
     assert {name.partition("-")[0] for name in top} == {"mftctl"}
     assert (installed / "mftctl" / "py.typed").is_file()
+
+
+def test_the_container_installs_the_tested_versions() -> None:
+    lines = (ROOT / "Dockerfile").read_text()
+    assert "-c /opt/src/constraints.txt /opt/src" in lines
+    assert (ROOT / "constraints.txt").is_file()
+    assert "!constraints.txt" in (ROOT / ".dockerignore").read_text().splitlines()
+    guide = (ROOT / "docs/guides/install.md").read_text()
+    for command in re.findall(r"^#   (docker .+)$", lines, re.MULTILINE):
+        assert all(part in guide for part in command.split(" && "))

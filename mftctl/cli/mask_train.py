@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mftctl.cli import completion
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table, retained_rows
 from mftctl.cli.session import Session, mask_file_permit
@@ -43,7 +44,14 @@ def mask_train(
     unit: Annotated[str | None, opt.setting(MaskTrainOptions, "unit", "--unit", panel=opt.MASKING)] = None,
     layers: Annotated[
         str | None,
-        opt.setting(MaskTrainOptions, "layers", "--layers", panel=opt.MASKING, default="the probe's, otherwise all"),
+        opt.setting(
+            MaskTrainOptions,
+            "layers",
+            "--layers",
+            panel=opt.MASKING,
+            default="the probe's, otherwise all",
+            offered=completion.layers,
+        ),
     ] = None,
     target: opt.Target = None,
     preset: opt.Preset = None,

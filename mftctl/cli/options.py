@@ -14,6 +14,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mftctl.cli import completion
 from mftctl.data.prepared.cache_folder import OFF as CACHE_OFF
 from mftctl.data.prepared.cache_folder import VARIABLE as CACHE
 from mftctl.errors import ConfigError
@@ -43,6 +44,7 @@ def setting(
     default: str | None = None,
     parser: Callable[[str], Any] | None = None,
     metavar: str | None = None,
+    offered: Callable[..., list[str]] | None = None,
 ) -> Any:
     """Returns the Typer option for a recipe field, with its description and default.
 
@@ -54,6 +56,7 @@ def setting(
         default: The default to show where that of the field is not informative; empty for none.
         parser: Converts the text to a value where a plain type does not suffice.
         metavar: Placeholder for the value in the help; by default its choices or its type.
+        offered: Returns what a shell offers for the value; by default the choices.
     """
     info: FieldInfo = owner.model_fields[field]
     choices = [choice for part in (info.annotation, *get_args(info.annotation)) for choice in _literals(part)]
@@ -66,6 +69,7 @@ def setting(
         metavar=metavar or _metavar(listed, choices, parser),
         parser=parser,
         rich_help_panel=panel,
+        autocompletion=offered or (completion.choices(choices) if choices else None),
     )
 
 
@@ -218,11 +222,23 @@ BadRecordsMax = Annotated[
 ]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", "-r", help="Recipe file, or the name of a built-in recipe.", rich_help_panel=INPUT),
+    typer.Option(
+        "--recipe",
+        "-r",
+        help="Recipe file, or the name of a built-in recipe.",
+        rich_help_panel=INPUT,
+        autocompletion=completion.recipes,
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="a.b=VALUE", help="Set any recipe key; repeatable.", rich_help_panel=INPUT),
+    typer.Option(
+        "--set",
+        metavar="a.b=VALUE",
+        help="Set any recipe key; repeatable.",
+        rich_help_panel=INPUT,
+        autocompletion=completion.settings,
+    ),
 ]
 Runs = Annotated[
     Path, typer.Option("--runs", help="Folder that contains all runs.", rich_help_panel=GENERAL, envvar="MFTCTL_RUNS")

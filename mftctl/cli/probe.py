@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from mftctl.cli import completion
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
@@ -39,7 +40,8 @@ def probe(
         opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, parser=opt.group_sizes, default=""),
     ] = None,
     layers: Annotated[
-        str | None, opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all")
+        str | None,
+        opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all", offered=completion.layers),
     ] = None,
     target: opt.Target = None,
     preset: opt.Preset = None,

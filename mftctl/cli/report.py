@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mftctl.cli import completion
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.report_view import show
@@ -26,7 +27,9 @@ def report(
     pair: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="RUN_A RUN_B", help="Compare two runs instead: folders, names such as 005-mask-train, or numbers."
+            metavar="RUN_A RUN_B",
+            help="Compare two runs instead: folders, names such as 005-mask-train, or numbers.",
+            autocompletion=completion.runs,
         ),
     ] = None,
     output: Annotated[

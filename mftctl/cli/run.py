@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mftctl.cli import completion
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.report import settle_report_folder
@@ -21,7 +22,12 @@ from mftctl.workflows.run import Planned, plan_experiment, run_experiment
 
 def run(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a built-in recipe, such as quickstart.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            help="Recipe file, or the name of a built-in recipe, such as quickstart.", autocompletion=completion.recipes
+        ),
+    ],
     sets: opt.Sets = None,
     model: opt.Model = None,
     data: opt.Data = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mftctl.cli import completion
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.validate_view import validation_views
@@ -23,6 +24,7 @@ def validate(
             help="Recipe file, or the name of a built-in recipe, such as quickstart; by default only the options are "
             "checked.",
             show_default=False,
+            autocompletion=completion.recipes,
         ),
     ] = None,
     sets: opt.Sets = None,
