@@ -28,6 +28,7 @@ class SampleRow:
 
     Attributes:
         where: Origin of the record, such as `test.jsonl:17`.
+        prompt: Text of the turn before the answer; None if there is none.
         nll: Sum of the negative log-likelihoods of the answer's tokens, in nats.
         answer_tokens: Number of tokens in that sum.
         reference: The record's answer.
@@ -36,6 +37,7 @@ class SampleRow:
     """
 
     where: str
+    prompt: str | None
     nll: float
     answer_tokens: int
     reference: str
@@ -129,6 +131,7 @@ def evaluate_examples(
 def _row(example: Example, loss: SampleLoss, prediction: str | None) -> SampleRow:
     return SampleRow(
         where=example.where,
+        prompt=example.prompt[-1].content if example.prompt else None,
         nll=loss.nll,
         answer_tokens=loss.answer_tokens,
         reference=example.answer,

@@ -344,6 +344,7 @@ def _measured(data: _DataFile, encoder: Encoder, model: PreTrainedModel, folder:
             {
                 "id": str(number),
                 "where": row.where,
+                "prompt": row.prompt,
                 "reference": row.reference,
                 "output": row.prediction,
                 "scores": scores,

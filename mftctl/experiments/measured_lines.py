@@ -103,11 +103,17 @@ class Sample(Part):
 
     Attributes:
         id: Identifier, the same in every evaluation of the same data.
+        prompt: The question; None if it was not saved.
+        reference: The reference answer, if there is one.
+        output: The generated answer; None if nothing was generated, or several answers were.
         scores: Scores by metric.
         weights: Weights by metric; 1 for metrics not listed.
     """
 
     id: str
+    prompt: str | None = None
+    reference: str | None = None
+    output: str | None = None
     scores: dict[str, Measured]
     weights: dict[str, Annotated[Number, Field(ge=0)]] = Field(default_factory=dict)
 

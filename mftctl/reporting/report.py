@@ -15,6 +15,7 @@ from mftctl.experiments.run_folder import Run, list_runs
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.run_record import RunStatus
 from mftctl.progress import Listener, Progress
+from mftctl.reporting.answers import AnswerChanges, answer_changes
 from mftctl.reporting.comparability import flags
 from mftctl.reporting.efficiency import Efficiency, efficiencies
 from mftctl.reporting.figures.curves import curve_figures
@@ -68,6 +69,7 @@ class Report:
         overviews: Methods by benchmark.
         efficiency: Training costs.
         figures: The figures that have data.
+        answers: The answers that each state changed.
         sources: The runs that all numbers come from, oldest first.
         unfinished: One line per recent run that is unfinished or failed, with the command to resume it.
         problems: One line per run that could not be used.
@@ -79,6 +81,7 @@ class Report:
     overviews: tuple[Overview, ...]
     efficiency: tuple[Efficiency, ...]
     figures: tuple[Figure, ...]
+    answers: tuple[AnswerChanges, ...]
     sources: tuple[RunSource, ...]
     unfinished: tuple[str, ...]
     problems: tuple[str, ...]
@@ -101,7 +104,8 @@ def make_report(root: Path, listener: Listener) -> Report:
     tables = [_with_flags(table, by_name) for table in compared]
     efficiency, untimed = efficiencies(runs)
     figures, undrawn = _figures(tables, runs, listener)
-    problems = [*(told(error, str(error.path)) for error in errors), *left_out, *untimed, *undrawn]
+    answers, unread = answer_changes(runs)
+    problems = [*(told(error, str(error.path)) for error in errors), *left_out, *untimed, *undrawn, *unread]
     unfinished = _unfinished(runs)
     if not tables and not efficiency and not figures:
         raise RunError(
@@ -121,6 +125,7 @@ def make_report(root: Path, listener: Listener) -> Report:
         overviews=tuple(overviews(tables)),
         efficiency=tuple(efficiency),
         figures=tuple(figures),
+        answers=tuple(answers),
         sources=tuple(sources),
         unfinished=unfinished,
         problems=tuple(dict.fromkeys([*problems, *irreproducible])),

@@ -101,7 +101,7 @@ def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricT
     Returns:
         The tables, and one line per run that cannot be used.
     """
-    groups, problems = _measured(runs)
+    groups, problems = measured(runs)
     makers: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for (origin, _, _), group in groups.items():
         for item in group:
@@ -118,15 +118,19 @@ def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricT
     tables = []
     for (origin, _, metric), group in groups.items():
         own = {state: found for (model, state), found in makers.items() if model == origin}
-        table, unpaired = _table(origin, metric, _newest(group), own, advance)
+        table, unpaired = _table(origin, metric, newest(group), own, advance)
         tables.append(table)
         problems += unpaired
     advance(total - done)
     return _with_corrected_p_values(tables), problems
 
 
-def _measured(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Measurement]], list[str]]:
-    """Measurements by model, dataset and metric, and one line per run or value that cannot be used."""
+def measured(runs: Sequence[Run]) -> tuple[dict[tuple[str, str, str], list[Measurement]], list[str]]:
+    """Measurements by model, dataset and metric, and one line per run or value that cannot be used.
+
+    Args:
+        runs: The runs of a runs folder, oldest first.
+    """
     by_name = {run.name: run for run in runs}
     groups: dict[tuple[str, str, str], list[Measurement]] = {}
     problems = []
@@ -164,7 +168,7 @@ def _with_corrected_p_values(tables: Sequence[MetricTable]) -> list[MetricTable]
     return [replace(table, rows=tuple(correct(row, table.origin) for row in table.rows)) for table in tables]
 
 
-def _newest(measurements: Sequence[Measurement]) -> list[Measurement]:
+def newest(measurements: Sequence[Measurement]) -> list[Measurement]:
     """The latest measurement of each state and seed."""
     return list({(item.state, item.maker, item.seed): item for item in measurements}.values())
 
@@ -180,7 +184,7 @@ def _table(
     states: dict[tuple[str, tuple[str, str]], list[Measurement]] = {}
     for item in measurements:
         states.setdefault((item.state, item.maker), []).append(item)
-    baseline = FFT if any(_may_be_baseline(item) and item.state == FFT for item in measurements) else PRE_TRAINED
+    baseline = baseline_of(measurements)
     domains = list(dict.fromkeys(item.trained_on for item in measurements))
 
     def order(group: Sequence[Measurement]) -> tuple[int, int, tuple[str, str]]:
@@ -196,7 +200,7 @@ def _table(
     for label, group in by_label.items():
         state = group[0].state
         changes: list[Change | None] = [None] * (1 + len(group))
-        is_baseline = state == baseline and _may_be_baseline(group[0])
+        is_baseline = state == baseline and may_be_baseline(group[0])
         if not is_baseline:
             parts = [group] if len(group) == 1 else [group, *([item] for item in group)]
             try:
@@ -214,7 +218,7 @@ def _table(
     return table, problems
 
 
-def _may_be_baseline(item: Measurement) -> bool:
+def may_be_baseline(item: Measurement) -> bool:
     """True unless it is a control that `run` added, which for a mask of a given model is its first fine-tuning."""
     return not item.run.record.chose_its_model
 
@@ -257,10 +261,28 @@ def _row(label: str, group: Sequence[Measurement], changes: Sequence[Change | No
     )
 
 
+def baseline_of(measurements: Sequence[Measurement]) -> str:
+    """The state that the others are compared with: FFT, or without it the pre-trained model."""
+    return FFT if any(may_be_baseline(item) and item.state == FFT for item in measurements) else PRE_TRAINED
+
+
+def baseline_pairs(
+    group: Iterable[Measurement], others: Iterable[Measurement], baseline: str
+) -> list[tuple[Measurement, Measurement]]:
+    """The evaluations of a state, each after its own baseline.
+
+    Args:
+        group: Evaluations of the state.
+        others: All evaluations on the same data.
+        baseline: The state to compare with.
+    """
+    candidates = [item for item in others if item.state == baseline and may_be_baseline(item)]
+    return [(base, item) for item in group for base in candidates if belong_together(base, item)]
+
+
 def _change(group: Sequence[Measurement], others: Iterable[Measurement], metric: str, baseline: str) -> Change | None:
     """The change of a state: each run is paired by sample with its own baseline, then averaged over seeds."""
-    candidates = [item for item in others if item.state == baseline and _may_be_baseline(item)]
-    pairs = [(base, item) for item in group for base in candidates if belong_together(base, item)]
+    pairs = baseline_pairs(group, others, baseline)
     if not pairs:
         return None
     return paired_change([(base.samples(), item.samples()) for base, item in pairs], metric)

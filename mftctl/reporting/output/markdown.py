@@ -44,6 +44,8 @@ def to_markdown(report: Report) -> str:
             parts += ["Not comparable with its baseline:", "", *flagged, ""]
     if report.tables:
         parts += [NOTE, ""]
+    if report.answers:
+        parts += ["## Answers", "", *(f"- {markdown_item(changes.title)}" for changes in report.answers), ""]
     if report.efficiency:
         parts += [*table_lines(efficiency_text(report.efficiency)), "", EFFICIENCY_NOTE, ""]
     for figure in report.figures:

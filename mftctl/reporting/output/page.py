@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mftctl import __version__
+from mftctl.reporting.answers import SHOWN_ANSWERS, AnswerChanges, ChangedAnswer
 from mftctl.reporting.figures.style import INK, Drawing, Figure
 from mftctl.reporting.output.headlines import headlines
 from mftctl.reporting.output.markdown import EFFICIENCY_NOTE, NOTE
@@ -19,6 +20,9 @@ from mftctl.text import visible, visible_line
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
+
+_MOST_CHARACTERS = 600
+"""Longer prompts and answers are cut on the page."""
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 
@@ -58,11 +62,38 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
         tables=tables,
         efficiency=efficiency,
         figures=[(figure, Markup(_inline(figure, drawings[figure.name].svg))) for figure in report.figures],
+        answers=[_shown_answers(changes) for changes in report.answers if changes.won or changes.lost],
         sources=[(source, _link(source.folder, folder)) for source in report.sources],
         groups=_groups(report, shown),
         note=NOTE,
         efficiency_note=EFFICIENCY_NOTE,
     )
+
+
+def _shown_answers(changes: AnswerChanges) -> dict[str, Any]:
+    """The changed answers for the page: the first ones, cut to a readable length."""
+    parts = [(name, answers) for name, answers in (("Won", changes.won), ("Lost", changes.lost)) if answers]
+    return {
+        "title": changes.title,
+        "before": changes.baseline,
+        "after": changes.state,
+        "parts": [
+            (name, len(all_), [_cut_answer(one) for one in all_[:SHOWN_ANSWERS]]) for name, all_ in parts if all_
+        ],
+    }
+
+
+def _cut_answer(answer: ChangedAnswer) -> dict[str, str | None]:
+    return {
+        "id": answer.id,
+        **{name: _cut(getattr(answer, name)) for name in ("prompt", "reference", "before", "after")},
+    }
+
+
+def _cut(text: str | None) -> str | None:
+    if text is None or len(text) <= _MOST_CHARACTERS:
+        return text
+    return f"{text[:_MOST_CHARACTERS]} … ({len(text) - _MOST_CHARACTERS:,} more characters)"
 
 
 def _finished(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mftctl.reporting.file_names import own_name
+from mftctl.reporting.file_names import own_name, slug
 from mftctl.reporting.output.text_tables import TextTable, efficiency_text, metric_text, overview_text
 from mftctl.reporting.overview import Overview
 from mftctl.reporting.paired_change import Change
@@ -42,6 +42,16 @@ def _tables(report: Report) -> Iterator[tuple[TextTable, list[dict[str, Any]]]]:
         yield metric_text(table), list(_metric_rows(table))
     if report.efficiency:
         yield efficiency_text(report.efficiency), [asdict(item) for item in report.efficiency]
+
+
+def answer_files(report: Report) -> dict[str, str]:
+    """All changed answers as JSON lines, by file name: one file for each state and seed that changed any."""
+    taken: set[str] = set()
+    return {
+        f"{own_name(slug(f'{changes.dataset} {changes.state} seed {changes.seed}'), taken)}.jsonl": changes.lines()
+        for changes in report.answers
+        if changes.won or changes.lost
+    }
 
 
 def to_latex(table: TextTable) -> str:

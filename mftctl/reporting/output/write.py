@@ -15,7 +15,7 @@ from mftctl.reporting.figures.style import render
 from mftctl.reporting.output.headlines import headlines
 from mftctl.reporting.output.markdown import to_markdown
 from mftctl.reporting.output.page import to_page
-from mftctl.reporting.output.table_files import table_files
+from mftctl.reporting.output.table_files import answer_files, table_files
 
 if TYPE_CHECKING:
     from mftctl.reporting.report import Report
@@ -45,6 +45,7 @@ def write_report(report: Report, folder: Path, listener: Listener) -> list[Path]
     contents = {"index.html": to_page(report, drawings, folder).encode(), "report.md": to_markdown(report).encode()}
     contents["report.json"] = b""
     contents |= {f"tables/{name}": text.encode() for name, text in table_files(report).items()}
+    contents |= {f"answers/{name}": text.encode() for name, text in answer_files(report).items()}
     for name, drawing in drawings.items():
         contents |= {f"figures/{name}.svg": drawing.svg.encode(), f"figures/{name}.png": drawing.png}
     document = {**to_document(report), "files": list(contents)}
@@ -95,6 +96,20 @@ def to_document(report: Report) -> dict[str, Any]:
                 "runs": list(figure.runs),
             }
             for figure in report.figures
+        ],
+        "answers": [
+            {
+                "dataset": changes.dataset,
+                "metric": changes.metric,
+                "baseline": changes.baseline,
+                "state": changes.state,
+                "seed": changes.seed,
+                "samples": changes.samples,
+                "won": len(changes.won),
+                "lost": len(changes.lost),
+                "runs": list(changes.runs),
+            }
+            for changes in report.answers
         ],
         "sources": [{**asdict(source), "folder": str(source.folder)} for source in report.sources],
         "unfinished": list(report.unfinished),
