@@ -28,7 +28,11 @@ def apply(
         typer.Argument(help="Checkpoint folder or hub id.", show_default="from the latest mask-train run"),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Argument(help="Mask file.", show_default="from the latest mask-train run")
+        Path | None,
+        typer.Argument(
+            help="Mask file, or OWNER/NAME[@REVISION][:FILE] on the hub.",
+            show_default="from the latest mask-train run",
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -49,6 +53,18 @@ def apply(
             rich_help_panel=opt.INPUT,
         ),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            "--push",
+            metavar="OWNER/NAME",
+            help="Also upload the new checkpoint to the hub.",
+            rich_help_panel=opt.INPUT,
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="--push: make a new repository private.", rich_help_panel=opt.INPUT)
+    ] = False,
     runs: opt.Runs = Path("runs"),
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
@@ -58,6 +74,10 @@ def apply(
     Streams the weights, so memory use does not grow with the model. Refuses a model that the mask was not learned on.
     """
     with Output(as_json=as_json) as console:
+        if mask is not None:
+            from mftctl.masking.hub_masks import local_mask
+
+            mask = local_mask(mask)
         source = _source(base, mask, tuned, runs)
         if base is None:
             console.note(f"Mask: {source.mask} ({source.state}, on {source.model})")
@@ -77,6 +97,10 @@ def apply(
             result = applying.apply(source, run, console, base=base, replace=session.replaces)
             run.finish(result)
         show(console, run, result)
+        if push is not None:
+            from mftctl.masking.hub_masks import push_model
+
+            console.note(f"Uploaded to {push_model(Path(result.model), push, private=private)}")
         words: list[str | Path] = [] if base is None else [Path(result.model), "--data", "FILE"]
         console.next_command("mftctl", "eval", *words, runs=runs)
 

@@ -47,7 +47,11 @@ def evaluate(
     model_option: Annotated[str | None, typer.Option("--model", "-m", hidden=True)] = None,
     mask: Annotated[
         Path | None,
-        typer.Option("--mask", help="Evaluate the model with this mask applied.", rich_help_panel=opt.INPUT),
+        typer.Option(
+            "--mask",
+            help="Evaluate the model with this mask applied: a file, or OWNER/NAME[@REVISION][:FILE] on the hub.",
+            rich_help_panel=opt.INPUT,
+        ),
     ] = None,
     test_data: Annotated[
         list[str] | None,
@@ -200,6 +204,10 @@ def show(console: Output, runs: list[Run]) -> None:
 
 
 def _sources(model: str | None, mask: Path | None, session: Session) -> list[ModelSource]:
+    if mask is not None:
+        from mftctl.masking.hub_masks import local_mask
+
+        mask = local_mask(mask)
     if model is not None:
         return [source_of_mask(model, str(mask), session.root) if mask else source_of_model(model, session.root)]
     newest = newest_source(session.root, *MODEL_MAKERS, "mask-train")

@@ -84,6 +84,10 @@ def generate(
 
 
 def _source(model: str | None, mask: Path | None, runs: Path) -> ModelSource:
+    if mask is not None:
+        from mftctl.masking.hub_masks import local_mask
+
+        mask = local_mask(mask)
     if model is not None:
         return source_of_mask(model, str(mask), runs) if mask is not None else source_of_model(model, runs)
     newest = None if mask is not None else newest_source(runs, *MODEL_MAKERS, "mask-train")

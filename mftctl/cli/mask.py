@@ -25,15 +25,21 @@ mask_app = typer.Typer(
 )
 
 MaskFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)]
+AnyMask = Annotated[
+    Path,
+    typer.Argument(metavar="MASK", help="Mask file, or OWNER/NAME[@REVISION][:FILE] on the hub.", show_default=False),
+]
 
 
 @mask_app.command()
-def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
+def info(file: AnyMask, as_json: opt.AsJson = False) -> None:
     """Show what a mask removes and how it was made."""
     from dataclasses import asdict
 
+    from mftctl.masking.hub_masks import local_mask
     from mftctl.masking.mask import open_mask
 
+    file = local_mask(file)
     with open_mask(file) as mask:
         for name in mask.names():
             mask.packed(name)  # also checks it
@@ -61,14 +67,15 @@ def info(file: MaskFile, as_json: opt.AsJson = False) -> None:
 
 
 @mask_app.command()
-def diff(first: MaskFile, second: MaskFile, as_json: opt.AsJson = False) -> None:
+def diff(first: AnyMask, second: AnyMask, as_json: opt.AsJson = False) -> None:
     """Compare two masks: their overlap, and the overlap expected by chance."""
     from dataclasses import asdict
 
+    from mftctl.masking.hub_masks import local_mask
     from mftctl.masking.mask import open_mask
     from mftctl.masking.overlap import diff as compare
 
-    with open_mask(first) as one, open_mask(second) as other:
+    with open_mask(local_mask(first)) as one, open_mask(local_mask(second)) as other:
         found = compare(one, other)
     rows = [*found.tensors.items(), ("all", found.total)]
     document: dict[str, Any] = {
@@ -200,6 +207,31 @@ def export(
         }
         rows = [("file", str(output)), ("tensors", str(len(exported))), ("bytes", f"{target.stat().st_size:,}")]
         console.result(document, pairs_table("Exported", rows))
+
+
+@mask_app.command()
+def push(
+    mask: MaskFile,
+    repo: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    runs: opt.Runs = Path("runs"),
+    as_json: opt.AsJson = False,
+) -> None:
+    """Upload a mask to the Hugging Face Hub, with a card.
+
+    The card names the model, the data, the measured change and the command, as far as the runs folder knows them. A
+    card that the repository already has is kept. The licence is left to you.
+    """
+    with Output(as_json=as_json) as console:
+        from mftctl.masking.hub_masks import push_mask
+        from mftctl.masking.mask import open_mask
+        from mftctl.reporting.mask_card import mask_card, run_of_mask
+
+        with open_mask(mask) as opened:
+            card = mask_card(opened, repo, run_of_mask(mask, runs))
+        url = push_mask(mask, card, repo, private=private)
+        console.result({"mask": str(mask), "url": url}, pairs_table("Uploaded", [("mask", str(mask)), ("url", url)]))
+        console.note("Set the licence in its README.md.")
 
 
 def _place(model: str) -> Path | str:

@@ -41,6 +41,7 @@ COMMANDS = [
     "mask diff",
     "mask import",
     "mask export",
+    "mask push",
     "env",
 ]
 
