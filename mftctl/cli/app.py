@@ -73,7 +73,7 @@ COMMANDS = {
         _MORE,
         "Choose by validation how far to go from the model before fine-tuning to the fine-tuned one.",
     ),
-    "data": Listed("data.data_app", _MORE, "Look at training data: its records and its statistics."),
+    "data": Listed("data.data_app", _MORE, "Look at training data, and fetch the data of benchmarks."),
     "cache": Listed("cache.cache_app", _MORE, "Manage the cache of prepared data."),
     "mask": Listed("mask.mask_app", _MORE, "Inspect, compare, import and export mask files."),
     "env": Listed("env.env", _MORE, "Show versions and hardware for a bug report."),

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.benchmarks.measure import check_sentence_data
 from mftctl.evaluation.benchmarks.problems import read_problems
 from mftctl.evaluation.benchmarks.result import BenchmarkResult
 from mftctl.evaluation.benchmarks.run import run_benchmark
+from mftctl.evaluation.benchmarks.sentence_data import check_sentence_data
 from mftctl.evaluation.lm.hf import WrittenAnswers
 
 
