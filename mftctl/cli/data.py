@@ -129,14 +129,12 @@ def fetch(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME...",
+            metavar="NAME",
             help="Benchmarks, groups such as coding, or lm-eval tasks, as for --tasks of eval.",
             show_default=False,
         ),
     ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Fetch the data of every benchmark that has a name here.")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="Fetch the data of every named benchmark.")] = False,
     as_json: opt.AsJson = False,
 ) -> None:
     """Download the data of benchmarks into the cache, so that later evaluations need no network.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import Any
 
 from mftctl.data.hub import is_network_down, offline
 from mftctl.errors import EvaluationError, MissingDataError
 from mftctl.evaluation.benchmarks.catalog import expand_groups
-from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task, task_config
+from mftctl.evaluation.benchmarks.lm_eval_tasks import data_config
 from mftctl.evaluation.benchmarks.problems import fetch_problems
 from mftctl.evaluation.benchmarks.published_data import PublishedData
 from mftctl.evaluation.benchmarks.sentence_data import SENTENCE_DATA, check_sentence_data, fetch_sentence_data
@@ -86,9 +87,8 @@ def fetch_data(names: Sequence[str], listener: Listener) -> tuple[FetchedData, .
         DataError: The data cannot be read.
     """
     tasks = expand_groups(names)
-    for task in tasks:
-        check_task(task)
-    needed = [data for task in tasks for data in _needed(task)]
+    configs = {task: data_config(task) for task in tasks}
+    needed = [data for task, config in configs.items() for data in _needed(task, config)]
     found: list[FetchedData] = []
     has_network = True  # once it is down, nothing more is tried: each attempt takes half a minute
     for done, data in enumerate(needed):
@@ -115,20 +115,28 @@ def _fetched(data: _Needed, listener: Listener, *, has_network: bool) -> Fetched
     return data.found(State.FETCHED)
 
 
-def _needed(task: str) -> Iterator[_Needed]:
-    config = task_config(task)
+def _needed(task: str, config: Mapping[str, Any]) -> Iterator[_Needed]:
     data = PublishedData.of(config)
 
     def read() -> int:
         with offline():
             return len(fetch_problems(config, task).records)
 
-    remedy = f"{task}: {data.source} (revision main) from the hub's datasets, then --task-data {task}=FILE"
     download = None if data.is_shipped else partial(fetch_problems, config, task)
-    yield _Needed(task, data.source, remedy, read, download)
+    yield _Needed(task, data.source, _remedy(task, data), read, download)
     if task == "ifeval":
-        remedy = f"{task}: {_SENTENCES}, then unpack it as {SENTENCE_DATA} in a folder that NLTK_DATA names"
+        remedy = f"{task}: {_SENTENCES}; then unpack it as {SENTENCE_DATA} in a folder that NLTK_DATA names"
         yield _Needed(task, f"nltk_data, {SENTENCE_DATA}", remedy, check_sentence_data, fetch_sentence_data)
+
+
+def _remedy(task: str, data: PublishedData) -> str:
+    if data.file is not None:
+        return f"{task}: {data.file}, revision main; then --task-data {task}=FILE"
+    address = f"https://huggingface.co/datasets/{data.dataset}, revision main"
+    if len(data.parts) > 1:
+        return f"{task}: {address}, split {data.split} of {len(data.parts)} parts; then --task-data {task}=FOLDER"
+    part = "" if data.parts[0] is None else f" of {data.parts[0]}"
+    return f"{task}: {address}, split {data.split}{part}; then --task-data {task}=FILE"
 
 
 def require_all(found: Sequence[FetchedData]) -> None:
@@ -145,5 +153,7 @@ def require_all(found: Sequence[FetchedData]) -> None:
         raise EvaluationError(
             f"The data of {', '.join(dict.fromkeys(data.benchmark for data in missing))} cannot be downloaded.",
             actual=missing[0].problem,
-            hint="\n".join(["run this with a network, or download elsewhere:", *(data.remedy for data in missing)]),
+            hint="\n".join(
+                ["the same command with a network, or download elsewhere:", *(data.remedy for data in missing)]
+            ),
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 from mftctl.errors import MissingDataError
 
 SENTENCE_DATA = "tokenizers/punkt_tab"
@@ -18,7 +20,7 @@ def fetch_sentence_data() -> None:
     import nltk
 
     try:
-        nltk.download(_PACKAGE, quiet=True, raise_on_error=True)
+        nltk.download(_PACKAGE, quiet=True, raise_on_error=True, print_error_to=io.StringIO())
     except (OSError, ValueError) as error:
         raise _missing("NLTK's sentence data cannot be downloaded.", str(error)) from error
 
