@@ -14,6 +14,7 @@ MftError
 │   └── LostProcessError     one of several processes was lost
 ├── DeviceMemoryError    not enough GPU memory
 ├── EvaluationError      a benchmark or a comparison
+│   ├── MissingDataError     benchmark data that is not on this machine and cannot be downloaded
 │   └── SandboxError         model-written code that cannot be run safely
 ├── RunError             a run folder
 ├── StorageError         a file that cannot be written
@@ -146,6 +147,10 @@ class DeviceMemoryError(MftError):
 
 class EvaluationError(MftError):
     """A benchmark or a comparison that cannot be computed."""
+
+
+class MissingDataError(EvaluationError):
+    """The data of a benchmark that is not on this machine and cannot be downloaded."""
 
 
 class SandboxError(EvaluationError):

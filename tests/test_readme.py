@@ -39,11 +39,12 @@ RUN = {
         "3. Learn",
         "4. Apply",
         "5. Measure",
+        "Look at answers",
         "On your own model",
     ),
     "docs/guides/averaging.md": ("Average checkpoints", "Interpolate"),
     "docs/guides/benchmarks.md": ("Benchmarks", "During training"),
-    "docs/guides/methods.md": ("Fine-tuning", "Masks", "Inspect"),
+    "docs/guides/methods.md": ("Fine-tuning", "Another domain", "Masks", "Inspect"),
     "docs/guides/recipes.md": ("Check before you train",),
     "docs/guides/report.md": ("Report",),
 }
@@ -144,7 +145,7 @@ def own(here: CommandLine) -> CommandLine:
     """A folder with a user-supplied model and data."""
     build_llama(max_position_embeddings=8192).save_pretrained(here.folder / "my-model")
     build_tokenizer().save_pretrained(here.folder / "my-model")
-    for name in ("train", "test", "gsm8k-test"):
+    for name in ("train", "test", "gsm8k-test", "general"):
         write_additions(here.folder / f"{name}.jsonl", 60, seed=len(name))
     return here
 

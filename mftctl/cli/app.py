@@ -76,9 +76,9 @@ COMMANDS = {
     "generate": Listed(
         "generate.generate", _MORE, "Show answers of a model to a few prompts, with and without a mask."
     ),
-    "data": Listed("data.data_app", _MORE, "Look at training data: its records and its statistics."),
+    "data": Listed("data.data_app", _MORE, "Look at training data, and fetch the data of benchmarks."),
     "cache": Listed("cache.cache_app", _MORE, "Manage the cache of prepared data."),
-    "mask": Listed("mask.mask_app", _MORE, "Inspect, compare, import and export mask files."),
+    "mask": Listed("mask.mask_app", _MORE, "Inspect, compare, import, export and upload mask files."),
     "env": Listed("env.env", _MORE, "Show versions and hardware for a bug report."),
 }
 _UsageError: Any = typer.BadParameter.__bases__[0]

@@ -1,4 +1,4 @@
-"""`mftctl data`: show and stats."""
+"""`mftctl data`: show, stats and fetch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mftctl.cli import options as opt
-from mftctl.cli.data_view import show_views, stats_views
+from mftctl.cli.data_view import fetch_views, show_views, stats_views
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
 from mftctl.errors import ConfigError
@@ -20,7 +20,7 @@ data_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Look at training data: its records and its statistics.",
+    help="Look at training data, and fetch the data of benchmarks.",
 )
 
 _CHOICE = "Records to show"
@@ -124,6 +124,38 @@ def stats(
 
         found = data_stats(settled, settled.model, _max_length_tokens(settled), console)
         console.result(asdict(found), *stats_views(found))
+
+
+@data_app.command()
+def fetch(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Benchmarks, groups such as coding, or lm-eval tasks, as for --tasks of eval.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Fetch the data of every named benchmark.")] = False,
+    as_json: opt.AsJson = False,
+) -> None:
+    """Download the data of benchmarks into the cache, so that later evaluations need no network.
+
+    Data that is already in the cache is not downloaded again. HumanEval's problems are installed with mftctl.
+    """
+    if every == bool(names):
+        raise ConfigError(
+            "--all and names exclude each other." if every else "No benchmark is named.",
+            key="NAME",
+            hint="mftctl data fetch gsm8k math, or mftctl data fetch --all",
+        )
+    with Output(as_json=as_json) as console:
+        from mftctl.evaluation.benchmarks.catalog import BENCHMARKS
+        from mftctl.workflows.data_fetch import fetch_data, require_all
+
+        found = fetch_data(names or tuple(BENCHMARKS), console)
+        console.result({"data": [asdict(data) for data in found]}, *fetch_views(found))
+        require_all(found)
 
 
 def _max_length_tokens(recipe: Recipe) -> int:

@@ -1,4 +1,4 @@
-"""Console output of `data show` and `data stats`."""
+"""Console output of `mftctl data`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mftctl.cli.record_view import needs_marks, record_text, trained_on
 from mftctl.text import counted
 
 if TYPE_CHECKING:
+    from mftctl.workflows.data_fetch import FetchedData
     from mftctl.workflows.data_show import ShownData, ShownRecord
     from mftctl.workflows.data_stats import DataStats, Found, LengthBin, PartStats
 
@@ -47,6 +48,18 @@ def stats_views(stats: DataStats) -> list[RenderableType]:
         views.append(_overlaps(stats))
     lines = list(_examples(stats))
     return [*views, Text("\n".join(lines))] if lines else views
+
+
+def fetch_views(found: Sequence[FetchedData]) -> list[RenderableType]:
+    """Returns the table of benchmark data to print."""
+    view = Table(title="Benchmark data", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    view.add_column("")
+    view.add_column("from", overflow="fold")
+    view.add_column("problems", justify="right")
+    view.add_column("")
+    for data in found:
+        view.add_row(data.benchmark, data.source, "" if data.records is None else f"{data.records:,}", data.state)
+    return [view]
 
 
 def _parts(stats: DataStats) -> Table:

@@ -1,4 +1,4 @@
-"""`mftctl mask`: info, diff, import and export."""
+"""`mftctl mask`: info, diff, import, export and push."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ mask_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Inspect, compare, import and export mask files.",
+    help="Inspect, compare, import, export and upload mask files.",
 )
 
 MaskFile = Annotated[Path, typer.Argument(help="Mask file.", show_default=False)]

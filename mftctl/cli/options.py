@@ -344,7 +344,7 @@ BenchmarkEvery = Annotated[int | None, setting(TrainingOptions, "benchmark_every
 BenchmarkLimit = Annotated[int | None, setting(TrainingOptions, "benchmark_limit", "--benchmark-limit", panel=INTERIM)]
 InterimTasks = Annotated[Any, setting(EvalOptions, "tasks", "--tasks", panel=INTERIM, parser=names)]
 InterimTaskData = Annotated[
-    list[str] | None, setting(EvalOptions, "task_data", "--task-data", panel=INTERIM, default="the hub's")
+    list[str] | None, setting(EvalOptions, "task_data", "--task-data", panel=INTERIM, default="the published data")
 ]
 FftRate = Annotated[float | None, setting(FftOptions, "learning_rate", "--lr", panel=TRAINING)]
 MaskRate = Annotated[Any, setting(MaskTrainOptions, "learning_rate", "--lr", panel=TRAINING, parser=number_or_word)]

@@ -52,7 +52,7 @@ def probe(
     ] = None,
     task_data: Annotated[
         list[str] | None,
-        opt.setting(EvalOptions, "task_data", "--task-data", panel=opt.SCORE, default="the hub's"),
+        opt.setting(EvalOptions, "task_data", "--task-data", panel=opt.SCORE, default="the published data"),
     ] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel=opt.SCORE)] = None,
     data_fraction: Annotated[

@@ -58,14 +58,12 @@ def open_hub(identifier: str, configuration: str | None, split: str) -> datasets
         DataError: The dataset, configuration or split does not exist or is empty, or the network is down.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import EntryNotFoundError
 
     name = identifier if configuration is None else f"{identifier}:{configuration}"
-    with _quiet():
+    with quiet_hub():
         try:
             dataset = load_dataset(identifier, configuration, split=split)
-        except (DatasetsError, EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+        except hub_failures() as error:
             raise DataError(
                 "The data is neither an existing file nor a reachable hub dataset.",
                 path=name,
@@ -130,8 +128,43 @@ def _with_json(features: datasets.Features) -> datasets.Features:
     return Features({name: feature for name, feature in features.items() if "Json(" in repr(feature)})
 
 
+def hub_failures() -> tuple[type[Exception], ...]:
+    """What `datasets` and `huggingface_hub` raise for data that does not exist or cannot be downloaded."""
+    import httpx2
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import EntryNotFoundError
+
+    return (DatasetsError, EntryNotFoundError, httpx2.HTTPError, OSError, RuntimeError, ValueError)
+
+
+def is_network_down(error: BaseException | None) -> bool:
+    """Checks whether a failure says that the hub cannot be reached, rather than that it lacks the data.
+
+    Args:
+        error: One of `hub_failures`.
+    """
+    import httpx2
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    return isinstance(error, ConnectionError | LocalEntryNotFoundError | httpx2.TransportError)
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def offline() -> Iterator[None]:
+    """Limits `datasets` and `huggingface_hub` to their caches while the context is open."""
+    import datasets
+    from huggingface_hub import constants
+
+    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
     """Silences the progress bars and logs of `datasets` and `huggingface_hub` while the context is open."""
     import datasets
     from huggingface_hub.utils import logging as hub_logging

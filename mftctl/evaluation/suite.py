@@ -203,7 +203,7 @@ def measure(
                 listener,
                 model_name=model_name,
                 cache=cache,
-                ask_judge=run is not None,
+                is_final=run is not None,
             )
         )
     return datasets

@@ -18,8 +18,9 @@ from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, TypeVar
 
-from mftctl.errors import LostProcessError, MftError
+from mftctl.errors import ConfigError, LostProcessError, MftError
 from mftctl.runtime.processes import (
+    INSTALL_DEEPSPEED,
     TIMEOUT,
     is_first,
     rank,
@@ -44,8 +45,17 @@ def import_deepspeed() -> None:
     """Imports DeepSpeed if it is installed; accelerate does so whenever a model is trained.
 
     Its log goes to the stream that is stdout at that moment. Only its errors are useful to a user.
+
+    Raises:
+        ConfigError: It is not installed, but this process was started to train with it.
     """
     if importlib.util.find_spec("deepspeed") is None:
+        if under_deepspeed():
+            raise ConfigError(
+                "The processes were started to train with DeepSpeed, which is not installed.",
+                key="ACCELERATE_USE_DEEPSPEED",
+                hint=INSTALL_DEEPSPEED,
+            )
         return
     from mftctl.runtime.devices import best_device
 

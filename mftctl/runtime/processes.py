@@ -37,6 +37,10 @@ def is_first() -> bool:
     return rank() == 0
 
 
+INSTALL_DEEPSPEED = "pip install 'mftctl[deepspeed]'"
+"""The command that installs DeepSpeed."""
+
+
 def under_deepspeed() -> bool:
     """Checks whether accelerate launched this process to train with DeepSpeed."""
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1")

@@ -34,6 +34,7 @@ COMMANDS = [
     "data",
     "data show",
     "data stats",
+    "data fetch",
     "cache",
     "cache clear",
     "mask",

@@ -10,12 +10,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask
+from mftctl.masking.checkpoints.build_mask import build_mask
 from mftctl.masking.layers import ScoreStart, attach_masks, detach_masks, initial_scores, masked_layers
 from mftctl.masking.mask import Mask, load_mask, save_mask
 from mftctl.masking.rule import MaskRule
 from mftctl.masking.selection import removed_count
 from mftctl.masking.targets import find_targets
-from mftctl.workflows.mask_result import build_mask
 from tests.masking.architectures import ARCHITECTURES, build
 from tests.masking.built_checkpoints import stored_tensors
 from tests.masking.mask_files import METADATA

@@ -28,7 +28,7 @@ from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run, list_runs
-from mftctl.runtime.process_group import share_of
+from mftctl.runtime.process_group import import_deepspeed, share_of
 from tests.forked_commands.commands import ForkedCommands
 
 ROOT = Path(__file__).parents[2]
@@ -190,6 +190,17 @@ def killed(workspace: Path, tmp_path_factory: pytest.TempPathFactory, forked_com
     launcher = accelerate("zero3" if HAS_DEEPSPEED else "ddp")
     kill_second(folder, (*launcher, *forked_commands.module, "mftctl"), workspace)
     return folder
+
+
+def test_processes_started_for_deepspeed_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    uncached = import_deepspeed.__wrapped__
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    uncached()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match="DeepSpeed, which is not installed") as caught:
+        uncached()
+    assert caught.value.hint == "pip install 'mftctl[deepspeed]'"
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.results import Score
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
+from mftctl.masking.checkpoints.build_mask import build_mask
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.layers import MaskedLinear
 from mftctl.masking.mask import save_mask
@@ -30,7 +31,6 @@ from mftctl.training.held_out import split_validation_records
 from mftctl.training.mask_search import FoundMask
 from mftctl.training.validation_scores import ValidationScorer
 from mftctl.workflows.eval import evaluate
-from mftctl.workflows.mask_result import build_mask
 from mftctl.workflows.probe import probe
 from tests.workflow_fixtures import Interrupter, make_recipe, open_run
 

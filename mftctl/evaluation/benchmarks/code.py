@@ -7,6 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mftctl.evaluation.benchmarks.evalplus import comparison_source
@@ -24,6 +25,9 @@ FILTER = "tests"
 
 Judge = Callable[[Sequence[Trial]], Sequence[bool]]
 """Decides for each answer whether it passes."""
+
+ProgramOf = Callable[[Mapping[str, Any], str], str]
+"""Extracts the program from the output for a problem."""
 
 _COMPUTED = re.compile(r"^    assertion\((\w+)\(\*inp\), ref_func\(\*inp\), (.+)\)$", re.MULTILINE)
 """The line in MBPP+ tests that compares with the reference solution if the expected results are too large to list."""
@@ -53,12 +57,11 @@ def code_config(
         continues: Whether to append every answer to the prompt as is, as in OLMES.
     """
     tries = [k for k in (1, 10, 100) if k <= samples]
-    ends = list(config["generation_kwargs"].get("until") or [])
-    program_of = continued if continues else program
+    program_of = programs(config, continues=continues)
 
     def run_all(outputs: Sequence[Sequence[str]], problems: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         trials = [
-            Trial(program_of(problem, output, ends), checks(problem), entry_point(problem), reference(problem))
+            Trial(program_of(problem, output), checks(problem), entry_point(problem), reference(problem))
             for written, problem in zip(outputs, problems, strict=True)
             for output in written
         ]
@@ -82,6 +85,17 @@ def code_config(
         "process_results": scores,
         "metric_list": [{"metric": f"pass@{k}", "aggregation": "mean", "higher_is_better": True} for k in tries],
     }
+
+
+def programs(config: Mapping[str, Any], *, continues: bool) -> ProgramOf:
+    """How a code task takes programs from outputs.
+
+    Args:
+        config: The lm-eval configuration of the task, with the stop strings of its answers.
+        continues: Whether to append every answer to the prompt as is, as in OLMES.
+    """
+    ends = list(config["generation_kwargs"].get("until") or [])
+    return partial(continued if continues else program, ends=ends)
 
 
 def program(problem: Mapping[str, Any], output: str, ends: Sequence[str] = ()) -> str:

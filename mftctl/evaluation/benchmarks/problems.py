@@ -1,4 +1,4 @@
-"""Problems of a benchmark: loading from a local file, a folder or the hub, and checks of their text."""
+"""Problems of a benchmark: those of a local file or folder, those that are published, and checks of their text."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mftctl.data.files import Record, data_files, read_records
+from mftctl.data.files import Record
 from mftctl.errors import EvaluationError
 from mftctl.evaluation.benchmarks.problem_fields import check_problem, decided_by
 from mftctl.evaluation.benchmarks.problem_layouts import from_published_layout
+from mftctl.evaluation.benchmarks.published_data import PublishedData, read_problem_records
 
 
 def is_whole(text: str) -> bool:
@@ -44,7 +45,7 @@ class Problems:
 
     Attributes:
         records: The problems, with the fields that the benchmark uses.
-        source: The file or hub dataset they came from.
+        source: The file, package or hub dataset they came from.
         digest: SHA-256 of the records (not of the file), so that the hub dataset and a local copy have the same digest.
     """
 
@@ -66,53 +67,19 @@ def read_problems(path: Path, task: str) -> Problems:
     return _problems(read_problem_records(path), task, source=str(path))
 
 
-def read_problem_records(path: Path) -> Iterator[Record]:
-    """The records of a file, or of all data files in a folder, each with the file's base name under `file`.
-
-    Args:
-        path: A file as for `mftctl.data.files.read_records`, or a folder of such files.
-
-    Raises:
-        DataError: A file is missing, empty or malformed; the error names the line.
-    """
-    for file in data_files(path):
-        name = Path(file.stem).stem if file.suffix.lower() in (".gz", ".zst") else file.stem
-        for where, fields in read_records(file):
-            yield Record(where, {"file": name, **fields})
-
-
 def fetch_problems(config: Mapping[str, Any], task: str) -> Problems:
-    """The problems of a hub dataset or of its local cache.
+    """The published problems: those that come with a package, or those of a hub dataset or of its local cache.
 
     Args:
         config: Configuration of the lm-eval task, with the dataset's name and split.
         task: The benchmark.
 
     Raises:
-        EvaluationError: The dataset is not in the cache and cannot be downloaded.
+        MissingDataError: The problems are not on this machine and cannot be downloaded.
+        EvaluationError: A record lacks a field.
     """
-    name, part, split = config["dataset_path"], config.get("dataset_name"), config["test_split"]
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    source = f"{name}/{part}:{split}" if isinstance(part, str) else f"{name}:{split}"
-    source = source if files is None else files[split]
-    parts = part if isinstance(part, list) else [part]
-    return _problems((row for each in parts for row in _rows(name, each, split, files, source)), task, source)
-
-
-def _rows(name: str, part: str | None, split: str, files: dict[str, str] | None, source: str) -> Iterator[Record]:
-    import datasets
-
-    try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, part, data_files=files, split=split)
-    except (OSError, ValueError) as error:
-        raise EvaluationError(
-            "The benchmark's data cannot be downloaded.",
-            path=source,
-            actual=str(error).partition("\n")[0],
-            hint="provide a local file: --task-data NAME=FILE",
-        ) from error
-    for number, row in enumerate(rows):
-        yield Record(f"{source}#{number}", {"file": part, **row})
+    data = PublishedData.of(config)
+    return _problems(data.records(task), task, data.source)
 
 
 def _problems(found: Iterable[Record], task: str, source: str) -> Problems:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import EvaluationError
-from mftctl.evaluation.benchmarks.problems import read_problem_records
+from mftctl.evaluation.benchmarks.published_data import read_problem_records
 
 _NAMES = ("task_id", "key", "id")
 """Fields that may identify a problem, as in the samples of an evaluation."""

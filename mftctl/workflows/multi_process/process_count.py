@@ -7,7 +7,7 @@ from enum import StrEnum
 from importlib.util import find_spec
 
 from mftctl.errors import ConfigError
-from mftctl.runtime.processes import world_size
+from mftctl.runtime.processes import INSTALL_DEEPSPEED, world_size
 
 
 class Shard(StrEnum):
@@ -111,7 +111,7 @@ def _require_libraries(launch: Launch) -> None:
             "ZeRO needs DeepSpeed, which is not installed.",
             key="--shard",
             actual=launch.shard.value,
-            hint="pip install 'mftctl[deepspeed]'",
+            hint=f"{INSTALL_DEEPSPEED}, or use --shard ddp or fsdp2",
         )
 
 

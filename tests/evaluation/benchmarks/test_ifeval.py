@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.errors import EvaluationError
-from mftctl.evaluation.benchmarks.measure import check_sentence_data
+from mftctl.errors import EvaluationError, MissingDataError
 from mftctl.evaluation.benchmarks.problems import read_problems
 from mftctl.evaluation.benchmarks.result import BenchmarkResult
 from mftctl.evaluation.benchmarks.run import run_benchmark
+from mftctl.evaluation.benchmarks.sentence_data import check_sentence_data, fetch_sentence_data
 from mftctl.evaluation.lm.hf import WrittenAnswers
 
 
@@ -101,3 +101,13 @@ def test_missing_sentence_data_is_an_error_before_anything_is_fetched(monkeypatc
     with pytest.raises(EvaluationError, match="NLTK's sentence data") as caught:
         check_sentence_data()
     assert "NLTK_DATA" in str(caught.value.hint)
+    assert "mftctl data fetch ifeval" in str(caught.value.hint)
+
+
+def test_sentence_data_that_cannot_be_downloaded_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import nltk
+
+    monkeypatch.setattr(nltk.downloader._downloader, "_url", "http://127.0.0.1:9/index.xml")
+    with pytest.raises(MissingDataError, match="cannot be downloaded") as caught:
+        fetch_sentence_data()
+    assert str(caught.value.actual).startswith("Error loading punkt_tab")

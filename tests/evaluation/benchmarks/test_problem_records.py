@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mftctl.errors import DataError
-from mftctl.evaluation.benchmarks.problems import read_problem_records
+from mftctl.evaluation.benchmarks.published_data import read_problem_records
 
 
 def test_lines_objects_and_columns_read_alike(tmp_path: Path) -> None:

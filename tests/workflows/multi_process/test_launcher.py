@@ -239,8 +239,9 @@ def test_fsdp_without_a_gpu() -> None:
 
 def test_zero_without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_count, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="not installed"):
+    with pytest.raises(ConfigError, match="not installed") as caught:
         settle_launch("fft", 2, Shard.ZERO2)
+    assert "pip install 'mftctl[deepspeed]'" in str(caught.value.hint)
 
 
 def test_processes_that_accelerate_has_started_start_none(monkeypatch: pytest.MonkeyPatch) -> None:
