@@ -9,21 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import (
-    MODEL_MAKERS,
-    ModelSource,
-    model_for_training,
-    newest_source,
-    source_of_mask,
-    source_of_model,
-)
+from mftctl.experiments.model_source import ModelSource, model_for_training, source_to_measure
 from mftctl.experiments.outputs import check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.results import EvalResult, FftResult, MaskTrainResult, Result
 from mftctl.files.atomic import Permit
 from mftctl.files.ownership import Kind, permit_folder
+from mftctl.masking.hub_masks import local_mask
 from mftctl.masking.mask import mask_permit
 from mftctl.progress import Progress
 from mftctl.runtime.processes import world_size
@@ -114,7 +107,7 @@ def evaluate(
     Args:
         recipe: Names the test data or benchmarks, in the section `eval`. The model is that of the recipe, or of the
             latest run that made one.
-        mask: Mask file to apply to the model in memory.
+        mask: Mask file to apply to the model in memory, or one on the hub.
         runs: The runs folder.
         on_progress: Called with each progress update; messages go to the logger `mftctl`.
 
@@ -122,23 +115,9 @@ def evaluate(
         ConfigError: No model is given, and no run has made one.
         MftError: As for the command: options, data, model or mask cannot be used, or the evaluation fails.
     """
-    return _finished("eval", EvalResult, recipe, _source_to_measure(recipe, mask, Path(runs)), Path(runs), on_progress)
-
-
-def _source_to_measure(recipe: Recipe, mask: str | Path | None, root: Path) -> ModelSource:
-    if recipe.model is not None:
-        if mask is not None:
-            return source_of_mask(recipe.model, str(mask), root)
-        return source_of_model(recipe.model, root)
-    newest = newest_source(root, *MODEL_MAKERS, "mask-train")
-    if newest is None or mask is not None:
-        raise ConfigError(
-            "evaluate needs a model.",
-            key="model",
-            expected="a checkpoint folder or a hub id in the recipe",
-            actual="only a mask" if mask else f"none given, and no finished run in {root}",
-        )
-    return newest
+    path, root = None if mask is None else local_mask(mask), Path(runs)
+    source = source_to_measure(recipe.model, path, root, what="evaluate", hint="name it in the recipe")
+    return _finished("eval", EvalResult, recipe, source, root, on_progress)
 
 
 def _finished(

@@ -15,14 +15,7 @@ from mftctl.cli.session import Session
 from mftctl.cli.template_option import OWN
 from mftctl.errors import ConfigError
 from mftctl.experiments.deciding_keys import deciding_keys
-from mftctl.experiments.model_source import (
-    MODEL_MAKERS,
-    ModelSource,
-    ancestry,
-    newest_source,
-    source_of_mask,
-    source_of_model,
-)
+from mftctl.experiments.model_source import ModelSource, ancestry, source_to_measure
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.experiments.results import EvalResult
@@ -85,7 +78,8 @@ def evaluate(
     bad_records_max: opt.BadRecordsMax = None,
     tasks: Annotated[Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Evaluation", parser=opt.names)] = None,
     task_data: Annotated[
-        list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Evaluation", default="the published data")
+        list[str] | None,
+        opt.setting(EvalOptions, "task_data", "--task-data", panel="Evaluation", default="the published data"),
     ] = None,
     prompts: Annotated[str | None, opt.setting(EvalOptions, "prompts", "--prompts", panel="Evaluation")] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Evaluation")] = None,
@@ -208,18 +202,9 @@ def _sources(model: str | None, mask: Path | None, session: Session) -> list[Mod
         from mftctl.masking.hub_masks import local_mask
 
         mask = local_mask(mask)
-    if model is not None:
-        return [source_of_mask(model, str(mask), session.root) if mask else source_of_model(model, session.root)]
-    newest = newest_source(session.root, *MODEL_MAKERS, "mask-train")
-    if newest is None or mask is not None:
-        raise ConfigError(
-            "eval needs a model.",
-            key="MODEL",
-            expected="a checkpoint folder or a hub id",
-            actual="only a mask" if mask else f"none given, and no finished run in {session.root}",
-            hint="mftctl eval MODEL --data FILE",
-        )
-    return ancestry(session.root, newest)
+    hint = "mftctl eval MODEL --data FILE"
+    source = source_to_measure(model, mask, session.root, what="eval", hint=hint)
+    return [source] if model is not None else ancestry(session.root, source)
 
 
 def _evaluate_once(session: Session, source: ModelSource, *, resume: bool, again: bool) -> Run:

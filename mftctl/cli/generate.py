@@ -13,14 +13,7 @@ from rich.table import Table
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
-from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import (
-    MODEL_MAKERS,
-    ModelSource,
-    newest_source,
-    source_of_mask,
-    source_of_model,
-)
+from mftctl.experiments.model_source import ModelSource, source_to_measure
 from mftctl.experiments.recipe import EvalOptions
 
 if TYPE_CHECKING:
@@ -68,7 +61,12 @@ def generate(
     """
     with Output(as_json=as_json) as console:
         session = Session("generate", console, runs, options=opt.given(context, "eval"))
-        source = _source(checkpoint, mask, runs)
+        if mask is not None:
+            from mftctl.masking.hub_masks import local_mask
+
+            mask = local_mask(mask)
+        hint = "mftctl generate MODEL -p PROMPT"
+        source = source_to_measure(checkpoint, mask, runs, what="generate", hint=hint)
         recipe = session.settle(source)
         given = list(texts or ())
         if not given and not sources:
@@ -81,25 +79,6 @@ def generate(
         if on_text is None:
             document = {"model": source.model, "mask": source.mask, "answers": [asdict(one) for one in found]}
             console.result(document, *(_view(one, source) for one in found))
-
-
-def _source(model: str | None, mask: Path | None, runs: Path) -> ModelSource:
-    if mask is not None:
-        from mftctl.masking.hub_masks import local_mask
-
-        mask = local_mask(mask)
-    if model is not None:
-        return source_of_mask(model, str(mask), runs) if mask is not None else source_of_model(model, runs)
-    newest = None if mask is not None else newest_source(runs, *MODEL_MAKERS, "mask-train")
-    if newest is None:
-        raise ConfigError(
-            "generate needs a model.",
-            key="MODEL",
-            expected="a checkpoint folder or a hub id",
-            actual="only a mask" if mask else f"none given, and no finished run in {runs}",
-            hint="mftctl generate MODEL -p PROMPT",
-        )
-    return newest
 
 
 def _view(found: Answered, source: ModelSource) -> Table:

@@ -118,6 +118,33 @@ def source_of_mask(model: str, mask: str, root: Path) -> ModelSource:
     return replace(base, mask=mask, state=MASKED)
 
 
+def source_to_measure(model: str | None, mask: Path | None, root: Path, *, what: str, hint: str) -> ModelSource:
+    """Returns the given model, with its mask if one is given, or the result of the latest run that made one.
+
+    Args:
+        model: Checkpoint folder, hub id or `quickstart`.
+        mask: A mask file on this machine.
+        root: The runs folder.
+        what: What needs the model, such as "eval".
+        hint: How to give one.
+
+    Raises:
+        ConfigError: Only a mask is given, or no model is given and no run has made one.
+    """
+    if model is not None:
+        return source_of_model(model, root) if mask is None else source_of_mask(model, str(mask), root)
+    newest = newest_source(root, *MODEL_MAKERS, "mask-train")
+    if newest is None or mask is not None:
+        raise ConfigError(
+            f"{what} needs a model.",
+            key="MODEL",
+            expected="a checkpoint folder or a hub id",
+            actual="only a mask" if mask else f"none given, and no finished run in {root}",
+            hint=hint,
+        )
+    return newest
+
+
 def newest_source(root: Path, *commands: str) -> ModelSource | None:
     """Returns the result of the latest finished run of these commands; None if there is none."""
     run = newest_run(root, *commands)
