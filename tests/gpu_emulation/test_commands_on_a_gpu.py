@@ -165,6 +165,32 @@ def test_fft(workspace: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["fft", "lora", "mask-train"])
+def test_holding_on_to_another_domain(workspace: Path, tmp_path: Path, command: str) -> None:
+    words = [f"{first}{second}" for first in "abcdef" for second in "ghijkl"]
+    records = [{"question": f"spell {word}", "answer": " ".join(word)} for word in words]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    changes: dict[str, Any] = {"retain_data": [str(tmp_path / "other.jsonl")]}
+    if command == "mask-train":
+        base = write_tuned(workspace / "tiny", tmp_path / "base")
+        changes |= {**HELPFUL, "mask_train__base": str(base), "mask_train__retain_weight": 1.0}
+    else:
+        changes |= {"fft__method": "full" if command == "fft" else "lora", "fft__retain_weight": 1.0}
+    runs = both("fft" if command == "lora" else command, workspace, tmp_path, **changes)
+    found = [
+        [
+            value
+            for line in run.training.metrics()
+            for value in (line.retained_loss, line.divergence)
+            if value is not None
+        ]
+        for run in runs
+    ]
+    assert len(found[0]) >= 3
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["device", "cpu"])
 def test_averages_on_either_device(workspace: Path, tmp_path: Path, device: str) -> None:
     changes = {"fft__average": "ema", "fft__average_horizons": [0.5], "fft__average_device": device}
