@@ -145,6 +145,24 @@ def test_gmt_selects_the_same_entries(
 
 
 @pytest.mark.slow
+def test_processes_share_the_retained_records(workspace: Path, tmp_path: Path, forked_commands: ForkedCommands) -> None:
+    words = [f"{first}{second}" for first in "abcdef" for second in "ghijkl"]
+    records = [{"question": f"spell {word}", "answer": " ".join(word)} for word in words]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ("fft", *data(workspace), "--retain", "other.jsonl", "--retain-weight", 2, "--global-batch-size", 8)
+    settings = (*command, "--batch-size", 4, "--max-steps", 4, "--val-steps", 2, "--lr", "3e-3")
+    launcher = (*forked_commands.python, *TORCHRUN, *forked_commands.module)
+    for start_of_command in ((*forked_commands.python, *several(settings)), (*launcher, "mftctl", *settings)):
+        code, _, errors = run(tmp_path, *start_of_command)
+        assert code == 0, errors
+    rows = [[line.document() for line in found.training.metrics()] for found in list_runs(tmp_path / "runs")[0]]
+    for key in ("loss", "eval_loss", "retained_loss", "divergence"):
+        alone, together = ([row[key] for row in found if key in row] for found in rows)
+        assert alone
+        assert together == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_which_one_process_resumes_to_the_same_mask(
     one: Path, workspace: Path, tmp_path: Path, forked_commands: ForkedCommands
 ) -> None:
