@@ -76,6 +76,7 @@ def mask_train(
     ] = None,
     keep: Annotated[str | None, opt.setting(MaskTrainOptions, "keep", "--keep", panel=opt.MASKING, default="")] = None,
     strategy: Annotated[str | None, opt.setting(MaskTrainOptions, "strategy", "--strategy", panel=opt.MASKING)] = None,
+    rescale: Annotated[bool | None, opt.setting(MaskTrainOptions, "rescale", "--rescale", panel=opt.MASKING)] = None,
     base: Annotated[str | None, opt.setting(MaskTrainOptions, "base", "--base", panel=opt.MASKING)] = None,
     epochs: opt.Epochs = None,
     max_steps: opt.MaxSteps = None,

@@ -38,4 +38,4 @@ def split_retained(examples: Examples) -> tuple[Examples, Examples]:
 def _first_bytes(examples: Examples) -> np.ndarray:
     """The first byte of each prompt's digest, uint8 `(records,)`."""
     keys = examples.prompt_keys
-    return np.frombuffer(keys.tobytes(), np.uint8).reshape(len(keys), -1)[:, 0]
+    return keys.view(np.uint8).reshape(len(keys), keys.dtype.itemsize)[:, 0]

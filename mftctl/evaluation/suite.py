@@ -183,13 +183,12 @@ def measure(
     """
     datasets = []
     if test is not None and isinstance(loaded, tuple):
-        asked = (
+        files = (
             _DataFile(_data_name(recipe.test_data), "samples.jsonl", test.records, recipe.eval.generate),
             _DataFile(RETAINED, "retained-samples.jsonl", test.retained, generate=False),
         )
-        datasets += [
-            _measured(data, test.encoder, loaded[0], folder, listener) for data in asked if data.records.records
-        ]
+        given = [data for data in files if data.records.records]
+        datasets += [_measured(data, test.encoder, loaded[0], folder, listener) for data in given]
     for benchmark in suite.benchmarks:
         from mftctl.evaluation.benchmarks.measure import measure_benchmark, output_cache
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import Field
-
 from mftctl.experiments.results import Refused, Result
 from mftctl.experiments.value_types import Count, Measured, Name, Number, Part, Place
 
@@ -39,7 +35,7 @@ class ShareLoss(Part):
 
     share: Number
     loss: Measured
-    retained_loss: Annotated[float | None, Field(default=None, exclude_if=lambda value: value is None)]
+    retained_loss: Measured | None = None
 
 
 class InterpolateResult(Result):

@@ -28,7 +28,7 @@ class Digests(Part):
     train: str | None = None
     validation: str | None = None
     test: str | None = None
-    retained: Annotated[str | None, _Optional] = None
+    retained: str | None = None
 
 
 class TemplateRecord(Part):

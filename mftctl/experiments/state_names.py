@@ -26,6 +26,7 @@ class StateKind(Enum):
     TRIVIAL_DROP = auto()
     SALIENT_DROP = auto()
     RANDOM_DROP = auto()
+    DARE = auto()
     RANDOM_MASK = auto()
     L1_MASK = auto()
     L1_ROW_MASK = auto()
@@ -47,7 +48,8 @@ _DROPS: Final = {
     "salient": StateKind.SALIENT_DROP,
     "random": StateKind.RANDOM_DROP,
 }
-_UPDATES: Final = {StateKind.HFT, StateKind.RANDOM_UPDATE, StateKind.GMT, *_DROPS.values()}
+_ALL_DROPS: Final = {*_DROPS.values(), StateKind.DARE}
+_UPDATES: Final = {StateKind.HFT, StateKind.RANDOM_UPDATE, StateKind.GMT, *_ALL_DROPS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,7 @@ class State:
     @property
     def is_drop(self) -> bool:
         """True if weights were reset to their values before fine-tuning."""
-        return self.kind in _DROPS.values()
+        return self.kind in _ALL_DROPS
 
     @property
     def resets(self) -> bool:
@@ -123,6 +125,7 @@ _TABLE: Final = {
     State(StateKind.TRIVIAL_DROP): "trivial drop",
     State(StateKind.SALIENT_DROP): "salient drop",
     State(StateKind.RANDOM_DROP): "random drop",
+    State(StateKind.DARE): "DARE",
     State(StateKind.RANDOM_MASK): "random mask",
     State(StateKind.L1_MASK): "L1 mask",
     State(StateKind.L1_ROW_MASK): "L1 row mask",
@@ -208,7 +211,7 @@ def _mask_state(options: MaskTrainOptions) -> State:
     is_delta = options.kind == "delta"
     match options.method:
         case "drop":
-            return State(_DROPS[options.strategy])
+            return State(StateKind.DARE if options.rescale else _DROPS[options.strategy])
         case "random":
             return State(StateKind.RANDOM_MASK, is_delta=is_delta)
         case "magnitude":

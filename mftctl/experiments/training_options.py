@@ -311,6 +311,10 @@ class MaskTrainOptions(TrainingOptions):
     strategy: Literal["trivial", "salient", "random"] = Field(
         "trivial", description="drop: revert the smallest changes made by fine-tuning, the largest, or random ones."
     )
+    rescale: bool = Field(
+        False,
+        description="drop with strategy random: multiply the other changes by 1 / (1 - ratio), as DARE does.",
+    )
     base: str | None = Field(
         None, description="drop and --kind delta: the model before fine-tuning; by default that of the fft run."
     )
@@ -351,6 +355,8 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("mask_train.unit: row ranks rows by their weights; it applies only to kind weight")
         if isinstance(self.ratio, dict) and self.method == "drop":
             raise ValueError("drop takes one ratio for all tensors")
+        if self.rescale and (self.method, self.strategy) != ("drop", "random"):
+            raise ValueError("mask_train.rescale applies only to the method drop with strategy random")
         if self.ratio == {}:
             raise ValueError("a ratio by projection must name at least one projection")
         return self

@@ -36,9 +36,10 @@ def next_step(tables: Sequence[MetricTable], runs: Sequence[Run]) -> Advice:
     """Returns the most useful next step: measure what is missing, settle what is open, then use a good mask.
 
     Args:
-        tables: The comparison tables.
+        tables: The comparison tables; those of data to retain do not count.
         runs: The runs of the runs folder, oldest first.
     """
+    tables = [table for table in tables if not table.is_retained]
     made = {run.record.command for run in runs if run.record.status == RunStatus.FINISHED}
     states = {row.made for table in tables for row in table.rows}
     masks = [(table, row) for table in tables for row in table.rows if is_learned_mask(row)]

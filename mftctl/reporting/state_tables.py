@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import starmap
 from statistics import fmean, stdev
 
+from mftctl.data.retained import RETAINED
 from mftctl.errors import EvaluationError, RunError
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
@@ -90,6 +91,11 @@ class MetricTable:
     rows: tuple[Row, ...]
     is_benchmark: bool = False
 
+    @property
+    def is_retained(self) -> bool:
+        """True for the data to retain, which shows what a model forgets rather than what it learned."""
+        return is_retained(self.dataset, is_benchmark=self.is_benchmark)
+
 
 def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricTable], list[str]]:
     """One table per model, dataset and metric; empty without a finished evaluation.
@@ -116,7 +122,7 @@ def metric_tables(runs: Sequence[Run], listener: Listener) -> tuple[list[MetricT
         listener.progress(Progress("comparing", done, total))
 
     tables = []
-    for (origin, _, metric), group in groups.items():
+    for (origin, _, metric), group in sorted(groups.items(), key=lambda item: _is_retained(item[1][0])):
         own = {state: found for (model, state), found in makers.items() if model == origin}
         table, unpaired = _table(origin, metric, newest(group), own, advance)
         tables.append(table)
@@ -208,7 +214,8 @@ def _table(
             except (RunError, EvaluationError) as error:
                 problems.append(told(error, label))
         row = _row(label, group, changes, is_baseline=is_baseline)
-        if not (is_control(state) or state == PRE_TRAINED):
+        # The strongest control is the one that learned most; on data to retain it would be one that forgot least.
+        if not (is_control(state) or state == PRE_TRAINED or _is_retained(group[0])):
             control = against_strongest(group, by_label, metric, baseline=baseline, baseline_change=row.change)
             row = replace(row, against_control=control)
         rows.append(row)
@@ -216,6 +223,20 @@ def _table(
     dataset = measurements[0].dataset
     table = MetricTable(origin, dataset.name, metric, baseline, tuple(rows), is_benchmark=dataset.task is not None)
     return table, problems
+
+
+def is_retained(dataset: str, *, is_benchmark: bool) -> bool:
+    """True for the data to retain among the datasets of an evaluation.
+
+    Args:
+        dataset: Name of the dataset.
+        is_benchmark: Whether it is a benchmark.
+    """
+    return dataset == RETAINED and not is_benchmark
+
+
+def _is_retained(item: Measurement) -> bool:
+    return is_retained(item.dataset.name, is_benchmark=item.dataset.task is not None)
 
 
 def may_be_baseline(item: Measurement) -> bool:

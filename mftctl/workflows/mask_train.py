@@ -286,6 +286,7 @@ def _drop(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
         resolve_checkpoint(source.model, recipe.revision),
         cast("float", options.ratio),  # the recipe refuses a ratio by projection for drop
         options.strategy,
+        rescale=options.rescale,
         base_model=base,
         base_revision=None,
         tuned_model=source.model,

@@ -160,3 +160,18 @@ def test_settings_are_inherited_from_run_to_run(here: CommandLine) -> None:
     runs = {run.name: run.record.config for run in list_runs(here.folder / "runs")[0]}
     assert runs["002-probe"]["fft"]["learning_rate"] == 3e-3
     assert runs["003-mask-train"]["data"] == runs["001-fft"]["data"]
+
+
+@pytest.mark.slow
+def test_9_data_to_retain_is_a_reason_to_measure_again(here: CommandLine, workspace: Path) -> None:
+    arguments = ("eval", "-d", workspace / "test.jsonl", "--retain", workspace / "val.jsonl")
+    outcome = here(*arguments, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert "already measured" not in outcome.stderr
+    evaluations = json.loads(outcome.stdout)["evaluations"]
+    assert [item["state"] for item in evaluations] == ["pre-trained", "FFT", "random mask"]
+    for item in evaluations:
+        assert [dataset["name"] for dataset in item["datasets"]] == ["test.jsonl", "retained"]
+    again = here(*arguments)
+    assert again.stderr.count("already measured") == 3
+    assert " retained " in again.stdout

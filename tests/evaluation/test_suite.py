@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from mftctl.errors import ConfigError, EvaluationError
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.record_issues import RecordIssues
+from mftctl.data.sources import DataSource
+from mftctl.errors import ConfigError, DataError, EvaluationError
 from mftctl.experiments.model_source import ModelSource
 from mftctl.progress import Silence
 from mftctl.workflows.apply import apply
 from mftctl.workflows.eval import evaluate
 from mftctl.workflows.mask_train import mask_train
-from tests.workflow_fixtures import make_recipe, open_run
+from tests.workflow_fixtures import make_recipe, open_run, write_additions
 
 
 @pytest.mark.slow
@@ -108,3 +111,66 @@ def test_a_benchmark_file_that_is_missing(workspace: Path, tmp_path: Path) -> No
     with pytest.raises(EvaluationError, match="does not exist") as caught:
         evaluate(recipe, source, run, Silence())
     assert caught.value.path == "missing.jsonl"
+
+
+def held_out_lines(path: Path) -> list[str]:
+    """The places of the records whose prompt digest is even, in file order."""
+    examples = load_examples([DataSource(str(path))], issues=RecordIssues())
+    keys = [key.tobytes()[0] for key in examples.prompt_keys]
+    return [examples.where(number) for number, first in enumerate(keys) if first % 2 == 0]
+
+
+def test_the_held_out_half_is_a_dataset_with_its_own_samples(workspace: Path, tmp_path: Path) -> None:
+    retained = write_additions(tmp_path / "retained.jsonl", 20, seed=5)
+    recipe = make_recipe(workspace, retain_data=[str(retained)], eval__limit=5, eval__generate=False)
+    run, source = open_run(tmp_path / "runs", "eval", recipe)
+    test, other = evaluate(recipe, source, run, Silence()).datasets
+    assert (test.name, test.samples) == ("test.jsonl", "samples.jsonl")
+    assert (other.name, other.samples) == ("retained", "retained-samples.jsonl")
+    assert test.digest != other.digest
+    rows = [json.loads(line) for line in (run.folder / other.samples).read_text().splitlines()]
+    expected = held_out_lines(retained)
+    assert 5 < len(expected) < 20
+    assert [row["where"] for row in rows] == expected[:5]
+    [metric] = other.metrics
+    tokens = sum(row["weights"]["loss"] for row in rows)
+    assert (metric.name, metric.samples) == ("loss", 5)
+    assert metric.standard_error is not None
+    assert metric.value == pytest.approx(sum(row["scores"]["loss"] for row in rows) / tokens)
+
+
+def test_data_to_retain_alone_is_something_to_measure(workspace: Path, tmp_path: Path) -> None:
+    retained = write_additions(tmp_path / "retained.jsonl", 20, seed=5)
+    with retained.open("a") as file:
+        file.write('{"question": 3}\n')
+    recipe = make_recipe(workspace, test_data=[], retain_data=[str(retained)], bad_records="skip", bad_records_max=0.05)
+    run, source = open_run(tmp_path / "runs", "eval", recipe)
+    [dataset] = evaluate(recipe, source, run, Silence()).datasets
+    # No answers are generated although `eval.generate` is on.
+    assert [metric.name for metric in dataset.metrics] == ["loss"]
+    assert dataset.metrics[0].samples == len(held_out_lines(retained))
+    assert run.record.inputs["record_issues"] == {"Retained data": {"refused": 1}}
+
+
+def test_a_bad_record_of_the_data_to_retain_is_refused(workspace: Path, tmp_path: Path) -> None:
+    retained = tmp_path / "retained.jsonl"
+    retained.write_text('{"question": 3}\n')
+    recipe = make_recipe(workspace, test_data=[], retain_data=[str(retained)])
+    run, source = open_run(tmp_path / "runs", "eval", recipe)
+    with pytest.raises(DataError, match="unknown format") as caught:
+        evaluate(recipe, source, run, Silence())
+    assert caught.value.path == f"{retained}:1"
+
+
+def test_too_few_records_to_hold_any_out(workspace: Path, tmp_path: Path) -> None:
+    retained = tmp_path / "retained.jsonl"
+    records = [{"question": f"{number}?", "answer": "1"} for number in range(30)]
+    retained.write_text("".join(json.dumps(record) + "\n" for record in records))
+    held_out = held_out_lines(retained)
+    kept = [record for number, record in enumerate(records, start=1) if f"{retained}:{number}" not in held_out]
+    retained.write_text("".join(json.dumps(record) + "\n" for record in kept[:3]))
+    recipe = make_recipe(workspace, test_data=[], retain_data=[str(retained)])
+    run, source = open_run(tmp_path / "runs", "eval", recipe)
+    with pytest.raises(DataError, match="too few records") as caught:
+        evaluate(recipe, source, run, Silence())
+    assert caught.value.key == "retain_data"

@@ -250,6 +250,15 @@ def test_vllm_uses_the_device_it_was_built_for(changes: dict[str, str], monkeypa
         check_suite(recipe)
 
 
+@pytest.mark.parametrize("key", ["test_data", "retain_data"])
+def test_vllm_measures_no_loss_on_data(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: object())
+    recipe = parse_recipe({"eval": {"engine": "vllm", "tasks": ["gsm8k"]}, key: ["quickstart/test"]})
+    with pytest.raises(ConfigError, match="vLLM runs benchmarks only") as caught:
+        check_suite(recipe)
+    assert caught.value.actual == "vllm with the data quickstart/test"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["fft", "eval"])
 def test_eager_attention_is_used_and_recorded(workspace: Path, tmp_path: Path, command: str) -> None:

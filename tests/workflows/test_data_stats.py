@@ -15,6 +15,7 @@ from mftctl.data.encoding import Encoder
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import encode_prepared
 from mftctl.data.record_issues import RecordIssues
+from mftctl.data.retained import split_retained
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError
 from mftctl.progress import Silence
@@ -97,6 +98,19 @@ def test_data_that_cannot_be_split(workspace: Path, tmp_path: Path) -> None:
     found = stats(workspace, model=False, notes=notes, data=[write(tmp_path / "d.jsonl", qa("q", "a"))])
     assert [part.part for part in found.parts] == ["train"]
     assert "No validation data: The data cannot be split" in notes.notes[0]
+
+
+def test_data_to_retain_is_split_as_in_an_evaluation(workspace: Path, tmp_path: Path) -> None:
+    train = write(tmp_path / "train.jsonl", qa("1+1?", "2"))
+    retained = write(tmp_path / "retained.jsonl", *(qa(f"{number}+1?", "2") for number in range(20)))
+    found = stats(workspace, model=False, data=[train], retain_data=[retained])
+    held_out, to_train = split_retained(load_examples([DataSource(str(retained))]))
+    counts = {part.part: part.records for part in found.parts}
+    assert counts["retained_held_out"] == len(held_out) > 0
+    assert counts["retained_to_train"] == len(to_train) == 20 - len(held_out)
+    same = [one for one in found.overlaps if one.other == "train"]
+    assert sum(one.same_prompt.records for one in same) == 1
+    assert len(stats(workspace, model=False, retain_data=[retained]).parts) == 2
 
 
 def test_no_data(workspace: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from mftctl.data.prepared.examples import data_digest
 from mftctl.data.prepared.load import load_examples
+from mftctl.data.retained import split_retained
 from mftctl.data.sources import DataSource
 from mftctl.errors import ConfigError, DataError, MaskMismatchError, ModelError, TrainingError
 from mftctl.evaluation.losses import mean_loss, sample_losses
@@ -20,6 +22,7 @@ from mftctl.experiments.combined_results import InterpolateResult
 from mftctl.experiments.model_origin import told_origin
 from mftctl.experiments.model_source import ModelSource, source_of_model, source_of_run
 from mftctl.experiments.recipe import Recipe
+from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.run_config import to_document
 from mftctl.experiments.run_folder import Run, create_run
 from mftctl.experiments.run_inputs import RunInputs
@@ -30,7 +33,7 @@ from mftctl.workflows import interpolate as workflow
 from mftctl.workflows.interpolate import interpolate
 from tests.conftest import build_llama, build_tokenizer
 from tests.masking.built_checkpoints import raw_tensors, write_tuned
-from tests.workflow_fixtures import encode_records, make_recipe
+from tests.workflow_fixtures import encode_records, make_recipe, write_additions
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,27 @@ def test_losses_are_those_of_the_models_and_the_best_is_written(
     assert lines == [
         {"step": number, "share": share, "eval_loss": loss} for number, (share, loss) in enumerate(losses.items())
     ]
+
+
+def test_the_loss_on_data_to_retain_is_measured_at_every_share_and_does_not_decide(
+    workspace: Path, tuned_model: Path, source: ModelSource, tmp_path: Path
+) -> None:
+    retained = write_additions(tmp_path / "retained.jsonl", 20, seed=5)
+    recipe = recipe_of(workspace, 0.0, 1.0, 1.5)
+    _, without = run_it(tmp_path / "without", recipe, source)
+    assert "retained_loss" not in without.document()["losses"][0]
+    run, result = run_it(tmp_path / "with", with_changes(recipe, {"retain_data": [str(retained)]}), source)
+    assert [entry.loss for entry in result.losses] == [entry.loss for entry in without.losses]
+    assert result.share == without.share
+    model = load_model(tuned_model, dtype=torch.float32)
+    held_out, _ = split_retained(load_examples([DataSource(str(retained))]))
+    encoded = encode_records(held_out, load_tokenizer(tuned_model)).records
+    losses = [entry.retained_loss for entry in result.losses]
+    assert losses[1] == mean_loss(sample_losses(model, encoded, pad_token_id=0))
+    assert len(set(losses)) == 3
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["retained_loss"] for line in lines] == losses
+    assert run.record.inputs["digests"]["retained"] == data_digest(held_out)
 
 
 def test_a_kept_share_of_1_is_the_tuned_model_bit_for_bit(

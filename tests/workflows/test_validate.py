@@ -14,6 +14,9 @@ from transformers import LlamaConfig
 
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.prepared.examples import Examples
+from mftctl.data.prepared.load import load_examples
+from mftctl.data.retained import split_retained
+from mftctl.data.sources import DataSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
 from mftctl.training.inputs import prepare_training
@@ -21,7 +24,7 @@ from mftctl.training.schedule import total_steps
 from mftctl.workflows.planning import training_data
 from mftctl.workflows.validate import PartCounts, validate
 from tests.conftest import build_llama
-from tests.workflow_fixtures import make_recipe
+from tests.workflow_fixtures import make_recipe, write_additions
 
 _TRAINED = ("method", "records", "trainings", "steps", "records_per_step", "tokens_per_step", "tokens")
 
@@ -215,6 +218,34 @@ def test_a_missing_model(workspace: Path) -> None:
 
 
 @pytest.mark.slow
+def test_data_to_retain_is_counted_by_half_and_measured(workspace: Path, tmp_path: Path) -> None:
+    retained = write_additions(tmp_path / "retained.jsonl", 20, seed=5)
+    recipe = make_recipe(workspace, test_data=[], retain_data=[str(retained)], stages=_EVAL_ONLY)
+    found = validate(recipe, None)
+    held_out, to_train = split_retained(load_examples([DataSource(str(retained))]))
+    assert found.problems == []
+    assert found.data["retained_held_out"] == PartCounts(len(held_out))
+    assert found.data["retained_to_train"] == PartCounts(len(to_train))
+    [memory] = found.memory
+    assert memory.estimate.validation_bytes > 0
+    assert memory.estimate.generation_bytes == 0
+
+
+def test_data_to_retain_that_is_in_the_training_data(workspace: Path) -> None:
+    recipe = make_recipe(workspace, retain_data=[str(workspace / "train.jsonl") + "=5"], stages=_EVAL_ONLY)
+    assert "5 of 5 records" in _one(validate(recipe, None).warnings, "retain_data")
+
+
+def test_bad_data_to_retain_is_a_problem(workspace: Path, tmp_path: Path) -> None:
+    retained = write_additions(tmp_path / "retained.jsonl", 20, seed=5)
+    with retained.open("a") as file:
+        file.write('{"question": 3}\n')
+    recipe = make_recipe(workspace, retain_data=[str(retained)], stages=_EVAL_ONLY)
+    assert "unknown format" in _one(validate(recipe, None).problems, "retain_data")
+    recipe = make_recipe(workspace, retain_data=[str(tmp_path / "missing.jsonl")], stages=_EVAL_ONLY)
+    assert "does not exist" in _one(validate(recipe, None).problems, "retain_data")
+
+
 def test_questions_of_the_test_data_in_the_training_data(workspace: Path) -> None:
     recipe = make_recipe(workspace, test_data=[str(workspace / "train.jsonl") + "=5"], stages=_EVAL_ONLY)
     assert "5 of 5 records" in _one(validate(recipe, None).warnings, "test_data")

@@ -15,7 +15,7 @@ from mftctl.masking.checkpoints.mask_match import masked_tensors, require_digest
 from mftctl.masking.checkpoints.tensors import read_tensor, tensor_digest
 from mftctl.masking.dtypes import TORCH_DTYPES, bits, can_hold
 from mftctl.masking.mask import Mask
-from mftctl.masking.masked_values import mask_in_place
+from mftctl.masking.masked_values import finite_rescaled, mask_in_place
 from mftctl.masking.parameter_layout import stored_parts
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ def target_names(targets: Sequence[MaskTarget], model: PreTrainedModel, index: C
 def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> None:
     """Sets the removed weights of a loaded model to +0.0, or to the base's values for a delta mask, in place.
 
-    Everything is checked before the first weight changes. If a parameter's dtype can hold every value of the
-    checkpoint's dtype, its values must be those that the mask was made for; in a narrower dtype, such as BF16 for a
-    checkpoint in F32, only its name and shape can be checked. A parameter whose removed weights are already all zero is
-    left unchanged, so applying the same weight mask twice has no further effect; applying a delta mask twice is
-    refused.
+    Everything is checked before the first weight changes, except that rescaled weights are finite. If a parameter's
+    dtype can hold every value of the checkpoint's dtype, its values must be those that the mask was made for; in a
+    narrower dtype, such as BF16 for a checkpoint in F32, only its name and shape can be checked. A parameter whose
+    removed weights are already all zero is left unchanged, so applying the same weight mask twice has no further
+    effect; applying a delta mask twice is refused.
 
     Args:
         model: A transformers model, or any module with parameters under checkpoint names: the base for a weight mask,
@@ -89,7 +89,8 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
     Raises:
         MaskMismatchError: The model or the base is not the one the mask was made for, no base is given for a delta
             mask, or one is given for a weight mask.
-        MaskingError: A masked tensor is not a parameter, and the model's storage layout cannot be determined.
+        MaskingError: A masked tensor is not a parameter, and the model's storage layout cannot be determined; or a
+            rescaled weight is not finite.
         ModelError: The base cannot be read.
     """
     _require_base_for_delta(mask, base)
@@ -99,9 +100,16 @@ def apply_mask(model: torch.nn.Module, mask: Mask, base: Path | None = None) -> 
     originals = {} if base is None else masked_tensors(mask, base, "base")
     for name, stored in originals.items():
         require_digest(tensor_digest(stored), stored, name, mask, "base")
+    scaled: set[int] = set()
     for name, parameter in targets.items():
-        original = read_tensor(originals[name]).to(parameter) if originals else None
-        mask_in_place(parameter, mask[name].to(parameter.device), original)
+        original = read_tensor(originals[name]).to(parameter.device) if originals else None
+        # A tied output head may have a second name for the same weights, which are scaled once.
+        if original is not None and mask.metadata.scale is not None and parameter.data_ptr() not in scaled:
+            scaled.add(parameter.data_ptr())
+            # In the checkpoint's dtype, so that a model in a wider one equals the applied checkpoint.
+            tuned = parameter.to(original.dtype)
+            parameter.copy_(finite_rescaled(tuned, original, mask.metadata.scale, name))
+        mask_in_place(parameter, mask[name].to(parameter.device), None if original is None else original.to(parameter))
 
 
 def base_folder(mask: Mask) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ from mftctl.masking.checkpoints.pairing import TensorPair, pair_tensors, same_we
 from mftctl.masking.checkpoints.tensors import read_tensor, tensor_digest
 from mftctl.masking.mask import Mask
 from mftctl.masking.mask_file.codecs import pack
-from mftctl.masking.mask_file.document import MaskMetadata, TensorRecord
+from mftctl.masking.mask_file.document import SCALABLE_DTYPES, MaskMetadata, TensorRecord
 from mftctl.masking.selection import check_ratio, keep_highest, removed_count
 
 Strategy = Literal["trivial", "salient", "random"]
@@ -26,6 +26,7 @@ def drop_mask(
     ratio: float,
     strategy: Strategy,
     *,
+    rescale: bool = False,
     base_model: str,
     base_revision: str | None = None,
     tuned_model: str,
@@ -45,6 +46,7 @@ def drop_mask(
         tuned: Folder of the checkpoint after fine-tuning, with the same tensors; it may be sharded differently.
         ratio: Share of the differences to reset, in [0, 1).
         strategy: `trivial` resets the smallest absolute differences first, `salient` the largest, `random` any.
+        rescale: Whether applying the mask multiplies the kept differences by 1 / (1 - ratio).
         base_model: Name of the base for the mask file.
         base_revision: Its revision on the hub.
         tuned_model: Name of the tuned model for the mask file.
@@ -54,16 +56,20 @@ def drop_mask(
         on_progress: Called with the bytes of the tuned checkpoint processed so far and in total.
 
     Raises:
-        MaskingError: The ratio is out of range, or the strategy does not exist.
+        MaskingError: The ratio is out of range, the strategy does not exist, or weights in 8 bits would be rescaled.
         MaskMismatchError: The two checkpoints do not have the same tensors, or have the same weights.
         ModelError: One of them cannot be read, or a difference is NaN.
 
-    Source: GMT, section 4, "Analysis of Drop Strategy", and figure 3.
+    Source: GMT, section 4, "Analysis of Drop Strategy", and figure 3. Rescaled random drop: DARE, Yu et al. 2023
+        (arXiv 2311.03099), section 3; there each entry is dropped independently with that probability.
     """
     check_ratio(ratio)
     if strategy not in get_args(Strategy):
         raise MaskingError("There is no such strategy.", key="strategy", expected=get_args(Strategy), actual=strategy)
     pairs = pair_tensors(base, tuned)
+    scale = 1 / (1 - ratio) if rescale and ratio > 0 else None
+    if scale is not None:
+        _require_scalable(pairs)
     total_bytes, done_bytes = sum(pair.tuned.length_bytes for pair in pairs), 0
     packed, records = {}, {}
     for pair in pairs:
@@ -87,8 +93,22 @@ def drop_mask(
         run_id=run_id,
         tuned_model=tuned_model,
         tuned_revision=tuned_revision,
+        scale=scale,
     )
     return Mask.from_packed(packed, records, metadata)
+
+
+def _require_scalable(pairs: Sequence[TensorPair]) -> None:
+    narrow = next((pair for pair in pairs if pair.tuned.dtype not in SCALABLE_DTYPES), None)
+    if narrow is not None:
+        raise MaskingError(
+            "Changes of weights in 8 bits cannot be rescaled.",
+            path=narrow.tuned.path,
+            key=narrow.name,
+            expected=" | ".join(SCALABLE_DTYPES),
+            actual=narrow.tuned.dtype,
+            hint="drop without --rescale",
+        )
 
 
 def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.Tensor:

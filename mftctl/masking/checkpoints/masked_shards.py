@@ -11,14 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from mftctl.errors import MaskMismatchError
 from mftctl.masking.checkpoints.mask_match import require_digest
 from mftctl.masking.checkpoints.shards import Advance, WriteTensor, opened_at
 from mftctl.masking.checkpoints.tensors import StoredTensor, read_chunks
-from mftctl.masking.dtypes import unsigned_view
+from mftctl.masking.dtypes import TORCH_DTYPES, unsigned_view
 from mftctl.masking.mask import Mask
 from mftctl.masking.mask_file.codecs import Packed
+from mftctl.masking.masked_values import finite_rescaled
 
 
 def without_removed(mask: Mask) -> WriteTensor:
@@ -43,10 +45,13 @@ def without_removed(mask: Mask) -> WriteTensor:
 def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> WriteTensor:
     """A copy function for a tuned checkpoint that takes the removed weights of a delta mask from the base.
 
+    Kept changes are rescaled if the mask says so.
+
     Args:
         mask: A mask of kind "delta".
         base: The base's tensor for each masked name, of the same dtype and shape.
     """
+    scale = mask.metadata.scale
 
     def mask_tensor(stored: StoredTensor, target: Path, advance: Advance) -> None:
         digest, base_digest = hashlib.sha256(), hashlib.sha256()
@@ -63,6 +68,8 @@ def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> WriteTenso
                 base_digest.update(base_chunk)
                 weights = np.frombuffer(chunk, dtype=unsigned_view(stored.dtype))
                 removed = _keep_bits(packed, first, len(weights)) == 0
+                if scale is not None:
+                    _rescale(chunk, base_chunk, ~removed, stored, scale)
                 np.copyto(weights, np.frombuffer(base_chunk, dtype=weights.dtype), where=removed)
                 first += len(weights)
                 writer.write(chunk)
@@ -71,6 +78,16 @@ def with_base_values(mask: Mask, base: Mapping[str, StoredTensor]) -> WriteTenso
         require_digest(digest.hexdigest(), stored, stored.name, mask, "tuned checkpoint")
 
     return mask_tensor
+
+
+def _rescale(
+    chunk: memoryview, base_chunk: memoryview, keep: npt.NDArray[np.bool_], stored: StoredTensor, scale: float
+) -> None:
+    """Rescales the change of the kept weights of a chunk in place."""
+    dtype = TORCH_DTYPES[stored.dtype]
+    weights, base = (torch.frombuffer(part, dtype=dtype) for part in (chunk, base_chunk))
+    kept = torch.from_numpy(keep)
+    weights[kept] = finite_rescaled(weights[kept], base[kept], scale, stored.name)
 
 
 def _keep_bits(packed: Packed, first: int, count: int) -> npt.NDArray[np.uint8]:

@@ -13,6 +13,7 @@ from mftctl.text import markdown_code, markdown_text
 
 _MASK_PAPER: Final = "Mask Fine-Tuning, https://arxiv.org/abs/2503.22764"
 _DROP_PAPER: Final = "one-off drop, as in section 4 of https://arxiv.org/abs/2406.15330"
+_DARE_PAPER: Final = "DARE, https://arxiv.org/abs/2311.03099"
 
 
 def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> str:
@@ -41,11 +42,14 @@ def write_model_card(mask: Mask, *, base_model: str, mask_path: Path | None) -> 
         for name, record in mask.records.items()
     )
     title = f"{markdown_text(tuned_model or base_model)}, masked"
+    paper = _DROP_PAPER if is_drop else _MASK_PAPER
+    if mask.metadata.scale is not None:
+        paper = _DARE_PAPER
     return (
         f"---\n{front_matter}\n---\n\n# {title}\n\n{_summary(mask, base_model)}\n\n"
         f"| Mask | |\n| --- | --- |\n{rows}\n\n"
         f"| Tensor | Weights | Removed |\n| --- | ---: | ---: |\n{tensors}\n\n"
-        f"Made with mftctl ({_DROP_PAPER if is_drop else _MASK_PAPER}).\n"
+        f"Made with mftctl ({paper}).\n"
     )
 
 
@@ -65,10 +69,12 @@ def _summary(mask: Mask, base_model: str) -> str:
             f"This is {markdown_code(base_model)} with {share} set to zero ({mask.ratio:.2%}). "
             "All other weights are those of the base, whose model card also applies to this model."
         )
+    scale = mask.metadata.scale
+    kept = "" if scale is None else f"The changes of the other masked weights are multiplied by {scale:g}. "
     return (
         f"This is {markdown_code(mask.metadata.tuned_model)} with {share} reset to the values of "
-        f"{markdown_code(base_model)}, from which it was tuned ({mask.ratio:.2%}). All other weights are those of the "
-        "tuned model, whose model card also applies to this model."
+        f"{markdown_code(base_model)}, from which it was tuned ({mask.ratio:.2%}). {kept}All other weights are those "
+        "of the tuned model, whose model card also applies to this model."
     )
 
 
@@ -78,6 +84,7 @@ def _facts(mask: Mask) -> list[tuple[str, str]]:
         "Method": metadata.method,
         "Requested ratio": metadata.ratio,
         "Threshold": metadata.threshold,
+        "Factor of kept changes": metadata.scale,
         "Layers": metadata.layers,
         "Seed": metadata.seed,
         "Run": metadata.run_id,

@@ -16,6 +16,10 @@ from mftctl.masking.mask_file.codecs import Codec
 from mftctl.masking.mask_file.strict_json import parse_strict_json, write_compact_json
 
 FORMAT_VERSION: Final = 1
+SCALED_FORMAT_VERSION: Final = 2
+"""Version of masks that rescale what they keep, so that readers of version 1 refuse them."""
+SCALABLE_DTYPES: Final = ("F64", "F32", "F16", "BF16")
+MAX_SCALE: Final = 1e6
 MAX_DIMENSIONS: Final = 8
 MAX_WEIGHTS: Final = 2**48
 """Maximum weights per tensor: far above any model, far below integer overflow of sizes."""
@@ -54,7 +58,7 @@ class MaskMetadata:
     """The origin of a mask.
 
     Attributes:
-        kind: "weight": out = base * mask; "delta": out = base + mask * (tuned - base).
+        kind: "weight": out = base * mask; "delta": out = base + scale * mask * (tuned - base).
         base_model: Name or folder of the model the mask was learned on.
         base_revision: Its revision on the hub.
         method: The method of selection, such as "learned" or "random".
@@ -65,6 +69,7 @@ class MaskMetadata:
         run_id: The run that created the mask.
         tuned_model: Name or folder of the tuned model of a delta mask; None for a weight mask.
         tuned_revision: Its revision on the hub.
+        scale: Factor of the kept changes of a delta mask, above 1; None if they are kept as they are.
     """
 
     kind: Kind = "weight"
@@ -78,6 +83,7 @@ class MaskMetadata:
     run_id: str | None
     tuned_model: str | None = None
     tuned_revision: str | None = None
+    scale: float | None = None
 
     @property
     def base_label(self) -> str:
@@ -146,12 +152,13 @@ class _Checkpoint(_Strict):
 
 
 class MaskDocument(_Strict):
-    """The JSON document of a mask file, version 1.
+    """The JSON document of a mask file.
 
-    Every key is required and no others are allowed; keys for the tuned checkpoint occur only in delta masks.
+    Every key is required and no others are allowed; keys for the tuned checkpoint occur only in delta masks, and
+    `scale` only in version 2.
     """
 
-    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=FORMAT_VERSION)]
+    format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=SCALED_FORMAT_VERSION)]
     kind: Kind
     bit_order: Literal["little"]
     tensors: Annotated[
@@ -165,6 +172,20 @@ class MaskDocument(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
     run_id: _Text | None
     tuned: _Checkpoint | None = None
+    scale: Annotated[float, Field(gt=1, le=MAX_SCALE)] | None = None
+
+    @model_validator(mode="after")
+    def _scale_fits_version(self) -> MaskDocument:
+        if self.format_version == FORMAT_VERSION:
+            if "scale" in self.model_fields_set:
+                raise ValueError(f"a document of version {FORMAT_VERSION} must not have scale")
+            return self
+        if self.scale is None or self.kind != "delta":
+            raise ValueError(f"a document of version {self.format_version} must be a delta mask with scale")
+        for name, entry in self.tensors.items():
+            if entry.dtype not in SCALABLE_DTYPES:
+                raise ValueError(f"with scale, tensors.{name}.dtype must be one of {', '.join(SCALABLE_DTYPES)}")
+        return self
 
     @model_validator(mode="after")
     def _tuned_fits_kind(self) -> MaskDocument:
@@ -198,6 +219,7 @@ class MaskDocument(_Strict):
             run_id=self.run_id,
             tuned_model=None if self.tuned is None else self.tuned.model,
             tuned_revision=None if self.tuned is None else self.tuned.revision,
+            scale=self.scale,
         )
 
     def to_json(self) -> bytes:
@@ -212,7 +234,7 @@ def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, 
         MaskFormatError: The format does not allow a value in a record or a metadata field.
     """
     fields: dict[str, object] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if metadata.scale is None else SCALED_FORMAT_VERSION,
         "kind": metadata.kind,
         "bit_order": "little",
         "tensors": {name: _entry(record, codec) for name, record in records.items()},
@@ -226,6 +248,8 @@ def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, 
     }
     if metadata.tuned_model is not None or metadata.tuned_revision is not None:
         fields["tuned"] = {"model": metadata.tuned_model, "revision": metadata.tuned_revision}
+    if metadata.scale is not None:
+        fields["scale"] = metadata.scale
     return _validate(fields, path=None)
 
 
@@ -246,12 +270,12 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
             hint="copy the file again from its source",
         ) from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
-    if type(version) is int and version != FORMAT_VERSION:
+    if type(version) is int and version not in (FORMAT_VERSION, SCALED_FORMAT_VERSION):
         raise MaskFormatError(
             "This version of mftctl does not support the mask file's format version.",
             path=path,
             key="format_version",
-            expected=FORMAT_VERSION,
+            expected=f"{FORMAT_VERSION} or {SCALED_FORMAT_VERSION}",
             actual=shown(version),
             hint="update mftctl: pip install --upgrade mftctl",
         )

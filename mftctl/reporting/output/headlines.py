@@ -28,10 +28,12 @@ class Headline:
 
 
 def headlines(tables: Sequence[MetricTable]) -> list[Headline]:
-    """One headline per table with a learned mask, about the best mask in it."""
+    """One headline per table with a learned mask, about the best mask in it; none about data to retain."""
     several = len({table.origin for table in tables}) > 1
     found = []
     for table in tables:
+        if table.is_retained:
+            continue
         masks = [row for row in table.rows if is_learned_mask(row) and row.change is not None]
         if masks:
             best = (min if table.metric in LOWER_IS_BETTER else max)(masks, key=lambda row: row.value)

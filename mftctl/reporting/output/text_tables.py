@@ -11,7 +11,7 @@ from mftctl.reporting.efficiency import Efficiency
 from mftctl.reporting.file_names import slug
 from mftctl.reporting.overview import Cell, Column, Overview
 from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change
-from mftctl.reporting.state_tables import MetricTable, Row
+from mftctl.reporting.state_tables import MetricTable, Row, is_retained
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +166,8 @@ def overview_title(overview: Overview) -> str:
 def column_text(column: Column) -> str:
     """The heading of a column, with the domain if it has one."""
     name = f"{column.dataset}, {column.metric}"
+    if is_retained(column.dataset, is_benchmark=column.domain is not None):
+        name = f"retained {column.metric}"
     return name if column.domain is None else f"{column.domain}: {name}"
 
 
@@ -184,7 +186,8 @@ def _verdict(cell: Cell) -> str:
 def title(table: MetricTable) -> str:
     """The heading of a metric table."""
     direction = "lower" if table.metric in LOWER_IS_BETTER else "higher"
-    return f"{table.metric} on {table.dataset}, {direction} is better ({Path(table.origin).name})"
+    measured = f"Retained {table.metric}" if table.is_retained else f"{table.metric} on {table.dataset}"
+    return f"{measured}, {direction} is better ({Path(table.origin).name})"
 
 
 def change_header(table: MetricTable) -> str:

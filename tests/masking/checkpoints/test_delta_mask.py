@@ -261,3 +261,107 @@ def test_difference_that_is_not_a_number_is_refused(strategy: Strategy, tmp_path
     with pytest.raises(ModelError, match="is NaN") as caught:
         make_mask(base, tuned, 0.5, strategy)
     assert (caught.value.key, caught.value.actual) == ("w", "1 NaN of 4")
+
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def rescaled_pair(folder: Path, dtype: torch.dtype) -> tuple[Path, Path, Path]:
+    """A base, a tuned checkpoint and the mask file of a rescaled random drop of 30 %."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in SHAPES.items()}
+    base = write_checkpoint(folder / "base", tensors)
+    tuned = write_tuned(base, folder / "tuned")
+    mask = drop_mask(base, tuned, 0.3, "random", rescale=True, base_model=str(base), tuned_model=str(tuned), seed=1)
+    save_mask(mask, folder / "drop.bits")
+    return base, tuned, folder / "drop.bits"
+
+
+SHAPES = {"a.weight": (33, 17), "norm.weight": (13,)}
+
+
+def exactly_rescaled(before: torch.Tensor, after: torch.Tensor, scale: float) -> np.ndarray:
+    """Base + scale * (tuned - base) in numpy, each operation rounded, as the format states."""
+    wide = np.float64 if before.dtype == torch.float64 else np.float32
+    base, tuned = (part.to(torch.float64).numpy().astype(wide) for part in (before, after))
+    result = base + (wide(scale) * (tuned - base)).astype(wide)
+    return torch.from_numpy(result).to(before.dtype).to(torch.float64).numpy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_changes_are_rescaled_alike_in_files_and_in_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    base, tuned, path = rescaled_pair(tmp_path, dtype)
+    mask = load_mask(path)
+    assert mask.metadata.scale == 1 / (1 - 0.3)
+    apply_to_checkpoint(base, mask, tmp_path / "out", mask_path=path, base_model="base", tuned=tuned)
+    before, after, written = (stored_tensors(folder) for folder in (base, tuned, tmp_path / "out"))
+    for name in SHAPES:
+        keep = mask[name].numpy()
+        expected = exactly_rescaled(before[name], after[name], 1 / (1 - 0.3))
+        found = written[name].to(torch.float64).numpy()
+        assert written[name].dtype == dtype
+        assert np.array_equal(found[keep], expected[keep])
+        assert np.array_equal(found[~keep], before[name].to(torch.float64).numpy()[~keep])
+        assert (found[keep] != after[name].to(torch.float64).numpy()[keep]).mean() > 0.3
+    for wide in (dtype, torch.float64):
+        model = torch.nn.Module()
+        model.a, model.norm = torch.nn.Module(), torch.nn.Module()
+        for name, tensor in after.items():
+            part = getattr(model, name.partition(".")[0])
+            part.weight = torch.nn.Parameter(tensor.to(wide, copy=True))
+        apply_mask(model, mask, base)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, written[name].to(wide))
+
+
+def test_rescaling_keeps_the_mean_change(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", {"a.weight": torch.zeros(200, 200)})
+    tuned = write_checkpoint(tmp_path / "tuned", {"a.weight": torch.ones(200, 200)})
+    mask = drop_mask(base, tuned, 0.75, "random", rescale=True, base_model="b", tuned_model="t")
+    apply_to_checkpoint(base, mask, tmp_path / "out", mask_path=None, base_model="b", tuned=tuned)
+    written = stored_tensors(tmp_path / "out")["a.weight"]
+    assert written.mean() == 1
+    assert set(written.flatten().tolist()) == {0.0, 4.0}
+
+
+def test_a_ratio_of_0_needs_no_scale(pair: tuple[Path, Path]) -> None:
+    mask = drop_mask(*pair, 0.0, "random", rescale=True, base_model="b", tuned_model="t")
+    assert mask.metadata.scale is None
+
+
+def test_weights_in_8_bits_are_not_rescaled(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(9, 7, generator=generator).to(torch.float8_e4m3fn) for _ in range(2))
+    base = write_checkpoint(tmp_path / "base", {"a.weight": one})
+    tuned = write_checkpoint(tmp_path / "tuned", {"a.weight": other})
+    with pytest.raises(MaskingError, match="8 bits") as caught:
+        drop_mask(base, tuned, 0.3, "random", rescale=True, base_model="b", tuned_model="t")
+    assert (caught.value.key, caught.value.actual) == ("a.weight", "F8_E4M3")
+
+
+def test_a_rescaled_weight_that_overflows_is_refused(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", {"a.weight": torch.zeros(9, 7, dtype=torch.float16)})
+    tuned = write_checkpoint(tmp_path / "tuned", {"a.weight": torch.full((9, 7), 6e4, dtype=torch.float16)})
+    mask = drop_mask(base, tuned, 0.5, "random", rescale=True, base_model="b", tuned_model="t")
+    with pytest.raises(MaskingError, match="not finite") as caught:
+        apply_to_checkpoint(base, mask, tmp_path / "out", mask_path=None, base_model="b", tuned=tuned)
+    assert caught.value.key == "a.weight"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_head_is_rescaled_once(tmp_path: Path) -> None:
+    """The tuned checkpoint stores embeddings and head, which are one parameter in memory."""
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randn(9, 7, generator=generator) for _ in range(2))
+    base = write_checkpoint(tmp_path / "base", {"embed.weight": before, "head.weight": before.clone()})
+    tuned = write_checkpoint(tmp_path / "tuned", {"embed.weight": after, "head.weight": after.clone()})
+    mask = drop_mask(base, tuned, 0.3, "random", rescale=True, base_model="b", tuned_model="t")
+    tensors = {name: mask["embed.weight"] for name in mask.names()}  # the same entries for both
+    same = Mask(tensors, mask.records, mask.metadata)
+    model = torch.nn.Module()
+    model.embed, model.head = torch.nn.Module(), torch.nn.Module()
+    model.embed.weight = model.head.weight = torch.nn.Parameter(after.clone())
+    apply_mask(model, same, base)
+    expected = exactly_rescaled(before, after, 1 / (1 - 0.3))
+    keep = mask["embed.weight"].numpy()
+    assert np.array_equal(model.head.weight.detach().numpy()[keep], expected[keep])

@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 
 from mftctl.errors import MaskFormatError
-from mftctl.masking.mask import Mask
-from tests.masking.mask_files import DELTA_METADATA, compact, parts_of_small_mask, plain_file, refuse, small_mask
+from mftctl.masking.mask import Mask, load_mask, save_mask
+from tests.masking.mask_files import (
+    DELTA_METADATA,
+    compact,
+    parts_of_small_mask,
+    plain_file,
+    plain_read,
+    refuse,
+    small_mask,
+)
 
 Change = Callable[[dict[str, Any]], object]
 
@@ -34,9 +42,9 @@ def test_document_with_nan_is_refused(tmp_path: Path) -> None:
 
 def test_unknown_version_is_refused_with_the_way_to_update(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
-    document |= {"format_version": 2, "unheard_of": True}
+    document |= {"format_version": 3, "unheard_of": True}
     error = refuse(tmp_path, plain_file(document, payloads), "format version")
-    assert (error.expected, error.actual) == (1, "2")
+    assert (error.expected, error.actual) == ("1 or 2", "3")
     assert "pip install" in str(error.hint)
 
 
@@ -91,6 +99,49 @@ def test_document_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) 
     assert error.key
     assert error.expected
     assert error.hint
+
+
+scale_changes: dict[str, Change] = {
+    "version_1": lambda document: document.update(format_version=1),
+    "no_scale": lambda document: document.pop("scale"),
+    "null": lambda document: document.update(scale=None),
+    "one": lambda document: document.update(scale=1),
+    "text": lambda document: document.update(scale="2"),
+    "too_large": lambda document: document.update(scale=1e7),
+    "eight_bits": lambda document: [entry.update(dtype="F8_E5M2") for entry in document["tensors"].values()],
+}
+
+
+def scaled_parts() -> tuple[dict[str, Any], dict[str, bytes]]:
+    """An independently written document of version 2 and its payloads."""
+    document, payloads = parts_of_small_mask(DELTA_METADATA)
+    return {**document, "format_version": 2, "scale": 1.25}, payloads
+
+
+def test_a_scale_is_read_and_written_as_version_2(tmp_path: Path) -> None:
+    document, payloads = scaled_parts()
+    path = tmp_path / "scaled.bits"
+    path.write_bytes(plain_file(document, payloads))
+    mask = load_mask(path)
+    assert mask.metadata.scale == 1.25
+    save_mask(mask, tmp_path / "again.bits", codec="packed")
+    assert plain_read(tmp_path / "again.bits")[0] == document
+    without = small_mask(DELTA_METADATA)
+    save_mask(without, tmp_path / "without.bits", codec="packed")
+    written, _ = plain_read(tmp_path / "without.bits")
+    assert (written["format_version"], "scale" in written) == (1, False)
+
+
+@pytest.mark.parametrize("change", scale_changes.values(), ids=scale_changes)
+def test_a_scale_that_breaks_a_rule_is_refused(change: Change, tmp_path: Path) -> None:
+    document, payloads = scaled_parts()
+    change(document)
+    refuse(tmp_path, plain_file(document, payloads), "violates the format")
+
+
+def test_a_weight_mask_with_a_scale_is_refused(tmp_path: Path) -> None:
+    document, payloads = parts_of_small_mask()
+    refuse(tmp_path, plain_file({**document, "format_version": 2, "scale": 1.25}, payloads), "violates the format")
 
 
 def test_threshold_that_overflows_is_refused(tmp_path: Path) -> None:
