@@ -81,7 +81,8 @@ def evaluate(
     bad_records_max: opt.BadRecordsMax = None,
     tasks: Annotated[Any, opt.setting(EvalOptions, "tasks", "--tasks", panel="Evaluation", parser=opt.names)] = None,
     task_data: Annotated[
-        list[str] | None, opt.setting(EvalOptions, "task_data", "--task-data", panel="Evaluation", default="the published data")
+        list[str] | None,
+        opt.setting(EvalOptions, "task_data", "--task-data", panel="Evaluation", default="the published data"),
     ] = None,
     prompts: Annotated[str | None, opt.setting(EvalOptions, "prompts", "--prompts", panel="Evaluation")] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Evaluation")] = None,
