@@ -84,6 +84,9 @@ class _Handler(BaseHTTPRequestHandler):
             {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
             for path, content in within.items()
         ]
+        if not folder:
+            names = sorted({path.partition("/")[0] for path in files if "/" in path})
+            entries += [{"type": "directory", "path": name, "size": 0, "oid": "d" * 40} for name in names]
         self._reply(json.dumps(entries).encode()) if entries else self._refuse("EntryNotFound")
 
     def _refuse(self, code: str) -> None:

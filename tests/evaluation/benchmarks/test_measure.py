@@ -60,6 +60,8 @@ def test_saved_programs_are_run_and_scored_without_a_model(workspace: Path, tmp_
     assert (metric["name"], metric["value"], metric["samples"]) == ("pass@1,tests", 0.75, 4)
     assert [row["scores"]["pass@1,tests"] for row in rows] == [1, 1, 0, 1]
     assert [row["task_id"] for row in rows] == ["T/0", "T/1", "T/2", "T/3"]
+    [completions] = tmp_path.rglob("humaneval.completions.jsonl")
+    assert completions.read_text() == (tmp_path / "written.jsonl").read_text()
 
 
 @pytest.mark.slow

@@ -116,16 +116,17 @@ def test_a_connection_that_breaks_is_missing_data_too(monkeypatch: pytest.Monkey
     assert caught.value.actual == "timed out"
 
 
-def test_offline_is_over_after_an_error() -> None:
+def test_offline_is_over_after_an_error(tmp_path: Path) -> None:
     import datasets
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = False
     try:
-        with pytest.raises(OfflineModeIsEnabled), offline():
-            hf_hub_download("openai/gsm8k", "README.md", repo_type="dataset", force_download=True)
+        with pytest.raises(LocalEntryNotFoundError) as caught, offline():
+            hf_hub_download("openai/gsm8k", "README.md", repo_type="dataset", cache_dir=tmp_path)
+        assert isinstance(caught.value.__cause__, OfflineModeIsEnabled)
         assert not datasets.config.HF_HUB_OFFLINE
         assert not constants.is_offline_mode()
     finally:
