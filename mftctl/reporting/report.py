@@ -19,11 +19,13 @@ from mftctl.reporting.answers import AnswerChanges, answer_changes
 from mftctl.reporting.comparability import flags
 from mftctl.reporting.efficiency import Efficiency, efficiencies
 from mftctl.reporting.figures.curves import curve_figures
+from mftctl.reporting.figures.frontier import frontier_figures
 from mftctl.reporting.figures.probe import probe_figures
 from mftctl.reporting.figures.removal import removal_figures
 from mftctl.reporting.figures.style import Figure
 from mftctl.reporting.figures.surface import surface_figures
 from mftctl.reporting.figures.sweeps import sweep_figures
+from mftctl.reporting.frontier import Frontier, frontiers
 from mftctl.reporting.next_step import Advice, next_step
 from mftctl.reporting.overview import Overview, overviews
 from mftctl.reporting.reproduction import reproduction
@@ -67,6 +69,7 @@ class Report:
         root: The runs folder.
         tables: One table per model, dataset and metric.
         overviews: Methods by benchmark.
+        frontiers: What each state learned against what it kept.
         efficiency: Training costs.
         figures: The figures that have data.
         answers: The answers that each state changed.
@@ -79,6 +82,7 @@ class Report:
     root: Path
     tables: tuple[MetricTable, ...]
     overviews: tuple[Overview, ...]
+    frontiers: tuple[Frontier, ...]
     efficiency: tuple[Efficiency, ...]
     figures: tuple[Figure, ...]
     answers: tuple[AnswerChanges, ...]
@@ -123,6 +127,7 @@ def make_report(root: Path, listener: Listener) -> Report:
         root=root,
         tables=tuple(tables),
         overviews=tuple(overviews(tables)),
+        frontiers=tuple(frontiers(tables)[0]),
         efficiency=tuple(efficiency),
         figures=tuple(figures),
         answers=tuple(answers),
@@ -138,6 +143,7 @@ def _figures(tables: Sequence[MetricTable], runs: Sequence[Run], listener: Liste
     makers = (
         partial(curve_figures, runs),
         partial(probe_figures, runs),
+        partial(frontier_figures, tables, runs),
         partial(sweep_figures, tables, runs),
         partial(removal_figures, runs),
         partial(surface_figures, runs),

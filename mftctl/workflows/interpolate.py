@@ -124,7 +124,7 @@ def _losses(
     found = []
     for number, share in enumerate(shares):
         go_to(share, parameters, pairs)
-        entry = ShareLoss(share=share, loss=validation_loss(model, inputs, listener), retained_loss=None)
+        entry = ShareLoss(share=share, loss=validation_loss(model, inputs, listener))
         told = f"Share {share:g}: validation loss {entry.loss:.4f}"
         line = {"step": number, "share": share, "eval_loss": entry.loss}
         if inputs.retained is not None:

@@ -10,6 +10,7 @@ from mftctl.reporting.output.text_tables import (
     TextTable,
     efficiency_text,
     flag_lines,
+    frontier_text,
     metric_text,
     overview_text,
 )
@@ -37,6 +38,8 @@ def to_markdown(report: Report) -> str:
     parts = ["# mftctl report", "", f"Next: {markdown_code(report.advice.command)}. {report.advice.reason}", ""]
     for overview in report.overviews:
         parts += [*table_lines(overview_text(overview)), ""]
+    for frontier in report.frontiers:
+        parts += [*table_lines(frontier_text(frontier)), ""]
     for table in report.tables:
         parts += [*table_lines(metric_text(table)), ""]
         flagged = [f"- {markdown_item(f'{states}: {flag}')}" for states, flag in flag_lines(table)]

@@ -15,7 +15,14 @@ from mftctl.reporting.answers import SHOWN_ANSWERS, AnswerChanges, ChangedAnswer
 from mftctl.reporting.figures.style import INK, Drawing, Figure
 from mftctl.reporting.output.headlines import headlines
 from mftctl.reporting.output.markdown import EFFICIENCY_NOTE, NOTE
-from mftctl.reporting.output.text_tables import TextTable, efficiency_text, flag_lines, metric_text, overview_text
+from mftctl.reporting.output.text_tables import (
+    TextTable,
+    efficiency_text,
+    flag_lines,
+    frontier_text,
+    metric_text,
+    overview_text,
+)
 from mftctl.text import visible, visible_line
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ def to_page(report: Report, drawings: Mapping[str, Drawing], folder: Path) -> st
     environment.filters["anchor"] = anchor
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     overviews = [overview_text(overview) for overview in report.overviews]
+    overviews += [frontier_text(frontier) for frontier in report.frontiers]
     efficiency = [efficiency_text(report.efficiency)] if report.efficiency else []
     tables: list[dict[str, Any]] = [
         {

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mftctl.reporting.file_names import own_name, slug
-from mftctl.reporting.output.text_tables import TextTable, efficiency_text, metric_text, overview_text
+from mftctl.reporting.frontier import Frontier
+from mftctl.reporting.output.text_tables import TextTable, efficiency_text, frontier_text, metric_text, overview_text
 from mftctl.reporting.overview import Overview
 from mftctl.reporting.paired_change import Change
 from mftctl.reporting.state_tables import MetricTable, Row
@@ -38,6 +39,8 @@ def table_files(report: Report) -> dict[str, str]:
 def _tables(report: Report) -> Iterator[tuple[TextTable, list[dict[str, Any]]]]:
     for overview in report.overviews:
         yield overview_text(overview), list(_overview_rows(overview))
+    for frontier in report.frontiers:
+        yield frontier_text(frontier), list(_frontier_rows(frontier))
     for table in report.tables:
         yield metric_text(table), list(_metric_rows(table))
     if report.efficiency:
@@ -126,6 +129,22 @@ def _overview_rows(overview: Overview) -> Iterator[dict[str, Any]]:
                     **_change_values(cell.change),
                     "runs": cell.runs,
                 }
+
+
+def _frontier_rows(frontier: Frontier) -> Iterator[dict[str, Any]]:
+    for point in frontier.points:
+        yield {
+            "origin": frontier.origin,
+            "dataset": frontier.dataset,
+            "state": point.state,
+            "loss": point.in_domain.value,
+            "standard_deviation": point.in_domain.spread,
+            "retained_loss": point.retained.value,
+            "retained_standard_deviation": point.retained.spread,
+            **{f"retained_{key}": value for key, value in _change_values(point.retained.change).items()},
+            "dominated": point.is_dominated,
+            "runs": tuple(dict.fromkeys((*point.in_domain.runs, *point.retained.runs))),
+        }
 
 
 def _control_values(row: Row) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from mftctl.experiments.state_names import FFT
 from mftctl.reporting.efficiency import Efficiency
 from mftctl.reporting.file_names import slug
+from mftctl.reporting.frontier import Frontier
 from mftctl.reporting.overview import Cell, Column, Overview
 from mftctl.reporting.paired_change import LOWER_IS_BETTER, Change
 from mftctl.reporting.state_tables import MetricTable, Row, is_retained
@@ -134,6 +135,40 @@ def _overview_cell(cell: Cell | None) -> TextCell:
         return TextCell("")
     return TextCell(
         cell_text(cell), "" if cell.change is None else interval_text(cell.change), _verdict(cell), cell.runs
+    )
+
+
+def frontier_text(frontier: Frontier) -> TextTable:
+    """The losses of each state on both domains, with the change on the data to retain."""
+    rows = []
+    for point in frontier.points:
+        retained = point.retained
+        change, verdict = change_texts(retained.change, is_baseline=retained.is_baseline)
+        beyond = "" if retained.change is None or retained.change.verdict == "within noise" else retained.change.verdict
+        rows.append(
+            (
+                TextCell(point.state),
+                TextCell(value_text(point.in_domain), runs=point.in_domain.runs),
+                TextCell(value_text(retained), runs=retained.runs),
+                TextCell(change, verdict=beyond, runs=retained.runs if change else ()),
+                TextCell(verdict, verdict=beyond),
+                TextCell("yes" if point.is_dominated else "no"),
+            )
+        )
+    name = Path(frontier.origin).name
+    return TextTable(
+        slug(f"frontier {frontier.dataset} {name}"),
+        f"Learning and forgetting: loss on {frontier.dataset} and retained loss ({name})",
+        (
+            "state",
+            f"loss on {frontier.dataset}",
+            "retained loss",
+            f"retained change against {frontier.baseline} [95 %]",
+            "verdict",
+            "dominated",
+        ),
+        tuple(rows),
+        (False, True, True, True, False, False),
     )
 
 
