@@ -33,7 +33,7 @@ from mftctl.workflows import interpolate as workflow
 from mftctl.workflows.interpolate import interpolate
 from tests.conftest import build_llama, build_tokenizer
 from tests.masking.built_checkpoints import raw_tensors, write_tuned
-from tests.workflow_fixtures import encode_records, make_recipe, write_additions
+from tests.workflow_fixtures import encode_records, make_recipe
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,11 @@ def test_losses_are_those_of_the_models_and_the_best_is_written(
 def test_the_loss_on_data_to_retain_is_measured_at_every_share_and_does_not_decide(
     workspace: Path, tuned_model: Path, source: ModelSource, tmp_path: Path
 ) -> None:
-    retained = write_additions(tmp_path / "retained.jsonl", 20, seed=5)
+    retained = tmp_path / "retained.jsonl"
+    words = [
+        {"question": f"spell {word}", "answer": word} for word in ("red", "green", "blue", "black", "white", "grey")
+    ]
+    retained.write_text("".join(json.dumps(record) + "\n" for record in words))
     recipe = recipe_of(workspace, 0.0, 1.0, 1.5)
     _, without = run_it(tmp_path / "without", recipe, source)
     assert "retained_loss" not in without.document()["losses"][0]
