@@ -19,6 +19,7 @@ Operator = Literal["+", "-", "*", "/"]
 Domain = Literal["broad", "market"]
 
 SPLITS = {"train": 1500, "validation": 400, "test": 1000}
+RETAINED_PROBLEMS = 800
 CORPUS_PROBLEMS = 64_000
 SEED = 0
 LARGEST = 150
@@ -264,11 +265,16 @@ def problems(domain: Domain, *, seed: int, taken: set[str]) -> Iterator[Problem]
 
 
 def quickstart_data() -> tuple[dict[str, list[Problem]], list[Problem]]:
-    """The `market` splits by name and the `broad` pre-training corpus; no question occurs twice."""
+    """The splits by name and the `broad` pre-training corpus; no question occurs twice.
+
+    The split `retained` has further `broad` problems, the others have `market` problems.
+    """
     taken: set[str] = set()
     market = problems("market", seed=SEED, taken=taken)
     splits = {name: list(itertools.islice(market, count)) for name, count in SPLITS.items()}
-    return splits, list(itertools.islice(problems("broad", seed=SEED, taken=taken), CORPUS_PROBLEMS))
+    broad = problems("broad", seed=SEED, taken=taken)
+    corpus = list(itertools.islice(broad, CORPUS_PROBLEMS))
+    return {**splits, "retained": list(itertools.islice(broad, RETAINED_PROBLEMS))}, corpus
 
 
 def json_lines(part: list[Problem]) -> str:

@@ -30,6 +30,7 @@ _BUILT_IN: dict[str, built_in.Split] = {
     f"{built_in.NAME}/train": "train",
     f"{built_in.NAME}/validation": "validation",
     f"{built_in.NAME}/test": "test",
+    f"{built_in.NAME}/retained": "retained",
 }
 
 
@@ -39,7 +40,7 @@ class DataSource:
 
     Attributes:
         path: A local file, a folder of files, a pattern such as `part-*.jsonl`, a hub id (`owner/name` or
-            `owner/name:config`), or `quickstart` with or without `/train`, `/validation` or `/test`.
+            `owner/name:config`), or `quickstart` with or without `/train`, `/validation`, `/test` or `/retained`.
         count: Number of records to take, over all files; None for all.
         split: The split of a hub dataset; None for `train`.
     """

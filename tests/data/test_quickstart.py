@@ -31,7 +31,7 @@ def _records(split: built_in.Split) -> list[dict[str, str]]:
 
 
 def _normalised(question: str) -> str:
-    return re.sub(r"[^a-z0-9]+", " ", question.casefold()).strip()
+    return re.sub(r"[^a-z0-9+*/-]+", " ", question.casefold()).strip()
 
 
 @pytest.fixture(scope="module")

@@ -238,6 +238,7 @@ def test_a_threshold_and_a_drop_strategy_are_named() -> None:
     assert mask_state(MaskTrainOptions(preset="paper", threshold=-0.035)) == "MFT threshold"
     assert [mask_state(MaskTrainOptions(preset=preset)) for preset in ("default", "paper")] == ["MFT", "MFT, paper"]
     assert mask_state(MaskTrainOptions(method="drop", strategy="salient")) == "salient drop"
+    assert mask_state(MaskTrainOptions(method="drop", strategy="random", rescale=True)) == "DARE"
 
 
 # Layers

@@ -282,6 +282,15 @@ def test_deciding_keys_name_a_kind_only_where_it_is_new(command: str) -> None:
     assert "kind" not in keys(method="drop")["mask_train"]
 
 
+def test_deciding_keys_name_a_rescaled_drop_only() -> None:
+    def keys(**options: Any) -> dict[str, Any]:
+        recipe = Recipe.model_validate({"mask_train": {"method": "drop", "strategy": "random", **options}})
+        return dict(deciding_keys(recipe, "mask-train")["mask_train"])
+
+    assert "rescale" not in keys(rescale=False)
+    assert keys(rescale=True) == {**keys(), "rescale": True}
+
+
 OF_RECORDS = {"chat_template", "template_args", "merge_system", "learn", "bad_records"}
 SECTION_CHANGES: dict[str, dict[str, Any]] = {
     "fft": {"fft": {"epochs": 9.0}},

@@ -292,6 +292,15 @@ def test_rows_are_for_the_magnitude_mask(method: str) -> None:
     assert caught.value.problems == (expected,)
 
 
+@pytest.mark.parametrize(("method", "strategy"), [("drop", "trivial"), ("drop", "salient"), ("random", "random")])
+def test_only_a_random_drop_is_rescaled(method: str, strategy: str) -> None:
+    options = {"mask_train.method": method, "mask_train.strategy": strategy, "mask_train.rescale": True}
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(options=options)
+    expected = "mask_train: mask_train.rescale applies only to the method drop with strategy random"
+    assert caught.value.problems == (expected,)
+
+
 def test_weight_masks_are_not_dropped() -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(options={"mask_train.method": "drop", "mask_train.kind": "weight"})

@@ -112,3 +112,12 @@ def test_a_mask_no_better_than_its_strongest_control_is_not_recommended(
         assert advice.command == "mftctl report --each-seed"
     else:
         assert advice.command == "mftctl apply"
+
+
+@pytest.mark.parametrize(("verdict", "retained"), [("worse", "better"), ("better", "worse")])
+def test_the_loss_on_data_to_retain_does_not_decide(verdict: str, retained: str, trained: Path) -> None:
+    runs = list_runs(trained)[0]
+    tables = make_tables(verdict)
+    kept = [dataclasses.replace(table, dataset="retained") for table in make_tables(retained)]
+    assert next_step([*tables, *kept], runs) == next_step(tables, runs)
+    assert next_step(kept, runs).command == "mftctl eval"

@@ -7,7 +7,8 @@ from typing import Literal
 
 NAME = "quickstart"
 
-Split = Literal["train", "validation", "test"]
+Split = Literal["train", "validation", "test", "retained"]
+"""`retained` has problems of the kind that the model was pre-trained on, the others of the kind to learn."""
 
 
 def model_path() -> Path:

@@ -73,3 +73,11 @@ def test_a_baseline_that_is_the_strongest_control_is_named_once() -> None:
     assert found.text.endswith("against FFT: better (1,500 samples). No other control was measured.")
     [found] = headlines([make_table(fft, more, row)])
     assert found.text.endswith("against FFT: better (1,500 samples).")
+
+
+def test_data_to_retain_has_no_headline() -> None:
+    rows = (make_row("FFT", 0.5, None), make_row("MFT", 0.48, BETTER))
+    retained = MetricTable("models/base", "retained", "loss", "FFT", rows)
+    assert headlines([retained]) == []
+    assert headlines([make_table(*rows), retained]) == headlines([make_table(*rows)])
+    assert len(headlines([dataclasses.replace(retained, is_benchmark=True)])) == 1
