@@ -169,7 +169,7 @@ def test_9_data_to_retain_is_a_reason_to_measure_again(here: CommandLine, worksp
     assert outcome.code == 0, outcome.stderr
     assert "already measured" not in outcome.stderr
     evaluations = json.loads(outcome.stdout)["evaluations"]
-    assert [item["state"] for item in evaluations] == ["pre-trained", "FFT", "random mask"]
+    assert [item["state"] for item in evaluations] == ["pre-trained", "FFT", "continued FFT"]
     for item in evaluations:
         assert [dataset["name"] for dataset in item["datasets"]] == ["test.jsonl", "retained"]
     again = here(*arguments)
