@@ -41,7 +41,8 @@ def write_training(
     folder = root / f"{number:03d}-{command}"
     folder.mkdir(parents=True)
     section = {"fft": "fft", "mask-train": "mask_train"}[command]
-    recipe_of_run = Recipe.model_validate({"seed": seed, section: dict(options or {}), "data": [data]})
+    retained = {"retain_data": ["general.jsonl"]} if "retain_weight" in (options or {}) else {}
+    recipe_of_run = Recipe.model_validate({"seed": seed, section: dict(options or {}), "data": [data], **retained})
     lines: list[dict[str, Any]] = [{"step": step, "eval_loss": loss, "epoch": 0} for step, loss in losses.items()]
     for metric, values in (scores or {}).items():
         for step, value in values.items():
