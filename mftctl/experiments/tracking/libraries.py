@@ -1,0 +1,206 @@
+"""Thin layers over the public interfaces of the trackers.
+
+transformers' own integrations only see what its Trainer logs, under names that differ between trackers: neither the
+scores of benchmarks nor the groups of a probe, evaluations and results, and a resumed run would start a new tracked run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from mftctl.experiments.run_record import RunStatus
+from mftctl.experiments.tracking.feed import Tracker
+
+WAIT_SECONDS: Final = 20.0
+"""Time for a server to answer at the start, and to take the last numbers at the end."""
+
+_NOT_IN_A_PROJECT = re.compile(r"[/\\#?%:]")
+_LONGEST_PROJECT = 128
+_LONGEST_PARAMETER = 6000
+_PARAMETERS_A_CALL = 100
+
+
+@dataclass(frozen=True, slots=True)
+class TrackedRun:
+    """What a tracker shows of a run besides its numbers.
+
+    Attributes:
+        project: Name of the project or experiment.
+        name: Name of the run.
+        config: Its configuration, as plain data.
+        folder: The run folder.
+    """
+
+    project: str
+    name: str
+    config: Mapping[str, Any]
+    folder: Path
+
+    def identifier(self, tracker: str) -> str | None:
+        """Returns the identifier of the run in a tracker; None before it is tracked there."""
+        path = self._identifier_file(tracker)
+        return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+    def remember(self, tracker: str, identifier: str) -> str:
+        """Stores the identifier in the run folder, for when the run is resumed, and returns it."""
+        path = self._identifier_file(tracker)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(identifier + "\n", encoding="utf-8")
+        return identifier
+
+    def _identifier_file(self, tracker: str) -> Path:
+        return self.folder / "tracking" / f"{tracker}.txt"
+
+
+def open_tracker(name: str, run: TrackedRun) -> Tracker:
+    """Opens a run in a tracker, the same one as before if the run is resumed.
+
+    Args:
+        name: The name of the tracker.
+        run: The run.
+    """
+    return _TRACKERS[name](run)
+
+
+class TensorBoard:
+    """Event files in `tensorboard/` of the run folder; one folder for each of several trainings."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        self._folder = run.folder / "tensorboard"
+        self._writers: dict[str, Any] = {}
+        self._step = 0
+        self.place = f"tensorboard --logdir {run.folder.parent}"
+        is_new = run.identifier("tensorboard") is None
+        run.remember("tensorboard", self._folder.name)
+        if is_new:
+            document = json.dumps(run.config, indent=2, ensure_ascii=False)
+            self._writer("").add_text("config", "\n".join(f"    {line}" for line in document.splitlines()))
+            self._writer("").flush()
+
+    def log(self, step: int, values: Mapping[str, float], training: str) -> None:
+        """Writes the numbers, so that even a killed run has them."""
+        writer = self._writer(training)
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+        self._step = max(self._step, step)
+
+    def close(self, status: RunStatus, figures: Mapping[str, float]) -> None:
+        """Writes the result and closes the files."""
+        if figures:
+            self.log(self._step, figures, "")
+        for writer in self._writers.values():
+            writer.close()
+
+    def _writer(self, training: str) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        if training not in self._writers:
+            self._writers[training] = SummaryWriter(str(self._folder / training))
+        return self._writers[training]
+
+
+class Wandb:
+    """A run of Weights & Biases; `WANDB_MODE=offline` and its other variables apply."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,  # also keeps it from asking for a key
+            console="off",
+            init_timeout=WAIT_SECONDS,
+            finish_timeout=WAIT_SECONDS,
+        )
+        wandb.setup(settings)
+        identifier = run.identifier("wandb") or run.remember("wandb", uuid.uuid4().hex[:16])
+        self._run = wandb.init(
+            project=run.project,
+            name=run.name,
+            id=identifier,
+            resume="allow",
+            config=dict(run.config),
+            settings=settings,
+        )
+        self._run.define_metric("*", step_metric="step")
+        self.place = self._run.url or f"offline in {Path(self._run.dir).parent}"
+
+    def log(self, step: int, values: Mapping[str, float], training: str) -> None:
+        """Sends the numbers with their step, as wandb's own must not decrease."""
+        self._run.log({"step": step, **_of_training(values, training)})
+
+    def close(self, status: RunStatus, figures: Mapping[str, float]) -> None:
+        """Sends the result as the summary and finishes the run."""
+        self._run.summary.update(dict(figures))
+        self._run.finish(exit_code=int(status is not RunStatus.FINISHED))
+
+
+class MLflow:
+    """A run in the store named by `MLFLOW_TRACKING_URI`, or in MLflow's default store."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        for noisy in ("mlflow", "alembic"):  # which report every table that they create
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        from mlflow import MlflowClient
+        from mlflow.entities import Param
+
+        self._client = MlflowClient()
+        self._step = 0
+        known = run.identifier("mlflow")
+        if known is not None:
+            self._id = known
+            self._client.update_run(known, status="RUNNING")
+        else:
+            experiment = self._client.get_experiment_by_name(run.project)
+            place = experiment.experiment_id if experiment else self._client.create_experiment(run.project)
+            self._id = self._client.create_run(place, run_name=run.name).info.run_id
+            run.remember("mlflow", self._id)
+            parameters = [Param(name, text[:_LONGEST_PARAMETER]) for name, text in _parameters(run.config)]
+            for start in range(0, len(parameters), _PARAMETERS_A_CALL):
+                self._client.log_batch(self._id, params=parameters[start : start + _PARAMETERS_A_CALL])
+        self.place = f"{self._client.tracking_uri}, run {self._id}"
+
+    def log(self, step: int, values: Mapping[str, float], training: str) -> None:
+        """Sends the numbers."""
+        from mlflow.entities import Metric
+
+        now_ms = int(time.time() * 1000)
+        named = _of_training(values, training).items()
+        self._client.log_batch(self._id, metrics=[Metric(name, value, now_ms, step) for name, value in named])
+        self._step = max(self._step, step)
+
+    def close(self, status: RunStatus, figures: Mapping[str, float]) -> None:
+        """Sends the result and ends the run."""
+        if figures:
+            self.log(self._step, figures, "")
+        ends = {RunStatus.FINISHED: "FINISHED", RunStatus.INTERRUPTED: "KILLED"}
+        self._client.set_terminated(self._id, ends.get(status, "FAILED"))
+
+
+def _of_training(values: Mapping[str, float], training: str) -> dict[str, float]:
+    return {f"{training}/{name}" if training else name: value for name, value in values.items()}
+
+
+def _parameters(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yields the settings by dotted key, as text."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _parameters(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+
+
+def project_name(name: str) -> str:
+    """Returns a name without the characters that trackers refuse in a project."""
+    return _NOT_IN_A_PROJECT.sub("-", name)[:_LONGEST_PROJECT]
+
+
+_TRACKERS: Final = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
