@@ -31,7 +31,7 @@ def check_settings_kept(command: str, given: Sequence[str]) -> None:
     changes = [key for key in given if key not in _MAY_CHANGE]
     if changes:
         raise ConfigError(
-            "A resumed run keeps its settings, except for the device, its attention, the memory check and the trackers.",
+            "A resumed run keeps its settings, except for the device, its attention, the memory check and trackers.",
             actual=", ".join(changes),
             hint=f"mftctl {command} --resume without these options, or a new run without --resume",
         )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from mftctl.experiments.run_record import RunStatus
 from mftctl.text import first_line
+
+_SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
+_SHORTEST_SECRET = 4
+_LOGIN = re.compile(r"://[^/@\s]+@")
 
 
 class Tracker(Protocol):
@@ -81,14 +87,28 @@ class Feed:
     def _send(self) -> None:
         try:
             tracker = self._make()
-            self._messages.put((False, f"Tracking: {self.name}, {tracker.place}"))
+            self._messages.put((False, f"Tracking: {self.name}, {without_secrets(tracker.place)}"))
             while (work := self._work.get()) is not None:
                 work(tracker)
         # Trackers raise errors of their own, of HTTP and database libraries, and of the disk. None of them may end a
         # training, which is worth more than its curves, so that here alone every error is caught.
         except Exception as error:
-            self._messages.put((True, f"--track {self.name}: nothing more is sent to it, as it failed: {_why(error)}"))
+            self._messages.put((True, failed_text(self.name, error)))
 
 
-def _why(error: Exception) -> str:
-    return first_line(error) or type(error).__name__
+def failed_text(name: str, error: Exception) -> str:
+    """Returns the warning for a tracker that failed.
+
+    Args:
+        name: The name of the tracker.
+        error: Its error.
+    """
+    return f"--track {name}: nothing more is sent to it, as it failed: {without_secrets(first_line(error))}"
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text without passwords in URLs and without the values of variables such as `WANDB_API_KEY`."""
+    for variable, value in os.environ.items():
+        if _SECRET.search(variable) and len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return _LOGIN.sub("://***@", text)

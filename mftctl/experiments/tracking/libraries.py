@@ -1,7 +1,7 @@
 """Thin layers over the public interfaces of the trackers.
 
-transformers' own integrations only see what its Trainer logs, under names that differ between trackers: neither the
-scores of benchmarks nor the groups of a probe, evaluations and results, and a resumed run would start a new tracked run.
+transformers' own integrations only see what its Trainer logs, under names that differ between trackers: no scores of
+benchmarks, no groups of a probe, no evaluations and no results; and a resumed run would start a new tracked run.
 """
 
 from __future__ import annotations
@@ -19,8 +19,16 @@ from typing import Any, Final
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.tracking.feed import Tracker
 
-WAIT_SECONDS: Final = 20.0
+WAIT_SECONDS: Final = 60.0
 """Time for a server to answer at the start, and to take the last numbers at the end."""
+
+MODULES: Final = {
+    "wandb": "wandb",
+    "tensorboard": "torch.utils.tensorboard",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+}
+"""The module to import for each tracker."""
 
 _NOT_IN_A_PROJECT = re.compile(r"[/\\#?%:]")
 _LONGEST_PROJECT = 128

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 import time
 from collections import Counter
@@ -24,11 +22,18 @@ from mftctl.experiments.tracking.values import line_values, result_values
 from mftctl.progress import Listener
 from mftctl.runtime.processes import is_first
 
+TakeResult = Callable[[Mapping[str, Any]], None]
+"""Takes the result of a run, as stored in its record."""
+
+_SHORT_WAIT_SECONDS = 8.0
+"""Time for the last numbers of a run that did not finish; processes that are still there after 10 s are killed."""
+
 _GROUPS = "groups"
+"""Folder for the trainings of a probe."""
 
 
 @contextmanager
-def tracked(run: Run, track: Sequence[TrackerName], listener: Listener) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+def tracked(run: Run, track: Sequence[TrackerName], listener: Listener) -> Iterator[TakeResult]:
     """Context in which what a run logs is sent to its trackers; yields the function to call with its result.
 
     Only the first process sends. A tracker that is not installed is left out, and one that fails is dropped with a
@@ -81,7 +86,8 @@ class Tracking:
         step, values, training = metrics["step"], line_values(metrics), self._training(folder)
         line = _identity(folder, metrics)
         is_repeated = self._repeated[line] > 0
-        self._repeated[line] -= is_repeated
+        if is_repeated:
+            self._repeated[line] -= 1
         for feed in self._opened():
             if not (is_repeated and feed.goes_on):
                 feed.put(lambda tracker: tracker.log(step, values, training))
@@ -103,12 +109,12 @@ class Tracking:
         for feed in feeds:
             feed.put(lambda tracker: tracker.close(status, self._figures))
             feed.end()
-        end_seconds = time.monotonic() + WAIT_SECONDS
-        for feed in feeds:
-            if not feed.ended(max(0.0, end_seconds - time.monotonic())):
-                late = f"--track {feed.name}: it did not take the last numbers within {WAIT_SECONDS:g} s"
-                self._listener.warn(late)
+        wait_seconds = WAIT_SECONDS if status is RunStatus.FINISHED else _SHORT_WAIT_SECONDS
+        end_seconds = time.monotonic() + wait_seconds
+        late = [feed.name for feed in feeds if not feed.ended(max(0.0, end_seconds - time.monotonic()))]
         self._tell()
+        for name in late:
+            self._listener.warn(f"--track {name}: it did not take the last numbers within {wait_seconds:g} s.")
 
     def _opened(self) -> list[Feed]:
         if self._feeds is None:
@@ -118,11 +124,11 @@ class Tracking:
 
     def _open(self, name: str, shown: TrackedRun) -> Feed | None:
         try:
-            import_module(MODULES[name])  # in this thread, as others may import at the same time
+            import_module(MODULES[name])  # in this thread, as imports in two threads at once can fail
+            return Feed(name, partial(open_tracker, name, shown), goes_on=shown.identifier(name) is not None)
         except Exception as error:  # as in a feed: no broken installation may end a training
             self._listener.warn(failed_text(name, error))
             return None
-        return Feed(name, partial(open_tracker, name, shown), goes_on=shown.identifier(name) is not None)
 
     def _training(self, folder: Path) -> str:
         """Returns the name of one of several trainings; empty for that of the run itself."""
