@@ -26,12 +26,13 @@ class MetricsObserver(Protocol):
             metrics: The line.
         """
 
-    def rewound(self, folder: Path, dropped: Sequence[Mapping[str, Any]]) -> None:
-        """Receives the lines that were dropped because a resumed training repeats their steps.
+    def rewound(self, folder: Path, kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, Any]]) -> None:
+        """Receives the lines logged before a training starts or is resumed.
 
         Args:
             folder: The training's folder.
-            dropped: The lines.
+            kept: The lines up to the step at which it is resumed.
+            dropped: The lines after it, which were dropped because their steps are repeated.
         """
 
 
@@ -85,4 +86,4 @@ class TrainingFolder:
         kept = [line.document() for line in lines if line.step <= step]
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         if self.observer is not None:
-            self.observer.rewound(self.folder, [line.document() for line in lines if line.step > step])
+            self.observer.rewound(self.folder, kept, [line.document() for line in lines if line.step > step])

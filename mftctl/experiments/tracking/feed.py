@@ -6,10 +6,13 @@ import os
 import queue
 import re
 import threading
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from mftctl.experiments.run_record import RunStatus
+from mftctl.experiments.tracking.state import TrackerState
+from mftctl.experiments.tracking.values import line_values
 from mftctl.text import first_line
 
 _SECRET = re.compile(r"KEY|TOKEN|PASSWORD|SECRET")
@@ -45,32 +48,58 @@ class Tracker(Protocol):
 
 
 class Feed:
-    """Sends everything to one tracker, in order, until it fails.
+    """Sends the lines of a run to one tracker, in order and each once, until the tracker fails.
 
     Attributes:
         name: The name of the tracker.
-        goes_on: Whether the tracked run existed before, so that it has all lines logged before a resumption.
 
     Args:
         name: The name of the tracker.
+        state: What is remembered of the run in it.
         make: Opens the tracked run; called in the feed's thread.
-        goes_on: Whether it exists.
     """
 
-    def __init__(self, name: str, make: Callable[[], Tracker], *, goes_on: bool) -> None:
-        self.name, self.goes_on = name, goes_on
-        self._make = make
+    def __init__(self, name: str, state: TrackerState, make: Callable[[TrackerState], Tracker]) -> None:
+        self.name = name
+        self._state, self._make = state, make
+        self._repeated: Counter[tuple[object, ...]] = Counter()
         self._work: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
         self._messages: queue.SimpleQueue[tuple[bool, str]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._send, name=f"mftctl {name}", daemon=True)
         self._thread.start()
 
-    def put(self, work: Callable[[Tracker], None]) -> None:
-        """Queues a call of the tracker."""
-        self._work.put(work)
+    def rewind(self, training: str, kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, Any]]) -> None:
+        """Sends what the tracker lacks of the lines before a resumption, and remembers what it has of those after.
 
-    def end(self) -> None:
-        """Ends the thread once all calls so far are done."""
+        Args:
+            training: The name of the training.
+            kept: The lines up to the step at which the training is resumed.
+            dropped: The lines after it, which are logged again.
+        """
+        sent = self._state.sent.get(training, 0)
+        self._work.put(lambda tracker: self._state.sent.update({training: min(sent, len(kept))}))
+        for line in kept[sent:]:
+            self.log(training, line)
+        self._repeated.update(_identity(training, line) for line in dropped[: max(0, sent - len(kept))])
+
+    def log(self, training: str, line: Mapping[str, Any]) -> None:
+        """Sends a line, unless it repeats one that the tracker has."""
+        step, values, identity = line["step"], line_values(line), _identity(training, line)
+        is_repeated = self._repeated[identity] > 0
+        if is_repeated:
+            self._repeated[identity] -= 1
+
+        def send(tracker: Tracker) -> None:
+            if not is_repeated:
+                tracker.log(step, values, training)
+            self._state.sent[training] = self._state.sent.get(training, 0) + 1
+            self._state.save()
+
+        self._work.put(send)
+
+    def end(self, status: RunStatus, figures: Mapping[str, float]) -> None:
+        """Ends the tracked run, and the thread, once all lines so far are sent."""
+        self._work.put(lambda tracker: tracker.close(status, figures))
         self._work.put(None)
 
     def ended(self, timeout_seconds: float) -> bool:
@@ -86,7 +115,7 @@ class Feed:
 
     def _send(self) -> None:
         try:
-            tracker = self._make()
+            tracker = self._make(self._state)
             self._messages.put((False, f"Tracking: {self.name}, {without_secrets(tracker.place)}"))
             while (work := self._work.get()) is not None:
                 work(tracker)
@@ -94,6 +123,10 @@ class Feed:
         # training, which is worth more than its curves, so that here alone every error is caught.
         except Exception as error:
             self._messages.put((True, failed_text(self.name, error)))
+
+
+def _identity(training: str, line: Mapping[str, Any]) -> tuple[object, ...]:
+    return training, line["step"], line.get("dataset"), *sorted(line_values(line))
 
 
 def failed_text(name: str, error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.tracking.feed import Tracker
+from mftctl.experiments.tracking.state import TrackerState
 
 WAIT_SECONDS: Final = 60.0
 """Time for a server to answer at the start, and to take the last numbers at the end."""
@@ -52,43 +54,28 @@ class TrackedRun:
     config: Mapping[str, Any]
     folder: Path
 
-    def identifier(self, tracker: str) -> str | None:
-        """Returns the identifier of the run in a tracker; None before it is tracked there."""
-        path = self._identifier_file(tracker)
-        return path.read_text(encoding="utf-8").strip() if path.exists() else None
 
-    def remember(self, tracker: str, identifier: str) -> str:
-        """Stores the identifier in the run folder, for when the run is resumed, and returns it."""
-        path = self._identifier_file(tracker)
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(identifier + "\n", encoding="utf-8")
-        return identifier
-
-    def _identifier_file(self, tracker: str) -> Path:
-        return self.folder / "tracking" / f"{tracker}.txt"
-
-
-def open_tracker(name: str, run: TrackedRun) -> Tracker:
+def open_tracker(name: str, run: TrackedRun, state: TrackerState) -> Tracker:
     """Opens a run in a tracker, the same one as before if the run is resumed.
 
     Args:
         name: The name of the tracker.
         run: The run.
+        state: What is remembered of it; receives its identifier.
     """
-    return _TRACKERS[name](run)
+    return _TRACKERS[name](run, state)
 
 
 class TensorBoard:
     """Event files in `tensorboard/` of the run folder; one folder for each of several trainings."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, run: TrackedRun, state: TrackerState) -> None:
         self._folder = run.folder / "tensorboard"
         self._writers: dict[str, Any] = {}
         self._step = 0
         self.place = f"tensorboard --logdir {run.folder.parent}"
-        is_new = run.identifier("tensorboard") is None
-        run.remember("tensorboard", self._folder.name)
-        if is_new:
+        if state.identifier is None:
+            state.identify(self._folder.name)
             document = json.dumps(run.config, indent=2, ensure_ascii=False)
             self._writer("").add_text("config", "\n".join(f"    {line}" for line in document.splitlines()))
             self._writer("").flush()
@@ -119,7 +106,7 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases; `WANDB_MODE=offline` and its other variables apply."""
 
-    def __init__(self, run: TrackedRun) -> None:
+    def __init__(self, run: TrackedRun, state: TrackerState) -> None:
         import wandb
 
         settings = wandb.Settings(
@@ -129,7 +116,7 @@ class Wandb:
             finish_timeout=WAIT_SECONDS,
         )
         wandb.setup(settings)
-        identifier = run.identifier("wandb") or run.remember("wandb", uuid.uuid4().hex[:16])
+        identifier = state.identifier or state.identify(uuid.uuid4().hex[:16])
         self._run = wandb.init(
             project=run.project,
             name=run.name,
@@ -151,26 +138,53 @@ class Wandb:
         self._run.finish(exit_code=int(status is not RunStatus.FINISHED))
 
 
+class Trackio:
+    """A run in trackio's local store; `TRACKIO_SPACE_ID` and its other variables apply."""
+
+    def __init__(self, run: TrackedRun, state: TrackerState) -> None:
+        import trackio
+        import trackio.run
+        import trackio.utils
+
+        for module in (trackio, trackio.run, trackio.utils):
+            vars(module)["print"] = _say_nothing  # it reports on stdout, which is for results
+        # Runs are resumed by name, and those of all folders are in one store.
+        name = state.identifier or state.identify(f"{run.name} {uuid.uuid4().hex[:6]}")
+        self._run = trackio.init(run.project, name=name, config=dict(run.config), resume="allow", embed=False)
+        self._step = 0
+        self.place = f"trackio show --project {shlex.quote(run.project)}"
+
+    def log(self, step: int, values: Mapping[str, float], training: str) -> None:
+        """Queues the numbers in trackio."""
+        self._run.log(_of_training(values, training), step=step)
+        self._step = max(self._step, step)
+
+    def close(self, status: RunStatus, figures: Mapping[str, float]) -> None:
+        """Queues the result and waits until trackio has stored everything."""
+        if figures:
+            self.log(self._step, figures, "")
+        self._run.finish()
+
+
 class MLflow:
     """A run in the store named by `MLFLOW_TRACKING_URI`, or in MLflow's default store."""
 
-    def __init__(self, run: TrackedRun) -> None:
-        for noisy in ("mlflow", "alembic"):  # which report every table that they create
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+    def __init__(self, run: TrackedRun, state: TrackerState) -> None:
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
+        for noisy in ("mlflow", "alembic"):  # which report every table that they create
+            logging.getLogger(noisy).setLevel(logging.WARNING)
         self._client = MlflowClient()
         self._step = 0
-        known = run.identifier("mlflow")
-        if known is not None:
-            self._id = known
-            self._client.update_run(known, status="RUNNING")
+        if state.identifier is not None:
+            self._id = state.identifier
+            self._client.update_run(self._id, status="RUNNING")
         else:
             experiment = self._client.get_experiment_by_name(run.project)
             place = experiment.experiment_id if experiment else self._client.create_experiment(run.project)
             self._id = self._client.create_run(place, run_name=run.name).info.run_id
-            run.remember("mlflow", self._id)
+            state.identify(self._id)
             parameters = [Param(name, text[:_LONGEST_PARAMETER]) for name, text in _parameters(run.config)]
             for start in range(0, len(parameters), _PARAMETERS_A_CALL):
                 self._client.log_batch(self._id, params=parameters[start : start + _PARAMETERS_A_CALL])
@@ -193,6 +207,10 @@ class MLflow:
         self._client.set_terminated(self._id, ends.get(status, "FAILED"))
 
 
+def _say_nothing(*args: object, **kwargs: object) -> None:
+    """Takes the place of `print`."""
+
+
 def _of_training(values: Mapping[str, float], training: str) -> dict[str, float]:
     return {f"{training}/{name}" if training else name: value for name, value in values.items()}
 
@@ -211,4 +229,4 @@ def project_name(name: str) -> str:
     return _NOT_IN_A_PROJECT.sub("-", name)[:_LONGEST_PROJECT]
 
 
-_TRACKERS: Final = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow}
+_TRACKERS: Final = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow}

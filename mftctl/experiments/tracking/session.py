@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -18,7 +18,8 @@ from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.tracking.feed import Feed, failed_text
 from mftctl.experiments.tracking.libraries import MODULES, WAIT_SECONDS, TrackedRun, open_tracker, project_name
 from mftctl.experiments.tracking.names import TrackerName, installed_version, wanted
-from mftctl.experiments.tracking.values import line_values, result_values
+from mftctl.experiments.tracking.state import TrackerState
+from mftctl.experiments.tracking.values import result_values
 from mftctl.progress import Listener
 from mftctl.runtime.processes import is_first
 
@@ -65,7 +66,7 @@ def _status(error: BaseException | None) -> RunStatus:
 class Tracking:
     """The trackers of one run; an observer of its trainings.
 
-    They are opened with the first line, after the data was prepared, which may fork processes.
+    They are opened when the training starts, after the data was prepared, which may fork processes.
 
     Args:
         run: The run.
@@ -78,24 +79,18 @@ class Tracking:
         self._names = names
         self._listener = listener
         self._feeds: list[Feed] | None = None
-        self._repeated: Counter[tuple[object, ...]] = Counter()
         self._figures: dict[str, float] = {}
 
     def logged(self, folder: Path, metrics: Mapping[str, Any]) -> None:
-        """Sends a line, unless it repeats one that was sent before the run was resumed."""
-        step, values, training = metrics["step"], line_values(metrics), self._training(folder)
-        line = _identity(folder, metrics)
-        is_repeated = self._repeated[line] > 0
-        if is_repeated:
-            self._repeated[line] -= 1
+        """Sends a line."""
         for feed in self._opened():
-            if not (is_repeated and feed.goes_on):
-                feed.put(lambda tracker: tracker.log(step, values, training))
+            feed.log(self._training(folder), metrics)
         self._tell()
 
-    def rewound(self, folder: Path, dropped: Sequence[Mapping[str, Any]]) -> None:
-        """Remembers the lines that will be logged again."""
-        self._repeated.update(_identity(folder, line) for line in dropped)
+    def rewound(self, folder: Path, kept: Sequence[Mapping[str, Any]], dropped: Sequence[Mapping[str, Any]]) -> None:
+        """Lets the trackers go on where a training is resumed."""
+        for feed in self._opened():
+            feed.rewind(self._training(folder), kept, dropped)
 
     def take_result(self, result: Mapping[str, Any]) -> None:
         """Takes the result, which is sent at the end."""
@@ -107,8 +102,7 @@ class Tracking:
             return  # it ended before it had anything to show
         feeds = self._opened()
         for feed in feeds:
-            feed.put(lambda tracker: tracker.close(status, self._figures))
-            feed.end()
+            feed.end(status, self._figures)
         wait_seconds = WAIT_SECONDS if status is RunStatus.FINISHED else _SHORT_WAIT_SECONDS
         end_seconds = time.monotonic() + wait_seconds
         late = [feed.name for feed in feeds if not feed.ended(max(0.0, end_seconds - time.monotonic()))]
@@ -124,8 +118,8 @@ class Tracking:
 
     def _open(self, name: str, shown: TrackedRun) -> Feed | None:
         try:
-            import_module(MODULES[name])  # in this thread, as imports in two threads at once can fail
-            return Feed(name, partial(open_tracker, name, shown), goes_on=shown.identifier(name) is not None)
+            _import(MODULES[name])
+            return Feed(name, TrackerState(self._run.folder, name), partial(open_tracker, name, shown))
         except Exception as error:  # as in a feed: no broken installation may end a training
             self._listener.warn(failed_text(name, error))
             return None
@@ -140,8 +134,13 @@ class Tracking:
             feed.tell(self._listener.note, self._listener.warn)
 
 
-def _identity(folder: Path, line: Mapping[str, Any]) -> tuple[object, ...]:
-    return folder, line["step"], line.get("dataset"), *sorted(line_values(line))
+def _import(module: str) -> None:
+    """Imports a module in the main thread, as imports in two threads at once can fail."""
+    state = random.getstate()
+    try:
+        import_module(module)
+    finally:
+        random.setstate(state)  # which importing trackio changes
 
 
 def _shown(run: Run) -> TrackedRun:
