@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from mftctl.cli import tracking
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.tracking import session
 from mftctl.experiments.tracking.libraries import TrackedRun
@@ -76,7 +77,8 @@ class FakeLibraries:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, missing: tuple[str, ...] = ()) -> None:
         self.opened: dict[str, list[FakeTracker]] = {}
         self.options: dict[str, object] = {}
-        monkeypatch.setattr(session, "installed_version", lambda name: None if name in missing else "1.0")
+        for module in (session, tracking):
+            monkeypatch.setattr(module, "installed_version", lambda name: None if name in missing else "1.0")
         monkeypatch.setattr(session, "import_module", lambda name: SimpleNamespace())
         monkeypatch.setattr(session, "open_tracker", self._open)
 
