@@ -7,6 +7,7 @@ import platform
 from mftctl.cli import options as opt
 from mftctl.cli.cache import cache_text
 from mftctl.cli.output import Output, pairs_table
+from mftctl.cli.tracking import trackers_text
 
 
 def env(as_json: opt.AsJson = False) -> None:
@@ -34,5 +35,6 @@ def env(as_json: opt.AsJson = False) -> None:
         "deepspeed": deepspeed,
         "gpus": ", ".join(device_names()) or "none",
         "cache": cache_text(cache_use()),
+        "trackers": trackers_text(),
     }
     Output(as_json=as_json).result(facts, pairs_table("Environment", list(facts.items())))

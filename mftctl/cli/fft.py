@@ -90,6 +90,7 @@ def fft(
     device: opt.Device = None,
     attention: opt.Attention = None,
     trust_remote_code: opt.TrustRemoteCode = None,
+    track: opt.Track = None,
     no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,

@@ -246,6 +246,7 @@ Runs = Annotated[
 Seed = Annotated[int | None, setting(Recipe, "seed", "--seed", panel=GENERAL)]
 Device = Annotated[str | None, setting(Recipe, "device", "--device", panel=GENERAL)]
 Attention = Annotated[str | None, setting(Recipe, "attention", "--attention", panel=GENERAL)]
+Track = Annotated[list[str] | None, setting(Recipe, "track", "--track", panel=GENERAL, metavar="NAME")]
 TrustRemoteCode = Annotated[
     bool | None, setting(Recipe, "trust_remote_code", "--trust-remote-code", panel=GENERAL, default="off")
 ]

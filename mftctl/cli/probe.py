@@ -77,6 +77,7 @@ def probe(
     device: opt.Device = None,
     attention: opt.Attention = None,
     trust_remote_code: opt.TrustRemoteCode = None,
+    track: opt.Track = None,
     no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:

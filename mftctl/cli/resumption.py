@@ -14,8 +14,8 @@ from mftctl.experiments.run_inputs import Source
 from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size
 
-_MAY_CHANGE = ("device", "attention", "check_memory")
-"""Keys that do not affect the result, only where it is computed and whether memory is checked first."""
+_MAY_CHANGE = ("device", "attention", "check_memory", "track")
+"""Keys that do not affect the result, only where it is computed and tracked, and whether memory is checked first."""
 
 
 def check_settings_kept(command: str, given: Sequence[str]) -> None:
@@ -31,7 +31,7 @@ def check_settings_kept(command: str, given: Sequence[str]) -> None:
     changes = [key for key in given if key not in _MAY_CHANGE]
     if changes:
         raise ConfigError(
-            "A resumed run keeps its settings, except for the device, its attention and the memory check.",
+            "A resumed run keeps its settings, except for the device, its attention, the memory check and trackers.",
             actual=", ".join(changes),
             hint=f"mftctl {command} --resume without these options, or a new run without --resume",
         )

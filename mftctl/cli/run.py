@@ -14,6 +14,7 @@ from mftctl.cli.output import Output
 from mftctl.cli.report import settle_report_folder
 from mftctl.cli.report_view import show
 from mftctl.cli.run_view import experiment_tree, running_tree
+from mftctl.cli.tracking import warn_of_missing
 from mftctl.experiments.outputs import inputs_of
 from mftctl.experiments.recipe_files import load_recipe
 from mftctl.workflows.multi_process.process_count import require_devices, settle_launch
@@ -50,6 +51,7 @@ def run(
     seed: opt.Seed = None,
     device: opt.Device = None,
     attention: opt.Attention = None,
+    track: opt.Track = None,
     no_controls: opt.NoControls = False,
     no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
@@ -67,6 +69,7 @@ def run(
         if dry_run:
             console.result({"recipe": recipe, "tasks": _document(plan)}, experiment_tree(recipe, plan))
             return
+        warn_of_missing(settled.track, console)
         output = settle_report_folder(output, runs, inputs_of(settled, recipe_name=recipe))
         run_experiment(plan, recipe, runs, console, lambda _: console.pin(running_tree(recipe, plan)))
         console.pin(None)

@@ -10,6 +10,7 @@ from typing import Any
 from mftctl.cli.measuring_options import check_measuring, check_scoring
 from mftctl.cli.output import Output
 from mftctl.cli.resumption import check_settings_kept, source_of_resumed, take_up, with_same_step_records
+from mftctl.cli.tracking import warn_of_missing
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import StorageError
 from mftctl.experiments.combined_results import InterpolateResult
@@ -128,6 +129,7 @@ class Session:
             output=output,
             processes=self._processes(recipe),
         )
+        warn_of_missing(recipe.track, self.console)
         self.console.note(f"Run: {run.folder}")
         return run
 
@@ -204,6 +206,7 @@ class Session:
         run = take_up(self.command, self.root, lambda found: self._settle_resumed_output(found, permit))
         self.console.note(f"Resuming: {run.folder}")
         recipe = load_recipe(base=run.record.config, options=self._options)
+        warn_of_missing(recipe.track, self.console)
         return run, with_same_step_records(recipe, run, self._processes(recipe)), source_of_resumed(run)
 
     def _settle_resumed_output(self, run: Run, permit: MakePermit | None) -> None:

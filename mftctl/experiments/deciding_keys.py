@@ -10,8 +10,8 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.renamed import with_new_names
 from mftctl.experiments.run_config import settled_sections
 
-OF_THE_MACHINE = ("device", "attention", "trust_remote_code")
-"""Keys for device, kernels and trust, which later commands need not share."""
+OF_THE_MACHINE = ("device", "attention", "trust_remote_code", "track")
+"""Keys for device, kernels, trust and trackers, which later commands need not share."""
 
 _WITHOUT_EFFECT = {
     "fft": {"batch_tokens", "average_device"},

@@ -17,6 +17,7 @@ from mftctl.data.record_issues import BadRecords
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 from mftctl.experiments.presets import DEFAULT_GROUPS, GroupSize, probe_in_force, without_nulls
+from mftctl.experiments.tracking.names import TrackerName
 from mftctl.experiments.training_options import FftOptions, LayersText, MaskTrainOptions, Section
 from mftctl.runtime.compute_settings import Attention
 
@@ -276,6 +277,11 @@ class Recipe(Section):
         True, description="On a GPU: stop before loading weights if the estimate exceeds the free memory."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with a model.")
+    track: tuple[TrackerName, ...] = Field(
+        (),
+        strict=False,
+        description="Also send metrics to wandb, tensorboard, trackio or mlflow; repeatable. none: to none of them.",
+    )
     fft: FftOptions = FftOptions()
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()
@@ -294,6 +300,14 @@ class Recipe(Section):
     def _controls_differ(self) -> Recipe:
         if len(set(self.controls)) < len(self.controls):
             raise ValueError(f"controls must differ, but {', '.join(self.controls)} has one twice")
+        return self
+
+    @model_validator(mode="after")
+    def _trackers_differ(self) -> Recipe:
+        if len(set(self.track)) < len(self.track):
+            raise ValueError(f"track must differ, but {', '.join(self.track)} has one twice")
+        if "none" in self.track and len(self.track) > 1:
+            raise ValueError(f"track is none or the names of trackers, not {', '.join(self.track)}")
         return self
 
     @model_validator(mode="after")

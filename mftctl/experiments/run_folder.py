@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -26,6 +26,7 @@ import yaml
 from mftctl.errors import RunError
 from mftctl.experiments.fingerprints import source_digest
 from mftctl.experiments.run_record import FORMAT_VERSION, RunRecord, RunStatus, require_known_format, told_format
+from mftctl.experiments.training_folder import MetricsObserver, TrainingFolder
 from mftctl.experiments.yaml_numbers import NumberDumper
 from mftctl.files.atomic import is_alive, write_text
 from mftctl.files.names import is_recordable, require_recordable, shown_name
@@ -37,7 +38,6 @@ from mftctl.text import command_line
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-    from mftctl.experiments.measured_lines import MetricsLine
     from mftctl.experiments.results import Result
     from mftctl.experiments.value_types import Part
 
@@ -52,52 +52,6 @@ OPEN_RUNS: dict[Path, Run] = {}
 """The runs this process is working on."""
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingFolder:
-    """The folder with the state of one training run: `checkpoints/` and `metrics.jsonl`.
-
-    Attributes:
-        folder: A run folder, or the part of it for one of several trainings.
-        resume_command: The command that resumes it.
-    """
-
-    folder: Path
-    resume_command: str
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder for training states."""
-        return self.folder / "checkpoints"
-
-    def log(self, metrics: Mapping[str, Any]) -> None:
-        """Appends one line to `metrics.jsonl`."""
-        if not is_first():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(metrics) + "\n")
-
-    def metrics(self) -> list[MetricsLine]:
-        """Returns the lines of `metrics.jsonl`, without one truncated by a kill; none before the first is written.
-
-        Raises:
-            RunError: The file is damaged.
-        """
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        from mftctl.experiments.run_contents import metrics_lines
-
-        return metrics_lines(path)
-
-    def rewind(self, step: int) -> None:
-        """Drops log lines after `step`, as a resumed training run repeats these steps."""
-        if not is_first():
-            return
-        kept = [line.document() for line in self.metrics() if line.step <= step]
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-
-
 class Run:
     """One run folder, open for writing.
 
@@ -105,12 +59,14 @@ class Run:
         folder: The folder.
         record: The contents of `run.json`.
         resumed_with: The options for a command that resumes it, such as `--processes 2`.
+        observer: Told of all lines logged by this run's trainings; None for nobody.
     """
 
     def __init__(self, folder: Path, record: RunRecord) -> None:
         self.folder = folder
         self.record = record
         self.resumed_with: tuple[str, ...] = ()
+        self.observer: MetricsObserver | None = None
         self._clock_start_seconds = time.monotonic()
 
     @property
@@ -167,7 +123,15 @@ class Run:
     @property
     def training(self) -> TrainingFolder:
         """The folder with the state of this run's training."""
-        return TrainingFolder(self.folder, self.resume_command)
+        return self.training_in(self.folder)
+
+    def training_in(self, folder: Path) -> TrainingFolder:
+        """Returns the folder with the state of one of several trainings.
+
+        Args:
+            folder: A folder below the run folder.
+        """
+        return TrainingFolder(folder, self.resume_command, self.observer)
 
     @property
     def resume_command(self) -> str:

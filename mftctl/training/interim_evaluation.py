@@ -13,7 +13,8 @@ from mftctl.experiments.measured_lines import MetricsLine
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
-from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.masking.checkpoints.check import check_lengths
 from mftctl.progress import Listener, Progress

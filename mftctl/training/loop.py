@@ -32,7 +32,7 @@ from mftctl.data.prepared.records import token_lengths
 from mftctl.errors import Interrupted, LostProcessError, StorageError
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
 from mftctl.evaluation.losses import mean_loss, sample_losses
-from mftctl.experiments.run_folder import TrainingFolder
+from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.files.regular import read_regular
 from mftctl.progress import Listener, Progress

@@ -14,8 +14,9 @@ from mftctl.evaluation.losses import SampleLoss
 from mftctl.experiments.model_source import ModelSource, fft_learning_rate
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Flips, RetainedLosses, Score
-from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.outlines import StoredWeights

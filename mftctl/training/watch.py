@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from mftctl.errors import TrainingError
-from mftctl.experiments.run_folder import TrainingFolder
+from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import any_process
 from mftctl.runtime.stop_request import StopRequest

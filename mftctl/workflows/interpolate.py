@@ -15,7 +15,6 @@ from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.state_names import INTERPOLATED
-from mftctl.files.atomic import write_text
 from mftctl.masking.checkpoints.combined_card import write_interpolated_card
 from mftctl.masking.checkpoints.companions import tell_left_out
 from mftctl.masking.checkpoints.interpolate import changed_tensors, go_to, parameters_of, write_interpolated
@@ -118,7 +117,7 @@ def _losses(
     listener: Listener,
 ) -> list[ShareLoss]:
     """The losses at each share, in the given order; the model is loaded once."""
-    write_text(run.folder / "metrics.jsonl", "")  # a run started again repeats all of them
+    run.training.rewind(-1)  # a run started again repeats all of them
     model = load_model(inputs.checkpoint, dtype=evaluation_dtype(inputs.checkpoint))
     parameters = parameters_of(model, pairs)
     found = []

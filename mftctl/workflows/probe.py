@@ -18,7 +18,8 @@ from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe
 from mftctl.experiments.run_contents import read_part
-from mftctl.experiments.run_folder import Run, TrainingFolder
+from mftctl.experiments.run_folder import Run
+from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
 from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
@@ -113,7 +114,7 @@ def _train_groups(
             done = " (already done)" if stored.exists() else ""
             listener.note(f"Group {number} of {len(groups)}: layers {layers}{done}")
             if not stored.exists():
-                outcome = probed.outcome(group, TrainingFolder(folder, run.resume_command), states, resume=resume)
+                outcome = probed.outcome(group, run.training_in(folder), states, resume=resume)
                 if is_first():
                     write_text(stored, json.dumps(outcome.document(), indent=2) + "\n")
             if is_first():  # including those of a finished group that a killed process left behind

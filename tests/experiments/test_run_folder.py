@@ -20,7 +20,8 @@ from mftctl.experiments import run_folder
 from mftctl.experiments.fingerprints import source_digest
 from mftctl.experiments.recipe_yaml import read_yaml
 from mftctl.experiments.recording import recorded
-from mftctl.experiments.run_folder import Run, TrainingFolder, create_run, list_runs, load_run, newest_run
+from mftctl.experiments.run_folder import Run, create_run, list_runs, load_run, newest_run
+from mftctl.experiments.training_folder import TrainingFolder
 from mftctl.files.temporary import temporary_folder
 from tests.partial_results import partial_result
 

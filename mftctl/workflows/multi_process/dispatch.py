@@ -8,6 +8,7 @@ from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import Result
 from mftctl.experiments.run_folder import Run
+from mftctl.experiments.tracking.session import tracked
 from mftctl.masking.checkpoints.remote_code import trusting_code
 from mftctl.progress import Listener
 from mftctl.workflows.multi_process.process_count import Launch, Shard
@@ -69,31 +70,39 @@ def work_here(
     Raises:
         MftError: The command failed, with the error of its workflow.
     """
-    with trusting_code(recipe.trust_remote_code):
-        match run.record.command:
-            case "fft":
-                from mftctl.workflows.fft import fine_tune
+    with trusting_code(recipe.trust_remote_code), tracked(run, recipe.track, listener) as take_result:
+        result = _result(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+        take_result(result.document())
+        return result
 
-                return fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
-            case "probe":
-                from mftctl.workflows.probe import probe
 
-                return probe(recipe, source, run, listener, resume=resume)
-            case "mask-train":
-                from mftctl.workflows.mask_train import mask_train
+def _result(
+    recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, resume: bool, may_replace: bool
+) -> Result:
+    match run.record.command:
+        case "fft":
+            from mftctl.workflows.fft import fine_tune
 
-                return mask_train(recipe, source, run, listener, resume=resume, may_replace=may_replace)
-            case "apply":
-                from mftctl.workflows.apply import apply
+            return fine_tune(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+        case "probe":
+            from mftctl.workflows.probe import probe
 
-                return apply(source, run, listener)
-            case "interpolate":
-                from mftctl.workflows.interpolate import interpolate
+            return probe(recipe, source, run, listener, resume=resume)
+        case "mask-train":
+            from mftctl.workflows.mask_train import mask_train
 
-                return interpolate(recipe, source, run, listener, may_replace=may_replace)
-            case "eval":
-                from mftctl.workflows.eval import evaluate
+            return mask_train(recipe, source, run, listener, resume=resume, may_replace=may_replace)
+        case "apply":
+            from mftctl.workflows.apply import apply
 
-                return evaluate(recipe, source, run, listener)
-            case other:
-                raise ValueError(f"{other} is not a command with a run")
+            return apply(source, run, listener)
+        case "interpolate":
+            from mftctl.workflows.interpolate import interpolate
+
+            return interpolate(recipe, source, run, listener, may_replace=may_replace)
+        case "eval":
+            from mftctl.workflows.eval import evaluate
+
+            return evaluate(recipe, source, run, listener)
+        case other:
+            raise ValueError(f"{other} is not a command with a run")

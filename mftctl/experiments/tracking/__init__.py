@@ -1,0 +1,1 @@
+"""Sending the metrics of a run to experiment trackers, which never affects the run."""
