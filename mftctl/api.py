@@ -14,6 +14,7 @@ from mftctl.experiments.outputs import check_output, inputs_of
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import with_changes
 from mftctl.experiments.results import EvalResult, FftResult, MaskTrainResult, Result
+from mftctl.experiments.tracking.names import warn_of_missing
 from mftctl.files.atomic import Permit
 from mftctl.files.ownership import Kind, permit_folder
 from mftctl.masking.hub_masks import local_mask
@@ -142,8 +143,10 @@ def _finished(
         path = check_output(Path(output), inputs, root)
         if permit is not None and os.path.lexists(path):
             permit(path)
+    listener = _Hooks(on_progress)
+    warn_of_missing(recipe.track, listener)
     run = new_run(root, command, recipe, source, output=path, processes=world_size())
-    run_to_end(run, recipe, source, _Hooks(on_progress), launch, may_replace=replace)
+    run_to_end(run, recipe, source, listener, launch, may_replace=replace)
     return Finished(run.folder, run.result(kind))
 
 

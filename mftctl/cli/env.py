@@ -7,7 +7,7 @@ import platform
 from mftctl.cli import options as opt
 from mftctl.cli.cache import cache_text
 from mftctl.cli.output import Output, pairs_table
-from mftctl.cli.tracking import trackers_text
+from mftctl.experiments.tracking.names import trackers_text
 
 
 def env(as_json: opt.AsJson = False) -> None:

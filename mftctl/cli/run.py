@@ -14,9 +14,9 @@ from mftctl.cli.output import Output
 from mftctl.cli.report import settle_report_folder
 from mftctl.cli.report_view import show
 from mftctl.cli.run_view import experiment_tree, running_tree
-from mftctl.cli.tracking import warn_of_missing
 from mftctl.experiments.outputs import inputs_of
 from mftctl.experiments.recipe_files import load_recipe
+from mftctl.experiments.tracking.names import warn_of_missing
 from mftctl.workflows.multi_process.process_count import require_devices, settle_launch
 from mftctl.workflows.run import Planned, plan_experiment, run_experiment
 

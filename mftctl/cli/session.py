@@ -10,7 +10,6 @@ from typing import Any
 from mftctl.cli.measuring_options import check_measuring, check_scoring
 from mftctl.cli.output import Output
 from mftctl.cli.resumption import check_settings_kept, source_of_resumed, take_up, with_same_step_records
-from mftctl.cli.tracking import warn_of_missing
 from mftctl.data.quickstart.built_in import NAME as QUICKSTART
 from mftctl.errors import StorageError
 from mftctl.experiments.combined_results import InterpolateResult
@@ -22,6 +21,7 @@ from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.results import FftResult, MaskTrainResult
 from mftctl.experiments.run_folder import Run, newest_run
 from mftctl.experiments.run_inputs import Source
+from mftctl.experiments.tracking.names import warn_of_missing
 from mftctl.files.atomic import Permit
 from mftctl.runtime.process_group import from_first
 from mftctl.runtime.processes import world_size

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final, Literal
+
+from mftctl.progress import Listener
 
 TrackerName = Literal["wandb", "tensorboard", "trackio", "mlflow", "none"]
 
@@ -39,3 +41,21 @@ def wanted(track: Iterable[TrackerName]) -> list[str]:
 def missing_text(tracker: str) -> str:
     """Returns the warning for a tracker that is not installed."""
     return f"--track {tracker}: it is not installed, so nothing is sent to it; pip install 'mftctl[{tracker}]'"
+
+
+def warn_of_missing(track: Sequence[TrackerName], listener: Listener) -> None:
+    """Warns of trackers that are not installed, before the training that goes on without them.
+
+    Args:
+        track: The recipe key `track`.
+        listener: Receives one line for each.
+    """
+    for name in wanted(track):
+        if installed_version(name) is None:
+            listener.warn(missing_text(name))
+
+
+def trackers_text() -> str:
+    """Returns all trackers with their versions, or that they are not installed."""
+    versions = {name: installed_version(name) for name in DISTRIBUTIONS}
+    return ", ".join(f"{name} {found}" if found else f"{name} not installed" for name, found in versions.items())
