@@ -22,11 +22,13 @@ _FOLDERS = ("MFTCTL_RUNS", CACHE)
 
 
 def settle_environment() -> None:
-    """Removes invalid display settings from the environment."""
+    """Removes invalid display settings from the environment, and what makes libraries print on stdout."""
     for name, (least, most) in _SIZES.items():
         text = os.environ.get(name)
         if text is not None and not (text.isascii() and text.isdecimal() and least <= int(text[:9]) <= most):
             del os.environ[name]
+    if os.environ.get("WANDB_MODE") == "offline":  # about which transformers prints a line, among the results
+        os.environ["WANDB_MODE"] = "dryrun"  # an older name of the same
     # Figures are only drawn into files; a missing interactive backend would end the report.
     os.environ["MPLBACKEND"] = "agg"
 

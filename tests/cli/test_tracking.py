@@ -217,6 +217,27 @@ def in_a_process(folder: Path, *arguments: object) -> str:
 
 
 @pytest.mark.slow
+def test_wandb_offline_leaves_stdout_to_the_result(workspace: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "mftctl",
+        "fft",
+        *on_the_workspace(workspace),
+        *SHORT,
+        "--track",
+        "wandb",
+        "--json",
+    ]
+    done = subprocess.run(
+        [*map(str, command), "--runs", str(tmp_path / "runs")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 4
+
+
+@pytest.mark.slow
 def test_the_real_trackers_change_nothing_and_are_imported_only_when_wanted(workspace: Path, tmp_path: Path) -> None:
     installed = [name for name in DISTRIBUTIONS if importlib.util.find_spec(name) is not None]
     if not installed:

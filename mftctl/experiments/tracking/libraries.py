@@ -12,6 +12,7 @@ import re
 import shlex
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ _NOT_IN_A_PROJECT = re.compile(r"[/\\#?%:]")
 _LONGEST_PROJECT = 128
 _LONGEST_PARAMETER = 6000
 _PARAMETERS_A_CALL = 100
+_TRACKIO_WARNING = "* Trackio warning: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +148,11 @@ class Trackio:
         import trackio.run
         import trackio.utils
 
+        self._failure: str | None = None
+        # It reports on stdout, which is for results, and there also the failures that it cannot warn of.
+        warnings.filterwarnings("error", category=UserWarning, module=r"trackio\b")
         for module in (trackio, trackio.run, trackio.utils):
-            vars(module)["print"] = _say_nothing  # it reports on stdout, which is for results
+            vars(module)["print"] = self._hear
         # Runs are resumed by name, and those of all folders are in one store.
         name = state.identifier or state.identify(f"{run.name} {uuid.uuid4().hex[:6]}")
         self._run = trackio.init(run.project, name=name, config=dict(run.config), resume="allow", embed=False)
@@ -155,7 +160,12 @@ class Trackio:
         self.place = f"trackio show --project {shlex.quote(run.project)}"
 
     def log(self, step: int, values: Mapping[str, float], training: str) -> None:
-        """Queues the numbers in trackio."""
+        """Queues the numbers in trackio.
+
+        Raises:
+            OSError: trackio could not store earlier ones; it raises no errors itself.
+        """
+        self._require_success()
         self._run.log(_of_training(values, training), step=step)
         self._step = max(self._step, step)
 
@@ -164,6 +174,17 @@ class Trackio:
         if figures:
             self.log(self._step, figures, "")
         self._run.finish()
+        self._require_success()
+
+    def _hear(self, *texts: object, **options: object) -> None:
+        """Takes the place of `print`."""
+        text = " ".join(map(str, texts))
+        if text.startswith(_TRACKIO_WARNING):
+            self._failure = self._failure or text.removeprefix(_TRACKIO_WARNING)
+
+    def _require_success(self) -> None:
+        if self._failure is not None:
+            raise OSError(self._failure)
 
 
 class MLflow:
@@ -205,10 +226,6 @@ class MLflow:
             self.log(self._step, figures, "")
         ends = {RunStatus.FINISHED: "FINISHED", RunStatus.INTERRUPTED: "KILLED"}
         self._client.set_terminated(self._id, ends.get(status, "FAILED"))
-
-
-def _say_nothing(*args: object, **kwargs: object) -> None:
-    """Takes the place of `print`."""
 
 
 def _of_training(values: Mapping[str, float], training: str) -> dict[str, float]:

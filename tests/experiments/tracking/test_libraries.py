@@ -153,7 +153,11 @@ def test_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    import wandb
+
+    wandb.teardown()  # its settings are those of the first run of a process
     run, lines = stop_and_resume(tmp_path / "runs", "wandb")
+    wandb.teardown()  # writes the last lines, as the end of a process does
     identifier = identifier_of(run, "wandb")
     first, second = (
         wandb_history(path) for path in sorted(tmp_path.rglob("*.wandb"), key=lambda path: path.stat().st_mtime_ns)
@@ -190,6 +194,24 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (values["result/best_loss"], values["result/layer_ratios/4"]) == (0.5, 0.25)
     assert math.isnan(values["eval_loss"])
     assert (stored.data.params["seed"], stored.data.params["fft.learning_rate"]) == ("3", "2e-05")
+
+
+@needs("trackio")
+@pytest.mark.filterwarnings("default")
+def test_a_store_that_trackio_cannot_write_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trackio import sqlite_storage
+
+    monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "file" / "store")
+    (tmp_path / "file").write_text("not a folder")
+    run, lines = new_run(tmp_path / "runs"), Lines()
+    with tracked(run, ("trackio",), lines):
+        run.training.log({"step": 1, "loss": 1.0})
+    (line,) = lines.warnings
+    assert line.startswith("--track trackio: nothing more is sent to it, as it failed: ")
+    assert "Not a directory" in line
+    assert capsys.readouterr() == ("", "")
 
 
 UNREACHABLE = """
@@ -237,7 +259,7 @@ def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, tracker: st
 def test_wandb_without_a_key_does_not_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
-    wandb.teardown()  # its settings are those of the first run of a process
+    wandb.teardown()
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
