@@ -56,6 +56,7 @@ PARSED = {
     "docs/guides/methods.md": ("Choosing layers", "Schedules", "The best step"),
     "docs/guides/multi-gpu.md": ("Several GPUs",),
     "docs/guides/recipes.md": ("Recipes", "Controls"),
+    "docs/guides/tracking.md": ("Experiment trackers",),
     "docs/reference/differences.md": ("Differences",),
 }
 """Blocks whose commands `test_docs.py` parses alone: they want a GPU, a hub, or what another block runs already."""
