@@ -9,9 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mftctl.cli import tracking
 from mftctl.experiments.run_record import RunStatus
-from mftctl.experiments.tracking import session
+from mftctl.experiments.tracking import names, session
 from mftctl.experiments.tracking.libraries import TrackedRun
 from mftctl.experiments.tracking.state import TrackerState
 
@@ -77,7 +76,7 @@ class FakeLibraries:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, missing: tuple[str, ...] = ()) -> None:
         self.opened: dict[str, list[FakeTracker]] = {}
         self.options: dict[str, object] = {}
-        for module in (session, tracking):
+        for module in (session, names):
             monkeypatch.setattr(module, "installed_version", lambda name: None if name in missing else "1.0")
         monkeypatch.setattr(session, "import_module", lambda name: SimpleNamespace())
         monkeypatch.setattr(session, "open_tracker", self._open)
