@@ -173,5 +173,5 @@ def test_9_data_to_retain_is_a_reason_to_measure_again(here: CommandLine, worksp
     for item in evaluations:
         assert [dataset["name"] for dataset in item["datasets"]] == ["test.jsonl", "retained"]
     again = here(*arguments)
-    assert again.stderr.count("already measured") == 3
+    assert again.stderr.count("already measured") == 2  # a model outside the runs folder may have changed
     assert " retained " in again.stdout
