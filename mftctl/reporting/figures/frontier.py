@@ -225,7 +225,9 @@ def _draw(
     for family in shown:
         if any(window.contains(one.point.in_domain.value, one.point.retained.value) for one in family.members):
             _draw_family(axes, family)
-    for placed in place_labels(_labels(frontier, shown, paths, window), window.x, window.y, (5.4, _PLOT_INCHES - 0.6)):
+    points = [(point.in_domain.value, point.retained.value) for point in frontier.points]
+    size = (5.4, _PLOT_INCHES - 0.6)
+    for placed in place_labels(_labels(frontier, shown, paths, window), points, window.x, window.y, size):
         axes.annotate(
             drawn_text(placed.text),
             (placed.x, placed.y),

@@ -46,20 +46,30 @@ class _Box:
 
 
 def place_labels(
-    labels: Iterable[Label], x: tuple[float, float], y: tuple[float, float], inches: tuple[float, float]
+    labels: Iterable[Label],
+    points: Iterable[tuple[float, float]],
+    x: tuple[float, float],
+    y: tuple[float, float],
+    inches: tuple[float, float],
 ) -> list[PlacedLabel]:
     """The labels that have room, in the given order; the others are left out.
 
     Args:
         labels: The most important first.
+        points: Further points that no label may hide.
         x: Ends of the horizontal axis.
         y: Ends of the vertical axis.
         inches: Approximate size of the axes.
     """
     wanted = list(labels)
     width, height = 72 * inches[0], 72 * inches[1]
-    centres = [((one.x - x[0]) / (x[1] - x[0]) * width, (one.y - y[0]) / (y[1] - y[0]) * height) for one in wanted]
-    taken = [_Box(across, up, _MARKER_POINTS, _MARKER_POINTS) for across, up in centres]
+
+    def centre(across: float, up: float) -> tuple[float, float]:
+        return (across - x[0]) / (x[1] - x[0]) * width, (up - y[0]) / (y[1] - y[0]) * height
+
+    centres = [centre(one.x, one.y) for one in wanted]
+    others = [centre(*point) for point in points]
+    taken = [_Box(across, up, _MARKER_POINTS, _MARKER_POINTS) for across, up in (*centres, *others)]
     placed = []
     for one, (across, up) in zip(wanted, centres, strict=True):
         half_width, half_height = _CHARACTER_POINTS * len(one.text) / 2, _LINE_POINTS / 2

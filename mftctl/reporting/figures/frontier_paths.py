@@ -54,7 +54,7 @@ def share_paths(
         by_name: The same runs by name.
 
     Returns:
-        The paths, and one line per run that cannot be read.
+        The paths, and one line per run that cannot be read or measured other data.
     """
     digest = _digest(by_name[frontier.points[0].retained.runs[0]])
     stages: dict[tuple[str | None, str | None], dict[int, tuple[str, dict[float, Share]]]] = {}
@@ -63,11 +63,17 @@ def share_paths(
         if run.record.command != "interpolate" or run.record.status != RunStatus.FINISHED:
             continue
         try:
-            shares = _shares(run, frontier.origin, digest)
+            shares = _shares(run, frontier.origin)
+            measured = RunInputs.read(run.record.inputs).digests.retained
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{run.name}: left out of the frontier: {first_fault(error)}")
             continue
-        if shares:
+        if shares and measured != digest:
+            problems.append(
+                f"{run.name}: left out of the frontier: it measured other data to retain than the evaluations, "
+                "such as without their --limit"
+            )
+        elif shares:
             seed = int(run.record.config.get("seed", 0))
             stages.setdefault((run.record.recipe, run.record.stage), {})[seed] = (run.name, shares)
     return [_path(stage, list(found.values()), len(stages)) for (_, stage), found in stages.items()], problems
@@ -77,10 +83,9 @@ def _digest(evaluation: Run) -> str:
     return next(data.digest for data in evaluation.result(EvalResult).datasets if data.name == RETAINED)
 
 
-def _shares(run: Run, origin: str, digest: str) -> dict[float, Share]:
-    """The shares with finite losses; empty if the run is about another model or other data to retain."""
-    inputs = RunInputs.read(run.record.inputs)
-    if Origin.read(run.record.inputs).origin != origin or inputs.digests.retained != digest:
+def _shares(run: Run, origin: str) -> dict[float, Share]:
+    """The shares with finite losses on both domains; empty if the run is about another model."""
+    if Origin.read(run.record.inputs).origin != origin:
         return {}
     found = {}
     for entry in run.result(InterpolateResult).losses:

@@ -139,15 +139,19 @@ def test_the_shares_of_an_interpolation_are_averaged_over_seeds(tmp_path: Path) 
     assert shares == [(0.5, pytest.approx(0.7), pytest.approx(0.6)), (1.0, pytest.approx(0.32), pytest.approx(1.0))]
 
 
-@pytest.mark.parametrize(("kept", "digest"), [(None, "r1"), (0.5, "other")])
+@pytest.mark.parametrize(("kept", "digest", "lines"), [(None, "r1", 0), (0.5, "other", 1)])
 def test_an_interpolation_that_measured_other_data_is_not_drawn(
-    kept: float | None, digest: str, tmp_path: Path
+    kept: float | None, digest: str, lines: int, tmp_path: Path
 ) -> None:
     study = RetainedStudy(tmp_path)
     study.add("pre-trained", 1.9, 0.3, stage="base")
     study.add("FFT", 0.3, 0.9, stage="fft")
     study.interpolate({0.5: (0.8, kept)}, digest=digest)
-    assert not any("share" in point for point in figure_of(tmp_path).data)
+    [figure], problems = frontier_figures(compare_runs(tmp_path)[0], list_runs(tmp_path)[0])
+    assert not any("share" in point for point in figure.data)
+    assert [line.partition(",")[0] for line in problems] == lines * [
+        "005-interpolate: left out of the frontier: it measured other data to retain than the evaluations"
+    ]
 
 
 def test_the_figure_is_drawn_with_each_line_in_the_legend(study: Path) -> None:
@@ -166,12 +170,15 @@ def test_the_figure_is_drawn_with_each_line_in_the_legend(study: Path) -> None:
 @given(
     st.lists(
         st.tuples(st.floats(0, 1), st.floats(0, 1), st.text("abc0.", min_size=1, max_size=12)), min_size=1, max_size=12
-    )
+    ),
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=4),
 )
-def test_labels_lie_inside_and_overlap_nothing(points: list[tuple[float, float, str]]) -> None:
+def test_labels_lie_inside_and_overlap_nothing(
+    points: list[tuple[float, float, str]], others: list[tuple[float, float]]
+) -> None:
     size = (5.0, 3.0)
     labels = [Label(text, x, y) for x, y, text in points]
-    placed = place_labels(labels, (0, 1), (0, 1), size)
+    placed = place_labels(labels, others, (0, 1), (0, 1), size)
     boxes = []
     for one in placed:
         x, y = one.x * 72 * size[0] + one.offset_points[0], one.y * 72 * size[1] + one.offset_points[1]
@@ -184,8 +191,8 @@ def test_labels_lie_inside_and_overlap_nothing(points: list[tuple[float, float, 
             assert (
                 right <= other[0] + 1e-6 or other[1] <= left + 1e-6 or high <= other[2] + 1e-6 or other[3] <= low + 1e-6
             )
-        for one in labels:
-            x, y = one.x * 72 * size[0], one.y * 72 * size[1]
+        for across, up in [*((one.x, one.y) for one in labels), *others]:
+            x, y = across * 72 * size[0], up * 72 * size[1]
             assert not (left < x < right and low < y < high)
 
 
