@@ -13,7 +13,7 @@ import shlex
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -246,4 +246,4 @@ def project_name(name: str) -> str:
     return _NOT_IN_A_PROJECT.sub("-", name)[:_LONGEST_PROJECT]
 
 
-_TRACKERS: Final = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow}
+_TRACKERS: Final[Mapping[str, Callable[[TrackedRun, TrackerState], Tracker]]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow}
