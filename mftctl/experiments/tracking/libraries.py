@@ -246,4 +246,9 @@ def project_name(name: str) -> str:
     return _NOT_IN_A_PROJECT.sub("-", name)[:_LONGEST_PROJECT]
 
 
-_TRACKERS: Final[Mapping[str, Callable[[TrackedRun, TrackerState], Tracker]]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio, "mlflow": MLflow}
+_TRACKERS: Final[Mapping[str, Callable[[TrackedRun, TrackerState], Tracker]]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+    "mlflow": MLflow,
+}
