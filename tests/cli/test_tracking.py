@@ -243,7 +243,7 @@ def test_the_real_trackers_change_nothing_and_are_imported_only_when_wanted(work
     if not installed:
         pytest.skip("needs pip install 'mftctl[tracking]', or one of its trackers")
     options = ["fft", *on_the_workspace(workspace), *SHORT]
-    assert in_a_process(tmp_path, *options, "--runs", "plain") in ("", "mlflow")  # which accelerate imports
+    assert in_a_process(tmp_path, *options, "--runs", "plain") in ("", "mlflow")  # which deepspeed imports
     wanted = [word for name in installed for word in ("--track", name)]
     assert set(in_a_process(tmp_path, *options, "--runs", "tracked", *wanted).split()) >= set(installed)
     runs = [tmp_path / name / "001-fft" for name in ("plain", "tracked")]

@@ -235,6 +235,7 @@ print(*lines.warnings, sep="\\n")
 def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, tracker: str) -> None:
     environment = {
         **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]),
         "WANDB_BASE_URL": "http://127.0.0.1:9",
         "WANDB_API_KEY": "0123456789" * 4,
         "MLFLOW_TRACKING_URI": "http://me:password@127.0.0.1:9",
@@ -242,7 +243,7 @@ def test_a_server_that_cannot_be_reached_is_one_line(tmp_path: Path, tracker: st
     done = subprocess.run(
         [sys.executable, "-c", UNREACHABLE, str(tmp_path / "runs"), tracker],
         env=environment,
-        cwd=Path(__file__).parents[3],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
