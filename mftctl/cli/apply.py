@@ -74,6 +74,13 @@ def apply(
     Streams the weights, so memory use does not grow with the model. Refuses a model that the mask was not learned on.
     """
     with Output(as_json=as_json) as console:
+        if private and push is None:
+            raise ConfigError(
+                "--private makes a repository private that --push makes.",
+                key="--private",
+                expected="--push OWNER/NAME as well",
+                actual="no --push",
+            )
         if mask is not None:
             from mftctl.masking.hub_masks import local_mask
 

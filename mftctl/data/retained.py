@@ -35,6 +35,27 @@ def split_retained(examples: Examples) -> tuple[Examples, Examples]:
     return examples.take(np.flatnonzero(held_out)), examples.take(np.flatnonzero(~held_out))
 
 
+def without_training_records(examples: Examples, known: np.ndarray) -> Examples:
+    """The records that do not also occur in the data trained on.
+
+    Args:
+        examples: All usable records.
+        known: Digests of the training and validation records, uint64.
+
+    Raises:
+        DataError: All records occur there.
+    """
+    new = np.flatnonzero(~np.isin(examples.digests, known))
+    if len(examples) and not len(new):
+        raise DataError(
+            "The data to retain is the training data.",
+            key="retain_data",
+            expected="records of another domain",
+            actual=f"all {len(examples)} records are also training or validation records",
+        )
+    return examples.take(new)
+
+
 def _first_bytes(examples: Examples) -> np.ndarray:
     """The first byte of each prompt's digest, uint8 `(records,)`."""
     keys = examples.prompt_keys

@@ -63,6 +63,7 @@ class State:
         excluded: Parts that an update ratio did not apply to, in alphabetical order.
         preset: Preset of mask training.
         is_delta: Whether a mask, other than a drop, returned weights to their values before fine-tuning.
+        is_retaining: Whether fine-tuning also trained against forgetting other data.
     """
 
     kind: StateKind
@@ -71,6 +72,7 @@ class State:
     excluded: tuple[str, ...] = ()
     preset: PresetName = "default"
     is_delta: bool = False
+    is_retaining: bool = False
 
     @property
     def label(self) -> str:
@@ -84,8 +86,8 @@ class State:
 
     @property
     def is_plain_training(self) -> bool:
-        """True for plain fine-tuning, once or continued, and for averages and interpolations of its weights."""
-        return self.kind in (StateKind.FFT, StateKind.AVERAGED, StateKind.INTERPOLATED)
+        """True for fine-tuning on one loss, once or continued, and for averages and interpolations of its weights."""
+        return not self.is_retaining and self.kind in (StateKind.FFT, StateKind.AVERAGED, StateKind.INTERPOLATED)
 
     @property
     def is_drop(self) -> bool:
@@ -115,6 +117,7 @@ _TABLE: Final = {
     State(StateKind.FFT, is_continued=True): "continued FFT",
     State(StateKind.AVERAGED): "averaged",
     State(StateKind.INTERPOLATED): "interpolated",
+    State(StateKind.FFT, is_retaining=True): "FFT retaining",
     State(StateKind.LORA): "LoRA",
     State(StateKind.LORA, is_continued=True): "continued LoRA",
     State(StateKind.HFT): "HFT",
@@ -150,11 +153,15 @@ def _all_labels() -> dict[State, str]:
     """Labels of the states in the table, and of fine-tuned states that the papers' tables do not contain."""
     labels = {**_TABLE, State(StateKind.WRITTEN): "written outputs"}
     exclusions = ((), ("embeddings",), ("head",), ("embeddings", "head"))
-    for kind, is_continued, is_global, excluded in product(_TUNED.values(), (False, True), (False, True), exclusions):
+    flags = (False, True)
+    for kind, is_continued, is_global, is_retaining, excluded in product(
+        _TUNED.values(), flags, flags, flags, exclusions
+    ):
         words = ["continued"] if is_continued else []
-        words += [_TABLE[State(kind)], *(["global"] if is_global else [])]
+        words += [_TABLE[State(kind)], *(["global"] if is_global else []), *(["retaining"] if is_retaining else [])]
         words += [f"excluding {', '.join(excluded)}"] if excluded else []
-        labels.setdefault(State(kind, is_continued, is_global, excluded), " ".join(words))
+        state = State(kind, is_continued, is_global, excluded, is_retaining=is_retaining)
+        labels.setdefault(state, " ".join(words))
     return labels
 
 
@@ -193,12 +200,16 @@ _PLACES: Final = {label: place for place, label in enumerate(_TABLE.values())}
 
 
 def fine_tuned_state(source_state: str, options: FftOptions) -> str:
-    """Returns the state after fine-tuning: FFT for a pre-trained model, continued FFT for a fine-tuned one."""
+    """Returns the state after fine-tuning: FFT for a pre-trained model, continued FFT for a fine-tuned one.
+
+    Training with a `retain_weight` has its own label (FFT retaining), as it is no baseline for plain training.
+    """
     return State(
         _TUNED[options.method],
         is_continued=source_state != PRE_TRAINED,
         is_global=options.scope == "global",
         excluded=tuple(sorted(set(options.exclude))),
+        is_retaining=options.retain_weight > 0,
     ).label
 
 

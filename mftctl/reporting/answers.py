@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mftctl.errors import RunError
@@ -113,10 +114,9 @@ def _of_group(group: Sequence[Measurement]) -> Iterator[AnswerChanges]:
     """The changes of all states, for one model, dataset and metric; none unless answers are right or wrong."""
     baseline = baseline_of(group)
     states = [item for item in group if item.state != baseline]
+    read: dict[Path, dict[str, Sample]] = {}  # the baseline's samples are compared with those of every state
     for before, after in baseline_pairs(states, group, baseline):
-        rows = [
-            {row.id: row for row in sample_lines(item.run.folder / item.dataset.samples)} for item in (before, after)
-        ]
+        rows = [_samples(item, read) for item in (before, after)]
         metric = after.metric.name
         if rows[0].keys() != rows[1].keys() or not _are_right_or_wrong([*rows[0].values(), *rows[1].values()], metric):
             return
@@ -139,6 +139,14 @@ def _of_group(group: Sequence[Measurement]) -> Iterator[AnswerChanges]:
             lost=tuple(lost),
             runs=(before.run.name, after.run.name),
         )
+
+
+def _samples(item: Measurement, read: dict[Path, dict[str, Sample]]) -> dict[str, Sample]:
+    """The samples of an evaluation by their identifier, kept for the next comparison with it."""
+    path = item.run.folder / item.dataset.samples
+    if path not in read:
+        read[path] = {row.id: row for row in sample_lines(path)}
+    return read[path]
 
 
 def _are_right_or_wrong(rows: Sequence[Sample], metric: str) -> bool:

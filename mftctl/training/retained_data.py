@@ -12,8 +12,7 @@ from mftctl.data.prepared.examples import Examples, data_digest
 from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import encode_prepared
 from mftctl.data.record_issues import RecordIssues
-from mftctl.data.retained import split_retained
-from mftctl.errors import DataError
+from mftctl.data.retained import split_retained, without_training_records
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import require_records, tell_issues
 from mftctl.experiments.retained_records import RETAINED_DATA
@@ -64,17 +63,10 @@ def prepare_retained(
     issues = RecordIssues()
     examples = load_examples(recipe.retain_data, seed=recipe.seed, issues=issues, listener=listener)
     issues.settle(recipe.bad_records, recipe.bad_records_max)
-    new = np.flatnonzero(~np.isin(examples.digests, known))
-    if len(examples) and not len(new):
-        raise DataError(
-            "The data to retain is the training data.",
-            key="retain_data",
-            expected="records of another domain",
-            actual=f"all {len(examples)} records are also training or validation records",
-        )
+    new = without_training_records(examples, known)
     if len(new) < len(examples):
         listener.note(f"Retained data: left out because they are training records: {len(examples) - len(new)}")
-    held_out, rest = split_retained(examples.take(new))
+    held_out, rest = split_retained(new)
     measured = encode_prepared(held_out[:most_measured], encoder, max_length_tokens, issues, listener)
     trained = encode_prepared(rest if trains else rest[:0], encoder, max_length_tokens, issues, listener)
     issues.settle(recipe.bad_records, recipe.bad_records_max)

@@ -1,21 +1,16 @@
-"""The `fft` workflow: supervised fine-tuning of all weights or of those a method selects, and saving of the model."""
+"""The `fft` workflow: supervised fine-tuning of all weights or of those a method selects."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.seen_records import save_seen, seen_records
-from mftctl.errors import ConfigError, OutputError, StorageError, TrainingError
-from mftctl.evaluation.answer_stops import name_stops, turn_stops
-from mftctl.experiments.model_origin import ModelOrigin, origin_of
+from mftctl.errors import ConfigError, TrainingError
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult, RetainedLosses
@@ -23,11 +18,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.state_names import fine_tuned_state
 from mftctl.experiments.training_options import FftOptions
-from mftctl.files.atomic import atomic_folder, known_failures
-from mftctl.files.ownership import Kind, permit_folder, write_marker
-from mftctl.masking.checkpoints.carried_parts import carry_over, parts_left_out
 from mftctl.masking.checkpoints.load import load_model, load_to_share
-from mftctl.masking.checkpoints.load_weights import quiet_transformers, stored_dtype, whole_checkpoint
 from mftctl.masking.checkpoints.locate import is_adapter
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.progress import Listener
@@ -44,7 +35,6 @@ from mftctl.training.loop import step_size, train, training_arguments
 from mftctl.training.retention import make_retention
 from mftctl.training.schedule import announce_step, total_steps
 from mftctl.training.step_scores import step_scores
-from mftctl.training.tuned_card import write_tuned_card
 from mftctl.training.update_trainer import UpdateTrainer
 from mftctl.training.updates.excluded import excluded_text
 from mftctl.training.updates.hft import freeze_half
@@ -56,11 +46,10 @@ from mftctl.training.updates.optimizers import (
     optimizer_name,
 )
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
+from mftctl.workflows.tuned_model import save_trained
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    from peft import PeftModel
 
 
 def fine_tune(
@@ -148,7 +137,7 @@ def _fine_tune(
     finally:
         if options.has_8bit_moments:
             forget_8bit_overrides()
-    saved = _save_trained(trainer.trained_model(), inputs, source, run, options, may_replace=may_replace)
+    saved = save_trained(trainer.trained_model(), inputs, source, run, options, may_replace=may_replace)
     best_step, kept = trainer.state.best_global_step, trainer.kept_candidate()
     best, last = (trainer.candidate_at(step) for step in (best_step, None))
     if trainer.start_loss is None or best_step is None or best is None or last is None or kept is None:
@@ -258,159 +247,3 @@ def _trainer(
         trainer.rows = StoredWeights(inputs.checkpoint, cast("PreTrainedModel", model)).rows
     trainer.exact_norm = trainer.rule is not None  # so that the selection does not depend on rounding
     return trainer
-
-
-def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: FftOptions) -> PreTrainedModel | PeftModel:
-    """The model to write, in the requested dtype; for LoRA only the adapter, unless the merged model is requested."""
-    dtype = _DTYPES.get(options.save_dtype) or stored_dtype(checkpoint)
-    if options.method == "lora":
-        if not options.merge:
-            return model
-        from mftctl.training.updates.lora import merge_adapter
-
-        model = merge_adapter(cast("PeftModel", model), dtype)
-    whole = cast("PreTrainedModel", model)
-    if options.low_memory:
-        whole.to("cpu")  # type: ignore[arg-type] # the GPU that held the training may lack memory for wider weights
-    whole.to(dtype)  # type: ignore[arg-type]
-    return whole
-
-
-def _lora_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -> dict[str, str]:
-    """Text files written with LoRA weights: a model card, and for an adapter how its base was quantised."""
-    from mftctl.masking.checkpoints.quantization import QUANTIZATION, QUANTIZED_FILE, has_quantized_base
-    from mftctl.training.tuned_card import write_lora_card
-
-    checkpoint = inputs.checkpoint
-    quantized = options.quantize is not None or (is_adapter(checkpoint) and has_quantized_base(checkpoint))
-    held = "nf4 with double quantisation, computing in bf16" if quantized else str(frozen_dtype(options.precision))[6:]
-    card = write_lora_card(
-        cast("LoraConfig", model.peft_config["default"]),
-        merged=options.merge,
-        held=held,
-        quantized=quantized,
-        template=inputs.template_text(),
-    )
-    return {"README.md": card, **({QUANTIZED_FILE: QUANTIZATION} if quantized and not options.merge else {})}
-
-
-@dataclass(frozen=True, slots=True)
-class GoesWith:
-    """Files and settings written along with weights and tokenizer.
-
-    Attributes:
-        beside: Text files by name; they replace files of the same name written by libraries.
-        origin: How the model was produced.
-        checkpoint: The checkpoint it was produced from.
-        stop_ids: Tokens that end an answer.
-    """
-
-    beside: Mapping[str, str]
-    origin: ModelOrigin
-    checkpoint: Path
-    stop_ids: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """Location of a saved model.
-
-    Attributes:
-        folder: Its folder.
-        refused: Reason why it is not at the run's output path; None if it is, or if no path was given.
-    """
-
-    folder: Path
-    refused: str | None = None
-
-
-def _save_trained(
-    model: PreTrainedModel | PeftModel | None,
-    inputs: TrainingInputs,
-    source: ModelSource,
-    run: Run,
-    options: FftOptions,
-    *,
-    may_replace: bool,
-) -> _Saved:
-    """Writes the trained model with its card; a process that does not hold it only returns its folder."""
-    if model is None:
-        return _Saved(Path(run.record.output or run.folder / "model"))
-    state = fine_tuned_state(source.state, options)
-    if options.method == "lora":
-        beside = _lora_files(cast("PeftModel", model), inputs, options)
-    else:
-        beside = {"README.md": write_tuned_card(state, base=source.model, template=inputs.template_text())}
-    finished = _finished(model, inputs.checkpoint, options)
-    goes_with = GoesWith(
-        beside,
-        origin_of(state, source.model, source.origin),
-        whole_checkpoint(inputs.checkpoint),
-        sorted(turn_stops(inputs.tokenizer).token_ids),
-    )
-    return _save(finished, inputs.tokenizer, run, goes_with, may_replace=may_replace)
-
-
-def _save(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run,
-    goes_with: GoesWith,
-    *,
-    may_replace: bool,
-) -> _Saved:
-    """Writes the model to the run's output path, or to the run folder if that path has since been taken."""
-    refused = None
-    if run.record.output is not None:
-        output = Path(run.record.output)
-        try:
-            save_model(model, tokenizer, output, goes_with, replace=may_replace)
-        except OutputError as error:
-            refused = str(error)
-        else:
-            return _Saved(output)
-    save_model(model, tokenizer, run.folder / "model", goes_with, replace=True)
-    return _Saved(run.folder / "model", refused)
-
-
-def save_model(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    goes_with: GoesWith,
-    *,
-    replace: bool = False,
-) -> None:
-    """Writes a checkpoint with its tokenizer, whole or not at all.
-
-    Args:
-        model: The model to write.
-        tokenizer: Its tokenizer.
-        folder: New or empty, unless a model written by mftctl is to be replaced.
-        goes_with: What else to write.
-        replace: Whether to replace such a model.
-
-    Raises:
-        OutputError: The folder holds something that may not be replaced.
-        StorageError: The model cannot be written.
-    """
-    try:
-        with (
-            known_failures(folder),
-            atomic_folder(folder, permit_folder(Kind.MODEL, replace=replace)) as temporary,
-        ):
-            with quiet_transformers():
-                model.save_pretrained(str(temporary))
-            tokenizer.save_pretrained(temporary)
-            if isinstance(model, PreTrainedModel):
-                parts = parts_left_out(goes_with.checkpoint, model)
-                if parts:
-                    carry_over(goes_with.checkpoint, temporary, parts)
-                name_stops(temporary, goes_with.stop_ids)
-            for name, text in goes_with.beside.items():
-                (temporary / name).write_text(text, encoding="utf-8")
-            write_marker(temporary, Kind.MODEL, goes_with.origin.as_document())
-    except SafetensorError as error:  # also raised if the disk is full
-        raise StorageError(
-            "The model could not be written.", path=folder, actual=str(error), hint="free some space"
-        ) from error

@@ -22,6 +22,7 @@ from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import load_encoder
 from mftctl.masking.checkpoints.apply_in_memory import apply_mask, base_folder
+from mftctl.masking.checkpoints.gpu_maps import gpu_map
 from mftctl.masking.checkpoints.load import evaluation_dtype, load_model
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.remote_code import trusting_code
@@ -117,7 +118,8 @@ def generate(
     ):
         checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
         encoder = load_encoder(checkpoint, recipe)
-        model = load_model(checkpoint, dtype=evaluation_dtype(checkpoint))
+        dtype = evaluation_dtype(checkpoint)
+        model = load_model(checkpoint, dtype=dtype, device_map=gpu_map(checkpoint, dtype))
         room = _room(recipe, model, encoder, examples)
         answers = _answers(model, encoder, examples, room, listener, on_text, source.state)
         masked: Sequence[str | None] = [None] * len(examples)

@@ -112,3 +112,9 @@ def test_a_hub_that_cannot_be_reached(hub: Hub, masked: CommandLine, monkeypatch
 @pytest.mark.parametrize("name", ["runs/001/mask.bits", "mask.bits", "../masks/a.bits", "/tmp/x/y"])
 def test_paths_are_not_looked_up(name: str) -> None:
     assert local_mask(name) == Path(name)
+
+
+def test_private_without_a_repository_to_push_to(mftctl: CommandLine) -> None:
+    outcome = mftctl("apply", "model", "mask.bits", "--private")
+    assert outcome.code == 2
+    assert "--push OWNER/NAME" in outcome.stderr

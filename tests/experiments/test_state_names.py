@@ -9,6 +9,7 @@ from mftctl.experiments.state_names import (
     CONTINUED_FFT,
     FFT,
     INTERPOLATED,
+    PRE_TRAINED,
     STATE_ORDER,
     State,
     StateKind,
@@ -98,3 +99,14 @@ def test_delta_masks_are_named_and_told_apart_from_drops(options: dict[str, Any]
     weight = known_state(mask_state(MaskTrainOptions.model_validate(options)))
     assert weight is not None
     assert not weight.resets
+
+
+@pytest.mark.parametrize(("method", "label"), [("full", "FFT retaining"), ("gmt", "GMT retaining")])
+def test_training_against_forgetting_has_its_own_label_and_is_no_baseline(method: str, label: str) -> None:
+    options = FftOptions.model_validate({"method": method, "retain_weight": 1.0})
+    assert fine_tuned_state(PRE_TRAINED, options) == label
+    assert fine_tuned_state(FFT, options) == f"continued {label}"
+    state = known_state(label)
+    assert state is not None
+    assert state.is_retaining
+    assert not state.is_plain_training

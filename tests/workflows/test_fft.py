@@ -24,7 +24,8 @@ from mftctl.experiments.recording import recorded
 from mftctl.experiments.run_folder import Run, load_run
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.progress import Silence
-from mftctl.workflows.fft import GoesWith, fine_tune, save_model
+from mftctl.workflows.fft import fine_tune
+from mftctl.workflows.tuned_model import GoesWith, save_model
 from tests.conftest import build_llama
 from tests.workflow_fixtures import Interrupter, encode_records, make_recipe, open_run
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.prepared.examples import Examples
 from mftctl.data.prepared.load import load_examples
-from mftctl.data.retained import split_retained
+from mftctl.data.retained import split_retained, without_training_records
 from mftctl.data.sources import DataSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe
@@ -222,7 +222,9 @@ def test_data_to_retain_is_counted_by_half_and_measured(workspace: Path, tmp_pat
     retained = write_additions(tmp_path / "retained.jsonl", 20, seed=5)
     recipe = make_recipe(workspace, test_data=[], retain_data=[str(retained)], stages=_EVAL_ONLY)
     found = validate(recipe, None)
-    held_out, to_train = split_retained(load_examples([DataSource(str(retained))]))
+    known = load_examples([DataSource(str(workspace / "train.jsonl"))])
+    examples = load_examples([DataSource(str(retained))])
+    held_out, to_train = split_retained(without_training_records(examples, known.digests))
     assert found.problems == []
     assert found.data["retained_held_out"] == PartCounts(len(held_out))
     assert found.data["retained_to_train"] == PartCounts(len(to_train))
@@ -233,7 +235,9 @@ def test_data_to_retain_is_counted_by_half_and_measured(workspace: Path, tmp_pat
 
 def test_data_to_retain_that_is_in_the_training_data(workspace: Path) -> None:
     recipe = make_recipe(workspace, retain_data=[str(workspace / "train.jsonl") + "=5"], stages=_EVAL_ONLY)
-    assert "5 of 5 records" in _one(validate(recipe, None).warnings, "retain_data")
+    found = validate(recipe, None)
+    assert "5 of 5 records" in _one(found.warnings, "retain_data")
+    assert "is the training data" in _one(found.problems, "retain_data")
 
 
 def test_bad_data_to_retain_is_a_problem(workspace: Path, tmp_path: Path) -> None:

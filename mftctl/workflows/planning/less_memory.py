@@ -12,6 +12,7 @@ _KEYS = {
     "--grad-accum ": "--set mask_train.grad_accum_steps=",
     "--gradient-checkpointing": "--set mask_train.gradient_checkpointing=true",
     "--average-device cpu": "--set mask_train.average_device=cpu",
+    "--retain-weight 0": "--set mask_train.retain_weight=0",
     "--max-length below ": "mask_train.max_length_tokens below ",
     "fewer --layers": "smaller --groups",
 }
@@ -32,6 +33,8 @@ def training_with_less_memory(options: TrainingOptions) -> list[str]:
         found.append("--gradient-checkpointing")
     if options.average != "none" and options.average_device == "device":
         found.append("--average-device cpu")
+    if options.retain_weight > 0:
+        found.append("--retain-weight 0")
     if isinstance(options, MaskTrainOptions):
         if not options.low_memory:
             found.append("--low-memory")

@@ -19,7 +19,7 @@ from mftctl.data.prepared.load import load_examples
 from mftctl.data.prepared.records import answer_lengths, token_lengths
 from mftctl.data.record_issues import RecordIssues
 from mftctl.data.rendering import Segment
-from mftctl.data.retained import split_retained
+from mftctl.data.retained import split_retained, without_training_records
 from mftctl.data.sources import DataSource
 from mftctl.data.splits import split_validation
 from mftctl.errors import DataError, MftError
@@ -206,12 +206,13 @@ def read_parts(recipe: Recipe, problems: ProblemList) -> Parts:
     retained = held_out = retained_train = _read(
         "retain_data", recipe.retain_data, recipe.seed, issues["retain_data"], problems
     )
-    if len(retained):
-        with problems.collecting("retain_data"):
-            held_out, retained_train = split_retained(retained)
     if len(train) and not recipe.val_data:
         with problems.collecting("val_fraction"):
             train, validation = split_validation(train, recipe.val_fraction, recipe.seed)
+    if len(retained):
+        known = np.concatenate([train.digests, validation.digests])
+        with problems.collecting("retain_data"):
+            held_out, retained_train = split_retained(without_training_records(retained, known))
     parts = Parts(train, validation, test, held_out, retained_train, issues)
     if recipe.test_data or recipe.val_data or recipe.retain_data:
         known = question_keys(train)

@@ -22,7 +22,7 @@ from mftctl.experiments.model_origin import origin_of
 from mftctl.masking.checkpoints.carried_parts import parts_left_out
 from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.tensors import tensor_index
-from mftctl.workflows.fft import GoesWith, save_model
+from mftctl.workflows.tuned_model import GoesWith, save_model
 from tests.checkpoint_kinds import build_composite, with_weights
 
 
