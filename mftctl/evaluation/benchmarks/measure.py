@@ -42,7 +42,7 @@ from mftctl.experiments.run_inputs import Source
 from mftctl.files.atomic import write_text
 from mftctl.files.json_files import json_lines
 from mftctl.progress import Listener, Progress
-from mftctl.runtime.process_group import put_together
+from mftctl.runtime.process_group import put_together, wait_for_all
 from mftctl.runtime.processes import is_first, rank
 
 if TYPE_CHECKING:
@@ -217,7 +217,7 @@ def _tell_too_long(found: BenchmarkResult, listener: Listener, is_long: Callable
 
 
 def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:
-    """The outputs of one benchmark that the run's model and mask have already generated.
+    """The outputs of one benchmark that the run's model and mask have already generated; a collective call.
 
     Args:
         benchmark: Gives the file its name.
@@ -225,7 +225,10 @@ def output_cache(benchmark: PreparedBenchmark, run: Run) -> OutputCache:
     """
     source = run.inputs(Source)
     written_by = [model_fingerprint(source.model), source.mask and file_digest(source.mask)]
-    return OutputCache(run.folder / f"{benchmark.name}.outputs.jsonl", digest_of(written_by))
+    cache = OutputCache(run.folder / f"{benchmark.name}.outputs.jsonl", digest_of(written_by))
+    # Processes divide what is missing, so all must have read the same outputs before one of them adds to the file.
+    wait_for_all()
+    return cache
 
 
 def _answered(

@@ -23,6 +23,7 @@ QUANTIZED_FILE: Final = "quantized_base.json"
 
 _NF4: Final = {"type": "nf4", "double_quantization": True, "dtype": "bfloat16"}
 QUANTIZATION: Final = json.dumps(_NF4, indent=2) + "\n"
+_BLOCK_WEIGHTS: Final = 64  # bitsandbytes' default: consecutive weights with one scale
 
 
 def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -34,7 +35,8 @@ def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
 
     Raises:
         ConfigError: bitsandbytes is not installed.
-        ModelError: Some weights of the decoder do not belong to linear layers.
+        ModelError: Some weights of the decoder do not belong to linear layers, or bitsandbytes cannot dequantise them
+            on a CPU.
 
     Source: QLoRA (Dettmers et al. 2023, arXiv 2305.14314), section 3.
     """
@@ -54,6 +56,9 @@ def load_quantized(folder: Path, device: torch.device) -> PreTrainedModel:
         )
     model = load_weights(folder, dtype=torch.bfloat16, quantization_config=config, device_map={"": _indexed(device)})
     _require_linear_layers(model, folder)
+    if device.type == "cpu":
+        _require_whole_blocks(model, folder)
+    _keep_layout(model)
     return prepare_model_for_kbit_training(  # type: ignore[no-any-return,no-untyped-call]
         model, use_gradient_checkpointing=False
     )
@@ -113,6 +118,34 @@ def has_quantized_base(folder: Path) -> bool:
     if found != _NF4:
         raise ModelError("The adapter's base has an unsupported quantisation.", path=path, expected=_NF4, actual=found)
     return True
+
+
+def _require_whole_blocks(model: PreTrainedModel, folder: Path) -> None:
+    """Checks that no block of weights with one scale extends over two outputs.
+
+    bitsandbytes' CPU kernels for AVX-512 take the scale of another block otherwise.
+    """
+    for name, module in model.named_modules():
+        if is_quantized(module) and module.in_features % _BLOCK_WEIGHTS:
+            raise ModelError(
+                "The CPU kernels of bitsandbytes cannot dequantise this model.",
+                path=folder,
+                key=name,
+                expected=f"a multiple of {_BLOCK_WEIGHTS} inputs to every linear layer",
+                actual=module.in_features,
+                hint="--method lora without --quantize, or a GPU",
+            )
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from repacking weights at the first evaluation on a CPU with AVX512-BF16.
+
+    Its packed layout rounds the scales to bf16 for good, so training after a validation would continue from other
+    weights, and it does not allow inputs that are not a multiple of 64.
+    """
+    for module in model.modules():
+        if is_quantized(module):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _indexed(device: torch.device) -> str:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -400,3 +401,18 @@ def test_vllm_with_a_mask_that_is_not_applied(workspace: Path, tmp_path: Path, m
     with pytest.raises(ConfigError, match="complete checkpoint") as caught:
         evaluate(recipe, replace(source, mask="mask.bits"), run, Silence())
     assert caught.value.actual == "mask.bits"
+
+
+def test_no_process_writes_outputs_before_all_have_read_those_there_are(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that begin with different outputs would divide different work, and leave some undone."""
+    recipe = make_recipe(workspace, test_data=[])
+    run, _ = open_run(tmp_path, "eval", recipe)
+    benchmark = Mock()
+    benchmark.name = "sums"
+    key = measure.output_cache(benchmark, run).keys([("prompt", {})])[0]
+    other = measure.output_cache(benchmark, run)
+    monkeypatch.setattr(measure, "wait_for_all", lambda: other.add({key: "its answer"}))
+    assert key not in measure.output_cache(benchmark, run)
+    assert key in measure.output_cache(benchmark, run)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from transformers import LlamaForCausalLM
 
 from mftctl.errors import ConfigError, Interrupted, ModelError
 from mftctl.evaluation.losses import mean_loss, sample_losses
@@ -30,7 +31,7 @@ from mftctl.training.loop import SftTrainer
 from mftctl.workflows.fft import fine_tune
 from tests.conftest import build_llama
 from tests.masking.architectures import build
-from tests.workflow_fixtures import Interrupter, make_recipe, open_run, tuned
+from tests.workflow_fixtures import Interrupter, make_recipe, make_workspace, open_run, tuned
 from tests.workflows.test_fft import encoded
 
 LORA: dict[str, Any] = {"fft__method": "lora", "fft__learning_rate": 1e-2, "fft__max_steps": 6, "fft__val_steps": 3}
@@ -41,6 +42,18 @@ CPU = torch.device("cpu")
 def loss_of(folder: Path, workspace: Path) -> float:
     model = load_model(folder, dtype=torch.float32)
     return mean_loss(sample_losses(model, encoded(workspace / "val.jsonl", workspace / "tiny"), pad_token_id=0))
+
+
+def wide_llama() -> LlamaForCausalLM:
+    return build_llama(hidden_size=64, intermediate_size=128)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared workspace with a model of a width that bitsandbytes supports on every CPU."""
+    folder = make_workspace(tmp_path_factory.mktemp("wide"))
+    wide_llama().save_pretrained(folder / "tiny")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +67,28 @@ def test_a_base_in_4_bits(workspace: Path) -> None:
     assert len(held) == 4 * 7
     state: Any = held[0].weight.quant_state
     assert (state.quant_type, state.nested, state.dtype) == ("nf4", True, torch.bfloat16)
-    assert sum(module.weight.numel() for module in held) * 2 == 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert sum(module.weight.numel() for module in held) * 2 == 4 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
     others = [item for item in model.parameters() if getattr(item, "quant_state", None) is None]
     assert {item.dtype for item in others} == {torch.float32}
     assert not any(item.requires_grad for item in model.parameters())
+
+
+def test_evaluation_leaves_the_quantised_weights_as_they_are(workspace: Path) -> None:
+    """Bitsandbytes repacks them on some CPUs, with rounded scales."""
+    model = load_quantized(workspace / "tiny", CPU).eval()
+    module: Any = model.get_submodule("model.layers.0.mlp.up_proj")
+    before = module.weight.data.clone(), module.weight.quant_state.absmax.clone()
+    with torch.no_grad():
+        model(input_ids=torch.arange(4, 20)[None])
+    torch.testing.assert_close((module.weight.data, module.weight.quant_state.absmax), before, rtol=0, atol=0)
+    layers = [item for item in model.modules() if is_quantized(item)]
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_blocks_over_two_outputs_are_refused_on_a_cpu(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ModelError, match=r"(?s)multiple of 64 inputs.*got: 32") as error:
+        load_quantized(tiny_checkpoint, CPU)
+    assert "q_proj" in str(error.value)
 
 
 def test_a_dequantised_model_is_a_plain_one_with_the_same_values(workspace: Path, tmp_path: Path) -> None:
@@ -80,9 +111,8 @@ def test_a_weight_of_4_bits_counts_as_one(workspace: Path, quantized: Run, tmp_p
     plain = tuned(workspace, tmp_path, **{**LORA, "fft__max_steps": 1})
     for key in ("trained_parameters", "flops_per_token"):
         assert quantized.record.result[key] == plain.record.result[key]
-    assert flops_per_token(load_quantized(workspace / "tiny", CPU)) == 2 * sum(
-        module.weight.numel() for module in build_llama().modules() if isinstance(module, torch.nn.Linear)
-    )
+    linear = [module for module in wide_llama().modules() if isinstance(module, torch.nn.Linear)]
+    assert flops_per_token(load_quantized(workspace / "tiny", CPU)) == 2 * sum(item.weight.numel() for item in linear)
 
 
 @pytest.mark.slow
