@@ -62,6 +62,7 @@ def mask_train(
     threshold: Annotated[
         float | None, opt.setting(MaskTrainOptions, "threshold", "--threshold", panel=opt.MASKING)
     ] = None,
+    pattern: Annotated[str | None, opt.setting(MaskTrainOptions, "pattern", "--pattern", panel=opt.MASKING)] = None,
     ranking: Annotated[
         str | None, opt.setting(MaskTrainOptions, "ranking", "--ranking", panel=opt.MASKING, default="")
     ] = None,

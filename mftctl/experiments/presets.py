@@ -81,12 +81,13 @@ def mask_train_in_force(given: Mapping[str, Any], preset: PresetName, method: st
     values, is_learned = PRESETS[preset], method == "learned"
     start: ScoreStart = given.get("start", values.start)
     keep: Keep = given.get("keep", values.keep if is_learned else "best")
-    has_threshold = is_learned and start in ("weights", "constant") and "ratio" not in given
+    has_pattern = given.get("pattern") is not None
+    has_threshold = is_learned and start in ("weights", "constant") and "ratio" not in given and not has_pattern
     threshold: float | None = given.get("threshold", values.threshold if has_threshold else None)
     in_force = {
         "kind": "delta" if method == "drop" else "weight",
         "learn_from": values.learn_from,
-        "ratio": DEFAULT_RATIO if threshold is None else None,
+        "ratio": DEFAULT_RATIO if threshold is None and not has_pattern else None,
         "patience": None if is_learned and keep == "last" else values.patience,
         "threshold": threshold,
         "ranking": values.ranking,

@@ -204,25 +204,26 @@ def with_changes(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 def assign(document: dict[str, Any], changes: Sequence[tuple[str, object]]) -> None:
     """Sets dotted keys in nested mappings, which are created if missing.
 
-    A mask uses either a ratio or a threshold, so setting one removes an earlier value of the other; likewise for the
-    size of a step. If the changes contain both, they stay for the recipe's validation to reject.
+    A mask uses either a ratio, a threshold or a pattern, so setting one removes earlier values of the others; likewise
+    for the size of a step. If the changes contain both, they stay for the recipe's validation to reject.
 
     Raises:
         ConfigError: A part of a key is not a mapping.
     """
     for key, value in changes:
-        replaced = _IN_PLACE_OF.get(key.rpartition(".")[2])
-        if value is not None and replaced is not None:
-            _open_section(document, key).pop(replaced, None)
+        for replaced in _IN_PLACE_OF.get(key.rpartition(".")[2], ()):
+            if value is not None:
+                _open_section(document, key).pop(replaced, None)
     for key, value in changes:
         _open_section(document, key)[key.rpartition(".")[2]] = value
 
 
 _IN_PLACE_OF = {
-    "ratio": "threshold",
-    "threshold": "ratio",
-    "global_batch_size": "grad_accum_steps",
-    "grad_accum_steps": "global_batch_size",
+    "ratio": ("threshold", "pattern"),
+    "threshold": ("ratio", "pattern"),
+    "pattern": ("ratio", "threshold"),
+    "global_batch_size": ("grad_accum_steps",),
+    "grad_accum_steps": ("global_batch_size",),
 }
 
 

@@ -18,6 +18,7 @@ from mftctl.experiments.presets import (
     mask_train_in_force,
     without_nulls,
 )
+from mftctl.masking.pattern import Pattern
 from mftctl.runtime.compute_settings import Precision
 
 
@@ -278,9 +279,14 @@ class MaskTrainOptions(TrainingOptions):
     threshold: float | None = Field(
         None, description="Remove weights with scores below this value instead of a fixed ratio."
     )
+    pattern: str | None = Field(
+        None,
+        description="Keep the best N of every M consecutive inputs, such as 2:4, instead of a ratio or threshold.",
+    )
     ranking: Ranking = Field(
         "signed",
-        description="Ranking for a ratio. signed: by score (the default); absolute: by |score| (paper, reference).",
+        description="Ranking for a ratio or pattern. signed: by score (the default); absolute: by |score| (paper, "
+        "reference).",
     )
     start: ScoreStart = Field(
         "weights",
@@ -337,8 +343,8 @@ class MaskTrainOptions(TrainingOptions):
 
     @model_validator(mode="after")
     def _ratio_or_threshold(self) -> MaskTrainOptions:
-        if self.ratio is not None and self.threshold is not None:
-            raise ValueError("give either a ratio or a threshold, not both")
+        if [self.ratio, self.threshold, self.pattern].count(None) < 2:
+            raise ValueError("give either a ratio, a threshold or a pattern")
         if self.threshold is not None and self.method != "learned":
             raise ValueError(f"a threshold needs learned scores; the method {self.method} takes a ratio")
         if self.unit == "row" and self.method != "magnitude":
@@ -359,6 +365,17 @@ class MaskTrainOptions(TrainingOptions):
             raise ValueError("mask_train.rescale applies only to the method drop with strategy random")
         if self.ratio == {}:
             raise ValueError("a ratio by projection must name at least one projection")
+        return self
+
+    @model_validator(mode="after")
+    def _pattern_is_of_zeros(self) -> MaskTrainOptions:
+        if self.pattern is None:
+            return self
+        Pattern.parse(self.pattern)
+        if self.method == "drop" or self.kind == "delta":
+            raise ValueError("mask_train.pattern applies only to masks of kind weight, whose removed weights are 0")
+        if self.unit == "row":
+            raise ValueError("mask_train.pattern removes single weights; it does not apply to unit: row")
         return self
 
     @model_validator(mode="after")
@@ -396,10 +413,17 @@ class MaskTrainOptions(TrainingOptions):
         return PRESETS[self.preset].averages_records
 
     @property
+    def blocks(self) -> Pattern | None:
+        """The pattern of weights to keep; None if a ratio or threshold decides."""
+        return None if self.pattern is None else Pattern.parse(self.pattern)
+
+    @property
     def projections(self) -> list[str] | None:
         """The projections named in a ratio by projection; None if all projections of the target are masked."""
         return list(self.ratio) if isinstance(self.ratio, dict) else None
 
     def ratio_of(self, projection: str) -> float | None:
         """Returns the ratio of one projection, such as `q_proj`; None if a threshold applies."""
+        if self.blocks is not None:
+            return self.blocks.ratio
         return self.ratio[projection] if isinstance(self.ratio, dict) else self.ratio

@@ -9,26 +9,39 @@ from dataclasses import dataclass
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mftctl.masking.selection import Cut, Ranking, check_ratio, keep_above, keep_highest, ratio_cut
+from mftctl.masking.pattern import Pattern
+from mftctl.masking.selection import (
+    Cut,
+    Ranking,
+    check_ratio,
+    keep_above,
+    keep_highest,
+    keep_highest_of_blocks,
+    ratio_cut,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """The rule that turns scores into a mask: a ratio per tensor, or one threshold.
+    """The rule that turns scores into a mask: a ratio per tensor, one threshold, or a pattern.
 
     Attributes:
-        ratio: Share removed from each tensor, lowest ranked first; None if a threshold is used.
-        threshold: Entries with a lower (signed) score are removed; None if a ratio is used.
-        ranking: The value ranked with a ratio: |score| (`absolute`) or the score (`signed`).
+        ratio: Share removed from each tensor, lowest ranked first; None without a ratio.
+        threshold: Entries with a lower (signed) score are removed; None without a threshold.
+        ranking: The value ranked with a ratio or pattern: |score| (`absolute`) or the score (`signed`).
+        pattern: Entries kept in each block of inputs; None without a pattern.
+        inputs_dim: The input dimension of the scores, for a pattern.
     """
 
     ratio: float | None = 0.1
     threshold: float | None = None
     ranking: Ranking = "absolute"
+    pattern: Pattern | None = None
+    inputs_dim: int = -1
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.threshold is None):
-            raise ValueError("a mask rule needs either a ratio or a threshold")
+        if [self.ratio, self.threshold, self.pattern].count(None) != 2:
+            raise ValueError("a mask rule needs either a ratio, a threshold or a pattern")
         if self.ratio is not None:
             check_ratio(self.ratio)
 
@@ -53,8 +66,10 @@ class MaskRule:
             cut: From `cut` of the same scores, if known.
 
         Raises:
-            MaskingError: A score is NaN.
+            MaskingError: A score is NaN, or the pattern does not divide the tensor.
         """
+        if self.pattern is not None:
+            return keep_highest_of_blocks(scores, self.pattern, self.inputs_dim, ranking=self.ranking)
         if self.ratio is None:
             return keep_above(scores, self.threshold or 0.0)
         return keep_highest(scores, self.ratio, cut, ranking=self.ranking)

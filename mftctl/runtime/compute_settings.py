@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
+from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16"]
 Attention = Literal["auto", "sdpa", "flash_attention_2", "eager"]

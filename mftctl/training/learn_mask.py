@@ -222,9 +222,9 @@ def find_mask(search: MaskSearch) -> FoundMask:
 
 
 def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:
-    ratio = search.options.ratio_of(target.projection) or 0.0
+    ratio, pattern = search.options.ratio_of(target.projection) or 0.0, search.options.blocks
     if search.options.method == "random":
-        return random_mask(target, ratio, search.seed)
+        return random_mask(target, ratio, search.seed, pattern)
     if search.options.unit == "row":
         return row_mask(target, ratio)
-    return magnitude_mask(target, ratio, search.base_of(target))
+    return magnitude_mask(target, ratio, search.base_of(target), pattern)

@@ -96,6 +96,11 @@ class MaskSearch:
     def rules(self) -> dict[str, MaskRule]:
         """The rule from scores to mask for each target."""
         options = self.options
+        if options.blocks is not None:
+            return {
+                target.name: MaskRule(None, None, options.ranking, options.blocks, target.inputs_dim)
+                for target in self.targets
+            }
         return {
             target.name: MaskRule(options.ratio_of(target.projection), options.threshold, options.ranking)
             for target in self.targets

@@ -207,6 +207,9 @@ def _promised_gain(target: MaskTarget, gains: torch.Tensor, start: ScoreStart, r
     """
     options = start.options
     threshold = options.threshold
+    if options.blocks is not None:
+        blocks = options.blocks.blocks(gains, target.inputs_dim)
+        return exact_sum(blocks.topk(options.blocks.block - options.blocks.kept).values.flatten())
     if threshold is None:
         count = removed_count(gains.numel(), options.ratio_of(target.projection) or 0.0)
         return exact_sum(gains.flatten().topk(count).values)

@@ -70,7 +70,7 @@ def mask_metadata(
         base: The model before fine-tuning, for a delta mask.
     """
     options = recipe.mask_train
-    ratio = options.ratio
+    ratio = options.ratio if options.blocks is None else options.blocks.ratio
     is_delta = base is not None
     return MaskMetadata(
         kind="delta" if is_delta else "weight",

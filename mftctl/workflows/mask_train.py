@@ -260,9 +260,10 @@ def _confirmation(search: MaskSearch, found: FoundMask, confirming: Sequence[Enc
     """The mask's effect on records not used to choose it; None where there is nothing to confirm."""
     if found.best_loss >= found.unmasked_loss:
         which = "The last mask did not beat" if search.options.keeps_last else "No mask beat"
+        fewer = "a smaller ratio" if search.options.blocks is None else "fewer layers"
         search.listener.warn(
             f"{which} the unmasked model on the validation data. Use the model without a mask, "
-            "or try other layers (mftctl probe), a smaller ratio or more data."
+            f"or try other layers (mftctl probe), {fewer} or more data."
         )
         return None
     if found.confirming is not None:

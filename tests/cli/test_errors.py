@@ -54,7 +54,7 @@ from tests.cli.running import CommandLine
         (
             ["mask-train", "--ratio", "0.1", "--threshold", "0", "-m", "m", "-d", "d"],
             2,
-            "either a ratio or a threshold",
+            "either a ratio, a threshold or a pattern",
         ),
         (["mask-train", "--method", "random", "--threshold", "0", "-m", "m"], 2, "needs learned scores"),
         (["mask", "info", "missing.bits"], 1, "missing.bits"),

@@ -231,7 +231,7 @@ def test_a_key_of_a_different_start_is_refused(document: dict[str, Any], problem
 
 
 def test_ratio_and_threshold_together_are_refused() -> None:
-    with pytest.raises(ValidationError, match="either a ratio or a threshold"):
+    with pytest.raises(ValidationError, match="either a ratio, a threshold or a pattern"):
         MaskTrainOptions(ratio=0.1, threshold=-0.03)
 
 

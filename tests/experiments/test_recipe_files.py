@@ -272,7 +272,7 @@ def test_both_indicators_in_one_place_are_a_config_error(tmp_path: Path, order: 
     ):
         with pytest.raises(ConfigError) as caught:
             load_recipe(**arguments)  # type: ignore[arg-type]
-        assert caught.value.problems == ("mask_train: give either a ratio or a threshold, not both",)
+        assert caught.value.problems == ("mask_train: give either a ratio, a threshold or a pattern",)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "hft"])

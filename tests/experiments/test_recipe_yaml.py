@@ -56,7 +56,7 @@ def test_a_recursive_alias_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 200_000, "1" + ":59" * 60_000, "1." + "0" * 200])
+@pytest.mark.parametrize("number", ["9" * 5000, "0x" + "f" * 200_000, "1." + "0" * 200])
 def test_numbers_that_take_long_are_refused(number: str) -> None:
     assert refused(f"seed: {number}\n").actual == "a number with more than 100 digits"
     assert parse_yaml(f"'{number}'", "The text") == number
@@ -93,3 +93,10 @@ VALUES = st.recursive(
 def test_a_document_within_the_bounds_is_what_pyyaml_reads(value: object) -> None:
     text = yaml.safe_dump(value)
     assert parse_yaml(text, "The text") == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("text", ["2:4", "16:32", "1:30.5", "1" + ":59" * 60_000])
+def test_numbers_with_a_colon_are_text(text: str) -> None:
+    """YAML 1.1 reads them in base 60."""
+    assert parse_yaml(f"pattern: {text}", "A recipe") == {"pattern": text}
+    assert parse_yaml(text, "A value") == text

@@ -332,5 +332,5 @@ def test_a_constant_start() -> None:
 
 @pytest.mark.parametrize("options", [{"ratio": 0.1, "threshold": 0.0}, {"ratio": None}])
 def test_an_indicator_needs_either_ratio_or_threshold(options: dict[str, float | None]) -> None:
-    with pytest.raises(ValueError, match="either a ratio or a threshold"):
+    with pytest.raises(ValueError, match="either a ratio, a threshold or a pattern"):
         MaskRule(**options)

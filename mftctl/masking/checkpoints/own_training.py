@@ -17,6 +17,7 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.layers import DEFAULT_START_STD, ScoreStart, initial_scores, masked_layers
 from mftctl.masking.mask import Mask
 from mftctl.masking.mask_file.document import MaskMetadata
+from mftctl.masking.pattern import Pattern
 from mftctl.masking.rule import MaskRule
 from mftctl.masking.selection import Ranking
 from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
@@ -25,7 +26,8 @@ from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, for
 @dataclass(frozen=True, slots=True)
 class _Attached:
     targets: list[MaskTarget]
-    rule: MaskRule
+    ratio: float | None
+    threshold: float | None
     layers: list[int]
     seed: int
 
@@ -40,6 +42,7 @@ def attach_masks(
     target: Literal["attn", "mlp", "both"] = "both",
     ratio: float | None = None,
     threshold: float | None = None,
+    pattern: str | None = None,
     ranking: Ranking = "signed",
     start: ScoreStart = "weights",
     start_std: float = DEFAULT_START_STD,
@@ -56,28 +59,34 @@ def attach_masks(
         layers: Decoder layers, such as `4-7`, `0,3,8-11` or `all`.
         target: Projections to mask.
         ratio: Share to remove from each tensor.
-        threshold: Remove weights with scores below this value instead; 0 if neither is given.
-        ranking: Whether a ratio ranks by the score (`signed`) or by |score| (`absolute`, as in the paper).
+        threshold: Remove weights with scores below this value instead; 0 if none of the three is given.
+        pattern: Keep the best N of every M consecutive inputs instead, such as `2:4`.
+        ranking: Whether a ratio or pattern ranks by the score (`signed`) or by |score| (`absolute`, as in the paper).
         start: Initial scores: `weights` is |weight|; `normal` is that of the paper.
         start_std: Standard deviation of the normal start.
         seed: Decides random starts.
 
     Raises:
-        ConfigError: Both a ratio and a threshold are given.
+        ConfigError: More than one of ratio, threshold and pattern is given, or the pattern is not valid.
         MaskingError: The model has masks already, or no projections to mask in these layers.
 
     Source: MFT, section 2, equations 2 to 5; the default start and threshold are ours.
     """
-    if ratio is not None and threshold is not None:
-        raise ConfigError("Give either a ratio or a threshold.", key="ratio", actual=f"{ratio} and {threshold}")
+    given = {"ratio": ratio, "threshold": threshold, "pattern": pattern}
+    if list(given.values()).count(None) < 2:
+        shown = ", ".join(f"{key}={value}" for key, value in given.items() if value is not None)
+        raise ConfigError("Give either a ratio, a threshold or a pattern.", key="attach_masks", actual=shown)
     if any(True for _ in masked_layers(model)):
         raise MaskingError("The model has masks already.", expected="a model without masks", hint="detach_masks first")
     chosen = parse_layers(layers, len(decoder_layers(model)[1]))
     targets = find_targets(model, chosen, target)
-    rule = MaskRule(ratio, (0.0 if threshold is None else threshold) if ratio is None else None, ranking)
+    blocks = None if pattern is None else _pattern(pattern)
+    if ratio is None and blocks is None and threshold is None:
+        threshold = 0.0
+    rules = {one.name: MaskRule(ratio, threshold, ranking, blocks, one.inputs_dim) for one in targets}
     scores = {one.name: initial_scores(one, start, std=start_std, seed=seed) for one in targets}
-    masked.attach_masks(model, targets, scores, rule)
-    _attached[model] = _Attached(targets, rule, chosen, seed)
+    masked.attach_masks(model, targets, scores, rules)
+    _attached[model] = _Attached(targets, blocks.ratio if blocks else ratio, threshold, chosen, seed)
     return [module.scores for _, module in masked_layers(model)]
 
 
@@ -101,11 +110,18 @@ def collect_mask(model: PreTrainedModel, checkpoint: str | Path | None = None) -
         base_model=name,
         base_revision=None,
         method="learned",
-        ratio=attached.rule.ratio,
-        threshold=attached.rule.threshold,
+        ratio=attached.ratio,
+        threshold=attached.threshold,
         layers=format_layers(attached.layers),
         seed=attached.seed,
         run_id=None,
     )
     keep = {name: module.keep().cpu() for name, module in masked_layers(model)}
     return build_mask(keep, attached.targets, model, resolve_checkpoint(name), metadata)
+
+
+def _pattern(text: str) -> Pattern:
+    try:
+        return Pattern.parse(text)
+    except ValueError as error:
+        raise ConfigError("The pattern is not valid.", key="pattern", expected=str(error), actual=text) from error

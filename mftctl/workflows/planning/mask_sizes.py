@@ -95,14 +95,16 @@ def masked_tensors(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> 
 
     Args:
         targets: Result of `find_targets` for a model with or without weights.
-        options: Options with a ratio, a threshold or neither.
+        options: Options with a ratio, a threshold, a pattern or none of them.
 
     Raises:
-        MaskingError: A ratio is out of range.
+        MaskingError: A ratio is out of range, or the pattern does not divide a tensor.
     """
     found = []
     for target in targets:
         weight, ratio = target.weight, options.ratio_of(target.projection)
+        if options.blocks is not None:
+            options.blocks.require_blocks(target.fan_in, target.name)
         removed = None if ratio is None else removed_count(weight.numel(), ratio)
         found.append(
             MaskedTensor(

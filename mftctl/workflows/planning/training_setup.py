@@ -191,7 +191,7 @@ def attach_without_data(
     attach_masks(model, targets, scores, rule, base)
     kind = _OnGpu if on_gpu else _OnCpu
     for _, module in masked_layers(model):
-        module.rule = kind(rule.ratio, rule.threshold, rule.ranking)
+        module.rule = kind(rule.ratio, rule.threshold, rule.ranking, rule.pattern)
 
 
 class _OnCpu(MaskRule):
@@ -205,7 +205,10 @@ class _OnCpu(MaskRule):
         return None
 
     def keep(self, scores: torch.Tensor, cut: Cut | None = None) -> torch.Tensor:
-        ranked = scores if self.ratio is None else rank(scores, self.ranking)
+        ranked = scores if self.threshold is not None else rank(scores, self.ranking)
+        if self.pattern is not None:
+            torch.empty_like(ranked, dtype=torch.bool)
+            torch.empty(2 * ranked.numel() // self.pattern.block, dtype=torch.int64)
         if self.ratio is not None and cut is None:
             self._look(ranked)
         return torch.empty_like(ranked, dtype=torch.bool)
@@ -229,6 +232,8 @@ def _rule(options: MaskTrainOptions) -> MaskRule:
     """The mask rule of all targets, as far as memory depends on it."""
     if options.threshold is not None:
         return MaskRule(None, options.threshold, options.ranking)
+    if options.blocks is not None:
+        return MaskRule(None, None, options.ranking, options.blocks)
     return MaskRule(ranking=options.ranking)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,10 +110,23 @@ def test_masks_twice(model: LlamaForCausalLM) -> None:
 
 
 def test_a_ratio_and_a_threshold(model: LlamaForCausalLM) -> None:
-    with pytest.raises(ConfigError, match="either a ratio or a threshold"):
+    with pytest.raises(ConfigError, match="either a ratio, a threshold or a pattern"):
         attach_masks(model, ratio=0.1, threshold=0.0)
 
 
 def test_a_model_without_masks(model: LlamaForCausalLM) -> None:
     with pytest.raises(MaskingError, match="has no masks"):
         collect_mask(model)
+
+
+def test_a_pattern(model: LlamaForCausalLM) -> None:
+    attach_masks(model, layers="1", pattern="2:4")
+    mask = collect_mask(model)
+    assert (mask.ratio, mask.metadata.ratio, mask.metadata.threshold) == (0.5, 0.5, None)
+    assert all((mask[name].view(-1, 4).sum(-1) == 2).all() for name in mask.names())
+
+
+@pytest.mark.parametrize("given", [{"pattern": "2:4", "ratio": 0.1}, {"pattern": "4:2"}], ids=str)
+def test_a_pattern_that_cannot_be_meant(model: LlamaForCausalLM, given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="pattern"):
+        attach_masks(model, **given)
