@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from importlib import import_module
@@ -162,12 +163,18 @@ def _not_loaded() -> None:
     """Placeholder for a command whose module is not imported yet."""
 
 
-def main() -> None:
-    """Runs the command line; known failures end with a message and an exit code, unknown ones with a traceback."""
-    # The libraries' own progress bars and advice would drown out the progress shown here.
+def _quiet_libraries() -> None:
+    """Turns off the libraries' own progress bars and advice, which would drown out the progress shown here."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # On CPUs with AVX512-BF16, importing it, as peft does, recommends a package for inference in 4 bits.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+
+
+def main() -> None:
+    """Runs the command line; known failures end with a message and an exit code, unknown ones with a traceback."""
+    _quiet_libraries()
     prepare_streams()
     settle_environment()
     end_as_on_interrupt()

@@ -94,9 +94,15 @@ class MaskSearch:
 
     @property
     def rules(self) -> dict[str, MaskRule]:
-        """The rule from scores to mask for each target."""
+        """The rule from scores to mask for each target.
+
+        Raises:
+            MaskingError: The pattern does not divide a target.
+        """
         options = self.options
         if options.blocks is not None:
+            for target in self.targets:
+                options.blocks.require_blocks(target.fan_in, target.name)
             return {
                 target.name: MaskRule(None, None, options.ranking, options.blocks, target.inputs_dim)
                 for target in self.targets

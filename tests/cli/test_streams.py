@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import io
+import logging
 import os
 import pty
 import signal
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mftctl.cli import app
 from mftctl.cli.streams import ForgivingWriter, prepare_streams
 from mftctl.masking.mask import load_mask
 from tests.forked_commands.commands import ForkedCommands
@@ -148,3 +150,14 @@ def test_a_terminal_that_is_gone_does_not_end_a_training(workspace: Path, tmp_pa
 def test_a_progress_bar_of_a_library_stays_on_its_line() -> None:
     code = r"import sys; prepare_streams(); sys.stderr.write('\r 10%'); sys.stderr.write('a\r\x1b[2Kb\n')"
     assert run_python(code).stderr == b"\r 10%a\\x0d\\x1b[2Kb\n"
+
+
+def test_a_librarys_advice_is_not_shown() -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    before = logging.getLogger("bitsandbytes.backends").level
+    try:
+        app._quiet_libraries()
+        assert not logger.isEnabledFor(logging.WARNING)
+        assert logger.isEnabledFor(logging.ERROR)
+    finally:
+        logging.getLogger("bitsandbytes.backends").setLevel(before)

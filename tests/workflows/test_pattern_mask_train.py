@@ -69,8 +69,10 @@ def test_weights_stored_with_their_inputs_first(workspace: Path, tmp_path: Path)
 
 
 def test_a_pattern_that_does_not_divide_a_tensor_ends_it_before_training(workspace: Path, tmp_path: Path) -> None:
-    with pytest.raises(MaskingError, match="a multiple of 5 inputs, for the pattern 2:5"):
-        learn(workspace, tmp_path, mask_train__pattern="2:5", **SHORT)
+    for method in ("learned", "magnitude"):
+        with pytest.raises(MaskingError, match="a multiple of 5 inputs, for the pattern 2:5") as error:
+            learn(workspace, tmp_path / method, mask_train__method=method, mask_train__pattern="2:5", **SHORT)
+        assert error.value.key == "model.layers.1.self_attn.q_proj"
     options = make_recipe(workspace, mask_train__pattern="2:5", **SHORT).mask_train
     with pytest.raises(MaskingError, match="5 inputs") as error:  # as `validate` says
         masked_tensors(find_targets(build_llama()), options)
