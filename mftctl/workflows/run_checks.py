@@ -72,10 +72,10 @@ def _interpolation_problems(job: Job) -> Iterator[str]:
 
 
 def _is_adapter(job: Job | None) -> bool:
-    """Checks whether a job writes a LoRA adapter."""
+    """Checks whether a job writes an adapter."""
     if job is None or job.command != "fft":
         return False
-    return job.recipe.fft.method == "lora" and not job.recipe.fft.merge
+    return job.recipe.fft.trains_adapter and not job.recipe.fft.merge
 
 
 def _fft_problem(job: Job, layer_count: int | None) -> str | None:

@@ -31,7 +31,7 @@ def load_model(
     """The causal language model in a checkpoint folder, in evaluation mode.
 
     Args:
-        folder: Contains `config.json` and safetensors, or a LoRA adapter, which is merged in memory.
+        folder: Contains `config.json` and safetensors, or an adapter, which is merged in memory.
         dtype: Dtype of the weights in memory; `auto` keeps the checkpoint's.
         device: Device to load onto; by default the device in use.
         device_map: GPU of each part of the model, by its path, instead of one device; not for adapters.
