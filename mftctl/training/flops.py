@@ -55,7 +55,7 @@ def _added_to(model: nn.Module) -> tuple[set[int], tuple[str, ...]]:
         if isinstance(module, ShiraLayer | SupertuningLayer):
             found.add(id(module.get_base_layer().weight))
         elif isinstance(module, ParamWrapper):
-            found.add(id(module.get_param()))
+            found.add(id(module.get_param()))  # type: ignore[no-untyped-call]
             factors += [f"{name}.lora_A.", f"{name}.lora_B."]
     return found, tuple(factors)
 

@@ -149,8 +149,9 @@ def check_positions(model: nn.Module, folder: Path) -> None:
 
 def rely_on_positions() -> None:
     """Tells torch not to check the positions of SHiRA in every forward pass; otherwise it warns that it does not."""
-    if not torch.sparse.check_sparse_tensor_invariants.is_enabled():
-        torch.sparse.check_sparse_tensor_invariants.disable()
+    checks: Any = torch.sparse.check_sparse_tensor_invariants
+    if not checks.is_enabled():
+        checks.disable()
 
 
 def _allocated(weights: int, sparsity: float) -> int:
