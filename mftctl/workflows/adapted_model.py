@@ -16,6 +16,7 @@ from mftctl.masking.checkpoints.load import load_model
 from mftctl.masking.checkpoints.load_weights import stored_dtype, whole_checkpoint
 from mftctl.masking.checkpoints.locate import is_adapter
 from mftctl.masking.checkpoints.mask_support import check_support, kept_positions, left_out_text, read_support
+from mftctl.masking.checkpoints.meta_models import build_skeleton
 from mftctl.masking.hub_masks import local_mask
 from mftctl.progress import Listener
 from mftctl.runtime.devices import best_device, frozen_dtype
@@ -153,7 +154,7 @@ def _require_positions(adapted: PeftModel, mask: SupportMask) -> None:
     """
     from mftctl.masking.checkpoints.sparse_adapters import trained_positions
 
-    base = cast("PreTrainedModel", adapted.get_base_model())
+    base = build_skeleton(cast("PreTrainedModel", adapted.get_base_model()).config, torch.float32)
     kept = kept_positions(mask.file, read_support(mask.file, base))
     trained = trained_positions(adapted)
     names = [*kept, *(name for name in trained if name not in kept)]

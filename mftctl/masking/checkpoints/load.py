@@ -74,7 +74,7 @@ def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: 
         from mftctl.masking.checkpoints.adapters import load_adapter
 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype, device=device).merge_and_unload()
-        return merged
+        return merged.requires_grad_(True)  # peft froze the base
     settings = attention_settings(folder, dtype)
     model = load_weights(folder, dtype=dtype, device_map=dict(places) or None, **settings)
     record_attention(model)
