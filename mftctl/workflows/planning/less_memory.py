@@ -59,7 +59,7 @@ def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
     if options.method == "lora":
         return [] if options.quantize or options.lora_experts else ["--quantize nf4"]
     found = []
-    if options.optimizer == "adamw":
+    if options.optimizer == "adamw" and not options.trains_adapter:
         if not options.low_memory and options.precision != "fp32":
             found.append("--low-memory")
         keeps_entries = options.method in ("gmt", "random") and options.unselected == "unchanged"
