@@ -55,9 +55,6 @@ def fft(
     support: Annotated[str | None, opt.setting(FftOptions, "support", "--support", panel=opt.METHOD)] = None,
     lora_rank: Annotated[int | None, opt.setting(FftOptions, "lora_rank", "--lora-rank", panel=opt.METHOD)] = None,
     lora_alpha: Annotated[int | None, opt.setting(FftOptions, "lora_alpha", "--lora-alpha", panel=opt.METHOD)] = None,
-    lora_experts: Annotated[
-        bool | None, opt.setting(FftOptions, "lora_experts", "--lora-experts/--no-lora-experts", panel=opt.METHOD)
-    ] = None,
     merge: Annotated[bool | None, opt.setting(FftOptions, "merge", "--merge/--no-merge", panel=opt.METHOD)] = None,
     quantize: Annotated[str | None, opt.setting(FftOptions, "quantize", "--quantize", panel=opt.METHOD)] = None,
     optimizer: Annotated[str | None, opt.setting(FftOptions, "optimizer", "--optimizer", panel=opt.TRAINING)] = None,

@@ -55,6 +55,6 @@ def _experts(model: PreTrainedModel) -> list[str]:
             key="fft.lora_experts",
             expected="a model with experts that are stored in one tensor per layer",
             actual=model.config.model_type,
-            hint="--no-lora-experts",
+            hint="--set fft.lora_experts=false",
         )
     return list(found)

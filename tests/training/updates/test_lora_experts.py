@@ -121,7 +121,7 @@ def test_gradient_checkpointing_gives_the_same_adapter(adapter: Run, experts: Pa
 def test_a_model_without_fused_experts(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no fused experts") as caught:
         tuned(workspace, tmp_path, **OPTIONS)
-    assert caught.value.hint == "--no-lora-experts"
+    assert caught.value.hint == "--set fft.lora_experts=false"
 
 
 @pytest.mark.parametrize(
