@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from mftctl.experiments.training_options import FftOptions
+from collections.abc import Iterator, Sized
+from typing import Final, Protocol
 
 _SELECTING: Final = ("gmt", "random")
 _WITH_A_RATIO: Final = (*_SELECTING, "supertuning")
 
 
-def fft_problem(options: FftOptions) -> str | None:
+class _Settings(Protocol):
+    """The options of `FftOptions` that depend on each other."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def ratio(self) -> float | None: ...
+    @property
+    def support(self) -> str | None: ...
+    @property
+    def exclude(self) -> Sized: ...
+    @property
+    def unselected(self) -> str: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def lora_experts(self) -> bool: ...
+    @property
+    def quantize(self) -> str | None: ...
+    @property
+    def low_memory(self) -> bool: ...
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def trains_adapter(self) -> bool: ...
+    @property
+    def trains_positions(self) -> bool: ...
+    @property
+    def has_8bit_moments(self) -> bool: ...
+
+
+def fft_problem(options: _Settings) -> str | None:
     """Returns the first reason why the options cannot be used together; None if they can.
 
     Args:
@@ -21,20 +51,20 @@ def fft_problem(options: FftOptions) -> str | None:
     return next(_problems(options), None)
 
 
-def _problems(options: FftOptions) -> Iterator[str]:
+def _problems(options: _Settings) -> Iterator[str]:
     yield from _selection(options)
     yield from _adapter(options)
     yield from _memory(options)
 
 
-def _selection(options: FftOptions) -> Iterator[str]:
+def _selection(options: _Settings) -> Iterator[str]:
     if options.ratio is not None and options.method not in _WITH_A_RATIO:
         yield f"fft.ratio applies only to the methods gmt, random and supertuning; the method is {options.method}"
     if options.exclude and options.method not in _SELECTING:
         yield f"fft.exclude applies only to the methods gmt and random; the method is {options.method}"
 
 
-def _adapter(options: FftOptions) -> Iterator[str]:
+def _adapter(options: _Settings) -> Iterator[str]:
     if options.support is not None:
         if not options.trains_positions:
             yield f"fft.support applies only to the methods shira and supertuning; the method is {options.method}"
@@ -52,7 +82,7 @@ def _adapter(options: FftOptions) -> Iterator[str]:
             yield "fft.lora_experts and fft.quantize: bitsandbytes quantises linear layers only, not fused experts"
 
 
-def _memory(options: FftOptions) -> Iterator[str]:
+def _memory(options: _Settings) -> Iterator[str]:
     if options.quantize is not None and options.method != "lora":
         yield f"fft.quantize applies only to the method lora; the method is {options.method}"
     if options.low_memory and options.trains_adapter:
