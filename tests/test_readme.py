@@ -44,7 +44,7 @@ RUN = {
     ),
     "docs/guides/averaging.md": ("Average checkpoints", "Interpolate"),
     "docs/guides/benchmarks.md": ("Benchmarks", "During training"),
-    "docs/guides/methods.md": ("Fine-tuning", "Masks", "Forgetting", "Inspect"),
+    "docs/guides/methods.md": ("Fine-tuning", "Adapters", "Masks", "Forgetting", "Inspect"),
     "docs/guides/recipes.md": ("Check before you train",),
     "docs/guides/report.md": ("Report",),
 }

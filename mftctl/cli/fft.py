@@ -45,13 +45,14 @@ def fft(
     bad_records_max: opt.BadRecordsMax = None,
     learn_from: Annotated[str | None, opt.setting(FftOptions, "learn_from", "--learn-from", panel=opt.RECORDS)] = None,
     method: Annotated[str | None, opt.setting(FftOptions, "method", "--method", panel=opt.METHOD)] = None,
-    ratio: Annotated[float | None, opt.setting(FftOptions, "ratio", "--ratio", panel=opt.METHOD, default="0.2")] = None,
+    ratio: Annotated[float | None, opt.setting(FftOptions, "ratio", "--ratio", panel=opt.METHOD)] = None,
     scope: Annotated[str | None, opt.setting(FftOptions, "scope", "--scope", panel=opt.METHOD)] = None,
     unselected: Annotated[str | None, opt.setting(FftOptions, "unselected", "--unselected", panel=opt.METHOD)] = None,
     exclude: Annotated[
         Any,
         opt.setting(FftOptions, "exclude", "--exclude", panel=opt.METHOD, parser=opt.names, metavar="embeddings,head"),
     ] = None,
+    support: Annotated[str | None, opt.setting(FftOptions, "support", "--support", panel=opt.METHOD)] = None,
     lora_rank: Annotated[int | None, opt.setting(FftOptions, "lora_rank", "--lora-rank", panel=opt.METHOD)] = None,
     lora_alpha: Annotated[int | None, opt.setting(FftOptions, "lora_alpha", "--lora-alpha", panel=opt.METHOD)] = None,
     merge: Annotated[bool | None, opt.setting(FftOptions, "merge", "--merge/--no-merge", panel=opt.METHOD)] = None,
@@ -98,7 +99,7 @@ def fft(
     """Fine-tune a model and keep its best checkpoint.
 
     Trains all weights, or those selected by a method: the weights with the largest gradients (Gradient-Mask Tuning),
-    random weights, half of the parameters, or a low-rank adapter. The loss covers answer tokens only. Starting from a
+    random weights, half of the parameters, or an adapter. The loss covers answer tokens only. Starting from a
     fine-tuned model continues its fine-tuning.
     """
     launch = settle_launch("fft", processes, shard)

@@ -251,7 +251,7 @@ def fft_learning_rate(source: ModelSource, recipe: Recipe) -> float:
     The rate of an adapter does not apply to the model's own weights; the default of fine-tuning is used instead.
     """
     options = recipe.fft if source.config is None else FftOptions.model_validate(source.config.get("fft", {}))
-    return FftOptions().learning_rate if options.method == "lora" else options.learning_rate
+    return FftOptions().learning_rate if options.trains_adapter else options.learning_rate
 
 
 def ancestry(root: Path, source: ModelSource) -> list[ModelSource]:

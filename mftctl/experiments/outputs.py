@@ -42,7 +42,7 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
     """
     options = recipe.eval
     sources = (*recipe.data, *recipe.val_data, *recipe.test_data, *recipe.retain_data)
-    bases = (recipe.mask_train.base, recipe.interpolate.base)
+    bases = (recipe.mask_train.base, recipe.interpolate.base, recipe.fft.support)
     data = [path for source in sources for path in (source.path, *map(str, local_files(source)))]
     named = [
         *((path, "the data") for path in data),
@@ -59,7 +59,7 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
 
 
 def _adapter_base(folder: Path) -> Iterator[Path]:
-    """Yields the base model named in a LoRA adapter's configuration."""
+    """Yields the base model named in an adapter's configuration."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         base = Path(read_json_object(folder / _ADAPTER_FILE)["base_model_name_or_path"])
         os.path.lexists(base)  # rejects invalid file names

@@ -16,6 +16,7 @@ GroupSize = int | Literal["all"]
 
 DEFAULT_RATIO = 0.1
 DEFAULT_UPDATE_RATIO = 0.2
+DEFAULT_FROZEN_RATIO = 0.99
 DEFAULT_PATIENCE = 5
 DEFAULT_GROUPS: tuple[GroupSize, ...] = (4, "all")
 
@@ -66,7 +67,8 @@ def fft_in_force(given: Mapping[str, Any], method: str) -> dict[str, Any]:
         given: The options that were set.
         method: The training method.
     """
-    ratio = DEFAULT_UPDATE_RATIO if method in ("gmt", "random") else None
+    ratios = {"gmt": DEFAULT_UPDATE_RATIO, "random": DEFAULT_UPDATE_RATIO, "supertuning": DEFAULT_FROZEN_RATIO}
+    ratio = ratios.get(method) if given.get("support") is None else None
     return _settled("fft", given, {"ratio": ratio})
 
 

@@ -17,8 +17,9 @@ from mftctl.data.record_issues import BadRecords
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
 from mftctl.experiments.presets import DEFAULT_GROUPS, GroupSize, probe_in_force, without_nulls
+from mftctl.experiments.section import Section
 from mftctl.experiments.tracking.names import TrackerName
-from mftctl.experiments.training_options import FftOptions, LayersText, MaskTrainOptions, Section
+from mftctl.experiments.training_options import FftOptions, LayersText, MaskTrainOptions
 from mftctl.runtime.compute_settings import Attention
 
 

@@ -161,6 +161,12 @@ class TrainingData(TrainRecords):
     fft_learning_rate: Annotated[float | None, _Optional] = None
 
 
+class TrainedSupport(Part):
+    """SHA-256 of the mask whose kept weights an adapter trains; None without one."""
+
+    support_sha256: Annotated[str | None, _Optional] = None
+
+
 class EvaluationData(Part):
     """The data of an evaluation, as in `TrainingData`."""
 
@@ -228,6 +234,7 @@ class RunInputs(Part):
         points: Points along each side of a loss surface.
         records: Number of records to measure it on.
         fft_learning_rate: Learning rate of the model's fine-tuning.
+        support_sha256: SHA-256 of the mask whose kept weights an adapter trains.
     """
 
     model: Place | None = None
@@ -245,6 +252,7 @@ class RunInputs(Part):
     points: _Points | None = None
     records: Count | None = None
     fft_learning_rate: Measured | None = None
+    support_sha256: str | None = None
 
     def of_part(self, part: Literal["train", "validation"]) -> tuple[str | None, int | None]:
         """Returns digest and number of records of a part of the data.

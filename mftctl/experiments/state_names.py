@@ -20,6 +20,8 @@ class StateKind(Enum):
     AVERAGED = auto()
     INTERPOLATED = auto()
     LORA = auto()
+    SHIRA = auto()
+    SUPER_TUNING = auto()
     HFT = auto()
     RANDOM_UPDATE = auto()
     GMT = auto()
@@ -39,6 +41,8 @@ class StateKind(Enum):
 _TUNED: Final = {
     "full": StateKind.FFT,
     "lora": StateKind.LORA,
+    "shira": StateKind.SHIRA,
+    "supertuning": StateKind.SUPER_TUNING,
     "gmt": StateKind.GMT,
     "random": StateKind.RANDOM_UPDATE,
     "hft": StateKind.HFT,
@@ -64,6 +68,7 @@ class State:
         preset: Preset of mask training.
         is_delta: Whether a mask, other than a drop, returned weights to their values before fine-tuning.
         is_retaining: Whether fine-tuning also trained against forgetting other data.
+        has_support: Whether a mask chose the weights that an adapter changes.
     """
 
     kind: StateKind
@@ -73,6 +78,7 @@ class State:
     preset: PresetName = "default"
     is_delta: bool = False
     is_retaining: bool = False
+    has_support: bool = False
 
     @property
     def label(self) -> str:
@@ -120,6 +126,10 @@ _TABLE: Final = {
     State(StateKind.FFT, is_retaining=True): "FFT retaining",
     State(StateKind.LORA): "LoRA",
     State(StateKind.LORA, is_continued=True): "continued LoRA",
+    State(StateKind.SHIRA): "SHiRA",
+    State(StateKind.SHIRA, has_support=True): "SHiRA on a mask",
+    State(StateKind.SUPER_TUNING): "Super-Tuning",
+    State(StateKind.SUPER_TUNING, has_support=True): "Super-Tuning on a mask",
     State(StateKind.HFT): "HFT",
     State(StateKind.RANDOM_UPDATE): "random update",
     State(StateKind.RANDOM_UPDATE, is_global=True): "random update global",
@@ -154,13 +164,14 @@ def _all_labels() -> dict[State, str]:
     labels = {**_TABLE, State(StateKind.WRITTEN): "written outputs"}
     exclusions = ((), ("embeddings",), ("head",), ("embeddings", "head"))
     flags = (False, True)
-    for kind, is_continued, is_global, is_retaining, excluded in product(
-        _TUNED.values(), flags, flags, flags, exclusions
+    for kind, is_continued, is_global, is_retaining, excluded, has_support in product(
+        _TUNED.values(), flags, flags, flags, exclusions, flags
     ):
         words = ["continued"] if is_continued else []
-        words += [_TABLE[State(kind)], *(["global"] if is_global else []), *(["retaining"] if is_retaining else [])]
+        words += [_TABLE[State(kind)], *(["on a mask"] if has_support else [])]
+        words += [*(["global"] if is_global else []), *(["retaining"] if is_retaining else [])]
         words += [f"excluding {', '.join(excluded)}"] if excluded else []
-        state = State(kind, is_continued, is_global, excluded, is_retaining=is_retaining)
+        state = State(kind, is_continued, is_global, excluded, is_retaining=is_retaining, has_support=has_support)
         labels.setdefault(state, " ".join(words))
     return labels
 
@@ -210,6 +221,7 @@ def fine_tuned_state(source_state: str, options: FftOptions) -> str:
         is_global=options.scope == "global",
         excluded=tuple(sorted(set(options.exclude))),
         is_retaining=options.retain_weight > 0,
+        has_support=options.support is not None,
     ).label
 
 

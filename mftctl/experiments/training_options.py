@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from mftctl.experiments.fft_checks import fft_problem
 from mftctl.experiments.presets import (
     PRESETS,
     Keep,
@@ -18,18 +19,9 @@ from mftctl.experiments.presets import (
     mask_train_in_force,
     without_nulls,
 )
+from mftctl.experiments.section import Section
 from mftctl.masking.pattern import Pattern
 from mftctl.runtime.compute_settings import Precision
-
-
-class Section(BaseModel):
-    """Strict base class of recipe sections: unknown keys, text for a number, infinity and NaN are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    def given(self) -> dict[str, Any]:
-        """Returns the keys that were set explicitly, with their values."""
-        return {key: getattr(self, key) for key in self.model_fields_set}
 
 
 def _layers_text(value: object) -> object:
@@ -137,15 +129,19 @@ class TrainingOptions(Section):
 class FftOptions(TrainingOptions):
     """Settings for fine-tuning all weights, or those selected by a method."""
 
-    method: Literal["full", "lora", "gmt", "hft", "random"] = Field(
+    method: Literal["full", "lora", "gmt", "hft", "random", "shira", "supertuning"] = Field(
         "full",
         description="full: all weights; gmt: the weights with the largest gradients at each step; random: random "
-        "weights at each step; hft: half of the parameters; lora: a low-rank adapter.",
+        "weights at each step; hft: half of the parameters; lora: a low-rank adapter; shira: an adapter of random "
+        "weights; supertuning: an adapter of the largest weights.",
     )
     ratio: Share | None = Field(
         None,
         description="gmt and random: share of weights not updated in a step, chosen again at each step; 0.2 by "
-        "default.",
+        "default. supertuning: share of weights of each projection that are never updated; 0.99 by default.",
+    )
+    support: str | None = Field(
+        None, min_length=1, description="shira and supertuning: a mask file; train the weights that it keeps."
     )
     scope: Literal["tensor", "global"] = Field(
         "tensor", description="gmt and random: apply the ratio to each tensor, or to all weights together."
@@ -165,10 +161,18 @@ class FftOptions(TrainingOptions):
         description="Training records to use: all; unseen: those not seen in earlier fine-tuning of the model; auto: "
         "unseen if there are at least 64, otherwise all.",
     )
-    lora_rank: int = Field(16, gt=0, description="lora: rank of the adapter.")
+    lora_rank: int = Field(
+        16,
+        gt=0,
+        description="lora: rank of the adapter. shira: trains as many weights as a LoRA adapter of this rank has, "
+        "rank * (inputs + outputs) of each projection.",
+    )
     lora_alpha: int = Field(32, gt=0, description="lora: the adapter is scaled by alpha / rank.")
     lora_dropout: Share = Field(0.0, description="lora: dropout before the adapter.")
-    merge: bool = Field(False, description="lora: write the merged model instead of the adapter.")
+    lora_experts: bool = Field(False, description="lora: also adapt experts that are stored in one tensor per layer.")
+    merge: bool = Field(
+        False, description="lora, shira and supertuning: write the merged model instead of the adapter."
+    )
     quantize: Literal["nf4"] | None = Field(
         None, description="lora: load the base model in 4 bits per weight (QLoRA); needs bitsandbytes."
     )
@@ -195,30 +199,10 @@ class FftOptions(TrainingOptions):
         return without_nulls("fft", document)
 
     @model_validator(mode="after")
-    def _ratio_has_a_method(self) -> FftOptions:
-        if self.ratio is not None and self.method not in ("gmt", "random"):
-            raise ValueError(f"fft.ratio applies only to the methods gmt and random; the method is {self.method}")
-        if self.exclude and self.method not in ("gmt", "random"):
-            raise ValueError(f"fft.exclude applies only to the methods gmt and random; the method is {self.method}")
-        return self
-
-    @model_validator(mode="after")
-    def _memory_is_saved_in_ways_that_go_together(self) -> FftOptions:
-        if self.quantize is not None and self.method != "lora":
-            raise ValueError(f"fft.quantize applies only to the method lora; the method is {self.method}")
-        if self.low_memory and self.method == "lora":
-            raise ValueError(
-                "fft.low_memory applies only to trained weights; lora freezes them (use fft.quantize: nf4)"
-            )
-        if self.low_memory and self.optimizer != "adamw":
-            raise ValueError(f"fft.low_memory needs the optimizer adamw; the optimizer is {self.optimizer}")
-        if self.low_memory and self.precision == "fp32":
-            raise ValueError("fft.low_memory needs bf16; the precision is fp32")
-        if self.has_8bit_moments and self.method in ("gmt", "random") and self.unselected == "unchanged":
-            raise ValueError(
-                f"fft.optimizer: {self.optimizer} keeps one scale per 256 moments, so weights that are not selected "
-                "cannot stay unchanged (use fft.unselected: momentum, or fft.low_memory with adamw)"
-            )
+    def _goes_together(self) -> FftOptions:
+        problem = fft_problem(self)
+        if problem is not None:
+            raise ValueError(problem)
         return self
 
     @model_validator(mode="after")
@@ -226,6 +210,16 @@ class FftOptions(TrainingOptions):
         """Fills in options left unset, without marking them as given."""
         self.__dict__.update(fft_in_force(self.given(), self.method))
         return self
+
+    @property
+    def trains_adapter(self) -> bool:
+        """True if the weights stay frozen and an adapter is trained."""
+        return self.method == "lora" or self.trains_positions
+
+    @property
+    def trains_positions(self) -> bool:
+        """True for adapters that consist of changes to individual weights, chosen before training."""
+        return self.method in ("shira", "supertuning")
 
     @property
     def has_8bit_moments(self) -> bool:

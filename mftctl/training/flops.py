@@ -16,25 +16,48 @@ def flops_per_token(model: nn.Module, masked: Sequence[MaskTarget] = ()) -> int:
     """Floating-point operations per token of a forward and a backward pass, counting only products with weights.
 
     A weight costs 2 for the output, 2 for the gradient of its input if its decoder layer or one below contains anything
-    trained, and 2 for its own gradient if it is trained. Only experts that a token is routed to count. Products within
-    attention, norms, the optimizer, and the savings from reuse and from logits only at answers are left out.
+    trained, and 2 for its own gradient if it is trained, or if an adapter is added to it as a whole, as SHiRA,
+    Super-Tuning and LoRA of fused experts are. Only experts that a token is routed to count. Products within attention
+    and within adapters of experts, norms, the optimizer, and the savings from reuse and from logits only at answers are
+    left out.
 
     Args:
         model: The whole model in one process, before masks are attached.
         masked: Targets that a mask is learned for, while the weights themselves are frozen.
     """
     prefix, decoder = decoder_layers(model)
-    scored = {id(target.module.get_parameter(target.parameter)) for target in masked}
+    whole, factors = _added_to(model)
+    whole |= {id(target.module.get_parameter(target.parameter)) for target in masked}
     share = _active_share(model)
     matrices = []
     for name, weight, is_expert in _matrices(model):
         inside = name.startswith(f"{prefix}.")
         layer = int(name.removeprefix(f"{prefix}.").split(".")[0]) if inside else len(decoder)
-        trained = weight.requires_grad or id(weight) in scored
+        if name.startswith(factors):
+            continue
+        trained = weight.requires_grad or id(weight) in whole
         matrices.append((layer, _weight_count(weight) * (share if is_expert else 1.0), trained))
     below = -1 if _trains_embeddings(model) else len(decoder) + 1
     lowest = min([below, *(layer for layer, _, trained in matrices if trained)])
     return round(sum(size * (2 + 2 * (layer >= lowest) + 2 * trained) for layer, size, trained in matrices))
+
+
+def _added_to(model: nn.Module) -> tuple[set[int], tuple[str, ...]]:
+    """Ids of frozen weights to which an adapter is added as a whole, and starts of the names of its own matrices."""
+    if not hasattr(model, "peft_config"):
+        return set(), ()
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.shira import ShiraLayer
+    from peft.tuners.supertuning.layer import SupertuningLayer
+
+    found, factors = set(), []
+    for name, module in model.named_modules():
+        if isinstance(module, ShiraLayer | SupertuningLayer):
+            found.add(id(module.get_base_layer().weight))
+        elif isinstance(module, ParamWrapper):
+            found.add(id(module.get_param()))  # type: ignore[no-untyped-call]
+            factors += [f"{name}.lora_A.", f"{name}.lora_B."]
+    return found, tuple(factors)
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:

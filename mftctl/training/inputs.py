@@ -137,7 +137,7 @@ def prepare_training(
         model: Checkpoint folder, hub id or `quickstart`.
         max_length_tokens: Longer records are truncated at the end.
         data_fraction: Share of the records to learn from that is used.
-        adapters: Whether the model may be a LoRA adapter.
+        adapters: Whether the model may be an adapter.
         seen: Digests of the records that the model was fine-tuned on, uint64; None for none.
         learn_from: How to treat those records; see `records_to_learn_from`.
         retain_weight: Weight of the divergence on the recipe's retained data; None if the command does not use it.

@@ -121,7 +121,7 @@ def _load_for_vllm(
             key="eval.engine",
             expected="a checkpoint with its mask applied or its adapter merged",
             actual=apart,
-            hint="mftctl apply MODEL MASK, or fft --method lora --merge; then mftctl eval OUT --engine vllm",
+            hint="mftctl apply MODEL MASK, or fft --merge for an adapter; then mftctl eval OUT --engine vllm",
         )
     from mftctl.evaluation.benchmarks.prompt_lengths import longest_request
     from mftctl.evaluation.lm.vllm import VllmAnswers

@@ -10,24 +10,22 @@ from transformers import PreTrainedModel
 
 from mftctl.data.encoding import EncodedRecords
 from mftctl.data.seen_records import save_seen, seen_records
-from mftctl.errors import ConfigError, TrainingError
+from mftctl.errors import TrainingError
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.results import FftResult, RetainedLosses
 from mftctl.experiments.run_folder import Run
-from mftctl.experiments.run_inputs import RunInputs
+from mftctl.experiments.run_inputs import RunInputs, TrainedSupport
 from mftctl.experiments.state_names import fine_tuned_state
 from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.checkpoints.load import load_model, load_to_share
-from mftctl.masking.checkpoints.locate import is_adapter
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.progress import Listener
-from mftctl.runtime.devices import best_device, frozen_dtype, uses_bf16
+from mftctl.runtime.devices import best_device, uses_bf16
 from mftctl.runtime.peak_memory import peak_memory_bytes
 from mftctl.runtime.process_group import shares_weights
-from mftctl.runtime.processes import is_first, spreads_parameters, world_size
+from mftctl.runtime.processes import is_first, world_size
 from mftctl.runtime.stop_request import stop_on_signal
-from mftctl.runtime.torch_failures import gpu_failures
 from mftctl.training.flops import flops_per_token
 from mftctl.training.inputs import TrainingInputs, prepare_training, require_same_data
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
@@ -45,6 +43,7 @@ from mftctl.training.updates.optimizers import (
     low_memory_optimizer,
     optimizer_name,
 )
+from mftctl.workflows.adapted_model import SupportMask, adapted_model, check_adapter
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 from mftctl.workflows.tuned_model import save_trained
 
@@ -117,18 +116,21 @@ def _fine_tune(
         listener.note(
             f"Training records: {len(inputs.train)}; left out because fine-tuning used them: {inputs.left_out}"
         )
-    require_same_data(RunInputs.read(run.record.inputs), inputs)
-    run.update(inputs={**source.as_inputs(), **inputs.summary()})
+    before = RunInputs.read(run.record.inputs)
+    require_same_data(before, inputs)
+    mask = check_adapter(options, inputs.checkpoint, before)
+    support = TrainedSupport(support_sha256=None if mask is None else mask.digest)
+    run.update(inputs={**source.as_inputs(), **inputs.summary(), **support.document()})
     interim = interim_evaluation(recipe, options, inputs, source, run, listener)
     room.require(inputs)
     if is_first():
         save_seen(run.folder, inputs.records)
-    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener)
+    model = _trainable_model(inputs.checkpoint, source, options, recipe.seed, listener, mask)
     trained_parameters = sum(item.numel() for item in model.parameters() if item.requires_grad)
     flops = flops_per_token(model)
     trainer = _trainer(model, inputs, recipe, run, listener)
-    before = None if options.method == "lora" else inputs.checkpoint
-    trainer.retention = make_retention(inputs, options, model, before, seed=recipe.seed, listener=listener)
+    reference = None if options.trains_adapter else inputs.checkpoint
+    trainer.retention = make_retention(inputs, options, model, reference, seed=recipe.seed, listener=listener)
     records = EncodedRecords(inputs.validation, inputs.validation_examples)
     trainer.scores = step_scores(recipe, "fft", options, inputs, records, run, listener)
     try:
@@ -176,19 +178,16 @@ def _retained_losses(trainer: UpdateTrainer) -> RetainedLosses | None:
 
 
 def _trainable_model(
-    checkpoint: Path, source: ModelSource, options: FftOptions, seed: int, listener: Listener
+    checkpoint: Path,
+    source: ModelSource,
+    options: FftOptions,
+    seed: int,
+    listener: Listener,
+    mask: SupportMask | None = None,
 ) -> PreTrainedModel | PeftModel:
     """The model with the parameters that the method trains set to trainable."""
-    if options.method == "lora":
-        if spreads_parameters():
-            raise ConfigError(
-                "LoRA trains too few weights to be worth sharding across processes.",
-                key="fft.method",
-                expected="a method other than lora under DeepSpeed or FSDP",
-                actual="lora",
-                hint="recipes/accelerate/ddp.yaml",
-            )
-        return _with_adapter(checkpoint, source, options, seed)
+    if options.trains_adapter:
+        return adapted_model(checkpoint, source.model, options, seed, mask, listener)
     # Updates are too small for bf16, so weights stay in fp32 or are stochastically rounded.
     dtype = torch.bfloat16 if options.low_memory else torch.float32
     if shares_weights():
@@ -198,24 +197,6 @@ def _trainable_model(
     if options.method == "hft":
         freeze_half(model, seed)
     return model
-
-
-def _with_adapter(checkpoint: Path, source: ModelSource, options: FftOptions, seed: int) -> PeftModel:
-    """A frozen model, in its compute dtype or in 4 bits per weight, with an adapter in fp32."""
-    from mftctl.masking.checkpoints.adapters import load_adapter
-    from mftctl.masking.checkpoints.quantization import load_quantized
-    from mftctl.training.updates.lora import add_adapter
-
-    dtype, device = frozen_dtype(options.precision), best_device()
-    quantize = options.quantize is not None
-    if is_adapter(checkpoint):
-        with gpu_failures("loading the model"):
-            adapted = load_adapter(checkpoint, dtype=dtype, trainable=True, quantize=quantize, device=device)
-            return adapted.to(device)
-    if quantize:
-        with gpu_failures("loading the model"):
-            return add_adapter(load_quantized(checkpoint, device), options, base=source.model, seed=seed)
-    return add_adapter(load_model(checkpoint, dtype=dtype), options, base=source.model, seed=seed)
 
 
 def _trainer(

@@ -217,6 +217,8 @@ def _decides(
         read += keys["eval"]["task_data"].values()
     if job.recipe.chat_template is not None:
         read.append(job.recipe.chat_template)
+    if job.command == "fft" and job.recipe.fft.support is not None:
+        read.append(job.recipe.fft.support)
     patterns = {source.path: source for source in sources if is_pattern(source)}
     for path in read:
         if path not in files:

@@ -11,7 +11,10 @@ from mftctl.evaluation.score_choice import check_score
 from mftctl.evaluation.suite import check_suite
 from mftctl.experiments.jobs import Job
 from mftctl.files.json_files import read_json_object
+from mftctl.masking.checkpoints.load_weights import whole_checkpoint
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.checkpoints.mask_support import check_support
+from mftctl.masking.hub_masks import local_mask
 from mftctl.masking.targets import layer_groups, parse_layers
 from mftctl.runtime.devices import best_device, find_device
 from mftctl.training.updates.optimizers import check_memory_options
@@ -72,17 +75,37 @@ def _interpolation_problems(job: Job) -> Iterator[str]:
 
 
 def _is_adapter(job: Job | None) -> bool:
-    """Checks whether a job writes a LoRA adapter."""
+    """Checks whether a job writes an adapter."""
     if job is None or job.command != "fft":
         return False
-    return job.recipe.fft.method == "lora" and not job.recipe.fft.merge
+    return job.recipe.fft.trains_adapter and not job.recipe.fft.merge
 
 
 def _fft_problem(job: Job, layer_count: int | None) -> str | None:
     options, task_data = job.recipe.fft, job.recipe.eval.task_data
-    return _message(lambda: check_memory_options(options, best_device())) or _message(
-        lambda: check_score(options.best_by, task_data, "fft.best_by")
+    return (
+        _message(lambda: check_memory_options(options, best_device()))
+        or _message(lambda: check_score(options.best_by, task_data, "fft.best_by"))
+        or _message(lambda: _check_adapter(job))
     )
+
+
+def _check_adapter(job: Job) -> None:
+    """Checks what an adapter is to continue, and the mask whose kept weights it is to train.
+
+    Raises:
+        MftError: One of them does not fit.
+    """
+    options, before = job.recipe.fft, job.after
+    if before is not None and _is_adapter(before) and options.trains_adapter:
+        method = before.recipe.fft.method
+        if method != options.method:
+            raise ConfigError(
+                f"{before.name} writes an adapter of another method.", expected=method, actual=options.method
+            )
+    if options.support is not None:
+        checkpoint = resolve_checkpoint(job.recipe.model or "", job.recipe.revision, adapters=True)
+        check_support(local_mask(options.support), whole_checkpoint(checkpoint))
 
 
 def _eval_problem(job: Job, layer_count: int | None) -> str | None:

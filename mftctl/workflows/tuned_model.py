@@ -23,12 +23,11 @@ from mftctl.files.ownership import Kind, permit_folder, write_marker
 from mftctl.masking.checkpoints.carried_parts import carry_over, parts_left_out
 from mftctl.masking.checkpoints.load_weights import quiet_transformers, stored_dtype, whole_checkpoint
 from mftctl.masking.checkpoints.locate import is_adapter
-from mftctl.runtime.devices import frozen_dtype
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.tuned_card import write_tuned_card
 
 if TYPE_CHECKING:
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,8 +87,8 @@ def save_trained(
     if model is None:
         return SavedModel(Path(run.record.output or run.folder / "model"))
     state = fine_tuned_state(source.state, options)
-    if options.method == "lora":
-        beside = _lora_files(cast("PeftModel", model), inputs, options)
+    if options.trains_adapter:
+        beside = _adapter_files(cast("PeftModel", model), inputs, options)
     else:
         beside = {"README.md": write_tuned_card(state, base=source.model, template=inputs.template_text())}
     finished = _finished(model, inputs.checkpoint, options)
@@ -168,12 +167,15 @@ def _save(
 
 
 def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: FftOptions) -> PreTrainedModel | PeftModel:
-    """The model to write, in the requested dtype; for LoRA only the adapter, unless the merged model is requested."""
+    """The model to write, in the requested dtype; of an adapter only itself, unless the merged model is requested."""
     dtype = _DTYPES.get(options.save_dtype) or stored_dtype(checkpoint)
-    if options.method == "lora":
+    if options.trains_adapter:
         if not options.merge:
+            from mftctl.masking.checkpoints.sparse_adapters import pad_for_peft
+
+            pad_for_peft(cast("PeftModel", model))
             return model
-        from mftctl.training.updates.lora import merge_adapter
+        from mftctl.training.updates.adapters import merge_adapter
 
         model = merge_adapter(cast("PeftModel", model), dtype)
     whole = cast("PreTrainedModel", model)
@@ -183,16 +185,18 @@ def _finished(model: PreTrainedModel | PeftModel, checkpoint: Path, options: Fft
     return whole
 
 
-def _lora_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -> dict[str, str]:
-    """Text files written with LoRA weights: a model card, and for an adapter how its base was quantised."""
+def _adapter_files(model: PeftModel, inputs: TrainingInputs, options: FftOptions) -> dict[str, str]:
+    """Text files written along: a model card and, with an adapter of a quantised base, how that was quantised."""
     from mftctl.masking.checkpoints.quantization import QUANTIZATION, QUANTIZED_FILE, has_quantized_base
-    from mftctl.training.tuned_card import write_lora_card
+    from mftctl.training.adapter_card import write_adapter_card
 
     checkpoint = inputs.checkpoint
     quantized = options.quantize is not None or (is_adapter(checkpoint) and has_quantized_base(checkpoint))
-    held = "nf4 with double quantisation, computing in bf16" if quantized else str(frozen_dtype(options.precision))[6:]
-    card = write_lora_card(
-        cast("LoraConfig", model.peft_config["default"]),
+    held = "nf4 with double quantisation, computing in bf16" if quantized else str(model.get_base_model().dtype)[6:]
+    card = write_adapter_card(
+        model.peft_config["default"],
+        trained=sum(item.numel() for item in model.parameters() if item.requires_grad),
+        mask=options.support,
         merged=options.merge,
         held=held,
         quantized=quantized,

@@ -17,7 +17,11 @@ from mftctl.experiments.controls import jobs_with_controls
 from mftctl.experiments.jobs import Job
 from mftctl.experiments.recipe import Command, Recipe
 from mftctl.masking.checkpoints.check import check_lengths
+from mftctl.masking.checkpoints.load_weights import whole_checkpoint
+from mftctl.masking.checkpoints.locate import local_folder
+from mftctl.masking.checkpoints.mask_support import check_support
 from mftctl.masking.checkpoints.remote_code import trusting_code
+from mftctl.masking.hub_masks import local_mask
 from mftctl.workflows.planning.mask_sizes import MaskEstimate
 from mftctl.workflows.planning.memory import resident_bytes
 from mftctl.workflows.planning.model_check import CheckedModel, ModelSummary, check_model
@@ -200,6 +204,7 @@ def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> Planne
     stage = PlannedStage(job.name, job.command, of)
     with problems.collecting(job.name):
         if job.command in TRAINING_COMMANDS:
+            _check_support(job)
             stage = estimates.training(job)
             if job.command == "probe":
                 check_kind(job.recipe)
@@ -210,6 +215,14 @@ def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> Planne
             _check_suite(job.recipe, problems, job.name)
             estimates.evaluation(job)
     return stage
+
+
+def _check_support(job: Job) -> None:
+    """Checks the mask whose kept weights an adapter is to train against a model on this machine."""
+    if job.command == "fft" and job.recipe.fft.support is not None:
+        folder = local_folder(job.recipe.model or "")
+        if folder is not None:
+            check_support(local_mask(job.recipe.fft.support), whole_checkpoint(folder))
 
 
 def _check_suite(recipe: Recipe, problems: ProblemList, where: str) -> None:

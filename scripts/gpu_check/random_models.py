@@ -19,7 +19,7 @@ from mftctl.training import loop
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.score_trainer import ScoreTrainer
 from mftctl.training.update_trainer import UpdateTrainer
-from mftctl.workflows import fft
+from mftctl.workflows import adapted_model, fft
 from scripts.gpu_check.measuring import DEVICE
 from scripts.gpu_check.scale import Scale, Shape
 
@@ -79,6 +79,7 @@ def in_place_of_checkpoints(shape: Shape, *, emulated: bool) -> Iterator[None]:
 
     with (
         mock.patch.object(fft, "load_model", load),
+        mock.patch.object(adapted_model, "load_model", load),
         mock.patch.object(loop.SftTrainer, "_save_checkpoint", _nothing),
         mock.patch.object(ScoreTrainer, "_load_best_model", _nothing),
         mock.patch.object(UpdateTrainer, "_load_best_model", _nothing),

@@ -129,6 +129,36 @@ def test_lora_that_is_not_merged_is_evaluated_as_it_is(here: CommandLine, worksp
 
 
 @pytest.mark.slow
+def test_90_super_tuning_on_the_weights_that_a_drop_keeps(here: CommandLine, workspace: Path) -> None:
+    """Uses the model and the fft run of the tests above."""
+    tuned, data = "runs/001-fft/model", ("-d", workspace / "train.jsonl", "--val-data", workspace / "val.jsonl")
+    drop = ("--base", workspace / "tiny", "--method", "drop", "--ratio", 0.95)
+    assert here("mask-train", "-m", tuned, *drop, "-o", "most.bits", "--runs", "sparse").code == 0
+    options = (*data, *FFT, "--method", "supertuning", "--support", "most.bits", "--runs", "sparse")
+    outcome = here("fft", "-m", workspace / "tiny", *options, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert "are not trained, since peft adapts individual weights only in linear layers" in outcome.stderr
+    assert "Sparse invariant" not in outcome.stderr
+    assert json.loads(outcome.stdout)["state"] == "Super-Tuning on a mask"
+    measured = here("eval", "-d", workspace / "test.jsonl", "--no-generate", "--runs", "sparse", "--json")
+    assert measured.code == 0, measured.stderr
+    states = [item["state"] for item in json.loads(measured.stdout)["evaluations"]]
+    assert states == ["pre-trained", "Super-Tuning on a mask"]
+    answered = here("generate", "-p", "1+2?", "--max-new-tokens", 4, "--runs", "sparse")
+    assert answered.code == 0, answered.stderr
+    assert "answering Super-Tuning on a mask" in answered.stderr
+    again = here("fft", *data, *FFT, "--runs", "sparse", "--json")
+    assert again.code == 0, again.stderr
+    assert json.loads(again.stdout)["state"] == "continued Super-Tuning on a mask"
+    shira = here("fft", "-m", workspace / "tiny", *data, *FFT, "--method", "shira", "--support", "most.bits")
+    assert shira.code == 1
+    assert "--method supertuning" in shira.stderr
+    full = here("fft", "-m", workspace / "tiny", *data, *FFT, "--support", "most.bits")
+    assert full.code == 2
+    assert "applies only to the methods shira and supertuning" in full.stderr
+
+
+@pytest.mark.slow
 def test_91_a_learned_delta_mask(here: CommandLine, workspace: Path) -> None:
     learn = ("--kind", "delta", "--max-steps", 4, "--val-steps", 2, "--batch-size", 4, "--layers", "all")
     outcome = here("mask-train", *learn, "-o", "delta.bits", "--json")

@@ -221,6 +221,9 @@ def test_newest_source_is_of_the_newest_run_of_any_of_the_commands(root: Path) -
     [
         ({}, FFT),
         ({"method": "lora"}, "LoRA"),
+        ({"method": "shira"}, "SHiRA"),
+        ({"method": "supertuning"}, "Super-Tuning"),
+        ({"method": "supertuning", "support": "mask.bits"}, "Super-Tuning on a mask"),
         ({"method": "gmt"}, "GMT"),
         ({"method": "gmt", "scope": "global"}, "GMT global"),
         ({"method": "random"}, "random update"),
@@ -308,6 +311,7 @@ def test_ancestry_with_a_missing_run_is_a_run_error(root: Path) -> None:
     [
         ({"learning_rate": 3e-4}, 3e-4),
         ({"learning_rate": 1e-3, "method": "lora"}, FftOptions().learning_rate),
+        ({"learning_rate": 1e-3, "method": "shira"}, FftOptions().learning_rate),
         ({}, 2e-5),
     ],
     ids=str,

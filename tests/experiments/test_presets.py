@@ -4,7 +4,13 @@ from typing import Any
 
 import pytest
 
-from mftctl.experiments.presets import DEFAULT_PATIENCE, DEFAULT_RATIO, DEFAULT_UPDATE_RATIO, SETTLED
+from mftctl.experiments.presets import (
+    DEFAULT_FROZEN_RATIO,
+    DEFAULT_PATIENCE,
+    DEFAULT_RATIO,
+    DEFAULT_UPDATE_RATIO,
+    SETTLED,
+)
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.recipe_files import parse_recipe, with_changes
 from mftctl.experiments.run_config import as_given, to_document
@@ -63,6 +69,14 @@ def test_a_method_that_chooses_no_weights_has_no_ratio() -> None:
     assert ratios == {"gmt": DEFAULT_UPDATE_RATIO, "random": DEFAULT_UPDATE_RATIO, "hft": None, "full": None}
     chosen = with_changes(parse_recipe({"fft": {"method": "gmt"}}), {"fft.method": "full"})
     assert chosen.fft.ratio is None
+
+
+def test_super_tuning_freezes_most_weights_unless_a_mask_chooses_them() -> None:
+    recipe = parse_recipe({"fft": {"method": "supertuning"}})
+    assert recipe.fft.ratio == DEFAULT_FROZEN_RATIO
+    supported = with_changes(recipe, {"fft.support": "mask.bits"})
+    assert supported.fft.ratio is None
+    assert parse_recipe(as_given(to_document(supported))).fft == supported.fft
 
 
 def test_a_method_without_training_keeps_no_last_mask() -> None:

@@ -284,6 +284,26 @@ def test_exclusions_need_a_method_that_selects_entries(method: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"support": "m.bits"}, "fft.support applies only to the methods shira and supertuning; the method is full"),
+        (
+            {"method": "supertuning", "support": "m.bits", "ratio": 0.9},
+            "give either fft.ratio or fft.support, whose mask decides how many weights are trained",
+        ),
+        (
+            {"method": "shira", "ratio": 0.9},
+            "fft.ratio applies only to the methods gmt, random and supertuning; the method is shira",
+        ),
+    ],
+)
+def test_options_of_adapters_that_do_not_go_together(options: dict[str, object], problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(options={f"fft.{key}": value for key, value in options.items()})
+    assert caught.value.problems == (f"fft: {problem}",)
+
+
 @pytest.mark.parametrize("method", ["learned", "random", "drop"])
 def test_rows_are_for_the_magnitude_mask(method: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -28,15 +28,17 @@ def test_a_state_is_found_by_its_own_label(state: State) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["pre-trained", FFT])
-@pytest.mark.parametrize("method", ["full", "lora", "gmt", "hft", "random"])
+@pytest.mark.parametrize("method", ["full", "lora", "gmt", "hft", "random", "shira", "supertuning"])
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 @pytest.mark.parametrize("exclude", [(), ("head",), ("head", "embeddings")])
 def test_every_fine_tuning_is_a_known_state(source: str, method: str, scope: str, exclude: tuple[str, ...]) -> None:
     chosen = exclude if method in ("gmt", "random") else ()
-    options = FftOptions.model_validate({"method": method, "scope": scope, "exclude": chosen})
+    support = {"support": "mask.bits"} if method in ("shira", "supertuning") and exclude else {}
+    options = FftOptions.model_validate({"method": method, "scope": scope, "exclude": chosen, **support})
     state = known_state(fine_tuned_state(source, options))
     assert state is not None
     assert (state.is_continued, state.is_global) == (source == FFT, scope == "global")
+    assert state.has_support == bool(support)
     assert state.excluded == tuple(sorted(chosen))
     assert state.is_update == (method in ("gmt", "hft", "random"))
 

@@ -52,7 +52,7 @@ def used_gpus() -> set[int]:
 def gpu_of(tensor: torch.Tensor) -> int | None:
     """Index of a tensor's emulated GPU; None on the CPU."""
     with torch._C.DisableTorchFunction():
-        return None if tensor.is_meta else getattr(tensor.untyped_storage(), "gpu", None)
+        return None if tensor.is_meta else getattr(tensors_in(tensor)[-1].untyped_storage(), "gpu", None)
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
@@ -61,9 +61,13 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
-    """The tensors in nested arguments or results of an operation."""
+    """The tensors with storage in nested arguments or results of an operation: of a sparse one, its two parts."""
     if isinstance(values, torch.Tensor):
-        return [values]
+        with torch._C.DisableTorchFunction():
+            if values.layout != torch.sparse_coo:
+                return [values]
+            with _disable_current_modes():
+                return [values._indices(), values._values()]
     if isinstance(values, dict):
         values = values.values()
     elif not isinstance(values, tuple | list):

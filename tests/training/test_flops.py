@@ -7,11 +7,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from mftctl.experiments.training_options import FftOptions
 from mftctl.masking.layers import attach_masks, initial_scores
 from mftctl.masking.rule import MaskRule
 from mftctl.masking.targets import find_targets
 from mftctl.training.flops import flops_per_token
+from mftctl.training.updates.adapters import add_adapter
 from tests.conftest import build_llama
+from tests.masking.architectures import build
 
 TOKENS = 12
 
@@ -60,6 +63,29 @@ def test_an_adapter_is_counted_in_addition_to_the_frozen_weights() -> None:
     own = sum(item.numel() for name, item in model.named_parameters() if "lora_" in name)
     layers = sum(item.numel() for name, item in model.named_parameters() if item.dim() == 2 and ".layers." in name)
     assert flops_per_token(model) == 4 * (frozen + layers) + 2 * own
+
+
+@pytest.mark.parametrize("method", ["shira", "supertuning"])
+def test_changes_of_individual_weights_need_the_gradient_of_all(method: str) -> None:
+    options = FftOptions.model_validate({"method": method, "lora_rank": 2, "ratio": 0.9 if method != "shira" else None})
+    model = add_adapter(build_llama(attn_implementation="eager"), options, base="llama", seed=0)
+    # In the lowest layer, nothing needs the gradient of the input of q, k and v.
+    attention = model.get_base_model().model.layers[0].self_attn
+    spared = 2 * sum(getattr(attention, name).weight.numel() for name in ("q_proj", "k_proj", "v_proj"))
+    assert flops_per_token(model) - spared == counted(model)
+
+
+def test_an_adapter_of_experts_needs_the_gradient_of_those_of_a_token() -> None:
+    model = build("mixtral")
+    frozen = flops_per_token(model)
+    experts = sum(item.numel() for item in model.parameters() if item.dim() == 3)
+    options = {"method": "lora", "lora_rank": 2}
+    found = []
+    for chosen in (False, True):
+        options_now = FftOptions.model_validate({**options, "lora_experts": chosen})
+        found.append(flops_per_token(add_adapter(build("mixtral"), options_now, base="mixtral", seed=0)))
+    assert found[1] - found[0] == 2 * experts // 2  # of four experts, a token is routed to two
+    assert found[1] < frozen * 1.1
 
 
 def test_only_the_experts_of_a_token_count() -> None:

@@ -171,12 +171,17 @@ def test_parameters_have_independent_noise_even_when_stepped_one_at_a_time() -> 
     ("options", "words"),
     [
         ({"low_memory": True, "method": "lora"}, "fft.low_memory applies only to trained weights; lora freezes them"),
+        ({"low_memory": True, "method": "shira"}, "fft.low_memory applies only to trained weights; shira freezes them"),
         ({"low_memory": True, "optimizer": "sgd"}, "fft.low_memory needs the optimizer adamw"),
         ({"low_memory": True, "optimizer": "adamw_8bit"}, "the optimizer is adamw_8bit"),
         ({"low_memory": True, "precision": "fp32"}, "fft.low_memory needs bf16; the precision is fp32"),
         ({"optimizer": "adamw_8bit", "method": "gmt"}, "keeps one scale per 256 moments"),
         ({"optimizer": "paged_adamw_8bit", "method": "random"}, "keeps one scale per 256 moments"),
         ({"quantize": "nf4"}, "fft.quantize applies only to the method lora; the method is full"),
+        (
+            {"quantize": "nf4", "method": "supertuning"},
+            "fft.quantize applies only to the method lora; the method is supertuning",
+        ),
     ],
 )
 def test_incompatible_options(options: dict[str, Any], words: str) -> None:
@@ -252,6 +257,9 @@ def test_adamw_is_fused_on_a_gpu(workspace: Path, tmp_path: Path, optimizers_mad
         ),
         ({"method": "lora"}, ["--quantize nf4"]),
         ({"method": "lora", "quantize": "nf4"}, []),
+        ({"method": "lora", "lora_experts": True}, []),
+        ({"method": "shira"}, ["--method lora", "--method lora --quantize nf4"]),
+        ({"method": "supertuning", "support": "mask.bits"}, []),
     ],
 )
 def test_memory_saving_options_are_compatible_with_those_in_use(options: dict[str, Any], expected: list[str]) -> None:

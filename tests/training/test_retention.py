@@ -189,9 +189,10 @@ def test_without_a_weight_the_loss_is_only_measured(workspace: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "gmt", "lora"])
+@pytest.mark.parametrize("method", ["full", "gmt", "lora", "supertuning"])
 def test_a_larger_weight_keeps_the_model_closer(workspace: Path, tmp_path: Path, other: Path, method: str) -> None:
-    settings = {"fft__method": method, "fft__keep": "last", "fft__learning_rate": 3e-2 if method == "lora" else 3e-3}
+    rate = 3e-2 if method in ("lora", "supertuning") else 3e-3
+    settings = {"fft__method": method, "fft__keep": "last", "fft__learning_rate": rate}
 
     def divergences(weight: float) -> list[float]:
         run = tune(workspace, tmp_path / str(weight), other, **settings, fft__retain_weight=weight)

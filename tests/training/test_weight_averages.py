@@ -122,8 +122,14 @@ def stored(run: Run) -> dict[str, torch.Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"fft__low_memory": True}, {"fft__method": "lora", "fft__merge": True}, {"fft__keep": "last"}],
-    ids=["full", "low memory", "lora", "last"],
+    [
+        {},
+        {"fft__low_memory": True},
+        {"fft__method": "lora", "fft__merge": True},
+        {"fft__method": "shira", "fft__lora_rank": 2, "fft__merge": True},
+        {"fft__keep": "last"},
+    ],
+    ids=["full", "low memory", "lora", "shira", "last"],
 )
 def test_a_resumed_training_keeps_the_identical_average(
     workspace: Path, tmp_path: Path, changes: dict[str, Any]

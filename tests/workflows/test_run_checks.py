@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mftctl.errors import ConfigError, ModelError
 from mftctl.experiments.jobs import spell_out
 from mftctl.experiments.run_folder import list_runs
+from mftctl.masking.mask import save_mask
 from mftctl.progress import Silence
 from mftctl.workflows.run import plan_experiment, run_experiment
 from mftctl.workflows.run_checks import check_jobs
+from tests.masking.mask_files import build_mask
 from tests.workflow_fixtures import make_recipe
 
 FFT: dict[str, Any] = {"command": "fft"}
@@ -88,6 +91,26 @@ def test_a_mask_on_an_adapter(workspace: Path) -> None:
     )
     merged = {"command": "fft", "set": {"fft.method": "lora", "fft.merge": True}}
     check_jobs(spell_out(make_recipe(workspace, stages={"lora": merged, "mft": mask})))
+
+
+def test_an_adapter_of_another_method(workspace: Path) -> None:
+    shira = {"command": "fft", "set": {"fft.method": "shira", "fft.lora_rank": 2}}
+    lora = {"command": "fft", "after": "shira", "set": {"fft.method": "lora"}}
+    assert problems_of(workspace, {"shira": shira, "lora": lora}) == (
+        "lora: shira writes an adapter of another method. Expected shira, got lora.",
+    )
+    check_jobs(spell_out(make_recipe(workspace, stages={"shira": shira, "again": {**shira, "after": "shira"}})))
+
+
+def test_a_support_that_does_not_fit(workspace: Path, tmp_path: Path) -> None:
+    options = {"fft.method": "supertuning", "fft.support": str(tmp_path / "mask.bits")}
+    stages = {"sparse": {"command": "fft", "set": options}}
+    assert "cannot be read" in problems_of(workspace, stages)[0]
+    keep = torch.ones(4, 4, dtype=torch.bool)
+    save_mask(build_mask(**{"model.layers.0.mlp.up_proj.weight": keep}), tmp_path / "mask.bits")
+    assert problems_of(workspace, stages) == (
+        "sparse: A masked tensor has another shape. Expected (4, 4), got (64, 32).",
+    )
 
 
 def test_an_interpolation_without_its_base(workspace: Path) -> None:

@@ -1,9 +1,10 @@
-"""LoRA adapters in a folder, loaded through peft."""
+"""Adapters in a folder (LoRA, SHiRA and Super-Tuning), loaded through peft."""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any, Final
 
 import torch
 from peft import PeftModel
@@ -18,7 +19,11 @@ from mftctl.masking.checkpoints.quantization import (
     has_quantized_base,
     load_quantized,
 )
+from mftctl.masking.checkpoints.sparse_adapters import check_positions, require_positions, trim_padding
 from mftctl.runtime.devices import record_attention
+
+METHODS: Final = {"LORA": "lora", "SHIRA": "shira", "SUPERTUNING": "supertuning"}
+"""Training method by the `peft_type` of an adapter."""
 
 _LONGEST_SHOWN = 200
 
@@ -46,7 +51,7 @@ def load_adapter(
         ModelError: The base cannot be found, or peft cannot load the adapter.
     """
     base = adapter_base(folder)
-    _require_plain_adapter(folder)
+    require_positions(folder, _plain_settings(folder))
     checkpoint = resolve_checkpoint(base)
     settings = attention_settings(checkpoint, dtype)
     if quantize or has_quantized_base(folder):
@@ -63,7 +68,7 @@ def load_adapter(
             # Weights that peft does not find keep their initial values: without effect, or random.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             # By default, peft would move the adapter to any available GPU.
-            return PeftModel.from_pretrained(
+            adapted = PeftModel.from_pretrained(
                 model, str(folder), is_trainable=trainable, torch_device=str(model.device if quantize else "cpu")
             )
     except UserWarning as error:
@@ -74,18 +79,32 @@ def load_adapter(
             actual=str(error),
             hint="download or save the adapter again",
         ) from error
+    check_positions(adapted, folder)
+    if trainable:
+        trim_padding(adapted)
+    return adapted
 
 
-def _require_plain_adapter(folder: Path) -> None:
-    """Checks that peft can load an adapter without a pickle and without imports that its configuration names."""
+def adapter_method(folder: Path) -> str:
+    """The method that trained the adapter in a folder, as `fft --method` calls it.
+
+    Raises:
+        ModelError: The adapter cannot be loaded safely, or is of another type.
+    """
+    return METHODS[_plain_settings(folder)["peft_type"]]
+
+
+def _plain_settings(folder: Path) -> dict[str, Any]:
+    """The configuration of an adapter that peft can load without a pickle and without imports that it names."""
     settings = _adapter_settings(folder)
-    if settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str) or kind not in METHODS or settings.get("megatron_config"):
         raise ModelError(
             "This type of adapter is not supported.",
             path=folder / ADAPTER_FILE,
             key="peft_type",
-            expected="LORA, without Megatron",
-            actual=repr(settings.get("peft_type"))[:_LONGEST_SHOWN],
+            expected=f"{', '.join(METHODS)}, without Megatron",
+            actual=repr(kind)[:_LONGEST_SHOWN],
         )
     if not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         pickled = (folder / WEIGHTS_NAME).is_file()
@@ -98,3 +117,4 @@ def _require_plain_adapter(folder: Path) -> None:
             actual=WEIGHTS_NAME if pickled else "no such file",
             hint="save the adapter again as safetensors",
         )
+    return settings

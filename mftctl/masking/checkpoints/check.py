@@ -45,7 +45,7 @@ def check_checkpoint(folder: Path, tokenizer: PreTrainedTokenizerBase | None = N
     """Checks a checkpoint, reading only the headers of its files, and returns facts about it.
 
     Args:
-        folder: Contains `config.json` and safetensors; for a LoRA adapter, its base is checked.
+        folder: Contains `config.json` and safetensors; for an adapter, its base is checked.
         tokenizer: The model's tokenizer.
 
     Raises:

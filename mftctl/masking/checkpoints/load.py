@@ -31,7 +31,7 @@ def load_model(
     """The causal language model in a checkpoint folder, in evaluation mode.
 
     Args:
-        folder: Contains `config.json` and safetensors, or a LoRA adapter, which is merged in memory.
+        folder: Contains `config.json` and safetensors, or an adapter, which is merged in memory.
         dtype: Dtype of the weights in memory; `auto` keeps the checkpoint's.
         device: Device to load onto; by default the device in use.
         device_map: GPU of each part of the model, by its path, instead of one device; not for adapters.
@@ -74,7 +74,7 @@ def _load(folder: Path, dtype: torch.dtype | str, device: torch.device, places: 
         from mftctl.masking.checkpoints.adapters import load_adapter
 
         merged: PreTrainedModel = load_adapter(folder, dtype=dtype, device=device).merge_and_unload()
-        return merged
+        return merged.requires_grad_(True)  # peft froze the base
     settings = attention_settings(folder, dtype)
     model = load_weights(folder, dtype=dtype, device_map=dict(places) or None, **settings)
     record_attention(model)

@@ -32,7 +32,7 @@ def resolve_checkpoint(model: str, revision: str | None = None, *, adapters: boo
         model: A local folder, the built-in name "quickstart", or a model on the Hugging Face Hub, which is downloaded
             unless it is in the local cache.
         revision: Branch, tag or commit on the hub; ignored for the other two.
-        adapters: Whether a local folder with a LoRA adapter is accepted too.
+        adapters: Whether a local folder with an adapter is accepted too.
 
     Raises:
         ModelError: It is none of the three, or its folder lacks `config.json` or safetensors weights.
@@ -65,7 +65,7 @@ def local_folder(model: str) -> Path | None:
 
 
 def is_adapter(folder: Path) -> bool:
-    """True if a folder holds a LoRA adapter and not a whole model."""
+    """True if a folder holds an adapter and not a whole model."""
     return (folder / ADAPTER_FILE).is_file() and not (folder / "config.json").is_file()
 
 
@@ -88,7 +88,7 @@ def _download(model: str, revision: str | None) -> Path:
 def _checked(folder: Path, model: str) -> Path:
     if is_adapter(folder):
         raise ModelError(
-            "The folder holds a LoRA adapter, but a whole model is needed.",
+            "The folder holds an adapter, but a whole model is needed.",
             path=folder,
             expected="config.json next to the weights",
             hint="train it with --merge, or write the merged model with peft",

@@ -31,6 +31,31 @@ def masked_tensors(mask: Mask, folder: Path, role: Role) -> dict[str, StoredTens
     return {name: _require_form(name, record, index, mask, folder, role) for name, record in mask.records.items()}
 
 
+def require_shapes(mask: Mask, folder: Path) -> None:
+    """Checks that a checkpoint has every masked tensor in the mask's shape, in any dtype and with any values.
+
+    Args:
+        mask: The mask.
+        folder: A checkpoint. If it has no output head, its input embeddings take the head's place.
+
+    Raises:
+        MaskMismatchError: A tensor is missing or has another shape.
+        ModelError: The checkpoint cannot be read.
+    """
+    index = tensor_index(folder)
+    for name, record in mask.records.items():
+        stored = counterpart(name, index)
+        if stored is None or stored.shape != record.shape:
+            raise MaskMismatchError(
+                "The model lacks a masked tensor." if stored is None else "A masked tensor has another shape.",
+                path=folder,
+                key=name,
+                expected=record.shape,
+                actual=None if stored is None else stored.shape,
+                hint=f"a mask for this model; this one was made for {label_of(mask, 'base')}",
+            )
+
+
 def require_digest(actual: str, stored: StoredTensor, name: str, mask: Mask, role: Role) -> None:
     """Checks that a tensor has the digest in a delta mask's record.
 

@@ -94,7 +94,9 @@ class AllocationMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         for made in result if isinstance(result, tuple | list) else (result,):
             if isinstance(made, torch.Tensor):
-                self._watch(made.untyped_storage())
+                parts = (made._indices(), made._values()) if made.layout == torch.sparse_coo else (made,)
+                for part in parts:
+                    self._watch(part.untyped_storage())
         return result
 
     def mark_gradient(self, parameter: torch.Tensor) -> None:

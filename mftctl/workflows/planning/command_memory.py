@@ -88,7 +88,7 @@ class CommandMemory:
     def plan(self, recipe: Recipe) -> TrainingPlan:
         """The training plan of the command."""
         if self.command == "fft":
-            return plan_fine_tuning(recipe.fft, self.seed, self.device)
+            return plan_fine_tuning(recipe.fft, self.seed, self.device, getattr(self.config, "dtype", None))
         layers = self.masked_layers(recipe)
         if self.command == "probe" and recipe.probe.fast:
             return plan_fast_probe(recipe.mask_train, layers, self.device)

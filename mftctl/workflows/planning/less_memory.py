@@ -57,15 +57,15 @@ def probing_with_less_memory(options: MaskTrainOptions) -> list[str]:
 def _fine_tuning_with_less_memory(options: FftOptions) -> list[str]:
     """Returns such options for fine-tuning: those that keep the method first, and only compatible ones."""
     if options.method == "lora":
-        return [] if options.quantize else ["--quantize nf4"]
+        return [] if options.quantize or options.lora_experts else ["--quantize nf4"]
     found = []
-    if options.optimizer == "adamw":
+    if options.optimizer == "adamw" and not options.trains_adapter:
         if not options.low_memory and options.precision != "fp32":
             found.append("--low-memory")
         keeps_entries = options.method in ("gmt", "random") and options.unselected == "unchanged"
         if not options.low_memory and not keeps_entries:
             found.append("--optimizer adamw_8bit")
-    if "ratio" in options.given():  # not available for an adapter
+    if options.support is not None or "ratio" in options.given():  # not available for LoRA
         return found
     adapter = "--no-low-memory --method lora" if options.low_memory else "--method lora"
     return [*found, adapter, f"{adapter} --quantize nf4"]

@@ -111,7 +111,7 @@ def check_model(recipe: Recipe, problems: ProblemList) -> CheckedModel | None:
 
 
 def _base_of(model: str) -> str:
-    """The model itself, or the base model of a LoRA adapter, which has the same shapes."""
+    """The model itself, or the base model of an adapter, which has the same shapes."""
     folder = Path(model).expanduser()
     if not is_adapter(folder):
         return model

@@ -194,7 +194,7 @@ def _methods(options: FftOptions) -> list[Change]:
     """Lower precision for the trained parameters, then different methods."""
     found = []
     if options.method != "lora":
-        if not options.low_memory and options.optimizer == "adamw":
+        if not options.trains_adapter and not options.low_memory and options.optimizer == "adamw":
             found.append(Change("--low-memory", {"fft.low_memory": True}))
             found.append(Change("--optimizer adamw_8bit", {"fft.optimizer": "adamw_8bit"}))
         plain: dict[str, Any] = {"fft.method": "lora"}

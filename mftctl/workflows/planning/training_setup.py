@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.masking.device_selection import selection_workspace_bytes
+from mftctl.masking.hub_masks import local_mask
 from mftctl.masking.layers import attach_masks, keep_no_products, masked_layers
 from mftctl.masking.rule import MaskRule
 from mftctl.masking.selection import Cut, rank
@@ -61,31 +62,37 @@ class TrainingPlan:
     retains: bool = False
 
 
-def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | None = None) -> TrainingPlan:
+def plan_fine_tuning(
+    options: FftOptions, seed: int, device: PlannedDevice | None = None, stored: torch.dtype | None = None
+) -> TrainingPlan:
     """Returns the plan of the `fft` command.
 
     Args:
         options: The recipe's `fft` section.
         seed: Seed, which determines what HFT freezes.
         device: The device; this machine's by default.
+        stored: Dtype of the checkpoint, if known.
     """
     device = device or this_device()
 
     def prepare(model: PreTrainedModel) -> None:
         if options.method == "hft":
             freeze_half(model, seed)
-        elif options.method == "lora":
-            from mftctl.training.updates.lora import add_adapter
+        elif options.trains_adapter:
+            from mftctl.training.updates.adapters import plan_adapter
 
-            add_adapter(model, options, base=model.config.model_type, seed=seed)
+            plan_adapter(model, options, None if options.support is None else local_mask(options.support))
 
-    bf16, is_lora = device.uses_bf16(options.precision), options.method == "lora"
-    # bf16 is used for all weights with low_memory, and for LoRA's base if it computes in bf16, unless quantised.
-    narrow = options.low_memory or (is_lora and bf16 and options.quantize is None)
+    bf16, holds_bf16 = device.uses_bf16(options.precision), stored == torch.bfloat16 or not options.trains_positions
+    # bf16 is used for all weights with low_memory, and for an adapter's base if it computes in bf16, unless quantised.
+    narrow = options.low_memory or (options.trains_adapter and bf16 and options.quantize is None and holds_bf16)
     selects = options.method in ("gmt", "random")
     return TrainingPlan(
         prepare,
-        (options.method, options.lora_rank, options.lora_dropout, seed if options.method == "hft" else None),
+        (
+            *(options.method, options.lora_rank, options.lora_dropout, options.lora_experts),
+            *(options.ratio, options.support, seed if options.method == "hft" else None),
+        ),
         torch.bfloat16 if narrow else torch.float32,
         bf16 and not options.low_memory,
         *_repeats(options),
@@ -96,7 +103,7 @@ def plan_fine_tuning(options: FftOptions, seed: int, device: PlannedDevice | Non
         decays=options.weight_decay > 0,
         quantized=options.quantize is not None,
         averages=_averages(options, device),
-        reference_dtype=None if is_lora else _reference_dtype(options, device),
+        reference_dtype=None if options.trains_adapter else _reference_dtype(options, device),
         retains=options.retain_weight > 0,
     )
 

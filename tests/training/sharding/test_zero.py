@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mftctl.errors import ConfigError
+from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.training_options import FftOptions
-from mftctl.progress import Silence
 from mftctl.training.sharding.zero import check_plan
 from mftctl.training.updates.optimizers import check_memory_options
-from mftctl.workflows.fft import _trainable_model
+from mftctl.workflows.adapted_model import check_adapter
 
 
 def plugin(stage: int, *, fp16: bool = False) -> SimpleNamespace:
@@ -44,7 +44,7 @@ def test_a_scaled_loss() -> None:
 def test_lora(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{library}", "true")
     with pytest.raises(ConfigError, match="worth sharding") as caught:
-        _trainable_model(Path(), None, FftOptions(method="lora"), 0, Silence())  # type: ignore[arg-type]
+        check_adapter(FftOptions(method="lora"), Path(), RunInputs())
     assert caught.value.key == "fft.method"
 
 

@@ -26,6 +26,15 @@ def test_views_and_earlier_tensors_do_not_count() -> None:
         assert (meter.events, len(views)) == ([], 3)
 
 
+def test_a_sparse_tensor_counts_as_its_positions_and_values() -> None:
+    with AllocationMeter() as meter:
+        kept = torch.sparse_coo_tensor(
+            torch.zeros(2, 5, dtype=torch.int64), torch.zeros(5), (10, 10), check_invariants=False
+        )
+        assert add_up(meter.events).live_bytes == 2 * 5 * 8 + 5 * 4
+    assert kept.is_sparse
+
+
 def test_gradients_are_counted_separately() -> None:
     weight = torch.zeros(100, 50, requires_grad=True)
     with AllocationMeter([weight]) as meter:

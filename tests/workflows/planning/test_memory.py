@@ -159,6 +159,10 @@ def test_the_trained_weights_decide() -> None:
     # Rank-2 factors for 7 projections in 2 layers, with (inputs + outputs) numbers per rank.
     assert lora.gradients_bytes == 4 * 2 * 2 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))
     assert lora.weights_bytes == full.weights_bytes + lora.gradients_bytes
+    shira = _fft(method="shira", lora_rank=2)
+    assert shira.gradients_bytes == lora.gradients_bytes
+    assert shira.weights_bytes == full.weights_bytes + 2 * lora.gradients_bytes  # with the positions
+    assert shira.activations_bytes > lora.activations_bytes
     assert full.gradients_bytes * 0.3 < _fft(method="hft").gradients_bytes < full.gradients_bytes * 0.7
     assert _fft(method="gmt").step_bytes > full.step_bytes
 
@@ -209,6 +213,13 @@ def test_lora_computing_in_bf16_holds_its_base_in_bf16() -> None:
     adapter = plain.gradients_bytes
     assert narrow.gradients_bytes == adapter
     assert narrow.weights_bytes - adapter == pytest.approx((plain.weights_bytes - adapter) / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_sparse_adapter_holds_its_base_in_bf16_only_if_it_is_stored_so() -> None:
+    options = FftOptions(method="supertuning", precision="bf16")
+    plans = [plan_fine_tuning(options, 0, stored=dtype) for dtype in (torch.bfloat16, torch.float32, None)]
+    assert [plan.weights_dtype for plan in plans] == [torch.bfloat16, torch.float32, torch.float32]
 
 
 @pytest.mark.slow
