@@ -86,6 +86,8 @@ def _fft_problem(job: Job, layer_count: int | None) -> str | None:
 
 
 def _eval_problem(job: Job, layer_count: int | None) -> str | None:
+    if job.recipe.eval.engine == "openai":
+        return "a server cannot serve what an experiment is yet to make; measure it afterwards with mftctl eval"
     return _message(lambda: check_suite(job.recipe))
 
 
