@@ -39,6 +39,9 @@ _BEGIN_AND_END = 2
 _FORMS = tuple(Form(*chosen) for chosen in product((True, False), repeat=2))
 """From the most exact one."""
 
+_FEW_RETRIES = 1
+"""Of a first request: a mistyped URL is reported at once."""
+
 _STOPS = tuple(f"\n\n{number}###" for number in range(5))
 """One more than OpenAI's API takes."""
 
@@ -234,7 +237,7 @@ def _listed(connection: Connection) -> list[ServedModel]:
                 return None
             raise
 
-    page = connection.ask(models)
+    page = connection.ask(models, retries=_FEW_RETRIES)
     entries = page.model_dump(warnings=False).get("data") if isinstance(page, BaseModel) else None
     try:
         return [_Entry.model_validate(entry).served() for entry in entries or []]
@@ -252,7 +255,7 @@ def _understood(connection: Connection, model: ServedModel, tokenizer: PreTraine
     for form in _FORMS:
         body = question_body(_sample(tokenizer, "1 + 1 ="), form, model.name)
         try:
-            connection.ask(_completion(body), retries=1)
+            connection.ask(_completion(body), retries=_FEW_RETRIES)
         except ServerError as error:
             if not _is_refusal(error):
                 raise
