@@ -24,7 +24,7 @@ class Behaviour:
         models: The models that it lists; None if it keeps no list.
         context_tokens: The context length that it tells.
         takes_tokens: Whether it takes token ids.
-        takes_extensions: Whether it takes fields beyond OpenAI's, and more than four stop strings.
+        takes_extensions: Whether it takes fields beyond OpenAI's.
         echo: `full`, `refused`, or `ignored`.
         key: The API key that it asks for.
         failures: Statuses of the next completions; each is sent once.
@@ -138,8 +138,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(200, how.body)
         elif isinstance(body["prompt"], list) and not how.takes_tokens:
             self._refuse(422, "prompt must be a text")
-        elif not how.takes_extensions and (EXTENSIONS & set(body) or len(body.get("stop", ())) > 4):
-            self._refuse(400, "unknown field, or too many stops")
+        elif len(body.get("stop", ())) > 4 or (EXTENSIONS & set(body) and not how.takes_extensions):
+            self._refuse(400, "too many stops, or an unknown field")
         elif body.get("echo") and how.echo == "refused":
             self._refuse(400, "Only no echo is supported")
         else:

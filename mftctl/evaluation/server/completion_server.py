@@ -42,9 +42,6 @@ _FORMS = tuple(Form(*chosen) for chosen in product((True, False), repeat=2))
 _FEW_RETRIES = 1
 """Of a first request: a mistyped URL is reported at once."""
 
-_STOPS = tuple(f"\n\n{number}###" for number in range(5))
-"""One more than OpenAI's API takes."""
-
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
@@ -292,7 +289,7 @@ def _compare_tokens(server: CompletionServer, tokenizer: PreTrainedTokenizerBase
 
 def _sample(tokenizer: PreTrainedTokenizerBase, text: str) -> Question:
     token_ids = tokenizer(text)["input_ids"]
-    return Question(token_ids, text, stops=_STOPS, end_tokens=(), max_new_tokens=1)
+    return Question(token_ids, text, stops=(), end_tokens=(), max_new_tokens=1)
 
 
 def _sample_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -13,7 +13,7 @@ from mftctl.errors import EvaluationError, ServerError
 from mftctl.evaluation.server.failures import without_key
 
 _MOST_STOPS = 4
-"""OpenAI's API takes no more; answers are cut here at the others."""
+"""OpenAI's API and vLLM take no more; the caller cuts answers at all of them."""
 
 _ROUNDING = 1e-3
 """A log-likelihood of 0 may be rounded up."""
@@ -27,7 +27,7 @@ class Form:
 
     Attributes:
         takes_tokens: Prompts as token ids; otherwise as text, which the server tokenises itself.
-        is_extended: Fields that vLLM, SGLang and llama.cpp add to OpenAI's, and any number of stop strings.
+        is_extended: Fields that vLLM, SGLang and llama.cpp add to OpenAI's.
     """
 
     takes_tokens: bool
@@ -105,7 +105,7 @@ def question_body(question: Question, form: Form, model: str) -> dict[str, Any]:
         "frequency_penalty": 0.0,
     }
     if stops:
-        body["stop"] = stops if form.is_extended else stops[:_MOST_STOPS]
+        body["stop"] = stops[:_MOST_STOPS]
     if question.temperature:
         body["seed"] = question.seed
     if form.is_extended:
