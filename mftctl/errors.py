@@ -15,6 +15,7 @@ MftError
 ├── DeviceMemoryError    not enough GPU memory
 ├── EvaluationError      a benchmark or a comparison
 │   ├── MissingDataError     benchmark data that is not on this machine and cannot be downloaded
+│   ├── ServerError          a server that cannot be reached or refuses a request
 │   └── SandboxError         model-written code that cannot be run safely
 ├── RunError             a run folder
 ├── StorageError         a file that cannot be written
@@ -151,6 +152,10 @@ class EvaluationError(MftError):
 
 class MissingDataError(EvaluationError):
     """The data of a benchmark that is not on this machine and cannot be downloaded."""
+
+
+class ServerError(EvaluationError):
+    """A server that cannot be reached or refuses a request; the evaluation can resume with the answers so far."""
 
 
 class SandboxError(EvaluationError):

@@ -84,6 +84,13 @@ def evaluate(
     prompts: Annotated[str | None, opt.setting(EvalOptions, "prompts", "--prompts", panel="Evaluation")] = None,
     limit: Annotated[int | None, opt.setting(EvalOptions, "limit", "--limit", panel="Evaluation")] = None,
     engine: Annotated[str | None, opt.setting(EvalOptions, "engine", "--engine", panel="Evaluation")] = None,
+    base_url: Annotated[str | None, opt.setting(EvalOptions, "base_url", "--base-url", panel="Server")] = None,
+    served_model: Annotated[
+        str | None, opt.setting(EvalOptions, "served_model", "--served-model", panel="Server")
+    ] = None,
+    concurrent_requests: Annotated[
+        int | None, opt.setting(EvalOptions, "concurrent_requests", "--concurrent-requests", panel="Server")
+    ] = None,
     tensor_parallel: Annotated[
         int | None, opt.setting(EvalOptions, "tensor_parallel", "--tensor-parallel", panel="vLLM")
     ] = None,
@@ -140,10 +147,11 @@ def evaluate(
     with Output(as_json=as_json) as console:
         chosen = _with_template(opt.given(context, "eval"), without=no_chat_template)
         session = Session("eval", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
-        written = session.settle().eval.predictions
-        sources = (
-            [ModelSource(written, state=WRITTEN)] if written else _sources(checkpoint or model_option, mask, session)
-        )
+        options, model = session.settle().eval, checkpoint or model_option
+        written = options.predictions
+        if options.engine == "openai" and model is None and not written:
+            raise _nothing_served()
+        sources = [ModelSource(written, state=WRITTEN)] if written else _sources(model, mask, session)
         evaluated = [_evaluate_once(session, source, resume=resume, again=again) for source in sources]
         show(console, evaluated)
         console.next_command("mftctl", "report", runs=runs)
@@ -207,6 +215,15 @@ def _sources(model: str | None, mask: Path | None, session: Session) -> list[Mod
     return [source] if model is not None else ancestry(session.root, source)
 
 
+def _nothing_served() -> ConfigError:
+    return ConfigError(
+        "A server serves one model, which must be named.",
+        key="MODEL",
+        expected="the checkpoint that is served: its tokenizer and configuration are read, not its weights",
+        hint="mftctl eval MODEL --engine openai --base-url URL",
+    )
+
+
 def _evaluate_once(session: Session, source: ModelSource, *, resume: bool, again: bool) -> Run:
     """Returns a finished evaluation: an earlier identical one unless `again`, otherwise a new one."""
     recipe = session.settle(source)
@@ -234,7 +251,9 @@ def _interrupted(session: Session, recipe: Recipe, source: ModelSource) -> Run |
 
 
 def _measured(run: Run, recipe: Recipe, source: ModelSource) -> bool:
-    # Only files in a run folder are certain not to have changed since.
+    # Only files in a run folder are certain not to have changed since; a server may serve something else by now.
+    if recipe.eval.engine == "openai":
+        return False
     return run.record.status == RunStatus.FINISHED and bool(source.parents) and _is_same(run, recipe, source)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mftctl.data.batching import pad_token_id
 from mftctl.errors import EvaluationError
@@ -70,6 +70,20 @@ class DataFileResult:
     rows: tuple[SampleRow, ...]
 
 
+class RecordMeasure(Protocol):
+    """Measures losses and answers: a model in memory, or one on a server."""
+
+    @property
+    def model_context_tokens(self) -> int | None:
+        """The model's context length in tokens; None if its configuration sets no limit."""
+
+    def losses(self, encoded: Sequence[Encoded], on_progress: OnProgress | None) -> list[SampleLoss]:
+        """The loss of each record."""
+
+    def answers(self, questions: Sequence[Example], max_new_tokens: int, on_progress: OnProgress | None) -> list[str]:
+        """The greedy answer to each question."""
+
+
 def evaluate_examples(
     model: PreTrainedModel,
     encoder: Encoder,
@@ -94,32 +108,80 @@ def evaluate_examples(
     Raises:
         EvaluationError: There are no records, or a prompt does not fit the model's context.
     """
+    measure = _InMemory(model, encoder, batch_tokens, on_shortage)
+    return measure_records(measure, encoder, records, generate=generate, on_progress=on_progress)
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    """A model in memory, with all processes sharing the work."""
+
+    model: PreTrainedModel
+    encoder: Encoder
+    batch_tokens: int
+    on_shortage: OnShortage | None
+
+    @property
+    def model_context_tokens(self) -> int | None:
+        return context_tokens(self.model)
+
+    def losses(self, encoded: Sequence[Encoded], on_progress: OnProgress | None) -> list[SampleLoss]:
+        return sample_losses(
+            self.model,
+            encoded,
+            pad_token_id=pad_token_id(self.encoder.tokenizer),
+            batch_tokens=self.batch_tokens,
+            on_progress=on_progress,
+            together=True,
+        )
+
+    def answers(self, questions: Sequence[Example], max_new_tokens: int, on_progress: OnProgress | None) -> list[str]:
+        return generate_answers(
+            self.model,
+            self.encoder,
+            questions,
+            max_new_tokens=max_new_tokens,
+            room=answer_room(self.model, self.on_shortage),
+            on_progress=on_progress,
+        )
+
+
+def measure_records(
+    measure: RecordMeasure,
+    encoder: Encoder,
+    records: EncodedRecords,
+    *,
+    generate: bool,
+    on_progress: OnProgress | None = None,
+) -> DataFileResult:
+    """The loss on every record and exact match on those with a prompt.
+
+    Args:
+        measure: Measures the records.
+        encoder: Encoder for the model's tokenizer.
+        records: The records, as for `evaluate_examples`.
+        generate: Whether to generate answers.
+        on_progress: Called with the steps done and the total.
+
+    Raises:
+        EvaluationError: There are no records, or a prompt does not fit the context.
+    """
     examples, encoded = records.examples, records.records
     if not examples:
         raise EvaluationError("There are no records to evaluate.", expected="at least one record", actual=0)
     asked = [index for index, example in enumerate(examples) if generate and example.prompt]
     steps = len(encoded) + len(asked)
-    losses = sample_losses(
-        model,
-        encoded,
-        pad_token_id=pad_token_id(encoder.tokenizer),
-        batch_tokens=batch_tokens,
-        on_progress=_shifted(on_progress, 0, steps),
-        together=True,
-    )
+    losses = measure.losses(encoded, _shifted(on_progress, 0, steps))
     predictions: dict[int, str] = {}
     max_new_tokens = None
     if asked:
         questions = [examples[index] for index in asked]
-        max_new_tokens = _room_for_answers(model, encoder, questions, [encoded[index] for index in asked])
-        answers = generate_answers(
-            model,
-            encoder,
-            questions,
-            max_new_tokens=max_new_tokens,
-            room=answer_room(model, on_shortage),
-            on_progress=_shifted(on_progress, len(encoded), steps),
+        max_new_tokens = default_max_new_tokens(
+            [encoded[index] for index in asked],
+            longest_prompt_tokens=max(len(encoder.prompt(question)) for question in questions),
+            limit_tokens=measure.model_context_tokens,
         )
+        answers = measure.answers(questions, max_new_tokens, _shifted(on_progress, len(encoded), steps))
         predictions = dict(zip(asked, answers, strict=True))
     rows = [
         _row(example, loss, predictions.get(index))
@@ -151,19 +213,6 @@ def _result(losses: Sequence[SampleLoss], rows: Sequence[SampleRow], max_new_tok
         predictions=len(correct),
         max_new_tokens=max_new_tokens,
         rows=tuple(rows),
-    )
-
-
-def _room_for_answers(
-    model: PreTrainedModel,
-    encoder: Encoder,
-    questions: Sequence[Example],
-    encoded: Sequence[Encoded],
-) -> int:
-    return default_max_new_tokens(
-        encoded,
-        longest_prompt_tokens=max(len(encoder.prompt(example)) for example in questions),
-        limit_tokens=context_tokens(model),
     )
 
 

@@ -81,7 +81,7 @@ def generate_answers(
     """
     tokenizer = encoder.tokenizer
     prompts = [encoder.prompt(example) for example in examples]
-    _check_context(model, examples, prompts, max_new_tokens)
+    check_context(context_tokens(model), examples, prompts, max_new_tokens)
     stops = answer_stops(model, tokenizer)
     answers: dict[int, str] = {}
     pad_id = pad_token_id(tokenizer)
@@ -104,11 +104,20 @@ def generate_answers(
     return [answers[index] for index in range(len(examples))]
 
 
-def _check_context(
-    model: PreTrainedModel, examples: Sequence[Example], prompts: Sequence[Sequence[int]], max_new_tokens: int
+def check_context(
+    limit: int | None, examples: Sequence[Example], prompts: Sequence[Sequence[int]], max_new_tokens: int
 ) -> None:
-    """Raises an error for the first prompt whose answer does not fit the context."""
-    limit = context_tokens(model)
+    """Checks that every prompt and its answer fit the context.
+
+    Args:
+        limit: Context length in tokens; None for no limit.
+        examples: The examples, for the error.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Maximum tokens per answer.
+
+    Raises:
+        EvaluationError: One does not fit.
+    """
     for example, prompt in zip(examples, prompts, strict=True):
         if limit is not None and len(prompt) + max_new_tokens > limit:
             raise EvaluationError(

@@ -6,11 +6,8 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from transformers import PreTrainedModel
 
 from mftctl.data import template_clock
 from mftctl.data.encoding import EncodedRecords, Encoder
@@ -25,7 +22,8 @@ from mftctl.data.template_limits import limited
 from mftctl.errors import ConfigError, EvaluationError, MftError
 from mftctl.evaluation.answer_room import smaller_batches
 from mftctl.evaluation.benchmarks.catalog import expand_groups
-from mftctl.evaluation.data_file import evaluate_examples
+from mftctl.evaluation.data_file import DataFileResult, evaluate_examples, measure_records
+from mftctl.evaluation.engine_checks import check_engine
 from mftctl.experiments.measured_lines import Dataset, Metric
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.retained_records import RETAINED_DATA, encode_measured, load_held_out
@@ -34,7 +32,7 @@ from mftctl.files.atomic import write_text
 from mftctl.files.json_files import json_lines
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.process_group import first_before_others
-from mftctl.runtime.processes import is_first, world_size
+from mftctl.runtime.processes import is_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,7 +166,7 @@ def measure(
     Args:
         suite: The recipe's data and benchmarks.
         recipe: With the `eval` section and `test_data`.
-        loaded: Model and tokenizer, or the vLLM engine; None when existing predictions are scored.
+        loaded: Model and tokenizer, or another engine; None when existing predictions are scored.
         folder: Receives the samples.
         listener: Receives progress updates.
         test: The tokenised data; None when existing predictions are scored.
@@ -182,13 +180,13 @@ def measure(
         SandboxError: A sandboxed process could not be started.
     """
     datasets = []
-    if test is not None and isinstance(loaded, tuple):
+    if test is not None and loaded is not None:
         files = (
             _DataFile(_data_name(recipe.test_data), "samples.jsonl", test.records, recipe.eval.generate),
             _DataFile(RETAINED, "retained-samples.jsonl", test.retained, generate=False),
         )
         given = [data for data in files if data.records.records]
-        datasets += [_measured(data, test.encoder, loaded[0], folder, listener) for data in given]
+        datasets += [_measured(data, test.encoder, loaded, recipe, folder, listener) for data in given]
     for benchmark in suite.benchmarks:
         from mftctl.evaluation.benchmarks.measure import measure_benchmark, output_cache
 
@@ -230,7 +228,7 @@ def suite_problems(recipe: Recipe) -> Iterator[MftError]:
             hint="mftctl eval MODEL --data FILE, or --tasks gsm8k",
         )
     tasks = expand_groups(options.tasks)
-    checks: list[Callable[[], None]] = [partial(_check_vllm, recipe)] if options.engine == "vllm" else []
+    checks: list[Callable[[], None]] = [partial(check_engine, recipe)]
     if tasks:
         from mftctl.evaluation.benchmarks.lm_eval_tasks import check_task  # lm-eval takes seconds to import
 
@@ -260,39 +258,6 @@ def _check_is_run(task: str, recipe: Recipe) -> None:
 def _check_exists(task: str, file: str) -> None:
     if not Path(file).exists():
         raise EvaluationError("The benchmark's local file does not exist.", path=file, key=f"eval.task_data.{task}")
-
-
-def _check_vllm(recipe: Recipe) -> None:
-    if world_size() > 1:
-        raise ConfigError(
-            "vLLM starts its own processes.",
-            key="--processes",
-            expected="1 with --engine vllm",
-            actual=world_size(),
-        )
-    if find_spec("vllm") is None:
-        raise ConfigError(
-            "vLLM is not installed.",
-            key="eval.engine",
-            actual="vllm",
-            hint="pip install 'mftctl[vllm]', or use --engine hf",
-        )
-    if recipe.device in ("cpu", "mps", "xpu") or recipe.attention != "auto":
-        raise ConfigError(
-            "vLLM chooses its device and attention kernel itself.",
-            key="eval.engine",
-            expected="device auto, cuda or cuda:N, and attention auto",
-            actual=f"{recipe.device}, {recipe.attention}",
-            hint="omit --device and --attention, or use --engine hf",
-        )
-    sources = (*recipe.test_data, *recipe.retain_data)
-    if sources:
-        raise ConfigError(
-            "vLLM runs benchmarks only; the loss on a data file is computed with transformers.",
-            key="eval.engine",
-            actual=f"vllm with the data {sources[0].path}",
-            hint="run two commands: one with --data or --retain, one with --tasks and --engine vllm",
-        )
 
 
 def _check_predictions(predictions: str, tasks: Sequence[str]) -> None:
@@ -325,15 +290,10 @@ class _DataFile:
     generate: bool
 
 
-def _measured(data: _DataFile, encoder: Encoder, model: PreTrainedModel, folder: Path, listener: Listener) -> Dataset:
-    found = evaluate_examples(
-        model,
-        encoder,
-        data.records,
-        generate=data.generate,
-        on_progress=lambda done, total: listener.progress(Progress(f"evaluating {data.name}", done, total)),
-        on_shortage=lambda tokens: listener.note(smaller_batches(data.name, tokens)),
-    )
+def _measured(
+    data: _DataFile, encoder: Encoder, loaded: Loaded, recipe: Recipe, folder: Path, listener: Listener
+) -> Dataset:
+    found = _result(data, encoder, loaded, listener)
     rows = []
     for number, row in enumerate(found.rows):
         scores = {"loss": row.nll}
@@ -359,11 +319,33 @@ def _measured(data: _DataFile, encoder: Encoder, model: PreTrainedModel, folder:
         write_text(folder / data.file, json_lines(rows))
     return Dataset(
         name=data.name,
-        digest=data_digest(data.records.examples),
+        digest=":".join([data_digest(data.records.examples), *_other_engine(recipe)]),
         samples=data.file,
         max_new_tokens=found.max_new_tokens,
         metrics=metrics,
     )
+
+
+def _result(data: _DataFile, encoder: Encoder, loaded: Loaded, listener: Listener) -> DataFileResult:
+    def on_progress(done: int, total: int) -> None:
+        listener.progress(Progress(f"evaluating {data.name}", done, total))
+
+    if isinstance(loaded, tuple):
+        return evaluate_examples(
+            loaded[0],
+            encoder,
+            data.records,
+            generate=data.generate,
+            on_progress=on_progress,
+            on_shortage=lambda tokens: listener.note(smaller_batches(data.name, tokens)),
+        )
+    measure = loaded.for_records(encoder)
+    return measure_records(measure, encoder, data.records, generate=data.generate, on_progress=on_progress)
+
+
+def _other_engine(recipe: Recipe) -> list[str]:
+    """What distinguishes results of another engine, which are not compared with those of the local one."""
+    return [] if recipe.eval.engine == "hf" else [recipe.eval.engine]
 
 
 def _data_name(sources: Iterable[DataSource]) -> str:

@@ -16,7 +16,7 @@ OF_THE_MACHINE = ("device", "attention", "trust_remote_code", "track")
 _WITHOUT_EFFECT = {
     "fft": {"batch_tokens", "average_device"},
     "mask_train": {"batch_tokens", "average_device", "prefix_cache_gb"},
-    "eval": {"tensor_parallel", "gpu_memory_share", "max_model_length_tokens"},
+    "eval": {"tensor_parallel", "gpu_memory_share", "max_model_length_tokens", "concurrent_requests"},
 }
 """Keys that affect where and how fast something is computed, but not its result."""
 
@@ -32,11 +32,14 @@ _OF_SECTIONS = {
     "fft": ("exclude", "learn_from", "lora_experts", "support", *_OF_TRAINING),
     "mask_train": ("keep", "kind", "pattern", "rescale", "start_std", "unit", *_OF_TRAINING),
     "probe": ("by",),
-    "eval": ("prompts",),
+    "eval": ("prompts", "base_url", "served_model"),
 }
 """The same within sections."""
 
-_NOT_OF_A_SCORE = {"tasks", "task_data", "predictions", "engine", "save_samples", "max_length_tokens", "generate"}
+_NOT_OF_A_SCORE = {
+    *("tasks", "task_data", "predictions", "engine", "base_url", "served_model"),
+    *("save_samples", "max_length_tokens", "generate"),
+}
 """Keys of `eval` that do not affect the score a probe ranks by; one of the local files does."""
 
 _RATE = {"fft": {"method", "learning_rate"}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
@@ -87,6 +88,28 @@ def _check_device(name: str) -> str:
 Device = Annotated[str, AfterValidator(_check_device)]
 
 
+def _check_base_url(url: str) -> str:
+    """The URL without a slash at its end; a refused one is not repeated, since it may contain a password."""
+    try:
+        parts = urlsplit(url)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise ValueError("the URL of a server starts with http:// or https://, such as http://localhost:8000/v1")
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise ValueError(
+            "the URL is recorded, so it may contain no user, password, query or fragment; give an API key in the "
+            "environment variable OPENAI_API_KEY"
+        )
+    if parts.path.rstrip("/").endswith(("/completions", "/models")):
+        raise ValueError("give the URL that /completions is added to, such as http://localhost:8000/v1")
+    return url.rstrip("/")
+
+
+BaseUrl = Annotated[str, AfterValidator(_check_base_url)]
+
+
 class ProbeOptions(Section):
     """Settings for finding the layers that benefit from a mask; training uses the `mask_train` section."""
 
@@ -142,9 +165,19 @@ class EvalOptions(Section):
     )
     predictions: str | None = Field(None, description="Score the outputs in this file, without a model.")
     limit: int | None = Field(None, gt=0, description="Use only the first N problems or records.")
-    engine: Literal["hf", "vllm"] = Field(
-        "hf", description="Engine that generates the answers: transformers (hf), or vLLM if it is installed."
+    engine: Literal["hf", "vllm", "openai"] = Field(
+        "hf",
+        description="Engine that generates the answers: transformers (hf), vLLM if it is installed, or a server with "
+        "OpenAI's API (openai).",
     )
+    base_url: BaseUrl | None = Field(
+        None,
+        description="Server: its URL, such as http://localhost:8000/v1. An API key is taken from OPENAI_API_KEY.",
+    )
+    served_model: str | None = Field(
+        None, min_length=1, description="Server: name of the model there; by default the only one that it lists."
+    )
+    concurrent_requests: int = Field(8, gt=0, description="Server: number of requests to send at a time.")
     tensor_parallel: int = Field(1, gt=0, description="vLLM: number of GPUs to split each layer across.")
     gpu_memory_share: float | None = Field(
         None, gt=0, le=1, description="vLLM: share of GPU memory to use; about 0.9 by default."

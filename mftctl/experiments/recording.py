@@ -6,17 +6,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from mftctl.errors import ChangedDataError, Interrupted, LostProcessError, MftError
+from mftctl.errors import ChangedDataError, Interrupted, LostProcessError, MftError, ServerError
 from mftctl.experiments.run_folder import OPEN_RUNS, Run
 from mftctl.experiments.run_record import RunStatus
 from mftctl.files.atomic import is_failure_of_storage, known_failures
+
+_RESUMABLE = (ChangedDataError, LostProcessError, ServerError)
+"""Failures from outside, after which the saved state is still valid."""
 
 
 @contextmanager
 def recorded(run: Run) -> Iterator[None]:
     """Records a failure of the block in the run's record; the exception propagates.
 
-    A run that failed because of storage, or of a lost process, can be resumed from its last saved state.
+    A run that failed because of storage, a lost process or a server can be resumed from its last saved state.
 
     Raises:
         Interrupted: Ctrl-C, or a signal treated like it.
@@ -35,7 +38,7 @@ def recorded(run: Run) -> Iterator[None]:
         raise Interrupted("Stopped.", path=run.folder, hint=how_to_go_on(run)) from None
     except MftError as error:
         with suppress(OSError):  # if the record cannot be written, it remains as after a kill
-            can_go_on = isinstance(error, (LostProcessError, ChangedDataError)) or is_failure_of_storage(error)
+            can_go_on = isinstance(error, _RESUMABLE) or is_failure_of_storage(error)
             run.update(status=RunStatus.INTERRUPTED if can_go_on else RunStatus.FAILED, error=str(error))
         raise
     finally:

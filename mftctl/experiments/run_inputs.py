@@ -175,6 +175,22 @@ class EvaluationData(Part):
     model_remarks: list[str]
 
 
+class UsedServer(Part):
+    """The server that an evaluation asked.
+
+    Attributes:
+        url: Its URL, which contains no password.
+        model: Name of the model there.
+        owner: What the server said of itself, such as `vllm`.
+        context_tokens: Maximum tokens of prompt and answer, if the server said so.
+    """
+
+    url: str
+    model: str
+    owner: Annotated[str | None, _Optional] = None
+    context_tokens: Annotated[Count | None, _Optional] = None
+
+
 class KnownData(TrainRecords):
     """Number and digest of the training records."""
 

@@ -54,7 +54,8 @@ class InterimEvaluation(TrainerCallback):
         listener: Listener,
     ) -> None:
         limit = min(options.benchmark_limit, recipe.eval.limit or options.benchmark_limit)
-        self._recipe = with_changes(recipe, {"eval.limit": limit, "eval.predictions": None, "eval.engine": "hf"})
+        local = {"eval.predictions": None, "eval.engine": "hf", "eval.base_url": None}
+        self._recipe = with_changes(recipe, {"eval.limit": limit, **local})
         self._every = options.benchmark_every or 0
         self._tokenizer = with_fixed_clock(encoder)
         self._model_name = model_name

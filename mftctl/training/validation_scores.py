@@ -169,6 +169,7 @@ def _of_task(recipe: Recipe, by: str) -> Recipe:
         "eval.task_data": {} if file is None else {by: file},
         "eval.predictions": None,
         "eval.engine": "hf",
+        "eval.base_url": None,
     }
     return with_changes(recipe, changes)
 

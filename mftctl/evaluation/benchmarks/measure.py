@@ -49,11 +49,11 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from mftctl.evaluation.lm.vllm import VllmAnswers
+    from mftctl.evaluation.lm.base import KeptAnswers
 
 
-Loaded = Union[tuple["PreTrainedModel", "PreTrainedTokenizerBase"], "VllmAnswers"]
-"""A model with its tokenizer, or a vLLM engine."""
+Loaded = Union[tuple["PreTrainedModel", "PreTrainedTokenizerBase"], "KeptAnswers"]
+"""A model with its tokenizer, or an engine of its own: vLLM or a server."""
 
 
 _MOST_NAMED = 5
@@ -79,6 +79,11 @@ class PreparedBenchmark:
     def name(self) -> str:
         """The name in `--tasks`."""
         return str(self.task.config.task)
+
+    @property
+    def compares_likelihoods(self) -> bool:
+        """True if it compares the likelihoods of given texts, False if answers are generated."""
+        return str(self.task.OUTPUT_TYPE) != "generate_until"
 
 
 def prepare_benchmark(task: str, options: EvalOptions, listener: Listener) -> PreparedBenchmark:
@@ -167,7 +172,7 @@ def measure_benchmark(
     Args:
         benchmark: The prepared benchmark.
         recipe: With the `eval` section.
-        loaded: Model and tokenizer, or the vLLM engine; None when existing predictions are scored.
+        loaded: Model and tokenizer, or another engine; None when existing predictions are scored.
         folder: Receives the samples.
         listener: Receives progress updates.
         model_name: Name of the model in the files written for a judge.

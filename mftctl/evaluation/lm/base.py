@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
     from transformers import PreTrainedTokenizerBase
 
+    from mftctl.data.encoding import Encoder
+    from mftctl.evaluation.data_file import RecordMeasure
     from mftctl.evaluation.inference import OnProgress
     from mftctl.evaluation.lm.output_cache import OutputCache
 
@@ -28,11 +30,13 @@ class Asked:
 
     Attributes:
         prompts: Token ids of each prompt.
+        texts: The text of each prompt.
         setting: `max_new_tokens`, `until` and `temperature`.
         seeds: Seed of each sample.
     """
 
     prompts: Sequence[list[int]]
+    texts: Sequence[str]
     setting: Mapping[str, Any]
     seeds: Sequence[int]
 
@@ -89,7 +93,12 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         waiting = [index for index, key in enumerate(keys) if key not in self._cache]
         written: dict[int, str] = {}
         for group in alike(own_part(waiting), settings):
-            asked = Asked([prompts[index] for index in group], settings[group[0]], [seeds[index] for index in group])
+            asked = Asked(
+                prompts=[prompts[index] for index in group],
+                texts=[requests[index].args[0] for index in group],
+                setting=settings[group[0]],
+                seeds=[seeds[index] for index in group],
+            )
             for places, texts in self._answer(asked):
                 written |= {group[place]: text for place, text in zip(places, texts, strict=True)}
                 self._cache.add({keys[group[place]]: text for place, text in zip(places, texts, strict=True)})
@@ -123,6 +132,17 @@ class KeptAnswers(TemplateLM):  # type: ignore[misc]  # lm-eval is not typed
         found = super()._loglikelihood_tokens([requests[index] for index in indices], *arguments, **options)
         shared: dict[int, tuple[float, bool]] = put_together(dict(zip(indices, found, strict=True)))
         return [shared[index] for index in range(len(requests))]
+
+    def for_records(self, encoder: Encoder) -> RecordMeasure:
+        """What measures the records of a data file with this engine.
+
+        Args:
+            encoder: Encoder for the model's tokenizer.
+
+        Raises:
+            EvaluationError: The engine runs benchmarks only.
+        """
+        raise EvaluationError("This engine runs benchmarks only.", expected="no data file", actual=type(self).__name__)
 
     @abstractmethod
     def _answer(self, asked: Asked) -> Iterator[tuple[list[int], list[str]]]:

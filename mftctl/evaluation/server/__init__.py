@@ -1,0 +1,1 @@
+"""Servers with OpenAI's API, as the source of answers and likelihoods."""
