@@ -57,7 +57,9 @@ COMMANDS = {
     "probe": Listed("probe.probe", _PATH, "Find the layers that benefit most from a mask."),
     "mask-train": Listed("mask_train.mask_train", _PATH, "Learn which weights of a fine-tuned model to remove."),
     "apply": Listed(
-        "apply.apply", _PATH, "Apply a mask to a model and write an ordinary checkpoint that any server can load."
+        "apply.apply",
+        _PATH,
+        "Apply a mask or a delta file to a model and write an ordinary checkpoint that any server can load.",
     ),
     "eval": Listed("eval.evaluate", _PATH, "Measure loss and exact match on a data file, or run benchmarks."),
     "report": Listed("report.report", _PATH, "Compare all evaluated models: did the mask help, and beyond noise?"),
@@ -68,6 +70,7 @@ COMMANDS = {
         "Check everything in a recipe that can be checked before training: files, labels, masks, memory, steps.",
     ),
     "average": Listed("average.average", _MORE, "Average checkpoints of the same model into an ordinary checkpoint."),
+    "delta": Listed("delta.delta", _MORE, "Store what fine-tuning changed in a model as a small file."),
     "interpolate": Listed(
         "interpolate.interpolate",
         _MORE,

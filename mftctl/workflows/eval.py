@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,12 +20,11 @@ from mftctl.experiments.results import EvalResult
 from mftctl.experiments.run_device import device_for
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import EvaluationData
-from mftctl.masking.checkpoints.apply_in_memory import apply_mask, base_folder
 from mftctl.masking.checkpoints.check import check_checkpoint, check_lengths, tell_remarks
 from mftctl.masking.checkpoints.gpu_maps import gpu_map
 from mftctl.masking.checkpoints.load import evaluation_dtype, load_model
 from mftctl.masking.checkpoints.locate import is_adapter, resolve_checkpoint
-from mftctl.masking.mask import open_mask
+from mftctl.masking.delta.either import Applicable, apply_in_memory, checkpoint_files, open_applicable
 from mftctl.progress import Listener
 from mftctl.runtime.devices import best_device, visible_alone
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
@@ -58,11 +58,18 @@ def evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) 
         ModelError: The checkpoint cannot be loaded.
         SandboxError: Model-written code cannot be confined on this machine.
     """
+    with ExitStack() as files:
+        return _evaluate(recipe, source, run, listener, files)
+
+
+def _evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, files: ExitStack) -> EvalResult:
     suite = prepare_suite(recipe, listener)
     run.update(inputs=source.as_inputs())
     test = None
     if recipe.eval.predictions is None:
-        checkpoint = resolve_checkpoint(source.model, recipe.revision, adapters=True)
+        weights = resolve_checkpoint(source.model, recipe.revision, adapters=True)
+        applied = files.enter_context(open_applicable(source.mask))
+        checkpoint = files.enter_context(checkpoint_files(weights, applied))
         encoder = load_encoder(checkpoint, recipe, run.started)
         check = check_checkpoint(checkpoint, encoder.tokenizer)
         tell_remarks(check, listener)
@@ -82,26 +89,43 @@ def evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener) 
         attention=recipe.attention,
     ):
         restart_peak_memory()
-        loaded = None if test is None else _load(checkpoint, source, recipe, suite, test.encoder, listener)
+        loaded = None
+        if test is not None:
+            model = _Model(source, weights, checkpoint, applied)
+            loaded = _load(model, recipe, suite, test.encoder, listener)
         datasets = measure(suite, recipe, loaded, run.folder, listener, test=test, model_name=source.model, run=run)
         return EvalResult(state=source.state, datasets=datasets, peak_memory_bytes=peak_memory_bytes())
 
 
-def _load(
-    checkpoint: Path, source: ModelSource, recipe: Recipe, suite: Suite, encoder: Encoder, listener: Listener
-) -> Loaded:
-    """The model with its mask applied, if it has one, and the tokenizer for benchmarks."""
-    tokenizer = with_fixed_clock(encoder)
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """The model to measure.
+
+    Attributes:
+        source: Its source.
+        weights: The folder of its weights.
+        checkpoint: The folder of its configuration and tokenizer, which also has the weights.
+        applied: The mask or delta file to apply to the weights, if any.
+    """
+
+    source: ModelSource
+    weights: Path
+    checkpoint: Path
+    applied: Applicable | None
+
+
+def _load(measured: _Model, recipe: Recipe, suite: Suite, encoder: Encoder, listener: Listener) -> Loaded:
+    """The model with its mask or delta file applied, if it has one, and the tokenizer for benchmarks."""
+    tokenizer, checkpoint = with_fixed_clock(encoder), measured.checkpoint
     if recipe.eval.engine == "vllm":
-        return _load_for_vllm(checkpoint, source, recipe, suite, tokenizer)
+        return _load_for_vllm(checkpoint, measured.source, recipe, suite, tokenizer)
     dtype = evaluation_dtype(checkpoint)
     spread = gpu_map(checkpoint, dtype)
     if spread is not None:
         listener.note(f"The model is too large for one GPU; its layers are on {len(set(spread.values()))} GPUs.")
-    with nullcontext() if source.mask is None else open_mask(Path(source.mask)) as mask:
-        model = load_model(checkpoint, dtype=dtype, device_map=spread)
-        if mask is not None:
-            apply_mask(model, mask, base_folder(mask))
+    model = load_model(checkpoint, dtype=dtype, device_map=spread)
+    if measured.applied is not None:
+        apply_in_memory(model, measured.applied, measured.weights)
     return model, tokenizer
 
 

@@ -87,8 +87,15 @@ class DeltaContents:
 
     def base_tensors(self) -> dict[str, BaseTensor]:
         """All tensors of the base, by name."""
-        changed = {name: BaseTensor(one.shape, one.dtype, one.sha256) for name, one in self.tensors.items()}
+        changed = {
+            name: BaseTensor(one.shape, one.dtype, one.sha256, one.length_bytes) for name, one in self.tensors.items()
+        }
         return {**changed, **self.unchanged, **{name: one.tensor for name, one in self.left_out.items()}}
+
+    @property
+    def base_bytes(self) -> int:
+        """The size of the base's tensors."""
+        return sum(tensor.length_bytes for tensor in self.base_tensors().values())
 
     def payload_names(self) -> set[str]:
         """The names of the payloads that the file must hold."""
@@ -136,10 +143,11 @@ class _BaseEntry(Strict):
     shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_DIMENSIONS)]
     dtype: Annotated[Text, Field(min_length=1)]
     sha256: Sha256
+    length_bytes: Annotated[int, Field(ge=0)]
 
     def tensor(self) -> BaseTensor:
         """The tensor."""
-        return BaseTensor(tuple(self.shape), self.dtype, self.sha256)
+        return BaseTensor(tuple(self.shape), self.dtype, self.sha256, self.length_bytes)
 
 
 class _LeftOutEntry(_BaseEntry):

@@ -180,7 +180,7 @@ def _encode_all(
             on_progress(done_bytes, total_bytes)
     for name, stored in sorted(tensor_index(base).items()):
         if name not in pairs:  # not floating point, or computed when a model is built
-            found.unchanged[name] = BaseTensor(stored.shape, stored.dtype, tensor_digest(stored))
+            found.unchanged[name] = BaseTensor(stored.shape, stored.dtype, tensor_digest(stored), stored.length_bytes)
     return found
 
 
@@ -206,7 +206,7 @@ def _encode(pair: TensorPair, plan: DeltaPlan, excluded: set[str]) -> _Outcome:
     base_sha256, selection = digest_of(before), plan.selection
     if selection.mask is not None:
         require_digests(selection.mask, pair, base_sha256, digest_of(after))
-    same = BaseTensor(pair.base.shape, pair.base.dtype, base_sha256)
+    same = BaseTensor(pair.base.shape, pair.base.dtype, base_sha256, pair.base.length_bytes)
     if torch.equal(bits(before), bits(after)):
         return same
     if pair.name in excluded:

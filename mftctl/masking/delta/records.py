@@ -8,6 +8,7 @@ from typing import Literal
 
 from mftctl.masking.delta.value_codecs import ValuesCodec
 from mftctl.masking.delta.values import ValuesKind
+from mftctl.masking.dtypes import item_bytes
 from mftctl.masking.mask_file.codecs import Codec
 
 BitsCodec = Codec | Literal["seeded", "all"]
@@ -25,11 +26,13 @@ class BaseTensor:
         shape: Its shape as stored in the checkpoint.
         dtype: Its safetensors dtype name, of any kind.
         sha256: Hex SHA-256 of its raw bytes as stored in the checkpoint.
+        length_bytes: Their number.
     """
 
     shape: tuple[int, ...]
     dtype: str
     sha256: str
+    length_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,11 @@ class ChangedTensor:
     def weights(self) -> int:
         """The number of entries, changed or not."""
         return math.prod(self.shape)
+
+    @property
+    def length_bytes(self) -> int:
+        """The number of bytes of the tensor in the checkpoint."""
+        return self.weights * item_bytes(self.dtype)
 
     @property
     def kept(self) -> int:
