@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -113,11 +113,14 @@ def pair_base_tensors(base: Path, tuned: Path) -> list[TensorPair]:
                 hint="give the checkpoint that the tuned one was trained from",
             )
         del tuned_index[HEAD]
+    embeddings = _embeddings(base_index) if _is_tied(base_index) else None
     pairs = []
     for name in sorted({*base_index, *tuned_index}):
         if _COMPUTED.search(name):
             continue
         pair = _paired(name, base_index, tuned_index, base, tuned)
+        if name == HEAD and embeddings is not None:
+            pair = replace(pair, base=embeddings)  # the same bytes, by the name that both copies share
         if _is_maskable(pair.base):
             pairs.append(pair)
         else:
