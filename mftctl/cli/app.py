@@ -71,6 +71,7 @@ COMMANDS = {
     ),
     "average": Listed("average.average", _MORE, "Average checkpoints of the same model into an ordinary checkpoint."),
     "delta": Listed("delta.delta", _MORE, "Store what fine-tuning changed in a model as a small file."),
+    "delta merge": Listed("delta_merge.merge", _MORE, "Merge the changes of several delta files onto their base."),
     "interpolate": Listed(
         "interpolate.interpolate",
         _MORE,
@@ -110,6 +111,8 @@ class _Root(TyperGroup):
             raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if " ".join(args[:2]) in COMMANDS:  # a name of two words
+            args = [" ".join(args[:2]), *args[2:]]
         name, command, rest = super().resolve_command(ctx, args)
         if name == "eval":
             from mftctl.cli.template_option import with_value

@@ -134,8 +134,8 @@ class MergeResult(Result):
 
     state: Name
     model: Place
-    mask: Place | None = None
-    output: Place | None = None
+    mask: Place | None
+    output: Place | None
     base: Place
     method: str
     weights: list[Number]

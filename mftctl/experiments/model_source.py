@@ -22,7 +22,7 @@ from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
 from mftctl.experiments.training_options import FftOptions
 
-MODEL_MAKERS = ("fft", "apply", "average", "interpolate")
+MODEL_MAKERS = ("fft", "apply", "average", "interpolate", "delta-merge")
 """Commands that write a checkpoint."""
 MASK_MAKERS = ("mask-train", "delta")
 """Commands that write a file to apply to a model."""

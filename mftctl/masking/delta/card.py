@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 from huggingface_hub import ModelCardData
 
@@ -10,6 +11,9 @@ from mftctl.masking.checkpoints.model_card import in_table
 from mftctl.masking.delta.delta import Delta
 from mftctl.masking.delta.values import ValuesKind
 from mftctl.text import markdown_code, markdown_text
+
+_TIES_PAPER = "TIES, https://arxiv.org/abs/2306.01708"
+_ARITHMETIC_PAPER = "task arithmetic, https://arxiv.org/abs/2212.04089"
 
 VALUES_TEXT: dict[ValuesKind, str] = {
     "exact": "exact",
@@ -61,4 +65,31 @@ def write_delta_card(delta: Delta, *, base_model: str) -> str:
         "of the base, whose model card also applies to this model.\n\n"
         f"| Delta | |\n| --- | --- |\n{table}\n\n"
         f"| Tensor | Weights | Changed |\n| --- | ---: | ---: |\n{tensors}\n\nMade with mftctl.\n"
+    )
+
+
+def write_merge_card(deltas: Sequence[Delta], method: str, *, base_model: str) -> str:
+    """The card's text for the changes of several deltas merged onto their base.
+
+    Args:
+        deltas: The deltas.
+        method: How they were merged, with weights and scale.
+        base_model: Name or folder of the base.
+    """
+    front_matter = ModelCardData(
+        base_model=base_model, library_name="transformers", tags=["delta", "merge", "mftctl"]
+    ).to_yaml()
+    rows = "\n".join(
+        f"| {in_table(markdown_code(model.label))} | {VALUES_TEXT[delta.contents.metadata.values]} "
+        f"| {sum(record.kept for record in delta.contents.tensors.values()):,} |"
+        for delta in deltas
+        for model in delta.contents.metadata.tuned
+    )
+    return (
+        f"---\n{front_matter}\n---\n\n# {markdown_text(base_model)}, merged\n\n"
+        f"This is {markdown_code(base_model)} with the changes that {len(deltas)} fine-tunings made to it, merged "
+        f"({markdown_text(method)}). Files that go with the weights are those of the first fine-tuning that changed "
+        "them.\n\n"
+        f"| Fine-tuned | Values | Changed weights |\n| --- | --- | ---: |\n{rows}\n\n"
+        f"Made with mftctl ({_TIES_PAPER if method.startswith('ties') else _ARITHMETIC_PAPER}).\n"
     )

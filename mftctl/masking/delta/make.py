@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,14 +14,12 @@ import torch
 from mftctl.errors import MaskingError
 from mftctl.files.atomic import Permit
 from mftctl.masking.checkpoints.pairing import TensorPair, pair_base_tensors, same_weights
-from mftctl.masking.checkpoints.tensors import read_tensor, tensor_digest, tensor_index
+from mftctl.masking.checkpoints.tensors import read_tensor
 from mftctl.masking.delta.carried_files import changed_files
-from mftctl.masking.delta.document import FILE, VALUES, DeltaContents
-from mftctl.masking.delta.encode import EncodedChange, digest_of, encode_change
+from mftctl.masking.delta.document import DeltaContents
+from mftctl.masking.delta.encode import digest_of, encode_change
 from mftctl.masking.delta.records import (
     BaseTensor,
-    CarriedFile,
-    ChangedTensor,
     DeltaMetadata,
     LeftOut,
     NamedModel,
@@ -36,8 +33,8 @@ from mftctl.masking.delta.selection import (
     require_mask_of,
     select_entries,
 )
-from mftctl.masking.delta.spool import PayloadSpool, payload_spool, write_delta
-from mftctl.masking.delta.value_codecs import encode_file
+from mftctl.masking.delta.spool import payload_spool
+from mftctl.masking.delta.store import Outcome, store_changes, write_with_files
 from mftctl.masking.delta.values import ValuesKind
 from mftctl.masking.dtypes import bits
 
@@ -116,75 +113,26 @@ def make_delta(
     if plan.selection.mask is not None:
         require_mask_of(plan.selection.mask, pairs, plan.mask_path)
     files = changed_files(base, tuned)
+    metadata = DeltaMetadata(
+        values=plan.values,
+        base=base_model,
+        tuned=(tuned_model,),
+        method=plan.selection.method,
+        ratio=plan.selection.ratio,
+        scale=plan.scale,
+        seed=plan.selection.seed,
+        run_id=run_id,
+    )
     with payload_spool(output) as spool:
-        found = _encode_all(base, pairs, plan, spool, on_progress)
+        outcomes = _in_turn(list(pairs.values()), plan, excluded_tensors(pairs, plan.exclude))
+        total_bytes = sum(pair.base.length_bytes for pair in pairs.values())
+        found = store_changes(base, outcomes, spool, total_bytes, on_progress)
         if not found.tensors:
             raise _nothing_left(base, tuned, found.left_out)
-        for name, content in files.items():
-            spool.add(FILE + name, encode_file(content))
-        contents = DeltaContents(
-            DeltaMetadata(
-                values=plan.values,
-                base=base_model,
-                tuned=(tuned_model,),
-                method=plan.selection.method,
-                ratio=plan.selection.ratio,
-                scale=plan.scale,
-                seed=plan.selection.seed,
-                run_id=run_id,
-            ),
-            found.tensors,
-            found.unchanged,
-            found.left_out,
-            {name: CarriedFile(len(text), hashlib.sha256(text).hexdigest()) for name, text in files.items()},
-        )
-        write_delta(output, contents, spool, permit)
-    return contents
+        return write_with_files(output, metadata, found, files, spool, permit)
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What became of each tensor of the base."""
-
-    tensors: dict[str, ChangedTensor]
-    unchanged: dict[str, BaseTensor]
-    left_out: dict[str, LeftOut]
-
-
-_Outcome = EncodedChange | BaseTensor | LeftOut
-
-
-def _encode_all(
-    base: Path,
-    pairs: Mapping[str, TensorPair],
-    plan: DeltaPlan,
-    spool: PayloadSpool,
-    on_progress: Callable[[int, int], None] | None,
-) -> _Found:
-    found = _Found({}, {}, {})
-    excluded = excluded_tensors(pairs, plan.exclude)
-    total_bytes, done_bytes = sum(pair.base.length_bytes for pair in pairs.values()), 0
-    for name, outcome in _in_turn(list(pairs.values()), plan, excluded):
-        match outcome:
-            case EncodedChange():
-                found.tensors[name] = outcome.record
-                if outcome.bits is not None:
-                    spool.add(name, outcome.bits)
-                spool.add(VALUES + name, outcome.values)
-            case LeftOut():
-                found.left_out[name] = outcome
-            case BaseTensor():
-                found.unchanged[name] = outcome
-        done_bytes += pairs[name].base.length_bytes
-        if on_progress is not None:
-            on_progress(done_bytes, total_bytes)
-    for name, stored in sorted(tensor_index(base).items()):
-        if name not in pairs:  # not floating point, or computed when a model is built
-            found.unchanged[name] = BaseTensor(stored.shape, stored.dtype, tensor_digest(stored), stored.length_bytes)
-    return found
-
-
-def _in_turn(pairs: Sequence[TensorPair], plan: DeltaPlan, excluded: set[str]) -> Iterator[tuple[str, _Outcome]]:
+def _in_turn(pairs: Sequence[TensorPair], plan: DeltaPlan, excluded: set[str]) -> Iterator[tuple[str, Outcome]]:
     """Encodes tensors in order, a few at once."""
     with ThreadPoolExecutor(_MOST_AT_ONCE) as pool:
         waiting = iter(pairs)
@@ -200,7 +148,7 @@ def _in_turn(pairs: Sequence[TensorPair], plan: DeltaPlan, excluded: set[str]) -
                 future.cancel()
 
 
-def _encode(pair: TensorPair, plan: DeltaPlan, excluded: set[str]) -> _Outcome:
+def _encode(pair: TensorPair, plan: DeltaPlan, excluded: set[str]) -> Outcome:
     """What a delta file holds of one tensor."""
     before, after = read_tensor(pair.base), read_tensor(pair.tuned)
     base_sha256, selection = digest_of(before), plan.selection
