@@ -72,6 +72,10 @@ COMMANDS = {
     "average": Listed("average.average", _MORE, "Average checkpoints of the same model into an ordinary checkpoint."),
     "delta": Listed("delta.delta", _MORE, "Store what fine-tuning changed in a model as a small file."),
     "delta merge": Listed("delta_merge.merge", _MORE, "Merge the changes of several delta files onto their base."),
+    "delta export": Listed(
+        "delta_exchange.export", _MORE, "Export a delta file of linear layers as a Super-Tuning adapter of peft."
+    ),
+    "delta import": Listed("delta_exchange.import_", _MORE, "Convert a Super-Tuning adapter of peft to a delta file."),
     "interpolate": Listed(
         "interpolate.interpolate",
         _MORE,
