@@ -64,7 +64,7 @@ def test_peft_merges_the_adapter_to_the_applied_checkpoint(
     different = sum(int((merged[name] != tensor).sum()) for name, tensor in applied.items())
     # The changes are as large as the weights, where sums in bf16 reach only some numbers.
     assert different == summary.inexact <= (0.02 if dtype == torch.float32 else 0.4) * summary.entries
-    assert all(torch.allclose(merged[name], tensor, rtol=0.01, atol=1e-4) for name, tensor in applied.items())
+    assert all(torch.allclose(merged[name], tensor, rtol=0.01, atol=1e-3) for name, tensor in applied.items())
     assert is_adapter(folder / "adapter")
     assert (folder / "adapter" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert summary.bytes_written == (folder / "adapter" / ADAPTER_WEIGHTS).stat().st_size
