@@ -56,7 +56,6 @@ def delta(
     codec: Annotated[str | None, opt.setting(DeltaOptions, "codec", "--codec", panel=_STORED)] = None,
     runs: opt.Runs = Path("runs"),
     seed: opt.Seed = None,
-    track: opt.Track = None,
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
