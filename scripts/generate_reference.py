@@ -33,7 +33,10 @@ def command_line_page() -> str:
     """The page of all commands, their arguments and their options."""
     introduction = HELP.strip().split("\n\n")[0]
     parts = [f"# Command line\n\n{NOTE}\n\n{introduction}\n"]
-    listed = [f"| [`{name}`](#mftctl-{name}) | {_cell(command.summary)} |" for name, command in COMMANDS.items()]
+    listed = [
+        f"| [`{name}`](#mftctl-{name.replace(' ', '-')}) | {_cell(command.summary)} |"
+        for name, command in COMMANDS.items()
+    ]
     parts.append("\n".join(["| command | purpose |", "|---|---|", *listed]) + "\n")
     parts.append("Every command has `-h`/`--help`. `mftctl --version` prints the version.\n")
     for name in COMMANDS:

@@ -54,7 +54,8 @@ def inline(page: Path) -> str:
 
 def options(page: Path) -> list[tuple[str, str]]:
     """Pairs of command and option that the text names, such as `fft --low-memory`."""
-    known = "fft|mask-train|probe|apply|average|interpolate|eval|generate|report|run|validate|env"
+    known = "fft|mask-train|probe|apply|average|interpolate|delta merge|delta export|delta import|delta|eval|generate"
+    known += "|report|run|validate|env"
     found = re.findall(rf"`(?:mftctl )?({known}) ([^`]*--[^`]*)`", inline(page))
     return [(command, option) for command, text in found for option in re.findall(r"--[a-z][a-z-]*", text)]
 

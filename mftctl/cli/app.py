@@ -58,7 +58,9 @@ COMMANDS = {
     "probe": Listed("probe.probe", _PATH, "Find the layers that benefit most from a mask."),
     "mask-train": Listed("mask_train.mask_train", _PATH, "Learn which weights of a fine-tuned model to remove."),
     "apply": Listed(
-        "apply.apply", _PATH, "Apply a mask to a model and write an ordinary checkpoint that any server can load."
+        "apply.apply",
+        _PATH,
+        "Apply a mask or a delta file to a model and write an ordinary checkpoint that any server can load.",
     ),
     "eval": Listed("eval.evaluate", _PATH, "Measure loss and exact match on a data file, or run benchmarks."),
     "report": Listed("report.report", _PATH, "Compare all evaluated models: did the mask help, and beyond noise?"),
@@ -69,6 +71,12 @@ COMMANDS = {
         "Check everything in a recipe that can be checked before training: files, labels, masks, memory, steps.",
     ),
     "average": Listed("average.average", _MORE, "Average checkpoints of the same model into an ordinary checkpoint."),
+    "delta": Listed("delta.delta", _MORE, "Store what fine-tuning changed in a model as a small file."),
+    "delta merge": Listed("delta_merge.merge", _MORE, "Merge the changes of several delta files onto their base."),
+    "delta export": Listed(
+        "delta_exchange.export", _MORE, "Export a delta file of linear layers as a Super-Tuning adapter of peft."
+    ),
+    "delta import": Listed("delta_exchange.import_", _MORE, "Convert a Super-Tuning adapter of peft to a delta file."),
     "interpolate": Listed(
         "interpolate.interpolate",
         _MORE,
@@ -108,6 +116,8 @@ class _Root(TyperGroup):
             raise
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        if " ".join(args[:2]) in COMMANDS:  # a name of two words
+            args = [" ".join(args[:2]), *args[2:]]
         name, command, rest = super().resolve_command(ctx, args)
         if name == "eval":
             from mftctl.cli.template_option import with_value

@@ -11,7 +11,7 @@ from mftctl.cli import options as opt
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session
 from mftctl.errors import ConfigError
-from mftctl.experiments.model_source import ModelSource, newest_source, source_of_mask
+from mftctl.experiments.model_source import MASK_MAKERS, ModelSource, newest_source, source_of_mask
 from mftctl.experiments.outputs import inputs_of
 from mftctl.experiments.recipe_files import load_recipe
 from mftctl.experiments.recording import recorded
@@ -25,13 +25,13 @@ from mftctl.text import counted
 def apply(
     base: Annotated[
         str | None,
-        typer.Argument(help="Checkpoint folder or hub id.", show_default="from the latest mask-train run"),
+        typer.Argument(help="Checkpoint folder or hub id.", show_default="from the latest mask-train or delta run"),
     ] = None,
     mask: Annotated[
         Path | None,
         typer.Argument(
-            help="Mask file, or OWNER/NAME[@REVISION][:FILE] on the hub.",
-            show_default="from the latest mask-train run",
+            help="Mask or delta file, or OWNER/NAME[@REVISION][:FILE] on the hub.",
+            show_default="from the latest mask-train or delta run",
         ),
     ] = None,
     output: Annotated[
@@ -69,9 +69,10 @@ def apply(
     as_json: opt.AsJson = False,
     yes: opt.Yes = False,
 ) -> None:
-    """Apply a mask to a model and write an ordinary checkpoint that any server can load.
+    """Apply a mask or a delta file to a model and write an ordinary checkpoint that any server can load.
 
-    Streams the weights, so memory use does not grow with the model. Refuses a model that the mask was not learned on.
+    Streams the weights, so memory use does not grow with the model. Refuses a model that the mask was not learned on,
+    or that the delta file was not made from.
     """
     with Output(as_json=as_json) as console:
         if private and push is None:
@@ -118,8 +119,8 @@ def show(console: Output, run: Run, result: ApplyResult) -> None:
     rows = [
         ("model", result.model),
         (
-            "reset" if made is not None and made.resets else "removed",
-            f"{counted(result.removed, 'weight')} in {counted(result.tensors_masked, 'tensor')}",
+            "changed" if result.changed is not None else "reset" if made is not None and made.resets else "removed",
+            f"{counted(result.changed or result.removed, 'weight')} in {counted(result.tensors_masked, 'tensor')}",
         ),
         ("written", f"{result.bytes_written / 1e6:,.1f} MB"),
     ]
@@ -138,12 +139,12 @@ def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) 
             actual="only a base model",
             hint="BASE MASK -o OUT",
         )
-    newest = newest_source(runs, "mask-train")
+    newest = newest_source(runs, *MASK_MAKERS)
     if newest is None:
         raise ConfigError(
             "apply needs a base model and a mask.",
             expected="mftctl apply BASE MASK -o OUT",
-            actual=f"none given, and no finished mask-train run in {runs}",
+            actual=f"none given, and no finished mask-train or delta run in {runs}",
             hint="mftctl mask-train",
         )
     return newest
@@ -151,18 +152,22 @@ def _source(base: str | None, mask: Path | None, tuned: str | None, runs: Path) 
 
 def _masked_model(base: str, mask: Path, tuned: str | None) -> str:
     """Returns the model to mask: the base, or for a delta mask the tuned model that it partly reverts to the base."""
+    from mftctl.masking.delta.delta import is_delta_file
     from mftctl.masking.mask import open_mask
 
-    with open_mask(mask) as opened:
-        metadata = opened.metadata
-    if metadata.kind == "delta":
-        return tuned or metadata.tuned_model or base
+    kind = "delta file"
+    if not is_delta_file(mask):
+        with open_mask(mask) as opened:
+            metadata = opened.metadata
+        if metadata.kind == "delta":
+            return tuned or metadata.tuned_model or base
+        kind = f"{metadata.kind} mask"
     if tuned is not None:
         raise ConfigError(
             "--tuned applies only to delta masks (mask-train --kind delta, --method drop).",
             key="--tuned",
             expected="a delta mask",
-            actual=f"{mask}, a {metadata.kind} mask",
+            actual=f"{mask}, a {kind}",
             hint="omit --tuned",
         )
     return base

@@ -42,7 +42,8 @@ def evaluate(
         Path | None,
         typer.Option(
             "--mask",
-            help="Evaluate the model with this mask applied: a file, or OWNER/NAME[@REVISION][:FILE] on the hub.",
+            help="Evaluate the model with this mask or delta file applied: a file, or OWNER/NAME[@REVISION][:FILE] on "
+            "the hub.",
             rich_help_panel=opt.INPUT,
         ),
     ] = None,

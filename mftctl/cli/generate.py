@@ -30,7 +30,7 @@ def generate(
     ] = None,
     mask: Annotated[
         Path | None,
-        typer.Option("--mask", help="Also answer with this mask applied.", rich_help_panel=opt.INPUT),
+        typer.Option("--mask", help="Also answer with this mask or delta file applied.", rich_help_panel=opt.INPUT),
     ] = None,
     texts: Annotated[
         list[str] | None,

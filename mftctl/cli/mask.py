@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mftctl.cli import options as opt
+from mftctl.cli.delta_view import delta_info
 from mftctl.cli.output import Output, pairs_table
 from mftctl.cli.session import Session, mask_file_permit
 from mftctl.errors import ConfigError
@@ -31,15 +32,28 @@ AnyMask = Annotated[
 ]
 
 
+AnyFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="Mask or delta file, or OWNER/NAME[@REVISION][:FILE] on the hub.", show_default=False
+    ),
+]
+
+
 @mask_app.command()
-def info(file: AnyMask, as_json: opt.AsJson = False) -> None:
-    """Show what a mask removes and how it was made."""
+def info(file: AnyFile, as_json: opt.AsJson = False) -> None:
+    """Show what a mask removes, or what a delta file changes, and how it was made."""
     from dataclasses import asdict
 
+    from mftctl.masking.delta.delta import is_delta_file
     from mftctl.masking.hub_masks import local_mask
     from mftctl.masking.mask import open_mask
 
     file = local_mask(file)
+    if is_delta_file(file):
+        document, tables = delta_info(file)
+        Output(as_json=as_json).result(document, *tables)
+        return
     with open_mask(file) as mask:
         for name in mask.names():
             mask.packed(name)  # also checks it

@@ -25,7 +25,7 @@ from mftctl.progress import Progress as State
 from mftctl.runtime.processes import is_first, world_size
 from mftctl.text import command_line, visible, visible_line
 
-_TOO_SHORT = ("validating", "measuring retained data", "comparing", "reporting", "drawing")
+_TOO_SHORT = ("validating", "measuring retained data", "comparing", "merging", "reporting", "drawing")
 """Tasks too short for one line per tenth."""
 
 _FULL_COLUMNS = 80

@@ -47,6 +47,7 @@ _SECTIONS: dict[str, dict[str, Any]] = {
     "fft": {"fft": True},
     "probe": {"probe": True, "mask_train": True, **_RATE},
     "mask-train": {"mask_train": True, **_RATE},
+    "delta": {"delta": True},
     "interpolate": {"interpolate": True, "fft": {"max_length_tokens"}},
     "eval": {"eval": True},
 }

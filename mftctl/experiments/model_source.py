@@ -22,8 +22,10 @@ from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
 from mftctl.experiments.training_options import FftOptions
 
-MODEL_MAKERS = ("fft", "apply", "average", "interpolate")
+MODEL_MAKERS = ("fft", "apply", "average", "interpolate", "delta-merge")
 """Commands that write a checkpoint."""
+MASK_MAKERS = ("mask-train", "delta")
+"""Commands that write a file to apply to a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def source_to_measure(model: str | None, mask: Path | None, root: Path, *, what:
     """
     if model is not None:
         return source_of_model(model, root) if mask is None else source_of_mask(model, str(mask), root)
-    newest = newest_source(root, *MODEL_MAKERS, "mask-train")
+    newest = newest_source(root, *MODEL_MAKERS, *MASK_MAKERS)
     if newest is None or mask is not None:
         raise ConfigError(
             f"{what} needs a model.",

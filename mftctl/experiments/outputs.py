@@ -42,7 +42,7 @@ def inputs_of(recipe: Recipe, *, models: Iterable[str | None] = (), recipe_name:
     """
     options = recipe.eval
     sources = (*recipe.data, *recipe.val_data, *recipe.test_data, *recipe.retain_data)
-    bases = (recipe.mask_train.base, recipe.interpolate.base, recipe.fft.support)
+    bases = (recipe.mask_train.base, recipe.interpolate.base, recipe.fft.support, recipe.delta.base, recipe.delta.mask)
     data = [path for source in sources for path in (source.path, *map(str, local_files(source)))]
     named = [
         *((path, "the data") for path in data),

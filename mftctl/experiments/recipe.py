@@ -17,6 +17,7 @@ from mftctl.data.examples import Learn
 from mftctl.data.record_issues import BadRecords
 from mftctl.data.sources import DataSource
 from mftctl.errors import DataError
+from mftctl.experiments.delta_options import DeltaOptions
 from mftctl.experiments.presets import DEFAULT_GROUPS, GroupSize, probe_in_force, without_nulls
 from mftctl.experiments.section import Section
 from mftctl.experiments.tracking.names import TrackerName
@@ -238,7 +239,7 @@ class InterpolateOptions(Section):
         return self
 
 
-Command = Literal["fft", "probe", "mask-train", "apply", "interpolate", "eval"]
+Command = Literal["fft", "probe", "mask-train", "apply", "interpolate", "delta", "eval"]
 Control = Literal["annealed", "averaged", "interpolated"]
 
 
@@ -320,6 +321,7 @@ class Recipe(Section):
     probe: ProbeOptions = ProbeOptions()
     mask_train: MaskTrainOptions = MaskTrainOptions()
     interpolate: InterpolateOptions = InterpolateOptions()
+    delta: DeltaOptions = DeltaOptions()
     eval: EvalOptions = EvalOptions()
     stages: dict[str, Stage] = Field(default_factory=dict)
     controls: tuple[Control, ...] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mftctl.experiments.combined_results import AverageResult, InterpolateResult
+from mftctl.experiments.combined_results import AverageResult, DeltaResult, InterpolateResult, MergeResult
 from mftctl.experiments.results import (
     ApplyResult,
     EvalResult,
@@ -24,6 +24,8 @@ RESULTS: Mapping[str, type[Result]] = {
     "apply": ApplyResult,
     "average": AverageResult,
     "interpolate": InterpolateResult,
+    "delta": DeltaResult,
+    "delta-merge": MergeResult,
     "eval": EvalResult,
     "surface": SurfaceResult,
 }

@@ -475,8 +475,9 @@ class ApplyResult(Result):
         model: Folder of the new checkpoint.
         base: Model that the mask was applied to.
         bytes_written: Size of the weights written.
-        tensors_masked: Number of tensors with removed weights.
-        removed: Number of removed weights.
+        tensors_masked: Number of tensors with removed or changed weights.
+        removed: Number of removed weights; of a delta file, those that keep the base's values in changed tensors.
+        changed: Number of weights that a delta file changed; None for a mask.
     """
 
     state: Name
@@ -485,6 +486,7 @@ class ApplyResult(Result):
     bytes_written: Count
     tensors_masked: Count
     removed: Count
+    changed: Annotated[int | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
 class EvalResult(Result):

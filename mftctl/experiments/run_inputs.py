@@ -132,6 +132,24 @@ class AveragedCheckpoints(Part):
     weights: list[Number] | None = None
 
 
+class MergedDeltas(Part):
+    """The delta files that `delta merge` read, and how it merged them.
+
+    Attributes:
+        deltas: Delta files.
+        method: `ties` or `sum`.
+        weights: The weight of each.
+        scale: Factor of the merged change.
+        values: Kind of the values of the merged delta file.
+    """
+
+    deltas: list[Place]
+    method: str
+    weights: list[Number]
+    scale: Number = 1.0
+    values: str = "exact"
+
+
 class TrainRecords(Part):
     """Number of training records."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import product
-from typing import Final
+from typing import Final, get_args
 
+from mftctl.experiments.delta_options import DeltaOptions, DeltaValues
 from mftctl.experiments.presets import PresetName
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
@@ -34,6 +35,8 @@ class StateKind(Enum):
     L1_ROW_MASK = auto()
     MFT = auto()
     MFT_THRESHOLD = auto()
+    DELTA = auto()
+    MERGED_DELTAS = auto()
     MASKED = auto()
     WRITTEN = auto()
 
@@ -69,6 +72,8 @@ class State:
         is_delta: Whether a mask, other than a drop, returned weights to their values before fine-tuning.
         is_retaining: Whether fine-tuning also trained against forgetting other data.
         has_support: Whether a mask chose the weights that an adapter changes.
+        values: Kind of the values of a delta file.
+        is_rescaled: Whether a delta file multiplied the changes that it kept.
     """
 
     kind: StateKind
@@ -79,6 +84,8 @@ class State:
     is_delta: bool = False
     is_retaining: bool = False
     has_support: bool = False
+    values: DeltaValues | None = None
+    is_rescaled: bool = False
 
     @property
     def label(self) -> str:
@@ -152,6 +159,12 @@ _TABLE: Final = {
     State(StateKind.MFT, preset="reference", is_delta=True): "MFT delta, reference",
     State(StateKind.MFT, is_delta=True): "MFT delta",
     State(StateKind.MFT_THRESHOLD, is_delta=True): "MFT delta threshold",
+    **{
+        State(StateKind.DELTA, values=values, is_rescaled=is_rescaled): f"delta {values}{' rescaled' * is_rescaled}"
+        for values in get_args(DeltaValues)
+        for is_rescaled in (False, True)
+    },
+    State(StateKind.MERGED_DELTAS): "merged deltas",
     State(StateKind.MASKED): "masked",
 }
 """Labels in the order of the papers' tables."""
@@ -185,6 +198,7 @@ FFT: Final = State(StateKind.FFT).label
 CONTINUED_FFT: Final = State(StateKind.FFT, is_continued=True).label
 AVERAGED: Final = State(StateKind.AVERAGED).label
 INTERPOLATED: Final = State(StateKind.INTERPOLATED).label
+MERGED_DELTAS: Final = State(StateKind.MERGED_DELTAS).label
 MASKED: Final = State(StateKind.MASKED).label
 WRITTEN: Final = State(StateKind.WRITTEN).label
 
@@ -228,6 +242,11 @@ def fine_tuned_state(source_state: str, options: FftOptions) -> str:
 def mask_state(options: MaskTrainOptions) -> str:
     """Returns the state of a masked model as named in the papers; with a preset `MFT, paper` or `MFT, reference`."""
     return _mask_state(options).label
+
+
+def delta_state(options: DeltaOptions) -> str:
+    """Returns the state of a model with the changes of a delta file: its kind of values, and whether it rescales."""
+    return State(StateKind.DELTA, values=options.values, is_rescaled=options.rescale).label
 
 
 def _mask_state(options: MaskTrainOptions) -> State:

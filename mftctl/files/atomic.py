@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -172,6 +173,18 @@ def write_text(path: Path, text: str) -> None:
     """Replaces the text of `path` completely or not at all."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, path: Path, permit: Permit | None = None) -> None:
+    """Copies a file to `path`, completely or not at all.
+
+    Args:
+        source: The file to copy.
+        path: The file to create or replace. Missing parent folders are created.
+        permit: Called before an existing `path` is replaced; None replaces any file.
+    """
+    with atomic_file(path, permit) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 # The umask can only be read by setting it; a second thread in between would read 0 and restore that.

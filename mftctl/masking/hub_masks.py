@@ -30,7 +30,7 @@ def local_mask(name: str | Path) -> Path:
         MaskFileError: There is no such repository or file, or access is not granted.
     """
     path, found = Path(name).expanduser(), _ON_HUB.fullmatch(str(name))
-    if found is None or path.exists() or (path.suffix == ".bits" and ":" not in path.name):
+    if found is None or path.exists() or (path.suffix in (".bits", ".delta") and ":" not in path.name):
         return path  # reported, if it is missing, by whoever opens it
     from huggingface_hub.errors import HFValidationError
 

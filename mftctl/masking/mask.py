@@ -62,7 +62,7 @@ class Mask:
         held = {}
         for name, record in records.items():
             _require_packed(name, packed[name], record)
-            require_count(name, packed[name], record, path=None)
+            require_count(name, packed[name], record.weights, record.removed, path=None)
             held[name] = packed[name].view()
             held[name].flags.writeable = False
         return cls._holding(held, records, metadata)
@@ -212,7 +212,7 @@ def _pack_checked(name: str, keep: torch.Tensor, record: TensorRecord) -> Packed
             actual=f"{keep.dtype} {tuple(keep.shape)}",
         )
     packed = pack(keep)
-    require_count(name, packed, record, path=None)
+    require_count(name, packed, record.weights, record.removed, path=None)
     return packed
 
 

@@ -13,6 +13,7 @@ from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import (
     AppliedMask,
     AveragedCheckpoints,
+    MergedDeltas,
     Origin,
     RunInputs,
     StartingState,
@@ -37,12 +38,19 @@ def reproduction(run: Run) -> str:
     record = run.record
     if record.command == "surface":
         return shlex.join(["mftctl", *_surface(run), "--runs", str(run.folder.parent)])
-    makers = {"apply": _apply, "average": _average, "eval": _eval, "mask-train": _mask_train}
+    makers = {
+        "apply": _apply,
+        "average": _average,
+        "delta": _delta,
+        "delta-merge": _delta_merge,
+        "eval": _eval,
+        "mask-train": _mask_train,
+    }
     arguments = makers.get(record.command, _configured)(run)
     program = ["mftctl"]
     if record.processes > 1:
         program = ["torchrun", "--nproc-per-node", str(record.processes), "-m", "mftctl"]
-    return shlex.join([*program, record.command, *arguments, "--runs", str(run.folder.parent)])
+    return shlex.join([*program, *_words(record.command), *arguments, "--runs", str(run.folder.parent)])
 
 
 def _configured(run: Run) -> list[str]:
@@ -53,6 +61,23 @@ def _mask_train(run: Run) -> list[str]:
     # The mask is always written outside the run folder too; the default file is shared and may already exist.
     elsewhere = [] if run.record.output else ["-o", f"{run.name}.bits"]
     return [*_configured(run), *elsewhere]
+
+
+def _delta(run: Run) -> list[str]:
+    base = run.record.config.get("delta", {}).get("base")
+    elsewhere = [] if run.record.output else ["-o", f"{run.name}.delta"]
+    return [str(base), _inputs(run, UsedModel).model, *_configured(run), *elsewhere]
+
+
+def _delta_merge(run: Run) -> list[str]:
+    inputs = _inputs(run, MergedDeltas)
+    options = [f"--method={inputs.method}", f"--weights={','.join(map(repr, inputs.weights))}"]
+    options += [f"--scale={inputs.scale!r}", f"--values={inputs.values}", "--base", _inputs(run, UsedModel).model]
+    return [*inputs.deltas, *options, *_output(run)]
+
+
+def _words(command: str) -> list[str]:
+    return command.split("-") if command == "delta-merge" else [command]
 
 
 def _apply(run: Run) -> list[str]:

@@ -1,4 +1,4 @@
-"""The `apply` workflow: applies a mask to a base model and writes an ordinary checkpoint."""
+"""The `apply` workflow: applies a mask or a delta file to a base model and writes an ordinary checkpoint."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from mftctl.experiments.run_folder import Run
 from mftctl.masking.checkpoints.apply import apply_to_checkpoint
 from mftctl.masking.checkpoints.companions import tell_left_out
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.delta.apply import apply_delta_to_checkpoint
+from mftctl.masking.delta.delta import is_delta_file, open_delta
 from mftctl.masking.mask import open_mask
 from mftctl.progress import Listener, Progress
 
@@ -19,10 +21,11 @@ from mftctl.progress import Listener, Progress
 def apply(
     source: ModelSource, run: Run, listener: Listener, *, base: str | None = None, replace: bool = False
 ) -> ApplyResult:
-    """Applies a mask and returns the folder of the new checkpoint and a summary of what was removed.
+    """Applies a mask or a delta file; returns the folder of the new checkpoint and a summary of what changed.
 
     Args:
-        source: The model and its mask; for a delta mask the tuned model (the mask names its base).
+        source: The model and its mask; for a delta mask the tuned model (the mask names its base), for a delta file the
+            base.
         run: Open run; the checkpoint is written to its `model/` unless the run has another output path.
         listener: Receives progress updates.
         base: For a delta mask, the model before fine-tuning; by default the one named in the mask.
@@ -39,6 +42,10 @@ def apply(
         raise ConfigError("apply needs a mask.", key="MASK", expected="a mask file", actual="none")
     path = Path(source.mask)
     folder = Path(run.record.output) if run.record.output else run.folder / "model"
+    # Anything in the run's own folder was written by the run itself.
+    replace = replace or run.record.output is None
+    if is_delta_file(path):
+        return _apply_delta(path, source, folder, listener, replace=replace)
     with open_mask(path) as mask:
         metadata = mask.metadata
         is_delta = metadata.kind == "delta"
@@ -51,8 +58,7 @@ def apply(
             mask_path=path,
             base_model=base_model,
             on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
-            # Anything in the run's own folder was written by the run itself.
-            replace=replace or run.record.output is None,
+            replace=replace,
             origin=origin_of(source.state, source.model, source.origin).as_document(),
         )
     tell_left_out(done.left_out, listener)
@@ -63,4 +69,30 @@ def apply(
         bytes_written=done.bytes_written,
         tensors_masked=done.tensors_masked,
         removed=done.removed,
+        changed=None,
+    )
+
+
+def _apply_delta(path: Path, source: ModelSource, folder: Path, listener: Listener, *, replace: bool) -> ApplyResult:
+    with open_delta(path) as delta:
+        base = resolve_checkpoint(source.model, delta.contents.metadata.base.revision)
+        done = apply_delta_to_checkpoint(
+            base,
+            delta,
+            folder,
+            base_model=source.model,
+            on_progress=lambda done, total: listener.progress(Progress("writing", done, total)),
+            replace=replace,
+            origin=origin_of(source.state, source.model, source.origin).as_document(),
+        )
+        tensors = delta.contents.tensors.values()
+    tell_left_out(done.left_out, listener)
+    return ApplyResult(
+        state=source.state,
+        model=str(folder.resolve()),
+        base=source.model,
+        bytes_written=done.bytes_written,
+        tensors_masked=len(tensors),
+        removed=sum(record.removed for record in tensors),
+        changed=sum(record.kept for record in tensors),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import TextStreamer
@@ -21,12 +20,11 @@ from mftctl.evaluation.inference import evaluation_mode
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.record_encoding import load_encoder
-from mftctl.masking.checkpoints.apply_in_memory import apply_mask, base_folder
 from mftctl.masking.checkpoints.gpu_maps import gpu_map
 from mftctl.masking.checkpoints.load import evaluation_dtype, load_model
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.remote_code import trusting_code
-from mftctl.masking.mask import open_mask
+from mftctl.masking.delta.either import apply_in_memory, checkpoint_files, open_applicable
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import Use, find_device, using
 from mftctl.runtime.torch_failures import gpu_failures
@@ -120,13 +118,15 @@ def generate(
         encoder = load_encoder(checkpoint, recipe)
         dtype = evaluation_dtype(checkpoint)
         model = load_model(checkpoint, dtype=dtype, device_map=gpu_map(checkpoint, dtype))
-        room = _room(recipe, model, encoder, examples)
-        answers = _answers(model, encoder, examples, room, listener, on_text, source.state)
+        answers = _answers(model, encoder, examples, recipe, listener, on_text, source.state)
         masked: Sequence[str | None] = [None] * len(examples)
-        if source.mask is not None:
-            with open_mask(Path(source.mask)) as mask:
-                apply_mask(model, mask, base_folder(mask))
-            masked = _answers(model, encoder, examples, room, listener, on_text, f"with {source.mask}")
+        with open_applicable(source.mask) as applied, checkpoint_files(checkpoint, applied) as changed:
+            if applied is not None:
+                if changed != checkpoint:  # a delta file has brought its own chat template or stop tokens
+                    encoder = load_encoder(changed, recipe)
+                    model = load_model(changed, dtype=dtype, device_map=gpu_map(changed, dtype))
+                apply_in_memory(model, applied, checkpoint)
+                masked = _answers(model, encoder, examples, recipe, listener, on_text, f"with {source.mask}")
     return [
         Answered(_question(example), None if number < texts else example.answer, answer, masked_answer)
         for number, (example, answer, masked_answer) in enumerate(zip(examples, answers, masked, strict=True))
@@ -137,11 +137,12 @@ def _answers(
     model: PreTrainedModel,
     encoder: Encoder,
     examples: Sequence[Example],
-    max_new_tokens: int,
+    recipe: Recipe,
     listener: Listener,
     on_text: OnText | None,
     heading: str,
 ) -> list[str]:
+    max_new_tokens = _room(recipe, model, encoder, examples)
     if on_text is None:
         return generate_answers(
             model,

@@ -215,6 +215,8 @@ def _decides(
     read = [source.path for source in sources]
     if "eval" in keys:
         read += keys["eval"]["task_data"].values()
+    if job.command == "delta" and job.recipe.delta.mask is not None:
+        read.append(job.recipe.delta.mask)
     if job.recipe.chat_template is not None:
         read.append(job.recipe.chat_template)
     if job.command == "fft" and job.recipe.fft.support is not None:

@@ -56,6 +56,8 @@ def _problems(job: Job) -> Iterator[str]:
         yield f"{what} needs the model before fine-tuning: put it after an fft stage, or set mask_train.base"
     if job.command == "interpolate":
         yield from _interpolation_problems(job)
+    if job.command == "delta":
+        yield from _delta_problems(job)
     if job.command in ("probe", "mask-train", "apply") and _is_adapter(job.after):
         yield f"a mask needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
     checks = {"fft": _fft_problem, "eval": _eval_problem, "probe": _probe_problem, "mask-train": _mask_problem}
@@ -72,6 +74,13 @@ def _interpolation_problems(job: Job) -> Iterator[str]:
         yield f"interpolate needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
     if job.after is not None and job.after.command == "mask-train":
         yield f"interpolate needs a checkpoint, but {job.after.name} makes a mask (put an apply stage between them)"
+
+
+def _delta_problems(job: Job) -> Iterator[str]:
+    if job.recipe.delta.base is None and job.after is None:
+        yield "delta needs the model before fine-tuning: put it after an fft stage, or set delta.base"
+    if _is_adapter(job.after):
+        yield f"delta needs a full model, but {job.after.name if job.after else ''} writes an adapter (fft.merge)"
 
 
 def _is_adapter(job: Job | None) -> bool:

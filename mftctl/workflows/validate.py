@@ -200,7 +200,7 @@ def _first_length(recipe: Recipe, jobs: Sequence[Job]) -> int:
 
 
 def _stage(job: Job, estimates: StageEstimates, problems: ProblemList) -> PlannedStage:
-    of = job.after.name if job.command in ("apply", "interpolate", "eval") and job.after is not None else None
+    of = job.after.name if job.command in ("apply", "interpolate", "delta", "eval") and job.after is not None else None
     stage = PlannedStage(job.name, job.command, of)
     with problems.collecting(job.name):
         if job.command in TRAINING_COMMANDS:

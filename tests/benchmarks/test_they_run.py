@@ -14,6 +14,7 @@ from tests.benchmarks import (
     apply_speed,
     codec_speed,
     data_speed,
+    delta_speed,
     eval_speed,
     gmt_step_speed,
     listing_speed,
@@ -55,6 +56,13 @@ def test_apply_speed(tmp_path: Path) -> None:
     assert len(found) == 17
     for case in ("all layers", "1 of 2 layers"):
         assert int(found[f"apply, {case}, peak bytes"].replace(",", "")) < 1e9
+
+
+@pytest.mark.slow
+def test_delta_speed(tmp_path: Path) -> None:
+    found = delta_speed.compare(tmp_path, hidden_size=64, layers=2, repetitions=1)
+    assert len(found) == 1 + 3 * 8 + 3
+    assert float(found["random 5 %, int8, share of the checkpoint"].rstrip("%")) < 20
 
 
 def test_codec_speed() -> None:

@@ -111,11 +111,19 @@ def _require_scalable(pairs: Sequence[TensorPair]) -> None:
         )
 
 
-def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.Tensor:
-    """The absolute differences, negated if the largest are to be reset first."""
-    tuned = read_tensor(pair.tuned)
-    wide = torch.float64 if tuned.dtype == torch.float64 else torch.float32
-    sizes = (tuned.to(wide) - read_tensor(pair.base).to(wide)).abs_()
+def change_sizes(before: torch.Tensor, after: torch.Tensor, pair: TensorPair) -> torch.Tensor:
+    """The absolute differences, in fp32, or fp64 for fp64 weights.
+
+    Args:
+        before: The base's weights.
+        after: The tuned weights, of the same shape and dtype.
+        pair: Where they are stored, for the error.
+
+    Raises:
+        ModelError: A difference is NaN.
+    """
+    wide = torch.float64 if after.dtype == torch.float64 else torch.float32
+    sizes = (after.to(wide) - before.to(wide)).abs_()
     if torch.isnan(sizes).any():
         raise ModelError(
             "The difference between the base and the tuned checkpoint is NaN.",
@@ -125,6 +133,12 @@ def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.T
             actual=f"{int(torch.isnan(sizes).sum())} NaN of {sizes.numel()}",
             hint="use a checkpoint from before the training diverged",
         )
+    return sizes
+
+
+def _sizes(pair: TensorPair, strategy: Literal["trivial", "salient"]) -> torch.Tensor:
+    """The absolute differences, negated if the largest are to be reset first."""
+    sizes = change_sizes(read_tensor(pair.base), read_tensor(pair.tuned), pair)
     return sizes if strategy == "trivial" else sizes.neg_()
 
 

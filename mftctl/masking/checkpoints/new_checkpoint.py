@@ -58,6 +58,7 @@ def write_checkpoint(
     what: str,
     card: str,
     origin: Mapping[str, str] | None,
+    beside: Mapping[str, bytes] | None = None,
 ) -> Written:
     """Writes a checkpoint, whole or not at all.
 
@@ -69,6 +70,7 @@ def write_checkpoint(
         what: A word for the new checkpoint, for the error message.
         card: The model card.
         origin: How it was produced; recorded in its folder.
+        beside: Files by name that replace those of the source.
 
     Raises:
         ModelError: It cannot be written.
@@ -78,6 +80,8 @@ def write_checkpoint(
         with atomic_folder(output, permit) as folder:
             write_weights(folder)
             left_out = copy_companions(source, folder, sharded=not (source / WEIGHTS_FILE).is_file())
+            for name, content in (beside or {}).items():
+                (folder / name).write_bytes(content)
             (folder / CARD_FILE).write_text(card, encoding="utf-8")
             write_marker(folder, Kind.MODEL, origin)
             bytes_written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

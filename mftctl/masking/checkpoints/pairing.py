@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from mftctl.errors import MaskMismatchError
 from mftctl.masking.checkpoints.tensors import StoredTensor, tensor_digest, tensor_index
 from mftctl.masking.dtypes import TORCH_DTYPES
-from mftctl.masking.mask_file.document import MAX_DIMENSIONS
+from mftctl.masking.mask_file.fields import MAX_DIMENSIONS
 
 HEAD: Final = "lm_head.weight"
 """The output head, tied to the input embeddings in many models."""
 
 _EMBEDDINGS: Final = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings)\.weight$")
+_POSITIONS: Final = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings)\.weight$")
+_HEADS: Final = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 _COMPUTED: Final = re.compile(r"(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 
 
@@ -30,7 +32,7 @@ class TensorPair:
     """One tensor of a tuned checkpoint and the base's values for it.
 
     Attributes:
-        name: Its name in the tuned checkpoint.
+        name: Its name in the tuned checkpoint, or the base's (`pair_base_tensors`).
         base: The base's tensor, of the same dtype and shape; for a tied output head, its input embeddings.
         tuned: The tuned tensor.
     """
@@ -83,6 +85,49 @@ def pair_tensors(base: Path, tuned: Path) -> list[TensorPair]:
     return pairs
 
 
+def pair_base_tensors(base: Path, tuned: Path) -> list[TensorPair]:
+    """Pairs every floating-point tensor of the base with the tuned checkpoint's, in ascending order of name.
+
+    Unlike `pair_tensors`, the names are those of the base, in whose files the changes are to be written. A tied output
+    head that only one of them stores is paired with the other's input embeddings.
+
+    Args:
+        base: The base's folder.
+        tuned: The folder of the checkpoint tuned from it. The two may be sharded differently.
+
+    Raises:
+        MaskMismatchError: As for `pair_tensors`; or the tuned checkpoint has a separate output head, while the base
+            ties its head.
+        ModelError: One of them cannot be read.
+    """
+    base_index, tuned_index = tensor_index(base), tensor_index(tuned)
+    _require_tied_head(base_index, tuned_index, base, tuned)
+    if HEAD in tuned_index and HEAD not in base_index:
+        if not _is_tied(tuned_index):
+            raise MaskMismatchError(
+                "The tuned checkpoint has a separate output head, but the base ties its head to its embeddings.",
+                path=tuned,
+                key=HEAD,
+                expected=f"not stored, as in the base {base}, or equal to the embeddings",
+                actual="other values than the embeddings",
+                hint="give the checkpoint that the tuned one was trained from",
+            )
+        del tuned_index[HEAD]
+    embeddings = _embeddings(base_index) if _is_tied(base_index) else None
+    pairs = []
+    for name in sorted({*base_index, *tuned_index}):
+        if _COMPUTED.search(name):
+            continue
+        pair = _paired(name, base_index, tuned_index, base, tuned)
+        if name == HEAD and embeddings is not None:
+            pair = replace(pair, base=embeddings)  # the same bytes, by the name that both copies share
+        if _is_maskable(pair.base):
+            pairs.append(pair)
+        else:
+            _require_same_bytes(pair)
+    return pairs
+
+
 def pair_named(names: Iterable[str], base: Path, tuned: Path) -> dict[str, TensorPair]:
     """Pairs some tensors of the tuned checkpoint with the base's, by their name in the tuned checkpoint.
 
@@ -99,10 +144,26 @@ def pair_named(names: Iterable[str], base: Path, tuned: Path) -> dict[str, Tenso
     return {name: _paired(name, base_index, tuned_index, base, tuned) for name in names}
 
 
-def same_weights(base: Path, tuned: Path) -> MaskMismatchError:
-    """The error if no tensor of a pair of checkpoints that a delta mask covers differs."""
+def is_embedding(name: str) -> bool:
+    """True if a tensor holds the input embeddings, or learned positions."""
+    return _EMBEDDINGS.search(name) is not None or _POSITIONS.search(name) is not None
+
+
+def is_head(name: str) -> bool:
+    """True if a tensor belongs to the output head."""
+    return _HEADS.search(name) is not None
+
+
+def same_weights(base: Path, tuned: Path, what: str = "reset") -> MaskMismatchError:
+    """The error if no tensor of a pair of checkpoints that a delta mask covers differs.
+
+    Args:
+        base: The base's folder.
+        tuned: The folder of the tuned checkpoint.
+        what: What there is nothing to do with.
+    """
     return MaskMismatchError(
-        "The base and the tuned checkpoint have the same weights, so there is nothing to reset.",
+        f"The base and the tuned checkpoint have the same weights, so there is nothing to {what}.",
         path=tuned,
         expected=f"weights that differ from those in {base}",
         hint="give the checkpoint from before fine-tuning as the base",

@@ -67,8 +67,13 @@ def encode(packed: Packed, codec: Codec) -> bytes:
         return packed.tobytes()
     if codec == "ans":
         return encode_ans(packed, 8 * len(packed) - count_kept(packed))
+    return deflate(packed)
+
+
+def deflate(content: Packed) -> bytes:
+    """Encodes bytes as a raw DEFLATE stream with Huffman codes only."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, _RAW_DEFLATE, _MEMORY_LEVEL, zlib.Z_HUFFMAN_ONLY)
-    return compressor.compress(packed.data) + compressor.flush()
+    return compressor.compress(content.data) + compressor.flush()
 
 
 def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Path, key: str) -> Packed:
@@ -93,7 +98,7 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
     if codec == "packed":
         packed = payload
     elif codec == "deflate":
-        packed = _inflate(payload, size_bytes, path, key)
+        packed = inflate(payload, size_bytes, path, key)
     else:
         packed = decode_ans(payload, size_bytes, removed + -weights % 8, path=path, key=key)
     if len(packed) != size_bytes:
@@ -117,7 +122,18 @@ def decode(payload: bytes, codec: Codec, weights: int, removed: int, *, path: Pa
     return np.frombuffer(packed, dtype=np.uint8)
 
 
-def _inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
+def inflate(payload: bytes, size_bytes: int, path: Path, key: str) -> bytes:
+    """The bytes in a stream of `deflate`.
+
+    Args:
+        payload: Bytes from an untrusted file.
+        size_bytes: The size to expect, allocated only if it is less than `MAX_EXPANSION` times the payload's.
+        path: The file, for the message.
+        key: The tensor's name, for the message.
+
+    Raises:
+        MaskFormatError: The payload does not hold exactly that many bytes.
+    """
     if size_bytes >= MAX_EXPANSION * len(payload):
         raise MaskFormatError(
             "The shape of this tensor implies more weights than its payload can hold.",

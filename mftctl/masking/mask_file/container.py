@@ -98,15 +98,20 @@ def write_container(stream: BinaryIO, document: bytes, payloads: Mapping[str, by
     Args:
         stream: An empty binary file.
         document: The JSON document.
-        payloads: The payloads by tensor name, in any order.
+        payloads: The payloads by tensor name, in any order; each is looked up twice, so a mapping may read them from a
+            file.
+
+    Raises:
+        MaskFormatError: There are too many tensors.
     """
     names = sorted(payloads)
     digest = MaskDigest(document)
     header: dict[str, object] = {}
     offset_bytes = 0
     for name in names:
-        length_bytes = len(payloads[name])
-        digest.add_payload(name, payloads[name])
+        payload = payloads[name]
+        length_bytes = len(payload)
+        digest.add_payload(name, payload)
         header[name] = {
             "dtype": "U8",
             "shape": [length_bytes],

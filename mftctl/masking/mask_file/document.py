@@ -6,25 +6,36 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from mftctl.errors import MaskFormatError
-from mftctl.masking.dtypes import TORCH_DTYPES
 from mftctl.masking.mask_file.codecs import Codec
+from mftctl.masking.mask_file.fields import (
+    CheckpointEntry,
+    Dtype,
+    Ratio,
+    Scale,
+    Seed,
+    Sha256,
+    Shape,
+    Strict,
+    TensorName,
+    Text,
+    check_counts,
+)
 from mftctl.masking.mask_file.strict_json import parse_strict_json, write_compact_json
 
 FORMAT_VERSION: Final = 1
 SCALED_FORMAT_VERSION: Final = 2
 """Version of masks that rescale what they keep, so that readers of version 1 refuse them."""
+DELTA_FORMAT_VERSION: Final = 3
+"""Version of delta files, which hold the values of changes beside the bits (`mftctl.masking.delta`)."""
 SCALABLE_DTYPES: Final = ("F64", "F32", "F16", "BF16")
-MAX_SCALE: Final = 1e6
-MAX_DIMENSIONS: Final = 8
-MAX_WEIGHTS: Final = 2**48
-"""Maximum weights per tensor: far above any model, far below integer overflow of sizes."""
 
 Kind = Literal["weight", "delta"]
+D = TypeVar("D", bound=Strict)
 
 _SHOWN_CHARACTERS: Final = 80
 
@@ -100,58 +111,21 @@ def _label(model: str, revision: str | None) -> str:
     return model if revision is None else f"{model} at revision {revision}"
 
 
-def _printable(name: str) -> str:
-    if not name.isprintable() or name == "__metadata__":
-        raise ValueError("a tensor name must be printable and not __metadata__")
-    return name
-
-
-def _known_dtype(name: str) -> str:
-    if name not in TORCH_DTYPES:
-        raise ValueError(f"a masked tensor must be one of {', '.join(TORCH_DTYPES)}")
-    return name
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("a text must not contain unpaired surrogates, which are not characters") from error
-    return text
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-_Text = Annotated[str, AfterValidator(_encodable)]
-_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-
-
-class _TensorEntry(_Strict):
-    shape: Annotated[list[Annotated[int, Field(gt=0, le=MAX_WEIGHTS)]], Field(min_length=1, max_length=MAX_DIMENSIONS)]
+class _TensorEntry(Strict):
+    shape: Shape
     removed: Annotated[int, Field(ge=0)]
     codec: Codec
-    sha256: _Sha256
-    dtype: Annotated[str, AfterValidator(_known_dtype)]
-    tuned_sha256: _Sha256 | None = None
+    sha256: Sha256
+    dtype: Dtype
+    tuned_sha256: Sha256 | None = None
 
     @model_validator(mode="after")
     def _counts_fit(self) -> _TensorEntry:
-        weights = math.prod(self.shape)
-        if weights > MAX_WEIGHTS:
-            raise ValueError(f"a tensor must have at most {MAX_WEIGHTS} weights")
-        if self.removed > weights:
-            raise ValueError(f"a tensor of {weights} weights cannot have {self.removed} removed")
+        check_counts(self.shape, self.removed)
         return self
 
 
-class _Checkpoint(_Strict):
-    model: Annotated[_Text, Field(min_length=1)]
-    revision: _Text | None
-
-
-class MaskDocument(_Strict):
+class MaskDocument(Strict):
     """The JSON document of a mask file.
 
     Every key is required and no others are allowed; keys for the tuned checkpoint occur only in delta masks, and
@@ -161,18 +135,16 @@ class MaskDocument(_Strict):
     format_version: Annotated[int, Field(ge=FORMAT_VERSION, le=SCALED_FORMAT_VERSION)]
     kind: Kind
     bit_order: Literal["little"]
-    tensors: Annotated[
-        dict[Annotated[str, Field(min_length=1), AfterValidator(_printable)], _TensorEntry], Field(min_length=1)
-    ]
-    base: _Checkpoint
-    method: Annotated[_Text, Field(min_length=1)]
-    ratio: Annotated[float, Field(ge=0, le=1)] | None
+    tensors: Annotated[dict[TensorName, _TensorEntry], Field(min_length=1)]
+    base: CheckpointEntry
+    method: Annotated[Text, Field(min_length=1)]
+    ratio: Ratio | None
     threshold: float | None
-    layers: _Text | None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
-    run_id: _Text | None
-    tuned: _Checkpoint | None = None
-    scale: Annotated[float, Field(gt=1, le=MAX_SCALE)] | None = None
+    layers: Text | None
+    seed: Seed | None
+    run_id: Text | None
+    tuned: CheckpointEntry | None = None
+    scale: Scale | None = None
 
     @model_validator(mode="after")
     def _scale_fits_version(self) -> MaskDocument:
@@ -189,7 +161,7 @@ class MaskDocument(_Strict):
 
     @model_validator(mode="after")
     def _tuned_fits_kind(self) -> MaskDocument:
-        parts: list[tuple[_Strict, str, str]] = [(self, "tuned", "tuned")]
+        parts: list[tuple[Strict, str, str]] = [(self, "tuned", "tuned")]
         parts += [(entry, "tuned_sha256", f"tensors.{name}.tuned_sha256") for name, entry in self.tensors.items()]
         for part, field, key in parts:
             if self.kind == "delta" and getattr(part, field) is None:
@@ -250,7 +222,7 @@ def build_document(records: Mapping[str, TensorRecord], metadata: MaskMetadata, 
         fields["tuned"] = {"model": metadata.tuned_model, "revision": metadata.tuned_revision}
     if metadata.scale is not None:
         fields["scale"] = metadata.scale
-    return _validate(fields, path=None)
+    return validated(MaskDocument, fields, path=None)
 
 
 def parse_document(text: bytes, path: Path) -> MaskDocument:
@@ -259,8 +231,30 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
     Raises:
         MaskFormatError: It is not JSON, has an unknown version, or violates the format.
     """
+    fields = parse_fields(text, path)
+    version = version_of(fields)
+    if version == DELTA_FORMAT_VERSION:
+        raise MaskFormatError(
+            "This is a delta file, which holds a whole fine-tuning, but a mask file is needed.",
+            path=path,
+            key="format_version",
+            expected=f"{FORMAT_VERSION} or {SCALED_FORMAT_VERSION}",
+            actual=version,
+            hint="mftctl apply, eval, generate and mask info take delta files",
+        )
+    if version is not None and version not in (FORMAT_VERSION, SCALED_FORMAT_VERSION):
+        raise unknown_version(version, path)
+    return validated(MaskDocument, fields, path)
+
+
+def parse_fields(text: bytes, path: Path) -> object:
+    """Parses the document of an untrusted file, of any version.
+
+    Raises:
+        MaskFormatError: It is not JSON.
+    """
     try:
-        fields = parse_strict_json(text)
+        return parse_strict_json(text)
     except ValueError as error:
         raise MaskFormatError(
             "The document of the mask file is not valid JSON.",
@@ -269,17 +263,24 @@ def parse_document(text: bytes, path: Path) -> MaskDocument:
             actual=shown(error),
             hint="copy the file again from its source",
         ) from error
+
+
+def version_of(fields: object) -> int | None:
+    """The format version in a parsed document; None if it states none."""
     version = fields.get("format_version") if isinstance(fields, dict) else None
-    if type(version) is int and version not in (FORMAT_VERSION, SCALED_FORMAT_VERSION):
-        raise MaskFormatError(
-            "This version of mftctl does not support the mask file's format version.",
-            path=path,
-            key="format_version",
-            expected=f"{FORMAT_VERSION} or {SCALED_FORMAT_VERSION}",
-            actual=shown(version),
-            hint="update mftctl: pip install --upgrade mftctl",
-        )
-    return _validate(fields, path)
+    return version if type(version) is int else None
+
+
+def unknown_version(version: int, path: Path) -> MaskFormatError:
+    """The error for a format version that this version of mftctl does not know."""
+    return MaskFormatError(
+        "This version of mftctl does not support the mask file's format version.",
+        path=path,
+        key="format_version",
+        expected=f"{FORMAT_VERSION} to {DELTA_FORMAT_VERSION}",
+        actual=shown(version),
+        hint="update mftctl: pip install --upgrade mftctl",
+    )
 
 
 def shown(value: object) -> str:
@@ -302,9 +303,19 @@ def _entry(record: TensorRecord, codec: Codec) -> dict[str, object]:
     return entry
 
 
-def _validate(fields: Any, path: Path | None) -> MaskDocument:
+def validated(document: type[D], fields: Any, path: Path | None) -> D:
+    """The document with these fields.
+
+    Args:
+        document: The class of the document.
+        fields: The parsed document.
+        path: The file, if there is one.
+
+    Raises:
+        MaskFormatError: A field violates the format.
+    """
     try:
-        return MaskDocument.model_validate(fields)
+        return document.model_validate(fields)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         raise MaskFormatError(

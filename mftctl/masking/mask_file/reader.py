@@ -12,7 +12,75 @@ from typing import BinaryIO
 from mftctl.errors import MaskFormatError
 from mftctl.masking.mask_file.codecs import Packed, count_kept, decode
 from mftctl.masking.mask_file.container import MaskDigest, read_container
-from mftctl.masking.mask_file.document import TensorRecord, parse_document, shown
+from mftctl.masking.mask_file.document import parse_document, shown
+
+
+class StoredPayloads:
+    """The document and the payloads of a mask file or a delta file, read on demand, from any thread.
+
+    Attributes:
+        document: The JSON document, not yet checked.
+        names: The names of the payloads.
+        size_bytes: The size of the file.
+
+    Args:
+        stream: An untrusted file, opened for reading in binary; it must stay open while payloads are read. Its layout
+            is checked here.
+        path: The file, for the messages.
+
+    Raises:
+        MaskFormatError: The file cannot be read or is not laid out as a mask file.
+    """
+
+    def __init__(self, stream: BinaryIO, path: Path) -> None:
+        self._stream, self._path, self._lock = stream, path, threading.Lock()
+        with readable(path):
+            self._state = self._file_state()
+            container = read_container(stream, path)
+        self.document, self._digest, self._spans = container.document, container.digest, container.payloads
+        self.names, self.size_bytes = set(container.payloads), self._state[0]
+
+    def __getitem__(self, name: str) -> bytes:
+        span = self._spans[name]
+        with self._lock, readable(self._path):
+            self._stream.seek(span.offset_bytes)
+            payload = self._stream.read(span.length_bytes)
+            state = self._file_state()
+        if state != self._state or len(payload) != span.length_bytes:
+            raise MaskFormatError(
+                "The mask file changed while it was being read.",
+                path=self._path,
+                key=name,
+                hint="wait until nothing writes to the file, then try again",
+            )
+        return payload
+
+    def length_bytes(self, name: str) -> int:
+        """The length of a payload."""
+        return self._spans[name].length_bytes
+
+    def require_digest(self) -> None:
+        """Checks the digest over the document and all payloads.
+
+        Raises:
+            MaskFormatError: It is another one.
+        """
+        digest = MaskDigest(self.document)
+        for name in sorted(self.names):
+            digest.add_payload(name, self[name])
+        if digest.hexdigest() != self._digest:
+            raise MaskFormatError(
+                "The mask file is damaged: its contents do not match its digest.",
+                path=self._path,
+                key="sha256",
+                expected=self._digest,
+                actual=digest.hexdigest(),
+                hint="copy the file again from its source; if the source is damaged too, train the mask again",
+            )
+
+    def _file_state(self) -> tuple[int, int]:
+        state = os.fstat(self._stream.fileno())
+        return state.st_size, state.st_mtime_ns
 
 
 class StoredBits(Mapping[str, Packed]):
@@ -32,33 +100,17 @@ class StoredBits(Mapping[str, Packed]):
     """
 
     def __init__(self, stream: BinaryIO, path: Path) -> None:
-        self._stream, self._path, self._lock = stream, path, threading.Lock()
-        with readable(path):
-            self._state = self._file_state()
-            container = read_container(stream, path)
-        document = parse_document(container.document, path)
-        require_same_names(set(document.tensors), set(container.payloads), path)
+        self._payloads, self._path = StoredPayloads(stream, path), path
+        document = parse_document(self._payloads.document, path)
+        require_same_names(set(document.tensors), self._payloads.names, path)
         self.records, self.metadata = document.records(), document.metadata()
         self._codecs = {name: entry.codec for name, entry in document.tensors.items()}
-        self._spans = container.payloads
-        digest = MaskDigest(container.document)
-        for name in self.records:
-            digest.add_payload(name, self._payload(name))
-        if digest.hexdigest() != container.digest:
-            raise MaskFormatError(
-                "The mask file is damaged: its contents do not match its digest.",
-                path=path,
-                key="sha256",
-                expected=container.digest,
-                actual=digest.hexdigest(),
-                hint="copy the file again from its source; if the source is damaged too, train the mask again",
-            )
+        self._payloads.require_digest()
 
     def __getitem__(self, name: str) -> Packed:
-        record = self.records[name]
-        payload = self._payload(name)
+        record, payload = self.records[name], self._payloads[name]
         packed = decode(payload, self._codecs[name], record.weights, record.removed, path=self._path, key=name)
-        require_count(name, packed, record, self._path)
+        require_count(name, packed, record.weights, record.removed, self._path)
         return packed
 
     def __contains__(self, name: object) -> bool:
@@ -69,25 +121,6 @@ class StoredBits(Mapping[str, Packed]):
 
     def __len__(self) -> int:
         return len(self.records)
-
-    def _payload(self, name: str) -> bytes:
-        span = self._spans[name]
-        with self._lock, readable(self._path):
-            self._stream.seek(span.offset_bytes)
-            payload = self._stream.read(span.length_bytes)
-            state = self._file_state()
-        if state != self._state or len(payload) != span.length_bytes:
-            raise MaskFormatError(
-                "The mask file changed while it was being read.",
-                path=self._path,
-                key=name,
-                hint="wait until nothing writes to the file, then try again",
-            )
-        return payload
-
-    def _file_state(self) -> tuple[int, int]:
-        state = os.fstat(self._stream.fileno())
-        return state.st_size, state.st_mtime_ns
 
 
 @contextmanager
@@ -128,25 +161,26 @@ def require_same_names(recorded: set[str], masked: set[str], path: Path | None) 
     )
 
 
-def require_count(name: str, packed: Packed, record: TensorRecord, path: Path | None) -> None:
+def require_count(name: str, packed: Packed, weights: int, removed: int, path: Path | None) -> None:
     """Checks that a mask removes as many weights as its record states.
 
     Args:
         name: The tensor's name.
         packed: Its packed bits, with zero padding.
-        record: Its record.
+        weights: The number of weights in its record.
+        removed: The number of removed weights in its record.
         path: The mask file, if there is one.
 
     Raises:
         MaskFormatError: It removes more or fewer.
     """
-    removed = record.weights - count_kept(packed)
-    if removed != record.removed:
+    found = weights - count_kept(packed)
+    if found != removed:
         raise MaskFormatError(
             "The number of weights that the mask removes does not match its record.",
             path=path,
             key=name,
-            expected=record.removed,
-            actual=removed,
+            expected=removed,
+            actual=found,
             hint="train the mask again, or copy the mask file again from its source",
         )

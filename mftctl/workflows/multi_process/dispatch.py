@@ -57,7 +57,7 @@ def launch_of(command: str, recipe: Recipe, launch: Launch) -> Launch:
     """
     drops = command == "mask-train" and recipe.mask_train.method == "drop"
     scores_alone = command == "eval" and recipe.eval.predictions is not None
-    if command in ("apply", "interpolate") or drops or scores_alone:
+    if command in ("apply", "interpolate", "delta") or drops or scores_alone:
         return Launch()
     return replace(launch, shard=Shard.DDP) if command == "eval" else launch
 
@@ -100,6 +100,10 @@ def _result(
             from mftctl.workflows.interpolate import interpolate
 
             return interpolate(recipe, source, run, listener, may_replace=may_replace)
+        case "delta":
+            from mftctl.workflows.delta import store_delta
+
+            return store_delta(recipe, source, run, listener, may_replace=may_replace)
         case "eval":
             from mftctl.workflows.eval import evaluate
 

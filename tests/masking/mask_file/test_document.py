@@ -42,10 +42,16 @@ def test_document_with_nan_is_refused(tmp_path: Path) -> None:
 
 def test_unknown_version_is_refused_with_the_way_to_update(tmp_path: Path) -> None:
     document, payloads = parts_of_small_mask()
-    document |= {"format_version": 3, "unheard_of": True}
+    document |= {"format_version": 4, "unheard_of": True}
     error = refuse(tmp_path, plain_file(document, payloads), "format version")
-    assert (error.expected, error.actual) == ("1 or 2", "3")
+    assert (error.expected, error.actual) == ("1 to 3", "4")
     assert "pip install" in str(error.hint)
+
+
+def test_a_delta_file_is_refused_as_a_mask(tmp_path: Path) -> None:
+    document, payloads = parts_of_small_mask()
+    error = refuse(tmp_path, plain_file({**document, "format_version": 3}, payloads), "This is a delta file")
+    assert (error.expected, error.actual) == ("1 or 2", 3)
 
 
 def test_control_characters_of_a_hostile_file_do_not_reach_the_terminal(tmp_path: Path) -> None:
