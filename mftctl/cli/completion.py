@@ -67,11 +67,12 @@ def _runs_folder(context: typer.Context) -> Path:
 
 
 def _probed_layers(root: Path) -> list[str]:
-    from mftctl.experiments.results import ProbeResult
+    from mftctl.experiments.results import GroupProbe
     from mftctl.experiments.run_folder import newest_run
 
     try:
         probe = newest_run(root, "probe")
-        return [] if probe is None else [group.layers for group in probe.result(ProbeResult).groups]
+        groups = [] if probe is None else probe.result(GroupProbe).groups
+        return list(dict.fromkeys(group.layers for group in groups))
     except MftError:  # a damaged run folder must not print into the command line
         return []

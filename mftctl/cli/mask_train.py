@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,7 +58,19 @@ def mask_train(
     learn_from: Annotated[
         str | None, opt.setting(MaskTrainOptions, "learn_from", "--learn-from", panel=opt.MASKING, default="")
     ] = None,
+    projections: Annotated[
+        Any,
+        opt.setting(
+            MaskTrainOptions,
+            "projections",
+            "--projections",
+            panel=opt.MASKING,
+            parser=opt.names,
+            default="the probe's, otherwise all",
+        ),
+    ] = None,
     ratio: opt.Ratio = None,
+    budget: Annotated[float | None, opt.setting(MaskTrainOptions, "budget", "--budget", panel=opt.MASKING)] = None,
     threshold: Annotated[
         float | None, opt.setting(MaskTrainOptions, "threshold", "--threshold", panel=opt.MASKING)
     ] = None,
@@ -142,6 +154,8 @@ def show(console: Output, run: Run, result: MaskTrainResult) -> None:
     resets = isinstance(result, DroppedMask) or (isinstance(result, MeasuredMask) and result.base is not None)
     done = "reset" if resets else "removed"
     rows = [("layers", result.layers), (done, f"{result.removed:,} of {result.weights:,} weights")]
+    if isinstance(result, MeasuredMask) and result.projection_ratios:
+        rows += [("", f"{100 * ratio:.2g} % of {name}") for name, ratio in result.projection_ratios.items()]
     if len(set(result.layer_ratios.values())) > 1:
         rows += [("", f"{100 * ratio:.2g} % of layer {layer}") for layer, ratio in result.layer_ratios.items()]
     if isinstance(result, MeasuredMask):

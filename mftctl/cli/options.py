@@ -20,7 +20,7 @@ from mftctl.data.prepared.cache_folder import VARIABLE as CACHE
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import EvalOptions, Recipe
 from mftctl.experiments.recipe_yaml import parse_yaml
-from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.experiments.training_options import AUTO, FftOptions, MaskTrainOptions, TrainingOptions
 from mftctl.workflows.multi_process.process_count import Shard
 
 INPUT = "Input and output"
@@ -97,22 +97,24 @@ def group_sizes(text: str) -> list[int | str]:
         ) from error
 
 
-def ratios(text: str) -> float | dict[str, float]:
-    """Parses a ratio such as `0.1`, or one per projection as in `q_proj=0.05,down_proj=0.1`.
+def ratios(text: str) -> float | str | dict[str, float]:
+    """Parses a ratio such as `0.1`, one per projection as in `q_proj=0.05,down_proj=0.1`, or `auto`.
 
     Raises:
         ConfigError: The text has another form.
     """
     try:
+        if text == AUTO:
+            return text
         if "=" not in text:
             return float(text)
         parts = [part.partition("=") for part in text.split(",")]
         return {name.strip(): float(value) for name, _, value in parts}
     except ValueError as error:
         raise ConfigError(
-            "--ratio takes one share, or one per projection.",
+            "--ratio takes one share, one per projection, or auto.",
             key="--ratio",
-            expected="0.1 or q_proj=0.05,down_proj=0.1",
+            expected="0.1, q_proj=0.05,down_proj=0.1 or auto",
             actual=text,
         ) from error
 

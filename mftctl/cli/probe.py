@@ -13,8 +13,9 @@ from mftctl.cli import completion
 from mftctl.cli import options as opt
 from mftctl.cli.output import Output
 from mftctl.cli.session import Session
+from mftctl.cli.structure_view import structure_tables
 from mftctl.experiments.recipe import EvalOptions, ProbeOptions
-from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, TrainedProbe
+from mftctl.experiments.results import FastProbe, Group, GroupProbe, ProbeResult, Score, StructureProbe, TrainedProbe
 from mftctl.experiments.run_folder import Run
 from mftctl.text import counted
 from mftctl.workflows.command_run import run_to_end
@@ -39,6 +40,7 @@ def probe(
         Any,
         opt.setting(ProbeOptions, "groups", "--groups", panel=opt.MASKING, parser=opt.group_sizes, default=""),
     ] = None,
+    unit: Annotated[str | None, opt.setting(ProbeOptions, "unit", "--unit", panel=opt.MASKING)] = None,
     layers: Annotated[
         str | None,
         opt.setting(ProbeOptions, "layers", "--layers", panel=opt.MASKING, default="all", offered=completion.layers),
@@ -81,7 +83,7 @@ def probe(
     no_cache: opt.NoCache = False,
     as_json: opt.AsJson = False,
 ) -> None:
-    """Find the layers that benefit most from a mask.
+    """Find the layers or projections that benefit most from a mask.
 
     Learns a mask for each group of consecutive layers, and for all layers at once, on part of the data with everything
     else fixed, and ranks the groups by validation loss or, with --by, by the answers under each mask. The next
@@ -89,6 +91,9 @@ def probe(
 
     With --fast nothing is trained: one gradient pass predicts the effect of removing weights from each group. This
     ranks groups of equal size; it does not show how many layers to mask, or whether a mask helps at all.
+
+    With --unit projection, the groups are the kinds of projections, such as q_proj, each in all probed layers. With
+    --unit head or neuron, which need --fast, the predicted effect is told apart by attention head or MLP neuron.
     """
     launch = settle_launch("probe", processes, shard)
     with Output(as_json=as_json) as console:
@@ -96,15 +101,23 @@ def probe(
         session = Session("probe", console, runs, recipe=recipe, sets=sets, options=chosen, launch=launch)
         run, settled, source = session.open_training(resume=resume)
         run_to_end(run, settled, source, console, launch, resume=resume)
-        show(console, run, run.result(ProbeResult))
-        console.next_command("mftctl", "mask-train", *launch.words, runs=runs)
+        result = run.result(ProbeResult)
+        show(console, run, result)
+        ratio = ("--ratio", "auto") if isinstance(result, StructureProbe) else ()
+        console.next_command("mftctl", "mask-train", *ratio, *launch.words, runs=runs)
 
 
 def show(console: Output, run: Run, result: ProbeResult) -> None:
     """Prints the ranking of a probe."""
+    if isinstance(result, StructureProbe):
+        console.result({"run": str(run.folder), **result.document()}, *structure_tables(run, result))
+        return
+    if not isinstance(result, GroupProbe):
+        return
     table = _trainings(run, result) if isinstance(result, TrainedProbe) else _promises(run, result)
     console.result({"run": str(run.folder), **result.document()}, table)
-    console.note(f"Recommended: layers {result.recommended_layers}")
+    projection = f", projection {result.recommended_projection}" if result.recommended_projection else ""
+    console.note(f"Recommended: layers {result.recommended_layers}{projection}")
     if not _gains(result):
         console.warn(
             "No group beat the unmasked model. Use more records (--data-fraction) or more answers (--limit) to tell "
@@ -112,7 +125,7 @@ def show(console: Output, run: Run, result: ProbeResult) -> None:
         )
 
 
-def _gains(result: ProbeResult) -> bool:
+def _gains(result: GroupProbe) -> bool:
     """Checks whether the recommended group beats the unmasked model."""
     if not isinstance(result, TrainedProbe) or result.unmasked_score is None:
         return result.groups[0].change < 0
@@ -131,15 +144,16 @@ def _trainings(run: Run, result: TrainedProbe) -> Table:
         )
     table = Table(title=title, title_justify="left", min_width=min(len(title), 76))
     columns = ("start", "best", "change") if score is None else ("score", "change", "loss", "change")
-    for name in ("layers", *columns):
-        table.add_column(name, justify="left" if name == "layers" else "right")
+    table.add_column(_heading(result))
+    for name in columns:
+        table.add_column(name, justify="right")
     for group in result.groups:
         cells = [f"{group.best_loss:.4f}", f"{group.change:+.4f}"]
         if group.score is None or group.score_change is None:
             cells = [f"{group.start_loss:.4f}", *cells]
         else:
             cells = [f"{group.score:.4f}", f"{group.score_change:+.4f}", *cells]
-        table.add_row(escape(group.layers), *cells, style=_style(group, result))
+        table.add_row(escape(group.name), *cells, style=_style(group, result))
     return table
 
 
@@ -152,19 +166,27 @@ def _error(standard_error: float | None) -> str:
     return "" if standard_error is None else f" ± {standard_error:.4f}"
 
 
-def _promises(run: Run, result: ProbeResult) -> Table:
+def _promises(run: Run, result: GroupProbe) -> Table:
     title = f"Predicted change of the training loss with a mask, to first order ({run.record.seconds:.0f} s)"
     caption = None
     if isinstance(result, FastProbe) and (found := result.agreement) is not None:
         measured = f"{found.rank_correlation:+.2f} over {counted(found.groups, 'group')}"
         caption = f"Rank correlation with the trained {escape(found.run)}: {measured}"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", min_width=len(title))
-    table.add_column("layers")
+    has_weights = any(group.weights for group in result.groups)
+    table.add_column(_heading(result))
     table.add_column("predicted", justify="right")
+    if has_weights:
+        table.add_column("weights", justify="right")
     for group in result.groups:
-        table.add_row(escape(group.layers), f"{group.change:+.4f}", style=_style(group, result))
+        weights = [f"{group.weights or 0:,}"] if has_weights else []
+        table.add_row(escape(group.name), f"{group.change:+.4f}", *weights, style=_style(group, result))
     return table
 
 
-def _style(group: Group, result: ProbeResult) -> str | None:
-    return "bold" if group.layers == result.recommended_layers else None
+def _heading(result: GroupProbe) -> str:
+    return "projection" if any(group.projection for group in result.groups) else "layers"
+
+
+def _style(group: Group, result: GroupProbe) -> str | None:
+    return "bold" if group.name == result.recommended else None

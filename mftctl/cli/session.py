@@ -192,9 +192,15 @@ class Session:
         found = recommended_layers(self.root, source)
         if found is None:
             self.console.note("Layers: all, as there is no probe of this model yet (mftctl probe)")
-        else:
-            self.console.note(f"Layers: {found.layers}, recommended by {found.run}")
-        self._options["mask_train.layers"] = "all" if found is None else found.layers
+            self._options["mask_train.layers"] = "all"
+            return self.settle(source)
+        options = self.settle(source).mask_train
+        projections = found.projections(options)
+        text = f"{found.layers}, projections: {projections[0]}" if projections else found.layers
+        self.console.note(f"Layers: {text}, recommended by {found.run}")
+        if found.projection is not None and projections is None:
+            self.console.note(f"Projections: as in the options; {found.run} recommends {found.projection}")
+        self._options |= found.settings(options)
         return self.settle(source)
 
     def _resume(self, permit: MakePermit | None) -> tuple[Run, Recipe, ModelSource]:

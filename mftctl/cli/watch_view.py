@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mftctl.cli.output import Output
+from mftctl.experiments.results import group_text
 from mftctl.experiments.run_record import RunStatus
 from mftctl.files.json_files import json_text
 from mftctl.reporting.watch import Following, RunProgress
@@ -88,7 +89,7 @@ def view(
 
 
 def _in_full(item: RunProgress, now: float) -> Iterator[RenderableType]:
-    part = "" if item.part is None else f", layers {item.part}"
+    part = "" if item.part is None else f", {group_text(item.part)}"
     yield Text.from_markup(f"{_MARKS[item.status]} [bold]{escape(item.run)}[/]{escape(_origin(item) + part)}")
     if item.step is not None:
         line = Table.grid(padding=(0, 2, 0, 0))
@@ -139,7 +140,7 @@ def _tell_changes(console: Output, progress: Sequence[RunProgress], told: dict[s
 
 
 def _line(item: RunProgress) -> str:
-    parts = [item.status if item.part is None else f"{item.status}, layers {item.part}"]
+    parts = [item.status if item.part is None else f"{item.status}, {group_text(item.part)}"]
     if item.step is not None:
         parts.append(f"step {item.step:,}" if item.steps is None else f"step {item.step:,}/{item.steps:,}")
     parts += [part for part in (_numbers(item), _times(item), item.error or "") if part]

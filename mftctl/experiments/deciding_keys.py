@@ -30,8 +30,8 @@ _OF_RECORDS = (*IN_THE_MODEL, "learn", "bad_records", "retain_data")
 _OF_TRAINING = ("average", "best_by", "average_horizons", "decay_ratio", "retain_weight")
 _OF_SECTIONS = {
     "fft": ("exclude", "learn_from", "lora_experts", "support", *_OF_TRAINING),
-    "mask_train": ("keep", "kind", "pattern", "rescale", "start_std", "unit", *_OF_TRAINING),
-    "probe": ("by",),
+    "mask_train": ("budget", "keep", "kind", "pattern", "projections", "rescale", "start_std", "unit", *_OF_TRAINING),
+    "probe": ("by", "unit"),
     "eval": ("prompts", "base_url", "served_model"),
 }
 """The same within sections."""

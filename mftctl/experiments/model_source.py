@@ -20,7 +20,7 @@ from mftctl.experiments.run_folder import Run, list_runs, load_run, newest_run
 from mftctl.experiments.run_inputs import Lineage, RunInputs, Source, UsedModel
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.state_names import MASKED, PRE_TRAINED, UNKNOWN
-from mftctl.experiments.training_options import FftOptions
+from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
 
 MODEL_MAKERS = ("fft", "apply", "average", "interpolate", "delta-merge")
 """Commands that write a checkpoint."""
@@ -217,15 +217,34 @@ def combined_source(sources: Sequence[ModelSource]) -> ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """Layers recommended by a probe.
+    """What a probe recommends to mask.
 
     Attributes:
         layers: The layers, such as `4-7`.
         run: Name of the probe's run.
+        projection: Kind of projection; None for all.
+        target: The part of each layer that the probe masked.
     """
 
     layers: str
     run: str
+    projection: str | None = None
+    target: str = "both"
+
+    def projections(self, options: MaskTrainOptions) -> list[str] | None:
+        """Returns the projections to mask with these options; None if they are left as they are.
+
+        Options that name projections, or another part of each layer than the probe's, take precedence.
+        """
+        if self.projection is None or options.masked_projections is not None or options.target != self.target:
+            return None
+        return [self.projection]
+
+    def settings(self, options: MaskTrainOptions) -> dict[str, Any]:
+        """Returns the recipe keys that the recommendation sets, with their values."""
+        projections = self.projections(options)
+        changes: dict[str, Any] = {"mask_train.layers": self.layers}
+        return changes if projections is None else {**changes, "mask_train.projections": projections}
 
 
 def recommendation_of(run: Run) -> Recommendation:
@@ -234,7 +253,9 @@ def recommendation_of(run: Run) -> Recommendation:
     Raises:
         RunError: Its record contains none.
     """
-    return Recommendation(run.result(Recommended).recommended_layers, run.name)
+    found = run.result(Recommended)
+    target = run.record.config.get("mask_train", {}).get("target", "both")
+    return Recommendation(found.recommended_layers, run.name, found.recommended_projection, target)
 
 
 def recommended_layers(root: Path, source: ModelSource) -> Recommendation | None:

@@ -76,6 +76,9 @@ BadShare = Annotated[float, Field(ge=0, le=1), BeforeValidator(_to_share)]
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_to_sources)]
 
 
+ProbeUnit = Literal["layer", "projection", "head", "neuron"]
+
+
 Prompts = Literal["lm-eval", "olmes"]
 """The form of a benchmark's prompts: lm-eval's, or that of OLMES, the evaluation harness of the MFT paper."""
 
@@ -121,6 +124,11 @@ class ProbeOptions(Section):
         description='Consecutive layers per group, or "all"; by default 4 and all, for paper and fast only 4.',
     )
     data_fraction: float = Field(0.1, gt=0, le=1, description="Share of the training data to use.")
+    unit: ProbeUnit = Field(
+        "layer",
+        description="What to compare. layer: groups of layers; projection: kinds of projections, such as q_proj; with "
+        "fast also head (attention heads) and neuron (MLP neurons).",
+    )
     layers: LayersText | None = Field(None, description="Probe only these decoder layers; all by default.")
     epochs: float | None = Field(None, gt=0, description="Passes over that share; by default as in mask_train.")
     by: str = Field(
@@ -138,6 +146,16 @@ class ProbeOptions(Section):
     @classmethod
     def _null_is_unset(cls, document: object) -> object:
         return without_nulls("probe", document)
+
+    @model_validator(mode="after")
+    def _unit_has_its_options(self) -> ProbeOptions:
+        if self.unit in ("head", "neuron") and not self.fast:
+            raise ValueError(
+                f"probe.unit: {self.unit} needs probe.fast, since a model has too many of them to train a mask for each"
+            )
+        if self.unit != "layer" and "groups" in self.model_fields_set:
+            raise ValueError(f"probe.groups applies only to unit layer; the unit is {self.unit}")
+        return self
 
     @model_validator(mode="after")
     def _promises_are_of_the_loss(self) -> ProbeOptions:

@@ -205,26 +205,31 @@ def assign(document: dict[str, Any], changes: Sequence[tuple[str, object]]) -> N
     """Sets dotted keys in nested mappings, which are created if missing.
 
     A mask uses either a ratio, a threshold or a pattern, so setting one removes earlier values of the others; likewise
-    for the size of a step. If the changes contain both, they stay for the recipe's validation to reject.
+    for the size of a step and for the groups of a probe, which are of layers. If the changes contain both, they stay
+    for the recipe's validation to reject.
 
     Raises:
         ConfigError: A part of a key is not a mapping.
     """
     for key, value in changes:
         for replaced in _IN_PLACE_OF.get(key.rpartition(".")[2], ()):
-            if value is not None:
+            if value is not None and (replaced, value) not in _KEPT:
                 _open_section(document, key).pop(replaced, None)
     for key, value in changes:
         _open_section(document, key)[key.rpartition(".")[2]] = value
 
 
 _IN_PLACE_OF = {
-    "ratio": ("threshold", "pattern"),
-    "threshold": ("ratio", "pattern"),
-    "pattern": ("ratio", "threshold"),
+    "ratio": ("threshold", "pattern", "budget"),
+    "threshold": ("ratio", "pattern", "budget"),
+    "pattern": ("ratio", "threshold", "budget"),
     "global_batch_size": ("grad_accum_steps",),
     "grad_accum_steps": ("global_batch_size",),
+    "groups": ("unit",),
+    "unit": ("groups",),
 }
+_KEPT = (("budget", "auto"), ("groups", "layer"))
+"""Keys, each with the value of another that does not replace it."""
 
 
 def _open_section(document: dict[str, Any], key: str) -> dict[str, Any]:

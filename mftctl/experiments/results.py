@@ -18,10 +18,12 @@ from mftctl.experiments.value_types import Count, Exact, Measured, Name, Part, P
 PLACES = ("model", "mask", "output")
 """Keys of results that hold paths, which differ between runs."""
 
-LABELS = ("name", "dataset", "layers", "step")
+LABELS = ("name", "dataset", "layers", "projection", "step")
 """Keys that identify the entries of a list in a result, such as the name of a dataset or the layers of a group."""
 
 KeptAverage = Annotated[float | None, Field(default=None, exclude_if=lambda value: value is None)]
+Kind = Annotated[str | None, Field(default=None, exclude_if=lambda value: value is None)]
+OwnRatios = Annotated[dict[str, Measured] | None, Field(default=None, exclude_if=lambda value: value is None)]
 Refused = Annotated[str | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
@@ -202,21 +204,35 @@ class PrefixReuse(Part):
 
 
 class Group(Part):
-    """Group of layers ranked by a probe.
+    """Group of projections ranked by a probe: those of some layers, or of one kind.
 
     Attributes:
         layers: Layers of the group, such as `4-7`.
+        projection: Kind of projection, such as `q_proj`; None for all that are masked.
         size: Number of layers.
+        weights: Number of weights that carry the mask; None for a group of layers.
         change: Change of the validation loss with the group's mask; for `probe --fast`, the predicted change.
     """
 
     layers: str
+    projection: Kind
     size: Several
+    weights: Annotated[Count | None, Field(default=None, exclude_if=lambda value: value is None)]
     change: Measured
+
+    @property
+    def name(self) -> str:
+        """Kind of projection, or the layers."""
+        return self.projection or self.layers
+
+
+def group_text(name: str) -> str:
+    """Returns the name of a probe's group with what it is a name of: `layers 4-7`, but `q_proj`."""
+    return f"layers {name}" if name[:1].isdigit() else name
 
 
 class TrainedGroup(Group):
-    """Group of layers whose mask was trained.
+    """Group whose mask was trained.
 
     Attributes:
         start_loss: Validation loss with the mask of the initial scores.
@@ -254,19 +270,19 @@ class Agreement(Part):
 
 
 class Recommended(Result):
-    """Layers recommended by a probe."""
-
-    recommended_layers: str
-
-
-class ProbeResult(Recommended):
-    """Result of `probe`: a `TrainedProbe` or a `FastProbe`.
+    """What a probe recommends to mask.
 
     Attributes:
-        groups: Groups of layers, best first.
+        recommended_layers: The layers.
+        recommended_projection: Kind of projection; None for all.
     """
 
-    groups: Sequence[Group]
+    recommended_layers: str
+    recommended_projection: Kind
+
+
+class ProbeResult(Result):
+    """Result of `probe`: a `TrainedProbe` or a `FastProbe`, which rank groups, or a `StructureProbe`."""
 
     @classmethod
     def read(cls, document: Mapping[str, Any]) -> Self:
@@ -275,17 +291,31 @@ class ProbeResult(Recommended):
         Raises:
             pydantic.ValidationError: A value is missing, out of bounds or of the wrong type.
         """
-        if cls is not ProbeResult:
-            return super().read(document)
-        kind = FastProbe if document.get("fast") else TrainedProbe
-        return cast("Self", kind.read(document))
+        if cls is GroupProbe or (cls is ProbeResult and "unit" not in document):
+            return cast("Self", (FastProbe if document.get("fast") else TrainedProbe).read(document))
+        return cast("Self", StructureProbe.read(document)) if cls is ProbeResult else super().read(document)
 
 
-class TrainedProbe(ProbeResult):
+class GroupProbe(ProbeResult, Recommended):
+    """Result of a probe that ranks groups.
+
+    Attributes:
+        groups: The groups, best first.
+    """
+
+    groups: Sequence[Group]
+
+    @property
+    def recommended(self) -> str:
+        """Name of the recommended group."""
+        return self.recommended_projection or self.recommended_layers
+
+
+class TrainedProbe(GroupProbe):
     """Result of a probe that trained a mask for each group.
 
     Attributes:
-        groups: Groups of layers, best first.
+        groups: The groups, best first.
         by: Ranking criterion: `loss`, `exact_match` or a benchmark.
         unmasked_loss: Validation loss without a mask.
         unmasked_score: Score without a mask; None if groups are ranked by loss.
@@ -301,12 +331,12 @@ class TrainedProbe(ProbeResult):
     peak_memory_bytes: Count | None = None
 
 
-class FastProbe(ProbeResult):
+class FastProbe(GroupProbe):
     """Result of `probe --fast`, which trains nothing.
 
     Attributes:
         fast: Always True.
-        groups: Groups of layers, best first among groups of the same size.
+        groups: The groups, best first; groups of layers among those of the same size.
         agreement: Agreement with the latest trained probe of the same model; None if there is none.
         peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
     """
@@ -314,6 +344,66 @@ class FastProbe(ProbeResult):
     fast: Literal[True]
     groups: list[Group]
     agreement: Agreement | None
+    peak_memory_bytes: Count | None = None
+
+
+class HeadOrNeuron(Part):
+    """An attention head or MLP neuron.
+
+    Attributes:
+        layer: Index of its decoder layer.
+        index: Its index in the layer.
+        change: Predicted change of the training loss with a mask of its weights.
+    """
+
+    layer: Count
+    index: Count
+    change: Measured
+
+
+class LayerOfUnits(Part):
+    """The attention heads or MLP neurons of a layer.
+
+    Attributes:
+        layer: Index of the decoder layer.
+        units: Number of heads or neurons.
+        change: Sum of their predicted changes.
+        best: Number of them among the best 10 % of all layers.
+        best_share: Share of the predicted change of all layers that these have.
+    """
+
+    layer: Count
+    units: Several
+    change: Measured
+    best: Count
+    best_share: Measured
+
+
+class StructureProbe(ProbeResult):
+    """Result of `probe --fast --unit head` or `--unit neuron`.
+
+    Attributes:
+        fast: Always True.
+        unit: `head` or `neuron`.
+        file: Name of the file in the run folder with the predicted change of each.
+        units: Number of heads or neurons.
+        change: Sum of their predicted changes.
+        best_units: Number of those that make up the best 10 %.
+        best_share: Share of `change` that these have.
+        layers: Summary of each layer.
+        best: The best ones, with the lowest change first.
+        peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
+    """
+
+    fast: Literal[True]
+    unit: Literal["head", "neuron"]
+    file: Name
+    units: Several
+    change: Measured
+    best_units: Several
+    best_share: Measured
+    layers: list[LayerOfUnits]
+    best: list[HeadOrNeuron]
     peak_memory_bytes: Count | None = None
 
 
@@ -434,6 +524,8 @@ class MeasuredMask(MaskTrainResult):
         evaluations: Results of evaluations during training.
         base: Model before fine-tuning, for a delta mask.
         retained: Losses on data of another domain, if there is any.
+        tensor_ratios: With ratio auto, the share of weights removed from each tensor; None otherwise.
+        projection_ratios: With ratio auto, that share by kind of projection, such as `q_proj`.
     """
 
     unmasked_loss: Measured
@@ -455,6 +547,8 @@ class MeasuredMask(MaskTrainResult):
     evaluations: list[MetricsLine]
     base: Annotated[Place | None, Field(default=None, exclude_if=lambda value: value is None)]
     retained: KeptRetained
+    tensor_ratios: OwnRatios
+    projection_ratios: OwnRatios
 
 
 class DroppedMask(MaskTrainResult):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -31,6 +31,8 @@ def _layers_text(value: object) -> object:
 
 LayersText = Annotated[str, BeforeValidator(_layers_text)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+AUTO: Final = "auto"
+DEFAULT_BUDGET: Final = 0.1
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
 
@@ -259,10 +261,21 @@ class MaskTrainOptions(TrainingOptions):
         description="Training records to use. unseen: those not seen in fine-tuning; auto (the default): unseen if "
         "there are at least 64, otherwise all; all (paper, reference).",
     )
-    ratio: Share | dict[str, Share] | None = Field(
+    projections: tuple[str, ...] | None = Field(
+        None,
+        strict=False,
+        min_length=1,
+        description="Mask only these kinds of projections, such as q_proj,down_proj; the probe's by default, or all "
+        "of the target.",
+    )
+    ratio: Share | dict[str, Share] | Literal["auto"] | None = Field(
         None,
         description="Share of weights to remove from each tensor, or from the named projections, such as "
-        "q_proj=0.05,down_proj=0.1; by default set by the threshold, or 0.1 without one.",
+        "q_proj=0.05,down_proj=0.1; auto: distribute --budget over the tensors by a first-order estimate. By default "
+        "set by the threshold, or 0.1 without one.",
+    )
+    budget: float | None = Field(
+        None, gt=0, le=0.5, description="ratio auto: share of all masked weights to remove; 0.1 by default."
     )
     patience: int | None = Field(
         None,
@@ -362,6 +375,32 @@ class MaskTrainOptions(TrainingOptions):
         return self
 
     @model_validator(mode="after")
+    def _budget_is_distributed(self) -> MaskTrainOptions:
+        if self.ratio != AUTO:
+            if self.budget is not None:
+                raise ValueError("mask_train.budget applies only to ratio auto")
+            return self
+        if self.method not in ("learned", "magnitude"):
+            raise ValueError(
+                f"mask_train.ratio: auto applies only to the methods learned and magnitude; the method is {self.method}"
+            )
+        if self.kind == "delta":
+            raise ValueError("mask_train.ratio: auto estimates the effect of zeros; it applies only to kind weight")
+        if self.unit == "row":
+            raise ValueError("mask_train.ratio: auto counts single weights; it does not apply to unit: row")
+        return self
+
+    @model_validator(mode="after")
+    def _projections_are_named_once(self) -> MaskTrainOptions:
+        if self.projections is None:
+            return self
+        if isinstance(self.ratio, dict):
+            raise ValueError("give either mask_train.projections or a ratio by projection, which names them")
+        if self.method == "drop":
+            raise ValueError("mask_train.projections does not apply to the method drop, which compares whole models")
+        return self
+
+    @model_validator(mode="after")
     def _pattern_is_of_zeros(self) -> MaskTrainOptions:
         if self.pattern is None:
             return self
@@ -412,12 +451,25 @@ class MaskTrainOptions(TrainingOptions):
         return None if self.pattern is None else Pattern.parse(self.pattern)
 
     @property
-    def projections(self) -> list[str] | None:
-        """The projections named in a ratio by projection; None if all projections of the target are masked."""
-        return list(self.ratio) if isinstance(self.ratio, dict) else None
+    def masked_projections(self) -> tuple[str, ...] | None:
+        """The projections that are named, also in a ratio by projection; None if all of the target are masked."""
+        return tuple(self.ratio) if isinstance(self.ratio, dict) else self.projections
+
+    def of_projection(self, projection: str) -> MaskTrainOptions:
+        """Returns the options with a mask of one of the masked projections only."""
+        if isinstance(self.ratio, dict):
+            return self.model_copy(update={"ratio": {projection: self.ratio[projection]}})
+        return self.model_copy(update={"projections": (projection,)})
+
+    @property
+    def shared_budget(self) -> float | None:
+        """Share of all masked weights that ratio auto distributes; None with any other rule."""
+        return (self.budget or DEFAULT_BUDGET) if self.ratio == AUTO else None
 
     def ratio_of(self, projection: str) -> float | None:
-        """Returns the ratio of one projection, such as `q_proj`; None if a threshold applies."""
+        """Returns the ratio of one projection, such as `q_proj`; None if a threshold or ratio auto decides."""
         if self.blocks is not None:
             return self.blocks.ratio
+        if isinstance(self.ratio, str):
+            return None
         return self.ratio[projection] if isinstance(self.ratio, dict) else self.ratio

@@ -222,7 +222,7 @@ def find_mask(search: MaskSearch) -> FoundMask:
 
 
 def _baseline(target: MaskTarget, search: MaskSearch) -> torch.Tensor:
-    ratio, pattern = search.options.ratio_of(target.projection) or 0.0, search.options.blocks
+    ratio, pattern = search.ratio_of(target) or 0.0, search.options.blocks
     if pattern is not None:
         pattern.require_blocks(target.fan_in, target.name)
     if search.options.method == "random":

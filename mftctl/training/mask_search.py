@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
@@ -56,6 +56,7 @@ class MaskSearch:
         base: For a delta mask, the weight before fine-tuning of each target, on the weight's device.
         retention: Measures data of another domain; None without such data.
         unmasked_retained_loss: Loss of the unmasked model on that data; None for a model without values.
+        ratios: With ratio auto, the ratio of each target, by name; otherwise empty.
     """
 
     model: PreTrainedModel
@@ -76,6 +77,11 @@ class MaskSearch:
     base: Mapping[str, torch.Tensor] | None = None
     retention: Retention | None = None
     unmasked_retained_loss: float | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    def ratio_of(self, target: MaskTarget) -> float | None:
+        """The target's own ratio; None if a threshold applies."""
+        return self.ratios.get(target.name, self.options.ratio_of(target.projection))
 
     def base_of(self, target: MaskTarget) -> torch.Tensor | None:
         """The target's weight before fine-tuning; None for a weight mask."""
@@ -108,8 +114,7 @@ class MaskSearch:
                 for target in self.targets
             }
         return {
-            target.name: MaskRule(options.ratio_of(target.projection), options.threshold, options.ranking)
-            for target in self.targets
+            target.name: MaskRule(self.ratio_of(target), options.threshold, options.ranking) for target in self.targets
         }
 
 

@@ -1,22 +1,15 @@
-"""`mftctl probe --fast`: the expected gain of a mask for each group, from one gradient pass without training."""
+"""`mftctl probe --fast`: the expected gain of a mask, from one gradient pass without training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn import Module, Parameter
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from mftctl.data.batching import PaddingCollator, pad_token_id
-from mftctl.data.prepared.records import answer_lengths, token_lengths
 from mftctl.errors import RunError
-from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
-from mftctl.evaluation.inference import length_batches
 from mftctl.evaluation.losses import exact_sum
 from mftctl.experiments.results import Agreement, TrainedProbe
 from mftctl.experiments.run_folder import list_runs
@@ -24,30 +17,56 @@ from mftctl.experiments.run_inputs import RunInputs
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.masking.selection import removed_count
-from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers
-from mftctl.progress import Listener, Progress
-from mftctl.runtime.process_group import add_up
-from mftctl.runtime.processes import rank, world_size
-from mftctl.runtime.torch_failures import gpu_failures
-from mftctl.training.answer_loss import answer_loss
+from mftctl.masking.target_groups import TargetGroup
+from mftctl.masking.targets import MaskTarget, find_targets
+from mftctl.progress import Listener
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.schedule import schedule_factors, total_steps
 from mftctl.training.score_start import ScoreStart, score_start
+from mftctl.training.target_gradients import mean_gradients, parameter_of
 
 _FEWEST_RANKED = 3
 
 
-def promised_changes(
+@dataclass(frozen=True, slots=True)
+class PromisedMask:
+    """The mask that training is assumed to find for a projection.
+
+    Attributes:
+        target: The projection.
+        gains: The amount by which removing each of its weights lowers the loss, to first order; fp32, of its shape.
+        removed: The weights that the mask removes; bool, of its shape.
+    """
+
+    target: MaskTarget
+    gains: torch.Tensor
+    removed: torch.Tensor
+
+    @property
+    def change(self) -> float:
+        """The change of the loss with this mask; negative is better."""
+        return -exact_sum(self.gains[self.removed])
+
+
+@dataclass(frozen=True, slots=True)
+class PromisedChange:
+    """The change of the loss with the mask that training is assumed to find for a projection; negative is better."""
+
+    target: MaskTarget
+    change: float
+
+
+def promised_masks(
     model: PreTrainedModel,
-    groups: Sequence[Sequence[int]],
+    targets: Sequence[MaskTarget],
     options: MaskTrainOptions,
     inputs: TrainingInputs,
     listener: Listener,
     *,
     fft_learning_rate: float,
     seed: int,
-) -> dict[str, float]:
-    """First-order estimate of how much a mask of each group would change the loss per answer token.
+) -> Iterator[PromisedMask]:
+    """Yields the mask that training is assumed to find for each projection, one at a time.
 
     Removing a weight w changes the loss by -w * dL/dw. With a threshold, a mask is assumed to remove every weight whose
     removal lowers the loss and whose score can fall below the threshold; Adam moves a score by about one learning rate
@@ -56,7 +75,39 @@ def promised_changes(
 
     Args:
         model: Frozen and without masks; it is left unchanged.
-        groups: Decoder layers of each group.
+        targets: The projections.
+        options: Options of the training that this estimate replaces.
+        inputs: The data.
+        listener: Receives progress updates.
+        fft_learning_rate: Learning rate that the model was fine-tuned with.
+        seed: Decides random starts.
+
+    Source: ours; the gradient is that of MFT, equation 5, at a mask that removes nothing.
+    """
+    gradients = mean_gradients(model, targets, options, inputs, listener)
+    steps = total_steps(len(inputs.train), options)
+    start = score_start(options, model, seed=seed, fft_learning_rate=fft_learning_rate, steps=steps)
+    travel = sum(schedule_factors(steps, options))
+    for target in targets:
+        gains = target.part_of(gradients[parameter_of(target)]) * target.weight.detach()
+        yield PromisedMask(target, gains, _removed(target, gains, start, travel * start.learning_rate(target)))
+
+
+def promised_changes(
+    model: PreTrainedModel,
+    layers: Sequence[int],
+    options: MaskTrainOptions,
+    inputs: TrainingInputs,
+    listener: Listener,
+    *,
+    fft_learning_rate: float,
+    seed: int,
+) -> list[PromisedChange]:
+    """First-order estimate of how much a mask of each projection would change the loss per answer token.
+
+    Args:
+        model: Frozen and without masks; it is left unchanged.
+        layers: Decoder layers.
         options: Options of the training that this estimate replaces.
         inputs: The data.
         listener: Receives progress updates.
@@ -64,22 +115,28 @@ def promised_changes(
         seed: Decides random starts.
 
     Returns:
-        The change of each group, keyed by its layers, such as `4-7`; negative is better.
-
-    Source: ours; the gradient is that of MFT, equation 5, at a mask that removes nothing.
+        The change of each masked projection of these layers.
     """
-    layers = sorted({layer for group in groups for layer in group})
-    targets = find_targets(model, layers, options.target, options.projections)
-    with gpu_failures("computing gradients"):
-        gradients = _mean_gradients(model, targets, options, inputs, listener)
-    steps = total_steps(len(inputs.train), options)
-    start = score_start(options, model, seed=seed, fft_learning_rate=fft_learning_rate, steps=steps)
-    travel = sum(schedule_factors(steps, options))
-    changes = dict.fromkeys(layers, 0.0)
-    for target in targets:
-        gains = target.part_of(gradients[_parameter(target)]) * target.weight.detach()
-        changes[target.layer] -= _promised_gain(target, gains, start, travel * start.learning_rate(target))
-    return {format_layers(list(group)): sum(changes[layer] for layer in group) for group in groups}
+    targets = find_targets(model, layers, options.target, options.masked_projections)
+    found = promised_masks(model, targets, options, inputs, listener, fft_learning_rate=fft_learning_rate, seed=seed)
+    return [PromisedChange(promised.target, promised.change) for promised in found]
+
+
+def changes_of_groups(changes: Sequence[PromisedChange], groups: Sequence[TargetGroup]) -> dict[str, float]:
+    """The sum of the changes in each group, by its name.
+
+    Args:
+        changes: From `promised_changes`.
+        groups: The groups.
+    """
+    by_layer = {
+        group.name: [
+            sum(item.change for item in changes if item.target.layer == layer and group.has(item.target))
+            for layer in group.layers
+        ]
+        for group in groups
+    }
+    return {name: sum(found) for name, found in by_layer.items()}
 
 
 def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -> Agreement | None:
@@ -88,7 +145,7 @@ def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -
     Args:
         root: The runs folder.
         model: Folder or hub id.
-        changes: From `promised_changes`.
+        changes: From `changes_of_groups`.
     """
     from scipy import stats  # takes as long to import as a short command to run
 
@@ -97,107 +154,18 @@ def agreement_with_training(root: Path, model: str, changes: dict[str, float]) -
         if (record.command, record.status, RunInputs.read(record.inputs).model) != ("probe", RunStatus.FINISHED, model):
             continue
         try:
-            trained = {group.layers: group.change for group in run.result(TrainedProbe).groups}
+            trained = {group.name: group.change for group in run.result(TrainedProbe).groups}
         except RunError:
             continue  # of a fast probe, or incomplete
-        shared = [layers for layers in changes if layers in trained]
+        shared = [name for name in changes if name in trained]
         if len(shared) >= _FEWEST_RANKED:
-            found = stats.spearmanr([changes[layers] for layers in shared], [trained[layers] for layers in shared])
+            found = stats.spearmanr([changes[name] for name in shared], [trained[name] for name in shared])
             return Agreement(run=run.name, groups=len(shared), rank_correlation=float(found.statistic))
     return None
 
 
-def _mean_gradients(
-    model: PreTrainedModel,
-    targets: Sequence[MaskTarget],
-    options: MaskTrainOptions,
-    inputs: TrainingInputs,
-    listener: Listener,
-) -> dict[Parameter, torch.Tensor]:
-    """The fp32 gradient of the loss per answer token over all training records, for each parameter with a target.
-
-    Several processes share the batches.
-    """
-    collate = PaddingCollator(pad_token_id(inputs.tokenizer))
-    answer_tokens = sum(answer_lengths(inputs.train))
-    checkpointed = list(decoder_layers(model)[1]) if options.gradient_checkpointing else []
-    parameters = [_parameter(target) for target in targets]
-    with _checkpointing(checkpointed), _accumulating(model, parameters) as gradients:
-        done = 0
-        for indices in _batches(token_lengths(inputs.train), options)[rank() :: world_size()]:
-            batch = collate([inputs.train[index] for index in indices])
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            positions, tokens = answer_positions(batch.pop("labels"))
-            with logits_only_at(model, positions, tokens, listener.warn):
-                outputs = model(**batch, use_cache=False)
-            answer_loss(outputs, positions, tokens, answer_tokens).backward()  # type: ignore[no-untyped-call]
-            done += len(indices)
-            listener.progress(
-                Progress("computing gradients", min(done * world_size(), len(inputs.train)), len(inputs.train))
-            )
-    add_up(gradients.values())
-    return gradients
-
-
-def _batches(lengths_tokens: Sequence[int], options: MaskTrainOptions) -> list[list[int]]:
-    """Batches of records, longest first so that running out of memory shows at once, each a forward pass."""
-    if options.batch_tokens is not None:
-        return length_batches(lengths_tokens, options.batch_tokens)
-    order = sorted(range(len(lengths_tokens)), key=lambda index: -lengths_tokens[index])
-    return [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
-
-
-@contextmanager
-def _checkpointing(layers: Sequence[Module]) -> Iterator[None]:
-    """Context in which layers keep only their input for the backward pass and recompute everything else.
-
-    Models do this themselves only in training mode, which may enable dropout.
-    """
-    forwards = [(layer, layer.__dict__.get("forward")) for layer in layers]
-    try:
-        for layer in layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-        yield
-    finally:
-        for layer, forward in forwards:
-            if forward is None:
-                layer.__dict__.pop("forward", None)
-            else:
-                layer.forward = forward
-
-
-@contextmanager
-def _accumulating(model: PreTrainedModel, parameters: Sequence[Parameter]) -> Iterator[dict[Parameter, torch.Tensor]]:
-    """Context in which the gradients of some parameters are accumulated in fp32 and stored nowhere else.
-
-    Args:
-        model: Its other parameters require no gradients in the meantime.
-        parameters: The parameters of interest; one may be listed several times, once for each of its parts.
-    """
-    sums = {parameter: torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters}
-
-    def add(parameter: Parameter) -> None:
-        if parameter.grad is not None:
-            sums[parameter] += parameter.grad
-            parameter.grad = None
-
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    hooks = []
-    for parameter in sums:
-        parameter.requires_grad_(True)
-        hooks.append(parameter.register_post_accumulate_grad_hook(add))  # type: ignore[no-untyped-call]
-    try:
-        yield sums
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, before in needed:
-            parameter.requires_grad_(before)
-
-
-def _promised_gain(target: MaskTarget, gains: torch.Tensor, start: ScoreStart, reach: float) -> float:
-    """The amount by which removing the weights that a mask is assumed to remove lowers the loss.
+def _removed(target: MaskTarget, gains: torch.Tensor, start: ScoreStart, reach: float) -> torch.Tensor:
+    """The weights that a mask is assumed to remove; bool, of the weight's shape.
 
     Args:
         target: The projection.
@@ -206,16 +174,14 @@ def _promised_gain(target: MaskTarget, gains: torch.Tensor, start: ScoreStart, r
         reach: The distance that a score can move.
     """
     options = start.options
-    threshold = options.threshold
+    if options.threshold is not None:
+        return (start.scores(target) - reach < options.threshold) & (gains > 0)
     if options.blocks is not None:
         blocks = options.blocks.blocks(gains, target.inputs_dim)
-        return exact_sum(blocks.topk(options.blocks.block - options.blocks.kept).values.flatten())
-    if threshold is None:
-        count = removed_count(gains.numel(), options.ratio_of(target.projection) or 0.0)
-        return exact_sum(gains.flatten().topk(count).values)
-    scores = start.scores(target)
-    return exact_sum(gains[(scores - reach < threshold) & (gains > 0)])
-
-
-def _parameter(target: MaskTarget) -> Parameter:
-    return target.module.get_parameter(target.parameter)
+        highest = blocks.topk(options.blocks.block - options.blocks.kept).indices
+        removed = torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, highest, True)
+        return removed.flatten(-2).movedim(-1, target.inputs_dim)
+    count = removed_count(gains.numel(), options.ratio_of(target.projection) or 0.0)
+    removed = torch.zeros(gains.numel(), dtype=torch.bool, device=gains.device)
+    removed[gains.flatten().topk(count).indices] = True
+    return removed.view(gains.shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -16,6 +17,8 @@ from mftctl.masking.mask import Mask, mask_permit, save_mask
 from mftctl.masking.mask_file.document import MaskMetadata
 from mftctl.masking.targets import MaskTarget, format_layers
 from mftctl.runtime.processes import is_first
+
+KeyType = TypeVar("KeyType", int, str)
 
 
 def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> KeptMask:
@@ -48,13 +51,26 @@ def keep_mask(mask: Mask, run: Run, *, may_replace: bool) -> KeptMask:
 
 def layer_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
     """The share removed in each masked decoder layer, by index; with a threshold, it is not known beforehand."""
-    removed: dict[int, int] = {}
-    weights: dict[int, int] = {}
+    found = _shares(keep, targets, lambda target: target.layer)
+    return {str(layer): found[layer] for layer in sorted(found)}
+
+
+def projection_ratios(keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget]) -> dict[str, float]:
+    """The share removed in each kind of projection, such as `q_proj`, in model order."""
+    return _shares(keep, targets, lambda target: target.projection)
+
+
+def _shares(
+    keep: Mapping[str, torch.Tensor], targets: Sequence[MaskTarget], key: Callable[[MaskTarget], KeyType]
+) -> dict[KeyType, float]:
+    """The share removed among the targets with the same key."""
+    removed: dict[KeyType, int] = {}
+    weights: dict[KeyType, int] = {}
     for target in targets:
-        bits = keep[target.name]
-        removed[target.layer] = removed.get(target.layer, 0) + bits.numel() - int(bits.sum())
-        weights[target.layer] = weights.get(target.layer, 0) + bits.numel()
-    return {str(layer): removed[layer] / weights[layer] for layer in sorted(weights)}
+        bits, place = keep[target.name], key(target)
+        removed[place] = removed.get(place, 0) + bits.numel() - int(bits.sum())
+        weights[place] = weights.get(place, 0) + bits.numel()
+    return {place: removed[place] / weights[place] for place in weights}
 
 
 def mask_metadata(
@@ -77,7 +93,7 @@ def mask_metadata(
         base_model=base or source.model,
         base_revision=None if is_delta else recipe.revision,
         method=options.method,
-        ratio=None if isinstance(ratio, dict) else ratio,
+        ratio=ratio if isinstance(ratio, float) else None,
         threshold=options.threshold,
         layers=format_layers(layers),
         seed=recipe.seed,

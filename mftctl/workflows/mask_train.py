@@ -26,7 +26,7 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.checkpoints.outlines import StoredWeights
 from mftctl.masking.checkpoints.pairing import TensorPair
 from mftctl.masking.checkpoints.tensors import tensor_index
-from mftctl.masking.targets import decoder_layers, find_targets, format_layers, parse_layers
+from mftctl.masking.targets import MaskTarget, decoder_layers, find_targets, format_layers, parse_layers
 from mftctl.progress import Listener, Progress
 from mftctl.runtime.devices import best_device, find_device, frozen_dtype
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
@@ -36,7 +36,13 @@ from mftctl.training.held_out import compare, confirm, split_validation_records,
 from mftctl.training.inputs import TrainingInputs
 from mftctl.training.interim_evaluation import interim_evaluation, measurements
 from mftctl.training.learn_mask import find_mask
-from mftctl.training.mask_search import FoundMask, MaskSearch, load_frozen_model, prepare_mask_training
+from mftctl.training.mask_search import (
+    FoundMask,
+    MaskSearch,
+    MaskTrainingInputs,
+    load_frozen_model,
+    prepare_mask_training,
+)
 from mftctl.training.prefix_cache import (
     batches_come_again,
     hidden_states,
@@ -46,7 +52,8 @@ from mftctl.training.prefix_cache import (
 )
 from mftctl.training.retention import make_retention
 from mftctl.training.step_scores import StepScores, step_scores
-from mftctl.workflows.mask_result import keep_mask, layer_ratios, mask_metadata
+from mftctl.workflows.budget import ratios_in_budget
+from mftctl.workflows.mask_result import keep_mask, layer_ratios, mask_metadata, projection_ratios
 from mftctl.workflows.model_before import model_before, model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 
@@ -137,11 +144,12 @@ def _search(
     room.require(inputs, split_validation_records(inputs.validation, options)[0])
     model, weights = _model_to_mask(inputs, options, listener)
     layers = parse_layers(options.layers or "all", len(decoder_layers(model)[1]))
-    targets = find_targets(model, layers, options.target, options.projections)
+    targets = find_targets(model, layers, options.target, options.masked_projections)
     flops = flops_per_token(model, targets)
     target_names(targets, model, tensor_index(inputs.checkpoint))  # reports what cannot be written before training
     pairs = None if base_folder is None else pair_targets(targets, model, base_folder, inputs.checkpoint)
     deciding, confirming = split_validation_records(inputs.validation, options)
+    ratios = _ratios(model, targets, options, prepared, run, listener, has_values=weights is None)
     scores = _step_scores(recipe, inputs, weights, run, listener)
     retention = make_retention(inputs, options, model, before, seed=recipe.seed, listener=listener)
     inputs = replace(inputs, validation=deciding)
@@ -170,6 +178,7 @@ def _search(
             base=None if pairs is None else read_base(targets, pairs),
             retention=retention,
             unmasked_retained_loss=None if retention is None or weights is not None else retention.loss(model),
+            ratios=ratios,
         )
         if options.method == "learned":
             listener.note(f"Learning rate of the scores: {search.start.learning_rate_text(targets)}")
@@ -192,6 +201,7 @@ def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run,
         base=searched.base,
         layers=format_layers(searched.layers),
         layer_ratios=layer_ratios(found.keep, search.targets),
+        **_own_ratios(search, found),
         unmasked_loss=found.unmasked_loss,
         start_loss=found.start_loss,
         best_loss=found.best_loss,
@@ -213,6 +223,45 @@ def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run,
         peak_memory_bytes=peak_memory_bytes(),
         retained=found.retained,
     )
+
+
+def _ratios(
+    model: PreTrainedModel,
+    targets: list[MaskTarget],
+    options: MaskTrainOptions,
+    prepared: MaskTrainingInputs,
+    run: Run,
+    listener: Listener,
+    *,
+    has_values: bool,
+) -> dict[str, float]:
+    """With ratio auto, the ratio of each target, by name; otherwise empty.
+
+    Raises:
+        ConfigError: The processes share their weights, so that their gradients cannot be computed before training.
+    """
+    if options.shared_budget is None:
+        return {}
+    if not has_values:
+        raise ConfigError(
+            "The estimate of ratio auto needs whole weights in each process.",
+            key="mask_train.ratio",
+            expected="a number, or one process, or --shard ddp or zero2",
+            actual="auto with shared weights",
+        )
+    return ratios_in_budget(
+        model, targets, options, prepared.inputs, options.shared_budget, run.folder / "ratios.json", listener
+    )
+
+
+def _own_ratios(search: MaskSearch, found: FoundMask) -> dict[str, dict[str, float]]:
+    """The fields of the result that only ratio auto has."""
+    if not search.ratios:
+        return {}
+    return {
+        "tensor_ratios": {target.weight_name: search.ratios[target.name] for target in search.targets},
+        "projection_ratios": projection_ratios(found.keep, search.targets),
+    }
 
 
 def _step_scores(
@@ -253,7 +302,7 @@ def _with_whole_model(search: MaskSearch, layers: list[int]) -> MaskSearch:
         return search
     options = search.options
     model = load_frozen_model(search.inputs, options)
-    return replace(search, model=model, targets=find_targets(model, layers, options.target, options.projections))
+    return replace(search, model=model, targets=find_targets(model, layers, options.target, options.masked_projections))
 
 
 def _confirmation(search: MaskSearch, found: FoundMask, confirming: Sequence[Encoded]) -> Confirmation | None:

@@ -1,9 +1,10 @@
-"""The `probe` workflow: finds the group of decoder layers that gains most from a mask."""
+"""The `probe` workflow: finds the decoder layers, or the kind of projection, that gain most from a mask."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mftctl.errors import Interrupted
 from mftctl.evaluation.score_choice import LOSS
 from mftctl.experiments.model_source import ModelSource
 from mftctl.experiments.recipe import Recipe
-from mftctl.experiments.results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe
+from mftctl.experiments.results import FastProbe, Group, ProbeResult, TrainedGroup, TrainedProbe, group_text
 from mftctl.experiments.run_contents import read_part
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.training_folder import TrainingFolder
@@ -24,6 +25,7 @@ from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.files.atomic import write_text
 from mftctl.masking.checkpoints.earlier_weights import pair_targets, read_base
 from mftctl.masking.checkpoints.locate import resolve_checkpoint
+from mftctl.masking.target_groups import TargetGroup, groups_by_projection
 from mftctl.masking.targets import (
     MaskTarget,
     decoder_layers,
@@ -50,14 +52,17 @@ from mftctl.training.mask_search import (
 from mftctl.training.prefix_cache import HiddenStates, hidden_states, prefix_reuse, reusing_prefix
 from mftctl.training.step_scores import StepScores
 from mftctl.training.validation_scores import ValidationScorer
-from mftctl.workflows.fast_probe import agreement_with_training, promised_changes
+from mftctl.workflows.fast_probe import agreement_with_training, changes_of_groups, promised_changes
 from mftctl.workflows.model_before import model_before_measured
 from mftctl.workflows.planning.memory_check import RoomOnGpu, training_on_device
 from mftctl.workflows.probe_kind import check_kind
+from mftctl.workflows.structure_probe import structure_probe
 
 
 def probe(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, resume: bool = False) -> ProbeResult:
-    """Probes groups of layers; returns every group's losses and score, best first, and the recommended layers.
+    """Probes layers or projections; returns every group's losses and score, best first, and the recommended group.
+
+    A probe of heads or neurons returns a summary of their predicted changes.
 
     Args:
         recipe: Provides the `probe` and `mask_train` sections, the data and the seed.
@@ -76,11 +81,14 @@ def probe(recipe: Recipe, source: ModelSource, run: Run, listener: Listener, *, 
         Interrupted: The user stopped the run; its state is saved.
 
     Source: MFT, section 3.2, local mask fine-tuning ablation (groups of 4, 10 % of the data). Each group keeps its mask
-    with the lowest loss, whatever ranks the groups.
+    with the lowest loss, whatever ranks the groups. Kinds of projections follow its masking ratio ablation, which
+    proposes to tell them apart; heads and neurons are ours.
     """
     options = recipe.mask_train
     check_kind(recipe)
     with training_on_device("probe", recipe, options, run, listener) as room:
+        if recipe.probe.unit in ("head", "neuron"):
+            return structure_probe(recipe, source, run, listener, room)
         if recipe.probe.fast:
             return _estimate(recipe, source, run, listener, room)
         return _train_groups(recipe, source, run, listener, room, resume=resume)
@@ -103,16 +111,15 @@ def _train_groups(
         recipe, options, replace(prepared, inputs=inputs), listener, run, scorer, of_steps, base_folder
     )
     # From bottom to top, so that each group enters the model at the same layer as the one before it, or above.
-    groups = sorted(_groups(recipe, probed.model), key=min)
+    groups = sorted(_groups(recipe, probed.model), key=lambda group: min(group.layers))
     results = []
     take_late_stop()  # one from before this probe
     with hidden_states(options, run.folder) as states:
         for number, group in enumerate(groups, start=1):
-            layers = format_layers(group)
-            folder = run.folder / "groups" / layers
+            folder = run.folder / "groups" / group.name
             stored = folder / "outcome.json"
             done = " (already done)" if stored.exists() else ""
-            listener.note(f"Group {number} of {len(groups)}: layers {layers}{done}")
+            listener.note(f"Group {number} of {len(groups)}: {group_text(group.name)}{done}")
             if not stored.exists():
                 outcome = probed.outcome(group, run.training_in(folder), states, resume=resume)
                 if is_first():
@@ -130,6 +137,7 @@ def _train_groups(
     return TrainedProbe(
         groups=ranked,
         recommended_layers=ranked[0].layers,
+        recommended_projection=ranked[0].projection,
         by=recipe.probe.by,
         unmasked_loss=probed.unmasked_loss,
         unmasked_score=probed.unmasked,
@@ -177,8 +185,8 @@ class _ProbedModel:
         self._scorer, self._of_steps = scorer, of_steps
         self.model = load_frozen_model(self._inputs, options)
         self._is_whole = True
-        layers = {layer for group in _groups(recipe, self.model) for layer in group}
-        targets = self._targets(sorted(layers))
+        layers = {layer for group in _groups(recipe, self.model) for layer in group.layers}
+        targets = self._targets(TargetGroup(tuple(sorted(layers))))
         self._pairs = None if base is None else pair_targets(targets, self.model, base, self._inputs.checkpoint)
         self.unmasked_loss = validation_loss(self.model, self._inputs, listener)
         self.unmasked = None if scorer is None else scorer.score_once(self.model, run.folder / "unmasked")
@@ -186,11 +194,13 @@ class _ProbedModel:
             None if of_steps is None else of_steps.score_once(self.model, run.folder / "scores" / "unmasked")
         )
 
-    def outcome(self, group: list[int], folder: TrainingFolder, states: HiddenStates, *, resume: bool) -> TrainedGroup:
+    def outcome(
+        self, group: TargetGroup, folder: TrainingFolder, states: HiddenStates, *, resume: bool
+    ) -> TrainedGroup:
         """Trains the mask of a group and returns its result.
 
         Args:
-            group: Its layers.
+            group: Its projections.
             folder: Receives metrics, checkpoints and samples.
             states: Cached hidden states of the layers below.
             resume: Resume from the latest checkpoint of the group.
@@ -214,16 +224,16 @@ class _ProbedModel:
             unmasked_score=self._unmasked_of_steps,
             base=self._before(targets),
         )
-        lowest = 0 if shares_weights() else min(group)
+        lowest = 0 if shares_weights() else min(group.layers)
         with reusing_prefix(self.model, lowest, states, self._listener.warn, in_training=True):
             found = find_mask(search)
-        return self._scored(_outcome(group, found), group, found, folder.folder)
+        return self._scored(_outcome(group, targets, found), group, found, folder.folder)
 
     def _step_scores(self, folder: Path) -> StepScores | None:
         """The scores that decide between the masks of a group; None if the loss does."""
         return None if self._of_steps is None else StepScores(self._of_steps, folder / "scores", self._listener)
 
-    def _scored(self, outcome: TrainedGroup, group: list[int], found: FoundMask, folder: Path) -> TrainedGroup:
+    def _scored(self, outcome: TrainedGroup, group: TargetGroup, found: FoundMask, folder: Path) -> TrainedGroup:
         """The score of the mask; empty if groups are ranked by loss."""
         if self._scorer is None or self.unmasked is None:
             return outcome
@@ -243,8 +253,9 @@ class _ProbedModel:
         """The weights of the targets before fine-tuning; None for weight masks."""
         return None if self._pairs is None else read_base(targets, self._pairs)
 
-    def _targets(self, group: list[int]) -> list[MaskTarget]:
-        return find_targets(self.model, group, self._options.target, self._options.projections)
+    def _targets(self, group: TargetGroup) -> list[MaskTarget]:
+        options = self._options
+        return find_targets(self.model, group.layers, options.target, group.projections(options.masked_projections))
 
     def _make_whole(self) -> None:
         if not self._is_whole:  # DeepSpeed or FSDP left this process only a shard
@@ -259,21 +270,35 @@ def _estimate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener,
     room.require(inputs)
     model = load_frozen_model(inputs, options)
     groups = _groups(recipe, model)
-    changes = promised_changes(
+    promised = promised_changes(
         model,
-        groups,
+        sorted({layer for group in groups for layer in group.layers}),
         options,
         inputs,
         listener,
         fft_learning_rate=prepared.fft_learning_rate,
         seed=recipe.seed,
     )
-    sizes = {format_layers(group): len(group) for group in groups}
-    ranked = sorted(changes, key=lambda layers: (list(sizes.values()).index(sizes[layers]), changes[layers]))
+    changes = changes_of_groups(promised, groups)
+    sizes = list(dict.fromkeys(len(group.layers) for group in groups if group.projection is None))
+
+    def order(group: TargetGroup) -> tuple[int, float]:
+        return sizes.index(len(group.layers)) if group.projection is None else 0, changes[group.name]
+
+    ranked = [
+        Group(
+            layers=format_layers(group.layers),
+            size=len(group.layers),
+            change=changes[group.name],
+            **_kind(group, [item.target for item in promised if group.has(item.target)]),
+        )
+        for group in sorted(groups, key=order)
+    ]
     return FastProbe(
         fast=True,
-        groups=[Group(layers=layers, size=sizes[layers], change=changes[layers]) for layers in ranked],
-        recommended_layers=ranked[0],
+        groups=ranked,
+        recommended_layers=ranked[0].layers,
+        recommended_projection=ranked[0].projection,
         agreement=agreement_with_training(run.folder.parent, source.model, changes),
         peak_memory_bytes=peak_memory_bytes(),
     )
@@ -286,19 +311,29 @@ def _options(recipe: Recipe) -> MaskTrainOptions:
     return recipe.mask_train.model_copy(update=changes)
 
 
-def _groups(recipe: Recipe, model: PreTrainedModel) -> list[list[int]]:
-    layer_count = len(decoder_layers(model)[1])
+def _groups(recipe: Recipe, model: PreTrainedModel) -> list[TargetGroup]:
+    options, layer_count = recipe.mask_train, len(decoder_layers(model)[1])
     wanted = parse_layers(recipe.probe.layers or "all", layer_count)
-    return layer_groups(layer_count, recipe.probe.groups, wanted)
+    if recipe.probe.unit == "projection":
+        return groups_by_projection(model, wanted, options.target, options.masked_projections)
+    return [TargetGroup(tuple(layers)) for layers in layer_groups(layer_count, recipe.probe.groups, wanted)]
 
 
-def _outcome(group: list[int], found: FoundMask) -> TrainedGroup:
+def _kind(group: TargetGroup, targets: Sequence[MaskTarget]) -> dict[str, Any]:
+    """The fields of a result that only a kind of projection has."""
+    if group.projection is None:
+        return {}
+    return {"projection": group.projection, "weights": sum(target.weight.numel() for target in targets)}
+
+
+def _outcome(group: TargetGroup, targets: Sequence[MaskTarget], found: FoundMask) -> TrainedGroup:
     return TrainedGroup(
-        layers=format_layers(group),
-        size=len(group),
+        layers=format_layers(group.layers),
+        size=len(group.layers),
         start_loss=found.start_loss,
         best_loss=found.best_loss,
         change=found.best_loss - found.unmasked_loss,
         best_step=found.best_step,
         steps=found.steps,
+        **_kind(group, targets),
     )

@@ -1,22 +1,42 @@
-"""Check of the kind of a probe's masks."""
+"""Checks that a probe supports the masks in its recipe."""
 
 from __future__ import annotations
 
 from mftctl.errors import ConfigError
 from mftctl.experiments.recipe import Recipe
 
+_PARTS = {"head": "attn", "neuron": "mlp"}
+"""The part of each layer that has such units."""
+
 
 def check_kind(recipe: Recipe) -> None:
-    """Checks that a probe supports the kind of masks in its recipe.
+    """Checks that a probe supports the kind of masks, their ratio and their target.
 
     Raises:
-        ConfigError: A fast probe is to predict delta masks.
+        ConfigError: It does not.
     """
-    if recipe.probe.fast and recipe.mask_train.kind == "delta":
+    options, unit = recipe.mask_train, recipe.probe.unit
+    if recipe.probe.fast and options.kind == "delta":
         raise ConfigError(
             "A fast probe predicts weight masks only.",
             key="mask_train.kind",
             expected="weight with probe.fast",
-            actual=recipe.mask_train.kind,
+            actual=options.kind,
             hint="probe without --fast, which trains a delta mask for each group",
+        )
+    if options.shared_budget is not None:
+        raise ConfigError(
+            "A probe compares masks with the same ratio in each tensor.",
+            key="mask_train.ratio",
+            expected="a number, or a threshold or pattern",
+            actual=str(options.ratio),
+            hint="--ratio auto distributes its budget in mask-train itself, without a probe",
+        )
+    part = _PARTS.get(unit, options.target)
+    if options.target not in (part, "both"):
+        raise ConfigError(
+            f"The part of each layer to mask has no {unit}s.",
+            key="mask_train.target",
+            expected=f"{part} or both",
+            actual=options.target,
         )

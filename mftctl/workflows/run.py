@@ -296,7 +296,7 @@ def _open(planned: Planned, by_job: Mapping[int, Planned], name: str, root: Path
         changes["model"] = planned.source.model
     if job.layers_from is not None:
         recommendation = recommendation_of(_finished(by_job[id(job.layers_from)]))
-        changes["mask_train.layers"] = recommendation.layers
+        changes |= recommendation.settings(job.recipe.mask_train)
     planned.recipe = with_changes(job.recipe, changes)
     if planned.resumes and planned.run is not None:
         planned.run.go_on()

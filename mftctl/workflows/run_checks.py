@@ -130,6 +130,8 @@ def _probe_problem(job: Job, layer_count: int | None) -> str | None:
     )
     if problem is not None or layer_count is None:
         return problem
+    if recipe.probe.unit != "layer":
+        return _message(lambda: parse_layers(recipe.probe.layers or "all", layer_count))
     return _message(
         lambda: layer_groups(layer_count, recipe.probe.groups, parse_layers(recipe.probe.layers or "all", layer_count))
     )
@@ -137,6 +139,10 @@ def _probe_problem(job: Job, layer_count: int | None) -> str | None:
 
 def _mask_problem(job: Job, layer_count: int | None) -> str | None:
     options, task_data = job.recipe.mask_train, job.recipe.eval.task_data
+    if job.layers_from is not None and job.layers_from.recipe.probe.unit in ("head", "neuron"):
+        return (
+            f"The stage {job.layers_from.name} probes {job.layers_from.recipe.probe.unit}s, and recommends no layers."
+        )
     problem = _message(lambda: check_score(options.best_by, task_data, "mask_train.best_by"))
     if problem is not None:
         return problem

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mftctl.errors import Interrupted
+from mftctl.experiments.results import group_text
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_record import RunStatus
 from mftctl.experiments.tracking.feed import Feed, failed_text
@@ -127,7 +128,9 @@ class Tracking:
     def _training(self, folder: Path) -> str:
         """Returns the name of one of several trainings; empty for that of the run itself."""
         parts = folder.relative_to(self._run.folder).parts
-        return f"layers {parts[-1]}" if parts and parts[0] == _GROUPS else "-".join(parts)
+        if parts and parts[0] == _GROUPS:
+            return group_text(parts[-1])
+        return "-".join(parts)
 
     def _tell(self) -> None:
         for feed in self._feeds or ():

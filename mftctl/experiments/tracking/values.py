@@ -61,7 +61,7 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
     elif isinstance(value, Sequence) and not isinstance(value, str):
         for item in value:
             if isinstance(item, Mapping) and "layers" in item:
-                yield from _numbers(item, f"{name}/{_clean(item['layers'])}")
+                yield from _numbers(item, f"{name}/{_clean(item.get('projection') or item['layers'])}")
 
 
 def _clean(part: str) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PreTrainedConfig
 
 from mftctl.data.encoding import Encoded
 from mftctl.errors import MftError
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions
-from mftctl.masking.targets import layer_groups, parse_layers
+from mftctl.masking.checkpoints.meta_models import build_skeleton
+from mftctl.masking.target_groups import largest_kind
+from mftctl.masking.targets import Target, find_targets, layer_groups, parse_layers
 from mftctl.workflows.planning.batches import Batches, batches_of
 from mftctl.workflows.planning.evaluation_memory import (
     BENCHMARK_ANSWER_TOKENS,
@@ -79,20 +82,40 @@ class CommandMemory:
         """
         if self.command in _MEASURING:
             return self._evaluation(recipe)
-        plan, batches = self.plan(recipe), self.batches(recipe)
+        batches = self.batches(recipe)
+        found = [self._of_plan(plan, batches) for plan in self.plans(recipe)]
+        return max(found, key=lambda estimate: estimate.peak_bytes)
+
+    def plans(self, recipe: Recipe) -> list[TrainingPlan]:
+        """The plan of each training of the command; they follow one another, so the largest decides."""
+        if self.command == "fft":
+            return [plan_fine_tuning(recipe.fft, self.seed, self.device, getattr(self.config, "dtype", None))]
+        layers = self.masked_layers(recipe)
+        if self.command == "probe":
+            return [self._plan_of_probe(recipe, layers)]
+        options = recipe.mask_train
+        estimated = [] if options.shared_budget is None else [plan_fast_probe(options, layers, self.device)]
+        return [*estimated, plan_mask_training(options, layers, self.device)]
+
+    def _of_plan(self, plan: TrainingPlan, batches: Batches) -> MemoryEstimate:
         return self._once(
             (plan, batches),
             lambda: estimate_memory(self.config, plan, batches, process_bytes=self.process_bytes),
         )
 
-    def plan(self, recipe: Recipe) -> TrainingPlan:
-        """The training plan of the command."""
-        if self.command == "fft":
-            return plan_fine_tuning(recipe.fft, self.seed, self.device, getattr(self.config, "dtype", None))
-        layers = self.masked_layers(recipe)
-        if self.command == "probe" and recipe.probe.fast:
-            return plan_fast_probe(recipe.mask_train, layers, self.device)
-        return plan_mask_training(recipe.mask_train, layers, self.device)
+    def _plan_of_probe(self, recipe: Recipe, layers: Sequence[int]) -> TrainingPlan:
+        """The plan of a probe: the gradients of everything that it compares, or training its largest group."""
+        options, unit = recipe.mask_train, recipe.probe.unit
+        if recipe.probe.fast:
+            parts: dict[str, Target] = {"head": "attn", "neuron": "mlp"}
+            target = parts.get(unit, options.target)
+            return plan_fast_probe(options.model_copy(update={"target": target}), layers, self.device)
+        if unit == "projection":
+            targets = find_targets(
+                build_skeleton(self.config, torch.float32), layers, options.target, options.masked_projections
+            )
+            options = options.of_projection(largest_kind(targets)[0].projection)
+        return plan_mask_training(options, layers, self.device)
 
     def batches(self, recipe: Recipe) -> Batches:
         """The largest batches of the training or evaluation."""
@@ -102,6 +125,8 @@ class CommandMemory:
         """The largest set of layers masked at once; for `probe --fast`, all layers with gradients."""
         if self.command == "probe":
             wanted = parse_layers(recipe.probe.layers or "all", self.layer_count)
+            if recipe.probe.unit != "layer":
+                return wanted
             groups = layer_groups(self.layer_count, recipe.probe.groups, wanted)
             return sorted({layer for group in groups for layer in group}) if recipe.probe.fast else max(groups, key=len)
         if self.layers is not None:
@@ -111,7 +136,9 @@ class CommandMemory:
     def fits(self, recipe: Recipe, free_bytes: int) -> bool:
         """True if the command fits, with room to spare."""
         most = (1 - SPARE_SHARE) * free_bytes
-        if self.command not in _MEASURING and least_memory(self.config, self.plan(recipe)) > most:
+        if self.command not in _MEASURING and any(
+            least_memory(self.config, plan) > most for plan in self.plans(recipe)
+        ):
             return False
         return self.estimate(recipe).peak_bytes <= most
 

@@ -17,6 +17,7 @@ from mftctl.evaluation.generation import default_max_new_tokens
 from mftctl.experiments.jobs import Job
 from mftctl.experiments.recipe import Recipe
 from mftctl.experiments.training_options import FftOptions, MaskTrainOptions, TrainingOptions
+from mftctl.masking.target_groups import largest_kind
 from mftctl.masking.targets import MaskTarget, format_layers, layer_groups, parse_layers
 from mftctl.text import counted
 from mftctl.training.schedule import records_per_step, total_steps
@@ -99,7 +100,8 @@ class StageEstimates:
             if not _is_fast(job):
                 layers = max(groups, key=len)
                 masked = [target for target in self._model.projections if target.layer in layers]
-                self._note_mask(job, _chosen(masked, job.recipe.mask_train), text)
+                chosen = _chosen(masked, job.recipe.mask_train)
+                self._note_mask(job, largest_kind(chosen) if _has_one_kind(job) and chosen else chosen, text)
         self._note_training_memory(job, self._model, groups)
         return stage
 
@@ -180,6 +182,8 @@ class StageEstimates:
         runs = 1
         if job.command == "probe" and self._model is not None:
             runs = len(self._groups(job, self._model))
+            if job.recipe.probe.unit == "projection":
+                runs = len({target.projection for target in _chosen(self._model.projections, job.recipe.mask_train)})
         learns = job.command == "fft" or (job.recipe.mask_train.method == "learned" and not _is_fast(job))
         steps = total_steps(records, options) * runs if learns else 0
         step_records = min(records_per_step(options), records)
@@ -214,6 +218,8 @@ class StageEstimates:
         if probe is None:
             return [parse_layers(job.recipe.mask_train.layers or "all", count)]
         wanted = parse_layers(probe.recipe.probe.layers or "all", count)
+        if probe.recipe.probe.unit != "layer":
+            return [wanted]
         return layer_groups(count, probe.recipe.probe.groups, wanted)
 
     def _note_mask(self, job: Job, targets: Sequence[MaskTarget], layers: str) -> None:
@@ -267,6 +273,12 @@ class StageEstimates:
             )
 
 
+def _has_one_kind(job: Job) -> bool:
+    """True if the job trains masks of one kind of projection each, or takes the kind from a probe."""
+    probe = job if job.command == "probe" else job.layers_from
+    return probe is not None and probe.recipe.probe.unit == "projection"
+
+
 def _is_fast(job: Job) -> bool:
     """True if the job is a probe that computes gradients without training."""
     return job.command == "probe" and job.recipe.probe.fast
@@ -288,7 +300,7 @@ def _chosen(targets: Sequence[MaskTarget], options: MaskTrainOptions) -> list[Ma
         target
         for target in targets
         if options.target in (target.part, "both")
-        and (options.projections is None or target.projection in options.projections)
+        and (options.masked_projections is None or target.projection in options.masked_projections)
     ]
 
 

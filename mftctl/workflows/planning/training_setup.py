@@ -123,7 +123,7 @@ def plan_mask_training(
 
     def prepare(model: PreTrainedModel) -> None:
         dtype = torch.bfloat16 if options.low_memory else torch.float32
-        targets = find_targets(model, layers, options.target, options.projections)
+        targets = find_targets(model, layers, options.target, options.masked_projections)
         attach_without_data(model, targets, dtype, _rule(options), on_gpu=on_gpu, has_base=options.kind == "delta")
         if options.low_memory:
             keep_no_products(model)
@@ -137,7 +137,7 @@ def plan_mask_training(
             options.kind,
             tuple(layers),
             options.target,
-            tuple(options.projections or ()),
+            tuple(options.masked_projections or ()),
             _rule(options),
         ),
         torch.bfloat16 if device.uses_bf16(options.precision) else torch.float32,
@@ -165,14 +165,14 @@ def plan_fast_probe(
     device = device or this_device()
 
     def prepare(model: PreTrainedModel) -> None:
-        targets = find_targets(model, layers, options.target, options.projections)
+        targets = find_targets(model, layers, options.target, options.masked_projections)
         model.requires_grad_(False)
         for target in targets:
             target.module.get_parameter(target.parameter).requires_grad_(True)
 
     return TrainingPlan(
         prepare,
-        ("fast", tuple(layers), options.target, tuple(options.projections or ())),
+        ("fast", tuple(layers), options.target, tuple(options.masked_projections or ())),
         torch.bfloat16 if device.uses_bf16(options.precision) else torch.float32,
         False,
         options.gradient_checkpointing,
