@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from mftctl.errors import RunError
+from mftctl.experiments.run_contents import read_part
 from mftctl.experiments.training_options import MaskTrainOptions
 from mftctl.experiments.value_types import Number, Part
 from mftctl.files.atomic import write_text
@@ -52,7 +52,7 @@ def ratios_in_budget(
 
     Raises:
         MaskingError: A gradient is not finite.
-        RunError: The stored ratios are not those of these projections.
+        RunError: The stored ratios cannot be read, or are not those of these projections.
 
     Source: ours; the gradient is that of MFT, equation 5, at a mask that removes nothing.
     """
@@ -66,7 +66,7 @@ def ratios_in_budget(
         del gradients, parts
         free_unreachable()
         from_first(lambda: _stored(path, shares))
-    ratios = _read(path)
+    ratios = read_part(path, _Ratios).ratios
     if set(ratios) != {target.name for target in targets}:
         raise RunError(
             "The stored ratios are of other projections.",
@@ -81,10 +81,3 @@ def ratios_in_budget(
 def _stored(path: Path, ratios: dict[str, float]) -> str:
     write_text(path, json.dumps({"ratios": ratios}, indent=2) + "\n")
     return str(path)
-
-
-def _read(path: Path) -> dict[str, float]:
-    try:
-        return _Ratios.read(json.loads(path.read_text(encoding="utf-8"))).ratios
-    except (OSError, ValueError, ValidationError) as error:
-        raise RunError("The stored ratios cannot be read.", path=path, hint="start a new run") from error

@@ -201,7 +201,8 @@ def _written(searched: _Searched, recipe: Recipe, source: ModelSource, run: Run,
         base=searched.base,
         layers=format_layers(searched.layers),
         layer_ratios=layer_ratios(found.keep, search.targets),
-        **_own_ratios(search, found),
+        tensor_ratios={one.weight_name: search.ratios[one.name] for one in search.targets} if search.ratios else None,
+        projection_ratios=projection_ratios(found.keep, search.targets) if search.ratios else None,
         unmasked_loss=found.unmasked_loss,
         start_loss=found.start_loss,
         best_loss=found.best_loss,
@@ -252,16 +253,6 @@ def _ratios(
     return ratios_in_budget(
         model, targets, options, prepared.inputs, options.shared_budget, run.folder / "ratios.json", listener
     )
-
-
-def _own_ratios(search: MaskSearch, found: FoundMask) -> dict[str, dict[str, float]]:
-    """The fields of the result that only ratio auto has."""
-    if not search.ratios:
-        return {}
-    return {
-        "tensor_ratios": {target.weight_name: search.ratios[target.name] for target in search.targets},
-        "projection_ratios": projection_ratios(found.keep, search.targets),
-    }
 
 
 def _step_scores(

@@ -139,10 +139,9 @@ def _probe_problem(job: Job, layer_count: int | None) -> str | None:
 
 def _mask_problem(job: Job, layer_count: int | None) -> str | None:
     options, task_data = job.recipe.mask_train, job.recipe.eval.task_data
-    if job.layers_from is not None and job.layers_from.recipe.probe.unit in ("head", "neuron"):
-        return (
-            f"The stage {job.layers_from.name} probes {job.layers_from.recipe.probe.unit}s, and recommends no layers."
-        )
+    probe = job.layers_from
+    if probe is not None and probe.recipe.probe.unit in ("head", "neuron"):
+        return f"The stage {probe.name} probes {probe.recipe.probe.unit}s and recommends no layers."
     problem = _message(lambda: check_score(options.best_by, task_data, "mask_train.best_by"))
     if problem is not None:
         return problem

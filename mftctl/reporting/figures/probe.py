@@ -1,4 +1,4 @@
-"""Probe figures: the measured or predicted effect of masking each group of layers on the loss or a score."""
+"""Probe figures: the measured or predicted effect of masking each group of projections on the loss or a score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from mftctl.errors import RunError
-from mftctl.experiments.results import FastProbe, Group, ProbeResult, Score, TrainedGroup, TrainedProbe
+from mftctl.experiments.results import (
+    FastProbe,
+    Group,
+    GroupProbe,
+    ProbeResult,
+    Score,
+    StructureProbe,
+    TrainedGroup,
+    TrainedProbe,
+    group_text,
+)
 from mftctl.experiments.run_contents import told
 from mftctl.experiments.run_folder import Run
 from mftctl.experiments.run_inputs import Origin, Parents, StartingState, UsedModel
@@ -39,30 +49,34 @@ _NO_PART = ("prefix_cache_gb", "benchmark_every", "benchmark_limit", "layers")
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """One group of layers, over seeds.
+    """One group of projections, over seeds.
 
     Attributes:
-        layers: Layer range as named by the probe, such as `4-7`.
+        name: Its layers, such as `4-7`, or its kind of projection.
         changes: Measured or predicted change of the ranking metric, one per seed.
         loss_changes: Change of the loss if a score ranks the groups; empty if the loss does.
+        rank: Position of a kind of projection, the best first; None for a group of layers.
     """
 
-    layers: str
+    name: str
     changes: tuple[float, ...]
     loss_changes: tuple[float, ...] = ()
+    rank: int | None = None
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
-        """First and last layer of each run of consecutive layers.
+        """First and last layer of each run of consecutive layers, or twice the rank.
 
         Raises:
             ValueError: The text is not a list of layers.
         """
+        if self.rank is not None:
+            return [(self.rank, self.rank)]
         found = []
-        for part in self.layers.split(","):
+        for part in self.name.split(","):
             match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
             if match is None:
-                raise ValueError(f"{self.layers} is not a list of layers")
+                raise ValueError(f"{self.name} is not a list of layers")
             found.append((int(match[1]), int(match[2] or match[1])))
         return found
 
@@ -90,18 +104,20 @@ class _Probe:
         runs: All probe runs.
         sizes: The groups by name of their size, lowest layers first.
         unmasked: The ranking metric without a mask, averaged over seeds; 0 for predicted changes.
-        recommended: The layers that most runs recommend.
+        recommended: The group that most runs recommend.
+        of_kinds: Whether the groups are kinds of projections, not of layers.
     """
 
     runs: tuple[Run, ...]
     sizes: Mapping[str, tuple[_Group, ...]]
     unmasked: float
     recommended: str
+    of_kinds: bool
 
     @property
     def best(self) -> _Group:
         """The recommended group."""
-        return next(group for found in self.sizes.values() for group in found if group.layers == self.recommended)
+        return next(group for found in self.sizes.values() for group in found if group.name == self.recommended)
 
     @property
     def is_fast(self) -> bool:
@@ -129,10 +145,10 @@ class _Probe:
 
 
 def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
-    """Validation loss or score by group of layers for trained probes, and separately the predictions of `probe --fast`.
+    """Validation loss or score by group for trained probes, and separately the predictions of `probe --fast`.
 
-    Probes of the same model with the same settings and ranking metric share a figure, whatever their seeds and group
-    sizes.
+    Probes of heads and neurons are not drawn. Probes of the same model with the same settings and ranking metric share
+    a figure, whatever their seeds and group sizes.
 
     Args:
         runs: The runs, oldest first.
@@ -148,6 +164,8 @@ def probe_figures(runs: Sequence[Run]) -> tuple[list[Figure], list[str]]:
         if run.record.command != "probe" or run.record.status != RunStatus.FINISHED:
             continue
         try:
+            if isinstance(run.result(ProbeResult), StructureProbe):
+                continue
             _ = _figure(_probe([run])), _model(run)
             clusters = together.setdefault(_settings(run), [])
         except (RunError, KeyError, ValueError, TypeError, AttributeError) as error:
@@ -181,12 +199,17 @@ def _settings(run: Run) -> str:
     inputs = [origin, state, record.config.get("data")]
     result = _result(run)
     score = _unmasked_score(result)
+    kinds = ["projection"] if _is_of_kinds(result) else []
     by = [] if score is None or not isinstance(result, TrainedProbe) else [result.by, score.metric, score.samples]
-    return json.dumps([inputs, probing, training, isinstance(result, FastProbe), *by], sort_keys=True)
+    return json.dumps([inputs, probing, training, isinstance(result, FastProbe), *by, *kinds], sort_keys=True)
 
 
-def _result(run: Run) -> ProbeResult:
-    return run.result(ProbeResult)
+def _result(run: Run) -> GroupProbe:
+    return run.result(GroupProbe)
+
+
+def _is_of_kinds(result: GroupProbe) -> bool:
+    return any(group.projection is not None for group in result.groups)
 
 
 def _unmasked_score(result: ProbeResult) -> Score | None:
@@ -211,28 +234,41 @@ def _probe(runs: Sequence[Run]) -> _Probe:
             change = ranked.change
             if _unmasked_score(result) is not None:
                 change = _score_change(ranked)
-                loss_changes.setdefault(ranked.layers, {})[_seed(run)] = ranked.change
-            changes.setdefault(ranked.layers, {})[_seed(run)] = change
-            names[ranked.layers] = _size_name(run, ranked.size)
+                loss_changes.setdefault(ranked.name, {})[_seed(run)] = ranked.change
+            changes.setdefault(ranked.name, {})[_seed(run)] = change
+            names[ranked.name] = "one kind of projection" if ranked.projection else _size_name(run, ranked.size)
     if not all(
         math.isfinite(loss)
         for found in (unmasked, *changes.values(), *loss_changes.values())
         for loss in found.values()
     ):
         raise ValueError("a loss is not a number")
+    of_kinds = _is_of_kinds(_result(runs[0]))
+    best_first = sorted(changes, key=lambda name: _direction(_result(runs[0])) * fmean(changes[name].values()))
     groups = [
-        _Group(layers, tuple(found.values()), tuple(loss_changes.get(layers, {}).values()))
-        for layers, found in changes.items()
+        _Group(
+            name,
+            tuple(changes[name].values()),
+            tuple(loss_changes.get(name, {}).values()),
+            rank if of_kinds else None,
+        )
+        for rank, name in enumerate(best_first)
     ]
     sizes: dict[str, list[_Group]] = {}
     for shown in sorted(groups, key=lambda group: (group.size, group.middle)):
-        sizes.setdefault(names[shown.layers], []).append(shown)
-    recommended = Counter(_result(run).recommended_layers for run in reversed(runs))
+        sizes.setdefault(names[shown.name], []).append(shown)
+    recommended = Counter(_result(run).recommended for run in reversed(runs))
     best = recommended.most_common(1)[0][0]
     if best not in changes:
-        raise ValueError(f"the recommended layers {best} are not one of the groups")
+        raise ValueError(f"the recommended {group_text(best)} are not one of the groups")
     placed = {name: tuple(sorted(found, key=lambda group: group.middle)) for name, found in sizes.items()}
-    return _Probe(tuple(runs), placed, fmean(unmasked.values()), best)
+    return _Probe(tuple(runs), placed, fmean(unmasked.values()), best, of_kinds)
+
+
+def _direction(result: GroupProbe) -> int:
+    """1 if a lower value of the ranking criterion is better, otherwise -1."""
+    score = _unmasked_score(result)
+    return -1 if score is not None and score.higher_is_better else 1
 
 
 def _without_mask(result: ProbeResult) -> float:
@@ -268,13 +304,15 @@ def _figure(probe: _Probe) -> Figure:
     seeds = len({_seed(run) for run in probe.runs})
     share = first.config["probe"].get("data_fraction", 1.0)
     ranked_by = probe.ranked_by[0].upper() + probe.ranked_by[1:] if probe.score is None else probe.ranked_by
-    what = "Predicted loss change by group of layers" if probe.is_fast else f"{ranked_by} by group of layers"
+    groups_text = "kind of projection" if probe.of_kinds else "group of layers"
+    what = f"Predicted loss change by {groups_text}" if probe.is_fast else f"{ranked_by} by {groups_text}"
     origin = Origin.read(first.inputs).origin
     captions = [f"{origin}, {probe.unmasked_state}: masks based on {share:.0%} of the training data."]
     if probe.is_fast:
         captions.append(
             "Nothing was trained: first-order predictions from one pass of gradients. They rank groups of one size; "
-            "the predicted change is far too optimistic and always grows with the number of layers."
+            f"the predicted change is far too optimistic and always grows with the number of "
+            f"{'weights' if probe.of_kinds else 'layers'}."
         )
         captions += _agreement(probe.runs)
     elif probe.score is not None:
@@ -285,23 +323,21 @@ def _figure(probe: _Probe) -> Figure:
         )
     else:
         captions.append("Each group's mask was chosen on these validation records, so the best result is partly luck.")
-    votes = sum(_result(run).recommended_layers == probe.recommended for run in probe.runs)
-    change = next(
-        group.change for found in probe.sizes.values() for group in found if group.layers == probe.recommended
-    )
+    votes = sum(_result(run).recommended == probe.recommended for run in probe.runs)
     captions.append(
-        f"Star: layers {probe.recommended} ({change:+.4f}), recommended by {votes} of {len(probe.runs)} probes."
+        f"Star: {group_text(probe.recommended)} ({probe.best.change:+.4f}), recommended by {votes} of "
+        f"{len(probe.runs)} probes."
     )
     captions.append(
         f"Mean over {seeds} seeds; bars span the lowest to the highest change." if seeds > 1 else "One seed."
     )
     return Figure(
-        name="probe-promised" if probe.is_fast else "probe",
+        name=f"probe{'-promised' if probe.is_fast else ''}{'-projections' if probe.of_kinds else ''}",
         title=what,
         caption=" ".join(captions),
         data=tuple(
             {
-                "layers": group.layers,
+                "projection" if probe.of_kinds else "layers": group.name,
                 "groups": name,
                 "change": group.change,
                 "lowest": min(group.changes),
@@ -309,7 +345,7 @@ def _figure(probe: _Probe) -> Figure:
                 "seeds": len(group.changes),
                 **_values_without_mask(probe),
                 **({"loss_change": fmean(group.loss_changes)} if group.loss_changes else {}),
-                "recommended": group.layers == probe.recommended,
+                "recommended": group.name == probe.recommended,
             }
             for name, groups in probe.sizes.items()
             for group in groups
@@ -348,9 +384,14 @@ def _draw(probe: _Probe, canvas: Canvas) -> None:
     for number, (name, groups) in enumerate(probe.sizes.items()):
         _draw_size(axes, name, groups, number, base)
     axes.plot(probe.best.middle, base + probe.best.change, label="recommended", **STAR)
-    axes.set_xlabel("decoder layer")
     axes.set_ylabel("predicted change in loss" if probe.is_fast else probe.ranked_by)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if probe.of_kinds:
+        kinds = [group.name for groups in probe.sizes.values() for group in groups]
+        axes.set_xlabel("masked projection")
+        axes.set_xticks(range(len(kinds)), list(map(drawn_text, kinds)))
+    else:
+        axes.set_xlabel("decoder layer")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     put_legend(canvas, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
 
 
@@ -358,7 +399,8 @@ def _draw_size(axes: Axes, name: str, groups: Sequence[_Group], number: int, bas
     """Draws each group as a bar spanning its layers, with a marker in the middle."""
     style = numbered_style(number)
     heights = [base + group.change for group in groups]
-    axes.plot([group.middle for group in groups], heights, label=name, **style.keywords())
+    line = {"linestyle": "none"} if groups[0].rank is not None else {}
+    axes.plot([group.middle for group in groups], heights, label=name, **{**style.keywords(), **line})
     for group, height in zip(groups, heights, strict=True):
         for first, last in group.ranges:
             axes.plot([first - 0.4, last + 0.4], [height, height], color=style.color, linewidth=3.0, alpha=0.5)
