@@ -55,7 +55,7 @@ _PATH = "Workflow"
 _MORE = "Other commands"
 COMMANDS = {
     "fft": Listed("fft.fft", _PATH, "Fine-tune a model and keep its best checkpoint."),
-    "probe": Listed("probe.probe", _PATH, "Find the layers that benefit most from a mask."),
+    "probe": Listed("probe.probe", _PATH, "Find the layers or projections that benefit most from a mask."),
     "mask-train": Listed("mask_train.mask_train", _PATH, "Learn which weights of a fine-tuned model to remove."),
     "apply": Listed(
         "apply.apply",

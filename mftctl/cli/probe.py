@@ -103,8 +103,8 @@ def probe(
         run_to_end(run, settled, source, console, launch, resume=resume)
         result = run.result(ProbeResult)
         show(console, run, result)
-        ratio = ("--ratio", "auto") if isinstance(result, StructureProbe) else ()
-        console.next_command("mftctl", "mask-train", *ratio, *launch.words, runs=runs)
+        options = ("--layers", "all", "--ratio", "auto") if isinstance(result, StructureProbe) else ()
+        console.next_command("mftctl", "mask-train", *options, *launch.words, runs=runs)
 
 
 def show(console: Output, run: Run, result: ProbeResult) -> None:

@@ -236,7 +236,8 @@ class Recommendation:
 
         Options that name projections, or another part of each layer than the probe's, take precedence.
         """
-        if self.projection is None or options.masked_projections is not None or options.target != self.target:
+        has_own = options.masked_projections is not None or options.target != self.target
+        if self.projection is None or has_own or options.method == "drop":  # drop compares whole models
             return None
         return [self.projection]
 

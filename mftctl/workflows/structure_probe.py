@@ -94,7 +94,7 @@ def _summary(unit: Literal["head", "neuron"], file: str, found: list[HeadOrNeuro
     total = math.fsum(item.change for item in found)
 
     def share(items: list[HeadOrNeuron]) -> float:
-        return math.fsum(item.change for item in items) / total if total else 0.0
+        return math.fsum(item.change for item in items) / total if items and total else 0.0
 
     layers = []
     for layer in dict.fromkeys(item.layer for item in found):

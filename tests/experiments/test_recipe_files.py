@@ -370,7 +370,8 @@ def test_unknown_key_names_the_nearest_known_one(document: dict[str, Any], probl
         (
             "ratio",
             "much",
-            "mask_train.ratio: input should be a valid number or input should be a valid dictionary, got 'much'",
+            "mask_train.ratio: input should be a valid number or input should be a valid dictionary or input should be "
+            "'auto', got 'much'",
         ),
         ("ratio", {"q_proj": 1.5}, "mask_train.ratio.q_proj: input should be less than 1, got 1.5"),
         (

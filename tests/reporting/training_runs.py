@@ -96,13 +96,19 @@ def write_probe(
     status: str = "finished",
     scores: Mapping[str, float] | None = None,
     by: str = "gsm8k",
+    of_kinds: bool = False,
 ) -> str:
-    """Writes a new `probe` run with these changes of the loss by group of layers; returns its name."""
+    """Writes a new `probe` run with these changes of the loss by group of layers or kind; returns its name."""
     folder = root / f"{number:03d}-probe"
     folder.mkdir(parents=True)
     probing: dict[str, Any] = {"fast": fast} | ({} if groups is None else {"groups": list(groups)})
     recipe = Recipe.model_validate({"seed": seed, "probe": probing, "mask_train": dict(options or {})})
-    found = [{"layers": layers, "size": layer_count(layers), "change": change} for layers, change in changes.items()]
+    found = [
+        {"layers": "0-3", "projection": name, "size": 4, "weights": 8, "change": change}
+        if of_kinds
+        else {"layers": name, "size": layer_count(name), "change": change}
+        for name, change in changes.items()
+    ]
     if not fast:
         trained = {"start_loss": unmasked_loss, "best_step": 1, "steps": 2}
         found = [{**group, **trained, "best_loss": unmasked_loss + group["change"]} for group in found]  # type: ignore[operator]
@@ -110,6 +116,8 @@ def write_probe(
         "groups": sorted(found, key=lambda group: group["change"]),
         "recommended_layers": recommended or min(changes, key=lambda layers: changes[layers]),
     }
+    if of_kinds:
+        result |= {"recommended_layers": "0-3", "recommended_projection": result["recommended_layers"]}
     agreement = None if agreement is None else {"groups": len(changes), **agreement}
     result |= {"fast": True, "agreement": agreement} if fast else {"unmasked_loss": unmasked_loss}
     if scores is not None:

@@ -83,6 +83,16 @@ def test_a_fast_probe_of_delta_masks(workspace: Path) -> None:
     assert problem.startswith("probe: A fast probe predicts weight masks only.")
 
 
+def test_layers_from_a_probe_of_heads(workspace: Path) -> None:
+    stages = {
+        "fft": FFT,
+        "heads": {"command": "probe", "after": "fft", "set": {"probe.unit": "head", "probe.fast": True}},
+        "mft": {"command": "mask-train", "after": "fft", "layers_from": "heads"},
+    }
+    problems = problems_of(workspace, stages, probe={})
+    assert problems == ("mft: The stage heads probes heads and recommends no layers.",)
+
+
 def test_a_mask_on_an_adapter(workspace: Path) -> None:
     lora = {"command": "fft", "set": {"fft.method": "lora"}}
     mask = {"command": "mask-train", "after": "lora", "set": {"mask_train.layers": "all"}}

@@ -131,6 +131,26 @@ def test_stages_with_their_own_settings(workspace: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_probe_of_projections_and_a_budget(workspace: Path) -> None:
+    recipe = _staged(
+        workspace,
+        probe={"command": "probe", "set": {"probe": {"unit": "projection"}}},
+        mft={"command": "mask-train", "layers_from": "probe"},
+        auto={"command": "mask-train", "set": {"mask_train.ratio": "auto"}},
+    )
+    found = validate(recipe, None)
+    assert found.problems == []
+    rows = {row.stage: row for row in found.stages}
+    assert (rows["probe"].trainings, rows["probe"].steps) == (7, 84)
+    assert {name: mask.weights for name, mask in found.masks.items()} == {
+        "probe": 4 * 64 * 32,
+        "mft": 4 * 64 * 32,
+        "auto": 2 * 9216,
+    }
+    assert found.masks["auto"].removed is None
+
+
+@pytest.mark.slow
 def test_several_problems_appear_together(workspace: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"question": "1?"}\n', encoding="utf-8")

@@ -230,3 +230,26 @@ def test_a_figure_is_the_same_svg_each_time_and_its_data_is_plain(tmp_path: Path
     assert render(one).svg == render(other).svg
     assert "decoder layer" in render(one).svg
     assert json.loads(json.dumps(one.data)) == list(one.data)
+
+
+def test_kinds_of_projections_are_drawn_apart_from_layers_and_the_best_first(tmp_path: Path) -> None:
+    write_probe(tmp_path, 1, FOURS)
+    for number, fast in ((2, False), (3, True)):
+        write_probe(tmp_path, number, {"q_proj": -0.02, "v_proj": -0.03, "up_proj": 0.01}, of_kinds=True, fast=fast)
+    layers, trained, promised = figures_of(tmp_path)
+    assert [layers.name, trained.name, promised.name] == ["probe", "probe-projections", "probe-promised-projections"]
+    assert trained.title == "Validation loss by kind of projection"
+    assert "Star: v_proj (-0.0300), recommended by 1 of 1 probes." in trained.caption
+    assert {point["projection"]: point["change"] for point in trained.data} == {
+        "v_proj": -0.03,
+        "q_proj": -0.02,
+        "up_proj": 0.01,
+    }
+    canvas = Canvas(layout="constrained")
+    trained.draw(canvas)
+    [axes] = canvas.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["v_proj", "q_proj", "up_proj"]
+    line = lines_of(trained)["one kind of projection"]
+    assert list(line.get_xdata()) == [0, 1, 2]
+    assert line.get_ydata() == pytest.approx([0.47, 0.48, 0.51])
+    assert line.get_linestyle() == "None"
