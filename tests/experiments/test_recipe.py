@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from mftctl.data.sources import DataSource
+from mftctl.errors import ConfigError
 from mftctl.experiments.deciding_keys import deciding_keys, in_names_of_today
 from mftctl.experiments.presets import DEFAULT_PATIENCE, DEFAULT_RATIO
 from mftctl.experiments.recipe import EvalOptions, Recipe, Stage
@@ -356,3 +357,38 @@ def test_share_of_bad_records_as_text(text: str, share: float) -> None:
 def test_text_that_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(ValidationError, match="a share is a percentage such as 1%, or a number from 0 to 1"):
         Recipe.model_validate({"bad_records_max": text})
+
+
+@pytest.mark.parametrize("url", ["http://localhost:8000/v1", "https://example.org", "http://[::1]:1/a/v1"])
+def test_url_of_a_server_loses_only_a_slash_at_its_end(url: str) -> None:
+    for text in (url, f"{url}/"):
+        assert parse_recipe({"eval": {"base_url": text}}).eval.base_url == url
+
+
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        *(
+            (text, "starts with http://")
+            for text in ("", "localhost:8000", "ftp://a", "http://", "http://a:x", "http://[")
+        ),
+        *((f"http://{text}", "OPENAI_API_KEY") for text in ("me@a/v1", "me:secret@a", "a/v1?key=secret", "a#secret")),
+        *((f"http://a/v1/{text}", "/completions is added") for text in ("completions", "chat/completions/", "models")),
+    ],
+)
+def test_text_that_is_no_url_of_a_server_is_refused(url: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_recipe({"eval": {"base_url": url}})
+    assert problem in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_deciding_keys_name_a_server_only_where_one_is_asked() -> None:
+    local = deciding_keys(parse_recipe({}), "eval")["eval"]
+    assert not {"base_url", "served_model", "concurrent_requests"} & set(local)
+    options = {"engine": "openai", "base_url": "http://a", "concurrent_requests": 3}
+    assert deciding_keys(parse_recipe({"eval": options}), "eval")["eval"] == {
+        **local,
+        "engine": "openai",
+        "base_url": "http://a",
+    }

@@ -244,7 +244,7 @@ def test_a_started_process_sees_one_gpu(before: str | None, monkeypatch: pytest.
 
 @pytest.mark.parametrize("changes", [{"device": "cpu"}, {"attention": "eager"}])
 def test_vllm_uses_the_device_it_was_built_for(changes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: object())
+    monkeypatch.setattr("mftctl.evaluation.engine_checks.find_spec", lambda name: object())
     recipe = parse_recipe({"eval": {"engine": "vllm", "tasks": ["gsm8k"]}, **changes})
     with pytest.raises(ConfigError, match="vLLM chooses its device"):
         check_suite(recipe)
@@ -252,7 +252,7 @@ def test_vllm_uses_the_device_it_was_built_for(changes: dict[str, str], monkeypa
 
 @pytest.mark.parametrize("key", ["test_data", "retain_data"])
 def test_vllm_measures_no_loss_on_data(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: object())
+    monkeypatch.setattr("mftctl.evaluation.engine_checks.find_spec", lambda name: object())
     recipe = parse_recipe({"eval": {"engine": "vllm", "tasks": ["gsm8k"]}, key: ["quickstart/test"]})
     with pytest.raises(ConfigError, match="vLLM runs benchmarks only") as caught:
         check_suite(recipe)

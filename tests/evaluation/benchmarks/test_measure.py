@@ -378,7 +378,7 @@ def vllm_recipe(workspace: Path, tmp_path: Path, **changes: Any) -> Recipe:
 
 
 def test_vllm_that_is_not_installed(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: None)
+    monkeypatch.setattr("mftctl.evaluation.engine_checks.find_spec", lambda name: None)
     recipe = vllm_recipe(workspace, tmp_path)
     run, source = open_run(tmp_path, "eval", recipe)
     with pytest.raises(ConfigError, match="not installed") as caught:
@@ -387,7 +387,7 @@ def test_vllm_that_is_not_installed(workspace: Path, tmp_path: Path, monkeypatch
 
 
 def test_vllm_and_a_data_file(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: name)
+    monkeypatch.setattr("mftctl.evaluation.engine_checks.find_spec", lambda name: name)
     recipe = vllm_recipe(workspace, tmp_path, test_data=[str(workspace / "test.jsonl")])
     run, source = open_run(tmp_path, "eval", recipe)
     with pytest.raises(ConfigError, match="computed with transformers"):
@@ -395,7 +395,7 @@ def test_vllm_and_a_data_file(workspace: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_vllm_with_a_mask_that_is_not_applied(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: name)
+    monkeypatch.setattr("mftctl.evaluation.engine_checks.find_spec", lambda name: name)
     recipe = vllm_recipe(workspace, tmp_path)
     run, source = open_run(tmp_path, "eval", recipe)
     with pytest.raises(ConfigError, match="complete checkpoint") as caught:

@@ -61,7 +61,7 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Vllm]:
         "vllm.tokenizers": {"get_tokenizer": lambda folder, **_: load_tokenizer(Path(folder))},
     }
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.32" if name == "vllm" else versions(name))
-    monkeypatch.setattr("mftctl.evaluation.suite.find_spec", lambda name: name)
+    monkeypatch.setattr("mftctl.evaluation.engine_checks.find_spec", lambda name: name)
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, package=None: name if name == "vllm" else find(name, package)
