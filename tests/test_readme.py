@@ -44,6 +44,7 @@ RUN = {
     ),
     "docs/guides/averaging.md": ("Average checkpoints", "Interpolate"),
     "docs/guides/benchmarks.md": ("Benchmarks", "During training"),
+    "docs/guides/delta.md": ("A fine-tune as", "Smaller", "Merge", "PEFT"),
     "docs/guides/methods.md": ("Fine-tuning", "Adapters", "Masks", "Forgetting", "Inspect"),
     "docs/guides/recipes.md": ("Check before you train",),
     "docs/guides/report.md": ("Report",),
@@ -182,6 +183,22 @@ def test_averages_and_interpolation(own: CommandLine) -> None:
     assert all((own.folder / name / "model.safetensors").is_file() for name in ("averaged", "weighted", "between"))
     (own.folder / "recipe.yaml").write_text(block("docs/guides/averaging.md", "Interpolate", "yaml"))
     assert load_recipe(str(own.folder / "recipe.yaml")).stages["between"].command == "interpolate"
+
+
+@pytest.mark.slow
+def test_small_files(own: CommandLine) -> None:
+    write_tuned(own.folder / "my-model", own.folder / "tuned")
+    assert own("mask-train", "-m", "tuned", "--base", "my-model", "--method", "drop", "-o", "delta.bits").code == 0
+    for seed, name in ((1, "first"), (2, "second")):
+        write_tuned(own.folder / "my-model", own.folder / name, seed=seed)
+        assert own("delta", "my-model", name, "-o", f"{name}.delta").code == 0
+    for heading in RUN["docs/guides/delta.md"]:
+        run_all(own, block("docs/guides/delta.md", heading))
+    again, tuned = ((own.folder / name / "model.safetensors").read_bytes() for name in ("again", "tuned"))
+    assert again[-1000:] == tuned[-1000:]
+    assert (own.folder / "merged" / "model.safetensors").is_file()
+    (own.folder / "recipe.yaml").write_text(block("docs/guides/delta.md", "Smaller", "yaml"))
+    assert load_recipe(str(own.folder / "recipe.yaml")).stages["small"].command == "delta"
 
 
 @pytest.mark.slow
