@@ -123,13 +123,15 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
 
 
 def _nearest_anywhere(name: str) -> str | None:
-    """Returns a question with the closest top-level key or section key; None if no key is close."""
-    dotted = {
-        key: f"{section}.{key}"
-        for section, field in Recipe.model_fields.items()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        for key in field.annotation.model_fields
-    }
-    dotted |= {key: key for key in Recipe.model_fields}
+    """Returns a question with the closest top-level key, or the sections that have the key; None if no key is close."""
+    dotted: dict[str, list[str]] = {}
+    for section, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            for key in field.annotation.model_fields:
+                dotted.setdefault(key, []).append(f"{section}.{key}")
+    dotted |= {key: [key] for key in Recipe.model_fields}
     matches = difflib.get_close_matches(name, dotted, n=1)
-    return f"did you mean {dotted[matches[0]]}?" if matches else None
+    if not matches:
+        return None
+    *others, last = dotted[matches[0]]
+    return f"did you mean {', '.join(others)} or {last}?" if others else f"did you mean {last}?"

@@ -20,7 +20,7 @@ from mftctl.masking.checkpoints.locate import resolve_checkpoint
 from mftctl.masking.delta.either import checkpoint_files, open_applicable
 from mftctl.progress import Listener
 from mftctl.runtime.peak_memory import peak_memory_bytes, restart_peak_memory
-from mftctl.workflows.evaluation_engines import MeasuredModel, ready_engine
+from mftctl.workflows.evaluation_engines import MeasuredModel, ready_engine, require_complete
 from mftctl.workflows.planning.less_memory import evaluation_with_less_memory
 
 
@@ -56,6 +56,7 @@ def _evaluate(recipe: Recipe, source: ModelSource, run: Run, listener: Listener,
     test = model = None
     if recipe.eval.predictions is None:
         weights = resolve_checkpoint(source.model, recipe.revision, adapters=True)
+        require_complete(source, weights, recipe.eval.engine)
         applied = files.enter_context(open_applicable(source.mask))
         checkpoint = files.enter_context(checkpoint_files(weights, applied))
         encoder = load_encoder(checkpoint, recipe, run.started)

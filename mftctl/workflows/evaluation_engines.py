@@ -66,7 +66,6 @@ def ready_engine(
         listener: Receives notes.
 
     Raises:
-        ConfigError: The engine needs a complete checkpoint.
         EvaluationError: vLLM does not start, or the server cannot do what is measured.
         ModelError: The checkpoint cannot be loaded.
         ServerError: A server cannot be reached, or refuses a request.
@@ -75,8 +74,6 @@ def ready_engine(
         yield None
         return
     tokenizer, engine = with_fixed_clock(test.encoder), recipe.eval.engine
-    if engine != "hf":
-        _require_complete(model, engine)
     if engine == "vllm":
         yield _load_for_vllm(model.checkpoint, recipe, suite, tokenizer)
     elif engine == "openai":
@@ -100,14 +97,19 @@ def _load(
     return model, tokenizer
 
 
-def _require_complete(model: MeasuredModel, engine: str) -> None:
-    """Checks that the model can be served as it is.
+def require_complete(source: ModelSource, checkpoint: Path, engine: str) -> None:
+    """Checks that an engine other than the local one can serve the model as it is.
+
+    Args:
+        source: The model.
+        checkpoint: Its folder.
+        engine: The engine.
 
     Raises:
         ConfigError: The model is a mask or adapter that has not been merged.
     """
-    apart = model.source.mask or (str(model.checkpoint) if is_adapter(model.checkpoint) else None)
-    if apart is not None:
+    apart = source.mask or (str(checkpoint) if is_adapter(checkpoint) else None)
+    if engine != "hf" and apart is not None:
         raise ConfigError(
             f"{'vLLM' if engine == 'vllm' else 'A server'} needs a complete checkpoint.",
             key="eval.engine",
