@@ -57,13 +57,7 @@ def ratios_in_budget(
     Source: ours; the gradient is that of MFT, equation 5, at a mask that removes nothing.
     """
     if not from_first(lambda: "stored" if path.exists() else ""):
-        gradients = mean_gradients(model, targets, options, inputs, listener)
-        parts = [target.part_of(gradients[parameter_of(target)]) for target in targets]
-        for target, part in zip(targets, parts, strict=True):
-            part.mul_(target.weight.detach())
-        counts = counts_in_budget(parts, budget)
-        shares = {target.name: count / target.weight.numel() for target, count in zip(targets, counts, strict=True)}
-        del gradients, parts
+        shares = _estimated(model, targets, options, inputs, budget, listener)
         free_unreachable()
         from_first(lambda: _stored(path, shares))
     ratios = read_part(path, _Ratios).ratios
@@ -76,6 +70,23 @@ def ratios_in_budget(
             hint="start a new run",
         )
     return ratios
+
+
+def _estimated(
+    model: PreTrainedModel,
+    targets: Sequence[MaskTarget],
+    options: MaskTrainOptions,
+    inputs: TrainingInputs,
+    budget: float,
+    listener: Listener,
+) -> dict[str, float]:
+    """The share of the highest gains that each projection has, by name; the gradients are freed on return."""
+    gradients = mean_gradients(model, targets, options, inputs, listener)
+    gains = [target.part_of(gradients[parameter_of(target)]) for target in targets]
+    for target, part in zip(targets, gains, strict=True):
+        part.mul_(target.weight.detach())
+    counts = counts_in_budget(gains, budget)
+    return {target.name: count / target.weight.numel() for target, count in zip(targets, counts, strict=True)}
 
 
 def _stored(path: Path, ratios: dict[str, float]) -> str:

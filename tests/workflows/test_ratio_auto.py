@@ -15,8 +15,10 @@ from mftctl.experiments.recipe_files import parse_recipe, with_changes
 from mftctl.masking.checkpoints.meta_models import count_layers, read_config
 from mftctl.masking.mask import load_mask
 from mftctl.masking.selection import removed_count
+from mftctl.masking.targets import find_targets
 from mftctl.progress import Silence
-from mftctl.workflows.mask_train import mask_train
+from mftctl.training.mask_search import load_frozen_model, prepare_mask_training
+from mftctl.workflows.mask_train import _ratios, mask_train
 from mftctl.workflows.planning.command_memory import CommandMemory
 from mftctl.workflows.planning.planned_device import PlannedDevice
 from tests.masking.test_budget import counts_by_sorting
@@ -84,6 +86,18 @@ def test_ratios_of_other_tensors_are_refused(workspace: Path, tmp_path: Path) ->
     (again.folder / "ratios.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read"):
         mask_train(recipe, source, again, Silence())
+
+
+@pytest.mark.slow
+def test_processes_that_share_their_weights(workspace: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(workspace, **AUTO)
+    run, source = open_run(tmp_path, "mask-train", recipe)
+    prepared = prepare_mask_training(recipe, source, run, Silence(), 1.0)
+    model = load_frozen_model(prepared.inputs, recipe.mask_train)
+    targets = find_targets(model, [1])
+    with pytest.raises(ConfigError, match="needs whole weights") as error:
+        _ratios(model, targets, recipe.mask_train, prepared, run, Silence(), has_values=False)
+    assert error.value.key == "mask_train.ratio"
 
 
 @pytest.mark.parametrize(
