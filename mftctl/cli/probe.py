@@ -118,6 +118,11 @@ def show(console: Output, run: Run, result: ProbeResult) -> None:
     console.result({"run": str(run.folder), **result.document()}, table)
     projection = f", projection {result.recommended_projection}" if result.recommended_projection else ""
     console.note(f"Recommended: layers {result.recommended_layers}{projection}")
+    if isinstance(result, FastProbe) and result.recommended_projection:
+        console.warn(
+            "Predictions rank kinds of projections only roughly. Train their masks (without --fast) before you rely on "
+            "the order."
+        )
     if not _gains(result):
         console.warn(
             "No group beat the unmasked model. Use more records (--data-fraction) or more answers (--limit) to tell "

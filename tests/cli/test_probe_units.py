@@ -19,6 +19,7 @@ def test_a_mask_takes_the_projection_of_the_latest_probe(mftctl: CommandLine, wo
     result = json.loads((mftctl.folder / "runs" / "001-probe" / "run.json").read_text())["result"]
     kind = result["recommended_projection"]
     assert f"Recommended: layers 1-2, projection {kind}" in probed.stderr
+    assert "Warning: Predictions rank kinds of projections only roughly." in probed.stderr
     assert [word for word in probed.stdout.splitlines()[2].split() if word.isalpha()] == [
         "projection",
         "predicted",
