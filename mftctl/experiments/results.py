@@ -128,6 +128,25 @@ class Score(Part):
 DecidingScore = Annotated[Score | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
+class Rewards(Part):
+    """Implicit rewards of preferences: beta times the change of an answer's log-probability.
+
+    Attributes:
+        chosen: Mean reward of the chosen answers.
+        rejected: Mean reward of the rejected answers.
+        accuracy: Share of records whose chosen answer has the higher reward.
+        margin: Mean reward of the chosen answers minus that of the rejected ones.
+    """
+
+    chosen: Measured
+    rejected: Measured
+    accuracy: Measured
+    margin: Measured
+
+
+KeptRewards = Annotated[Rewards | None, Field(default=None, exclude_if=lambda value: value is None)]
+
+
 class RetainedLosses(Part):
     """Loss on held-out records of another domain.
 
@@ -166,6 +185,7 @@ class FftResult(Result):
         evaluations: Results of evaluations during training.
         peak_memory_bytes: Peak memory of the device; on a CPU, of the process.
         retained: Losses on data of another domain, if there is any.
+        rewards: Rewards of the validation records under the kept model, if it was trained on preferences.
     """
 
     state: Name
@@ -185,6 +205,7 @@ class FftResult(Result):
     evaluations: list[MetricsLine]
     peak_memory_bytes: Count
     retained: KeptRetained
+    rewards: KeptRewards
 
 
 class PrefixReuse(Part):
@@ -434,6 +455,7 @@ class MeasuredMask(MaskTrainResult):
         evaluations: Results of evaluations during training.
         base: Model before fine-tuning, for a delta mask.
         retained: Losses on data of another domain, if there is any.
+        rewards: Rewards of the validation records with this mask, if it was trained on preferences.
     """
 
     unmasked_loss: Measured
@@ -455,6 +477,7 @@ class MeasuredMask(MaskTrainResult):
     evaluations: list[MetricsLine]
     base: Annotated[Place | None, Field(default=None, exclude_if=lambda value: value is None)]
     retained: KeptRetained
+    rewards: KeptRewards
 
 
 class DroppedMask(MaskTrainResult):
