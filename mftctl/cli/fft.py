@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from mftctl.cli import options as opt
-from mftctl.cli.output import Output, pairs_table, retained_rows
+from mftctl.cli.output import Output, pairs_table, retained_rows, reward_rows
 from mftctl.cli.session import Session
 from mftctl.experiments.results import FftResult
 from mftctl.experiments.run_folder import Run
@@ -103,6 +103,8 @@ def fft(
     Trains all weights, or those selected by a method: the weights with the largest gradients (Gradient-Mask Tuning),
     random weights, half of the parameters, or a low-rank adapter. The loss covers answer tokens only. Starting from a
     fine-tuned model continues its fine-tuning.
+
+    With --objective dpo, the data are preferences: records of prompt, chosen and rejected.
     """
     launch = settle_launch("fft", processes, shard)
     with Output(as_json=as_json) as console:
@@ -133,6 +135,7 @@ def show(console: Output, run: Run, result: FftResult) -> None:
                 ("", f"{result.best_loss:.4f} at the best step ({result.best_step} of {result.steps})"),
                 ("", f"{result.last_loss:.4f} at the last step"),
                 *([] if score is None else [(score.metric, f"{score.value:.4f} at the best step")]),
+                *reward_rows(result.rewards),
                 *retained_rows(result.retained, "at the start"),
                 ("model", f"{result.model} ({kept})"),
                 ("peak memory", f"{result.peak_memory_bytes / 1e9:.2f} GB"),

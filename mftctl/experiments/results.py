@@ -164,6 +164,21 @@ class RetainedLosses(Part):
 KeptRetained = Annotated[RetainedLosses | None, Field(default=None, exclude_if=lambda value: value is None)]
 
 
+class LearnedPreferences(Result):
+    """Validation of a training, with its rewards if it was trained on preferences."""
+
+    state: Name = ""
+    kept: str | None = None
+    best_loss: Measured | None = None
+    last_loss: Measured | None = None
+    rewards: KeptRewards
+
+    @property
+    def kept_loss(self) -> float | None:
+        """Validation loss of the model or mask that was kept."""
+        return self.last_loss if self.kept == "last" and self.last_loss is not None else self.best_loss
+
+
 class FftResult(Result):
     """Result of `fft`.
 
