@@ -277,14 +277,17 @@ class Preference:
 def preference(rng: random.Random, problem: Problem) -> Preference | None:
     """A problem with a wrong answer, or None if the numbers do not fit.
 
-    One step gets a wrong result, and all later steps calculate with it, so that only that step is wrong.
+    One step gets a wrong result, and all later steps calculate with it, so that only that step is wrong. The final
+    results differ.
     """
     steps = [line.split(" ") for line in problem.answer.splitlines()[:-1]]
     slip = rng.randrange(len(steps))
     changed: dict[int, int] = {}
     lines: list[str] = []
     for number, (left, operator, right, _, result) in enumerate(steps):
-        values = [changed.get(int(operand), int(operand)) for operand in (left, right)]
+        values = [changed.get(int(left), int(left)), int(right)]
+        if left != right:  # otherwise the right one is a number of the question
+            values[1] = changed.get(values[1], values[1])
         if operator == "/" and values[0] % values[1]:
             return None
         found = _APPLY[cast("Operator", operator)](*values)
@@ -294,8 +297,9 @@ def preference(rng: random.Random, problem: Problem) -> Preference | None:
         if number >= slip:
             changed[int(result)] = found
         lines.append(f"{values[0]} {operator} {values[1]} = {found}")
-    rejected = "\n".join([*lines, f"#### {found}"])
-    return None if rejected == problem.answer else Preference(problem.question, problem.answer, rejected)
+    if str(found) == steps[-1][-1]:
+        return None
+    return Preference(problem.question, problem.answer, "\n".join([*lines, f"#### {found}"]))
 
 
 def preferences(market: Iterator[Problem], *, seed: int) -> Iterator[Preference]:

@@ -70,10 +70,23 @@ class PreferenceLoss:
         return 1
 
 
-def answer_log_probs(
+@dataclass(frozen=True, slots=True)
+class AnswerScores:
+    """What a model gives the answers of preferences; each of shape `(records, 2)`: chosen, rejected.
+
+    Attributes:
+        log_probs: Log-probability of each answer, fp64, in nats.
+        tokens: Number of its tokens.
+    """
+
+    log_probs: torch.Tensor
+    tokens: torch.Tensor
+
+
+def answer_scores(
     model: PreTrainedModel, records: Sequence[Encoded], *, pad_token_id: int, on_progress: OnProgress | None = None
-) -> torch.Tensor:
-    """The log-probabilities of the chosen and rejected answers, fp64 `(records, 2)`; called in all processes at once.
+) -> AnswerScores:
+    """The scores of the answers of all records; must be called in all processes at once.
 
     Args:
         model: A causal language model on any device, in any float dtype.
@@ -83,28 +96,31 @@ def answer_log_probs(
     """
     import torch
 
+    from mftctl.data.prepared.records import Sides
+
     def advance(done: int, total: int) -> None:
         if on_progress is not None:
             on_progress(done // 2, total // 2)
 
-    sides = [side for record in records for side in record.sides]
-    losses = sample_losses(model, sides, pad_token_id=pad_token_id, on_progress=advance, together=True)
-    return -torch.tensor([loss.nll for loss in losses], dtype=torch.float64).view(-1, 2)
+    losses = sample_losses(model, Sides(records), pad_token_id=pad_token_id, on_progress=advance, together=True)
+    return AnswerScores(
+        -torch.tensor([loss.nll for loss in losses], dtype=torch.float64).view(-1, 2),
+        torch.tensor([loss.answer_tokens for loss in losses]).view(-1, 2),
+    )
 
 
-def preference_losses(log_probs: torch.Tensor, records: Sequence[Encoded], loss: DpoLoss) -> list[PreferenceLoss]:
+def preference_losses(scores: AnswerScores, records: Sequence[Encoded], loss: DpoLoss) -> list[PreferenceLoss]:
     """The loss of each record.
 
     Args:
-        log_probs: From `answer_log_probs`.
-        records: The same records, with those of the reference model.
+        scores: From `answer_scores`.
+        records: The same records, with the log-probabilities of the reference model.
         loss: The loss.
     """
     import torch
 
     reference = torch.tensor([record.reference for record in records], dtype=torch.float64)
-    tokens = torch.tensor([[side.answer_tokens for side in record.sides] for record in records])
-    chosen, rejected = loss.rewards(log_probs, reference, tokens).unbind(dim=1)
+    chosen, rejected = loss.rewards(scores.log_probs, reference, scores.tokens).unbind(dim=1)
     columns = (values.tolist() for values in (loss.losses(chosen, rejected), chosen, rejected))
     return [PreferenceLoss(*values) for values in zip(*columns, strict=True)]
 

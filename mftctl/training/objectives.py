@@ -13,7 +13,7 @@ from mftctl.data.encoding import Encoded
 from mftctl.data.examples import IGNORED_LABEL
 from mftctl.evaluation.inference import OnProgress
 from mftctl.evaluation.losses import RecordLoss, sample_losses
-from mftctl.evaluation.preferences import DpoLoss, PreferenceLoss, answer_log_probs, mean_rewards, preference_losses
+from mftctl.evaluation.preferences import DpoLoss, PreferenceLoss, answer_scores, mean_rewards, preference_losses
 from mftctl.experiments.results import Rewards
 from mftctl.experiments.training_options import MaskTrainOptions, TrainingOptions
 from mftctl.training.answer_loss import answer_loss, record_shares, token_losses
@@ -126,8 +126,8 @@ class PreferenceObjective:
         self, model: PreTrainedModel, records: Sequence[Encoded], *, pad_token_id: int, on_progress: OnProgress
     ) -> Sequence[RecordLoss]:
         """The loss of each preference."""
-        log_probs = answer_log_probs(model, records, pad_token_id=pad_token_id, on_progress=on_progress)
-        return preference_losses(log_probs, records, self.dpo)
+        scores = answer_scores(model, records, pad_token_id=pad_token_id, on_progress=on_progress)
+        return preference_losses(scores, records, self.dpo)
 
     def rewards(self, losses: Sequence[RecordLoss]) -> Rewards | None:
         """The means of the rewards, and how often the chosen answer has the higher one."""

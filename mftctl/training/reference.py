@@ -21,7 +21,7 @@ from mftctl.data.prepared.arrow_files import MappedTable, write_batches
 from mftctl.data.prepared.entries import entry, kept_entry
 from mftctl.data.prepared.records import with_reference
 from mftctl.errors import ConfigError
-from mftctl.evaluation.preferences import answer_log_probs
+from mftctl.evaluation.preferences import answer_scores
 from mftctl.experiments.fingerprints import file_digest
 from mftctl.masking.checkpoints.load_weights import whole_checkpoint
 from mftctl.progress import Listener, Progress
@@ -134,13 +134,13 @@ def _known(
 def _measured(records: Sequence[Encoded], reference: Reference, padding: int, listener: Listener) -> np.ndarray:
     model = reference.model
     with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=reference.autocast):
-        found = answer_log_probs(
+        found = answer_scores(
             model,  # type: ignore[arg-type] # a PeftModel has what is used of it
             records,
             pad_token_id=padding,
             on_progress=lambda done, total: listener.progress(Progress("measuring the reference", done, total)),
         )
-    return found.numpy()
+    return found.log_probs.numpy()
 
 
 def _write(path: Path, values: np.ndarray) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from mftctl.data.encoding import Encoded
 from mftctl.data.formats import to_example
 from mftctl.data.prepared.records import with_reference
 from mftctl.evaluation.head_chunks import answer_positions, logits_only_at
-from mftctl.evaluation.preferences import DpoLoss, PreferenceLoss, answer_log_probs, mean_rewards, preference_losses
+from mftctl.evaluation.preferences import DpoLoss, PreferenceLoss, answer_scores, mean_rewards, preference_losses
 from mftctl.training.objectives import AnswerBatch, PreferenceObjective
 from tests.conftest import CHAT_TEMPLATE, build_llama, build_tokenizer
 from tests.preference_records import SHAPES, preference_records
@@ -31,7 +31,7 @@ def encoded(records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerFast) -
     """The records with their log-probabilities under the reference model."""
     examples = [to_example(record, f"train.jsonl:{number}") for number, record in enumerate(records, 1)]
     found = encode_records(examples, tokenizer).records
-    return list(with_reference(found, answer_log_probs(reference_model(), found, pad_token_id=PAD).numpy()))
+    return list(with_reference(found, answer_scores(reference_model(), found, pad_token_id=PAD).log_probs.numpy()))
 
 
 def reference_model() -> LlamaForCausalLM:
@@ -99,7 +99,7 @@ def test_equals_trls_dpo_trainer(shape: str, tmp_path: Path) -> None:
             assert wanted
             for name, gradient in gradients(policy).items():
                 torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5)
-            measured = preference_losses(answer_log_probs(policy, part, pad_token_id=PAD), part, loss)
+            measured = preference_losses(answer_scores(policy, part, pad_token_id=PAD), part, loss)
             assert sum(one.nll for one in measured) / len(part) == pytest.approx(float(expected), abs=1e-5)
             if not loss.length_normalized:  # TRL logs rewards that are not normalised
                 rewards = mean_rewards(measured)
@@ -168,7 +168,7 @@ def test_a_pair_that_fills_a_gap_between_processes_changes_nothing(tokenizer: Pr
 
 def test_the_reference_itself_has_no_rewards(tokenizer: PreTrainedTokenizerFast) -> None:
     records = encoded(preference_records(6, "turns"), tokenizer)
-    measured = preference_losses(answer_log_probs(reference_model(), records, pad_token_id=PAD), records, DpoLoss(BETA))
+    measured = preference_losses(answer_scores(reference_model(), records, pad_token_id=PAD), records, DpoLoss(BETA))
     assert {(one.chosen_reward, one.rejected_reward) for one in measured} == {(0.0, 0.0)}
     assert [one.nll for one in measured] == pytest.approx([math.log(2)] * 6, abs=1e-15)
     rewards = mean_rewards(measured)

@@ -101,6 +101,37 @@ class Records(Sequence[Encoded]):
         return _of_rows(self._examples.table_numbers, self._rows, columns, np.int64)
 
 
+class Sides(Sequence[Encoded]):
+    """The sequences of all records, each made only when it is used: of a preference, the chosen, then the rejected.
+
+    Args:
+        records: All of them preferences.
+
+    Attributes:
+        lengths_tokens: Number of tokens of each sequence.
+    """
+
+    def __init__(self, records: Sequence[Encoded]) -> None:
+        self._records = records
+        if isinstance(records, Records):
+            lengths = np.stack([records.side_lengths("chosen"), records.side_lengths("rejected")], axis=1)
+            self.lengths_tokens: list[int] = lengths.flatten().tolist()
+        else:
+            self.lengths_tokens = [len(side.input_ids) for record in records for side in record.sides]
+
+    def __len__(self) -> int:
+        return 2 * len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        return self._records[index // 2].sides[index % 2]
+
+
 def _side(table: EncodedTable, side: Side) -> Sequences:
     return table.sequences if side == "chosen" else table.rejected
 
@@ -120,7 +151,7 @@ class PreparedRecords:
 
 def token_lengths(records: Sequence[Encoded]) -> list[int]:
     """Number of tokens of each record; of a preference, of its longer sequence."""
-    if isinstance(records, Records):
+    if isinstance(records, Records | Sides):
         return records.lengths_tokens
     return [record.longest_tokens for record in records]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mftctl.data.encoding import Encoded
-from mftctl.data.prepared.records import answer_lengths, token_lengths
+from mftctl.data.prepared.records import Sides, answer_lengths, token_lengths
 from mftctl.evaluation.inference import length_batches
 from mftctl.experiments.training_options import TrainingOptions
 from mftctl.training.schedule import micro_batch_records, records_per_step, sequences_of_a_record
@@ -61,7 +61,7 @@ def largest_batches(
     else:
         lengths = lengths[:batch_size]
         answer_tokens = sum(answers[:batch_size])
-    sequences = [side for record in validation for side in record.sides]
+    sequences = validation if validation[0].rejected is None else Sides(validation)
     sizes = token_lengths(sequences)
     groups = length_batches(sizes, VALIDATION_TOKENS)
     scored = {len(group) * _scored_tokens([sequences[index] for index in group]) for group in groups}
